@@ -1,0 +1,33 @@
+# make env | train | test | check | format | clean
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: env train test check format clean
+
+env: $(INSTALLED)
+
+# torch comes first: DeepSpeed, built from source, looks for it.
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mpi]'
+	touch $@
+
+train: env
+	$(BIN)/python tools/train_digits.py
+
+test: check
+	$(BIN)/python -m pytest -q
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

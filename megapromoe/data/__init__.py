@@ -1,0 +1,1 @@
+"""Data sets, and the stream of batches made from them."""

@@ -1,0 +1,168 @@
+"""DiT with experts: one model for ProMoE, its ablations, its baselines and dense DiT; the config says which.
+
+`DiT(config)` describes the whole model at its logical shapes; build it under `torch.device("meta")` and let
+`parallelize.build` make this rank's part of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megapromoe.config import ModelConfig
+from megapromoe.models.layers import Attention, LabelEmbed, Mlp, PatchEmbed, TimeEmbed, modulate, position_table
+from megapromoe.models.moe import MoE
+from megapromoe.models.routers import Routed
+from megapromoe.parallel.linear import GatheredLinear
+
+
+class Auxiliary(NamedTuple):
+    """What a forward pass says beside its prediction.
+
+    `losses` name -> (MoE layers,), weighted, to be summed into the training loss; empty in eval mode.
+    `load` rows per expert and MoE layer, `gate` mean weight per MoE layer; both without gradient, for logs.
+    """
+
+    losses: dict[str, Tensor]
+    load_LE: Tensor
+    gate_L: Tensor
+
+    def total(self) -> Tensor | float:
+        """The sum of all auxiliary losses."""
+        return sum(loss.sum() for loss in self.losses.values())
+
+
+class Block(nn.Module):
+    """Attention and an MLP or MoE, each normalised, modulated by the condition and gated (adaLN-Zero)."""
+
+    def __init__(self, config: ModelConfig, moe: bool):
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(D, config.heads, config.qk_norm)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
+        self.recompute = False
+
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, conditional: int) -> tuple[Tensor, Routed | None]:
+        """Tokens (B, S, D), condition (B, D) -> tokens, and what the router said (None for a dense block).
+
+        With `recompute`, activations are dropped and made again in backward, but for the router's: recomputed scores
+        could flip a near-tie and with it the sizes of the all-to-all.
+        """
+        run = self._checkpointed if self.recompute and self.training else self._plain
+        x_BSD, h_BSD, gate_BD = run(self.attend, x_BSD, c_BD)
+        if isinstance(self.mlp, Mlp):
+            return x_BSD + gate_BD.unsqueeze(1) * run(self.mlp, h_BSD), None
+        routed = self.mlp.route(h_BSD, conditional)
+        return x_BSD + gate_BD.unsqueeze(1) * run(self.mlp, h_BSD, routed, conditional), routed
+
+    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block up to its MLP: tokens so far, the MLP's input, the MLP's output gate."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
+        return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2
+
+    @staticmethod
+    def _plain(f, *args):
+        return f(*args)
+
+    @staticmethod
+    def _checkpointed(f, *args):
+        return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class FinalLayer(nn.Module):
+    """Normalise, modulate, project each token to its patch: (B, S, D) -> (B, S, p·p·channels)."""
+
+    def __init__(self, width: int, patch: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x_BSD), shift, scale))
+
+
+class DiT(nn.Module):
+    """The diffusion transformer. Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, D)
+        self.t_embedder = TimeEmbed(D)
+        self.y_embedder = LabelEmbed(config.num_classes, D)
+        self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_blocks) for i in range(config.depth))
+        self.channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.final_layer = FinalLayer(D, config.patch_size, self.channels)
+        self.register_buffer("pos_embed", torch.empty(1, config.tokens, D), persistent=False)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, conditional: int) -> tuple[Tensor, Auxiliary]:
+        """Predicts.
+
+        Args:
+            x_BCHW: noisy images or latents.
+            t_B: model time in [0, 1000], float32.
+            y_B: labels int64; the first `conditional` are classes, the rest is the null class (num_classes).
+            conditional: how many images are not null; known on the host, so that nothing has to ask the device.
+
+        Returns:
+            the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `Auxiliary`.
+        """
+        dtype = self.x_embedder.proj.weight.dtype
+        x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        all_routed = []
+        for block in self.blocks:
+            x_BSD, routed = block(x_BSD, c_BD, conditional)
+            if routed is not None:
+                all_routed.append(routed)
+        return self.unpatchify(self.final_layer(x_BSD, c_BD)), self.auxiliary(all_routed)
+
+    def auxiliary(self, all_routed: list[Routed]) -> Auxiliary:
+        if not all_routed:
+            empty = self.pos_embed.new_zeros(0)
+            return Auxiliary({}, empty.view(0, 0), empty)
+        losses = {name: torch.stack([r.losses[name] for r in all_routed]) for name in all_routed[0].losses}
+        load_LE = torch.stack([r.load_E for r in all_routed])
+        return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]))
+
+    def unpatchify(self, x_BSP: Tensor) -> Tensor:
+        """Patches (B, S, p·p·c), row-major within a patch, channels last -> images (B, c, H, W)."""
+        B, S, _ = x_BSP.shape
+        p, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = x_BSP.view(B, side, side, p, p, self.channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.channels, side * p, side * p)
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The logical initial value of a parameter, float32.
+
+        ======================================  ==================================================
+        adaLN of blocks and final layer, final  0
+        linear
+        biases                                  0
+        label table, the time MLP, prototypes   normal, σ 0.02
+        other matrices (experts one by one,     Xavier uniform; the patch convolution like a linear
+        gates of the baselines too)
+        qk_norm weight                          1
+        ======================================  ==================================================
+
+        Source: DiT's initialize_weights; ProMoE for the prototypes.
+        """
+        if name.endswith("_norm.weight"):
+            return torch.ones(shape)
+        if name.endswith(".bias") or "adaLN" in name or name.startswith("final_layer.linear"):
+            return torch.zeros(shape)
+        if name.startswith(("y_embedder.", "t_embedder.")) or name.endswith(".prototypes"):
+            return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+        matrix = torch.empty(shape)
+        nn.init.xavier_uniform_(matrix.view(shape[0], -1), generator=generator)
+        return matrix

@@ -1,0 +1,79 @@
+"""The mixture-of-experts layer that replaces a block's MLP.
+
+Output = shared(x) + Σ weight·expert(x) for conditional tokens, shared(x) + unconditional(x) for null ones. Which images
+are null is known on the host and they come last, so the unconditional expert works on a slice and its tokens never
+travel. Source: ProMoE, arXiv 2510.24711, "Two-step router".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megapromoe.config import ModelConfig
+from megapromoe.models.layers import Mlp
+from megapromoe.models.routers import ROUTERS, Routed
+from megapromoe.parallel.dispatch import Dispatcher
+from megapromoe.parallel.linear import WHOLE, ExpertLinear, Region
+
+
+class Experts(nn.Module):
+    """The routed experts of one rank, stacked: Linear(D→F) · tanh-GELU · Linear(F→D) each."""
+
+    def __init__(self, experts: int, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = ExpertLinear(experts, width, hidden)
+        self.fc2 = ExpertLinear(experts, hidden, width, closes=True)
+
+    def forward(self, x_RD: Tensor, offs_E: Tensor, expert_R: Tensor) -> Tensor:
+        """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
+        hidden_RF = F.gelu(self.fc1(x_RD, offs_E, expert_R), approximate="tanh")
+        return self.fc2(hidden_RF, offs_E, expert_R)
+
+
+class MoE(nn.Module):
+    """Router, routed experts, and the dense experts beside them. A region: tp shares out rows and columns."""
+
+    region: Region = WHOLE
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, width = config.hidden_size, config.expert_width
+        prototypes = config.router in ("promoe", "promoe_ec")
+        self.router = ROUTERS[config.router](config)
+        self.experts = Experts(config.num_experts, D, width)
+        self.shared = Mlp(D, width) if prototypes and config.shared_expert else None
+        self.unconditional = Mlp(D, width) if prototypes and config.unconditional_expert else None
+        self.dispatcher = Dispatcher(config.num_experts)
+
+    def route(self, x_BSD: Tensor, conditional: int) -> Routed:
+        """Routes the tokens of the first `conditional` images (of all, without an unconditional expert)."""
+        return self.router(x_BSD[: self._routed(x_BSD, conditional)])
+
+    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+        """Tokens (B, S, D) of `conditional` images and then null ones -> (B, S, D)."""
+        B, S, D = x_BSD.shape
+        x_TD = self.region.enter(x_BSD).reshape(B * S, D)
+        cut = self._routed(x_BSD, conditional) * S
+
+        # What needs no routing is enqueued first, so that it covers the dispatcher's wait for the counts.
+        y_TD, bias, null_bias = None, None, None
+        if self.shared is not None:
+            y_TD, bias = self.shared.partial(x_TD)
+        null = x_TD[cut:]
+        if self.unconditional is not None:
+            null, null_bias = self.unconditional.partial(null)
+        else:
+            null = null * 0.0
+        rows = self.dispatcher(x_TD[:cut], routed.route, self.experts)
+        partial = torch.cat([rows, null])
+        y_TD = self.region.leave(partial if y_TD is None else y_TD + partial)
+        if bias is not None:
+            y_TD = y_TD + bias
+        if null_bias is not None:
+            y_TD = torch.cat([y_TD[:cut], y_TD[cut:] + null_bias])
+        return y_TD.view(B, S, D)
+
+    def _routed(self, x_BSD: Tensor, conditional: int) -> int:
+        return x_BSD.shape[0] if self.unconditional is None else conditional

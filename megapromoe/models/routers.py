@@ -1,0 +1,284 @@
+"""Routers: which token visits which expert, with which weight.
+
+Every router takes tokens x (B, S, D) and returns `Routed`: a route (rows over the B·S tokens), its losses, already
+weighted, and the load of each expert. Scores are computed in float32. B may be 0: all results are then empty, every
+loss is 0, and the parameters stay in the graph.
+
+Statistics of a batch (centroids, balance, DiffMoE's choice) are those of the global micro-batch if `scope` is the
+data-parallel group (`model.batch_scope=global`), of this rank's images if it is a group of one (`rank`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megapromoe.config import ModelConfig
+from megapromoe.parallel.collectives import sum_over
+from megapromoe.parallel.dispatch import Route
+from megapromoe.parallel.mesh import Group
+
+ALONE = Group((0,), 0)
+
+
+class Routed(NamedTuple):
+    """`route`; `losses` name -> scalar, weighted; `load_E` rows per expert, float32; `gate` mean weight, scalar."""
+
+    route: Route
+    losses: dict[str, Tensor]
+    load_E: Tensor
+    gate: Tensor
+
+
+class Router(nn.Module):
+    """What routers have in common."""
+
+    scope: Group = ALONE
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.experts = config.num_experts
+
+    def result(self, route: Route, losses: dict[str, Tensor]) -> Routed:
+        with torch.no_grad():
+            load_E = torch.bincount(route.expert_R, minlength=self.experts).float()
+            gate = route.weight_R.float().sum() / max(route.weight_R.shape[0], 1)
+        return Routed(route, losses, load_E, gate)
+
+    def capacity(self, tokens: int) -> int:
+        """How many of `tokens` each expert takes under expert choice."""
+        return int(tokens / self.experts * self.config.top_k)
+
+    def balance(self, p_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
+        """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments."""
+        one = torch.ones_like(chosen_BSK, dtype=torch.float32)
+        hits_BSE = torch.zeros_like(p_BSE).scatter_add_(-1, chosen_BSK, one)
+        if self.config.balance_form == "batch":
+            hits_E, p_E = hits_BSE.sum((0, 1)), p_BSE.sum((0, 1))
+            tokens = p_E.new_tensor(float(p_BSE.shape[0] * p_BSE.shape[1]))
+            packed = sum_over(torch.cat([hits_E, p_E, tokens[None]]), self.scope)
+            hits_E, p_E, tokens = packed[: self.experts], packed[self.experts : -1], packed[-1].clamp(min=1)
+            f_E = self.experts * hits_E / (tokens * self.config.top_k)
+            return self.config.balance_weight * (f_E.detach() * p_E / tokens).sum()
+        f_BE = self.experts * hits_BSE.mean(1) / self.config.top_k
+        return self.config.balance_weight * mean_over_images((f_BE * p_BSE.mean(1)).sum(-1), self.scope)
+
+
+class PrototypeRouter(Router):
+    """ProMoE: a token goes to the experts whose prototypes it resembles most (cosine).
+
+    Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastive learning".
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.prototypes = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def similarity(self, x: Tensor) -> Tensor:
+        """Cosines (..., E) of x (..., D) with the prototypes, float32."""
+        return F.normalize(x.float(), dim=-1) @ F.normalize(self.prototypes.float(), dim=-1).T
+
+    def gates(self, score: Tensor) -> Tensor:
+        """Weights (..., E) from scores; never renormalised over the chosen ones."""
+        if self.config.gate == "identity":
+            return score
+        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(-1)
+
+    def forward(self, x_BSD: Tensor) -> Routed:
+        B, S, D = x_BSD.shape
+        K = self.config.top_k
+        score_BSE = self.similarity(x_BSD)
+        chosen_BSK = score_BSE.topk(K, dim=-1).indices
+        token_R = torch.arange(B * S, device=x_BSD.device).repeat_interleave(K)
+        weight_R = self.gates(score_BSE).gather(-1, chosen_BSK).flatten()
+        route = Route(token_R, chosen_BSK.flatten(), weight_R, top_k=K)
+        losses = {}
+        if self.training and self.config.rcl_weight:
+            first = K if self.config.rcl_tokens == "all" else 1
+            counted_BSK = chosen_BSK[..., :first].reshape(B * S, first)
+            sum_ED, count_E = segment_sums(x_BSD.reshape(B * S, D), counted_BSK, self.experts)
+            sum_ED, count_E = sum_over(sum_ED, self.scope), sum_over(count_E, self.scope)
+            loss = contrastive_loss(self.prototypes, sum_ED, count_E, self.config.rcl_temperature)
+            losses["rcl"] = self.config.rcl_weight * loss
+        if self.training and self.config.balance_weight:
+            losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK)
+        return self.result(route, losses)
+
+
+class PrototypeExpertChoiceRouter(PrototypeRouter):
+    """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens that resemble it most.
+
+    The contrastive loss is per image, averaged over images. Source: ProMoE, arXiv 2510.24711, expert-choice variant.
+    """
+
+    def forward(self, x_BSD: Tensor) -> Routed:
+        B, S, D = x_BSD.shape
+        score_BSE = self.similarity(x_BSD)
+        chosen_BEC = score_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1).indices
+        weight_BEC = self.gates(score_BSE).transpose(1, 2).gather(-1, chosen_BEC)
+        route = rows_of_choice(chosen_BEC, weight_BEC, S)
+        losses = {}
+        if self.training and self.config.rcl_weight:
+            C = chosen_BEC.shape[-1]
+            taken_BED = x_BSD.float().gather(1, chosen_BEC.reshape(B, -1, 1).expand(-1, -1, D)).view(B, -1, C, D)
+            loss_B = contrastive_loss(
+                self.prototypes, taken_BED.sum(2), taken_BED.new_full((B, self.experts), C), self.config.rcl_temperature
+            )
+            losses["rcl"] = self.config.rcl_weight * mean_over_images(loss_B, self.scope)
+        return self.result(route, losses)
+
+
+class GateRouter(Router):
+    """TC-DiT: softmax over a linear gate, a token takes its top-K experts, weights not renormalised."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def scores(self, x_BSD: Tensor) -> Tensor:
+        """Softmax scores (B, S, E), float32."""
+        return F.linear(x_BSD.float(), self.gate.float()).softmax(-1)
+
+    def forward(self, x_BSD: Tensor) -> Routed:
+        score_BSE = self.scores(x_BSD)
+        K = self.config.top_k
+        weight_BSK, chosen_BSK = score_BSE.topk(K, dim=-1)
+        token_R = torch.arange(score_BSE.shape[0] * score_BSE.shape[1], device=x_BSD.device).repeat_interleave(K)
+        route = Route(token_R, chosen_BSK.flatten(), weight_BSK.flatten(), top_k=K)
+        losses = {}
+        if self.training and self.config.balance_weight:
+            losses["balance"] = self.balance(score_BSE, chosen_BSK)
+        return self.result(route, losses)
+
+
+class ExpertChoiceRouter(GateRouter):
+    """EC-DiT: of each image every expert takes its int(S/E·K) best tokens. Source: arXiv 2410.02098."""
+
+    def forward(self, x_BSD: Tensor) -> Routed:
+        score_BES = self.scores(x_BSD).transpose(1, 2)
+        weight_BEC, chosen_BEC = score_BES.topk(self.capacity(x_BSD.shape[1]), dim=-1)
+        return self.result(rows_of_choice(chosen_BEC, weight_BEC, x_BSD.shape[1]), {})
+
+
+class DiffMoERouter(GateRouter):
+    """DiffMoE: every expert takes its int(B·S/E·K) best tokens of the whole batch.
+
+    At inference, expert e takes as many as a predictor, trained on the side, expects: those whose predicted sigmoid
+    exceeds a threshold that followed the training. Source: DiffMoE, arXiv 2503.14487.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        D, E = config.hidden_size, config.num_experts
+        self.predictor = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, E))
+        self.register_buffer("threshold", torch.zeros(E))
+
+    def forward(self, x_BSD: Tensor) -> Routed:
+        score_TE = self.scores(x_BSD).flatten(0, 1)
+        predicted_TE = self.predictor(x_BSD.detach().flatten(0, 1)).float()
+        if not self.training:
+            taken_TE = top_counts(score_TE, (predicted_TE.sigmoid() > self.threshold).sum(0))
+            return self.result(rows_of_mask(taken_TE, score_TE), {})
+        tokens = score_TE.shape[0] * self.scope.size
+        taken_TE = self.best_of_scope(score_TE.detach(), self.capacity(tokens))
+        with torch.no_grad():
+            self.follow(predicted_TE.sigmoid())
+        loss = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE.float())
+        losses = {"capacity": self.config.capacity_weight * loss}
+        return self.result(rows_of_mask(taken_TE, score_TE), losses)
+
+    def best_of_scope(self, score_TE: Tensor, count: int) -> Tensor:
+        """Mask (T, E): is the token among the `count` best of the scope for the expert? Ties go to the first."""
+        parts = [score_TE]
+        if self.scope.size > 1:
+            parts = [torch.empty_like(score_TE) for _ in range(self.scope.size)]
+            dist.all_gather(parts, score_TE.contiguous(), group=self.scope.handle)
+        all_TE = torch.cat(parts)
+        taken_TE = torch.zeros_like(all_TE, dtype=torch.bool)
+        taken_TE.scatter_(0, all_TE.topk(count, dim=0).indices, True)
+        T = score_TE.shape[0]
+        return taken_TE[T * self.scope.rank : T * (self.scope.rank + 1)] if self.scope.size > 1 else taken_TE
+
+    def follow(self, predicted_TE: Tensor) -> None:
+        """Moves each threshold towards the capacity-th largest prediction, averaged over the scope's ranks."""
+        kth_E = predicted_TE.topk(max(self.capacity(predicted_TE.shape[0]), 1), dim=0).values[-1]
+        if self.scope.size > 1:
+            dist.all_reduce(kth_E, group=self.scope.handle)
+        decay = self.config.capacity_decay
+        self.threshold.mul_(decay).add_(kth_E / self.scope.size, alpha=1 - decay)
+
+
+ROUTERS = {
+    "promoe": PrototypeRouter,
+    "promoe_ec": PrototypeExpertChoiceRouter,
+    "tc": GateRouter,
+    "ec": ExpertChoiceRouter,
+    "diffmoe": DiffMoERouter,
+}
+
+
+def rows_of_choice(chosen_BEC: Tensor, weight_BEC: Tensor, S: int) -> Route:
+    """Rows where each expert chose C tokens of each image: indices (B, E, C) within the image."""
+    B, E, C = chosen_BEC.shape
+    first_B = torch.arange(B, device=chosen_BEC.device) * S
+    expert_E = torch.arange(E, device=chosen_BEC.device)
+    token_R = (chosen_BEC + first_B[:, None, None]).flatten()
+    return Route(token_R, expert_E[None, :, None].expand(B, E, C).flatten(), weight_BEC.flatten())
+
+
+def rows_of_mask(taken_TE: Tensor, score_TE: Tensor) -> Route:
+    """Rows where the mask (T, E) is set; weights are the scores."""
+    token_R, expert_R = taken_TE.nonzero(as_tuple=True)
+    return Route(token_R, expert_R, score_TE[token_R, expert_R])
+
+
+def top_counts(score_TE: Tensor, count_E: Tensor) -> Tensor:
+    """Mask (T, E) of each expert's count_E[e] highest-scoring tokens."""
+    order_TE = score_TE.argsort(dim=0, descending=True, stable=True)
+    place = torch.arange(score_TE.shape[0], device=score_TE.device)[:, None].expand_as(order_TE)
+    rank_TE = torch.empty_like(order_TE).scatter_(0, order_TE, place)
+    return rank_TE < count_E[None]
+
+
+def segment_sums(x_TD: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Sum and number of the tokens assigned to each expert, float32 (E, D) and (E,). A token may count for several."""
+    x_TD = x_TD.float()
+    sum_ED = x_TD.new_zeros(experts, x_TD.shape[1])
+    for k in range(expert_TK.shape[1]):
+        sum_ED = sum_ED.index_add(0, expert_TK[:, k], x_TD)
+    return sum_ED, torch.bincount(expert_TK.flatten(), minlength=experts).float()
+
+
+def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each used expert's prototype against the centroids of all used experts; 0 if fewer than two.
+
+    Args:
+        prototype_ED: (E, D).
+        sum_ED, count_E: sum and number of the tokens of each expert, (..., E, D) and (..., E); one loss for each of
+            the leading dimensions.
+
+    Returns:
+        float32 (...). Computed in float64: E·D numbers cost nothing, and at a low temperature the gradient is a
+        difference of near-equal terms. Nothing is indexed by "used", whose size would have to come to the host.
+
+    Source: ProMoE, arXiv 2510.24711, routing contrastive loss.
+    """
+    used_E = (count_E > 0) & ((count_E > 0).sum(-1, keepdim=True) >= 2)
+    centroid_ED = F.normalize(sum_ED.double() / count_E.clamp(min=1).unsqueeze(-1), dim=-1)
+    cosine_EE = F.normalize(prototype_ED.double(), dim=-1) @ centroid_ED.mT
+    # A row whose every centroid is unused would be all -inf and its gradient NaN: keep its diagonal.
+    hidden_EE = ~used_E.unsqueeze(-2) & ~torch.eye(used_E.shape[-1], dtype=torch.bool, device=used_E.device)
+    loss_E = -(cosine_EE / temperature).masked_fill(hidden_EE, -torch.inf).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+    return ((loss_E * used_E).sum(-1) / used_E.sum(-1).clamp(min=1)).float()
+
+
+def mean_over_images(value_B: Tensor, scope: Group) -> Tensor:
+    """Mean over the images of the scope; 0 without any."""
+    packed = torch.stack([value_B.sum(), value_B.new_tensor(float(value_B.shape[0]))])
+    total, images = sum_over(packed, scope)
+    return total / images.clamp(min=1)

@@ -1,0 +1,1 @@
+"""Training: start-up, the DeepSpeed engine, averaged weights, checkpoints, metrics, the loop."""

@@ -1,0 +1,140 @@
+"""Start-up and the outside world: ranks, devices, threads. The only file that reads environment variables.
+
+A rank learns who it is from whoever started it: torchrun or `deepspeed` (RANK, WORLD_SIZE, ...), srun (SLURM_*), mpirun
+(asked through mpi4py), or nobody: then it is alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class LaunchError(RuntimeError):
+    """The environment of a launcher that does not say enough to start."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is among the processes of the job, and where they meet (`address`, `port`)."""
+
+    launcher: str
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
+def detect() -> Launch:
+    """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete."""
+    env = os.environ
+    if "RANK" in env:
+        need = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if need:
+            raise LaunchError(f"RANK is set but {', '.join(need)} not; start with torchrun, or set them all")
+        local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+        return Launch(
+            "torchrun",
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env["LOCAL_RANK"]),
+            local_world,
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+        )
+    if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env and "SLURM_PROCID" not in env:
+        return _from_mpi()
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return _from_slurm(env)
+    return Launch("python")
+
+
+def _from_mpi() -> Launch:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise LaunchError(
+            "started by mpirun, but mpi4py does not import; pip install 'megapromoe[mpi]' (and an MPI library)"
+        ) from error
+    everyone = MPI.COMM_WORLD
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    meet = None
+    if everyone.rank == 0:
+        meet = (os.environ.get("MASTER_ADDR") or _own_address(everyone.size > node.size), _free_port())
+    address, port = everyone.bcast(meet, root=0)
+    return Launch("mpirun", everyone.rank, everyone.size, node.rank, node.size, address, port)
+
+
+def _from_slurm(env) -> Launch:
+    port = env.get("MASTER_PORT") or env.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
+    if not port:
+        raise LaunchError("started by srun without a port to meet at; use srun --resv-ports, or export MASTER_PORT")
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
+    local_world = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
+    return Launch(
+        "srun",
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_NTASKS"]),
+        int(env["SLURM_LOCALID"]),
+        local_world,
+        env.get("MASTER_ADDR") or first_host(nodes),
+        int(port),
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list: "gpu[03-05,9],x" -> "gpu03"."""
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.match(r"[^,\[]*(\[[^\]]*\])?[^,]*", nodelist)[0])
+
+
+def _own_address(several_nodes: bool) -> str:
+    return socket.gethostbyname(socket.gethostname()) if several_nodes else "127.0.0.1"
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return s.getsockname()[1]
+
+
+def start(launch: Launch, timeout: float) -> torch.device:
+    """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
+
+    Args:
+        timeout: seconds after which a collective that some rank does not join ends the run.
+
+    Returns:
+        this rank's device.
+    """
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when training/engine.py is imported, hence later
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed picks its device by it
+    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://{launch.address}:{launch.port or _free_port()}",
+        rank=launch.rank,
+        world_size=launch.world,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if cuda else None,
+    )
+    return device
+
+
+def stop() -> None:
+    """Leaves the job; without it a run may abort after all its work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

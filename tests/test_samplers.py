@@ -1,0 +1,250 @@
+"""Samplers against the exact solution for normal data, and guidance against two separate passes."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from megapromoe.diffusion.noise import image_noise
+from megapromoe.diffusion.objectives import DDPMSchedule
+from megapromoe.diffusion.samplers import guided, sample
+
+MEAN, STD = 0.4, 0.6  # of the data in the exact cases
+
+
+def flow_velocity(x, time):
+    """E[noise - clean | x] for clean ~ N(MEAN, STD^2): what a perfect rectified flow predicts."""
+    s = time / 1000
+    variance = (1 - s) ** 2 * STD**2 + s**2
+    centred = x - (1 - s) * MEAN
+    return s * centred / variance - (MEAN + (1 - s) * STD**2 * centred / variance)
+
+
+class PerfectDDPM:
+    """Noise and reverse variance that are exact for clean ~ N(MEAN, STD^2), on the steps of a schedule."""
+
+    def __init__(self, steps):
+        schedule = DDPMSchedule(steps)
+        self.rows = {
+            float(time): dict(zip(schedule.ROWS, column.tolist(), strict=True))
+            for time, column in zip(schedule.times, schedule.table.T, strict=True)
+        }
+
+    def __call__(self, x, time):
+        at = self.rows[time]
+        scale, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus"]
+        variance = scale**2 * STD**2 + sigma**2
+        eps = sigma * (x - scale * MEAN) / variance
+        clean_variance = STD**2 * sigma**2 / variance  # of clean given x
+        reverse = math.exp(at["log_var_min"]) + at["mean_clean"] ** 2 * clean_variance
+        width = at["log_var_max"] - at["log_var_min"]
+        share = (math.log(reverse) - at["log_var_min"]) / width if width else 0.0
+        return torch.cat([eps, torch.full_like(x, 2 * share - 1)], dim=1)
+
+
+def start(B=8, draw=0):
+    return image_noise(0, range(B), (2, 4, 4), draw)
+
+
+def flow_error(method, steps, shift=1.0):
+    """Largest distance from the exact end of the path, MEAN + STD · noise."""
+    noise = start()
+    return (sample(flow_velocity, noise, method, steps, shift) - (MEAN + STD * noise)).abs().max().item()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_samplers_land_on_the_data_at_their_order(shift):
+    euler = [flow_error("euler", steps, shift) for steps in (40, 80)]
+    heun = [flow_error("heun", steps, shift) for steps in (40, 80)]
+    assert 1.8 < euler[0] / euler[1] < 2.2
+    assert 3.5 < heun[0] / heun[1] < 4.6
+    assert heun[1] < euler[1] / 10
+
+
+def test_shift_puts_the_steps_at_the_shifted_noise_levels():
+    times = []
+    sample(lambda x, time: times.append(time) or flow_velocity(x, time), start(), "euler", 4, shift=3.0)
+    assert times == pytest.approx([1000, 900, 750, 500])  # sigma 3/4, 1/2, 1/4 in odds times 3
+
+
+def test_heun_calls_the_model_twice_in_each_step_but_the_last():
+    times = []
+    sample(lambda x, time: times.append(time) or flow_velocity(x, time), start(), "heun", 4)
+    assert times == [1000, 750, 750, 500, 500, 250, 250]
+
+
+def test_euler_ignores_a_learned_variance():
+    noise = start()
+
+    def with_variance(x, time):
+        return torch.cat([flow_velocity(x, time), torch.full_like(x, 9.0)], dim=1)
+
+    assert torch.equal(sample(with_variance, noise, "euler", 3), sample(flow_velocity, noise, "euler", 3))
+
+
+def test_ddim_lands_on_the_data():
+    """At first order; the exact path for normal data keeps the normalised deviate of each image."""
+    noise = start()
+    at = DDPMSchedule().table[:, -1].tolist()
+    deviate = (noise - at[0] * MEAN) / math.sqrt(at[0] ** 2 * STD**2 + at[1] ** 2)
+    errors = []
+    for steps in (125, 250, 500, 1000):
+        images = sample(PerfectDDPM(steps), noise, "ddim", steps)
+        errors.append((images - (MEAN + STD * deviate)).abs().max().item())
+    assert errors[-1] < 0.01
+    assert all(1.8 < coarse / fine < 2.2 for coarse, fine in pairwise(errors))
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_ddpm_lands_on_the_data_with_exact_reverse_variance(steps):
+    B, shape = 2, (1, 50, 100)
+    count = B * math.prod(shape)
+    images = sample(
+        PerfectDDPM(steps),
+        image_noise(3, range(B), shape),
+        "ddpm",
+        steps,
+        noise_at=lambda k: image_noise(3, range(B), shape, k),
+    )
+    # The last step returns the mean of clean given x_1, whose spread is a little below the data's.
+    at = dict(zip(DDPMSchedule.ROWS, DDPMSchedule(steps).table[:, 0].tolist(), strict=True))
+    gain = (
+        at["sqrt_alpha_bar"] * STD / math.sqrt(at["sqrt_alpha_bar"] ** 2 * STD**2 + at["sqrt_one_minus"] ** 2)
+    )
+    assert images.mean().item() == pytest.approx(MEAN, abs=5 * STD / math.sqrt(count))
+    assert images.std().item() == pytest.approx(STD * gain, abs=5 * STD / math.sqrt(2 * count))
+
+
+def test_ddpm_step_adds_noise_of_the_learned_deviation():
+    """With eps = 0 and v = 0: clean is x rescaled, and the variance is half-way between its bounds."""
+    seen = []
+
+    def predict(x, time):
+        seen.append(x)
+        return torch.cat([torch.zeros_like(x), torch.zeros_like(x)], dim=1)
+
+    noise, fresh = start(), start(draw=1)
+    sample(predict, noise, "ddpm", 2, noise_at=lambda k: fresh)
+    at = dict(zip(DDPMSchedule.ROWS, DDPMSchedule(2).table[:, 1].tolist(), strict=True))
+    mean = (at["mean_clean"] / at["sqrt_alpha_bar"] + at["mean_x"]) * noise
+    std = math.exp((at["log_var_min"] + at["log_var_max"]) / 4)
+    torch.testing.assert_close(seen[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
+
+
+def test_ddpm_asks_for_each_noise_once_and_none_at_the_end():
+    asked, done = [], []
+    sample(
+        PerfectDDPM(5),
+        start(),
+        "ddpm",
+        5,
+        noise_at=lambda k: asked.append(k) or start(draw=k),
+        progress=done.append,
+    )
+    assert asked == [1, 2, 3, 4] and done == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "ddpm", "ddim"])
+def test_an_image_does_not_depend_on_its_batch(method):
+    def predict(x, time):
+        return torch.cat([torch.tanh(x) * time / 1000, torch.cos(x)], dim=1)
+
+    def images(indices):
+        def noise(draw):
+            return image_noise(7, indices, (2, 4, 4), draw)
+
+        return sample(predict, noise(0), method, 6, noise_at=noise)
+
+    whole = images([0, 1, 2, 3, 4])
+    assert torch.equal(whole, torch.cat([images([0, 1, 2]), images([3, 4])]))
+    assert torch.equal(whole[[4, 0, 2]], images([4, 0, 2]))
+
+
+def test_sample_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="'rk4' is not known; use one of euler, heun, ddpm, ddim"):
+        sample(flow_velocity, start(), "rk4", 5)
+    with pytest.raises(ValueError, match="sample.steps: 0"):
+        sample(flow_velocity, start(), "euler", 0)
+    with pytest.raises(ValueError, match="1001 is not within 1..1000"):
+        sample(PerfectDDPM(5), start(), "ddim", 1001)
+    with pytest.raises(ValueError, match="give noise_at, or use 'ddim'"):
+        sample(PerfectDDPM(5), start(), "ddpm", 5)
+    with pytest.raises(ValueError, match="needs 2 x 2 output channels, got 2"):
+        sample(flow_velocity, start(), "ddim", 5)
+
+
+# Guidance
+
+NULL = 10
+
+
+class Model:
+    """A function of each image, its label and its time, that checks and records how it is called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y, conditional):
+        assert (y[:conditional] != NULL).all() and (y[conditional:] == NULL).all()
+        assert t.dtype == torch.float32 and t.shape == y.shape
+        self.calls.append((len(x), conditional))
+        per_image = (y + 1.0 + t / 1000)[:, None, None, None]
+        return torch.cat([torch.sin(per_image * x), per_image * x], dim=1).bfloat16(), "aux"
+
+
+def pass_of(x, labels, time):
+    """One pass of the model over images under given labels, each on its own."""
+    rows = [
+        Model()(x[[i]], torch.tensor([float(time)]), y.view(1), conditional=int(y != NULL))[0]
+        for i, y in enumerate(labels)
+    ]
+    return torch.cat(rows).float()
+
+
+@pytest.mark.parametrize("labels", [[3, 1, 4, 1], [NULL, 3, NULL, 2], [NULL, NULL]])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_guidance_is_two_separate_passes(labels, scale):
+    labels = torch.tensor(labels)
+    x = start(len(labels))
+    model = Model()
+    out = guided(model, labels, NULL, scale)(x, 600.0)
+    conditional, null = pass_of(x, labels, 600.0), pass_of(x, torch.full_like(labels, NULL), 600.0)
+    expected = null[:, :2] + scale * (conditional[:, :2] - null[:, :2])
+    torch.testing.assert_close(out[:, :2], expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out[:, 2:], conditional[:, 2:])  # a learned variance is not extrapolated
+    named = int((labels != NULL).sum())
+    both = scale != 1 and named
+    assert model.calls == [(named + len(labels) if both else len(labels), named)]
+
+
+def test_guidance_acts_in_its_interval_only():
+    labels = torch.tensor([2, 5])
+    x = start(2)
+    model = Model()
+    predict = guided(model, labels, NULL, 3.0, low=0.25, high=0.75)
+    for time, acts in [
+        (0.0, False),
+        (249.0, False),
+        (250.0, True),
+        (750.0, True),
+        (751.0, False),
+        (1000.0, False),
+    ]:
+        out = predict(x, time)
+        assert torch.equal(out, pass_of(x, labels, time)) == (not acts)
+        assert model.calls[-1] == (4 if acts else 2, 2)
+
+
+# Per-image noise
+
+
+def test_image_noise_is_unit_normal_and_fresh_for_each_image_draw_and_seed():
+    a = image_noise(0, range(4), (3, 16, 16))
+    assert a.dtype == torch.float32 and a.shape == (4, 3, 16, 16)
+    others = [image_noise(0, range(4, 8), (3, 16, 16)), image_noise(0, range(4), (3, 16, 16), 1)]
+    others.append(image_noise(1, range(4), (3, 16, 16)))
+    for other in others:
+        correlation = np.corrcoef(a.flatten().numpy(), other.flatten().numpy())[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(a.numel())
