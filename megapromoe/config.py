@@ -43,16 +43,12 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), within: str =
 class ModelConfig:
     """The network: DiT's sizes, the router and the experts."""
 
-    router: str = option(
-        "promoe", "who routes: dense DiT, ProMoE by token or expert, TC, EC, DiffMoE", ROUTERS
-    )
+    router: str = option("promoe", "who routes: dense DiT, ProMoE by token or expert, TC, EC, DiffMoE", ROUTERS)
     hidden_size: int = option(384, "channels D of a token", within=ONE_UP)
     depth: int = option(12, "transformer blocks L", within=ONE_UP)
     heads: int = option(6, "attention heads", within=ONE_UP)
     patch_size: int = option(2, "side of a patch, in pixels of the input", within=ONE_UP)
-    input_size: int = option(
-        32, "side of the input, in pixels (of latents, where it is latents)", within=ONE_UP
-    )
+    input_size: int = option(32, "side of the input, in pixels (of latents, where it is latents)", within=ONE_UP)
     in_channels: int = option(4, "channels C of the input", within=ONE_UP)
     num_classes: int = option(1000, "classes; the null class is the one after the last", within=ONE_UP)
     mlp_ratio: float = option(4.0, "width of a dense MLP over hidden_size", within=POSITIVE)
@@ -65,14 +61,10 @@ class ModelConfig:
     moe_every: int = option(2, "block i is MoE when (i+1) % moe_every == 0: 2 odd, 1 all", within=ONE_UP)
     shared_expert: bool = option(True, "ProMoE: one expert that every token visits")
     unconditional_expert: bool = option(True, "ProMoE: one expert for all tokens of null-class images")
-    gate: str = option(
-        "identity", "ProMoE: an expert's weight from its score", ("identity", "sigmoid", "softmax")
-    )
+    gate: str = option("identity", "ProMoE: an expert's weight from its score", ("identity", "sigmoid", "softmax"))
     rcl_weight: float = option(1.0, "ProMoE: weight of the routing contrastive loss (RCL)", within=ZERO_UP)
     rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL", within=POSITIVE)
-    rcl_tokens: str = option(
-        "all", "RCL, top_k > 1: a token counts for all its experts or one", ("all", "first")
-    )
+    rcl_tokens: str = option("all", "RCL, top_k > 1: a token counts for all its experts or one", ("all", "first"))
     batch_scope: str = option("global", "batch statistics over all data ranks or one", ("global", "rank"))
     balance_weight: float = option(0.0, "weight of the balance loss; 0 turns it off", within=ZERO_UP)
     balance_form: str = option("batch", "balance over the batch or each image", ("batch", "sequence"))
@@ -381,9 +373,7 @@ Rule = tuple[tuple[str, ...], str]
 def _sentences(config: Config, broken: Iterable[Rule], refused: Iterable[str] = ()) -> list[str]:
     """The broken rules with the value of the field to blame, but none that speaks of a refused field."""
     values = {f"{section}.{name}": v for section, s in to_dict(config).items() for name, v in s.items()}
-    return [
-        f"{keys[0]} = {values[keys[0]]!r}: {rule}" for keys, rule in broken if not set(keys) & set(refused)
-    ]
+    return [f"{keys[0]} = {values[keys[0]]!r}: {rule}" for keys, rule in broken if not set(keys) & set(refused)]
 
 
 def _violations(config: Config, world: int | None, refused: set[str]) -> list[str]:

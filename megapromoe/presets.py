@@ -42,9 +42,7 @@ PRESETS: dict[str, Preset] = {
     "dit_l": _published("l", "dense"),  # 458.1M, FID-50K 3.56
     "dit_xl": _published("xl", "dense"),  # 675.1M
     # Token choice with a linear gate and a balance loss; expert choice.
-    "tc_l_e8": _published(
-        "l", "tc", **_BASELINE, balance_weight=0.01, balance_form="batch"
-    ),  # 1.163B, 458.2M
+    "tc_l_e8": _published("l", "tc", **_BASELINE, balance_weight=0.01, balance_form="batch"),  # 1.163B, 458.2M
     "ec_l_e8": _published("l", "ec", **_BASELINE),  # 1.163B, 458.2M
     # DiffMoE: expert choice over the batch, with a capacity predictor.
     "diffmoe_b_e8": _published("b", "diffmoe", **_BASELINE),  # 332.5M

@@ -1,4 +1,4 @@
-"""Reads the golden cases: configurations, inputs and expected results of published implementations (golden/README.md)."""
+"""Reads the golden cases: configurations, inputs and results of published implementations (golden/README.md)."""
 
 import json
 from dataclasses import replace

@@ -18,7 +18,15 @@ from multiprocessing.connection import wait
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megapromoe.training.checkpoint", "megapromoe.parallelize"])
+# The last is imported by deepspeed.initialize and takes seconds.
+_context.set_forkserver_preload(
+    [
+        "megapromoe.training.checkpoint",
+        "megapromoe.parallelize",
+        "megapromoe.data.builtin",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)
 
 
 class WorkerFailed(AssertionError):
@@ -66,7 +74,12 @@ def _collect(pipes: list, deadline: float) -> list:
 
 def _work(rank: int, world: int, meet: str, pipe, function, arguments) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "DS_ACCELERATOR": "cpu",
+    }
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meet}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )

@@ -13,14 +13,10 @@ from megapromoe.models.dit import DiT
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build, layouts
 
-SMALL = ModelConfig(
-    hidden_size=32, depth=4, heads=4, input_size=8, num_classes=10, num_experts=6, expert_ratio=1.5
-)
+SMALL = ModelConfig(hidden_size=32, depth=4, heads=4, input_size=8, num_classes=10, num_experts=6, expert_ratio=1.5)
 
 
-@pytest.mark.parametrize(
-    "experts, millions", [(4, 659.6), (8, 861.2), (16, 1264), (32, 2070), (64, 3682), (128, 6907)]
-)
+@pytest.mark.parametrize("experts, millions", [(4, 659.6), (8, 861.2), (16, 1264), (32, 2070), (64, 3682), (128, 6907)])
 def test_published_sweep_over_experts(experts, millions):
     model = resolve("promoe_l", overrides=[f"model.num_experts={experts}"]).model
     assert parameters(model).total / 1e6 == pytest.approx(millions, abs=0.5 if experts > 8 else 0.05)
@@ -81,9 +77,7 @@ def test_operations_that_torch_counts(change):
     assert counter.get_total_flops() == images * flops_per_image(config.model).forward
 
 
-@pytest.mark.parametrize(
-    "router, top_k, rows", [("promoe", 2, 32), ("promoe_ec", 2, 30), ("ec", 1, 12), ("tc", 1, 16)]
-)
+@pytest.mark.parametrize("router, top_k, rows", [("promoe", 2, 32), ("promoe_ec", 2, 30), ("ec", 1, 12), ("tc", 1, 16)])
 def test_rows_of_the_routed_experts(router, top_k, rows):
     """16 tokens and 6 experts: token choice visits 16 K, expert choice 6 int(16 / 6 K)."""
     model = replace(SMALL, router=router, top_k=top_k, moe_every=4)
@@ -92,12 +86,8 @@ def test_rows_of_the_routed_experts(router, top_k, rows):
 
 def first_rank(layout):
     """The mesh of rank 0, as far as slicing parameters needs it."""
-    groups = {
-        name: Group(tuple(range(size)), 0) for name, size in vars(layout).items() if name != "micro_batch"
-    }
-    return Mesh(
-        groups["world"], groups["tp"], groups["dp"], groups["ep"], groups["edp"], expert_tp=layout.etp > 1
-    )
+    groups = {name: Group(tuple(range(size)), 0) for name, size in vars(layout).items() if name != "micro_batch"}
+    return Mesh(groups["world"], groups["tp"], groups["dp"], groups["ep"], groups["edp"], expert_tp=layout.etp > 1)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from golden_cases import CASES, config_of, null_last, parameters_of, tensors_of
+
 from megapromoe.models.published import from_published
 from megapromoe.parallelize import build
 

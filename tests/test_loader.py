@@ -106,9 +106,7 @@ def test_normals_are_normal_in_every_place():
 
 def test_purposes_and_seeds_are_independent():
     positions = np.arange(100_000)
-    streams = [
-        uniforms(s, purpose, positions) for s in (0, 1, -1) for purpose in ("time", "flip", "label drop")
-    ]
+    streams = [uniforms(s, purpose, positions) for s in (0, 1, -1) for purpose in ("time", "flip", "label drop")]
     between = np.corrcoef(streams) - np.eye(len(streams))
     assert np.abs(between).max() < 5 / np.sqrt(len(positions))
 
@@ -164,8 +162,7 @@ def test_batch_holds_the_record_of_its_position_with_flip_and_null_label():
 def test_flip_label_drop_and_time_are_independent():
     count = 4000
     mirrored, plain = (
-        in_stream_order(loader(size=count, label_drop=0.5, flip=flip).batch(0, count))
-        for flip in (True, False)
+        in_stream_order(loader(size=count, label_drop=0.5, flip=flip).batch(0, count)) for flip in (True, False)
     )
     was_flipped = (mirrored["clean_BCHW"] != plain["clean_BCHW"]).flatten(1).any(1)
     columns = torch.stack([was_flipped.double(), (plain["labels_B"] == NULL).double(), plain["u_B"].double()])
@@ -293,9 +290,7 @@ def test_digits_are_the_real_ones():
     assert images.dtype == np.float32 and labels.dtype == np.int64 and images.shape == (1797, 1, 8, 8)
     assert images.min() == -1 and images.max() == 1 and set(labels) == set(range(10))
     # Writing a 0 leaves the middle empty; writing a 1 fills it.
-    assert (
-        images[labels == 0][:, 0, 3:5, 3:5].mean() < -0.5 < 0.2 < images[labels == 1][:, 0, 3:5, 3:5].mean()
-    )
+    assert images[labels == 0][:, 0, 3:5, 3:5].mean() < -0.5 < 0.2 < images[labels == 1][:, 0, 3:5, 3:5].mean()
 
 
 def test_synthetic_latents_scatter_around_their_class():

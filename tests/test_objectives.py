@@ -47,9 +47,7 @@ def diffusion_config(**changes):
 
 
 def test_logit_normal_has_the_stated_mean_and_deviation_of_its_logit():
-    logit = torch.logit(
-        RectifiedFlow("logit_normal", logit_mean=-0.4, logit_std=0.7).sigma(quantiles()).double()
-    )
+    logit = torch.logit(RectifiedFlow("logit_normal", logit_mean=-0.4, logit_std=0.7).sigma(quantiles()).double())
     assert logit.mean().item() == pytest.approx(-0.4, abs=1e-4)
     assert logit.std().item() == pytest.approx(0.7, rel=1e-3)
 
@@ -172,9 +170,7 @@ def test_learned_variance_spans_posterior_to_beta():
 def test_normal_kl_is_the_integral():
     grid = np.linspace(-30, 30, 600_001)
     for m1, v1, m2, v2 in [(0.3, 0.5, -0.2, 1.5), (0.0, 2.0, 1.0, 0.7)]:
-        log_p, log_q = (
-            -0.5 * (grid - m) ** 2 / v - 0.5 * np.log(2 * np.pi * v) for m, v in ((m1, v1), (m2, v2))
-        )
+        log_p, log_q = (-0.5 * (grid - m) ** 2 / v - 0.5 * np.log(2 * np.pi * v) for m, v in ((m1, v1), (m2, v2)))
         integral = np.trapezoid(np.exp(log_p) * (log_p - log_q), grid)
         kl = normal_kl(*(torch.tensor(a) for a in (m1, math.log(v1), m2, math.log(v2))))
         assert kl.item() == pytest.approx(integral, rel=1e-5)
@@ -185,9 +181,7 @@ def test_pixel_likelihood_sums_to_one_and_is_close_to_the_true_normal():
     for mean, std in [(0.1, 0.2), (-0.98, 0.05), (0.98, 0.05), (0.5, 0.01)]:
         probability = torch.exp(-pixel_nll(levels, torch.tensor(mean), torch.tensor(2 * math.log(std))))
         assert probability.sum().item() == pytest.approx(1, abs=1e-5)
-        edges = torch.cat(
-            [levels.new_tensor([-math.inf]), levels[:-1] + 1 / 255, levels.new_tensor([math.inf])]
-        )
+        edges = torch.cat([levels.new_tensor([-math.inf]), levels[:-1] + 1 / 255, levels.new_tensor([math.inf])])
         exact = torch.special.ndtr((edges - mean) / std).diff()
         assert (probability - exact).abs().max() < 1e-3
 
@@ -222,9 +216,7 @@ def test_first_step_scores_the_likelihood_of_the_data():
     u = u_of([0])
     at = DDPMSchedule().at(torch.tensor([0]))
     x, _ = DDPM().corrupt(clean, noise, u)
-    guess = (x - math.sqrt(1e-4) * out[:, :2]) / math.sqrt(
-        1 - 1e-4
-    )  # at step 0 the posterior is the clean image
+    guess = (x - math.sqrt(1e-4) * out[:, :2]) / math.sqrt(1 - 1e-4)  # at step 0 the posterior is the clean image
     nll = pixel_nll(clean, guess, learned_log_variance(at, out[:, 2:])).mean() / math.log(2)
     torch.testing.assert_close(DDPM().variational_B(out, clean, noise, u)[0], nll, rtol=1e-3, atol=1e-3)
 

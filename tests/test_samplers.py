@@ -110,9 +110,7 @@ def test_ddpm_lands_on_the_data_with_exact_reverse_variance(steps):
     )
     # The last step returns the mean of clean given x_1, whose spread is a little below the data's.
     at = dict(zip(DDPMSchedule.ROWS, DDPMSchedule(steps).table[:, 0].tolist(), strict=True))
-    gain = (
-        at["sqrt_alpha_bar"] * STD / math.sqrt(at["sqrt_alpha_bar"] ** 2 * STD**2 + at["sqrt_one_minus"] ** 2)
-    )
+    gain = at["sqrt_alpha_bar"] * STD / math.sqrt(at["sqrt_alpha_bar"] ** 2 * STD**2 + at["sqrt_one_minus"] ** 2)
     assert images.mean().item() == pytest.approx(MEAN, abs=5 * STD / math.sqrt(count))
     assert images.std().item() == pytest.approx(STD * gain, abs=5 * STD / math.sqrt(2 * count))
 

@@ -104,9 +104,7 @@ class Loader:
         )
 
     @staticmethod
-    def micro_batches(
-        step: int, data_ranks: int, rank: int, accumulation: int, global_batch: int
-    ) -> list[range]:
+    def micro_batches(step: int, data_ranks: int, rank: int, accumulation: int, global_batch: int) -> list[range]:
         """Stream positions of each micro-batch that one data-parallel rank takes in an optimizer step.
 
         Step s owns positions [s·G, (s+1)·G). Accumulation cuts them into equal parts, and ranks cut each

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config import ModelConfig
-from megapromoe.models.layers import Attention, LabelEmbed, Mlp, PatchEmbed, TimeEmbed, modulate, position_table
+from megapromoe.models.layers import (
+    Attention,
+    LabelEmbed,
+    Mlp,
+    PatchEmbed,
+    TimeEmbed,
+    modulate,
+)
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import Routed
 from megapromoe.parallel.linear import GatheredLinear

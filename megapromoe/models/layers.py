@@ -44,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Model time (B,) in [0, 1000] to (B, D): 256 sinusoids (cosines first, longest period 10000), Linear-SiLU-Linear."""
+    """Model time (B,) in [0, 1000] to (B, D): 256 sinusoids (cosines first, longest period 10000) and an MLP."""
 
     SINUSOIDS = 256
 
@@ -65,7 +65,9 @@ class LabelEmbed(nn.Module):
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        # An empty table: on the meta device its default initialisation would import torch's compiler.
+        table = torch.empty(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(*table.shape, _weight=table)
 
     def forward(self, y_B: Tensor) -> Tensor:
         return self.embedding_table(y_B)

@@ -127,7 +127,10 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
             C = chosen_BEC.shape[-1]
             taken_BED = x_BSD.float().gather(1, chosen_BEC.reshape(B, -1, 1).expand(-1, -1, D)).view(B, -1, C, D)
             loss_B = contrastive_loss(
-                self.prototypes, taken_BED.sum(2), taken_BED.new_full((B, self.experts), C), self.config.rcl_temperature
+                self.prototypes,
+                taken_BED.sum(2),
+                taken_BED.new_full((B, self.experts), C),
+                self.config.rcl_temperature,
             )
             losses["rcl"] = self.config.rcl_weight * mean_over_images(loss_B, self.scope)
         return self.result(route, losses)

@@ -54,7 +54,7 @@ class ExpertPlacement:
 
 @dataclass(frozen=True)
 class Split:
-    """Slicing of one dimension over tp. `blocks` > 1: the dimension is that many equal blocks, each sliced (q, k, v)."""
+    """Slicing of one dimension over tp. `blocks` > 1: it is that many equal blocks, each sliced (q, k, v)."""
 
     dim: int
     blocks: int = 1

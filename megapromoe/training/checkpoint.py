@@ -16,13 +16,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,7 +92,9 @@ def write(
     tensors, parts = {}, {}
     for kind, piece, tensor in items:
         if engine.is_writer(piece.name):
-            tensors[f"{kind}/{piece.name}@{piece.start}"] = tensor.detach().to("cpu", torch.float32).contiguous().clone()
+            tensors[f"{kind}/{piece.name}@{piece.start}"] = (
+                tensor.detach().to("cpu", torch.float32).contiguous().clone()
+            )
             parts[piece.name, piece.start] = piece.stop
     if rank == 0:
         tensors |= {name: b.detach().cpu().contiguous() for name, b in buffers.items()}
@@ -101,8 +103,8 @@ def write(
         save_file(tensors, file)
         _sync(file)
         entry = {"size": file.stat().st_size, "sha256": _sha256(file)}
-    except OSError as problem:
-        entry, error = {}, f"{file}: {problem.strerror or problem}"
+    except (OSError, SafetensorError) as problem:
+        entry, error = {}, f"{file}: {problem}"
     mine = {
         "file": file.name,
         **entry,
@@ -115,7 +117,13 @@ def write(
         raise CheckpointError("the checkpoint was not saved: " + "; ".join(errors))
     if rank == 0:
         shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
-        manifest = {"format": FORMAT, **facts, "shapes": shapes, "buffers": sorted(buffers), "ranks": everyone}
+        manifest = {
+            "format": FORMAT,
+            **facts,
+            "shapes": shapes,
+            "buffers": sorted(buffers),
+            "ranks": everyone,
+        }
         path = folder / "manifest.json"
         path.write_text(json.dumps(manifest))
         _sync(path)
@@ -154,7 +162,9 @@ class Checkpoint:
         """Reads every byte; raises CheckpointError naming a file whose hash is not the manifest's."""
         for one in self.manifest["ranks"]:
             if _sha256(self.folder / one["file"]) != one["sha256"]:
-                raise CheckpointError(f"{self.folder / one['file']}: bytes changed since it was written; use another step")
+                raise CheckpointError(
+                    f"{self.folder / one['file']}: bytes changed since it was written; use another step"
+                )
 
     def logical(self, kind: str, name: str) -> Tensor:
         """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
@@ -183,7 +193,6 @@ class Checkpoint:
         return self._open[name]
 
 
-@torch.no_grad()
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     """Puts masters, moments, averages and buffers back, at any layout; returns the step. Collective.
 
@@ -191,21 +200,38 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     """
     check_model(checkpoint, engine.layouts)
     checkpoint.verify()
+    restore(engine, ema, checkpoint.logical, checkpoint.buffer, int(checkpoint.manifest["updates"]))
+    return int(checkpoint.manifest["step"])
+
+
+@torch.no_grad()
+def restore(
+    engine: Engine,
+    ema: EMA,
+    logical: Callable[[str, str], Tensor],
+    buffer: Callable[[str], Tensor],
+    updates: int,
+) -> None:
+    """Fills a run's state from logical tensors. Collective.
+
+    Args:
+        logical: (kind of `KINDS`, parameter) -> whole tensor.
+        buffer: name -> tensor, for the model's persistent buffers.
+        updates: AdamW steps behind the moments.
+    """
     targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
-    for _, piece, tensors in _held(engine, ema):
+    for piece, tensors in _held(engine, ema):
         targets.setdefault(piece.name, []).append((piece, tensors))
     for name, held in targets.items():
         for kind in KINDS:
-            local = engine.layouts[name].take(checkpoint.logical(kind, name), engine.mesh).view(-1)
+            local = engine.layouts[name].take(logical(kind, name), engine.mesh).view(-1)
             for piece, tensors in held:
                 tensors[kind].copy_(local[piece.start : piece.stop])
-    for name, buffer in engine.module.state_dict().items():
+    for name, tensor in engine.module.state_dict().items():
         if name not in engine.layouts:
-            buffer.copy_(checkpoint.buffer(name))
+            tensor.copy_(buffer(name))
     engine.masters_changed()
-    step = int(checkpoint.manifest["step"])
-    engine.set_optimizer_step(int(checkpoint.manifest["updates"]))
-    return step
+    engine.set_optimizer_step(updates)
 
 
 def check_model(checkpoint: Checkpoint, layouts: dict[str, ParameterLayout]) -> None:
@@ -223,26 +249,24 @@ def check_model(checkpoint: Checkpoint, layouts: dict[str, ParameterLayout]) -> 
 
 
 def _state(engine: Engine, ema: EMA) -> Iterator[tuple[str, Piece, Tensor]]:
-    for _, piece, tensors in _held(engine, ema):
+    for piece, tensors in _held(engine, ema):
         for kind in KINDS:
             yield kind, piece, tensors[kind]
 
 
-def _held(engine: Engine, ema: EMA) -> Iterator[tuple[int, Piece, dict[str, Tensor]]]:
+def _held(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
     """Every piece this rank holds, with views of its master, moments and average."""
-    for number, (partition, average) in enumerate(zip(engine.partitions, ema.averages, strict=True)):
+    for partition, average in zip(engine.partitions, ema.averages, strict=True):
         flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
         for piece in partition.pieces:
             span = slice(piece.offset, piece.offset + piece.stop - piece.start)
-            yield number, piece, {kind: flat[span] for kind, flat in flats.items()}
+            yield piece, {kind: flat[span] for kind, flat in flats.items()}
 
 
 def _view(engine: Engine, name: str) -> list:
     """JSON of how this rank's slice lies in the logical tensor: [local shape, [[local, logical], ...]]."""
     layout = engine.layouts[name]
-    pairs = [
-        [[[s.start, s.stop] for s in region] for region in pair] for pair in layout.pieces(engine.mesh)
-    ]
+    pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.pieces(engine.mesh)]
     return [list(layout.local_shape(engine.mesh)), pairs]
 
 

@@ -6,6 +6,9 @@ any traffic. Source: the paper's recipe, decay 0.9999.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -25,3 +28,20 @@ class EMA:
         """Moves the averages towards the weights."""
         masters = [p.master.detach() for p in self.engine.partitions]
         torch._foreach_lerp_(self.averages, masters, 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the model computes with the averages instead of the weights. Collective; do not train within."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for partition, average in zip(self.engine.partitions, self.averages, strict=True):
+            weights = partition.master.detach().clone()
+            partition.master.copy_(average)
+            average.copy_(weights)
+        self.engine.masters_changed()

@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-import deepspeed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
+from torch import Tensor, nn
 
 from megapromoe.config import Config, load_deepspeed
 from megapromoe.models.dit import DiT
@@ -150,10 +149,15 @@ class Engine:
         self.names = {id(p): name for name, p in model.named_parameters()}
         optimizer = _optimizer(config, model)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds, mpu=_ModelParallelUnit(mesh), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=ds,
+            mpu=_ModelParallelUnit(mesh),
+            dist_init_required=False,
         )
         self.optimizer = optimizer  # DeepSpeed works on this very object, whatever it wraps around it
-        self._norm = None
+        self._norm: Tensor | None = None
+        self._loss: Tensor | None = None
         if self.stage == 3:
             self.engine.optimizer._get_norm_groups = lambda: [self._announced_norm()]
         elif self.stage:
@@ -179,15 +183,16 @@ class Engine:
         self.engine.backward(total)
         return report
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, loss: Tensor | None = None) -> StepResult:
         """One AdamW update after the last micro-step, with the gradient clipped to `train.clip`.
 
-        Where the gradient's norm is not finite no rank changes anything.
+        Where the gradient's norm, or `loss` on any rank, is not finite, no rank changes anything.
         """
+        self._loss = loss
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            norm = self.global_norm()
+            norm = self.global_norm(loss)
             if norm.isfinite():
                 self._clip(norm)
             else:  # AdamW passes over parameters without a gradient
@@ -220,12 +225,15 @@ class Engine:
             for piece, gradient in zip(partition.pieces, gradients, strict=False):
                 yield piece, gradient[: piece.stop - piece.start]
 
-    def global_norm(self) -> Tensor:
+    def global_norm(self, loss: Tensor | None = None) -> Tensor:
         """The norm of the whole averaged gradient: every logical element counts once, at every stage and layout.
 
-        Sums squares over all ranks' parts, each divided by the number of ranks that hold the same part. Collective.
+        Sums squares over all ranks' parts, each divided by the number of ranks that hold the same part. Not finite if
+        any rank's `loss` is not. Collective.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        if loss is not None:
+            total += 0.0 * loss
         for piece, gradient in self.reduced_gradients():
             total += gradient.float().square().sum(dtype=torch.float64) / self.copies(piece.name)
         dist.all_reduce(total, group=self.mesh.whole.handle)
@@ -289,7 +297,7 @@ class Engine:
 
     def _announced_norm(self, *_) -> Tensor:
         # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step".
-        self._norm = self.global_norm()
+        self._norm = self.global_norm(self._loss)
         return torch.where(self._norm.isfinite(), self._norm, -torch.ones_like(self._norm))
 
     def _clip(self, norm: Tensor) -> None:
@@ -353,7 +361,7 @@ def _start_deepspeed() -> None:
 
 
 def _register_groups(mesh: Mesh) -> None:
-    """Hands our expert groups to DeepSpeed, which would otherwise make its own, of other ranks and without time-outs."""
+    """Hands our expert groups to DeepSpeed, which would make its own, of other ranks and without time-outs."""
     name = f"ep_size_{mesh.ep.size}"
     for table in (
         deepspeed_groups._EXPERT_PARALLEL_GROUP,
@@ -385,9 +393,7 @@ def _mark_experts(model: DiT, mesh: Mesh) -> None:
 
 def _optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
     """AdamW over parameter groups that keep experts apart, as the engine wants them."""
-    groups = split_params_into_different_moe_groups_for_optimizer(
-        {"params": list(model.parameters()), "name": "dense"}
-    )
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "dense"})
     t = config.train
     settings = {"lr": t.lr, "betas": (t.beta1, t.beta2), "eps": t.eps, "weight_decay": t.weight_decay}
     if t.optimizer == "torch":

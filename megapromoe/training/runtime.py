@@ -11,9 +11,10 @@ import re
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
+    import torch
 
 
 class LaunchError(RuntimeError):
@@ -34,8 +35,11 @@ class Launch:
 
 
 def detect() -> Launch:
-    """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete."""
+    """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete or no number."""
     env = os.environ
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
+    if wrong := [f"{name}={env[name]!r}" for name in names if not env.get(name, "0").isdecimal()]:
+        raise LaunchError(f"{', '.join(wrong)}: must be whole numbers; start with torchrun, mpirun or srun")
     if "RANK" in env:
         need = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if need:
@@ -92,7 +96,8 @@ def _from_slurm(env) -> Launch:
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: "gpu[03-05,9],x" -> "gpu03"."""
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", re.match(r"[^,\[]*(\[[^\]]*\])?[^,]*", nodelist)[0])
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def _own_address(several_nodes: bool) -> str:
@@ -105,6 +110,14 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def prepare() -> None:
+    """Sets what DeepSpeed reads when it is first imported: without a GPU, that it need not look for one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def start(launch: Launch, timeout: float) -> torch.device:
     """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
 
@@ -114,11 +127,12 @@ def start(launch: Launch, timeout: float) -> torch.device:
     Returns:
         this rank's device.
     """
+    import torch
+    import torch.distributed as dist
+
     cuda = torch.cuda.is_available()
-    if not cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when training/engine.py is imported, hence later
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed picks its device by it
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
@@ -136,5 +150,7 @@ def start(launch: Launch, timeout: float) -> torch.device:
 
 def stop() -> None:
     """Leaves the job; without it a run may abort after all its work is done."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a trained model draws, what its experts learnt, and a report of both."""

@@ -1,0 +1,222 @@
+"""A report of a run: report.json and report.md in its folder, all figures measured.
+
+How well digits are drawn is judged by a classifier that has nothing to do with the model: a support vector
+machine fitted to scikit-learn's real digits, which reads the sampled ones. How often it reads the class that
+was asked for is the accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megapromoe import __version__
+from megapromoe.config import Config
+from megapromoe.cost import parameters
+from megapromoe.data.builtin import Digits, open_dataset
+from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
+from megapromoe.evaluation.generate import load_model
+from megapromoe.evaluation.routing import routing_picture
+from megapromoe.models.dit import DiT
+from megapromoe.training.run_directory import RunDirectory
+
+FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps
+GRID_SIDE = 10  # classes shown in samples.png, and at most so many images of each
+
+
+class ReportError(RuntimeError):
+    """A run of which nothing can be reported."""
+
+
+def digit_features(images_BCHW: np.ndarray) -> np.ndarray:
+    """Digits in [-1, 1] as the classifier's features (B, 64) in [0, 16], the range of the real ones."""
+    images = np.asarray(images_BCHW, dtype=np.float64)
+    return ((images.clip(-1, 1) + 1) * 8).reshape(len(images), -1)
+
+
+def _digit_classifier():
+    from sklearn.svm import SVC  # slow to import
+
+    return SVC(C=10, gamma=0.001)  # gamma by scikit-learn's own example of digit recognition
+
+
+def classifier_accuracy(images_BCHW: np.ndarray, labels_B: np.ndarray) -> float:
+    """Share of digits (B, 1, 8, 8) that a classifier, fitted to all real digits, reads as their label."""
+    real = Digits()
+    classifier = _digit_classifier().fit(digit_features(real.images), real.labels)
+    return float((classifier.predict(digit_features(images_BCHW)) == np.asarray(labels_B)).mean())
+
+
+def classifier_own_accuracy() -> float:
+    """The same classifier's accuracy on real digits that it was not fitted to: 5-fold cross-validation."""
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+
+    real = Digits()
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    features = digit_features(real.images)
+    return float(cross_val_score(_digit_classifier(), features, real.labels, cv=folds).mean())
+
+
+def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """Final loss, speed and time from the lines of metrics.jsonl.
+
+    Returns:
+        `steps`; `final_loss`, the mean over the last 100 steps; `images_per_second`, the median;
+        `training_seconds`, images over the speed of their time, hence without start-up and saving.
+
+    Raises ReportError without a line.
+    """
+    if not lines:
+        raise ReportError("metrics.jsonl holds no line; train until train.log_every at least")
+    last = lines[-1]["step"]
+    final = [line["loss"] for line in lines if line["step"] > last - FINAL_STEPS]
+    losses = [loss for loss in final if loss is not None]  # null: it was not finite
+    steps = np.diff([0, *(line["step"] for line in lines)])
+    speeds = np.array([line["images_per_second"] for line in lines])
+    return {
+        "steps": last,
+        "final_loss": float(np.mean(losses)) if losses else None,
+        "images_per_second": float(np.median(speeds)),
+        "training_seconds": float((steps * config.train.global_batch / speeds).sum()),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What this process runs on."""
+    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_name(), "cores": _cores(), "gpu": gpu, "megapromoe": __version__, **versions}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Samples the run's latest averaged weights, looks at its experts, and writes what was measured.
+
+    Writes samples.png, routing.png (not for a dense model), report.json and report.md into the run directory.
+
+    Args:
+        samples: digits to draw and have read, classes in turn. Runs on other data have a grid, but no reader.
+        timings: seconds of what came before, by name, to be listed too.
+
+    Returns:
+        the content of report.json.
+
+    Raises ReportError, or what `load_model` raises.
+    """
+    directory = RunDirectory(run)
+    model, config, step = load_model(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    if not directory.metrics.is_file():
+        raise ReportError(f"{directory.metrics}: is missing; the folder is no run's, or it was moved in part")
+    lines = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
+    dataset = open_dataset(config)
+    count = parameters(config.model)
+    seconds = dict(timings or {})
+    report: dict[str, Any] = {
+        "run": directory.folder.name,
+        "checkpoint_step": step,
+        **training_figures(lines, config),
+        "layout": _layout(directory),
+        "deepspeed": config.train.deepspeed,
+        "parameters": {"total": count.total, "trainable": count.trainable, "active": count.active},
+        "machine": machine(),
+        "seconds": seconds,
+    }
+    start = time.perf_counter()
+    report["sampling"], images, labels = _sampled(model, config, samples)
+    seconds["sampling"] = time.perf_counter() - start
+    if config.model.in_channels in (1, 3):
+        report["picture"] = "samples.png"
+        write_png(directory.folder / report["picture"], _picture(images, labels))
+    if config.data.source == "digits":
+        report["accuracy"] = classifier_accuracy(images, labels)
+        report["classifier_own_accuracy"] = classifier_own_accuracy()
+    if config.model.moe_blocks:
+        start = time.perf_counter()
+        report["routing"] = routing_picture(model, config, dataset, directory.folder / "routing.png")
+        seconds["routing"] = time.perf_counter() - start
+    (directory.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (directory.folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    return report
+
+
+def _sampled(model: DiT, config: Config, count: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """How `count` images were drawn, the images, and their labels, classes in turn."""
+    labels = [i % config.model.num_classes for i in range(count)]
+    images = generate(model, config, labels, range(count)).cpu().numpy()
+    s = config.sample
+    said = {"images": count, "method": s.method, "steps": s.steps, "guidance": s.guidance, "seed": s.seed}
+    return said, images, np.array(labels)
+
+
+def _picture(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A grid with a row for each of the first classes, all equally long."""
+    rows = [np.flatnonzero(labels == c) for c in np.unique(labels)[:GRID_SIDE]]
+    columns = min(GRID_SIDE, *map(len, rows), len(images))
+    chosen = np.concatenate([row[:columns] for row in rows])
+    return grid(images[chosen], columns, picture_scale(images.shape[-1]))
+
+
+def _layout(directory: RunDirectory) -> dict[str, Any] | None:
+    """How the latest start of the run lay over its ranks."""
+    if not directory.environment.is_file():
+        return None
+    return json.loads(directory.environment.read_text(encoding="utf-8"))[-1]["layout"]
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page; what was not measured is not mentioned."""
+    how, size, host = report["sampling"], report["parameters"], report["machine"]
+    rows = [("steps", f"{report['steps']:,} (sampled at {report['checkpoint_step']:,})")]
+    if report["final_loss"] is not None:
+        rows.append((f"loss, mean of the last {FINAL_STEPS} steps", f"{report['final_loss']:.4f}"))
+    rows += [
+        ("training speed, median", f"{report['images_per_second']:,.0f} images/s"),
+        ("training time, without start-up and saving", f"{report['training_seconds']:.0f} s"),
+        *((f"time of {name}", f"{seconds:.0f} s") for name, seconds in report["seconds"].items()),
+        ("parameters", f"{size['total']:,}, of which a token meets {size['active']:,}"),
+    ]
+    if layout := report["layout"]:
+        spread = f"tensor {layout['tp']}, expert {layout['ep']}, data {layout['dp']}"
+        rows.append(("ranks", f"{layout['world']}: {spread}; {report['deepspeed']}"))
+    if "accuracy" in report:
+        read = f"**{report['accuracy']:.1%}** of {how['images']}"
+        rows.append(("sampled digits that a classifier reads as their class", read))
+        own = f"{report['classifier_own_accuracy']:.1%}"
+        rows.append(("that classifier on real digits, cross-validated", own))
+    sampler = f"{how['method']}, {how['steps']} steps, guidance {how['guidance']}, seed {how['seed']}"
+    rows.append(("sampler", sampler))
+    device = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
+    rows.append(("machine", f"{device}; torch {host['torch']}, deepspeed {host['deepspeed']}"))
+    page = [f"# Report of {report['run']}", "", "| | |", "|---|---|"]
+    page += [f"| {name} | {value} |" for name, value in rows]
+    if "picture" in report:
+        page += ["", "## Samples", "", f"![a row of samples for each class]({report['picture']})"]
+    if routing := report.get("routing"):
+        page += ["", "## Experts", "", "![what the experts take](routing.png)", ""]
+        page += ["| block | largest load over mean | load entropy, 1: even | dead | bits about the class |"]
+        page += ["|---|---|---|---|---|"]
+        names = ("blocks", "load_max_over_mean", "load_entropy", "dead_experts", "class_information_bits")
+        for block, ratio, entropy, dead, bits in zip(*(routing[name] for name in names), strict=True):
+            page.append(f"| {block} | {ratio:.2f} | {entropy:.3f} | {dead} | {bits:.2f} |")
+    return "\n".join(page) + "\n"

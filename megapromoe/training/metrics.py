@@ -1,0 +1,261 @@
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, and a progress bar or lines of log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megapromoe.config import Config, to_yaml
+
+logger = logging.getLogger(__name__)
+
+HEAT_MAPS = 20  # of a run: one takes as long as some steps of a small model
+
+# What progress shows, where it is logged: key, name, format.
+SHOWN = (
+    ("loss", "loss", "{:.4f}"),
+    ("gradient_norm", "grad", "{:.3g}"),
+    ("images_per_second", "img/s", "{:,.0f}"),
+    ("mfu", "mfu", "{:.1%}"),
+    ("dead_experts", "dead experts", "{:.0f}"),
+)
+
+# Dense bf16 FLOP/s of a device, by a pattern of its CUDA name; the first that matches.
+# Source: NVIDIA's data sheets.
+PEAKS = (
+    (r"\bA[18]00\b", 312e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH[18]00\b", 989e12),
+    (r"\bG?H200\b", 989e12),
+    (r"\bB200\b", 2250e12),
+)
+
+
+class Metrics:
+    """Writes the metrics of a run; does nothing unless `enabled`.
+
+    Args:
+        folder: the run directory; metrics.jsonl and tensorboard/ are written there.
+        total_steps: optimizer steps of the whole run.
+        first_step: steps done before; what was logged of later ones is dropped: they will be done again.
+        enabled: true on one rank.
+        terminal: show a progress bar, or else lines of log; None asks whether stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        total_steps: int,
+        first_step: int = 0,
+        enabled: bool = True,
+        terminal: bool | None = None,
+    ):
+        self.enabled, self.total_steps = enabled, total_steps
+        if not enabled:
+            return
+        self._blocks = config.model.moe_blocks
+        self._heat_map_every = max(1, total_steps // HEAT_MAPS)
+        self._next_heat_map = first_step
+        path = Path(folder) / "metrics.jsonl"
+        rewind(path, first_step)
+        self._lines = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115, a line at a time, until close
+        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step + 1)
+        self._board.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
+        self._bar = None
+        if sys.stderr.isatty() if terminal is None else terminal:
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, values: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
+        """Reports an optimizer step.
+
+        Args:
+            step: steps done, from 1.
+            values: name -> number. One that is not finite is null in metrics.jsonl: JSON has no word for it.
+            layers: name -> array (MoE layers,) or (MoE layers, experts): numbers of each MoE block.
+                TensorBoard shows the first kind as scalars, the second as a heat-map some 20 times a run.
+        """
+        if not self.enabled:
+            return
+        arrays = {name: torch.as_tensor(a).detach().double().cpu().numpy() for name, a in (layers or {}).items()}
+        # Seven digits are all of a float32.
+        line = {"step": step} | {name: _json(float(value)) for name, value in values.items()}
+        line |= {name: [_json(row) for row in array] for name, array in arrays.items()}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, float(value), step)
+        drawn = [name for name, array in arrays.items() if array.ndim == 2 and array.size]
+        if drawn and step >= self._next_heat_map:
+            self._next_heat_map = step + self._heat_map_every
+            for name in drawn:
+                picture = heat_map(arrays[name], f"{name}, step {step}", self._blocks)
+                self._board.add_image(name, picture, step, dataformats="HWC")
+        for name, array in arrays.items():
+            if array.ndim == 1:
+                for block, value in zip(self._blocks, array, strict=True):
+                    self._board.add_scalar(f"{name}/block {block}", value, step)
+        self._show(step, values)
+
+    def image(self, step: int, name: str, array: np.ndarray) -> None:
+        """Puts a picture on TensorBoard: (height, width) or (height, width, 3), uint8, or float in [0, 1]."""
+        if self.enabled:
+            self._board.add_image(name, array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+
+    def close(self) -> None:
+        """Writes what is still on its way and ends the progress bar. May be called twice."""
+        if not self.enabled:
+            return
+        self._lines.close()
+        self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        shown = {name: form.format(values[key]) for key, name, form in SHOWN if key in values}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            logger.info("step %d/%d  %s", step, self.total_steps, "  ".join(f"{n} {v}" for n, v in shown.items()))
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step` from a metrics.jsonl, and, with a warning, unreadable ones.
+
+    The file is replaced as a whole, and only where it changes.
+    """
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8", errors="replace")
+    kept, damaged = [], 0
+    for line in before.splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        logger.warning("%s: dropped %d unreadable lines; a run was killed while it wrote?", path, damaged)
+    after = "".join(kept)
+    if after != before:
+        aside = path.with_name(f"{path.name}.writing")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(after)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray:
+    """A picture of a table (layers, experts), each row as shares of its sum.
+
+    Args:
+        rows: number of the block that each row is about.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    layers, experts = table.shape
+    width, height = min(3 + 0.3 * experts, 14), min(1.5 + 0.3 * layers, 10)  # inches
+    figure = Figure(figsize=(width, height))
+    canvas = FigureCanvasAgg(figure)  # a figure of its own: pyplot keeps a list of all that it made
+    figure.subplots_adjust(bottom=0.55 / height, top=1 - 0.35 / height)
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, vmin=0, vmax=max(2 / experts, shares.max()), aspect="auto", interpolation="nearest")
+    axes.set(title=title, xlabel="expert", ylabel="block", yticks=range(layers), yticklabels=rows)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(picture, label="share of the rows")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def expert_statistics(load_LE: Tensor) -> dict[str, float]:
+    """How evenly the rows of all ranks lie over the experts.
+
+    Args:
+        load_LE: rows per MoE layer and expert; empty for a dense model, of which nothing is said.
+
+    Returns:
+        `dead_experts`, how many got no row, over all layers. Of the layers that routed any row (an all-null
+        batch routes none): `load_max_over_mean`, the worst layer's busiest expert over its average, 1 is
+        even; and `load_entropy`, the layers' mean entropy of the shares over log(E), in [0, 1], 1 is even.
+    """
+    if load_LE.numel() == 0:
+        return {}
+    load_LE = load_LE.double()
+    statistics = {"dead_experts": float((load_LE == 0).sum())}
+    busy_LE = load_LE[load_LE.sum(dim=1) > 0]
+    if len(busy_LE):
+        share_LE = busy_LE / busy_LE.sum(dim=1, keepdim=True)
+        experts = share_LE.shape[1]
+        entropy_L = torch.special.entr(share_LE).sum(dim=1)
+        statistics["load_max_over_mean"] = float(share_LE.max()) * experts
+        statistics["load_entropy"] = float(entropy_L.mean()) / math.log(experts) if experts > 1 else 1.0
+    return statistics
+
+
+def throughput(
+    images: int, seconds: float, flops_per_image: float, world: int, peak_flops: float | None
+) -> dict[str, float]:
+    """Speed of the whole job.
+
+    Args:
+        images: trained on in `seconds`, over all ranks.
+        flops_per_image: useful operations of a training step, `cost.flops_per_image(model).training`.
+        peak_flops: FLOP/s of one rank's device, or None where it is not known.
+
+    Returns:
+        `images_per_second`, `flops_per_second`, and, where the peak is known, `mfu`: the share of all ranks'
+        peaks.
+    """
+    rate = images / seconds
+    speed = {"images_per_second": rate, "flops_per_second": rate * flops_per_image}
+    if peak_flops is not None:
+        speed["mfu"] = rate * flops_per_image / (world * peak_flops)
+    return speed
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Dense bf16 FLOP/s of the device of this name; None for a CPU, a part of a GPU, an unknown one.
+
+    Args:
+        device_name: what `torch.cuda.get_device_name` says, or None for a CPU.
+    """
+    if device_name is None or "MIG" in device_name:
+        return None
+    return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
+
+
+def memory() -> int:
+    """Peak bytes of this process: allocated on its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # kilobytes on Linux
+
+
+def _json(value: Any) -> Any:
+    """A float, or an array of them, for JSON: whole numbers plain, others to 7 digits, null if not finite."""
+    if isinstance(value, np.ndarray):
+        return [_json(v) for v in value]
+    if not math.isfinite(value):
+        return None
+    return int(value) if abs(value) < 2**53 and value == int(value) else float(f"{value:.7g}")
