@@ -1,9 +1,9 @@
-# make env | train | test | check | format | clean
+# make env | train | test | check | equality | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: env train test check format clean
+.PHONY: env train test check equality format clean
 
 env: $(INSTALLED)
 
@@ -23,6 +23,10 @@ test: check
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The table of docs/equality.md, measured anew.
+equality: env
+	$(BIN)/python -m pytest -q tests/test_equality.py --equality-table docs/equality.md
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -51,7 +51,7 @@ PRESETS: dict[str, Preset] = {
     # A small ProMoE of scikit-learn's 8x8 digits, for a few minutes on a laptop. Not from the paper.
     "digits": {
         "model": {
-            "hidden_size": 96,
+            "hidden_size": 64,
             "depth": 4,
             "heads": 4,
             "patch_size": 2,
@@ -61,16 +61,17 @@ PRESETS: dict[str, Preset] = {
             "num_experts": 4,
         },
         "data": {"source": "digits"},
-        "sample": {"method": "euler", "steps": 50, "guidance": 2.0},
+        "sample": {"method": "euler", "steps": 20, "guidance": 2.0},
         "train": {
-            "steps": 2500,
+            "steps": 700,
             "global_batch": 128,
-            "lr": 1e-3,
-            "warmup": 50,
+            "lr": 3e-3,
+            "warmup": 30,
             "schedule": "cosine",
-            "ema": 0.995,
+            "clip": 1.0,
+            "ema": 0.99,
             "deepspeed": "fp32_zero1",
-            "save_every": 500,
+            "save_every": 250,
         },
     },
 }

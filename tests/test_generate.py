@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -259,3 +261,9 @@ def test_all_ranks_refuse_what_one_cannot_do(run, tmp_path):
     out = tmp_path / "file" / "x.png"
     said = parallel.run(2, launched, str(run), str(out), str(tmp_path / "store"), free_port(), arguments)
     assert len(set(said)) == 1 and "cannot be written" in said[0]
+
+
+def test_deepspeed_is_there_before_a_job_can_be_joined():
+    """Imported later, it would keep the job's threads alive after the job has been left."""
+    code = "import sys, megapromoe.evaluation.generate; sys.exit('deepspeed' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -44,11 +44,12 @@ def alone(tmp_path_factory) -> list[float]:
 
 def commands(folder: Path) -> dict[str, list[str]]:
     job = [*RUN, *TWO, "--run-dir", str(folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return {
-        "torchrun": [*MAIN[:2], "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megapromoe", *job],
-        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", free_port(), "--module", "megapromoe", *job],
+        "torchrun": [*torchrun, "-m", "megapromoe", *job],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "megapromoe", *job],
         "mpirun": ["mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", *MAIN, *job],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
@@ -60,7 +61,7 @@ def test_launchers_start_the_same_run(launcher, alone, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
     (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert start["world"] == 2
+    assert start["layout"]["world"] == 2 and start["layout"]["ep"] == 2
 
 
 def test_srun_environment(alone, tmp_path):

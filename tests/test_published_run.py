@@ -9,7 +9,8 @@ from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.models.published import from_published
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
-from megapromoe.training.checkpoint import KINDS, restore
+from megapromoe.training.checkpoint import restore
+from megapromoe.training.checkpoint_file import KINDS
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 

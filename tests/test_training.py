@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel import WorkerFailed, run
+from trajectory import small
 
 import megapromoe.training.loop as loop
 from megapromoe.config import TrainConfig
 from megapromoe.training import runtime
-from megapromoe.training.checkpoint import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
-from parallel import WorkerFailed, run
-from trajectory import small
+from megapromoe.training.checkpoint_file import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
 
 QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
 

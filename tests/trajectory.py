@@ -13,7 +13,8 @@ from megapromoe.data.loader import Loader
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
-from megapromoe.training.checkpoint import Checkpoint, save, write
+from megapromoe.training.checkpoint import save, write
+from megapromoe.training.checkpoint_file import Checkpoint
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 

@@ -34,6 +34,9 @@ def main() -> int:
 
     import torch  # slow to import
 
+    from megapromoe.training import runtime
+
+    runtime.prepare()
     from megapromoe.evaluation.report import write_report
 
     torch.set_num_threads(1)  # products this small are slower on several

@@ -35,6 +35,7 @@ from megapromoe.models.dit import DiT
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build
 from megapromoe.training import runtime
+from megapromoe.training.checkpoint_file import Checkpoint, CheckpointError, check_model, folder_of, steps_in
 from megapromoe.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,6 @@ def load_model(
 
     Raises SampleError, ConfigError (see `run_config`), or CheckpointError: damaged, or of another model.
     """
-    # Imports DeepSpeed, which is slow and settles its accelerator on import.
-    from megapromoe.training.checkpoint import Checkpoint, check_model, folder_of, steps_in
-
     config = run_config(run, overrides)
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
@@ -97,7 +95,7 @@ def load_model(
     checkpoint.verify()
     one = Group((0,), 0)
     model = build(config, Mesh(one, one, one, one, one), device)  # whole, also inside a job of many ranks
-    check_model(checkpoint, model.layouts)
+    check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.logical(weights, name))
@@ -178,8 +176,6 @@ def _draw(
     device: torch.device,
 ) -> None:
     """What follows the checks of `sample_command`: load, draw, gather, write. Collective."""
-    from megapromoe.training.checkpoint import CheckpointError  # imports DeepSpeed
-
     problem = None
     try:
         model, config, step = load_model(run, step, weights, device, overrides)

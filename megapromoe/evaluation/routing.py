@@ -247,4 +247,4 @@ def _overlay(image: np.ndarray, expert_S: np.ndarray, side: int, colours: Listed
     light = image.mean(2) if image.ndim == 3 else image
     colour = np.where(expert_S[:, None] == NOBODY, 0.5, colours(expert_S.clip(0))[:, :3]).reshape(side, side, 3)
     patch = len(light) // side
-    return colour.repeat(patch, axis=0).repeat(patch, axis=1) * (0.45 + 0.55 * light[..., None])
+    return colour.repeat(patch, axis=0).repeat(patch, axis=1) * (0.6 + 0.4 * light[..., None])

@@ -1,20 +1,9 @@
-"""Checkpoints without a layout: fp32 masters, AdamW's moments and averages, by logical name and place.
-
-A checkpoint is a folder ``step-00001000``: each rank's ``rank-00000.safetensors`` and a ``manifest.json`` that says
-which elements of which logical tensor each entry is. A part is a range of some rank's flattened slice of a parameter,
-so a rank writes its ZeRO partition as it lies in memory, each byte once over all ranks; `Checkpoint.logical` puts
-whole tensors together again, at whatever layout they were saved.
-
-The folder is written aside and renamed when all of it, manifest last, is on disk: a folder under its own name is
-complete. No pickle is written or read.
-"""
+"""Saving and loading a run: between the engine's partitions and the checkpoint format (`checkpoint_file.py`)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,34 +11,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapromoe.parallel.layout import ParameterLayout
+from megapromoe.training.checkpoint_file import (
+    FORMAT,
+    KINDS,
+    Checkpoint,
+    CheckpointError,
+    check_model,
+    folder_of,
+    sha256_of,
+    steps_in,
+    sync,
+)
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine, Piece
-
-FORMAT = 1
-KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-_FOLDER = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not there, not whole, or of another model."""
-
-
-def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def steps_in(root: Path) -> list[int]:
-    """Steps of the complete checkpoints under `root`, ascending."""
-    if not root.is_dir():
-        return []
-    found = (_FOLDER.fullmatch(p.name) for p in root.iterdir() if (p / "manifest.json").is_file())
-    return sorted(int(match[1]) for match in found if match)
 
 
 def save(root: Path, engine: Engine, ema: EMA, facts: dict[str, Any], keep: int) -> Path:
@@ -71,7 +49,7 @@ def save(root: Path, engine: Engine, ema: EMA, facts: dict[str, Any], keep: int)
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        _sync(root)
+        sync(root)
         for step in steps_in(root)[:-keep]:
             old = folder_of(root, step)
             (old / "manifest.json").unlink()  # first, so that what remains of a killed removal is no checkpoint
@@ -101,8 +79,8 @@ def write(
     file, error = folder / f"rank-{rank:05d}.safetensors", None
     try:
         save_file(tensors, file)
-        _sync(file)
-        entry = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        sync(file)
+        entry = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     except (OSError, SafetensorError) as problem:
         entry, error = {}, f"{file}: {problem}"
     mine = {
@@ -126,71 +104,8 @@ def write(
         }
         path = folder / "manifest.json"
         path.write_text(json.dumps(manifest))
-        _sync(path)
+        sync(path)
     dist.barrier()
-
-
-class Checkpoint:
-    """A complete checkpoint folder, opened for reading; tensors are read when asked for."""
-
-    def __init__(self, folder: Path):
-        """Raises CheckpointError, naming the file, if one is missing, has another size, or is not our format."""
-        self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        try:
-            self.manifest = json.loads(path.read_text())
-        except OSError as problem:
-            raise CheckpointError(f"{path}: {problem.strerror}; this is no complete checkpoint") from problem
-        except ValueError as problem:
-            raise CheckpointError(f"{path}: is not JSON; the checkpoint is damaged, use another step") from problem
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format {self.manifest.get('format')!r}, this version reads {FORMAT}")
-        for one in self.manifest["ranks"]:
-            file = self.folder / one["file"]
-            size = file.stat().st_size if file.is_file() else None
-            if size != one["size"]:
-                said = "is missing" if size is None else f"has {size} bytes, not {one['size']}"
-                raise CheckpointError(f"{file}: {said}; the checkpoint is damaged, use another step")
-        self.shapes: dict[str, list[int]] = self.manifest["shapes"]
-        self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
-        for one in self.manifest["ranks"]:
-            for name, start, stop, view in one["parts"]:
-                self._parts.setdefault(name, []).append((one["file"], start, stop, view))
-        self._open: dict[str, Any] = {}
-
-    def verify(self) -> None:
-        """Reads every byte; raises CheckpointError naming a file whose hash is not the manifest's."""
-        for one in self.manifest["ranks"]:
-            if _sha256(self.folder / one["file"]) != one["sha256"]:
-                raise CheckpointError(
-                    f"{self.folder / one['file']}: bytes changed since it was written; use another step"
-                )
-
-    def logical(self, kind: str, name: str) -> Tensor:
-        """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
-        shape = self.shapes[name]
-        out = torch.zeros(shape)
-        by_view: dict[str, list] = {}
-        for part in self._parts[name]:
-            by_view.setdefault(json.dumps(part[3]), []).append(part)
-        for view, parts in by_view.items():
-            local_shape, pairs = json.loads(view)
-            local = torch.zeros(local_shape)
-            flat = local.view(-1)
-            for file, start, stop, _ in parts:
-                flat[start:stop] = self._file(file).get_tensor(f"{kind}/{name}@{start}")
-            for here, there in pairs:
-                out[_slices(there)] = local[_slices(here)]
-        return out
-
-    def buffer(self, name: str) -> Tensor:
-        """A buffer of the model that is no parameter."""
-        return self._file(self.manifest["ranks"][0]["file"]).get_tensor(f"buffer/{name}")
-
-    def _file(self, name: str):
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name]
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
@@ -198,7 +113,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
 
     Raises CheckpointError, before anything is changed, if the checkpoint is of another model.
     """
-    check_model(checkpoint, engine.layouts)
+    check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
     checkpoint.verify()
     restore(engine, ema, checkpoint.logical, checkpoint.buffer, int(checkpoint.manifest["updates"]))
     return int(checkpoint.manifest["step"])
@@ -234,20 +149,6 @@ def restore(
     engine.set_optimizer_step(updates)
 
 
-def check_model(checkpoint: Checkpoint, layouts: dict[str, ParameterLayout]) -> None:
-    """Raises CheckpointError listing parameters that differ between the checkpoint and the model."""
-    said = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
-    ours = {name: layout.shape for name, layout in layouts.items()}
-    wrong = [f"{n}: the checkpoint has {said.get(n)}, the model {ours.get(n)}" for n in {**said, **ours}
-             if said.get(n) != ours.get(n)]  # fmt: skip
-    if wrong:
-        shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise CheckpointError(
-            f"{checkpoint.folder}: this checkpoint is of another model (None: it has no such parameter)\n  {shown}\n"
-            "Use the config it was trained with, or another run directory."
-        )
-
-
 def _state(engine: Engine, ema: EMA) -> Iterator[tuple[str, Piece, Tensor]]:
     for piece, tensors in _held(engine, ema):
         for kind in KINDS:
@@ -268,24 +169,3 @@ def _view(engine: Engine, name: str) -> list:
     layout = engine.layouts[name]
     pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.pieces(engine.mesh)]
     return [list(layout.local_shape(engine.mesh)), pairs]
-
-
-def _slices(region: list[list[int]]) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Forces a file's, or a folder's, content to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

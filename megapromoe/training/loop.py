@@ -27,7 +27,8 @@ from megapromoe.diffusion.objectives import make_objective
 from megapromoe.parallel.mesh import Mesh, make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training import runtime
-from megapromoe.training.checkpoint import Checkpoint, folder_of, load, save, steps_in
+from megapromoe.training.checkpoint import load, save
+from megapromoe.training.checkpoint_file import Checkpoint, folder_of, steps_in
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput

@@ -116,7 +116,7 @@ class RunDirectory:
                 self.close()
             changed = self._compare(config, force)
             self._starts()
-        # A complete checkpoint has its manifest. See training/checkpoint.py, which is slow to import.
+        # A complete checkpoint has its manifest. See training/checkpoint_file.py, which is slow to import.
         saved = sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))
         progress = f"continues from {saved[-1]}" if saved else "has no checkpoint yet, starts from step 0"
         listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
