@@ -97,6 +97,7 @@ CASES = [
     *(Case(4, ep=4, zero=z, prepare="one_expert") for z in (0, 1, 2, 3)),
     Case(4, tp=2, ep=2, prepare="one_expert"),
     *(Case(4, tp=2, ep=2, zero=z, what=ALL_NULL) for z in (0, 1, 2, 3)),
+    *(Case(4, tp=2, ep=2, what=(*ALL_NULL, f"model.router={r}")) for r in ("promoe_ec", "tc", "diffmoe")),
     *(Case(4, tp=2, ep=2, zero=z, what=NO_NULL) for z in (1, 3)),
     # Other routers and options under the same dispatch.
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_ec", "ec", "diffmoe")),

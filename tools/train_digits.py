@@ -40,7 +40,7 @@ def main() -> int:
     from megapromoe.evaluation.report import write_report
 
     torch.set_num_threads(1)  # products this small are slower on several
-    report = write_report(options.run, SAMPLES, {"the training command": trained})
+    report = write_report(options.run, SAMPLES, {"the last training command": trained})
     print()
     print((options.run / "report.md").read_text(encoding="utf-8"))
     for name in ("samples.png", "routing.png", "report.md", "report.json"):

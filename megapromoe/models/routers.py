@@ -125,13 +125,10 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         losses = {}
         if self.training and self.config.rcl_weight:
             C = chosen_BEC.shape[-1]
-            taken_BED = x_BSD.float().gather(1, chosen_BEC.reshape(B, -1, 1).expand(-1, -1, D)).view(B, -1, C, D)
-            loss_B = contrastive_loss(
-                self.prototypes,
-                taken_BED.sum(2),
-                taken_BED.new_full((B, self.experts), C),
-                self.config.rcl_temperature,
-            )
+            taken_BRD = x_BSD.float().gather(1, chosen_BEC.flatten(1).unsqueeze(-1).expand(-1, -1, D))
+            sum_BED = taken_BRD.view(B, self.experts, C, D).sum(2)
+            count_BE = sum_BED.new_full((B, self.experts), C)
+            loss_B = contrastive_loss(self.prototypes, sum_BED, count_BE, self.config.rcl_temperature)
             losses["rcl"] = self.config.rcl_weight * mean_over_images(loss_B, self.scope)
         return self.result(route, losses)
 
