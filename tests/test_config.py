@@ -21,9 +21,13 @@ from megapromoe.config import (
 )
 
 
+FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
+
+
 def violations(*overrides, preset="digits", **kwargs):
+    base = FIXED if preset == "digits" else ()
     with pytest.raises(ConfigError) as raised:
-        resolve(preset, overrides=overrides, **kwargs)
+        resolve(preset, overrides=(*base, *overrides), **kwargs)
     return raised.value.violations
 
 
