@@ -1,9 +1,9 @@
-# make env | train | test | check | equality | format | clean
+# make env | train | test | check | equality | layouts | faults | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: env train test check equality format clean
+.PHONY: env train test check equality layouts faults format clean
 
 env: $(INSTALLED)
 
@@ -24,9 +24,15 @@ check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The table of docs/equality.md, measured anew.
+# The tables in docs/, measured anew.
 equality: env
 	$(BIN)/python -m pytest -q tests/test_equality.py --equality-table docs/equality.md
+
+layouts: env
+	$(BIN)/python -m pytest -q tests/test_layout_change.py --layout-table docs/layout_changes.md
+
+faults: env
+	$(BIN)/python -m pytest -q tests/test_faults.py --fault-table docs/faults.md
 
 format: env
 	$(BIN)/ruff check --fix .

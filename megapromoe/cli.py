@@ -34,7 +34,8 @@ examples:
   torchrun --nproc-per-node 4 -m megapromoe train --run-dir runs/digits parallel.tp=2 parallel.ep=2
   megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
 
-exit codes: 0 done, 1 the run failed, 2 the command, the config or the launcher is wrong, 130 interrupted
+exit codes: 0 done, 1 the run failed, 2 the command, the config or the launcher is wrong, 75 stopped by a
+signal and saved (repeat the command), 130 interrupted
 `megapromoe COMMAND --help` tells more of a command."""
 
 _OVERRIDES = """\
@@ -112,6 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", "train a model, or continue a run", _TRAIN)
     config_options(train)
     run_option(train, "the folder of the run; made if needed")
+    train.add_argument(
+        "--step", metavar="N", type=int, help="resume from this step's checkpoint; default: newest whole"
+    )
+    train.add_argument(
+        "--allow",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="let this setting, such as data.seed, differ from the run's; may be repeated",
+    )
     train.add_argument("--dry-run", action="store_true", help="say what would be done, start nothing")
 
     sample = command("sample", "draw images with a trained model", "Overrides: section `sample` only.")
@@ -168,6 +179,8 @@ def _as_a_rank(options: argparse.Namespace) -> int:
         return (_train if options.command == "train" else _sample)(options, launch)
     except Exception as error:
         if not _is_for_the_user(error):
+            if launch.world > 1:
+                runtime.leave(error)
             raise
         shared = isinstance(error, ConfigError) or getattr(error, "everywhere", False)
         if launch.rank == 0 or not shared:
@@ -175,7 +188,7 @@ def _as_a_rank(options: argparse.Namespace) -> int:
             print(f"megapromoe{rank}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError) else getattr(error, "exit_code", 1)
 
 
 def _is_for_the_user(error: Exception) -> bool:
@@ -195,7 +208,7 @@ def _train(options: argparse.Namespace, launch) -> int:
     if options.dry_run:
         from megapromoe.training.run_directory import RunDirectory
 
-        state = RunDirectory(options.run).state(config)
+        state = RunDirectory(options.run).state(config, options.allow)
         if launch.rank == 0:
             print("\n".join(_description(config, launch.world)))
             print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
@@ -203,7 +216,7 @@ def _train(options: argparse.Namespace, launch) -> int:
     runtime.prepare()
     from megapromoe.training.loop import train
 
-    train(config, options.run, launch)
+    train(config, options.run, launch, options.step, tuple(options.allow))
     return 0
 
 

@@ -182,11 +182,19 @@ class TrainConfig:
     deepspeed: str = option("bf16_zero1", "name of a file in ds_configs, or a path to a .json file")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
     timeout: float = option(600.0, "seconds before a hanging collective ends the run", within=POSITIVE)
+    step_timeout: float = option(
+        300.0, "seconds in one section of a step after which a hang is named and ends the run", within=POSITIVE
+    )
     log_every: int = option(10, "steps between metrics", within=ONE_UP)
     save_every: int = option(5000, "steps between checkpoints; 0 saves only the last", within=ZERO_UP)
-    keep: int = option(2, "checkpoints kept", within=ONE_UP)
+    keep: int = option(2, "newest checkpoints kept", within=ONE_UP)
+    keep_every: int = option(0, "also keep checkpoints of steps that this divides; 0 keeps none", within=ZERO_UP)
+    max_failed_saves: int = option(3, "failed saves in a row that end the run", within=ONE_UP)
     sample_every: int = option(0, "steps between sample grids; 0 draws none", within=ZERO_UP)
-    max_bad_steps: int = option(3, "non-finite losses in a row that end the run", within=ONE_UP)
+    max_bad_steps: int = option(3, "skipped updates in a row that end the run", within=ONE_UP)
+    spike: float = option(
+        0.0, "skip updates whose gradient norm exceeds this many recent medians; 0 skips none", within=ZERO_UP
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""Options of the test-suite."""
+"""Options of the test-suite: where to write the tables that its measurements make."""
+
+TABLES = {
+    "--equality-table": "the equality matrix",
+    "--layout-table": "the layout-change matrix",
+    "--fault-table": "the fault table",
+}
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--equality-table", metavar="FILE", help="write the table of the equality matrix to FILE (Markdown)"
-    )
+    for option, what in TABLES.items():
+        parser.addoption(option, metavar="FILE", help=f"write {what} to FILE (Markdown)")

@@ -20,7 +20,6 @@ from megapromoe.config import (
     to_yaml,
 )
 
-
 FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
 
 

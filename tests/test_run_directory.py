@@ -11,7 +11,8 @@ import pytest
 from megapromoe.config import resolve
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError, _git_state
 
-CONFIG = resolve("digits")
+FIXED = ("train.steps=2500", "train.lr=1e-3", "sample.steps=50")  # the preset is tuned now and then
+CONFIG = resolve("digits", overrides=FIXED)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -41,8 +42,8 @@ def refusal(folder: Path, config=CONFIG) -> str:
 
 
 def test_a_new_run_explains_itself(tmp_path):
-    run = start(tmp_path / "runs" / "a", resolve("digits", overrides=["parallel.tp=2"]), 4, launcher="torchrun")
-    assert resolve(file=run.config_file) == resolve("digits", overrides=["parallel.tp=2"])
+    run = start(tmp_path / "runs" / "a", resolve("digits", overrides=[*FIXED, "parallel.tp=2"]), 4, launcher="torchrun")
+    assert resolve(file=run.config_file) == resolve("digits", overrides=[*FIXED, "parallel.tp=2"])
     assert run.checkpoints.is_dir() and run.samples.is_dir() and run.tensorboard.is_dir()
     (entry,) = json.loads(run.environment.read_text())
     assert entry["launcher"] == "torchrun"
@@ -53,7 +54,7 @@ def test_a_new_run_explains_itself(tmp_path):
 
 def test_each_start_adds_an_entry_that_tells_what_changed(tmp_path):
     start(tmp_path)
-    start(tmp_path, resolve("digits", overrides=["train.steps=9000", "parallel.ep=2", "sample.steps=7"]), 2)
+    start(tmp_path, resolve("digits", overrides=[*FIXED, "train.steps=9000", "parallel.ep=2", "sample.steps=7"]), 2)
     first, second = json.loads((tmp_path / "environment.json").read_text())
     assert first["changed"] == {}
     assert second["changed"] == {"parallel.ep": [1, 2], "sample.steps": [50, 7], "train.steps": [2500, 9000]}
@@ -69,7 +70,7 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
         "train.beta2=0.99",
         "train.global_batch=64",
     ]
-    told = refusal(tmp_path, resolve("digits", overrides=[*changes, "train.lr=1e-4"]))
+    told = refusal(tmp_path, resolve("digits", overrides=[*FIXED, *changes, "train.lr=1e-4"]))
     for change in changes:
         assert change.split("=")[0] in told
     assert "the run has 4, not 6" in told
@@ -79,7 +80,7 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
 
 def test_force_lets_a_named_field_change_and_no_other(tmp_path):
     start(tmp_path)
-    config = resolve("digits", overrides=["data.label_drop=0.2", "train.seed=3"])
+    config = resolve("digits", overrides=[*FIXED, "data.label_drop=0.2", "train.seed=3"])
     with pytest.raises(RunDirectoryError) as told:
         RunDirectory.open(tmp_path, config, 1, force=["data.label_drop"])
     assert "train.seed" in str(told.value) and "data.label_drop" not in str(told.value)
@@ -95,7 +96,7 @@ def test_a_field_the_stored_config_does_not_know_had_its_default(tmp_path):
     start(tmp_path)
     file.write_text("\n".join(kept))
     assert "model.rcl_weight: the run has 1.0, not 0.5" in refusal(
-        tmp_path, resolve("digits", overrides=["model.rcl_weight=0.5"])
+        tmp_path, resolve("digits", overrides=[*FIXED, "model.rcl_weight=0.5"])
     )
 
 
@@ -158,7 +159,7 @@ def test_close_frees_the_folder_in_the_same_process(tmp_path):
 
 def test_a_refused_start_frees_the_lock_it_took(tmp_path):
     start(tmp_path)
-    refusal(tmp_path, resolve("digits", overrides=["model.depth=6"]))
+    refusal(tmp_path, resolve("digits", overrides=[*FIXED, "model.depth=6"]))
     start(tmp_path)
 
 
@@ -174,7 +175,7 @@ def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
         (run.checkpoints / step).mkdir()
     for step in ("step-00000500", "step-00001000"):
         (run.checkpoints / step / "manifest.json").write_text("{}")
-    said = run.state(resolve("digits", overrides=["train.lr=2e-3"]))
+    said = run.state(resolve("digits", overrides=[*FIXED, "train.lr=2e-3"]))
     assert "continues from step-00001000" in said
     assert "train.lr: 0.001 -> 0.002" in said
 

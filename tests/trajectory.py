@@ -13,8 +13,8 @@ from megapromoe.data.loader import Loader
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
-from megapromoe.training.checkpoint import save, write
-from megapromoe.training.checkpoint_file import Checkpoint
+from megapromoe.training.checkpoint import Saver, snapshot
+from megapromoe.training.checkpoint_file import Checkpoint, commit, folder_of, write_rank
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 
@@ -99,17 +99,23 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
         dist.all_reduce(total, group=mesh.dp.handle)
         out.losses.append(float(total) / mesh.dp.size / config.train.accumulation)
         if step == 0:
-            place = Path(folder) / "gradient"
-            place.mkdir(exist_ok=True)
+            aside, place = Path(folder) / "gradient.writing", Path(folder) / "gradient"
+            aside.mkdir(exist_ok=True)
             dist.barrier()
             items = [("gradient", piece, g) for piece, g in engine.reduced_gradients()]
-            write(place, engine, items, {}, {})
+            snap = snapshot(engine, items, {})
+            assert not write_rank(aside, dist.get_rank(), snap.tensors, snap.parts, 0)
+            if dist.get_rank() == 0:
+                shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
+                commit(aside, place, dist.get_world_size(), {"step": 0, "shapes": shapes}, 60)
         result = engine.step(config.train.lr, total)
         ema.update()
         out.norms.append(result.norm)
-    last = save(Path(folder), engine, ema, {"step": steps, "updates": steps}, keep=1)
+    saver = Saver(Path(folder), engine, ema, patience=60)
+    saver.save({"step": steps, "updates": steps})
+    saver.finish(last=True)
     if dist.get_rank() == 0:
-        gradient, state = Checkpoint(place), Checkpoint(last)
+        gradient, state = Checkpoint(place), Checkpoint(folder_of(Path(folder), steps))
         out.gradients = {name: gradient.logical("gradient", name) for name in gradient.shapes}
         out.parameters = {name: state.logical("master", name) for name in state.shapes}
         out.averages = {name: state.logical("ema", name) for name in state.shapes}

@@ -155,7 +155,7 @@ def sample_command(
     alone = launch.world == 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not alone:
-        device = runtime.start(launch, config.train.timeout)
+        device = runtime.start(launch, config.train.timeout).device
     try:
         _agree(_unwritable(out) if launch.rank == 0 else None, launch)
         _draw(run, out, classes, count, step, weights, overrides, launch, device)

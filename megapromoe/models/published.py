@@ -7,11 +7,13 @@ Ours differ only inside an MoE layer: routed experts are stacked, and the uncond
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from megapromoe.config import ModelConfig
+from megapromoe.config import PROMOE_ROUTERS, ModelConfig
+from megapromoe.models.layers import position_table
 
 _LAYER = re.compile(r"(blocks\.\d+\.mlp)\.(.+)")
 _EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2|up_proj|down_proj)\.(weight|bias)")
@@ -45,15 +47,85 @@ def locate(name: str, config: ModelConfig) -> tuple[str, int | None]:
     return name, None
 
 
+def published_names(names: Iterable[str], config: ModelConfig) -> list[tuple[str, str | None, int | None]]:
+    """(published name, our name, expert's row) of each tensor of a model, in the order of the published model.
+
+    AdamW's states go by that order. Our name is None for what we compute: see `constants`.
+
+    Args:
+        names: our parameters and persistent buffers, in the order of our model.
+
+    Source: the modules of the ProMoE release, in the order of their registration.
+    """
+    order: list[tuple[str, str | None, int | None]] = [("pos_embed", None, None)]
+    layers: dict[str, set[str]] = {}
+    rest = []
+    for name in names:
+        layer = _LAYER.fullmatch(name)
+        if layer and layer[2].split(".")[0] in ("router", "experts", "shared", "unconditional"):
+            if layer[1] not in layers:
+                rest.append(layer[1])
+            layers.setdefault(layer[1], set()).add(layer[2])
+        else:
+            rest.append(name)
+    for name in rest:
+        order += _layer_names(name, layers[name], config) if name in layers else [(name, name, None)]
+    return order
+
+
+def _layer_names(prefix: str, has: set[str], config: ModelConfig) -> Iterator[tuple[str, str | None, int | None]]:
+    """`published_names` of one MoE layer."""
+    first, second = ("up_proj", "down_proj") if config.router in PROMOE_ROUTERS else ("fc1", "fc2")
+    parts = [(f"{ours}.{kind}", f"{theirs}.{kind}") for ours, theirs in (("fc1", first), ("fc2", second))
+             for kind in ("weight", "bias")]  # fmt: skip
+
+    def one(theirs: str, ours: str | None, row: int | None = None) -> tuple[str, str | None, int | None]:
+        return f"{prefix}.{theirs}", ours and f"{prefix}.{ours}", row
+
+    if config.router in PROMOE_ROUTERS:
+        yield one("cluster_centers", "router.prototypes")
+    elif config.router != "tc":
+        yield one("gate_weight", "router.gate")
+    if config.router == "diffmoe":
+        yield one("expert_threshold", "router.threshold")
+        yield one("ema_decay", None)
+    for expert in range(config.num_experts):
+        yield from (one(f"experts.{expert}.{theirs}", f"experts.{ours}", expert) for ours, theirs in parts)
+    if "unconditional.fc1.weight" in has:
+        last = config.num_experts
+        yield from (one(f"experts.{last}.{theirs}", f"unconditional.{ours}") for ours, theirs in parts)
+    if config.router == "tc":
+        yield one("gate.weight", "router.gate")
+    if "shared.fc1.weight" in has:
+        yield from (one(f"shared_expert.{theirs}", f"shared.{ours}") for ours, theirs in parts)
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        if f"router.predictor.{name}" in has:
+            yield one(f"capacity_predictor.{name}", f"router.predictor.{name}")
+
+
+def constants(config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors of a published checkpoint that follow from the config: positions, and DiffMoE's `capacity_decay`."""
+    out = {"pos_embed": position_table(config.input_size // config.patch_size, config.hidden_size)[None]}
+    if config.router == "diffmoe":
+        decay = torch.tensor([config.capacity_decay])
+        out |= {f"blocks.{block}.mlp.ema_decay": decay for block in config.moe_blocks}
+    return out
+
+
+def is_buffer(published: str) -> bool:
+    """Whether a published tensor is no parameter, and so has no place in AdamW's order."""
+    return published.endswith((".expert_threshold", ".ema_decay"))
+
+
 def from_published(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Published tensors by published name -> logical tensors by our names; experts are stacked.
 
-    `pos_embed`, which is computed, is left out. Raises ValueError if the experts of a layer are not 0..E-1.
+    What is computed (see `constants`) is left out. Raises ValueError if the experts of a layer are not 0..E-1.
     """
     out: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():
-        if name == "pos_embed":
+        if name == "pos_embed" or name.endswith(".ema_decay"):
             continue
         ours, expert = locate(name, config)
         if expert is None:

@@ -15,12 +15,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 FORMAT = 1
@@ -29,7 +32,13 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not there, not whole, or of another model."""
+    """A checkpoint that is not there, not whole, or cannot be written."""
+
+    everywhere = True  # all ranks meet it together, so one rank need print it
+
+
+class OtherModel(CheckpointError):
+    """A whole checkpoint, but of another model."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -73,13 +82,25 @@ class Checkpoint:
                 self._parts.setdefault(name, []).append((one["file"], start, stop, view))
         self._open: dict[str, Any] = {}
 
-    def verify(self) -> None:
-        """Reads every byte; raises CheckpointError naming a file whose hash is not the manifest's."""
-        for one in self.manifest["ranks"]:
-            if sha256_of(self.folder / one["file"]) != one["sha256"]:
-                raise CheckpointError(
-                    f"{self.folder / one['file']}: bytes changed since it was written; use another step"
-                )
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every byte of every `parts`-th file, from the `part`-th; several ranks share the work.
+
+        Raises CheckpointError naming a file whose hash is not the manifest's: bytes changed, or it is of another save.
+        """
+        for one in self.manifest["ranks"][part::parts]:
+            file = self.folder / one["file"]
+            if sha256_of(file) != one["sha256"]:
+                raise CheckpointError(f"{file}: {self._what_changed(file)}; use another step")
+
+    def _what_changed(self, file: Path) -> str:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                step = (opened.metadata() or {}).get("step")
+        except SafetensorError:
+            step = None
+        if step not in (None, str(self.manifest["step"])):
+            return f"is of step {step}, not {self.manifest['step']}"
+        return "bytes changed since it was written"
 
     def logical(self, kind: str, name: str) -> Tensor:
         """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
@@ -109,17 +130,76 @@ class Checkpoint:
 
 
 def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises CheckpointError listing parameters that differ between the checkpoint and a model of `shapes`."""
+    """Raises OtherModel listing parameters that differ between the checkpoint and a model of `shapes`."""
     said = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
     ours = {name: tuple(shape) for name, shape in shapes.items()}
     wrong = [f"{n}: the checkpoint has {said.get(n)}, the model {ours.get(n)}" for n in {**said, **ours}
              if said.get(n) != ours.get(n)]  # fmt: skip
     if wrong:
         shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise CheckpointError(
+        raise OtherModel(
             f"{checkpoint.folder}: this checkpoint is of another model (None: it has no such parameter)\n  {shown}\n"
             "Use the config it was trained with, or another run directory."
         )
+
+
+def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: list[list], step: int) -> str:
+    """Writes one rank's file, and then its receipt; returns what went wrong, or "".
+
+    Args:
+        tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
+        parts: [name, start, stop, view] of each piece; every kind has an entry of it.
+
+    The receipt holds the file's size and hash, or the problem. Who cannot even write that is missed by `commit`.
+    """
+    file, problem = folder / f"rank-{rank:05d}.safetensors", ""
+    receipt: dict[str, Any] = {"file": file.name, "parts": parts}
+    try:
+        save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
+        sync(file)
+        receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    except (OSError, SafetensorError) as error:
+        problem = f"{file}: {error}"
+    try:
+        aside = folder / f"rank-{rank:05d}.part"
+        aside.write_text(json.dumps(receipt | {"problem": problem}))
+        sync(aside)
+        os.replace(aside, folder / f"rank-{rank:05d}.json")
+    except OSError as error:
+        problem = problem or f"{error.filename}: {error.strerror}"
+    return problem
+
+
+def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience: float) -> None:
+    """Waits for all ranks' receipts, writes the manifest, and gives the folder its name: now it is a checkpoint.
+
+    Args:
+        facts: what the manifest says beside the files: step, updates, shapes, buffers, ...
+        patience: seconds to wait.
+
+    Raises CheckpointError naming the ranks that had a problem or did not write in time.
+    """
+    deadline = time.monotonic() + patience
+    paths = [aside / f"rank-{rank:05d}.json" for rank in range(world)]
+    while missing := [p.stem for p in paths if not p.exists()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{aside}: {', '.join(missing[:8])} did not write within {patience:.0f} s")
+        time.sleep(0.02)
+    receipts = [json.loads(p.read_text()) for p in paths]
+    if problems := [r["problem"] for r in receipts if r["problem"]]:
+        raise CheckpointError("; ".join(problems))
+    for path, receipt in zip(paths, receipts, strict=True):
+        del receipt["problem"]
+        path.unlink()
+    manifest = aside / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": receipts}))
+    sync(manifest)
+    sync(aside)
+    if final.exists():  # the same step saved again, after a resume from an earlier one
+        (final / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    sync(final.parent)
 
 
 def _slices(region: list[list[int]]) -> tuple[slice, ...]:

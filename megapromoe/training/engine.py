@@ -5,8 +5,8 @@ group, and over the expert-data-parallel group for routed experts, both divided 
 not get right for experts and tensor parallelism together is put right here:
 
 * **Groups.** Ours, made by `parallel/mesh.py` with time-outs, are registered before DeepSpeed makes its own.
-* **The norm.** One formula for every stage (`global_norm`) replaces DeepSpeed's, which miscounts experts at stage 0 and
-  under tensor parallelism. Non-finite norms skip the update on all ranks alike.
+* **The norm.** One formula for every stage (`Engine._agree`) replaces DeepSpeed's, which miscounts experts at stage 0
+  and under tensor parallelism. Non-finite norms skip the update on all ranks alike.
 * **Masters.** In bf16, DeepSpeed would start its fp32 masters from values rounded to bf16; they get the exact ones.
 * **Refused:** bf16 at stage 0, fp32 accumulation of bf16 gradients at stage 1, offload at stage 3, fp16 (`problems`).
 """
@@ -14,6 +14,7 @@ not get right for experts and tensor parallelism together is put right here:
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,10 +53,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`norm` of the whole gradient before clipping; `applied` is False where it was not finite: nothing changed."""
+    """What a step did, the same on every rank.
+
+    `norm` of the whole gradient before clipping; `applied` is False where it was not finite, or too large: nothing
+    changed; `stop` is True if any rank asked to stop.
+    """
 
     norm: float
     applied: bool
+    stop: bool
 
 
 class _ExpertsHere(AutoEPMoELayer):
@@ -156,8 +162,9 @@ class Engine:
             dist_init_required=False,
         )
         self.optimizer = optimizer  # DeepSpeed works on this very object, whatever it wraps around it
-        self._norm: Tensor | None = None
-        self._loss: Tensor | None = None
+        self._said: tuple[Tensor | None, bool] = (None, False)  # this rank's loss, and whether it asks to stop
+        self._largest = math.inf
+        self._agreed: Tensor | None = None  # what all ranks make of it: the norm, and how many ask to stop
         if self.stage == 3:
             self.engine.optimizer._get_norm_groups = lambda: [self._announced_norm()]
         elif self.stage:
@@ -183,25 +190,26 @@ class Engine:
         self.engine.backward(total)
         return report
 
-    def step(self, lr: float, loss: Tensor | None = None) -> StepResult:
+    def step(self, lr: float, loss: Tensor | None = None, stop: bool = False, largest: float = math.inf) -> StepResult:
         """One AdamW update after the last micro-step, with the gradient clipped to `train.clip`.
 
-        Where the gradient's norm, or `loss` on any rank, is not finite, no rank changes anything.
+        Where the gradient's norm is not finite, or larger than `largest`, or `loss` is not finite on any rank, no rank
+        changes anything. `stop`: this rank would like to end after the step; the answer says whether any does, at the
+        cost of no further collective.
         """
-        self._loss = loss
+        self._said, self._largest = (loss, stop), largest
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            norm = self.global_norm(loss)
-            if norm.isfinite():
+            norm = self._agree()
+            if norm.isfinite() and norm <= largest:
                 self._clip(norm)
             else:  # AdamW passes over parameters without a gradient
                 for p in self.module.parameters():
                     p.grad = None
-            self._norm = norm
         self.engine.step()
-        norm = float(self._norm)
-        return StepResult(norm, norm == norm and norm != float("inf"))
+        norm, votes = self._agreed.tolist()
+        return StepResult(norm, math.isfinite(norm) and norm <= largest, votes > 0)
 
     def finish_micro_step(self) -> None:
         """Tells DeepSpeed that a micro-step before the last is over."""
@@ -225,19 +233,22 @@ class Engine:
             for piece, gradient in zip(partition.pieces, gradients, strict=False):
                 yield piece, gradient[: piece.stop - piece.start]
 
-    def global_norm(self, loss: Tensor | None = None) -> Tensor:
+    def _agree(self) -> Tensor:
         """The norm of the whole averaged gradient: every logical element counts once, at every stage and layout.
 
         Sums squares over all ranks' parts, each divided by the number of ranks that hold the same part. Not finite if
-        any rank's `loss` is not. Collective.
+        any rank's loss is not. The votes to stop ride along. Collective.
         """
+        loss, stop = self._said
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         if loss is not None:
             total += 0.0 * loss
         for piece, gradient in self.reduced_gradients():
             total += gradient.float().square().sum(dtype=torch.float64) / self.copies(piece.name)
-        dist.all_reduce(total, group=self.mesh.whole.handle)
-        return total.sqrt().float()
+        said = torch.stack([total, torch.full_like(total, float(stop))])
+        dist.all_reduce(said, group=self.mesh.whole.handle)
+        self._agreed = torch.stack([said[0].sqrt(), said[1]])
+        return self._agreed[0].float()
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same piece of a parameter's gradient, master and moments."""
@@ -297,8 +308,8 @@ class Engine:
 
     def _announced_norm(self, *_) -> Tensor:
         # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step".
-        self._norm = self.global_norm(self._loss)
-        return torch.where(self._norm.isfinite(), self._norm, -torch.ones_like(self._norm))
+        norm = self._agree()
+        return torch.where(norm.isfinite() & (norm <= self._largest), norm, -torch.ones_like(norm))
 
     def _clip(self, norm: Tensor) -> None:
         if self.config.train.clip:

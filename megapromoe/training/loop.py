@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +29,16 @@ from megapromoe.diffusion.objectives import make_objective
 from megapromoe.parallel.mesh import Mesh, make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training import runtime
-from megapromoe.training.checkpoint import load, save
-from megapromoe.training.checkpoint_file import Checkpoint, folder_of, steps_in
+from megapromoe.training.checkpoint import Saver, resume
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+RECENT, ENOUGH = 100, 20  # norms of applied steps that `train.spike` compares with, at most and at least
 
 
 class TrainingError(RuntimeError):
@@ -43,29 +47,50 @@ class TrainingError(RuntimeError):
     everywhere = True
 
 
-def train(config: Config, folder: Path, launch: runtime.Launch) -> None:
+class Interrupted(TrainingError):
+    """A run that was asked to stop by a signal, and has saved."""
+
+    exit_code = 75  # EX_TEMPFAIL: try again; launchers requeue on it
+
+
+def train(
+    config: Config,
+    folder: Path,
+    launch: runtime.Launch,
+    from_step: int | None = None,
+    allow: tuple[str, ...] = (),
+) -> None:
     """Trains to `train.steps` in the run directory `folder`, from its newest checkpoint if it has any. Collective.
 
-    Raises RunDirectoryError, CheckpointError, DatasetError or TrainingError on every rank, each saying what to do.
+    Args:
+        from_step: resume from the checkpoint of this step instead, or not at all.
+        allow: settings, such as "data.seed", that may differ from the run's; see `run_directory.FIXED`.
+
+    SIGTERM or SIGUSR1 to any rank ends the run after a step, with a checkpoint. Raises Interrupted then;
+    RunDirectoryError, CheckpointError, DatasetError or TrainingError on every rank, each saying what to do.
     """
-    device = runtime.start(launch, config.train.timeout)
+    asked_to_stop = runtime.listen()
+    job = runtime.start(launch, config.train.timeout)
     try:
-        own = _open_run(config, folder, launch)
+        own = _open_run(config, folder, launch, allow)
         try:
-            _train(config, RunDirectory(folder), device)
+            _train(config, RunDirectory(folder), job, from_step, asked_to_stop)
         finally:
             if own:
                 own.close()
-    finally:
-        runtime.stop()
+    except Exception as error:
+        if getattr(error, "everywhere", False):  # otherwise other ranks may wait in a collective, and so would stop()
+            runtime.stop()
+        raise
+    runtime.stop()
 
 
-def _open_run(config: Config, folder: Path, launch: runtime.Launch) -> RunDirectory | None:
+def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
     """Rank 0 takes the folder; where it may not, every rank raises what it found."""
     own, said = None, [""]
     if launch.rank == 0:
         try:
-            own = RunDirectory.open(folder, config, launch.world, launcher=launch.launcher)
+            own = RunDirectory.open(folder, config, launch.world, allow, launcher=launch.launcher)
         except Exception as error:
             dist.broadcast_object_list([str(error)], src=0)
             raise
@@ -75,8 +100,14 @@ def _open_run(config: Config, folder: Path, launch: runtime.Launch) -> RunDirect
     return own
 
 
-def _train(config: Config, run: RunDirectory, device: torch.device) -> None:
-    t = config.train
+def _train(
+    config: Config,
+    run: RunDirectory,
+    job: runtime.Job,
+    from_step: int | None,
+    asked_to_stop: Callable[[], bool],
+) -> None:
+    t, device = config.train, job.device
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     dataset = open_dataset(config)
     loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
@@ -84,11 +115,10 @@ def _train(config: Config, run: RunDirectory, device: torch.device) -> None:
     ema = EMA(engine, t.ema)
     objective = make_objective(config)
 
+    saver = Saver(run.checkpoints, engine, ema, patience=t.timeout)
     step, updates = 0, 0  # an optimizer step whose gradient is not finite is a step, but no update
-    if steps := steps_in(run.checkpoints):
-        checkpoint = Checkpoint(folder_of(run.checkpoints, steps[-1]))
-        step = load(checkpoint, engine, ema)
-        updates = checkpoint.manifest["updates"]
+    if checkpoint := resume(run.checkpoints, engine, ema, from_step):
+        step, updates = checkpoint.manifest["step"], checkpoint.manifest["updates"]
         logger.info("continuing from %s", checkpoint.folder)
     if step >= t.steps:
         logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
@@ -102,48 +132,67 @@ def _train(config: Config, run: RunDirectory, device: torch.device) -> None:
     batches = prefetch(loader, stretches)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
+    recent = deque(checkpoint.manifest.get("recent_norms", []) if checkpoint else [], maxlen=RECENT)
     bad_in_a_row = 0
+    watchdog = Watchdog(job.store, mesh.rank, mesh.world, t.step_timeout)
     try:
         while step < t.steps:
             loss = torch.zeros((), device=device)
             for micro in range(t.accumulation):
+                watchdog.at(step + 1, "data")
                 batch = next(batches).to(device)
+                watchdog.at(step + 1, "forward and backward")
                 loss += _micro_step(engine, objective, batch, window)
                 if micro < t.accumulation - 1:
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
-            result = engine.step(rate, loss)
+            watchdog.at(step + 1, "update")
+            result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, recent))
             step += 1
             if result.applied:
                 ema.update()
                 updates, bad_in_a_row = updates + 1, 0
+                recent.append(result.norm)
             else:
                 bad_in_a_row += 1
                 first = (step - 1) * t.global_batch
                 logger.warning(
-                    "step %d: loss or gradient is not finite, no rank updated; samples %d..%d of the stream",
-                    *(step, first, first + t.global_batch - 1),
+                    "step %d: gradient norm %g is not finite, or a spike; no rank updated; samples %d..%d of the data",
+                    *(step, result.norm, first, first + t.global_batch - 1),
                 )
                 if bad_in_a_row >= t.max_bad_steps:
                     raise TrainingError(
-                        f"step {step}: {bad_in_a_row} steps in a row without a finite gradient"
+                        f"step {step}: {bad_in_a_row} steps in a row without a usable gradient"
                         f" (train.max_bad_steps = {t.max_bad_steps}); lower train.lr or train.clip, and start again"
                         " from the newest checkpoint by repeating the command"
                     )
             if step % t.log_every == 0 or step == t.steps:
+                watchdog.at(step, "log")
                 values, layers = window.close(result.norm, rate)
-                metrics.log(step, values, layers)
+                metrics.log(step, values | saver.figures, layers)
+                saver.figures = {}
             if t.sample_every and step % t.sample_every == 0:
+                watchdog.at(step, "sample")
                 with window.paused():
                     picture = _draw(engine, ema, config)
                     metrics.image(step, "samples", picture)
                     if mesh.rank == 0:
                         write_png(run.samples / f"step-{step:08d}.png", picture)
-            if step == t.steps or t.save_every and step % t.save_every == 0:
-                facts = {"step": step, "updates": updates, "config": to_dict(config), "versions": _versions()}
+            last = result.stop or step == t.steps
+            if last or t.save_every and step % t.save_every == 0:
+                watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
+                facts = {"step": step, "updates": updates, "recent_norms": list(recent)}
+                facts |= {"config": to_dict(config), "versions": _versions()}
+                if mesh.rank == 0:
+                    facts["run"] = run.identity()
                 with window.paused():
-                    save(run.checkpoints, engine, ema, facts, t.keep)
+                    saver.save(facts)
+            if last:
+                saver.finish(last=True)
+            if result.stop and step < t.steps:
+                raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
     finally:
+        watchdog.close()
         batches.close()
         metrics.close()
     engine.close()
@@ -170,6 +219,11 @@ def learning_rate(t: TrainConfig, step: int) -> float:
         return t.lr
     done = (step - t.warmup) / max(1, t.steps - t.warmup)
     return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def largest_norm(spike: float, recent: Sequence[float]) -> float:
+    """The gradient norm above which a step is skipped: `spike` medians of `recent` norms, once there are enough."""
+    return spike * statistics.median(recent) if spike and len(recent) >= ENOUGH else math.inf
 
 
 class _Window:

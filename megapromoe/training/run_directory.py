@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -208,6 +209,10 @@ class RunDirectory:
                 f"choose another --run, or restore these fields:{listed}"
             )
         return changed
+
+    def identity(self) -> str:
+        """A name of the run that no other has, the same at every start; for manifests."""
+        return hashlib.sha256(json.dumps(self._starts()[0], sort_keys=True).encode()).hexdigest()[:12]
 
     def _starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json."""

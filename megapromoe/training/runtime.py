@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
     import torch
+    from torch.distributed import Store
 
 
 class LaunchError(RuntimeError):
@@ -23,7 +28,10 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Launch:
-    """Who this process is among the processes of the job, and where they meet (`address`, `port`)."""
+    """Who this process is among the processes of the job, and where they meet (`address`, `port`).
+
+    `attempt` counts the launcher's restarts of the job.
+    """
 
     launcher: str
     rank: int = 0
@@ -32,6 +40,7 @@ class Launch:
     local_world: int = 1
     address: str = "127.0.0.1"
     port: int = 0
+    attempt: int = 0
 
 
 def detect() -> Launch:
@@ -53,6 +62,7 @@ def detect() -> Launch:
             local_world,
             env["MASTER_ADDR"],
             int(env["MASTER_PORT"]),
+            int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
     if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env and "SLURM_PROCID" not in env:
         return _from_mpi()
@@ -118,14 +128,19 @@ def prepare() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def start(launch: Launch, timeout: float) -> torch.device:
+@dataclass(frozen=True)
+class Job:
+    """A job that was joined: this rank's device, and the key-value store that all ranks share."""
+
+    device: torch.device
+    store: Store
+
+
+def start(launch: Launch, timeout: float) -> Job:
     """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
 
     Args:
         timeout: seconds after which a collective that some rank does not join ends the run.
-
-    Returns:
-        this rank's device.
     """
     import torch
     import torch.distributed as dist
@@ -137,15 +152,49 @@ def start(launch: Launch, timeout: float) -> torch.device:
     device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    place = f"tcp://{launch.address}:{launch.port or _free_port()}"
+    limit = timedelta(seconds=timeout)
+    store, rank, world = next(dist.rendezvous(place, launch.rank, launch.world, timeout=limit))
+    # torchrun keeps the store over restarts; what dead processes wrote there must not be read again.
+    store = dist.PrefixStore(f"attempt {launch.attempt}", store)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"tcp://{launch.address}:{launch.port or _free_port()}",
-        rank=launch.rank,
-        world_size=launch.world,
-        timeout=timedelta(seconds=timeout),
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=limit,
         device_id=device if cuda else None,
     )
-    return device
+    return Job(device, store)
+
+
+def listen() -> Callable[[], bool]:
+    """From now on SIGTERM and SIGUSR1 ask this rank to stop after a step; returns a function that tells if one did."""
+    asked: list[int] = []
+
+    def hear(number: int, _frame) -> None:
+        asked.append(number)  # a second signal says nothing new
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, hear)
+    return lambda: bool(asked)
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Ends this process at once, from any thread, whatever it waits for."""
+    print(f"megapromoe, {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process at once, with its traceback and exit code 1.
+
+    An orderly end would wait for threads that wait for other ranks; leaving closes the connections, and those notice.
+    """
+    traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def stop() -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints in other formats, and models made from models."""

@@ -1,0 +1,331 @@
+"""A `State` written in every format, tensor by tensor.
+
+A destination appears as a whole, under its name, when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapromoe.config import to_dict, to_yaml
+from megapromoe.conversion.foreign import deepspeed_names
+from megapromoe.conversion.formats import DIFFUSERS_FILE, detect
+from megapromoe.conversion.state import State
+from megapromoe.conversion.stream import (
+    ConversionError,
+    Entry,
+    Progress,
+    entry_of,
+    write_pickle,
+    write_safetensors,
+    written_aside,
+)
+from megapromoe.models.published import constants, is_buffer, published_names
+from megapromoe.training.checkpoint_file import FORMAT, KINDS, folder_of, sync
+from megapromoe.training.run_directory import RunDirectory
+
+WEIGHTS = ("ema", "master")
+
+
+def export(
+    state: State,
+    destination: Path,
+    form: str,
+    weights: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Writes `state` to `destination`; returns what a reader should know of it.
+
+    Args:
+        form: one of `formats.FORMATS`. Ours is written as a run directory that `megapromoe train` continues.
+        weights: "ema" or "master", the one that a file of weights alone holds. diffusers: "ema" unless said;
+            safetensors: all state unless said; other formats hold both.
+        overwrite: replace a destination that is a checkpoint.
+
+    Raises ConversionError if the destination is taken, or does not go with the format.
+    """
+    destination = Path(destination)
+    if weights is not None and form not in ("safetensors", "diffusers"):
+        raise ConversionError(f"weights = {weights}: {form} holds masters and averages; leave the weights out")
+    _check_destination(state, destination, form, overwrite)
+    _check_room(state, destination, form, weights)
+    notes: list[str] = []
+    with written_aside(destination, overwrite) as aside:
+        if form == "ours":
+            _write_ours(state, aside, notes, progress)
+        elif form == "published":
+            write_pickle(aside, _published_tree(state, notes), progress)
+        elif form == "safetensors":
+            _write_safetensors(state, aside, weights, progress)
+        elif form == "diffusers":
+            _write_diffusers(state, aside, weights or "ema", progress)
+        elif form == "deepspeed":
+            _write_deepspeed(state, aside, progress)
+        else:
+            raise ConversionError(f"{form!r} is no format")
+    return notes
+
+
+def _check_destination(state: State, destination: Path, form: str, overwrite: bool) -> None:
+    suffixes = {"published": (".pth", ".pt"), "safetensors": (".safetensors",)}.get(form, ())
+    if suffixes and destination.suffix not in suffixes:
+        raise ConversionError(f"{destination}: {form} is one file; let its name end in {' or '.join(suffixes)}")
+    if not suffixes and destination.suffix in (".pth", ".pt", ".safetensors"):
+        raise ConversionError(f"{destination}: {form} is a folder; give the name of one")
+    here, source = destination.resolve(), state.where.resolve()
+    if here == source or here in source.parents or source in here.parents:
+        raise ConversionError(
+            f"{destination}: lies in the source {state.where}, or the other way round; choose another"
+        )
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{destination}: exists; choose another, or --overwrite")
+    if destination.is_dir() and any(destination.iterdir()):
+        if RunDirectory(destination).metrics.exists() or RunDirectory(destination).lock_file.exists():
+            raise ConversionError(f"{destination}: is a run that was trained, and is never overwritten; choose another")
+        detect(destination)  # raises if it is no checkpoint: --overwrite is not for other folders
+
+
+def _check_room(state: State, destination: Path, form: str, weights: str | None) -> None:
+    one = state.nbytes // len(state.kinds)
+    kinds = 4 if form == "ours" else 1 if weights or form == "diffusers" else len(state.kinds)
+    parent = next(p for p in destination.resolve().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < 1.01 * kinds * one:
+        raise ConversionError(f"{destination}: no room, need {kinds * one:,} bytes, have {free:,}; choose another disk")
+
+
+def _entry(state: State, read: Any, kind: str, name: str, row: int | None = None, place: int = 0) -> Entry:
+    """A parameter, or one expert of it, of a kind. `read` is the state's, or one that remembers the last tensor."""
+    if row is None:
+        return Entry(state.shapes[name], torch.float32, lambda: read(kind, name), (kind, place, 0))
+    return Entry(state.shapes[name][1:], torch.float32, lambda: read(kind, name)[row], (kind, place, row))
+
+
+def _remembering(state: State) -> Any:
+    """`state.read` that keeps the last tensor: experts are taken from it one after the other."""
+    return lru_cache(maxsize=1)(state.read)
+
+
+# ---- ours
+
+
+def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress | None) -> None:
+    run = RunDirectory(folder)
+    checkpoint = folder_of(run.checkpoints, state.step)
+    checkpoint.mkdir(parents=True)
+    updates = state.updates
+    if "exp_avg" not in state.kinds:
+        notes.append("the source has no AdamW moments: they start at zero")
+        updates = 0
+    if "ema" not in state.kinds:
+        notes.append("the source has no averaged weights: they start at the weights")
+
+    def read(kind: str, name: str) -> Tensor:
+        if kind in state.kinds:
+            return state.read(kind, name)
+        return state.read("master", name) if kind == "ema" else torch.zeros(state.shapes[name])
+
+    entries = {
+        f"{kind}/{name}@0": Entry((math.prod(shape),), torch.float32, lambda k=kind, n=name: read(k, n).view(-1))
+        for name, shape in state.shapes.items()
+        for kind in KINDS
+    }
+    entries |= {f"buffer/{name}": entry_of(tensor) for name, tensor in state.buffers.items()}
+    file = checkpoint / "rank-00000.safetensors"
+    size, digest = write_safetensors(file, entries, {"step": str(state.step), "rank": "0"}, progress)
+    parts = []
+    for name, shape in state.shapes.items():
+        whole = [[0, n] for n in shape]
+        parts.append([name, 0, math.prod(shape), [list(shape), [[whole, whole]]]])
+    manifest = {
+        "format": FORMAT,
+        "step": state.step,
+        "updates": updates,
+        "config": to_dict(state.config),
+        "versions": {name: version(name) for name in ("megapromoe", "torch", "deepspeed")},
+        "shapes": {name: list(shape) for name, shape in state.shapes.items()},
+        "buffers": sorted(state.buffers),
+        "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
+    }
+    _write_text(checkpoint / "manifest.json", json.dumps(manifest))
+    _write_text(run.config_file, to_yaml(state.config))
+    for place in (checkpoint, run.checkpoints, folder):
+        sync(place)
+
+
+# ---- safetensors, diffusers
+
+
+def _described(state: State, weights: str | None) -> dict[str, Any]:
+    said: dict[str, Any] = {"step": state.step, "config": to_dict(state.config)}
+    return said | ({"weights": weights} if weights else {"updates": state.updates})
+
+
+def _weights(state: State, weights: str) -> dict[str, Entry]:
+    if weights not in state.kinds:
+        raise ConversionError(f"weights = {weights}: {state.where} has {', '.join(state.kinds)} only")
+    entries = {name: _entry(state, state.read, weights, name) for name in state.shapes}
+    return entries | {name: entry_of(t) for name, t in state.buffers.items() if name.startswith("blocks.")}
+
+
+def _write_safetensors(state: State, file: Path, weights: str | None, progress: Progress | None) -> None:
+    if weights:
+        entries = _weights(state, weights)
+    else:
+        entries = {
+            f"{kind}/{name}": _entry(state, state.read, kind, name) for kind in state.kinds for name in state.shapes
+        }
+        entries |= {f"buffer/{name}": entry_of(tensor) for name, tensor in state.buffers.items()}
+    metadata = {"format": "pt", "megapromoe": json.dumps(_described(state, weights))}
+    write_safetensors(file, entries, metadata, progress)
+
+
+def _write_diffusers(state: State, folder: Path, weights: str, progress: Progress | None) -> None:
+    entries = _weights(state, weights)
+    folder.mkdir()
+    write_safetensors(folder / DIFFUSERS_FILE, entries, {"format": "pt"}, progress)
+    said = {"_class_name": "DiT", **to_dict(state.config)["model"], "megapromoe": _described(state, weights)}
+    _write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
+    sync(folder)
+
+
+# ---- published
+
+
+def _published_tree(state: State, notes: list[str]) -> dict[str, Any]:
+    model = state.config.model
+    names = published_names([*state.shapes, *(n for n in state.buffers if n.startswith("blocks."))], model)
+    fixed, read = constants(model), _remembering(state)
+    place = {name: i for i, name in enumerate(state.shapes)}
+
+    def tensors(kind: str) -> dict[str, Entry]:
+        out = {}
+        for theirs, ours, row in names:
+            if ours in state.shapes:
+                out[theirs] = _entry(state, read, kind, ours, row, place[ours])
+                continue
+            name = ours or theirs
+            value = state.buffers.get(name, fixed.get(theirs))
+            out[theirs] = entry_of(state.buffers.get(f"ema.{name}", value) if kind == "ema" else value)
+        return out
+
+    tree: dict[str, Any] = {"step": state.step, "model_state_dict": tensors("master")}
+    if "ema" in state.kinds:
+        tree["ema_model_state_dict"] = tensors("ema")
+    if "exp_avg" not in state.kinds:
+        notes.append("the source has no AdamW moments, so there is no optimizer_state_dict")
+        return tree
+    parameters = [place_of for place_of in names if not is_buffer(place_of[0])]
+    tree["optimizer_state_dict"] = {
+        "state": _adam_states(state, read, parameters, place),
+        "param_groups": [_adam_group(state) | {"params": list(range(len(parameters)))}],
+    }
+    return tree
+
+
+def _adam_states(state: State, read: Any, names: list, place: Mapping[str, int]) -> dict[int, dict[str, Entry]]:
+    """torch AdamW's state by index; what is no parameter of ours was never trained and has none."""
+    return {
+        i: {
+            "step": entry_of(torch.tensor(float(state.updates))),
+            **{kind: _entry(state, read, kind, ours, row, place[ours]) for kind in ("exp_avg", "exp_avg_sq")},
+        }
+        for i, (_, ours, row) in enumerate(names)
+        if ours in state.shapes and state.updates
+    }
+
+
+def _adam_group(state: State) -> dict[str, Any]:
+    """A parameter group of torch.optim.AdamW without its parameters."""
+    t = state.config.train
+    group = {"lr": t.lr, "betas": (t.beta1, t.beta2), "eps": t.eps, "weight_decay": t.weight_decay}
+    switches = {name: False for name in ("amsgrad", "maximize", "capturable", "differentiable")}
+    return group | switches | {"foreach": None, "fused": None, "decoupled_weight_decay": True}
+
+
+# ---- DeepSpeed
+
+
+def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> None:
+    """A folder as DeepSpeed's engine writes without ZeRO at one rank; what is ours stands under keys of its own.
+
+    Source: DeepSpeedEngine._save_moe_checkpoint and its `client_state`.
+    """
+    model = state.config.model
+    folder = root / f"global_step{state.step}"
+    folder.mkdir(parents=True)
+    buffers = [name for name in state.buffers if name.startswith("blocks.")]
+    names = deepspeed_names(state.shapes, model)
+    read = _remembering(state)
+    place = {name: i for i, name in enumerate(state.shapes)}
+
+    def tensors(kind: str, wanted) -> dict[str, Entry]:
+        return {t: _entry(state, read, kind, o, row, place[o]) for t, o, row in names if wanted(o, row)}
+
+    optimizer = None
+    if "exp_avg" in state.kinds:
+        groups = [("", [n for n in names if n[2] is None]), ("ep_size_1", [n for n in names if n[2] is not None])]
+        every = [name for _, members in groups for name in members]
+        listed, first = [], 0
+        for label, members in groups:
+            if members:
+                ids = list(range(first, first + len(members)))
+                said = {"params": ids, "param_names": [name for name, _, _ in members], "name": label or "dense"}
+                listed.append(_adam_group(state) | said | {"moe": bool(label)})
+                first += len(members)
+        optimizer = {"state": _adam_states(state, read, every, place), "param_groups": listed}
+
+    module = tensors("master", lambda ours, row: row is None)
+    module |= {name: entry_of(state.buffers[name]) for name in buffers}
+    experts = [model.num_experts] if model.moe_blocks else []
+    main: dict[str, Any] = {
+        "module": module,
+        "buffer_names": buffers,
+        "optimizer": None if experts else optimizer,
+        **dict.fromkeys(("param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments")),
+        **dict.fromkeys(("lr_scheduler", "data_sampler", "random_ltd", "ds_autoep_layers")),
+        "skipped_steps": state.step - state.updates if optimizer else 0,
+        "global_steps": state.step,
+        "global_samples": state.step * state.config.train.global_batch,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "ds_version": version("deepspeed"),
+        "num_experts": experts * len(model.moe_blocks),
+        "megapromoe": {"config": to_dict(state.config)},
+        "megapromoe_buffers": {name: entry_of(t) for name, t in state.buffers.items() if name not in buffers},
+    }
+    if "ema" in state.kinds:
+        main["ema_module"] = tensors("ema", lambda ours, row: True)
+    write_pickle(folder / "mp_rank_00_model_states.pt", main, progress)
+    for layer, block in enumerate(model.moe_blocks):
+        for expert in range(model.num_experts):
+            inside = f"blocks.{block}.mlp.experts."
+            one = tensors("master", lambda ours, row, i=inside, e=expert: ours.startswith(i) and row == e)
+            write_pickle(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", one, progress)
+    if experts and optimizer:
+        write_pickle(folder / "expp_rank_0_mp_rank_00_optim_states.pt", {"optimizer": optimizer}, progress)
+    sync(folder)
+    _write_text(root / "latest", folder.name)
+    sync(root)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

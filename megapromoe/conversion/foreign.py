@@ -1,0 +1,224 @@
+"""Opens the checkpoints of other projects: the ProMoE release's .pth, and DeepSpeed's folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapromoe.config import Config, ModelConfig
+from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, place, reader
+from megapromoe.conversion.stream import ConversionError, Stored, read_pickle
+from megapromoe.models.published import constants, is_buffer, published_names
+from megapromoe.training.checkpoint_file import KINDS
+
+EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+
+
+def open_published(path: Path, config: Config | None) -> State:
+    """A .pth of the ProMoE release, or a bare state dict of its names; see `formats.open_state`."""
+    tree = read_pickle(path)
+    if isinstance(tree, dict) and tree and all(isinstance(value, Stored) for value in tree.values()):
+        tree = {"model_state_dict": tree}  # a bare state dict
+    sets = {"master": "model_state_dict", "ema": "ema_model_state_dict"}
+    found = {kind: tree[key] for kind, key in sets.items() if isinstance(tree, dict) and tree.get(key)}
+    if not found:
+        holds = ", ".join(map(str, list(tree)[:6])) if isinstance(tree, dict) else type(tree).__name__
+        raise ConversionError(f"{path}: holds {holds}; a published checkpoint has model_state_dict")
+    config = needed(config, path)
+    notes = []
+    if len(found) == 1:
+        (only,) = found
+        found = {kind: found[only] for kind in sets}
+        notes.append(f"it has {sets[only]} alone, which stands for the masters and for their average")
+
+    shapes, buffer_shapes = model_shapes(config.model)
+    order = published_names([*shapes, *buffer_shapes], config.model)
+    fixed = constants(config.model)
+    expected = {
+        theirs: tuple(fixed[theirs].shape) if ours is None else ({**shapes, **buffer_shapes}[ours])[row is not None :]
+        for theirs, ours, row in order
+    }
+    pieces: dict[tuple[str, str], Any] = {}
+    buffers: dict[str, Tensor] = {}
+    for kind, tensors in found.items():
+        # Buffers that only some versions of the release had.
+        optional = {n for n in expected if is_buffer(n) and n not in tensors}
+        check_same(
+            path,
+            {n: t.shape for n, t in tensors.items()},
+            {n: shape for n, shape in expected.items() if n not in optional},
+        )
+        for theirs, ours, row in order:
+            if ours in shapes:
+                place(pieces, (kind, ours), row, tensors[theirs])
+                continue
+            ordinary = fixed.get(theirs, torch.zeros(expected[theirs]))
+            value = tensors[theirs].read() if theirs in tensors else ordinary
+            if ours is None and not torch.allclose(value, ordinary, rtol=1e-3, atol=1e-3):
+                remedy = "set model.capacity_decay to it"
+                if theirs == "pos_embed":
+                    remedy = "a model with other positions cannot be converted"
+                said = ", ".join(f"{v:g}" for v in value.flatten()[:3].tolist())
+                raise ConversionError(f"{path}: {theirs} ({said} ...) is not what the config makes it: {remedy}")
+            name = ours or theirs
+            if kind == "ema":
+                if not torch.equal(value, buffers.get(name, ordinary)):
+                    buffers[f"ema.{name}"] = value
+            elif ours or not torch.equal(value, ordinary):
+                buffers[name] = value
+    kinds, updates = tuple(found), 0
+    if optimizer := tree.get("optimizer_state_dict"):
+        names = [n for n in found["master"] if not is_buffer(n)]
+        updates = _moments(path, optimizer, names, {t: (o, r) for t, o, r in order}, pieces, notes, config)
+        kinds = KINDS
+    else:
+        notes.append("it has no optimizer state: moments start at zero")
+    step = tree.get("step", 0)
+    step = int(step.read()) if isinstance(step, Stored) else int(step)
+    read = reader(pieces, shapes)
+    return State(path, "published", config, step, updates, kinds, shapes, buffers, read, "1 file", notes)
+
+
+def _moments(
+    path: Path,
+    optimizer: Mapping[str, Any],
+    names: list[str],
+    places: Mapping[str, tuple[str | None, int | None]],
+    pieces: dict[tuple[str, str], Any],
+    notes: list[str],
+    config: Config,
+) -> int:
+    """Adds AdamW's moments to `pieces`; returns its steps. `names`: parameters in the optimizer's order."""
+    if not isinstance(optimizer, Mapping) or not {"param_groups", "state"} <= optimizer.keys():
+        raise ConversionError(f"{path}: its optimizer state is not that of torch.optim.AdamW")
+    groups, states = optimizer["param_groups"], optimizer["state"]
+    indices = [index for group in groups for index in group["params"]]
+    listed = [name for group in groups for name in group.get("param_names", [])]
+    if listed:
+        names = listed
+    elif len(indices) == len(names) - 1:
+        names = [name for name in names if name != "pos_embed"]  # fixed, and not all optimizers are given it
+    if unknown := [name for name in names if name not in places]:
+        raise ConversionError(f"{path}: its optimizer has {unknown[0]}, which is not of the config's model")
+    if len(indices) != len(names):
+        raise ConversionError(
+            f"{path}: its optimizer has {len(indices)} parameters, its model {len(names)}; they do not belong together"
+        )
+    steps, missing, shapes = set(), [], model_shapes(config.model)[0]
+    for index, name in zip(indices, names, strict=True):
+        ours, row = places[name]
+        state = states.get(index)
+        if ours is None:
+            continue
+        if state is None:
+            missing.append(name)
+        else:
+            step = state["step"]
+            steps.add(int(step.read()) if isinstance(step, Stored) else int(step))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            stored = None if state is None else state.get(kind)
+            if state is not None and (stored is None or stored.shape != shapes[ours][row is not None :]):
+                raise ConversionError(f"{path}: the {kind} of {name} is missing or of another shape; it is no AdamW's")
+            place(pieces, (kind, ours), row, stored)
+    if missing:
+        notes.append(f"no moments of {len(missing)} parameters ({missing[0]} ...), which had no gradient yet: zeros")
+    if len(steps) > 1:
+        notes.append(f"AdamW counts {min(steps)} to {max(steps)} steps; {max(steps)} is taken for all")
+    ours = {"lr": config.train.lr, "betas": [config.train.beta1, config.train.beta2], "eps": config.train.eps}
+    for key, mine in (ours | {"weight_decay": config.train.weight_decay}).items():
+        theirs = groups[0].get(key, mine)
+        if theirs != mine:
+            notes.append(f"its AdamW has {key} = {theirs}, the config {mine}, which will be used")
+    return max(steps, default=0)
+
+
+# ---- DeepSpeed
+
+
+def deepspeed_folder(path: Path, step: int | None) -> Path:
+    if list(path.glob("*mp_rank_*_model_states.pt")):
+        if step is not None and path.name != f"global_step{step}":
+            raise ConversionError(f"step = {step}: {path} is one checkpoint already; leave the step out")
+        return path
+    tag = (path / "latest").read_text(encoding="utf-8").strip() if step is None else f"global_step{step}"
+    if not (path / tag).is_dir() or Path(tag).name != tag:
+        there = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
+        raise ConversionError(f"{path / tag}: there is no such checkpoint; there are: {there}")
+    return path / tag
+
+
+def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State:
+    """A DeepSpeed folder without tensor parallelism or ZeRO-3, its experts in files of their own.
+
+    Moments are read where the optimizer names its parameters, as what we write does. See `formats.open_state`.
+    """
+    folder = deepspeed_folder(path, step)
+    files = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
+        found = ", ".join(p.name for p in files[:3]) or "only ZeRO-3 shards"
+        raise ConversionError(
+            f"{folder}: is split by tensor parallelism or ZeRO-3 ({found}); merge it with DeepSpeed first"
+        )
+    main = read_pickle(files[0])
+    said = main.get("megapromoe") or {}
+    config = config or (config_from(said["config"]) if "config" in said else None)
+    config = needed(config, path)
+    shapes, buffer_shapes = model_shapes(config.model)
+    tensors = dict(main["module"])
+    for file in sorted(folder.glob("layer_*_expert_*_model_states.pt")):
+        if EXPERT_FILE.fullmatch(file.name):
+            tensors |= read_pickle(file)
+    places = {theirs: (ours, row) for theirs, ours, row in deepspeed_names([*shapes, *buffer_shapes], config.model)}
+    both = {**shapes, **buffer_shapes}
+    expected = {theirs: both[ours][row is not None :] for theirs, (ours, row) in places.items()}
+    notes: list[str] = []
+    averages = main.get("ema_module")
+    if averages is None:
+        notes.append("it has no averaged weights: the weights stand for them")
+    pieces: dict[tuple[str, str], Any] = {}
+    for kind, one in (("master", tensors), ("ema", averages or tensors)):
+        check_same(folder, {n: t.shape for n, t in one.items()}, {n: s for n, s in expected.items()
+              if kind == "master" or one is tensors or places[n][0] in shapes})  # fmt: skip
+        for theirs, (ours, row) in places.items():
+            if ours in shapes:
+                place(pieces, (kind, ours), row, one[theirs])
+    kinds, updates = ("master", "ema"), 0
+    states = folder / "expp_rank_0_mp_rank_00_optim_states.pt"
+    optimizer = read_pickle(states)["optimizer"] if states.is_file() else main.get("optimizer")
+    if optimizer and all("param_names" in group for group in optimizer["param_groups"]):
+        updates = _moments(folder, optimizer, [], places, pieces, notes, config)
+        kinds = KINDS
+    else:
+        notes.append("it has no optimizer state that names its parameters: moments start at zero")
+    buffers = {name: tensors[name] for name in buffer_shapes} | (main.get("megapromoe_buffers") or {})
+    return State(
+        folder,
+        "deepspeed",
+        config,
+        int(main.get("global_steps", 0)),
+        updates,
+        kinds,
+        shapes,
+        {name: stored.read() for name, stored in buffers.items()},
+        reader(pieces, shapes),
+        layout=f"{len(list(folder.glob('*.pt')))} files",
+        notes=notes,
+    )
+
+
+def deepspeed_names(names: Iterable[str], config: ModelConfig) -> list[tuple[str, str, int | None]]:
+    """(name in DeepSpeed's files, our name, expert's row) of each tensor; an expert's name is that of deepspeed.moe."""
+    out: list[tuple[str, str, int | None]] = []
+    for name in names:
+        prefix, inside, rest = name.partition(".mlp.experts.")
+        if inside:
+            experts = f"{prefix}.mlp.deepspeed_moe.experts.deepspeed_experts"
+            out += [(f"{experts}.{e}.{rest}", name, e) for e in range(config.num_experts)]
+        else:
+            out.append((name, name, None))
+    return out

@@ -1,0 +1,477 @@
+"""Checkpoints of every format: converted there and back to the bit, streamed, refused where they should be."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import CASES, FOLDER, config_of, parameters_of, tensors_of
+from parallel import run
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_published_run import RECIPE, assert_reproduced, config, train
+
+from megapromoe.config import Config, to_yaml
+from megapromoe.conversion.exports import export
+from megapromoe.conversion.formats import open_state
+from megapromoe.conversion.state import State, model_shapes
+from megapromoe.conversion.stream import ConversionError, read_pickle
+from megapromoe.models.published import constants
+from megapromoe.training.checkpoint_file import KINDS, Checkpoint, CheckpointError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import convert_checkpoint  # noqa: E402
+import inspect_checkpoint  # noqa: E402
+
+PUBLISHED = FOLDER / "published_run.pth"
+NAMES = {
+    "ours": "run",
+    "published": "a.pth",
+    "safetensors": "a.safetensors",
+    "diffusers": "folder",
+    "deepspeed": "deep",
+}
+
+
+def config_that_runs(case: str = "published_run") -> Config:
+    """A golden case's config; the digits, its default data, would not fit its model."""
+    return replace(config_of(case), train=RECIPE, data=replace(Config().data, source="synthetic"))
+
+
+def state_of(case: str) -> State:
+    """A golden case with moments, averages and buffers of random numbers."""
+    config = config_that_runs(case)
+    shapes, buffers = model_shapes(config.model)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {(k, n): torch.randn(s, generator=generator) for k in KINDS for n, s in shapes.items()}
+    tensors |= {("master", name): tensor for name, tensor in parameters_of(case).items()}
+    kept = {name: torch.rand(shape, generator=generator) for name, shape in buffers.items()}
+    return State(Path("made"), "made", config, 12, 10, KINDS, shapes, kept, lambda k, n: tensors[k, n])
+
+
+def assert_same(one: State, other: State, kinds: tuple[str, ...] = KINDS) -> None:
+    assert (one.step, one.config) == (other.step, other.config)
+    assert list(one.shapes) == list(other.shapes)
+    for kind in kinds:
+        for name in one.shapes:
+            assert torch.equal(one.read(kind, name), other.read(kind, name)), (kind, name)
+    assert one.buffers.keys() == other.buffers.keys()
+    assert all(torch.equal(one.buffers[name], other.buffers[name]) for name in one.buffers)
+
+
+@pytest.mark.parametrize("form", ["ours", "published", "safetensors", "deepspeed"])
+@pytest.mark.parametrize("case", CASES)
+def test_all_state_comes_back_to_the_bit(tmp_path, case, form):
+    state = state_of(case)
+    there = tmp_path / NAMES[form]
+    assert export(state, there, form) == []
+    given = state.config if form == "published" else None
+    back = open_state(there, config=given)
+    assert back.format == form and back.updates == 10 and back.notes == []
+    assert_same(state, back)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "safetensors"])
+@pytest.mark.parametrize("weights", ["ema", "master"])
+def test_weights_alone_come_back_to_the_bit(tmp_path, form, weights):
+    state = state_of("diffmoe")
+    export(state, tmp_path / NAMES[form], form, weights)
+    back = open_state(tmp_path / NAMES[form])
+    assert back.kinds == ("master", "ema") and back.updates == 0
+    for kind in back.kinds:
+        for name in state.shapes:
+            assert torch.equal(back.read(kind, name), state.read(weights, name))
+    assert torch.equal(back.buffers["blocks.1.mlp.router.threshold"], state.buffers["blocks.1.mlp.router.threshold"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_published_names_are_those_of_the_release(tmp_path, case):
+    export(state_of(case), tmp_path / "a.pth", "published")
+    model = torch.load(tmp_path / "a.pth", weights_only=True, mmap=True)["model_state_dict"]
+    theirs = tensors_of(case, "param")
+    computed = {name for name in model if name.endswith(("expert_threshold", "ema_decay"))}
+    assert model.keys() - computed == theirs.keys()
+    assert all(torch.equal(model[name], theirs[name]) for name in theirs)
+    assert len(computed) == (4 if case == "diffmoe" else 0)
+
+
+def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config_that_runs()))
+    command = convert_checkpoint.main
+    assert command([str(PUBLISHED), str(tmp_path / "run"), "--to", "ours", "--config", str(path)]) == 0
+    last = "run"
+    for form in ("safetensors", "deepspeed", "published"):
+        assert command([str(tmp_path / last), str(tmp_path / NAMES[form]), "--to", form]) == 0
+        last = NAMES[form]
+    theirs, ours = (torch.load(p, weights_only=True) for p in (PUBLISHED, tmp_path / last))
+    assert list(theirs) == list(ours) and theirs["step"] == ours["step"]
+    for key in ("model_state_dict", "ema_model_state_dict"):
+        assert list(theirs[key]) == list(ours[key])
+        assert all(torch.equal(theirs[key][n], ours[key][n]) for n in theirs[key]), key
+    a, b = (one["optimizer_state_dict"]["state"] for one in (theirs, ours))
+    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    shapes = {name: tensor.shape for name, tensor in ours["model_state_dict"].items()}
+    model = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]
+    torch.optim.AdamW(model).load_state_dict(ours["optimizer_state_dict"])
+
+
+def continue_run(folder: Path) -> dict:
+    checkpoint = Checkpoint(next((folder / "checkpoints").iterdir()))
+    checkpoint.verify()
+    state = {kind: {name: checkpoint.logical(kind, name) for name in checkpoint.shapes} for kind in KINDS}
+    return train(3, 6, state)
+
+
+def resumed(folder: Path) -> dict:
+    """What the trainer's own resume puts into an engine."""
+    from megapromoe.parallel.mesh import make_mesh
+    from megapromoe.parallelize import build
+    from megapromoe.training.checkpoint import resume
+    from megapromoe.training.ema import EMA
+    from megapromoe.training.engine import Engine
+
+    mesh = make_mesh()
+    engine = Engine(build(config(), mesh), config(), mesh)
+    ema = EMA(engine, 0.9999)
+    manifest = resume(folder / "checkpoints", engine, ema).manifest
+    held = {}
+    for partition, average in zip(engine.partitions, ema.averages, strict=True):
+        flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
+        for p in partition.pieces:
+            for kind, flat in flats.items():
+                part = flat[p.offset : p.offset + p.stop - p.start].detach().clone()
+                held[kind, p.name, p.start] = part
+    engine.close()
+    return {"step": manifest["step"], "updates": manifest["updates"], "held": held}
+
+
+def test_the_published_run_goes_on_from_its_conversion(tmp_path):
+    export(open_state(PUBLISHED, config=config_that_runs()), tmp_path / "run", "ours")
+    assert_reproduced(run(1, continue_run, tmp_path / "run")[0], 3)
+    said = run(2, resumed, tmp_path / "run")
+    state = open_state(tmp_path / "run")
+    pieces = said[0]["held"] | said[1]["held"]
+    assert said[0]["step"] == said[0]["updates"] == 3
+    assert sum(piece.numel() for piece in pieces.values()) == state.nbytes // 4
+    for (kind, name, start), piece in pieces.items():
+        assert torch.equal(state.read(kind, name).view(-1)[start : start + piece.numel()], piece), (kind, name)
+
+
+def test_readers_of_other_projects_read_what_is_written(tmp_path):
+    state = state_of("promoe_tc")
+    export(state, tmp_path / "folder", "diffusers")
+    said = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert said["_class_name"] == "DiT" and said["hidden_size"] == 32 and said["router"] == "promoe"
+    tensors = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensors[name], state.read("ema", name)) for name in state.shapes)
+    export(state, tmp_path / "a.safetensors", "safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["megapromoe"])["config"]["model"]["hidden_size"] == 32
+    export(state, tmp_path / "a.pth", "published")
+    assert zipfile.ZipFile(tmp_path / "a.pth").testzip() is None
+    for mmap in (True, False):
+        tree = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mmap)
+        position = constants(state.config.model)["pos_embed"]
+        assert torch.equal(tree["model_state_dict"]["pos_embed"], position)
+
+
+def test_the_deepspeed_folder_has_the_names_of_deepspeed(tmp_path):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    state = state_of("promoe_tc")
+    export(state, tmp_path / "deep", "deepspeed")
+    tag = (tmp_path / "deep" / "latest").read_text()
+    for expert in range(4):
+        file = Path(DeepSpeedEngine._get_expert_ckpt_name(tmp_path / "deep", 1, expert, tag))
+        name = f"blocks.3.mlp.deepspeed_moe.experts.deepspeed_experts.{expert}.fc1.weight"
+        tensors = torch.load(file, weights_only=True)
+        assert torch.equal(tensors[name], state.read("master", "blocks.3.mlp.experts.fc1.weight")[expert])
+        assert len(tensors) == 4
+    main = torch.load(tmp_path / "deep" / tag / "mp_rank_00_model_states.pt", weights_only=True)
+    assert main["num_experts"] == [4, 4] and main["global_steps"] == 12
+    assert not [name for name in main["module"] if ".experts." in name]
+
+
+def read_by_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
+    """What DeepSpeed's own loader puts into a model with DeepSpeed's own MoE layers."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    expert = torch.nn.Sequential()
+    expert.add_module("fc1", torch.nn.Linear(32, 64))
+    expert.add_module("fc2", torch.nn.Linear(64, 32))
+    blocks = [torch.nn.Module() for _ in range(4)]
+    for block in blocks:
+        block.adaLN_modulation = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(32, 192))
+    for block in blocks[1::2]:
+        block.mlp = MoE(32, expert, num_experts=4, ep_size=1)
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(blocks)
+    group = {"params": list(model.parameters()), "name": "all"}
+    optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(group))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 1})
+    engine.load_checkpoint(str(folder), load_module_strict=False, load_optimizer_states=False)
+    return {name: p.detach().clone() for name, p in model.named_parameters()} | {"step": engine.global_steps}
+
+
+def test_deepspeed_reads_the_folder(tmp_path):
+    state = state_of("promoe_tc")
+    export(state, tmp_path / "deep", "deepspeed")
+    read = run(1, read_by_deepspeed, tmp_path / "deep")[0]
+    assert read["step"] == 12
+    for block in (1, 3):
+        experts = f"blocks.{block}.mlp.deepspeed_moe.experts.deepspeed_experts"
+        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            for e, ours in enumerate(state.read("master", f"blocks.{block}.mlp.experts.{part}")):
+                assert torch.equal(read[f"{experts}.{e}.{part}"], ours)
+        name = f"blocks.{block}.adaLN_modulation.1.weight"
+        assert torch.equal(read[name], state.read("master", name))
+
+
+def test_weights_without_optimizer_start_with_empty_moments(tmp_path):
+    tree = torch.load(PUBLISHED, weights_only=True)
+    torch.save(tree["model_state_dict"], tmp_path / "bare.pth")
+    state = open_state(tmp_path / "bare.pth", config=config_that_runs())
+    assert state.step == 0 and any("no optimizer state" in note for note in state.notes)
+    notes = export(state, tmp_path / "run", "ours")
+    assert any("moments" in note for note in notes)
+    back = open_state(tmp_path / "run")
+    assert back.updates == 0 and not back.read("exp_avg", "final_layer.linear.weight").any()
+    weight = tree["model_state_dict"]["final_layer.linear.weight"]
+    assert torch.equal(back.read("ema", "final_layer.linear.weight"), weight)
+
+
+class Payload:
+    """Unpickling it would run a command."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_a_malicious_file_executes_nothing_and_is_refused(tmp_path, capsys, how):
+    path, trace = tmp_path / "evil.pth", tmp_path / "executed"
+    content = {"step": 1, "model_state_dict": Payload(f"touch {trace}")}
+    if how == "torch.save":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    target = str(tmp_path / "run")
+    assert convert_checkpoint.main([str(path), target, "--to", "ours", "--preset", "promoe_s"]) == 1
+    assert convert_checkpoint.main([str(path), "--what"]) == 1
+    said = capsys.readouterr().err
+    assert "nothing of it was executed" in said and ("system" in said or how == "pickle")
+    assert not trace.exists() and not Path(target).exists()
+
+
+def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
+    def says(*command: str, code: int = 1) -> str:
+        assert convert_checkpoint.main([str(word) for word in command]) == code
+        return capsys.readouterr().err
+
+    there = tmp_path / "run"
+    assert "there is no such file" in says(tmp_path / "no.pth", there, "--to", "ours")
+    assert "--config FILE" in says(PUBLISHED, there, "--to", "ours")
+    (tmp_path / "a.txt").write_text("text")
+    assert "no checkpoint of a known format" in says(tmp_path / "a.txt", there, "--to", "ours")
+    (tmp_path / "b.safetensors").write_text("text")
+    assert "no safetensors file, or damaged" in says(tmp_path / "b.safetensors", there, "--to", "ours")
+    said = says(PUBLISHED, there, "--to", "ours", "--preset", "promoe_s")
+    assert "another model" in said and "the file has (32,), the config's model (384,)" in said and "more" in said
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config_that_runs()))
+    assert "was said to be ours, but is published" in says(
+        *(PUBLISHED, there, "--to", "ours", "--from", "ours", "--config", path)
+    )
+    given = ("--to", "ours", "--config", path)
+    assert "did you mean depth?" in says(PUBLISHED, there, *given, "model.dept=3", code=2)
+    assert "leave the step out" in says(PUBLISHED, there, *given, "--step", 3)
+    assert not there.exists()
+    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given)]) == 0
+    capsys.readouterr()
+    assert "exists; choose another, or --overwrite" in says(PUBLISHED, there, *given)
+    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given, "--overwrite")]) == 0
+    assert "no such checkpoint; there are 3" in says(there, tmp_path / "d.pth", "--to", "published", "--step", 7)
+    assert "let its name end in .pth" in says(there, tmp_path / "d", "--to", "published")
+    assert "lies in the source" in says(there, there / "checkpoints", "--to", "deepspeed", "--overwrite")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    assert "known format" in says(there, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
+    (there / "metrics.jsonl").write_text("{}")
+    assert "never overwritten" in says(PUBLISHED, there, *given, "--overwrite")
+    with pytest.raises(SystemExit) as stop:
+        convert_checkpoint.main([str(PUBLISHED)])
+    assert stop.value.code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.safetensors", "c.yaml", "mine", "run"]
+
+
+def test_damage_is_noticed(tmp_path):
+    export(state_of("promoe_tc"), tmp_path / "run", "ours")
+    file = next(tmp_path.rglob("rank-00000.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="bytes changed"):
+        open_state(tmp_path / "run")
+    export(state_of("promoe_tc"), tmp_path / "a.safetensors", "safetensors")
+    with open(tmp_path / "a.safetensors", "r+b") as cut:
+        cut.truncate(os.path.getsize(tmp_path / "a.safetensors") - 4)
+    with pytest.raises(ConversionError, match="does not lie within"):
+        open_state(tmp_path / "a.safetensors")
+    export(state_of("promoe_tc"), tmp_path / "a.pth", "published")
+    with open(tmp_path / "a.pth", "r+b") as cut:
+        cut.truncate(os.path.getsize(tmp_path / "a.pth") // 2)
+    with pytest.raises(ConversionError, match="damaged"):
+        open_state(tmp_path / "a.pth", config=config_that_runs("promoe_tc"))
+
+
+def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
+    export(state_of("promoe_tc"), tmp_path / "deep", "deepspeed")
+    trace = tmp_path / "executed"
+    name = "global_step12/layer_1_expert_0_mp_rank_00_model_states.pt"
+    torch.save({"x": Payload(f"touch {trace}")}, tmp_path / "deep" / name)
+    assert convert_checkpoint.main([str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
+    assert "nothing of it was executed" in capsys.readouterr().err and not trace.exists()
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    tree = torch.load(PUBLISHED, weights_only=True)
+    optimizer = tree["optimizer_state_dict"]
+    optimizer["param_groups"][0]["lr"] = 0.5
+    torch.save(tree, tmp_path / "a.pth")
+    assert any("lr = 0.5" in note for note in open_state(tmp_path / "a.pth", config=config_that_runs()).notes)
+    optimizer["state"][1]["exp_avg"] = torch.zeros(3)
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="the exp_avg of x_embedder.proj.weight is missing or of another shape"):
+        open_state(tmp_path / "a.pth", config=config_that_runs())
+    optimizer["param_groups"][0]["params"] = list(range(50))
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="has 50 parameters, its model 94"):
+        open_state(tmp_path / "a.pth", config=config_that_runs())
+
+
+def test_a_failed_conversion_leaves_nothing_behind(tmp_path):
+    state = state_of("promoe_tc")
+
+    def read(kind: str, name: str) -> torch.Tensor:
+        if name.startswith("final_layer"):
+            raise OSError(28, "No space left on device")
+        return state.read(kind, name)
+
+    export(state, tmp_path / "a.pth", "published")
+    content = (tmp_path / "a.pth").read_bytes()
+    for form in ("ours", "published", "deepspeed", "diffusers"):
+        with pytest.raises(OSError, match="No space"):
+            export(replace(state, read=read), tmp_path / NAMES[form], form, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"] and (tmp_path / "a.pth").read_bytes() == content
+
+
+def test_what_lists_without_a_config(capsys):
+    assert convert_checkpoint.main([str(PUBLISHED), "--what"]) == 0
+    said = capsys.readouterr().out
+    assert "step: 3" in said and "format: published" in said and "config: none" in said
+    assert "ema_model_state_dict.blocks.3.mlp.cluster_centers" in said and "4x32" in said
+    tensors = sum(1 for _ in said.splitlines()) - 4
+    assert f"{tensors} tensors" in said and tensors == 2 * 94 + 3 * 93
+
+
+def test_views_and_strides_of_a_saved_tensor_are_read_as_they_are(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    torch.save(
+        {"a": whole.T, "b": whole[1:3, 2:4], "c": whole[2], "d": torch.zeros(0, 3), "e": whole}, tmp_path / "x.pt"
+    )
+    tree = read_pickle(tmp_path / "x.pt")
+    for name, tensor in torch.load(tmp_path / "x.pt", weights_only=True).items():
+        assert torch.equal(tree[name].read(), tensor), name
+        out = torch.empty_like(tensor, dtype=torch.float64, memory_format=torch.contiguous_format)
+        tree[name].read_into(out)
+        assert torch.equal(out, tensor.double()), name
+
+
+def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
+    state = state_of("promoe_tc")
+    export(state, tmp_path / "run", "ours")
+
+    def read(kind: str, name: str) -> torch.Tensor:
+        tensor = state.read(kind, name).clone()
+        if (kind, name) == ("ema", "final_layer.linear.bias"):
+            tensor[3] += 0.5
+        return tensor
+
+    export(replace(state, read=read), tmp_path / "b.pth", "published")
+    assert inspect_checkpoint.main([str(tmp_path / "run"), str(tmp_path / "b.pth"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (found,) = [one for one in said["differences"] if one["largest"] > 0]
+    assert (found["name"], found["kind"]) == ("final_layer.linear.bias", "ema")
+    norm = float(state.read("ema", "final_layer.linear.bias").norm())
+    assert found["largest"] == pytest.approx(0.5, rel=1e-5)
+    assert found["relative"] == pytest.approx(0.5 / norm, rel=1e-5)
+    assert inspect_checkpoint.main([str(tmp_path / "b.pth"), str(tmp_path / "run")]) == 0
+    count = 4 * len(state.shapes)
+    assert f"{count - 1} of {count} tensors are equal to the bit" in capsys.readouterr().out
+
+    assert inspect_checkpoint.main([str(tmp_path / "run"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["layout"].startswith("1 rank files") and said["step"] == 12
+    for name in state.shapes:
+        for kind in KINDS:
+            assert said["tensors"][name]["norm"][kind] == pytest.approx(float(state.read(kind, name).norm()), rel=1e-5)
+    assert inspect_checkpoint.main([str(tmp_path / "b.pth")]) == 1
+    assert "--config FILE" in capsys.readouterr().err
+
+
+# A model of 35 MB with all its state, converted in a process of its own that reports the growth of its memory.
+MEASURE = """
+import sys
+import convert_checkpoint, megapromoe.conversion.exports, megapromoe.conversion.formats, torch, tqdm
+torch.set_num_threads(1)
+tiny = sys.argv[1:4] + sys.argv[6:]
+assert convert_checkpoint.main(tiny) == 0
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # getrusage's has the parent's
+before = peak()
+assert convert_checkpoint.main(sys.argv[4:6] + sys.argv[3:4] + sys.argv[6:]) == 0
+print("GROWTH", (peak() - before) * 1024)
+"""
+
+
+def growth(tiny: Path, source: Path, target: Path, form: str, *more: str) -> int:
+    """Bytes of memory that a conversion needs beyond those that a tiny one needed."""
+    small = target.with_name(f"tiny-{target.name}")
+    words = [str(tiny), str(small), f"--to={form}", str(source), str(target), *more]
+    path = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in ("tools", "."))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split("GROWTH")[1])
+
+
+def test_memory_stays_far_below_one_copy_of_the_model(tmp_path):
+    config = config_that_runs("promoe_tc")
+    model = replace(config.model, hidden_size=192, depth=12, num_experts=4)
+    state = state_of("promoe_tc")
+    export(state, tmp_path / "tiny.safetensors", "safetensors")
+    shapes, _ = model_shapes(model)
+    big = replace(state, config=replace(config, model=model), shapes=shapes, read=lambda k, n: torch.ones(shapes[n]))
+    export(big, tmp_path / "big.safetensors", "safetensors")
+    one = big.nbytes // 4
+    largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
+    assert (tmp_path / "big.safetensors").stat().st_size > 100e6 and one > 10 * largest
+    tiny, source = tmp_path / "tiny.safetensors", tmp_path / "big.safetensors"
+    for form in ("ours", "published"):
+        used = growth(tiny, source, tmp_path / NAMES[form], form)
+        assert used < 4 * largest + one / 4, f"{form}: {used:,} bytes for a model of {one:,}"
+        tiny, source = tmp_path / f"tiny-{NAMES[form]}", tmp_path / NAMES[form]
