@@ -3,6 +3,7 @@
 Processes are real: `megapromoe train` under torchrun, signals from outside, files damaged on disk.
 """
 
+import errno
 import json
 import os
 import re
@@ -360,3 +361,47 @@ def test_a_loss_spike_is_passed_over(tmp_path, table):
 def test_some_checkpoints_are_kept_for_good(tmp_path):
     run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2", "train.keep_every=3", "train.steps=8")
     assert steps_in(tmp_path / "checkpoints") == [3, 6, 7, 8]
+
+
+# ---- what may not change unasked
+
+
+def with_allowed(folder: str, allow: tuple[str, ...], *overrides: str) -> None:
+    import megapromoe.training.loop as loop
+
+    real = loop.train
+    loop.train = lambda config, where, launch: real(config, where, launch, None, allow)
+    train(folder, "parallel.ep=2", *overrides)
+
+
+@pytest.mark.parametrize("change", ["data.seed=7", "train.seed=7", "data.size=32", "train.global_batch=8"])
+def test_another_stream_is_refused_without_a_flag(change, tmp_path, table):
+    run(2, train, str(tmp_path), "parallel.ep=2", "train.steps=3")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "run.lock"}
+    key = change.partition("=")[0]
+    with pytest.raises(WorkerFailed, match=key):
+        run(2, train, str(tmp_path), "parallel.ep=2", change)
+    assert {p: p.read_bytes() for p in before} == before
+    run(2, with_allowed, str(tmp_path), (key,), change)
+    assert len(losses(tmp_path)) == 6
+    table.append((f"{key} changed", "refused with the list of differences; goes on with --allow", "nothing"))
+
+
+def read_only(folder: str) -> None:
+    """A file system that turns read-only after the first save."""
+    real = checkpoint_module.shutil.disk_usage
+
+    def disk_usage(path):
+        if steps_in(Path(folder) / "checkpoints"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return real(path)
+
+    checkpoint_module.shutil.disk_usage = disk_usage
+    train(folder, "parallel.ep=2", "train.save_every=1")
+
+
+def test_a_read_only_folder_is_named(tmp_path, table):
+    with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .*checkpoints: Read-only file system"):
+        run(2, read_only, str(tmp_path))
+    assert steps_in(tmp_path / "checkpoints") == [1]
+    table.append(("a file system turns read-only", "named, ends after train.max_failed_saves", "the saves"))
