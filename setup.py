@@ -19,7 +19,7 @@ setup(
     package_dir={"megapromoe.ds_configs": "ds_configs"},
     package_data={"megapromoe.ds_configs": ["*.json"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.10",  # the first with torch.nn.functional.grouped_mm; tested with constraints.txt's
         "deepspeed>=0.19.8,<0.20",
         "numpy",
         "pyyaml",

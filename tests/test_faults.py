@@ -25,13 +25,28 @@ STEPS = 40
 JOB = ["--preset", "digits", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=5", "train.keep=50",
        "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32", "train.global_batch=32"]  # fmt: skip
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+STARTED: list[subprocess.Popen] = []
 
 
 def start(folder: Path, *more: str, restarts: int = 0) -> subprocess.Popen:
     """`megapromoe train` on four processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     command += ["--max-restarts", str(restarts), "-m", "megapromoe", "train", "--run-dir", str(folder), *JOB, *more]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(job)
+    return job
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Ends the jobs of a test that failed half-way."""
+    yield
+    while STARTED:
+        job = STARTED.pop()
+        if job.poll() is None:
+            for pid in (*ranks_of(job), job.pid):
+                os.kill(pid, signal.SIGKILL)
+            job.wait()
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:

@@ -93,7 +93,9 @@ def test_the_run_directory_explains_itself(tmp_path):
     assert conditional_rows % 16 == 0 and 0 < conditional_rows <= 2 * 16 * 16
     assert line["loss"] == pytest.approx(line["denoising"] + line["rcl"], rel=1e-5)
     assert (folder / "samples" / "step-00000006.png").stat().st_size > 100
-    manifest = Checkpoint(folder_of(folder / "checkpoints", 6)).manifest
+    place = folder_of(folder / "checkpoints", 6)
+    assert len({p.stat().st_mode for p in place.iterdir()}) == 1, "some files are private, some are not"
+    manifest = Checkpoint(place).manifest
     assert manifest["step"] == manifest["updates"] == 6 and manifest["config"]["parallel"]["ep"] == 2
 
 

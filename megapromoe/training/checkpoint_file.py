@@ -164,6 +164,8 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
         aside = folder / f"rank-{rank:05d}.part"
         aside.write_text(json.dumps(receipt | {"problem": problem}))
         sync(aside)
+        if file.exists():  # safetensors makes files that only their owner may read
+            os.chmod(file, aside.stat().st_mode)
         os.replace(aside, folder / f"rank-{rank:05d}.json")
     except OSError as error:
         problem = problem or f"{error.filename}: {error.strerror}"
