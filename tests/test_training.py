@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -113,15 +114,17 @@ def test_drawing_samples_does_not_change_the_training(tmp_path):
     assert losses(tmp_path / "plain") == losses(tmp_path / "drawn")
 
 
-def test_a_checkpoint_of_another_model_is_refused_on_every_rank(tmp_path):
-    folder = tmp_path / "run"
-    run(1, train, str(folder), "train.steps=3")
-    before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
-    (folder / "config.yaml").unlink()  # as if the checkpoints had been copied into a fresh run
-    for p in ("metrics.jsonl", "environment.json", "run.lock"):
-        (folder / p).unlink()
-    with pytest.raises(WorkerFailed, match="is not empty|another|config.yaml"):
-        run(2, train, str(folder), "model.num_experts=8")
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    run(2, train, str(mine), "train.steps=3", "parallel.ep=2", "model.num_experts=8")
+    run(2, train, str(other), "train.steps=3", "parallel.ep=2")
+    shutil.rmtree(mine / "checkpoints")
+    shutil.copytree(other / "checkpoints", mine / "checkpoints")
+    before = {p: p.read_bytes() for p in (mine / "checkpoints").rglob("*") if p.is_file()}
+    with pytest.raises(
+        WorkerFailed, match=r"another model(.|\n)*prototypes: the checkpoint has \(4, 32\), the model \(8, 32\)"
+    ):
+        run(2, train, str(mine), "parallel.ep=2", "model.num_experts=8")
     assert {p: p.read_bytes() for p in before} == before
 
 

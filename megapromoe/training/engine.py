@@ -230,7 +230,7 @@ class Engine:
             else:
                 held = self.engine.optimizer.averaged_gradients[number]
                 gradients = [g.view(-1) for g in held if not getattr(g, "_zero_padding", False)]
-            for piece, gradient in zip(partition.pieces, gradients, strict=False):
+            for piece, gradient in zip(partition.pieces, gradients, strict=True):
                 yield piece, gradient[: piece.stop - piece.start]
 
     def _agree(self) -> Tensor:
