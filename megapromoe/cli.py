@@ -22,8 +22,7 @@ from megapromoe.cost import flops_per_image, memory_per_rank, parameters
 from megapromoe.presets import PRESETS
 
 DEFAULT_PRESET = "digits"
-# Once a rank has failed, launchers end the others: those that leave the message to rank 0 give it so many
-# seconds.
+# Once a rank has failed, launchers end the others: those that leave the message to rank 0 give it so many seconds.
 GRACE = 5.0
 
 _EXAMPLES = """\
@@ -56,7 +55,7 @@ constants and the seed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns its exit code: 0, 1 failed, 2 wrong command or config, 130 interrupted."""
+    """Runs a command line; returns its exit code, as `--help` lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Overrides may stand anywhere, also after options that take a list.
     overrides = [a for a in arguments if re.match(r"\w+\.\w+=", a)]

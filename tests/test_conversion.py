@@ -220,6 +220,7 @@ def read_by_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
     group = {"params": list(model.parameters()), "name": "all"}
     optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(group))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 1})
+    # Not strict: this stand-in has only some of the model's parts, and gates that we do not have.
     engine.load_checkpoint(str(folder), load_module_strict=False, load_optimizer_states=False)
     return {name: p.detach().clone() for name, p in model.named_parameters()} | {"step": engine.global_steps}
 
