@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megapromoe import cli
-from megapromoe.config import Config, resolve
+from megapromoe.config import Config, resolve, to_yaml
 from megapromoe.presets import PRESETS
 from megapromoe.training import runtime
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError
@@ -99,7 +99,7 @@ def test_show_keys_lists_every_field(capsys):
     assert cli.main(["show", "--keys"]) == 0
     said = capsys.readouterr().out
     shown = [line.split("=")[0].strip() for line in said.splitlines() if line.startswith("  ")]
-    everything = yaml.safe_load(cli.to_yaml(Config()))
+    everything = yaml.safe_load(to_yaml(Config()))
     assert shown == [f"{section}.{key}" for section, keys in everything.items() for key in keys]
     assert "parallel.expert_tp=false" in said and "(identity | sigmoid | softmax)" in said
 

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each may import itself and those before it.
 FLOORS = (
     *("presets", "config", "cost", "parallel", "models", "diffusion", "data", "parallelize"),
-    *("training", "conversion", "evaluation", "cli", "__main__"),
+    *("training", "conversion", "evaluation", "commands", "cli", "__main__"),
 )
 
 

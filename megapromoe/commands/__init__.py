@@ -1,0 +1,1 @@
+"""The commands of `megapromoe`, one file each: SUMMARY, EPILOG, JOB, `arguments(parser)` and `run(options, launch)`."""

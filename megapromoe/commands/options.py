@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+import argparse
+from pathlib import Path
+
+from megapromoe.config import Config, resolve
+from megapromoe.presets import PRESETS
+
+DEFAULT_PRESET = "digits"
+
+OVERRIDES = """\
+config: the defaults <- --preset <- --config FILE <- section.key=value, each over the one before.
+Sections are model, parallel, data, diffusion, sample and train; `megapromoe show --keys` lists their keys.
+Values are written as in YAML:
+  parallel.tp=2   train.lr=3e-4   model.qk_norm=true   model.gate=sigmoid
+All that is wrong is told at once, before anything starts."""
+
+
+def config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --preset and --config."""
+    parser.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file of sections and keys")
+
+
+def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
+    """Adds --run, the folder of a run."""
+    # torchrun takes --run for an abbreviation of options of its own, wherever it stands.
+    text += "; under torchrun write --run-dir"
+    parser.add_argument("--run", "--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def resolve_options(options: argparse.Namespace, world: int | None) -> Config:
+    """The config that --preset, --config and the overrides make; raises ConfigError."""
+    preset = options.preset
+    if preset is None and options.config is None:
+        preset = DEFAULT_PRESET
+    return resolve(preset, options.config, options.overrides, world)

@@ -1,0 +1,115 @@
+"""`megapromoe show`: presets, a resolved config, its size and its layout."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+
+from megapromoe.commands.options import OVERRIDES, config_options, positive, resolve_options
+from megapromoe.config import Config, check, resolve, to_yaml
+from megapromoe.cost import flops_per_image, memory_per_rank, parameters
+from megapromoe.presets import PRESETS
+
+SUMMARY = "print presets, a resolved config, its size and its layout"
+EPILOG = OVERRIDES
+JOB = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    parser.add_argument("--ranks", metavar="N", type=positive, help="ranks; default: the fewest that tp and ep allow")
+    parser.add_argument("--keys", action="store_true", help="list every config key with its default and meaning")
+
+
+def run(options: argparse.Namespace, launch) -> int:
+    if options.keys:
+        lines = _keys()
+    elif options.preset is None and options.config is None and options.ranks is None and not options.overrides:
+        lines = _presets()
+    else:
+        config = resolve_options(options, options.ranks)
+        world = options.ranks or _fewest_ranks(config)
+        check(config, world)
+        lines = describe(config, world)
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough; nor may Python's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fewest_ranks(config: Config) -> int:
+    tp, ep = config.parallel.tp, config.parallel.ep
+    return tp * ep if config.parallel.expert_tp else math.lcm(tp, ep)
+
+
+def _presets() -> Iterator[str]:
+    yield "preset          router         D   L     E K    parameters        active  GFLOP/image  data"
+    for name in PRESETS:
+        config = resolve(name)
+        model, count = config.model, parameters(config.model)
+        experts = f"{model.num_experts:4} {model.top_k}" if model.moe_blocks else "   - -"
+        flops = flops_per_image(model).forward / 1e9
+        yield (
+            f"{name:15} {model.router:10} {model.hidden_size:5} {model.depth:3}  {experts} {count.total:13,}"
+            f" {count.active:13,} {flops:12.4g}  {config.data.source}, {config.train.steps:,} steps"
+        )
+    yield ""
+    yield "D hidden size, L blocks, E routed experts, K of them per token; active: what a token meets;"
+    yield "GFLOP of a forward pass."
+    yield "megapromoe show --preset NAME prints one in full, --keys what can be set."
+
+
+def _keys() -> Iterator[str]:
+    for section in fields(Config):
+        yield f"{section.name}: {section.type.__doc__.splitlines()[0]}"
+        for f in fields(section.type):
+            valid = " | ".join(f.metadata["choices"]) or f.metadata["within"]
+            # YAML as in files: true, not True.
+            default = {True: "true", False: "false"}[f.default] if f.type is bool else f.default
+            setting = f"{section.name}.{f.name}={default}"
+            yield f"  {setting:34} {f.metadata['help']}" + (f" ({valid})" if valid else "")
+        yield ""
+
+
+def describe(config: Config, world: int) -> Iterator[str]:
+    """The config as YAML, then, as comments, what it amounts to: together a file that --config reads."""
+    model, layout = config.model, config.layout(world)
+    count, flops = parameters(model), flops_per_image(model)
+    yield to_yaml(config)
+    yield "# size"
+    yield f"# parameters: total {count.total:,}  trainable {count.trainable:,}  active {count.active:,}"
+    yield f"# FLOPs per image: forward {flops.forward:,}  training step {flops.training:,}"
+    yield f"#   {'part':22} {'parameters':>15} {'forward FLOPs':>19}"
+    for part, number in count.by_part.items():
+        yield f"#   {part:22} {number:15,} {flops.by_part.get(part, 0):19,}"
+    yield "#"
+    yield f"# layout over {world} rank{'s' * (world > 1)}"
+    yield f"# tensor parallel tp {layout.tp} x data parallel dp {layout.dp}"
+    if model.moe_blocks:
+        split = f" x each expert over {layout.etp}" if layout.etp > 1 else ""
+        yield f"# expert parallel ep {layout.ep} x expert data parallel edp {layout.edp}{split}"
+        share, more = divmod(model.num_experts, layout.ep)
+        counts = ((share + 1, more), (share, layout.ep - more))
+        ranks = ", ".join(f"{n} on {r} rank{'s' * (r > 1)}" for n, r in counts if r)
+        yield f"# routed experts of each MoE block: {ranks} of an ep group"
+    train = config.train
+    yield (
+        f"# global batch {train.global_batch} = micro-batch {layout.micro_batch} x dp {layout.dp}"
+        f" x accumulation {train.accumulation}"
+    )
+    memory = memory_per_rank(config, world)
+    states = ("parameters", "gradients", "optimizer", "ema")
+    listed = "  ".join(f"{name} {size_in_words(getattr(memory, name))}" for name in states)
+    yield f"# states on the fullest rank, without activations: {listed}"
+    yield f"#   on the device {size_in_words(memory.device)}, on the host {size_in_words(memory.host)}"
+
+
+def size_in_words(count: int) -> str:
+    """Bytes in words."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"

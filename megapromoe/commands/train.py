@@ -1,0 +1,52 @@
+"""`megapromoe train`: trains a model, or continues a run."""
+
+import argparse
+
+from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options, run_option
+from megapromoe.commands.show import describe
+
+SUMMARY = "train a model, or continue a run"
+EPILOG = f"""\
+Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
+command to continue a run from its last checkpoint, on as many ranks as you like. Without --preset and
+--config the preset is {DEFAULT_PRESET}.
+
+{OVERRIDES}
+What makes a run what it is may not change between starts: model, data, diffusion, the batch, AdamW's
+constants and the seed."""
+JOB = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    run_option(parser, "the folder of the run; made if needed")
+    parser.add_argument(
+        "--step", metavar="N", type=int, help="resume from this step's checkpoint; default: newest whole"
+    )
+    parser.add_argument(
+        "--allow",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="let this setting, such as data.seed, differ from the run's; may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, start nothing")
+
+
+def run(options: argparse.Namespace, launch) -> int:
+    config = resolve_options(options, launch.world)
+    if options.dry_run:
+        from megapromoe.training.run_directory import RunDirectory
+
+        state = RunDirectory(options.run).state(config, options.allow)
+        if launch.rank == 0:
+            print("\n".join(describe(config, launch.world)))
+            print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
+        return 0
+    from megapromoe.training import runtime
+
+    runtime.prepare()
+    from megapromoe.training.loop import train
+
+    train(config, options.run, launch, options.step, tuple(options.allow))
+    return 0
