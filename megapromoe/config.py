@@ -17,12 +17,17 @@ from typing import Any
 
 import yaml
 
+from megapromoe import classes
 from megapromoe.presets import PRESETS
 
 ONE_UP, ZERO_UP, POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
-ROUTERS = ("dense", "promoe", "promoe_ec", "tc", "ec", "diffmoe")
+ROUTERS = ("dense", "promoe", "promoe_ec", "classification", "kmeans", "tc", "ec", "diffmoe")
 PROMOE_ROUTERS = ("promoe", "promoe_ec")
+GUIDED_ROUTERS = ("classification", "kmeans")
+TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, *GUIDED_ROUTERS)  # null images apart, a shared expert beside the routed ones
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
+SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
+FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
 
 
 class ConfigError(ValueError):
@@ -43,7 +48,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), within: str =
 class ModelConfig:
     """The network: DiT's sizes, the router and the experts."""
 
-    router: str = option("promoe", "who routes: dense DiT, ProMoE by token or expert, TC, EC, DiffMoE", ROUTERS)
+    router: str = option("promoe", "who routes: dense DiT, ProMoE, classes or k-means, TC, EC, DiffMoE", ROUTERS)
     hidden_size: int = option(384, "channels D of a token", within=ONE_UP)
     depth: int = option(12, "transformer blocks L", within=ONE_UP)
     heads: int = option(6, "attention heads", within=ONE_UP)
@@ -59,12 +64,22 @@ class ModelConfig:
     top_k: int = option(1, "experts K of a token; by expert choice: of a token on average", within=ONE_UP)
     expert_ratio: float = option(2.0, "width F of an expert over hidden_size", within=POSITIVE)
     moe_every: int = option(2, "block i is MoE when (i+1) % moe_every == 0: 2 odd, 1 all", within=ONE_UP)
-    shared_expert: bool = option(True, "ProMoE: one expert that every token visits")
-    unconditional_expert: bool = option(True, "ProMoE: one expert for all tokens of null-class images")
-    gate: str = option("identity", "ProMoE: an expert's weight from its score", ("identity", "sigmoid", "softmax"))
+    shared_expert: bool = option(True, "ProMoE, guided: one expert that every token visits")
+    unconditional_expert: bool = option(True, "ProMoE, guided: one expert for all tokens of null-class images")
+    gate: str = option(
+        "identity", "ProMoE, kmeans: an expert's weight from its score", ("identity", "sigmoid", "softmax")
+    )
     rcl_weight: float = option(1.0, "ProMoE: weight of the routing contrastive loss (RCL)", within=ZERO_UP)
     rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL", within=POSITIVE)
     rcl_tokens: str = option("all", "RCL, top_k > 1: a token counts for all its experts or one", ("all", "first"))
+    classification_weight: float = option(1.0, "classification: weight of the super-class loss", within=ZERO_UP)
+    superclasses: str = option(
+        classes.CONTIGUOUS, "classification: contiguous, modulo, a YAML or JSON file, or 0,0,1,... for each class"
+    )
+    kmeans_decay: float = option(0.9, "kmeans: decay of the running centroids; 0 as published", within="[0, 1)")
+    capacity_factor: float = option(
+        0.0, "room for the rows of an expert, over an even share; 0: for all rows, none is dropped", within=ZERO_UP
+    )
     batch_scope: str = option("global", "batch statistics over all data ranks or one", ("global", "rank"))
     balance_weight: float = option(0.0, "weight of the balance loss; 0 turns it off", within=ZERO_UP)
     balance_form: str = option("batch", "balance over the batch or each image", ("batch", "sequence"))
@@ -107,6 +122,11 @@ class ModelConfig:
         return int(self.tokens / self.num_experts * self.top_k)
 
     @property
+    def superclass_of(self) -> tuple[int, ...]:
+        """The super-class, and so the expert, of each class under router=classification."""
+        return classes.superclass_table(self.superclasses, self.num_classes, self.num_experts)
+
+    @property
     def moe_blocks(self) -> tuple[int, ...]:
         """Indices of the blocks whose MLP is an MoE, in order; none for the dense DiT."""
         if self.router == "dense":
@@ -121,18 +141,30 @@ class ParallelConfig:
     tp: int = option(1, "tensor parallel: heads and MLP widths split over so many ranks", within=ONE_UP)
     ep: int = option(1, "expert parallel: routed experts split over so many ranks", within=ONE_UP)
     expert_tp: bool = option(False, "also split each routed expert's width over tp")
-    recompute: str = option("none", "activation checkpointing", ("none", "blocks"))
+    recompute: str = option(
+        "none",
+        "activations made again in the backward pass: none, of MoE layers, of blocks but routers, all (least memory)",
+        ("none", "moe", "blocks", "all"),
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
 
-    source: str = option("digits", "scikit-learn's digits, or synthetic latents", ("digits", "synthetic"))
+    source: str = option("digits", "what to train on; latents: see docs/data.md", SOURCES)
+    path: str = option("", "folder of the latents, or of fashion_mnist (empty: of its Debian package)")
+    test_path: str = option("", "folder of latents of images that are not trained on, for evaluation")
     size: int = option(65536, "images of the synthetic source", within=ONE_UP)
     label_drop: float = option(0.1, "share of the labels replaced by the null class", within="[0, 1)")
     flip: bool = option(False, "mirror half of the images")
     seed: int = option(0, "seed of the stream: order, noise, time, flips, label drop", within=ZERO_UP)
+    workers: int = option(1, "threads of a rank that make batches, and batches made ahead", within="[1, 256]")
+    verify: bool = option(True, "latents: compare each record with its checksum when it is read")
+    max_bad: int = option(
+        100, "latents: damaged samples passed over, of all ranks, before the run ends", within=ZERO_UP
+    )
+    cache: str = option("", "latents: folder on a node's own disk to copy the shards to")
 
 
 @dataclass(frozen=True)
@@ -274,7 +306,7 @@ def resolve(
         else:
             refused.discard(key)
             sections[section] = replace(sections[section], **{name: typed})
-    config = Config(**sections)
+    config = _with_superclasses(Config(**sections), problems, refused)
     problems += _violations(config, world, refused)
     if problems:
         raise ConfigError(problems)
@@ -298,6 +330,23 @@ def to_yaml(config: Config) -> str:
 
 
 # ---- reading the layers
+
+
+def _with_superclasses(config: Config, problems: list[str], refused: set[str]) -> Config:
+    """The config with the content of a file of super-classes in place of its path; a run is then complete."""
+    model = config.model
+    if model.router != "classification" or not classes.is_file(model.superclasses):
+        return config
+    if refused & {"model.superclasses", "model.num_classes", "model.router"}:
+        return config
+    try:
+        text = classes.superclasses_in(Path(model.superclasses), model.num_classes)
+    except classes.ClassGroupError as error:
+        problems += [f"model.superclasses = {model.superclasses!r}: {problem}" for problem in error.violations]
+        refused.add("model.superclasses")
+        return config
+    return replace(config, model=replace(model, superclasses=text))
+
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -461,7 +510,7 @@ def _rules(config: Config) -> Iterator[Rule]:
             rule = f"times model.hidden_size = {size} must be at least 1; use {1 / size:.3g} or more"
             yield (f"model.{name}", "model.hidden_size"), rule
     # The shared and the unconditional expert are split like a dense MLP, the routed ones with expert_tp.
-    kept_whole = model.router not in PROMOE_ROUTERS or not (model.shared_expert or model.unconditional_expert)
+    kept_whole = model.router not in TWO_STEP_ROUTERS or not (model.shared_expert or model.unconditional_expert)
     split = [("model.heads", model.heads, ("model.heads",))]
     if len(model.moe_blocks) < model.depth:
         keys = ("model.hidden_size", "model.mlp_ratio")
@@ -482,6 +531,9 @@ def _rules(config: Config) -> Iterator[Rule]:
                 ("parallel.ep", "model.router"),
                 "must be 1 with model.router = 'dense', which has no experts",
             )
+        if parallel.recompute == "moe":
+            rule = "must be none, blocks or all with model.router = 'dense', which has no experts"
+            yield ("parallel.recompute", "model.router"), rule
     else:
         if parallel.ep > experts:
             yield ("parallel.ep", "model.num_experts"), f"must be at most model.num_experts = {experts}"
@@ -490,6 +542,10 @@ def _rules(config: Config) -> Iterator[Rule]:
         if model.moe_every > model.depth:
             rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
             yield ("model.moe_every", "model.depth", "model.router"), rule
+    yield from _guided_rules(model)
+    if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
+        rule = f"must be 0 with model.router = {model.router!r}, where no expert gets more than its share"
+        yield ("model.capacity_factor", "model.router"), rule
     if model.router in EXPERT_CHOICE_ROUTERS and model.expert_capacity < 1:
         most = model.tokens * model.top_k
         rule = f"must be at most {most} = tokens * top_k, or no expert may choose a token of an image"
@@ -513,18 +569,47 @@ def _rules(config: Config) -> Iterator[Rule]:
         rule = f"must be at most sample.guidance_high = {sample.guidance_high}"
         yield ("sample.guidance_low", "sample.guidance_high"), rule
 
-    if data.source == "digits":
-        for name, needed in (("in_channels", 1), ("input_size", 8), ("num_classes", 10)):
+    if data.source in FIXED_SIZES:
+        size = FIXED_SIZES[data.source]
+        for name, needed in (("in_channels", 1), ("input_size", size), ("num_classes", 10)):
             if getattr(model, name) != needed:
-                rule = f"must be {needed} with data.source = 'digits': 8x8 pixels, 1 channel, 10 classes"
+                rule = (
+                    f"must be {needed} with data.source = {data.source!r}: {size}x{size} pixels, 1 channel, 10 classes"
+                )
                 yield (f"model.{name}", "data.source"), rule
-        if data.flip:
-            yield ("data.flip", "data.source"), "must be false with data.source = 'digits': they read one way"
+    if data.source == "latents" and not data.path:
+        yield ("data.path", "data.source"), "must be the folder of the latents with data.source = 'latents'"
+    for name, sources in (("path", ("latents", "fashion_mnist")), ("test_path", ("latents",)), ("cache", ("latents",))):
+        if getattr(data, name) and data.source not in sources:
+            rule = f"must be empty with data.source = {data.source!r}; it is for {' and '.join(sources)}"
+            yield (f"data.{name}", "data.source"), rule
+    if data.source == "digits" and data.flip:
+        yield ("data.flip", "data.source"), "must be false with data.source = 'digits': they read one way"
 
     if train.warmup > train.steps:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
     if train.schedule == "cosine" and train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
+
+
+def _guided_rules(model: ModelConfig) -> Iterator[Rule]:
+    """The rules of the routers that classes or k-means guide."""
+    if model.router not in GUIDED_ROUTERS:
+        return
+    router = f"with model.router = {model.router!r}"
+    if model.top_k != 1:
+        yield ("model.top_k", "model.router"), f"must be 1 {router}, whose super-classes or clusters do not overlap"
+    if model.router == "classification":
+        keys = ("model.superclasses", "model.num_classes", "model.num_experts", "model.router")
+        for problem in classes.superclass_problems(model.superclasses, model.num_classes, model.num_experts):
+            yield keys, problem
+        return
+    if model.batch_scope != "global":
+        rule = f"must be global {router}, whose centroids are the same on all ranks"
+        yield ("model.batch_scope", "model.router"), rule
+    if model.balance_weight:
+        rule = f"must be 0 {router}, which has no parameters to balance; starved centroids are moved instead"
+        yield ("model.balance_weight", "model.router"), rule
 
 
 def _world_rules(config: Config, world: int) -> Iterator[Rule]:

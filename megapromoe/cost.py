@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 from megapromoe.config import (
     EXPERT_CHOICE_ROUTERS,
-    PROMOE_ROUTERS,
+    TWO_STEP_ROUTERS,
     Config,
+    Layout,
     ModelConfig,
     load_deepspeed,
 )
 
 TIME_SINUSOIDS = 256
+# Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
+EVEN, LARGEST_GROUP = 2, 178_956_971
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,14 @@ class Linear:
         """Operations of one image's forward pass: 2 m n k for a product."""
         return 2 * self.rows * self.inputs * self.outputs
 
-    def on_rank(self, tp: int, copies: int) -> int:
-        """Parameters of a rank that holds `copies` of the copies, each split over `tp`."""
-        weight, bias = self.inputs * self.outputs, self.bias * self.outputs
+    def tensors(self, tp: int) -> list[int]:
+        """Elements of the weight and the bias of one copy, on one of the `tp` ranks that split it."""
+        weight, bias = self.inputs * self.outputs, self.outputs
         if self.split is not None:
             weight //= tp
         if self.split == "columns":
             bias //= tp
-        return copies * (weight + bias)
+        return [weight, bias] if self.bias else [weight]
 
 
 def layers(model: ModelConfig) -> Iterator[Linear]:
@@ -70,19 +73,22 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     yield Linear("attention", D, 3 * D, L, L * S, split="columns")
     yield Linear("attention", D, D, L, L * S, split="rows")
     if model.qk_norm:  # weight and bias over a head's channels, for queries and for keys
-        yield Linear("attention", 1, 2 * model.head_dim, L, 0)
+        yield Linear("attention", 1, model.head_dim, 2 * L, 0)
     yield from _mlp("MLP", D, model.mlp_width, dense, dense * S)
     if moe:
         F, E = model.expert_width, model.num_experts
         visits = E * model.expert_capacity if model.router in EXPERT_CHOICE_ROUTERS else S * model.top_k
-        yield Linear("router", D, E, moe, moe * S, bias=False)  # prototypes or gate
+        if model.router == "classification":
+            yield Linear("router", D, E, moe, moe)  # one row, the mean token of the image
+        else:  # prototypes, gate, or centroids, which are no parameters
+            yield Linear("router", D, E, 0 if model.router == "kmeans" else moe, moe * S, bias=False)
         if model.router == "diffmoe":
             yield Linear("capacity predictor", D, D, moe, moe * S)
             yield Linear("capacity predictor", D, E, moe, moe * S)
         yield from _mlp("routed experts", D, F, moe * E, moe * visits)
-        if model.router in PROMOE_ROUTERS and model.shared_expert:
+        if model.router in TWO_STEP_ROUTERS and model.shared_expert:
             yield from _mlp("shared expert", D, F, moe, moe * S)
-        if model.router in PROMOE_ROUTERS and model.unconditional_expert:
+        if model.router in TWO_STEP_ROUTERS and model.unconditional_expert:
             yield from _mlp("unconditional expert", D, F, moe, 0)
     yield Linear("final layer", D, 2 * D, 1, 1)
     yield Linear("final layer", D, patch * model.out_channels, 1, S)
@@ -162,11 +168,11 @@ class Memory:
 def memory_per_rank(config: Config, world: int) -> Memory:
     """Bytes of parameters, gradients, AdamW's states and EMA on the first rank, which holds the most.
 
-    Exact for the parameters; activations, communication buffers and ZeRO's padding are left out. Over the
-    data-parallel ranks (routed experts: the expert-data-parallel ones) are partitioned AdamW's states and the
-    EMA from ZeRO stage 1, the gradients from stage 2, the parameters at stage 3. AdamW keeps two fp32 moments
-    and an fp32 master copy, which only plain fp32 training (stage 0) does without. The EMA is fp32, beside
-    the master.
+    Exact, with ZeRO's padding of what it partitions; activations and communication buffers are left out
+    (`planning.memory` has them). Over the data-parallel ranks (routed experts: the expert-data-parallel ones)
+    are partitioned AdamW's states and the EMA from ZeRO stage 1, the gradients from stage 2, the parameters at
+    stage 3. AdamW keeps two fp32 moments and an fp32 master copy, which only plain fp32 training (stage 0) does
+    without. The EMA is fp32, beside the master.
 
     Raises ConfigError where the layout does not come out even, or the DeepSpeed file is wrong.
     """
@@ -174,16 +180,13 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     bf16 = deepspeed.get("bf16", {}).get("enabled", False)
-    slots = -(-config.model.num_experts // layout.ep)  # every rank stores as many experts as the fullest
-    replicated = routed = 0
-    for layer in layers(config.model):
-        if layer.part == "routed experts":
-            routed += layer.on_rank(layout.etp, layer.copies // config.model.num_experts * slots)
-        else:
-            replicated += layer.on_rank(layout.tp, layer.copies)
-
-    whole = replicated + routed
-    shard = -(-replicated // layout.dp) + -(-routed // layout.edp)
+    replicated, routed = tensors_on_rank(config.model, layout)
+    whole = sum(replicated) + sum(routed)
+    if stage == 3:  # every tensor is cut by itself
+        shard = sum(-(-n // layout.dp) for n in replicated) + sum(-(-n // layout.edp) for n in routed)
+    else:  # flat groups of tensors are
+        shards = flat_shards(replicated, layout.dp, False) + flat_shards(routed, layout.edp, True)
+        shard = sum(shards)
     held = whole if stage == 0 else shard
     width = 2 if bf16 else 4
     optimizer = held * (8 if stage == 0 and not bf16 else 12)
@@ -196,3 +199,31 @@ def memory_per_rank(config: Config, world: int) -> Memory:
         ema=ema,
         host=optimizer + ema if offloaded else 0,
     )
+
+
+def tensors_on_rank(model: ModelConfig, layout: Layout) -> tuple[list[int], list[int]]:
+    """Elements of each parameter that the first rank holds: the replicated or tp-split ones, the routed experts'.
+
+    Routed experts are one tensor of ceil(E/ep) slots for each weight and bias of a block.
+    """
+    slots = -(-model.num_experts // layout.ep)
+    replicated, routed_of_block = [], []
+    for layer in layers(model):
+        if layer.part == "routed experts":
+            routed_of_block += [slots * n for n in layer.tensors(layout.etp)]
+        else:
+            replicated += layer.tensors(layout.tp) * layer.copies
+    return replicated, routed_of_block * len(model.moe_blocks)
+
+
+def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:
+    """A rank's part of each flat group of tensors, which ZeRO 1 and 2 pad so that parts are even.
+
+    Routed experts' tensors come in several groups where they are many. Source: deepspeed/moe/utils.py.
+    """
+    groups = [[]]
+    for n in tensors:
+        if routed and groups[-1] and sum(groups[-1]) + n > LARGEST_GROUP:
+            groups.append([])
+        groups[-1].append(n)
+    return [-(-sum(group) // (EVEN * ranks)) * EVEN for group in groups if group]

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from megapromoe.config import Config
 from megapromoe.models.dit import DiT
-from megapromoe.models.layers import Attention, HeadNorm, Mlp, position_table
+from megapromoe.models.layers import Attention, HeadNorm, Mlp
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import ALONE, Router
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher
 from megapromoe.parallel.layout import ParameterLayout, Split
 from megapromoe.parallel.linear import ExpertLinear, GatheredLinear, Region, RowLinear
 from megapromoe.parallel.mesh import Mesh, make_mesh
+from megapromoe.parallel.static_dispatch import StaticDispatcher
 
 # Which dimension tensor parallelism slices, by the end of the parameter's name; whatever is not listed is replicated:
 # embeddings, the final layer, routers, biases that are added after a sum.
@@ -62,13 +63,9 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
             fill(owner._parameters[attribute], model, layout, mesh, config.train.seed)
     for name, buffer in list(model.named_buffers()):
         owner, attribute = _owner(model, name)
-        owner.register_buffer(
-            attribute,
-            torch.zeros(buffer.shape, device=device),
-            persistent=attribute not in owner._non_persistent_buffers_set,
-        )
-    side = config.model.input_size // config.model.patch_size
-    model.pos_embed.copy_(position_table(side, config.model.hidden_size)[None])
+        value = model.initial_buffer(name, buffer.shape, _generator(config.train.seed, name))
+        persistent = attribute not in owner._non_persistent_buffers_set
+        owner.register_buffer(attribute, value.to(device), persistent=persistent)
     connect(model, config, mesh)
     return model
 
@@ -85,13 +82,15 @@ def connect(model: DiT, config: Config, mesh: Mesh) -> None:
         elif isinstance(module, Router):
             module.scope = mesh.dp if config.model.batch_scope == "global" else ALONE
         if isinstance(module, MoE):
-            experts = config.model.num_experts
-            if mesh.ep.size > 1:
+            experts, factor = config.model.num_experts, config.model.capacity_factor
+            if factor:
+                module.dispatcher = StaticDispatcher(experts, mesh.ep, factor, region, mesh.expert_tp)
+            elif mesh.ep.size > 1:
                 module.dispatcher = ExpertParallelDispatcher(experts, mesh.ep, region, mesh.expert_tp)
             else:
                 module.dispatcher = Dispatcher(experts, region, mesh.expert_tp)
     for block in model.blocks:
-        block.recompute = config.parallel.recompute == "blocks"
+        block.recompute = config.parallel.recompute
 
 
 def fill(parameter: Tensor, model: DiT, layout: ParameterLayout, mesh: Mesh, seed: int) -> None:

@@ -74,4 +74,30 @@ PRESETS: dict[str, Preset] = {
             "save_every": 250,
         },
     },
+    # A small ProMoE of Fashion-MNIST's clothes, for some minutes on a laptop. Not from the paper.
+    "fashion": {
+        "model": {
+            "hidden_size": 96,
+            "depth": 4,
+            "heads": 4,
+            "patch_size": 4,
+            "input_size": 32,
+            "in_channels": 1,
+            "num_classes": 10,
+            "num_experts": 4,
+        },
+        "data": {"source": "fashion_mnist", "flip": True},
+        "sample": {"method": "euler", "steps": 30, "guidance": 1.5},
+        "train": {
+            "steps": 1200,
+            "global_batch": 32,
+            "lr": 2e-3,
+            "warmup": 30,
+            "schedule": "cosine",
+            "clip": 1.0,
+            "ema": 0.99,
+            "deepspeed": "fp32_zero1",
+            "save_every": 400,
+        },
+    },
 }

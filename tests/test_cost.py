@@ -29,6 +29,8 @@ def test_published_sweep_over_experts(experts, millions):
         {"router": "dense", "qk_norm": True},
         {"router": "promoe_ec", "shared_expert": False, "moe_every": 1},
         {"router": "tc", "unconditional_expert": False, "learn_sigma": False},
+        {"router": "classification", "shared_expert": False},
+        {"router": "kmeans", "unconditional_expert": False},
         {"router": "ec", "top_k": 2},
         {"router": "diffmoe", "qk_norm": True, "mlp_ratio": 3.0},
     ],

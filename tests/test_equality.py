@@ -28,12 +28,12 @@ class Case:
     expert_tp: bool = False
     what: tuple[str, ...] = ()
     prepare: str = ""
-    recompute: bool = False
+    recompute: str = "none"
 
     @property
     def name(self) -> str:
         what = [w.partition(".")[2] for w in self.what] + ([self.prepare] if self.prepare else [])
-        what += ["recompute"] if self.recompute else []
+        what += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         split = "+experts" if self.expert_tp else ""
         return f"world {self.world} · tp {self.tp}{split} · ep {self.ep} · ZeRO-{self.zero}" + (
             f" · {', '.join(what)}" if what else ""
@@ -45,7 +45,7 @@ class Case:
             f"parallel.tp={self.tp}",
             f"parallel.ep={self.ep}",
             f"parallel.expert_tp={str(self.expert_tp).lower()}",
-            f"parallel.recompute={'blocks' if self.recompute else 'none'}",
+            f"parallel.recompute={self.recompute}",
             f"train.deepspeed=fp32_zero{self.zero}",
         )
 
@@ -101,6 +101,10 @@ CASES = [
     *(Case(4, tp=2, ep=2, zero=z, what=NO_NULL) for z in (1, 3)),
     # Other routers and options under the same dispatch.
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_ec", "ec", "diffmoe")),
+    *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("classification", "kmeans")),
+    Case(2, ep=2, what=("model.router=classification", "model.unconditional_expert=false")),
+    Case(4, ep=2, what=("model.router=kmeans", "model.kmeans_decay=0", *TWICE)),
+    *(Case(4, tp=2, ep=2, what=(*ALL_NULL, f"model.router={r}")) for r in ("classification", "kmeans")),
     Case(4, tp=2, ep=2, what=("model.gate=identity",)),
     Case(4, tp=2, ep=2, what=("model.router=tc", "model.balance_weight=0.01")),
     Case(4, tp=2, what=("model.router=dense",)),
@@ -110,7 +114,9 @@ CASES = [
     Case(4, tp=2, ep=2, what=("model.balance_weight=0.1", "model.balance_form=sequence")),
     Case(4, tp=2, ep=2, what=("model.balance_weight=0.1", "model.balance_form=batch")),
     Case(4, tp=2, ep=2, what=("diffusion.objective=ddpm", "sample.method=ddim")),
-    *(Case(4, tp=2, ep=2, zero=z, recompute=True) for z in (1, 3)),
+    *(Case(4, tp=2, ep=2, zero=z, recompute=r) for r in ("blocks", "all") for z in (1, 3)),
+    Case(4, tp=2, ep=2, recompute="moe"),
+    *(Case(4, tp=2, ep=2, recompute="all", what=(f"model.router={r}", *TWICE)) for r in ("kmeans", "diffmoe")),
 ]  # fmt: skip
 
 

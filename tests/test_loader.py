@@ -1,14 +1,20 @@
 """The stream of samples: fixed by seed and position, statistically sound, ordered [conditional | null]."""
 
+import gzip
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from megapromoe.data.builtin import DatasetError, Digits, Synthetic, check_dataset, open_dataset
+from megapromoe.config import resolve
+from megapromoe.data.builtin import DatasetError, Digits, Synthetic, check_dataset
+from megapromoe.data.fashion import FOLDER, FashionMNIST
 from megapromoe.data.loader import Batch, Loader, prefetch
+from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.noise import normals, permutation, raw_bits, uniforms
 
 NULL = 10
@@ -273,6 +279,31 @@ def test_prefetch_raises_in_the_turn_of_the_broken_batch():
     assert not loader_threads()
 
 
+def test_several_threads_keep_the_order_and_make_as_many_batches_ahead():
+    made, threads = [], set()
+
+    class Uneven:
+        def batch(self, first, count):
+            time.sleep(0.03 if first % 3 == 0 else 0.001)  # the first of three is the last to be ready
+            made.append(first)
+            threads.add(threading.current_thread().name)
+            return first
+
+    batches = prefetch(Uneven(), (range(i, i + 1) for i in range(10**9)), workers=3)
+    assert [next(batches) for _ in range(9)] == list(range(9)) != made[:9]
+    time.sleep(0.1)
+    assert sorted(made) == list(range(12)) and len(threads) == 3
+    batches.close()
+    assert not loader_threads()
+
+
+def test_many_threads_make_the_stream_of_one():
+    ranges = [range(i, i + 5) for i in range(0, 60, 5)]
+    one, four = (list(prefetch(loader(), ranges, workers)) for workers in (1, 4))
+    assert_same(in_stream_order(*one), in_stream_order(*four))
+    assert [batch.positions_B.tolist() for batch in one] == [batch.positions_B.tolist() for batch in four]
+
+
 # Data sets
 
 
@@ -321,6 +352,68 @@ def test_a_data_set_that_does_not_fit_is_told_all_at_once():
         assert part in str(error.value)
     with pytest.raises(DatasetError, match="data.source: 'imagenet' is not known"):
         open_dataset(config("imagenet"))
+
+
+def write_fashion(folder, count=6, side=28, zipped=True):
+    """Files as Fashion-MNIST's, of `count` random images; returns these and their labels."""
+    random = np.random.default_rng(count)
+    images = random.integers(0, 256, (count, side, side), dtype=np.uint8)
+    labels = random.integers(0, 10, count, dtype=np.uint8)
+    for prefix in ("train", "t10k"):
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+            data = header + array.tobytes()
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' * zipped}"
+            path.write_bytes(gzip.compress(data) if zipped else data)
+    return images, labels
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fashion_mnist_is_read_and_framed(zipped, tmp_path):
+    images, labels = write_fashion(tmp_path, zipped=zipped)
+    data = FashionMNIST("test", tmp_path)
+    found, classes = data.read(np.array([4, 1]))
+    assert found.dtype == np.float32 and found.shape == (2, 1, 32, 32) and len(data) == 6
+    assert np.allclose(found[:, 0, 2:30, 2:30], images[[4, 1]] / 127.5 - 1, atol=1e-6)
+    assert (found[:, 0, :2] == -1).all() and (found[:, 0, :, 30:] == -1).all()
+    assert classes.tolist() == labels[[4, 1]].tolist()
+    mirrored = data.draw(np.array([4, 1]), np.array([True, False]), None)
+    assert np.array_equal(mirrored[0], found[0, ..., ::-1]) and np.array_equal(mirrored[1], found[1])
+
+
+def test_fashion_mnist_files_that_are_wrong_are_named(tmp_path):
+    with pytest.raises(DatasetError, match="holds no train-images-idx3-ubyte.gz; .*apt-get install dataset-fashion"):
+        FashionMNIST("train", tmp_path)
+    write_fashion(tmp_path, side=27)
+    with pytest.raises(DatasetError, match=r"images of \(27, 27\)"):
+        FashionMNIST("train", tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(DatasetError, match="train-images-idx3-ubyte.gz cannot be read: .*; fetch it again"):
+        FashionMNIST("train", tmp_path)
+    path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
+    with pytest.raises(DatasetError, match="is no idx file of bytes in 3 dimensions"):
+        FashionMNIST("train", tmp_path)
+
+
+@pytest.mark.skipif(not Path(FOLDER).is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_of_the_package():
+    config = resolve("fashion")
+    train, test = (open_dataset(config, split) for split in ("train", "test"))
+    assert np.bincount(train.labels).tolist() == [6000] * 10 and np.bincount(test.labels).tolist() == [1000] * 10
+    boots, _ = train.read(np.flatnonzero(train.labels == 9))
+    trousers, _ = train.read(np.flatnonzero(train.labels == 1))
+    assert train.class_names[9] == "ankle boot" and (boots.mean((0, 1, 2))[[3, 28]] > -0.9).all()  # wide
+    assert trousers.mean((0, 1, 2))[[3, 28]].max() < -0.95 < trousers.mean((0, 1, 2))[15]  # narrow
+
+
+def test_sources_without_a_test_split_say_so():
+    for source in ("digits", "synthetic"):
+        with pytest.raises(DatasetError, match=f"'{source}' has no test split"):
+            open_dataset(config(source), "test")
+    with pytest.raises(DatasetError, match="split 'validation': must be one of train, test"):
+        open_dataset(config("digits"), "validation")
 
 
 def test_a_label_out_of_range_is_named_with_its_record():

@@ -9,13 +9,13 @@ from megapromoe.presets import PRESETS
 
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
-    assert set(PRESETS) == {*names.split(), "diffmoe_b_e8", "diffmoe_l_e8", "diffmoe_xl_e8", "digits"}
+    assert set(PRESETS) == {*names.split(), "diffmoe_b_e8", "diffmoe_l_e8", "diffmoe_xl_e8", "digits", "fashion"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_resolves_on_one_rank_and_on_eight(name):
     resolve(name, world=1)
-    experts = [] if name.startswith("dit") else [f"parallel.ep={4 if name == 'digits' else 8}"]
+    experts = [] if name.startswith("dit") else [f"parallel.ep={4 if name in ('digits', 'fashion') else 8}"]
     tensor = ["parallel.tp=2"]
     config = resolve(name, overrides=experts + tensor, world=8)
     assert config.layout(8).micro_batch == config.train.global_batch // 4

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from megapromoe.config import ModelConfig
-from megapromoe.models.moe import MoE
-from megapromoe.models.routers import ROUTERS, contrastive_loss, top_counts
+from megapromoe.models.moe import ROUTERS, MoE
+from megapromoe.models.routers import contrastive_loss, top_counts
 
 D, S, E = 16, 9, 5
 
@@ -198,7 +198,9 @@ def test_every_parameter_stays_in_the_graph(router, conditional):
     """An all-null batch, or one without null samples, leaves no gradient missing: a missing one would hang ZeRO."""
     config = config_of(router=router, balance_weight=0.1)
     moe, x = filled(MoE(config)).train(), tokens(3)
-    routed = moe.route(x, conditional)
+    for buffer in moe.buffers():
+        buffer.zero_()  # the layer alone is not built, hence uninitialised
+    routed = moe.route(x, conditional, torch.tensor([0, 1, config.null_class]))
     loss = moe(x, routed, conditional).sum() + sum(routed.losses.values())
     loss.backward()
     missing = [name for name, p in moe.named_parameters() if p.grad is None]

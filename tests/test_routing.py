@@ -5,15 +5,10 @@ import pytest
 import torch
 
 from megapromoe.config import resolve
-from megapromoe.data.builtin import Digits, open_dataset
-from megapromoe.evaluation.routing import (
-    Routing,
-    RoutingError,
-    draw,
-    measure_routing,
-    recorded,
-    routing_picture,
-)
+from megapromoe.data.builtin import Digits
+from megapromoe.data.sources import open_dataset
+from megapromoe.evaluation.figures import draw, routing_picture
+from megapromoe.evaluation.routing import Routing, RoutingError, measure_routing, recorded
 from megapromoe.parallelize import build
 
 TINY = ("model.hidden_size=16", "model.heads=2", "model.depth=2", "sample.batch=16")
@@ -25,9 +20,10 @@ def tiny(*overrides):
 
 
 def routing(rows_LCE):
-    rows = np.array(rows_LCE)
-    nothing = np.zeros((len(rows), 1, 1), dtype=int)
-    return Routing(tuple(range(len(rows))), rows, nothing, np.zeros((1, 1, 8, 8)), np.zeros(1, dtype=int))
+    rows = np.array(rows_LCE)[None]  # of one noise level
+    nothing, visits = np.zeros((rows.shape[1], 1, 1), dtype=int), np.zeros((rows.shape[1], rows.shape[-1] + 1))
+    blocks = tuple(range(rows.shape[1]))
+    return Routing(blocks, (0.5,), rows, visits, nothing, np.zeros((1, 1, 8, 8)), np.zeros(1, dtype=int))
 
 
 def test_information_is_that_of_known_tables():
@@ -108,7 +104,9 @@ def test_many_layers_and_experts_fit_a_picture():
     rng = np.random.default_rng(0)
     found = Routing(
         tuple(range(1, 25, 2)),
-        rng.integers(0, 50, (12, 30, 24)),
+        (0.1, 0.5, 0.9),
+        rng.integers(0, 50, (3, 12, 30, 24)),
+        rng.integers(0, 50, (12, 25)),
         rng.integers(-1, 24, (12, 30, 16)),
         rng.normal(size=(30, 4, 8, 8)),
         np.arange(30),

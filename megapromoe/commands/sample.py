@@ -1,4 +1,4 @@
-"""`megapromoe sample`: draws images with a trained model."""
+"""`megapromoe sample`: draws images with a trained model, a picture of some or a set of many."""
 
 import argparse
 from pathlib import Path
@@ -7,53 +7,144 @@ from megapromoe.commands.options import positive, run_option
 from megapromoe.config import ConfigError
 
 SUMMARY = "draw images with a trained model"
-EPILOG = "Overrides: section `sample` only."
+EPILOG = """\
+With --count: some images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
+`images`, float in [-1, 1], `labels`, `seed`).
+With --num: a set of so many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
+(`arr_0`, uint8 NHWC; `arr_1`, labels). Start it under torchrun, srun or mpirun to share the images out: they
+are the same at any number of ranks. Repeat the command to continue where it was stopped.
+
+examples:
+  megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
+  megapromoe sample --run runs/digits --num 1000 --guidance 1 1.5 2 --out samples.npz
+  torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --out samples.npz \\
+      --autoencoder models/sd-vae-ft-ema
+  torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set
+                                                  the model split over 4 ranks, 2 of such groups
+
+Overrides: section `sample` only."""
 JOB = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     run_option(parser, "the folder of the run")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="a .png of a grid, or .npz of arrays")
-    parser.add_argument("--class", metavar="C", dest="classes", type=int, nargs="+", help="classes; default: all")
     parser.add_argument(
-        "--count",
-        "--per-class",
-        metavar="N",
-        type=positive,
-        default=10,
-        help="images of each class; default: 10",
+        "--out",
+        metavar="PATH",
+        type=Path,
+        required=True,
+        help="a .png of a grid or .npz of arrays; with --num: a folder, for PNG files, or .npz",
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--count", "--per-class", metavar="N", type=positive, default=10, help="images of each class; default: 10"
+    )
+    num_option(amount, "a set of N images in all")
+    drawing_options(parser)
+
+
+def num_option(parser, text: str) -> None:
+    """Adds --num, the number of images of a set."""
+    # torchrun takes --num for an abbreviation of options of its own, wherever it stands.
+    text += "; under torchrun write --num-images"
+    parser.add_argument("--num", "--num-images", metavar="N", type=positive, dest="num", help=text)
+
+
+def drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says how images are drawn, for `many_images`."""
+    parser.add_argument("--class", metavar="C", dest="only", type=int, nargs="+", help="classes; default: all")
+    parser.add_argument(
+        "--classes",
+        choices=("balanced", "random"),
+        help="with --num: the classes take turns (default), or are drawn for each image",
     )
     parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step; default: the last")
     parser.add_argument(
         "--weights", choices=("ema", "master"), default="ema", help="averaged weights (default) or as trained"
     )
+    parser.add_argument(
+        "--guidance",
+        metavar="X",
+        nargs="+",
+        default=[],
+        help="classifier-free guidance scale, 1 is none; with --num several, a set for each;"
+        " default: as the run's config says",
+    )
     for option, text in (
-        ("--guidance", "classifier-free guidance scale; 1 is none"),
         ("--steps", "steps of the sampler"),
         ("--seed", "seed of the images"),
         ("--method", "sampler"),
     ):  # short for overrides
         parser.add_argument(option, metavar="X", help=f"{text}; default: as the run's config says")
+    parser.add_argument(
+        "--autoencoder", metavar="NAME", help="a folder or hub name: decodes what a model of latents draws"
+    )
+    for option, text in (("--tp", "tensor"), ("--ep", "expert")):
+        parser.add_argument(
+            option,
+            metavar="N",
+            type=positive,
+            default=1,
+            help=f"with --num: {text} parallel, for a model too large for one rank",
+        )
+
+
+def many_images(options: argparse.Namespace, out: Path, named: bool = False):
+    """The request that the options make."""
+    from megapromoe.evaluation.sampling import Request
+
+    return Request(
+        run=options.run,
+        out=out,
+        num=options.num,
+        classes=options.classes or "balanced",
+        only=None if options.only is None else tuple(options.only),
+        scales=tuple(options.guidance),
+        step=options.step,
+        weights=options.weights,
+        overrides=tuple(sample_overrides(options, guidance=False)),
+        autoencoder=options.autoencoder,
+        tp=options.tp,
+        ep=options.ep,
+        named=named,
+    )
+
+
+def sample_overrides(options: argparse.Namespace, guidance: bool = True) -> list[str]:
+    """All `sample.key=value` settings of the command line; raises ConfigError for those of other sections."""
+    short = {"guidance": options.guidance[0]} if guidance and options.guidance else {}
+    short |= {name: getattr(options, name) for name in ("steps", "seed", "method")}
+    overrides = [*options.overrides, *(f"sample.{name}={v}" for name, v in short.items() if v is not None)]
+    if wrong := [a for a in overrides if not a.startswith("sample.")]:
+        raise ConfigError([f"{a!r} (command line): sampling takes only sample.key=value" for a in wrong])
+    return overrides
 
 
 def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.training import runtime
 
     runtime.prepare()
+    overrides = sample_overrides(options)
+    if options.num is not None:
+        from megapromoe.evaluation.sampling import sample_many
+
+        sample_many(many_images(options, options.out), launch)
+        return 0
+    needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
+    needed["--guidance with several scales"] = len(options.guidance) > 1
+    if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:
+        raise ConfigError(wrong)
     from megapromoe.evaluation.generate import sample_command
 
-    short = {name: getattr(options, name) for name in ("guidance", "steps", "seed", "method")}
-    overrides = [*options.overrides, *(f"sample.{name}={v}" for name, v in short.items() if v is not None)]
-    if wrong := [a for a in overrides if not a.startswith("sample.")]:
-        raise ConfigError([f"{a!r} (command line): sampling takes only sample.key=value" for a in wrong])
     sample_command(
         options.run,
         options.out,
-        options.classes,
+        options.only,
         options.count,
         options.step,
         options.weights,
         overrides,
         launch,
+        *([] if options.autoencoder is None else [options.autoencoder]),
     )
     return 0

@@ -21,7 +21,7 @@ from torch import Tensor
 from megapromoe.config import to_dict, to_yaml
 from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import DIFFUSERS_FILE, detect
-from megapromoe.conversion.state import State
+from megapromoe.conversion.state import State, check_published
 from megapromoe.conversion.stream import (
     ConversionError,
     Entry,
@@ -79,6 +79,8 @@ def export(
 
 
 def _check_destination(state: State, destination: Path, form: str, overwrite: bool) -> None:
+    if form == "published":
+        check_published(state.config, destination)
     suffixes = {"published": (".pth", ".pt"), "safetensors": (".safetensors",)}.get(form, ())
     if suffixes and destination.suffix not in suffixes:
         raise ConversionError(f"{destination}: {form} is one file; let its name end in {' or '.join(suffixes)}")

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from megapromoe.config import Config, ModelConfig
-from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, place, reader
+from megapromoe.conversion.state import (
+    State,
+    check_published,
+    check_same,
+    config_from,
+    model_shapes,
+    needed,
+    place,
+    reader,
+)
 from megapromoe.conversion.stream import ConversionError, Stored, read_pickle
 from megapromoe.models.published import constants, is_buffer, published_names
 from megapromoe.training.checkpoint_file import KINDS
@@ -30,6 +39,7 @@ def open_published(path: Path, config: Config | None) -> State:
         holds = ", ".join(map(str, list(tree)[:6])) if isinstance(tree, dict) else type(tree).__name__
         raise ConversionError(f"{path}: holds {holds}; a published checkpoint has model_state_dict")
     config = needed(config, path)
+    check_published(config, path)
     notes = []
     if len(found) == 1:
         (only,) = found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import Config, ModelConfig, resolve
+from megapromoe.config import GUIDED_ROUTERS, Config, ModelConfig, resolve
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.models.dit import DiT
 
@@ -81,6 +81,13 @@ def needed(config: Config | None, path: Path) -> Config:
             " and train sections written down) or --preset NAME"
         )
     return config
+
+
+def check_published(config: Config, path: Path) -> None:
+    """Raises ConversionError for a model that no published checkpoint is of."""
+    router = config.model.router
+    if router in GUIDED_ROUTERS:
+        raise ConversionError(f"{path}: model.router = {router} was never published; use another format")
 
 
 def check_same(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

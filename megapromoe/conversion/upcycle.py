@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from megapromoe.config import PROMOE_ROUTERS, Config
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.data.builtin import open_dataset
 from megapromoe.data.loader import Loader
+from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.models.dit import DiT
 from megapromoe.parallel.mesh import Group, Mesh

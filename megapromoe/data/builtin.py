@@ -8,7 +8,7 @@ from megapromoe.diffusion import noise
 
 
 class Dataset(Protocol):
-    """A finite set of labelled images or latents, read by index."""
+    """A finite set of labelled images or latents, drawn by index."""
 
     shape: tuple[int, int, int]
     """(C, H, W) of one record."""
@@ -16,34 +16,49 @@ class Dataset(Protocol):
     class_names: tuple[str, ...]
     labels: np.ndarray
     """int64 class of every record."""
+    stochastic: bool
+    """Whether a record is a distribution to draw from, rather than an array."""
 
     def __len__(self) -> int:
         """Number of records."""
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, C, H, W) float32 and labels (B) int64 of int64 indices in [0, len)."""
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W) float32, as they are (means, where they are distributions), and labels (B) int64."""
+
+    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Samples (B, C, H, W) float32 of int64 indices in [0, len).
+
+        Args:
+            mirror_B: bool, which are mirrored left to right.
+            normal_BCHW: unit normals that a stochastic set draws with; None: the mean.
+
+        Raises DamagedRecords, naming all of these that cannot be used.
+        """
 
 
 class DatasetError(ValueError):
     """A data set that does not fit the model, or holds what it must not."""
 
 
-def open_dataset(config) -> Dataset:
-    """The data set named by `config.data.source`, checked against `config.model`.
+class DamagedRecords(DatasetError):
+    """Records that cannot be used; `rows` says where in the indices that were asked for they stand."""
 
-    Raises:
-        DatasetError: the source is unknown, or the model does not take its shape, classes or labels.
-    """
-    model, data = config.model, config.data
-    if data.source == "digits":
-        dataset = Digits()
-    elif data.source == "synthetic":
-        shape = (model.in_channels, model.input_size, model.input_size)
-        dataset = Synthetic(shape, model.num_classes, data.size, data.seed)
-    else:
-        raise DatasetError(f"data.source: {data.source!r} is not known; use 'digits' or 'synthetic'")
-    check_dataset(dataset, model)
-    return dataset
+    def __init__(self, rows: list[int], message: str):
+        super().__init__(message)
+        self.rows = rows
+
+
+class Images:
+    """A set of arrays: those that `read(indices)` gives with their labels, mirrored where asked."""
+
+    stochastic = False
+
+    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Images (B, C, H, W) float32."""
+        images_BCHW, _ = self.read(indices_B)
+        if not mirror_B.any():
+            return images_BCHW
+        return np.where(mirror_B[:, None, None, None], images_BCHW[..., ::-1], images_BCHW)
 
 
 def check_dataset(dataset: Dataset, model) -> None:
@@ -80,7 +95,7 @@ def check_dataset(dataset: Dataset, model) -> None:
         raise DatasetError(f"data set {type(dataset).__name__}: " + "; ".join(problems))
 
 
-class Digits:
+class Digits(Images):
     """The 1,797 handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes, values in [-1, 1].
 
     Source: sklearn.datasets.load_digits (UCI optical recognition of handwritten digits, test part).
@@ -105,7 +120,7 @@ class Digits:
         return self.images[indices], self.labels[indices]
 
 
-class Synthetic:
+class Synthetic(Images):
     """Latents of any shape: unit normal around a pattern of their class, hence learnable.
 
     A record is drawn when it is read, from (seed, index). Classes take turns: record i is of class i mod

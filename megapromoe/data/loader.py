@@ -8,7 +8,8 @@ Whether a label is dropped is known here, on the host: each batch is ordered [co
 count of the first kind beside it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from megapromoe.data.builtin import Dataset
+from megapromoe.data.builtin import DamagedRecords, Dataset, DatasetError
 from megapromoe.diffusion.noise import normals, permutation, uniforms
 
 
@@ -31,6 +32,7 @@ class Batch:
         labels_B: int64 class, the null class where the label was dropped.
         positions_B: int64 stream position.
         conditional: number of samples that keep their label; they come first.
+        damaged: number of samples whose record could not be used; each has the next good one of its epoch instead.
     """
 
     clean_BCHW: torch.Tensor
@@ -39,14 +41,22 @@ class Batch:
     labels_B: torch.Tensor
     positions_B: torch.Tensor
     conditional: int
+    damaged: int = 0
 
     def __len__(self) -> int:
         return len(self.labels_B)
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory, from which a GPU copies while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        return replace(self, **{name: change(value) for name, value in tensors.items()})
 
 
 class Loader:
@@ -82,18 +92,17 @@ class Loader:
 
         Raises:
             ValueError: first is negative or count is not positive.
+            DatasetError: no record can be used.
         """
         if first < 0 or count < 1:
             raise ValueError(f"a batch needs first >= 0 and count >= 1, got first {first}, count {count}")
         positions_B = np.arange(first, first + count, dtype=np.int64)
-        clean_BCHW, labels_B = self.dataset.read(self.indices(positions_B))
+        mirror_B = uniforms(self.seed, "flip", positions_B) < 0.5 if self.flip else np.zeros(count, bool)
+        clean_BCHW, labels_B, damaged = self._records(positions_B, mirror_B)
         noise_BCHW = normals(self.seed, "noise", positions_B, self.dataset.shape)
         # Rounding to float32 must not reach 1, where no time is defined.
         below_one = np.nextafter(np.float32(1), np.float32(0))
         u_B = np.minimum(uniforms(self.seed, "time", positions_B).astype(np.float32), below_one)
-        if self.flip:
-            flip_B = uniforms(self.seed, "flip", positions_B) < 0.5
-            clean_BCHW = np.where(flip_B[:, None, None, None], clean_BCHW[..., ::-1], clean_BCHW)
         drop_B = uniforms(self.seed, "label drop", positions_B) < self.label_drop
         labels_B = np.where(drop_B, self.null_class, labels_B)
         order_B = np.argsort(drop_B, kind="stable")
@@ -101,7 +110,28 @@ class Loader:
         return Batch(
             *(torch.from_numpy(np.ascontiguousarray(array[order_B])) for array in arrays),
             conditional=count - int(drop_B.sum()),
+            damaged=damaged,
         )
+
+    def _records(self, positions_B: np.ndarray, mirror_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Images and labels at these positions, and how many stand in for records that are damaged.
+
+        The one that stands in is the next good one of the epoch's order, on whichever rank the sample is drawn.
+        """
+        dataset, size = self.dataset, len(self.dataset)
+        normal_BCHW = normals(self.seed, "posterior", positions_B, dataset.shape) if dataset.stochastic else None
+        further_B = np.zeros_like(positions_B)
+        for _ in range(size):
+            epoch_B, place_B = np.divmod(positions_B, size)
+            indices_B = self.indices(epoch_B * size + (place_B + further_B) % size)
+            try:
+                clean_BCHW = dataset.draw(indices_B, mirror_B, normal_BCHW)
+            except DamagedRecords as error:
+                further_B[error.rows] += 1
+                told = error
+            else:
+                return clean_BCHW, dataset.labels[indices_B], int((further_B > 0).sum())
+        raise DatasetError(f"none of {size} records can be used; {told}")
 
     @staticmethod
     def micro_batches(step: int, data_ranks: int, rank: int, accumulation: int, global_batch: int) -> list[range]:
@@ -132,20 +162,29 @@ class Loader:
         return [range(start, start + size) for start in starts]
 
 
-def prefetch(loader: Loader, ranges: Iterable[range]) -> Iterator[Batch]:
-    """Batches of the given stretches of the stream, in order, the next one made in a thread meanwhile.
+def prefetch(loader: Loader, ranges: Iterable[range], workers: int = 1, pin: bool = False) -> Iterator[Batch]:
+    """Batches of the given stretches of the stream, in order, the next `workers` made in as many threads meanwhile.
 
-    What making a batch raises, the iterator raises in that batch's turn. Closing it ends the thread.
+    Threads, because what takes time (random numbers, checksums, reading) lets go of Python's lock.
+
+    Args:
+        pin: give them in page-locked memory; needs a GPU.
+
+    What making a batch raises, the iterator raises in that batch's turn. Closing it ends the threads.
     """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="loader")
+
+    def make(stretch: range) -> Batch:
+        batch = loader.batch(stretch.start, len(stretch))
+        return batch.pinned() if pin else batch
+
     try:
-        ahead = None
+        ahead: deque = deque()
         for stretch in ranges:
-            following = pool.submit(loader.batch, stretch.start, len(stretch))
-            if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
+            ahead.append(pool.submit(make, stretch))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

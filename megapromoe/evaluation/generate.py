@@ -3,7 +3,7 @@
     model, config, step = load_model(Path("runs/digits"))
     images = generate(model, config, labels=[3, 3, 5], indices=[0, 1, 2])
 
-How images are drawn is `diffusion/drawing.py`'s.
+How images are drawn is `diffusion/drawing.py`'s; many of them are `sampling.py`'s.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from megapromoe.diffusion.drawing import (
     picture_scale,
     write_png,
 )
+from megapromoe.evaluation.decoding import decoded, open_decoder
+from megapromoe.evaluation.together import agree, joined
 from megapromoe.models.dit import DiT
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build
@@ -60,27 +62,8 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     return resolve(file=directory.config_file, overrides=overrides)
 
 
-def load_model(
-    run: Path,
-    step: int | None = None,
-    weights: str = "ema",
-    device: torch.device | str = "cpu",
-    overrides: Iterable[str] = (),
-) -> tuple[DiT, Config, int]:
-    """The whole model of a checkpoint, on this process alone, float32 and in eval mode.
-
-    Args:
-        run: the run directory.
-        step: of the checkpoint; None takes the latest.
-        weights: "ema", the averaged ones, or "master".
-        overrides: `sample.key=value` settings.
-
-    Returns:
-        model, the run's config, the checkpoint's step.
-
-    Raises SampleError, ConfigError (see `run_config`), or CheckpointError: damaged, or of another model.
-    """
-    config = run_config(run, overrides)
+def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:
+    """The checkpoint of a step, or the latest. Raises SampleError, or CheckpointError if files are missing."""
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
     root = RunDirectory(run).checkpoints
@@ -90,19 +73,46 @@ def load_model(
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
         raise SampleError(f"step = {step}: {root} has no such checkpoint; there are {there}")
-    step = steps[-1] if step is None else step
-    checkpoint = Checkpoint(folder_of(root, step))
-    checkpoint.verify()
+    return Checkpoint(folder_of(root, steps[-1] if step is None else step))
+
+
+def load_model(
+    run: Path,
+    step: int | None = None,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    overrides: Iterable[str] = (),
+    mesh: Mesh | None = None,
+) -> tuple[DiT, Config, int]:
+    """The model of a checkpoint, float32 and in eval mode; the whole of it, on this process alone, without a mesh.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint; None takes the latest.
+        weights: "ema", the averaged ones, or "master".
+        overrides: `sample.key=value` settings.
+        mesh: how the model lies over ranks that all call this. Each keeps its part, and reads its share of the files'
+            hashes, so that damage is told to one rank only: they must tell each other.
+
+    Returns:
+        model, the run's config, the checkpoint's step.
+
+    Raises SampleError, ConfigError (see `run_config`), or CheckpointError: damaged, or of another model.
+    """
+    config = run_config(run, overrides)
+    checkpoint = find_checkpoint(run, step, weights)
     one = Group((0,), 0)
-    model = build(config, Mesh(one, one, one, one, one), device)  # whole, also inside a job of many ranks
+    mesh = mesh or Mesh(one, one, one, one, one)
+    checkpoint.verify(mesh.rank, mesh.world)
+    model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.logical(weights, name))
+            parameter.copy_(model.layouts[name].take(checkpoint.logical(weights, name), mesh))
         for name, tensor in model.state_dict().items():
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))
-    return model.eval().requires_grad_(False), config, step
+    return model.eval().requires_grad_(False), config, int(checkpoint.manifest["step"])
 
 
 def gather(images: Tensor, count: int, batch: int, rank: int, world: int) -> Tensor | None:
@@ -136,6 +146,7 @@ def sample_command(
     weights: str,
     overrides: list[str],
     launch: runtime.Launch,
+    autoencoder: str | None = None,
 ) -> None:
     """Draws images with a run's model and writes `out`: .png, a grid, or .npz: `images`, `labels`, `seed`.
 
@@ -146,68 +157,54 @@ def sample_command(
         count: images of each class.
         step, weights: see `load_model`.
         overrides: `sample.key=value` settings.
+        autoencoder: of the run's latents. Without one the .npz of a run on latents holds latents.
 
     Raises SampleError or ConfigError, on every rank, before anything is drawn.
     """
     config = run_config(run, overrides)
     classes = list(range(config.model.num_classes)) if classes is None else classes
-    _check_request(config, out, classes, count)
-    alone = launch.world == 1
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not alone:
-        device = runtime.start(launch, config.train.timeout).device
-    try:
-        _agree(_unwritable(out) if launch.rank == 0 else None, launch)
-        _draw(run, out, classes, count, step, weights, overrides, launch, device)
-    finally:
-        if not alone:
-            runtime.stop()
-
-
-def _draw(
-    run: Path,
-    out: Path,
-    classes: list[int],
-    count: int,
-    step: int | None,
-    weights: str,
-    overrides: list[str],
-    launch: runtime.Launch,
-    device: torch.device,
-) -> None:
-    """What follows the checks of `sample_command`: load, draw, gather, write. Collective."""
-    problem = None
-    try:
-        model, config, step = load_model(run, step, weights, device, overrides)
-    except (SampleError, CheckpointError, OSError) as error:
-        problem = str(error)
-    _agree(problem, launch)
-    labels = [label for label in classes for _ in range(count)]
-    with tqdm(disable=launch.rank != 0 or None, unit="step", desc="sampling") as bar:
-        said = partial(_show, bar)
-        images = generate(model, config, labels, range(len(labels)), launch.rank, launch.world, said)
-    finite = bool(images.isfinite().all())
-    _agree(None if finite else f"step {step} of {run} draws values that are not finite", launch)
-    images = gather(images, len(labels), config.sample.batch, launch.rank, launch.world)
-    if images is not None:
-        columns = count if len(classes) > 1 else math.ceil(math.sqrt(count))
-        problem = _write(out, images.cpu(), labels, columns, config.sample.seed)
-    _agree(problem, launch)
+    _check_request(config, out, classes, count, autoencoder)
+    with joined(launch, config.train.timeout) as device:
+        agree(_unwritable(out) if launch.rank == 0 else None, launch)
+        problem = None
+        try:
+            model, config, step = load_model(run, step, weights, device, overrides)
+            decoder = None if autoencoder is None else open_decoder(config, autoencoder, device)
+        except (SampleError, CheckpointError, OSError) as error:
+            problem = str(error)
+        agree(problem, launch)
+        labels = [label for label in classes for _ in range(count)]
+        with tqdm(disable=launch.rank != 0 or None, unit="step", desc="sampling") as bar:
+            said = partial(_show, bar)
+            images = generate(model, config, labels, range(len(labels)), launch.rank, launch.world, said)
+        finite = bool(images.isfinite().all())
+        agree(None if finite else f"step {step} of {run} draws values that are not finite", launch)
+        images = gather(images, len(labels), config.sample.batch, launch.rank, launch.world)
+        if images is not None:
+            columns = count if len(classes) > 1 else math.ceil(math.sqrt(count))
+            problem = _write(out, decoded(images, decoder).cpu(), labels, columns, config.sample.seed)
+        agree(problem, launch)
     logger.info("%s: %d images of step %d, %s weights", out, len(labels), step, weights)
 
 
-def _check_request(config: Config, out: Path, classes: list[int], count: int) -> None:
-    problems = []
+def check_classes(config: Config, classes: Iterable[int]) -> list[str]:
+    """What is wrong with a choice of classes."""
     last = config.model.num_classes - 1
+    problems = []
     if wrong := [c for c in classes if not 0 <= c <= last]:
         problems.append(f"class {', '.join(map(str, wrong))}: the run's classes are 0..{last}")
     if not classes:
         problems.append("classes: at least one is needed")
+    return problems
+
+
+def _check_request(config: Config, out: Path, classes: list[int], count: int, autoencoder: str | None) -> None:
+    problems = check_classes(config, classes)
     if count < 1:
         problems.append(f"count = {count}: must be at least 1")
     if out.suffix not in KINDS:
         problems.append(f"out = {out}: must end in {' or '.join(KINDS)}")
-    if out.suffix == ".png":
+    if out.suffix == ".png" and autoencoder is None:
         try:
             check_channels(config.model.in_channels)
         except SampleError as error:
@@ -227,16 +224,6 @@ def _unwritable(out: Path) -> str | None:
     except OSError as error:
         return f"out = {out}: cannot be written ({error.strerror}); give another path"
     return None
-
-
-def _agree(problem: str | None, launch: runtime.Launch) -> None:
-    """Raises SampleError on every rank if any has a problem. Collective."""
-    problems: list[str | None] = [problem]
-    if launch.world > 1:
-        problems = [None] * launch.world
-        dist.all_gather_object(problems, problem)
-    if found := dict.fromkeys(p for p in problems if p):
-        raise SampleError("; ".join(found))
 
 
 def _show(bar: tqdm, done: int, total: int) -> None:

@@ -22,10 +22,11 @@ import torch
 from megapromoe import __version__
 from megapromoe.config import Config
 from megapromoe.cost import parameters
-from megapromoe.data.builtin import Digits, open_dataset
+from megapromoe.data.builtin import Digits
+from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
+from megapromoe.evaluation.figures import routing_picture
 from megapromoe.evaluation.generate import load_model
-from megapromoe.evaluation.routing import routing_picture
 from megapromoe.models.dit import DiT
 from megapromoe.training.run_directory import RunDirectory
 

@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config import ModelConfig
+from megapromoe.models.decisions import Decisions
+from megapromoe.models.guided_routers import NO_SUPERCLASS
 from megapromoe.models.layers import (
     Attention,
     LabelEmbed,
@@ -20,6 +23,7 @@ from megapromoe.models.layers import (
     PatchEmbed,
     TimeEmbed,
     modulate,
+    position_table,
 )
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import Routed
@@ -30,12 +34,14 @@ class Auxiliary(NamedTuple):
     """What a forward pass says beside its prediction.
 
     `losses` name -> (MoE layers,), weighted, to be summed into the training loss; empty in eval mode.
-    `load` rows per expert and MoE layer, `gate` mean weight per MoE layer; both without gradient, for logs.
+    `load` rows per expert and MoE layer, `gate` mean weight per MoE layer, `dropped` share of this rank's rows that
+    found no room (None: nothing is ever dropped); all without gradient, for logs.
     """
 
     losses: dict[str, Tensor]
     load_LE: Tensor
     gate_L: Tensor
+    dropped_L: Tensor | None = None
 
     def total(self) -> Tensor | float:
         """The sum of all auxiliary losses."""
@@ -53,26 +59,41 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
-        self.recompute = False
+        self.recompute = "none"
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, conditional: int) -> tuple[Tensor, Routed | None]:
-        """Tokens (B, S, D), condition (B, D) -> tokens, and what the router said (None for a dense block).
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: int) -> tuple[Tensor, Routed | None]:
+        """Tokens (B, S, D), condition (B, D), labels -> tokens, and what the router said (None for a dense block).
 
-        With `recompute`, activations are dropped and made again in backward, but for the router's: recomputed scores
-        could flip a near-tie and with it the sizes of the all-to-all.
+        `recompute` says which activations are dropped and made again in backward: of "moe" layers, of both halves of
+        "blocks" but not the router's, or "all", so that a block keeps its input and what its router decided.
         """
-        run = self._checkpointed if self.recompute and self.training else self._plain
-        x_BSD, h_BSD, gate_BD = run(self.attend, x_BSD, c_BD)
+        run = self._checkpointed if self._again("all") else self._plain
+        return run(self.run, x_BSD, c_BD, y_B, conditional, Decisions())
+
+    def run(
+        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: int, decided: Decisions
+    ) -> tuple[Tensor, Routed | None]:
+        """`forward`; a second pass over a batch with the same `decided` routes as the first did."""
+        halves = self._checkpointed if self._again("blocks") else self._plain
+        x_BSD, h_BSD, gate_BD = halves(self.attend, x_BSD, c_BD)
         if isinstance(self.mlp, Mlp):
-            return x_BSD + gate_BD.unsqueeze(1) * run(self.mlp, h_BSD), None
-        routed = self.mlp.route(h_BSD, conditional)
-        return x_BSD + gate_BD.unsqueeze(1) * run(self.mlp, h_BSD, routed, conditional), routed
+            return self.add(x_BSD, gate_BD, halves(self.mlp, h_BSD)), None
+        routed = self.mlp.route(h_BSD, conditional, y_B, decided)
+        moe = self._checkpointed if self._again("moe", "blocks") else self._plain
+        return self.add(x_BSD, gate_BD, moe(self.mlp, h_BSD, routed, conditional)), routed
+
+    def _again(self, *policies: str) -> bool:
+        return self.training and self.recompute in policies
 
     def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block up to its MLP: tokens so far, the MLP's input, the MLP's output gate."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
         return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2
+
+    def add(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
+        """The residual connection around the MLP or MoE."""
+        return x_BSD + gate_BD.unsqueeze(1) * y_BSD
 
     @staticmethod
     def _plain(f, *args):
@@ -124,15 +145,19 @@ class DiT(nn.Module):
         Returns:
             the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `Auxiliary`.
         """
-        dtype = self.x_embedder.proj.weight.dtype
-        x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        x_BSD, c_BD = self.embed(x_BCHW, t_B, y_B)
         all_routed = []
         for block in self.blocks:
-            x_BSD, routed = block(x_BSD, c_BD, conditional)
+            x_BSD, routed = block(x_BSD, c_BD, y_B, conditional)
             if routed is not None:
                 all_routed.append(routed)
         return self.unpatchify(self.final_layer(x_BSD, c_BD)), self.auxiliary(all_routed)
+
+    def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, S, D) and condition (B, D), in the model's type."""
+        dtype = self.x_embedder.proj.weight.dtype
+        x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
+        return x_BSD, self.t_embedder(t_B) + self.y_embedder(y_B)
 
     def auxiliary(self, all_routed: list[Routed]) -> Auxiliary:
         if not all_routed:
@@ -140,7 +165,10 @@ class DiT(nn.Module):
             return Auxiliary({}, empty.view(0, 0), empty)
         losses = {name: torch.stack([r.losses[name] for r in all_routed]) for name in all_routed[0].losses}
         load_LE = torch.stack([r.load_E for r in all_routed])
-        return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]))
+        dispatchers = [block.mlp.dispatcher for block in self.blocks if isinstance(block.mlp, MoE)]
+        static = self.config.capacity_factor > 0
+        dropped_L = torch.stack([dispatcher.dropped for dispatcher in dispatchers]) if static else None
+        return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
         """Patches (B, S, p·p·c), row-major within a patch, channels last -> images (B, c, H, W)."""
@@ -173,3 +201,16 @@ class DiT(nn.Module):
         matrix = torch.empty(shape)
         nn.init.xavier_uniform_(matrix.view(shape[0], -1), generator=generator)
         return matrix
+
+    def initial_buffer(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """What a buffer starts with: positions, super-classes; centroids in random directions, with even shares."""
+        if name == "pos_embed":
+            side = self.config.input_size // self.config.patch_size
+            return position_table(side, self.config.hidden_size)[None]
+        if name.endswith(".superclass_C"):
+            return torch.tensor([*self.config.superclass_of, NO_SUPERCLASS])
+        if name.endswith(".centroids"):
+            return F.normalize(torch.randn(shape, generator=generator), dim=-1)
+        if name.endswith(".share"):
+            return torch.full(shape, 1 / shape[0])
+        return torch.zeros(shape)

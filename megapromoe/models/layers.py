@@ -40,7 +40,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        # In order, for all that follows inherits the layout, and each LayerNorm would copy its input into order.
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
 class TimeEmbed(nn.Module):

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.config import ModelConfig
+from megapromoe.config import TWO_STEP_ROUTERS, ModelConfig
+from megapromoe.models.decisions import Decisions
+from megapromoe.models.guided_routers import GUIDED
 from megapromoe.models.layers import Mlp
-from megapromoe.models.routers import ROUTERS, Routed
+from megapromoe.models.routers import ROUTERS as UNGUIDED
+from megapromoe.models.routers import Routed
 from megapromoe.parallel.dispatch import Dispatcher
 from megapromoe.parallel.linear import WHOLE, ExpertLinear, Region
+
+ROUTERS = UNGUIDED | GUIDED
 
 
 class Experts(nn.Module):
@@ -40,35 +45,41 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, width = config.hidden_size, config.expert_width
-        prototypes = config.router in ("promoe", "promoe_ec")
+        two_step = config.router in TWO_STEP_ROUTERS
         self.router = ROUTERS[config.router](config)
         self.experts = Experts(config.num_experts, D, width)
-        self.shared = Mlp(D, width) if prototypes and config.shared_expert else None
-        self.unconditional = Mlp(D, width) if prototypes and config.unconditional_expert else None
+        self.shared = Mlp(D, width) if two_step and config.shared_expert else None
+        self.unconditional = Mlp(D, width) if two_step and config.unconditional_expert else None
         self.dispatcher = Dispatcher(config.num_experts)
 
-    def route(self, x_BSD: Tensor, conditional: int) -> Routed:
-        """Routes the tokens of the first `conditional` images (of all, without an unconditional expert)."""
-        return self.router(x_BSD[: self._routed(x_BSD, conditional)])
+    def route(
+        self, x_BSD: Tensor, conditional: int, y_B: Tensor | None = None, decided: Decisions | None = None
+    ) -> Routed:
+        """Routes the tokens of the first `conditional` images (of all, without an unconditional expert).
+
+        `y_B`: the labels of all images, from which the router of super-classes learns. `decided`: what the router
+        decided in an earlier pass over the same batch.
+        """
+        routed = self._routed(x_BSD, conditional)
+        return self.router(x_BSD[:routed], None if y_B is None else y_B[:routed], decided)
 
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         """Tokens (B, S, D) of `conditional` images and then null ones -> (B, S, D)."""
         B, S, D = x_BSD.shape
         x_TD = self.region.enter(x_BSD).reshape(B * S, D)
         cut = self._routed(x_BSD, conditional) * S
+        routed_TD, null_TD = x_TD.split([cut, B * S - cut])
 
         # What needs no routing is enqueued first, so that it covers the dispatcher's wait for the counts.
-        y_TD, bias, null_bias = None, None, None
+        bias, null_bias = None, None
         if self.shared is not None:
             y_TD, bias = self.shared.partial(x_TD)
-        null = x_TD[cut:]
-        if self.unconditional is not None:
-            null, null_bias = self.unconditional.partial(null)
         else:
-            null = null * 0.0
-        rows = self.dispatcher(x_TD[:cut], routed.route, self.experts)
-        partial = torch.cat([rows, null])
-        y_TD = self.region.leave(partial if y_TD is None else y_TD + partial)
+            y_TD = torch.zeros_like(x_TD)
+        if self.unconditional is not None:
+            null_TD, null_bias = self.unconditional.partial(null_TD)
+            y_TD = _AddAfter.apply(y_TD, null_TD, cut)
+        y_TD = self.region.leave(self.dispatcher(routed_TD, routed.route, self.experts, y_TD))
         if bias is not None:
             y_TD = y_TD + bias
         if null_bias is not None:
@@ -77,3 +88,18 @@ class MoE(nn.Module):
 
     def _routed(self, x_BSD: Tensor, conditional: int) -> int:
         return x_BSD.shape[0] if self.unconditional is None else conditional
+
+
+class _AddAfter(torch.autograd.Function):
+    """Adds rows to those of `x_TD` from row `cut` on, in place."""
+
+    @staticmethod
+    def forward(ctx, x_TD, rows_RD, cut):
+        x_TD[cut:] += rows_RD
+        ctx.mark_dirty(x_TD)
+        ctx.cut = cut
+        return x_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        return grad_TD, grad_TD[ctx.cut :], None

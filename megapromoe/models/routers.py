@@ -1,11 +1,14 @@
-"""Routers: which token visits which expert, with which weight.
+"""Routers: which token visits which expert, with which weight. Those guided by classes or k-means: `guided_routers.py`.
 
-Every router takes tokens x (B, S, D) and returns `Routed`: a route (rows over the B·S tokens), its losses, already
-weighted, and the load of each expert. Scores are computed in float32. B may be 0: all results are then empty, every
-loss is 0, and the parameters stay in the graph.
+Every router takes tokens x (B, S, D) and labels y (B), which only the guidance by classes looks at, and returns
+`Routed`: a route (rows over the B·S tokens), its losses, already weighted, and the load of each expert. Scores are
+computed in float32. B may be 0: all results are then empty, every loss is 0, and the parameters stay in the graph.
 
 Statistics of a batch (centroids, balance, DiffMoE's choice) are those of the global micro-batch if `scope` is the
 data-parallel group (`model.batch_scope=global`), of this rank's images if it is a group of one (`rank`).
+
+A router may be asked twice about one batch, with the same `Decisions`: it then chooses, communicates and moves its
+state only once.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.config import ModelConfig
+from megapromoe.models.decisions import Decisions
 from megapromoe.parallel.collectives import sum_over
-from megapromoe.parallel.dispatch import Route
+from megapromoe.parallel.dispatch import Route, counts
 from megapromoe.parallel.mesh import Group
 
 ALONE = Group((0,), 0)
@@ -46,27 +50,40 @@ class Router(nn.Module):
 
     def result(self, route: Route, losses: dict[str, Tensor]) -> Routed:
         with torch.no_grad():
-            load_E = torch.bincount(route.expert_R, minlength=self.experts).float()
+            load_E = counts(route.expert_R, self.experts).float()
             gate = route.weight_R.float().sum() / max(route.weight_R.shape[0], 1)
         return Routed(route, losses, load_E, gate)
+
+    def gates(self, score: Tensor) -> Tensor:
+        """Weights (..., E) from scores; never renormalised over the chosen ones."""
+        if self.config.gate == "identity":
+            return score
+        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(-1)
 
     def capacity(self, tokens: int) -> int:
         """How many of `tokens` each expert takes under expert choice."""
         return int(tokens / self.experts * self.config.top_k)
 
-    def balance(self, p_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
+    def balance(self, p_BSE: Tensor, chosen_BSK: Tensor, decided: Decisions) -> Tensor:
         """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments."""
         one = torch.ones_like(chosen_BSK, dtype=torch.float32)
         hits_BSE = torch.zeros_like(p_BSE).scatter_add_(-1, chosen_BSK, one)
         if self.config.balance_form == "batch":
             hits_E, p_E = hits_BSE.sum((0, 1)), p_BSE.sum((0, 1))
             tokens = p_E.new_tensor(float(p_BSE.shape[0] * p_BSE.shape[1]))
-            packed = sum_over(torch.cat([hits_E, p_E, tokens[None]]), self.scope)
+            said = torch.cat([hits_E, p_E, tokens[None]])
+            packed = decided.once("balance", lambda: sum_over(said, self.scope))
             hits_E, p_E, tokens = packed[: self.experts], packed[self.experts : -1], packed[-1].clamp(min=1)
             f_E = self.experts * hits_E / (tokens * self.config.top_k)
             return self.config.balance_weight * (f_E.detach() * p_E / tokens).sum()
         f_BE = self.experts * hits_BSE.mean(1) / self.config.top_k
-        return self.config.balance_weight * mean_over_images((f_BE * p_BSE.mean(1)).sum(-1), self.scope)
+        return self.config.balance_weight * self.mean_over_images("balance", (f_BE * p_BSE.mean(1)).sum(-1), decided)
+
+    def mean_over_images(self, name: str, value_B: Tensor, decided: Decisions) -> Tensor:
+        """Mean over the images of the scope; 0 without any."""
+        packed = torch.stack([value_B.sum(), value_B.new_tensor(float(value_B.shape[0]))])
+        total, images = decided.once(name, lambda: sum_over(packed, self.scope))
+        return total / images.clamp(min=1)
 
 
 class PrototypeRouter(Router):
@@ -81,19 +98,14 @@ class PrototypeRouter(Router):
 
     def similarity(self, x: Tensor) -> Tensor:
         """Cosines (..., E) of x (..., D) with the prototypes, float32."""
-        return F.normalize(x.float(), dim=-1) @ F.normalize(self.prototypes.float(), dim=-1).T
+        return _Cosine.apply(x, F.normalize(self.prototypes.float(), dim=-1))
 
-    def gates(self, score: Tensor) -> Tensor:
-        """Weights (..., E) from scores; never renormalised over the chosen ones."""
-        if self.config.gate == "identity":
-            return score
-        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(-1)
-
-    def forward(self, x_BSD: Tensor) -> Routed:
+    def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
+        decided = decided or Decisions()
         B, S, D = x_BSD.shape
         K = self.config.top_k
         score_BSE = self.similarity(x_BSD)
-        chosen_BSK = score_BSE.topk(K, dim=-1).indices
+        chosen_BSK = decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
         token_R = torch.arange(B * S, device=x_BSD.device).repeat_interleave(K)
         weight_R = self.gates(score_BSE).gather(-1, chosen_BSK).flatten()
         route = Route(token_R, chosen_BSK.flatten(), weight_R, top_k=K)
@@ -102,11 +114,12 @@ class PrototypeRouter(Router):
             first = K if self.config.rcl_tokens == "all" else 1
             counted_BSK = chosen_BSK[..., :first].reshape(B * S, first)
             sum_ED, count_E = segment_sums(x_BSD.reshape(B * S, D), counted_BSK, self.experts)
-            sum_ED, count_E = sum_over(sum_ED, self.scope), sum_over(count_E, self.scope)
-            loss = contrastive_loss(self.prototypes, sum_ED, count_E, self.config.rcl_temperature)
+            all_ED = decided.once("sums", lambda: sum_over(sum_ED, self.scope))
+            all_E = decided.once("counts", lambda: sum_over(count_E, self.scope))
+            loss = contrastive_loss(self.prototypes, all_ED, all_E, self.config.rcl_temperature)
             losses["rcl"] = self.config.rcl_weight * loss
         if self.training and self.config.balance_weight:
-            losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK)
+            losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
         return self.result(route, losses)
 
 
@@ -116,10 +129,12 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
     The contrastive loss is per image, averaged over images. Source: ProMoE, arXiv 2510.24711, expert-choice variant.
     """
 
-    def forward(self, x_BSD: Tensor) -> Routed:
+    def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
+        decided = decided or Decisions()
         B, S, D = x_BSD.shape
         score_BSE = self.similarity(x_BSD)
-        chosen_BEC = score_BSE.transpose(1, 2).topk(self.capacity(S), dim=-1).indices
+        score_BES = score_BSE.detach().transpose(1, 2)
+        chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.capacity(S), dim=-1).indices)
         weight_BEC = self.gates(score_BSE).transpose(1, 2).gather(-1, chosen_BEC)
         route = rows_of_choice(chosen_BEC, weight_BEC, S)
         losses = {}
@@ -129,7 +144,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
             sum_BED = taken_BRD.view(B, self.experts, C, D).sum(2)
             count_BE = sum_BED.new_full((B, self.experts), C)
             loss_B = contrastive_loss(self.prototypes, sum_BED, count_BE, self.config.rcl_temperature)
-            losses["rcl"] = self.config.rcl_weight * mean_over_images(loss_B, self.scope)
+            losses["rcl"] = self.config.rcl_weight * self.mean_over_images("rcl", loss_B, decided)
         return self.result(route, losses)
 
 
@@ -144,24 +159,29 @@ class GateRouter(Router):
         """Softmax scores (B, S, E), float32."""
         return F.linear(x_BSD.float(), self.gate.float()).softmax(-1)
 
-    def forward(self, x_BSD: Tensor) -> Routed:
+    def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
+        decided = decided or Decisions()
         score_BSE = self.scores(x_BSD)
         K = self.config.top_k
-        weight_BSK, chosen_BSK = score_BSE.topk(K, dim=-1)
+        chosen_BSK = decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
+        weight_BSK = score_BSE.gather(-1, chosen_BSK)
         token_R = torch.arange(score_BSE.shape[0] * score_BSE.shape[1], device=x_BSD.device).repeat_interleave(K)
         route = Route(token_R, chosen_BSK.flatten(), weight_BSK.flatten(), top_k=K)
         losses = {}
         if self.training and self.config.balance_weight:
-            losses["balance"] = self.balance(score_BSE, chosen_BSK)
+            losses["balance"] = self.balance(score_BSE, chosen_BSK, decided)
         return self.result(route, losses)
 
 
 class ExpertChoiceRouter(GateRouter):
     """EC-DiT: of each image every expert takes its int(S/E·K) best tokens. Source: arXiv 2410.02098."""
 
-    def forward(self, x_BSD: Tensor) -> Routed:
+    def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
+        decided = decided or Decisions()
         score_BES = self.scores(x_BSD).transpose(1, 2)
-        weight_BEC, chosen_BEC = score_BES.topk(self.capacity(x_BSD.shape[1]), dim=-1)
+        capacity = self.capacity(x_BSD.shape[1])
+        chosen_BEC = decided.once("chosen", lambda: score_BES.detach().topk(capacity, dim=-1).indices)
+        weight_BEC = score_BES.gather(-1, chosen_BEC)
         return self.result(rows_of_choice(chosen_BEC, weight_BEC, x_BSD.shape[1]), {})
 
 
@@ -178,16 +198,16 @@ class DiffMoERouter(GateRouter):
         self.predictor = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, E))
         self.register_buffer("threshold", torch.zeros(E))
 
-    def forward(self, x_BSD: Tensor) -> Routed:
+    def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
+        decided = decided or Decisions()
         score_TE = self.scores(x_BSD).flatten(0, 1)
         predicted_TE = self.predictor(x_BSD.detach().flatten(0, 1)).float()
         if not self.training:
             taken_TE = top_counts(score_TE, (predicted_TE.sigmoid() > self.threshold).sum(0))
             return self.result(rows_of_mask(taken_TE, score_TE), {})
         tokens = score_TE.shape[0] * self.scope.size
-        taken_TE = self.best_of_scope(score_TE.detach(), self.capacity(tokens))
-        with torch.no_grad():
-            self.follow(predicted_TE.sigmoid())
+        taken_TE = decided.once("taken", lambda: self.best_of_scope(score_TE.detach(), self.capacity(tokens)))
+        decided.once("followed", lambda: self.follow(predicted_TE.detach().sigmoid()))
         loss = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE.float())
         losses = {"capacity": self.config.capacity_weight * loss}
         return self.result(rows_of_mask(taken_TE, score_TE), losses)
@@ -213,13 +233,35 @@ class DiffMoERouter(GateRouter):
         self.threshold.mul_(decay).add_(kth_E / self.scope.size, alpha=1 - decay)
 
 
-ROUTERS = {
+ROUTERS: dict[str, type[Router]] = {
     "promoe": PrototypeRouter,
     "promoe_ec": PrototypeExpertChoiceRouter,
     "tc": GateRouter,
     "ec": ExpertChoiceRouter,
     "diffmoe": DiffMoERouter,
 }
+
+
+class _Cosine(torch.autograd.Function):
+    """Cosines float32 (..., E) of x (..., D) with unit vectors (E, D): the product first, divided by the lengths.
+
+    Autograd's version would make and keep a normalised float32 copy of all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx, x, unit_ED):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12)
+        cosine = (x.float() @ unit_ED.T).div_(length)
+        ctx.save_for_backward(x, unit_ED, length, cosine)
+        return cosine
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, unit_ED, length, cosine = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, cosine).unsqueeze(-1).div_(length.square())
+        grad = grad / length
+        grad_x = torch.addcmul(grad @ unit_ED, x, along, value=-1).to(x.dtype)
+        return grad_x, grad.flatten(0, -2).T @ x.flatten(0, -2).float()
 
 
 def rows_of_choice(chosen_BEC: Tensor, weight_BEC: Tensor, S: int) -> Route:
@@ -250,8 +292,8 @@ def segment_sums(x_TD: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor,
     x_TD = x_TD.float()
     sum_ED = x_TD.new_zeros(experts, x_TD.shape[1])
     for k in range(expert_TK.shape[1]):
-        sum_ED = sum_ED.index_add(0, expert_TK[:, k], x_TD)
-    return sum_ED, torch.bincount(expert_TK.flatten(), minlength=experts).float()
+        sum_ED = sum_ED.index_add_(0, expert_TK[:, k], x_TD)
+    return sum_ED, counts(expert_TK.flatten(), experts).float()
 
 
 def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
@@ -275,10 +317,3 @@ def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temp
     hidden_EE = ~used_E.unsqueeze(-2) & ~torch.eye(used_E.shape[-1], dtype=torch.bool, device=used_E.device)
     loss_E = -(cosine_EE / temperature).masked_fill(hidden_EE, -torch.inf).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
     return ((loss_E * used_E).sum(-1) / used_E.sum(-1).clamp(min=1)).float()
-
-
-def mean_over_images(value_B: Tensor, scope: Group) -> Tensor:
-    """Mean over the images of the scope; 0 without any."""
-    packed = torch.stack([value_B.sum(), value_B.new_tensor(float(value_B.shape[0]))])
-    total, images = sum_over(packed, scope)
-    return total / images.clamp(min=1)

@@ -27,14 +27,15 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Route(NamedTuple):
     """Rows to compute: token `token_R` (int64) goes to expert `expert_R` (int64, logical) with weight `weight_R`.
 
-    `top_k` > 0 promises that the rows are token-major, exactly top_k for each token: combining is then a permutation
-    and a fixed-order sum, the same on every run. 0: any rows in any order.
+    `top_k` > 0 promises that the rows are token-major: exactly top_k for each token from `first` on. Combining is then
+    a permutation and a fixed-order sum, the same on every run. 0: any rows in any order.
     """
 
     token_R: Tensor
     expert_R: Tensor
     weight_R: Tensor
     top_k: int = 0
+    first: int = 0
 
     def share(self, region: Region, tokens: int) -> Route:
         """The part of the rows that this rank of a shared region computes: a contiguous 1/size of them.
@@ -47,11 +48,12 @@ class Route(NamedTuple):
         units = tokens if self.top_k else self.token_R.shape[0]
         start, stop = (units * r // region.size * per for r in (region.rank, region.rank + 1))
         weight_R = region.enter(self.weight_R)
-        return Route(self.token_R[start:stop], self.expert_R[start:stop], weight_R[start:stop], self.top_k)
+        first = self.first + start // per if self.top_k else 0
+        return Route(self.token_R[start:stop], self.expert_R[start:stop], weight_R[start:stop], self.top_k, first)
 
 
 class Dispatcher:
-    """Runs rows through experts that all live on this rank."""
+    """Runs rows through experts that all live on this rank. Without a host sync: all sizes are those of the route."""
 
     def __init__(self, experts: int, region: Region = WHOLE, expert_tp: bool = False):
         """Args: `experts` E. `region`: the tp group among which the rows are shared out, each computed once;
@@ -60,30 +62,36 @@ class Dispatcher:
         self.region = region
         self.expert_tp = expert_tp
 
-    def __call__(self, x_TD: Tensor, route: Route, experts: Experts) -> Tensor:
+    def __call__(self, x_TD: Tensor, route: Route, experts: Experts, base_TD: Tensor) -> Tensor:
         """Sends rows out, runs `experts`, brings them home.
 
         Args:
             x_TD: tokens (T, D), the same on every rank of the region.
             route: rows over these tokens.
             experts: called with (rows (R, D) sorted by local expert, offs (slots,) int32, local expert (R,) int64).
+            base_TD: what else makes up the output, (T or more, D); it is overwritten.
 
         Returns:
-            (T, D): Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
+            base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
         """
         if self.expert_tp and self.region.shared:
             mine = route._replace(weight_R=self.region.enter(route.weight_R))
         else:
             mine = route.share(self.region, x_TD.shape[0])
-        slot_R = self.placement.slot_E(x_TD.device)[mine.expert_R]
-        order_R = torch.argsort(slot_R, stable=True)
-        y_RD = self.compute(x_TD.index_select(0, mine.token_R[order_R]), slot_R[order_R], experts)
-        return combine(y_RD, order_R, mine, x_TD)
+        shares = 1 if self.expert_tp else self.region.size
+        most = -(-base_TD.shape[0] // shares) * max(mine.top_k, 1)
+        slot_R, order_R = torch.sort(self.placement.slot_E(x_TD.device)[mine.expert_R], stable=True)
+        if not mine.top_k:
+            token_R = mine.token_R[order_R]
+            y_RD = self.compute(x_TD.index_select(0, token_R), slot_R, experts, most)
+            return base_TD.index_add(0, token_R, y_RD * mine.weight_R[order_R].to(y_RD.dtype).unsqueeze(1))
+        back_R = inverse(order_R)
+        y_RD = self.compute(_Gather.apply(x_TD, mine, order_R, back_R), slot_R, experts, most)
+        return _Combine.apply(base_TD, y_RD, mine.weight_R, mine, order_R, back_R)
 
-    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts) -> Tensor:
-        """Experts on rows sorted by slot; returns them in the same order."""
-        offs = offsets(slot_R, self.placement.slots)
-        return experts(rows_RD, offs, slot_R)
+    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
+        """Experts on rows sorted by slot; returns them in the same order. No rank has more than `most` rows."""
+        return experts(rows_RD, offsets(slot_R, self.placement.slots), slot_R)
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -94,9 +102,9 @@ class ExpertParallelDispatcher(Dispatcher):
         self.placement = ExpertPlacement(experts, group.size)
         self.group = group
 
-    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts) -> Tensor:
+    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
         ep, slots = self.group.size, self.placement.slots
-        sent = torch.bincount(slot_R, minlength=ep * slots).view(ep, slots)
+        sent = counts(slot_R, ep * slots).view(ep, slots)
         received = exchange_counts(sent, self.group)
         send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()  # the layer's one host sync
         arrived = all_to_all(rows_RD, send, receive, self.group)
@@ -104,14 +112,20 @@ class ExpertParallelDispatcher(Dispatcher):
         # Rows arrive by (source rank, expert); experts want them by expert.
         expert_of_cell = torch.arange(slots, device=sent.device).repeat(ep)
         local_R = torch.repeat_interleave(expert_of_cell, received.flatten(), output_size=sum(receive))
-        order_R = torch.argsort(local_R, stable=True)
-        y = experts(arrived.index_select(0, order_R), offsets(local_R, slots), local_R[order_R])
-        return all_to_all(y.index_select(0, inverse(order_R)), receive, send, self.group)
+        local_R, order_R = torch.sort(local_R, stable=True)
+        back_R = inverse(order_R)
+        y_RD = experts(_Permute.apply(arrived, order_R, back_R), offsets(local_R, slots), local_R)
+        return all_to_all(_Permute.apply(y_RD, back_R, order_R), receive, send, self.group)
+
+
+def counts(expert_R: Tensor, experts: int) -> Tensor:
+    """Rows of each expert, int64 (experts,). Unlike bincount, without asking a GPU how many there are."""
+    return expert_R.new_zeros(experts).scatter_add_(0, expert_R, torch.ones_like(expert_R))
 
 
 def offsets(expert_R: Tensor, experts: int) -> Tensor:
     """The row after each expert's last in rows sorted by expert: int32 (experts,)."""
-    return torch.bincount(expert_R, minlength=experts).cumsum(0).to(torch.int32)
+    return counts(expert_R, experts).cumsum(0, dtype=torch.int32)
 
 
 def inverse(order_R: Tensor) -> Tensor:
@@ -121,13 +135,64 @@ def inverse(order_R: Tensor) -> Tensor:
     return out
 
 
-def combine(y_RD: Tensor, order_R: Tensor, route: Route, x_TD: Tensor) -> Tensor:
-    """Adds rows (sorted by `order_R`) times their weights to their tokens: (T, D) in x's type."""
-    if route.top_k:
-        y = y_RD.index_select(0, inverse(order_R)) * route.weight_R.to(y_RD.dtype).unsqueeze(1)
-        y = y.view(-1, route.top_k, y.shape[1]).sum(1)
-        if y.shape[0] == x_TD.shape[0]:
-            return y
-        return y.new_zeros(x_TD.shape).index_copy(0, route.token_R[:: route.top_k], y)
-    y = y_RD * route.weight_R[order_R].to(y_RD.dtype).unsqueeze(1)
-    return y.new_zeros(x_TD.shape).index_add(0, route.token_R[order_R], y)
+# Permutations whose backward is the inverse permutation: autograd's would add into zeros.
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order]."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, order_R, back_R):
+        ctx.save_for_backward(back_R)
+        return rows_RD.index_select(0, order_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        (back_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, back_R), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The token of each row of a token-major route, rows in the order `order_R`."""
+
+    @staticmethod
+    def forward(ctx, x_TD, route, order_R, back_R):
+        ctx.save_for_backward(back_R)
+        ctx.shape, ctx.top_k, ctx.first = x_TD.shape, route.top_k, route.first
+        return x_TD.index_select(0, route.token_R[order_R])
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        (back_R,) = ctx.saved_tensors
+        grad_TD = grad_RD.index_select(0, back_R)
+        if ctx.top_k > 1:
+            grad_TD = grad_TD.view(-1, ctx.top_k, grad_TD.shape[1]).sum(1)
+        if grad_TD.shape[0] < ctx.shape[0]:  # the other tokens are other ranks' of the region
+            whole = grad_TD.new_zeros(ctx.shape)
+            whole[ctx.first : ctx.first + grad_TD.shape[0]] = grad_TD
+            grad_TD = whole
+        return grad_TD, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """base + Σ weight·row, rows of a token-major route in the order `order_R`; writes into `base_TD`."""
+
+    @staticmethod
+    def forward(ctx, base_TD, y_RD, weight_R, route, order_R, back_R):
+        K, weight_R = route.top_k, weight_R.to(y_RD.dtype)
+        home_TKD = y_RD.index_select(0, back_R).view(-1, K, y_RD.shape[1])
+        out_TD = base_TD[route.first : route.first + home_TKD.shape[0]]
+        weight_TK = weight_R.view(-1, K, 1)
+        for k in range(K):
+            out_TD.addcmul_(home_TKD[:, k], weight_TK[:, k])
+        ctx.mark_dirty(base_TD)
+        ctx.save_for_backward(y_RD, weight_R, route.token_R, order_R, back_R)
+        return base_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        y_RD, weight_R, token_R, order_R, back_R = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, token_R[order_R])
+        # One dot product a row.
+        grad_weight_R = torch.linalg.vecdot(grad_RD.float(), y_RD.float())[back_R]
+        return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None, None, None

@@ -19,6 +19,7 @@ Gradients of replicated parameters are complete and identical on the ranks of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -47,9 +48,14 @@ class ExpertPlacement:
         return range(start, start + base + (rank < extra))
 
     def slot_E(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Global slot (rank·slots + place) of each logical expert, int64 (E,)."""
-        slots = [r * self.slots + i for r in range(self.ep) for i in range(len(self.owned(r)))]
-        return torch.tensor(slots, dtype=torch.int64, device=device)
+        """Global slot (rank·slots + place) of each logical expert, int64 (E,). Copied to a device once."""
+        return _slots(self, torch.device(device))
+
+
+@cache
+def _slots(placement: ExpertPlacement, device: torch.device) -> torch.Tensor:
+    slots = [r * placement.slots + i for r in range(placement.ep) for i in range(len(placement.owned(r)))]
+    return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ not get right for experts and tensor parallelism together is put right here:
 * **The norm.** One formula for every stage (`Engine._agree`) replaces DeepSpeed's, which miscounts experts at stage 0
   and under tensor parallelism. Non-finite norms skip the update on all ranks alike.
 * **Masters.** In bf16, DeepSpeed would start its fp32 masters from values rounded to bf16; they get the exact ones.
+  Buffers stay as they were built, running statistics in fp32.
 * **Refused:** bf16 at stage 0, fp32 accumulation of bf16 gradients at stage 1, offload at stage 3, fp16 (`problems`).
 """
 
@@ -149,6 +150,7 @@ class Engine:
             "gradient_clipping": config.train.clip if self.stage else 0.0,
         }
         exact = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if self.bf16 else {}
+        buffers = dict(model.named_buffers())
         _start_deepspeed()
         _register_groups(mesh)
         _mark_experts(model, mesh)
@@ -161,6 +163,9 @@ class Engine:
             mpu=_ModelParallelUnit(mesh),
             dist_init_required=False,
         )
+        for name, buffer in buffers.items():  # DeepSpeed rounded them too, and a running mean would then stand still
+            owner, _, attribute = name.rpartition(".")
+            self.module.get_submodule(owner)._buffers[attribute] = buffer
         self.optimizer = optimizer  # DeepSpeed works on this very object, whatever it wraps around it
         self._said: tuple[Tensor | None, bool] = (None, False)  # this rank's loss, and whether it asks to stop
         self._largest = math.inf

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from megapromoe import cost
 from megapromoe.config import Config, TrainConfig, to_dict
-from megapromoe.data.builtin import open_dataset
+from megapromoe.data.builtin import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
+from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.parallel.mesh import Mesh, make_mesh
@@ -67,7 +68,7 @@ def train(
         allow: settings, such as "data.seed", that may differ from the run's; see `run_directory.FIXED`.
 
     SIGTERM or SIGUSR1 to any rank ends the run after a step, with a checkpoint. Raises Interrupted then;
-    RunDirectoryError, CheckpointError, DatasetError or TrainingError on every rank, each saying what to do.
+    RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
     """
     asked_to_stop = runtime.listen()
     job = runtime.start(launch, config.train.timeout)
@@ -109,7 +110,7 @@ def _train(
 ) -> None:
     t, device = config.train, job.device
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
-    dataset = open_dataset(config)
+    dataset = _open_dataset(config)
     loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema)
@@ -129,7 +130,7 @@ def _train(
         for s in range(step, t.steps)
         for stretch in loader.micro_batches(s, mesh.dp.size, mesh.dp.rank, t.accumulation, t.global_batch)
     )
-    batches = prefetch(loader, stretches)
+    batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
     recent = deque(checkpoint.manifest.get("recent_norms", []) if checkpoint else [], maxlen=RECENT)
@@ -141,6 +142,7 @@ def _train(
             for micro in range(t.accumulation):
                 watchdog.at(step + 1, "data")
                 batch = next(batches).to(device)
+                window.damaged += batch.damaged
                 watchdog.at(step + 1, "forward and backward")
                 loss += _micro_step(engine, objective, batch, window)
                 if micro < t.accumulation - 1:
@@ -178,7 +180,8 @@ def _train(
                     metrics.image(step, "samples", picture)
                     if mesh.rank == 0:
                         write_png(run.samples / f"step-{step:08d}.png", picture)
-            last = result.stop or step == t.steps
+            spoilt = window.all_damaged > config.data.max_bad and step < t.steps
+            last = result.stop or spoilt or step == t.steps
             if last or t.save_every and step % t.save_every == 0:
                 watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
                 facts = {"step": step, "updates": updates, "recent_norms": list(recent)}
@@ -189,6 +192,12 @@ def _train(
                     saver.save(facts)
             if last:
                 saver.finish(last=True)
+            if spoilt:
+                raise TrainingError(
+                    f"step {step}: {window.all_damaged} samples had damaged records (data.max_bad ="
+                    f" {config.data.max_bad}), named in the warnings of all ranks; step {step} is saved: see"
+                    f" `megapromoe data check {config.data.path}`, mend the files and repeat the command"
+                )
             if result.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
     finally:
@@ -196,6 +205,21 @@ def _train(
         batches.close()
         metrics.close()
     engine.close()
+
+
+def _open_dataset(config: Config) -> Dataset:
+    """The data set; where one rank cannot open it, no rank goes on. Collective."""
+    dataset, problem = None, ""
+    try:
+        dataset = open_dataset(config)
+    except DatasetError as error:
+        problem = str(error)
+    told: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(told, problem)
+    if any(told):  # what all ranks say, one says
+        said = (t if told.count(t) == len(told) else f"rank {told.index(t)}: {t}" for t in dict.fromkeys(told) if t)
+        raise TrainingError("; ".join(said))
+    return dataset
 
 
 def _micro_step(engine: Engine, objective, batch: Batch, window: _Window) -> Tensor:
@@ -232,6 +256,7 @@ class _Window:
     def __init__(self, config: Config, mesh: Mesh, device: torch.device):
         self.config, self.mesh, self.device = config, mesh, device
         self.flops = cost.flops_per_image(config.model).training
+        self.all_damaged = 0  # samples with damaged records, of all ranks, in closed windows
         self.peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self._reset()
 
@@ -241,6 +266,8 @@ class _Window:
         self.sums["denoising"] += denoising.detach()
         for name, loss_L in auxiliary.losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss_L.detach().sum()
+        if auxiliary.dropped_L is not None:
+            self.sums["dropped_rows"] = self.sums.get("dropped_rows", 0) + auxiliary.dropped_L.mean()
         self.load = self.load + auxiliary.load_LE
         self.gate = self.gate + auxiliary.gate_L
         self.micro += 1
@@ -256,15 +283,19 @@ class _Window:
         """Means over the window and all data ranks, numbers of each layer; then starts a new window. Collective."""
         dp = self.mesh.dp
         packed = torch.stack([torch.as_tensor(v, device=self.device).float() for v in self.sums.values()])
-        packed = torch.cat([packed, self.gate.flatten(), self.load.flatten()])
+        damaged = torch.tensor([float(self.damaged)], device=self.device)
+        packed = torch.cat([packed, damaged, self.gate.flatten(), self.load.flatten()])
         dist.all_reduce(packed, group=dp.handle)
-        sums, gate, load = packed.split([len(self.sums), self.gate.numel(), self.load.numel()])
+        sums, damaged, gate, load = packed.split([len(self.sums), 1, self.gate.numel(), self.load.numel()])
         means = (sums / (self.micro * dp.size)).tolist()
         values = dict(zip(self.sums, means, strict=True)) | {"gradient_norm": norm, "learning_rate": rate}
         images = self.micro * self.config.train.global_batch // self.config.train.accumulation
         seconds = time.perf_counter() - self.start - self.excluded
         values |= throughput(images, seconds, self.flops, self.mesh.world, self.peak)
         values |= expert_statistics(load.view_as(self.load)) | {"memory_bytes": memory()}
+        self.all_damaged += int(damaged.item())
+        if self.all_damaged:
+            values["damaged_samples"] = self.all_damaged
         layers = {}
         if self.load.numel():
             layers = {"expert_load": load.view_as(self.load), "gate": gate / (self.micro * dp.size)}
@@ -276,7 +307,7 @@ class _Window:
         self.sums: dict = {name: torch.zeros((), device=self.device) for name in ("loss", "denoising")}
         self.load = torch.zeros(moe, self.config.model.num_experts if moe else 0, device=self.device)
         self.gate = torch.zeros(moe, device=self.device)
-        self.micro = 0
+        self.micro = self.damaged = 0
         self.start = time.perf_counter()
         self.excluded = 0.0
 

@@ -7,6 +7,7 @@ metrics.jsonl       one line per logged step
 checkpoints/        step-XXXXXXXX/
 samples/            pictures drawn while training
 tensorboard/        events
+logs/               what each rank said, a folder for each attempt (launchers)
 run.lock            locked by the run that lives; its text says who
 ==================  =================================================================================
 
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 # and its schedule, clipping and the decay of the average.
 FIXED = (
     "model",
-    "data",
+    *(f"data.{name}" for name in ("source", "path", "size", "label_drop", "flip", "seed")),
     "diffusion",
     *(f"train.{name}" for name in ("seed", "global_batch", "accumulation")),
     *(f"train.{name}" for name in ("beta1", "beta2", "eps", "weight_decay")),
@@ -150,8 +151,9 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.folder}: is a file; a run needs a folder, choose another --run")
         if not self.folder.is_dir() or self.config_file.exists():
             return
-        # A start that was killed early leaves these.
+        # A start that was killed early leaves these; a launcher makes logs first.
         ours = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
+        ours |= {"logs", "preflight"}
         ours |= {self.environment.name, *(_aside(p).name for p in (self.environment, self.config_file))}
         others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
         if others or any(self.checkpoints.glob("*")):

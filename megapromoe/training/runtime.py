@@ -110,6 +110,50 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
+def all_hosts(nodelist: str) -> list[str]:
+    """Every host of SLURM's compressed list, in its order: "gpu[03-05,9],x" -> gpu03, gpu04, gpu05, gpu9, x."""
+    hosts = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        texts, *rest = re.split(r"\[([^\]]*)\]", item)
+        made = [texts]
+        for ranges, text in zip(rest[::2], rest[1::2], strict=True):
+            made = [f"{head}{number}{text}" for head in made for number in _numbers(ranges)]
+        hosts += made
+    return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """ "03-05,9" -> 03, 04, 05, 9."""
+    numbers = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        numbers += [f"{n:0{len(low)}}" for n in range(int(low), int(high or low) + 1)]
+    return numbers
+
+
+def node_name() -> str:
+    """The node that this process runs on: SLURM's name of it, or else the host's."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def expected_nodes(launch: Launch) -> dict[str, int]:
+    """How many ranks srun starts on each node; nothing where another launcher started them, which does not say."""
+    nodes, tasks = os.environ.get("SLURM_STEP_NODELIST"), os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    if launch.launcher != "srun" or not nodes:
+        return {}
+    counts = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):  # "2(x3),1" is 2, 2, 2, 1
+        counts += [int(count)] * int(times or 1)
+    hosts = all_hosts(nodes)
+    return dict(zip(hosts, counts, strict=True)) if len(hosts) == len(counts) else {}
+
+
+def settings() -> dict[str, str]:
+    """The environment variables that steer NCCL, gloo, CUDA, OpenMP and the network libraries below them."""
+    known = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_NUM_THREADS", "UCX_", "FI_")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(known)}
+
+
 def _own_address(several_nodes: bool) -> str:
     return socket.gethostbyname(socket.gethostname()) if several_nodes else "127.0.0.1"
 
@@ -136,11 +180,44 @@ class Job:
     store: Store
 
 
-def start(launch: Launch, timeout: float) -> Job:
+def device_of(launch: Launch) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+
+
+def meet(launch: Launch, timeout: float, purpose: str) -> Store:
+    """The key-value store of the job, with names of its own for `purpose`, waiting for nobody but its holder.
+
+    Args:
+        timeout: seconds to try for; also of each wait of the store, until `set_timeout`.
+
+    Raises LaunchError if the holder, rank 0 or the launcher, cannot be reached.
+    """
+    import torch.distributed as dist
+
+    holder = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    place, limit = (launch.address, launch.port), timedelta(seconds=timeout)
+    try:
+        store = dist.TCPStore(*place, None, holder, limit, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise LaunchError(
+            f"rank {launch.rank} on {node_name()} does not reach {launch.address}:{launch.port}, where rank 0 or the"
+            f" launcher should answer ({said}); see whether that node lives and lets this one through"
+        ) from error
+    return dist.PrefixStore(f"{purpose} {launch.attempt}", store)
+
+
+def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
 
     Args:
         timeout: seconds after which a collective that some rank does not join ends the run.
+        store: to meet in, if the ranks have `meet` already.
     """
     import torch
     import torch.distributed as dist
@@ -149,19 +226,20 @@ def start(launch: Launch, timeout: float) -> Job:
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
     os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed picks its device by it
-    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device = device_of(launch)
     if cuda:
         torch.cuda.set_device(device)
-    place = f"tcp://{launch.address}:{launch.port or _free_port()}"
     limit = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous(place, launch.rank, launch.world, timeout=limit))
-    # torchrun keeps the store over restarts; what dead processes wrote there must not be read again.
-    store = dist.PrefixStore(f"attempt {launch.attempt}", store)
+    if store is None:
+        place = f"tcp://{launch.address}:{launch.port or _free_port()}"
+        store, _, _ = next(dist.rendezvous(place, launch.rank, launch.world, timeout=limit))
+        # torchrun keeps the store over restarts; what dead processes wrote there must not be read again.
+        store = dist.PrefixStore(f"attempt {launch.attempt}", store)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=store,
-        rank=rank,
-        world_size=world,
+        rank=launch.rank,
+        world_size=launch.world,
         timeout=limit,
         device_id=device if cuda else None,
     )

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+## Trains on this machine: on its GPUs, or on 4 CPU processes.
+##
+##   launchers/local.sh [PRESET] [section.key=value ...]            the preset is digits unless named
+##   launchers/local.sh promoe_b parallel.ep=2 train.steps=1000
+##   NPROC=2 launchers/local.sh digits --dry-run
+##
+## Repeat the command to continue. Ranks other than 0 write to RUN_DIR/logs.
+##
+##   NPROC            ranks; default: the GPUs of this machine, or 4
+##   RETRIES          restarts after failures; default: 0
+##   RUN_DIR          default: runs/PRESET
+set -euo pipefail
+
+here=$(dirname "$(realpath "$0")")
+# shellcheck source-path=SCRIPTDIR source=prologue.sh
+source "$here/prologue.sh"
+
+preset=${PRESET:-digits}
+if [[ ${1:-} =~ ^[a-z0-9_]+$ ]]; then
+    preset=$1
+    shift
+fi
+read_words "$@"
+((${#others[@]} == 0)) || die "${others[*]}: unknown; words for megapromoe train stand after --" 2
+layout() { layout_of_ranks; }
+local_ranks
+choose_settings 1
+find_program
+check_settings "$ranks"
+set_environment $(((($(nproc) - 1) / ranks) + 1))
+run=${RUN_DIR:-runs/$preset}
+command=(python3 -m torch.distributed.run --standalone "--nproc-per-node=$ranks" "--max-restarts=${RETRIES:-0}")
+if ((ranks > 1)); then # rank 0 keeps the terminal, and with it the progress bar
+    printf -v redirects '%d:3,' $(seq 1 $((ranks - 1)))
+    command+=("--log-dir=$run/logs" "--redirects=${redirects%,}")
+fi
+command+=(-m megapromoe train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")
+if [[ -n $dry_run ]]; then
+    show "${command[@]}"
+    exit 0
+fi
+mkdir -p "$run/logs"
+bash "$here/node.sh" "$cache"
+exec "${command[@]}"

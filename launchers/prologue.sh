@@ -1,0 +1,128 @@
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with those who source this
+# What all launchers share. Each sets `preset` and `layout` and sources this file, or slurm.sh, which sources it.
+
+set -euo pipefail
+
+HELP='
+Words of the form section.key=value go to megapromoe train and win over the default layout of the script.
+Words after -- go to it as they are:   -- --config my.yaml --allow data.seed
+--dry-run prints what would be run, checks the configuration, and starts nothing.
+
+Variables:
+  PRESET           another preset, with the resources of this script
+  GPU              h100 (default) or a100: whose default layout is taken
+  RUN_DIR          the run directory; an old one continues its run
+  MEGAPROMOE_ENV   a virtual environment; default: .venv beside launchers/ if there is one, else what PATH finds
+  NODE_CACHE       folder on each node for compiled code; default: megapromoe-UID in TMPDIR or /tmp
+  NCCL_*, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF, OMP_NUM_THREADS: left as they are where set'
+
+die() { # sentence, exit code
+    echo "$(basename "$0"): $1" >&2
+    exit "${2:-1}"
+}
+
+show() { # a command, as it may be pasted
+    local line
+    printf -v line '%q ' "$@"
+    echo "${line% }"
+}
+
+usage() {
+    sed -n 's/^## \{0,1\}//p' "$0"
+    echo "$HELP"
+}
+
+# Sorts the words of the command line: dry_run, settings and more (for megapromoe train), others (begin with a dash).
+read_words() {
+    dry_run='' settings=() more=() others=()
+    while (($#)); do
+        case $1 in
+            --help | -h) usage && exit 0 ;;
+            --dry-run) dry_run=1 ;;
+            --) shift && more=("$@") && break ;;
+            -*) others+=("$1") ;;
+            [a-z]*.[a-z]*=*) settings+=("$1") ;;
+            *) die "'$1': must be section.key=value, or an option written as --option=value; see --help" 2 ;;
+        esac
+        shift
+    done
+}
+
+# The words of megapromoe train that choose the configuration, but for the preset: defaults first, so that others win.
+# `layout GPU NODES` prints the defaults of the script, or nothing for a GPU that it does not know.
+choose_settings() { # nodes
+    local words
+    words=$(layout "${GPU:-h100}" "$1")
+    [[ -n $words ]] || die "GPU=${GPU:-}: no layout is known for it; h100 or a100" 2
+    read -ra words <<<"$words"
+    settings=("${words[@]}" "${settings[@]}")
+}
+
+# The program: of a virtual environment, or whatever PATH finds; in a container the container's.
+find_program() {
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    local environment=${MEGAPROMOE_ENV:-}
+    if [[ -z $environment && -x $here/../.venv/bin/megapromoe ]]; then
+        environment=$(realpath "$here/../.venv")
+    fi
+    if [[ -n $environment ]]; then
+        [[ -x $environment/bin/megapromoe ]] || die "MEGAPROMOE_ENV=$environment: has no bin/megapromoe" 2
+        export PATH=$environment/bin:$PATH VIRTUAL_ENV=$environment
+    fi
+    command -v megapromoe >/dev/null || die "megapromoe is not on PATH; set MEGAPROMOE_ENV or CONTAINER_IMAGE" 2
+}
+
+# A wrong configuration is told before anything is started; `show` needs neither torch nor a GPU.
+check_settings() { # ranks
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    local word takes='' chosen=(--preset "$preset")
+    for word in "${more[@]}"; do
+        if [[ -n $takes || $word == --config=* ]]; then
+            chosen+=("$word") takes=''
+        elif [[ $word == --config ]]; then
+            chosen+=("$word") takes=1
+        fi
+    done
+    megapromoe show --ranks "$1" "${chosen[@]}" "${settings[@]}" >/dev/null || exit 2
+}
+
+# The environment of the ranks. What is set already stays.
+set_environment() { # threads of a rank
+    cache=${NODE_CACHE:-${TMPDIR:-/tmp}/megapromoe-$UID}
+    local variable
+    variables=(
+        "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$1}"
+        # Rows are exchanged in ever new sizes; segments that grow do not fragment.
+        "PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+        # ZeRO's reductions and the exchange of rows run beside the computation: each stream wants a queue of its own.
+        "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}"
+        "NCCL_DEBUG=${NCCL_DEBUG:-WARN}"
+        PYTHONUNBUFFERED=1 # logs are read while they are written
+        "TRITON_CACHE_DIR=$cache/triton"
+        "TORCHINDUCTOR_CACHE_DIR=$cache/inductor"
+        "TORCH_EXTENSIONS_DIR=$cache/extensions"
+        "CUDA_CACHE_PATH=$cache/cuda"
+        "MPLCONFIGDIR=$cache/matplotlib"
+    )
+    for variable in "${variables[@]}"; do
+        export "${variable?}"
+        [[ -z $dry_run ]] || show export "$variable"
+    done
+}
+
+# Ranks on this machine: NPROC, or its GPUs, or 4 processes on the CPU.
+local_ranks() {
+    local gpus
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
+    ranks=${NPROC:-$((gpus > 0 ? gpus : 4))}
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks: must be a number" 2
+}
+
+# Expert parallelism over 4, 2 or 1 of `ranks`: the default of launchers that know no GPU type.
+layout_of_ranks() {
+    local ep=4
+    while ((ranks % ep)); do
+        ep=$((ep / 2))
+    done
+    echo "parallel.ep=$ep"
+}

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=promoe_s
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+## Trains ProMoE-S (75 M parameters) on nodes of 8 GPUs.
+##
+##   sbatch launchers/promoe_s.sh [section.key=value ...]
+##   sbatch --nodes=4 launchers/promoe_s.sh train.steps=1000
+##   bash launchers/promoe_s.sh --dry-run [--nodes=4] [section.key=value ...]
+set -euo pipefail
+
+preset=promoe_s
+layout() { # GPU
+    case $1 in
+        h100) echo parallel.ep=1 train.deepspeed=bf16_zero1 ;;
+        a100) echo parallel.ep=4 train.deepspeed=bf16_zero1 ;;
+    esac
+}
+
+# sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
+here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
+here=${here:-$(dirname "$(realpath "$0")")}
+if [[ ! -f $here/slurm.sh ]]; then
+    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/p;q}')")
+fi
+# shellcheck source-path=SCRIPTDIR source=slurm.sh
+source "$here/slurm.sh"
+main "$@"

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=scaling_experts
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=12
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%A_%a.log
+## Runs a planned scaling study as an array of jobs, one training run each. From the study's folder:
+##
+##   python tools/scaling_study.py plan STUDY_DIR ...                  what is to be run, and its cost
+##   python tools/scaling_study.py submit STUDY_DIR [sbatch options]   calls sbatch --array=... on this script
+##   python tools/scaling_study.py collect STUDY_DIR
+##
+##   sbatch --array=0-11%4 launchers/scaling_experts.sh STUDY_DIR      the same by hand: tasks 0 to 11, 4 at a time
+set -euo pipefail
+
+# sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
+here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
+here=${here:-$(dirname "$(realpath "$0")")}
+if [[ ! -f $here/slurm.sh ]]; then
+    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/p;q}')")
+fi
+# shellcheck source-path=SCRIPTDIR source=slurm.sh
+source "$here/slurm.sh"
+
+dry_run='' study=''
+for word in "$@"; do
+    case $word in
+        --help | -h) usage && exit 0 ;;
+        --dry-run) dry_run=1 ;;
+        -*) die "$word: options of sbatch stand before the script" 2 ;;
+        *) [[ -z $study ]] || die "$word: one STUDY_DIR only" 2; study=$word ;;
+    esac
+done
+[[ -n $study ]] || die "say which STUDY_DIR; see --help" 2
+[[ -f $study/study.yaml ]] || die "$study holds no study.yaml; plan it first: python tools/scaling_study.py plan $study" 2
+task=${SLURM_ARRAY_TASK_ID:-}
+[[ -n $task || -n $dry_run ]] || die "is a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2
+find_program
+set_environment "${SLURM_CPUS_PER_TASK:-12}"
+command=(python3 "$here/../tools/scaling_study.py" run "$study" --task "${task:-TASK}")
+if [[ -n $dry_run ]]; then
+    show "${command[@]}"
+    exit 0
+fi
+bash "$here/node.sh" "$cache"
+hear_signals
+note "task $task of $study on $SLURM_JOB_NODELIST"
+"${command[@]}" &
+step=$!
+await
+note "exit code $code"
+if [[ $code == 75 ]] && may_queue_again; then
+    queue_again
+fi
+exit "$code"

@@ -1,0 +1,260 @@
+# shellcheck shell=bash disable=SC2034,SC2154,SC2016 # variables are shared with those who source this
+# Training as a job of SLURM: check the nodes, train, save before the time is up, queue again, leave out bad nodes.
+
+# shellcheck source-path=SCRIPTDIR source=prologue.sh
+source "$here/prologue.sh"
+
+HELP+='
+
+Variables for SLURM (sbatch hands them on):
+  RUN_DIR          default: runs/JOBNAME-JOBID, which stays the same when the job is queued again
+  PREFLIGHT        0 leaves out `megapromoe check` before training; PREFLIGHT_ARGS holds more words for it
+  RETRIES          failures in a row, without a new checkpoint between them, after which the job ends; default: 3
+  MEGAPROMOE_HOME  the folder that holds launchers/, should the job not find it
+  CONTAINER_IMAGE  the ranks run in this image (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds to its mounts
+  SRUN_ARGS        more options for srun
+  MASTER_ADDR      where ranks meet; default: the address of the first node in the configuration of SLURM
+  MASTER_PORT      default: one that SLURM reserves (MpiParams=ports=...), or else one that the first node finds free
+
+Outside a job, options of sbatch, written as --option=value, may be given too: the script submits itself.
+Exit codes: 0 done, 1 failed, 2 wrong configuration, 3 bad nodes, 75 stopped and saved, 76 a rank hung.'
+
+note() { echo "[$(date '+%F %T')] $1"; }
+
+main() {
+    read_words "$@"
+    preset=${PRESET:-$preset}
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        inside
+    else
+        outside
+    fi
+}
+
+# On a login node: submits this script, or prints what would be run.
+outside() {
+    local word tasks nodes script own=("${settings[@]}")
+    script=$here/$(basename "$0")
+    directive() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
+    nodes=$(directive nodes) tasks=$(directive ntasks-per-node) name=$(directive job-name)
+    for word in "${others[@]}"; do
+        case $word in
+            --nodes=*) nodes=${word#*=} ;;
+            --ntasks-per-node=*) tasks=${word#*=} ;;
+            --job-name=*) name=${word#*=} ;;
+            --*=* | --exclusive | --no-requeue | --hold) ;;
+            *) die "$word: write options of sbatch as --option=value" 2 ;;
+        esac
+    done
+    [[ $nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
+    choose_settings "$nodes"
+    find_program
+    check_settings $((nodes * tasks))
+    local command=(sbatch "${others[@]}" "$script" "${own[@]}")
+    ((${#more[@]} == 0)) || command+=(-- "${more[@]}")
+    if [[ -z $dry_run ]]; then
+        command -v sbatch >/dev/null || die "sbatch is not on PATH: this machine has no SLURM; see launchers/local.sh" 2
+        exec "${command[@]}"
+    fi
+    show "${command[@]}"
+    ranks=$((nodes * tasks)) id=JOBID attempt=JOBID.0 threads=$(directive cpus-per-task)
+    plan_steps
+}
+
+# In a job, or in an allocation of salloc.
+inside() {
+    hear_signals
+    ((${#others[@]} == 0)) || die "${others[*]}: options of sbatch stand before the script" 2
+    nodes=$SLURM_JOB_NUM_NODES ranks=${SLURM_NTASKS:-}
+    [[ -n $ranks ]] || die "the allocation names no tasks; ask for --ntasks-per-node=8" 2
+    name=$SLURM_JOB_NAME threads=${SLURM_CPUS_PER_TASK:-1}
+    attempt=$id.${SLURM_RESTART_COUNT:-0}
+    choose_settings "$nodes"
+    find_program
+    check_settings "$ranks"
+    plan_steps
+    [[ -z $dry_run ]] || exit 0
+
+    mkdir -p "$logs"
+    note "attempt $attempt on $SLURM_JOB_NODELIST, run directory $run"
+    if [[ ${PREFLIGHT:-1} != 0 ]]; then
+        run_step check "${check_step[@]}"
+    fi
+    if ((code == 0)) && [[ -z $asked ]]; then
+        run_step rank "${train_step[@]}"
+    fi
+    conclude
+}
+
+# SIGUSR1, which SLURM sends before the time limit, is handed on to the ranks.
+hear_signals() {
+    asked='' step='' ran='' code=0
+    # The number of one job of an array may also be that of the array.
+    id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    id=${id:-$SLURM_JOB_ID}
+    trap 'note "asked to stop: saving"; asked=1; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
+    trap 'note "SLURM ends this job"' TERM # and has told the ranks; this shell stays to see what they do
+}
+
+# The commands of the job: node_step, check_step, train_step. Prints them when nothing is to be started.
+plan_steps() {
+    set_environment "$threads"
+    run=${RUN_DIR:-runs/$name-$id}
+    [[ $run == /* ]] || run=$PWD/$run
+    logs=$run/logs/$attempt
+    local ask extra container=() meet=()
+    read -ra extra <<<"${SRUN_ARGS:-}"
+    if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+        container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
+        container+=("--container-mounts=$PWD:$PWD,$run:$run,$cache:$cache${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
+    fi
+    given_port=${MASTER_PORT:-} reserved='' ask=ask
+    if [[ -n $given_port ]]; then
+        ask=''
+    elif slurm_has_ports; then
+        reserved=1 ask='' meet=(--resv-ports=1)
+    fi
+    # Neighbouring ranks share a node. An orderly end takes the ranks a moment: the first exit code must not end the
+    # others, but once one is gone the rest have a minute. Ranks need no MPI.
+    local common=(srun --distribution=block --kill-on-bad-exit=0 --wait=60 --mpi=none "--cpus-per-task=$threads")
+    common+=("--nodes=$nodes" "--ntasks=$ranks" --open-mode=append "${meet[@]}" "${container[@]}" "${extra[@]}")
+    node_step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --mpi=none "${extra[@]}")
+    node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
+    check_step=("${common[@]}" "--output=$logs/check-%4t.log" megapromoe check --preset "$preset" --run-dir "$run")
+    check_step+=(--report "$logs/check.json" --bad-nodes "$logs/bad_nodes")
+    read -ra extra <<<"${PREFLIGHT_ARGS:-}"
+    check_step+=("${extra[@]}" "${settings[@]}")
+    train_step=("${common[@]}" "--output=$logs/rank-%4t.log" megapromoe train --preset "$preset" --run-dir "$run")
+    train_step+=("${more[@]}" "${settings[@]}")
+    if [[ -n $dry_run ]]; then
+        show "${node_step[@]}"
+        [[ ${PREFLIGHT:-1} == 0 ]] || show "${check_step[@]}"
+        show "${train_step[@]}"
+    fi
+}
+
+# Does SLURM hand out ports? A machine without SLURM prints what a SLURM that does would run.
+slurm_has_ports() {
+    command -v scontrol >/dev/null || return 0
+    local config
+    config=$(scontrol show config 2>/dev/null) || return 0
+    grep -q '^MpiParams .*ports=' <<<"$config"
+}
+
+# Runs a step to its end and sets `code`. Rank 0 is heard here; every rank has a log of its own.
+run_step() { # name of its logs, command
+    local logs_of=$1 first=$logs/$1-0000.log port follower
+    shift
+    code=0
+    port=$("${node_step[@]}") || code=$?
+    if ((code)) || [[ -n $asked ]]; then
+        return
+    fi
+    ran=$logs_of
+    [[ -n $reserved ]] || export MASTER_PORT=${given_port:-$port}
+    export MASTER_ADDR=${MASTER_ADDR:-$(first_address)}
+    touch "$first"
+    "$@" &
+    step=$!
+    tail --pid="$step" --lines=+1 --follow=name --sleep-interval=1 "$first" &
+    follower=$!
+    await
+    wait "$follower" || true
+}
+
+# Waits for `step` and sets `code`. A signal to this shell ends a wait before its time.
+await() {
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step" || true
+    done
+    wait "$step" || code=$?
+    step=''
+}
+
+# Names of nodes need not mean anything to anyone but SLURM.
+first_address() {
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+}
+
+job_field() { scontrol --oneliner show job "$id" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+
+# What became of this attempt, and what now.
+conclude() {
+    local newest failures attempts=$run/logs/attempts.tsv
+    newest=$(newest_checkpoint)
+    printf '%s\t%s\t%s\t%s\n' "$attempt" "$newest" "$code" "$SLURM_JOB_NODELIST" >>"$attempts"
+    note "exit code $code, newest checkpoint: $newest"
+    if ((code == 0)) && [[ $ran == rank ]]; then
+        exit 0
+    fi
+    last_words
+    ((code != 2)) || exit 2
+    may_queue_again || exit "$code"
+    if ((code != 0 && code != 75)); then
+        failures=$(awk -F '\t' -v job="$id." -v newest="$newest" \
+            'index($1, job) == 1 && $2 == newest && $3 != 0 && $3 != 75 { n++ } END { print n + 0 }' "$attempts")
+        if ((failures > ${RETRIES:-3})); then
+            note "$failures failures without a new checkpoint: given up"
+            exit "$code"
+        fi
+    fi
+    if ((code == 3)); then
+        leave_out
+    else
+        queue_again
+    fi
+    exit "$code"
+}
+
+# May this job be queued again? A cancelled one may not, nor one that SLURM queues again by itself.
+may_queue_again() {
+    if [[ $(job_field JobState) != RUNNING ]]; then
+        note "SLURM has ended this job (scancel, time limit, or a node that failed: then it is queued again)"
+        return 1
+    fi
+    if [[ $(job_field BatchFlag) != 1 || $(job_field Requeue) != 1 ]]; then
+        ((code != 3)) || note "bad nodes: $(paste -sd, "$logs/bad_nodes")"
+        note "not to be queued again (salloc, or --no-requeue); repeat the command to continue"
+        return 1
+    fi
+}
+
+queue_again() {
+    note "queued again"
+    trap '' TERM # requeueing ends this shell too
+    scontrol requeue "$id"
+}
+
+newest_checkpoint() {
+    local all=("$run"/checkpoints/step-*/manifest.json)
+    if [[ -e ${all[-1]} ]]; then
+        basename "$(dirname "${all[-1]}")"
+    else
+        echo none
+    fi
+}
+
+# The last line of each rank but the first, which was heard.
+last_words() {
+    local log
+    for log in "$logs"/*-*.log; do
+        [[ $log == *-0000.log || ! -s $log ]] || echo "$(basename "$log" .log): $(tail -n 1 "$log")"
+    done | head -n 16
+}
+
+# Queues the job again without the nodes that the check found bad. SLURM changes that list only of a job that waits.
+leave_out() {
+    local bad old
+    bad=$(grep -E '^[A-Za-z0-9._-]+$' "$logs/bad_nodes" | paste -sd,) || true
+    [[ -n $bad ]] || die "the check failed without a bad node in $logs/bad_nodes" 3
+    old=$(job_field ExcNodeList)
+    [[ $old != '(null)' ]] || old=''
+    note "queued again without $bad"
+    trap '' TERM
+    scontrol requeuehold "$id"
+    scontrol update "JobId=$id" "ExcNodeList=${old:+$old,}$bad" \
+        || die "SLURM does not leave out $bad; the job is held: scontrol release $id starts it" 3
+    scontrol release "$id"
+}

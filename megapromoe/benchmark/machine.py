@@ -1,0 +1,65 @@
+"""The machine of a measurement, and how fast it multiplies matrices: the peak that shares refer to."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapromoe import __version__
+from megapromoe.benchmark.measure import Work, interleave, make_clock
+
+SIDES = {"cpu": (512, 1024, 1536), "cuda": (4096, 8192, 16384)}
+ROUNDS = {"cpu": 5, "cuda": 20}
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+    """FLOP/s of the fastest of a few square products, best round: what the machine gives, not what it promises.
+
+    Returns `flop_per_second` and the `side` of the matrices.
+    """
+    works, slots = {}, {}
+
+    def product(side: int) -> None:
+        torch.mm(*slots[side][:2], out=slots[side][2])
+
+    for side in SIDES[device.type]:
+        slots[side] = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
+        works[side] = Work({"product": lambda side=side: product(side)})
+    samples = interleave(works, ROUNDS[device.type], make_clock(device, threads), warmup=2)
+    rates = {side: 2 * side**3 / min(phases["product"]) for side, phases in samples.items()}
+    side = max(rates, key=rates.get)
+    return {"flop_per_second": rates[side], "side": side}
+
+
+def describe(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+    """Device, versions, threads, load of the machine before the measurement, and the measured peak."""
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "kind": device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "dtype": str(dtype).removeprefix("torch."),
+        "clock": "CUDA events" if gpu else "process time" if threads == 1 else "wall",
+        "peak": matmul_peak(device, dtype, threads),
+        "python": platform.python_version(),
+        "megapromoe": __version__,
+        "torch": torch.__version__,
+        "deepspeed": metadata.version("deepspeed"),
+        "cuda": torch.version.cuda if gpu else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

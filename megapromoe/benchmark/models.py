@@ -1,0 +1,214 @@
+"""Whole models: a training step, and sampling with guidance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megapromoe import cost
+from megapromoe.benchmark.contenders import CannotRun, contender
+from megapromoe.benchmark.counters import Counter
+from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
+from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
+from megapromoe.benchmark.plans import Raised, counts
+from megapromoe.config import Config, TrainConfig
+from megapromoe.diffusion.objectives import make_objective
+from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.models.dit import DiT
+from megapromoe.models.moe import MoE
+from megapromoe.models.routers import PrototypeRouter, Routed
+from megapromoe.parallelize import build
+
+
+def measure_step(config: Config, routing: str, settings: Settings) -> dict:
+    """A training step (forward with loss, backward, clipped AdamW) of each contender's whole model on one batch.
+
+    A plain loop in this process: no engine, no ZeRO. In bf16 the optimizer updates fp32 masters. The contenders with
+    our parameters share one copy of them, of their gradients and of the optimizer's states. Returns JSON as
+    `layer.measure_layer` does, without parts.
+    """
+    batch = Batch(config, settings)
+    updates: dict[frozenset, Update] = {}
+
+    def step(model: DiT) -> Work:
+        model.train()
+        key = frozenset(id(p) for p in model.parameters())
+        update = updates.setdefault(key, Update(model, config.train))
+        loss: list[Tensor] = []
+
+        def forward() -> None:
+            loss.append(batch.loss(model))
+
+        return Work(
+            {"forward": forward, "backward": lambda: loss.pop().backward(), "update": update.step},
+            lambda: model.zero_grad(set_to_none=True),
+        )
+
+    per_image = {True: cost.flops_per_image(dense_model(config.model)), False: cost.flops_per_image(config.model)}
+    found = _measure(config, routing, settings, step, lambda dense: per_image[dense].training)
+    return found | {"images": settings.images}
+
+
+def measure_sample(config: Config, routing: str, settings: Settings) -> dict:
+    """Drawing images by Euler's method with guidance, so that half of the rows are null. Returns JSON as above."""
+    m = config.model
+    generator = torch.Generator().manual_seed(settings.seed)
+    labels_B = torch.randint(m.num_classes, (settings.images,), generator=generator).to(settings.device)
+    noise = torch.randn(settings.images, m.in_channels, m.input_size, m.input_size, generator=generator)
+    noise = noise.to(settings.device)
+
+    def draw(model: DiT) -> Work:
+        model.eval()
+
+        def run() -> None:
+            predict = guided(model, labels_B, m.null_class, settings.guidance)
+            sample(predict, noise, "euler", settings.sample_steps)
+
+        return Work({"sample": run})
+
+    passes = settings.sample_steps * (1 if settings.guidance == 1 else 2)
+    per_image = {True: cost.flops_per_image(dense_model(m)), False: cost.flops_per_image(m)}
+    found = _measure(config, routing, settings, draw, lambda dense: passes * per_image[dense].forward)
+    return found | {"images": settings.images, "sample_steps": settings.sample_steps, "guidance": settings.guidance}
+
+
+def _measure(
+    config: Config,
+    routing: str,
+    settings: Settings,
+    make: Callable[[DiT], Work],
+    flops_per_image: Callable[[bool], int],
+) -> dict[str, Any]:
+    works, dropped, cannot = {}, {}, {}
+    ours = build(config, LOCAL).to(settings.device, settings.dtype)
+    for name in settings.contenders:
+        try:
+            model = ours if name == "ours" else _model(name, ours, config, routing)
+            directed = _Directed(model, routing)
+            works[name] = make(model)
+            _run(works[name])  # what it cannot do shows here
+            directed.check()
+            dropped[name] = [layer.dropped for layer in model.modules() if hasattr(layer, "dropped")]
+        except (CannotRun, torch.OutOfMemoryError) as error:
+            cannot[name] = {"cannot": str(error).splitlines()[0]}
+            works.pop(name, None)
+    samples = interleave(works, settings.rounds, make_clock(settings.device, settings.threads))
+    figures = summary(samples, reference="dense")
+    for name, work in works.items():
+        figures[name]["flops"] = {"useful": flops_per_image(name == "dense") * settings.images}
+        figures[name]["dropped"] = sum(dropped[name]) / max(len(dropped[name]), 1)
+        figures[name] |= _counted(work, settings.device)
+    return {"contenders": figures | cannot, "tokens": settings.images * config.model.tokens}
+
+
+def _run(work: Work) -> None:
+    work.prepare()
+    for run in work.phases.values():
+        run()
+
+
+def _counted(work: Work, device: torch.device) -> dict[str, Any]:
+    work.prepare()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with Counter() as counter:
+        for name, run in work.phases.items():
+            counter.phase(name)
+            run()
+    counter.phases = {name: counter.phases[name] for name in work.phases}
+    memory = {"peak": counter.live()}
+    if device.type == "cuda":
+        memory["allocator_peak"] = torch.cuda.max_memory_allocated()
+    return {"counts": said(counter), "memory": memory}
+
+
+def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
+    """The model with other layers: dense of its own, else one that shares all of our parameters."""
+    like = ours.pos_embed
+    if name == "dense":
+        return build(replace(config, model=dense_model(config.model)), LOCAL).to(like.device, like.dtype)
+    if name.startswith("deepspeed") and routing != "real":
+        raise CannotRun("DeepSpeed's gate cannot be told where tokens go inside of a model")
+    shared = {id(t): t for t in chain(ours.parameters(), ours.buffers())}
+    model = copy.deepcopy(ours, shared)  # new modules around the same tensors
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            block.mlp = contender(name, block.mlp)
+    return model
+
+
+class _Directed:
+    """A model whose routers follow a planned routing; listens to the loads that they tell."""
+
+    def __init__(self, model: DiT, routing: str):
+        self.routing = routing
+        self.told: dict[nn.Module, list[int]] = {}
+        self.handles = []
+        if routing != "real":
+            for module in model.modules():
+                if isinstance(module, PrototypeRouter):
+                    module.similarity = Raised(module, routing)
+                    self.handles.append(module.register_forward_hook(self._listen))
+
+    def _listen(self, router: nn.Module, _args: tuple, routed: Routed) -> None:
+        self.told[router] = [int(rows) for rows in routed.load_E]
+
+    def check(self) -> None:
+        """Stops listening. Raises BenchmarkError if the loads were not the planned ones."""
+        for handle in self.handles:
+            handle.remove()
+        for load in self.told.values():
+            if load != (planned := counts(self.routing, sum(load), len(load))):
+                raise BenchmarkError(f"{self.routing} routing: experts got {load} tokens, planned were {planned}")
+
+
+class Batch:
+    """A batch of random latents, labels, noise and times, conditional images first."""
+
+    def __init__(self, config: Config, settings: Settings):
+        m, B = config.model, settings.images
+        generator = torch.Generator().manual_seed(settings.seed)
+        shape = (B, m.in_channels, m.input_size, m.input_size)
+        self.clean, self.noise = (torch.randn(shape, generator=generator).to(settings.device) for _ in range(2))
+        self.u_B = torch.rand(B, generator=generator).clamp(1e-3, 1 - 1e-3).to(settings.device)
+        labels_B = torch.randint(m.num_classes, (B,), generator=generator)
+        labels_B[settings.conditional :] = m.null_class
+        self.labels_B = labels_B.to(settings.device)
+        self.conditional = settings.conditional
+        self.objective = make_objective(config)
+
+    def loss(self, model: DiT) -> Tensor:
+        """The training loss, as in `training.loop`."""
+        x_BCHW, t_B = self.objective.corrupt(self.clean, self.noise, self.u_B)
+        prediction, auxiliary = model(x_BCHW, t_B, self.labels_B, self.conditional)
+        return self.objective.loss(prediction, self.clean, self.noise, self.u_B) + auxiliary.total()
+
+
+class Update:
+    """Clipping and fused AdamW, over fp32 masters if the parameters are not fp32 themselves."""
+
+    def __init__(self, model: nn.Module, t: TrainConfig):
+        self.parameters = list(model.parameters())
+        self.masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in self.parameters]
+        settings = {"lr": t.lr, "betas": (t.beta1, t.beta2), "eps": t.eps, "weight_decay": t.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True, **settings)
+        self.clip = t.clip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        used = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
+        for p, master in used:
+            master.grad = p.grad.float()
+        if self.clip:
+            nn.utils.clip_grad_norm_([master for _, master in used], self.clip)
+        self.optimizer.step()
+        if changed := [(p, master) for p, master in used if p is not master]:
+            torch._foreach_copy_([p for p, _ in changed], [master for _, master in changed])
+            for _, master in changed:
+                master.grad = None

@@ -1,0 +1,141 @@
+"""`megapromoe data`: checks, shows and times a folder of latents."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megapromoe import cost
+from megapromoe.commands.options import positive
+from megapromoe.config import resolve
+
+SUMMARY = "check, show or time a folder of latents"
+EPILOG = """\
+  megapromoe data check DIR                    reads every record: checksums, finite values, labels, classes
+  megapromoe data show DIR --out sheet.png     a contact sheet: images and mirror images, a row for each class
+  megapromoe data speed DIR --workers 4        images/s that the loader makes, and what a model can take
+
+DIR is what tools/encode_latents.py wrote. `show` decodes with the autoencoder that the manifest names; --autoencoder
+gives its place on this machine, and "none" shows the first three channels of the latents as colours.
+
+exit codes: 0 done, nothing wrong, 1 something is wrong with DIR, each told in a line"""
+JOB = False
+
+H100 = 989e12  # dense bf16 FLOP/s
+SHARE = 0.5  # of the peak that a fast trainer may reach: an assumption, on the high side
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("check", "show", "speed"), help="see below")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of latents")
+    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("sheet.png"), help="show: default sheet.png")
+    parser.add_argument("--autoencoder", metavar="PATH", help="show: default: as the manifest says")
+    parser.add_argument("--class", metavar="C", dest="classes", type=int, nargs="+", help="show: default: the first 16")
+    parser.add_argument("--count", metavar="N", type=positive, default=8, help="show: images of each class; default 8")
+    parser.add_argument("--device", default="cpu", help="show: where to decode; default cpu")
+    parser.add_argument("--workers", metavar="N", type=positive, default=1, help="speed: as data.workers; default 1")
+    parser.add_argument("--batch", metavar="N", type=positive, default=64, help="speed: images at once; default 64")
+    parser.add_argument("--seconds", metavar="S", type=positive, default=10, help="speed: how long; default 10")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="speed: as data.cache")
+
+
+def run(options: argparse.Namespace, launch) -> int:
+    from megapromoe.data.autoencoder import AutoencoderError
+    from megapromoe.data.builtin import DatasetError
+
+    try:
+        return {"check": _check, "show": _show, "speed": _speed}[options.action](options)
+    except (DatasetError, AutoencoderError) as error:
+        print(f"megapromoe: {error}", file=sys.stderr)
+        return 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megapromoe.data.latents import check, read_manifest
+
+    manifest = read_manifest(options.folder)
+    total = manifest.records * manifest.record_bytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
+        problems = check(options.folder, bar.update)
+    for problem in problems:
+        print(problem)
+    for line in _facts(options.folder, manifest):
+        print(line)
+    print(f"{len(problems)} problems" if problems else "nothing is wrong")
+    return 1 if problems else 0
+
+
+def _facts(folder: Path, manifest):
+    autoencoder = manifest.autoencoder
+    views = {"stored": "and mirror image", "exact": "mirrored when read", "none": "without mirror image"}
+    values = "mean and log-variance" if manifest.stochastic else "values"
+    size = manifest.records * manifest.record_bytes / 1e9
+    classes, shards = len(manifest.class_names), len(manifest.shards)
+    yield f"{folder}: {manifest.records:,} records of {classes} classes in {shards} shards, {size:.3g} GB"
+    yield f"  {'x'.join(map(str, manifest.shape))} {manifest.dtype}, {values}, image {views[manifest.mirror]}"
+    yield f"  of {manifest.resolution}x{manifest.resolution} images ({manifest.crop})"
+    yield f"  by {autoencoder['name'] or 'an unnamed autoencoder'} {autoencoder['sha256'][:12]}".rstrip()
+    if manifest.rounding is not None:
+        yield f"  error of storing the mean over the posterior's deviation: {manifest.rounding:.3g} (root mean squares)"
+    if manifest.skipped:
+        yield f"  {len(manifest.skipped)} files left out; the first:"
+        yield from (f"    {path}: {reason}" for path, reason in manifest.skipped[:5])
+
+
+def _show(options: argparse.Namespace) -> int:
+    from megapromoe.data.autoencoder import NONE, open_autoencoder
+    from megapromoe.data.contact_sheet import contact_sheet
+    from megapromoe.data.latents import Latents, LatentsError
+
+    data = Latents(options.folder)
+    classes = options.classes or list(range(min(data.num_classes, 16)))
+    if wrong := [label for label in classes if not 0 <= label < data.num_classes]:
+        raise LatentsError(f"--class {wrong[0]}: {options.folder} has classes 0..{data.num_classes - 1}")
+    made_by = data.manifest.autoencoder
+    name = made_by["name"] if options.autoencoder is None else options.autoencoder
+    if not name:
+        raise LatentsError(f"{options.folder} does not say which autoencoder made it: give --autoencoder PATH, or none")
+    pixels = made_by["kind"] == "pixels"
+    autoencoder = None
+    if pixels or name != NONE:
+        autoencoder = open_autoencoder(name, options.device, data.shape[0] if pixels else 3)
+    sheet = contact_sheet(data, classes, options.count, autoencoder)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(options.out)
+    except (OSError, ValueError) as error:  # Pillow: an ending that it does not know
+        raise LatentsError(f"--out {options.out}: {error}; give the name of a .png that can be written") from error
+    print(f"{options.out}: {len(classes)} classes, up to {options.count} images each, beside their mirror images")
+    return 0
+
+
+def _speed(options: argparse.Namespace) -> int:
+    from megapromoe.data.latents import Latents
+    from megapromoe.data.loader import Loader, prefetch
+    from megapromoe.data.node_cache import fill
+
+    data = Latents(options.folder)
+    if options.cache:
+        data = Latents(options.folder, fill(options.folder, options.cache, data.manifest))
+    loader = Loader(data, 0, 0.1, data.manifest.mirror != "none", data.num_classes)
+    size = options.batch
+    batches = prefetch(loader, (range(i * size, (i + 1) * size) for i in range(1 << 40)), options.workers)
+    try:
+        for _ in range(options.workers + 1):  # those that were made while nobody asked
+            next(batches)
+        start, used, count = time.perf_counter(), time.process_time(), 0
+        while (seconds := time.perf_counter() - start) < options.seconds:
+            next(batches)
+            count += size
+        used = time.process_time() - used
+    finally:
+        batches.close()
+    rate = count / seconds
+    need = SHARE * H100 / cost.flops_per_image(resolve("promoe_xl").model).training
+    print(f"{rate:,.0f} images/s in {options.workers} threads, {'x'.join(map(str, data.shape))}, batches of {size}")
+    print(f"{count / used:,.0f} images per second of CPU time: what a core makes that nothing else uses")
+    print(f"promoe_xl at 4x32x32 on one H100 takes at most {need:,.0f} images/s (estimate: {SHARE:.0%} of 989 TFLOP/s)")
+    print(f"so these threads, beside each of 8 GPUs, make {rate / need:.2g} times what 8 H100 can take")
+    return 0

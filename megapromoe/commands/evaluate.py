@@ -1,0 +1,111 @@
+"""`megapromoe evaluate`: FID and its kin, of a run or of a set of images."""
+
+import argparse
+import json
+from pathlib import Path
+
+from megapromoe.commands.options import run_option
+from megapromoe.commands.sample import drawing_options, many_images, num_option
+from megapromoe.config import ConfigError
+
+SUMMARY = "measure how good drawn images are: FID and its kin"
+EPILOG = """\
+Draws --num images from --run (or takes --images) and compares them with real ones. Start it under torchrun,
+srun or mpirun to share out the work; repeat it to go on where it was stopped, or to evaluate the same images
+by another network. Figures go to the screen and, with --run, to evaluation.jsonl in its folder.
+
+The network that looks at the images (--features):
+  digits, fashion_mnist   a small classifier, trained on the spot on the real images; the default on such data
+  FILE                    the standard Inception, known by its hash, as published:
+                            inception-2015-12-05.pt                   TorchScript, of NVIDIA's metrics
+                            pt_inception-2015-12-05-6726825d.pth      weights, of pytorch-fid; also gives sFID
+                          or other TorchScript: uint8 (N, 3, H, W) -> features (N, D), or a tuple of them, spatial
+                          features and class probabilities. A TorchScript is a program that runs when it is loaded:
+                          an unknown one needs --sha256.
+Only the standard Inception makes an FID; other networks make a Fréchet distance (NAME).
+
+examples:
+  megapromoe evaluate --run runs/digits --num 1797 --guidance 1 1.5 2 --plot guidance.png
+  torchrun --nproc-per-node 8 -m megapromoe evaluate --run-dir runs/xl --num-images 50000 --guidance 1.0 1.5 \\
+      --autoencoder models/sd-vae --reference VIRTUAL_imagenet256_labeled.npz --features inception.pth
+  megapromoe evaluate --images samples.npz --reference photos/ --features inception.pth
+
+Overrides: section `sample` only."""
+JOB = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    run_option(parser, "draw from the run in this folder", required=False)
+    parser.add_argument("--images", metavar="PATH", type=Path, help="or: evaluate this .npz or folder of pictures")
+    num_option(parser, "with --run: images to draw for each guidance scale; published figures are of 50000")
+    parser.add_argument(
+        "--reference",
+        metavar="PATH",
+        help="real images: an .npz in the layout of guided-diffusion, a folder of pictures, digits, fashion_mnist, or"
+        " data, what the run trains on (the default with --run)",
+    )
+    parser.add_argument(
+        "--split", choices=("train", "test"), default="train", help="of a reference that is a data set; default: train"
+    )
+    parser.add_argument("--features", metavar="NAME", help="the network that looks at the images, see below")
+    parser.add_argument("--sha256", metavar="HEX", help="the hash that its file must have")
+    parser.add_argument(
+        "--standard-inception",
+        action="store_true",
+        help="you know that an unknown file holds the standard Inception; the records keep your word",
+    )
+    parser.add_argument("--samples", metavar="DIR", type=Path, help="where drawn images stay; default: RUN/evaluation")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each set instead of a table")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="with --run: a PNG of the distance over guidance")
+    drawing_options(parser)
+
+
+def run(options: argparse.Namespace, launch) -> int:
+    _check(options)
+    from megapromoe.training import runtime
+
+    runtime.prepare()
+    from megapromoe.evaluation import quality
+
+    request = None
+    if options.run is not None:
+        request = many_images(options, options.samples or options.run / "evaluation")
+    evaluation = quality.Evaluation(
+        request=request,
+        images=options.images,
+        reference=options.reference or quality.DATA,
+        split=options.split,
+        features=options.features,
+        sha256=options.sha256,
+        declared_standard=options.standard_inception,
+    )
+    records = quality.evaluate(evaluation, launch)
+    if launch.rank == 0:
+        said = "\n".join(json.dumps(r, ensure_ascii=False) for r in records) if options.json else quality.table(records)
+        print(said, flush=True)
+        if options.run is not None:
+            quality.append(records, options.run / "evaluation.jsonl")
+        if options.plot is not None:
+            quality.plot(records, options.plot)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that do not go together, all at once."""
+    wrong = []
+    if (options.run is None) == (options.images is None):
+        wrong.append("--run, --images: give one of them, a run to draw from or images that are there")
+    elif options.run is not None and options.num is None:
+        wrong.append("--num: is needed with --run, the number of images to draw")
+    elif options.images is not None:
+        drawing = {"--num": options.num, "--guidance": options.guidance, "--class": options.only}
+        drawing |= {
+            f"--{n}": getattr(options, n) for n in ("classes", "step", "steps", "seed", "method", "autoencoder")
+        }
+        drawing |= {"--samples": options.samples, "--plot": options.plot, "overrides": options.overrides}
+        drawing |= {"--tp": options.tp > 1, "--ep": options.ep > 1}
+        wrong += [f"{name}: is for drawing from a --run, not for --images" for name, value in drawing.items() if value]
+        if options.reference is None:
+            wrong.append("--reference: is needed with --images, the real ones to compare with")
+    if wrong:
+        raise ConfigError(wrong)

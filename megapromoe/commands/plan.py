@@ -1,0 +1,213 @@
+"""`megapromoe plan`: which layout to train with on which GPUs, and what it would cost."""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, positive, resolve_options
+from megapromoe.config import Config
+from megapromoe.planning.explain import (
+    costs,
+    experts_in_parallel,
+    memory_lines,
+    reasons,
+    settings,
+    table,
+    traffic_lines,
+)
+from megapromoe.planning.machines import GIB, MACHINES, Assumptions, Machine
+from megapromoe.planning.memory import Budget
+from megapromoe.planning.search import Plan, PlanError, Search, describe, search
+
+SUMMARY = "find the best layout for some GPUs, and say what it would cost"
+EPILOG = f"""\
+examples:
+  megapromoe plan --preset promoe_xl --nodes 8 --gpu h100
+  megapromoe plan --preset promoe_xl --experts 64 --nodes 8 --plot memory.png
+  megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
+  megapromoe plan --preset promoe_xl --nodes 512 --batch 4096 --json plans.json
+
+All (tp, ep, ZeRO stage, recompute) are tried, and for each are estimated the memory of the fullest GPU, all
+communication of a step and its time. Nothing is started, and neither a GPU nor torch is needed. Of layouts
+that are about as fast the simplest is proposed. What you set yourself, such as parallel.tp=2, stays.
+Accumulation stays too unless nothing fits: batch statistics depend on it.
+
+Memory and bytes come from formulas that are tested against real runs; times are estimates from data sheets
+and the assumptions printed below them. Measure before you trust them.
+
+{OVERRIDES}"""
+JOB = False
+
+FREE = (
+    "parallel.tp",
+    "parallel.ep",
+    "parallel.expert_tp",
+    "parallel.recompute",
+    "train.deepspeed",
+    "train.accumulation",
+)
+LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets with a launcher of their own, for nodes of 8
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    config_options(parser)
+    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="nodes; default: 1")
+    parser.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="the kind of GPU; default: h100")
+    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="default: 8")
+    parser.add_argument("--experts", metavar="E", type=positive, help="short for model.num_experts=E")
+    parser.add_argument("--batch", metavar="N", type=positive, help="short for train.global_batch=N")
+    parser.add_argument("--top", metavar="N", type=positive, default=8, help="layouts to list; default: 8")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their figures")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the memory of those listed, .png, .svg or .pdf")
+    own = parser.add_argument_group("figures of your own, in place of the data sheet's and the assumed")
+    for name, text in (
+        ("--memory-gib", "GiB of a GPU"),
+        ("--tflops", "dense bf16 TFLOP/s of a GPU"),
+        ("--hbm-gbs", "GB/s of a GPU's memory"),
+        ("--nvlink-gbs", "GB/s between GPUs of a node, each way"),
+        ("--network-gbs", "GB/s between nodes for each GPU, each way"),
+        ("--imbalance", "rows on the fullest rank's experts over the mean; default: 1.25"),
+        ("--usable", "share of the memory to plan with; default: 0.9"),
+        ("--efficiency", "share of its peak that a GPU reaches in large products; default: 0.6"),
+    ):
+        own.add_argument(name, metavar="X", type=_amount, help=text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def run(options: argparse.Namespace, launch) -> int:
+    short = {"model.num_experts": options.experts, "train.global_batch": options.batch}
+    options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    world = options.nodes * options.gpus_per_node
+    try:
+        machine, assume = _machine(options), _assumptions(options)
+        _check_pictures(options.plot)
+        config = resolve_options(options, None)
+        fixed = frozenset(word.partition("=")[0].strip() for word in options.overrides) & set(FREE)
+        found = search(config, world, machine, assume, fixed)
+        if options.json:
+            _write_json(options.json, found, machine, assume)
+        if options.plot:
+            from megapromoe.planning.plot import draw
+
+            title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
+            draw(found.fitting[: options.top], machine, found.limit, title, options.plot)
+    except (PlanError, OSError) as error:
+        print(f"megapromoe: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(_lines(options, config, found, machine, assume)), flush=True)
+    return 0
+
+
+def _lines(options: argparse.Namespace, config: Config, found: Search, machine: Machine, assume: Assumptions):
+    best, world = found.best, options.nodes * options.gpus_per_node
+    yield (
+        f"layouts of {world} GPUs: {len(found.fitting)} fit {found.limit / GIB:.1f} GiB each,"
+        f" {len(found.too_large)} do not, {found.impossible} cannot run (sizes that do not divide, refused settings)"
+    )
+    yield ""
+    yield from table(found.fitting, options.top)
+    yield ""
+    yield f"best: {describe(best)}"
+    yield f"  {costs(best)}"
+    yield from (f"  {line}" for line in reasons(found, machine))
+    yield from experts_in_parallel(found)
+    yield ""
+    yield from memory_lines(best)
+    yield from traffic_lines(best, machine, assume)
+    yield ""
+    yield assume.in_words(machine)
+    yield ""
+    yield "start it:"
+    yield f"  {_command(options, config, best)}"
+
+
+def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
+    """The line to paste."""
+    chosen = settings(best, config)
+    words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
+    words += [f"{key}={value}" for key, value in chosen.items()]
+    if options.preset in LAUNCHED and options.config is None and options.gpus_per_node == 8:
+        return shlex.join(["sbatch", f"--nodes={options.nodes}", f"launchers/{options.preset}.sh", *words])
+    recipe = ["--preset", options.preset] if options.preset else []
+    recipe += ["--config", str(options.config)] if options.config else []
+    recipe = recipe or ["--preset", DEFAULT_PRESET]
+    name, number = options.preset or "planned", str(options.gpus_per_node)
+    start = ["srun", "--resv-ports=1", f"--nodes={options.nodes}"]
+    start += [f"--ntasks-per-node={number}", f"--gpus-per-node={number}"]
+    return shlex.join([*start, "megapromoe", "train", *recipe, "--run", f"runs/{name}", *words])
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    own = {
+        "memory": options.memory_gib and int(options.memory_gib * GIB),
+        "peak": options.tflops and options.tflops * 1e12,
+        "hbm": options.hbm_gbs and options.hbm_gbs * 1e9,
+        "nvlink": options.nvlink_gbs and options.nvlink_gbs * 1e9,
+        "network": options.network_gbs and options.network_gbs * 1e9,
+    }
+    own = {name: value for name, value in own.items() if value is not None}
+    machine = replace(MACHINES[options.gpu], gpus_per_node=options.gpus_per_node, **own)
+    return replace(machine, name=f"{machine.name}, changed") if own else machine
+
+
+def _assumptions(options: argparse.Namespace) -> Assumptions:
+    own = {"imbalance": options.imbalance, "usable": options.usable, "products": options.efficiency}
+    wrong = [
+        f"--{option} {value}"
+        for option, value in (("usable", options.usable), ("efficiency", options.efficiency))
+        if value is not None and value > 1
+    ]
+    if options.imbalance is not None and options.imbalance < 1:
+        raise PlanError(f"--imbalance {options.imbalance}: must be at least 1, the mean over itself")
+    if wrong:
+        raise PlanError(f"{', '.join(wrong)}: must be at most 1, a share")
+    return replace(Assumptions(), **{name: value for name, value in own.items() if value is not None})
+
+
+def _check_pictures(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise PlanError(f"--plot {path}: must end in .png, .svg or .pdf")
+
+
+def _write_json(path: Path, found: Search, machine: Machine, assume: Assumptions) -> None:
+    """All layouts, those that fit first; seconds and bytes."""
+    content = {
+        "estimates": True,
+        "machine": asdict(machine),
+        "assumptions": asdict(assume),
+        "limit_bytes": found.limit,
+        "layouts": [_entry(plan, plan.memory.peak <= found.limit) for plan in (*found.fitting, *found.too_large)],
+    }
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _entry(plan: Plan, fits: bool) -> dict:
+    return {
+        "fits": fits,
+        **asdict(plan.layout),
+        "deepspeed": plan.config.train.deepspeed,
+        "recompute": plan.config.parallel.recompute,
+        "accumulation": plan.config.train.accumulation,
+        "memory_bytes": {name: getattr(plan.memory, name) for name in (*Budget.LINES, "update", "host", "peak")},
+        "step_seconds": plan.time.total,
+        "seconds": asdict(plan.time),
+        "images_per_second": plan.images_per_second,
+        "mfu": plan.mfu,
+        "hours": plan.hours,
+    }

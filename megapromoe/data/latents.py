@@ -1,0 +1,314 @@
+"""Latents on disk: few large shards, each record checked when it is read.
+
+    DIR/manifest.json        what they are: shape, type, classes, autoencoder, shards with their SHA-256; written last
+    DIR/index.safetensors    of each record: label, CRC-32, end of its name in `names`
+    DIR/shard-00000.npy ...  records (N, views, parts, C, H, W), C order; any program may map them
+
+Views: the image, and its mirror image where `mirror` is "stored" (the latent of a mirrored image is not the mirrored
+latent; pixels are "exact"). Parts: the mean, and the log-variance where there is one. Values are raw: `scale` and
+`shift` of the manifest are applied on reading. docs/data.md tells more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from megapromoe.data.builtin import DamagedRecords, DatasetError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST, INDEX = "manifest.json", "index.safetensors"
+HEADER = 128  # bytes before the first record of a shard: a .npy header, padded
+DTYPES = ("uint8", "float16", "float32")
+MIRRORS = ("stored", "exact", "none")
+
+
+class LatentsError(DatasetError):
+    """Latents that cannot be opened, read or used as asked."""
+
+    everywhere = True  # every rank opens the same files
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of `records` records."""
+
+    file: str
+    records: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds; see the module."""
+
+    format: int
+    shape: tuple[int, int, int]
+    dtype: str
+    mirror: str
+    stochastic: bool
+    class_names: tuple[str, ...]
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    autoencoder: dict[str, str]
+    resolution: int
+    crop: str
+    rounding: float | None
+    """Root mean square of the error of storing the mean, over that of the posterior's deviation; None: no posterior."""
+    index_sha256: str
+    shards: tuple[Shard, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def records(self) -> int:
+        return sum(shard.records for shard in self.shards)
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        """(views, parts, C, H, W)."""
+        return 1 + (self.mirror == "stored"), 1 + self.stochastic, *self.shape
+
+    @property
+    def record_bytes(self) -> int:
+        return int(np.prod(self.record_shape)) * np.dtype(self.dtype).itemsize
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of latents; raises LatentsError if there is none, or not such a one."""
+    path = Path(folder) / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        unfinished = (Path(folder) / "plan.json").exists()
+        remedy = (
+            "its encoding is not finished: repeat the command" if unfinished else "make it: tools/encode_latents.py"
+        )
+        raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise LatentsError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        said = content.get("format") if isinstance(content, dict) else None
+        raise LatentsError(f"{path}: format {said!r}, this program reads {FORMAT}; encode again, or use its program")
+    try:
+        known = {field.name for field in fields(Manifest)}
+        if set(content) != known:
+            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or too many")
+        lists = ("shape", "class_names", "scale", "shift")
+        content |= {name: tuple(content[name]) for name in lists}
+        content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+        content["skipped"] = tuple(tuple(pair) for pair in content["skipped"])
+        manifest = Manifest(**content)
+        channels = manifest.shape[0]
+        if (
+            len(manifest.shape) != 3
+            or manifest.dtype not in DTYPES
+            or manifest.mirror not in MIRRORS
+            or len(manifest.scale) != channels
+            or len(manifest.shift) != channels
+            or any(os.path.basename(shard.file) != shard.file for shard in manifest.shards)
+        ):
+            raise ValueError("shape, dtype, mirror, scale, shift or shards are not of this format")
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise LatentsError(f"{path} is damaged: {error}; take it from a copy, or encode again") from error
+    return manifest
+
+
+class Latents:
+    """The records of a folder of latents, drawn from by index. See `builtin.Dataset`.
+
+    Args:
+        folder: holds the latents.
+        cache: holds a copy of its shards, or of some; a record that is damaged there is read from `folder`.
+        verify: compare each record with its checksum when it is read.
+
+    Reads by position rather than through a memory map: where a disk fails, a map ends the process with SIGBUS.
+
+    Raises LatentsError, naming every file that is missing, of another size or damaged.
+    """
+
+    def __init__(self, folder: str | Path, cache: str | Path | None = None, verify: bool = True):
+        self.folder, self.verify = Path(folder), verify
+        self.manifest = m = read_manifest(self.folder)
+        self.shape, self.num_classes, self.class_names = tuple(m.shape), len(m.class_names), m.class_names
+        self.stochastic = m.stochastic
+        self.labels, self._crc32, self._name_ends = _read_index(self.folder, m)
+        self._first = np.concatenate([[0], np.cumsum([shard.records for shard in m.shards])])
+        self._scale, self._shift = (np.float32(v)[:, None, None] for v in (m.scale, m.shift))
+        self._damaged: set[int] = set()
+        self._files = _open_shards(self.folder, m)
+        self._copies = {}
+        if cache is not None:
+            here = [shard for shard in m.shards if (Path(cache) / shard.file).exists()]
+            self._copies = dict(zip((s.file for s in here), _open_shards(Path(cache), m, here), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Means (B, C, H, W) float32, scaled, and labels (B) int64."""
+        return self.draw(indices_B, np.zeros(len(indices_B), dtype=bool), None), self.labels[indices_B]
+
+    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Latents (B, C, H, W) float32, scaled; see `builtin.Dataset`."""
+        m = self.manifest
+        if m.mirror == "none" and mirror_B.any():
+            raise LatentsError(f"{self.folder} holds no mirrored latents; set data.flip=false, or encode with both")
+        raw_BPCHW = np.empty((len(indices_B), *m.record_shape[1:]), dtype=m.dtype)
+        damaged = {}
+        for row, (index, mirror) in enumerate(zip(indices_B.tolist(), mirror_B.tolist(), strict=True)):
+            record, problem = self._record(index)
+            if problem:
+                damaged[row] = problem
+            else:
+                raw_BPCHW[row] = record[int(mirror and m.mirror == "stored")]
+                if mirror and m.mirror == "exact":
+                    raw_BPCHW[row] = raw_BPCHW[row][..., ::-1].copy()
+        if damaged:
+            raise DamagedRecords(list(damaged), "; ".join(damaged.values()))
+        values_BCHW = raw_BPCHW[:, 0].astype(np.float32)
+        if m.stochastic and normal_BCHW is not None:
+            values_BCHW += np.exp(0.5 * raw_BPCHW[:, 1].astype(np.float32)) * normal_BCHW
+        return (values_BCHW - self._shift) * self._scale
+
+    def raw(self, index: int) -> np.ndarray:
+        """A record as it is stored, (views, parts, C, H, W); raises LatentsError if it is damaged."""
+        record, problem = self._record(index)
+        if problem:
+            raise LatentsError(problem)
+        return record
+
+    def name(self, index: int) -> str:
+        """Path of the file that a record was made from, below the folder of its source."""
+        start = int(self._name_ends[index - 1]) if index else 0
+        with safe_open(self.folder / INDEX, "np") as file:
+            return os.fsdecode(bytes(file.get_slice("names")[start : int(self._name_ends[index])]))
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of the shard of a record, and its place in it."""
+        number = int(np.searchsorted(self._first, index, side="right")) - 1
+        return number, index - int(self._first[number])
+
+    def _record(self, index: int) -> tuple[np.ndarray | None, str]:
+        """A record, or what is wrong with it."""
+        number, place = self.place(index)
+        shard, size = self.manifest.shards[number], self.manifest.record_bytes
+        copy = self._copies.get(shard.file)
+        for file in (self._files[number],) if copy is None else (copy, self._files[number]):
+            try:
+                data = os.pread(file.fileno(), size, HEADER + place * size)
+            except OSError as error:
+                # Not passed over like a wrong checksum: another rank may read it, and they must agree.
+                raise UnreadableError(f"{file.name}, record {place}: {error.strerror}; see to its disk") from error
+            if len(data) == size and not (self.verify and zlib.crc32(data) != self._crc32[index]):
+                return np.frombuffer(data, self.manifest.dtype).reshape(self.manifest.record_shape), ""
+            if index not in self._damaged:
+                self._damaged.add(index)
+                logger.warning("%s, record %d (%s) is damaged", file.name, place, self.name(index))
+        return None, f"{self.folder / shard.file}, record {place} is damaged: its checksum is another"
+
+
+class UnreadableError(LatentsError):
+    """A shard that the system cannot read. It may be this rank alone that cannot."""
+
+    everywhere = False
+
+
+def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (int64), checksums and ends of names of all records; raises LatentsError."""
+    path = folder / INDEX
+    try:
+        if sha256(path) != manifest.index_sha256:
+            raise LatentsError(f"{path} is damaged: its SHA-256 is not the manifest's; take it from a copy")
+        with safe_open(path, "np") as file:
+            labels, crc32, ends = (file.get_tensor(name) for name in ("labels", "crc32", "name_ends"))
+    except (OSError, SafetensorError) as error:
+        raise LatentsError(f"{path} cannot be read: {error}; take it from a copy, or encode again") from error
+    if not len(labels) == len(crc32) == len(ends) == manifest.records:
+        raise LatentsError(f"{path} speaks of {len(labels)} records, the manifest of {manifest.records}; encode again")
+    return labels.astype(np.int64), crc32, ends
+
+
+def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = None) -> list:
+    """Their files, each of the right size; raises LatentsError, naming all that are not."""
+    files, problems = [], []
+    for shard in manifest.shards if shards is None else shards:
+        path = folder / shard.file
+        expected = HEADER + shard.records * manifest.record_bytes
+        try:
+            files.append(open(path, "rb"))  # noqa: SIM115, kept open
+            if (size := os.fstat(files[-1].fileno()).st_size) != expected:
+                problems.append(f"{path} has {size:,} bytes, not {expected:,}")
+        except OSError as error:
+            problems.append(f"{path} cannot be opened: {error.strerror}")
+    if problems:
+        for file in files:
+            file.close()
+        raise LatentsError("; ".join(problems) + "; take them from a copy, or encode again")
+    return files
+
+
+def sha256(path: Path, progress: Callable[[int], Any] | None = None) -> str:
+    """Of a file's content; `progress` is told bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:
+    """Reads everything and lists all that is wrong: sizes, SHA-256, checksums, values that are not finite, labels.
+
+    Raises LatentsError if the folder cannot be opened at all. `progress` is told bytes, of all shards together.
+    """
+    data, problems = Latents(folder), []
+    m = data.manifest
+    outside = np.flatnonzero((data.labels < 0) | (data.labels >= data.num_classes))
+    if len(outside):
+        problems.append(f"record {outside[0]} has label {data.labels[outside[0]]}, not in 0..{data.num_classes - 1}")
+    for label in np.flatnonzero(np.bincount(data.labels[data.labels >= 0], minlength=data.num_classes) == 0):
+        problems.append(f"class {m.class_names[label]!r} has no record")
+    index = 0
+    for shard in m.shards:
+        path, digest, before = data.folder / shard.file, hashlib.sha256(), len(problems)
+        with open(path, "rb") as file:
+            header = file.read(HEADER)
+            digest.update(header)
+            if header != npy_header((shard.records, *m.record_shape), m.dtype):
+                problems.append(f"{path} does not begin as an array of {shard.records} records")
+            for place in range(shard.records):
+                block = file.read(m.record_bytes)
+                digest.update(block)
+                if zlib.crc32(block) != data._crc32[index]:
+                    problems.append(f"{path}, record {place} ({data.name(index)}): its checksum is another")
+                elif not np.isfinite(np.frombuffer(block, m.dtype)).all():
+                    problems.append(f"{path}, record {place} ({data.name(index)}): not finite")
+                index += 1
+                if progress:
+                    progress(len(block))
+        if digest.hexdigest() != shard.sha256 and len(problems) == before:
+            problems.append(f"{path}: its SHA-256 is not the manifest's")
+    return problems
+
+
+def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+    """The first HEADER bytes of a .npy file, version 1.0, of a C-ordered array."""
+    text = repr({"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+    return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode().ljust(HEADER - 11) + b"\n"

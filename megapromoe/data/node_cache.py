@@ -1,0 +1,68 @@
+"""A copy of shards on a node's own disk, made once for all processes of the node."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megapromoe.data.latents import LatentsError, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
+    """Copies the shards of `folder` that are not there yet; returns the folder of the copies, below `cache`.
+
+    Every process may call it: one copies, the others wait for it. A copy takes its name once its SHA-256 is that of the
+    manifest. Copies of other latents lie beside, by the checksum of their index, and are left alone.
+
+    Raises LatentsError: a shard cannot be read or is damaged, or the disk is full.
+    """
+    copies = Path(cache) / manifest.index_sha256[:16]
+    try:
+        copies.mkdir(parents=True, exist_ok=True)
+        with open(copies / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = [shard for shard in manifest.shards if not (copies / shard.file).exists()]
+            total = sum(shard.records * manifest.record_bytes for shard in missing)
+            with tqdm(total=total, unit="B", unit_scale=True, desc=f"copying to {cache}", disable=None) as bar:
+                for shard in missing:
+                    _copy(folder / shard.file, copies / shard.file, shard.sha256, bar)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "give a larger disk" if full else "see to it"
+        raise CacheError(
+            f"data.cache = {str(cache)!r}: {error.strerror}: {error.filename}; {remedy}, or leave it out"
+        ) from error
+    return copies
+
+
+class CacheError(LatentsError):
+    """A copy that cannot be made, on this node."""
+
+
+def _copy(source: Path, target: Path, sha256: str, bar: tqdm) -> None:
+    aside, digest = target.with_name(f"{target.name}.writing"), hashlib.sha256()
+    try:
+        with open(source, "rb") as read, open(aside, "wb") as write:
+            while block := read.read(1 << 20):
+                digest.update(block)
+                write.write(block)
+                bar.update(len(block))
+        if digest.hexdigest() != sha256:
+            raise CacheError(
+                f"{source}: its SHA-256 is not the manifest's; `megapromoe data check {source.parent}` names the"
+                " records, and without data.cache it can be trained on"
+            )
+        os.replace(aside, target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""The data sets by their names in the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megapromoe.config import Config
+from megapromoe.data.builtin import Dataset, DatasetError, Digits, Synthetic, check_dataset
+from megapromoe.data.fashion import FashionMNIST
+from megapromoe.data.latents import Latents, read_manifest
+from megapromoe.data.node_cache import fill
+
+SPLITS = ("train", "test")
+
+
+def open_dataset(config: Config, split: str = "train") -> Dataset:
+    """The data set named by `config.data.source`, checked against `config.model`.
+
+    Args:
+        split: "train", or "test": images that are not trained on, where the source has such.
+
+    Raises:
+        DatasetError: it cannot be opened, the model does not take its shape, classes or labels, or there is no such
+            split.
+    """
+    model, data = config.model, config.data
+    if split not in SPLITS:
+        raise DatasetError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+    if data.source == "latents":
+        dataset = _open_latents(config, split)
+    elif data.source == "fashion_mnist":
+        dataset = FashionMNIST(split, data.path)
+    elif data.source not in ("digits", "synthetic"):
+        raise DatasetError(
+            f"data.source: {data.source!r} is not known; use digits, fashion_mnist, latents or synthetic"
+        )
+    elif split == "test":
+        raise DatasetError(
+            f"data.source = {data.source!r} has no test split; use fashion_mnist, or latents with data.test_path"
+        )
+    elif data.source == "digits":
+        dataset = Digits()
+    else:
+        shape = (model.in_channels, model.input_size, model.input_size)
+        dataset = Synthetic(shape, model.num_classes, data.size, data.seed)
+    check_dataset(dataset, model)
+    return dataset
+
+
+def _open_latents(config: Config, split: str) -> Latents:
+    data, batch = config.data, config.train.global_batch
+    if split == "test" and not data.test_path:
+        raise DatasetError("data.test_path is empty: give the folder of latents of images that are not trained on")
+    folder = Path(data.test_path if split == "test" else data.path)
+    cache = fill(folder, Path(data.cache), read_manifest(folder)) if data.cache and split == "train" else None
+    dataset = Latents(folder, cache, data.verify)
+    if data.flip and dataset.manifest.mirror == "none":
+        raise DatasetError(f"data.flip = True: {folder} holds no mirrored latents; set data.flip=false")
+    if split == "train" and len(dataset) < batch:
+        raise DatasetError(
+            f"{folder} holds {len(dataset)} records, fewer than train.global_batch = {batch}: give more images, or"
+            f" set train.global_batch={len(dataset)} or less"
+        )
+    return dataset
+
+
+def autoencoder_identity(config: Config) -> dict[str, str] | None:
+    """Name, kind and SHA-256 of the autoencoder that made a run's latents; None where it trains on other things."""
+    return read_manifest(Path(config.data.path)).autoencoder if config.data.source == "latents" else None

@@ -1,0 +1,64 @@
+"""Real images as evaluation sees them: uint8, of a data set that holds pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megapromoe.config import Config
+from megapromoe.data.builtin import Dataset, DatasetError, Digits
+from megapromoe.data.fashion import FashionMNIST
+from megapromoe.data.sources import autoencoder_identity, open_dataset
+from megapromoe.evaluation.decoding import to_bytes
+from megapromoe.evaluation.image_sets import ImageSetError
+
+BUILT_IN = ("digits", "fashion_mnist")
+
+
+class Pixels:
+    """A data set of pixels, read like an `ImageSet`."""
+
+    def __init__(self, name: str, dataset: Dataset):
+        self.name, self._dataset = name, dataset
+        channels, height, width = dataset.shape
+        self.shape = (height, width, channels)
+        self.labels, self.num_classes = dataset.labels, dataset.num_classes
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start .. stop - 1, uint8 (B, H, W, C). Raises ImageSetError if one is damaged."""
+        return self.at(np.arange(start, min(stop, len(self))))
+
+    def at(self, indices: np.ndarray) -> np.ndarray:
+        """Images of these numbers, as `read` gives them."""
+        try:
+            return to_bytes(self._dataset.draw(indices, np.zeros(len(indices), dtype=bool), None))
+        except DatasetError as error:
+            raise ImageSetError(str(error)) from error
+
+
+def open_pixels(name: str, split: str = "train") -> Pixels:
+    """A built-in data set by its name. Raises ImageSetError."""
+    if name == "digits" and split == "test":
+        raise ImageSetError("digits have no test split; leave --split out")
+    try:
+        dataset = Digits() if name == "digits" else FashionMNIST(split)
+    except DatasetError as error:
+        raise ImageSetError(str(error)) from error
+    return Pixels(name if split == "train" else f"{name} ({split})", dataset)
+
+
+def data_of_run(config: Config, split: str = "train") -> Pixels:
+    """What a run trains on. Raises ImageSetError if that is not pixels."""
+    source = config.data.source
+    try:
+        made_by = autoencoder_identity(config)
+        if source not in BUILT_IN and (made_by is None or made_by["kind"] != "pixels"):
+            raise ImageSetError(
+                f"data.source = {source!r}: the run trains on latents, which are no images to compare with; give"
+                " --reference FILE.npz, or a folder of pictures"
+            )
+        return Pixels(source if split == "train" else f"{source} ({split})", open_dataset(config, split))
+    except DatasetError as error:
+        raise ImageSetError(str(error)) from error

@@ -1,0 +1,34 @@
+"""What a router decides once for a batch, however often its scores are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+class Decisions:
+    """What a first pass over a batch decided, told the other ranks and changed; a second pass takes it from here.
+
+    A pass that makes activations again (`parallel.recompute=all`) computes scores anew, for their gradient. It must not
+    choose anew: rounding could flip a near-tie, and with it the sizes of the all-to-all. Nor may it speak to other
+    ranks again, or move a router's running state twice. Kept are the choices (an index a row) and sums over ranks
+    (E·D numbers or fewer), nothing of the size of the tokens.
+    """
+
+    def __init__(self):
+        self._made: dict[str, tuple[Tensor | None, bool]] = {}
+
+    def once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` returns in the first pass, in every pass. Gradients flow through the first pass's tensor.
+
+        `make` must keep nothing for the backward pass, since a second pass does not call it: collectives, or detached
+        tensors.
+        """
+        if name not in self._made:
+            value = make()
+            self._made[name] = (None, False) if value is None else (value.detach(), value.requires_grad)
+            return value
+        value, differentiable = self._made[name]
+        # Of the second pass autograd wants the same tensors saved, and no gradient.
+        return None if value is None else value.detach().requires_grad_(differentiable)

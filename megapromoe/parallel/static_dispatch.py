@@ -1,0 +1,61 @@
+"""Rows travel in boxes of one size: nothing waits for counts, and all shapes are known before a step.
+
+Each rank has room for `capacity` rows for each expert, so many of them whatever the routing: rows past it are dropped
+(their tokens keep the shared expert's output), room that is left travels as zeros. In exchange no count is exchanged or
+copied to the host: two collectives forward, two backward, of equal parts, which a CUDA graph can capture.
+
+Which rows are dropped depends on what a rank holds, so training is no longer one function of the configuration at every
+layout. Source: GShard, arXiv 2006.16668, and Switch Transformer, arXiv 2101.03961, "expert capacity".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megapromoe.parallel.collectives import all_to_all
+from megapromoe.parallel.dispatch import Dispatcher, Experts, counts
+from megapromoe.parallel.layout import ExpertPlacement
+from megapromoe.parallel.linear import WHOLE, Region
+from megapromoe.parallel.mesh import Group
+
+
+class StaticDispatcher(Dispatcher):
+    """Runs rows through experts spread over an ep group (of one rank or more), `capacity` rows from each rank."""
+
+    def __init__(
+        self, experts: int, group: Group, factor: float, region: Region = WHOLE, expert_tp: bool = False
+    ) -> None:
+        """Args: `factor`: room for rows over an even share of them; 1 has room for all only if routing is even."""
+        super().__init__(experts, region, expert_tp)
+        self.placement = ExpertPlacement(experts, group.size)
+        self.group, self.factor = group, factor
+        self.dropped = torch.zeros(())
+        """Share of the rows of the last call that were dropped."""
+
+    def capacity(self, most: int) -> int:
+        """Rows of one rank for one expert: factor·most/E, where no rank has more than `most` rows."""
+        return max(1, math.ceil(self.factor * most / self.placement.experts))
+
+    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
+        ep, slots, C = self.group.size, self.placement.slots, self.capacity(most)
+        D, device = rows_RD.shape[1], rows_RD.device
+        count = counts(slot_R, ep * slots)
+        place_R = torch.arange(slot_R.shape[0], device=device) - (count.cumsum(0) - count)[slot_R]
+        # Rows without room share one last place, which does not travel.
+        box_R = torch.where(place_R < C, slot_R * C + place_R, ep * slots * C)
+        self.dropped = (place_R >= C).float().sum() / max(slot_R.shape[0], 1)
+
+        boxes = rows_RD.new_zeros(ep * slots * C + 1, D).index_copy(0, box_R, rows_RD)[:-1]
+        even = [slots * C] * ep
+        arrived = all_to_all(boxes, even, even, self.group)
+        # (source rank, expert, row) -> (expert, source rank, row), and back.
+        by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
+        slot = torch.arange(slots, device=device)
+        offs = ((slot + 1) * ep * C).to(torch.int32)
+        y = experts(by_expert, offs, slot.repeat_interleave(ep * C))
+        y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
+        home = all_to_all(y, even, even, self.group)
+        return torch.cat([home, home.new_zeros(1, D)]).index_select(0, box_R)

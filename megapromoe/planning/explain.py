@@ -1,0 +1,188 @@
+"""A plan in words: a table of layouts, the best one's memory and traffic, why it is best, whether EP pays."""
+
+from collections.abc import Callable, Iterator
+
+from megapromoe.config import Config
+from megapromoe.planning.machines import GIB, Assumptions, Machine
+from megapromoe.planning.memory import Budget
+from megapromoe.planning.roofline import collective_time, nodes_of
+from megapromoe.planning.search import CLOSE, Plan, Search, describe
+from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
+
+HINTS = {
+    "products": "matrix products; a faster GPU helps, or more of them",
+    "attention": "attention",
+    "elementwise": "memory traffic between kernels, not arithmetic; fusing kernels would help",
+    "host": "the host, which launches kernels too slowly for so little work; larger micro-batches or fewer GPUs help",
+    "layers": "communication within layers",
+    "gradients": "communication of gradients or parameters that nothing hides",
+    "update": "the update: gathering parameters, AdamW and the averages",
+}
+
+
+def table(plans: tuple[Plan, ...], top: int) -> Iterator[str]:
+    """The first `top` plans, one a line."""
+    yield " #   tp  ep   dp  DeepSpeed   split recompute  images x acc.  GiB/GPU   ms/step   images/s    MFU  exposed"
+    for number, p in enumerate(plans[:top], start=1):
+        parallel, share = p.config.parallel, p.time.exposed / p.time.total
+        split = f"1/{p.layout.etp}" if p.layout.etp > 1 else "-"
+        rate, accumulation = p.images_per_second, p.config.train.accumulation
+        yield (
+            f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11} {split:5}"
+            f" {parallel.recompute:9} {p.layout.micro_batch:7} x {accumulation:<4}"
+            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {rate:10,.0f} {p.mfu:6.1%} {share:8.1%}"
+        )
+
+
+def memory_lines(plan: Plan) -> Iterator[str]:
+    """The best one's memory, line by line."""
+    m = plan.memory
+    yield "memory of the fullest GPU, GiB: " + ", ".join(
+        f"{line} {getattr(m, line) / GIB:.2f}" for line in Budget.LINES
+    )
+    if m.host:
+        yield f"  in the host's memory, for each GPU: {m.host / GIB:.2f} GiB (optimizer and averages)"
+
+
+def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator[str]:
+    """The best one's collectives, those of equal purpose in one line; the longest first."""
+    grouped: dict[tuple, list[Collective]] = {}
+    for c in collectives(plan.config, plan.layout):
+        grouped.setdefault((c.what, c.op, c.over, c.size), []).append(c)
+    lines = []
+    for (what, op, over, size), same in grouped.items():
+        seconds = sum(collective_time(c, plan.config, plan.layout, machine, assume) for c in same)
+        calls, wire = sum(c.count for c in same), sum(c.wire for c in same)
+        lines.append(
+            (seconds, f"  {what:34} {op:14} {over:>5} {size:5} {calls:6} {wire / 1e6:12,.2f} {1e3 * seconds:8.2f}")
+        )
+    yield "traffic of one step"
+    yield f"  {'what':34} {'collective':14} {'group':>5} {'ranks':>5} {'calls':>6} {'MB sent/GPU':>12} {'ms':>8}"
+    yield from (line for _, line in sorted(lines, reverse=True))
+
+
+def reasons(found: Search, machine: Machine) -> Iterator[str]:
+    """Why the best is the best: against the fastest that decides otherwise, question by question."""
+    best = found.best
+    parallel = best.config.parallel
+    yield f"tp {parallel.tp}: " + _against(found, lambda p: p.layout.tp != best.layout.tp)
+    if best.config.model.moe_blocks:
+        yield f"ep {parallel.ep}: " + _against(found, lambda p: p.layout.ep != best.layout.ep)
+    yield f"{best.config.train.deepspeed}: " + _against(found, lambda p: p.stage != best.stage)
+    yield f"recompute {parallel.recompute}: " + _against(
+        found, lambda p: p.config.parallel.recompute != parallel.recompute
+    )
+    yield limits(best)
+    spread = nodes_of(best.layout.ep, best.layout.etp, machine)
+    if spread > 1:
+        yield f"ep {best.layout.ep} spans {spread} nodes: rows cross the network; with a slow one prefer ep in a node"
+    if found.accumulation_changed:
+        changed = "the batch statistics see smaller batches: this changes the mathematics"
+        scope = best.config.model.batch_scope == "global" and best.config.model.moe_blocks
+        yield (
+            f"train.accumulation={best.config.train.accumulation}: nothing fits with fewer micro-batches;"
+            f" {changed if scope else 'the mathematics stays the same'}"
+        )
+
+
+def _against(found: Search, differs: Callable[[Plan], bool]) -> str:
+    best = found.best
+    rival = min((p for p in found.fitting if differs(p)), key=lambda p: p.time.total, default=None)
+    if rival is None:
+        larger = min((p for p in found.too_large if differs(p)), key=lambda p: p.memory.peak, default=None)
+        if larger is None:
+            return "no other choice can run"
+        return f"no other choice fits; the smallest, {describe(larger)}, needs {larger.memory.peak / GIB:.1f} GiB"
+    change, saved = rival.time.total / best.time.total - 1, (best.memory.peak - rival.memory.peak) / GIB
+    verdict = f"takes {1e3 * rival.time.total:.1f} ms ({change:+.1%})"
+    if change < CLOSE - 1 and rival.complexity > best.complexity:
+        verdict += f", within the {CLOSE - 1:.0%} that these estimates cannot tell, and is less simple,"
+    memory = f"saves {saved:.1f} GiB" if saved > 0 else f"needs {-saved:.1f} GiB more"
+    if abs(saved) < 0.05:
+        memory = "needs as much memory"
+    return f"the best otherwise, {describe(rival)}, {verdict} and {memory}"
+
+
+def limits(plan: Plan) -> str:
+    """What most of the step goes to."""
+    t = plan.time
+    if t.host > t.device:
+        parts = {"host": t.host}
+    else:
+        parts = {"products": t.products, "attention": t.attention, "elementwise": t.elementwise}
+    parts |= {"layers": t.layers_traffic, "gradients": t.exposed_gradients, "update": t.update}
+    order = sorted(parts, key=parts.get, reverse=True)
+    shares = ", ".join(f"{name} {parts[name] / t.total:.0%}" for name in order)
+    return f"limited by {HINTS[order[0]]} ({shares}; {1e3 * t.overlapped:.1f} ms of communication overlapped)"
+
+
+def experts_in_parallel(found: Search) -> Iterator[str]:
+    """Whether EP pays at this size: tokens of a rank and step against E*F, and the bytes that this code sends."""
+    best = found.best
+    model, micro = best.config.model, best.config.train.accumulation
+    if not model.moe_blocks:
+        return
+    tokens = micro * routed_rows(model, expected_batch(best.config, best.layout)) / best.layout.tp
+    break_even = model.num_experts * model.expert_width
+    yield (
+        f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; by bytes on the"
+        f" wire EP pays below E*F, so here it {'pays' if tokens < break_even else 'does not pay'} by that rule"
+    )
+    alone = _counterpart(found, lambda p: p.layout.ep == 1)
+    spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1)
+    if not (alone and spread):
+        return
+    (one, sent), (many, dispatched) = _expert_bytes(alone), _expert_bytes(spread)
+    yield (
+        f"  ep 1: {1e3 * alone.time.total:.1f} ms, {alone.memory.peak / GIB:.1f} GiB"
+        f"{'' if alone in found.fitting else ', which does not fit'};"
+        f" each GPU sends {one / 1e6:,.0f} MB of expert gradients and parameters"
+    )
+    yield (
+        f"  ep {spread.layout.ep}: {1e3 * spread.time.total:.1f} ms, {spread.memory.peak / GIB:.1f} GiB;"
+        f" {many / 1e6:,.0f} MB of these, {(dispatched - sent) / 1e6:,.0f} MB of rows, with"
+        " the latency of their exchange and the imbalance of ranks"
+    )
+    gain = alone.time.total / spread.time.total
+    if alone in found.fitting:
+        word = "pays" if gain > CLOSE else "costs more than it saves" if gain < 1 / CLOSE else "neither pays nor costs"
+        yield f"  by time, EP {word} here"
+
+
+def _counterpart(found: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
+    """The fastest wanted plan with the stage and recomputation of the best, fitting or not."""
+    best = found.best
+    same = [
+        p
+        for p in (*found.fitting, *found.too_large)
+        if wanted(p) and p.stage == best.stage and p.config.parallel.recompute == best.config.parallel.recompute
+    ]
+    return min(same, key=lambda p: (p not in found.fitting, p.time.total), default=None)
+
+
+def _expert_bytes(plan: Plan) -> tuple[float, float]:
+    """Bytes a rank sends in a step: of expert gradients and parameters, of rows."""
+    calls = collectives(plan.config, plan.layout)
+    return sum(c.wire for c in calls if c.over == "edp"), sum(c.wire for c in calls if c.op == "all_to_all")
+
+
+def costs(plan: Plan) -> str:
+    """Of the whole training."""
+    steps = plan.config.train.steps
+    return (
+        f"{steps:,} steps of {plan.config.train.global_batch} images: {plan.hours:,.1f} hours,"
+        f" {plan.hours * plan.layout.world:,.0f} GPU-hours (without checkpoints, samples and restarts)"
+    )
+
+
+def settings(plan: Plan, base: Config) -> dict[str, str]:
+    """What to set to get this plan from `base`: key -> value. Layouts always, lest a launcher's own win."""
+    parallel, train = plan.config.parallel, plan.config.train
+    out = {"parallel.tp": str(parallel.tp), "parallel.ep": str(parallel.ep), "train.deepspeed": train.deepspeed}
+    if parallel.expert_tp or base.parallel.expert_tp:
+        out["parallel.expert_tp"] = str(parallel.expert_tp).lower()
+    if parallel.recompute != "none" or base.parallel.recompute != "none":
+        out["parallel.recompute"] = parallel.recompute
+    if train.accumulation != base.train.accumulation:
+        out["train.accumulation"] = str(train.accumulation)
+    return out

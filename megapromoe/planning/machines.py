@@ -1,0 +1,83 @@
+"""Machines to plan for: accelerators, the links between them, and what is assumed of both.
+
+The figures are those of data sheets; the efficiencies are assumptions, written down here and nowhere else.
+"""
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU, its node and its network. Rates are per GPU and second, links in one direction.
+
+    Args:
+        peak: dense bf16 operations; `peak_fp32`: of fp32 products, without TF32, as torch computes them by default.
+        memory: bytes that torch may use; `hbm`: bytes read or written.
+        nvlink: bytes to GPUs of the same node; `network`: to other nodes.
+        pcie: bytes to the host's memory, for offloaded optimizers.
+    """
+
+    name: str
+    peak: float
+    peak_fp32: float
+    hbm: float
+    memory: int
+    nvlink: float
+    network: float
+    pcie: float
+    gpus_per_node: int = 8
+
+
+# Memory is what torch reports of the data sheet's 80, 80, 141 and 180 GB. A network link for each GPU, as in NVIDIA's
+# DGX: HDR InfiniBand at 200 Gbit/s beside A100, NDR at 400 Gbit/s beside the others.
+# Source: NVIDIA's data sheets "A100 80GB", "H100", "H200" (SXM), "DGX A100", "DGX H100", "DGX H200", "DGX B200".
+MACHINES = {
+    "a100": Machine("A100 80GB SXM", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9),
+    "h100": Machine("H100 80GB SXM", 989e12, 67e12, 3.35e12, 79 * GIB, 450e9, 50e9, 64e9),
+    "h200": Machine("H200 141GB SXM", 989e12, 67e12, 4.8e12, 139 * GIB, 450e9, 50e9, 64e9),
+    "b200": Machine("B200 180GB SXM", 2250e12, 75e12, 8.0e12, 178 * GIB, 900e9, 50e9, 64e9),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no data sheet says. Shares of the machine's figures that a step reaches, and fixed costs.
+
+    Args:
+        products: of `peak`, by large matrix products. `attention`: by the fused attention kernel.
+        memory: of `hbm`, by elementwise kernels and the optimizer.
+        links: of `nvlink` and `network`, by large collectives.
+        tile: rows to which a product's rows are padded, expert by expert.
+        near, far, peer: seconds that a collective takes however small it is, inside a node; for each doubling of
+            nodes; an all-to-all for each rank beside its own.
+        launch: seconds of the host for each kernel.
+        imbalance: rows on the fullest rank over the mean, where all hold as many experts; in memory and in time.
+        usable: share of `memory` to plan with; the rest is for the CUDA context, NCCL and fragmentation.
+    """
+
+    products: float = 0.6
+    attention: float = 0.4
+    memory: float = 0.75
+    links: float = 0.7
+    tile: int = 128
+    near: float = 15e-6
+    far: float = 15e-6
+    peer: float = 2e-6
+    launch: float = 5e-6
+    imbalance: float = 1.25
+    usable: float = 0.9
+
+    def in_words(self, machine: Machine) -> str:
+        """One paragraph for the reader of a plan."""
+        return (
+            f"estimates, never measured here. {machine.name}: {machine.peak / 1e12:,.0f} TFLOP/s dense bf16"
+            f" (fp32 {machine.peak_fp32 / 1e12:,.1f}), {machine.hbm / 1e12:.3g} TB/s and"
+            f" {machine.memory / GIB:,.0f} GiB of memory; {machine.nvlink / 1e9:,.0f} GB/s inside a node of"
+            f" {machine.gpus_per_node}, {machine.network / 1e9:,.0f} GB/s between nodes, per GPU and direction."
+            f" Assumed: large products reach {self.products:.0%} of the peak, attention {self.attention:.0%},"
+            f" elementwise kernels {self.memory:.0%} of the memory's rate, collectives {self.links:.0%} of the"
+            f" links'; a kernel costs the host {self.launch * 1e6:.0f} us, a collective at least"
+            f" {self.near * 1e6:.0f} us; the fullest rank has {self.imbalance:.2f} times the mean rows of experts."
+        )

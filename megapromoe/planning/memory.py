@@ -1,0 +1,308 @@
+"""What a training step needs of one rank's memory, line by line.
+
+`saved_tensors` lists what the forward pass keeps for the backward pass of one micro-batch, one line for each tensor, as
+the layers in `models/` make them; `budget` adds the states, DeepSpeed's buffers and what is needed for a moment only.
+
+Letters as everywhere; b is the width of an activation in bytes. Counts may be means, and no whole numbers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megapromoe.config import PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
+from megapromoe.planning.traffic import (
+    Batch,
+    expected_batch,
+    routed_images,
+    routed_rows,
+)
+from megapromoe.planning.zero import zero_of
+
+INDEX = 8  # bytes of an int64
+
+
+class Saved(NamedTuple):
+    """`bytes` of one kind of tensor kept for the backward pass, all blocks together.
+
+    `part` is the module that keeps it. `rows` says that it is one row for each row that reaches this rank's experts:
+    it grows with their imbalance.
+    """
+
+    part: str
+    what: str
+    bytes: float
+    rows: bool = False
+
+
+def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
+    """Everything the backward pass of one micro-batch needs beside parameters and input images.
+
+    With recomputation: what is kept, not what is made again (see `transient`).
+    """
+    model, b, recompute = config.model, zero_of(config).width, config.parallel.recompute
+    depth, moe = model.depth, len(model.moe_blocks)
+    ends, block_inputs = _ends(model, batch, b), _times(depth, _block_input(model, batch, b))
+    if recompute == "all":
+        return [*ends, *block_inputs, *_times(moe, _decisions(model, batch))]
+    kept = [*ends, *_times(moe, _router(config, layout, batch, b)), *_times(depth, _residual(model, batch, b))]
+    if recompute == "blocks":
+        return [*kept, *block_inputs, *_times(depth, _input(model, batch, b))]
+    keeps_input = recompute == "moe" or _moe_keeps_input(model, b)
+    return [
+        *kept,
+        *_times(depth, _attend(config, layout, batch, b)),
+        *_times(depth - (0 if keeps_input else moe), _input(model, batch, b)),
+        *_times(depth - moe, _mlp("MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
+        *_times(0 if recompute == "moe" else moe, _moe(config, layout, batch, b)),
+    ]
+
+
+def _times(count: int, lines: Iterator[Saved]) -> Iterator[Saved]:
+    for line in lines:
+        yield line._replace(bytes=line.bytes * count)
+
+
+def _ends(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+    """Embeddings, the final layer and the loss."""
+    B, D = batch.images, model.hidden_size
+    T, pixels = B * model.tokens, B * model.in_channels * model.input_size**2
+    yield Saved("embeddings", "images, in the model's type", pixels * b)
+    yield Saved("embeddings", "sinusoids, around the time MLP's SiLU", B * (TIME_SINUSOIDS + 2 * D) * b)
+    yield Saved("embeddings", "condition", B * D * b)
+    yield Saved("final layer", "input, normalised, modulated", 3 * T * D * b)
+    yield Saved("final layer", "SiLU, 1 + scale", 2 * B * D * b)
+    yield Saved("loss", "difference", pixels * 4)
+
+
+def _residual(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+    """What a block keeps around its two halves, recomputed or not."""
+    B, D = batch.images, model.hidden_size
+    yield Saved("residual", "the MLP's or MoE's output, under its gate", B * model.tokens * D * b)
+    yield Saved("adaLN", "shifts, scales, gates", B * 6 * D * b)
+
+
+def _block_input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+    """What recomputation starts from."""
+    yield Saved("residual", "block's input", batch.images * model.tokens * model.hidden_size * b)
+
+
+def _input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+    yield Saved("residual", "the MLP's or MoE's input", batch.images * model.tokens * model.hidden_size * b)
+
+
+def _moe_keeps_input(model: ModelConfig, b: int) -> bool:
+    """Or is it gathered into rows, and copied by the router, and then done with?"""
+    dense_experts = model.router in TWO_STEP_ROUTERS and (model.shared_expert or model.unconditional_expert)
+    return dense_experts or model.router in (*PROMOE_ROUTERS, "diffmoe") or b == 4
+
+
+def _attend(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """A block up to its MLP."""
+    model, tp = config.model, layout.tp
+    B, D = batch.images, model.hidden_size
+    T = B * model.tokens
+    yield Saved("adaLN", "SiLU, 1 + scale of both halves", 3 * B * D * b)
+    yield Saved("norm1", "block's input, normalised, modulated", 3 * T * D * b)
+    yield Saved("attention", "queries, keys, values", 3 * T * D / tp * b)
+    if model.qk_norm:
+        yield Saved("attention", "normalised queries and keys", 2 * T * D / tp * b)
+        yield Saved("attention", "means and deviations", 4 * T * model.heads / tp * b)
+        yield Saved("attention", "weighted values, heads together again", T * D / tp * b)
+    yield Saved("attention", "weighted values", T * D / tp * b)
+    yield Saved("attention", "logarithms of the softmax's sums", T * model.heads / tp * 4)
+    yield Saved("residual", "attention's output, under its gate", T * D * b)
+    yield Saved("norm2", "tokens, normalised", 2 * T * D * b)
+    yield Saved("norms", "means and deviations", 4 * T * b)
+
+
+def _mlp(part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]:
+    yield Saved(part, "before the GELU", rows * width / tp * b)
+    yield Saved(part, "after the GELU", rows * width / tp * b)
+
+
+def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """Shared, unconditional and routed experts with the dispatch; the input is norm2's."""
+    model, tp = config.model, layout.tp
+    F, D = model.expert_width, model.hidden_size
+    T = batch.images * model.tokens
+    null = T - routed_images(model, batch) * model.tokens
+    R = routed_rows(model, batch)  # of all ranks of a region, who share them out or split every expert
+    mine, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
+    if model.router in TWO_STEP_ROUTERS and model.shared_expert:
+        yield from _mlp("shared expert", F, T, tp, b)
+    if null:
+        yield from _mlp("unconditional expert", F, null, tp, b)
+    yield Saved("routed experts", "rows", mine * D * b, rows=True)
+    yield Saved("routed experts", "before the GELU", mine * width * b, rows=True)
+    yield Saved("routed experts", "after the GELU", mine * width * b, rows=True)
+    yield Saved("routed experts", "outputs, under their weights", mine * D * b)
+    yield Saved("dispatch", "orders, tokens, experts", 6 * mine * INDEX)
+    if _by_expert(model):
+        yield Saved("dispatch", "weighted outputs, by index_add", mine * D * b)
+
+
+def _by_expert(model: ModelConfig) -> bool:
+    """Are rows in any order, not token by token?"""
+    return model.router in ("promoe_ec", "ec", "diffmoe")
+
+
+def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """Never recomputed. Scores are float32; a copy of the tokens is one only where they are not."""
+    model = config.model
+    E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
+    T = images * model.tokens
+    copy = T * D * 4 if b < 4 else 0
+    R = routed_rows(model, batch)
+    yield Saved("router", "chosen experts, tokens, weights", R * (3 * INDEX + 4))
+    if model.router in PROMOE_ROUTERS:
+        yield Saved("router", "lengths, scores", T * (1 + E) * 4)
+        if model.rcl_weight:
+            yield Saved("router", "float32 tokens, for the contrastive loss", copy)
+            groups = images if model.router == "promoe_ec" else 1
+            yield Saved("router", "contrastive loss, float64", groups * E * (3 * D + 2 * E) * 8)
+    if model.router == "classification":
+        yield Saved("router", "mean tokens, scores", images * (D + 3 * E) * 4)
+    if model.router == "kmeans":
+        yield Saved("router", "float32 tokens", copy)
+        yield Saved("router", "lengths, scores", T * (2 + E) * 4)
+    if model.router in ("tc", "ec", "diffmoe"):
+        yield Saved("router", "float32 tokens", copy)
+        yield Saved("router", "scores", T * E * 4)
+    if model.router == "diffmoe":
+        yield Saved("router", "capacity predictor, around its SiLU", 2 * T * D * b)
+        yield Saved("router", "predictions, choices", 2 * T * E * 4)
+    if model.balance_weight and model.router in ("promoe", "tc", "classification"):
+        yield Saved("router", "balance loss", T * E * 4)
+
+
+def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
+    """What a router does not decide again. Source: models/decisions.py."""
+    E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
+    if model.router == "diffmoe":
+        yield Saved("router", "mask of the tokens taken", images * model.tokens * E)
+    else:
+        rows = images if model.router == "classification" else routed_rows(model, batch)
+        yield Saved("router", "chosen experts or tokens", rows * INDEX)
+    if model.router == "kmeans":
+        yield Saved("router", "centroids", E * D * 4)
+    if model.router == "promoe" and model.rcl_weight:
+        yield Saved("router", "contrastive loss, sums of tokens", E * (D + 1) * 4)
+
+
+def transient(config: Config, layout: Layout, batch: Batch) -> float:
+    """Bytes alive for a moment in the backward pass: gradients around the widest half-block, and what it recomputes.
+
+    With the gradient of the largest parameter, before it is put where it belongs. An upper bound: what is freed
+    meanwhile is not taken off.
+    """
+    model, b, tp = config.model, zero_of(config).width, layout.tp
+    D, T = model.hidden_size, batch.images * model.tokens
+    R, moe = routed_rows(model, batch) / (1 if layout.etp > 1 else tp), len(model.moe_blocks)
+    attend = (2 * T * D + 6 * T * D / tp) * b
+    dense = (2 * T * D + 2 * T * model.mlp_width / tp) * b
+    router = 2 * routed_images(model, batch) * model.tokens * D * 4  # float32 tokens and their gradient
+    rows = 2 * R * (D + model.expert_width / layout.etp)
+    beside = T * model.expert_width / tp if model.router in TWO_STEP_ROUTERS and model.shared_expert else 0
+    halves = [(attend, [*_attend(config, layout, batch, b), *_input(model, batch, b)])]
+    if moe < model.depth:
+        halves.append((dense, list(_mlp("MLP", model.mlp_width, T, tp, b))))
+    if moe:
+        halves.append(((2 * T * D + rows + beside) * b + router, list(_moe(config, layout, batch, b))))
+    replicated, routed = tensors_on_rank(model, layout)
+    policy = config.parallel.recompute
+    sizes = [sum(line.bytes for line in lines) for _, lines in halves]
+    again = [
+        sizes[i] if policy == "blocks" or (policy, i) == ("moe", len(sizes) - 1) else 0.0 for i in range(len(sizes))
+    ]
+    if policy == "all":  # both halves of a block, and its router, are made again together
+        residual = sum(line.bytes for line in _residual(model, batch, b))
+        again = [0.0, *(sizes[0] + residual + size for size in sizes[1:])]
+        again[-1] += sum(line.bytes for line in _router(config, layout, batch, b)) if moe else 0.0
+    widest = max(momentary + made for (momentary, _), made in zip(halves, again, strict=True))
+    return widest + max(*replicated, *routed) * b
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes on the device of the fullest rank; `peak` of a step, which `update` takes part in where it is the most."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: float
+    dispatch: float
+    imbalance: float
+    transient: float
+    buckets: float
+    update: float
+    host: int
+
+    STATES = ("parameters", "gradients", "optimizer", "ema")
+    STEP = ("activations", "dispatch", "imbalance", "transient", "buckets")
+    LINES = (*STATES, *STEP)
+
+    @property
+    def states(self) -> int:
+        return sum(getattr(self, line) for line in self.STATES)
+
+    @property
+    def peak(self) -> float:
+        return self.states + max(sum(getattr(self, line) for line in self.STEP), self.update)
+
+
+def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
+    """All of one rank's memory in a training step.
+
+    Args:
+        imbalance: rows on the fullest rank over the mean, where all ranks hold as many experts.
+
+    Raises ConfigError where the DeepSpeed file is wrong.
+    """
+    states, batch, b = memory_per_rank(config, layout.world), expected_batch(config, layout), zero_of(config).width
+    saved = saved_tensors(config, layout, batch)
+    model = config.model
+    mine = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
+    widest = 2 * mine * (model.hidden_size + model.expert_width / layout.etp) * b
+    buckets, update = _deepspeed_buffers(config, layout, b)
+    return Budget(
+        parameters=states.parameters,
+        gradients=states.gradients,
+        optimizer=0 if states.host else states.optimizer,
+        ema=0 if states.host else states.ema,
+        activations=sum(line.bytes for line in saved),
+        dispatch=4 * mine * model.hidden_size * b if layout.ep > 1 else 0,  # sorted, arrived, sorted there, home
+        imbalance=(fullest(model, layout, imbalance) - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
+        transient=transient(config, layout, batch),
+        buckets=buckets,
+        update=update,
+        host=states.host,
+    )
+
+
+def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
+    """Rows of the fullest rank's experts over the mean: it may hold one expert more than others. 1 without ep."""
+    if layout.ep == 1:
+        return 1.0
+    return imbalance * -(-model.num_experts // layout.ep) * layout.ep / model.num_experts
+
+
+def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, float]:
+    """Bytes of what DeepSpeed holds beside the backward pass, and beside the update.
+
+    Buckets for gradients, two where communication overlaps; at stage 3 the parameters that are gathered. In the update
+    stages 1 and 2 take a flat and a float32 copy of the gradients of a group. Source: DeepSpeed 0.19.8, runtime/zero.
+    """
+    zero = zero_of(config)
+    replicated, routed = tensors_on_rank(config.model, layout)
+    largest = max(sum(replicated) / layout.dp, sum(routed) / layout.edp)
+    if zero.stage == 0:
+        return 0, min(zero.bucket, sum(replicated) + sum(routed)) * b
+    flat = zero.bucket * b if zero.contiguous else 0
+    if zero.stage < 3:
+        return flat * (2 if zero.overlap else 1), largest * (4 + b)
+    large = sum(n for n in (*replicated, *routed) if n > zero.small)
+    small = sum(replicated) + sum(routed) - large
+    return flat + (min(large, zero.kept + zero.ahead) + small) * b, largest * 4

@@ -1,0 +1,42 @@
+"""Planned memory as a picture: a bar for each layout, stacked line by line, and the limit."""
+
+from pathlib import Path
+
+from megapromoe.planning.machines import GIB, Machine
+from megapromoe.planning.memory import Budget
+from megapromoe.planning.search import Plan
+
+# Paul Tol's "muted", which colour-blind readers can tell apart.
+COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
+
+
+def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, path: Path) -> None:
+    """Writes a picture, of the type that the file's name ends in. Raises ValueError where matplotlib knows no such."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.6 + 0.45 * len(plans)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = [f"{number}  {_name(plan)}" for number, plan in enumerate(plans, start=1)]
+    left = [0.0] * len(plans)
+    for line, colour in zip(Budget.LINES, COLOURS, strict=True):
+        widths = [getattr(plan.memory, line) / GIB for plan in plans]
+        axes.barh(names, widths, left=left, color=colour, label=line, height=0.7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.axvline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:.0f} GiB")
+    axes.axvline(machine.memory / GIB, color="black", label=f"{machine.name}, {machine.memory / GIB:.0f} GiB")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.02 * max(machine.memory / GIB, *left))
+    axes.set_xlabel("GiB on the fullest GPU, estimated")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _name(plan: Plan) -> str:
+    parallel = plan.config.parallel
+    words = [f"tp {parallel.tp} ep {parallel.ep}", plan.config.train.deepspeed]
+    words += ["split"] * parallel.expert_tp + [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
+    return f"{' '.join(words)}\n{1e3 * plan.time.total:.0f} ms"

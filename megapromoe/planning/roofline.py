@@ -1,0 +1,215 @@
+"""How long a training step takes, from first principles: the slower of arithmetic and memory, kernel by kernel, beside
+what the host and the links need. Estimates: `machines.Assumptions` says what is assumed.
+
+Letters as everywhere; b is the width of an activation in bytes.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from megapromoe.config import Config, Layout
+from megapromoe.cost import Linear, flops_per_image, layers, memory_per_rank, tensors_on_rank
+from megapromoe.planning.machines import Assumptions, Machine
+from megapromoe.planning.memory import fullest, saved_tensors
+from megapromoe.planning.traffic import (
+    COMPUTED_AGAIN,
+    Batch,
+    Collective,
+    collectives,
+    expected_batch,
+    routed_images,
+    routed_rows,
+)
+from megapromoe.planning.zero import zero_of
+
+# Kernels of a block, forward and backward; those that torch's dispatcher counted, views left out.
+DENSE_KERNELS = 62
+MOE_KERNELS = {"tc": 115, "ec": 115, "diffmoe": 140}
+OTHER_MOE_KERNELS = 260  # prototypes and contrastive loss, shared and unconditional expert
+# Seconds of the host that DeepSpeed spends on a parameter: on its gradient; at stage 3 also on gathering it.
+HOOK, GATHER_HOOK = 30e-6, 200e-6
+PASSES = 6  # times that a kept activation is written or read, or its gradient is, by kernels that are not products
+UPDATE = 4 + 3 * 8 + 12  # bytes an element of: gradient read, master and moments read and written, average moved
+HOST_RATE = 20e9  # bytes of the host's memory a second, for each GPU, where the optimizer is offloaded
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on the fullest rank.
+
+    `compute` is the larger of `device` (`products` + `attention` + `elementwise`) and `host`, micro-batch by
+    micro-batch. `overlapped` communication costs nothing here. The rest adds up to `total`.
+    """
+
+    products: float
+    attention: float
+    elementwise: float
+    host: float
+    layers_traffic: float
+    exposed_gradients: float
+    overlapped: float
+    update: float
+
+    @property
+    def device(self) -> float:
+        return self.products + self.attention + self.elementwise
+
+    @property
+    def compute(self) -> float:
+        return max(self.device, self.host)
+
+    @property
+    def exposed(self) -> float:
+        """Communication that computing waits for."""
+        return self.layers_traffic + self.exposed_gradients
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed + self.update
+
+
+def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> StepTime:
+    """Predicts an optimizer step."""
+    batch, micro = expected_batch(config, layout), config.train.accumulation
+    products = micro * sum(_product(layer, config, layout, batch, machine, assume) for layer in layers(config.model))
+    attention = micro * _attention(config, layout, machine, assume)
+    made, kept = (
+        sum(line.bytes for line in saved_tensors(c, layout, batch)) for c in (_without_recompute(config), config)
+    )
+    elementwise = micro * PASSES * (made + 0.5 * (made - kept)) / (machine.hbm * assume.memory)
+    host = micro * _host(config, layout, assume)
+    ours, gradients, gathered, update = 0.0, 0.0, 0.0, 0.0
+    for c in collectives(config, layout):
+        seconds = collective_time(c, config, layout, machine, assume)
+        if c.ours and c.phase != "update":
+            ours += seconds
+        elif c.phase == "gradients":
+            gradients += seconds
+        elif c.phase == "update":
+            update += seconds
+        else:
+            gathered += seconds
+    compute = max(products + attention + elementwise, host)
+    hidden_gradients, hidden_gathers = _hidden(config, layout, gradients, gathered, compute)
+    exposed = gradients + gathered - hidden_gradients - hidden_gathers
+    return StepTime(
+        products=products,
+        attention=attention,
+        elementwise=elementwise,
+        host=host,
+        layers_traffic=ours,
+        exposed_gradients=exposed,
+        overlapped=hidden_gradients + hidden_gathers,
+        update=update + _update(config, layout, machine, assume),
+    )
+
+
+def _without_recompute(config: Config) -> Config:
+    return replace(config, parallel=replace(config.parallel, recompute="none"))
+
+
+def _product(
+    layer: Linear, config: Config, layout: Layout, batch: Batch, machine: Machine, assume: Assumptions
+) -> float:
+    """Forward, both gradients, and what is computed again, of equal linear layers."""
+    if not layer.rows and layer.part != "unconditional expert":  # tables and norms
+        return 0.0
+    model = config.model
+    if layer.part == "routed experts":
+        rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp)
+        rows *= fullest(model, layout, assume.imbalance)
+        slots = -(-model.num_experts // layout.ep)
+        copies, tp = layer.copies // model.num_experts * slots, layout.etp
+        rows = rows / slots + assume.tile / 2  # an expert's last tile is half full on average
+    elif layer.part == "unconditional expert":
+        rows, copies, tp = (batch.images - batch.conditional) * model.tokens, layer.copies, layout.tp
+    else:
+        images = routed_images(model, batch) if layer.part == "router" else batch.images
+        copies = max(layer.copies, 1)
+        rows, tp = images * layer.rows / copies, layout.tp
+    b = zero_of(config).width
+    peak = machine.peak if b == 2 else machine.peak_fp32
+    inputs = layer.inputs / (tp if layer.split == "rows" else 1)
+    outputs = layer.outputs / (tp if layer.split == "columns" else 1)
+    arithmetic = 2 * rows * inputs * outputs / (peak * assume.products)
+    memory = (rows * inputs + inputs * outputs + rows * outputs) * b / (machine.hbm * assume.memory)
+    recomputed = layer.part in COMPUTED_AGAIN[config.parallel.recompute]
+    return copies * max(arithmetic, memory) * (4 if recomputed else 3)
+
+
+def _attention(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
+    """Scores and weighted values of one micro-batch; backward, with the scores again, five products for their two."""
+    model = config.model
+    forward = 4 * model.tokens**2 * model.hidden_size * model.depth * layout.micro_batch / layout.tp
+    passes = 3.5 + ("attention" in COMPUTED_AGAIN[config.parallel.recompute])
+    peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
+    return forward * passes / (peak * assume.attention)
+
+
+def _host(config: Config, layout: Layout, assume: Assumptions) -> float:
+    """What it takes to launch one micro-batch."""
+    model = config.model
+    moe = len(model.moe_blocks)
+    again = COMPUTED_AGAIN[config.parallel.recompute]
+    dense, routed = (4 / 3 if part in again else 1 for part in ("attention", "routed experts"))
+    kernels = (model.depth - moe) * DENSE_KERNELS * dense
+    kernels += moe * MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS) * routed
+    replicated, routed = tensors_on_rank(model, layout)
+    stage = zero_of(config).stage
+    return kernels * assume.launch + (len(replicated) + len(routed)) * (GATHER_HOOK if stage == 3 else HOOK)
+
+
+def collective_time(c: Collective, config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
+    """Seconds of all calls. Ranks of a group are `stride` apart; those in one node use NVLink, and all their networks
+    together between nodes."""
+    strides = {"tp": 1, "world": 1, "dp": layout.tp, "ep": layout.etp, "edp": layout.ep * layout.etp}
+    nodes = nodes_of(c.size, strides[c.over], machine)
+    near = -(-c.size // nodes)
+    inside, between = machine.nvlink * assume.links, machine.network * assume.links
+    if c.op == "all_to_all":
+        seconds = max(c.payload * (near - 1) / c.size / inside, c.payload * (c.size - near) / c.size / between)
+        seconds *= fullest(config.model, layout, assume.imbalance)
+    else:
+        passes = 2 if c.op == "all_reduce" else 1
+        share = (near - 1) / near / inside, (nodes - 1) / nodes / (near * between)
+        seconds = passes * c.payload * max(share)
+    peers = c.size - 1 if c.op == "all_to_all" else 0
+    return c.count * (seconds + assume.near + assume.far * math.log2(nodes) + assume.peer * peers)
+
+
+def nodes_of(size: int, stride: int, machine: Machine) -> int:
+    """Nodes over which a group of `size` ranks, `stride` apart, is spread."""
+    return -(-size // min(size, max(1, machine.gpus_per_node // stride)))
+
+
+def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, compute: float) -> tuple[float, float]:
+    """Seconds of gradient reduction and of stage 3's gathers that hide behind computing.
+
+    Only with `overlap_comm`; at most half of computing each. The last bucket of gradients comes when nothing is left to
+    hide behind, so a model smaller than a bucket hides none.
+    """
+    zero = zero_of(config)
+    if not zero.overlap:
+        return 0.0, 0.0
+    replicated, routed = tensors_on_rank(config.model, layout)
+    buckets = (sum(replicated) + sum(routed)) / zero.bucket
+    backward = compute / 2 / (1 if zero.stage >= 2 else config.train.accumulation)
+    early = gradients * (1 - 1 / max(buckets, 1))
+    return min(early, backward), min(gathered, compute / 2)
+
+
+def _update(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
+    """AdamW and the averaged weights, by memory traffic; through the host where they are offloaded."""
+    states = memory_per_rank(config, layout.world)
+    elements = states.ema / 4
+    if states.host:
+        moved = elements * zero_of(config).width + states.parameters
+        return elements * UPDATE / HOST_RATE + moved / (machine.pcie * assume.links)
+    return elements * UPDATE / (machine.hbm * assume.memory)
+
+
+def utilization(config: Config, layout: Layout, machine: Machine, seconds: float) -> float:
+    """Useful operations of a step over those that the GPUs could have done: MFU."""
+    peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
+    useful = flops_per_image(config.model).training * config.train.global_batch
+    return useful / (seconds * layout.world * peak)

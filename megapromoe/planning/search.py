@@ -1,0 +1,206 @@
+"""All layouts of a model on a machine, which of them fit, and which is the fastest."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+from megapromoe.config import Config, ConfigError, Layout, check, find_ds_configs
+from megapromoe.planning.machines import GIB, Assumptions, Machine
+from megapromoe.planning.memory import Budget, budget
+from megapromoe.planning.roofline import StepTime, step_time, utilization
+from megapromoe.planning.zero import zero_of
+
+CLOSE = 1.05  # estimates that differ by less are taken for equal, and the simpler layout wins
+
+
+class PlanError(ValueError):
+    """No layout can be planned; the message says why, and what would help."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout, what it needs and what it costs."""
+
+    config: Config
+    layout: Layout
+    memory: Budget
+    time: StepTime
+    mfu: float
+
+    @property
+    def stage(self) -> int:
+        return zero_of(self.config).stage
+
+    @property
+    def images_per_second(self) -> float:
+        return self.config.train.global_batch / self.time.total
+
+    @property
+    def hours(self) -> float:
+        """Of the whole training."""
+        return self.time.total * self.config.train.steps / 3600
+
+    @property
+    def complexity(self) -> tuple:
+        """Simple layouts first: what a tie is decided by."""
+        p = self.config.parallel
+        return self.layout.tp > 1, p.recompute != "none", self.stage >= 2, self.layout.tp, self.layout.ep, self.stage
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found: plans that fit, the best first; those that do not; combinations that cannot run."""
+
+    fitting: tuple[Plan, ...]
+    too_large: tuple[Plan, ...]
+    impossible: int
+    limit: float
+    accumulation_changed: bool = False
+
+    @property
+    def best(self) -> Plan:
+        return self.fitting[0]
+
+
+def search(
+    config: Config, world: int, machine: Machine, assume: Assumptions, fixed: frozenset[str] = frozenset()
+) -> Search:
+    """Tries every (tp, ep, expert_tp, ZeRO, recompute) over `world` ranks; more accumulation only if nothing else fits.
+
+    `fixed` settings, such as "parallel.tp", stay as the config has them. So does accumulation if it can: with
+    `model.batch_scope=global` it is part of the mathematics.
+
+    Raises PlanError if the batch cannot be divided, or nothing fits; ConfigError where something else is wrong.
+    """
+    limit = machine.memory * assume.usable
+    own = config.train.accumulation
+    plans, impossible = _plans(config, world, machine, assume, fixed)
+    if not plans:
+        raise PlanError(_cannot_divide(config, world, machine, fixed))
+    fitting = [p for p in plans if p.memory.peak <= limit]
+    free = not fitting and "train.accumulation" not in fixed
+    for accumulation in _more_accumulation(config) if free else ():
+        more, _ = _plans(_accumulating(config, accumulation), world, machine, assume, fixed)
+        plans += more
+        if fitting := [p for p in more if p.memory.peak <= limit]:
+            break
+    if not fitting:
+        raise PlanError(_too_large(plans, world, machine, assume))
+    fastest = min(p.time.total for p in fitting)
+    close = sorted((p for p in fitting if p.time.total <= fastest * CLOSE), key=lambda p: (p.complexity, p.time.total))
+    others = sorted((p for p in fitting if p.time.total > fastest * CLOSE), key=lambda p: p.time.total)
+    fitting = [*close, *others]
+    large = sorted((p for p in plans if p.memory.peak > limit), key=lambda p: p.time.total)
+    changed = fitting[0].config.train.accumulation != own
+    return Search(tuple(fitting), tuple(large), impossible, limit, changed)
+
+
+def _plans(
+    config: Config, world: int, machine: Machine, assume: Assumptions, fixed: frozenset[str]
+) -> tuple[list[Plan], int]:
+    plans, impossible = [], 0
+    for candidate in candidates(config, world, machine, fixed):
+        try:
+            check(candidate, world)
+        except ConfigError:
+            impossible += 1
+            continue
+        layout = candidate.layout(world)
+        time = step_time(candidate, layout, machine, assume)
+        memory = budget(candidate, layout, assume.imbalance)
+        plans.append(Plan(candidate, layout, memory, time, utilization(candidate, layout, machine, time.total)))
+    return plans, impossible
+
+
+def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[str] = frozenset()) -> Iterator[Config]:
+    """Every combination worth a thought, unchecked: tp within a node, ep up to the number of experts."""
+    experts = config.model.num_experts if config.model.moe_blocks else 1
+    policies = ("none", "moe", "blocks", "all") if config.model.moe_blocks else ("none", "blocks", "all")
+    choices = {
+        "parallel.tp": _divisors(world, machine.gpus_per_node),
+        "parallel.ep": _divisors(world, experts),
+        "parallel.expert_tp": (False, True) if config.model.moe_blocks else (False,),
+        "parallel.recompute": policies,
+        "train.deepspeed": stages(config),
+    }
+    own = asdict(config)
+    for key in choices.keys() & fixed:
+        section, _, name = key.partition(".")
+        choices[key] = (own[section][name],)
+    for tp, ep, expert_tp, recompute, deepspeed in product(*choices.values()):
+        if expert_tp and tp == 1 and "parallel.expert_tp" not in fixed:  # the same as without
+            continue
+        parallel = replace(config.parallel, tp=tp, ep=ep, expert_tp=expert_tp, recompute=recompute)
+        yield replace(config, parallel=parallel, train=replace(config.train, deepspeed=deepspeed))
+
+
+def stages(config: Config) -> tuple[str, ...]:
+    """DeepSpeed files to choose from: those of the same type at other stages; or only your own."""
+    name = config.train.deepspeed
+    family = re.fullmatch(r"(bf16|fp32)_zero\d", name)
+    if not family:
+        return (name,)
+    return tuple(sorted(p.stem for p in find_ds_configs().glob(f"{family[1]}_zero?.json")))
+
+
+def _divisors(whole: int, most: int) -> list[int]:
+    return [d for d in range(1, min(whole, most) + 1) if whole % d == 0]
+
+
+def _accumulating(config: Config, accumulation: int) -> Config:
+    return replace(config, train=replace(config.train, accumulation=accumulation))
+
+
+def _more_accumulation(config: Config) -> list[int]:
+    """Multiples of the config's own; those that leave a rank without an image will not come out even."""
+    own = config.train.accumulation
+    return [own * n for n in _divisors(config.train.global_batch, config.train.global_batch) if n > 1]
+
+
+def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozenset[str]) -> str:
+    """Why no layout at all comes out even; raises ConfigError where it is not the batch."""
+    own, batch = config.train.accumulation, config.train.global_batch
+    tried = list(candidates(config, world, machine, fixed))
+    even = [c.parallel.tp for c in tried if not (config.model.heads % c.parallel.tp or world % c.parallel.tp)]
+    fewest = world // max(even, default=1)
+    unit = fewest * own
+    if even and batch % unit:
+        near = ", ".join(str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n)
+        return (
+            f"train.global_batch = {batch}: of {world} GPUs at least {fewest} take different images, in {own}"
+            f" micro-batch{'es' * (own > 1)}, so it must be a multiple of {unit}; nearest: {near} (--batch)"
+        )
+    check(tried[0], world)
+    return f"no layout of {world} GPUs comes out even; try another number of nodes"
+
+
+def _too_large(plans: list[Plan], world: int, machine: Machine, assume: Assumptions) -> str:
+    smallest = min(plans, key=lambda p: p.memory.peak)
+    m, t = smallest.memory, smallest.config
+    largest = max(Budget.LINES, key=lambda line: getattr(m, line))
+    remedies = []
+    if largest in ("parameters", "gradients", "optimizer", "ema"):
+        remedies.append("take more nodes, over which the states are divided")
+    if largest in ("activations", "transient", "dispatch", "imbalance") and smallest.layout.micro_batch > 1:
+        remedies.append("take more nodes or raise train.accumulation, for smaller micro-batches")
+    if largest == "buckets":
+        remedies.append("set a smaller zero_optimization.reduce_bucket_size in a DeepSpeed file of your own")
+    if smallest.stage != 3 and stages(t) == (t.train.deepspeed,):
+        remedies.append("set train.deepspeed=bf16_zero3, which divides the parameters too")
+    remedies.append("take fewer experts or GPUs with more memory")
+    return (
+        f"no layout fits {machine.memory * assume.usable / GIB:.1f} GiB of each {machine.name}"
+        f" ({assume.usable:.0%} of {machine.memory / GIB:.1f}): the smallest of {len(plans)} on {world} GPUs,"
+        f" {describe(smallest)}, needs {m.peak / GIB:.1f} GiB, {getattr(m, largest) / GIB:.1f} of them {largest};"
+        f" {', or '.join(remedies)}"
+    )
+
+
+def describe(plan: Plan) -> str:
+    """A layout in a few words."""
+    p, train = plan.config.parallel, plan.config.train
+    words = [f"tp {p.tp}", f"ep {p.ep}", f"dp {plan.layout.dp}", train.deepspeed]
+    words += [f"micro-batch {plan.layout.micro_batch} x {train.accumulation}"]
+    words += ["experts split over tp"] * p.expert_tp + [f"recomputing {p.recompute}"] * (p.recompute != "none")
+    return ", ".join(words)

@@ -1,0 +1,237 @@
+"""What travels between ranks in one optimizer step: every collective, as this package and DeepSpeed call them.
+
+`collectives` lists them for a layout. `payload` counts what a rank hands to the call (of a gather: what it gets),
+`wire` what it sends at least. Groups of one are left out: nothing travels there.
+
+Letters as everywhere; b is the width of an activation in bytes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megapromoe.config import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.cost import flat_shards, layers, tensors_on_rank
+from megapromoe.planning.zero import Zero, zero_of
+
+MOE = ("shared expert", "unconditional expert", "routed experts")
+BLOCKS = ("adaLN", "attention", "MLP", *MOE)
+# Parts (of `cost.layers`) that are computed again in the backward pass, by `parallel.recompute`.
+COMPUTED_AGAIN = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "router", "capacity predictor")}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` equal calls of `op` over the group `over` ("tp", "dp", "ep", "edp", "world") of `size` ranks.
+
+    `payload` bytes each, a mean where they differ. `phase` is when: "forward", "backward", "gradients" (beside the
+    backward pass, or after it), "update". `ours` says that this package calls it, not DeepSpeed.
+    """
+
+    what: str
+    op: str
+    over: str
+    size: int
+    count: int
+    payload: float
+    phase: str
+    ours: bool = True
+
+    @property
+    def wire(self) -> float:
+        """Bytes a rank sends, all calls together, by the best algorithm of each op."""
+        share = (self.size - 1) / self.size
+        return self.count * self.payload * share * (2 if self.op == "all_reduce" else 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one rank's micro-batch; `conditional` are not null: in a plan a mean, and no whole number."""
+
+    images: int
+    conditional: float
+
+
+def expected_batch(config: Config, layout: Layout) -> Batch:
+    """A mean micro-batch: `data.label_drop` of its images are null."""
+    return Batch(layout.micro_batch, layout.micro_batch * (1 - config.data.label_drop))
+
+
+def has_unconditional(model: ModelConfig) -> bool:
+    return model.router in TWO_STEP_ROUTERS and model.unconditional_expert
+
+
+def routed_images(model: ModelConfig, batch: Batch) -> float:
+    """Images whose tokens are routed: all, without an unconditional expert."""
+    return batch.conditional if has_unconditional(model) else batch.images
+
+
+def routed_rows(model: ModelConfig, batch: Batch) -> float:
+    """Rows that one data rank's tokens send to routed experts in one MoE layer; DiffMoE: on average over ranks."""
+    images = routed_images(model, batch)
+    if model.router in EXPERT_CHOICE_ROUTERS:
+        return images * model.num_experts * model.expert_capacity
+    return images * model.tokens * model.top_k
+
+
+def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> tuple[Collective, ...]:
+    """Every collective of one optimizer step on one rank, groups of one left out. Metrics every few steps are not in.
+
+    Args:
+        batch: images of each micro-batch; None takes the expected ones, and balanced experts.
+    """
+    batch = batch or expected_batch(config, layout)
+    found = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
+    return tuple(c for c in found if c.size > 1 and c.count)
+
+
+def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective]:
+    """Of the forward and the backward pass. Source: parallel/linear.py, parallel/dispatch.py, models/layers.py."""
+    model, b = config.model, zero_of(config).width
+    B, D, L, moe = batch.images, model.hidden_size, model.depth, len(model.moe_blocks)
+    T, R, tp, ep = B * model.tokens, routed_rows(model, batch), layout.tp, layout.ep
+    micro = config.train.accumulation
+    parts = COMPUTED_AGAIN[config.parallel.recompute]
+    again, again_moe = 1 + ("attention" in parts), 1 + ("routed experts" in parts)  # forward passes
+    again_sum = 1 + (config.parallel.recompute == "all")
+
+    def tensor(what: str, op: str, layers: int, payload: float, phase: str) -> Collective:
+        return Collective(what, op, "tp", tp, micro * layers, payload, phase)
+
+    # With recomputation the forward pass of `attend` runs twice; of an MLP or MoE all up to the sum that ends it, and
+    # that too if its output, under the block's gate, is not kept.
+    yield tensor("adaLN: join slices", "all_gather", L * again, B * 6 * D * b, "forward")
+    yield tensor("adaLN: gradient of the condition", "all_reduce", L, B * D * b, "backward")
+    yield tensor("attention: sum of heads", "all_reduce", L * again, T * D * b, "forward")
+    yield tensor("attention: gradient of its input", "all_reduce", L, T * D * b, "backward")
+    if model.qk_norm:  # weight and bias, of queries and keys
+        yield tensor("qk_norm: gradients", "all_reduce", 4 * L, model.head_dim * b, "backward")
+    yield tensor("MLP or MoE: sum of parts", "all_reduce", L * again_sum, T * D * b, "forward")
+    yield tensor("MLP or MoE: gradient of its input", "all_reduce", L, T * D * b, "backward")
+    if not moe:
+        return
+    yield tensor("MoE: gradient of the rows' weights", "all_reduce", moe, R * 4, "backward")
+    if layout.etp > 1:
+        slots = -(-model.num_experts // ep)
+        yield tensor("experts: gradient of the last bias", "all_reduce", moe, slots * D * b, "backward")
+
+    mine = R if layout.etp > 1 else R / tp  # rows of one rank: a region's ranks share them out, or split experts
+    cells, sent = ep * -(-model.num_experts // ep), mine
+    if model.capacity_factor:  # boxes of one size, see parallel/static_dispatch.py
+        most = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
+        sent = cells * max(1, math.ceil(model.capacity_factor * most / model.num_experts))
+    for what, payload, forward, backward in (
+        ("dispatch: counts", cells * 8, 0 if model.capacity_factor else 1, 0),
+        ("dispatch: rows to experts", sent * D * b, 1, 1),
+        ("dispatch: rows home", sent * D * b, 1, 1),
+    ):
+        yield Collective(what, "all_to_all", "ep", ep, micro * moe * forward * again_moe, payload, "forward")
+        yield Collective(what, "all_to_all", "ep", ep, micro * moe * backward, payload, "backward")
+    yield from _statistics(model, layout.dp, batch, micro * moe)
+
+
+def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Iterator[Collective]:
+    """Of routers, over the scope of batch statistics; never again. Source: models/*routers.py, models/decisions.py."""
+    if model.batch_scope != "global":
+        return
+    E, D = model.num_experts, model.hidden_size
+
+    def statistic(what: str, payload: float, backward: bool = True, op: str = "all_reduce") -> Iterator[Collective]:
+        yield Collective(what, op, "dp", dp, layers, payload, "forward")
+        if backward:
+            yield Collective(what, op, "dp", dp, layers, payload, "backward")
+
+    if model.router == "promoe" and model.rcl_weight:
+        yield from statistic("RCL: sums of tokens", E * D * 4)
+        yield from statistic("RCL: counts", E * 4, backward=False)
+    if model.router == "promoe_ec" and model.rcl_weight:
+        yield from statistic("RCL: mean over images", 2 * 4)
+    if model.router == "classification" and model.classification_weight:
+        yield from statistic("classification: mean over images", 2 * 4)
+    if model.router == "kmeans":
+        yield from statistic("k-means: sums and counts", E * (D + 1) * 4, backward=False)
+        yield from statistic("k-means: the stray token", dp * (D + 1) * 4, backward=False, op="all_gather")
+    if model.router in ("promoe", "tc", "classification") and model.balance_weight:
+        width = 2 * E + 1 if model.balance_form == "batch" else 2
+        yield from statistic("balance loss", width * 4)
+    if model.router == "diffmoe":
+        scores = dp * batch.images * model.tokens * E * 4
+        yield from statistic("DiffMoE: scores of all ranks", scores, backward=False, op="all_gather")
+        yield from statistic("DiffMoE: thresholds", E * 4, backward=False)
+
+
+def _norm(layout: Layout) -> Iterator[Collective]:
+    """Source: training/engine.py, `_agree`: the squared norm and the votes to stop, float64."""
+    yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, 16, "update")
+
+
+def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
+    """Of gradients and parameters, by DeepSpeed 0.19.8.
+
+    Stages 0 to 2 sum buckets of gradients on all ranks, whatever their names promise; 1 and 2 gather the updated
+    parameters. Stages 2 and 3 do so for each micro-batch, stage 3 with its gathers: a large parameter for the forward
+    pass, and again for the backward pass unless it was used too recently; a small one after the update.
+    Bytes are exact but for the latter rule, which goes by elements, not by whole modules.
+    """
+    zero, micro = zero_of(config), config.train.accumulation
+    stage, width = zero.stage, zero.width
+    often = micro if stage >= 2 else 1
+    replicated, routed = tensors_on_rank(config.model, layout)
+    if stage in (1, 2) and width == 2:
+        for over, size in (("dp", layout.dp), ("tp", layout.tp)):
+            yield Collective("check for overflow", "all_reduce", over, size, 1, 1, "update", False)
+    kinds = (("gradients", "dp", layout.dp, replicated), ("expert gradients", "edp", layout.edp, routed))
+    for what, over, size, tensors in kinds:
+        if not tensors:
+            continue
+        names = (what, what.replace("gradients", "parameters"))
+        if stage < 3:
+            calls = -(-sum(tensors) // zero.bucket)
+            payload = sum(tensors) * width / calls
+            yield Collective(names[0], "all_reduce", over, size, often * calls, payload, "gradients", False)
+        else:
+            padded = [-(-n // size) * size for n in tensors]
+            calls = -(-sum(padded) // zero.bucket)
+            payload = sum(padded) * width / calls
+            yield Collective(names[0], "reduce_scatter", over, size, often * calls, payload, "gradients", False)
+            twice = _computed_again(config, layout, over == "edp")
+            yield from _gathers(names[1], over, size, padded, twice, zero, micro)
+        if stage in (1, 2):
+            for shard in flat_shards(tensors, size, routed=over == "edp"):
+                yield Collective(names[1], "all_gather", over, size, 1, shard * size * width, "update", False)
+
+
+def _gathers(
+    what: str, over: str, size: int, tensors: list[int], recomputed: list[int], zero: Zero, micro: int
+) -> Iterator[Collective]:
+    small, large = [n for n in tensors if n <= zero.small], [n for n in tensors if n > zero.small]
+    if small:
+        payload = sum(small) * zero.width / len(small)
+        yield Collective(what, "all_gather", over, size, len(small), payload, "update", False)
+    if large:
+        share = max(0.0, 1 - zero.kept / sum(large))  # of the parameters are gone when they are needed again
+        for phase, needed, part in (
+            ("forward", large, 1.0),
+            ("backward", large, share),
+            ("backward", recomputed, share),
+        ):
+            needed = [n for n in needed if n > zero.small]
+            count = round(len(needed) * part)
+            if count:
+                payload = sum(needed) * part * zero.width / count
+                yield Collective(what, "all_gather", over, size, micro * count, payload, phase, False)
+
+
+def _computed_again(config: Config, layout: Layout, routed: bool) -> list[int]:
+    """Elements of the tensors that recomputation visits: not of what ends a dense MLP, if its output is kept."""
+    model, found, recompute = config.model, [], config.parallel.recompute
+    parts = COMPUTED_AGAIN[recompute]
+    for layer in layers(model):
+        if layer.part not in parts or routed != (layer.part == "routed experts"):
+            continue
+        if routed:
+            slots = -(-model.num_experts // layout.ep)
+            found += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
+        elif recompute == "all" or (layer.part, layer.split) != ("MLP", "rows"):
+            found += layer.tensors(layout.tp) * layer.copies
+    return found

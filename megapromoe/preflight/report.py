@@ -1,0 +1,93 @@
+"""The outcome for people, a table, and for programs: a JSON file and a list of bad nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from megapromoe.preflight.verdict import FAIL, WARN, Cluster, Limits, Row, Verdict
+
+COLUMNS = {"check": 14, "nodes": 22, "result": 48, "limit": 26, "verdict": 7}  # widths; longer text goes on below
+
+
+def table(verdict: Verdict) -> str:
+    """The rows, what to do about those that did not pass, and the verdict."""
+    lines = [_line({name: name for name in COLUMNS})]
+    for row in verdict.rows:
+        cells = {"check": row.check, "nodes": _nodes(row), "result": row.result, "limit": row.limit}
+        cells["verdict"] = row.verdict
+        lines += _wrapped(cells)
+    troubles = [row for row in verdict.rows if row.verdict in (FAIL, WARN)]
+    remedies = dict.fromkeys(f"{r.check}, {', '.join(r.blame) or _nodes(r)}: {r.remedy}" for r in troubles)
+    if remedies:
+        lines += ["", "what to do"]
+        for remedy in remedies:
+            lines += textwrap.wrap(remedy, 118, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join([*lines, "", f"preflight {verdict.sentence}"])
+
+
+def _nodes(row: Row) -> str:
+    if len(row.nodes) <= 3:
+        return ", ".join(row.nodes) or "-"
+    return f"{len(row.nodes)} nodes" if not row.blame else f"{row.nodes[0]}, {row.nodes[1]} +{len(row.nodes) - 2}"
+
+
+def _wrapped(cells: dict[str, str]) -> Iterator[str]:
+    parts = {name: textwrap.wrap(cells[name], width) or [""] for name, width in COLUMNS.items()}
+    for i in range(max(map(len, parts.values()))):
+        yield _line({name: part[i] if i < len(part) else "" for name, part in parts.items()})
+
+
+def _line(cells: dict[str, str]) -> str:
+    return "  ".join(f"{cells[name]:{width}}" for name, width in COLUMNS.items()).rstrip()
+
+
+def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any]:
+    """All that was found and judged, as what JSON can hold."""
+    found = {
+        stage: {str(rank): asdict(one) if is_dataclass(one) else one for rank, one in by_rank.items()}
+        for stage, by_rank in cluster.found.items()
+    }
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "exit_code": verdict.exit_code,
+        "verdict": verdict.sentence,
+        "bad_nodes": list(verdict.bad_nodes),
+        "rows": [asdict(row) for row in verdict.rows],
+        "limits": asdict(limits),
+        "world": cluster.world,
+        "nodes": {node: cluster.ranks_on(node) for node in cluster.nodes},
+        "expected": cluster.expected,
+        "hang": asdict(cluster.hang) if cluster.hang else None,
+        "found": found,
+    }
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file so that a reader finds the old content or the new; makes its folder if needed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f"{file.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
+
+
+def write_reports(
+    cluster: Cluster, limits: Limits, verdict: Verdict, report: Path | None, bad_nodes: Path | None
+) -> list[str]:
+    """Writes the files that were asked for; returns what went wrong, in sentences."""
+    names = "".join(f"{node}\n" for node in verdict.bad_nodes)
+    everything = json.dumps(as_json(cluster, limits, verdict), indent=2) + "\n"
+    problems = []
+    for file, text in ((bad_nodes, names), (report, everything)):
+        try:
+            if file is not None:
+                write_text(file, text)
+        except OSError as error:
+            problems.append(f"{error.filename or file}: {error.strerror or error}; write it to another place")
+    return problems

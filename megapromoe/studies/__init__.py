@@ -1,0 +1,1 @@
+"""Scaling studies: one recipe becomes many runs, one table, a few pictures."""

@@ -1,0 +1,135 @@
+"""One row of numbers for each finished run of a study, from its metrics, its configuration and its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from megapromoe.cost import flops_per_image, parameters
+from megapromoe.studies.grid import Task
+from megapromoe.studies.recipe import StudyError
+from megapromoe.studies.study import Study, metrics, read_json, write
+
+DRAWS = 8192
+TAIL = 0.1  # of the steps: training's own losses are averaged over the last ones
+
+LOSS, TRAINING_LOSS = "fixed_loss", "training_loss"
+ROUTING = ("load_entropy", "load_max_over_mean", "dead_experts")
+
+
+def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
+    """Computes the loss of the last checkpoint of those finished tasks that lack it, and keeps it in the study.
+
+    Raises StudyError, after all others are done, naming the tasks whose checkpoint cannot be used.
+    """
+    lacking = [task for task in tasks if study.done(task) and not evaluated(study, task, draws)]
+    if not lacking:
+        return
+
+    import torch  # slow to import, and a study whose losses are all known needs none of it
+
+    from megapromoe.training import runtime
+
+    runtime.prepare()
+    from megapromoe.data.builtin import DatasetError
+    from megapromoe.evaluation.generate import load_model
+    from megapromoe.evaluation.heldout import objective_loss, open_held_out
+    from megapromoe.training.checkpoint_file import CheckpointError
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems = []
+    for task in tqdm(lacking, desc="loss on fixed draws", unit="run", disable=None):
+        try:
+            model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
+            dataset, split = open_held_out(config)
+            mean, error = objective_loss(model, config, dataset, draws)
+        except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
+            problems.append(f"{task.name}: {problem}")
+            continue
+        found = {
+            "step": step,
+            "weights": study.recipe.weights,
+            "split": split,
+            "draws": draws,
+            "loss": mean,
+            "standard_error": error,
+        }
+        write(study.loss_file(task), json.dumps(found) + "\n")
+    if problems:
+        raise StudyError(problems)
+
+
+def evaluated(study: Study, task: Task, draws: int = DRAWS) -> bool:
+    """Is the loss of its last checkpoint kept?"""
+    return _known_loss(study, task, draws) is not None
+
+
+def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
+    """The numbers of one finished task.
+
+    `training_loss` is the denoising loss, which all routers share, averaged over the last tenth of the steps; so are
+    the routing statistics. `images_per_second` is the median over the run, `memory_bytes` the peak of rank 0. What a
+    run has not, such as the routing of a dense model, is None.
+
+    Raises StudyError where there are no metrics, or the loss on fixed draws is not computed.
+    """
+    lines = metrics(study.run(task))
+    if not lines:
+        raise StudyError([f"{study.run(task) / 'metrics.jsonl'}: holds no metrics, though its last step is saved"])
+    found = _known_loss(study, task, draws)
+    if found is None:
+        raise StudyError([f"{task.name}: its loss on fixed draws is not computed yet; `collect` does"])
+    model, steps = task.config.model, task.config.train.steps
+    tail = [line for line in lines if line["step"] > (1 - TAIL) * steps] or lines[-1:]
+    count, flops = parameters(model), flops_per_image(model).training
+    slots = len(model.moe_blocks) * model.num_experts
+    dead = _mean(tail, "dead_experts")
+    return {
+        "task": task.name,
+        "variant": task.variant,
+        "seed": task.seed,
+        **task.point,
+        "experts": model.num_experts if model.moe_blocks else None,
+        "steps": steps,
+        "images": task.images,
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "flops_per_image": flops,
+        "training_flops": task.flops,
+        LOSS: found["loss"],
+        "fixed_loss_error": found["standard_error"],
+        "split": found["split"],
+        "weights": found["weights"],
+        TRAINING_LOSS: _mean(tail, "denoising"),
+        **{name: _mean(tail, name) for name in ROUTING},
+        "dead_share": dead / slots if slots and dead is not None else None,
+        "images_per_second": _median(lines, "images_per_second"),
+        "flops_per_second": _median(lines, "flops_per_second"),
+        "memory_bytes": max((line["memory_bytes"] for line in lines if line.get("memory_bytes")), default=None),
+    }
+
+
+def _known_loss(study: Study, task: Task, draws: int) -> dict[str, Any] | None:
+    """The loss that is kept, if it is of the last checkpoint, of these weights and of as many draws."""
+    wanted = {"step": study.steps_saved(task), "weights": study.recipe.weights, "draws": draws}
+    found = read_json(study.loss_file(task))
+    return found if found is not None and wanted.items() <= found.items() else None
+
+
+def _values(lines: list[dict], name: str) -> list[float]:
+    return [line[name] for line in lines if line.get(name) is not None and math.isfinite(line[name])]
+
+
+def _mean(lines: list[dict], name: str) -> float | None:
+    values = _values(lines, name)
+    return statistics.fmean(values) if values else None
+
+
+def _median(lines: list[dict], name: str) -> float | None:
+    values = _values(lines, name)
+    return statistics.median(values) if values else None

@@ -1,0 +1,94 @@
+"""What a study will cost, before it is run: parameters, operations, memory, hours."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megapromoe.cost import memory_per_rank, parameters
+from megapromoe.studies.grid import Task
+from megapromoe.studies.recipe import StudyError
+from megapromoe.studies.runs import command
+from megapromoe.studies.study import Study, metrics
+
+MEASURED_STEPS = 20  # of which the first half warms up
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Useful operations a second of one task, over all its ranks, and the seconds that its start takes."""
+
+    flops_per_second: float
+    start: float = 0.0
+
+    def seconds(self, task: Task) -> float:
+        """How long a task takes at this speed."""
+        return self.start + task.flops / self.flops_per_second
+
+
+def measure(study: Study) -> dict[str, Speed]:
+    """The speed of each variant, by some steps of its dearest task in a folder that is removed again.
+
+    Raises StudyError with what the training said if it fails.
+    """
+    dearest = {}
+    for task in study.tasks:
+        if task.variant not in dearest or task.flops > dearest[task.variant].flops:
+            dearest[task.variant] = task
+    found, half = {}, MEASURED_STEPS // 2
+    short = [f"train.steps={MEASURED_STEPS}", "train.warmup=0", "train.save_every=0", f"train.log_every={half}"]
+    for variant, task in tqdm(dearest.items(), desc="measuring", unit="model", disable=None):
+        with tempfile.TemporaryDirectory(prefix="megapromoe-measure-") as folder:
+            words = command(study, task)
+            words[words.index("--run-dir") + 1] = folder
+            since = time.monotonic()
+            done = subprocess.run([*words, *short], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            seconds = time.monotonic() - since
+            lines = metrics(Path(folder))
+            if done.returncode or not lines:
+                said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+                raise StudyError([f"{task.name}: could not be measured, exit code {done.returncode}: {said}"])
+            rate = lines[-1]["flops_per_second"]
+            trained = task.flops / task.config.train.steps * MEASURED_STEPS / rate
+            found[variant] = Speed(rate, max(0.0, seconds - trained))
+    return found
+
+
+def seconds(study: Study, speeds: Mapping[str, Speed]) -> float:
+    """Of the tasks that are not done, one after another."""
+    return sum(speeds[task.variant].seconds(task) for task in study.missing())
+
+
+def table(study: Study) -> str:
+    """The tasks in Markdown: what each is, and what it needs."""
+    lines = ["| task | name | parameters | active | training FLOPs | states on a rank |", "|---|---|---|---|---|---|"]
+    for task in study.tasks:
+        count, memory = parameters(task.config.model), memory_per_rank(task.config, study.recipe.ranks)
+        held = memory.device + memory.host
+        cells = [task.index, task.name, f"{count.total:,}", f"{count.active:,}", f"{task.flops:.3g}", size(held)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"

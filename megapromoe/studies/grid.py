@@ -1,0 +1,160 @@
+"""From a recipe to tasks: every combination of axes, variants and seeds, each with its checked configuration."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megapromoe.config import Config, ConfigError, resolve
+from megapromoe.cost import flops_per_image, parameters
+from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
+
+SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: its place in the study, where it stands on the axes, what it is told."""
+
+    index: int
+    name: str
+    variant: str
+    seed: int
+    point: dict[str, Any]
+    config: Config
+
+    @property
+    def flops(self) -> int:
+        """Useful operations of the whole training."""
+        return flops_per_image(self.config.model).training * self.images
+
+    @property
+    def images(self) -> int:
+        return self.config.train.steps * self.config.train.global_batch
+
+
+def expand(recipe: Recipe) -> tuple[Task, ...]:
+    """All tasks: seed by seed, so that an unfinished study holds whole comparisons; the order never changes.
+
+    Raises StudyError with everything wrong: keys that do not exist, configurations that cannot run, variants whose
+    active parameters cannot be made equal.
+    """
+    problems: dict[str, list[str]] = {}  # what is wrong -> tasks that have it
+    if known := _unknown_names(recipe):
+        raise StudyError(known)
+    tasks, taken = [], set()
+    for seed, values in itertools.product(recipe.seeds, itertools.product(*recipe.axes.values())):
+        whole_point = dict(zip(recipe.axes, values, strict=True))
+        for variant in recipe.variants:
+            point = {key: value for key, value in whole_point.items() if key not in variant.without}
+            name = "-".join([variant.name, *(_label(k, v) for k, v in point.items()), f"seed{seed}"])
+            if name in taken:
+                continue
+            taken.add(name)
+            try:
+                config = _config(recipe, variant, point, whole_point, seed)
+            except ConfigError as error:
+                for line in error.violations:
+                    problems.setdefault(line, []).append(name)
+            else:
+                tasks.append(Task(len(tasks), name, variant.name, seed, point, config))
+    if problems:
+        raise StudyError(f"{line} [{_names(names)}]" for line, names in problems.items())
+    return tuple(tasks)
+
+
+def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int) -> Config:
+    seeds = dict.fromkeys(recipe.seed_settings, seed)
+    layers = (recipe.settings, variant.settings, point, seeds)
+    config = _resolve(recipe, *layers)
+    equal = recipe.active_parameters
+    if equal is None:
+        return config
+    target = parameters(_resolve(recipe, recipe.settings, whole_point, equal.like).model).active
+    active = parameters(config.model).active
+    if variant.match is not None and abs(active / target - 1) > equal.tolerance:
+        ratio = solve_ratio(recipe, layers, variant.match, target, equal.multiple)
+        config = _resolve(recipe, *layers, {variant.match: ratio})
+        active = parameters(config.model).active
+    if abs(active / target - 1) > equal.tolerance:
+        how = f"; its nearest {variant.match} is {_value(config, variant.match)}" if variant.match else ""
+        remedy = f"let `match` name a ratio to solve, lower `multiple`, or raise `tolerance` = {equal.tolerance}"
+        off = f"has {active:,}, {active / target - 1:+.2%} off the {target:,} asked for"
+        raise ConfigError([f"active_parameters: {variant.name} {off}{how}; {remedy}"])
+    return config
+
+
+def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: int) -> float:
+    """The ratio at which the active parameters are nearest to `target`, its width a multiple of `multiple`.
+
+    Active parameters are linear in a width, so two widths tell all. Raises ConfigError where the width has no say.
+    """
+    size = _resolve(recipe, *layers).model.hidden_size
+
+    def active(width: int) -> int:
+        return parameters(_resolve(recipe, *layers, {key: ratio_of(width, size)}).model).active
+
+    one, two = active(multiple), active(2 * multiple)
+    if one == two:
+        raise ConfigError(
+            [f"match = {key}: does not change the active parameters of this variant; name the other ratio"]
+        )
+    steps = max(1, round(1 + (target - one) / (two - one)))
+    return ratio_of(steps * multiple, size)
+
+
+def ratio_of(width: int, size: int) -> float:
+    """The ratio whose width, int(size · ratio), is `width`: division alone may round below it."""
+    ratio = width / size
+    return ratio if int(size * ratio) == width else math.nextafter(ratio, math.inf)
+
+
+def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings |= layer
+    preset = settings.pop("preset", recipe.preset)
+    return resolve(preset, overrides=[f"{key}={_text(v)}" for key, v in settings.items()], world=recipe.ranks)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def _label(key: str, value: Any) -> str:
+    return f"{SHORT.get(key, key.partition('.')[2] or key)}{re.sub(r'[^A-Za-z0-9_.]', '_', _text(value))}"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _unknown_names(recipe: Recipe) -> list[str]:
+    """Names inside the recipe that point to nothing."""
+    problems = []
+    names = [variant.name for variant in recipe.variants]
+    axes = ", ".join(recipe.axes) or "none"
+    if recipe.baseline is not None and recipe.baseline not in names:
+        problems.append(f"baseline = {recipe.baseline!r}: is no variant; there are {', '.join(names)}")
+    for variant in recipe.variants:
+        where = f"variants.{variant.name}"
+        if variant.match is not None and variant.match not in RATIOS:
+            problems.append(f"{where}.match = {variant.match!r}: must be {' or '.join(RATIOS)}")
+        if variant.match is not None and recipe.active_parameters is None:
+            problems.append(f"{where}.match: needs active_parameters, which says what to match")
+        for key in variant.without:
+            if key not in recipe.axes:
+                problems.append(f"{where}.without: {key!r} is no axis; there are {axes}")
+        for key in set(variant.settings) & set(recipe.axes) - set(variant.without):
+            problems.append(f"{where}.settings: {key!r} is an axis; name it in `without` to fix it here")
+    return problems

@@ -1,0 +1,170 @@
+"""Trains the tasks of a study: `megapromoe train` in processes of their own, some at a time.
+
+A task that fails is written down and the others go on. Repeating resumes what is not done, from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import IO
+
+from tqdm import tqdm
+
+from megapromoe.studies.grid import Task
+from megapromoe.studies.study import Study, write
+
+STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
+POLL = 0.5  # seconds between looks at the running tasks
+
+
+def command(study: Study, task: Task) -> list[str]:
+    """What trains a task: the launcher, or this Python, and `-m megapromoe train`."""
+    start = list(study.recipe.launcher) or [sys.executable]
+    # --run-dir: torchrun would take --run for an option of its own.
+    words = ["--config", str(study.config(task)), "--run-dir", str(study.run(task))]
+    return [*start, "-m", "megapromoe", "train", *words]
+
+
+@dataclass
+class _Started:
+    task: Task
+    process: subprocess.Popen
+    log: IO
+    from_byte: int
+    since: float
+
+
+def run_tasks(
+    study: Study, tasks: Iterable[Task], jobs: int = 1, asked_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, int]:
+    """Trains those of `tasks` that are not done, `jobs` at a time; returns the exit code of each, 0 for those done.
+
+    Args:
+        asked_to_stop: once it is true, the running ones are asked to save and stop, and no other is started; these,
+            and those that had no turn, have code 75.
+
+    A bar tells of the steps of all tasks; where stderr is no terminal, a line for each task that ends.
+    """
+    tasks = list(tasks)
+    codes = {task.name: 0 for task in tasks if study.done(task)}
+    waiting = [task for task in tasks if task.name not in codes]
+    running: list[_Started] = []
+    told = False
+    total = sum(task.config.train.steps for task in tasks)
+    with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05) as bar:
+        ended = sum(task.config.train.steps for task in tasks if task.name in codes)
+        bar.update(ended)
+        bar.unpause()
+        try:
+            while waiting or running:
+                if asked_to_stop() and not told:
+                    told = True
+                    _ask(running)
+                while waiting and len(running) < jobs and not told:
+                    running.append(_start(study, waiting.pop(0)))
+                if told and not running:
+                    break
+                time.sleep(POLL)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    code = _finish(study, one, told)
+                    codes[one.task.name] = code
+                    ended += study.steps_logged(one.task)
+                    _tell(bar, f"{one.task.name}: {_words(code, study, one)} ({len(codes)} of {len(tasks)})")
+                steps = ended + sum(study.steps_logged(one.task) for one in running)
+                bar.set_postfix_str(" ".join(one.task.name for one in running), refresh=False)
+                bar.update(max(0, steps - bar.n))
+        except BaseException:  # Ctrl-C among them: nothing goes on training behind the back of who stopped it
+            _ask(running)
+            for one in running:
+                with contextlib.suppress(KeyboardInterrupt):
+                    one.process.wait()
+                _finish(study, one, True)
+            raise
+    return codes | {task.name: STOPPED for task in waiting}
+
+
+def exit_code(codes: dict[str, int]) -> int:
+    """Of all: 0 if all are done, 75 if some were stopped and saved, else 1. A task alone tells its own."""
+    if len(codes) == 1:
+        code = next(iter(codes.values()))
+        return code if code >= 0 else 128 - code  # killed by a signal, as a shell tells it
+    if STOPPED in codes.values():
+        return STOPPED
+    return int(any(codes.values()))
+
+
+def _start(study: Study, task: Task) -> _Started:
+    path = study.log(task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = command(study, task)
+    log = open(path, "ab", buffering=0)  # noqa: SIM115, held while the process lives
+    begin = log.tell()
+    log.write(f"$ {' '.join(words)}\n".encode())
+    # A session of its own: Ctrl-C reaches this process alone, which then asks the task to save.
+    try:
+        process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        log.write(f"{words[0]}: {error.strerror}\n".encode())
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
+    return _Started(task, process, log, begin, time.monotonic())
+
+
+def _ask(running: list[_Started]) -> None:
+    """SIGTERM to the tasks and all their processes: `megapromoe train` saves and ends."""
+    for one in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGTERM)
+
+
+def _finish(study: Study, one: _Started, told: bool) -> int:
+    """Writes down how a task ended; returns its code."""
+    one.log.close()
+    code = one.process.returncode
+    if study.done(one.task):
+        code = 0
+    elif told:  # launchers have codes of their own for a job that was asked to stop
+        code = STOPPED
+    elif code == 0:
+        code = 1  # it says all is well, and has not saved its last step
+    outcome = {
+        "code": code,
+        "said": _last_words(study, one) if code else "",
+        "seconds": round(time.monotonic() - one.since, 1),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write(study.outcome_file(one.task), json.dumps(outcome) + "\n")
+    return code
+
+
+def _last_words(study: Study, one: _Started) -> str:
+    """What the log of this start says went wrong: from the last line of `megapromoe:` on, else its last line."""
+    with open(study.log(one.task), "rb") as file:
+        file.seek(max(one.from_byte, file.seek(0, os.SEEK_END) - 65536))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    ours = [i for i, line in enumerate(lines) if re.match(r"megapromoe[:,] ", line)]
+    return "\n".join(lines[ours[-1] :] if ours else lines[-1:])[:2000]
+
+
+def _words(code: int, study: Study, one: _Started) -> str:
+    seconds = f"{time.monotonic() - one.since:.0f} s"
+    if code == 0:
+        return f"done in {seconds}"
+    if code == STOPPED:
+        return f"stopped after {seconds}, saved; repeat the command to go on"
+    outcome = study.outcome(one.task)
+    return f"failed with exit code {code} after {seconds}; {study.log(one.task)} ends with: {outcome['said']}"
+
+
+def _tell(bar: tqdm, line: str) -> None:
+    bar.write(line, file=sys.stderr) if not bar.disable else print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,189 @@
+"""The folder of a study: what was planned, and how far it is.
+
+==================  =================================================================================
+study.yaml          the recipe
+tasks.md            the tasks and what they cost
+tasks/NAME.yaml     the whole config of each task, as it was planned
+runs/NAME/          the run directory of each task
+logs/NAME.log       what its training printed
+outcomes/NAME.json  how its last start ended
+losses/NAME.json    the loss of its last checkpoint on fixed draws
+results.csv, .md    what `collect` found; *.png what `plot` drew
+==================  =================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megapromoe.config import ConfigError, resolve, to_yaml
+from megapromoe.studies.grid import Task, expand
+from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
+
+_WHOLE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
+LAST_BYTES = 1 << 18  # of a metrics.jsonl: more than its longest line
+
+
+@dataclass(frozen=True)
+class Study:
+    """A planned study. Made by `plan` or `open_study`."""
+
+    folder: Path
+    recipe: Recipe
+    tasks: tuple[Task, ...]
+
+    def run(self, task: Task) -> Path:
+        """The run directory."""
+        return self.folder / "runs" / task.name
+
+    def config(self, task: Task) -> Path:
+        return self.folder / "tasks" / f"{task.name}.yaml"
+
+    def log(self, task: Task) -> Path:
+        return self.folder / "logs" / f"{task.name}.log"
+
+    def outcome_file(self, task: Task) -> Path:
+        return self.folder / "outcomes" / f"{task.name}.json"
+
+    def loss_file(self, task: Task) -> Path:
+        return self.folder / "losses" / f"{task.name}.json"
+
+    def outcome(self, task: Task) -> dict[str, Any] | None:
+        """How the last start ended, `code` and `said`; None before the first."""
+        return read_json(self.outcome_file(task))
+
+    def steps_saved(self, task: Task) -> int:
+        """Steps of the newest complete checkpoint, 0 without one."""
+        manifests = (self.run(task) / "checkpoints").glob("step-*/manifest.json")
+        found = (_WHOLE.fullmatch(path.parent.name) for path in manifests)
+        return max((int(match[1]) for match in found if match), default=0)
+
+    def steps_logged(self, task: Task) -> int:
+        """Steps of the last whole line of its metrics; 0 without one."""
+        try:
+            with open(self.run(task) / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+                lines = file.read().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return 0
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+            return json.loads(lines[-1])["step"]
+        return 0
+
+    def done(self, task: Task) -> bool:
+        """Is the training complete? Then its last step is saved."""
+        return self.steps_saved(task) >= task.config.train.steps
+
+    def state(self, task: Task) -> str:
+        """One word, or a few."""
+        if self.done(task):
+            return "done"
+        saved, outcome = self.steps_saved(task), self.outcome(task)
+        progress = f"{saved} of {task.config.train.steps} steps saved" if saved else "not started"
+        if outcome and outcome["code"] not in (0, 75):
+            return f"failed (exit code {outcome['code']}), {progress}"
+        return progress
+
+    def missing(self) -> tuple[Task, ...]:
+        return tuple(task for task in self.tasks if not self.done(task))
+
+    def task(self, index: int) -> Task:
+        """The task of a number; raises StudyError."""
+        if not 0 <= index < len(self.tasks):
+            raise StudyError([f"task = {index}: {self.folder} has tasks 0..{len(self.tasks) - 1}"])
+        return self.tasks[index]
+
+
+def plan(folder: Path, recipe: Recipe) -> Study:
+    """Writes the study; of a folder that holds the same one already nothing changes.
+
+    Raises StudyError if the recipe cannot be expanded, or if the folder holds another study or other things.
+    """
+    tasks = expand(recipe)
+    folder = Path(folder)
+    file = folder / "study.yaml"
+    if file.exists():
+        if _text(read_recipe(file)) != _text(recipe):
+            raise StudyError([f"{file}: is another study; choose another folder, or `run` the one that is there"])
+        return open_study(folder)
+    ours = ("tasks", "study.yaml.")  # what a plan that was killed leaves
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(ours) for p in folder.iterdir())):
+        raise StudyError([f"{folder}: is not empty and holds no study.yaml; choose another folder"])
+    study = Study(folder, recipe, tasks)
+    for task in tasks:
+        write(study.config(task), to_yaml(task.config))
+    write(file, _text(recipe))  # last: a study that has it is whole
+    return study
+
+
+def _text(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False)  # the order is that of the tasks
+
+
+def open_study(folder: Path) -> Study:
+    """The study of a folder. Raises StudyError if there is none, or if its recipe now means something else."""
+    folder = Path(folder)
+    file = folder / "study.yaml"
+    if not file.is_file():
+        raise StudyError([f"{folder}: holds no study.yaml; make a study with `plan {folder} --recipe FILE`"])
+    study = Study(folder, read_recipe(file), ())
+    study = Study(folder, study.recipe, expand(study.recipe))
+    problems = []
+    for task in study.tasks:
+        try:
+            planned = resolve(file=study.config(task), world=study.recipe.ranks)
+        except ConfigError as error:
+            problems.append(f"{study.config(task)}: {error.violations[0]}")
+        else:
+            if planned != task.config:
+                problems.append(f"{study.config(task)}: is not what {file} means to this version; plan a new study")
+    if problems:
+        raise StudyError(problems)
+    return study
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order; what a killed run left of a line is passed over."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object of a JSON file; None where there is none. Raises StudyError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StudyError([f"{path}: is damaged ({error}); remove it and repeat the command"]) from error
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file as a whole, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def names(tasks: Iterable[Task], most: int = 5) -> str:
+    """Names in a sentence."""
+    all_names = [task.name for task in tasks]
+    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
+    return ", ".join(all_names[:most]) + more

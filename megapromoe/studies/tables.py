@@ -1,0 +1,227 @@
+"""The tables of a study: CSV with a line for each run, Markdown with means, differences and fits."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import t as student
+
+from megapromoe.studies.collect import LOSS, TRAINING_LOSS
+from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
+from megapromoe.studies.recipe import Recipe
+
+Rows = Sequence[dict[str, Any]]
+EXPERTS = "model.num_experts"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of independent runs; `half` is half of its 95 % interval by Student's t, None for a single run."""
+
+    mean: float
+    half: float | None
+    runs: int
+
+    def __format__(self, sign: str) -> str:
+        return f"{self.mean:{sign}.4f}" + ("" if self.half is None else f" ± {self.half:.4f}")
+
+    def __str__(self) -> str:
+        return f"{self:}"
+
+    @property
+    def differs(self) -> bool:
+        """Does the interval leave out 0?"""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def mean_of(values: Iterable[float]) -> Mean:
+    """The mean, and how far the true one may be off."""
+    values = list(values)
+    if len(values) < 2:
+        return Mean(values[0], None, 1)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Mean(statistics.fmean(values), float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * error, len(values))
+
+
+def groups(rows: Rows, recipe: Recipe) -> dict[tuple[str, tuple], list[dict]]:
+    """Rows that differ in the seed alone: (variant, ((axis, value), ...)) -> rows, in the order of the study."""
+    found: dict[tuple[str, tuple], list[dict]] = {}
+    for variant in recipe.variants:
+        for row in rows:
+            if row["variant"] == variant.name:
+                point = tuple((axis, row[axis]) for axis in recipe.axes if axis in row)
+                found.setdefault((variant.name, point), []).append(row)
+    order = {axis: recipe.axes[axis].index for axis in recipe.axes}
+    names = [variant.name for variant in recipe.variants]
+    return dict(sorted(found.items(), key=lambda g: (names.index(g[0][0]), [order[a](v) for a, v in g[0][1]])))
+
+
+def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> dict[tuple[str, tuple | None], Mean]:
+    """Of each group to the runs of `against` at the same point and seed, which saw the same stream.
+
+    One number a seed: where `against` stands at several points that a group has in common with it, their mean. Under
+    (variant, None), for variants of several points, the mean of all points. Groups without a partner are left out.
+    """
+    partners = [row for row in rows if row["variant"] == against]
+    by_seed: dict[tuple[str, tuple | None], dict[int, list[float]]] = {}
+    for (variant, point), group in groups(rows, recipe).items():
+        for row in group if variant != against else ():
+            same = [o for o in partners if o["seed"] == row["seed"] and all(o.get(a, v) == v for a, v in point)]
+            if same:
+                difference = row[key] - statistics.fmean(other[key] for other in same)
+                for place in (point, None):
+                    by_seed.setdefault((variant, place), {}).setdefault(row["seed"], []).append(difference)
+    found = {}
+    for (variant, place), seeds in by_seed.items():
+        points = max(map(len, seeds.values()))
+        whole = [statistics.fmean(values) for values in seeds.values() if len(values) == points]
+        if place is not None or points > 1:
+            found[variant, place] = mean_of(whole)
+    names = [variant.name for variant in recipe.variants]
+    return dict(sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1] is None)))
+
+
+def trends(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, tuple], Mean]:
+    """Change of the loss with each doubling of the experts: slope of each seed's line over log2 E, mean over seeds.
+
+    Under (variant, the other axes). What seeds have in common, such as a stream that is easier, does not blur it. Seeds
+    that lack one of the numbers of experts are left out.
+    """
+    lines: dict[tuple[str, tuple], dict[int, dict[float, float]]] = {}
+    for (variant, point), group in groups(rows, recipe).items():
+        rest = tuple((axis, value) for axis, value in point if axis != EXPERTS)
+        for row in group if len(rest) < len(point) else ():
+            seeds = lines.setdefault((variant, rest), {})
+            seeds.setdefault(row["seed"], {})[math.log2(row["experts"])] = row[key]
+    found = {}
+    for name, seeds in lines.items():
+        most = max(map(len, seeds.values()))
+        whole = [line for line in seeds.values() if len(line) == most]
+        if most > 1:
+            found[name] = mean_of(statistics.linear_regression(list(x), list(x.values())).slope for x in whole)
+    return found
+
+
+def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tuple], PowerLaw | str]:
+    """Power laws: (variant, "experts" or "training_flops", the other axes) -> the law, or why there is none.
+
+    Against experts, all else equal; against compute, at each number of experts, over all other axes.
+    """
+    families: dict[tuple[str, str, tuple], list[dict]] = {}
+    for (variant, point), group in groups(rows, recipe).items():
+        others = tuple((axis, value) for axis, value in point if axis != EXPERTS)
+        experts = tuple((axis, value) for axis, value in point if axis == EXPERTS)
+        if experts:
+            families.setdefault((variant, "experts", others), []).extend(group)
+        families.setdefault((variant, "training_flops", experts), []).extend(group)
+    found: dict[tuple[str, str, tuple], PowerLaw | str] = {}
+    for (variant, x, rest), family in families.items():
+        try:
+            found[variant, x, rest] = fit_power_law([row[x] for row in family], [row[key] for row in family])
+        except FitError as error:
+            found[variant, x, rest] = str(error)
+    return found
+
+
+def to_csv(rows: Rows) -> str:
+    """A line for each run."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _exact(value) for name, value in row.items()})
+    return text.getvalue()
+
+
+def to_markdown(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str]) -> str:
+    """The study in tables."""
+    return "\n\n".join(sections(rows, recipe, missing, against)) + "\n"
+
+
+def sections(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str]) -> Iterable[str]:
+    splits = ", ".join(sorted({row["split"] for row in rows}))
+    yield "# Results"
+    yield f"{len(rows)} runs are done" + (f", {len(missing)} are missing: {', '.join(missing)}." if missing else ".")
+    if not rows:
+        return
+    yield (
+        f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
+        f" (split: {splits}). Training loss: mean over the last tenth of the steps. ± is half of the 95 % interval"
+        " over seeds (Student's t)."
+    )
+    yield _table(_mean_lines(rows, recipe))
+    for name in against:
+        lines = [["model", "loss minus that of " + name, "seeds", "differs"]]
+        for (variant, point), d in differences(rows, recipe, name).items():
+            lines.append([model_name(variant, point), f"{d:+}", d.runs, _verdict(d)])
+        if len(lines) > 1:
+            yield f"## Against {name}, on the same stream"
+            yield "Mean over seeds of the difference of each pair, with its 95 % interval."
+            yield _table(lines)
+    lines = [["model", "change of the loss with each doubling of the experts", "seeds", "differs from 0"]]
+    for (variant, rest), slope in trends(rows, recipe).items():
+        lines.append([model_name(variant, rest), f"{slope:+}", slope.runs, _verdict(slope)])
+    if len(lines) > 1:
+        yield "## Trend over experts"
+        yield "Slope of each seed's line over log2 E, mean and 95 % interval over seeds."
+        yield _table(lines)
+    yield "## Power laws, L = a + b x^-c"
+    lines, reasons = [["model", "x", "a", "b", "c", "95 % of c", "supported"]], {}
+    for (variant, x, rest), law in fits(rows, recipe).items():
+        name = model_name(variant, rest)
+        if isinstance(law, str):
+            reasons.setdefault((x, law), []).append(name)
+        elif law.doubts:
+            lines.append([name, x, "-", "-", "-", "-", f"no: {'; '.join(law.doubts)}"])
+        else:
+            numbers = [f"{law.a:.4f}", f"{law.b:.3g}", f"{law.c:.3g}", "{:.2g} to {:.2g}".format(*law.c_interval)]
+            lines.append([name, x, *numbers, "yes"])
+    if len(lines) > 1:
+        yield _table(lines)
+    for (x, reason), names in reasons.items():
+        yield f"None against {x} for {', '.join(names)}: {reason}."
+
+
+def _verdict(mean: Mean) -> str:
+    return "-" if mean.half is None else "yes" if mean.differs else "no"
+
+
+def model_name(variant: str, point: tuple | None) -> str:
+    """A group in words."""
+    if point is None:
+        return f"{variant}, mean of its points"
+    return " ".join([variant, *(f"{axis.rpartition('.')[2]}={value}" for axis, value in point)])
+
+
+def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:
+    lines = [["model", "seeds", "parameters", "active", "training FLOPs", "loss", "training loss"]]
+    lines[0] += ["load entropy", "dead experts", "images/s", "peak memory"]
+    for (variant, point), group in groups(rows, recipe).items():
+        first = group[0]
+        sizes = [f"{first['parameters']:,}", f"{first['active_parameters']:,}", f"{first['training_flops']:.3g}"]
+        losses = [mean_of(row[key] for row in group) for key in (LOSS, TRAINING_LOSS)]
+        shares = [_average(group, "load_entropy", "{:.3f}"), _average(group, "dead_share", "{:.1%}")]
+        cost = [_average(group, "images_per_second", "{:,.0f}"), _average(group, "memory_bytes", "{:,.0f} MiB", 2**20)]
+        lines.append([model_name(variant, point), len(group), *sizes, *losses, *shares, *cost])
+    return lines
+
+
+def _average(group: list[dict], key: str, form: str, unit: float = 1) -> str:
+    values = [row[key] for row in group if row[key] is not None]
+    return form.format(statistics.fmean(values) / unit) if values else "-"
+
+
+def _table(lines: list[list]) -> str:
+    head, *body = [[str(cell) for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
+def _exact(value: Any) -> Any:
+    return f"{value:.7g}" if isinstance(value, float) else value

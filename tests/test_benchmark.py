@@ -1,0 +1,502 @@
+"""The benchmark program: contenders do the same sums, counters count what is known, the arithmetic of comparing."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel import run
+from torch.nn import functional as F
+
+from megapromoe.benchmark import contenders, layer, measure, models, plans, report, suite, traffic
+from megapromoe.benchmark.contenders import BatchedCapacity, CannotRun, contender
+from megapromoe.benchmark.counters import Counter
+from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import benchmark as tool  # noqa: E402
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, torch.float32, threads=1, rounds=2, images=4, contenders=("ours", "loop", "dense"), null=0.25)
+DIGITS = suite.config_of("digits")
+
+
+def settings(**changes) -> Settings:
+    return replace(SETTINGS, **changes)
+
+
+def outcome(module, x_BSD, conditional: int) -> dict:
+    """Output, and gradients of the tokens and of every parameter, with all losses."""
+    x_BSD = x_BSD.detach().clone().requires_grad_()
+    turn = Turn(module, x_BSD, torch.linspace(-1, 1, x_BSD.numel()).view_as(x_BSD), conditional)
+    turn.prepare()
+    turn.forward()
+    turn.backward()
+    found = {"output": turn.outputs[0].detach(), "x": x_BSD.grad}
+    for name, p in module.named_parameters():
+        found[name.removeprefix("moe.")] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    return found
+
+
+# ---- contenders
+
+
+@pytest.mark.parametrize("null", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("routing", plans.ROUTINGS)
+@pytest.mark.parametrize("name", ["loop", "bmm"])
+def test_contenders_are_ours(name, routing, null):
+    some = settings(null=null)
+    moe, x_BSD = first_layer(DIGITS, routing, some)
+    other = BatchedCapacity(moe, capacity=4.0) if name == "bmm" else contender(name, moe)  # 4: room for all of them
+    expected, found = (outcome(module.train(), x_BSD, some.conditional) for module in (moe, other))
+    assert expected.keys() == found.keys() and expected["x"].any()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert null == 1.0 or expected["experts.fc1.weight"].any()
+
+
+def test_the_loop_is_ours_with_two_experts_a_token():
+    config = suite.config_of("digits")
+    config = replace(config, model=replace(config.model, top_k=2))
+    moe, x_BSD = first_layer(config, "real", SETTINGS)
+    expected, found = (outcome(m.train(), x_BSD, 3) for m in (moe, contender("loop", moe)))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_batched_capacity_drops_what_has_no_room():
+    moe, x_BSD = first_layer(DIGITS, "skewed", settings(null=0.0))
+    other = contender("bmm", moe)
+    outcome(other, x_BSD, 4)
+    load = plans.counts("skewed", 64, 4)
+    assert other.dropped == pytest.approx(1 - sum(min(rows, 20) for rows in load) / 64)  # 20 = 1.25 · 64 / 4
+    assert other.dropped > 0.1
+
+
+def deepspeed(drops: bool) -> tuple:
+    """DeepSpeed's layer beside its formula, written out; and the share of rows that it dropped, by two counts."""
+    moe, x_BSD = first_layer(DIGITS, "skewed", SETTINGS)
+    other = contender("deepspeed-capacity" if drops else "deepspeed-nodrop", moe).train()
+    routed = other.route(x_BSD, 3)
+    y_TD = other(x_BSD, routed, 3).flatten(0, 1)
+    x_TD, cut = x_BSD.flatten(0, 1), 3 * 16
+    unit_ED = F.normalize(moe.router.prototypes.float(), dim=-1)
+    p_TE = (x_TD[:cut] @ unit_ED.T).softmax(-1)
+    fc1, fc2, rows = moe.experts.fc1, moe.experts.fc2, []
+    for x, p_E in zip(x_TD[:cut], p_TE, strict=True):
+        e = int(p_E.argmax())
+        hidden = F.gelu(fc1.weight[e] @ x + fc1.bias[e], approximate="tanh")
+        rows.append(p_E[e] * (fc2.weight[e] @ hidden + fc2.bias[e]))
+    expected = moe.shared(x_TD) + torch.cat([torch.stack(rows), moe.unconditional(x_TD[cut:])])
+    alone = (y_TD[:cut] - moe.shared(x_TD)[:cut]).abs().amax(1) < 1e-6
+    loss = sum(routed.losses.values())
+    (y_TD.sum() + loss).backward()
+    return y_TD.detach(), expected.detach(), other.dropped, float(alone.float().mean()), float(loss), other.load_E
+
+
+def test_deepspeed_is_its_formula():
+    ((y, expected, dropped, alone, loss, load_E),) = run(1, deepspeed, False)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert dropped == alone == 0 and loss > 0
+    assert load_E.tolist() == plans.counts("skewed", 48, 4)
+
+
+def test_deepspeed_drops_what_has_no_room():
+    ((y, expected, dropped, alone, _, _),) = run(1, deepspeed, True)
+    assert dropped == pytest.approx(alone) and dropped > 0.1
+    assert not torch.allclose(y, expected, atol=1e-3)
+
+
+def test_deepspeed_says_why_it_cannot():
+    moe, _ = first_layer(DIGITS, "real", SETTINGS)
+    with pytest.raises(CannotRun, match="needs a torch.distributed job"):
+        contender("deepspeed-nodrop", moe)
+
+
+def test_equal_products_of_dense_and_experts():
+    """By the cost table and by counting; beside the experts are the router and the contrastive loss."""
+    found = layer.measure_layer(DIGITS, "skewed", settings(contenders=("ours", "dense", "bmm")))["contenders"]
+    m = DIGITS.model
+    router = 3 * 2 * m.tokens * m.hidden_size * m.num_experts  # of one image, forward and backward
+    contrast = 3 * 2 * m.num_experts**2 * m.hidden_size
+    ours, dense = found["ours"], found["dense"]
+    assert dense["counts"]["total"]["flops"] == dense["flops"]["useful"]
+    assert ours["counts"]["total"]["flops"] == ours["flops"]["useful"] - router + contrast  # one null image
+    assert ours["flops"]["useful"] - 4 * router == dense["flops"]["useful"]
+    assert found["bmm"]["counts"]["total"]["flops"] > ours["counts"]["total"]["flops"]  # it multiplies empty places
+    assert dense["memory"]["peak"] == dense["memory"]["necessary"]
+    assert ours["counts"]["forward"]["flops"] * 3 == ours["counts"]["total"]["flops"]
+
+
+# ---- who visits whom
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 12, 256])
+def test_plans_share_out_all_tokens(experts):
+    for kind in ("balanced", "skewed"):
+        load = plans.counts(kind, 1000, experts)
+        assert sum(load) == 1000 and len(load) == experts and min(load) >= 0
+        assert torch.bincount(plans.plan(kind, 1000, experts), minlength=experts).tolist() == load
+    balanced, skewed = plans.counts("balanced", 1000, experts), plans.counts("skewed", 1000, experts)
+    assert max(balanced) - min(balanced) <= 1
+    if experts > 2:
+        assert skewed[0] >= 500 and skewed[-1] == 0 and skewed == sorted(skewed, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_lean_to_their_expert(dtype):
+    config = suite.config_of("digits", 64)  # as many as channels
+    moe, x_BSD = first_layer(config, "skewed", settings(dtype=dtype, images=64))
+    load = layer.check_load(moe, x_BSD, "skewed", 48)
+    assert load == plans.counts("skewed", 48 * 16, 64)
+
+
+def test_parallel_prototypes_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="prototypes are parallel"):
+        plans.lean(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]), torch.ones(2, 8))
+
+
+def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
+    monkeypatch.setattr(layer, "lean", lambda x_TD, *_: x_TD)
+    with pytest.raises(BenchmarkError, match="balanced routing: experts got"):
+        layer.measure_layer(DIGITS, "balanced", SETTINGS)
+    monkeypatch.setattr(models.Raised, "__call__", lambda self, x: self.similarity(self.router, x))
+    with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
+        models.measure_step(DIGITS, "skewed", SETTINGS)
+
+
+# ---- counters
+
+
+def test_counts_of_a_known_program():
+    a, b = torch.ones(8, 4), torch.ones(4, 2).requires_grad_()
+    with Counter() as counter:
+        c = a @ b  # 1 kernel, 8·2 floats
+        d = c.view(2, 8).relu()  # 1 kernel, 16 floats
+        del c  # relu keeps its result alone
+        kept = counter.mark()
+        counter.phase("backward")
+        d.sum().backward()
+    forward, backward = counter.phases["forward"], counter.phases["backward"]
+    assert (forward.kernels, forward.allocations, forward.allocated) == (2, 2, 128)
+    assert forward.flops == backward.flops == 2 * 8 * 4 * 2
+    assert not forward.waits and not forward.collectives and not counter.total.compiled
+    assert counter.live(at=kept) == 64  # what relu made
+
+
+def test_memory_is_counted_while_it_lives():
+    with Counter() as counter:
+        x = torch.zeros(100)  # 400 bytes
+        y = x + 1
+        del x
+        z = y * 2
+        view = z[:10]
+        del y, z
+        end = counter.mark()
+    assert counter.live() == 800 and counter.live(at=end) == 400
+    assert counter.live(without=[view]) == 800 and counter.total.allocations == 3
+    assert counter.live(at=end, without=[view]) == 0
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "if": lambda x: bool(x.any()),
+    "nonzero": lambda x: torch.nonzero(x),
+    "mask": lambda x: x[x > 0],
+    "write by mask": lambda x: x.clone().index_put_((x > 0,), torch.zeros(2)),
+    "bincount": lambda x: torch.bincount(x.long()),
+    "repeat": lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 3])),
+}
+FREE = {
+    "index": lambda x: x[torch.tensor([0, 2])],
+    "repeat of known size": lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 3]), output_size=6),
+    "sum": lambda x: x.sum(),
+    "where": lambda x: torch.where(x > 0, x, 0),
+}
+
+
+@pytest.mark.parametrize("what", [*WAITS, *FREE])
+def test_waits_of_the_host(what):
+    x = torch.tensor([0.0, 1.0, 2.0])
+    with Counter() as counter:
+        (WAITS | FREE)[what](x)
+    assert sum(counter.total.waits.values()) == (what in WAITS), counter.total.waits
+
+
+def test_products_of_experts_are_counted():
+    offs = torch.tensor([2, 2, 6], dtype=torch.int32)
+    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
+    with Counter() as counter:
+        y = F.grouped_mm(x, w, offs=offs)
+        counter.phase("backward")
+        y.backward(torch.ones(6, 4))
+    assert counter.phases["forward"].flops == 2 * 6 * 8 * 4
+    assert counter.phases["backward"].flops == 2 * 2 * 6 * 8 * 4
+
+
+def messages() -> dict:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    with Counter() as counter:
+        dist.all_reduce(torch.ones(12))
+        counter.phase("gather")
+        dist.all_gather([torch.ones(5) for _ in range(n)], torch.ones(5))
+        counter.phase("even")
+        dist.all_to_all_single(torch.empty(2 * n, 3), torch.ones(2 * n, 3))
+        counter.phase("uneven")
+        rows = [rank, 2]  # to each rank; rank r keeps its own
+        send = [rows[0], rows[1]]
+        receive = [0 if r == 0 else 1 for r in range(n)] if rank == 0 else [2, 2]
+        dist.all_to_all_single(torch.empty(sum(receive), 3), torch.ones(sum(send), 3), receive, send)
+    return {name: (sum(c.collectives.values()), sum(c.sent.values())) for name, c in counter.phases.items()}
+
+
+def test_messages_are_counted():
+    for rank, told in enumerate(run(2, messages)):
+        assert told["forward"] == (1, 48)  # 2·(n-1)/n of 12 floats
+        assert told["gather"] == (1, 20)
+        assert told["even"] == (1, 24)  # half of 4 rows of 3 floats
+        assert told["uneven"] == (1, (2 if rank == 0 else 1) * 12)
+
+
+# ---- comparing
+
+
+class FakeClock:
+    """Tells the seconds that each turn announces."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def time(self, phases):
+        told = {}
+        for name, work in phases.items():
+            work()
+            told[name] = self.seconds
+        return told
+
+
+def test_contenders_take_turns():
+    clock, turns = FakeClock(), []
+
+    def work(name, seconds):
+        def go():
+            turns.append(name)
+            clock.seconds = seconds * (1 + len(turns) // 3)  # the machine gets slower from round to round
+
+        return measure.Work({"forward": go, "backward": lambda: None}, lambda: turns.append(f"prepare {name}"))
+
+    works = {"a": work("a", 1.0), "b": work("b", 2.0), "c": work("c", 4.0)}
+    samples = measure.interleave(works, rounds=20, clock=clock, warmup=2, seed=1)
+    assert all(len(values) == 20 for phases in samples.values() for values in phases.values())
+    orders = [tuple(turns[i + 1 : i + 6 : 2]) for i in range(0, len(turns), 6)]
+    assert len(orders) == 22 and all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 3, "the order is shuffled"
+    assert turns[0::2] == [f"prepare {name}" for name in turns[1::2]]
+    assert measure.interleave(works, 1, clock).keys() == works.keys()
+    with pytest.raises(ValueError, match="rounds: 0"):
+        measure.interleave(works, 0, clock)
+
+
+def test_ratios_are_paired():
+    slow = [1.0, 10.0, 2.0, 40.0, 3.0]  # the machine's moods
+    ratio = measure.paired_ratio([1.5 * s for s in slow], slow)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    noisy = measure.paired_ratio([1.0, 1.2, 1.4, 1.6, 1.8], [1.0] * 5)
+    assert noisy.median == pytest.approx(1.4) and noisy.low < 1.4 < noisy.high
+    assert measure.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == measure.Spread(3.0, 2.0, 4.0)
+    samples = {"dense": {"forward": [1.0, 2.0], "backward": [1.0, 2.0]}, "ours": {"forward": [3.0, 6.0]}}
+    assert measure.summary(samples, "dense")["ours"]["ratio"]["median"] == 1.5
+    assert "ratio" not in measure.summary(samples, "loop")["ours"]
+
+
+def test_the_rest_of_ours_is_dispatch_and_combine():
+    parts = {f"part {n}": {"forward": [1.0, 2.0], "backward": [1.0, 1.0]} for n in ("router", "experts")}
+    told = layer.parts({"ours": {"forward": [5.0, 6.0], "backward": [2.0, 3.0]}, **parts})
+    assert told["dispatch and combine"]["forward"]["median"] == 2.5
+    assert told["dispatch and combine"]["backward"]["median"] == 0.5
+
+
+# ---- models
+
+
+def test_models_share_parameters_and_agree():
+    """A step of ours and of the loop, from the same weights, ends at the same weights; dense has weights of its own."""
+    ours = models.build(DIGITS, layer.LOCAL)
+    other = models._model("loop", ours, DIGITS, "real")
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in other.parameters()}
+    assert any(isinstance(m, contenders.Loop) for m in other.modules())
+    assert not any(isinstance(m, contenders.Loop) for m in ours.modules())
+    batch = models.Batch(DIGITS, SETTINGS)
+    gradients = []
+    for model in (ours, other):
+        model.zero_grad()
+        batch.loss(model.train()).backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    dense = models._model("dense", ours, DIGITS, "real")
+    assert not {id(p) for p in ours.parameters()} & {id(p) for p in dense.parameters()}
+
+
+def test_the_update_keeps_fp32_masters():
+    model = torch.nn.Linear(4, 4).bfloat16()
+    start = model.weight.detach().float().clone()
+    t = replace(DIGITS.train, lr=1e-5, clip=0.0)
+    update = models.Update(model, t)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        update.step()
+    assert torch.allclose(update.masters[0], start - 3e-5, atol=2e-6)  # too little for bf16 to see step by step
+    assert torch.equal(model.weight, update.masters[0].bfloat16())
+
+
+# ---- what travels
+
+
+def travel(name: str, routing: str) -> dict:
+    return traffic.count(name, DIGITS, routing, SETTINGS)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "skewed"])
+def test_our_rows_travel_at_the_bound(routing):
+    told = traffic.merged(run(2, travel, "ours", routing))
+    counts = 2 * 2 * 8  # the counts of 2 experts to the other rank, int64
+    assert told["forward"]["collectives"] == {"alltoall_base_": 3}
+    assert told["backward"]["collectives"]["alltoall_base_"] == 2
+    assert told["forward"]["sent"]["alltoall_base_"] == told["forward"]["bound"] + counts
+    assert told["backward"]["sent"]["alltoall_base_"] == told["backward"]["bound"] > 0
+
+
+def test_deepspeed_sends_empty_places_too():
+    told = traffic.merged(run(2, travel, "deepspeed-nodrop", "skewed"))
+    assert told["forward"]["sent"]["alltoall_base_"] > 1.5 * told["forward"]["bound"]
+
+
+# ---- the program
+
+
+def words(out: Path, *more: str) -> list[str]:
+    some = ["--sizes", "digits", "--images", "4", "--rounds", "2", "--steps", "2", "--null", "0.25", "--device", "cpu"]
+    return [*some, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("benchmark")
+    for experiment in ("layer", "step", "sample"):
+        names = ["ours", "loop", "dense", "bmm"]
+        assert tool.main([experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
+    return out
+
+
+def test_the_program_from_end_to_end(measured):
+    document = json.loads((measured / "benchmark.json").read_text())
+    assert [s["experiment"] for s in document["scenes"].values()] == ["layer"] * 2 + ["step"] * 2 + ["sample"] * 2
+    for scene in document["scenes"].values():
+        assert [*scene["contenders"]] == ["ours", "loop", "dense", "bmm"]
+        for f in scene["contenders"].values():
+            assert f["total"]["median"] > 0 and f["counts"]["total"]["kernels"] > 0 and f["ratio"]["median"] > 0
+            assert all(len(values) == 2 for values in f["rounds"].values())
+    skewed = document["scenes"]["step digits E4 B4 skewed"]["contenders"]
+    assert skewed["loop"]["counts"]["total"]["waits"] and not skewed["ours"]["counts"]["total"]["waits"]
+    page = (measured / "benchmark.md").read_text()
+    for heading in ("The MoE layer", "Parts of ours", "The training step", "Sampling"):
+        assert heading in page
+    for experiment in ("layer", "step", "sample"):
+        picture = measured / f"benchmark-{experiment}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.name in page
+
+
+def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
+    monkeypatch.setattr(suite, "_measure", None)  # a call would raise
+    before = json.loads((measured / "benchmark.json").read_text())["scenes"]
+    names = ["ours", "loop", "dense", "bmm"]
+    assert tool.main(["step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
+    assert json.loads((measured / "benchmark.json").read_text())["scenes"] == before
+
+
+def test_other_settings_are_not_mixed_in(measured, capsys):
+    assert tool.main(["step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
+    said = capsys.readouterr().err
+    assert "contenders: ['ours', 'loop', 'dense', 'bmm'] there, ['ours', 'dense'] now" in said and "--again" in said
+
+
+def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
+    held = json.loads((measured / "benchmark.json").read_text())
+    (tmp_path / "benchmark.json").write_text(json.dumps(held))
+    names = ["ours", "loop", "dense", "bmm"]
+    more = ["--routing", "real", "--contenders", *names, "--again"]
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 0
+    now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
+    assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
+    more[3:-1] = ["ours"]
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
+    assert [*json.loads((tmp_path / "benchmark.json").read_text())["scenes"]] == ["sample digits E4 B4 real"]
+    (tmp_path / "benchmark.json").write_text("{")
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 1
+
+
+def test_a_page_is_filled_between_its_marks(measured, tmp_path):
+    document, page = json.loads((measured / "benchmark.json").read_text()), tmp_path / "page.md"
+    page.write_text("before\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nafter\n")
+    report.fill(page, document, measured)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "benchmark-layer-cpu.png" in text and (tmp_path / "benchmark-layer-cpu.png").is_file()
+    report.fill(page, document, measured)
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(BenchmarkError, match="needs the lines"):
+        report.fill(page, document, measured)
+
+
+def test_who_cannot_run_is_told_with_the_reason(measured):
+    document = json.loads((measured / "benchmark.json").read_text())
+    document["scenes"]["layer digits E4 B4 real"]["contenders"]["loop"] = {"cannot": "no luck"}
+    page = report.markdown(document, {})
+    assert "* loop did not run: no luck (digits 4 4 real)." in page
+
+
+def test_the_tables_of_the_documentation_can_be_filled():
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    for mark in ("begin cpu", "end cpu", "begin cuda", "end cuda"):
+        assert page.count(f"<!-- {mark} -->") == 1
+
+
+WRONG = {
+    "an unknown size": (["layer", "--sizes", "xxl"], "invalid choice: 'xxl'"),
+    "an unknown contender": (["layer", "--contenders", "ous"], "invalid choice: 'ous'"),
+    "no rounds": (["layer", "--rounds", "0"], "'0' is not a whole number from 1 on"),
+    "a share of 2": (["layer", "--null", "2"], "'2' is not a number from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_words_get_a_sentence(what, capsys):
+    argv, sentence = WRONG[what]
+    with pytest.raises(SystemExit) as error:
+        tool.main(argv)
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_gets_a_sentence(capsys):
+    assert tool.main(["layer", "--device", "cuda"]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_the_scenes(capsys):
+    assert tool.main(["all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 * 2 + 2 * 2 and any("E256" in line for line in told)
+
+
+def test_the_program_knows_what_the_library_has():
+    assert tool.CONTENDERS == contenders.CONTENDERS and tool.ROUTINGS == plans.ROUTINGS
+    assert tool.SIZES == suite.SIZES and tool.EXPERIMENTS == suite.EXPERIMENTS
