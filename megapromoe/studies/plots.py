@@ -130,6 +130,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
             labels.append(law if isinstance(law, str) else law.doubts[0])
     right.set(xlabel="training operations of the run (FLOPs)", ylabel=LOSS_LABEL)
     right.set_xscale("log")
+    right.tick_params(axis="x", which="minor", labelsize=7)
     right.set_title("At the end of each run", fontsize=10)
     reasons = dict.fromkeys(labels)
     _legend(right, [f"no power law for {labels.count(reason)} of {len(families)}: {reason}" for reason in reasons])
