@@ -71,11 +71,13 @@ ALL_NULL = ("data.label_drop=0.999999999",)
 NO_NULL = ("data.label_drop=0",)
 TWELVE = ("model.num_experts=12",)
 EIGHT = ("model.num_experts=8",)
+ODD = ("train.global_batch=18",)
 TWICE = ("train.accumulation=2",)
 
 CASES = [
     *(Case(1, zero=z) for z in (1, 2, 3)),
     *(Case(2, zero=z) for z in (0, 1, 2, 3)),
+    *(Case(3, ep=3, zero=z, what=ODD) for z in (0, 1, 2, 3)),  # partitions that end in padding
     *(Case(2, ep=2, zero=z) for z in (0, 1, 2, 3)),
     *(Case(2, tp=2, zero=z) for z in (0, 1, 2, 3)),
     *(Case(2, tp=2, ep=2, zero=z) for z in (1, 3)),

@@ -200,6 +200,7 @@ def test_a_picture_has_a_row_for_each_class(run, tmp_path):
 def launched(run: str, out: str, store: str, port: int, arguments: tuple) -> str | None:
     """sample_command on a rank that starts a job of its own, as under a launcher."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.barrier()  # who leaves while others still connect ends them
     torch.distributed.destroy_process_group()
     launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port)
     said = None
@@ -209,6 +210,7 @@ def launched(run: str, out: str, store: str, port: int, arguments: tuple) -> str
     except SampleError as error:
         said = str(error)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.barrier()
     return said
 
 

@@ -69,6 +69,7 @@ def one_thread():
 def launched(store: str, port: int, function, request):
     """`function(request, launch)` on a rank that starts a job of its own, as under a launcher; or what it raised."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.barrier()  # who leaves while others still connect ends them
     torch.distributed.destroy_process_group()
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -77,6 +78,7 @@ def launched(store: str, port: int, function, request):
         assert error.everywhere
         said = f"{type(error).__name__}: {error}"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.barrier()
     return said
 
 

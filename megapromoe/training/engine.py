@@ -6,7 +6,9 @@ not get right for experts and tensor parallelism together is put right here:
 
 * **Groups.** Ours, made by `parallel/mesh.py` with time-outs, are registered before DeepSpeed makes its own.
 * **The norm.** One formula for every stage (`Engine._agree`) replaces DeepSpeed's, which miscounts experts at stage 0
-  and under tensor parallelism. Non-finite norms skip the update on all ranks alike.
+  and under tensor parallelism. Non-finite norms skip the update on all ranks alike. It also replaces DeepSpeed's own
+  search for overflow in bf16, which reads every gradient, and past which nobody asks for the norm. The host learns the
+  norm once a step, and waits for the device then and only then.
 * **Masters.** In bf16, DeepSpeed would start its fp32 masters from values rounded to bf16; they get the exact ones.
   Buffers stay as they were built, running statistics in fp32.
 * **Refused:** bf16 at stage 0, fp32 accumulation of bf16 gradients at stage 1, offload at stage 3, fp16 (`problems`).
@@ -169,12 +171,15 @@ class Engine:
         self.optimizer = optimizer  # DeepSpeed works on this very object, whatever it wraps around it
         self._said: tuple[Tensor | None, bool] = (None, False)  # this rank's loss, and whether it asks to stop
         self._largest = math.inf
-        self._agreed: Tensor | None = None  # what all ranks make of it: the norm, and how many ask to stop
+        self._agreed = (0.0, 0.0)  # what all ranks make of it: the norm, and how many ask to stop
         if self.stage == 3:
             self.engine.optimizer._get_norm_groups = lambda: [self._announced_norm()]
         elif self.stage:
             self.engine.optimizer.scaled_global_norm = self._announced_norm
+            self.engine.optimizer.check_overflow = lambda **_: None
         self.partitions = tuple(self._partitions())
+        once = [1 / self.copies(piece.name) for partition in self.partitions for piece in partition.pieces]
+        self._once = torch.tensor(once, dtype=torch.float64, device=self.engine.device)  # weights of squared norms
         for name, value in exact.items():
             self._write_exact(name, value)
         if exact:
@@ -207,14 +212,14 @@ class Engine:
             group["lr"] = lr
         if self.stage == 0:
             norm = self._agree()
-            if norm.isfinite() and norm <= largest:
+            if self._usable(norm):
                 self._clip(norm)
             else:  # AdamW passes over parameters without a gradient
                 for p in self.module.parameters():
                     p.grad = None
         self.engine.step()
-        norm, votes = self._agreed.tolist()
-        return StepResult(norm, math.isfinite(norm) and norm <= largest, votes > 0)
+        norm, votes = self._agreed
+        return StepResult(norm, self._usable(norm), votes > 0)
 
     def finish_micro_step(self) -> None:
         """Tells DeepSpeed that a micro-step before the last is over."""
@@ -235,10 +240,11 @@ class Engine:
             else:
                 held = self.engine.optimizer.averaged_gradients[number]
                 gradients = [g.view(-1) for g in held if not getattr(g, "_zero_padding", False)]
+                gradients = gradients[: len(partition.pieces)]  # what pads the end of the last partition bears no mark
             for piece, gradient in zip(partition.pieces, gradients, strict=True):
                 yield piece, gradient[: piece.stop - piece.start]
 
-    def _agree(self) -> Tensor:
+    def _agree(self) -> float:
         """The norm of the whole averaged gradient: every logical element counts once, at every stage and layout.
 
         Sums squares over all ranks' parts, each divided by the number of ranks that hold the same part. Not finite if
@@ -248,12 +254,16 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         if loss is not None:
             total += 0.0 * loss
-        for piece, gradient in self.reduced_gradients():
-            total += gradient.float().square().sum(dtype=torch.float64) / self.copies(piece.name)
+        norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
+        total += torch.stack(norms).square() @ self._once
         said = torch.stack([total, torch.full_like(total, float(stop))])
         dist.all_reduce(said, group=self.mesh.whole.handle)
-        self._agreed = torch.stack([said[0].sqrt(), said[1]])
-        return self._agreed[0].float()
+        total, votes = said.tolist()
+        self._agreed = math.sqrt(total), votes
+        return self._agreed[0]
+
+    def _usable(self, norm: float) -> bool:
+        return math.isfinite(norm) and norm <= self._largest
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same piece of a parameter's gradient, master and moments."""
@@ -312,13 +322,14 @@ class Engine:
         self.engine.destroy()
 
     def _announced_norm(self, *_) -> Tensor:
-        # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step".
+        # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step". It looks at the answer more
+        # than once: on the host, where that costs nothing.
         norm = self._agree()
-        return torch.where(norm.isfinite() & (norm <= self._largest), norm, -torch.ones_like(norm))
+        return torch.tensor(norm if self._usable(norm) else -1.0)
 
-    def _clip(self, norm: Tensor) -> None:
+    def _clip(self, norm: float) -> None:
         if self.config.train.clip:
-            scale = (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0)
+            scale = min(self.config.train.clip / (norm + 1e-6), 1.0)
             torch._foreach_mul_([p.grad for p in self.module.parameters()], scale)
 
     def _partitions(self) -> Iterator[Partition]:
