@@ -1,5 +1,7 @@
 """Planned activations against tensors that are really alive in a forward and a backward pass."""
 
+import gc
+import time
 import weakref
 
 import pytest
@@ -65,6 +67,8 @@ def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
         prediction, auxiliary = model(x, t, y, B - NULL)
         loss = (prediction[:, : m.in_channels].float() - x).square().mean() + auxiliary.total()
         del prediction, auxiliary
+        gc.collect()  # what only cycles hold is as good as gone, and so is what gloo's threads are about to let go
+        time.sleep(0.1)
         forward = living.bytes
         loss.backward()
     return forward, living.peak
@@ -97,9 +101,9 @@ LAYOUTS = (
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 @pytest.mark.parametrize("world, variants", [(1, MODELS), (2, LAYOUTS)], ids=["models", "layouts"])
-@pytest.mark.parametrize("size, close", [(S, 0.03), (TINY, 0.1)], ids=["S", "tiny"])
+@pytest.mark.parametrize("size, close", [(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):
-    """After the forward pass within 3 % (where scores and indices weigh as much as tokens, 10 %); the peak of both
+    """After the forward pass within 2 % (where scores and indices weigh as much as tokens, 10 %); the peak of both
     passes within what is planned, and not far below."""
     cases = [
         (*size, f"train.deepspeed={kind}_zero1", f"parallel.recompute={recompute}", *more)

@@ -44,6 +44,13 @@ def test_every_layout_is_tried_once():
         assert plan.layout == plan.config.layout(8) and plan.memory.peak <= found.limit
 
 
+def test_the_limit_parts_what_fits_from_what_does_not():
+    found = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
+    assert found.limit == 18 * GIB and found.fitting and found.too_large
+    assert all(p.memory.peak <= found.limit for p in found.fitting)
+    assert all(p.memory.peak > found.limit for p in found.too_large)
+
+
 def test_what_is_fixed_stays():
     found = find(
         "promoe_xl", 8, "parallel.ep=4", "train.deepspeed=bf16_zero2", fixed={"parallel.ep", "train.deepspeed"}

@@ -11,7 +11,7 @@ from megapromoe.planning.memory import Budget, budget
 from megapromoe.planning.roofline import StepTime, step_time, utilization
 from megapromoe.planning.zero import zero_of
 
-CLOSE = 1.05  # estimates that differ by less are taken for equal, and the simpler layout wins
+CLOSE = 1.1  # estimates that differ by less are taken for equal, and the simpler layout wins
 
 
 class PlanError(ValueError):

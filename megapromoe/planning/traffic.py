@@ -177,9 +177,6 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
     stage, width = zero.stage, zero.width
     often = micro if stage >= 2 else 1
     replicated, routed = tensors_on_rank(config.model, layout)
-    if stage in (1, 2) and width == 2:
-        for over, size in (("dp", layout.dp), ("tp", layout.tp)):
-            yield Collective("check for overflow", "all_reduce", over, size, 1, 1, "update", False)
     kinds = (("gradients", "dp", layout.dp, replicated), ("expert gradients", "edp", layout.edp, routed))
     for what, over, size, tensors in kinds:
         if not tensors:
