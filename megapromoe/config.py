@@ -212,6 +212,7 @@ class TrainConfig:
     ema: float = option(0.9999, "decay of the averaged weights", within="[0, 1)")
     optimizer: str = option("torch", "whose fused AdamW", ("torch", "apex", "deepspeed"))
     deepspeed: str = option("bf16_zero1", "name of a file in ds_configs, or a path to a .json file")
+    compile: bool = option(False, "torch.compile the dense layers; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
     timeout: float = option(600.0, "seconds before a hanging collective ends the run", within=POSITIVE)
     step_timeout: float = option(
@@ -677,7 +678,11 @@ def _read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"train.deepspeed = {name!r}: {reason}"]
     except ValueError as error:  # also undecodable text and what the two hooks refuse
         return {}, [f"train.deepspeed = {name!r}: {path} is not strict JSON: {error}"]
-    return content, [f"train.deepspeed = {name!r}: {problem}" for problem in _deepspeed_rules(content)]
+    problems = [f"train.deepspeed = {name!r}: {problem}" for problem in _deepspeed_rules(content)]
+    if not problems and config.train.compile and content.get("zero_optimization", {}).get("stage") == 3:
+        rule = f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not there when"
+        problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
+    return content, problems
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

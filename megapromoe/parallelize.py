@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megapromoe.config import Config
+from megapromoe.models.compiled import compile_dense
 from megapromoe.models.dit import DiT
 from megapromoe.models.layers import Attention, HeadNorm, Mlp
 from megapromoe.models.moe import MoE
@@ -67,6 +68,8 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
         persistent = attribute not in owner._non_persistent_buffers_set
         owner.register_buffer(attribute, value.to(device), persistent=persistent)
     connect(model, config, mesh)
+    if config.train.compile:
+        compile_dense(model)
     return model
 
 

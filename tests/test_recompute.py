@@ -102,14 +102,12 @@ def test_a_second_pass_routes_as_the_first(router, monkeypatch):
         return forward(x_BSD, routed, conditional)
 
     monkeypatch.setattr(moe, "forward", recorded)
-    monkeypatch.setattr(moe, "route", lambda x, *more: route(x.flip(1) if seen else x, *more))
+    monkeypatch.setattr(moe, "route", lambda x, *more: route(-x if seen else x, *more))
     prediction, auxiliary = model(torch.randn(4, 4, 8, 8), torch.ones(4), torch.tensor([1, 2, 3, 10]), 3)
     (prediction.square().mean() + auxiliary.total()).backward()
     (token, expert), (token_again, expert_again) = seen
     assert torch.equal(token, token_again) and torch.equal(expert, expert_again)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
-    flipped = moe.router(torch.randn(3, model.config.tokens, model.config.hidden_size), torch.tensor([1, 2, 3])).route
-    assert not torch.equal(flipped.expert_R, expert) or not torch.equal(flipped.token_R, token), "the test sees nothing"
 
 
 def test_each_policy_needs_less_than_the_one_before():

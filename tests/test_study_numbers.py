@@ -1,6 +1,7 @@
 """What a study says: collected numbers, differences, trends, fits, pictures, against definitions and known answers."""
 
 import csv
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from megapromoe.data.builtin import Digits
 from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.studies.collect import evaluated, row
 from megapromoe.studies.fit import FitError, fit_power_law
-from megapromoe.studies.plots import draw_all
+from megapromoe.studies.plots import draw_all, draw_images
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.tables import differences, fits, groups, mean_of, to_csv, to_markdown, trends
 
@@ -219,3 +220,31 @@ def test_the_held_out_loss_is_what_its_definition_says():
     assert objective_loss(model, resolve("digits"), dataset, draws=40, seed=3)[0] == pytest.approx(mean, rel=1e-6)
     with pytest.raises(ValueError, match="at least 2"):
         objective_loss(model, config, dataset, draws=1)
+
+
+def test_figures_of_drawn_images_are_taken_in(tmp_path):
+    study = finished(tmp_path, recipe(axes={}))
+    first, second = study.tasks
+    for task, old, new in ((first, 9.0, 1.5), (second, 9.0, 2.5)):
+        records = [
+            {"step": 3, "guidance": 1.0, "count": 1500, "figures": {"Fréchet distance (X)": old}},
+            {"step": 3, "guidance": 1.0, "count": 1500, "figures": {"Fréchet distance (X)": new, "recall (X)": 0.5}},
+            {"step": 3, "guidance": 2.0, "count": 1500, "figures": {"Fréchet distance (X)": 7.0}},
+            {
+                "step": 2,
+                "guidance": 1.0,
+                "count": 1500,
+                "figures": {"Fréchet distance (X)": 99.0},
+            },
+        ]
+        text = "\n".join(json.dumps(record) for record in records)
+        (study.run(task) / "evaluation.jsonl").write_text(text + '\n{"step": 3, half a li')
+    found = rows(study)
+    name = "evaluated: Fréchet distance (X), 1,500 images, guidance "
+    assert [(row[name + "1"], row[name + "2"]) for row in found] == [(1.5, 7.0), (2.5, 7.0)]
+    text = to_markdown(found, study.recipe, [], ["promoe"])
+    assert "1.5 / 2.5 | 0.5 / 0.5 | 7 / 7" in text
+    losses, distances = draw_images(study, found).axes
+    assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
+    assert sorted(y for line in distances.lines for y in line.get_ydata()) == [1.5, 2.5, 7.0, 7.0]
+    assert draw_images(study, rows(finished(tmp_path / "unseen", recipe(axes={})))) is None

@@ -7,6 +7,8 @@ unconditional expert, the routers, the routed experts. So does evaluation, which
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,7 +17,7 @@ from megapromoe.models.layers import Mlp
 from megapromoe.models.moe import MoE
 
 
-def compile_dense(model: DiT, backend: str = "inductor") -> None:
+def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
     """Replaces the model's dense stretches by compiled ones, in training mode.
 
     Compilation happens at the first step; blocks of one kind share what is compiled. Raises, at the first step, torch's
@@ -32,7 +34,7 @@ def compile_dense(model: DiT, backend: str = "inductor") -> None:
         setattr(owner, name, _in_training(model, getattr(owner, name), backend))
 
 
-def _in_training(model: nn.Module, eager, backend: str):
+def _in_training(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
     # Shapes that change raise instead of compiling again and again.
     fast = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False)
 

@@ -113,7 +113,7 @@ class KMeansRouter(Router):
         """
         decay = self.config.kmeans_decay
         # A product, for adding by index is not reproducible on GPUs, and tp ranks must end up with the same centroids.
-        mine_ET = F.one_hot(chosen_T, self.experts).to(unit_TD).T
+        mine_ET = (torch.arange(self.experts, device=chosen_T.device)[:, None] == chosen_T).to(unit_TD)
         packed = sum_over(torch.cat([mine_ET @ unit_TD, mine_ET.sum(1, keepdim=True)], dim=1), self.scope)
         sum_ED, count_E = packed[:, :-1], packed[:, -1]
         mean_ED = sum_ED / count_E.clamp(min=1)[:, None]
@@ -132,13 +132,15 @@ class KMeansRouter(Router):
         """The token of the scope that resembles its centroid least, and how much; cosine 2 if there is no token."""
         none_1D = torch.cat([unit_TD.new_full((1, 1), NOT_A_TOKEN), unit_TD.new_zeros(1, unit_TD.shape[1])], dim=1)
         cosine_T = torch.cat([none_1D[:, 0], nearest_T.nan_to_num(NOT_A_TOKEN)])
-        place = cosine_T.argmin()
-        best = torch.cat([cosine_T[place, None], torch.cat([none_1D[:, 1:], unit_TD])[place]])
+        # Selected, not indexed: a number as an index would come to the host first.
+        place = cosine_T.argmin(0, keepdim=True)
+        best_1D = torch.cat([none_1D[:, 1:], unit_TD]).index_select(0, place)
+        best = torch.cat([cosine_T.index_select(0, place), best_1D[0]])
         if self.scope.size > 1:
             parts = [torch.empty_like(best) for _ in range(self.scope.size)]
             dist.all_gather(parts, best.contiguous(), group=self.scope.handle)
             found = torch.stack(parts)
-            best = found[found[:, 0].argmin()]
+            best = found.index_select(0, found[:, 0].argmin(0, keepdim=True))[0]
         return best[0], best[1:]
 
 

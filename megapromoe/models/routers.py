@@ -289,11 +289,28 @@ def top_counts(score_TE: Tensor, count_E: Tensor) -> Tensor:
 
 def segment_sums(x_TD: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Sum and number of the tokens assigned to each expert, float32 (E, D) and (E,). A token may count for several."""
-    x_TD = x_TD.float()
-    sum_ED = x_TD.new_zeros(experts, x_TD.shape[1])
-    for k in range(expert_TK.shape[1]):
-        sum_ED = sum_ED.index_add_(0, expert_TK[:, k], x_TD)
-    return sum_ED, counts(expert_TK.flatten(), experts).float()
+    return _SegmentSums.apply(x_TD, expert_TK, experts), counts(expert_TK.flatten(), experts).float()
+
+
+class _SegmentSums(torch.autograd.Function):
+    """The sums of `segment_sums`. Autograd's version would keep a float32 copy of all tokens."""
+
+    @staticmethod
+    def forward(ctx, x_TD, expert_TK, experts):
+        ctx.save_for_backward(expert_TK)
+        ctx.dtype = x_TD.dtype
+        sum_ED, wide_TD = x_TD.new_zeros(experts, x_TD.shape[1], dtype=torch.float32), x_TD.float()
+        for k in range(expert_TK.shape[1]):
+            sum_ED.index_add_(0, expert_TK[:, k], wide_TD)
+        return sum_ED
+
+    @staticmethod
+    def backward(ctx, grad_ED):
+        (expert_TK,) = ctx.saved_tensors
+        grad_TD = grad_ED.index_select(0, expert_TK[:, 0])
+        for k in range(1, expert_TK.shape[1]):
+            grad_TD += grad_ED.index_select(0, expert_TK[:, k])
+        return grad_TD.to(ctx.dtype), None, None
 
 
 def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:

@@ -159,7 +159,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router in PROMOE_ROUTERS:
         yield Saved("router", "lengths, scores", T * (1 + E) * 4)
         if model.rcl_weight:
-            yield Saved("router", "float32 tokens, for the contrastive loss", copy)
+            yield Saved("router", "float32 tokens, of which experts take", copy if model.router == "promoe_ec" else 0)
             groups = images if model.router == "promoe_ec" else 1
             yield Saved("router", "contrastive loss, float64", groups * E * (3 * D + 2 * E) * 8)
     if model.router == "classification":

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from megapromoe.cost import flops_per_image, parameters
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
-from megapromoe.studies.study import Study, metrics, read_json, write
+from megapromoe.studies.study import Study, lines_of, metrics, read_json, write
 
 DRAWS = 8192
+EVALUATED = "evaluated: "  # begins the name of a figure that `megapromoe evaluate` found
 TAIL = 0.1  # of the steps: training's own losses are averaged over the last ones
 
 LOSS, TRAINING_LOSS = "fixed_loss", "training_loss"
@@ -111,7 +112,21 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "images_per_second": _median(lines, "images_per_second"),
         "flops_per_second": _median(lines, "flops_per_second"),
         "memory_bytes": max((line["memory_bytes"] for line in lines if line.get("memory_bytes")), default=None),
+        **_figures(study, task),
     }
+
+
+def _figures(study: Study, task: Task) -> dict[str, float]:
+    """What `megapromoe evaluate` found of the last checkpoint: the newest record of each figure and guidance scale.
+
+    Drawing images costs as much as a short training, so `collect` does not begin it, and takes in what there is.
+    """
+    found = {}
+    for record in lines_of(study.run(task) / "evaluation.jsonl"):
+        if record.get("step") == study.steps_saved(task):
+            for name, value in record["figures"].items():
+                found[f"{EVALUATED}{name}, {record['count']:,} images, guidance {record['guidance']:g}"] = value
+    return found
 
 
 def _known_loss(study: Study, task: Task, draws: int) -> dict[str, Any] | None:

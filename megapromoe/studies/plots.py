@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megapromoe.studies.collect import LOSS, TAIL
+from megapromoe.studies.collect import EVALUATED, LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
 from megapromoe.studies.study import Study, metrics
-from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of, model_name
+from megapromoe.studies.tables import EXPERTS, Rows, evaluated, fits, groups, mean_of, model_name
 
 COLOURS = colormaps["tab10"].colors
 MARKERS = "osD^vP*X<>"
 PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 LOSS_LABEL = "loss on fixed draws"
+SMOOTH = 3  # logged values that a curve of the loss averages
 
 
 def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
@@ -31,6 +33,7 @@ def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
     """
     pictures = {"loss_experts": draw_experts(study, rows), "loss_compute": draw_compute(study, rows)}
     pictures |= {"routing": draw_routing(study, rows), "cost": draw_cost(study, rows, note)}
+    pictures |= {"images": draw_images(study, rows)}
     paths = []
     for name, figure in pictures.items():
         if figure is not None:
@@ -209,6 +212,45 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7, color="0.35")
         figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
     return figure
+
+
+def draw_images(study: Study, rows: Rows) -> Figure | None:
+    """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure."""
+    columns = evaluated(rows)
+    if not columns:
+        return None
+    first = columns[0].rpartition(", guidance ")[0]
+    scales = [name for name in columns if name.rpartition(", guidance ")[0] == first]
+    figure, (losses, distances) = _figure(2, 5.2)
+    everything = groups(rows, study.recipe)
+    tasks = {task.name: task for task in study.tasks}
+    for i, ((variant, point), group) in enumerate(everything.items()):
+        style = {"color": COLOURS[i % 10], "linestyle": "-" if i < 10 else "--"}
+        steps, loss = _curve(metrics(study.run(tasks[row["task"]])) for row in group)
+        losses.plot(steps, loss, linewidth=1.2, label=model_name(variant, point), **style)
+        for k, name in enumerate(scales):
+            values = [row[name] for row in group if row.get(name) is not None]
+            place = i + (k - (len(scales) - 1) / 2) * 0.25
+            marker = "os^D"[k % 4]
+            distances.plot([place] * len(values), values, marker, color=style["color"], markersize=5, alpha=0.8)
+    losses.set(xlabel="step", ylabel=f"denoising loss of the training, mean of seeds and {SMOOTH} logged values")
+    losses.set_yscale("log")
+    losses.legend(fontsize=7, frameon=False)
+    distances.set_xticks(range(len(everything)), [model_name(*key) for key in everything], rotation=40, ha="right")
+    distances.set_ylabel(first.removeprefix(EVALUATED), fontsize=8)
+    shown = ", ".join(f"{'os^D'[k % 4]} = {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
+    distances.set_title(f"each mark a seed; guidance {shown.replace('^', 'triangle')}", fontsize=9)
+    distances.tick_params(axis="x", labelsize=8)
+    return figure
+
+
+def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all runs logged, and the mean of their losses, smoothed by `SMOOTH`."""
+    losses = [{line["step"]: line["denoising"] for line in run if math.isfinite(line["denoising"])} for run in runs]
+    steps = np.array(sorted(set.intersection(*map(set, losses))))
+    mean = np.array([[loss[step] for step in steps] for loss in losses]).mean(0)
+    window = min(SMOOTH, len(steps))
+    return steps[window - 1 :], np.convolve(mean, np.ones(window) / window, mode="valid")
 
 
 def _figure(panels: int, height: float = 4.6) -> tuple[Figure, list]:

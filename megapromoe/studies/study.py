@@ -152,9 +152,14 @@ def open_study(folder: Path) -> Study:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; what a killed run left of a line is passed over."""
+    """The lines of a run's metrics.jsonl, in order."""
+    return lines_of(run / "metrics.jsonl")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, if there is one; what a killed run left of a line is passed over."""
     try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     lines = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from megapromoe.studies.collect import LOSS, TRAINING_LOSS
+from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
 from megapromoe.studies.recipe import Recipe
 
@@ -157,6 +157,9 @@ def sections(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequen
         " over seeds (Student's t)."
     )
     yield _table(_mean_lines(rows, recipe))
+    if evaluated(rows):
+        yield "Images drawn by the last checkpoints, each seed's figure (`megapromoe evaluate`):"
+        yield _table(_evaluated_lines(rows, recipe))
     for name in against:
         lines = [["model", "loss minus that of " + name, "seeds", "differs"]]
         for (variant, point), d in differences(rows, recipe, name).items():
@@ -198,6 +201,25 @@ def model_name(variant: str, point: tuple | None) -> str:
     if point is None:
         return f"{variant}, mean of its points"
     return " ".join([variant, *(f"{axis.rpartition('.')[2]}={value}" for axis, value in point)])
+
+
+def evaluated(rows: Rows) -> list[str]:
+    """The figures of drawn images that any run has: names of columns."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(EVALUATED)))
+
+
+def _evaluated_lines(rows: Rows, recipe: Recipe) -> list[list]:
+    names = evaluated(rows)
+    lines = [["model", "seeds", *(name.removeprefix(EVALUATED) for name in names)]]
+    for (variant, point), group in groups(rows, recipe).items():
+        values = [[row[name] for row in group if row.get(name) is not None] for name in names]
+        lines.append([model_name(variant, point), len(group), *(_of_images(v) for v in values)])
+    return lines
+
+
+def _of_images(values: list[float]) -> str:
+    """Of two or three runs an interval would tell little: all values."""
+    return " / ".join(f"{value:.3g}" for value in values) or "-"
 
 
 def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:

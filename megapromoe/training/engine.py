@@ -322,8 +322,8 @@ class Engine:
         self.engine.destroy()
 
     def _announced_norm(self, *_) -> Tensor:
-        # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step". It looks at the answer more
-        # than once: on the host, where that costs nothing.
+        # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step". It looks at the answer
+        # more than once: on the host, where that costs nothing.
         norm = self._agree()
         return torch.tensor(norm if self._usable(norm) else -1.0)
 
