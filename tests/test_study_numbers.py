@@ -243,7 +243,8 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
     name = "evaluated: Fréchet distance (X), 1,500 images, guidance "
     assert [(row[name + "1"], row[name + "2"]) for row in found] == [(1.5, 7.0), (2.5, 7.0)]
     text = to_markdown(found, study.recipe, [], ["promoe"])
-    assert "1.5 / 2.5 | 0.5 / 0.5 | 7 / 7" in text
+    assert "1,500 images, guidance 1, seen by X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
+    assert "1,500 images, guidance 2, seen by X" in text and "| promoe | 7 / 7 |" in text
     losses, distances = draw_images(study, found).axes
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
     assert sorted(y for line in distances.lines for y in line.get_ydata()) == [1.5, 2.5, 7.0, 7.0]

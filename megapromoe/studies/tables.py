@@ -157,9 +157,7 @@ def sections(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequen
         " over seeds (Student's t)."
     )
     yield _table(_mean_lines(rows, recipe))
-    if evaluated(rows):
-        yield "Images drawn by the last checkpoints, each seed's figure (`megapromoe evaluate`):"
-        yield _table(_evaluated_lines(rows, recipe))
+    yield from _evaluated_sections(rows, recipe)
     for name in against:
         lines = [["model", "loss minus that of " + name, "seeds", "differs"]]
         for (variant, point), d in differences(rows, recipe, name).items():
@@ -208,13 +206,20 @@ def evaluated(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row if name.startswith(EVALUATED)))
 
 
-def _evaluated_lines(rows: Rows, recipe: Recipe) -> list[list]:
-    names = evaluated(rows)
-    lines = [["model", "seeds", *(name.removeprefix(EVALUATED) for name in names)]]
-    for (variant, point), group in groups(rows, recipe).items():
-        values = [[row[name] for row in group if row.get(name) is not None] for name in names]
-        lines.append([model_name(variant, point), len(group), *(_of_images(v) for v in values)])
-    return lines
+def _evaluated_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
+    """A table for each network, number of images and guidance scale."""
+    tables: dict[str, list[str]] = {}
+    for name in evaluated(rows):
+        figure, _, rest = name.removeprefix(EVALUATED).partition(" (")
+        tables.setdefault(rest or figure, []).append(name)
+    for rest, names in tables.items():
+        network, _, drawn = rest.partition("), ")
+        yield f"Images drawn by the last checkpoints, each seed's figure: {drawn}, seen by {network}."
+        lines = [["model", *(name.removeprefix(EVALUATED).partition(" (")[0] for name in names)]]
+        for (variant, point), group in groups(rows, recipe).items():
+            values = [[row[name] for row in group if row.get(name) is not None] for name in names]
+            lines.append([model_name(variant, point), *(_of_images(v) for v in values)])
+        yield _table(lines)
 
 
 def _of_images(values: list[float]) -> str:
