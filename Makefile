@@ -18,7 +18,7 @@ train: env
 	$(BIN)/python tools/train_digits.py
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff check .

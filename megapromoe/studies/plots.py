@@ -22,6 +22,7 @@ COLOURS = colormaps["tab10"].colors
 MARKERS = "osD^vP*X<>"
 PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 LOSS_LABEL = "loss on fixed draws"
+SHAPES = (("o", "circles"), ("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
 SMOOTH = 3  # logged values that a curve of the loss averages
 
 
@@ -215,7 +216,10 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
 
 
 def draw_images(study: Study, rows: Rows) -> Figure | None:
-    """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure."""
+    """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure.
+
+    Where the recipe names a baseline, the loss is shown as a multiple of the baseline's at the same step.
+    """
     columns = evaluated(rows)
     if not columns:
         return None
@@ -224,22 +228,27 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     figure, (losses, distances) = _figure(2, 5.2)
     everything = groups(rows, study.recipe)
     tasks = {task.name: task for task in study.tasks}
-    for i, ((variant, point), group) in enumerate(everything.items()):
+    curves = {key: _curve(metrics(study.run(tasks[row["task"]])) for row in group) for key, group in everything.items()}
+    base = next(
+        (dict(zip(*curve, strict=True)) for key, curve in curves.items() if key[0] == study.recipe.baseline), {}
+    )
+    for i, (key, group) in enumerate(everything.items()):
         style = {"color": COLOURS[i % 10], "linestyle": "-" if i < 10 else "--"}
-        steps, loss = _curve(metrics(study.run(tasks[row["task"]])) for row in group)
-        losses.plot(steps, loss, linewidth=1.2, label=model_name(variant, point), **style)
+        points = [(step, loss / base.get(step, 1.0)) for step, loss in zip(*curves[key], strict=True)]
+        losses.plot(*zip(*points, strict=True), linewidth=1.2, label=model_name(*key), **style)
         for k, name in enumerate(scales):
             values = [row[name] for row in group if row.get(name) is not None]
             place = i + (k - (len(scales) - 1) / 2) * 0.25
-            marker = "os^D"[k % 4]
-            distances.plot([place] * len(values), values, marker, color=style["color"], markersize=5, alpha=0.8)
-    losses.set(xlabel="step", ylabel=f"denoising loss of the training, mean of seeds and {SMOOTH} logged values")
-    losses.set_yscale("log")
+            distances.plot(
+                [place] * len(values), values, SHAPES[k % 4][0], color=style["color"], markersize=5, alpha=0.8
+            )
+    losses.set(xlabel="step", ylabel=f"denoising loss{f' / that of {study.recipe.baseline}' if base else ''}")
+    losses.set_title(f"training, mean of the seeds and of {SMOOTH} logged values", fontsize=9)
     losses.legend(fontsize=7, frameon=False)
     distances.set_xticks(range(len(everything)), [model_name(*key) for key in everything], rotation=40, ha="right")
     distances.set_ylabel(first.removeprefix(EVALUATED), fontsize=8)
-    shown = ", ".join(f"{'os^D'[k % 4]} = {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
-    distances.set_title(f"each mark a seed; guidance {shown.replace('^', 'triangle')}", fontsize=9)
+    shown = ", ".join(f"{SHAPES[k % 4][1]} {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
+    distances.set_title(f"each mark a seed; guidance: {shown}", fontsize=9)
     distances.tick_params(axis="x", labelsize=8)
     return figure
 
