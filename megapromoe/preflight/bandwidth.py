@@ -59,7 +59,7 @@ def _tournament(players: list[int]) -> list[list[tuple[int, int]]]:
     seats: list[int | None] = [*players, None] if len(players) % 2 else list(players)
     found = []
     for _ in range(len(seats) - 1):
-        pairs = zip(seats[: len(seats) // 2], reversed(seats), strict=False)
+        pairs = zip(seats[: len(seats) // 2], reversed(seats), strict=False)  # the first half with the last, backwards
         found.append([(a, b) for a, b in pairs if a is not None and b is not None])
         seats = [seats[0], seats[-1], *seats[1:-1]]
     return found
