@@ -21,10 +21,13 @@ from megapromoe import classes
 from megapromoe.presets import PRESETS
 
 ONE_UP, ZERO_UP, POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
-ROUTERS = ("dense", "promoe", "promoe_ec", "classification", "kmeans", "tc", "ec", "diffmoe")
-PROMOE_ROUTERS = ("promoe", "promoe_ec")
+ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
+PROMOE_ROUTERS = ("promoe", "promoe_ec")  # with prototypes
+GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # a linear gate
 GUIDED_ROUTERS = ("classification", "kmeans")
-TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, *GUIDED_ROUTERS)  # null images apart, a shared expert beside the routed ones
+# Null images apart, a shared expert beside the routed ones.
+TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
+PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
 FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
@@ -48,7 +51,9 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), within: str =
 class ModelConfig:
     """The network: DiT's sizes, the router and the experts."""
 
-    router: str = option("promoe", "who routes: dense DiT, ProMoE, classes or k-means, TC, EC, DiffMoE", ROUTERS)
+    router: str = option(
+        "promoe", "who routes: dense DiT, ProMoE and its variants, classes or k-means, TC, EC, DiffMoE", ROUTERS
+    )
     hidden_size: int = option(384, "channels D of a token", within=ONE_UP)
     depth: int = option(12, "transformer blocks L", within=ONE_UP)
     heads: int = option(6, "attention heads", within=ONE_UP)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_routing import tiny
 
-from megapromoe.config import resolve
+from megapromoe.config import ROUTERS, resolve
 from megapromoe.data.builtin import Digits
 from megapromoe.evaluation import analysis, figures, routing_report
 from megapromoe.evaluation.routing import Routing, RoutingError, Tokens, measure_routing
@@ -174,7 +174,7 @@ def test_what_cannot_be_measured(changes, said):
 # ---- the report
 
 
-@pytest.mark.parametrize("router", ["promoe", "promoe_ec", "classification", "kmeans", "tc", "ec", "diffmoe"])
+@pytest.mark.parametrize("router", ROUTERS[1:])
 def test_every_router_can_be_analysed(router):
     model, config = tiny(f"model.router={router}")
     dataset = Digits()

@@ -31,6 +31,7 @@ def test_published_sweep_over_experts(experts, millions):
         {"router": "tc", "unconditional_expert": False, "learn_sigma": False},
         {"router": "classification", "shared_expert": False},
         {"router": "kmeans", "unconditional_expert": False},
+        {"router": "promoe_linear"},
         {"router": "ec", "top_k": 2},
         {"router": "diffmoe", "qk_norm": True, "mlp_ratio": 3.0},
     ],

@@ -56,6 +56,7 @@ KERNELS = {
     ("model.capacity_factor=1.25",): (54, 51, 109),
     ("model.router=promoe_ec",): (59, 26, 119),
     ("model.router=kmeans",): (66, 27, 53),
+    ("model.router=promoe_linear",): (12, 27, 40),
     ("model.router=tc",): (12, 20, 25),
     ("model.router=ec",): (15, 19, 25),
     ("model.router=diffmoe",): (25, 19, 37),

@@ -86,6 +86,7 @@ MODELS = (
     ("model.router=ec",),
     ("model.router=diffmoe",),
     ("model.router=kmeans",),
+    ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=classification",),
     ("model.top_k=2", "model.gate=sigmoid"),
 )

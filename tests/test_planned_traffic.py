@@ -163,6 +163,7 @@ def test_traffic_of_models():
         ("model.router=tc", "model.balance_weight=0.1", "model.balance_form=sequence"),
         ("model.router=classification", "model.qk_norm=true"),
         ("model.router=kmeans",),
+        ("model.router=promoe_linear", "model.balance_weight=0.1"),
         ("parallel.recompute=moe", "model.capacity_factor=1.5"),
         ("parallel.recompute=all", "model.balance_weight=0.1"),
         ("parallel.recompute=all", "model.router=kmeans"),

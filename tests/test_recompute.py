@@ -21,6 +21,7 @@ ROUTERS = (
     ("model.router=promoe_ec",),
     ("model.router=classification", "model.balance_weight=0.1", "model.balance_form=sequence"),
     ("model.router=kmeans",),
+    ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=tc", "model.balance_weight=0.1"),
     ("model.router=ec",),
     ("model.router=diffmoe",),

@@ -100,7 +100,7 @@ def test_contrastive_loss_leaves_unused_experts_out():
     torch.testing.assert_close(contrastive_loss(prototypes, sums, counts, 0.2), expected)
 
 
-@pytest.mark.parametrize("router", ["promoe", "tc"])
+@pytest.mark.parametrize("router", ["promoe", "promoe_linear", "tc"])
 @pytest.mark.parametrize("form", ["batch", "sequence"])
 def test_balance_losses_by_hand(router, form):
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import GUIDED_ROUTERS, Config, ModelConfig, resolve
+from megapromoe.config import PUBLISHED_ROUTERS, Config, ModelConfig, resolve
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.models.dit import DiT
 
@@ -86,7 +86,7 @@ def needed(config: Config | None, path: Path) -> Config:
 def check_published(config: Config, path: Path) -> None:
     """Raises ConversionError for a model that no published checkpoint is of."""
     router = config.model.router
-    if router in GUIDED_ROUTERS:
+    if router not in PUBLISHED_ROUTERS:
         raise ConversionError(f"{path}: model.router = {router} was never published; use another format")
 
 

@@ -149,7 +149,10 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
 
 
 class GateRouter(Router):
-    """TC-DiT: softmax over a linear gate, a token takes its top-K experts, weights not renormalised."""
+    """Softmax over a linear gate, a token takes its top-K experts, weights not renormalised.
+
+    As "tc" this is TC-DiT; as "promoe_linear" ProMoE's two-step router without its prototypes.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -236,6 +239,7 @@ class DiffMoERouter(GateRouter):
 ROUTERS: dict[str, type[Router]] = {
     "promoe": PrototypeRouter,
     "promoe_ec": PrototypeExpertChoiceRouter,
+    "promoe_linear": GateRouter,
     "tc": GateRouter,
     "ec": ExpertChoiceRouter,
     "diffmoe": DiffMoERouter,

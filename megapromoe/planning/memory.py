@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megapromoe.config import PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.config import GATE_ROUTERS, PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
 from megapromoe.planning.traffic import (
     Batch,
@@ -167,13 +167,13 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router == "kmeans":
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "lengths, scores", T * (2 + E) * 4)
-    if model.router in ("tc", "ec", "diffmoe"):
+    if model.router in GATE_ROUTERS:
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "scores", T * E * 4)
     if model.router == "diffmoe":
         yield Saved("router", "capacity predictor, around its SiLU", 2 * T * D * b)
         yield Saved("router", "predictions, choices", 2 * T * E * 4)
-    if model.balance_weight and model.router in ("promoe", "tc", "classification"):
+    if model.balance_weight and model.router in ("promoe", "promoe_linear", "tc", "classification"):
         yield Saved("router", "balance loss", T * E * 4)
 
 

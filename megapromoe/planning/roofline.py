@@ -24,7 +24,7 @@ from megapromoe.planning.zero import zero_of
 
 # Kernels of a block, forward and backward; those that torch's dispatcher counted, views left out.
 DENSE_KERNELS = 62
-MOE_KERNELS = {"tc": 115, "ec": 115, "diffmoe": 140}
+MOE_KERNELS = {"tc": 115, "ec": 115, "diffmoe": 140, "promoe_linear": 140}
 OTHER_MOE_KERNELS = 260  # prototypes and contrastive loss, shared and unconditional expert
 # Seconds of the host that DeepSpeed spends on a parameter: on its gradient; at stage 3 also on gathering it.
 HOOK, GATHER_HOOK = 30e-6, 200e-6

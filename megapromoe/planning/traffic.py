@@ -151,7 +151,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
     if model.router == "kmeans":
         yield from statistic("k-means: sums and counts", E * (D + 1) * 4, backward=False)
         yield from statistic("k-means: the stray token", dp * (D + 1) * 4, backward=False, op="all_gather")
-    if model.router in ("promoe", "tc", "classification") and model.balance_weight:
+    if model.router in ("promoe", "promoe_linear", "tc", "classification") and model.balance_weight:
         width = 2 * E + 1 if model.balance_form == "batch" else 2
         yield from statistic("balance loss", width * 4)
     if model.router == "diffmoe":
