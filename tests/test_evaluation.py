@@ -1,19 +1,23 @@
 """Figures against independent references; networks that are what they say; all of it on digits, at 1 and 2 ranks."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import parallel
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import linalg
 from test_sampling import ALONE, as_job, launched, run, stirred_run  # noqa: F401, `run` is a fixture
 
 from megapromoe.commands import evaluate as command
 from megapromoe.config import ConfigError
-from megapromoe.evaluation import features, quality
+from megapromoe.diffusion.drawing import SampleError
+from megapromoe.evaluation import features, quality, quality_report
 from megapromoe.evaluation.features import FeatureError, open_network
 from megapromoe.evaluation.image_sets import ImageSet, ImageSetError, open_array
 from megapromoe.evaluation.inception import CLASSES, Inception, resize
@@ -21,6 +25,7 @@ from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.evaluation.quality import Evaluation, EvaluationError
 from megapromoe.evaluation.sampling import Request
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
+from megapromoe.training.checkpoint_file import steps_in
 from megapromoe.training.runtime import Launch
 
 
@@ -336,15 +341,93 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):  # noqa
         assert a["images"] == b["images"] and a["features"] == b["features"] and a["step"] == 3
     assert one[0]["figures"] != one[1]["figures"]
     assert len(list((tmp_path / "drawn").iterdir())) == 2
-    said = quality.table(one)
+    said = quality_report.table(one)
     assert "130 images of step 3 (ema weights) against digits (1,797 images)" in said and "guidance 3" in said
-    quality.append(one, tmp_path / "evaluation.jsonl")
-    quality.append(one[:1], tmp_path / "evaluation.jsonl")
+    quality_report.append(one, tmp_path / "evaluation.jsonl")
+    quality_report.append(one[:1], tmp_path / "evaluation.jsonl")
     assert [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()] == [*one, one[0]]
-    quality.plot(one, tmp_path / "plot.png")
+    quality_report.plot(one, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 300
     with pytest.raises(EvaluationError, match="the figures are above"):
-        quality.append(one, tmp_path)
+        quality_report.append(one, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def long_run(run, tmp_path_factory):  # noqa: F811
+    """A run that kept two checkpoints, of different weights: steps 3 and 1200."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("long") / "run")
+    other = tmp_path_factory.mktemp("other")
+    parallel.run(1, stirred_run, str(other), "model.num_experts=3", "train.seed=5")
+    later = shutil.copytree(other / "checkpoints" / "step-00000003", folder / "checkpoints" / "step-00001200")
+    manifest = json.loads((later / "manifest.json").read_text())
+    (later / "manifest.json").write_text(json.dumps(manifest | {"step": 1200}))
+    return folder
+
+
+def evaluate_where_the_first_sees_more(evaluation, launch):
+    """As on a file system that shows what was saved to some machines later than to others."""
+    if launch.rank > 0:
+        quality.steps_in = lambda root: [3]
+    return quality.evaluate(evaluation, launch)
+
+
+def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monkeypatch):
+    request = Request(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
+    both = as_job(2, tmp_path, evaluate_where_the_first_sees_more, Evaluation(request, None, "data", every_step=True))
+    figures = [[record["figures"] for record in records] for records in both]
+    assert figures[0] == figures[1] and len(list((tmp_path / "drawn").iterdir())) == 4
+    calls, look = [], quality.look
+    monkeypatch.setattr(quality, "open_network", lambda *arguments: calls.append("opened") or network)
+    monkeypatch.setattr(quality, "look", lambda *arguments: calls.append(arguments[3]) or look(*arguments))
+    records = quality.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
+    assert calls[:2] == ["opened", "reference"] and len(calls) == 2 + 4 and len(set(calls)) == 6
+    assert [(r["step"], r["guidance"]) for r in records] == [(3, 1.0), (3, 3.0), (1200, 1.0), (1200, 3.0)]
+    alone = []
+    for step in (3, 1200):
+        alone += quality.evaluate(Evaluation(replace(request, step=step), None, "data"), ALONE)
+    for one, other, job in zip(records, alone, both[0], strict=True):
+        assert one["figures"] == other["figures"] == pytest.approx(job["figures"], rel=1e-9)
+        assert one["images"] == other["images"] == job["images"]
+    assert records[0]["figures"] != records[2]["figures"]
+
+
+def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trained, monkeypatch):
+    none = tmp_path / "none"
+    none.mkdir()
+    (none / "config.yaml").write_text((long_run / "config.yaml").read_text())
+    evaluation = Evaluation(Request(long_run, tmp_path / "drawn", 130), None, "data", every_step=True)
+    monkeypatch.setattr(quality, "steps_in", lambda root: [3, 7, 1200])
+    with pytest.raises(SampleError, match="step = 7: .* no such checkpoint; there are 3, 1200"):
+        quality.evaluate(evaluation, ALONE)
+    assert len(list((tmp_path / "drawn").glob("step-00000003-*"))) == 1, "what was drawn by then is kept"
+    monkeypatch.setattr(quality, "steps_in", steps_in)
+    with pytest.raises(SampleError, match="holds no complete checkpoint"):
+        quality.evaluate(replace(evaluation, request=replace(evaluation.request, run=none)), ALONE)
+
+
+def record_of(step, guidance, distance):
+    features = {"name": "x", "standard": False, "declared": False}
+    said = {"count": 130, "reference": "digits", "reference_count": 1797, "features": features, "weights": "ema"}
+    return said | {"step": step, "guidance": guidance, "figures": {"Fréchet distance (x)": distance}}
+
+
+def test_a_table_and_a_picture_of_several_steps(tmp_path, monkeypatch):
+    records = [record_of(*values) for values in ((3, 1.0, 9.0), (3, 2.0, 8.0), (1200, 1.0, 5.0), (1200, 2.0, 4.5))]
+    first, steps, scales, line = quality_report.table(records).splitlines()
+    assert first.startswith("130 images of each of 2 steps (ema weights) against digits (1,797 images)")
+    assert steps.split("  ")[-1].strip() == "step 1,200" and steps.count("step 3") == 2
+    assert [steps.index("step 3"), scales.index("guidance 1")] < [steps.index("step 1,200"), scales.index("guidance 2")]
+    assert len(steps) == len(scales) == len(line) and line.split()[-4:] == ["9", "8", "5", "4.5"]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    quality_report.plot(records[::-1], tmp_path / "steps.png")
+    quality_report.plot(records[:2], tmp_path / "scales.png")
+    over_steps, over_scales = drawn
+    lines = {line.get_label(): line.get_xydata().tolist() for line in over_steps.lines}
+    assert lines == {"guidance 1": [[3, 9], [1200, 5]], "guidance 2": [[3, 8], [1200, 4.5]]}
+    assert (over_steps.get_xlabel(), over_scales.get_xlabel()) == ("step", "guidance scale")
+    assert [line.get_xydata().tolist() for line in over_scales.lines] == [[[1, 9], [2, 8]]]
+    assert "step" not in over_steps.get_title().replace("of each step", "") and "step 3," in over_scales.get_title()
 
 
 def test_statistics_of_a_reference_hold_for_the_standard_network_alone(tmp_path, monkeypatch):
@@ -431,6 +514,17 @@ def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
     assert (tmp_path / "plot.png").is_file()
 
 
+def test_the_command_evaluates_every_step(long_run, tmp_path, trained, capsys):
+    words = ["--run", str(long_run), "--num", "120", "--guidance", "1.5", "--samples", str(tmp_path / "kept")]
+    assert command.run(parsed(*words, "--every-step", "--plot", str(tmp_path / "plot.png")), ALONE) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("120 images of each of 2 steps (ema weights)") and "step 1,200" in said
+    kept = [json.loads(line) for line in (long_run / "evaluation.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in kept] == [3, 1200] and (tmp_path / "plot.png").is_file()
+    assert command.run(parsed(*words, "--json"), ALONE) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 1200, "the last one, where nothing is said"
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -438,6 +532,8 @@ def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
         (["--run", "r", "--images", "i"], ["give one of them"]),
         (["--run", "r"], ["--num: is needed"]),
         (["--images", "i", "--num", "5", "--plot", "p"], ["--num: is for", "--plot: is for", "--reference: is needed"]),
+        (["--run", "r", "--every-step", "--step", "3"], ["--num: is needed", "--every-step, --step 3: give one"]),
+        (["--images", "i", "--every-step"], ["--every-step: is for drawing", "--reference: is needed"]),
     ],
 )
 def test_options_that_do_not_go_together(words, said):

@@ -15,8 +15,10 @@ from megapromoe.config import resolve
 from megapromoe.data.builtin import Digits
 from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.studies.collect import evaluated, row
+from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import FitError, fit_power_law
-from megapromoe.studies.plots import draw_all, draw_images
+from megapromoe.studies.image_plots import draw_images
+from megapromoe.studies.plots import draw_all
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.tables import differences, fits, groups, mean_of, to_csv, to_markdown, trends
 
@@ -230,12 +232,7 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
             {"step": 3, "guidance": 1.0, "count": 1500, "figures": {"Fréchet distance (X)": old}},
             {"step": 3, "guidance": 1.0, "count": 1500, "figures": {"Fréchet distance (X)": new, "recall (X)": 0.5}},
             {"step": 3, "guidance": 2.0, "count": 1500, "figures": {"Fréchet distance (X)": 7.0}},
-            {
-                "step": 2,
-                "guidance": 1.0,
-                "count": 1500,
-                "figures": {"Fréchet distance (X)": 99.0},
-            },
+            {"step": 2, "guidance": 3.0, "count": 1500, "figures": {"Fréchet distance (X)": 99.0}},
         ]
         text = "\n".join(json.dumps(record) for record in records)
         (study.run(task) / "evaluation.jsonl").write_text(text + '\n{"step": 3, half a li')
@@ -245,7 +242,107 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
     text = to_markdown(found, study.recipe, [], ["promoe"])
     assert "1,500 images, guidance 1, seen by X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
     assert "1,500 images, guidance 2, seen by X" in text and "| promoe | 7 / 7 |" in text
-    losses, distances = draw_images(study, found).axes
+    losses, distances = draw_images(study, found).axes  # each scale at one step: nothing over training
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
     assert sorted(y for line in distances.lines for y in line.get_ydata()) == [1.5, 2.5, 7.0, 7.0]
     assert draw_images(study, rows(finished(tmp_path / "unseen", recipe(axes={})))) is None
+
+
+def evaluations(study, values):
+    """Writes evaluation.jsonl of each task: `values(task)` gives (step, guidance, count, distance), oldest first."""
+    for task in study.tasks:
+        records = [
+            {
+                "step": step,
+                "guidance": guidance,
+                "count": count,
+                "figures": {"Fréchet distance (X)": d, "recall (X)": 0.5},
+            }
+            for step, guidance, count, d in values(task)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (study.run(task) / "evaluation.jsonl").write_text(text + '{"step": 3, half a li')
+
+
+def distance(task, step, guidance=2.0):
+    return 100.0 / step + 10 * task.config.model.num_experts + task.seed + 50 / guidance
+
+
+def of_three_steps(task):
+    """At two scales; once twice, once of more images, and one seed of four experts lacks step 2 at the higher scale."""
+    yield 2, 1.0, 1500, -1.0
+    for step in (3, 1, 2):
+        for guidance in (2.0, 1.0):
+            if (task.config.model.num_experts, task.seed, step, guidance) != (4, 1, 2, 2.0):
+                yield step, guidance, 1500, distance(task, step, guidance)
+    for step in (1, 2, 3):
+        yield step, 5.0, 9000, 7.0
+
+
+def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
+    study = finished(tmp_path, recipe())
+    evaluations(study, of_three_steps)
+    assert tool.main(["collect", str(tmp_path)]) == 0
+    lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert len(lines) == 2 * (4 * (6 + 3) - 1), "the newest of each"
+    told = {}
+    for line in lines:
+        if line["figure"] == "Fréchet distance (X)" and line["count"] == "1500":
+            key = ("variant", "model.num_experts", "seed", "step", "guidance")
+            told[tuple(line[name] for name in key)] = float(line["value"])
+    expected = {}
+    for task in study.tasks:
+        for step, guidance, count, value in of_three_steps(task):
+            if count == 1500:
+                who = ("promoe", str(task.config.model.num_experts), str(task.seed), str(step), f"{guidance:g}")
+                expected[who] = pytest.approx(value, rel=1e-6)
+    assert told == expected and min(told.values()) > 0
+
+    text = (tmp_path / "results.md").read_text()
+    section = text.partition("## Over training\n\n")[2].partition("\n\n## ")[0]
+    assert section.startswith("Each seed's Fréchet distance (X), 1,500 images, guidance 2, ")
+    assert section.splitlines()[2:] == [
+        "| model | step 1 | step 2 | step 3 |",
+        "| --- | --- | --- | --- |",
+        "| promoe num_experts=2 | 145 / 146 | 95 / 96 | 78.3 / 79.3 |",
+        "| promoe num_experts=4 | 165 / 166 | 115 | 98.3 / 99.3 |",
+    ]
+
+    axes = {ax.get_label(): ax for ax in draw_images(study, rows(study)).axes}
+    assert list(axes) == ["losses", "course", "ends"] and "guidance 2" in axes["course"].get_title()
+    drawn = [line.get_xydata().tolist() for line in axes["course"].lines]
+    two = [[step, 100 / step + 20 + 0.5 + 25] for step in (1, 2, 3)]
+    four = [[step, pytest.approx(100 / step + 40 + 0.5 + 25)] for step in (1, 3)]  # that both seeds have
+    assert drawn == [pytest.approx(np.array(two)), four]
+    colours = [[line.get_color() for line in axes[name].lines] for name in ("losses", "course")]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 2
+
+
+def test_one_step_makes_no_curve(tmp_path, capsys):
+    study = finished(tmp_path, recipe())
+    evaluations(study, lambda task: [(3, 1.0, 1500, 9.0), (3, 2.0, 1500, 8.0)])
+    assert tool.main(["collect", str(tmp_path)]) == 0
+    assert not (tmp_path / "curves.csv").exists()
+    assert "## Over training" not in (tmp_path / "results.md").read_text()
+    assert [ax.get_label() for ax in draw_images(study, rows(study)).axes] == ["losses", "ends"]
+    # Two steps, but of no model at all of its seeds: kept as numbers, and not drawn.
+    evaluations(study, lambda task: [(3, 1.0, 1500, 9.0)] + [(2, 1.0, 1500, 9.5)] * task.seed)
+    assert tool.main(["collect", str(tmp_path)]) == 0
+    assert (tmp_path / "curves.csv").is_file()
+    assert "| promoe num_experts=2 | 9.5 | 9 / 9 |" in (tmp_path / "results.md").read_text()
+    assert [ax.get_label() for ax in draw_images(study, rows(study)).axes] == ["losses", "ends"]
+
+
+def test_curves_are_of_the_scale_with_most_steps():
+    def found(*places):
+        row = {"figure": "D (X)", "count": 1500}
+        return [row | {"task": t, "step": s, "guidance": g, "value": 10.0 * s + g} for t, s, g in places]
+
+    name = "D (X), 1,500 images"
+    most = found(("a", 2, 1.0), ("a", 1, 1.0), ("b", 1, 1.0), ("a", 2, 4.0), ("b", 1, 4.0), ("c", 3, 4.0))
+    curves = curves_of(most, name)
+    assert curves.guidance == 1.0, "of one run: three runs at a step each are no curve"
+    assert curves.values == {"a": {1: 11.0, 2: 21.0}, "b": {1: 11.0}} and curves.steps == [1, 2]
+    assert curves.mean(["a", "b"]) == {1: 11.0} and curves.mean(["a", "c"]) == {}
+    assert curves_of(found(("a", 1, 2.0), ("a", 2, 2.0), ("a", 1, 1.5), ("a", 2, 1.5)), name).guidance == 2.0
+    assert curves_of(most, "D (X), 500 images") is None and curves_of(most[3:], name) is None

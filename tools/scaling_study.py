@@ -3,7 +3,7 @@
     python tools/scaling_study.py plan STUDY --recipe tools/studies/digits.yaml --measure    # what it is and costs
     python tools/scaling_study.py run STUDY --jobs 2           # trains what is missing; repeat to go on
     python tools/scaling_study.py submit STUDY --partition=gpu # or as an array of SLURM jobs
-    python tools/scaling_study.py collect STUDY                # results.csv, results.md
+    python tools/scaling_study.py collect STUDY                # results.csv, results.md, curves.csv
     python tools/scaling_study.py plot STUDY                   # pictures of loss, routing and cost
 
 STUDY is a folder. A recipe says what varies, what is compared and what is held equal; tools/studies/ holds some, and
@@ -117,7 +117,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--at-once", type=int, metavar="M", help="jobs of the array that run at a time; default: all")
     made.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
 
-    collect = command("collect", collect_command, "Writes results.csv and results.md; tells what is missing.")
+    collect = command("collect", collect_command, "Writes results.csv, results.md, curves.csv; tells what is missing.")
     collect.add_argument("--against", nargs="+", metavar="VARIANT", help="compare with these; default: the baseline")
     plot = command("plot", plot_command, "Draws what is done, as PNGs in STUDY; after `collect`.")
     plot.add_argument("--note", default="", metavar="TEXT", help="printed below the cost, such as the machine")
@@ -263,6 +263,7 @@ def spans(indices: Sequence[int]) -> str:
 
 
 def collect_command(options: argparse.Namespace) -> int:
+    from megapromoe.studies.curves import figures, several_steps
     from megapromoe.studies.tables import to_csv, to_markdown
 
     study = open_study(options.study)
@@ -275,7 +276,10 @@ def collect_command(options: argparse.Namespace) -> int:
     found = [row(study, task, options.draws) for task in done]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
     write(study.folder / "results.csv", to_csv(found))
-    text = to_markdown(found, study.recipe, missing, against)
+    evaluations = [figure for task in done for figure in figures(study, task)]
+    if several_steps(evaluations):
+        write(study.folder / "curves.csv", to_csv(evaluations))
+    text = to_markdown(found, study.recipe, missing, against, evaluations)
     write(study.folder / "results.md", text)
     print(text)
     return 0 if found else 1

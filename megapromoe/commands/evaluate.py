@@ -12,7 +12,8 @@ SUMMARY = "measure how good drawn images are: FID and its kin"
 EPILOG = """\
 Draws --num images from --run (or takes --images) and compares them with real ones. Start it under torchrun,
 srun or mpirun to share out the work; repeat it to go on where it was stopped, or to evaluate the same images
-by another network. Figures go to the screen and, with --run, to evaluation.jsonl in its folder.
+by another network. With --every-step each checkpoint that the run keeps is drawn from, for a curve over training.
+Figures go to the screen and, with --run, to evaluation.jsonl in its folder.
 
 The network that looks at the images (--features):
   digits, fashion_mnist   a small classifier, trained on the spot on the real images; the default on such data
@@ -26,6 +27,7 @@ Only the standard Inception makes an FID; other networks make a Fréchet distanc
 
 examples:
   megapromoe evaluate --run runs/digits --num 1797 --guidance 1 1.5 2 --plot guidance.png
+  megapromoe evaluate --run runs/digits --num 500 --guidance 1 1.5 --every-step --plot training.png
   torchrun --nproc-per-node 8 -m megapromoe evaluate --run-dir runs/xl --num-images 50000 --guidance 1.0 1.5 \\
       --autoencoder models/sd-vae --reference VIRTUAL_imagenet256_labeled.npz --features inception.pth
   megapromoe evaluate --images samples.npz --reference photos/ --features inception.pth
@@ -56,8 +58,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", metavar="DIR", type=Path, help="where drawn images stay; default: RUN/evaluation")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each set instead of a table")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="with --run: a PNG of the distance over guidance")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="with --run: a PNG of the distance over guidance, or over the steps",
+    )
     drawing_options(parser)
+    parser.add_argument(
+        "--every-step",
+        action="store_true",
+        help="each checkpoint that the run keeps, instead of --step; a set for each of them and each guidance scale",
+    )
 
 
 def run(options: argparse.Namespace, launch) -> int:
@@ -65,7 +77,7 @@ def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.training import runtime
 
     runtime.prepare()
-    from megapromoe.evaluation import quality
+    from megapromoe.evaluation import quality, quality_report
 
     request = None
     if options.run is not None:
@@ -78,15 +90,16 @@ def run(options: argparse.Namespace, launch) -> int:
         features=options.features,
         sha256=options.sha256,
         declared_standard=options.standard_inception,
+        every_step=options.every_step,
     )
     records = quality.evaluate(evaluation, launch)
     if launch.rank == 0:
-        said = "\n".join(json.dumps(r, ensure_ascii=False) for r in records) if options.json else quality.table(records)
-        print(said, flush=True)
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        print("\n".join(lines) if options.json else quality_report.table(records), flush=True)
         if options.run is not None:
-            quality.append(records, options.run / "evaluation.jsonl")
+            quality_report.append(records, options.run / "evaluation.jsonl")
         if options.plot is not None:
-            quality.plot(records, options.plot)
+            quality_report.plot(records, options.plot)
     return 0
 
 
@@ -103,9 +116,11 @@ def _check(options: argparse.Namespace) -> None:
             f"--{n}": getattr(options, n) for n in ("classes", "step", "steps", "seed", "method", "autoencoder")
         }
         drawing |= {"--samples": options.samples, "--plot": options.plot, "overrides": options.overrides}
-        drawing |= {"--tp": options.tp > 1, "--ep": options.ep > 1}
+        drawing |= {"--tp": options.tp > 1, "--ep": options.ep > 1, "--every-step": options.every_step}
         wrong += [f"{name}: is for drawing from a --run, not for --images" for name, value in drawing.items() if value]
         if options.reference is None:
             wrong.append("--reference: is needed with --images, the real ones to compare with")
+    if options.every_step and options.step is not None:
+        wrong.append(f"--every-step, --step {options.step}: give one of them, all checkpoints that are kept or one")
     if wrong:
         raise ConfigError(wrong)

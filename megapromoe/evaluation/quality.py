@@ -1,7 +1,7 @@
 """How good drawn images are: FID, sFID, Inception score, precision and recall against real ones.
 
 Images and reference are cut into chunks that ranks share out, the same chunks at any number of ranks. Figures of any
-network but the standard one bear its name; see `features.py`.
+network but the standard one bear its name; see `features.py`. What is said of the records is `quality_report.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -29,6 +28,8 @@ from megapromoe.evaluation.sampling import Request, checked, checkpoint_facts, d
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
 from megapromoe.evaluation.together import added, agree, joined, told_by_first
 from megapromoe.training import runtime
+from megapromoe.training.checkpoint_file import steps_in
+from megapromoe.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Evaluation:
             a folder of pictures.
         split: of a data set: "train" or "test".
         features, sha256, declared_standard: see `features.open_network`; None: the classifier of the data.
+        every_step: draw from each checkpoint that the run keeps; the request's own `step` is not used.
     """
 
     request: Request | None
@@ -75,6 +77,7 @@ class Evaluation:
     features: str | None = None
     sha256: str | None = None
     declared_standard: bool = False
+    every_step: bool = False
 
 
 class Seen(NamedTuple):
@@ -89,7 +92,8 @@ class Seen(NamedTuple):
 def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, Any]]:
     """The records of an evaluation, one for each set of images. Called by every rank, before it has joined the job.
 
-    A record says what was compared, by which network, and under `figures` the name of each figure and its value.
+    Sets of a run are in the order of steps, and at each of guidance scales. A record says what was compared, by which
+    network, and under `figures` the name of each figure and its value.
 
     Raises EvaluationError, FeatureError, ImageSetError, SampleError or ConfigError on every rank. Images that were
     drawn by then are kept.
@@ -114,9 +118,12 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
 
         facts: list[dict[str, Any]] = [{"images": str(evaluation.images)}]
         if request is not None:
-            request = _placed(request, config, launch)
-            drawn = [ImageSet(place) for place in draw_sets(request, launch, device)]
-            facts = [_facts(request, own, images) for (own, _), images in zip(request.outputs(), drawn, strict=True)]
+            facts = []
+            for step in _steps(evaluation, launch):
+                one = _placed(replace(request, step=step), config, launch)
+                sets = [ImageSet(place) for place in draw_sets(one, launch, device)]
+                facts += [_facts(one, own, images) for (own, _), images in zip(one.outputs(), sets, strict=True)]
+                drawn += sets
         # A reference may come as nothing but statistics.
         real = None if reference is None else look(network, reference, launch, "reference")
         records = []
@@ -313,6 +320,15 @@ def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def _steps(evaluation: Evaluation, launch: runtime.Launch) -> list[int | None]:
+    """The steps to draw from; None: the last. Rank 0 looks for all, as a live run saves and removes. Collective."""
+    request = evaluation.request
+    if not evaluation.every_step:
+        return [request.step]
+    there = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
+    return told_by_first(there, launch) or [None]  # of none, the usual error
+
+
 def _placed(request: Request, config: Config, launch: runtime.Launch) -> Request:
     """The request with its step, and a name for its sets that no other has. Collective."""
     facts = {**checkpoint_facts(request, launch), **facts_of(request, config, None)}
@@ -329,51 +345,3 @@ def _facts(request: Request, config: Config, images: ImageSet) -> dict[str, Any]
         **{key: facts[key] for key in ("weights", "classes", "only", "sample")},
         **{"autoencoder": request.autoencoder, "images": str(images.path)},
     }
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Figures in rows, sets in columns, and what was compared."""
-    first = records[0]
-    names = list(dict.fromkeys(name for record in records for name in record["figures"]))
-    heads = [f"guidance {r['guidance']:g}" if "guidance" in r else "" for r in records]
-    real = "statistics alone" if first["reference_count"] is None else f"{first['reference_count']:,} images"
-    said = f"{first['count']:,} images"
-    if "step" in first:
-        said += f" of step {first['step']:,} ({first['weights']} weights)"
-    lines = [f"{said} against {first['reference']} ({real}), features of {first['features']['name']}"]
-    if first["features"]["declared"]:
-        lines.append("that these are the standard network's weights is the user's word")
-    width = max(map(len, names))
-    if any(heads):
-        lines.append(" " * width + "".join(f"  {head:>14}" for head in heads))
-    for name in names:
-        lines.append(f"{name:{width}}" + "".join(f"  {r['figures'][name]:14.6g}" for r in records))
-    return "\n".join(lines)
-
-
-def append(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Adds a line of JSON for each record. Raises EvaluationError."""
-    try:
-        with open(file, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be written ({error.strerror}); the figures are above") from error
-
-
-def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A picture of the first figure, FID or the Fréchet distance, over the guidance scale. Raises EvaluationError."""
-    from matplotlib.figure import Figure  # without a window system
-
-    name = next(iter(records[0]["figures"]))
-    points = sorted((record["guidance"], record["figures"][name]) for record in records)
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True), marker="o")
-    axes.set(xlabel="guidance scale", ylabel=name, title=f"step {records[0]['step']:,}, {records[0]['count']:,} images")
-    axes.grid(alpha=0.3)
-    try:
-        figure.savefig(file, format="png", dpi=150)
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be written ({error.strerror}); give another path") from error

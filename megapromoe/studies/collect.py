@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from megapromoe.cost import flops_per_image, parameters
+from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
-from megapromoe.studies.study import Study, lines_of, metrics, read_json, write
+from megapromoe.studies.study import Study, metrics, read_json, write
 
 DRAWS = 8192
 EVALUATED = "evaluated: "  # begins the name of a figure that `megapromoe evaluate` found
@@ -112,21 +113,14 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "images_per_second": _median(lines, "images_per_second"),
         "flops_per_second": _median(lines, "flops_per_second"),
         "memory_bytes": max((line["memory_bytes"] for line in lines if line.get("memory_bytes")), default=None),
-        **_figures(study, task),
+        **_evaluated(study, task),
     }
 
 
-def _figures(study: Study, task: Task) -> dict[str, float]:
-    """What `megapromoe evaluate` found of the last checkpoint: the newest record of each figure and guidance scale.
-
-    Drawing images costs as much as a short training, so `collect` does not begin it, and takes in what there is.
-    """
-    found = {}
-    for record in lines_of(study.run(task) / "evaluation.jsonl"):
-        if record.get("step") == study.steps_saved(task):
-            for name, value in record["figures"].items():
-                found[f"{EVALUATED}{name}, {record['count']:,} images, guidance {record['guidance']:g}"] = value
-    return found
+def _evaluated(study: Study, task: Task) -> dict[str, float]:
+    """What `megapromoe evaluate` found of the last checkpoint, under a name for each figure and guidance scale."""
+    last = [found for found in figures(study, task) if found["step"] == study.steps_saved(task)]
+    return {f"{EVALUATED}{titled(found)}, guidance {found['guidance']:g}": found["value"] for found in last}
 
 
 def _known_loss(study: Study, task: Task, draws: int) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megapromoe.studies.collect import EVALUATED, LOSS, TAIL
+from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
+from megapromoe.studies.image_plots import draw_images
 from megapromoe.studies.study import Study, metrics
-from megapromoe.studies.tables import EXPERTS, Rows, evaluated, fits, groups, mean_of, model_name
+from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of, model_name
 
 COLOURS = colormaps["tab10"].colors
 MARKERS = "osD^vP*X<>"
 PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 LOSS_LABEL = "loss on fixed draws"
-SHAPES = (("o", "circles"), ("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
-SMOOTH = 3  # logged values that a curve of the loss averages
 
 
 def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
@@ -213,53 +211,6 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7, color="0.35")
         figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
     return figure
-
-
-def draw_images(study: Study, rows: Rows) -> Figure | None:
-    """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure.
-
-    Where the recipe names a baseline, the loss is shown as a multiple of the baseline's at the same step.
-    """
-    columns = evaluated(rows)
-    if not columns:
-        return None
-    first = columns[0].rpartition(", guidance ")[0]
-    scales = [name for name in columns if name.rpartition(", guidance ")[0] == first]
-    figure, (losses, distances) = _figure(2, 5.2)
-    everything = groups(rows, study.recipe)
-    tasks = {task.name: task for task in study.tasks}
-    curves = {key: _curve(metrics(study.run(tasks[row["task"]])) for row in group) for key, group in everything.items()}
-    base = next(
-        (dict(zip(*curve, strict=True)) for key, curve in curves.items() if key[0] == study.recipe.baseline), {}
-    )
-    for i, (key, group) in enumerate(everything.items()):
-        style = {"color": COLOURS[i % 10], "linestyle": "-" if i < 10 else "--"}
-        points = [(step, loss / base.get(step, 1.0)) for step, loss in zip(*curves[key], strict=True)]
-        losses.plot(*zip(*points, strict=True), linewidth=1.2, label=model_name(*key), **style)
-        for k, name in enumerate(scales):
-            values = [row[name] for row in group if row.get(name) is not None]
-            place = i + (k - (len(scales) - 1) / 2) * 0.25
-            distances.plot(
-                [place] * len(values), values, SHAPES[k % 4][0], color=style["color"], markersize=5, alpha=0.8
-            )
-    losses.set(xlabel="step", ylabel=f"denoising loss{f' / that of {study.recipe.baseline}' if base else ''}")
-    losses.set_title(f"training, mean of the seeds and of {SMOOTH} logged values", fontsize=9)
-    losses.legend(fontsize=7, frameon=False)
-    distances.set_xticks(range(len(everything)), [model_name(*key) for key in everything], rotation=40, ha="right")
-    distances.set_ylabel(first.removeprefix(EVALUATED), fontsize=8)
-    shown = ", ".join(f"{SHAPES[k % 4][1]} {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
-    distances.set_title(f"each mark a seed; guidance: {shown}", fontsize=9)
-    distances.tick_params(axis="x", labelsize=8)
-    return figure
-
-
-def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all runs logged, and the mean of their losses, smoothed by `SMOOTH`."""
-    losses = [{line["step"]: line["denoising"] for line in run if math.isfinite(line["denoising"])} for run in runs]
-    steps = np.array(sorted(set.intersection(*map(set, losses))))
-    mean = np.array([[loss[step] for step in steps] for loss in losses]).mean(0)
-    window = min(SMOOTH, len(steps))
-    return steps[window - 1 :], np.convolve(mean, np.ones(window) / window, mode="valid")
 
 
 def _figure(panels: int, height: float = 4.6) -> tuple[Figure, list]:

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
+from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
 from megapromoe.studies.recipe import Recipe
 
@@ -130,7 +131,7 @@ def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tu
 
 
 def to_csv(rows: Rows) -> str:
-    """A line for each run."""
+    """A line for each row, such as each run; what a row has not is left empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -140,12 +141,14 @@ def to_csv(rows: Rows) -> str:
     return text.getvalue()
 
 
-def to_markdown(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str]) -> str:
-    """The study in tables."""
-    return "\n\n".join(sections(rows, recipe, missing, against)) + "\n"
+def to_markdown(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str], found: Rows = ()) -> str:
+    """The study in tables; `found`: the `figures` of its tasks."""
+    return "\n\n".join(sections(rows, recipe, missing, against, found)) + "\n"
 
 
-def sections(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str]) -> Iterable[str]:
+def sections(
+    rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str], found: Rows = ()
+) -> Iterable[str]:
     splits = ", ".join(sorted({row["split"] for row in rows}))
     yield "# Results"
     yield f"{len(rows)} runs are done" + (f", {len(missing)} are missing: {', '.join(missing)}." if missing else ".")
@@ -158,6 +161,7 @@ def sections(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequen
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
+    yield from _over_training(rows, recipe, found)
     for name in against:
         lines = [["model", "loss minus that of " + name, "seeds", "differs"]]
         for (variant, point), d in differences(rows, recipe, name).items():
@@ -220,6 +224,26 @@ def _evaluated_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
             values = [[row[name] for row in group if row.get(name) is not None] for name in names]
             lines.append([model_name(variant, point), *(_of_images(v) for v in values)])
         yield _table(lines)
+
+
+def first_figure(rows: Rows) -> str | None:
+    """The first of the evaluated figures, without its guidance scale; None where nothing is evaluated."""
+    return next((name.removeprefix(EVALUATED).rpartition(", guidance ")[0] for name in evaluated(rows)), None)
+
+
+def _over_training(rows: Rows, recipe: Recipe, found: Rows) -> Iterable[str]:
+    """The first figure at each step that was evaluated, if there are several."""
+    curves = curves_of(found, first_figure(rows))
+    if curves is None:
+        return
+    yield "## Over training"
+    yield f"Each seed's {curves.figure}, guidance {curves.guidance:g}, at the checkpoint of each step."
+    lines = [["model", *(f"step {step:,}" for step in curves.steps)]]
+    for (variant, point), group in groups(rows, recipe).items():
+        own = [curves.values.get(row["task"], {}) for row in group]
+        cells = [_of_images([curve[step] for curve in own if step in curve]) for step in curves.steps]
+        lines.append([model_name(variant, point), *cells])
+    yield _table(lines)
 
 
 def _of_images(values: list[float]) -> str:

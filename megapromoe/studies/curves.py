@@ -1,0 +1,78 @@
+"""What `megapromoe evaluate` found over a study's trainings: each figure at each step that was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megapromoe.studies.grid import Task
+from megapromoe.studies.study import Study, lines_of
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One figure, of one number of images and one guidance scale, over the training of each run.
+
+    Attributes:
+        figure: its name, with the number of images.
+        values: task -> step -> value, steps ascending; tasks that were never evaluated are left out.
+    """
+
+    figure: str
+    guidance: float
+    values: dict[str, dict[int, float]]
+
+    @property
+    def steps(self) -> list[int]:
+        """All that any run was evaluated at, ascending."""
+        return sorted({step for curve in self.values.values() for step in curve})
+
+    def mean(self, tasks: Sequence[str]) -> dict[int, float]:
+        """Step -> mean over the tasks, of those steps that all of them have: other means would be of other seeds."""
+        curves = [self.values.get(task, {}) for task in tasks]
+        steps = sorted(set.intersection(*map(set, curves)))
+        return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
+
+
+def figures(study: Study, task: Task) -> list[dict[str, Any]]:
+    """What was found of a task's checkpoints: a row for each figure, step, guidance scale and number of images.
+
+    Of several records of the same the newest counts. Drawing images costs as much as a short training, so a study
+    does not begin it, and takes in what there is.
+    """
+    found = {}
+    for record in lines_of(study.run(task) / "evaluation.jsonl"):
+        for name, value in record["figures"].items():
+            found[record["step"], record["guidance"], record["count"], name] = value
+    who = {"task": task.name, "variant": task.variant, "seed": task.seed, **task.point}
+    names = ("step", "guidance", "count", "figure", "value")
+    return [{**who, **dict(zip(names, (*key, value), strict=True))} for key, value in found.items()]
+
+
+def titled(row: dict[str, Any]) -> str:
+    """The figure of a row in words: its name, which says the network, and the number of images."""
+    return f"{row['figure']}, {row['count']:,} images"
+
+
+def several_steps(found: Iterable[dict[str, Any]]) -> bool:
+    """Was any task evaluated at more than one step?"""
+    steps: dict[str, set[int]] = {}
+    for row in found:
+        steps.setdefault(row["task"], set()).add(row["step"])
+    return any(len(own) > 1 for own in steps.values())
+
+
+def curves_of(found: Iterable[dict[str, Any]], figure: str | None) -> Curves | None:
+    """The curves of a figure, as `titled` calls it; None where no run was evaluated at two steps.
+
+    Of the guidance scales that is taken at which some run was evaluated at most steps; of equals the highest.
+    """
+    scales: dict[float, dict[str, dict[int, float]]] = {}
+    for row in sorted((row for row in found if titled(row) == figure), key=lambda row: row["step"]):
+        scales.setdefault(row["guidance"], {}).setdefault(row["task"], {})[row["step"]] = row["value"]
+    if not scales:
+        return None
+    most = {guidance: max(map(len, values.values())) for guidance, values in scales.items()}
+    guidance = max(scales, key=lambda scale: (most[scale], scale))
+    return Curves(figure, guidance, scales[guidance]) if most[guidance] > 1 else None
