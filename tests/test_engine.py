@@ -166,6 +166,54 @@ def test_prototypes_stay_equal_over_data_and_tensor_ranks(zero):
             assert torch.equal(a, b)
 
 
+# ---- gradients travel while others are still computed
+
+
+def small_buckets(folder, stage: int, overlap: bool) -> str:
+    """A DeepSpeed file whose buckets are smaller than an expert bank (8,192 elements), and hold several others."""
+    zero = {"stage": stage, "reduce_bucket_size": 3000, "overlap_comm": overlap, "reduce_scatter": True}
+    path = folder / f"stage{stage}-{overlap}.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True}))
+    return f"train.deepspeed={path}"
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("zero", [1, 2])
+def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
+    layout = ("parallel.ep=2", "model.num_experts=8")
+    for name in ("whole", "pieces"):
+        (tmp_path / name).mkdir()
+    whole = run(4, train, (*layout, f"train.deepspeed=fp32_zero{zero}"), str(tmp_path / "whole"), 3)[0]
+    pieces = run(4, train, (*layout, small_buckets(tmp_path, zero, overlap)), str(tmp_path / "pieces"), 3)[0]
+    assert pieces.losses == pytest.approx(whole.losses, rel=1e-6)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(pieces.gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def reductions_before(deepspeed: str) -> tuple[int, int]:
+    """All-reduces of expert gradients: those called before the third block's gradients were there, and all."""
+    engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed)
+    group, real, called, first = engine.mesh.edp.handle, dist.all_reduce, [0], []
+
+    def counted(tensor, *arguments, **named):
+        called[0] += named.get("group") is group
+        return real(tensor, *arguments, **named)
+
+    engine.module.blocks[2].attn.qkv.weight.register_hook(lambda _: first.append(called[0]))
+    dist.all_reduce = counted
+    try:
+        one_step(engine)
+    finally:
+        dist.all_reduce = real
+    engine.close()
+    return first[0], called[0]
+
+
+def test_expert_gradients_travel_during_the_backward_pass(tmp_path):
+    for early, every in run(4, reductions_before, small_buckets(tmp_path, 1, True)):
+        assert 0 < early < every
+
+
 # ---- refusals
 
 
