@@ -163,7 +163,7 @@ def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
     monkeypatch.setattr(layer, "lean", lambda x_TD, *_: x_TD)
     with pytest.raises(BenchmarkError, match="balanced routing: experts got"):
         layer.measure_layer(DIGITS, "balanced", SETTINGS)
-    monkeypatch.setattr(models.Raised, "__call__", lambda self, x: self.similarity(self.router, x))
+    monkeypatch.setattr(models.Raised, "__call__", lambda self, *said: self.similarity(self.router, *said))
     with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
         models.measure_step(DIGITS, "skewed", SETTINGS)
 

@@ -9,6 +9,7 @@ from megapromoe.models.moe import Experts
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher, Route
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.mesh import make_mesh
+from megapromoe.parallel.static_dispatch import StaticDispatcher
 
 T, D, F, E = 24, 16, 32, 6
 
@@ -58,7 +59,7 @@ def outcome(function, x, route: Route, bank: Experts):
 
 
 def onto_zeros(dispatcher: Dispatcher):
-    return lambda x, route, bank: dispatcher(x, route, bank, torch.zeros_like(x))
+    return lambda x, route, bank: dispatcher.finish(dispatcher.begin(x, route, len(x)), bank, torch.zeros_like(x))
 
 
 KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")
@@ -133,12 +134,12 @@ def traffic(tokens: int) -> dict:
     calls, sent = [], [0]
     real = dist.all_to_all_single
 
-    def counted(out, x, receive=None, send=None, group=None):
+    def counted(out, x, receive=None, send=None, **options):
         calls.append(x.dtype)
         if send is not None:
             stays = send[mesh.ep.rank]
             sent[0] += (sum(send) - stays) * x[0:1].numel() * x.element_size()
-        return real(out, x, receive, send, group=group)
+        return real(out, x, receive, send, **options)
 
     dist.all_to_all_single = counted
     x = torch.randn(tokens, D).requires_grad_()
@@ -157,3 +158,67 @@ def test_traffic_is_the_lower_bound(world):
     for said in run(world, traffic, tokens):
         assert said["forward"] == (3, bound)  # counts, rows out, rows back; weights never travel
         assert said["backward"] == (2, bound)
+
+
+class Beside(torch.autograd.Function):
+    """Work that stands between the halves of a dispatch; says when it runs."""
+
+    @staticmethod
+    def forward(ctx, x, said):
+        ctx.said = said
+        said.append("beside")
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.said.append("beside")
+        return grad * 2, None
+
+
+def order_of_events(static: bool) -> tuple[list[str], list[str]]:
+    """What happens in a layer's forward and backward pass, in order: who is sent, who waits, what runs meanwhile."""
+    mesh = make_mesh(ep=dist.get_world_size())
+    placement = ExpertPlacement(E, mesh.ep.size)
+    said, real = [], dist.all_to_all_single
+
+    class Seen:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            said.append("wait")
+            self.work.wait()
+
+    def seen(out, x, *arguments, async_op=False, **options):
+        said.append("rows" if x.is_floating_point() else "counts")
+        work = real(out, x, *arguments, async_op=async_op, **options)
+        return Seen(work) if async_op else work
+
+    dispatcher = StaticDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
+    x, route = torch.randn(T, D).requires_grad_(), route_of("top 1", T, 1)
+    mine = Experts(placement.slots, D, F)
+    for p in mine.parameters():
+        p.data.fill_(0.01)
+    dist.all_to_all_single = seen
+    try:
+        begun = dispatcher.begin(x, route, T)
+        y = dispatcher.finish(begun, mine, Beside.apply(x, said))
+        forward = said.copy()
+        said.clear()
+        y.sum().backward()
+    finally:
+        dist.all_to_all_single = real
+    return forward, said
+
+
+def test_what_stands_beside_runs_while_counts_and_gradients_travel():
+    """Nobody waits for the counts, nor in backward for the rows' gradients, before the other work is under way."""
+    for forward, backward in run(2, order_of_events, False):
+        assert forward == ["counts", "beside", "rows", "wait", "rows", "wait"]
+        assert backward == ["rows", "wait", "rows", "beside", "wait"]
+
+
+def test_boxes_of_one_size_travel_while_other_work_runs_in_both_directions():
+    for forward, backward in run(2, order_of_events, True):
+        assert forward == ["rows", "beside", "wait", "rows", "wait"]
+        assert backward == ["rows", "wait", "rows", "beside", "wait"]

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from megapromoe.config import ModelConfig
 from megapromoe.models.moe import ROUTERS, MoE
-from megapromoe.models.routers import contrastive_loss, top_counts
+from megapromoe.models.prototypes import contrastive_loss, resemblance
+from megapromoe.models.routers import top_counts
 
 D, S, E = 16, 9, 5
 
@@ -100,13 +101,65 @@ def test_contrastive_loss_leaves_unused_experts_out():
     torch.testing.assert_close(contrastive_loss(prototypes, sums, counts, 0.2), expected)
 
 
+@pytest.mark.parametrize("K", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [4, 0])
+def test_resemblance_and_its_gradients_are_the_formula(K, dtype, count):
+    """Against autograd over cosine_similarity and index_add, of tokens that chose some prototypes and left others."""
+    x = tokens(count).to(dtype).requires_grad_()
+    prototypes = torch.randn(E, D, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    leaves, seen = (x, prototypes), {}
+
+    def choose(score):
+        seen["chosen"] = score[..., :-1].topk(K, dim=-1).indices  # nobody takes the last
+        return seen["chosen"]
+
+    score, sums, numbers = resemblance(x, prototypes, choose if K else None)
+    expected = F.cosine_similarity(x.float().unsqueeze(-2), prototypes.float(), dim=-1)
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    ours, theirs = (score * weights).sum(), (expected * weights).sum()
+    if K:
+        chosen = seen["chosen"].flatten()
+        rows = x.float().flatten(0, 1).repeat_interleave(K, 0)
+        sums_expected = torch.zeros(E, D).index_add(0, chosen, rows)
+        torch.testing.assert_close(sums, sums_expected, rtol=1e-5, atol=1e-5)
+        assert numbers.tolist() == chosen.bincount(minlength=E).tolist()
+        ours, theirs = ours + (sums**2).sum(), theirs + (sums_expected**2).sum()
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(ours, leaves)
+    limit = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for a, b in zip(found, torch.autograd.grad(theirs, leaves), strict=True):
+        assert a.dtype is dtype
+        torch.testing.assert_close(a, b, **limit)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 5], [1, 1, 1, 1], [0, 0, 4, 0], [0, 0, 0, 0]])
+def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
+    """Of several images at once, each with experts used or not, against autograd over the used ones."""
+    g = torch.Generator().manual_seed(4)
+    prototypes = torch.randn(4, D, generator=g).requires_grad_()
+    count_BE = torch.tensor([counts, [2, 1, 0, 1]]).float()
+    sums = (torch.randn(2, 4, D, generator=g) * (count_BE > 0)[..., None]).requires_grad_()
+    expected = torch.zeros(2)
+    for b in range(2):
+        used = count_BE[b].nonzero()[:, 0]
+        if len(used) > 1:
+            logits = F.cosine_similarity(prototypes[used].unsqueeze(1), sums[b, used].unsqueeze(0), dim=-1) / 0.1
+            expected = expected.index_put((torch.tensor(b),), F.cross_entropy(logits, torch.arange(len(used))))
+    ours, pull = contrastive_loss(prototypes, sums, count_BE, 0.1), torch.tensor([1.0, -2.0])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(ours @ pull, (prototypes, sums))
+    for a, b in zip(found, torch.autograd.grad(expected @ pull, (prototypes, sums)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("router", ["promoe", "promoe_linear", "tc"])
 @pytest.mark.parametrize("form", ["batch", "sequence"])
 def test_balance_losses_by_hand(router, form):
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
     module, x = filled(ROUTERS[router](config)).train(), tokens(4)
     routed = module(x)
-    raw = module.similarity(x) if router == "promoe" else F.linear(x, module.gate)
+    raw = module.similarity(x)[0] if router == "promoe" else F.linear(x, module.gate)
     p, chosen = raw.softmax(-1), routed.route.expert_R.view(4, S, 2)
 
     def balance(p, chosen):
@@ -122,7 +175,7 @@ def test_balance_losses_by_hand(router, form):
 def test_expert_choice_takes_the_best_tokens_of_each_image(router):
     module, x = filled(ROUTERS[router](config_of(router=router, top_k=2))), tokens(3)
     route = module(x).route
-    scores = module.similarity(x) if router == "promoe_ec" else F.linear(x, module.gate).softmax(-1)
+    scores = module.similarity(x)[0] if router == "promoe_ec" else F.linear(x, module.gate).softmax(-1)
     capacity = int(S / E * 2)
     taken = set(zip(route.token_R.tolist(), route.expert_R.tolist(), strict=True))
     expected = {

@@ -13,6 +13,8 @@ tokens are made by the blocks before, the scores of the planned experts are rais
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,8 +70,12 @@ class Raised:
         self.raises: dict[tuple, Tensor] = {}
         self.similarity = type(router).similarity
 
-    def __call__(self, x_BSD: Tensor) -> Tensor:
-        score_BSE = self.similarity(self.router, x_BSD)
+    def __call__(self, x_BSD: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
+        raised = None if choose is None else lambda score_BSE: choose(self.plus(score_BSE))
+        score_BSE, *sums = self.similarity(self.router, x_BSD, raised)
+        return self.plus(score_BSE), *sums
+
+    def plus(self, score_BSE: Tensor) -> Tensor:
         if (key := tuple(score_BSE.shape)) not in self.raises:
             B, S, E = key
             onehot_TE = F.one_hot(plan(self.kind, B * S, E), E).to(score_BSE)

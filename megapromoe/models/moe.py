@@ -70,7 +70,8 @@ class MoE(nn.Module):
         cut = self._routed(x_BSD, conditional) * S
         routed_TD, null_TD = x_TD.split([cut, B * S - cut])
 
-        # What needs no routing is enqueued first, so that it covers the dispatcher's wait for the counts.
+        begun = self.dispatcher.begin(routed_TD, routed.route, B * S)
+        # What needs no routing stands between the halves of the dispatch, and covers its waits.
         bias, null_bias = None, None
         if self.shared is not None:
             y_TD, bias = self.shared.partial(x_TD)
@@ -79,7 +80,7 @@ class MoE(nn.Module):
         if self.unconditional is not None:
             null_TD, null_bias = self.unconditional.partial(null_TD)
             y_TD = _AddAfter.apply(y_TD, null_TD, cut)
-        y_TD = self.region.leave(self.dispatcher(routed_TD, routed.route, self.experts, y_TD))
+        y_TD = self.region.leave(self.dispatcher.finish(begun, self.experts, y_TD))
         if bias is not None:
             y_TD = y_TD + bias
         if null_bias is not None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from megapromoe.config import ModelConfig
 from megapromoe.models.decisions import Decisions
+from megapromoe.models.prototypes import Choose, contrastive_loss, resemblance
 from megapromoe.parallel.collectives import sum_over
 from megapromoe.parallel.dispatch import Route, counts
 from megapromoe.parallel.mesh import Group
@@ -48,9 +49,9 @@ class Router(nn.Module):
         self.config = config
         self.experts = config.num_experts
 
-    def result(self, route: Route, losses: dict[str, Tensor]) -> Routed:
+    def result(self, route: Route, losses: dict[str, Tensor], load_E: Tensor | None = None) -> Routed:
         with torch.no_grad():
-            load_E = counts(route.expert_R, self.experts).float()
+            load_E = counts(route.expert_R, self.experts).float() if load_E is None else load_E
             gate = route.weight_R.float().sum() / max(route.weight_R.shape[0], 1)
         return Routed(route, losses, load_E, gate)
 
@@ -96,31 +97,37 @@ class PrototypeRouter(Router):
         super().__init__(config)
         self.prototypes = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def similarity(self, x: Tensor) -> Tensor:
-        """Cosines (..., E) of x (..., D) with the prototypes, float32."""
-        return _Cosine.apply(x, F.normalize(self.prototypes.float(), dim=-1))
+    def similarity(self, x: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`prototypes.resemblance` with this layer's prototypes."""
+        return resemblance(x, self.prototypes, choose)
 
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
-        B, S, D = x_BSD.shape
+        B, S, _ = x_BSD.shape
         K = self.config.top_k
-        score_BSE = self.similarity(x_BSD)
-        chosen_BSK = decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
+        counted = K if self.config.rcl_tokens == "all" else 1
+        contrasts = self.training and self.config.rcl_weight
+
+        def choose(score_BSE: Tensor) -> Tensor:
+            return decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
+
+        def counted_ones(score_BSE: Tensor) -> Tensor:
+            return choose(score_BSE)[..., :counted]
+
+        score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
+        chosen_BSK = choose(score_BSE)
         token_R = torch.arange(B * S, device=x_BSD.device).repeat_interleave(K)
         weight_R = self.gates(score_BSE).gather(-1, chosen_BSK).flatten()
         route = Route(token_R, chosen_BSK.flatten(), weight_R, top_k=K)
         losses = {}
-        if self.training and self.config.rcl_weight:
-            first = K if self.config.rcl_tokens == "all" else 1
-            counted_BSK = chosen_BSK[..., :first].reshape(B * S, first)
-            sum_ED, count_E = segment_sums(x_BSD.reshape(B * S, D), counted_BSK, self.experts)
+        if contrasts:
             all_ED = decided.once("sums", lambda: sum_over(sum_ED, self.scope))
             all_E = decided.once("counts", lambda: sum_over(count_E, self.scope))
             loss = contrastive_loss(self.prototypes, all_ED, all_E, self.config.rcl_temperature)
             losses["rcl"] = self.config.rcl_weight * loss
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
-        return self.result(route, losses)
+        return self.result(route, losses, count_E if counted == K else None)
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):
@@ -132,7 +139,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
         B, S, D = x_BSD.shape
-        score_BSE = self.similarity(x_BSD)
+        score_BSE, _, _ = self.similarity(x_BSD)
         score_BES = score_BSE.detach().transpose(1, 2)
         chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.capacity(S), dim=-1).indices)
         weight_BEC = self.gates(score_BSE).transpose(1, 2).gather(-1, chosen_BEC)
@@ -246,28 +253,6 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-class _Cosine(torch.autograd.Function):
-    """Cosines float32 (..., E) of x (..., D) with unit vectors (E, D): the product first, divided by the lengths.
-
-    Autograd's version would make and keep a normalised float32 copy of all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx, x, unit_ED):
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12)
-        cosine = (x.float() @ unit_ED.T).div_(length)
-        ctx.save_for_backward(x, unit_ED, length, cosine)
-        return cosine
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, unit_ED, length, cosine = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, cosine).unsqueeze(-1).div_(length.square())
-        grad = grad / length
-        grad_x = torch.addcmul(grad @ unit_ED, x, along, value=-1).to(x.dtype)
-        return grad_x, grad.flatten(0, -2).T @ x.flatten(0, -2).float()
-
-
 def rows_of_choice(chosen_BEC: Tensor, weight_BEC: Tensor, S: int) -> Route:
     """Rows where each expert chose C tokens of each image: indices (B, E, C) within the image."""
     B, E, C = chosen_BEC.shape
@@ -289,52 +274,3 @@ def top_counts(score_TE: Tensor, count_E: Tensor) -> Tensor:
     place = torch.arange(score_TE.shape[0], device=score_TE.device)[:, None].expand_as(order_TE)
     rank_TE = torch.empty_like(order_TE).scatter_(0, order_TE, place)
     return rank_TE < count_E[None]
-
-
-def segment_sums(x_TD: Tensor, expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Sum and number of the tokens assigned to each expert, float32 (E, D) and (E,). A token may count for several."""
-    return _SegmentSums.apply(x_TD, expert_TK, experts), counts(expert_TK.flatten(), experts).float()
-
-
-class _SegmentSums(torch.autograd.Function):
-    """The sums of `segment_sums`. Autograd's version would keep a float32 copy of all tokens."""
-
-    @staticmethod
-    def forward(ctx, x_TD, expert_TK, experts):
-        ctx.save_for_backward(expert_TK)
-        ctx.dtype = x_TD.dtype
-        sum_ED, wide_TD = x_TD.new_zeros(experts, x_TD.shape[1], dtype=torch.float32), x_TD.float()
-        for k in range(expert_TK.shape[1]):
-            sum_ED.index_add_(0, expert_TK[:, k], wide_TD)
-        return sum_ED
-
-    @staticmethod
-    def backward(ctx, grad_ED):
-        (expert_TK,) = ctx.saved_tensors
-        grad_TD = grad_ED.index_select(0, expert_TK[:, 0])
-        for k in range(1, expert_TK.shape[1]):
-            grad_TD += grad_ED.index_select(0, expert_TK[:, k])
-        return grad_TD.to(ctx.dtype), None, None
-
-
-def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each used expert's prototype against the centroids of all used experts; 0 if fewer than two.
-
-    Args:
-        prototype_ED: (E, D).
-        sum_ED, count_E: sum and number of the tokens of each expert, (..., E, D) and (..., E); one loss for each of
-            the leading dimensions.
-
-    Returns:
-        float32 (...). Computed in float64: E·D numbers cost nothing, and at a low temperature the gradient is a
-        difference of near-equal terms. Nothing is indexed by "used", whose size would have to come to the host.
-
-    Source: ProMoE, arXiv 2510.24711, routing contrastive loss.
-    """
-    used_E = (count_E > 0) & ((count_E > 0).sum(-1, keepdim=True) >= 2)
-    centroid_ED = F.normalize(sum_ED.double() / count_E.clamp(min=1).unsqueeze(-1), dim=-1)
-    cosine_EE = F.normalize(prototype_ED.double(), dim=-1) @ centroid_ED.mT
-    # A row whose every centroid is unused would be all -inf and its gradient NaN: keep its diagonal.
-    hidden_EE = ~used_E.unsqueeze(-2) & ~torch.eye(used_E.shape[-1], dtype=torch.bool, device=used_E.device)
-    loss_E = -(cosine_EE / temperature).masked_fill(hidden_EE, -torch.inf).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-    return ((loss_E * used_E).sum(-1) / used_E.sum(-1).clamp(min=1)).float()

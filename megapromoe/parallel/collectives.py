@@ -65,21 +65,66 @@ class _GatherLast(torch.autograd.Function):
         return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None
 
 
-class _AllToAll(torch.autograd.Function):
+class Flight:
+    """An all-to-all of rows in two halves, so that other work can be enqueued between them, in both directions.
+
+    Forward, the rows leave in `depart` if it is known by then how many go where, else in `arrive`; they are there when
+    `arrive` returns. Backward the gradients leave in `arrive` and are waited for in `depart`: autograd runs last what
+    was recorded first, so what the forward pass does between the two calls, its backward does while they travel.
+    """
+
+    def __init__(self, group: Group, sizes: tuple[list[int], list[int]] | None = None):
+        """Args: `sizes`: rows to and from each rank of the group, if known already."""
+        self.group, self.sizes = group, sizes
+        self.under_way: tuple[dist.Work, torch.Tensor] | None = None  # and what must live as long
+
+    def depart(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows (sum(send), ...). The result is for `arrive` alone."""
+        return x if self.group.size == 1 else _Depart.apply(x, self)
+
+    def arrive(self, x: torch.Tensor, sizes: tuple[list[int], list[int]]) -> torch.Tensor:
+        """Rows (sum(receive), ...) of what departed, those of rank 0 first."""
+        self.sizes = sizes
+        return x if self.group.size == 1 else _Arrive.apply(x, self)
+
+    def launch(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """Sends rows, or gradients back; what comes is complete after `wait`."""
+        send, receive = reversed(self.sizes) if back else self.sizes
+        out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
+        work = dist.all_to_all_single(out, x, receive, send, group=self.group.handle, async_op=True)
+        self.under_way = work, x
+        return out
+
+    def wait(self) -> None:
+        """For what was launched; on a GPU the stream waits, not the host."""
+        if self.under_way is not None:
+            self.under_way[0].wait()
+            self.under_way = None
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, send, receive, group):
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(x, send, receive, group)
+    def forward(ctx, x, flight):
+        ctx.flight = flight
+        return x.view_as(x) if flight.sizes is None else flight.launch(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return _exchange(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+        ctx.flight.wait()
+        return grad, None
 
 
-def _exchange(x: torch.Tensor, send: list[int], receive: list[int], group: Group) -> torch.Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group.handle)
-    return out
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, flight):
+        ctx.flight = flight
+        out = x.view_as(x) if flight.under_way is not None else flight.launch(x)
+        flight.wait()
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.flight.launch(grad, back=True), None
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -121,7 +166,8 @@ def all_to_all(x: torch.Tensor, send: list[int], receive: list[int], group: Grou
     Returns:
         rows (sum(receive), ...), those of rank 0 first. Backward sends each gradient row home.
     """
-    return x if group.size == 1 else _AllToAll.apply(x, send, receive, group)
+    flight = Flight(group)
+    return flight.arrive(flight.depart(x), (send, receive))
 
 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:

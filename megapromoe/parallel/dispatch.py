@@ -4,6 +4,9 @@ A route is a list of rows (token, expert, weight). The dispatcher sorts the rows
 and adds each row's weighted output to its token. `Dispatcher` does so on one rank; `ExpertParallelDispatcher` sends
 rows to the rank that owns the expert in between. Weights never travel: they are applied where the token lives.
 
+A dispatch has two halves, `begin` and `finish`. What needs no routing, the shared and the unconditional expert, stands
+between them: it covers the way of the counts to the host, and in backward the way of the gradients.
+
 Per layer and direction of a token's row the wire carries D·b·(1 - 1/ep) bytes; forward takes three collectives
 (counts, rows out, rows back), backward two.
 """
@@ -11,12 +14,12 @@ Per layer and direction of a token's row the wire carries D·b·(1 - 1/ep) bytes
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megapromoe.parallel.collectives import all_to_all, exchange_counts
+from megapromoe.parallel.collectives import Flight, all_to_all, exchange_counts
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.linear import WHOLE, Region
 from megapromoe.parallel.mesh import Group
@@ -52,6 +55,21 @@ class Route(NamedTuple):
         return Route(self.token_R[start:stop], self.expert_R[start:stop], weight_R[start:stop], self.top_k, first)
 
 
+class Begun(NamedTuple):
+    """A dispatch between its halves."""
+
+    route: Route
+    """Of this rank."""
+    token_R: Tensor
+    """The rows' tokens, sorted by expert."""
+    order_R: Tensor
+    """The route's rows, sorted by expert."""
+    back_R: Tensor | None
+    """Undoes `order_R`; None for rows in any order."""
+    rows: Any
+    """Under way to the experts: what the dispatcher's `send` returned."""
+
+
 class Dispatcher:
     """Runs rows through experts that all live on this rank. Without a host sync: all sizes are those of the route."""
 
@@ -62,35 +80,52 @@ class Dispatcher:
         self.region = region
         self.expert_tp = expert_tp
 
-    def __call__(self, x_TD: Tensor, route: Route, experts: Experts, base_TD: Tensor) -> Tensor:
-        """Sends rows out, runs `experts`, brings them home.
+    def begin(self, x_TD: Tensor, route: Route, most: int) -> Begun:
+        """Sends rows to their experts.
 
         Args:
             x_TD: tokens (T, D), the same on every rank of the region.
             route: rows over these tokens.
-            experts: called with (rows (R, D) sorted by local expert, offs (slots,) int32, local expert (R,) int64).
-            base_TD: what else makes up the output, (T or more, D); it is overwritten.
-
-        Returns:
-            base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
+            most: tokens that any rank may have, at least T: those of a whole micro-batch.
         """
         if self.expert_tp and self.region.shared:
             mine = route._replace(weight_R=self.region.enter(route.weight_R))
         else:
             mine = route.share(self.region, x_TD.shape[0])
         shares = 1 if self.expert_tp else self.region.size
-        most = -(-base_TD.shape[0] // shares) * max(mine.top_k, 1)
+        most = -(-most // shares) * max(mine.top_k, 1)
         slot_R, order_R = torch.sort(self.placement.slot_E(x_TD.device)[mine.expert_R], stable=True)
-        if not mine.top_k:
-            token_R = mine.token_R[order_R]
-            y_RD = self.compute(x_TD.index_select(0, token_R), slot_R, experts, most)
-            return base_TD.index_add(0, token_R, y_RD * mine.weight_R[order_R].to(y_RD.dtype).unsqueeze(1))
-        back_R = inverse(order_R)
-        y_RD = self.compute(_Gather.apply(x_TD, mine, order_R, back_R), slot_R, experts, most)
-        return _Combine.apply(base_TD, y_RD, mine.weight_R, mine, order_R, back_R)
+        token_R = mine.token_R[order_R]
+        if mine.top_k:
+            back_R = inverse(order_R)
+            rows_RD = _Gather.apply(x_TD, mine, token_R, back_R)
+        else:
+            rows_RD, back_R = x_TD.index_select(0, token_R), None
+        return Begun(mine, token_R, order_R, back_R, self.send(rows_RD, slot_R, most))
 
-    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
-        """Experts on rows sorted by slot; returns them in the same order. No rank has more than `most` rows."""
+    def finish(self, begun: Begun, experts: Experts, base_TD: Tensor) -> Tensor:
+        """Runs the experts and brings the rows home.
+
+        Args:
+            experts: called with (rows (R, D) sorted by local expert, offs (slots,) int32, local expert (R,) int64).
+            base_TD: what else makes up the output, (T or more, D); it is overwritten.
+
+        Returns:
+            base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
+        """
+        mine, token_R, order_R, back_R, rows = begun
+        y_RD = self.compute(rows, experts)
+        if mine.top_k:
+            return _Combine.apply(base_TD, y_RD, mine.weight_R, mine, token_R, order_R, back_R)
+        return base_TD.index_add(0, token_R, y_RD * mine.weight_R[order_R].to(y_RD.dtype).unsqueeze(1))
+
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> Any:
+        """What can be done with rows, sorted by slot, before anybody waits. No rank has more than `most` of them."""
+        return rows_RD, slot_R
+
+    def compute(self, sent: Any, experts: Experts) -> Tensor:
+        """Experts on what `send` returned; the rows' outputs, in their order."""
+        rows_RD, slot_R = sent
         return experts(rows_RD, offsets(slot_R, self.placement.slots), slot_R)
 
 
@@ -102,20 +137,45 @@ class ExpertParallelDispatcher(Dispatcher):
         self.placement = ExpertPlacement(experts, group.size)
         self.group = group
 
-    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> tuple[Flight, Tensor, Tensor, OnTheWay]:
         ep, slots = self.group.size, self.placement.slots
         sent = counts(slot_R, ep * slots).view(ep, slots)
         received = exchange_counts(sent, self.group)
-        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()  # the layer's one host sync
-        arrived = all_to_all(rows_RD, send, receive, self.group)
+        numbers = OnTheWay(torch.stack([sent.sum(1), received.sum(1)]))
+        flight = Flight(self.group)
+        return flight, flight.depart(rows_RD), received, numbers
+
+    def compute(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> Tensor:
+        flight, rows_RD, received, numbers = sent
+        send, receive = numbers.on_host()  # the layer's one wait
+        arrived = flight.arrive(rows_RD, (send, receive))
 
         # Rows arrive by (source rank, expert); experts want them by expert.
-        expert_of_cell = torch.arange(slots, device=sent.device).repeat(ep)
+        slots = self.placement.slots
+        expert_of_cell = torch.arange(slots, device=received.device).repeat(self.group.size)
         local_R = torch.repeat_interleave(expert_of_cell, received.flatten(), output_size=sum(receive))
         local_R, order_R = torch.sort(local_R, stable=True)
         back_R = inverse(order_R)
         y_RD = experts(_Permute.apply(arrived, order_R, back_R), offsets(local_R, slots), local_R)
         return all_to_all(_Permute.apply(y_RD, back_R, order_R), receive, send, self.group)
+
+
+class OnTheWay:
+    """Numbers that are copied to the host while the device, and the host, go on."""
+
+    def __init__(self, numbers: Tensor):
+        self.host, self.copied = numbers, None
+        if numbers.is_cuda:
+            self.host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.host.copy_(numbers, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def on_host(self) -> list:
+        """The numbers; waits for them alone, not for what was enqueued after them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host.tolist()
 
 
 def counts(expert_R: Tensor, experts: int) -> Tensor:
@@ -153,13 +213,13 @@ class _Permute(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The token of each row of a token-major route, rows in the order `order_R`."""
+    """The token of each row of a token-major route, the rows sorted by expert."""
 
     @staticmethod
-    def forward(ctx, x_TD, route, order_R, back_R):
+    def forward(ctx, x_TD, route, token_R, back_R):
         ctx.save_for_backward(back_R)
         ctx.shape, ctx.top_k, ctx.first = x_TD.shape, route.top_k, route.first
-        return x_TD.index_select(0, route.token_R[order_R])
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx, grad_RD):
@@ -175,10 +235,10 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """base + Σ weight·row, rows of a token-major route in the order `order_R`; writes into `base_TD`."""
+    """base + Σ weight·row, rows of a token-major route, sorted by expert; writes into `base_TD`."""
 
     @staticmethod
-    def forward(ctx, base_TD, y_RD, weight_R, route, order_R, back_R):
+    def forward(ctx, base_TD, y_RD, weight_R, route, token_R, order_R, back_R):
         K, weight_R = route.top_k, weight_R.to(y_RD.dtype)
         home_TKD = y_RD.index_select(0, back_R).view(-1, K, y_RD.shape[1])
         out_TD = base_TD[route.first : route.first + home_TKD.shape[0]]
@@ -186,13 +246,13 @@ class _Combine(torch.autograd.Function):
         for k in range(K):
             out_TD.addcmul_(home_TKD[:, k], weight_TK[:, k])
         ctx.mark_dirty(base_TD)
-        ctx.save_for_backward(y_RD, weight_R, route.token_R, order_R, back_R)
+        ctx.save_for_backward(y_RD, weight_R, token_R, order_R, back_R)
         return base_TD
 
     @staticmethod
     def backward(ctx, grad_TD):
         y_RD, weight_R, token_R, order_R, back_R = ctx.saved_tensors
-        grad_RD = grad_TD.index_select(0, token_R[order_R])
+        grad_RD = grad_TD.index_select(0, token_R)
         # A dot product for each row, summed in float32; float32 copies of the rows would be the layer's peak.
         grad_weight_R = (grad_RD * y_RD).sum(-1, dtype=torch.float32)[back_R]
-        return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None, None, None
+        return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None, None, None, None

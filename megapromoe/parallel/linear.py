@@ -129,7 +129,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_RD, weight_EFD, bias_EF, offs_E, expert_R):
-        ctx.save_for_backward(x_RD, weight_EFD, offs_E, expert_R)
+        ctx.save_for_backward(x_RD, weight_EFD, offs_E)
         if not x_RD.shape[0]:  # which grouped_mm refuses in backward
             return x_RD.new_empty(0, weight_EFD.shape[1])
         y_RF = F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=offs_E)
@@ -137,7 +137,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RF):
-        x_RD, weight_EFD, offs_E, expert_R = ctx.saved_tensors
+        x_RD, weight_EFD, offs_E = ctx.saved_tensors
         grad_RF = grad_RF.contiguous()
         grad_x = grad_weight = grad_bias = None
         if not x_RD.shape[0]:
@@ -153,5 +153,8 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = F.grouped_mm(grad_RF.T, x_RD, offs=offs_E)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_RF.new_zeros(weight_EFD.shape[:2]).index_add_(0, expert_R, grad_RF)
+            # A product, for adding by index rounds at each row and is not reproducible on GPUs. Of eight equal rows,
+            # since grouped_mm wants 16 bytes beside each other.
+            ones_8R = grad_RF.new_ones(grad_RF.shape[0], 8).T
+            grad_bias = F.grouped_mm(ones_8R, grad_RF, offs=offs_E)[:, 0]
         return grad_x, grad_weight, grad_bias, None, None

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from megapromoe.parallel.collectives import all_to_all
+from megapromoe.parallel.collectives import Flight, all_to_all
 from megapromoe.parallel.dispatch import Dispatcher, Experts, counts
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.linear import WHOLE, Region
@@ -39,23 +39,32 @@ class StaticDispatcher(Dispatcher):
         """Rows of one rank for one expert: factor·most/E, where no rank has more than `most` rows."""
         return max(1, math.ceil(self.factor * most / self.placement.experts))
 
-    def compute(self, rows_RD: Tensor, slot_R: Tensor, experts: Experts, most: int) -> Tensor:
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> tuple[Flight, Tensor, Tensor, int]:
         ep, slots, C = self.group.size, self.placement.slots, self.capacity(most)
-        D, device = rows_RD.shape[1], rows_RD.device
+        device = rows_RD.device
         count = counts(slot_R, ep * slots)
         place_R = torch.arange(slot_R.shape[0], device=device) - (count.cumsum(0) - count)[slot_R]
         # Rows without room share one last place, which does not travel.
         box_R = torch.where(place_R < C, slot_R * C + place_R, ep * slots * C)
         self.dropped = (place_R >= C).float().sum() / max(slot_R.shape[0], 1)
+        boxes = rows_RD.new_zeros(ep * slots * C + 1, rows_RD.shape[1]).index_copy(0, box_R, rows_RD)[:-1]
+        flight = Flight(self.group, self.even(C))
+        return flight, flight.depart(boxes), box_R, C
 
-        boxes = rows_RD.new_zeros(ep * slots * C + 1, D).index_copy(0, box_R, rows_RD)[:-1]
-        even = [slots * C] * ep
-        arrived = all_to_all(boxes, even, even, self.group)
+    def compute(self, sent: tuple[Flight, Tensor, Tensor, int], experts: Experts) -> Tensor:
+        flight, boxes, box_R, C = sent
+        ep, slots, D = self.group.size, self.placement.slots, boxes.shape[1]
+        arrived = flight.arrive(boxes, self.even(C))
         # (source rank, expert, row) -> (expert, source rank, row), and back.
         by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
-        slot = torch.arange(slots, device=device)
+        slot = torch.arange(slots, device=boxes.device)
         offs = ((slot + 1) * ep * C).to(torch.int32)
         y = experts(by_expert, offs, slot.repeat_interleave(ep * C))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        home = all_to_all(y, even, even, self.group)
+        home = all_to_all(y, *self.even(C), self.group)
         return torch.cat([home, home.new_zeros(1, D)]).index_select(0, box_R)
+
+    def even(self, capacity: int) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank: always the same."""
+        rows = [self.placement.slots * capacity] * self.group.size
+        return rows, rows

@@ -161,7 +161,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
         if model.rcl_weight:
             yield Saved("router", "float32 tokens, of which experts take", copy if model.router == "promoe_ec" else 0)
             groups = images if model.router == "promoe_ec" else 1
-            yield Saved("router", "contrastive loss, float64", groups * E * (3 * D + 2 * E) * 8)
+            yield Saved("router", "contrastive loss, float64", (E * (D + 1) + groups * E * (D + E + 2)) * 8)
     if model.router == "classification":
         yield Saved("router", "mean tokens, scores", images * (D + 3 * E) * 4)
     if model.router == "kmeans":

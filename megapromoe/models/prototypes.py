@@ -1,0 +1,130 @@
+"""The arithmetic of prototypes: how much tokens resemble them, and the loss that keeps them apart.
+
+Each with its gradient written out: autograd's version would launch twice the operators and keep copies of all tokens.
+Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastive learning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor], Tensor]
+
+
+def resemblance(
+    x: Tensor, prototype_ED: Tensor, choose: Choose | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cosines of tokens with prototypes; and of the tokens that chose each prototype, the sum and the number.
+
+    Args:
+        x: tokens (..., D).
+        prototype_ED: (E, D).
+        choose: cosines (..., E) -> the experts (..., K) of each token, int64. A token counts for all of its own.
+
+    Returns:
+        x·p / (|x| |p|), float32 (..., E); with `choose` float32 sums (E, D) and numbers (E,). The sums are a product
+        with ones: adding by index is not reproducible on GPUs.
+    """
+    return _Resemblance.apply(x, prototype_ED, choose)
+
+
+def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each used expert's prototype against the centroids of all used experts; 0 if fewer than two.
+
+    Args:
+        prototype_ED: (E, D).
+        sum_ED, count_E: sum and number of the tokens of each expert, (..., E, D) and (..., E); one loss for each of
+            the leading dimensions.
+
+    Returns:
+        float32 (...). Computed in float64: E·D numbers cost nothing, and at a low temperature the gradient is a
+        difference of near-equal terms. Nothing is indexed by "used", whose size would have to come to the host.
+
+    Source: ProMoE, arXiv 2510.24711, routing contrastive loss.
+    """
+    return _Contrast.apply(prototype_ED, sum_ED, count_E, temperature)
+
+
+class _Resemblance(torch.autograd.Function):
+    """`resemblance`: the product first, divided by the lengths.
+
+    One function, so that a token's gradient is one product for cosines and sums, and nothing of the size of the tokens
+    is kept beside them: autograd's version would keep a normalised float32 copy, and add two gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x, prototype_ED, choose):
+        wide_TD = x.flatten(0, -2).float()
+        ctx.kind = prototype_ED.dtype
+        width_E = _length(prototype_ED.float())
+        unit_ED = prototype_ED / width_E
+        length_T = _length(wide_TD)
+        cosine_TE = (wide_TD @ unit_ED.T).div_(length_T)
+        cosine = cosine_TE.unflatten(0, x.shape[:-1])
+        chosen = sum_ED = count_E = None
+        if choose is not None:
+            chosen = choose(cosine).flatten(0, -2)
+            one_TE = torch.zeros_like(cosine_TE).scatter_(-1, chosen, 1.0)
+            sum_ED, count_E = one_TE.T @ wide_TD, one_TE.sum(0)
+            ctx.mark_non_differentiable(count_E)
+        ctx.save_for_backward(x, width_E, unit_ED, length_T, cosine, chosen)
+        return cosine, sum_ED, count_E
+
+    @staticmethod
+    def backward(ctx, grad, grad_sum_ED, _):
+        x, width_E, unit_ED, length_T, cosine, chosen = ctx.saved_tensors
+        x_TD, cosine_TE, grad_TE = (tensor.flatten(0, -2) for tensor in (x, cosine, grad))
+        T, E = cosine_TE.shape
+        along_T = torch.linalg.vecdot(grad_TE, cosine_TE).unsqueeze(-1).div_(length_T.square())
+        if chosen is None:
+            share_TE, to_ED = grad_TE / length_T, unit_ED
+            product_TE = share_TE
+        else:  # what each token has of unit vectors, and of the sums' gradients
+            share_TE, to_ED = grad_TE.new_zeros(T, 2 * E), torch.cat([unit_ED, grad_sum_ED])
+            product_TE = torch.div(grad_TE, length_T, out=share_TE[:, :E])
+            share_TE[:, E:].scatter_(-1, chosen, 1.0)
+        grad_x = torch.addcmul(share_TE @ to_ED, x_TD, along_T, value=-1).to(x.dtype)
+        grad_unit_ED = product_TE.T @ x_TD.float()
+        return grad_x.view_as(x), _through_unit(grad_unit_ED, unit_ED, width_E).to(ctx.kind), None
+
+
+class _Contrast(torch.autograd.Function):
+    """`contrastive_loss`, with half of the operators that autograd's version takes."""
+
+    @staticmethod
+    def forward(ctx, prototype_ED, sum_ED, count_E, temperature):
+        used_E = count_E > 0
+        many = used_E.sum(-1, keepdim=True)
+        wide_ED, total_ED = prototype_ED.double(), sum_ED.double()
+        width_E, length_E = _length(wide_ED), _length(total_ED)
+        unit_ED, centroid_ED = wide_ED / width_E, total_ED / length_E  # a centroid points where the sum does
+        logit_EE = (unit_ED @ centroid_ED.mT).div_(temperature)
+        # Hidden columns get probability zero; finite, so that a row without any other is no NaN.
+        log_p_EE = logit_EE.masked_fill_(~used_E.unsqueeze(-2), -1e30).log_softmax(-1)
+        weight_E = (used_E & (many >= 2)).double() / many.clamp(min=1)
+        ctx.save_for_backward(width_E, unit_ED, length_E, centroid_ED, log_p_EE, weight_E)
+        ctx.temperature, ctx.types = temperature, (prototype_ED.dtype, sum_ED.dtype)
+        return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        width_E, unit_ED, length_E, centroid_ED, log_p_EE, weight_E = ctx.saved_tensors
+        grad_EE = log_p_EE.exp()
+        grad_EE.diagonal(dim1=-2, dim2=-1).sub_(1)
+        grad_EE.mul_((weight_E * (grad / ctx.temperature).unsqueeze(-1)).unsqueeze(-1))
+        grad_unit_ED, grad_centroid_ED = grad_EE @ centroid_ED, grad_EE.mT @ unit_ED
+        grad_unit_ED = grad_unit_ED.flatten(0, -3).sum(0) if grad_unit_ED.dim() > 2 else grad_unit_ED
+        grad_ED = _through_unit(grad_unit_ED, unit_ED, width_E).to(ctx.types[0])
+        return grad_ED, _through_unit(grad_centroid_ED, centroid_ED, length_E).to(ctx.types[1]), None, None
+
+
+def _length(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_(min=1e-12)
+
+
+def _through_unit(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """The gradient of a vector v, from that of v/|v|."""
+    return torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(-1), value=-1).div_(length)
