@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megapromoe import __version__
 from megapromoe.commands import check, data, evaluate, plan, sample, show, train
-from megapromoe.config import ConfigError
+from megapromoe.options import ConfigError
 
 COMMANDS = {
     **{"show": show, "plan": plan, "check": check, "data": data},

@@ -7,14 +7,8 @@ F expert width, S tokens of an image, L blocks, E routed experts, K experts of a
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megapromoe.config import (
-    EXPERT_CHOICE_ROUTERS,
-    TWO_STEP_ROUTERS,
-    Config,
-    Layout,
-    ModelConfig,
-    load_deepspeed,
-)
+from megapromoe.deepspeed_file import load_deepspeed
+from megapromoe.options import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 
 TIME_SINUSOIDS = 256
 # Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.

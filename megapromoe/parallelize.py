@@ -13,12 +13,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config import Config
 from megapromoe.models.compiled import compile_dense
 from megapromoe.models.dit import DiT
 from megapromoe.models.layers import Attention, HeadNorm, Mlp
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import ALONE, Router
+from megapromoe.options import Config
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher
 from megapromoe.parallel.layout import ParameterLayout, Split
 from megapromoe.parallel.linear import ExpertLinear, GatheredLinear, Region, RowLinear

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megapromoe.config import Config, ModelConfig
 from megapromoe.models.published import from_published
+from megapromoe.options import Config, ModelConfig
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("promoe_tc", "promoe_ec", "dense", "tc", "ec", "diffmoe")

@@ -13,11 +13,12 @@ import pytest
 import torch
 from test_routing import tiny
 
-from megapromoe.config import ROUTERS, resolve
+from megapromoe.config import resolve
 from megapromoe.data.builtin import Digits
 from megapromoe.evaluation import analysis, figures, routing_report
 from megapromoe.evaluation.routing import Routing, RoutingError, Tokens, measure_routing
 from megapromoe.evaluation.routing_report import MEASURES, Request, analyse, choose_subsets, page, plain
+from megapromoe.options import ROUTERS
 
 TOOL = Path(__file__).parents[1] / "tools" / "plot_routing.py"
 RNG = np.random.default_rng(0)

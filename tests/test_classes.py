@@ -5,7 +5,8 @@ import json
 import pytest
 
 from megapromoe.classes import ClassGroupError, read_groups, superclass_table, superclasses_in
-from megapromoe.config import ConfigError, check, resolve, to_yaml
+from megapromoe.config import check, resolve, to_yaml
+from megapromoe.options import ConfigError
 
 GUIDED = ("model.router=classification",)
 

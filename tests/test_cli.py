@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from megapromoe import cli
-from megapromoe.config import Config, resolve, to_yaml
+from megapromoe.config import resolve, to_yaml
+from megapromoe.options import Config
 from megapromoe.presets import PRESETS
 from megapromoe.training import runtime
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError

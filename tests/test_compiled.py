@@ -9,8 +9,8 @@ from test_equality import deviations
 from torch._dynamo.utils import counters
 from trajectory import small, stir, train
 
-from megapromoe.config import ConfigError
 from megapromoe.models.compiled import compile_dense
+from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 

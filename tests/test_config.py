@@ -8,17 +8,9 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import yaml
 
-from megapromoe.config import (
-    Config,
-    ConfigError,
-    Layout,
-    check,
-    find_ds_configs,
-    load_deepspeed,
-    resolve,
-    to_dict,
-    to_yaml,
-)
+from megapromoe.config import check, resolve, to_yaml
+from megapromoe.deepspeed_file import find_ds_configs, load_deepspeed
+from megapromoe.options import Config, ConfigError, Layout, to_dict
 
 FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
 

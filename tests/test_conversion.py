@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_published_run import RECIPE, assert_reproduced, config, train
 
-from megapromoe.config import Config, to_yaml
+from megapromoe.config import to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError, read_pickle
 from megapromoe.models.published import constants
+from megapromoe.options import Config
 from megapromoe.training.checkpoint_file import KINDS, Checkpoint, CheckpointError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

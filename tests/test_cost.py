@@ -7,9 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megapromoe.config import ModelConfig, resolve
+from megapromoe.config import resolve
 from megapromoe.cost import flops_per_image, memory_per_rank, parameters
 from megapromoe.models.dit import DiT
+from megapromoe.options import ModelConfig
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build, layouts
 

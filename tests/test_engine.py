@@ -8,7 +8,8 @@ import torch.distributed as dist
 from parallel import run
 from trajectory import deviation, small, stir, train
 
-from megapromoe.config import load_deepspeed, resolve
+from megapromoe.config import resolve
+from megapromoe.deepspeed_file import load_deepspeed
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training.ema import EMA

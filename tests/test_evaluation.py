@@ -15,7 +15,6 @@ from scipy import linalg
 from test_sampling import ALONE, as_job, launched, run, stirred_run  # noqa: F401, `run` is a fixture
 
 from megapromoe.commands import evaluate as command
-from megapromoe.config import ConfigError
 from megapromoe.diffusion.drawing import SampleError
 from megapromoe.evaluation import features, quality, quality_report
 from megapromoe.evaluation.features import FeatureError, open_network
@@ -25,6 +24,7 @@ from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.evaluation.quality import Evaluation, EvaluationError
 from megapromoe.evaluation.sampling import Request
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
+from megapromoe.options import ConfigError
 from megapromoe.training.checkpoint_file import steps_in
 from megapromoe.training.runtime import Launch
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from megapromoe.config import ConfigError, resolve, to_yaml
+from megapromoe.config import resolve, to_yaml
 from megapromoe.diffusion.drawing import SampleError, chunks, generate, grid
 from megapromoe.evaluation.generate import gather, load_model, sample_command
+from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training.runtime import Launch

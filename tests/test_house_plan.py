@@ -10,8 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import itself and those before it.
 FLOORS = (
-    *("presets", "classes", "config", "cost", "planning", "parallel", "models", "diffusion", "data", "parallelize"),
-    *("training", "preflight", "conversion", "evaluation", "studies", "benchmark", "commands", "cli", "__main__"),
+    *("presets", "classes", "options", "rules", "deepspeed_file", "config", "cost", "planning", "parallel", "models"),
+    *("diffusion", "data", "parallelize", "training", "preflight", "conversion", "evaluation", "studies", "benchmark"),
+    *("commands", "cli", "__main__"),
 )
 
 

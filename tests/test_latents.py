@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from stored import Arrays, damage, write
 from test_training import losses, train
 
-from megapromoe.config import ConfigError, resolve
+from megapromoe.config import resolve
 from megapromoe.data import node_cache
 from megapromoe.data.builtin import DamagedRecords, DatasetError
 from megapromoe.data.latents import HEADER, Latents, LatentsError, check, read_manifest
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import autoencoder_identity, open_dataset
 from megapromoe.diffusion.noise import normals
+from megapromoe.options import ConfigError
 from megapromoe.training import loop
 from megapromoe.training.checkpoint_file import steps_in
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 from megapromoe.commands import plan as command
-from megapromoe.config import ConfigError, check, resolve
+from megapromoe.config import check, resolve
 from megapromoe.cost import flat_shards, flops_per_image
+from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import rank_tables
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions

@@ -16,7 +16,8 @@ import torch
 from parallel import _context
 
 from megapromoe.commands import check
-from megapromoe.config import ConfigError, resolve
+from megapromoe.config import resolve
+from megapromoe.options import ConfigError
 from megapromoe.preflight import bandwidth, groups, job, machine, meeting, storage
 from megapromoe.preflight.verdict import FAIL, WARN
 from megapromoe.training import runtime

@@ -4,9 +4,9 @@ import torch
 from golden_cases import FOLDER, config_of, null_last, tensors_of
 from parallel import run
 
-from megapromoe.config import Config, TrainConfig
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.models.published import from_published
+from megapromoe.options import Config, TrainConfig
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training.checkpoint import restore

@@ -8,7 +8,7 @@ from parallel import run
 from trajectory import small, stir
 
 from megapromoe.benchmark.counters import Counter
-from megapromoe.config import ConfigError
+from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 from megapromoe.planning.traffic import Batch, collectives

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megapromoe.config import ModelConfig
 from megapromoe.models.moe import ROUTERS, MoE
 from megapromoe.models.prototypes import contrastive_loss, resemblance
 from megapromoe.models.routers import top_counts
+from megapromoe.options import ModelConfig
 
 D, S, E = 16, 9, 5
 

@@ -17,13 +17,14 @@ from torch.distributed.run import get_args_parser
 
 from megapromoe.commands import evaluate
 from megapromoe.commands import sample as command
-from megapromoe.config import ConfigError, to_yaml
+from megapromoe.config import to_yaml
 from megapromoe.data.autoencoder import AutoencoderError
 from megapromoe.diffusion.drawing import SampleError, generate
 from megapromoe.evaluation import decoding, sampling
 from megapromoe.evaluation.generate import load_model, sample_command
 from megapromoe.evaluation.image_sets import ImageSet, ImageSetError, Parts
 from megapromoe.evaluation.sampling import Request, labels_of, lanes_of, sample_many
+from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.training.runtime import Launch
 

@@ -7,9 +7,10 @@ from parallel import run
 from test_dispatch import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
 from trajectory import small
 
-from megapromoe.config import ConfigError, resolve
+from megapromoe.config import resolve
 from megapromoe.models.dit import DiT
 from megapromoe.models.moe import Experts
+from megapromoe.options import ConfigError
 from megapromoe.parallel.dispatch import Dispatcher
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.mesh import Group, make_mesh

@@ -11,7 +11,7 @@ from parallel import WorkerFailed, run
 from trajectory import small
 
 import megapromoe.training.loop as loop
-from megapromoe.config import TrainConfig
+from megapromoe.options import TrainConfig
 from megapromoe.training import runtime
 from megapromoe.training.checkpoint_file import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
 

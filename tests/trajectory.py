@@ -7,10 +7,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megapromoe.config import Config, resolve
+from megapromoe.config import resolve
 from megapromoe.data.builtin import Synthetic
 from megapromoe.data.loader import Loader
 from megapromoe.diffusion.objectives import make_objective
+from megapromoe.options import Config
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training.checkpoint import Saver, snapshot

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megapromoe.training import runtime  # torch takes seconds to import; help should not wait for it
 
     runtime.prepare()
-    from megapromoe.config import ConfigError
     from megapromoe.conversion.stream import ConversionError
+    from megapromoe.options import ConfigError
     from megapromoe.training.checkpoint_file import CheckpointError
 
     try:

@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = arguments(argv)
 
-    from megapromoe.config import ConfigError, resolve  # after the arguments: torch takes seconds to import
+    from megapromoe.config import resolve  # after the arguments: torch takes seconds to import
     from megapromoe.conversion.stream import ConversionError
+    from megapromoe.options import ConfigError
     from megapromoe.training.checkpoint_file import CheckpointError
 
     try:

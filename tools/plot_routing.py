@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # After the arguments: torch takes seconds to import.
     from megapromoe.classes import ClassGroupError
-    from megapromoe.config import ConfigError
     from megapromoe.data.builtin import DatasetError
     from megapromoe.diffusion.drawing import SampleError
     from megapromoe.evaluation.routing import RoutingError
     from megapromoe.evaluation.routing_report import Request, layer_table, write_routing_report
+    from megapromoe.options import ConfigError
     from megapromoe.training.checkpoint_file import CheckpointError
 
     out = options.out or options.run / "routing"

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapromoe.config import ROUTERS, ConfigError
+from megapromoe.options import ROUTERS, ConfigError
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe, read_recipe

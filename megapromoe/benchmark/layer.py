@@ -15,10 +15,10 @@ from megapromoe.benchmark.contenders import CannotRun, contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.plans import counts, lean, plan
-from megapromoe.config import Config, ModelConfig
 from megapromoe.models.layers import Mlp
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import ALONE
+from megapromoe.options import Config, ModelConfig
 from megapromoe.parallel.mesh import Mesh
 from megapromoe.parallelize import build
 

@@ -17,12 +17,12 @@ from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
 from megapromoe.benchmark.plans import Raised, counts
-from megapromoe.config import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
 from megapromoe.models.dit import DiT
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import PrototypeRouter, Routed
+from megapromoe.options import Config, TrainConfig
 from megapromoe.parallelize import build
 
 

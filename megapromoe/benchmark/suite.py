@@ -21,7 +21,8 @@ from megapromoe.benchmark.layer import BenchmarkError, Settings, measure_layer
 from megapromoe.benchmark.machine import describe
 from megapromoe.benchmark.models import measure_sample, measure_step
 from megapromoe.benchmark.traffic import measure_traffic
-from megapromoe.config import Config, resolve
+from megapromoe.config import resolve
+from megapromoe.options import Config
 from megapromoe.training import runtime
 
 EXPERIMENTS = ("layer", "step", "sample", "traffic")

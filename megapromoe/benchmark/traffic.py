@@ -19,7 +19,7 @@ from torch import multiprocessing
 from megapromoe.benchmark.contenders import CannotRun
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import Settings, check_load, first_layer
-from megapromoe.config import Config
+from megapromoe.options import Config
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.training import runtime

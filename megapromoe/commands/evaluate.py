@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapromoe.commands.options import run_option
 from megapromoe.commands.sample import drawing_options, many_images, num_option
-from megapromoe.config import ConfigError
+from megapromoe.options import ConfigError
 
 SUMMARY = "measure how good drawn images are: FID and its kin"
 EPILOG = """\

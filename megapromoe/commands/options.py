@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from megapromoe.config import Config, resolve
+from megapromoe.config import resolve
+from megapromoe.options import Config
 from megapromoe.presets import PRESETS
 
 DEFAULT_PRESET = "digits"

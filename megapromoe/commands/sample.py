@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megapromoe.commands.options import positive, run_option
-from megapromoe.config import ConfigError
+from megapromoe.options import ConfigError
 
 SUMMARY = "draw images with a trained model"
 EPILOG = """\

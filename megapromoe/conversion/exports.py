@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import to_dict, to_yaml
+from megapromoe.config import to_yaml
 from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import DIFFUSERS_FILE, detect
 from megapromoe.conversion.state import State, check_published
@@ -32,6 +32,7 @@ from megapromoe.conversion.stream import (
     written_aside,
 )
 from megapromoe.models.published import constants, is_buffer, published_names
+from megapromoe.options import to_dict
 from megapromoe.training.checkpoint_file import FORMAT, KINDS, folder_of, sync
 from megapromoe.training.run_directory import RunDirectory
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import PUBLISHED_ROUTERS, Config, ModelConfig, resolve
+from megapromoe.config import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.models.dit import DiT
+from megapromoe.options import PUBLISHED_ROUTERS, Config, ModelConfig
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapromoe.config import PROMOE_ROUTERS, Config
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.models.dit import DiT
+from megapromoe.options import PROMOE_ROUTERS, Config
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build
 

@@ -16,9 +16,9 @@ import torch
 from matplotlib.image import imsave
 from torch import Tensor, nn
 
-from megapromoe.config import Config
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.options import Config
 
 PICTURE_SIDE = 64  # pixels of an image in a picture: smaller ones are enlarged by a whole factor
 

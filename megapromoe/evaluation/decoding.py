@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megapromoe.config import Config
 from megapromoe.data.autoencoder import NONE, Autoencoder, AutoencoderError, open_autoencoder
 from megapromoe.data.builtin import DatasetError
 from megapromoe.data.sources import autoencoder_identity
 from megapromoe.diffusion.drawing import SampleError
+from megapromoe.options import Config
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from megapromoe.config import Config
 from megapromoe.data.builtin import Dataset
 from megapromoe.evaluation.analysis import NOBODY
 from megapromoe.evaluation.routing import Routing, measure_routing
 from megapromoe.models.dit import DiT
+from megapromoe.options import Config
 
 SHOWN_IMAGES, SHOWN_LAYERS = 10, 4  # of token maps
 NAMED = 20  # so many classes or subsets are named one by one

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megapromoe.config import Config, resolve
+from megapromoe.config import resolve
 from megapromoe.diffusion.drawing import (
     SampleError,
     check_channels,
@@ -34,6 +34,7 @@ from megapromoe.diffusion.drawing import (
 from megapromoe.evaluation.decoding import decoded, open_decoder
 from megapromoe.evaluation.together import agree, joined
 from megapromoe.models.dit import DiT
+from megapromoe.options import Config
 from megapromoe.parallel.mesh import Group, Mesh
 from megapromoe.parallelize import build
 from megapromoe.training import runtime

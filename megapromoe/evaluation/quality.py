@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megapromoe.config import Config
 from megapromoe.evaluation.features import CLASSIFIERS, FeatureError, Features, Network, open_network
 from megapromoe.evaluation.image_sets import ImageSet, ImageSetError, entries, open_array
 from megapromoe.evaluation.pixels import BUILT_IN, data_of_run, open_pixels
 from megapromoe.evaluation.sampling import Request, checked, checkpoint_facts, draw_sets, facts_of
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
 from megapromoe.evaluation.together import added, agree, joined, told_by_first
+from megapromoe.options import Config
 from megapromoe.training import runtime
 from megapromoe.training.checkpoint_file import steps_in
 from megapromoe.training.run_directory import RunDirectory

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from megapromoe import __version__
-from megapromoe.config import Config
 from megapromoe.cost import parameters
 from megapromoe.data.builtin import Digits
 from megapromoe.data.sources import open_dataset
@@ -28,6 +27,7 @@ from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_pn
 from megapromoe.evaluation.figures import routing_picture
 from megapromoe.evaluation.generate import load_model
 from megapromoe.models.dit import DiT
+from megapromoe.options import Config
 from megapromoe.training.run_directory import RunDirectory
 
 FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megapromoe.config import Config
 from megapromoe.data.builtin import Dataset
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.evaluation.analysis import NOBODY, evenness, information, load
 from megapromoe.models.dit import DiT
 from megapromoe.models.routers import Routed, Router
+from megapromoe.options import Config
 
 LEVELS = (0.1, 0.5, 0.9)  # quantiles of the training's noise levels
 

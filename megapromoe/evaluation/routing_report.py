@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from megapromoe.classes import read_groups
-from megapromoe.config import Config
 from megapromoe.data.builtin import Dataset
 from megapromoe.data.sources import open_dataset
 from megapromoe.evaluation import analysis, figures
@@ -31,6 +30,7 @@ from megapromoe.evaluation.generate import load_model
 from megapromoe.evaluation.routing import LEVELS, Routing, RoutingError, chosen_layers, measure_routing
 from megapromoe.models.dit import DiT
 from megapromoe.models.moe import MoE
+from megapromoe.options import Config
 
 EACH_CLASS = 20  # up to so many classes each is a subset of its own
 RANDOM_SUBSET = 200  # classes of each of the two subsets else, as in the paper

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megapromoe.config import Config, ParallelConfig, check
+from megapromoe.config import check
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.diffusion.drawing import SampleError, generate
 from megapromoe.diffusion.noise import uniforms
@@ -29,6 +29,7 @@ from megapromoe.evaluation.generate import check_classes, find_checkpoint, load_
 from megapromoe.evaluation.image_sets import ImageSetError, Parts
 from megapromoe.evaluation.together import agree, joined, told_by_first
 from megapromoe.models.dit import DiT
+from megapromoe.options import Config, ParallelConfig
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.training import runtime
 from megapromoe.training.checkpoint_file import CheckpointError, sha256_of

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megapromoe.config import ModelConfig
 from megapromoe.models.decisions import Decisions
 from megapromoe.models.guided_routers import NO_SUPERCLASS
 from megapromoe.models.layers import (
@@ -27,6 +26,7 @@ from megapromoe.models.layers import (
 )
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import Routed
+from megapromoe.options import ModelConfig
 from megapromoe.parallel.linear import GatheredLinear
 
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.config import ModelConfig
 from megapromoe.models.decisions import Decisions
 from megapromoe.models.routers import Routed, Router
+from megapromoe.options import ModelConfig
 from megapromoe.parallel.collectives import sum_over
 from megapromoe.parallel.dispatch import Route
 

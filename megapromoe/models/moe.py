@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.config import TWO_STEP_ROUTERS, ModelConfig
 from megapromoe.models.decisions import Decisions
 from megapromoe.models.guided_routers import GUIDED
 from megapromoe.models.layers import Mlp
 from megapromoe.models.routers import ROUTERS as UNGUIDED
 from megapromoe.models.routers import Routed
+from megapromoe.options import TWO_STEP_ROUTERS, ModelConfig
 from megapromoe.parallel.dispatch import Dispatcher
 from megapromoe.parallel.linear import WHOLE, ExpertLinear, Region
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from megapromoe.config import PROMOE_ROUTERS, ModelConfig
 from megapromoe.models.layers import position_table
+from megapromoe.options import PROMOE_ROUTERS, ModelConfig
 
 _LAYER = re.compile(r"(blocks\.\d+\.mlp)\.(.+)")
 _EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2|up_proj|down_proj)\.(weight|bias)")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megapromoe.config import GATE_ROUTERS, PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
+from megapromoe.options import GATE_ROUTERS, PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.planning.traffic import (
     Batch,
     expected_batch,

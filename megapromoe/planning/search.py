@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from megapromoe.config import Config, ConfigError, Layout, check, find_ds_configs
+from megapromoe.config import check
+from megapromoe.deepspeed_file import find_ds_configs
+from megapromoe.options import Config, ConfigError, Layout
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget, budget
 from megapromoe.planning.roofline import StepTime, step_time, utilization

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megapromoe.config import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.cost import flat_shards, layers, tensors_on_rank
+from megapromoe.options import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")

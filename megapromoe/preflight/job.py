@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megapromoe.config import Config
+from megapromoe.options import Config
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.preflight import bandwidth, groups, machine, meeting, storage
 from megapromoe.preflight.bandwidth import Network

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import megapromoe
-from megapromoe.config import find_ds_configs
+from megapromoe.deepspeed_file import find_ds_configs
 from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
 from megapromoe.training import runtime
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megapromoe.config import Config
 from megapromoe.cost import parameters
 from megapromoe.data.sources import open_dataset
+from megapromoe.options import Config
 from megapromoe.preflight.meeting import Meeting
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
 

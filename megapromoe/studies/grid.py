@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megapromoe.config import Config, ConfigError, resolve
+from megapromoe.config import resolve
 from megapromoe.cost import flops_per_image, parameters
+from megapromoe.options import Config, ConfigError
 from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}

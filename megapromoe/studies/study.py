@@ -25,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from megapromoe.config import ConfigError, resolve, to_yaml
+from megapromoe.config import resolve, to_yaml
+from megapromoe.options import ConfigError
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 

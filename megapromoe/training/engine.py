@@ -31,8 +31,9 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
-from megapromoe.config import Config, load_deepspeed
+from megapromoe.deepspeed_file import load_deepspeed
 from megapromoe.models.dit import DiT
+from megapromoe.options import Config
 from megapromoe.parallel.layout import ParameterLayout
 from megapromoe.parallel.mesh import Mesh
 

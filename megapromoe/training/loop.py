@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe import cost
-from megapromoe.config import Config, TrainConfig, to_dict
 from megapromoe.data.builtin import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
 from megapromoe.diffusion.objectives import make_objective
+from megapromoe.options import Config, TrainConfig, to_dict
 from megapromoe.parallel.mesh import Mesh, make_mesh
 from megapromoe.parallelize import build
 from megapromoe.training import runtime

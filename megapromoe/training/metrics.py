@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megapromoe.config import Config, to_yaml
+from megapromoe.config import to_yaml
+from megapromoe.options import Config
 
 logger = logging.getLogger(__name__)
 

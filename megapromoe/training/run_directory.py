@@ -37,7 +37,8 @@ from typing import IO, Any
 import yaml
 
 import megapromoe
-from megapromoe.config import Config, to_dict, to_yaml
+from megapromoe.config import to_yaml
+from megapromoe.options import Config, to_dict
 
 logger = logging.getLogger(__name__)
 
