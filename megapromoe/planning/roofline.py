@@ -24,8 +24,8 @@ from megapromoe.planning.zero import zero_of
 
 # Kernels of a block, forward and backward; those that torch's dispatcher counted, views left out.
 DENSE_KERNELS = 62
-MOE_KERNELS = {"tc": 115, "ec": 115, "diffmoe": 140, "promoe_linear": 140}
-OTHER_MOE_KERNELS = 260  # prototypes and contrastive loss, shared and unconditional expert
+MOE_KERNELS = {"promoe": 195, "promoe_linear": 135, "tc": 110, "ec": 115, "diffmoe": 135}
+OTHER_MOE_KERNELS = 220
 # Seconds of the host that DeepSpeed spends on a parameter: on its gradient; at stage 3 also on gathering it.
 HOOK, GATHER_HOOK = 30e-6, 200e-6
 PASSES = 6  # times that a kept activation is written or read, or its gradient is, by kernels that are not products
