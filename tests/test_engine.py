@@ -79,8 +79,9 @@ def test_scope_rank_takes_the_statistics_of_one_rank(tmp_path):
 
 def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
     engine, ema = engine_of(f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed={file}")
-    one_step(engine)
-    before = weights(engine)
+    result, _ = one_step(engine)
+    ema.update(result)
+    before, averages = weights(engine), [average.clone() for average in ema.averages]
 
     def spoil(loss):
         if dist.get_rank() // tp != 0:  # one data-parallel rank only
@@ -88,7 +89,9 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
         return loss * float("nan") if kind == "nan" else loss * float("inf")
 
     bad, _ = one_step(engine, spoil, seed=1)
+    ema.update(bad)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+    unchanged &= all(torch.equal(a, b) for a, b in zip(averages, ema.averages, strict=True))
     good, _ = one_step(engine, seed=2)
     moved = any(not torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
     finite = all(w.isfinite().all() for w in weights(engine))

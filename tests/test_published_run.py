@@ -54,8 +54,9 @@ def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> d
         mse, aux = engine.micro_step(x, t, y, conditional, loss=loss)
         said["mse"].append(mse)
         said["aux"].append(aux)
-        said["norm"].append(engine.step(RECIPE.lr).norm)
-        ema.update()
+        result = engine.step(RECIPE.lr)
+        said["norm"].append(result.norm)
+        ema.update(result)
         said["masters"].append(masters(engine))
     engine.close()
     return said

@@ -110,7 +110,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
                 shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
                 commit(aside, place, dist.get_world_size(), {"step": 0, "shapes": shapes}, 60)
         result = engine.step(config.train.lr, total)
-        ema.update()
+        ema.update(result)
         out.norms.append(result.norm)
     saver = Saver(Path(folder), engine, ema, patience=60)
     saver.save({"step": steps, "updates": steps})

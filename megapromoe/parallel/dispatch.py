@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.parallel.collectives import Flight, all_to_all, exchange_counts
+from megapromoe.parallel.host_copy import OnTheWay
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.linear import WHOLE, Region
 from megapromoe.parallel.mesh import Group
@@ -158,24 +159,6 @@ class ExpertParallelDispatcher(Dispatcher):
         back_R = inverse(order_R)
         y_RD = experts(_Permute.apply(arrived, order_R, back_R), offsets(local_R, slots), local_R)
         return all_to_all(_Permute.apply(y_RD, back_R, order_R), receive, send, self.group)
-
-
-class OnTheWay:
-    """Numbers that are copied to the host while the device, and the host, go on."""
-
-    def __init__(self, numbers: Tensor):
-        self.host, self.copied = numbers, None
-        if numbers.is_cuda:
-            self.host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self.host.copy_(numbers, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-
-    def on_host(self) -> list:
-        """The numbers; waits for them alone, not for what was enqueued after them."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.host.tolist()
 
 
 def counts(expert_R: Tensor, experts: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Averaged weights, sharded like the optimizer.
 
-One flat fp32 tensor stands beside each of the engine's master partitions; a step is one fused lerp over them, without
-any traffic. Source: the paper's recipe, decay 0.9999.
+One flat fp32 tensor stands beside each of the engine's master partitions; a step is one lerp over each, without any
+traffic. At stage 0, whose partitions are the parameters, one fused lerp runs over all.
+Source: the paper's recipe, decay 0.9999.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megapromoe.training.engine import Engine
+from megapromoe.training.engine import Engine, StepResult
 
 
 class EMA:
@@ -24,10 +25,15 @@ class EMA:
         self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the averages towards the weights."""
+    def update(self, result: StepResult) -> None:
+        """Moves the averages towards the weights, if the step was applied; the host need not know whether."""
         masters = [p.master.detach() for p in self.engine.partitions]
-        torch._foreach_lerp_(self.averages, masters, 1 - self.decay)
+        if self.engine.device_decides:
+            weight = (result.applied_there * (1 - self.decay)).float()
+            for average, master in zip(self.averages, masters, strict=True):
+                average.lerp_(master, weight)
+        elif result.applied:
+            torch._foreach_lerp_(self.averages, masters, 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

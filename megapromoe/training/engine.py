@@ -7,8 +7,10 @@ not get right for experts and tensor parallelism together is put right here:
 * **Groups.** Ours, made by `parallel/mesh.py` with time-outs, are registered before DeepSpeed makes its own.
 * **The norm.** One formula for every stage (`Engine._agree`) replaces DeepSpeed's, which miscounts experts at stage 0
   and under tensor parallelism. Non-finite norms skip the update on all ranks alike. It also replaces DeepSpeed's own
-  search for overflow in bf16, which reads every gradient, and past which nobody asks for the norm. The host learns the
-  norm once a step, and waits for the device then and only then.
+  search for overflow in bf16, which reads every gradient, and past which nobody asks for the norm.
+* **Who decides.** Clipping and skipping are the device's where torch's AdamW updates ZeRO's shards there: its fused
+  kernel takes both as tensors, so a step waits for nothing, and the host learns what it did when it looks
+  (`StepResult`). Stage 0, other optimizers and offloaded ones leave it to the host, which waits for the norm.
 * **Masters.** In bf16, DeepSpeed would start its fp32 masters from values rounded to bf16; they get the exact ones.
   Buffers stay as they were built, running statistics in fp32.
 * **Refused:** bf16 at stage 0, fp32 accumulation of bf16 gradients at stage 1, offload at stage 3, fp16 (`problems`).
@@ -21,6 +23,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import deepspeed
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from megapromoe.deepspeed_file import load_deepspeed
 from megapromoe.models.dit import DiT
 from megapromoe.options import Config
+from megapromoe.parallel.host_copy import OnTheWay
 from megapromoe.parallel.layout import ParameterLayout
 from megapromoe.parallel.mesh import Mesh
 
@@ -55,17 +59,44 @@ class Partition:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank.
+    """What a step did, the same on every rank. The host waits for the step's norm when it first looks at any of it."""
 
-    `norm` of the whole gradient before clipping; `applied` is False where it was not finite, or too large: nothing
-    changed; `stop` is True if any rank asked to stop.
-    """
+    def __init__(self, squares_and_votes: Tensor, largest: float):
+        """Args: the sum of squares of the whole gradient and the number of ranks that ask to stop, (2,) float64;
+        the largest norm that is not a spike."""
+        self._there, self._here = squares_and_votes, OnTheWay(squares_and_votes)
+        self._largest = largest
 
-    norm: float
-    applied: bool
-    stop: bool
+    @cached_property
+    def norm_there(self) -> Tensor:
+        """`norm`, on the device."""
+        return self._there[0].sqrt()
+
+    @cached_property
+    def applied_there(self) -> Tensor:
+        """`applied`, on the device."""
+        return self.norm_there.isfinite() & (self.norm_there <= self._largest)
+
+    @cached_property
+    def _seen(self) -> tuple[float, float]:
+        total, votes = self._here.on_host()
+        return math.sqrt(total), votes
+
+    @property
+    def norm(self) -> float:
+        """Of the whole gradient before clipping."""
+        return self._seen[0]
+
+    @property
+    def applied(self) -> bool:
+        """False where the norm was not finite, or too large: then nothing changed."""
+        return math.isfinite(self.norm) and self.norm <= self._largest
+
+    @property
+    def stop(self) -> bool:
+        """Did any rank ask to stop?"""
+        return self._seen[1] > 0
 
 
 class _ExpertsHere(AutoEPMoELayer):
@@ -150,7 +181,6 @@ class Engine:
         ds |= {
             "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
             "gradient_accumulation_steps": config.train.accumulation,
-            "gradient_clipping": config.train.clip if self.stage else 0.0,
         }
         exact = {n: p.detach().cpu().clone() for n, p in model.named_parameters()} if self.bf16 else {}
         buffers = dict(model.named_buffers())
@@ -159,6 +189,9 @@ class Engine:
         _mark_experts(model, mesh)
         self.names = {id(p): name for name, p in model.named_parameters()}
         optimizer = _optimizer(config, model)
+        offloads = bool(ds.get("zero_optimization", {}).get("offload_optimizer"))
+        self.device_decides = self.stage > 0 and config.train.optimizer == "torch" and not offloads
+        ds["gradient_clipping"] = 0.0 if self.device_decides or not self.stage else config.train.clip
         self.engine, _, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -170,13 +203,11 @@ class Engine:
             owner, _, attribute = name.rpartition(".")
             self.module.get_submodule(owner)._buffers[attribute] = buffer
         self.optimizer = optimizer  # DeepSpeed works on this very object, whatever it wraps around it
-        self._said: tuple[Tensor | None, bool] = (None, False)  # this rank's loss, and whether it asks to stop
-        self._largest = math.inf
-        self._agreed = (0.0, 0.0)  # what all ranks make of it: the norm, and how many ask to stop
+        self._announced = torch.tensor(1.0)  # the norm that DeepSpeed hears of
         if self.stage == 3:
-            self.engine.optimizer._get_norm_groups = lambda: [self._announced_norm()]
+            self.engine.optimizer._get_norm_groups = lambda: [self._announced]
         elif self.stage:
-            self.engine.optimizer.scaled_global_norm = self._announced_norm
+            self.engine.optimizer.scaled_global_norm = lambda *_: self._announced
             self.engine.optimizer.check_overflow = lambda **_: None
         self.partitions = tuple(self._partitions())
         once = [1 / self.copies(piece.name) for partition in self.partitions for piece in partition.pieces]
@@ -208,19 +239,34 @@ class Engine:
         changes anything. `stop`: this rank would like to end after the step; the answer says whether any does, at the
         cost of no further collective.
         """
-        self._said, self._largest = (loss, stop), largest
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage == 0:
-            norm = self._agree()
-            if self._usable(norm):
-                self._clip(norm)
-            else:  # AdamW passes over parameters without a gradient
-                for p in self.module.parameters():
-                    p.grad = None
+        result = StepResult(self._agree(loss, stop), largest)
+        if self.device_decides:
+            self._decide_there(result)
+        else:
+            self._decide_here(result)
         self.engine.step()
-        norm, votes = self._agreed
-        return StepResult(norm, self._usable(norm), votes > 0)
+        return result
+
+    def _decide_there(self, result: StepResult) -> None:
+        """Tells torch's fused AdamW by what to divide gradients, and whether to change anything."""
+        clip = self.config.train.clip
+        scale = ((result.norm_there + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(result.norm_there)
+        self.optimizer.grad_scale = scale.float()
+        self.optimizer.found_inf = (~result.applied_there).float()
+
+    def _decide_here(self, result: StepResult) -> None:
+        """Clips at stage 0, and tells DeepSpeed to do so at others; -1 is its sign for "skip this step"."""
+        self._announced = torch.tensor(result.norm if result.applied else -1.0)
+        if self.stage:
+            return
+        if not result.applied:  # AdamW passes over parameters without a gradient
+            for p in self.module.parameters():
+                p.grad = None
+        elif self.config.train.clip:
+            scale = min(self.config.train.clip / (result.norm + 1e-6), 1.0)
+            torch._foreach_mul_([p.grad for p in self.module.parameters()], scale)
 
     def finish_micro_step(self) -> None:
         """Tells DeepSpeed that a micro-step before the last is over."""
@@ -245,13 +291,12 @@ class Engine:
             for piece, gradient in zip(partition.pieces, gradients, strict=True):
                 yield piece, gradient[: piece.stop - piece.start]
 
-    def _agree(self) -> float:
-        """The norm of the whole averaged gradient: every logical element counts once, at every stage and layout.
+    def _agree(self, loss: Tensor | None, stop: bool) -> Tensor:
+        """The sum of squares of the whole averaged gradient, and the votes to stop: (2,) float64. Collective.
 
-        Sums squares over all ranks' parts, each divided by the number of ranks that hold the same part. Not finite if
-        any rank's loss is not. The votes to stop ride along. Collective.
+        Every logical element counts once, at every stage and layout: squares are summed over all ranks' parts, each
+        divided by the number of ranks that hold the same part. Not finite if any rank's loss is not.
         """
-        loss, stop = self._said
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         if loss is not None:
             total += 0.0 * loss
@@ -259,12 +304,7 @@ class Engine:
         total += torch.stack(norms).square() @ self._once
         said = torch.stack([total, torch.full_like(total, float(stop))])
         dist.all_reduce(said, group=self.mesh.whole.handle)
-        total, votes = said.tolist()
-        self._agreed = math.sqrt(total), votes
-        return self._agreed[0]
-
-    def _usable(self, norm: float) -> bool:
-        return math.isfinite(norm) and norm <= self._largest
+        return said
 
     def copies(self, name: str) -> int:
         """How many ranks hold the same piece of a parameter's gradient, master and moments."""
@@ -321,17 +361,6 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers."""
         self.engine.destroy()
-
-    def _announced_norm(self, *_) -> Tensor:
-        # Asked by DeepSpeed inside its step; -1 is its sign for "not finite, skip this step". It looks at the answer
-        # more than once: on the host, where that costs nothing.
-        norm = self._agree()
-        return torch.tensor(norm if self._usable(norm) else -1.0)
-
-    def _clip(self, norm: float) -> None:
-        if self.config.train.clip:
-            scale = min(self.config.train.clip / (norm + 1e-6), 1.0)
-            torch._foreach_mul_([p.grad for p in self.module.parameters()], scale)
 
     def _partitions(self) -> Iterator[Partition]:
         zero = self.engine.optimizer

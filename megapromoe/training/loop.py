@@ -32,7 +32,7 @@ from megapromoe.parallelize import build
 from megapromoe.training import runtime
 from megapromoe.training.checkpoint import Saver, resume
 from megapromoe.training.ema import EMA
-from megapromoe.training.engine import Engine
+from megapromoe.training.engine import Engine, StepResult
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.training.watchdog import Watchdog
@@ -133,8 +133,7 @@ def _train(
     batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
-    recent = deque(checkpoint.manifest.get("recent_norms", []) if checkpoint else [], maxlen=RECENT)
-    bad_in_a_row = 0
+    progress = _Progress(t, updates, checkpoint.manifest.get("recent_norms", []) if checkpoint else [])
     watchdog = Watchdog(job.store, mesh.rank, mesh.world, t.step_timeout)
     try:
         while step < t.steps:
@@ -149,25 +148,10 @@ def _train(
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
             watchdog.at(step + 1, "update")
-            result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, recent))
+            result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, progress.recent))
+            ema.update(result)
             step += 1
-            if result.applied:
-                ema.update()
-                updates, bad_in_a_row = updates + 1, 0
-                recent.append(result.norm)
-            else:
-                bad_in_a_row += 1
-                first = (step - 1) * t.global_batch
-                logger.warning(
-                    "step %d: gradient norm %g is not finite, or a spike; no rank updated; samples %d..%d of the data",
-                    *(step, result.norm, first, first + t.global_batch - 1),
-                )
-                if bad_in_a_row >= t.max_bad_steps:
-                    raise TrainingError(
-                        f"step {step}: {bad_in_a_row} steps in a row without a usable gradient"
-                        f" (train.max_bad_steps = {t.max_bad_steps}); lower train.lr or train.clip, and start again"
-                        " from the newest checkpoint by repeating the command"
-                    )
+            progress.add(step, result)
             if step % t.log_every == 0 or step == t.steps:
                 watchdog.at(step, "log")
                 values, layers = window.close(result.norm, rate)
@@ -181,10 +165,10 @@ def _train(
                     if mesh.rank == 0:
                         write_png(run.samples / f"step-{step:08d}.png", picture)
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
-            last = result.stop or spoilt or step == t.steps
+            last = progress.stop or spoilt or step == t.steps
             if last or t.save_every and step % t.save_every == 0:
                 watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
-                facts = {"step": step, "updates": updates, "recent_norms": list(recent)}
+                facts = {"step": step, "updates": progress.updates, "recent_norms": list(progress.recent)}
                 facts |= {"config": to_dict(config), "versions": _versions()}
                 if mesh.rank == 0:
                     facts["run"] = run.identity()
@@ -198,7 +182,7 @@ def _train(
                     f" {config.data.max_bad}), named in the warnings of all ranks; step {step} is saved: see"
                     f" `megapromoe data check {config.data.path}`, mend the files and repeat the command"
                 )
-            if result.stop and step < t.steps:
+            if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
     finally:
         watchdog.close()
@@ -248,6 +232,51 @@ def learning_rate(t: TrainConfig, step: int) -> float:
 def largest_norm(spike: float, recent: Sequence[float]) -> float:
     """The gradient norm above which a step is skipped: `spike` medians of `recent` norms, once there are enough."""
     return spike * statistics.median(recent) if spike and len(recent) >= ENOUGH else math.inf
+
+
+class _Progress:
+    """What the host knows of the steps. It looks at each when the next is under way, so that the device never waits."""
+
+    def __init__(self, t: TrainConfig, updates: int, recent_norms: Sequence[float]):
+        self.t, self.updates = t, updates
+        self.recent = deque(recent_norms, maxlen=RECENT)
+        self.stop = False
+        """Did any rank ask to stop?"""
+        self._bad_in_a_row = 0
+        self._behind: deque[tuple[int, StepResult]] = deque()  # not looked at
+
+    def add(self, step: int, result: StepResult) -> None:
+        """Takes in a step, and looks at those before; at this one too if something waits for it.
+
+        Raises TrainingError after `train.max_bad_steps` steps in a row that were not applied.
+        """
+        self._behind.append((step, result))
+        regular = (self.t.log_every, self.t.sample_every, self.t.save_every)
+        wanted = step == self.t.steps or self.t.spike or any(every and step % every == 0 for every in regular)
+        self._look(behind=0 if wanted else 1)
+        if self.stop:
+            self._look(behind=0)
+
+    def _look(self, behind: int) -> None:
+        while len(self._behind) > behind:
+            step, result = self._behind.popleft()
+            self.stop = self.stop or result.stop
+            if result.applied:
+                self.updates, self._bad_in_a_row = self.updates + 1, 0
+                self.recent.append(result.norm)
+                continue
+            self._bad_in_a_row += 1
+            first = (step - 1) * self.t.global_batch
+            logger.warning(
+                "step %d: gradient norm %g is not finite, or a spike; no rank updated; samples %d..%d of the data",
+                *(step, result.norm, first, first + self.t.global_batch - 1),
+            )
+            if self._bad_in_a_row >= self.t.max_bad_steps:
+                raise TrainingError(
+                    f"step {step}: {self._bad_in_a_row} steps in a row without a usable gradient"
+                    f" (train.max_bad_steps = {self.t.max_bad_steps}); lower train.lr or train.clip, and start again"
+                    " from the newest checkpoint by repeating the command"
+                )
 
 
 class _Window:
