@@ -9,15 +9,16 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from small_studies import TINY, compared, finished, recipe, rows
 
 from megapromoe.config import resolve
 from megapromoe.data.builtin import Digits
 from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.studies.collect import evaluated, row
-from megapromoe.studies.curves import curves_of
+from megapromoe.studies.curves import Curves, curves_of
 from megapromoe.studies.fit import FitError, fit_power_law
-from megapromoe.studies.image_plots import draw_images
+from megapromoe.studies.image_plots import _draw_course, draw_images
 from megapromoe.studies.plots import draw_all
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.tables import differences, fits, groups, mean_of, to_csv, to_markdown, trends
@@ -316,6 +317,16 @@ def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
     assert drawn == [pytest.approx(np.array(two)), four]
     colours = [[line.get_color() for line in axes[name].lines] for name in ("losses", "course")]
     assert colours[0] == colours[1] and len(set(colours[0])) == 2
+
+
+def test_figures_over_training_are_multiples_of_the_baselines():
+    curves = Curves("D (X), 500 images", 1.5, {})
+    means = {("promoe", ()): {1: 30.0, 2: 9.0, 3: 1.0}, ("dense", ()): {1: 20.0, 2: 10.0}}
+    styles = {key: {"color": colour} for key, colour in zip(means, ("red", "blue"), strict=True)}
+    ax = Figure().subplots()
+    _draw_course(ax, curves, means, styles, "dense")
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 1.5], [2, 0.9]], [[1, 1.0], [2, 1.0]]]
+    assert ax.get_title().endswith("dense: 20, 10") and ax.get_ylabel().endswith("/ that of dense")
 
 
 def test_one_step_makes_no_curve(tmp_path, capsys):

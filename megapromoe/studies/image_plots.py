@@ -29,8 +29,8 @@ Styles = dict[tuple[str, tuple], dict[str, Any]]
 def draw_images(study: Study, rows: Rows) -> Figure | None:
     """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure.
 
-    Where the recipe names a baseline, the loss is shown as a multiple of the baseline's at the same step. A third panel
-    shows the figure over training, if all seeds of some model were evaluated at two steps or more.
+    A third panel shows the figure over training, if all seeds of some model were evaluated at two steps or more. Where
+    the recipe names a baseline, what is drawn over steps is shown as a multiple of the baseline's at the same step.
     """
     first = first_figure(rows)
     if first is None:
@@ -49,7 +49,7 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     _draw_losses(panels["losses"], study, everything, styles)
     _draw_ends(panels["ends"], rows, first, everything, styles)
     if third:
-        _draw_course(panels["course"], curves, means, styles)
+        _draw_course(panels["course"], curves, means, styles, study.recipe.baseline)
         lines = panels["losses"].get_legend_handles_labels()
         figure.legend(*lines, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     else:
@@ -84,17 +84,26 @@ def _draw_ends(ax, rows: Rows, first: str, everything: Groups, styles: Styles) -
     ax.tick_params(axis="x", labelsize=8)
 
 
-def _draw_course(ax, curves: Curves, means: dict[tuple[str, tuple], dict[int, float]], styles: Styles) -> None:
+def _draw_course(
+    ax, curves: Curves, means: dict[tuple[str, tuple], dict[int, float]], styles: Styles, baseline: str | None
+) -> None:
+    base = next((mean for key, mean in means.items() if key[0] == baseline and len(mean) > 1), None)
     for key, mean in means.items():
-        if mean:
-            ax.plot(list(mean), list(mean.values()), linewidth=1.2, marker="o", markersize=3, **styles[key])
-    ax.set_yscale("log")  # distances fall by several times, and models differ by little of the last ones
-    ax.yaxis.set_major_formatter(PLAIN)
-    ax.yaxis.set_minor_formatter(PLAIN)
-    ax.tick_params(axis="y", which="minor", labelsize=7)
+        points = {step: value / base[step] for step, value in mean.items() if step in base} if base else mean
+        if points:
+            ax.plot(list(points), list(points.values()), linewidth=1.2, marker="o", markersize=3, **styles[key])
+    title = f"over training, mean of the seeds; guidance {curves.guidance:g}"
+    if base:  # figures fall by several times, and models differ by little of that
+        ax.set_ylabel(f"{curves.figure}\n/ that of {baseline}", fontsize=8)
+        title += f"; {baseline}: {', '.join(f'{value:.3g}' for value in base.values())}"
+    else:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(PLAIN)
+        ax.yaxis.set_minor_formatter(PLAIN)
+        ax.tick_params(axis="y", which="minor", labelsize=7)
+        ax.set_ylabel(curves.figure, fontsize=8)
     ax.set_xlabel("step")
-    ax.set_ylabel(curves.figure, fontsize=8)
-    ax.set_title(f"over training, mean of the seeds; guidance {curves.guidance:g}", fontsize=9)
+    ax.set_title(title, fontsize=9)
 
 
 def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:
