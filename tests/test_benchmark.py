@@ -132,6 +132,9 @@ def test_equal_products_of_dense_and_experts():
     assert products == ours["flops"]["useful"] - router + contrast + sums + biases  # one null image
     assert ours["flops"]["useful"] - 4 * router == dense["flops"]["useful"]
     assert found["bmm"]["counts"]["total"]["flops"] > products - biases  # it multiplies empty places
+    assert dense["memory"]["peak"] == dense["memory"]["necessary"]
+    # Backward takes each product twice, but the sums once, and biases are its own.
+    assert ours["counts"]["forward"]["flops"] * 3 == products + sums // 2 - biases
 
 
 # ---- who visits whom

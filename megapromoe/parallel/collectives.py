@@ -82,9 +82,9 @@ class Flight:
         """Rows (sum(send), ...). The result is for `arrive` alone."""
         return x if self.group.size == 1 else _Depart.apply(x, self)
 
-    def arrive(self, x: torch.Tensor, sizes: tuple[list[int], list[int]]) -> torch.Tensor:
-        """Rows (sum(receive), ...) of what departed, those of rank 0 first."""
-        self.sizes = sizes
+    def arrive(self, x: torch.Tensor, sizes: tuple[list[int], list[int]] | None = None) -> torch.Tensor:
+        """Rows (sum(receive), ...) of what departed, those of rank 0 first; `sizes` if they were not known before."""
+        self.sizes = sizes or self.sizes
         return x if self.group.size == 1 else _Arrive.apply(x, self)
 
     def launch(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:

@@ -48,23 +48,19 @@ class StaticDispatcher(Dispatcher):
         box_R = torch.where(place_R < C, slot_R * C + place_R, ep * slots * C)
         self.dropped = (place_R >= C).float().sum() / max(slot_R.shape[0], 1)
         boxes = rows_RD.new_zeros(ep * slots * C + 1, rows_RD.shape[1]).index_copy(0, box_R, rows_RD)[:-1]
-        flight = Flight(self.group, self.even(C))
+        even = [slots * C] * ep
+        flight = Flight(self.group, (even, even))
         return flight, flight.depart(boxes), box_R, C
 
     def compute(self, sent: tuple[Flight, Tensor, Tensor, int], experts: Experts) -> Tensor:
         flight, boxes, box_R, C = sent
         ep, slots, D = self.group.size, self.placement.slots, boxes.shape[1]
-        arrived = flight.arrive(boxes, self.even(C))
+        arrived = flight.arrive(boxes)
         # (source rank, expert, row) -> (expert, source rank, row), and back.
         by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
         slot = torch.arange(slots, device=boxes.device)
         offs = ((slot + 1) * ep * C).to(torch.int32)
         y = experts(by_expert, offs, slot.repeat_interleave(ep * C))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        home = all_to_all(y, *self.even(C), self.group)
+        home = all_to_all(y, *flight.sizes, self.group)
         return torch.cat([home, home.new_zeros(1, D)]).index_select(0, box_R)
-
-    def even(self, capacity: int) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank: always the same."""
-        rows = [self.placement.slots * capacity] * self.group.size
-        return rows, rows

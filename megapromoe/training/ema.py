@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megapromoe.training.engine import Engine, StepResult
+from megapromoe.training.engine import Engine
+from megapromoe.training.step_result import StepResult
 
 
 class EMA:

@@ -32,9 +32,10 @@ from megapromoe.parallelize import build
 from megapromoe.training import runtime
 from megapromoe.training.checkpoint import Saver, resume
 from megapromoe.training.ema import EMA
-from megapromoe.training.engine import Engine, StepResult
+from megapromoe.training.engine import Engine
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
 from megapromoe.training.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.training.step_result import StepResult
 from megapromoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
