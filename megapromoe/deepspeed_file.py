@@ -35,6 +35,7 @@ def load_deepspeed(config: Config) -> dict[str, Any]:
 
 
 def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """What the file of `train.deepspeed` holds, and a sentence for each thing that is wrong with it."""
     name = config.train.deepspeed
     path = Path(name) if name.endswith(".json") else find_ds_configs() / f"{name}.json"
     try:

@@ -19,6 +19,7 @@ GUIDED_ROUTERS = ("classification", "kmeans")
 # Null images apart, a shared expert beside the routed ones.
 TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
+BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # where a balance loss can be asked for
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
 FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes

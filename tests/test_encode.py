@@ -182,7 +182,7 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):
 def test_kl_gives_diffusers_posterior_and_decodes(autoencoders):
     from diffusers import AutoencoderKL
 
-    # As ours: whether a parameter wants a gradient decides which kernel attention takes, and with it the last bit.
+    # As ours: whether parameters want gradients decides, on some CPUs, which kernels run, and so the last bit.
     model = AutoencoderKL.from_pretrained(autoencoders / "kl", low_cpu_mem_usage=False).eval().requires_grad_(False)
     opened = open_autoencoder(str(autoencoders / "kl"))
     x = torch.rand(2, 3, 16, 16) * 2 - 1

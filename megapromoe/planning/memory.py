@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megapromoe.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
-from megapromoe.options import GATE_ROUTERS, PROMOE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.options import (
+    BALANCED_ROUTERS,
+    GATE_ROUTERS,
+    PROMOE_ROUTERS,
+    TWO_STEP_ROUTERS,
+    Config,
+    Layout,
+    ModelConfig,
+)
 from megapromoe.planning.traffic import (
     Batch,
     expected_batch,
@@ -173,7 +181,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router == "diffmoe":
         yield Saved("router", "capacity predictor, around its SiLU", 2 * T * D * b)
         yield Saved("router", "predictions, choices", 2 * T * E * 4)
-    if model.balance_weight and model.router in ("promoe", "promoe_linear", "tc", "classification"):
+    if model.balance_weight and model.router in BALANCED_ROUTERS:
         yield Saved("router", "balance loss", T * E * 4)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapromoe.cost import flat_shards, layers, tensors_on_rank
-from megapromoe.options import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.options import BALANCED_ROUTERS, EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
@@ -151,7 +151,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
     if model.router == "kmeans":
         yield from statistic("k-means: sums and counts", E * (D + 1) * 4, backward=False)
         yield from statistic("k-means: the stray token", dp * (D + 1) * 4, backward=False, op="all_gather")
-    if model.router in ("promoe", "promoe_linear", "tc", "classification") and model.balance_weight:
+    if model.router in BALANCED_ROUTERS and model.balance_weight:
         width = 2 * E + 1 if model.balance_form == "batch" else 2
         yield from statistic("balance loss", width * 4)
     if model.router == "diffmoe":
@@ -171,7 +171,8 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
     Stages 0 to 2 sum buckets of gradients on all ranks, whatever their names promise; 1 and 2 gather the updated
     parameters. Stages 2 and 3 do so for each micro-batch, stage 3 with its gathers: a large parameter for the forward
     pass, and again for the backward pass unless it was used too recently; a small one after the update.
-    Bytes are exact but for the latter rule, which goes by elements, not by whole modules.
+    Bytes are exact but for the latter rule, which goes by elements, not by whole modules. Calls of gradients are exact
+    where one bucket holds them all; DeepSpeed fills the others with gradients of both kinds, whole ones only.
     """
     zero, micro = zero_of(config), config.train.accumulation
     stage, width = zero.stage, zero.width
