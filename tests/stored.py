@@ -1,9 +1,10 @@
-"""Folders of latents for tests: a source of random records, and the writing of damage into them."""
+"""Folders of latents for tests: a source of random records, published files, the writing, and damage to them."""
 
 import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megapromoe.data import encode
 from megapromoe.data.images import Item, Scan
@@ -61,6 +62,26 @@ def write(folder: Path, source=None, world=1, shard_size=16, **options) -> Path:
     if problems:
         raise problems[0]
     return folder
+
+
+# Holds for every test of a file that imports it.
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(encode, "POLL", 0.01)
+
+
+def published(folder, change=None, flip=True):
+    """Six files of two classes as ProMoE's release makes them."""
+    arrays = {}
+    for number in range(6):
+        path = folder / f"n{number % 2}" / f"im{number}.latent.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(number).standard_normal((2, 8, 4, 4)).astype(np.float32)
+        draw[0, 7, 0, 0] = -40  # cut off at -30
+        arrays[path.relative_to(folder).as_posix()] = draw
+        content = {"latent": draw[0]} | ({"latent_flip": draw[1]} if flip else {})
+        np.savez_compressed(path, **(change(content) if change and number == 3 else content))
+    return arrays
 
 
 def damage(folder: Path, shard: int, place: int, byte: int = 3) -> Path:

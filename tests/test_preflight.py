@@ -1,23 +1,16 @@
-"""The preflight: rules on made-up clusters, and measurements that must catch a fault."""
+"""The preflight's verdict: its rules on made-up clusters."""
 
-import socket
-import sys
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
-import torch
+from made_up_clusters import GOOD, change, cluster_of, verdict_of
 
-from megapromoe.config import resolve
-from megapromoe.preflight import bandwidth, machine, storage
-from megapromoe.preflight.bandwidth import Network, rounds
+from megapromoe.preflight import bandwidth, machine
+from megapromoe.preflight.bandwidth import rounds
 from megapromoe.preflight.groups import Heard
-from megapromoe.preflight.job import RULES
-from megapromoe.preflight.machine import Machine
-from megapromoe.preflight.meeting import Clock
-from megapromoe.preflight.storage import GIB, Data, Files, checkpoint_bytes
-from megapromoe.preflight.verdict import FAIL, WARN, Cluster, Hang, Limits, culprits, judge, odd_ones
-from megapromoe.training import runtime
+from megapromoe.preflight.storage import GIB
+from megapromoe.preflight.verdict import FAIL, WARN, Hang, culprits, odd_ones
 
 # ---- who is to blame
 
@@ -66,40 +59,6 @@ def test_many_nodes_meet_in_a_ring_and_at_random(nodes):
 
 
 # ---- made-up clusters
-
-GOOD = Machine(
-    versions={"python": "3.11", "torch": "2.13", "driver": "570"}, device="cuda", name="H100", uuid="",
-    memory=80 * GIB, free=79 * GIB, wrong=0, teraflops=700.0, error="", host_memory=1024 * GIB,
-    host_available=900 * GIB, shared_memory=512 * GIB, open_files=65536, cpus=128, settings={"NCCL_DEBUG": "WARN"},
-)  # fmt: skip
-
-
-def cluster_of(nodes: int = 8, ranks: int = 8) -> Cluster:
-    """A healthy cluster: tp 2, ep within the node."""
-    world = nodes * ranks
-    node_of = {r: f"node{r // ranks}" for r in range(world)}
-    leaders = [r for r in range(world) if r % ranks == 0]
-    names = [f"node{i}" for i in range(nodes)]
-    found = {"machine": {}, "clock": {}, "files": {}, "data": {}, "network": {}}
-    for r in range(world):
-        found["machine"][r] = replace(GOOD, uuid=f"GPU-{r}")
-        node = list(range(r // ranks * ranks, r // ranks * ranks + ranks))
-        heard = {"whole": Heard(list(range(world))), "tp": Heard([r // 2 * 2, r // 2 * 2 + 1]), "ep": Heard(node)}
-        pairs = {name: 45.0 for name in names if name != node_of[r]}
-        found["network"][r] = Network("cuda", "", heard, pairs, [], 300.0)
-    for r in leaders:
-        found["clock"][r] = Clock(0.002, 0.001)
-        found["files"][r] = Files("/runs/x", "", {names[r // ranks - 1]: 0.1, "node0": 0.1}, 2e9, 5000 * GIB)
-        found["data"][r] = Data("", 1_281_167, "abcd", 1000.0)
-    return Cluster(world, node_of, dict.fromkeys(names, ranks), found)
-
-
-def change(cluster: Cluster, stage: str, rank: int, **fields) -> None:
-    cluster.found[stage][rank] = replace(cluster.found[stage][rank], **fields)
-
-
-def verdict_of(cluster: Cluster, **limits):
-    return judge(cluster, Limits(**{"free_bytes": 100 * GIB, **limits}), RULES)
 
 
 def serious(verdict) -> set[str]:
@@ -346,106 +305,3 @@ def test_devices_that_cannot_join_keep_the_network_from_hanging():
     assert machine.cannot_join(good | {2: replace(good[0])}, node_of) == ""  # MIG parts of two nodes may share a name
     assert "rank 3" in machine.cannot_join(good | {3: replace(GOOD, device="cpu")}, node_of)
     assert "rank 2" in machine.cannot_join(good | {2: replace(GOOD, error="ill")}, node_of)
-
-
-def test_room_for_checkpoints():
-    """Master, two moments and EMA in fp32 of 1,567,438,880 parameters, two kept and one being written."""
-    assert checkpoint_bytes(resolve("promoe_xl")) == 1_567_438_880 * 16 * 3
-
-
-# ---- measurements that must see a fault
-
-
-def test_one_wrong_entry_of_a_product_is_seen(monkeypatch):
-    wrong, teraflops = machine.try_product(torch.device("cpu"))
-    assert wrong == 0 and teraflops > 0
-    calls = []
-
-    def faulty(a, b):
-        product = a @ b
-        calls.append(1)
-        if len(calls) == 4:  # only the last of them: errors come and go
-            product[17, 5] += 2
-        return product
-
-    monkeypatch.setattr(machine, "multiply", faulty)
-    assert machine.try_product(torch.device("cpu"))[0] == 1
-    monkeypatch.setattr(machine, "multiply", lambda a, b: torch.full((len(a), b.shape[1]), torch.nan))
-    assert machine.try_product(torch.device("cpu"))[0] == 1024
-
-
-SMI = """#!{python}
-import sys
-names = sys.argv[1].removeprefix("--query-gpu=").split(",")
-unknown = [n for n in names if n == "retired_pages.pending"]
-if unknown:
-    print(f'Field "{{unknown[0]}}" is not a valid field to query.')
-    sys.exit(2)
-values = {{"index": "0", "driver_version": "570.1", "remapped_rows.failure": "Yes", "name": "NVIDIA X"}}
-print(", ".join(values.get(n, "[N/A]") for n in names))
-"""
-
-
-def test_nvidia_smi_is_asked_for_what_it_knows(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text(SMI.format(python=sys.executable))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (gpu,) = machine.ask_gpus()
-    assert gpu["driver_version"] == "570.1" and gpu["remapped_rows.failure"] == "Yes"
-    assert "retired_pages.pending" not in gpu
-    cluster = cluster_of()
-    change(cluster, "machine", 24, gpus=[gpu])
-    assert verdict_of(cluster).bad_nodes == ("node3",)
-    program.write_text("#!/bin/sh\necho driver not loaded; exit 9\n")
-    assert machine.ask_gpus() == []
-
-
-def test_the_content_hash_tells_one_changed_byte(tmp_path, monkeypatch):
-    package = tmp_path / "package"
-    package.mkdir()
-    for name in ("__init__.py", "a.py"):
-        (package / name).write_text("x = 1\n")
-    monkeypatch.setattr(machine.megapromoe, "__file__", str(package / "__init__.py"))
-    before = machine.content_hash()
-    assert machine.content_hash() == before
-    (package / "a.py").write_text("x = 2\n")
-    assert machine.content_hash() != before
-
-
-def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
-    config = resolve("digits")
-    good = storage.try_data(config)
-    assert (good.error, good.records) == ("", 1797) and good == replace(storage.try_data(config), speed=good.speed)
-
-    def missing(config):
-        raise FileNotFoundError(2, "No such file", "shard-003")
-
-    monkeypatch.setattr(storage, "open_dataset", missing)
-    assert "shard-003" in storage.try_data(config).error
-
-
-# ---- what the launcher says
-
-
-def test_hosts_of_a_node_list():
-    assert runtime.all_hosts("gpu[03-05,9],x") == ["gpu03", "gpu04", "gpu05", "gpu9", "x"]
-    assert runtime.all_hosts("rack[1-2]-gpu[8-9]") == ["rack1-gpu8", "rack1-gpu9", "rack2-gpu8", "rack2-gpu9"]
-    assert runtime.all_hosts("localhost") == ["localhost"]
-
-
-def test_srun_says_how_many_ranks_each_node_has(monkeypatch):
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3],m")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    assert runtime.expected_nodes(runtime.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
-    assert runtime.expected_nodes(runtime.Launch("torchrun")) == {}
-    monkeypatch.setenv("SLURMD_NODENAME", "n2")
-    assert runtime.node_name() == "n2"
-    monkeypatch.delenv("SLURMD_NODENAME")
-    assert runtime.node_name() == socket.gethostname()
-
-
-def test_a_store_that_nobody_holds(capfd):
-    launch = runtime.Launch("torchrun", 1, 2, port=1)
-    with pytest.raises(runtime.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
-        runtime.meet(launch, 1.0, "preflight")
