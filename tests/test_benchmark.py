@@ -1,23 +1,15 @@
-"""The benchmark program: contenders do the same sums, counters count what is known, the arithmetic of comparing."""
+"""The benchmark: contenders do the same sums, what visits and travels is as planned, the arithmetic of comparing."""
 
-import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from parallel import run
 from torch.nn import functional as F
 
-from megapromoe.benchmark import contenders, layer, measure, models, plans, report, suite, traffic
+from megapromoe.benchmark import contenders, layer, measure, models, plans, suite, traffic
 from megapromoe.benchmark.contenders import BatchedCapacity, CannotRun, contender
-from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import benchmark as tool  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, torch.float32, threads=1, rounds=2, images=4, contenders=("ours", "loop", "dense"), null=0.25)
@@ -46,7 +38,7 @@ def outcome(module, x_BSD, conditional: int) -> dict:
 
 @pytest.mark.parametrize("null", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("routing", plans.ROUTINGS)
-@pytest.mark.parametrize("name", ["loop", "bmm"])
+@pytest.mark.parametrize("name", ["loop", "joined", "bmm"])
 def test_contenders_are_ours(name, routing, null):
     some = settings(null=null)
     moe, x_BSD = first_layer(DIGITS, routing, some)
@@ -118,13 +110,13 @@ def test_deepspeed_says_why_it_cannot():
 
 def test_equal_products_of_dense_and_experts():
     """By the cost table and by counting; beside the experts are the router, the contrastive loss with its sums of
-    tokens, forward and backward, and the gradients of biases, products with eight ones."""
+    tokens, and the gradients of biases, products with eight ones."""
     found = layer.measure_layer(DIGITS, "skewed", settings(contenders=("ours", "dense", "bmm")))["contenders"]
     m = DIGITS.model
     router = 3 * 2 * m.tokens * m.hidden_size * m.num_experts  # of one image, forward and backward
     contrast = 3 * 2 * m.num_experts**2 * m.hidden_size
     rows = 3 * m.tokens  # of the images with a class
-    sums = 2 * 2 * rows * m.hidden_size * m.num_experts
+    sums = 2 * rows * m.hidden_size * m.num_experts
     biases = 2 * 8 * rows * (m.hidden_size + m.expert_width)
     ours, dense = found["ours"], found["dense"]
     products = ours["counts"]["total"]["flops"]
@@ -133,8 +125,8 @@ def test_equal_products_of_dense_and_experts():
     assert ours["flops"]["useful"] - 4 * router == dense["flops"]["useful"]
     assert found["bmm"]["counts"]["total"]["flops"] > products - biases  # it multiplies empty places
     assert dense["memory"]["peak"] == dense["memory"]["necessary"]
-    # Backward takes each product twice, but the sums once, and biases are its own.
-    assert ours["counts"]["forward"]["flops"] * 3 == products + sums // 2 - biases
+    # Backward takes each product twice, but the sums never, and biases are its own.
+    assert ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums - biases
 
 
 # ---- who visits whom
@@ -172,101 +164,6 @@ def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
     monkeypatch.setattr(models.Raised, "__call__", lambda self, *said: self.similarity(self.router, *said))
     with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
         models.measure_step(DIGITS, "skewed", SETTINGS)
-
-
-# ---- counters
-
-
-def test_counts_of_a_known_program():
-    a, b = torch.ones(8, 4), torch.ones(4, 2).requires_grad_()
-    with Counter() as counter:
-        c = a @ b  # 1 kernel, 8·2 floats
-        d = c.view(2, 8).relu()  # 1 kernel, 16 floats
-        del c  # relu keeps its result alone
-        kept = counter.mark()
-        counter.phase("backward")
-        d.sum().backward()
-    forward, backward = counter.phases["forward"], counter.phases["backward"]
-    assert (forward.kernels, forward.allocations, forward.allocated) == (2, 2, 128)
-    assert forward.flops == backward.flops == 2 * 8 * 4 * 2
-    assert not forward.waits and not forward.collectives and not counter.total.compiled
-    assert counter.live(at=kept) == 64  # what relu made
-
-
-def test_memory_is_counted_while_it_lives():
-    with Counter() as counter:
-        x = torch.zeros(100)  # 400 bytes
-        y = x + 1
-        del x
-        z = y * 2
-        view = z[:10]
-        del y, z
-        end = counter.mark()
-    assert counter.live() == 800 and counter.live(at=end) == 400
-    assert counter.live(without=[view]) == 800 and counter.total.allocations == 3
-    assert counter.live(at=end, without=[view]) == 0
-
-
-WAITS = {
-    "item": lambda x: x.sum().item(),
-    "tolist": lambda x: x.tolist(),
-    "numpy": lambda x: x.numpy(),
-    "if": lambda x: bool(x.any()),
-    "nonzero": lambda x: torch.nonzero(x),
-    "mask": lambda x: x[x > 0],
-    "write by mask": lambda x: x.clone().index_put_((x > 0,), torch.zeros(2)),
-    "bincount": lambda x: torch.bincount(x.long()),
-    "repeat": lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 3])),
-}
-FREE = {
-    "index": lambda x: x[torch.tensor([0, 2])],
-    "repeat of known size": lambda x: torch.repeat_interleave(x, torch.tensor([1, 2, 3]), output_size=6),
-    "sum": lambda x: x.sum(),
-    "where": lambda x: torch.where(x > 0, x, 0),
-}
-
-
-@pytest.mark.parametrize("what", [*WAITS, *FREE])
-def test_waits_of_the_host(what):
-    x = torch.tensor([0.0, 1.0, 2.0])
-    with Counter() as counter:
-        (WAITS | FREE)[what](x)
-    assert sum(counter.total.waits.values()) == (what in WAITS), counter.total.waits
-
-
-def test_products_of_experts_are_counted():
-    offs = torch.tensor([2, 2, 6], dtype=torch.int32)
-    x, w = torch.randn(6, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
-    with Counter() as counter:
-        y = F.grouped_mm(x, w, offs=offs)
-        counter.phase("backward")
-        y.backward(torch.ones(6, 4))
-    assert counter.phases["forward"].flops == 2 * 6 * 8 * 4
-    assert counter.phases["backward"].flops == 2 * 2 * 6 * 8 * 4
-
-
-def messages() -> dict:
-    rank, n = dist.get_rank(), dist.get_world_size()
-    with Counter() as counter:
-        dist.all_reduce(torch.ones(12))
-        counter.phase("gather")
-        dist.all_gather([torch.ones(5) for _ in range(n)], torch.ones(5))
-        counter.phase("even")
-        dist.all_to_all_single(torch.empty(2 * n, 3), torch.ones(2 * n, 3))
-        counter.phase("uneven")
-        rows = [rank, 2]  # to each rank; rank r keeps its own
-        send = [rows[0], rows[1]]
-        receive = [0 if r == 0 else 1 for r in range(n)] if rank == 0 else [2, 2]
-        dist.all_to_all_single(torch.empty(sum(receive), 3), torch.ones(sum(send), 3), receive, send)
-    return {name: (sum(c.collectives.values()), sum(c.sent.values())) for name, c in counter.phases.items()}
-
-
-def test_messages_are_counted():
-    for rank, told in enumerate(run(2, messages)):
-        assert told["forward"] == (1, 48)  # 2·(n-1)/n of 12 floats
-        assert told["gather"] == (1, 20)
-        assert told["even"] == (1, 24)  # half of 4 rows of 3 floats
-        assert told["uneven"] == (1, (2 if rank == 0 else 1) * 12)
 
 
 # ---- comparing
@@ -382,127 +279,3 @@ def test_our_rows_travel_at_the_bound(routing):
 def test_deepspeed_sends_empty_places_too():
     told = traffic.merged(run(2, travel, "deepspeed-nodrop", "skewed"))
     assert told["forward"]["sent"]["alltoall_base_"] > 1.5 * told["forward"]["bound"]
-
-
-# ---- the program
-
-
-def words(out: Path, *more: str) -> list[str]:
-    some = ["--sizes", "digits", "--images", "4", "--rounds", "2", "--steps", "2", "--null", "0.25", "--device", "cpu"]
-    return [*some, "--out", str(out), *more]
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("benchmark")
-    for experiment in ("layer", "step", "sample"):
-        names = ["ours", "loop", "dense", "bmm"]
-        assert tool.main([experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
-    return out
-
-
-def test_the_program_from_end_to_end(measured):
-    document = json.loads((measured / "benchmark.json").read_text())
-    assert [s["experiment"] for s in document["scenes"].values()] == ["layer"] * 2 + ["step"] * 2 + ["sample"] * 2
-    for scene in document["scenes"].values():
-        assert [*scene["contenders"]] == ["ours", "loop", "dense", "bmm"]
-        for f in scene["contenders"].values():
-            assert f["total"]["median"] > 0 and f["counts"]["total"]["kernels"] > 0 and f["ratio"]["median"] > 0
-            assert all(len(values) == 2 for values in f["rounds"].values())
-    skewed = document["scenes"]["step digits E4 B4 skewed"]["contenders"]
-    assert skewed["loop"]["counts"]["total"]["waits"] and not skewed["ours"]["counts"]["total"]["waits"]
-    page = (measured / "benchmark.md").read_text()
-    for heading in ("The MoE layer", "Parts of ours", "The training step", "Sampling"):
-        assert heading in page
-    for experiment in ("layer", "step", "sample"):
-        picture = measured / f"benchmark-{experiment}.png"
-        assert picture.read_bytes().startswith(b"\x89PNG") and picture.name in page
-
-
-def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
-    monkeypatch.setattr(suite, "_measure", None)  # a call would raise
-    before = json.loads((measured / "benchmark.json").read_text())["scenes"]
-    names = ["ours", "loop", "dense", "bmm"]
-    assert tool.main(["step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
-    assert json.loads((measured / "benchmark.json").read_text())["scenes"] == before
-
-
-def test_other_settings_are_not_mixed_in(measured, capsys):
-    assert tool.main(["step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
-    said = capsys.readouterr().err
-    assert "contenders: ['ours', 'loop', 'dense', 'bmm'] there, ['ours', 'dense'] now" in said and "--again" in said
-
-
-def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
-    held = json.loads((measured / "benchmark.json").read_text())
-    (tmp_path / "benchmark.json").write_text(json.dumps(held))
-    names = ["ours", "loop", "dense", "bmm"]
-    more = ["--routing", "real", "--contenders", *names, "--again"]
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 0
-    now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
-    assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
-    more[3:-1] = ["ours"]
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
-    assert [*json.loads((tmp_path / "benchmark.json").read_text())["scenes"]] == ["sample digits E4 B4 real"]
-    (tmp_path / "benchmark.json").write_text("{")
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 1
-
-
-def test_a_page_is_filled_between_its_marks(measured, tmp_path):
-    document, page = json.loads((measured / "benchmark.json").read_text()), tmp_path / "page.md"
-    page.write_text("before\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nafter\n")
-    report.fill(page, document, measured)
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "benchmark-layer-cpu.png" in text and (tmp_path / "benchmark-layer-cpu.png").is_file()
-    report.fill(page, document, measured)
-    assert page.read_text() == text
-    page.write_text("no marks")
-    with pytest.raises(BenchmarkError, match="needs the lines"):
-        report.fill(page, document, measured)
-
-
-def test_who_cannot_run_is_told_with_the_reason(measured):
-    document = json.loads((measured / "benchmark.json").read_text())
-    document["scenes"]["layer digits E4 B4 real"]["contenders"]["loop"] = {"cannot": "no luck"}
-    page = report.markdown(document, {})
-    assert "* loop did not run: no luck (digits 4 4 real)." in page
-
-
-def test_the_tables_of_the_documentation_can_be_filled():
-    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
-    for mark in ("begin cpu", "end cpu", "begin cuda", "end cuda"):
-        assert page.count(f"<!-- {mark} -->") == 1
-
-
-WRONG = {
-    "an unknown size": (["layer", "--sizes", "xxl"], "invalid choice: 'xxl'"),
-    "an unknown contender": (["layer", "--contenders", "ous"], "invalid choice: 'ous'"),
-    "no rounds": (["layer", "--rounds", "0"], "'0' is not a whole number from 1 on"),
-    "a share of 2": (["layer", "--null", "2"], "'2' is not a number from 0 to 1"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_wrong_words_get_a_sentence(what, capsys):
-    argv, sentence = WRONG[what]
-    with pytest.raises(SystemExit) as error:
-        tool.main(argv)
-    assert error.value.code == 2 and sentence in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_gets_a_sentence(capsys):
-    assert tool.main(["layer", "--device", "cuda"]) == 2
-    assert "torch finds no GPU here" in capsys.readouterr().err
-
-
-def test_a_dry_run_lists_the_scenes(capsys):
-    assert tool.main(["all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 3 * 2 + 2 * 2 and any("E256" in line for line in told)
-
-
-def test_the_program_knows_what_the_library_has():
-    assert tool.CONTENDERS == contenders.CONTENDERS and tool.ROUTINGS == plans.ROUTINGS
-    assert tool.SIZES == suite.SIZES and tool.EXPERIMENTS == suite.EXPERIMENTS

@@ -14,7 +14,8 @@ from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
 
-STRETCHES = 6  # embed, attend, add, MLP, shared expert, final layer: blocks of a kind share one
+# Embed, attend, add, MLP, shared expert, final layer, and the ends of two grouped products: blocks of a kind share one.
+STRETCHES = 8
 
 
 def by_graph(model, mesh) -> None:
@@ -74,9 +75,10 @@ def test_evaluation_stays_eager():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ on a CPU, and there is no g++")
-def test_compiled_in_earnest():
+@pytest.mark.parametrize("what", [("model.depth=1", "model.router=dense"), ("model.depth=2", "model.moe_every=2")])
+def test_compiled_in_earnest(what):
     """As `train.compile` does it, by inductor."""
-    what = ("model.depth=1", "model.router=dense", "model.hidden_size=32")
+    what += ("model.hidden_size=32",)
     plain, compiled = build(small(*what)).train(), build(small(*what, "train.compile=true")).train()
     for model in (plain, compiled):
         stir(model, make_mesh())

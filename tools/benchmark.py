@@ -30,7 +30,7 @@ from pathlib import Path
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
 ROUTINGS = ("real", "balanced", "skewed")
-CONTENDERS = ("ours", "loop", "dense", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
+CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 QUICK = {"sizes": ["digits"], "rounds": 2, "images": [8], "ranks": [2], "steps": 2}
 
 

@@ -4,6 +4,7 @@ Each takes the place of an `MoE` in a block: `route` says who visits whom and `f
 
 =====================  ====================================================================================
 ours                   `models.moe.MoE`: rows sorted by expert, grouped products
+joined                 ours, but null tokens pass the shared and the unconditional expert as one MLP, twice as wide
 loop                   the published way: for each expert a boolean mask over all tokens, and its own MLP
 bmm                    every expert gets a buffer of equal capacity, one batched product; too many are dropped
 deepspeed-capacity     DeepSpeed's `MoE`, the same capacity, shared and unconditional expert beside it
@@ -25,7 +26,7 @@ from megapromoe.models.layers import Mlp
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import Routed
 
-CONTENDERS = ("ours", "loop", "dense", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
+CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 CAPACITY = 1.25  # room of an expert, in even shares of the tokens; GShard's and Switch's usual choice
 
 
@@ -42,6 +43,8 @@ def contender(name: str, moe: MoE) -> nn.Module:
         return moe
     if name == "loop":
         return Loop(moe)
+    if name == "joined":
+        return Joined(moe)
     if name == "bmm":
         return BatchedCapacity(moe)
     if name == "dense":
@@ -107,6 +110,25 @@ class Loop(Around):
 
 def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tensor, x_RD: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x_RD, weight1_FD, bias1_F), approximate="tanh"), weight2_DF, bias2_D)
+
+
+class Joined(Around):
+    """Ours, with one product for both experts of null tokens, whose weights are laid side by side for it.
+
+    The products stay the same; it saves passes over null tokens and pays with a copy of the weights.
+    """
+
+    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+        B, S, D = x_BSD.shape
+        x_TD, moe, cut = x_BSD.reshape(B * S, D), self.moe, conditional * S
+        begun = moe.dispatcher.begin(x_TD[:cut], routed.route, B * S)
+        shared, unconditional = moe.shared, moe.unconditional
+        weight1_FD = torch.cat([shared.fc1.weight, unconditional.fc1.weight])
+        bias1_F = torch.cat([shared.fc1.bias, unconditional.fc1.bias])
+        weight2_DF = torch.cat([shared.fc2.weight, unconditional.fc2.weight], dim=1)
+        null_TD = _mlp(weight1_FD, bias1_F, weight2_DF, shared.fc2.bias + unconditional.fc2.bias, x_TD[cut:])
+        y_TD = torch.cat([shared(x_TD[:cut]), null_TD])
+        return moe.dispatcher.finish(begun, moe.experts, y_TD).view(B, S, D)
 
 
 class BatchedCapacity(Around):

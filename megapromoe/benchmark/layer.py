@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -215,7 +216,8 @@ def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -
     Kept for backward, per token: the output D; for each dense path (shared, unconditional, or the one MLP) its hidden
     values before and after the activation, 2·F; for each routed row the sorted row D, its output D (the gradient of
     its weight needs it) and 2·F. In backward, on top: the gradient of the hidden values of the first path, F for each
-    of its rows, which is made before any of the above can go; counted for the routed rows.
+    of its rows, which is made before any of the above can go; counted for the routed rows. With `capacity_factor`
+    there are as many rows as there is room for.
     """
     D, F, S = model.hidden_size, model.expert_width, model.tokens
     T, R = settings.images * S, settings.conditional * S * model.top_k
@@ -223,6 +225,8 @@ def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -
         F = dense_model(model).mlp_width
         return width * (T * D + 3 * T * F)
     null = T - settings.conditional * S
+    if model.capacity_factor:
+        R = model.num_experts * math.ceil(model.capacity_factor * T * model.top_k / model.num_experts)
     return width * (T * D + 2 * (T + null) * F + R * (2 * D + 3 * F))
 
 

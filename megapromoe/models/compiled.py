@@ -1,8 +1,9 @@
 """torch.compile of what is dense: everything but the routers and the dispatch, whose sizes follow the data.
 
 The compiled stretches are functions of their own, so graphs break between them, at the dispatch, and nowhere else. Each
-sees shapes that are the same in every step: a whole micro-batch. What sees only some of its images stays eager: the
-unconditional expert, the routers, the routed experts. So does evaluation, which has batches of other sizes.
+sees shapes that are the same in every step: a whole micro-batch. But one: what follows a grouped product of the routed
+experts, bias and GELU, is compiled for any number of rows. What else sees only some of the images stays eager: the
+unconditional expert and the routers. So does evaluation, which has batches of other sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from megapromoe.models.dit import DiT
 from megapromoe.models.layers import Mlp
 from megapromoe.models.moe import MoE
+from megapromoe.parallel.linear import ExpertLinear
 
 
 def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
@@ -32,6 +34,9 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
             stretches.append((block.mlp.shared, "partial"))
     for owner, name in stretches:
         setattr(owner, name, _in_training(model, getattr(owner, name), backend))
+    for module in model.modules():
+        if isinstance(module, ExpertLinear):
+            module.finish = _any_rows(model, module.finish, backend)
 
 
 def _in_training(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
@@ -42,3 +47,16 @@ def _in_training(model: nn.Module, eager: Callable, backend: str | Callable) -> 
         return (fast if model.training else eager)(*arguments)
 
     return stretch
+
+
+def _any_rows(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
+    fast = torch.compile(eager, backend=backend, fullgraph=True)
+
+    def finish(y_RF, bias_EF, expert_R):
+        if not model.training or y_RF.shape[0] < 2:  # torch compiles anew for a size of 1
+            return eager(y_RF, bias_EF, expert_R)
+        torch._dynamo.mark_dynamic(y_RF, 0)
+        torch._dynamo.mark_dynamic(expert_R, 0)
+        return fast(y_RF, bias_EF, expert_R)
+
+    return finish

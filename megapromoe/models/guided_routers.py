@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.models.decisions import Decisions
-from megapromoe.models.routers import Routed, Router
+from megapromoe.models.routers import Routed, Router, rows_of_tokens
 from megapromoe.options import ModelConfig
 from megapromoe.parallel.collectives import sum_over
-from megapromoe.parallel.dispatch import Route
 
 NO_SUPERCLASS = -1  # of the null class
 STARVED = 0.01  # of an even share of the tokens: below it a centroid is moved
@@ -42,14 +41,13 @@ class ClassificationRouter(Router):
 
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
-        B, S, _ = x_BSD.shape
+        S = x_BSD.shape[1]
         mean_BD = x_BSD.float().mean(1)
         logit_BE = F.linear(mean_BD, self.classifier.weight.float(), self.classifier.bias.float())
         p_BE = logit_BE.softmax(-1)
         chosen_B = decided.once("chosen", lambda: p_BE.argmax(-1))
         weight_B = p_BE.gather(-1, chosen_B[:, None])[:, 0]
-        token_T = torch.arange(B * S, device=x_BSD.device)
-        route = Route(token_T, chosen_B.repeat_interleave(S), weight_B.repeat_interleave(S), top_k=1)
+        route = rows_of_tokens(chosen_B.repeat_interleave(S)[:, None], weight_B.repeat_interleave(S)[:, None])
         losses = {}
         if self.training and self.config.classification_weight:
             losses["classification"] = self.config.classification_weight * self.cross_entropy(logit_BE, y_B, decided)
@@ -97,11 +95,10 @@ class KMeansRouter(Router):
         score_TE = unit_TD @ centroids_ED.T
         chosen_T = decided.once("chosen", lambda: score_TE.argmax(-1))
         weight_T = self.gates(score_TE).gather(1, chosen_T[:, None])[:, 0]
-        token_T = torch.arange(chosen_T.shape[0], device=x_BSD.device)
         if self.training:
             nearest_T = score_TE.detach().gather(1, chosen_T[:, None])[:, 0]
             decided.once("followed", lambda: self.follow(unit_TD.detach(), nearest_T, chosen_T))
-        return self.result(Route(token_T, chosen_T, weight_T, top_k=1), {})
+        return self.result(rows_of_tokens(chosen_T[:, None], weight_T[:, None]), {})
 
     def follow(self, unit_TD: Tensor, nearest_T: Tensor, chosen_T: Tensor) -> None:
         """Moves the centroids. Collective over the scope.

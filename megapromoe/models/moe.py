@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megapromoe.models.decisions import Decisions
 from megapromoe.models.guided_routers import GUIDED
@@ -28,13 +27,12 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, width: int, hidden: int):
         super().__init__()
-        self.fc1 = ExpertLinear(experts, width, hidden)
+        self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
         self.fc2 = ExpertLinear(experts, hidden, width, closes=True)
 
     def forward(self, x_RD: Tensor, offs_E: Tensor, expert_R: Tensor) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
-        hidden_RF = F.gelu(self.fc1(x_RD, offs_E, expert_R), approximate="tanh")
-        return self.fc2(hidden_RF, offs_E, expert_R)
+        return self.fc2(self.fc1(x_RD, offs_E, expert_R), offs_E, expert_R)
 
 
 class MoE(nn.Module):
@@ -96,7 +94,7 @@ class _AddAfter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, rows_RD, cut):
-        x_TD[cut:] += rows_RD
+        x_TD[cut:].add_(rows_RD)
         ctx.mark_dirty(x_TD)
         ctx.cut = cut
         return x_TD

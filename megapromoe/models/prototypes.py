@@ -77,17 +77,17 @@ class _Resemblance(torch.autograd.Function):
     def backward(ctx, grad, grad_sum_ED, _):
         x, width_E, unit_ED, length_T, cosine, chosen = ctx.saved_tensors
         x_TD, cosine_TE, grad_TE = (tensor.flatten(0, -2) for tensor in (x, cosine, grad))
-        T, E = cosine_TE.shape
         along_T = torch.linalg.vecdot(grad_TE, cosine_TE).unsqueeze(-1).div_(length_T.square())
+        share_TE = grad_TE / length_T
         if chosen is None:
-            share_TE, to_ED = grad_TE / length_T, unit_ED
-            product_TE = share_TE
-        else:  # what each token has of unit vectors, and of the sums' gradients
-            share_TE, to_ED = grad_TE.new_zeros(T, 2 * E), torch.cat([unit_ED, grad_sum_ED])
-            product_TE = torch.div(grad_TE, length_T, out=share_TE[:, :E])
-            share_TE[:, E:].scatter_(-1, chosen, 1.0)
-        grad_x = torch.addcmul(share_TE @ to_ED, x_TD, along_T, value=-1).to(x.dtype)
-        grad_unit_ED = product_TE.T @ x_TD.float()
+            grad_TD = share_TE @ unit_ED
+        else:  # a token has the gradients of its sums, and of the cosines
+            grad_TD = grad_sum_ED.index_select(0, chosen[:, 0])
+            for k in range(1, chosen.shape[1]):
+                grad_TD += grad_sum_ED.index_select(0, chosen[:, k])
+            grad_TD.addmm_(share_TE, unit_ED)
+        grad_x = grad_TD.addcmul_(x_TD, along_T, value=-1).to(x.dtype)
+        grad_unit_ED = share_TE.T @ x_TD.float()
         return grad_x.view_as(x), _through_unit(grad_unit_ED, unit_ED, width_E).to(ctx.kind), None
 
 
@@ -97,28 +97,30 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prototype_ED, sum_ED, count_E, temperature):
         used_E = count_E > 0
-        many = used_E.sum(-1, keepdim=True)
-        wide_ED, total_ED = prototype_ED.double(), sum_ED.double()
-        width_E, length_E = _length(wide_ED), _length(total_ED)
-        unit_ED, centroid_ED = wide_ED / width_E, total_ED / length_E  # a centroid points where the sum does
+        both_ED = torch.stack([prototype_ED.expand_as(sum_ED), sum_ED]).double()
+        length_E = _length(both_ED)
+        direction_ED = both_ED / length_E
+        unit_ED, centroid_ED = direction_ED  # a centroid points where the sum does
         logit_EE = (unit_ED @ centroid_ED.mT).div_(temperature)
         # Hidden columns get probability zero; finite, so that a row without any other is no NaN.
         log_p_EE = logit_EE.masked_fill_(~used_E.unsqueeze(-2), -1e30).log_softmax(-1)
-        weight_E = (used_E & (many >= 2)).double() / many.clamp(min=1)
-        ctx.save_for_backward(width_E, unit_ED, length_E, centroid_ED, log_p_EE, weight_E)
+        # A single used expert has probability one: its loss and gradient are zero.
+        weight_E = used_E.double() / used_E.sum(-1, keepdim=True).clamp_(min=1)
+        ctx.save_for_backward(length_E, direction_ED, log_p_EE, weight_E)
         ctx.temperature, ctx.types = temperature, (prototype_ED.dtype, sum_ED.dtype)
         return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().float()
 
     @staticmethod
     def backward(ctx, grad):
-        width_E, unit_ED, length_E, centroid_ED, log_p_EE, weight_E = ctx.saved_tensors
+        length_E, direction_ED, log_p_EE, weight_E = ctx.saved_tensors
+        unit_ED, centroid_ED = direction_ED
         grad_EE = log_p_EE.exp()
         grad_EE.diagonal(dim1=-2, dim2=-1).sub_(1)
         grad_EE.mul_((weight_E * (grad / ctx.temperature).unsqueeze(-1)).unsqueeze(-1))
-        grad_unit_ED, grad_centroid_ED = grad_EE @ centroid_ED, grad_EE.mT @ unit_ED
-        grad_unit_ED = grad_unit_ED.flatten(0, -3).sum(0) if grad_unit_ED.dim() > 2 else grad_unit_ED
-        grad_ED = _through_unit(grad_unit_ED, unit_ED, width_E).to(ctx.types[0])
-        return grad_ED, _through_unit(grad_centroid_ED, centroid_ED, length_E).to(ctx.types[1]), None, None
+        grad_both_ED = torch.stack([grad_EE @ centroid_ED, grad_EE.mT @ unit_ED])
+        grad_ED, grad_sum_ED = _through_unit(grad_both_ED, direction_ED, length_E)
+        grad_ED = grad_ED.flatten(0, -3).sum(0) if grad_ED.dim() > 2 else grad_ED
+        return grad_ED.to(ctx.types[0]), grad_sum_ED.to(ctx.types[1]), None, None
 
 
 def _length(v: Tensor) -> Tensor:

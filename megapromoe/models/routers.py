@@ -52,7 +52,7 @@ class Router(nn.Module):
     def result(self, route: Route, losses: dict[str, Tensor], load_E: Tensor | None = None) -> Routed:
         with torch.no_grad():
             load_E = counts(route.expert_R, self.experts).float() if load_E is None else load_E
-            gate = route.weight_R.float().sum() / max(route.weight_R.shape[0], 1)
+            gate = route.weight_R.sum(dtype=torch.float32) / max(route.weight_R.shape[0], 1)
         return Routed(route, losses, load_E, gate)
 
     def gates(self, score: Tensor) -> Tensor:
@@ -103,22 +103,19 @@ class PrototypeRouter(Router):
 
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
-        B, S, _ = x_BSD.shape
         K = self.config.top_k
         counted = K if self.config.rcl_tokens == "all" else 1
         contrasts = self.training and self.config.rcl_weight
 
         def choose(score_BSE: Tensor) -> Tensor:
-            return decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
+            return decided.once("chosen", lambda: best(score_BSE.detach(), K))
 
         def counted_ones(score_BSE: Tensor) -> Tensor:
             return choose(score_BSE)[..., :counted]
 
         score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
         chosen_BSK = choose(score_BSE)
-        token_R = torch.arange(B * S, device=x_BSD.device).repeat_interleave(K)
-        weight_R = self.gates(score_BSE).gather(-1, chosen_BSK).flatten()
-        route = Route(token_R, chosen_BSK.flatten(), weight_R, top_k=K)
+        route = rows_of_tokens(chosen_BSK, self.gates(score_BSE).gather(-1, chosen_BSK))
         losses = {}
         if contrasts:
             all_ED = decided.once("sums", lambda: sum_over(sum_ED, self.scope))
@@ -172,11 +169,8 @@ class GateRouter(Router):
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
         score_BSE = self.scores(x_BSD)
-        K = self.config.top_k
-        chosen_BSK = decided.once("chosen", lambda: score_BSE.detach().topk(K, dim=-1).indices)
-        weight_BSK = score_BSE.gather(-1, chosen_BSK)
-        token_R = torch.arange(score_BSE.shape[0] * score_BSE.shape[1], device=x_BSD.device).repeat_interleave(K)
-        route = Route(token_R, chosen_BSK.flatten(), weight_BSK.flatten(), top_k=K)
+        chosen_BSK = decided.once("chosen", lambda: best(score_BSE.detach(), self.config.top_k))
+        route = rows_of_tokens(chosen_BSK, score_BSE.gather(-1, chosen_BSK))
         losses = {}
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance(score_BSE, chosen_BSK, decided)
@@ -251,6 +245,19 @@ ROUTERS: dict[str, type[Router]] = {
     "ec": ExpertChoiceRouter,
     "diffmoe": DiffMoERouter,
 }
+
+
+def best(score: Tensor, K: int) -> Tensor:
+    """The indices (..., K) of the largest scores (..., E)."""
+    return score.argmax(-1, keepdim=True) if K == 1 else score.topk(K, dim=-1).indices
+
+
+def rows_of_tokens(chosen: Tensor, weight: Tensor) -> Route:
+    """Rows where each token chose K experts: indices and weights (..., K)."""
+    K = chosen.shape[-1]
+    token_T = torch.arange(chosen.shape[:-1].numel(), device=chosen.device)
+    token_R = token_T if K == 1 else token_T.repeat_interleave(K)
+    return Route(token_R, chosen.flatten(), weight.flatten(), top_k=K)
 
 
 def rows_of_choice(chosen_BEC: Tensor, weight_BEC: Tensor, S: int) -> Route:

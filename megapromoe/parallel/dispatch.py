@@ -41,6 +41,13 @@ class Route(NamedTuple):
     top_k: int = 0
     first: int = 0
 
+    def tokens_of(self, row_R: Tensor) -> Tensor:
+        """The tokens of some rows."""
+        if not self.top_k:
+            return self.token_R[row_R]
+        token_R = row_R if self.top_k == 1 else row_R // self.top_k
+        return token_R + self.first if self.first else token_R
+
     def share(self, region: Region, tokens: int) -> Route:
         """The part of the rows that this rank of a shared region computes: a contiguous 1/size of them.
 
@@ -95,8 +102,8 @@ class Dispatcher:
             mine = route.share(self.region, x_TD.shape[0])
         shares = 1 if self.expert_tp else self.region.size
         most = -(-most // shares) * max(mine.top_k, 1)
-        slot_R, order_R = torch.sort(self.placement.slot_E(x_TD.device)[mine.expert_R], stable=True)
-        token_R = mine.token_R[order_R]
+        slot_R, order_R = torch.sort(self.placement.slot_of(mine.expert_R), stable=True)
+        token_R = mine.tokens_of(order_R)
         if mine.top_k:
             back_R = inverse(order_R)
             rows_RD = _Gather.apply(x_TD, mine, token_R, back_R)
@@ -168,7 +175,8 @@ def counts(expert_R: Tensor, experts: int) -> Tensor:
 
 def offsets(expert_R: Tensor, experts: int) -> Tensor:
     """The row after each expert's last in rows sorted by expert: int32 (experts,)."""
-    return counts(expert_R, experts).cumsum(0, dtype=torch.int32)
+    every_E = torch.arange(experts, device=expert_R.device)
+    return torch.searchsorted(expert_R, every_E, right=True, out_int32=True)
 
 
 def inverse(order_R: Tensor) -> Tensor:

@@ -51,6 +51,10 @@ class ExpertPlacement:
         """Global slot (rank·slots + place) of each logical expert, int64 (E,). Copied to a device once."""
         return _slots(self, torch.device(device))
 
+    def slot_of(self, expert_R: torch.Tensor) -> torch.Tensor:
+        """Global slots of logical experts (int64): the same numbers, unless there are spare slots."""
+        return expert_R if self.experts == self.ep * self.slots else self.slot_E(expert_R.device)[expert_R]
+
 
 @cache
 def _slots(placement: ExpertPlacement, device: torch.device) -> torch.Tensor:

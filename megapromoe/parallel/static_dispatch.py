@@ -47,7 +47,7 @@ class StaticDispatcher(Dispatcher):
         # Rows without room share one last place, which does not travel.
         box_R = torch.where(place_R < C, slot_R * C + place_R, ep * slots * C)
         self.dropped = (place_R >= C).float().sum() / max(slot_R.shape[0], 1)
-        boxes = rows_RD.new_zeros(ep * slots * C + 1, rows_RD.shape[1]).index_copy(0, box_R, rows_RD)[:-1]
+        boxes = _IntoBoxes.apply(rows_RD, box_R, ep * slots * C)
         even = [slots * C] * ep
         flight = Flight(self.group, (even, even))
         return flight, flight.depart(boxes), box_R, C
@@ -62,5 +62,44 @@ class StaticDispatcher(Dispatcher):
         offs = ((slot + 1) * ep * C).to(torch.int32)
         y = experts(by_expert, offs, slot.repeat_interleave(ep * C))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        home = all_to_all(y, *flight.sizes, self.group)
-        return torch.cat([home, home.new_zeros(1, D)]).index_select(0, box_R)
+        return _OutOfBoxes.apply(all_to_all(y, *flight.sizes, self.group), box_R)
+
+
+# Each is the other's backward; autograd's would copy all boxes for the sake of the one place that does not travel.
+
+
+class _IntoBoxes(torch.autograd.Function):
+    """Rows (R, D) to their places (places, D); those of place `places` are dropped, and empty places are zero."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, box_R, places):
+        ctx.save_for_backward(box_R)
+        return _fill(rows_RD, box_R, places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _take(grad, *ctx.saved_tensors), None, None
+
+
+class _OutOfBoxes(torch.autograd.Function):
+    """The rows of these places, zero for dropped ones."""
+
+    @staticmethod
+    def forward(ctx, boxes, box_R):
+        ctx.save_for_backward(box_R)
+        ctx.places = boxes.shape[0]
+        return _take(boxes, box_R)
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        return _fill(grad_RD, *ctx.saved_tensors, ctx.places), None
+
+
+def _fill(rows_RD: Tensor, box_R: Tensor, places: int) -> Tensor:
+    return rows_RD.new_zeros(places + 1, rows_RD.shape[1]).index_copy_(0, box_R, rows_RD)[:-1]
+
+
+def _take(boxes: Tensor, box_R: Tensor) -> Tensor:
+    places = boxes.shape[0]
+    rows_RD = boxes.index_select(0, box_R.clamp(max=places - 1))
+    return rows_RD.masked_fill_((box_R == places).unsqueeze(1), 0)
