@@ -27,7 +27,7 @@ def outcome(moe, x_BSD, grad_BSD, conditional) -> list[torch.Tensor]:
     """Output, the contrastive loss, and the gradients of tokens and parameters."""
     leaves = [x_BSD, *moe.parameters()]
     routed = moe.route(x_BSD, conditional)
-    y_BSD, (loss,) = moe(x_BSD, routed, conditional), routed.losses.values()
+    y_BSD, (loss,) = moe(x_BSD, routed, conditional), moe.losses_of([routed]).values()
     gradients = torch.autograd.grad([y_BSD, loss], leaves, [grad_BSD, torch.ones_like(loss)])
     return [y_BSD.detach(), loss.detach(), *gradients]
 

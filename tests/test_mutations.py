@@ -33,9 +33,9 @@ def count_rank_zero_only(model, mesh) -> None:
 
 def no_reduction_of_centroids(model, mesh) -> None:
     """Each rank contrasts prototypes with the centroids of its own tokens."""
-    import megapromoe.models.routers as routers
+    import megapromoe.models.prototypes as prototypes
 
-    routers.sum_over = lambda x, group: x
+    prototypes.sum_over = lambda x, group: x
 
 
 def no_gradient_through_the_sum(model, mesh) -> None:

@@ -79,8 +79,9 @@ def test_contrastive_loss_by_hand(which, K):
         [torch.stack([F.cosine_similarity(router.prototypes[i], means[j], dim=0) for j in used]) for i in used]
     )
     expected = 2.0 * F.cross_entropy(logits / 0.3, torch.arange(len(used)))
-    torch.testing.assert_close(routed.losses["rcl"], expected)
-    ours = torch.autograd.grad(routed.losses["rcl"], router.prototypes, retain_graph=True)[0]
+    (loss,) = router.losses_of([routed])["rcl"]
+    torch.testing.assert_close(loss, expected)
+    ours = torch.autograd.grad(loss, router.prototypes, retain_graph=True)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, router.prototypes)[0])
 
 
@@ -254,7 +255,7 @@ def test_every_parameter_stays_in_the_graph(router, conditional):
     for buffer in moe.buffers():
         buffer.zero_()  # the layer alone is not built, hence uninitialised
     routed = moe.route(x, conditional, torch.tensor([0, 1, config.null_class]))
-    loss = moe(x, routed, conditional).sum() + sum(routed.losses.values())
+    loss = moe(x, routed, conditional).sum() + sum(loss.sum() for loss in moe.losses_of([routed]).values())
     loss.backward()
     missing = [name for name, p in moe.named_parameters() if p.grad is None]
     assert not missing

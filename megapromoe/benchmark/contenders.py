@@ -16,6 +16,7 @@ dense                  one MLP of the same products per token
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -74,6 +75,9 @@ class Around(nn.Module):
 
     def route(self, *arguments) -> Routed:
         return self.moe.route(*arguments)
+
+    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
+        return self.moe.losses_of(all_routed)
 
     def beside(self, x_TD: Tensor, cut: int) -> Tensor:
         """What the shared and the unconditional expert make of tokens, those from `cut` on being null."""

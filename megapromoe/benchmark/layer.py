@@ -149,7 +149,8 @@ class Turn:
             self.outputs = [self.layer(self.x_BSD)]
             return
         routed = self.layer.route(self.x_BSD, self.conditional)
-        self.outputs = [self.layer(self.x_BSD, routed, self.conditional), *routed.losses.values()]
+        y_BSD = self.layer(self.x_BSD, routed, self.conditional)
+        self.outputs = [y_BSD, *self.layer.losses_of([routed]).values()]
 
     def backward(self) -> None:
         backward(self.outputs, [self.grad_BSD])
@@ -254,7 +255,7 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[
 
     def route() -> None:
         routed = moe.route(x_BSD, conditional)
-        outputs.extend([routed.route.weight_R, *routed.losses.values()])
+        outputs.extend([routed.route.weight_R, *moe.losses_of([routed]).values()])
 
     def beside() -> None:
         outputs.extend([moe.shared(x_BSD), moe.unconditional(x_BSD[conditional:])])

@@ -75,8 +75,10 @@ def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
         routed = layer.route(x_BSD, settings.conditional)
         counter.phase("forward")
         y_BSD = layer(x_BSD, routed, settings.conditional)
+        counter.phase("losses")
+        losses = layer.losses_of([routed]).values()
         counter.phase("backward")
-        (y_BSD.sum() + sum(routed.losses.values())).backward()
+        (y_BSD.sum() + sum(loss.sum() for loss in losses)).backward()
     with torch.no_grad():
         expert_R = moe.route(x_BSD, settings.conditional).route.expert_R
     owner_R = (
@@ -84,10 +86,9 @@ def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
     )
     away = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
     said = {}
-    for phase in ("route", "forward", "backward"):
-        counts = counter.phases[phase]
+    for phase, counts in counter.phases.items():
         said[phase] = {"collectives": dict(counts.collectives), "sent": dict(counts.sent)}
-        said[phase]["bound"] = away if phase != "route" else 0
+        said[phase]["bound"] = away if phase in ("forward", "backward") else 0
     return said
 
 

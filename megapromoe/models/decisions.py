@@ -13,7 +13,7 @@ class Decisions:
     A pass that makes activations again (`parallel.recompute=all`) computes scores anew, for their gradient. It must not
     choose anew: rounding could flip a near-tie, and with it the sizes of the all-to-all. Nor may it speak to other
     ranks again, or move a router's running state twice. Kept are the choices (an index a row) and sums over ranks
-    (E·D numbers or fewer), nothing of the size of the tokens.
+    (a few numbers an expert, or its centroid), nothing of the size of the tokens.
     """
 
     def __init__(self):

@@ -80,7 +80,9 @@ class Block(nn.Module):
             return self.add(x_BSD, gate_BD, halves(self.mlp, h_BSD)), None
         routed = self.mlp.route(h_BSD, conditional, y_B, decided)
         moe = self._checkpointed if self._again("moe", "blocks") else self._plain
-        return self.add(x_BSD, gate_BD, moe(self.mlp, h_BSD, routed, conditional)), routed
+        # Without what the experts do not look at, for a checkpoint keeps all it is given.
+        y_BSD = moe(self.mlp, h_BSD, routed._replace(contrast=None), conditional)
+        return self.add(x_BSD, gate_BD, y_BSD), routed
 
     def _again(self, *policies: str) -> bool:
         return self.training and self.recompute in policies
@@ -163,11 +165,11 @@ class DiT(nn.Module):
         if not all_routed:
             empty = self.pos_embed.new_zeros(0)
             return Auxiliary({}, empty.view(0, 0), empty)
-        losses = {name: torch.stack([r.losses[name] for r in all_routed]) for name in all_routed[0].losses}
+        layers = [block.mlp for block in self.blocks if not isinstance(block.mlp, Mlp)]
+        losses = layers[0].losses_of(all_routed)
         load_LE = torch.stack([r.load_E for r in all_routed])
-        dispatchers = [block.mlp.dispatcher for block in self.blocks if isinstance(block.mlp, MoE)]
         static = self.config.capacity_factor > 0
-        dropped_L = torch.stack([dispatcher.dropped for dispatcher in dispatchers]) if static else None
+        dropped_L = torch.stack([moe.dispatcher.dropped for moe in layers]) if static else None
         return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:

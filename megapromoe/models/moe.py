@@ -7,6 +7,8 @@ travel. Source: ProMoE, arXiv 2510.24711, "Two-step router".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,10 @@ class MoE(nn.Module):
         """
         routed = self._routed(x_BSD, conditional)
         return self.router(x_BSD[:routed], None if y_B is None else y_B[:routed], decided)
+
+    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
+        """The weighted losses (L,) of several layers like this one. Collective."""
+        return self.router.losses_of(all_routed)
 
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         """Tokens (B, S, D) of `conditional` images and then null ones -> (B, S, D)."""

@@ -6,12 +6,25 @@ Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastiv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megapromoe.parallel.collectives import sum_over
+from megapromoe.parallel.mesh import Group
+
 Choose = Callable[[Tensor], Tensor]
+
+
+class Contrast(NamedTuple):
+    """What a layer's contrastive loss is made of: prototypes (E, D); the sum (E, D) and the number (E,) of this rank's
+    tokens of each expert, float32. Prototypes are a copy: ZeRO-3 takes a parameter away when its layer is done."""
+
+    prototype_ED: Tensor
+    sum_ED: Tensor
+    count_E: Tensor
 
 
 def resemblance(
@@ -35,7 +48,7 @@ def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temp
     """Cross-entropy of each used expert's prototype against the centroids of all used experts; 0 if fewer than two.
 
     Args:
-        prototype_ED: (E, D).
+        prototype_ED: (E, D), or (..., E, D).
         sum_ED, count_E: sum and number of the tokens of each expert, (..., E, D) and (..., E); one loss for each of
             the leading dimensions.
 
@@ -46,6 +59,19 @@ def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temp
     Source: ProMoE, arXiv 2510.24711, routing contrastive loss.
     """
     return _Contrast.apply(prototype_ED, sum_ED, count_E, temperature)
+
+
+def contrastive_losses(layers: Sequence[Contrast], temperature: float, scope: Group) -> Tensor:
+    """`contrastive_loss` of several layers (L,), the tokens being those of all ranks of `scope`.
+
+    All layers at once: each by itself would launch as many operators, and wait for messages of its own. So there is one
+    message for all, and one back.
+    """
+    sum_LED, count_LE = torch.stack([c.sum_ED for c in layers]), torch.stack([c.count_E for c in layers])
+    if scope.size > 1:
+        said = sum_over(torch.cat([sum_LED, count_LE.unsqueeze(-1)], dim=-1), scope)
+        sum_LED, count_LE = said[..., :-1], said[..., -1]
+    return contrastive_loss(torch.stack([c.prototype_ED for c in layers]), sum_LED, count_LE, temperature)
 
 
 class _Resemblance(torch.autograd.Function):
@@ -107,7 +133,7 @@ class _Contrast(torch.autograd.Function):
         # A single used expert has probability one: its loss and gradient are zero.
         weight_E = used_E.double() / used_E.sum(-1, keepdim=True).clamp_(min=1)
         ctx.save_for_backward(length_E, direction_ED, log_p_EE, weight_E)
-        ctx.temperature, ctx.types = temperature, (prototype_ED.dtype, sum_ED.dtype)
+        ctx.temperature, ctx.shape, ctx.types = temperature, prototype_ED.shape, (prototype_ED.dtype, sum_ED.dtype)
         return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().float()
 
     @staticmethod
@@ -119,7 +145,7 @@ class _Contrast(torch.autograd.Function):
         grad_EE.mul_((weight_E * (grad / ctx.temperature).unsqueeze(-1)).unsqueeze(-1))
         grad_both_ED = torch.stack([grad_EE @ centroid_ED, grad_EE.mT @ unit_ED])
         grad_ED, grad_sum_ED = _through_unit(grad_both_ED, direction_ED, length_E)
-        grad_ED = grad_ED.flatten(0, -3).sum(0) if grad_ED.dim() > 2 else grad_ED
+        grad_ED = grad_ED.sum_to_size(ctx.shape)
         return grad_ED.to(ctx.types[0]), grad_sum_ED.to(ctx.types[1]), None, None
 
 

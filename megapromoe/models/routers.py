@@ -13,6 +13,7 @@ state only once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.models.decisions import Decisions
-from megapromoe.models.prototypes import Choose, contrastive_loss, resemblance
+from megapromoe.models.prototypes import Choose, Contrast, contrastive_loss, contrastive_losses, resemblance
 from megapromoe.options import ModelConfig
 from megapromoe.parallel.collectives import sum_over
 from megapromoe.parallel.dispatch import Route, counts
@@ -31,12 +32,16 @@ ALONE = Group((0,), 0)
 
 
 class Routed(NamedTuple):
-    """`route`; `losses` name -> scalar, weighted; `load_E` rows per expert, float32; `gate` mean weight, scalar."""
+    """`route`; `losses` name -> scalar, weighted; `load_E` rows per expert, float32; `gate` mean weight, scalar.
+
+    `contrast`: of a loss that is computed for all layers together, by `Router.losses_of`.
+    """
 
     route: Route
     losses: dict[str, Tensor]
     load_E: Tensor
     gate: Tensor
+    contrast: Contrast | None = None
 
 
 class Router(nn.Module):
@@ -49,11 +54,21 @@ class Router(nn.Module):
         self.config = config
         self.experts = config.num_experts
 
-    def result(self, route: Route, losses: dict[str, Tensor], load_E: Tensor | None = None) -> Routed:
+    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
+        """The weighted losses (L,) of several layers, from what their routers said; all of this kind. Collective."""
+        return {name: torch.stack([routed.losses[name] for routed in all_routed]) for name in all_routed[0].losses}
+
+    def result(
+        self,
+        route: Route,
+        losses: dict[str, Tensor],
+        load_E: Tensor | None = None,
+        contrast: Contrast | None = None,
+    ) -> Routed:
         with torch.no_grad():
             load_E = counts(route.expert_R, self.experts).float() if load_E is None else load_E
             gate = route.weight_R.sum(dtype=torch.float32) / max(route.weight_R.shape[0], 1)
-        return Routed(route, losses, load_E, gate)
+        return Routed(route, losses, load_E, gate, contrast)
 
     def gates(self, score: Tensor) -> Tensor:
         """Weights (..., E) from scores; never renormalised over the chosen ones."""
@@ -116,15 +131,19 @@ class PrototypeRouter(Router):
         score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
         chosen_BSK = choose(score_BSE)
         route = rows_of_tokens(chosen_BSK, self.gates(score_BSE).gather(-1, chosen_BSK))
+        contrast = Contrast(self.prototypes.double(), sum_ED, count_E) if contrasts else None
         losses = {}
-        if contrasts:
-            all_ED = decided.once("sums", lambda: sum_over(sum_ED, self.scope))
-            all_E = decided.once("counts", lambda: sum_over(count_E, self.scope))
-            loss = contrastive_loss(self.prototypes, all_ED, all_E, self.config.rcl_temperature)
-            losses["rcl"] = self.config.rcl_weight * loss
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
-        return self.result(route, losses, count_E if counted == K else None)
+        return self.result(route, losses, count_E if counted == K else None, contrast)
+
+    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
+        losses = super().losses_of(all_routed)
+        contrasts = [routed.contrast for routed in all_routed if routed.contrast is not None]
+        if contrasts:
+            loss_L = contrastive_losses(contrasts, self.config.rcl_temperature, self.scope)
+            losses["rcl"] = self.config.rcl_weight * loss_L
+        return losses
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):

@@ -168,8 +168,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
         yield Saved("router", "lengths, scores", T * (1 + E) * 4)
         if model.rcl_weight:
             yield Saved("router", "float32 tokens, of which experts take", copy if model.router == "promoe_ec" else 0)
-            groups = images if model.router == "promoe_ec" else 1
-            yield Saved("router", "contrastive loss, float64", (E * (D + 1) + groups * E * (D + E + 2)) * 8)
+            yield _contrast(model, images if model.router == "promoe_ec" else 1)
     if model.router == "classification":
         yield Saved("router", "mean tokens, scores", images * (D + 3 * E) * 4)
     if model.router == "kmeans":
@@ -195,8 +194,14 @@ def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
         yield Saved("router", "chosen experts or tokens", rows * INDEX)
     if model.router == "kmeans":
         yield Saved("router", "centroids", E * D * 4)
-    if model.router == "promoe" and model.rcl_weight:
-        yield Saved("router", "contrastive loss, sums of tokens", E * (D + 1) * 4)
+    if model.router == "promoe" and model.rcl_weight:  # computed for all layers at once, outside of blocks
+        yield _contrast(model, 1)
+
+
+def _contrast(model: ModelConfig, groups: int) -> Saved:
+    """Directions of prototypes and centroids, lengths, logits, weights, for each group of tokens."""
+    E, D = model.num_experts, model.hidden_size
+    return Saved("router", "contrastive loss, float64", groups * E * (2 * D + E + 3) * 8)
 
 
 def transient(config: Config, layout: Layout, batch: Batch) -> float:

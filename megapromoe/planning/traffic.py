@@ -136,14 +136,16 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
         return
     E, D = model.num_experts, model.hidden_size
 
-    def statistic(what: str, payload: float, backward: bool = True, op: str = "all_reduce") -> Iterator[Collective]:
-        yield Collective(what, op, "dp", dp, layers, payload, "forward")
+    def statistic(
+        what: str, payload: float, backward: bool = True, op: str = "all_reduce", calls: int = layers
+    ) -> Iterator[Collective]:
+        yield Collective(what, op, "dp", dp, calls, payload, "forward")
         if backward:
-            yield Collective(what, op, "dp", dp, layers, payload, "backward")
+            yield Collective(what, op, "dp", dp, calls, payload, "backward")
 
-    if model.router == "promoe" and model.rcl_weight:
-        yield from statistic("RCL: sums of tokens", E * D * 4)
-        yield from statistic("RCL: counts", E * 4, backward=False)
+    if model.router == "promoe" and model.rcl_weight:  # one for all layers
+        moe = len(model.moe_blocks)
+        yield from statistic("RCL: sums of tokens and counts", moe * E * (D + 1) * 4, calls=layers // moe)
     if model.router == "promoe_ec" and model.rcl_weight:
         yield from statistic("RCL: mean over images", 2 * 4)
     if model.router == "classification" and model.classification_weight:
