@@ -39,7 +39,9 @@ class Watchdog:
 
     def at(self, step: int, section: str) -> None:
         """This rank enters a section (of `ORDER`) of a step."""
-        self._where, self._since = (step, section), time.monotonic()
+        first, self._where, self._since = not self._beats, (step, section), time.monotonic()
+        if first:  # the thread may never get to it: a rank can hang before the first pulse
+            self._tell(self._where)
 
     def pause(self) -> None:
         """Nothing is expected of this rank until the next `at`."""
@@ -96,9 +98,11 @@ class Watchdog:
         """Ranks whose threads have fallen silent, or else those that are furthest behind."""
         silent = [r for r in now if now[r] == before.get(r)]
         missing = sorted(set(range(self.world)) - set(now))
-        places = {r: (step, ORDER.index(section)) for r, (_, step, section) in now.items()}
-        behind = silent or [r for r in places if places[r] == min(places.values())]
-        said = [f"rank {r}, last in section '{now[r][2]}' of step {now[r][1]}" for r in behind[:8]]
+        named = silent
+        if not (silent or missing):
+            places = {r: (step, ORDER.index(section)) for r, (_, step, section) in now.items()}
+            named = [r for r in places if places[r] == min(places.values())]
+        said = [f"rank {r}, last in section '{now[r][2]}' of step {now[r][1]}" for r in named[:8]]
         said += [f"rank {r}, which never took a step" for r in missing[:8]]
         return f"{'silent' if silent or missing else 'furthest behind'}: {'; '.join(said)}"
 
