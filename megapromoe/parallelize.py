@@ -20,8 +20,9 @@ from megapromoe.models.moe import MoE
 from megapromoe.models.routers import ALONE, Router
 from megapromoe.options import Config
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher
+from megapromoe.parallel.expert_linear import ExpertLinear
 from megapromoe.parallel.layout import ParameterLayout, Split
-from megapromoe.parallel.linear import ExpertLinear, GatheredLinear, Region, RowLinear
+from megapromoe.parallel.linear import GatheredLinear, Region, RowLinear
 from megapromoe.parallel.mesh import Mesh, make_mesh
 from megapromoe.parallel.static_dispatch import StaticDispatcher
 

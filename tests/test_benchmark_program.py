@@ -37,7 +37,8 @@ def test_the_program_from_end_to_end(measured):
             assert f["total"]["median"] > 0 and f["counts"]["total"]["kernels"] > 0 and f["ratio"]["median"] > 0
             assert all(len(values) == 2 for values in f["rounds"].values())
     skewed = document["scenes"]["step digits E4 B4 skewed"]["contenders"]
-    assert skewed["loop"]["counts"]["total"]["waits"] and not skewed["ours"]["counts"]["total"]["waits"]
+    waits = {name: skewed[name]["counts"]["total"]["waits"] for name in ("ours", "loop")}
+    assert waits["ours"] == {"tolist": 2} and sum(waits["loop"].values()) > 20  # ours: once a layer, on a CPU
     page = (measured / "benchmark.md").read_text()
     for heading in ("The MoE layer", "Parts of ours", "The training step", "Sampling"):
         assert heading in page

@@ -8,6 +8,7 @@ from parallel import run
 from test_equality import deviations
 from torch._dynamo.utils import counters
 from trajectory import small, stir, train
+from ways import grouped
 
 from megapromoe.models.compiled import compile_dense
 from megapromoe.options import ConfigError
@@ -24,9 +25,10 @@ def by_graph(model, mesh) -> None:
 
 
 def pair(overrides: tuple[str, ...], folder: str):
-    """The same training eagerly and compiled, and what was compiled. Collective."""
+    """The same training, eagerly expert by expert and compiled in groups, and what was compiled. Collective."""
     plain = train(overrides, f"{folder}/plain", prepare=None)
-    compiled = train(overrides, f"{folder}/compiled", prepare=by_graph)
+    with grouped():
+        compiled = train(overrides, f"{folder}/compiled", prepare=by_graph)
     return plain, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
@@ -83,7 +85,8 @@ def test_compiled_in_earnest(what):
     for model in (plain, compiled):
         stir(model, make_mesh())
     for conditional in (3, 2):
-        (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
+        with grouped():
+            (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
         torch.testing.assert_close(y, y_plain, rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(gradients, gradients_plain, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """What a step costs in counts, which are the same on every machine: operators, messages, waits, memory, compilations.
 
+As on a GPU that has grouped products, but where experts one by one are spoken of.
 The numbers are expectations. One that falls is good news, to be written down here; one that rises is a regression.
 """
 
@@ -11,6 +12,7 @@ import torch
 from parallel import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import small
+from ways import WAYS, grouped
 
 from megapromoe.benchmark.counters import Counter, Counts
 from megapromoe.benchmark.layer import Settings, first_layer, necessary
@@ -26,14 +28,14 @@ IMAGES, NULL = 4, 1
 # ---- one MoE layer
 
 
-def layer(*overrides: str, dtype=torch.float32, images: int = IMAGES):
+def layer(*overrides: str, dtype=torch.float32, images: int = IMAGES, way: str = "grouped", routing: str = "real"):
     """Counts of one layer of ProMoE-S, forward and backward; what it allocates at most over what it must."""
     config = resolve("promoe_s", overrides=["model.hidden_size=96", "model.num_experts=4", *overrides])
     settings = Settings(torch.device("cpu"), dtype, 1, 1, images, (), null=NULL / IMAGES)
-    moe, x_BSD = first_layer(config, "real", settings)
+    moe, x_BSD = first_layer(config, routing, settings)
     moe.train()
     grad_BSD, y_B = torch.ones_like(x_BSD), torch.zeros(images, dtype=torch.long)
-    with Counter() as counter:
+    with WAYS[way](), Counter() as counter:
         counter.phase("route")
         routed = moe.route(x_BSD, settings.conditional, y_B)
         counter.phase("forward")
@@ -74,6 +76,17 @@ def test_operators_do_not_depend_on_the_number_of_experts(what):
     assert all(ours <= expected for ours, expected in zip(kernels(few), KERNELS[what], strict=True)), kernels(few)
 
 
+def test_experts_one_by_one_cost_ten_operators_each_and_one_read():
+    """Where torch has no grouped product in one kernel: two products and a GELU forward, seven operators backward."""
+    few, many = (
+        layer(f"model.num_experts={experts}", way="expert by expert", routing="balanced")[0] for experts in (4, 64)
+    )
+    more = [b - a for a, b in zip(kernels(few), kernels(many), strict=True)]
+    assert more == [0, 3 * 60, 0, 7 * 60]
+    for phases in (few, many):
+        assert sum((one.waits for one in phases.values()), Tally()) == {"tolist": 1}
+
+
 def test_losses_of_all_layers_are_computed_at_once():
     """The contrastive loss of four layers launches what that of one does, forward and backward."""
     settings = Settings(torch.device("cpu"), torch.float32, 1, 1, IMAGES, (), null=NULL / IMAGES)
@@ -108,9 +121,10 @@ def test_a_layer_on_one_rank_reads_nothing_back(what):
         ((), torch.bfloat16, 1.2),
     ],
 )
-def test_a_layer_needs_little_more_memory_than_it_must(what, dtype, limit):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_needs_little_more_memory_than_it_must(what, dtype, limit, way):
     """The necessary tensors are listed in `benchmark.layer.necessary`; scores T×E and indices are not among them."""
-    _, over = layer(*what, dtype=dtype)
+    _, over = layer(*what, dtype=dtype, way=way)
     assert 0.95 < over < limit
 
 
@@ -130,7 +144,8 @@ class Names(TorchDispatchMode):
 
 
 def steps(cases: list[tuple[str, ...]]) -> list[tuple]:
-    return [step(overrides) for overrides in cases]
+    with grouped():
+        return [step(overrides) for overrides in cases]
 
 
 def step(overrides: tuple[str, ...]) -> tuple[dict[str, Counts], Tally, int]:

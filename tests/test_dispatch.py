@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel import run
+from ways import WAYS
 
 from megapromoe.models.moe import Experts
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher, Route
@@ -65,23 +66,24 @@ def onto_zeros(dispatcher: Dispatcher):
 KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [T, 1, 0])
-def test_local_dispatcher_is_the_loop(kind, tokens):
+def test_local_dispatcher_is_the_loop(kind, tokens, way):
     if kind == "any rows" and tokens == 0:
         pytest.skip("rows of no token")
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
     route, bank = route_of(kind, tokens, 1), experts_of(2)
-    if kind == "empty" or tokens == 0:
+    with WAYS[way]():
         ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
+    if kind == "empty" or tokens == 0:
         assert not ours[0].any() and all(not g.any() for g in ours[1:])
         return
-    expected = outcome(plain, x, route, bank)
-    for a, b in zip(outcome(onto_zeros(Dispatcher(E)), x, route, bank), expected, strict=True):
+    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def distributed(kinds: tuple[str, ...]) -> list:
+def distributed(kinds: tuple[str, ...], way: str) -> list:
     """Every rank routes its own tokens its own way; owners' gradients are sums over all ranks."""
     mesh = make_mesh(ep=dist.get_world_size())
     rank, placement = mesh.rank, ExpertPlacement(E, mesh.ep.size)
@@ -93,7 +95,8 @@ def distributed(kinds: tuple[str, ...]) -> list:
         local.data[: len(placement.owned(rank))] = logical.data[
             placement.owned(rank).start : placement.owned(rank).stop
         ]
-    ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, route, mine)
+    with WAYS[way]():
+        ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, route, mine)
     expected = outcome(plain, x, route, whole) if kinds[rank] != "empty" else None
     sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in whole.parameters()]
     for g in sums:
@@ -118,9 +121,10 @@ MIXED = [
 ]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
-def test_expert_parallel_dispatcher_is_the_loop(kinds):
-    for pairs in run(len(kinds), distributed, kinds):
+def test_expert_parallel_dispatcher_is_the_loop(kinds, way):
+    for pairs in run(len(kinds), distributed, kinds, way):
         for ours, expected in pairs:
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 

@@ -15,11 +15,15 @@ import pytest
 import torch
 from parallel import run
 from trajectory import Trajectory, deviation, train
+from ways import grouped
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and what is trained there. `what` overrides hold for the one process too."""
+    """A layout and what is trained there. `what` overrides and `prepare` hold for the one process too.
+
+    `grouped`: experts run by grouped products, as on a GPU that has them, and not one by one.
+    """
 
     world: int
     tp: int = 1
@@ -29,11 +33,13 @@ class Case:
     what: tuple[str, ...] = ()
     prepare: str = ""
     recompute: str = "none"
+    grouped: bool = False
 
     @property
     def name(self) -> str:
         what = [w.partition(".")[2] for w in self.what] + ([self.prepare] if self.prepare else [])
         what += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        what += ["grouped products"] if self.grouped else []
         split = "+experts" if self.expert_tp else ""
         return f"world {self.world} · tp {self.tp}{split} · ep {self.ep} · ZeRO-{self.zero}" + (
             f" · {', '.join(what)}" if what else ""
@@ -118,6 +124,9 @@ CASES = [
     Case(4, tp=2, ep=2, what=("diffusion.objective=ddpm", "sample.method=ddim")),
     *(Case(4, tp=2, ep=2, zero=z, recompute=r) for r in ("blocks", "all") for z in (1, 3)),
     Case(4, tp=2, ep=2, recompute="moe"),
+    *(Case(4, tp=2, ep=2, zero=z, grouped=True) for z in (0, 1, 2, 3)),
+    *(Case(4, ep=4, zero=z, prepare="one_expert", grouped=True) for z in (1, 2)),
+    Case(4, tp=2, ep=2, expert_tp=True, grouped=True, recompute="all"),
     *(Case(4, tp=2, ep=2, recompute="all", what=(f"model.router={r}", *TWICE)) for r in ("kmeans", "diffmoe")),
 ]  # fmt: skip
 
@@ -128,6 +137,11 @@ def alone(what: tuple[str, ...], prepare: str, folder: str) -> Trajectory:
     place = Path(folder) / str(abs(hash((what, prepare))))
     place.mkdir()
     return run(1, train, (*what, "train.deepspeed=fp32_zero0"), str(place), 5, PREPARE[prepare])[0]
+
+
+def train_grouped(*arguments) -> Trajectory | None:
+    with grouped():
+        return train(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +171,8 @@ def deviations(ours: Trajectory, theirs: Trajectory) -> dict[str, tuple[float, s
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
-    ours = run(case.world, train, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
+    way = train_grouped if case.grouped else train
+    ours = run(case.world, way, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
     found = deviations(ours, expected)
     table.append((case.name, found))
     assert min(expected.norms) > 0 and max(expected.norms) > 0.5, "the clip norm is not active"

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from parallel import run
 from test_dispatch import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
 from trajectory import small
+from ways import WAYS
 
 from megapromoe.config import resolve
 from megapromoe.models.dit import DiT
@@ -21,12 +22,14 @@ ALONE = Group((0,), 0)
 ROOM = 2.0 * E  # for all rows, also where they all go to one expert and a token has two
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_room_for_all_it_is_the_loop(kind):
+def test_with_room_for_all_it_is_the_loop(kind, way):
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
     route, bank = route_of(kind, T, 1), experts_of(2)
     dispatcher = StaticDispatcher(E, ALONE, ROOM)
-    ours = outcome(onto_zeros(dispatcher), x, route, bank)
+    with WAYS[way]():
+        ours = outcome(onto_zeros(dispatcher), x, route, bank)
     assert dispatcher.dropped == 0
     if kind == "empty":
         assert all(not g.any() for g in ours)

@@ -16,7 +16,7 @@ from torch import nn
 from megapromoe.models.dit import DiT
 from megapromoe.models.layers import Mlp
 from megapromoe.models.moe import MoE
-from megapromoe.parallel.linear import ExpertLinear
+from megapromoe.parallel.expert_linear import ExpertLinear
 
 
 def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:

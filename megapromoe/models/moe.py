@@ -19,7 +19,8 @@ from megapromoe.models.routers import ROUTERS as UNGUIDED
 from megapromoe.models.routers import Routed
 from megapromoe.options import TWO_STEP_ROUTERS, ModelConfig
 from megapromoe.parallel.dispatch import Dispatcher
-from megapromoe.parallel.linear import WHOLE, ExpertLinear, Region
+from megapromoe.parallel.expert_linear import ExpertLinear, Segments
+from megapromoe.parallel.linear import WHOLE, Region
 
 ROUTERS = UNGUIDED | GUIDED
 
@@ -32,9 +33,9 @@ class Experts(nn.Module):
         self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
         self.fc2 = ExpertLinear(experts, hidden, width, closes=True)
 
-    def forward(self, x_RD: Tensor, offs_E: Tensor, expert_R: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
-        return self.fc2(self.fc1(x_RD, offs_E, expert_R), offs_E, expert_R)
+        return self.fc2(self.fc1(x_RD, segments), segments)
 
 
 class MoE(nn.Module):

@@ -14,18 +14,20 @@ Per layer and direction of a token's row the wire carries D·b·(1 - 1/ep) bytes
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megapromoe.parallel.collectives import Flight, all_to_all, exchange_counts
+from megapromoe.parallel.expert_linear import Segments, in_one_kernel
 from megapromoe.parallel.host_copy import OnTheWay
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.linear import WHOLE, Region
 from megapromoe.parallel.mesh import Group
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
+Experts = Callable[[Tensor, Segments], Tensor]
 
 
 class Route(NamedTuple):
@@ -79,7 +81,10 @@ class Begun(NamedTuple):
 
 
 class Dispatcher:
-    """Runs rows through experts that all live on this rank. Without a host sync: all sizes are those of the route."""
+    """Runs rows through experts that all live on this rank.
+
+    Without a host sync where the experts are one kernel: all sizes are those of the route. Elsewhere with one.
+    """
 
     def __init__(self, experts: int, region: Region = WHOLE, expert_tp: bool = False):
         """Args: `experts` E. `region`: the tp group among which the rows are shared out, each computed once;
@@ -115,7 +120,7 @@ class Dispatcher:
         """Runs the experts and brings the rows home.
 
         Args:
-            experts: called with (rows (R, D) sorted by local expert, offs (slots,) int32, local expert (R,) int64).
+            experts: called with rows (R, D), sorted by local expert, and their `Segments`.
             base_TD: what else makes up the output, (T or more, D); it is overwritten.
 
         Returns:
@@ -129,12 +134,14 @@ class Dispatcher:
 
     def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> Any:
         """What can be done with rows, sorted by slot, before anybody waits. No rank has more than `most` of them."""
-        return rows_RD, slot_R
+        offs_E = offsets(slot_R, self.placement.slots)
+        ends = None if in_one_kernel(rows_RD) else OnTheWay(offs_E)
+        return rows_RD, slot_R, offs_E, ends
 
     def compute(self, sent: Any, experts: Experts) -> Tensor:
         """Experts on what `send` returned; the rows' outputs, in their order."""
-        rows_RD, slot_R = sent
-        return experts(rows_RD, offsets(slot_R, self.placement.slots), slot_R)
+        rows_RD, slot_R, offs_E, ends = sent
+        return experts(rows_RD, Segments(slot_R, offs_E, ends and ends.on_host()))
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -149,13 +156,14 @@ class ExpertParallelDispatcher(Dispatcher):
         ep, slots = self.group.size, self.placement.slots
         sent = counts(slot_R, ep * slots).view(ep, slots)
         received = exchange_counts(sent, self.group)
-        numbers = OnTheWay(torch.stack([sent.sum(1), received.sum(1)]))
+        numbers = OnTheWay(torch.cat([sent.sum(1, keepdim=True), received], dim=1))
         flight = Flight(self.group)
         return flight, flight.depart(rows_RD), received, numbers
 
     def compute(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> Tensor:
         flight, rows_RD, received, numbers = sent
-        send, receive = numbers.on_host()  # the layer's one wait
+        send, *come_E = zip(*numbers.on_host(), strict=True)  # the layer's one wait; of each rank
+        send, receive = list(send), [sum(come) for come in zip(*come_E, strict=True)]
         arrived = flight.arrive(rows_RD, (send, receive))
 
         # Rows arrive by (source rank, expert); experts want them by expert.
@@ -164,7 +172,8 @@ class ExpertParallelDispatcher(Dispatcher):
         local_R = torch.repeat_interleave(expert_of_cell, received.flatten(), output_size=sum(receive))
         local_R, order_R = torch.sort(local_R, stable=True)
         back_R = inverse(order_R)
-        y_RD = experts(_Permute.apply(arrived, order_R, back_R), offsets(local_R, slots), local_R)
+        segments = Segments(local_R, offsets(local_R, slots), list(accumulate(map(sum, come_E))))
+        y_RD = experts(_Permute.apply(arrived, order_R, back_R), segments)
         return all_to_all(_Permute.apply(y_RD, back_R, order_R), receive, send, self.group)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megapromoe.parallel.collectives import Flight, all_to_all
 from megapromoe.parallel.dispatch import Dispatcher, Experts, counts
+from megapromoe.parallel.expert_linear import Segments
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.linear import WHOLE, Region
 from megapromoe.parallel.mesh import Group
@@ -58,9 +59,10 @@ class StaticDispatcher(Dispatcher):
         arrived = flight.arrive(boxes)
         # (source rank, expert, row) -> (expert, source rank, row), and back.
         by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
-        slot = torch.arange(slots, device=boxes.device)
-        offs = ((slot + 1) * ep * C).to(torch.int32)
-        y = experts(by_expert, offs, slot.repeat_interleave(ep * C))
+        slot_E = torch.arange(slots, device=boxes.device)
+        offs_E = ((slot_E + 1) * ep * C).to(torch.int32)
+        ends_E = [(slot + 1) * ep * C for slot in range(slots)]
+        y = experts(by_expert, Segments(slot_E.repeat_interleave(ep * C), offs_E, ends_E))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
         return _OutOfBoxes.apply(all_to_all(y, *flight.sizes, self.group), box_R)
 
