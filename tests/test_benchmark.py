@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from parallel import run
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from megapromoe.benchmark import contenders, layer, measure, models, plans, suite, traffic
 from megapromoe.benchmark.contenders import BatchedCapacity, CannotRun, contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
+from megapromoe.models.compiled import compile_dense
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, torch.float32, threads=1, rounds=2, images=4, contenders=("ours", "loop", "dense"), null=0.25)
@@ -124,6 +126,21 @@ def test_equal_products_of_dense_and_experts():
     assert found["bmm"]["counts"]["total"]["flops"] > products  # it multiplies empty places
     assert dense["memory"]["peak"] == dense["memory"]["necessary"]
     assert ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums  # which backward takes twice, but the sums
+
+
+def test_whole_models_are_compiled_alike(monkeypatch):
+    """With `compile`: each contender's, before it is measured."""
+    compiled, before = [], counters["stats"]["unique_graphs"]
+
+    def by_graph(model):
+        compiled.append(type(model.blocks[1].mlp).__name__)
+        compile_dense(model, "aot_eager")
+
+    monkeypatch.setattr(models, "compile_dense", by_graph)
+    found = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
+    assert compiled == ["MoE", "Loop", "Mlp"]
+    assert all(f["counts"]["total"]["kernels"] > 300 for f in found.values())  # counted without
+    assert counters["stats"]["unique_graphs"] - before >= 5  # each model's embedding, attention, residual, ...
 
 
 # ---- who visits whom

@@ -125,6 +125,11 @@ def test_a_missing_gpu_gets_a_sentence(capsys):
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
+def test_what_is_not_compiled_gets_a_sentence(capsys):
+    assert tool.main(["all", "--compile", "--device", "cpu"]) == 2
+    assert "--compile all: only `step` is compiled" in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_the_scenes(capsys):
     assert tool.main(["all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
     told = capsys.readouterr().out.splitlines()

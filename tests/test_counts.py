@@ -20,6 +20,7 @@ from megapromoe.config import resolve
 from megapromoe.models.prototypes import Contrast
 from megapromoe.parallel.mesh import make_mesh
 from megapromoe.parallelize import build
+from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS
 from megapromoe.training.ema import EMA
 from megapromoe.training.engine import Engine
 
@@ -52,37 +53,44 @@ def kernels(phases: dict[str, Counts]) -> tuple[int, ...]:
     return tuple(phases[name].kernels for name in ("route", "forward", "losses", "backward"))
 
 
-# Operators of router, forward pass, losses and backward pass.
-KERNELS = {
-    (): (17, 22, 22, 69),
-    ("model.top_k=2",): (18, 24, 22, 72),
-    ("model.rcl_weight=0",): (16, 22, 0, 50),
-    ("model.capacity_factor=1.25",): (17, 49, 22, 75),
-    ("model.router=promoe_ec",): (47, 22, 1, 83),
-    ("model.router=kmeans",): (66, 22, 0, 54),
-    ("model.router=promoe_linear",): (11, 22, 0, 41),
-    ("model.router=tc",): (11, 16, 0, 26),
-    ("model.router=ec",): (15, 16, 0, 27),
-    ("model.router=diffmoe",): (25, 16, 1, 39),
+def allocations(phases: dict[str, Counts]) -> int:
+    return sum(one.allocations for one in phases.values())
+
+
+# Operators of router, forward pass, losses and backward pass; allocations of all together.
+LAYER = {
+    (): ((17, 22, 22, 69), 110),
+    ("model.top_k=2",): ((18, 24, 22, 72), 115),
+    ("model.rcl_weight=0",): ((16, 22, 0, 50), 77),
+    ("model.capacity_factor=1.25",): ((17, 49, 22, 75), 138),
+    ("model.router=promoe_ec",): ((47, 22, 1, 83), 137),
+    ("model.router=kmeans",): ((66, 22, 0, 54), 134),
+    ("model.router=promoe_linear",): ((11, 22, 0, 41), 69),
+    ("model.router=tc",): ((11, 16, 0, 26), 49),
+    ("model.router=ec",): ((15, 16, 0, 27), 57),
+    ("model.router=diffmoe",): ((25, 16, 1, 39), 77),
 }
 
 
-@pytest.mark.parametrize("what", KERNELS, ids=" ".join)
-def test_operators_do_not_depend_on_the_number_of_experts(what):
-    """No work per expert: 64 experts launch what 4 do."""
-    few, _ = layer(*what)
-    many, _ = layer(*what, "model.num_experts=64")
-    assert kernels(few) == kernels(many)
-    assert all(ours <= expected for ours, expected in zip(kernels(few), KERNELS[what], strict=True)), kernels(few)
+@pytest.mark.parametrize("what", LAYER, ids=" ".join)
+def test_operators_and_allocations_do_not_depend_on_the_number_of_experts(what):
+    """No work per expert: 64 experts launch and allocate what 4 do."""
+    few, many = (layer(*what, f"model.num_experts={experts}")[0] for experts in (4, 64))
+    assert kernels(few) == kernels(many) and allocations(few) == allocations(many)
+    launches, most = LAYER[what]
+    assert all(ours <= expected for ours, expected in zip(kernels(few), launches, strict=True)), kernels(few)
+    assert allocations(few) <= most
 
 
 def test_experts_one_by_one_cost_ten_operators_each_and_one_read():
     """Where torch has no grouped product in one kernel: two products and a GELU forward, seven operators backward."""
-    few, many = (
-        layer(f"model.num_experts={experts}", way="expert by expert", routing="balanced")[0] for experts in (4, 64)
+    few, many, in_groups = (
+        layer(f"model.num_experts={experts}", way=way, routing="balanced")[0]
+        for experts, way in ((4, "expert by expert"), (64, "expert by expert"), (4, "grouped"))
     )
     more = [b - a for a, b in zip(kernels(few), kernels(many), strict=True)]
     assert more == [0, 3 * 60, 0, 7 * 60]
+    assert sum(kernels(few)) - sum(kernels(in_groups)) == 4 * EXPERT_KERNELS - GROUPED_KERNELS  # planned with
     for phases in (few, many):
         assert sum((one.waits for one in phases.values()), Tally()) == {"tolist": 1}
 
@@ -103,7 +111,7 @@ def test_losses_of_all_layers_are_computed_at_once():
     assert launched(4) == launched(1) <= 50
 
 
-@pytest.mark.parametrize("what", KERNELS, ids=" ".join)
+@pytest.mark.parametrize("what", LAYER, ids=" ".join)
 def test_a_layer_on_one_rank_reads_nothing_back(what):
     """DiffMoE alone has to: how many tokens its experts take of one rank's is in the scores."""
     phases, _ = layer(*what)
@@ -211,6 +219,29 @@ def test_the_update_launches_nothing_for_each_parameter(file):
         assert one["_foreach_norm"] == 1
     if file != "fp32_zero0":  # there the model's own parameters are stepped, each a partition
         assert partitions == 2
+
+
+# Operators and allocations of forward, backward and update: four blocks, two with experts.
+STEP = {
+    (1, "fp32_zero0"): ((193, 196), (390, 315), (17, 76)),
+    (1, "fp32_zero1"): ((193, 196), (460, 317), (46, 100)),
+    (1, "bf16_zero1"): ((202, 205), (472, 327), (48, 102)),
+    (1, "bf16_zero2"): ((202, 205), (472, 327), (48, 102)),
+    (2, "fp32_zero1"): ((223, 232), (437, 328), (46, 70)),
+    (2, "bf16_zero1"): ((232, 241), (449, 337), (48, 72)),
+}
+
+
+@pytest.mark.parametrize("world, file", STEP)
+def test_a_step_launches_and_allocates_no_more(world, file):
+    """The messages' buffers and DeepSpeed's hooks included; `world` ranks with as many parts of the experts."""
+    for rank in counted(world):
+        (phases,) = (
+            found[0] for case, found in rank.items() if {"model.depth=4", f"train.deepspeed={file}"} <= {*case}
+        )
+        for name, expected in zip(("forward", "backward", "update"), STEP[world, file], strict=True):
+            found = phases[name].kernels, phases[name].allocations
+            assert all(ours <= most for ours, most in zip(found, expected, strict=True)), (name, found)
 
 
 # DeepSpeed looks at a number that says "go on", which is the host's.

@@ -60,7 +60,10 @@ def outcome(function, x, route: Route, bank: Experts):
 
 
 def onto_zeros(dispatcher: Dispatcher):
-    return lambda x, route, bank: dispatcher.finish(dispatcher.begin(x, route, len(x)), bank, torch.zeros_like(x))
+    def outputs(x, route, bank):
+        return dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, len(x)), bank), torch.zeros_like(x))
+
+    return outputs
 
 
 KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")
@@ -165,18 +168,18 @@ def test_traffic_is_the_lower_bound(world):
 
 
 class Beside(torch.autograd.Function):
-    """Work that stands between the halves of a dispatch; says when it runs."""
+    """Work that stands between the stages of a dispatch; says when it runs."""
 
     @staticmethod
-    def forward(ctx, x, said):
-        ctx.said = said
-        said.append("beside")
+    def forward(ctx, x, name, said):
+        ctx.said, ctx.name = said, name
+        said.append(name)
         return x * 2
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.said.append("beside")
-        return grad * 2, None
+        ctx.said.append(ctx.name)
+        return grad * 2, None, None
 
 
 def order_of_events(static: bool) -> tuple[list[str], list[str]]:
@@ -206,7 +209,9 @@ def order_of_events(static: bool) -> tuple[list[str], list[str]]:
     dist.all_to_all_single = seen
     try:
         begun = dispatcher.begin(x, route, T)
-        y = dispatcher.finish(begun, mine, Beside.apply(x, said))
+        hidden = Beside.apply(x, "first half", said)
+        computed = dispatcher.compute(begun, mine)
+        y = dispatcher.finish(computed, Beside.apply(hidden, "second half", said))
         forward = said.copy()
         said.clear()
         y.sum().backward()
@@ -215,14 +220,17 @@ def order_of_events(static: bool) -> tuple[list[str], list[str]]:
     return forward, said
 
 
-def test_what_stands_beside_runs_while_counts_and_gradients_travel():
-    """Nobody waits for the counts, nor in backward for the rows' gradients, before the other work is under way."""
+BACKWARD = ["rows", "second half", "wait", "rows", "first half", "wait"]
+
+
+def test_other_work_runs_while_counts_rows_and_gradients_travel():
+    """Nobody waits for what has just left, but for the rows' way out, which is known when the counts are."""
     for forward, backward in run(2, order_of_events, False):
-        assert forward == ["counts", "beside", "rows", "wait", "rows", "wait"]
-        assert backward == ["rows", "wait", "rows", "beside", "wait"]
+        assert forward == ["counts", "first half", "rows", "wait", "rows", "second half", "wait"]
+        assert backward == BACKWARD
 
 
-def test_boxes_of_one_size_travel_while_other_work_runs_in_both_directions():
+def test_boxes_of_one_size_travel_while_other_work_runs_both_ways():
     for forward, backward in run(2, order_of_events, True):
-        assert forward == ["rows", "beside", "wait", "rows", "wait"]
-        assert backward == ["rows", "wait", "rows", "beside", "wait"]
+        assert forward == ["rows", "first half", "wait", "rows", "second half", "wait"]
+        assert backward == BACKWARD

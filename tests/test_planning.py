@@ -17,7 +17,7 @@ from megapromoe.options import ConfigError
 from megapromoe.parallel.mesh import rank_tables
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
-from megapromoe.planning.roofline import collective_time, nodes_of, step_time
+from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
 from megapromoe.planning.search import CLOSE, PlanError, candidates, search
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
 
@@ -158,6 +158,16 @@ def test_time_follows_the_machine():
     assert step_time(recomputing, layout, H100, ASSUME).products > step_time(config, layout, H100, ASSUME).products
     fp32 = replace(config, train=replace(config.train, deepspeed="fp32_zero1"))
     assert step_time(fp32, layout, H100, ASSUME).products > 5 * step_time(config, layout, H100, ASSUME).products
+
+
+def test_experts_without_a_grouped_product_are_launched_one_by_one():
+    """And that is what `test_counts` counts. In fp32 no GPU has one."""
+    loops = replace(H100, grouped=False)
+    for file, more in (("bf16_zero1", EXPERT_KERNELS * 3 - GROUPED_KERNELS), ("fp32_zero1", 0)):
+        config = resolve("promoe_l", overrides=["parallel.ep=4", f"train.deepspeed={file}"])
+        times = [step_time(config, config.layout(8), machine, ASSUME).host for machine in (H100, loops)]
+        layers = len(config.model.moe_blocks) * config.train.accumulation
+        assert times[1] - times[0] == pytest.approx(layers * more * ASSUME.launch)
 
 
 def test_dispatch_sends_the_lower_bound():

@@ -87,7 +87,7 @@ def traffic() -> list:
         dispatcher = StaticDispatcher(E, mesh.ep, ROOM)
         base = torch.zeros(T, D)
         x.requires_grad_()
-        y = dispatcher.finish(dispatcher.begin(x, route, T), mine, base)
+        y = dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, T), mine), base)
         forward = len(sent)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     finally:

@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         device = device_of(options.device, torch)
+        if options.compile and options.experiment != "step":
+            raise ValueError(f"--compile {options.experiment}: only `step` is compiled; leave the option out")
         settings = Settings(
             device=torch.device(device),
             dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype or usual_dtype(device)],
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             null=options.null,
             seed=options.seed,
             sample_steps=options.steps,
+            compile=options.compile,
         )
         experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
         wanted = scenes(
@@ -107,6 +110,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     add("--threads", type=positive, default=1, metavar="N", help="of the CPU; default: 1")
+    add("--compile", action="store_true", help="of `step`: train.compile=true for every contender, dense too")
     add("--seed", type=int, default=0, help="of tokens, weights and the order of turns; default: 0")
     add("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: runs/benchmark")
     add("--fill", type=Path, metavar="PAGE", help="also put the tables into this Markdown page, between its marks")

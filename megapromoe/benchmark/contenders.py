@@ -132,7 +132,7 @@ class Joined(Around):
         weight2_DF = torch.cat([shared.fc2.weight, unconditional.fc2.weight], dim=1)
         null_TD = _mlp(weight1_FD, bias1_F, weight2_DF, shared.fc2.bias + unconditional.fc2.bias, x_TD[cut:])
         y_TD = torch.cat([shared(x_TD[:cut]), null_TD])
-        return moe.dispatcher.finish(begun, moe.experts, y_TD).view(B, S, D)
+        return moe.dispatcher.finish(moe.dispatcher.compute(begun, moe.experts), y_TD).view(B, S, D)
 
 
 class BatchedCapacity(Around):

@@ -35,7 +35,8 @@ class Settings:
     """How everything is measured.
 
     `images` a micro-batch, of which the share `null` has no class (rounded); `contenders` names of
-    `contenders.CONTENDERS`; `sample_steps` and `guidance` are the sampler's.
+    `contenders.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
+    stretches of all models in training; what is counted is counted without.
     """
 
     device: torch.device
@@ -48,6 +49,7 @@ class Settings:
     seed: int = 0
     sample_steps: int = 4
     guidance: float = 1.5
+    compile: bool = False
 
     @property
     def conditional(self) -> int:

@@ -19,6 +19,7 @@ from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
 from megapromoe.benchmark.plans import Raised, counts
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.models.compiled import compile_dense
 from megapromoe.models.dit import DiT
 from megapromoe.models.moe import MoE
 from megapromoe.models.routers import PrototypeRouter, Routed
@@ -89,7 +90,9 @@ def _measure(
     ours = build(config, LOCAL).to(settings.device, settings.dtype)
     for name in settings.contenders:
         try:
-            model = ours if name == "ours" else _model(name, ours, config, routing)
+            model = _model(name, ours, config, routing)
+            if settings.compile:
+                compile_dense(model)
             directed = _Directed(model, routing)
             works[name] = make(model)
             _run(works[name])  # what it cannot do shows here
@@ -117,7 +120,8 @@ def _counted(work: Work, device: torch.device) -> dict[str, Any]:
     work.prepare()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with Counter() as counter:
+    # What is compiled cannot be counted, and is run as it was before.
+    with torch.compiler.set_stance("force_eager"), Counter() as counter:
         for name, run in work.phases.items():
             counter.phase(name)
             run()
@@ -129,7 +133,7 @@ def _counted(work: Work, device: torch.device) -> dict[str, Any]:
 
 
 def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
-    """The model with other layers: dense of its own, else one that shares all of our parameters."""
+    """The model with the contender's layers: dense of its own, else one that shares all parameters of `ours`."""
     like = ours.pos_embed
     if name == "dense":
         return build(replace(config, model=dense_model(config.model)), LOCAL).to(like.device, like.dtype)

@@ -30,8 +30,9 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
         stretches += [(block, "attend"), (block, "add")]
         if isinstance(block.mlp, Mlp):
             stretches.append((block.mlp, "forward"))
-        if isinstance(block.mlp, MoE) and block.mlp.shared is not None:
-            stretches.append((block.mlp.shared, "partial"))
+    for module in model.modules():
+        if isinstance(module, MoE) and module.shared is not None:
+            stretches.append((module.shared, "hidden"))
     for owner, name in stretches:
         setattr(owner, name, _in_training(model, getattr(owner, name), backend))
     for module in model.modules():

@@ -116,11 +116,17 @@ class Mlp(nn.Module):
         self.fc2 = RowLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.region.enter(x)), approximate="tanh"))
+        return self.fc2(self.hidden(self.region.enter(x)))
 
-    def partial(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """For callers inside a region: the partial output, and the bias still to be added after the sum (or None)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"), partial=True)
+    # In two halves, for callers inside a region.
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Hidden values (..., F/tp) of x (..., D), after the GELU."""
+        return F.gelu(self.fc1(x), approximate="tanh")
+
+    def partial(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of hidden values the partial output, and the bias still to be added after the sum (or None)."""
+        return self.fc2(hidden, partial=True)
 
 
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:

@@ -76,16 +76,19 @@ class MoE(nn.Module):
         routed_TD, null_TD = x_TD.split([cut, B * S - cut])
 
         begun = self.dispatcher.begin(routed_TD, routed.route, B * S)
-        # What needs no routing stands between the halves of the dispatch, and covers its waits.
+        # What needs no routing stands between the stages of the dispatch, and covers what travels.
+        hidden_TF = self.shared.hidden(x_TD) if self.shared is not None else None
+        null_hidden_TF = self.unconditional.hidden(null_TD) if self.unconditional is not None else None
+        computed = self.dispatcher.compute(begun, self.experts)
         bias, null_bias = None, None
-        if self.shared is not None:
-            y_TD, bias = self.shared.partial(x_TD)
+        if hidden_TF is not None:
+            y_TD, bias = self.shared.partial(hidden_TF)
         else:
             y_TD = torch.zeros_like(x_TD)
-        if self.unconditional is not None:
-            null_TD, null_bias = self.unconditional.partial(null_TD)
+        if null_hidden_TF is not None:
+            null_TD, null_bias = self.unconditional.partial(null_hidden_TF)
             y_TD = _AddAfter.apply(y_TD, null_TD, cut)
-        y_TD = self.region.leave(self.dispatcher.finish(begun, self.experts, y_TD))
+        y_TD = self.region.leave(self.dispatcher.finish(computed, y_TD))
         if bias is not None:
             y_TD = y_TD + bias
         if null_bias is not None:

@@ -76,7 +76,7 @@ class Flight:
     def __init__(self, group: Group, sizes: tuple[list[int], list[int]] | None = None):
         """Args: `sizes`: rows to and from each rank of the group, if known already."""
         self.group, self.sizes = group, sizes
-        self.under_way: tuple[dist.Work, torch.Tensor] | None = None  # and what must live as long
+        self.under_way: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None  # with what leaves and what comes
 
     def depart(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (sum(send), ...). The result is for `arrive` alone."""
@@ -88,39 +88,45 @@ class Flight:
         return x if self.group.size == 1 else _Arrive.apply(x, self)
 
     def launch(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Sends rows, or gradients back; what comes is complete after `wait`."""
+        """Sends rows, or gradients back. Returns what comes; it is complete after `wait`."""
         send, receive = reversed(self.sizes) if back else self.sizes
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
         work = dist.all_to_all_single(out, x, receive, send, group=self.group.handle, async_op=True)
-        self.under_way = work, x
+        self.under_way = work, x, out
         return out
 
-    def wait(self) -> None:
-        """For what was launched; on a GPU the stream waits, not the host."""
-        if self.under_way is not None:
-            self.under_way[0].wait()
-            self.under_way = None
+    def wait(self) -> torch.Tensor:
+        """For what was launched, which is returned; on a GPU the stream waits, not the host."""
+        work, _, out = self.under_way
+        work.wait()
+        self.under_way = None
+        return out
+
+
+# Between the two, autograd is shown what leaves and not what comes: a gradient must have the shape of its tensor, and
+# back and forth travel other numbers of rows.
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        return x.view_as(x) if flight.sizes is None else flight.launch(x)
+        if flight.sizes is not None:
+            flight.launch(x)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.flight.wait()
-        return grad, None
+        return ctx.flight.wait(), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        out = x.view_as(x) if flight.under_way is not None else flight.launch(x)
-        flight.wait()
-        return out
+        if flight.under_way is None:
+            flight.launch(x)
+        return flight.wait()
 
     @staticmethod
     def backward(ctx, grad):
@@ -154,20 +160,6 @@ def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
     The gradient of the whole must already be the same on every rank of the group.
     """
     return x if group.size == 1 else _GatherLast.apply(x, group)
-
-
-def all_to_all(x: torch.Tensor, send: list[int], receive: list[int], group: Group) -> torch.Tensor:
-    """Sends the first `send[0]` rows to the group's rank 0, the next `send[1]` to rank 1, ...; returns what arrived.
-
-    Args:
-        x: rows (sum(send), ...).
-        send, receive: rows to and from each rank of the group; zero is fine.
-
-    Returns:
-        rows (sum(receive), ...), those of rank 0 first. Backward sends each gradient row home.
-    """
-    flight = Flight(group)
-    return flight.arrive(flight.depart(x), (send, receive))
 
 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:

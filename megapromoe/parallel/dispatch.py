@@ -4,8 +4,9 @@ A route is a list of rows (token, expert, weight). The dispatcher sorts the rows
 and adds each row's weighted output to its token. `Dispatcher` does so on one rank; `ExpertParallelDispatcher` sends
 rows to the rank that owns the expert in between. Weights never travel: they are applied where the token lives.
 
-A dispatch has two halves, `begin` and `finish`. What needs no routing, the shared and the unconditional expert, stands
-between them: it covers the way of the counts to the host, and in backward the way of the gradients.
+A dispatch has three stages: `begin`, `compute` and `finish`. What needs no routing, the shared and the unconditional
+expert, stands between them, half and half: it covers the way of the counts to the host and of the rows home, and in
+backward both ways of the gradients.
 
 Per layer and direction of a token's row the wire carries D·b·(1 - 1/ep) bytes; forward takes three collectives
 (counts, rows out, rows back), backward two.
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megapromoe.parallel.collectives import Flight, all_to_all, exchange_counts
+from megapromoe.parallel.collectives import Flight, exchange_counts
 from megapromoe.parallel.expert_linear import Segments, in_one_kernel
 from megapromoe.parallel.host_copy import OnTheWay
 from megapromoe.parallel.layout import ExpertPlacement
@@ -65,8 +66,8 @@ class Route(NamedTuple):
         return Route(self.token_R[start:stop], self.expert_R[start:stop], weight_R[start:stop], self.top_k, first)
 
 
-class Begun(NamedTuple):
-    """A dispatch between its halves."""
+class Dispatch(NamedTuple):
+    """A dispatch between its stages."""
 
     route: Route
     """Of this rank."""
@@ -77,7 +78,7 @@ class Begun(NamedTuple):
     back_R: Tensor | None
     """Undoes `order_R`; None for rows in any order."""
     rows: Any
-    """Under way to the experts: what the dispatcher's `send` returned."""
+    """Under way to the experts or home: what the dispatcher's `send` or `run` returned."""
 
 
 class Dispatcher:
@@ -93,7 +94,7 @@ class Dispatcher:
         self.region = region
         self.expert_tp = expert_tp
 
-    def begin(self, x_TD: Tensor, route: Route, most: int) -> Begun:
+    def begin(self, x_TD: Tensor, route: Route, most: int) -> Dispatch:
         """Sends rows to their experts.
 
         Args:
@@ -114,20 +115,24 @@ class Dispatcher:
             rows_RD = _Gather.apply(x_TD, mine, token_R, back_R)
         else:
             rows_RD, back_R = x_TD.index_select(0, token_R), None
-        return Begun(mine, token_R, order_R, back_R, self.send(rows_RD, slot_R, most))
+        return Dispatch(mine, token_R, order_R, back_R, self.send(rows_RD, slot_R, most))
 
-    def finish(self, begun: Begun, experts: Experts, base_TD: Tensor) -> Tensor:
-        """Runs the experts and brings the rows home.
+    def compute(self, begun: Dispatch, experts: Experts) -> Dispatch:
+        """Runs the experts and sends the rows home.
 
-        Args:
-            experts: called with rows (R, D), sorted by local expert, and their `Segments`.
-            base_TD: what else makes up the output, (T or more, D); it is overwritten.
-
-        Returns:
-            base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
+        Args: `experts`: called with rows (R, D), sorted by local expert, and their `Segments`.
         """
-        mine, token_R, order_R, back_R, rows = begun
-        y_RD = self.compute(rows, experts)
+        return begun._replace(rows=self.run(begun.rows, experts))
+
+    def finish(self, computed: Dispatch, base_TD: Tensor) -> Tensor:
+        """Adds the rows to their tokens.
+
+        Args: `base_TD`: what else makes up the output, (T or more, D); it is overwritten.
+
+        Returns base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
+        """
+        mine, token_R, order_R, back_R, rows = computed
+        y_RD = self.receive(rows)
         if mine.top_k:
             return _Combine.apply(base_TD, y_RD, mine.weight_R, mine, token_R, order_R, back_R)
         return base_TD.index_add(0, token_R, y_RD * mine.weight_R[order_R].to(y_RD.dtype).unsqueeze(1))
@@ -138,9 +143,17 @@ class Dispatcher:
         ends = None if in_one_kernel(rows_RD) else OnTheWay(offs_E)
         return rows_RD, slot_R, offs_E, ends
 
-    def compute(self, sent: Any, experts: Experts) -> Tensor:
-        """Experts on what `send` returned; the rows' outputs, in their order."""
-        rows_RD, slot_R, offs_E, ends = sent
+    def run(self, sent: Any, experts: Experts) -> Any:
+        """Runs the experts on what `send` returned; what can be done with their outputs before anybody waits.
+
+        Here nothing travels, and the experts wait for `receive`: last forward, they are first backward, when the
+        gradients of the work beside them need no memory yet.
+        """
+        return sent, experts
+
+    def receive(self, home: Any) -> Tensor:
+        """The outputs (R, D), in the order of the rows, of what `run` returned."""
+        (rows_RD, slot_R, offs_E, ends), experts = home
         return experts(rows_RD, Segments(slot_R, offs_E, ends and ends.on_host()))
 
 
@@ -160,7 +173,7 @@ class ExpertParallelDispatcher(Dispatcher):
         flight = Flight(self.group)
         return flight, flight.depart(rows_RD), received, numbers
 
-    def compute(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> Tensor:
+    def run(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> tuple[Flight, Tensor]:
         flight, rows_RD, received, numbers = sent
         send, *come_E = zip(*numbers.on_host(), strict=True)  # the layer's one wait; of each rank
         send, receive = list(send), [sum(come) for come in zip(*come_E, strict=True)]
@@ -174,7 +187,12 @@ class ExpertParallelDispatcher(Dispatcher):
         back_R = inverse(order_R)
         segments = Segments(local_R, offsets(local_R, slots), list(accumulate(map(sum, come_E))))
         y_RD = experts(_Permute.apply(arrived, order_R, back_R), segments)
-        return all_to_all(_Permute.apply(y_RD, back_R, order_R), receive, send, self.group)
+        home = Flight(self.group, (receive, send))
+        return home, home.depart(_Permute.apply(y_RD, back_R, order_R))
+
+    def receive(self, home: tuple[Flight, Tensor]) -> Tensor:
+        flight, y_RD = home
+        return flight.arrive(y_RD)
 
 
 def counts(expert_R: Tensor, experts: int) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from megapromoe.parallel.collectives import Flight, all_to_all
+from megapromoe.parallel.collectives import Flight
 from megapromoe.parallel.dispatch import Dispatcher, Experts, counts
 from megapromoe.parallel.expert_linear import Segments
 from megapromoe.parallel.layout import ExpertPlacement
@@ -53,7 +53,7 @@ class StaticDispatcher(Dispatcher):
         flight = Flight(self.group, (even, even))
         return flight, flight.depart(boxes), box_R, C
 
-    def compute(self, sent: tuple[Flight, Tensor, Tensor, int], experts: Experts) -> Tensor:
+    def run(self, sent: tuple[Flight, Tensor, Tensor, int], experts: Experts) -> tuple[Flight, Tensor, Tensor]:
         flight, boxes, box_R, C = sent
         ep, slots, D = self.group.size, self.placement.slots, boxes.shape[1]
         arrived = flight.arrive(boxes)
@@ -64,7 +64,12 @@ class StaticDispatcher(Dispatcher):
         ends_E = [(slot + 1) * ep * C for slot in range(slots)]
         y = experts(by_expert, Segments(slot_E.repeat_interleave(ep * C), offs_E, ends_E))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        return _OutOfBoxes.apply(all_to_all(y, *flight.sizes, self.group), box_R)
+        home = Flight(self.group, flight.sizes)
+        return home, home.depart(y), box_R
+
+    def receive(self, home: tuple[Flight, Tensor, Tensor]) -> Tensor:
+        flight, boxes, box_R = home
+        return _OutOfBoxes.apply(flight.arrive(boxes), box_R)
 
 
 # Each is the other's backward; autograd's would copy all boxes for the sake of the one place that does not travel.

@@ -17,6 +17,7 @@ class Machine:
         memory: bytes that torch may use; `hbm`: bytes read or written.
         nvlink: bytes to GPUs of the same node; `network`: to other nodes.
         pcie: bytes to the host's memory, for offloaded optimizers.
+        grouped: whether torch has a grouped product of bf16 for it that is one kernel; see `parallel.expert_linear`.
     """
 
     name: str
@@ -28,13 +29,14 @@ class Machine:
     network: float
     pcie: float
     gpus_per_node: int = 8
+    grouped: bool = True
 
 
 # Memory is what torch reports of the data sheet's 80, 80, 141 and 180 GB. A network link for each GPU, as in NVIDIA's
 # DGX: HDR InfiniBand at 200 Gbit/s beside A100, NDR at 400 Gbit/s beside the others.
 # Source: NVIDIA's data sheets "A100 80GB", "H100", "H200" (SXM), "DGX A100", "DGX H100", "DGX H200", "DGX B200".
 MACHINES = {
-    "a100": Machine("A100 80GB SXM", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9),
+    "a100": Machine("A100 80GB SXM", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9, grouped=False),
     "h100": Machine("H100 80GB SXM", 989e12, 67e12, 3.35e12, 79 * GIB, 450e9, 50e9, 64e9),
     "h200": Machine("H200 141GB SXM", 989e12, 67e12, 4.8e12, 139 * GIB, 450e9, 50e9, 64e9),
     "b200": Machine("B200 180GB SXM", 2250e12, 75e12, 8.0e12, 178 * GIB, 900e9, 50e9, 64e9),

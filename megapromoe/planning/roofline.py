@@ -27,6 +27,7 @@ from megapromoe.planning.zero import zero_of
 DENSE_KERNELS = 62
 MOE_KERNELS = {"promoe": 145, "promoe_linear": 130, "tc": 105, "ec": 110, "diffmoe": 130}
 OTHER_MOE_KERNELS = 220
+GROUPED_KERNELS, EXPERT_KERNELS = 18, 10  # of these by grouped products; of each expert in their place, one by one
 # Seconds of the host that DeepSpeed spends on a parameter: on its gradient; at stage 3 also on gathering it.
 HOOK, GATHER_HOOK = 30e-6, 200e-6
 PASSES = 6  # times that a kept activation is written or read, or its gradient is, by kernels that are not products
@@ -78,7 +79,7 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
         sum(line.bytes for line in saved_tensors(c, layout, batch)) for c in (_without_recompute(config), config)
     )
     elementwise = micro * PASSES * (made + 0.5 * (made - kept)) / (machine.hbm * assume.memory)
-    host = micro * _host(config, layout, assume)
+    host = micro * _host(config, layout, machine, assume)
     ours, gradients, gathered, update = 0.0, 0.0, 0.0, 0.0
     for c in collectives(config, layout):
         seconds = collective_time(c, config, layout, machine, assume)
@@ -147,17 +148,19 @@ def _attention(config: Config, layout: Layout, machine: Machine, assume: Assumpt
     return forward * passes / (peak * assume.attention)
 
 
-def _host(config: Config, layout: Layout, assume: Assumptions) -> float:
+def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
     """What it takes to launch one micro-batch."""
     model = config.model
     moe = len(model.moe_blocks)
     again = COMPUTED_AGAIN[config.parallel.recompute]
     dense, routed = (4 / 3 if part in again else 1 for part in ("attention", "routed experts"))
     kernels = (model.depth - moe) * DENSE_KERNELS * dense
-    kernels += moe * MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS) * routed
+    one_moe, zero = MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS), zero_of(config)
+    if not (machine.grouped and zero.width == 2):
+        one_moe += EXPERT_KERNELS * -(-model.num_experts // layout.ep) - GROUPED_KERNELS
+    kernels += moe * one_moe * routed
     replicated, routed = tensors_on_rank(model, layout)
-    stage = zero_of(config).stage
-    return kernels * assume.launch + (len(replicated) + len(routed)) * (GATHER_HOOK if stage == 3 else HOOK)
+    return kernels * assume.launch + (len(replicated) + len(routed)) * (GATHER_HOOK if zero.stage == 3 else HOOK)
 
 
 def collective_time(c: Collective, config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
