@@ -1,5 +1,7 @@
 """The benchmark: contenders do the same sums, what visits and travels is as planned, the arithmetic of comparing."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -126,6 +128,21 @@ def test_equal_products_of_dense_and_experts():
     assert found["bmm"]["counts"]["total"]["flops"] > products  # it multiplies empty places
     assert dense["memory"]["peak"] == dense["memory"]["necessary"]
     assert ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums  # which backward takes twice, but the sums
+
+
+def test_kept_memory_is_not_fetched_page_by_page():
+    """In a process of its own, for it holds for all of it."""
+    program = (
+        "import resource, torch\n"
+        "from megapromoe.benchmark.machine import keep_memory\n"
+        "kept, seen = keep_memory(), []\n"
+        "for _ in range(24):\n"
+        "    torch.ones(16, 2**20)\n"
+        "    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "print(kept, seen[-1] - seen[-4])"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == "False" or int(said[1]) < 50, said
 
 
 def test_whole_models_are_compiled_alike(monkeypatch):

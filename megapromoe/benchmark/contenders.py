@@ -76,6 +76,9 @@ class Around(nn.Module):
     def route(self, *arguments) -> Routed:
         return self.moe.route(*arguments)
 
+    def routable(self, *arguments) -> int:
+        return self.moe.routable(*arguments)
+
     def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
         return self.moe.losses_of(all_routed)
 

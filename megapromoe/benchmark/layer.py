@@ -17,7 +17,7 @@ from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.plans import counts, lean, plan
 from megapromoe.models.layers import Mlp
-from megapromoe.models.moe import MoE
+from megapromoe.models.moe import MoE, fan_out
 from megapromoe.models.routers import ALONE
 from megapromoe.options import Config, ModelConfig
 from megapromoe.parallel.mesh import Mesh
@@ -150,8 +150,10 @@ class Turn:
         if isinstance(self.layer, Mlp):
             self.outputs = [self.layer(self.x_BSD)]
             return
-        routed = self.layer.route(self.x_BSD, self.conditional)
-        y_BSD = self.layer(self.x_BSD, routed, self.conditional)
+        # As a block does it; contenders route all but the null images.
+        x_BSD, routable_BSD, _ = fan_out(self.x_BSD, self.conditional)
+        routed = self.layer.route(routable_BSD, self.conditional)
+        y_BSD = self.layer(x_BSD, routed, self.conditional)
         self.outputs = [y_BSD, *self.layer.losses_of([routed]).values()]
 
     def backward(self) -> None:

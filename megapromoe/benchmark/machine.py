@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from importlib import metadata
@@ -15,6 +16,7 @@ from megapromoe.benchmark.measure import Work, interleave, make_clock
 
 SIDES = {"cpu": (512, 1024, 1536), "cuda": (4096, 8192, 16384)}
 ROUNDS = {"cpu": 5, "cuda": 20}
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
@@ -36,9 +38,23 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> dict[
     return {"flop_per_second": rates[side], "side": side}
 
 
+def keep_memory() -> bool:
+    """Has the C library keep what is freed, for the rest of this process; returns whether it does.
+
+    By default glibc gives large pieces back to the system, and takes them from there again page by page: by turns, and
+    for as much time as a small layer's products take. Source: mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    return mallopt is not None and bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
+
+
 def describe(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
-    """Device, versions, threads, load of the machine before the measurement, and the measured peak."""
+    """Device, versions, threads, load of the machine before the measurement, and the measured peak.
+
+    On a CPU the process keeps its memory from then on, see `keep_memory`.
+    """
     gpu = device.type == "cuda"
+    kept = not gpu and keep_memory()
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "kind": device.type,
@@ -47,6 +63,7 @@ def describe(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str
         "load": os.getloadavg()[0],
         "dtype": str(dtype).removeprefix("torch."),
         "clock": "CUDA events" if gpu else "process time" if threads == 1 else "wall",
+        "memory": "kept when freed" if kept else "as the allocator has it",
         "peak": matmul_peak(device, dtype, threads),
         "python": platform.python_version(),
         "megapromoe": __version__,

@@ -67,7 +67,8 @@ def markdown(document: dict[str, Any], pictures: dict[str, str]) -> str:
     lines = [
         f"{machine['device']}, {machine['threads']} threads of {machine['cores']} cores, {machine['dtype']};"
         f" {versions.removesuffix(', cuda None')}. Measured matmul peak {rate(peak['flop_per_second'])}"
-        f" (side {peak['side']}). Medians of {settings['rounds']} rounds in random order, {machine['clock']};"
+        f" (side {peak['side']}). Medians of {settings['rounds']} rounds in random order, {machine['clock']},"
+        f" memory {machine['memory']};"
         f" load of the machine at the start {machine['load']:.1f}.",
         "",
         *(f"    {command}" for command in document["commands"]),

@@ -24,7 +24,7 @@ from megapromoe.models.layers import (
     modulate,
     position_table,
 )
-from megapromoe.models.moe import MoE
+from megapromoe.models.moe import MoE, fan_out
 from megapromoe.models.routers import Routed
 from megapromoe.options import ModelConfig
 from megapromoe.parallel.linear import GatheredLinear
@@ -78,7 +78,8 @@ class Block(nn.Module):
         x_BSD, h_BSD, gate_BD = halves(self.attend, x_BSD, c_BD)
         if isinstance(self.mlp, Mlp):
             return self.add(x_BSD, gate_BD, halves(self.mlp, h_BSD)), None
-        routed = self.mlp.route(h_BSD, conditional, y_B, decided)
+        h_BSD, routable_BSD, _ = fan_out(h_BSD, self.mlp.routable(h_BSD, conditional))
+        routed = self.mlp.route(routable_BSD, conditional, y_B, decided)
         moe = self._checkpointed if self._again("moe", "blocks") else self._plain
         # Without what the experts do not look at, for a checkpoint keeps all it is given.
         y_BSD = moe(self.mlp, h_BSD, routed._replace(contrast=None), conditional)

@@ -58,11 +58,15 @@ class MoE(nn.Module):
     ) -> Routed:
         """Routes the tokens of the first `conditional` images (of all, without an unconditional expert).
 
-        `y_B`: the labels of all images, from which the router of super-classes learns. `decided`: what the router
-        decided in an earlier pass over the same batch.
+        `x_BSD`: of all images, or only of those to be routed. `y_B`: the labels of all images, from which the router of
+        super-classes learns. `decided`: what the router decided in an earlier pass over the same batch.
         """
-        routed = self._routed(x_BSD, conditional)
-        return self.router(x_BSD[:routed], None if y_B is None else y_B[:routed], decided)
+        images = self.routable(x_BSD, conditional)
+        return self.router(x_BSD[:images], None if y_B is None else y_B[:images], decided)
+
+    def routable(self, x_BSD: Tensor, conditional: int) -> int:
+        """How many images, of which the first `conditional` are not null, are routed."""
+        return x_BSD.shape[0] if self.unconditional is None else conditional
 
     def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
         """The weighted losses (L,) of several layers like this one. Collective."""
@@ -72,8 +76,8 @@ class MoE(nn.Module):
         """Tokens (B, S, D) of `conditional` images and then null ones -> (B, S, D)."""
         B, S, D = x_BSD.shape
         x_TD = self.region.enter(x_BSD).reshape(B * S, D)
-        cut = self._routed(x_BSD, conditional) * S
-        routed_TD, null_TD = x_TD.split([cut, B * S - cut])
+        cut = self.routable(x_BSD, conditional) * S
+        x_TD, routed_TD, null_TD = fan_out(x_TD, cut)
 
         begun = self.dispatcher.begin(routed_TD, routed.route, B * S)
         # What needs no routing stands between the stages of the dispatch, and covers what travels.
@@ -95,8 +99,32 @@ class MoE(nn.Module):
             y_TD = torch.cat([y_TD[:cut], y_TD[cut:] + null_bias])
         return y_TD.view(B, S, D)
 
-    def _routed(self, x_BSD: Tensor, conditional: int) -> int:
-        return x_BSD.shape[0] if self.unconditional is None else conditional
+
+def fan_out(x: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` for those who want all of it, its rows before `cut`, and the others.
+
+    Backward, the parts' gradients are added in place to that of all, which must be nobody else's: as a linear layer
+    makes it. Autograd would first lay each part in zeros of the size of `x`.
+    """
+    return _FanOut.apply(x, cut) if cut < x.shape[0] else (x, x, x[cut:])
+
+
+class _FanOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cut):
+        ctx.cut = cut
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), x[:cut], x[cut:]
+
+    @staticmethod
+    def backward(ctx, grad, grad_first, grad_last):
+        if grad is None:  # nobody wanted all of it, somebody each part
+            return torch.cat([grad_first, grad_last]), None
+        if grad_first is not None:
+            grad[: ctx.cut].add_(grad_first)
+        if grad_last is not None:
+            grad[ctx.cut :].add_(grad_last)
+        return grad, None
 
 
 class _AddAfter(torch.autograd.Function):
