@@ -7,6 +7,7 @@ from parallel import run
 from ways import WAYS
 
 from megapromoe.models.moe import Experts
+from megapromoe.parallel import expert_linear
 from megapromoe.parallel.dispatch import Dispatcher, ExpertParallelDispatcher, Route
 from megapromoe.parallel.layout import ExpertPlacement
 from megapromoe.parallel.mesh import make_mesh
@@ -82,6 +83,27 @@ def test_local_dispatcher_is_the_loop(kind, tokens, way):
     if kind == "empty" or tokens == 0:
         assert not ours[0].any() and all(not g.any() for g in ours[1:])
         return
+    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monkeypatch):
+    """As on GPUs of compute capability 10.0: a gradient that nobody wrote is whatever was there."""
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def leaves(a, b, offs):
+        out = grouped_mm(a, b, offs=offs)
+        if b.dim() == 2:  # a matrix for each group
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves)
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    route, bank = route_of("one expert", T, 1), experts_of(2)
+    with WAYS["grouped"]():
+        assert all(g.isnan().any() for g in outcome(onto_zeros(Dispatcher(E)), x, route, bank)[3:])
+        monkeypatch.setattr(expert_linear, "leaves_empty_groups", lambda x: True)
+        ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
     for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

@@ -42,6 +42,14 @@ def in_one_kernel(x: Tensor) -> bool:
     return x.is_meta
 
 
+def leaves_empty_groups(x: Tensor) -> bool:
+    """Whether that kernel leaves the gradient of an expert without rows as it finds the memory.
+
+    So on GPUs of compute capability 10.0 and later; others write zeros. Source: pytorch issue 172439.
+    """
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0)
+
+
 class ExpertLinear(nn.Module):
     """One linear layer for each expert this rank holds: weight (experts, out, in), bias (experts, out).
 
@@ -121,6 +129,11 @@ class _Grouped(torch.autograd.Function):
             # since grouped_mm wants 16 bytes beside each other.
             ones_8R = grad_RF.new_ones(grad_RF.shape[0], 8).T
             grad_bias = F.grouped_mm(ones_8R, grad_RF, offs=offs_E)[:, 0]
+        if leaves_empty_groups(x_RD):
+            empty_E = offs_E.diff(prepend=offs_E.new_zeros(1)) == 0
+            for grad in (grad_weight, grad_bias):
+                if grad is not None:
+                    grad.masked_fill_(empty_E.view(-1, *[1] * (grad.dim() - 1)), 0)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
