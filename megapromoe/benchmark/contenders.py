@@ -3,7 +3,7 @@
 Each takes the place of an `MoE` in a block: `route` says who visits whom and `forward` runs the experts.
 
 =====================  ====================================================================================
-ours                   `models.moe.MoE`: rows sorted by expert, grouped products
+ours                   `models.moe.MoE`: rows sorted by expert, in one product or expert by expert
 joined                 ours, but null tokens pass the shared and the unconditional expert as one MLP, twice as wide
 loop                   the published way: for each expert a boolean mask over all tokens, and its own MLP
 bmm                    every expert gets a buffer of equal capacity, one batched product; too many are dropped
