@@ -106,6 +106,19 @@ def test_deepspeed_drops_what_has_no_room():
     assert not torch.allclose(y, expected, atol=1e-3)
 
 
+def whole_models() -> list[dict]:
+    """DeepSpeed's layers in a step and in sampling."""
+    wanted = settings(contenders=("dense", "deepspeed-capacity", "deepspeed-nodrop"), rounds=1)
+    return [measure(DIGITS, "real", wanted) for measure in (models.measure_step, models.measure_sample)]
+
+
+def test_deepspeed_in_whole_models():
+    ((step, sampling),) = run(1, whole_models)
+    for figures in (step["contenders"], sampling["contenders"]):
+        assert all(f["ratio"]["median"] > 0 and f["counts"]["total"]["kernels"] for f in figures.values()), figures
+        assert figures["deepspeed-nodrop"]["dropped"] == 0
+
+
 def test_deepspeed_says_why_it_cannot():
     moe, _ = first_layer(DIGITS, "real", SETTINGS)
     with pytest.raises(CannotRun, match="needs a torch.distributed job"):
