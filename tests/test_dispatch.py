@@ -88,7 +88,7 @@ def test_local_dispatcher_is_the_loop(kind, tokens, way):
 
 
 def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monkeypatch):
-    """As on GPUs of compute capability 10.0: a gradient that nobody wrote is whatever was there."""
+    """As on GPUs of compute capability 10: a gradient that nobody wrote is whatever was there."""
     grouped_mm = torch.nn.functional.grouped_mm
 
     def leaves(a, b, offs):

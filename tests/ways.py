@@ -8,7 +8,7 @@ from megapromoe.parallel import dispatch, expert_linear
 
 @contextmanager
 def grouped():
-    """By grouped products, as bf16 on a GPU of compute capability 9.0. Torch has them on CPUs too."""
+    """By grouped products, as bf16 on a GPU of compute capability 9 or 10. Torch has them on CPUs too."""
     with (
         patch.object(expert_linear, "in_one_kernel", lambda x: True),
         patch.object(dispatch, "in_one_kernel", lambda x: True),

@@ -33,21 +33,21 @@ class Segments(NamedTuple):
 
 
 def in_one_kernel(x: Tensor) -> bool:
-    """Whether torch has a grouped product of such rows that is one kernel: bf16, compute capability 9.0 and later.
+    """Whether torch has a grouped product of such rows that is one kernel: bf16 on compute capability 9 and 10.
 
     So for tensors without values (meta), which no loop could read. Source: torch.nn.functional.grouped_mm.
     """
     if x.is_cuda:
-        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
     return x.is_meta
 
 
 def leaves_empty_groups(x: Tensor) -> bool:
     """Whether that kernel leaves the gradient of an expert without rows as it finds the memory.
 
-    So on GPUs of compute capability 10.0 and later; others write zeros. Source: pytorch issue 172439.
+    So on GPUs of compute capability 10; those of 9 write zeros. Source: pytorch issue 172439.
     """
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0)
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
 
 
 class ExpertLinear(nn.Module):
