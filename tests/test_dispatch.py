@@ -1,5 +1,7 @@
 """The dispatchers against a plain loop over rows: outputs and gradients, on skewed, empty and odd routes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -85,6 +87,23 @@ def test_local_dispatcher_is_the_loop(kind, tokens, way):
         return
     for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, one_kernel, leaves",
+    [
+        ((8, 0), torch.bfloat16, False, False),  # A100
+        ((9, 0), torch.bfloat16, True, False),  # H100
+        ((9, 0), torch.float32, False, False),
+        ((10, 3), torch.bfloat16, True, True),  # B300
+        ((12, 0), torch.bfloat16, False, False),
+    ],
+)
+def test_which_gpus_have_the_grouped_kernel(capability, dtype, one_kernel, leaves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = SimpleNamespace(is_cuda=True, is_meta=False, dtype=dtype, device=torch.device("cuda"))
+    assert expert_linear.in_one_kernel(rows) is one_kernel
+    assert expert_linear.leaves_empty_groups(rows) is leaves
 
 
 def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monkeypatch):
