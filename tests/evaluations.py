@@ -1,5 +1,6 @@
 """Evaluations for tests: the classifier of digits, trained once, and the command's options from its words."""
 
+import command_words
 import pytest
 
 from megapromoe.commands import evaluate as command
@@ -19,10 +20,4 @@ def trained(network, monkeypatch):
 
 
 def parsed(*words):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    command.arguments(parser)
-    options = parser.parse_args(words)
-    options.overrides = []
-    return options
+    return command_words.parsed(command, *words)

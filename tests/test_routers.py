@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megapromoe.models.moe import ROUTERS, MoE
+from megapromoe.models.moe import ROUTERS, MoE, fan_out
 from megapromoe.models.prototypes import contrastive_loss, resemblance
 from megapromoe.models.routers import top_counts
 from megapromoe.options import ModelConfig
@@ -227,11 +227,12 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
             if b >= conditional and moe.unconditional is not None:
                 out[b, s] += mlp(moe.unconditional, token)
                 continue
-            scores = [cosine(token, p) for p in moe.router.prototypes]
-            for e in sorted(range(E), key=lambda e: -scores[e])[: config.top_k]:
+            score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
+            gate_E = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}[config.gate]
+            for e in score_E.argsort(descending=True).tolist()[: config.top_k]:
                 hidden = F.linear(token, moe.experts.fc1.weight[e], moe.experts.fc1.bias[e])
                 y = F.linear(F.gelu(hidden, approximate="tanh"), moe.experts.fc2.weight[e], moe.experts.fc2.bias[e])
-                out[b, s] += gate_of(config.gate, scores, e) * y
+                out[b, s] += gate_E[e] * y
     return out
 
 
@@ -239,11 +240,19 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
 @pytest.mark.parametrize("shared, unconditional", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("K", [1, 2])
 def test_moe_layer_by_hand(K, shared, unconditional, conditional):
+    """Output, and every gradient, the tokens fanned out as a block does it."""
     config = config_of(top_k=K, shared_expert=shared, unconditional_expert=unconditional)
-    moe, x = filled(MoE(config)), tokens(3)
-    with torch.no_grad():
-        y = moe(x, moe.route(x, conditional), conditional)
-        torch.testing.assert_close(y, by_hand(moe, x, conditional, config), rtol=1e-5, atol=1e-5)
+    moe, x = filled(MoE(config)), tokens(3).requires_grad_()
+    leaves = [x, *moe.parameters()]
+    all_BSD, routable_BSD, _ = fan_out(x, moe.routable(x, conditional))
+    y = moe(all_BSD, moe.route(routable_BSD, conditional), conditional)
+    expected = by_hand(moe, x, conditional, config)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.linspace(-1, 1, y.numel()).view_as(y)
+    ours = torch.autograd.grad(y, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad, materialize_grads=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_words
 import numpy as np
 import parallel
 import pytest
@@ -91,11 +92,7 @@ def as_job(world: int, folder: Path, function, request) -> list:
 
 
 def parsed(*words):
-    parser = argparse.ArgumentParser()
-    command.arguments(parser)
-    options = parser.parse_args(words)
-    options.overrides = []
-    return options
+    return command_words.parsed(command, *words)
 
 
 # ---- who draws what

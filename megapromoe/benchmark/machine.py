@@ -48,13 +48,12 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
 
 
-def describe(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+def describe(device: torch.device, dtype: torch.dtype, threads: int, kept: bool) -> dict[str, Any]:
     """Device, versions, threads, load of the machine before the measurement, and the measured peak.
 
-    On a CPU the process keeps its memory from then on, see `keep_memory`.
+    `kept`: what `keep_memory` said.
     """
     gpu = device.type == "cuda"
-    kept = not gpu and keep_memory()
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "kind": device.type,

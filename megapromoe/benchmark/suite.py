@@ -18,7 +18,7 @@ import torch
 
 from megapromoe.benchmark import contenders
 from megapromoe.benchmark.layer import BenchmarkError, Settings, measure_layer
-from megapromoe.benchmark.machine import describe
+from megapromoe.benchmark.machine import describe, keep_memory
 from megapromoe.benchmark.models import measure_sample, measure_step
 from megapromoe.benchmark.traffic import measure_traffic
 from megapromoe.config import resolve
@@ -113,7 +113,9 @@ def run(
     """
     file = out / FILE
     torch.set_num_threads(settings.threads)
-    facts = {"machine": describe(settings.device, settings.dtype, settings.threads), "settings": _plain(settings)}
+    kept = settings.device.type == "cpu" and keep_memory()
+    machine = describe(settings.device, settings.dtype, settings.threads, kept)
+    facts = {"machine": machine, "settings": _plain(settings)}
     document = {**facts, "commands": [], "scenes": {}}
     if file.is_file():
         held, differ = _opened(file, facts)
