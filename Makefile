@@ -26,13 +26,13 @@ check: env
 
 # The tables in docs/, measured anew.
 equality: env
-	$(BIN)/python -m pytest -q tests/test_equality.py --equality-table docs/equality.md
+	$(BIN)/python -m pytest -q tests/parallel/test_equality.py --equality-table docs/equality.md
 
 layouts: env
-	$(BIN)/python -m pytest -q tests/test_layout_change.py --layout-table docs/layout_changes.md
+	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md
 
 faults: env
-	$(BIN)/python -m pytest -q tests/test_faults.py --fault-table docs/faults.md
+	$(BIN)/python -m pytest -q tests/parallel/test_faults.py --fault-table docs/faults.md
 
 format: env
 	$(BIN)/ruff check --fix .

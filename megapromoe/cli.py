@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megapromoe import __version__
 from megapromoe.commands import check, data, evaluate, plan, sample, show, train
-from megapromoe.options import ConfigError
+from megapromoe.errors import UserError
 
 COMMANDS = {
     **{"show": show, "plan": plan, "check": check, "data": data},
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = COMMANDS[options.command]
         return _as_a_rank(command, options) if command.JOB else command.run(options, None)
-    except ConfigError as error:
+    except UserError as error:
         print(f"megapromoe: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("megapromoe: interrupted", file=sys.stderr)
         return 130
@@ -87,38 +87,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _as_a_rank(command, options: argparse.Namespace) -> int:
     """Runs a command as one rank of a job; an error that all ranks meet is told by rank 0 alone."""
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
-    try:
-        launch = runtime.detect()
-    except runtime.LaunchError as error:  # no rank is known yet
-        print(f"megapromoe: {error}", file=sys.stderr)
-        return 2
+    launch = runtime.detect()
     log = logging.getLogger("megapromoe")
     log.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
     if not log.handlers:
         log.addHandler(logging.StreamHandler())
     try:
         return command.run(options, launch)
-    except Exception as error:
-        if not _is_for_the_user(error):
-            if launch.world > 1:
-                runtime.leave(error)
-            raise
-        shared = isinstance(error, ConfigError) or getattr(error, "everywhere", False)
-        if launch.rank == 0 or not shared:
+    except UserError as error:
+        if launch.rank == 0 or not error.on_all_ranks:
             rank = f", rank {launch.rank}" if launch.rank else ""
             print(f"megapromoe{rank}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(GRACE)
-        return 2 if isinstance(error, ConfigError) else getattr(error, "exit_code", 1)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """Is it an error that this package raises with a sentence? Any other is a bug and keeps its traceback."""
-    if type(error).__module__.startswith("megapromoe."):
-        return True
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
-    return isinstance(error, ValueError) and place.tb_frame.f_globals["__name__"].startswith("megapromoe.")
+        return error.exit_code
+    except Exception as error:
+        if launch.world > 1:
+            runtime.leave(error)
+        raise

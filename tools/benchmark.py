@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megapromoe.benchmark.layer import BenchmarkError, Settings
     from megapromoe.benchmark.suite import scenes
-    from megapromoe.options import ConfigError
+    from megapromoe.config.options import ConfigError
 
     try:
         device = device_of(options.device, torch)

@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megapromoe.training import runtime  # torch takes seconds to import; help should not wait for it
 
     runtime.prepare()
+    from megapromoe.checkpoint.format import CheckpointError
+    from megapromoe.config.options import ConfigError
     from megapromoe.conversion.stream import ConversionError
-    from megapromoe.options import ConfigError
-    from megapromoe.training.checkpoint_file import CheckpointError
 
     try:
         return listing(options) if options.what else convert(options)
@@ -90,7 +90,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megapromoe.config import resolve
+    from megapromoe.config.resolve import resolve
     from megapromoe.conversion.exports import export
     from megapromoe.conversion.formats import open_state
 

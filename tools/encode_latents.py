@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megapromoe.data.encode import EncodeError
     from megapromoe.data.images import ImageError
     from megapromoe.data.latents import LatentsError
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     logging.basicConfig(format="%(asctime)s %(message)s")
     logging.getLogger("megapromoe").setLevel(logging.INFO)

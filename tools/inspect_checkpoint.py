@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = arguments(argv)
 
+    from megapromoe.checkpoint.format import CheckpointError
     from megapromoe.config import resolve  # after the arguments: torch takes seconds to import
+    from megapromoe.config.options import ConfigError
     from megapromoe.conversion.stream import ConversionError
-    from megapromoe.options import ConfigError
-    from megapromoe.training.checkpoint_file import CheckpointError
 
     try:
         config = None

@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
 
     # After the arguments: torch takes seconds to import.
-    from megapromoe.classes import ClassGroupError
-    from megapromoe.data.builtin import DatasetError
-    from megapromoe.diffusion.drawing import SampleError
-    from megapromoe.evaluation.routing import RoutingError
-    from megapromoe.evaluation.routing_report import Request, layer_table, write_routing_report
-    from megapromoe.options import ConfigError
-    from megapromoe.training.checkpoint_file import CheckpointError
+    from megapromoe.checkpoint.format import CheckpointError
+    from megapromoe.config.class_groups import ClassGroupError
+    from megapromoe.config.options import ConfigError
+    from megapromoe.data.datasets import DatasetError
+    from megapromoe.diffusion.image_grid import SampleError
+    from megapromoe.routing_analysis.observe import RoutingError
+    from megapromoe.routing_analysis.report import Request, layer_table, write_routing_report
 
     out = options.out or options.run / "routing"
     request = Request(

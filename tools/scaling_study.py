@@ -25,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapromoe.options import ROUTERS, ConfigError
+from megapromoe.config.options import ROUTERS, ConfigError
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe, read_recipe
@@ -211,8 +211,8 @@ def _compared(router: str, axes: dict) -> dict:
 
 
 def run_command(options: argparse.Namespace) -> int:
+    from megapromoe.distributed import runtime
     from megapromoe.studies.runs import exit_code, run_tasks
-    from megapromoe.training import runtime
 
     study = open_study(options.study)
     tasks = study.tasks if options.task is None else (study.task(options.task),)

@@ -34,7 +34,7 @@ def main() -> int:
 
     import torch  # slow to import
 
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     runtime.prepare()
     from megapromoe.evaluation.report import write_report

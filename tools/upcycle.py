@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = arguments(argv)
 
-    from megapromoe.conversion.stream import ConversionError
-    from megapromoe.data.builtin import DatasetError
     from megapromoe.options import ConfigError  # after the arguments: torch takes seconds to import
-    from megapromoe.training.checkpoint_file import CheckpointError
+
+    from megapromoe.checkpoint.format import CheckpointError
+    from megapromoe.conversion.stream import ConversionError
+    from megapromoe.data.datasets import DatasetError
 
     try:
         return upcycle(options)
@@ -82,12 +83,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def upcycle(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megapromoe.config import resolve
+    from megapromoe.config.options import to_dict
+    from megapromoe.config.resolve import resolve
     from megapromoe.conversion.exports import export
     from megapromoe.conversion.formats import open_state
     from megapromoe.conversion.state import config_from
     from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
-    from megapromoe.options import to_dict
 
     config = None
     if options.config or options.preset:

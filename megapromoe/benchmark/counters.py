@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from megapromoe.errors import UserError
+
 # Operators that make the host wait for a GPU, because a value or a size comes from the device. On a CPU they are
 # counted as what they would be.
 WAITS = {
@@ -52,7 +54,7 @@ SHARES = {
 }
 
 
-class CounterError(RuntimeError):
+class CounterError(UserError):
     """Something that cannot be counted."""
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapromoe.benchmark.contenders import CAPACITY, Around, CannotRun
-from megapromoe.models.layers import Mlp
-from megapromoe.models.moe import MoE
-from megapromoe.models.routers import Routed
-from megapromoe.parallel.dispatch import Route
+from megapromoe.benchmark.baselines import CAPACITY, Around, CannotRun
+from megapromoe.nn.layers import Mlp
+from megapromoe.nn.moe.dispatcher import Route
+from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.routers import Routed
 
 BALANCE = 0.01  # weight of its balance loss, which takes the place of our contrastive loss
 

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapromoe import cost
-from megapromoe.benchmark.contenders import CannotRun, contender
+from megapromoe.benchmark.baselines import CannotRun, contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
-from megapromoe.benchmark.plans import counts, lean, plan
-from megapromoe.models.layers import Mlp
-from megapromoe.models.moe import MoE, fan_out
-from megapromoe.models.routers import ALONE
-from megapromoe.options import Config, ModelConfig
-from megapromoe.parallel.mesh import Mesh
-from megapromoe.parallelize import build
+from megapromoe.benchmark.routing_patterns import counts, lean, plan
+from megapromoe.config.options import Config, ModelConfig
+from megapromoe.distributed.mesh import Mesh
+from megapromoe.errors import UserError
+from megapromoe.nn.layers import Mlp
+from megapromoe.nn.moe.layer import MoE, fan_out
+from megapromoe.nn.moe.routers import ALONE
+from megapromoe.nn.parallelize import build
+from megapromoe.planning import cost
 
 LOCAL = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE)
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError):
     """A measurement that would not be of what it says."""
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapromoe import cost
-from megapromoe.benchmark.contenders import CannotRun, contender
+from megapromoe.benchmark.baselines import CannotRun, contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
-from megapromoe.benchmark.plans import Raised, counts
+from megapromoe.benchmark.routing_patterns import Raised, counts
+from megapromoe.config.options import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
-from megapromoe.models.compiled import compile_dense
-from megapromoe.models.dit import DiT
-from megapromoe.models.moe import MoE
-from megapromoe.models.routers import PrototypeRouter, Routed
-from megapromoe.options import Config, TrainConfig
-from megapromoe.parallelize import build
+from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.routers import PrototypeRouter, Routed
+from megapromoe.nn.parallelize import build
+from megapromoe.planning import cost
 
 
 def measure_step(config: Config, routing: str, settings: Settings) -> dict:

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from megapromoe.benchmark import contenders
+from megapromoe.benchmark import baselines
 from megapromoe.benchmark.layer import BenchmarkError, Settings, measure_layer
 from megapromoe.benchmark.machine import describe, keep_memory
 from megapromoe.benchmark.models import measure_sample, measure_step
 from megapromoe.benchmark.traffic import measure_traffic
-from megapromoe.config import resolve
-from megapromoe.options import Config
-from megapromoe.training import runtime
+from megapromoe.config.options import Config
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed import runtime
 
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
@@ -36,10 +36,10 @@ IMAGES = {
 DIGITS_IMAGES = 128  # of 16 tokens each
 # Where none are asked for. In whole models all those that share our parameters would tell the layer's story again.
 CONTENDERS = {
-    "layer": contenders.CONTENDERS,
-    "step": contenders.CONTENDERS[:3],
-    "sample": contenders.CONTENDERS[:3],
-    "traffic": contenders.CONTENDERS,
+    "layer": baselines.CONTENDERS,
+    "step": baselines.CONTENDERS[:3],
+    "sample": baselines.CONTENDERS[:3],
+    "traffic": baselines.CONTENDERS,
 }
 UNTIMED = ("load", "peak")  # facts of a machine that differ from run to run
 

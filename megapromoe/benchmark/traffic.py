@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from megapromoe.benchmark.contenders import CannotRun
+from megapromoe.benchmark.baselines import CannotRun
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import Settings, check_load, first_layer
-from megapromoe.options import Config
-from megapromoe.parallel.layout import ExpertPlacement
-from megapromoe.parallel.mesh import make_mesh
-from megapromoe.training import runtime
+from megapromoe.config.options import Config
+from megapromoe.distributed import runtime
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.parameter_layout import ExpertPlacement
 
 CONTENDERS = ("ours", "deepspeed-capacity", "deepspeed-nodrop")  # those that can spread experts over ranks
 MINUTES = 5

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from megapromoe.commands.options import OVERRIDES, config_options, resolve_options, run_option
-from megapromoe.cost import memory_per_rank
+from megapromoe.planning.cost import memory_per_rank
 
 SUMMARY = "try the machines before a run, and name the bad node"
 EPILOG = f"""\

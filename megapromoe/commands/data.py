@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from megapromoe import cost
 from megapromoe.commands.options import positive
-from megapromoe.config import resolve
+from megapromoe.config.resolve import resolve
+from megapromoe.planning import cost
 
 SUMMARY = "check, show or time a folder of latents"
 EPILOG = """\
@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.data.autoencoder import AutoencoderError
-    from megapromoe.data.builtin import DatasetError
+    from megapromoe.data.datasets import DatasetError
 
     try:
         return {"check": _check, "show": _show, "speed": _speed}[options.action](options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapromoe.commands.options import run_option
 from megapromoe.commands.sample import drawing_options, many_images, num_option
-from megapromoe.options import ConfigError
+from megapromoe.config.options import ConfigError
 
 SUMMARY = "measure how good drawn images are: FID and its kin"
 EPILOG = """\
@@ -74,32 +74,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, launch) -> int:
     _check(options)
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     runtime.prepare()
-    from megapromoe.evaluation import quality, quality_report
+    from megapromoe.evaluation import image_metrics, image_metrics_report
 
     request = None
     if options.run is not None:
         request = many_images(options, options.samples or options.run / "evaluation")
-    evaluation = quality.Evaluation(
+    evaluation = image_metrics.Evaluation(
         request=request,
         images=options.images,
-        reference=options.reference or quality.DATA,
+        reference=options.reference or image_metrics.DATA,
         split=options.split,
         features=options.features,
         sha256=options.sha256,
         declared_standard=options.standard_inception,
         every_step=options.every_step,
     )
-    records = quality.evaluate(evaluation, launch)
+    records = image_metrics.evaluate(evaluation, launch)
     if launch.rank == 0:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        print("\n".join(lines) if options.json else quality_report.table(records), flush=True)
+        print("\n".join(lines) if options.json else image_metrics_report.table(records), flush=True)
         if options.run is not None:
-            quality_report.append(records, options.run / "evaluation.jsonl")
+            image_metrics_report.append(records, options.run / "evaluation.jsonl")
         if options.plot is not None:
-            quality_report.plot(records, options.plot)
+            image_metrics_report.plot(records, options.plot)
     return 0
 
 

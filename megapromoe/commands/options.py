@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from megapromoe.config import resolve
-from megapromoe.options import Config
-from megapromoe.presets import PRESETS
+from megapromoe.config.options import Config
+from megapromoe.config.presets import PRESETS
+from megapromoe.config.resolve import resolve
 
 DEFAULT_PRESET = "digits"
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, positive, resolve_options
-from megapromoe.options import Config
+from megapromoe.config.options import Config
 from megapromoe.planning.explain import (
     costs,
     experts_in_parallel,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megapromoe.commands.options import positive, run_option
-from megapromoe.options import ConfigError
+from megapromoe.config.options import ConfigError
 
 SUMMARY = "draw images with a trained model"
 EPILOG = """\
@@ -91,7 +91,7 @@ def drawing_options(parser: argparse.ArgumentParser) -> None:
 
 def many_images(options: argparse.Namespace, out: Path, named: bool = False):
     """The request that the options make."""
-    from megapromoe.evaluation.sampling import Request
+    from megapromoe.sampling.sampling import Request
 
     return Request(
         run=options.run,
@@ -121,12 +121,12 @@ def sample_overrides(options: argparse.Namespace, guidance: bool = True) -> list
 
 
 def run(options: argparse.Namespace, launch) -> int:
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     runtime.prepare()
     overrides = sample_overrides(options)
     if options.num is not None:
-        from megapromoe.evaluation.sampling import sample_many
+        from megapromoe.sampling.sampling import sample_many
 
         sample_many(many_images(options, options.out), launch)
         return 0
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace, launch) -> int:
     needed["--guidance with several scales"] = len(options.guidance) > 1
     if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:
         raise ConfigError(wrong)
-    from megapromoe.evaluation.generate import sample_command
+    from megapromoe.sampling.generate import sample_command
 
     sample_command(
         options.run,

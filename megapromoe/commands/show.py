@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from megapromoe.commands.options import OVERRIDES, config_options, positive, resolve_options
-from megapromoe.config import check, resolve, to_yaml
-from megapromoe.cost import flops_per_image, memory_per_rank, parameters
-from megapromoe.options import Config
-from megapromoe.presets import PRESETS
+from megapromoe.config.options import Config
+from megapromoe.config.presets import PRESETS
+from megapromoe.config.resolve import check, resolve, to_yaml
+from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
 SUMMARY = "print presets, a resolved config, its size and its layout"
 EPILOG = OVERRIDES

@@ -36,14 +36,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     config = resolve_options(options, launch.world)
     if options.dry_run:
-        from megapromoe.training.run_directory import RunDirectory
+        from megapromoe.checkpoint.run_directory import RunDirectory
 
         state = RunDirectory(options.run).state(config, options.allow)
         if launch.rank == 0:
             print("\n".join(describe(config, launch.world)))
             print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
         return 0
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     runtime.prepare()
     from megapromoe.training.loop import train

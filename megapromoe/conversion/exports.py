@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import to_yaml
+from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of, sync
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.options import to_dict
+from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import DIFFUSERS_FILE, detect
+from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.state import State, check_published
 from megapromoe.conversion.stream import (
     ConversionError,
@@ -31,10 +35,6 @@ from megapromoe.conversion.stream import (
     write_safetensors,
     written_aside,
 )
-from megapromoe.models.published import constants, is_buffer, published_names
-from megapromoe.options import to_dict
-from megapromoe.training.checkpoint_file import FORMAT, KINDS, folder_of, sync
-from megapromoe.training.run_directory import RunDirectory
 
 WEIGHTS = ("ema", "master")
 

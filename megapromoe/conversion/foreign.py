@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.format import KINDS
+from megapromoe.config.options import Config, ModelConfig
+from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.state import (
     State,
     check_published,
@@ -21,9 +24,6 @@ from megapromoe.conversion.state import (
     reader,
 )
 from megapromoe.conversion.stream import ConversionError, Stored, read_pickle
-from megapromoe.models.published import constants, is_buffer, published_names
-from megapromoe.options import Config, ModelConfig
-from megapromoe.training.checkpoint_file import KINDS
 
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 

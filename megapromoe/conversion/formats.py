@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
+from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model, folder_of, steps_in
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed, open_published
 from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, reader
 from megapromoe.conversion.stream import ConversionError, Stored, read_pickle, read_safetensors
-from megapromoe.options import Config
-from megapromoe.training.checkpoint_file import KINDS, Checkpoint, check_model, folder_of, steps_in
-from megapromoe.training.run_directory import RunDirectory
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config import resolve
+from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
+from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
-from megapromoe.models.dit import DiT
-from megapromoe.options import PUBLISHED_ROUTERS, Config, ModelConfig
+from megapromoe.nn.dit import DiT
 
 
 @dataclass(frozen=True)

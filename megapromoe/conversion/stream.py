@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from megapromoe.training.checkpoint_file import sync
+from megapromoe.checkpoint.format import sync
+from megapromoe.errors import UserError
 
 Progress = Callable[[int], Any]
 
@@ -49,7 +50,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _ALIGNMENT = 64  # of a tensor's bytes in a torch.save file
 
 
-class ConversionError(RuntimeError):
+class ConversionError(UserError):
     """A checkpoint that cannot be read, or not be written as what was asked for."""
 
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megapromoe.config.options import PROMOE_ROUTERS, Config
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
-from megapromoe.models.dit import DiT
-from megapromoe.options import PROMOE_ROUTERS, Config
-from megapromoe.parallel.mesh import Group, Mesh
-from megapromoe.parallelize import build
+from megapromoe.distributed.mesh import Group, Mesh
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.parallelize import build
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megapromoe.errors import UserError
+
 NONE = "none"  # the name of the autoencoder that is none
 
 
-class AutoencoderError(ValueError):
+class AutoencoderError(UserError):
     """An autoencoder that cannot be opened, or not used for these images."""
 
 

@@ -29,6 +29,7 @@ from safetensors.numpy import save
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest, sha256
+from megapromoe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ SHARD_SIZE = 32768  # files: 1.07 GB of the SD-VAE's latents at 256 x 256
 POLL = 0.5  # seconds between looks at what other ranks have finished
 
 
-class EncodeError(RuntimeError):
+class EncodeError(UserError):
     """Latents that cannot be written, or must not be."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megapromoe.data.builtin import DatasetError, Images
+from megapromoe.data.datasets import DatasetError, Images
 
 PACKAGE = "dataset-fashion-mnist"
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where the package puts its files

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from megapromoe.data.builtin import DamagedRecords, DatasetError
+from megapromoe.data.datasets import DamagedRecords, DatasetError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ MIRRORS = ("stored", "exact", "none")
 class LatentsError(DatasetError):
     """Latents that cannot be opened, read or used as asked."""
 
-    everywhere = True  # every rank opens the same files
+    on_all_ranks = True  # every rank opens the same files
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class Latents:
 class UnreadableError(LatentsError):
     """A shard that the system cannot read. It may be this rank alone that cannot."""
 
-    everywhere = False
+    on_all_ranks = False
 
 
 def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from megapromoe.data.builtin import DamagedRecords, Dataset, DatasetError
+from megapromoe.data.datasets import DamagedRecords, Dataset, DatasetError
 from megapromoe.diffusion.noise import normals, permutation, uniforms
 
 

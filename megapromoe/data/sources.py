@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megapromoe.data.builtin import Dataset, DatasetError, Digits, Synthetic, check_dataset
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
 from megapromoe.data.node_cache import fill
-from megapromoe.options import Config
 
 SPLITS = ("train", "test")
 

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megapromoe.evaluation.image_sets import ImageSetError
+from megapromoe.checkpoint.format import sha256_of
+from megapromoe.errors import UserError
 from megapromoe.evaluation.inception import Inception
 from megapromoe.evaluation.pixels import open_pixels
-from megapromoe.training.checkpoint_file import sha256_of
+from megapromoe.sampling.image_sets import ImageSetError
 
 # The standard network, TensorFlow's inception-2015-12-05, in the files it is published in.
 STANDARD = {
@@ -35,10 +36,10 @@ CLASSIFIERS = ("digits", "fashion_mnist")
 _STEPS, _BATCH, _RATE = 300, 128, 2e-3  # of a classifier's training: a second for digits, some for Fashion-MNIST
 
 
-class FeatureError(RuntimeError):
+class FeatureError(UserError):
     """A feature network that cannot be used."""
 
-    everywhere = True
+    on_all_ranks = True
 
 
 class Features(NamedTuple):

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from megapromoe.data.builtin import Dataset
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.noise import normals, permutation
 from megapromoe.diffusion.objectives import make_objective
-from megapromoe.options import Config
 
 
 def open_held_out(config: Config) -> tuple[Dataset, str]:

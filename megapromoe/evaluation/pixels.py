@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from megapromoe.data.builtin import Dataset, DatasetError, Digits
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset, DatasetError, Digits
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.sources import autoencoder_identity, open_dataset
-from megapromoe.evaluation.decoding import to_bytes
-from megapromoe.evaluation.image_sets import ImageSetError
-from megapromoe.options import Config
+from megapromoe.sampling.decoding import to_bytes
+from megapromoe.sampling.image_sets import ImageSetError
 
 BUILT_IN = ("digits", "fashion_mnist")
 

@@ -20,21 +20,22 @@ import numpy as np
 import torch
 
 from megapromoe import __version__
-from megapromoe.cost import parameters
-from megapromoe.data.builtin import Digits
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Digits
 from megapromoe.data.sources import open_dataset
-from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
-from megapromoe.evaluation.figures import routing_picture
-from megapromoe.evaluation.generate import load_model
-from megapromoe.models.dit import DiT
-from megapromoe.options import Config
-from megapromoe.training.run_directory import RunDirectory
+from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
+from megapromoe.errors import UserError
+from megapromoe.nn.dit import DiT
+from megapromoe.planning.cost import parameters
+from megapromoe.routing_analysis.figures import routing_picture
+from megapromoe.sampling.generate import load_model
 
 FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps
 GRID_SIDE = 10  # classes shown in samples.png, and at most so many images of each
 
 
-class ReportError(RuntimeError):
+class ReportError(UserError):
     """A run of which nothing can be reported."""
 
 

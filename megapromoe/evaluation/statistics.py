@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapromoe.evaluation.together import added
-from megapromoe.training.runtime import Launch
+from megapromoe.distributed.agreement import all_reduce_sum
+from megapromoe.distributed.runtime import Launch
 
 ALONE = Launch("python")
 SCORE_SPLIT = 5000  # images of one split of the Inception score: 10 splits of the usual 50,000
@@ -56,12 +56,12 @@ class Moments:
 
         Raises ValueError for fewer than two vectors.
         """
-        count = int(added(torch.tensor(self.count, device=self.mean.device), launch))
+        count = int(all_reduce_sum(torch.tensor(self.count, device=self.mean.device), launch))
         if count < 2:
             raise ValueError(f"a covariance needs two vectors at least, not {count}")
-        mean = added(self.mean * self.count, launch) / count
+        mean = all_reduce_sum(self.mean * self.count, launch) / count
         apart = self.mean - mean
-        scatter = added(self.scatter + torch.outer(apart, apart) * self.count, launch)
+        scatter = all_reduce_sum(self.scatter + torch.outer(apart, apart) * self.count, launch)
         return Normal(mean.cpu(), scatter.cpu() / (count - 1), count)
 
 
@@ -105,7 +105,7 @@ class Score:
 
     def value(self, launch: Launch = ALONE) -> tuple[float, float]:
         """Mean and standard deviation over the splits, of what all ranks took in. Collective."""
-        sums = added(self.sums.clone(), launch)
+        sums = all_reduce_sum(self.sums.clone(), launch)
         count, p_K = sums[:, -1:], sums[:, :-2] / sums[:, -1:]
         divergence = sums[:, -2] / count[:, 0] - torch.special.xlogy(p_K, p_K).sum(1)
         scores = divergence.exp()
@@ -139,7 +139,7 @@ def _radii(x_ND: Tensor, neighbours: int, launch: Launch) -> Tensor:
         rows = _squared_distances(x_ND[start : start + _ROWS], x_ND)
         # The nearest is the vector itself.
         radius_N[start : start + len(rows)] = rows.kthvalue(neighbours + 1, dim=1).values
-    return added(radius_N, launch)
+    return all_reduce_sum(radius_N, launch)
 
 
 def _within(x_ND: Tensor, centre_MD: Tensor, radius_M: Tensor, launch: Launch) -> float:
@@ -148,7 +148,7 @@ def _within(x_ND: Tensor, centre_MD: Tensor, radius_M: Tensor, launch: Launch) -
     for start in _shares(len(x_ND), launch):
         rows = _squared_distances(x_ND[start : start + _ROWS], centre_MD)
         inside += (rows <= radius_M).any(1).sum()
-    return float(added(inside, launch)) / len(x_ND)
+    return float(all_reduce_sum(inside, launch)) / len(x_ND)
 
 
 def _shares(count: int, launch: Launch) -> range:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from megapromoe.options import Config
+from megapromoe.config.options import Config
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.roofline import collective_time, nodes_of

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megapromoe.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
-from megapromoe.options import (
+from megapromoe.config.options import (
     BALANCED_ROUTERS,
     GATE_ROUTERS,
     PROMOE_ROUTERS,
@@ -20,6 +19,7 @@ from megapromoe.options import (
     Layout,
     ModelConfig,
 )
+from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
 from megapromoe.planning.traffic import (
     Batch,
     expected_batch,

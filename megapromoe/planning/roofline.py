@@ -7,8 +7,8 @@ Letters as everywhere; b is the width of an activation in bytes.
 import math
 from dataclasses import dataclass, replace
 
-from megapromoe.cost import Linear, flops_per_image, layers, memory_per_rank, tensors_on_rank
-from megapromoe.options import Config, Layout
+from megapromoe.config.options import Config, Layout
+from megapromoe.planning.cost import Linear, flops_per_image, layers, memory_per_rank, tensors_on_rank
 from megapromoe.planning.machines import Assumptions, Machine
 from megapromoe.planning.memory import fullest, saved_tensors
 from megapromoe.planning.traffic import (

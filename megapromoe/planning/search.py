@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from megapromoe.config import check
-from megapromoe.deepspeed_file import find_ds_configs
-from megapromoe.options import Config, ConfigError, Layout
+from megapromoe.config.deepspeed_file import find_ds_configs
+from megapromoe.config.options import Config, ConfigError, Layout
+from megapromoe.config.resolve import check
+from megapromoe.errors import UserError
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget, budget
 from megapromoe.planning.roofline import StepTime, step_time, utilization
@@ -16,7 +17,7 @@ from megapromoe.planning.zero import zero_of
 CLOSE = 1.1  # estimates that differ by less are taken for equal, and the simpler layout wins
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """No layout can be planned; the message says why, and what would help."""
 
 

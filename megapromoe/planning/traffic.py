@@ -10,8 +10,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megapromoe.cost import flat_shards, layers, tensors_on_rank
-from megapromoe.options import BALANCED_ROUTERS, EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.config.options import (
+    BALANCED_ROUTERS,
+    EXPERT_CHOICE_ROUTERS,
+    TWO_STEP_ROUTERS,
+    Config,
+    Layout,
+    ModelConfig,
+)
+from megapromoe.planning.cost import flat_shards, layers, tensors_on_rank
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")

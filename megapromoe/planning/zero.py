@@ -6,8 +6,8 @@ Source: deepspeed/runtime/zero/config.py, 0.19.8.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megapromoe.deepspeed_file import load_deepspeed
-from megapromoe.options import Config, TrainConfig
+from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.options import Config, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megapromoe.parallel.mesh import Group
+from megapromoe.distributed.mesh import Group
 from megapromoe.preflight.groups import Heard
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, usual
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from megapromoe.parallel.mesh import Group, Mesh
+from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, Cluster, Limits, Row, culprits
 
 DIRECTIONS = ("whole", "tp", "dp", "ep", "edp")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megapromoe.options import Config
-from megapromoe.parallel.mesh import make_mesh
+from megapromoe.config.options import Config
+from megapromoe.distributed import runtime
+from megapromoe.distributed.mesh import make_mesh
 from megapromoe.preflight import bandwidth, groups, machine, meeting, storage
 from megapromoe.preflight.bandwidth import Network
 from megapromoe.preflight.groups import Heard
@@ -25,7 +26,6 @@ from megapromoe.preflight.report import table, write_reports, write_text
 from megapromoe.preflight.storage import Data, Files
 from megapromoe.preflight.verdict import Cluster, Hang, Limits, PreflightError, judge
 from megapromoe.preflight.watch import Watch
-from megapromoe.training import runtime
 
 RULES = (
     meeting.judge_arrival,

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import megapromoe
-from megapromoe.deepspeed_file import find_ds_configs
+from megapromoe.config.deepspeed_file import find_ds_configs
+from megapromoe.distributed import runtime
 from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
-from megapromoe.training import runtime
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 MAY_DIFFER = ("driver",)  # versions: NCCL gets along, but it is worth knowing

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megapromoe.cost import parameters
+from megapromoe.config.options import Config
 from megapromoe.data.sources import open_dataset
-from megapromoe.options import Config
+from megapromoe.planning.cost import parameters
 from megapromoe.preflight.meeting import Meeting
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
 

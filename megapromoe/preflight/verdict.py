@@ -12,13 +12,15 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megapromoe.errors import UserError
+
 PASS, WARN, FAIL, SKIP = "pass", "warn", "FAIL", "-"
 
 
-class PreflightError(RuntimeError):
+class PreflightError(UserError):
     """A preflight that could not be carried out, or whose result could not be written; told alike on all ranks."""
 
-    everywhere = True
+    on_all_ranks = True
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from datetime import timedelta
 
 from torch.distributed import Store
 
+from megapromoe.distributed import runtime
 from megapromoe.preflight.verdict import Hang
-from megapromoe.training import runtime
 
 
 class Watch:

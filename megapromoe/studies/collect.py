@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megapromoe.cost import flops_per_image, parameters
+from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
@@ -35,13 +35,13 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
 
     import torch  # slow to import, and a study whose losses are all known needs none of it
 
-    from megapromoe.training import runtime
+    from megapromoe.distributed import runtime
 
     runtime.prepare()
-    from megapromoe.data.builtin import DatasetError
-    from megapromoe.evaluation.generate import load_model
+    from megapromoe.checkpoint.format import CheckpointError
+    from megapromoe.data.datasets import DatasetError
     from megapromoe.evaluation.heldout import objective_loss, open_held_out
-    from megapromoe.training.checkpoint_file import CheckpointError
+    from megapromoe.sampling.generate import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []

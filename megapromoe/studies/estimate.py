@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megapromoe.cost import memory_per_rank, parameters
+from megapromoe.planning.cost import memory_per_rank, parameters
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.runs import command

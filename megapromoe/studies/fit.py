@@ -16,13 +16,15 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import f as f_distribution
 
+from megapromoe.errors import UserError
+
 C_MIN, C_MAX = 0.02, 8.0  # below, the law cannot be told from a logarithm; above, from a step
 GRID = np.geomspace(C_MIN, C_MAX, 400)
 LEVEL = 0.95
 SPAN = 2.0  # largest x over smallest: below, there is nothing to see of a power
 
 
-class FitError(ValueError):
+class FitError(UserError):
     """Points through which no power law can be put."""
 
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megapromoe.config import resolve
-from megapromoe.cost import flops_per_image, parameters
-from megapromoe.options import Config, ConfigError
+from megapromoe.config.options import Config, ConfigError
+from megapromoe.config.resolve import resolve
+from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}

@@ -35,11 +35,13 @@ from typing import Any
 
 import yaml
 
+from megapromoe.errors import UserError
+
 WEIGHTS = ("ema", "master")
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 
 
-class StudyError(ValueError):
+class StudyError(UserError):
     """A study that cannot be made as asked; `violations` lists every reason."""
 
     def __init__(self, violations: Iterable[str]):

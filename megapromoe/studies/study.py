@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
-from megapromoe.config import resolve, to_yaml
-from megapromoe.options import ConfigError
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 

@@ -20,33 +20,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapromoe import cost
-from megapromoe.data.builtin import Dataset, DatasetError
+from megapromoe.checkpoint.manager import Saver, resume
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.config.options import Config, TrainConfig, to_dict
+from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
-from megapromoe.diffusion.drawing import generate, grid, picture_scale, write_png
+from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
 from megapromoe.diffusion.objectives import make_objective
-from megapromoe.options import Config, TrainConfig, to_dict
-from megapromoe.parallel.mesh import Mesh, make_mesh
-from megapromoe.parallelize import build
-from megapromoe.training import runtime
-from megapromoe.training.checkpoint import Saver, resume
-from megapromoe.training.ema import EMA
-from megapromoe.training.engine import Engine
+from megapromoe.distributed import runtime
+from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.watchdog import Watchdog
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.step_result import StepResult
+from megapromoe.errors import UserError
+from megapromoe.nn.parallelize import build
+from megapromoe.planning import cost
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
-from megapromoe.training.run_directory import RunDirectory, RunDirectoryError
-from megapromoe.training.step_result import StepResult
-from megapromoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 RECENT, ENOUGH = 100, 20  # norms of applied steps that `train.spike` compares with, at most and at least
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """A run that cannot go on."""
 
-    everywhere = True
+    on_all_ranks = True
 
 
 class Interrupted(TrainingError):
@@ -81,7 +82,7 @@ def train(
             if own:
                 own.close()
     except Exception as error:
-        if getattr(error, "everywhere", False):  # otherwise other ranks may wait in a collective, and so would stop()
+        if getattr(error, "on_all_ranks", False):  # otherwise other ranks may wait in a collective, and so would stop()
             runtime.stop()
         raise
     runtime.stop()

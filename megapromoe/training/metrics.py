@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megapromoe.config import to_yaml
-from megapromoe.options import Config
+from megapromoe.config.options import Config
+from megapromoe.config.resolve import to_yaml
 
 logger = logging.getLogger(__name__)
 

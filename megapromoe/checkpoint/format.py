@@ -1,0 +1,228 @@
+"""The checkpoint format: fp32 masters, AdamW's moments and averages, by logical name and place; no layout.
+
+A checkpoint is a folder ``step-00001000``: files ``rank-00000.safetensors`` and a ``manifest.json`` that says which
+elements of which logical tensor each entry is, and every file's size and hash. A part is a range of some rank's
+flattened slice of a parameter, so a rank writes its ZeRO partition as it lies in memory, each byte once over all ranks;
+`Checkpoint.logical` puts whole tensors together again, at whatever layout they were saved.
+
+A folder under its own name is complete: it is written aside and renamed when all of it, manifest last, is on disk. No
+pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megapromoe.errors import UserError
+
+FORMAT = 1
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there, not whole, or cannot be written."""
+
+    on_all_ranks = True  # all ranks meet it together, so one rank need print it
+
+
+class OtherModel(CheckpointError):
+    """A whole checkpoint, but of another model."""
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return root / f"step-{step:08d}"
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the complete checkpoints under `root`, ascending."""
+    if not root.is_dir():
+        return []
+    found = (_FOLDER.fullmatch(p.name) for p in root.iterdir() if (p / "manifest.json").is_file())
+    return sorted(int(match[1]) for match in found if match)
+
+
+class Checkpoint:
+    """A complete checkpoint folder, opened for reading; tensors are read when asked for."""
+
+    def __init__(self, folder: Path):
+        """Raises CheckpointError, naming the file, if one is missing, has another size, or is not our format."""
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            self.manifest = json.loads(path.read_text())
+        except OSError as problem:
+            raise CheckpointError(f"{path}: {problem.strerror}; this is no complete checkpoint") from problem
+        except ValueError as problem:
+            raise CheckpointError(f"{path}: is not JSON; the checkpoint is damaged, use another step") from problem
+        if self.manifest.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format {self.manifest.get('format')!r}, this version reads {FORMAT}")
+        for one in self.manifest["ranks"]:
+            file = self.folder / one["file"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != one["size"]:
+                said = "is missing" if size is None else f"has {size} bytes, not {one['size']}"
+                raise CheckpointError(f"{file}: {said}; the checkpoint is damaged, use another step")
+        self.shapes: dict[str, list[int]] = self.manifest["shapes"]
+        self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
+        for one in self.manifest["ranks"]:
+            for name, start, stop, view in one["parts"]:
+                self._parts.setdefault(name, []).append((one["file"], start, stop, view))
+        self._open: dict[str, Any] = {}
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every byte of every `parts`-th file, from the `part`-th; several ranks share the work.
+
+        Raises CheckpointError naming a file whose hash is not the manifest's: bytes changed, or it is of another save.
+        """
+        for one in self.manifest["ranks"][part::parts]:
+            file = self.folder / one["file"]
+            if sha256_of(file) != one["sha256"]:
+                raise CheckpointError(f"{file}: {self._what_changed(file)}; use another step")
+
+    def _what_changed(self, file: Path) -> str:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                step = (opened.metadata() or {}).get("step")
+        except SafetensorError:
+            step = None
+        if step not in (None, str(self.manifest["step"])):
+            return f"is of step {step}, not {self.manifest['step']}"
+        return "bytes changed since it was written"
+
+    def logical(self, kind: str, name: str) -> Tensor:
+        """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
+        shape = self.shapes[name]
+        out = torch.zeros(shape)
+        by_view: dict[str, list] = {}
+        for part in self._parts[name]:
+            by_view.setdefault(json.dumps(part[3]), []).append(part)
+        for view, parts in by_view.items():
+            local_shape, pairs = json.loads(view)
+            local = torch.zeros(local_shape)
+            flat = local.view(-1)
+            for file, start, stop, _ in parts:
+                flat[start:stop] = self._file(file).get_tensor(f"{kind}/{name}@{start}")
+            for here, there in pairs:
+                out[_slices(there)] = local[_slices(here)]
+        return out
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer of the model that is no parameter."""
+        return self._file(self.manifest["ranks"][0]["file"]).get_tensor(f"buffer/{name}")
+
+    def _file(self, name: str):
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, framework="pt")
+        return self._open[name]
+
+
+def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises OtherModel listing parameters that differ between the checkpoint and a model of `shapes`."""
+    said = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
+    ours = {name: tuple(shape) for name, shape in shapes.items()}
+    wrong = [f"{n}: the checkpoint has {said.get(n)}, the model {ours.get(n)}" for n in {**said, **ours}
+             if said.get(n) != ours.get(n)]  # fmt: skip
+    if wrong:
+        shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        raise OtherModel(
+            f"{checkpoint.folder}: this checkpoint is of another model (None: it has no such parameter)\n  {shown}\n"
+            "Use the config it was trained with, or another run directory."
+        )
+
+
+def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: list[list], step: int) -> str:
+    """Writes one rank's file, and then its receipt; returns what went wrong, or "".
+
+    Args:
+        tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
+        parts: [name, start, stop, view] of each piece; every kind has an entry of it.
+
+    The receipt holds the file's size and hash, or the problem. Who cannot even write that is missed by `commit`.
+    """
+    file, problem = folder / f"rank-{rank:05d}.safetensors", ""
+    receipt: dict[str, Any] = {"file": file.name, "parts": parts}
+    try:
+        save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
+        sync(file)
+        receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    except (OSError, SafetensorError) as error:
+        problem = f"{file}: {error}"
+    try:
+        aside = folder / f"rank-{rank:05d}.part"
+        aside.write_text(json.dumps(receipt | {"problem": problem}))
+        sync(aside)
+        if file.exists():  # safetensors makes files that only their owner may read
+            os.chmod(file, aside.stat().st_mode)
+        os.replace(aside, folder / f"rank-{rank:05d}.json")
+    except OSError as error:
+        problem = problem or f"{error.filename}: {error.strerror}"
+    return problem
+
+
+def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience: float) -> None:
+    """Waits for all ranks' receipts, writes the manifest, and gives the folder its name: now it is a checkpoint.
+
+    Args:
+        facts: what the manifest says beside the files: step, updates, shapes, buffers, ...
+        patience: seconds to wait.
+
+    Raises CheckpointError naming the ranks that had a problem or did not write in time.
+    """
+    deadline = time.monotonic() + patience
+    paths = [aside / f"rank-{rank:05d}.json" for rank in range(world)]
+    while missing := [p.stem for p in paths if not p.exists()]:
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"{aside}: {', '.join(missing[:8])} did not write within {patience:.0f} s")
+        time.sleep(0.02)
+    receipts = [json.loads(p.read_text()) for p in paths]
+    if problems := [r["problem"] for r in receipts if r["problem"]]:
+        raise CheckpointError("; ".join(problems))
+    for path, receipt in zip(paths, receipts, strict=True):
+        del receipt["problem"]
+        path.unlink()
+    manifest = aside / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": receipts}))
+    sync(manifest)
+    sync(aside)
+    if final.exists():  # the same step saved again, after a resume from an earlier one
+        (final / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(final)
+    os.replace(aside, final)
+    sync(final.parent)
+
+
+def _slices(region: list[list[int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's content, as the manifest has it."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Forces a file's, or a folder's, content to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

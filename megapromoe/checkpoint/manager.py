@@ -1,0 +1,265 @@
+"""Saving and loading a run: between the engine's partitions and the checkpoint format (`checkpoint_file.py`).
+
+A save stalls training for a copy to host memory; files are written by a thread. Ranks do not talk while they write:
+each leaves a receipt beside its file, and rank 0 commits when all receipts are there. A run killed at any instant
+leaves a folder named ``.writing``, which is no checkpoint and is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapromoe.checkpoint.format import (
+    KINDS,
+    Checkpoint,
+    CheckpointError,
+    OtherModel,
+    check_model,
+    commit,
+    folder_of,
+    steps_in,
+    write_rank,
+)
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_engine import Engine, Piece
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Snapshot:
+    """One rank's share of a checkpoint in host memory: file entries, and which elements of which tensor they are."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: list[list] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def snapshot(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers: dict[str, Tensor]) -> Snapshot:
+    """Copies this rank's `items` (kind, piece, flat tensor), of those held by several ranks only the first's."""
+    snap, seen = Snapshot(), set()
+    for kind, piece, tensor in items:
+        if engine.is_writer(piece.name):
+            copy = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
+            snap.tensors[f"{kind}/{piece.name}@{piece.start}"] = copy
+            if piece not in seen:
+                seen.add(piece)
+                snap.parts.append([piece.name, piece.start, piece.stop, _view(engine, piece.name)])
+    if dist.get_rank() == 0:
+        snap.tensors |= {f"buffer/{name}": b.detach().cpu().clone() for name, b in buffers.items()}
+    return snap
+
+
+class Saver:
+    """Saves checkpoints of a run under `root`, one at a time, in the background."""
+
+    def __init__(self, root: Path, engine: Engine, ema: EMA, patience: float):
+        """Args: `patience`: seconds that rank 0 waits for the other ranks' files before it gives a save up."""
+        t = engine.config.train
+        self.root, self.engine, self.ema, self.patience = root, engine, ema, patience
+        self.keep, self.keep_every, self.limit = t.keep, t.keep_every, t.max_failed_saves
+        self.failures = 0
+        self.figures: dict[str, float] = {}  # of the last save that ended: stall ms, save s, bytes
+        self._thread: threading.Thread | None = None
+        self._problem = ""
+
+    def save(self, facts: dict[str, Any]) -> None:
+        """Starts the checkpoint of `facts["step"]`; waits for the one before, if it is still being written. Collective.
+
+        Args:
+            facts: goes into the manifest: step, updates, config, ... The state of the data is the step.
+
+        Raises CheckpointError on every rank when `train.max_failed_saves` saves in a row have failed. A failed save is
+        logged, training goes on, and older checkpoints stay.
+        """
+        self.finish()
+        start = time.perf_counter()
+        engine = self.engine
+        buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
+        snap = snapshot(engine, _state(engine, self.ema), buffers)
+        final = folder_of(self.root, facts["step"])
+        aside = self.root / f"{final.name}.writing"
+        total = self._agree_to_start(aside, snap.bytes)
+        if total is None:
+            return
+        facts = {**facts, "shapes": {n: list(p.shape) for n, p in engine.layouts.items()}, "buffers": sorted(buffers)}
+        self.figures = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
+        self._thread = threading.Thread(target=self._write, args=(aside, final, snap, facts), name="saver", daemon=True)
+        self._thread.start()
+
+    def finish(self, last: bool = False) -> None:
+        """Waits until the save in flight is over; all ranks learn how it went. Collective.
+
+        Raises CheckpointError as `save` does; with `last`, for any failure.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            said = [self._problem, self.figures]
+            dist.broadcast_object_list(said, src=0)
+            self._count(said[0])
+            self.figures = said[1]
+        if last and self.failures:
+            raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
+
+    def _agree_to_start(self, aside: Path, size: int) -> int | None:
+        """Makes the folder if there is room for all ranks' bytes; None, and a failure, if not."""
+        sizes: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(sizes, size)
+        said = [""]
+        if dist.get_rank() == 0:
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                for left in self.root.glob("step-*.writing"):
+                    shutil.rmtree(left, ignore_errors=True)
+                free = shutil.disk_usage(self.root).free
+                if free < 1.02 * sum(sizes):
+                    said = [
+                        f"{self.root}: no room, need {sum(sizes):,} bytes, have {free:,}; free some, or train.keep=1"
+                    ]
+                else:
+                    aside.mkdir(parents=True)
+            except OSError as error:
+                said = [f"{error.filename or self.root}: {error.strerror}"]
+        dist.broadcast_object_list(said, src=0)
+        self._count(said[0])
+        return None if said[0] else sum(sizes)
+
+    def _count(self, problem: str) -> None:
+        self._problem = problem
+        if not problem:
+            self.failures = 0
+            return
+        self.failures += 1
+        logger.warning("a checkpoint was not saved (%d of %d in a row): %s", self.failures, self.limit, problem)
+        if self.failures >= self.limit:
+            raise CheckpointError(
+                f"{self.failures} checkpoints in a row were not saved (train.max_failed_saves = {self.limit}),"
+                f" the last because: {problem}"
+            )
+
+    def _write(self, aside: Path, final: Path, snap: Snapshot, facts: dict[str, Any]) -> None:
+        """In the thread. What goes wrong on any rank is told by its receipt and remembered by rank 0."""
+        start = time.perf_counter()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        problem = write_rank(aside, rank, snap.tensors, snap.parts, facts["step"])
+        if rank == 0:
+            try:
+                commit(aside, final, world, facts, self.patience)
+                self._retire()
+                problem = ""
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+            self.figures["save_seconds"] = time.perf_counter() - start
+        self._problem = problem
+
+    def _retire(self) -> None:
+        for step in steps_in(self.root)[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                old = folder_of(self.root, step)
+                (old / "manifest.json").unlink()  # first, so that what remains of a killed removal is no checkpoint
+                shutil.rmtree(old)
+
+
+def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Checkpoint | None:
+    """Loads the newest checkpoint that is whole, or exactly that of `step`; None if there is none. Collective.
+
+    Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
+    rank: `step` is not there or damaged, or the checkpoint is of another model; nothing is changed then.
+    """
+    found = [steps_in(root)]
+    dist.broadcast_object_list(found, src=0)  # one view of the folder
+    steps = found[0]
+    if step is not None:
+        if step not in steps:
+            raise CheckpointError(f"{root}: has no complete checkpoint of step {step}; there are {steps or 'none'}")
+        steps = [step]
+    for candidate in reversed(steps):
+        problem, checkpoint = "", None
+        try:
+            checkpoint = Checkpoint(folder_of(root, candidate))
+            check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
+            checkpoint.verify(dist.get_rank(), dist.get_world_size())
+        except OtherModel:
+            raise  # every rank reads the same manifest
+        except CheckpointError as error:
+            problem = str(error)
+        problems: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        told = "; ".join(dict.fromkeys(p for p in problems if p))
+        if not told:
+            updates = int(checkpoint.manifest["updates"])
+            restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates)
+            return checkpoint
+        if step is not None:
+            raise CheckpointError(told)
+        logger.warning("passing over a damaged checkpoint: %s", told)
+    if steps:
+        raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start anew")
+    return None
+
+
+@torch.no_grad()
+def restore(
+    engine: Engine,
+    ema: EMA,
+    logical: Callable[[str, str], Tensor],
+    buffer: Callable[[str], Tensor],
+    updates: int,
+) -> None:
+    """Fills a run's state from logical tensors. Collective.
+
+    Args:
+        logical: (kind of `KINDS`, parameter) -> whole tensor.
+        buffer: name -> tensor, for the model's persistent buffers.
+        updates: AdamW steps behind the moments.
+    """
+    targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
+    for piece, tensors in _held(engine, ema):
+        targets.setdefault(piece.name, []).append((piece, tensors))
+    for name, held in targets.items():
+        for kind in KINDS:
+            local = engine.layouts[name].take(logical(kind, name), engine.mesh).view(-1)
+            for piece, tensors in held:
+                tensors[kind].copy_(local[piece.start : piece.stop])
+    for name, tensor in engine.module.state_dict().items():
+        if name not in engine.layouts:
+            tensor.copy_(buffer(name))
+    engine.masters_changed()
+    engine.set_optimizer_step(updates)
+
+
+def _state(engine: Engine, ema: EMA) -> Iterator[tuple[str, Piece, Tensor]]:
+    for piece, tensors in _held(engine, ema):
+        for kind in KINDS:
+            yield kind, piece, tensors[kind]
+
+
+def _held(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    """Every piece this rank holds, with views of its master, moments and average."""
+    for partition, average in zip(engine.partitions, ema.averages, strict=True):
+        flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
+        for piece in partition.pieces:
+            span = slice(piece.offset, piece.offset + piece.stop - piece.start)
+            yield piece, {kind: flat[span] for kind, flat in flats.items()}
+
+
+def _view(engine: Engine, name: str) -> list:
+    """JSON of how this rank's slice lies in the logical tensor: [local shape, [[local, logical], ...]]."""
+    layout = engine.layouts[name]
+    pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.pieces(engine.mesh)]
+    return [list(layout.local_shape(engine.mesh)), pairs]

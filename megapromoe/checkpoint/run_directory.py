@@ -1,0 +1,281 @@
+"""The run directory: all that a run leaves behind, in one folder that explains itself and has one owner.
+
+==================  =================================================================================
+config.yaml         the resolved config of the latest start
+environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
+metrics.jsonl       one line per logged step
+checkpoints/        step-XXXXXXXX/
+samples/            pictures drawn while training
+tensorboard/        events
+logs/               what each rank said, a folder for each attempt (launchers)
+run.lock            locked by the run that lives; its text says who
+==================  =================================================================================
+
+A second start in the same folder continues the run. What would make it another run is refused; see `FIXED`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+import megapromoe
+from megapromoe.config.options import Config, to_dict
+from megapromoe.config.resolve import to_yaml
+from megapromoe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Sections and fields that make a run what it is: the network, what it sees, what it learns, AdamW's update.
+# They must stay as they were. All else may change between starts: how the work lies over ranks, how images
+# are drawn, how long it runs, how it is logged and saved; and what one tunes along the way: the learning rate
+# and its schedule, clipping and the decay of the average.
+FIXED = (
+    "model",
+    *(f"data.{name}" for name in ("source", "path", "size", "label_drop", "flip", "seed")),
+    "diffusion",
+    *(f"train.{name}" for name in ("seed", "global_batch", "accumulation")),
+    *(f"train.{name}" for name in ("beta1", "beta2", "eps", "weight_decay")),
+)
+
+
+class RunDirectoryError(UserError):
+    """A folder that cannot be this run's: not a run's, of another run, in use, or not writable."""
+
+    on_all_ranks = True  # rank 0 finds it and tells the others, so one rank need print it
+
+
+class RunDirectory:
+    """The paths of a run. Any process may make one to read; `open` makes one that owns the folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.config_file = self.folder / "config.yaml"
+        self.environment = self.folder / "environment.json"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        self.tensorboard = self.folder / "tensorboard"
+        self.lock_file = self.folder / "run.lock"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(
+        cls, folder: Path, config: Config, world: int, force: Iterable[str] = (), *, launcher: str = "python"
+    ) -> RunDirectory:
+        """Makes the folder, or takes it up again, and owns it until `close` or the end of the process.
+
+        Called by one process of a job, rank 0. Other processes read the paths from `RunDirectory(folder)`.
+
+        Args:
+            world: ranks of the job.
+            force: dotted names of `FIXED` fields that may differ from the stored config nonetheless.
+            launcher: who started the job, for environment.json.
+
+        Raises RunDirectoryError, leaving all but run.lock as it was, if a live run owns the folder, if it
+        holds other things than a run, if its config differs in a `FIXED` field, or if it cannot be written.
+        """
+        run = cls(folder)
+        try:
+            with run._clear_errors():
+                run._refuse_strangers()
+                run.folder.mkdir(parents=True, exist_ok=True)
+                run._take_lock()
+                changed = run._compare(config, force)
+                entries = [*run._starts(), _environment(config, world, launcher, changed)]
+                for path in (run.checkpoints, run.samples, run.tensorboard):
+                    path.mkdir(exist_ok=True)
+                _replace(run.environment, json.dumps(entries, indent=2) + "\n")
+                _replace(run.config_file, to_yaml(config))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def state(self, config: Config, force: Iterable[str] = ()) -> str:
+        """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would."""
+        with self._clear_errors():
+            self._refuse_strangers()
+            if not self.config_file.exists():
+                return f"{self.folder}: a new run"
+            if self.lock_file.exists():
+                self._take_lock(look=True)
+                self.close()
+            changed = self._compare(config, force)
+            self._starts()
+        # A complete checkpoint has its manifest. See training/checkpoint_file.py, which is slow to import.
+        saved = sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))
+        progress = f"continues from {saved[-1]}" if saved else "has no checkpoint yet, starts from step 0"
+        listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        return f"{self.folder}: {progress}" + (f"; changes{listed}" if listed else "")
+
+    def close(self) -> None:
+        """Gives the folder free for another run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _clear_errors(self):
+        try:
+            yield
+        except OSError as error:
+            where, reason = error.filename or self.folder, error.strerror or error
+            raise RunDirectoryError(
+                f"{where}: {reason}; a run must read and write here, or choose another --run"
+            ) from error
+
+    def _refuse_strangers(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunDirectoryError(f"{self.folder}: is a file; a run needs a folder, choose another --run")
+        if not self.folder.is_dir() or self.config_file.exists():
+            return
+        # A start that was killed early leaves these; a launcher makes logs first.
+        ours = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
+        ours |= {"logs", "preflight"}
+        ours |= {self.environment.name, *(_aside(p).name for p in (self.environment, self.config_file))}
+        others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
+        if others or any(self.checkpoints.glob("*")):
+            found = ", ".join(others[:3]) or self.checkpoints.name
+            rule = f"is not empty (holds {found}) and has no config.yaml, so it is no run"
+            raise RunDirectoryError(f"{self.folder}: {rule}; choose another --run, or an empty folder")
+
+    def _take_lock(self, look: bool = False) -> None:
+        """Locks run.lock, or only sees whether it could (`look`).
+
+        The system gives the lock free when this process ends, however it does.
+        """
+        lock = open(self.lock_file, "r" if look else "a+", encoding="utf-8")  # noqa: SIM115, held while we live
+        try:
+            fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if look else fcntl.LOCK_EX))
+        except BlockingIOError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            remedy = "wait for it or stop it, or choose another --run"
+            raise RunDirectoryError(f"{self.folder}: in use by a live run ({owner}); {remedy}") from error
+        except OSError as error:  # some cluster file systems are mounted without locks
+            logger.warning(
+                "%s: this file system has no locks (%s); see to it that only one run uses the folder",
+                self.lock_file,
+                error.strerror,
+            )
+        if not look:
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        self._lock = lock
+
+    def _compare(self, config: Config, force: Iterable[str]) -> dict[str, list[Any]]:
+        """Fields that differ from the stored config, name -> [stored, new]; raises if they may not.
+
+        A field the file does not have was stored by an earlier version and had its default.
+        """
+        try:
+            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RunDirectoryError(f"{self.config_file}: is damaged ({' '.join(str(error).split())})") from error
+        if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
+            raise RunDirectoryError(f"{self.config_file}: is damaged; it must be a mapping of sections")
+        old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))
+        changed = {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
+        forced = set(force)
+        wrong = [key for key in changed if key not in forced and (key in FIXED or key.split(".")[0] in FIXED)]
+        if wrong:
+            listed = "".join(f"\n  - {key}: the run has {old.get(key)!r}, not {new.get(key)!r}" for key in wrong)
+            raise RunDirectoryError(
+                f"{self.config_file}: this folder is of a run with another config; "
+                f"choose another --run, or restore these fields:{listed}"
+            )
+        return changed
+
+    def identity(self) -> str:
+        """A name of the run that no other has, the same at every start; for manifests."""
+        return hashlib.sha256(json.dumps(self._starts()[0], sort_keys=True).encode()).hexdigest()[:12]
+
+    def _starts(self) -> list[dict[str, Any]]:
+        """The entries of environment.json."""
+        try:
+            entries = json.loads(self.environment.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise RunDirectoryError(f"{self.environment}: is damaged ({error}); remove it") from error
+        if not isinstance(entries, list):
+            raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); remove it")
+        return entries
+
+
+def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.writing")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, finds the old content or the new, never a part."""
+    with open(_aside(path), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(_aside(path), path)
+
+
+def _environment(config: Config, world: int, launcher: str, changed: dict[str, list[Any]]) -> dict[str, Any]:
+    """One entry of environment.json."""
+    versions = {"megapromoe": megapromoe.__version__, "python": platform.python_version()}
+    for package in ("torch", "deepspeed", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "launcher": launcher,
+        "layout": asdict(config.layout(world)),
+        "versions": versions,
+        "git": _git_state(Path(megapromoe.__file__).resolve()),
+        "changed": changed,
+    }
+
+
+def _git_state(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks `file`, and whether tracked files differ from it; or None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # a package installed inside another project's checkout is not
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,205 @@
+"""The configuration of a run: read in layers, and checked as a whole before anything is started.
+
+A `Config` is layered from a preset, a YAML file and `section.key=value` arguments. All that is wrong with it
+(unknown keys, wrong types, values out of range, combinations that cannot run) is told in one `ConfigError`.
+This module imports no torch, so that a mistake is reported at once and on a machine without one.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megapromoe.config import class_groups
+from megapromoe.config.deepspeed_file import read_deepspeed
+from megapromoe.config.options import Config, ConfigError, Rule, sentences, suggest, to_dict, world_rules
+from megapromoe.config.presets import PRESETS
+from megapromoe.config.rules import rules
+
+
+def resolve(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    world: int | None = None,
+) -> Config:
+    """The checked config of defaults <- preset <- YAML file <- `section.key=value` overrides.
+
+    Args:
+        preset: a name in `presets.PRESETS`.
+        file: YAML of sections, each a mapping of keys to values.
+        overrides: arguments such as "model.depth=4".
+        world: number of ranks; without it the rules on ranks are left for later.
+
+    Raises ConfigError, listing everything that is wrong.
+    """
+    problems: list[str] = []
+    settings: list[tuple[str, Any, str]] = []  # dotted key, value, where it comes from
+    if preset is not None and preset not in PRESETS:
+        problems.append(f"preset = {preset!r}: is no preset; {suggest(preset, PRESETS)}")
+    elif preset is not None:
+        settings += _flatten(PRESETS[preset], f"preset {preset}", problems)
+    if file is not None:
+        settings += _flatten(_read_yaml(Path(file), problems), str(file), problems)
+    # No rule speaks of a refused field; where a whole layer is missing, that is each field not set elsewhere.
+    refused = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type)} if problems else set()
+    settings += _parse(overrides, problems)
+
+    sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
+    for key, value, origin in settings:
+        section, _, name = key.partition(".")
+        if problem := _unknown(section, name, sections):
+            problems.append(f"{key} = {value!r} ({origin}): {problem}")
+            continue
+        kind = sections[section].__dataclass_fields__[name].type
+        typed = _typed(value, kind)
+        if typed is None:
+            refused.add(key)
+            problems.append(f"{key} = {value!r} ({origin}): must be {_KINDS[kind]}")
+        else:
+            refused.discard(key)
+            sections[section] = replace(sections[section], **{name: typed})
+    config = _with_superclasses(Config(**sections), problems, refused)
+    problems += _violations(config, world, refused)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def check(config: Config, world: int | None = None) -> None:
+    """Raise ConfigError, listing everything, unless `config` can run (over `world` ranks, where given)."""
+    if problems := _violations(config, world, set()):
+        raise ConfigError(problems)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML that `resolve(file=...)` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+# ---- reading the layers
+
+
+def _with_superclasses(config: Config, problems: list[str], refused: set[str]) -> Config:
+    """The config with the content of a file of super-classes in place of its path; a run is then complete."""
+    model = config.model
+    if model.router != "classification" or not class_groups.is_file(model.superclasses):
+        return config
+    if refused & {"model.superclasses", "model.num_classes", "model.router"}:
+        return config
+    try:
+        text = class_groups.superclasses_in(Path(model.superclasses), model.num_classes)
+    except class_groups.ClassGroupError as error:
+        problems += [f"model.superclasses = {model.superclasses!r}: {problem}" for problem in error.violations]
+        refused.add("model.superclasses")
+        return config
+    return replace(config, model=replace(model, superclasses=text))
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def _read_yaml(path: Path, problems: list[str]) -> Mapping:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"file = {path}: cannot be read ({error.strerror}); give the path of a YAML file")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"file = {path}: is not YAML: {' '.join(str(error).split())}")
+    else:
+        if content is None or isinstance(content, Mapping):  # an empty file sets nothing
+            return content or {}
+        problems.append(f"file = {path}: must be a mapping of sections, not a {type(content).__name__}")
+    return {}
+
+
+def _flatten(nested: Mapping, origin: str, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    for section, values in nested.items():
+        if isinstance(values, Mapping):
+            yield from ((f"{section}.{name}", value, origin) for name, value in values.items())
+        elif problem := _unknown(str(section), None, [f.name for f in fields(Config)]):
+            problems.append(f"{section} = {values!r} ({origin}): {problem}")
+        else:
+            problems.append(f"{section} = {values!r} ({origin}): must be a mapping of keys to values")
+
+
+def _parse(overrides: Iterable[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if equals:
+            yield key.strip(), _Text(value.strip()), "command line"
+        else:
+            problems.append(f"{text!r} (command line): must be section.key=value")
+
+
+class _Text(str):
+    """A value typed on the command line: the type of its field decides how it is read."""
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """`value` as a `kind`, or None where it is no such thing."""
+    if kind is str:
+        return str(value) if isinstance(value, str) else None
+    if isinstance(value, _Text):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return None
+    if kind is float and not isinstance(value, bool):
+        try:  # YAML reads "1e-4" as text
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return number if math.isfinite(number) else None
+    return value if type(value) is kind else None
+
+
+def _unknown(section: str, name: str | None, sections: Mapping | list) -> str | None:
+    if section not in sections:
+        return f"{section!r} is no section; {suggest(section, sections)}"
+    if name is None:
+        return None
+    known = [f.name for f in fields(sections[section])]
+    return None if name in known else f"{name!r} is no key of {section}; {suggest(name, known)}"
+
+
+# ---- checking
+
+
+def _violations(config: Config, world: int | None, refused: set[str]) -> list[str]:
+    """Everything wrong with `config`, but nothing that speaks of a `refused` field."""
+    wrong: list[Rule] = []
+    safe, defaults = config, Config()
+    for section in fields(Config):
+        values = getattr(config, section.name)
+        for f in fields(values):
+            key, value = f"{section.name}.{f.name}", getattr(values, f.name)
+            typed = _typed(value, f.type)
+            rule = f"must be {_KINDS[f.type]}" if typed is None else _range_rule(value, f.metadata)
+            if rule:
+                wrong.append(((key,), rule))
+            if rule or key in refused:  # the default keeps the arithmetic of the rules below safe
+                values = replace(values, **{f.name: getattr(getattr(defaults, section.name), f.name)})
+        safe = replace(safe, **{section.name: values})
+    problems = sentences(config, wrong, refused)
+    refused = refused | {keys[0] for keys, _ in wrong}
+    broken = [*rules(safe), *(() if world is None else world_rules(safe, world))]
+    problems += sentences(safe, broken, refused)
+    return problems if "train.deepspeed" in refused else problems + read_deepspeed(safe)[1]
+
+
+def _range_rule(value: Any, metadata: Mapping) -> str | None:
+    if metadata["choices"]:
+        if value not in metadata["choices"]:
+            return f"must be one of {', '.join(metadata['choices'])}; {suggest(value, metadata['choices'])}"
+    elif metadata["within"]:
+        interval = metadata["within"]
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            return f"must lie in {interval}"
+    return None

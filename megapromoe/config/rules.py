@@ -1,0 +1,145 @@
+"""The rules between options that hold for any number of ranks; each broken one is told with its remedy."""
+
+from collections.abc import Iterator
+
+from megapromoe.config import class_groups
+from megapromoe.config.options import (
+    EXPERT_CHOICE_ROUTERS,
+    FIXED_SIZES,
+    GUIDED_ROUTERS,
+    TWO_STEP_ROUTERS,
+    Config,
+    ModelConfig,
+    Rule,
+    nearest_divisors,
+    nearest_multiples,
+)
+
+
+def rules(config: Config) -> Iterator[Rule]:
+    """The rules between fields that hold for any number of ranks, where they are broken."""
+    model, parallel, data, sample, train = (
+        config.model,
+        config.parallel,
+        config.data,
+        config.sample,
+        config.train,
+    )
+    size, experts, tp = model.hidden_size, model.num_experts, parallel.tp
+
+    if size % model.heads:
+        near = nearest_divisors(model.heads, size)
+        yield ("model.heads", "model.hidden_size"), f"must divide model.hidden_size = {size}; nearest: {near}"
+    if size % 4:
+        near = nearest_multiples(size, 4)
+        yield ("model.hidden_size",), f"must be a multiple of 4 (sine and cosine of x and y); nearest: {near}"
+    if model.input_size % model.patch_size:
+        near = nearest_divisors(model.patch_size, model.input_size)
+        rule = f"must divide model.input_size = {model.input_size}; nearest: {near}"
+        yield ("model.patch_size", "model.input_size"), rule
+
+    for name, width in (("mlp_ratio", model.mlp_width), ("expert_ratio", model.expert_width)):
+        if width < 1:
+            rule = f"times model.hidden_size = {size} must be at least 1; use {1 / size:.3g} or more"
+            yield (f"model.{name}", "model.hidden_size"), rule
+    # The shared and the unconditional expert are split like a dense MLP, the routed ones with expert_tp.
+    kept_whole = model.router not in TWO_STEP_ROUTERS or not (model.shared_expert or model.unconditional_expert)
+    split = [("model.heads", model.heads, ("model.heads",))]
+    if len(model.moe_blocks) < model.depth:
+        keys = ("model.hidden_size", "model.mlp_ratio")
+        split.append(("hidden_size * mlp_ratio", model.mlp_width, keys))
+    if model.moe_blocks and (parallel.expert_tp or not kept_whole):
+        keys = ("model.hidden_size", "model.expert_ratio")
+        split.append(("hidden_size * expert_ratio", model.expert_width, keys))
+    for name, width, keys in split:
+        if width % tp:
+            yield (
+                ("parallel.tp", *keys),
+                f"must divide {name} = {width}; nearest: {nearest_divisors(tp, width)}",
+            )
+
+    if model.router == "dense":
+        if parallel.ep > 1:
+            yield (
+                ("parallel.ep", "model.router"),
+                "must be 1 with model.router = 'dense', which has no experts",
+            )
+        if parallel.recompute == "moe":
+            rule = "must be none, blocks or all with model.router = 'dense', which has no experts"
+            yield ("parallel.recompute", "model.router"), rule
+    else:
+        if parallel.ep > experts:
+            yield ("parallel.ep", "model.num_experts"), f"must be at most model.num_experts = {experts}"
+        if model.top_k > experts:
+            yield ("model.top_k", "model.num_experts"), f"must be at most model.num_experts = {experts}"
+        if model.moe_every > model.depth:
+            rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
+            yield ("model.moe_every", "model.depth", "model.router"), rule
+    yield from _guided_rules(model)
+    if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
+        rule = f"must be 0 with model.router = {model.router!r}, where no expert gets more than its share"
+        yield ("model.capacity_factor", "model.router"), rule
+    if model.router in EXPERT_CHOICE_ROUTERS and model.expert_capacity < 1:
+        most = model.tokens * model.top_k
+        rule = f"must be at most {most} = tokens * top_k, or no expert may choose a token of an image"
+        keys = ("num_experts", "top_k", "input_size", "patch_size", "router")
+        yield tuple(f"model.{key}" for key in keys), rule
+
+    objective = config.diffusion.objective
+    methods = {"rf": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}[objective]
+    if sample.method not in methods:
+        rule = f"must be {' or '.join(methods)} with diffusion.objective = {objective!r}"
+        yield ("sample.method", "diffusion.objective"), rule
+    if objective == "ddpm" and sample.steps > 1000:
+        yield (
+            ("sample.steps", "diffusion.objective"),
+            "must be at most 1000, the steps of DDPM's noise schedule",
+        )
+    if objective == "ddpm" and not model.learn_sigma:
+        rule = "must be true with diffusion.objective = 'ddpm', which learns the variance"
+        yield ("model.learn_sigma", "diffusion.objective"), rule
+    if sample.guidance_low > sample.guidance_high:
+        rule = f"must be at most sample.guidance_high = {sample.guidance_high}"
+        yield ("sample.guidance_low", "sample.guidance_high"), rule
+
+    if data.source in FIXED_SIZES:
+        size = FIXED_SIZES[data.source]
+        for name, needed in (("in_channels", 1), ("input_size", size), ("num_classes", 10)):
+            if getattr(model, name) != needed:
+                rule = (
+                    f"must be {needed} with data.source = {data.source!r}: {size}x{size} pixels, 1 channel, 10 classes"
+                )
+                yield (f"model.{name}", "data.source"), rule
+    if data.source == "latents" and not data.path:
+        yield ("data.path", "data.source"), "must be the folder of the latents with data.source = 'latents'"
+    for name, sources in (("path", ("latents", "fashion_mnist")), ("test_path", ("latents",)), ("cache", ("latents",))):
+        if getattr(data, name) and data.source not in sources:
+            rule = f"must be empty with data.source = {data.source!r}; it is for {' and '.join(sources)}"
+            yield (f"data.{name}", "data.source"), rule
+    if data.source == "digits" and data.flip:
+        yield ("data.flip", "data.source"), "must be false with data.source = 'digits': they read one way"
+
+    if train.warmup > train.steps:
+        yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
+    if train.schedule == "cosine" and train.min_lr > train.lr:
+        yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
+
+
+def _guided_rules(model: ModelConfig) -> Iterator[Rule]:
+    """The rules of the routers that classes or k-means guide."""
+    if model.router not in GUIDED_ROUTERS:
+        return
+    router = f"with model.router = {model.router!r}"
+    if model.top_k != 1:
+        yield ("model.top_k", "model.router"), f"must be 1 {router}, whose super-classes or clusters do not overlap"
+    if model.router == "classification":
+        keys = ("model.superclasses", "model.num_classes", "model.num_experts", "model.router")
+        for problem in class_groups.superclass_problems(model.superclasses, model.num_classes, model.num_experts):
+            yield keys, problem
+        return
+    if model.batch_scope != "global":
+        rule = f"must be global {router}, whose centroids are the same on all ranks"
+        yield ("model.batch_scope", "model.router"), rule
+    if model.balance_weight:
+        rule = f"must be 0 {router}, which has no parameters to balance; starved centroids are moved instead"
+        yield ("model.balance_weight", "model.router"), rule

@@ -1,0 +1,151 @@
+"""Data sets that need no file: real 8x8 digits, and synthetic latents of any shape."""
+
+from typing import Protocol
+
+import numpy as np
+
+from megapromoe.diffusion import noise
+from megapromoe.errors import UserError
+
+
+class Dataset(Protocol):
+    """A finite set of labelled images or latents, drawn by index."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of one record."""
+    num_classes: int
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    """int64 class of every record."""
+    stochastic: bool
+    """Whether a record is a distribution to draw from, rather than an array."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W) float32, as they are (means, where they are distributions), and labels (B) int64."""
+
+    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Samples (B, C, H, W) float32 of int64 indices in [0, len).
+
+        Args:
+            mirror_B: bool, which are mirrored left to right.
+            normal_BCHW: unit normals that a stochastic set draws with; None: the mean.
+
+        Raises DamagedRecords, naming all of these that cannot be used.
+        """
+
+
+class DatasetError(UserError):
+    """A data set that does not fit the model, or holds what it must not."""
+
+
+class DamagedRecords(DatasetError):
+    """Records that cannot be used; `rows` says where in the indices that were asked for they stand."""
+
+    def __init__(self, rows: list[int], message: str):
+        super().__init__(message)
+        self.rows = rows
+
+
+class Images:
+    """A set of arrays: those that `read(indices)` gives with their labels, mirrored where asked."""
+
+    stochastic = False
+
+    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Images (B, C, H, W) float32."""
+        images_BCHW, _ = self.read(indices_B)
+        if not mirror_B.any():
+            return images_BCHW
+        return np.where(mirror_B[:, None, None, None], images_BCHW[..., ::-1], images_BCHW)
+
+
+def check_dataset(dataset: Dataset, model) -> None:
+    """See that a model of this configuration can train on the data set.
+
+    Raises:
+        DatasetError: naming every mismatch, and the first record whose label is out of range.
+    """
+    problems = []
+    shape = (model.in_channels, model.input_size, model.input_size)
+    if tuple(dataset.shape) != shape:
+        problems.append(
+            f"records have shape {tuple(dataset.shape)}, the model takes {shape}: "
+            f"set model.in_channels={dataset.shape[0]} and model.input_size={dataset.shape[1]}"
+        )
+    if dataset.num_classes != model.num_classes:
+        problems.append(
+            f"{dataset.num_classes} classes, the model has {model.num_classes}: "
+            f"set model.num_classes={dataset.num_classes}"
+        )
+    if len(dataset) == 0:
+        problems.append("no records: at least one is needed")
+    labels = np.asarray(dataset.labels)
+    if len(labels) != len(dataset):
+        problems.append(f"{len(labels)} labels for {len(dataset)} records: one label a record is needed")
+    wrong = np.flatnonzero((labels < 0) | (labels >= model.num_classes))
+    if len(wrong):
+        problems.append(
+            f"record {wrong[0]} has label {labels[wrong[0]]}, labels must be in 0..{model.num_classes - 1} "
+            f"({len(wrong)} of {len(labels)} records are out of range): "
+            "correct the label or raise model.num_classes"
+        )
+    if problems:
+        raise DatasetError(f"data set {type(dataset).__name__}: " + "; ".join(problems))
+
+
+class Digits(Images):
+    """The 1,797 handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes, values in [-1, 1].
+
+    Source: sklearn.datasets.load_digits (UCI optical recognition of handwritten digits, test part).
+    """
+
+    shape = (1, 8, 8)
+    num_classes = 10
+    class_names = tuple(str(digit) for digit in range(10))
+
+    def __init__(self):
+        from sklearn.datasets import load_digits  # slow to import, and only the digits need it
+
+        digits = load_digits()
+        self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
+        self.labels = digits.target.astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, 1, 8, 8) float32 and labels (B) int64."""
+        return self.images[indices], self.labels[indices]
+
+
+class Synthetic(Images):
+    """Latents of any shape: unit normal around a pattern of their class, hence learnable.
+
+    A record is drawn when it is read, from (seed, index). Classes take turns: record i is of class i mod
+    num_classes.
+
+    Args:
+        shape: (C, H, W) of a latent.
+        num_classes: classes, each with its own unit-normal mean pattern.
+        size: number of records.
+        seed: of patterns and records.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, size: int, seed: int):
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
+        self.class_names = tuple(f"class {label}" for label in range(num_classes))
+        self.labels = np.arange(size, dtype=np.int64) % num_classes
+        self.seed = seed
+        self.means = noise.normals(seed, "synthetic class", np.arange(num_classes), self.shape)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Latents (B, C, H, W) float32 and labels (B) int64."""
+        labels = self.labels[indices]
+        return self.means[labels] + noise.normals(self.seed, "synthetic record", indices, self.shape), labels

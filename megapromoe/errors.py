@@ -1,0 +1,17 @@
+"""The base class of every error whose message is meant for the user.
+
+The command line prints such an error as one message and exits with its code. Any other exception is a bug, and its
+traceback is shown.
+"""
+
+
+class UserError(Exception):
+    """An error that the user can act on: its message names what is wrong, the rule, and the remedy.
+
+    Attributes:
+        exit_code: exit code of the process.
+        on_all_ranks: every rank of the job raises it, so that rank 0 alone prints it.
+    """
+
+    exit_code = 1
+    on_all_ranks = False

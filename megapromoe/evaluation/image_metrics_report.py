@@ -1,0 +1,78 @@
+"""What is said of the records of an evaluation: a table, lines in a file, a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megapromoe.evaluation.image_metrics import EvaluationError
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """What was compared, and a table: figures in rows, sets in columns; of several steps, the step heads each."""
+    first = records[0]
+    names = list(dict.fromkeys(name for record in records for name in record["figures"]))
+    steps = _steps(records)
+    heads = [[f"step {r['step']:,}" for r in records]] if len(steps) > 1 else []
+    if "guidance" in first:
+        heads.append([f"guidance {r['guidance']:g}" for r in records])
+    real = "statistics alone" if first["reference_count"] is None else f"{first['reference_count']:,} images"
+    said = f"{first['count']:,} images"
+    if steps:
+        which = f"step {steps[0]:,}" if len(steps) == 1 else f"each of {len(steps)} steps"
+        said += f" of {which} ({first['weights']} weights)"
+    lines = [f"{said} against {first['reference']} ({real}), features of {first['features']['name']}"]
+    if first["features"]["declared"]:
+        lines.append("that these are the standard network's weights is the user's word")
+    width = max(map(len, names))
+    lines += [" " * width + "".join(f"  {head:>14}" for head in row) for row in heads]
+    for name in names:
+        lines.append(f"{name:{width}}" + "".join(f"  {r['figures'][name]:14.6g}" for r in records))
+    return "\n".join(lines)
+
+
+def append(records: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Adds a line of JSON for each record. Raises EvaluationError."""
+    try:
+        with open(file, "a", encoding="utf-8") as f:
+            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise EvaluationError(f"{file}: cannot be written ({error.strerror}); the figures are above") from error
+
+
+def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A picture of the first figure, FID or the Fréchet distance. Raises EvaluationError.
+
+    It is drawn over the guidance scale; of several steps, over the step, with a line for each scale.
+    """
+    from matplotlib.figure import Figure  # without a window system
+
+    name = next(iter(records[0]["figures"]))
+    steps = _steps(records)
+    over, other = ("step", "guidance") if len(steps) > 1 else ("guidance", "step")
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for value in sorted({record[other] for record in records}):
+        points = sorted((record[over], record["figures"][name]) for record in records if record[other] == value)
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{other} {value:g}")
+    count = f"{records[0]['count']:,} images"
+    if len(steps) > 1:
+        axes.set(xlabel="step", ylabel=name, title=f"{count} of each step")
+        axes.legend(frameon=False)
+    else:
+        axes.set(xlabel="guidance scale", ylabel=name, title=f"step {steps[0]:,}, {count}")
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(file, format="png", dpi=150)
+    except OSError as error:
+        raise EvaluationError(f"{file}: cannot be written ({error.strerror}); give another path") from error
+
+
+def _steps(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps of the run that records are of, ascending; none where images were given."""
+    return sorted({record["step"] for record in records if "step" in record})

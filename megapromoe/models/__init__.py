@@ -1,1 +1,0 @@
-"""The diffusion transformer and its mixture-of-experts layers."""

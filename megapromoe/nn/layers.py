@@ -1,0 +1,134 @@
+"""What every DiT is made of: embeddings, attention, the MLP, modulation.
+
+Shape letters: B images, S tokens per image, D hidden size, F expert or MLP width, H heads.
+
+Source: DiT (Peebles & Xie, arXiv 2212.09748).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megapromoe.nn.tensor_parallel import WHOLE, ColumnLinear, Region, RowLinear
+
+
+def position_table(tokens_per_side: int, width: int) -> Tensor:
+    """Fixed 2-D sin-cos positions, float32 (S, D): first half of the channels encodes the column, second the row.
+
+    Source: MAE's get_2d_sincos_pos_embed, computed in float64 as there.
+    """
+    omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+    row, column = np.divmod(np.arange(tokens_per_side**2), tokens_per_side)
+    halves = []
+    for position in (column, row):
+        angle = position[:, None] * omega[None]
+        halves += [np.sin(angle), np.cos(angle)]
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W) to tokens (B, S, D): a convolution with kernel = stride = patch, as one matmul."""
+
+    def __init__(self, patch: int, channels: int, width: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # In order, for all that follows inherits the layout, and each LayerNorm would copy its input into order.
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
+
+
+class TimeEmbed(nn.Module):
+    """Model time (B,) in [0, 1000] to (B, D): 256 sinusoids (cosines first, longest period 10000) and an MLP."""
+
+    SINUSOIDS = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        half = self.SINUSOIDS // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
+        angle = t_B.float()[:, None] * torch.exp(-math.log(10000) * steps / half)[None]
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbed(nn.Module):
+    """Class labels (B,) to (B, D). The last row, index num_classes, is the null class."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        # An empty table: on the meta device its default initialisation would import torch's compiler.
+        table = torch.empty(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(*table.shape, _weight=table)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        return self.embedding_table(y_B)
+
+
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm over one head's channels, the same weights for every head; heads may be shared out over tp."""
+
+    region: Region = WHOLE
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.region.enter(self.weight), self.region.enter(self.bias)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over an image's tokens, x (B, S, D) -> (B, S, D). A region: heads are shared out."""
+
+    region: Region = WHOLE
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.head_width = width // heads
+        self.qkv = ColumnLinear(width, 3 * width)
+        self.q_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
+        self.proj = RowLinear(width, width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        B, S, _ = x_BSD.shape
+        qkv = self.qkv(self.region.enter(x_BSD)).view(B, S, 3, -1, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y_BHSd = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
+
+
+class Mlp(nn.Module):
+    """Linear(D→F) · tanh-GELU · Linear(F→D). A region: columns of the first, rows of the second are shared out."""
+
+    region: Region = WHOLE
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = ColumnLinear(width, hidden)
+        self.fc2 = RowLinear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.hidden(self.region.enter(x)))
+
+    # In two halves, for callers inside a region.
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Hidden values (..., F/tp) of x (..., D), after the GELU."""
+        return F.gelu(self.fc1(x), approximate="tanh")
+
+    def partial(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of hidden values the partial output, and the bias still to be added after the sum (or None)."""
+        return self.fc2(hidden, partial=True)
+
+
+def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, one shift and scale per image. Source: DiT, adaLN."""
+    return torch.addcmul(shift_BD.unsqueeze(1), x_BSD, 1 + scale_BD.unsqueeze(1))

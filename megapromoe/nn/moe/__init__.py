@@ -1,0 +1,1 @@
+"""The mixture-of-experts layer: routers, experts, and dispatch between ranks."""

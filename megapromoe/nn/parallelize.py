@@ -1,0 +1,122 @@
+"""From the logical model to this rank's part of it.
+
+`build` takes the model's description (on the meta device), slices every parameter by its layout, hands out regions and
+dispatchers, and fills in initial values that depend on (seed, name, expert) alone: the same logical model at every
+(tp, ep).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import torch
+from torch import Tensor, nn
+
+from megapromoe.config.options import Config
+from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.parameter_layout import ParameterLayout, Split
+from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.layers import Attention, HeadNorm, Mlp
+from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
+from megapromoe.nn.moe.expert_linear import ExpertLinear
+from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.routers import ALONE, Router
+from megapromoe.nn.tensor_parallel import GatheredLinear, Region, RowLinear
+
+# Which dimension tensor parallelism slices, by the end of the parameter's name; whatever is not listed is replicated:
+# embeddings, the final layer, routers, biases that are added after a sum.
+SPLITS = [
+    (r"\.attn\.qkv\.(weight|bias)", Split(0, blocks=3)),
+    (r"\.attn\.proj\.weight", Split(1)),
+    (r"\.mlp\.experts\.fc1\.(weight|bias)", Split(1)),
+    (r"\.mlp\.experts\.fc2\.weight", Split(2)),
+    (r"\.mlp(\.shared|\.unconditional)?\.fc1\.(weight|bias)", Split(0)),
+    (r"\.mlp(\.shared|\.unconditional)?\.fc2\.weight", Split(1)),
+    (r"blocks\.\d+\.adaLN_modulation\.1\.(weight|bias)", Split(0)),
+]
+
+
+def layouts(model: DiT) -> dict[str, ParameterLayout]:
+    """The layout of every parameter of a model at its logical shapes."""
+    table = {}
+    for name, parameter in model.named_parameters():
+        split = next((split for pattern, split in SPLITS if re.search(pattern + "$", name)), None)
+        table[name] = ParameterLayout(name, tuple(parameter.shape), split, expert=".mlp.experts." in name)
+    return table
+
+
+def build(config: Config, mesh: Mesh | None = None, device: torch.device | str = "cpu") -> DiT:
+    """This rank's model in float32 with initial values from `train.seed`, and `model.layouts` (see `layouts`).
+
+    Without a mesh: the whole model. Raises ValueError if tp does not divide a split dimension.
+    """
+    mesh = mesh or make_mesh()
+    with torch.device("meta"):
+        model = DiT(config.model)
+    model.layouts = layouts(model)
+    for name, layout in model.layouts.items():
+        owner, attribute = _owner(model, name)
+        local = torch.empty(layout.local_shape(mesh), device=device)
+        owner.register_parameter(attribute, nn.Parameter(local))
+        with torch.no_grad():
+            fill(owner._parameters[attribute], model, layout, mesh, config.train.seed)
+    for name, buffer in list(model.named_buffers()):
+        owner, attribute = _owner(model, name)
+        value = model.initial_buffer(name, buffer.shape, _generator(config.train.seed, name))
+        persistent = attribute not in owner._non_persistent_buffers_set
+        owner.register_buffer(attribute, value.to(device), persistent=persistent)
+    connect(model, config, mesh)
+    if config.train.compile:
+        compile_dense(model)
+    return model
+
+
+def connect(model: DiT, config: Config, mesh: Mesh) -> None:
+    """Hands out what the modules need to know of the mesh: regions, dispatchers, the scope of statistics."""
+    region = Region(mesh.tp)
+    expert_region = Region(mesh.tp) if mesh.expert_tp else Region()
+    for module in model.modules():
+        if isinstance(module, (Attention, HeadNorm, Mlp, RowLinear, GatheredLinear, MoE)):
+            module.region = region
+        elif isinstance(module, ExpertLinear):
+            module.region = expert_region
+        elif isinstance(module, Router):
+            module.scope = mesh.dp if config.model.batch_scope == "global" else ALONE
+        if isinstance(module, MoE):
+            experts, factor = config.model.num_experts, config.model.capacity_factor
+            if factor:
+                module.dispatcher = StaticDispatcher(experts, mesh.ep, factor, region, mesh.expert_tp)
+            elif mesh.ep.size > 1:
+                module.dispatcher = ExpertParallelDispatcher(experts, mesh.ep, region, mesh.expert_tp)
+            else:
+                module.dispatcher = Dispatcher(experts, region, mesh.expert_tp)
+    for block in model.blocks:
+        block.recompute = config.parallel.recompute
+
+
+def fill(parameter: Tensor, model: DiT, layout: ParameterLayout, mesh: Mesh, seed: int) -> None:
+    """Writes this rank's part of the parameter's logical initial value."""
+    if not layout.expert:
+        generator = _generator(seed, layout.name)
+        value = model.initial_value(layout.name, torch.Size(layout.shape), generator)
+        parameter.copy_(layout.take(value, mesh))
+        return
+    parameter.zero_()
+    one = ParameterLayout(layout.name, (1, *layout.shape[1:]), layout.split, expert=False)
+    for slot, expert in enumerate(layout.placement(mesh).owned(mesh.ep.rank)):
+        generator = _generator(seed, layout.name, expert)
+        value = model.initial_value(layout.name, torch.Size(layout.shape[1:]), generator)[None]
+        parameter[slot] = (one.take(value, mesh) if mesh.expert_tp else value)[0]
+
+
+def _generator(seed: int, *key: str | int) -> torch.Generator:
+    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute

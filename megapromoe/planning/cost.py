@@ -1,0 +1,223 @@
+"""What a model costs: parameters, floating-point operations, bytes on a rank. Pure arithmetic, no torch.
+
+All of it comes from one table of the model's linear layers, `layers`. Letters as everywhere: D hidden size,
+F expert width, S tokens of an image, L blocks, E routed experts, K experts of a token.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.options import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+
+TIME_SINUSOIDS = 256
+# Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
+EVEN, LARGEST_GROUP = 2, 178_956_971
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Equal linear layers: `copies` of inputs x outputs that together process `rows` rows of one image.
+
+    `split` says what tensor parallelism slices: "columns" (outputs, with the bias), "rows" (inputs; the bias
+    is replicated) or nothing. Tables and norms are listed as layers that process no rows.
+    """
+
+    part: str
+    inputs: int
+    outputs: int
+    copies: int
+    rows: int
+    bias: bool = True
+    split: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.copies * (self.inputs * self.outputs + self.bias * self.outputs)
+
+    @property
+    def flops(self) -> int:
+        """Operations of one image's forward pass: 2 m n k for a product."""
+        return 2 * self.rows * self.inputs * self.outputs
+
+    def tensors(self, tp: int) -> list[int]:
+        """Elements of the weight and the bias of one copy, on one of the `tp` ranks that split it."""
+        weight, bias = self.inputs * self.outputs, self.outputs
+        if self.split is not None:
+            weight //= tp
+        if self.split == "columns":
+            bias //= tp
+        return [weight, bias] if self.bias else [weight]
+
+
+def layers(model: ModelConfig) -> Iterator[Linear]:
+    """Every trained parameter of the model, and the rows that each layer processes of one image.
+
+    Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711).
+    """
+    D, S, L, patch = model.hidden_size, model.tokens, model.depth, model.patch_size**2
+    moe = len(model.moe_blocks)
+    dense = L - moe
+
+    yield Linear("patch embedding", model.in_channels * patch, D, 1, S)
+    yield Linear("time embedding", TIME_SINUSOIDS, D, 1, 1)
+    yield Linear("time embedding", D, D, 1, 1)
+    yield Linear("class embedding", model.num_classes + 1, D, 1, 0, bias=False)
+    yield Linear("adaLN", D, 6 * D, L, L, split="columns")
+    yield Linear("attention", D, 3 * D, L, L * S, split="columns")
+    yield Linear("attention", D, D, L, L * S, split="rows")
+    if model.qk_norm:  # weight and bias over a head's channels, for queries and for keys
+        yield Linear("attention", 1, model.head_dim, 2 * L, 0)
+    yield from _mlp("MLP", D, model.mlp_width, dense, dense * S)
+    if moe:
+        F, E = model.expert_width, model.num_experts
+        visits = E * model.expert_capacity if model.router in EXPERT_CHOICE_ROUTERS else S * model.top_k
+        if model.router == "classification":
+            yield Linear("router", D, E, moe, moe)  # one row, the mean token of the image
+        else:  # prototypes, gate, or centroids, which are no parameters
+            yield Linear("router", D, E, 0 if model.router == "kmeans" else moe, moe * S, bias=False)
+        if model.router == "diffmoe":
+            yield Linear("capacity predictor", D, D, moe, moe * S)
+            yield Linear("capacity predictor", D, E, moe, moe * S)
+        yield from _mlp("routed experts", D, F, moe * E, moe * visits)
+        if model.router in TWO_STEP_ROUTERS and model.shared_expert:
+            yield from _mlp("shared expert", D, F, moe, moe * S)
+        if model.router in TWO_STEP_ROUTERS and model.unconditional_expert:
+            yield from _mlp("unconditional expert", D, F, moe, 0)
+    yield Linear("final layer", D, 2 * D, 1, 1)
+    yield Linear("final layer", D, patch * model.out_channels, 1, S)
+
+
+def _mlp(part: str, D: int, width: int, copies: int, rows: int) -> Iterator[Linear]:
+    yield Linear(part, D, width, copies, rows, split="columns")
+    yield Linear(part, width, D, copies, rows, split="rows")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of parameters. `total` includes the fixed positions, `by_part` sums to it.
+
+    `active` are those that a token of a labelled image meets: all prototypes, but neither the routed experts
+    it does not visit (under expert choice: on average) nor the unconditional expert.
+    """
+
+    total: int
+    trainable: int
+    active: int
+    by_part: dict[str, int]
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    """Counts the parameters, exactly."""
+    by_part: dict[str, int] = {"positions": model.tokens * model.hidden_size}
+    for layer in layers(model):
+        by_part[layer.part] = by_part.get(layer.part, 0) + layer.parameters
+    total = sum(by_part.values())
+    unvisited = by_part.get("routed experts", 0) * (model.num_experts - model.top_k) // model.num_experts
+    active = total - unvisited - by_part.get("unconditional expert", 0)
+    return Parameters(total, total - by_part["positions"], active, by_part)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one image; `by_part` sums to `forward`."""
+
+    forward: int
+    training: int
+    by_part: dict[str, int]
+
+
+def flops_per_image(model: ModelConfig) -> Flops:
+    """Counts the operations of matrix products, 2 m n k each, with attention's scores and weighted values.
+
+    Every image counts as labelled: the share of null images, whose tokens visit the unconditional expert in
+    place of K routed ones, is ignored. DiffMoE counts as if it chose per image. A training step is three
+    forward passes (gradients of inputs and of weights cost one each); recomputation is no useful work and not
+    counted.
+    """
+    by_part: dict[str, int] = {}
+    for layer in layers(model):
+        if layer.rows:
+            by_part[layer.part] = by_part.get(layer.part, 0) + layer.flops
+    by_part["attention"] += 2 * 2 * model.tokens**2 * model.hidden_size * model.depth
+    forward = sum(by_part.values())
+    return Flops(forward, 3 * forward, by_part)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the states on one rank: `host` of them lie in the host's memory, the rest on the device."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.ema - self.host
+
+
+def memory_per_rank(config: Config, world: int) -> Memory:
+    """Bytes of parameters, gradients, AdamW's states and EMA on the first rank, which holds the most.
+
+    Exact, with ZeRO's padding of what it partitions; activations and communication buffers are left out
+    (`planning.memory` has them). Over the data-parallel ranks (routed experts: the expert-data-parallel ones)
+    are partitioned AdamW's states and the EMA from ZeRO stage 1, the gradients from stage 2, the parameters at
+    stage 3. AdamW keeps two fp32 moments and an fp32 master copy, which only plain fp32 training (stage 0) does
+    without. The EMA is fp32, beside the master.
+
+    Raises ConfigError where the layout does not come out even, or the DeepSpeed file is wrong.
+    """
+    layout, deepspeed = config.layout(world), load_deepspeed(config)
+    zero = deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    bf16 = deepspeed.get("bf16", {}).get("enabled", False)
+    replicated, routed = tensors_on_rank(config.model, layout)
+    whole = sum(replicated) + sum(routed)
+    if stage == 3:  # every tensor is cut by itself
+        shard = sum(-(-n // layout.dp) for n in replicated) + sum(-(-n // layout.edp) for n in routed)
+    else:  # flat groups of tensors are
+        shards = flat_shards(replicated, layout.dp, False) + flat_shards(routed, layout.edp, True)
+        shard = sum(shards)
+    held = whole if stage == 0 else shard
+    width = 2 if bf16 else 4
+    optimizer = held * (8 if stage == 0 and not bf16 else 12)
+    ema = held * 4
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return Memory(
+        parameters=width * (shard if stage == 3 else whole),
+        gradients=width * (shard if stage >= 2 else whole),
+        optimizer=optimizer,
+        ema=ema,
+        host=optimizer + ema if offloaded else 0,
+    )
+
+
+def tensors_on_rank(model: ModelConfig, layout: Layout) -> tuple[list[int], list[int]]:
+    """Elements of each parameter that the first rank holds: the replicated or tp-split ones, the routed experts'.
+
+    Routed experts are one tensor of ceil(E/ep) slots for each weight and bias of a block.
+    """
+    slots = -(-model.num_experts // layout.ep)
+    replicated, routed_of_block = [], []
+    for layer in layers(model):
+        if layer.part == "routed experts":
+            routed_of_block += [slots * n for n in layer.tensors(layout.etp)]
+        else:
+            replicated += layer.tensors(layout.tp) * layer.copies
+    return replicated, routed_of_block * len(model.moe_blocks)
+
+
+def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:
+    """A rank's part of each flat group of tensors, which ZeRO 1 and 2 pad so that parts are even.
+
+    Routed experts' tensors come in several groups where they are many. Source: deepspeed/moe/utils.py.
+    """
+    groups = [[]]
+    for n in tensors:
+        if routed and groups[-1] and sum(groups[-1]) + n > LARGEST_GROUP:
+            groups.append([])
+        groups[-1].append(n)
+    return [-(-sum(group) // (EVEN * ranks)) * EVEN for group in groups if group]

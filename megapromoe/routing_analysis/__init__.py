@@ -1,0 +1,1 @@
+"""What routers and experts learnt: measures, figures and a report."""

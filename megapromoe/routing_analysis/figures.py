@@ -1,0 +1,334 @@
+"""Pictures of a model's routing. Each function returns a figure of its own; pyplot would keep a list of them all."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset
+from megapromoe.nn.dit import DiT
+from megapromoe.routing_analysis.measures import NOBODY
+from megapromoe.routing_analysis.observe import Routing, measure_routing
+
+SHOWN_IMAGES, SHOWN_LAYERS = 10, 4  # of token maps
+NAMED = 20  # so many classes or subsets are named one by one
+GREY = (0.6, 0.6, 0.6)  # of tokens that nobody took
+
+
+def png(figure: Figure, dpi: int = 90) -> bytes:
+    """A figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
+
+
+def routing_picture(model: DiT, config: Config, dataset: Dataset, path: Path) -> dict[str, Any]:
+    """Measures the routing, draws it as a PNG, and returns the numbers, ready for JSON.
+
+    Raises RoutingError for a model without experts.
+    """
+    routing = measure_routing(model, config, dataset)
+    figure = draw(routing, dataset.class_names, config.model.input_size // config.model.patch_size)
+    path.write_bytes(png(figure, dpi=110))
+    return routing.numbers()
+
+
+def draw(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
+    """One figure: a heat-map class by expert for each MoE layer, token maps of some images, the load.
+
+    Args:
+        side: tokens along a side of an image.
+    """
+    L = len(routing.blocks)
+    wide = min(L, 4)
+    heat_rows, layers = math.ceil(L / wide), len(_some_layers(L))
+    heights = [heat_rows * 3.4, 0.95 * (1 + layers), 2.6]
+    figure = _figure(max(10.5, 3.2 * wide), sum(heights) + 1.2)
+    heat, maps, bars = figure.subfigures(3, 1, height_ratios=heights)
+    heat.suptitle("Share of each class's tokens that goes to each expert", fontsize=11)
+    _draw_shares(heat, routing, class_names)
+    maps.suptitle("The expert of each token, images at the middle noise level", fontsize=11)
+    _draw_maps(maps, routing, class_names, side)
+    _draw_load(bars, routing)
+    return figure
+
+
+# ---- one picture each, for reports
+
+
+def shares_figure(routing: Routing, class_names: Sequence[str]) -> Figure:
+    """Heat-maps class by expert, a layer each."""
+    L, C, _ = routing.rows_LCE.shape
+    figure = _figure(*_panels(L, 3.3 if C <= NAMED else 4.5))
+    _draw_shares(figure, routing, class_names)
+    return figure
+
+
+def maps_figure(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
+    """Images, and the expert of each of their tokens in some layers."""
+    figure = _figure(12, 0.4 + 1.15 * (1 + len(_some_layers(len(routing.blocks)))))
+    _draw_maps(figure, routing, class_names, side)
+    return figure
+
+
+def load_figure(routing: Routing) -> Figure:
+    """Bars: the load of each expert in each layer."""
+    figure = _figure(12, 3.2)
+    _draw_load(figure, routing)
+    return figure
+
+
+def levels_figure(routing: Routing, evenness_ML: np.ndarray) -> Figure:
+    """Load over layers and noise levels: the evenness in one heat-map, then experts by noise level, a layer each."""
+    L, levels = len(routing.blocks), [f"{level:g}" for level in routing.levels]
+    width, height = _panels(L, 1.4 + 0.25 * len(levels))
+    first_height = 1.3 + 0.3 * len(levels)
+    figure = _figure(width, height + first_height)
+    first, rest = figure.subfigures(2, 1, height_ratios=[first_height, height])
+    ax = first.subplots()
+    _heat(first, ax, evenness_ML, routing.blocks, levels, ("block", "noise level"), "evenness", (0, 1), written=L <= 16)
+    ax.set_title("Evenness of the load", fontsize=10)
+    load_MLE = routing.load_MLE
+    for layer, ax in enumerate(_grid(rest, L)):
+        shown = ax.imshow(load_MLE[:, layer], vmin=0, vmax=load_MLE.max(), aspect="auto", cmap="viridis")
+        ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
+        _expert_axis(ax, load_MLE.shape[-1])
+        ax.set_yticks(range(len(levels)), levels if layer % 4 == 0 else [], fontsize=7)
+        if layer % 4 == 0:
+            ax.set_ylabel("noise level", fontsize=8)
+    _bar(rest, shown, rest.axes, "load")
+    return figure
+
+
+def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Sequence[int], class_names) -> Figure:
+    """Tokens in the plane, a row for each layer: coloured by expert, and by class.
+
+    Args:
+        place_LT2: of the tokens, for each of `layers`.
+    """
+    tokens, E, C = routing.tokens, routing.rows_MLCE.shape[-1], len(class_names)
+    figure = _figure(11.5, 5.0 * len(layers))
+    axes = figure.subplots(len(layers), 2, squeeze=False)
+    experts = [f"expert {e}" for e in range(E)]
+    for row, (layer, place_T2) in enumerate(zip(layers, place_LT2, strict=True)):
+        expert_T = tokens.expert_LT[layer]
+        _scatter(axes[row, 0], place_T2, expert_T, experts, last=row == len(layers) - 1)
+        _scatter(axes[row, 1], place_T2, tokens.class_T, class_names, last=row == len(layers) - 1)
+        axes[row, 0].set_ylabel(f"block {routing.blocks[layer]}", fontsize=10)
+    axes[0, 0].set_title("by expert", fontsize=10)
+    axes[0, 1].set_title("by class" + ("" if C <= NAMED else f" (hue: 0..{C - 1})"), fontsize=10)
+    return figure
+
+
+def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray, apart_LUU: np.ndarray) -> Figure:
+    """For each layer the load of the experts over each subset of classes, above how far subsets are apart."""
+    L, U, _ = share_LUE.shape
+    tall = 1.3 + 0.15 * U if U <= NAMED else 3.0
+    width, height = _panels(L, tall)
+    figure = _figure(width, 2 * height)
+    apart = "Jensen-Shannon divergence, bits"
+    parts = ((share_LUE, "load", "viridis"), (apart_LUU, apart, "magma"))
+    for sub, (values, title, colours) in zip(figure.subfigures(2, 1), parts, strict=True):
+        top = max(np.nanmax(values, initial=0), 1e-9)
+        for layer, ax in enumerate(_grid(sub, L)):
+            shown = ax.imshow(values[layer], vmin=0, vmax=top, aspect="auto", cmap=colours)
+            ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
+            if title == "load":
+                _expert_axis(ax, values.shape[-1])
+            elif U <= NAMED:
+                ax.set_xticks(range(U), names, fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0)
+            if U <= NAMED:
+                ax.set_yticks(range(U), names if layer % 4 == 0 else [], fontsize=7)
+        _bar(sub, shown, sub.axes, title)
+    return figure
+
+
+def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: str, low: float = -1) -> Figure:
+    """A matrix expert by expert for each layer."""
+    figure = _figure(*_panels(len(matrix_LEE), 3.0))
+    for layer, ax in enumerate(_grid(figure, len(matrix_LEE))):
+        colours = "RdBu_r" if low < 0 else "viridis"
+        shown = ax.imshow(matrix_LEE[layer], vmin=low, vmax=1, cmap=colours)
+        ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
+        E = len(matrix_LEE[layer])
+        _expert_axis(ax, E)
+        ax.set_yticks(range(0, E, _step(E)))
+        ax.tick_params(labelsize=7)
+        if layer % 4 == 0:
+            ax.set_ylabel("expert", fontsize=8)
+    _bar(figure, shown, figure.axes, title)
+    return figure
+
+
+def lines_figure(routing: Routing, lines: dict[str, Sequence[float]], title: str, flat: dict[str, float]) -> Figure:
+    """Measures over layers, a line each; `flat` ones are dashed."""
+    figure = _figure(8, 3.2)
+    ax = figure.subplots()
+    place = np.arange(len(routing.blocks))
+    for number, (name, values) in enumerate(lines.items()):
+        ax.plot(place, np.asarray(values, dtype=float), marker="o", color=f"C{number}", label=name)
+    for number, (name, value) in enumerate(flat.items()):
+        ax.axhline(value, color=f"C{number + len(lines)}", linestyle="--", linewidth=1, label=name)
+    ax.set_xticks(
+        place, [f"block {block}" for block in routing.blocks], fontsize=8, rotation=90 if len(place) > 8 else 0
+    )
+    ax.set_ylim(bottom=0)
+    ax.set_ylabel(title, fontsize=9)
+    ax.tick_params(labelsize=8)
+    figure.legend(fontsize=8, loc="outside right upper", frameon=False)
+    return figure
+
+
+# ---- parts
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(L: int, height: float) -> tuple[float, float]:
+    """Size of a figure with a panel for each layer, four a row."""
+    return max(3.0 * min(L, 4) + 1.2, 6.0), math.ceil(L / 4) * height
+
+
+def _grid(figure, L: int) -> list:
+    """Axes for each layer, four a row; what is left over is removed."""
+    wide = min(L, 4)
+    axes = figure.subplots(math.ceil(L / wide), wide, squeeze=False).flatten()
+    for ax in axes[L:]:
+        ax.remove()
+    return list(axes[:L])
+
+
+def _some_layers(L: int) -> np.ndarray:
+    return np.unique(np.linspace(0, L - 1, min(L, SHOWN_LAYERS)).round().astype(int))
+
+
+def _colours(count: int) -> ListedColormap:
+    if count <= 10:
+        return ListedColormap(colormaps["tab10"].colors[:count])
+    if count <= 20:
+        return ListedColormap(colormaps["tab20"].colors[:count])
+    return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count)))
+
+
+def _step(count: int) -> int:
+    """Every how manyth of `count` ticks has room for a number."""
+    return 1 if count <= 16 else math.ceil(count / 8)
+
+
+def _expert_axis(ax, experts: int) -> None:
+    ax.set_xlabel("expert", fontsize=8)
+    ax.set_xticks(range(0, experts, _step(experts)))
+    ax.tick_params(labelsize=7)
+
+
+def _heat(figure, ax, values, columns, rows, labels, title, limits, written) -> None:
+    shown = ax.imshow(values, vmin=limits[0], vmax=limits[1], aspect="auto", cmap="viridis")
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xlabel(labels[0], fontsize=8)
+    ax.set_ylabel(labels[1], fontsize=8)
+    ax.tick_params(labelsize=7)
+    if written:
+        for (row, column), value in np.ndenumerate(values):
+            dark = value < sum(limits) / 2
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    _bar(figure, shown, ax, title)
+
+
+def _bar(figure, shown, axes, label: str) -> None:
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str], last: bool) -> None:
+    colours = _colours(len(names))
+    nobody = group_T == NOBODY
+    ax.scatter(*place_T2[nobody].T, s=5, color=GREY, linewidths=0, label="nobody")
+    ax.scatter(*place_T2[~nobody].T, s=5, color=colours(group_T[~nobody]), linewidths=0)
+    ax.set(xticks=[], yticks=[])
+    if last and len(names) <= NAMED:
+        shown = [ax.scatter([], [], s=20, color=colours(n), label=name[:14]) for n, name in enumerate(names)]
+        if nobody.any():
+            shown.append(ax.scatter([], [], s=20, color=GREY, label="nobody"))
+        ax.legend(handles=shown, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
+
+
+def _draw_shares(figure, routing: Routing, class_names: Sequence[str]) -> None:
+    L, C, E = routing.rows_LCE.shape
+    share_LCE = routing.share_LCE
+    for layer, ax in enumerate(_grid(figure, L)):
+        shown = ax.imshow(share_LCE[layer], vmin=0, vmax=share_LCE.max(), aspect="auto", cmap="viridis")
+        bits = routing.information_L[layer]
+        ax.set_title(f"block {routing.blocks[layer]}: {bits:.2f} bits about the class", fontsize=9)
+        _expert_axis(ax, E)
+        if C <= NAMED:
+            ax.set_yticks(range(C), [name[:14] for name in class_names], fontsize=7)
+        if layer % 4 == 0:
+            ax.set_ylabel("class", fontsize=8)
+    _bar(figure, shown, figure.axes, "share of tokens")
+
+
+def _draw_maps(figure, routing: Routing, class_names: Sequence[str], side: int) -> None:
+    L, C, E = routing.rows_LCE.shape
+    layers, colours = _some_layers(L), _colours(E)
+    examples = [int(np.flatnonzero(routing.labels == c)[0]) for c in range(C) if (routing.labels == c).any()]
+    examples = [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, SHOWN_IMAGES).round().astype(int))]
+    axes = figure.subplots(1 + len(layers), len(examples), squeeze=False)
+    for column, number in enumerate(examples):
+        image = _viewable(routing.images[number])
+        axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)  # the map is of images without colour
+        axes[0, column].set_title(class_names[routing.labels[number]][:12], fontsize=8)
+        for row, layer in enumerate(layers, start=1):
+            axes[row, column].imshow(_overlay(image, routing.expert_LNS[layer, number], side, colours))
+    for ax in axes.flatten():
+        ax.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("image", fontsize=8)
+    for row, layer in enumerate(layers, start=1):
+        axes[row, 0].set_ylabel(f"block {routing.blocks[layer]}", fontsize=8)
+
+
+def _draw_load(figure, routing: Routing) -> None:
+    L, E = routing.load_LE.shape
+    colours = _colours(E)
+    ax = figure.subplots()
+    for expert in range(E):
+        place = np.arange(L) + (expert - (E - 1) / 2) * 0.8 / E
+        label = f"expert {expert}"
+        ax.bar(place, routing.load_LE[:, expert], 0.72 / E, color=colours(expert), label=label)
+    ax.axhline(1 / E, color="black", linewidth=0.8, linestyle="--", label="even")
+    ax.set_xticks(range(L), [f"block {block}" for block in routing.blocks], fontsize=8)
+    ax.set_ylabel("share of tokens", fontsize=8)
+    ax.set_title("Load of the experts", fontsize=11)
+    ax.tick_params(labelsize=8)
+    if E <= 32:
+        ax.legend(fontsize=7, ncols=min(E + 1, 9), loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+
+
+def _viewable(image_CHW: np.ndarray) -> np.ndarray:
+    """An image in [0, 1] to look at: colours where there are three channels, else the channels' mean."""
+    low, high = image_CHW.min(), image_CHW.max()
+    scaled = (image_CHW - low) / max(high - low, 1e-8)
+    return scaled.transpose(1, 2, 0) if len(scaled) == 3 else scaled.mean(0)
+
+
+def _overlay(image: np.ndarray, expert_S: np.ndarray, side: int, colours: ListedColormap) -> np.ndarray:
+    """The image's light and dark in the colours of its tokens' experts, grey where none took a token."""
+    light = image.mean(2) if image.ndim == 3 else image
+    colour = np.where(expert_S[:, None] == NOBODY, 0.5, colours(expert_S.clip(0))[:, :3]).reshape(side, side, 3)
+    patch = len(light) // side
+    return colour.repeat(patch, axis=0).repeat(patch, axis=1) * (0.6 + 0.4 * light[..., None])

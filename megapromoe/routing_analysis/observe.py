@@ -1,0 +1,208 @@
+"""What the experts learnt: which classes and which parts of an image go to which expert.
+
+Real images are corrupted to a few noise levels and shown to the model under their labels; what its routers
+answer is counted over classes. `analysis.py` says what follows from the counts, `figures.py` draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset
+from megapromoe.diffusion.noise import image_noise
+from megapromoe.diffusion.objectives import make_objective
+from megapromoe.errors import UserError
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.moe.routers import Routed, Router
+from megapromoe.routing_analysis.measures import NOBODY, evenness, information, load
+
+LEVELS = (0.1, 0.5, 0.9)  # quantiles of the training's noise levels
+
+
+class RoutingError(UserError):
+    """A model whose routing cannot be shown, or not as was asked."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Some tokens of the middle noise level, as the routers met them; the same ones in every layer."""
+
+    x_LTD: np.ndarray
+    """The router's input, float32."""
+    expert_LT: np.ndarray
+    """The expert with the largest weight, or -1: none took it."""
+    class_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What was counted, over all images.
+
+    L MoE layers, M noise levels, C classes, E experts, N images, S tokens of an image.
+    """
+
+    blocks: tuple[int, ...]
+    """The block each MoE layer is in."""
+    levels: tuple[float, ...]
+    rows_MLCE: np.ndarray
+    """Rows (pairs of token and expert) of each class for each expert, int64."""
+    visits_LV: np.ndarray
+    """Tokens that visit 0, 1, 2, ... E experts, over all noise levels."""
+    expert_LNS: np.ndarray
+    """The expert with the largest weight for each token at the middle noise level, or -1: none took it."""
+    images: np.ndarray
+    """The clean images (N, C, H, W)."""
+    labels: np.ndarray
+    tokens: Tokens | None = None
+
+    @property
+    def middle(self) -> float:
+        """The noise level of `expert_LNS` and `tokens`."""
+        return self.levels[len(self.levels) // 2]
+
+    @property
+    def rows_LCE(self) -> np.ndarray:
+        """Rows over all noise levels."""
+        return self.rows_MLCE.sum(0)
+
+    @property
+    def load_LE(self) -> np.ndarray:
+        """Share of all rows that goes to each expert; 0 for a layer without rows."""
+        return load(self.rows_LCE.sum(1))
+
+    @property
+    def load_MLE(self) -> np.ndarray:
+        """The same at each noise level."""
+        return load(self.rows_MLCE.sum(2))
+
+    @property
+    def share_LCE(self) -> np.ndarray:
+        """Share of each class's rows that goes to each expert; 0 for a class without images."""
+        return load(self.rows_LCE)
+
+    @property
+    def information_L(self) -> np.ndarray:
+        """Mutual information of class and expert, bits: 0 if experts take classes alike, at most log2 E."""
+        return information(self.rows_LCE)
+
+    def numbers(self) -> dict[str, Any]:
+        """The figures as plain JSON, layers in the order of `blocks`."""
+        experts = self.rows_MLCE.shape[-1]
+        return {
+            "blocks": list(self.blocks),
+            "images": len(self.images),
+            "load": self.load_LE.round(4).tolist(),
+            "load_max_over_mean": (self.load_LE.max(1) * experts).round(4).tolist(),
+            "load_entropy": evenness(self.load_LE).round(4).tolist(),
+            "dead_experts": (self.load_LE == 0).sum(1).tolist(),
+            "class_information_bits": self.information_L.round(4).tolist(),
+            "class_share": self.share_LCE.round(4).tolist(),
+        }
+
+
+class Seen(NamedTuple):
+    """What a router got and said."""
+
+    x_BSD: Tensor
+    routed: Routed
+
+
+@contextmanager
+def recorded(model: DiT) -> Iterator[list[Seen]]:
+    """Within the context each forward pass appends what its routers got and returned, layer by layer."""
+    seen: list[Seen] = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_hook(lambda _, got, said: seen.append(Seen(got[0], said))) for router in routers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def chosen_layers(config: Config, blocks: Sequence[int] | None, levels: Sequence[float]) -> list[int]:
+    """The places of `blocks` among the model's MoE layers (all: None). Raises RoutingError for what cannot be shown."""
+    there = config.model.moe_blocks
+    if not there:
+        raise RoutingError("model.router = 'dense': a dense model has no experts, hence no routing to show")
+    problems = [f"levels: {level} must lie in (0, 1)" for level in levels if not 0 < level < 1]
+    problems += ["levels: at least one is needed"] * (not levels)
+    if blocks is not None and (not blocks or not set(blocks) <= set(there)):
+        unknown = ", ".join(str(b) for b in blocks if b not in there) or "none"
+        problems.append(f"layers: {unknown}: must be blocks with experts: {', '.join(map(str, there))}")
+    if problems:
+        raise RoutingError("; ".join(problems))
+    return [there.index(block) for block in (there if blocks is None else sorted(set(blocks)))]
+
+
+@torch.no_grad()
+def measure_routing(
+    model: DiT,
+    config: Config,
+    dataset: Dataset,
+    images: int = 500,
+    levels: Sequence[float] = LEVELS,
+    blocks: Sequence[int] | None = None,
+    tokens: int = 0,
+    progress: Callable[[int], Any] = lambda images: None,
+) -> Routing:
+    """Routes of up to `images` real images, spread evenly over the data set, at each of `levels`.
+
+    Args:
+        model: whole, in eval mode.
+        levels: quantiles of the training's noise levels, in (0, 1).
+        blocks: look at the MoE layers of these alone.
+        tokens: how many tokens of the middle level to keep, drawn evenly from a fixed seed.
+        progress: called with the number of images of each pass.
+
+    Raises RoutingError for a model without experts, and for levels or blocks that there are not.
+    """
+    layers = chosen_layers(config, blocks, levels)
+    m, levels = config.model, tuple(sorted(levels))
+    L, E, C, S = len(layers), m.num_experts, m.num_classes, m.tokens
+    N = min(images, len(dataset))
+    picked_N = np.linspace(0, len(dataset) - 1, N).astype(np.int64)
+    clean_NCHW, labels_N = dataset.read(picked_N)
+    noise_NCHW = image_noise(config.sample.seed, picked_N, dataset.shape)
+    objective, device = make_objective(config), model.pos_embed.device
+
+    rows_MLCE = np.zeros((len(levels), L, C, E), dtype=np.int64)
+    visits_LV = np.zeros((L, E + 1), dtype=np.int64)
+    expert_LNS = np.full((L, N, S), NOBODY)
+    kept_T = np.sort(np.random.default_rng(0).choice(N * S, min(tokens, N * S), replace=False))
+    x_LTD = np.zeros((L, len(kept_T), m.hidden_size), dtype=np.float32)
+    for number, level in enumerate(levels):
+        for first in range(0, N, config.sample.batch):
+            part = slice(first, min(first + config.sample.batch, N))
+            clean, label_B = torch.from_numpy(clean_NCHW[part]), labels_N[part]
+            B = len(label_B)
+            x_BCHW, t_B = objective.corrupt(clean, noise_NCHW[part], torch.full((B,), level))
+            with recorded(model) as seen:
+                model(x_BCHW.to(device), t_B.to(device), torch.from_numpy(label_B).to(device), B)
+            here = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
+            for layer, (x_BSD, routed) in enumerate(seen[place] for place in layers):
+                route = routed.route
+                token_R, expert_R = route.token_R.cpu().numpy(), route.expert_R.cpu().numpy()
+                row_R = label_B[token_R // S] * E + expert_R
+                rows_MLCE[number, layer] += np.bincount(row_R, minlength=C * E).reshape(C, E)
+                visits_LV[layer] += np.bincount(np.bincount(token_R, minlength=B * S), minlength=E + 1)
+                if number == len(levels) // 2:
+                    # Of several values for one place numpy keeps the last.
+                    order_R = np.argsort(route.weight_R.float().cpu().numpy(), kind="stable")
+                    map_T = np.full(B * S, NOBODY)
+                    map_T[token_R[order_R]] = expert_R[order_R]
+                    expert_LNS[layer, part] = map_T.reshape(B, S)
+                    x_TD = x_BSD.flatten(0, 1)
+                    x_LTD[layer, here] = x_TD[torch.from_numpy(kept_T[here] - first * S).to(device)].float().cpu()
+            progress(B)
+    sample = Tokens(x_LTD, expert_LNS.reshape(L, -1)[:, kept_T], labels_N[kept_T // S]) if tokens else None
+    found = tuple(m.moe_blocks[place] for place in layers)
+    return Routing(found, levels, rows_MLCE, visits_LV, expert_LNS, clean_NCHW, labels_N, sample)

@@ -1,0 +1,267 @@
+"""The launchers on a real SLURM: jobs are submitted, signalled, cancelled, and lose their nodes."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from support import slurm
+
+from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ROOT / "launchers"
+STEPS = 24
+SETTINGS = [
+    f"train.steps={STEPS}", "train.warmup=4", "train.schedule=constant", "train.log_every=1", "train.save_every=5",
+    "train.keep=50", "train.deepspeed=fp32_zero1", "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32",
+    "train.global_batch=32",
+]  # fmt: skip
+ENDLESS = ["train.steps=1000000", "train.save_every=1000000"]
+
+pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
+
+
+class Job:
+    """A submitted job: its number, its log and its run directory."""
+
+    def __init__(self, cluster: slurm.Cluster, script: str, *words: str, name: str, options=(), **env: str):
+        self.cluster, self.where = cluster, cluster.folder / "work"
+        self.where.mkdir(exist_ok=True)
+        env = {"PRESET": "digits", "PREFLIGHT": "0", "OMP_NUM_THREADS": "1", **env}
+        env = {**env, "NODE_CACHE": str(cluster.folder / "cache")}
+        options = [f"--job-name={name}", "--time=60", *options]
+        command = ["sbatch", "--parsable", *options, str(LAUNCHERS / script), *words]
+        self.number = cluster.command(*command, env=env, cwd=self.where).strip()
+        self.log = self.where / f"{name}-{self.number}.log"
+        self.run = self.where / "runs" / f"{name}-{self.number}"
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    def steps(self) -> int:
+        """Steps logged so far."""
+        file = self.run / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def losses(self) -> list[float]:
+        return [json.loads(line)["loss"] for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+    def attempts(self) -> list[list[str]]:
+        """Of each attempt: its name, the newest checkpoint, the exit code, the nodes."""
+        file = self.run / "logs" / "attempts.tsv"
+        return [line.split("\t") for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for(self, condition, what: str) -> None:
+        """Waits until `condition()`; AssertionError with the job's log if the job ends before."""
+
+        def happened() -> bool:
+            over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            done = condition()
+            assert done or not over, f"{what}: job is {self.state()}\n{self.said()}"
+            return done
+
+        self.cluster.wait(happened, what, 400)
+
+    def finish(self, state: str = "COMPLETED") -> None:
+        self.wait_for(lambda: self.state() == state, state)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm.Cluster(tmp_path_factory.mktemp("slurm"), nodes=4) as made:
+        yield made
+
+
+def two_by_two(cluster: slurm.Cluster, name: str, *words: str, options=(), **env: str) -> Job:
+    """`digits` on 2 nodes x 2 tasks."""
+    shape = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", *options]
+    return Job(cluster, "promoe_s.sh", *SETTINGS, *words, name=name, options=shape, **env)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster) -> Job:
+    job = two_by_two(cluster, "undisturbed")
+    job.finish()
+    return job
+
+
+@pytest.mark.parametrize("script", ["promoe_s.sh", "promoe_b.sh", "promoe_l.sh", "promoe_xl.sh"])
+def test_sbatch_would_take_it(script, cluster):
+    for nodes in (1, 4):
+        said = cluster.command("sbatch", "--test-only", f"--nodes={nodes}", str(LAUNCHERS / script), "parallel.ep=8")
+        assert re.search(rf"to start at .* using {nodes * 128} processors on nodes n", said)
+    too_many = cluster.command("sbatch", "--test-only", "--nodes=9", str(LAUNCHERS / script), check=False)
+    assert "allocation failure" in too_many
+
+
+def test_sbatch_would_take_the_array(cluster):
+    said = cluster.command("sbatch", "--test-only", "--array=0-11%4", str(LAUNCHERS / "scaling_experts.sh"), "study")
+    assert "to start at" in said
+
+
+def test_two_nodes_train_together(undisturbed, cluster):
+    assert len(undisturbed.losses()) == STEPS and undisturbed.losses()[-1] < undisturbed.losses()[0]
+    (start,) = json.loads((undisturbed.run / "environment.json").read_text())
+    assert start["layout"] | {"world": 4, "tp": 2, "ep": 2} == start["layout"]
+    assert undisturbed.attempts() == [[f"{undisturbed.number}.0", f"step-{STEPS:08d}", "0", "n[1-2]"]]
+    logs = undisturbed.run / "logs" / f"{undisturbed.number}.0"
+    assert sorted(p.name for p in logs.iterdir()) == [f"rank-{r:04d}.log" for r in range(4)]
+    assert f"step {STEPS}/{STEPS}" in (logs / "rank-0000.log").read_text()
+    assert f"step {STEPS}/{STEPS}" in undisturbed.said(), "rank 0 is heard in the log of the job"
+    assert cluster.job(undisturbed.number)["Restarts"] == "0"
+
+
+def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_saves(cluster):
+    job = two_by_two(cluster, "limit", *ENDLESS, options=["--signal=B:USR1@60"])
+    job.wait_for(lambda: job.steps() >= 3, "steps before the limit")
+    # The limit is set now, to a minute or two ahead, so that a slow machine has trained by then.
+    begun = datetime.fromisoformat(cluster.job(job.number)["StartTime"])
+    minutes = int((datetime.now() - begun).total_seconds() + 119) // 60
+    cluster.command("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
+    job.wait_for(lambda: len(job.attempts()) == 1, "SLURM's signal")
+    cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+    ((_, newest, code, _),) = job.attempts()
+    saved = int(newest.removeprefix("step-"))
+    assert code == "75" and saved >= 3
+    Checkpoint(folder_of(job.run / "checkpoints", saved)).verify()
+
+    job.wait_for(lambda: job.steps() >= saved + 3, "steps after the requeue")
+    assert f"continuing from {job.run}/checkpoints/{newest}" in job.said()
+    assert cluster.job(job.number)["Restarts"] == "1"
+
+    cluster.command("scancel", job.number)
+    job.finish("CANCELLED")
+    assert [attempt[2] for attempt in job.attempts()] == ["75", "75"]
+    last = steps_in(job.run / "checkpoints")[-1]
+    assert last >= saved + 3 and last == job.steps()
+    Checkpoint(folder_of(job.run / "checkpoints", last)).verify()
+    assert cluster.job(job.number)["Restarts"] == "1", "a cancelled job is not queued again"
+
+
+def test_a_requeued_run_has_the_losses_of_an_undisturbed_one(undisturbed, cluster):
+    job = two_by_two(cluster, "requeued")
+    job.wait_for(lambda: job.steps() >= 7, "some steps")
+    cluster.command("scancel", "--batch", "--signal=USR1", job.number)
+    job.finish()
+    assert job.losses() == undisturbed.losses()
+    assert [attempt[2] for attempt in job.attempts()] == ["75", "0"]
+    assert len(json.loads((job.run / "environment.json").read_text())) == 2
+
+
+def processes_on(node: str) -> list[int]:
+    """Everything that SLURM has started on a node."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and f"\0SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_node_that_dies_is_survived(undisturbed, cluster):
+    job = two_by_two(cluster, "node")
+    job.wait_for(lambda: job.steps() >= 7, "some steps")
+    assert cluster.job(job.number)["NodeList"] == "n[1-2]"
+    cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    for pid in processes_on("n2"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        job.finish()
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n2", "State=RESUME")
+    *_, code, nodes = job.attempts()[-1]
+    assert code == "0" and nodes in ("n[1,3]", "n[1,4]", "n[3-4]")
+    assert job.losses() == undisturbed.losses()
+
+
+def test_a_failure_is_tried_again_but_not_for_ever(cluster, tmp_path):
+    """What fails the same way each time ends with the exit code of the ranks; the words of a rank are told."""
+    environment = fake(tmp_path, 'echo "rank $SLURM_PROCID: no luck" >&2; exit 76')
+    job = two_by_two(cluster, "failing", RETRIES="1", MEGAPROMOE_ENV=environment)
+    job.finish("FAILED")
+    assert [attempt[1:3] for attempt in job.attempts()] == [["none", "76"]] * 2
+    assert cluster.job(job.number)["ExitCode"] == "76:0"
+    assert job.said().count("rank-0003: rank 3: no luck") == 2
+    assert "2 failures without a new checkpoint: given up" in job.said()
+
+
+def test_a_wrong_configuration_is_told_once(cluster):
+    job = two_by_two(cluster, "wrong", "parallel.ep=3", "train.lr=fast")
+    job.finish("FAILED")
+    assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
+    assert job.said().count("train.lr") == 1 and "parallel.ep = 3" in job.said()
+    assert not job.run.exists()
+
+
+def fake(folder: Path, body: str) -> str:
+    """An environment whose megapromoe is a shell script in the place of train and check; `show` is the real one."""
+    real = Path(sys.executable).parent
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "megapromoe"
+    program.write_text(f'#!/usr/bin/env bash\nreal={real}\n[[ $1 != show ]] || exec $real/megapromoe "$@"\n{body}\n')
+    program.chmod(0o755)
+    return str(folder)
+
+
+def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
+    """One node of four has another DeepSpeed. No ports are reserved on this SLURM: ranks meet at a free one."""
+    folder = tmp_path_factory.mktemp("ports")
+    odd = folder / "odd" / "deepspeed-0.0.1.dist-info"
+    odd.mkdir(parents=True)
+    (odd / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.0.1\n")
+    body = f'[[ $SLURMD_NODENAME != n2 ]] || export PYTHONPATH={folder}/odd\nexec $real/megapromoe "$@"'
+    with slurm.Cluster(folder / "slurm", nodes=5, ports=False) as cluster:
+        shape = ["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+        env = {"PREFLIGHT": "1", "MEGAPROMOE_ENV": fake(folder, body)}
+        job = Job(cluster, "promoe_s.sh", *SETTINGS, "train.steps=4", name="checked", options=shape, **env)
+        job.finish()
+        assert [attempt[1:] for attempt in job.attempts()] == [
+            ["none", "3", "n[1-4]"],
+            ["step-00000004", "0", "n[1,3-5]"],
+        ]
+        assert cluster.job(job.number)["ExcNodeList"] == "n2"
+        assert "queued again without n2" in job.said()
+        assert (job.run / "logs" / f"{job.number}.0" / "bad_nodes").read_text() == "n2\n"
+        assert (job.run / "logs" / f"{job.number}.1" / "check.json").exists()
+
+
+def test_a_study_runs_as_an_array_and_is_collected(cluster, tmp_path):
+    """Its last job has the number of the array: only that one may be queued again when it is asked to stop."""
+    study = tmp_path / "study"
+    tool = [sys.executable, str(ROOT / "tools" / "scaling_study.py")]
+    env = {**cluster.env, "OMP_NUM_THREADS": "1", "NODE_CACHE": str(tmp_path / "cache"), "PREFLIGHT": "0"}
+
+    def call(*words: str) -> str:
+        done = subprocess.run([*tool, *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    tiny = ["train.steps=400", "train.warmup=0", "train.log_every=1", "model.hidden_size=32", "train.global_batch=32"]
+    call("plan", str(study), "--preset", "digits", "--experts", "2", "4", "--seeds", "0", *tiny)
+    output = f"--output={tmp_path}/%a.log"
+    number = re.search(r"\d+$", call("submit", str(study), "--at-once", "2", output, "--cpus-per-task=1").strip())[0]
+
+    def ended() -> bool:
+        return number not in cluster.command("squeue", "-h", "-o", "%F")
+
+    last = cluster.job(f"{number}_1")
+    assert last["JobId"] == number
+    cluster.wait(lambda: any((study / "runs").glob("*e4*/metrics.jsonl")), "the last task", 400)
+    cluster.command("scancel", "--batch", "--signal=USR1", f"{number}_1")
+    cluster.wait(ended, "the array", 400)
+    logs = [(tmp_path / f"{i}.log").read_text() for i in range(2)]
+    assert [re.findall(r"exit code (\d+)", log) for log in logs] == [["0"], ["75", "0"]], logs
+    rows = (call("collect", str(study), "--draws", "64") and (study / "results.csv").read_text()).splitlines()
+    assert len(rows) == 3
+    assert "all 2 tasks are done" in call("submit", str(study))

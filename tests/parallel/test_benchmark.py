@@ -1,0 +1,328 @@
+"""The benchmark: contenders do the same sums, what visits and travels is as planned, the arithmetic of comparing."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from support.processes import run
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from megapromoe.benchmark import baselines, layer, measure, models, routing_patterns, suite, traffic
+from megapromoe.benchmark.baselines import BatchedCapacity, CannotRun, contender
+from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
+from megapromoe.nn.compile import compile_dense
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, torch.float32, threads=1, rounds=2, images=4, contenders=("ours", "loop", "dense"), null=0.25)
+DIGITS = suite.config_of("digits")
+
+
+def settings(**changes) -> Settings:
+    return replace(SETTINGS, **changes)
+
+
+def outcome(module, x_BSD, conditional: int) -> dict:
+    """Output, and gradients of the tokens and of every parameter, with all losses."""
+    x_BSD = x_BSD.detach().clone().requires_grad_()
+    turn = Turn(module, x_BSD, torch.linspace(-1, 1, x_BSD.numel()).view_as(x_BSD), conditional)
+    turn.prepare()
+    turn.forward()
+    turn.backward()
+    found = {"output": turn.outputs[0].detach(), "x": x_BSD.grad}
+    for name, p in module.named_parameters():
+        found[name.removeprefix("moe.")] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    return found
+
+
+# ---- contenders
+
+
+@pytest.mark.parametrize("null", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("routing", routing_patterns.ROUTINGS)
+@pytest.mark.parametrize("name", ["loop", "joined", "bmm"])
+def test_contenders_are_ours(name, routing, null):
+    some = settings(null=null)
+    moe, x_BSD = first_layer(DIGITS, routing, some)
+    other = BatchedCapacity(moe, capacity=4.0) if name == "bmm" else contender(name, moe)  # 4: room for all of them
+    expected, found = (outcome(module.train(), x_BSD, some.conditional) for module in (moe, other))
+    assert expected.keys() == found.keys() and expected["x"].any()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert null == 1.0 or expected["experts.fc1.weight"].any()
+
+
+def test_the_loop_is_ours_with_two_experts_a_token():
+    config = suite.config_of("digits")
+    config = replace(config, model=replace(config.model, top_k=2))
+    moe, x_BSD = first_layer(config, "real", SETTINGS)
+    expected, found = (outcome(m.train(), x_BSD, 3) for m in (moe, contender("loop", moe)))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_batched_capacity_drops_what_has_no_room():
+    moe, x_BSD = first_layer(DIGITS, "skewed", settings(null=0.0))
+    other = contender("bmm", moe)
+    outcome(other, x_BSD, 4)
+    load = routing_patterns.counts("skewed", 64, 4)
+    assert other.dropped == pytest.approx(1 - sum(min(rows, 20) for rows in load) / 64)  # 20 = 1.25 · 64 / 4
+    assert other.dropped > 0.1
+
+
+def deepspeed(drops: bool) -> tuple:
+    """DeepSpeed's layer beside its formula, written out; and the share of rows that it dropped, by two counts."""
+    moe, x_BSD = first_layer(DIGITS, "skewed", SETTINGS)
+    other = contender("deepspeed-capacity" if drops else "deepspeed-nodrop", moe).train()
+    routed = other.route(x_BSD, 3)
+    y_TD = other(x_BSD, routed, 3).flatten(0, 1)
+    x_TD, cut = x_BSD.flatten(0, 1), 3 * 16
+    unit_ED = F.normalize(moe.router.prototypes.float(), dim=-1)
+    p_TE = (x_TD[:cut] @ unit_ED.T).softmax(-1)
+    fc1, fc2, rows = moe.experts.fc1, moe.experts.fc2, []
+    for x, p_E in zip(x_TD[:cut], p_TE, strict=True):
+        e = int(p_E.argmax())
+        hidden = F.gelu(fc1.weight[e] @ x + fc1.bias[e], approximate="tanh")
+        rows.append(p_E[e] * (fc2.weight[e] @ hidden + fc2.bias[e]))
+    expected = moe.shared(x_TD) + torch.cat([torch.stack(rows), moe.unconditional(x_TD[cut:])])
+    alone = (y_TD[:cut] - moe.shared(x_TD)[:cut]).abs().amax(1) < 1e-6
+    (loss,) = other.losses_of([routed]).values()
+    (y_TD.sum() + loss).backward()
+    return y_TD.detach(), expected.detach(), other.dropped, float(alone.float().mean()), float(loss), other.load_E
+
+
+def test_deepspeed_is_its_formula():
+    ((y, expected, dropped, alone, loss, load_E),) = run(1, deepspeed, False)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert dropped == alone == 0 and loss > 0
+    assert load_E.tolist() == routing_patterns.counts("skewed", 48, 4)
+
+
+def test_deepspeed_drops_what_has_no_room():
+    ((y, expected, dropped, alone, _, _),) = run(1, deepspeed, True)
+    assert dropped == pytest.approx(alone) and dropped > 0.1
+    assert not torch.allclose(y, expected, atol=1e-3)
+
+
+def whole_models() -> list[dict]:
+    """DeepSpeed's layers in a step and in sampling."""
+    wanted = settings(contenders=("dense", "deepspeed-capacity", "deepspeed-nodrop"), rounds=1)
+    return [measure(DIGITS, "real", wanted) for measure in (models.measure_step, models.measure_sample)]
+
+
+def test_deepspeed_in_whole_models():
+    ((step, sampling),) = run(1, whole_models)
+    for figures in (step["contenders"], sampling["contenders"]):
+        assert all(f["ratio"]["median"] > 0 and f["counts"]["total"]["kernels"] for f in figures.values()), figures
+        assert figures["deepspeed-nodrop"]["dropped"] == 0
+
+
+def test_deepspeed_says_why_it_cannot():
+    moe, _ = first_layer(DIGITS, "real", SETTINGS)
+    with pytest.raises(CannotRun, match="needs a torch.distributed job"):
+        contender("deepspeed-nodrop", moe)
+
+
+def test_equal_products_of_dense_and_experts():
+    """By the cost table and by counting; beside the experts are the router and the contrastive loss with its sums of
+    tokens."""
+    found = layer.measure_layer(DIGITS, "skewed", settings(contenders=("ours", "dense", "bmm")))["contenders"]
+    m = DIGITS.model
+    router = 3 * 2 * m.tokens * m.hidden_size * m.num_experts  # of one image, forward and backward
+    contrast = 3 * 2 * m.num_experts**2 * m.hidden_size
+    sums = 2 * 3 * m.tokens * m.hidden_size * m.num_experts  # of the images with a class
+    ours, dense = found["ours"], found["dense"]
+    products = ours["counts"]["total"]["flops"]
+    assert dense["counts"]["total"]["flops"] == dense["flops"]["useful"]
+    assert products == ours["flops"]["useful"] - router + contrast + sums  # one null image
+    assert ours["flops"]["useful"] - 4 * router == dense["flops"]["useful"]
+    assert found["bmm"]["counts"]["total"]["flops"] > products  # it multiplies empty places
+    assert dense["memory"]["peak"] == dense["memory"]["necessary"]
+    assert ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums  # which backward takes twice, but the sums
+
+
+def test_kept_memory_is_not_fetched_page_by_page():
+    """In a process of its own, for it holds for all of it."""
+    program = (
+        "import resource, torch\n"
+        "from megapromoe.benchmark.machine import keep_memory\n"
+        "kept, seen = keep_memory(), []\n"
+        "for _ in range(24):\n"
+        "    torch.ones(16, 2**20)\n"
+        "    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "print(kept, seen[-1] - seen[-4])"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == "False" or int(said[1]) < 50, said
+
+
+def test_whole_models_are_compiled_alike(monkeypatch):
+    """With `compile`: each contender's, before it is measured."""
+    compiled, before = [], counters["stats"]["unique_graphs"]
+
+    def by_graph(model):
+        compiled.append(type(model.blocks[1].mlp).__name__)
+        compile_dense(model, "aot_eager")
+
+    monkeypatch.setattr(models, "compile_dense", by_graph)
+    found = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
+    assert compiled == ["MoE", "Loop", "Mlp"]
+    assert all(f["counts"]["total"]["kernels"] > 300 for f in found.values())  # counted without
+    assert counters["stats"]["unique_graphs"] - before >= 5  # each model's embedding, attention, residual, ...
+
+
+# ---- who visits whom
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 12, 256])
+def test_plans_share_out_all_tokens(experts):
+    for kind in ("balanced", "skewed"):
+        load = routing_patterns.counts(kind, 1000, experts)
+        assert sum(load) == 1000 and len(load) == experts and min(load) >= 0
+        assert torch.bincount(routing_patterns.plan(kind, 1000, experts), minlength=experts).tolist() == load
+    balanced, skewed = (
+        routing_patterns.counts("balanced", 1000, experts),
+        routing_patterns.counts("skewed", 1000, experts),
+    )
+    assert max(balanced) - min(balanced) <= 1
+    if experts > 2:
+        assert skewed[0] >= 500 and skewed[-1] == 0 and skewed == sorted(skewed, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_lean_to_their_expert(dtype):
+    config = suite.config_of("digits", 64)  # as many as channels
+    moe, x_BSD = first_layer(config, "skewed", settings(dtype=dtype, images=64))
+    load = layer.check_load(moe, x_BSD, "skewed", 48)
+    assert load == routing_patterns.counts("skewed", 48 * 16, 64)
+
+
+def test_parallel_prototypes_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="prototypes are parallel"):
+        routing_patterns.lean(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]), torch.ones(2, 8))
+
+
+def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
+    monkeypatch.setattr(layer, "lean", lambda x_TD, *_: x_TD)
+    with pytest.raises(BenchmarkError, match="balanced routing: experts got"):
+        layer.measure_layer(DIGITS, "balanced", SETTINGS)
+    monkeypatch.setattr(models.Raised, "__call__", lambda self, *said: self.similarity(self.router, *said))
+    with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
+        models.measure_step(DIGITS, "skewed", SETTINGS)
+
+
+# ---- comparing
+
+
+class FakeClock:
+    """Tells the seconds that each turn announces."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def time(self, phases):
+        told = {}
+        for name, work in phases.items():
+            work()
+            told[name] = self.seconds
+        return told
+
+
+def test_contenders_take_turns():
+    clock, turns = FakeClock(), []
+
+    def work(name, seconds):
+        def go():
+            turns.append(name)
+            clock.seconds = seconds * (1 + len(turns) // 3)  # the machine gets slower from round to round
+
+        return measure.Work({"forward": go, "backward": lambda: None}, lambda: turns.append(f"prepare {name}"))
+
+    works = {"a": work("a", 1.0), "b": work("b", 2.0), "c": work("c", 4.0)}
+    samples = measure.interleave(works, rounds=20, clock=clock, warmup=2, seed=1)
+    assert all(len(values) == 20 for phases in samples.values() for values in phases.values())
+    orders = [tuple(turns[i + 1 : i + 6 : 2]) for i in range(0, len(turns), 6)]
+    assert len(orders) == 22 and all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 3, "the order is shuffled"
+    assert turns[0::2] == [f"prepare {name}" for name in turns[1::2]]
+    assert measure.interleave(works, 1, clock).keys() == works.keys()
+    with pytest.raises(ValueError, match="rounds: 0"):
+        measure.interleave(works, 0, clock)
+
+
+def test_ratios_are_paired():
+    slow = [1.0, 10.0, 2.0, 40.0, 3.0]  # the machine's moods
+    ratio = measure.paired_ratio([1.5 * s for s in slow], slow)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+    noisy = measure.paired_ratio([1.0, 1.2, 1.4, 1.6, 1.8], [1.0] * 5)
+    assert noisy.median == pytest.approx(1.4) and noisy.low < 1.4 < noisy.high
+    assert measure.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == measure.Spread(3.0, 2.0, 4.0)
+    samples = {"dense": {"forward": [1.0, 2.0], "backward": [1.0, 2.0]}, "ours": {"forward": [3.0, 6.0]}}
+    assert measure.summary(samples, "dense")["ours"]["ratio"]["median"] == 1.5
+    assert "ratio" not in measure.summary(samples, "loop")["ours"]
+
+
+def test_the_rest_of_ours_is_dispatch_and_combine():
+    parts = {f"part {n}": {"forward": [1.0, 2.0], "backward": [1.0, 1.0]} for n in ("router", "experts")}
+    told = layer.parts({"ours": {"forward": [5.0, 6.0], "backward": [2.0, 3.0]}, **parts})
+    assert told["dispatch and combine"]["forward"]["median"] == 2.5
+    assert told["dispatch and combine"]["backward"]["median"] == 0.5
+
+
+# ---- models
+
+
+def test_models_share_parameters_and_agree():
+    """A step of ours and of the loop, from the same weights, ends at the same weights; dense has weights of its own."""
+    ours = models.build(DIGITS, layer.LOCAL)
+    other = models._model("loop", ours, DIGITS, "real")
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in other.parameters()}
+    assert any(isinstance(m, baselines.Loop) for m in other.modules())
+    assert not any(isinstance(m, baselines.Loop) for m in ours.modules())
+    batch = models.Batch(DIGITS, SETTINGS)
+    gradients = []
+    for model in (ours, other):
+        model.zero_grad()
+        batch.loss(model.train()).backward()
+        gradients.append([p.grad.clone() for p in ours.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    dense = models._model("dense", ours, DIGITS, "real")
+    assert not {id(p) for p in ours.parameters()} & {id(p) for p in dense.parameters()}
+
+
+def test_the_update_keeps_fp32_masters():
+    model = torch.nn.Linear(4, 4).bfloat16()
+    start = model.weight.detach().float().clone()
+    t = replace(DIGITS.train, lr=1e-5, clip=0.0)
+    update = models.Update(model, t)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+        update.step()
+    assert torch.allclose(update.masters[0], start - 3e-5, atol=2e-6)  # too little for bf16 to see step by step
+    assert torch.equal(model.weight, update.masters[0].bfloat16())
+
+
+# ---- what travels
+
+
+def travel(name: str, routing: str) -> dict:
+    return traffic.count(name, DIGITS, routing, SETTINGS)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "skewed"])
+def test_our_rows_travel_at_the_bound(routing):
+    told = traffic.merged(run(2, travel, "ours", routing))
+    counts = 2 * 2 * 8  # the counts of 2 experts to the other rank, int64
+    assert told["forward"]["collectives"] == {"alltoall_base_": 3}
+    assert told["backward"]["collectives"]["alltoall_base_"] == 2
+    assert told["forward"]["sent"]["alltoall_base_"] == told["forward"]["bound"] + counts
+    assert told["backward"]["sent"]["alltoall_base_"] == told["backward"]["bound"] > 0
+
+
+def test_deepspeed_sends_empty_places_too():
+    told = traffic.merged(run(2, travel, "deepspeed-nodrop", "skewed"))
+    assert told["forward"]["sent"]["alltoall_base_"] > 1.5 * told["forward"]["bound"]

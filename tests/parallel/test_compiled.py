@@ -1,0 +1,97 @@
+"""torch.compile of the dense stretches: the same training, each stretch compiled whole and once."""
+
+import shutil
+
+import pytest
+import torch
+from support.backends import grouped
+from support.processes import run
+from support.trajectory import small, stir, train
+from test_equality import deviations
+from torch._dynamo.utils import counters
+
+from megapromoe.config.options import ConfigError
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.parallelize import build
+
+# Embed, attend, add, MLP, shared expert, final layer, and the ends of two grouped products: blocks of a kind share one.
+STRETCHES = 8
+
+
+def by_graph(model, mesh) -> None:
+    """Compiled as for the real backend, then run operator by operator: no C++ compiler takes part."""
+    compile_dense(model, "aot_eager")
+
+
+def pair(overrides: tuple[str, ...], folder: str):
+    """The same training, eagerly expert by expert and compiled in groups, and what was compiled. Collective."""
+    plain = train(overrides, f"{folder}/plain", prepare=None)
+    with grouped():
+        compiled = train(overrides, f"{folder}/compiled", prepare=by_graph)
+    return plain, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe"),
+        ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=true"),
+    ],
+    ids=" ".join,
+)
+def test_training_is_the_same_and_nothing_is_compiled_twice(overrides, tmp_path):
+    """Over five steps with other numbers of null images in each, and deeper than what one stretch may recompile."""
+    for name in ("plain", "compiled"):
+        (tmp_path / name).mkdir()
+    overrides = ("model.depth=10", "train.global_batch=8", *overrides)
+    for plain, compiled, graphs, breaks in run(2, pair, overrides, str(tmp_path)):
+        assert (graphs, breaks) == (STRETCHES, {})
+        if plain:
+            off = {kind: found for kind, found in deviations(compiled, plain).items() if not found[0] <= 1}
+            assert not off
+
+
+def outcome(model, images: int, conditional: int):
+    x = torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(conditional))
+    y = torch.arange(images)
+    y[conditional:] = 10
+    model.zero_grad()
+    prediction, auxiliary = model(x, torch.linspace(0, 999, images), y, conditional)
+    if model.training:
+        (prediction.square().mean() + auxiliary.total()).backward()
+    return prediction.detach(), [p.grad for p in model.parameters()]
+
+
+def test_evaluation_stays_eager():
+    """Samples come in batches of any size: neither compiled nor refused."""
+
+    def refuse(graph, inputs):
+        raise RuntimeError("asked to compile")
+
+    model = build(small("model.depth=2"))
+    compile_dense(model, refuse)
+    outcome(model.eval(), 3, 2)
+    with pytest.raises(Exception, match="asked to compile"):
+        outcome(model.train(), 3, 2)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ on a CPU, and there is no g++")
+@pytest.mark.parametrize("what", [("model.depth=1", "model.router=dense"), ("model.depth=2", "model.moe_every=2")])
+def test_compiled_in_earnest(what):
+    """As `train.compile` does it, by inductor."""
+    what += ("model.hidden_size=32",)
+    plain, compiled = build(small(*what)).train(), build(small(*what, "train.compile=true")).train()
+    for model in (plain, compiled):
+        stir(model, make_mesh())
+    for conditional in (3, 2):
+        with grouped():
+            (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
+        torch.testing.assert_close(y, y_plain, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(gradients, gradients_plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_3_is_refused():
+    with pytest.raises(ConfigError, match="train.compile = True: must be false with train.deepspeed = 'fp32_zero3'"):
+        small("train.compile=true", "train.deepspeed=fp32_zero3")

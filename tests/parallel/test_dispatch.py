@@ -1,0 +1,277 @@
+"""The dispatchers against a plain loop over rows: outputs and gradients, on skewed, empty and odd routes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.backends import WAYS
+from support.processes import run
+
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.parameter_layout import ExpertPlacement
+from megapromoe.nn.moe import expert_linear
+from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher, Route
+from megapromoe.nn.moe.layer import Experts
+
+T, D, F, E = 24, 16, 32, 6
+
+
+def experts_of(seed: int) -> Experts:
+    bank = Experts(E, D, F)
+    generator = torch.Generator().manual_seed(seed)
+    for p in bank.parameters():
+        p.data.normal_(0, 0.3, generator=generator)
+    return bank
+
+
+def plain(x_TD, route: Route, bank: Experts):
+    """Row by row, as the formula says: Σ weight · W2·gelu(W1·x + b1) + b2."""
+    rows = [torch.zeros(D) for _ in range(x_TD.shape[0])]
+    for token, expert, weight in zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R, strict=True):
+        hidden = bank.fc1.weight[expert] @ x_TD[token] + bank.fc1.bias[expert]
+        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+        rows[token] = rows[token] + weight * (bank.fc2.weight[expert] @ hidden + bank.fc2.bias[expert])
+    return torch.stack(rows) if rows else x_TD.new_zeros(0, D)
+
+
+def route_of(kind: str, tokens: int, seed: int) -> Route:
+    g = torch.Generator().manual_seed(seed)
+    if kind == "empty":
+        return Route(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0), 0)
+    if kind == "any rows":  # tokens without a row, tokens with several
+        token_R = torch.randint(tokens, (31,), generator=g)
+        return Route(token_R, torch.randint(E, (31,), generator=g), torch.rand(31, generator=g), 0)
+    K = 2 if kind == "top 2" else 1
+    expert_TK = torch.rand(tokens, E, generator=g).topk(K, dim=1).indices
+    if kind == "one expert":
+        expert_TK = torch.full((tokens, 1), 4)
+    weight = torch.rand(tokens * K, generator=g)
+    return Route(torch.arange(tokens).repeat_interleave(K), expert_TK.flatten(), weight, K)
+
+
+def outcome(function, x, route: Route, bank: Experts):
+    """Output, and gradients of x, of the weights and of every parameter, for one fixed loss."""
+    x = x.clone().requires_grad_()
+    weight_R = route.weight_R.clone().requires_grad_()
+    bank.zero_grad()
+    y = function(x, route._replace(weight_R=weight_R), bank)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    assert x.grad is not None and weight_R.grad is not None, "the graph was cut"
+    return [y.detach(), x.grad, weight_R.grad, *(p.grad for p in bank.parameters())]
+
+
+def onto_zeros(dispatcher: Dispatcher):
+    def outputs(x, route, bank):
+        return dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, len(x)), bank), torch.zeros_like(x))
+
+    return outputs
+
+
+KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [T, 1, 0])
+def test_local_dispatcher_is_the_loop(kind, tokens, way):
+    if kind == "any rows" and tokens == 0:
+        pytest.skip("rows of no token")
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
+    route, bank = route_of(kind, tokens, 1), experts_of(2)
+    with WAYS[way]():
+        ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
+    if kind == "empty" or tokens == 0:
+        assert not ours[0].any() and all(not g.any() for g in ours[1:])
+        return
+    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, one_kernel, leaves",
+    [
+        ((8, 0), torch.bfloat16, False, False),  # A100
+        ((9, 0), torch.bfloat16, True, False),  # H100
+        ((9, 0), torch.float32, False, False),
+        ((10, 3), torch.bfloat16, True, True),  # B300
+        ((12, 0), torch.bfloat16, False, False),
+    ],
+)
+def test_which_gpus_have_the_grouped_kernel(capability, dtype, one_kernel, leaves, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows = SimpleNamespace(is_cuda=True, is_meta=False, dtype=dtype, device=torch.device("cuda"))
+    assert expert_linear.in_one_kernel(rows) is one_kernel
+    assert expert_linear.leaves_empty_groups(rows) is leaves
+
+
+def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monkeypatch):
+    """As on GPUs of compute capability 10: a gradient that nobody wrote is whatever was there."""
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    def leaves(a, b, offs):
+        out = grouped_mm(a, b, offs=offs)
+        if b.dim() == 2:  # a matrix for each group
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = float("nan")
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves)
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    route, bank = route_of("one expert", T, 1), experts_of(2)
+    with WAYS["grouped"]():
+        assert all(g.isnan().any() for g in outcome(onto_zeros(Dispatcher(E)), x, route, bank)[3:])
+        monkeypatch.setattr(expert_linear, "leaves_empty_groups", lambda x: True)
+        ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
+    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def distributed(kinds: tuple[str, ...], way: str) -> list:
+    """Every rank routes its own tokens its own way; owners' gradients are sums over all ranks."""
+    mesh = make_mesh(ep=dist.get_world_size())
+    rank, placement = mesh.rank, ExpertPlacement(E, mesh.ep.size)
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank))
+    route, whole = route_of(kinds[rank], T, 10 + rank), experts_of(2)
+    mine = Experts(placement.slots, D, F)
+    for local, logical in zip(mine.parameters(), whole.parameters(), strict=True):
+        local.data.zero_()
+        local.data[: len(placement.owned(rank))] = logical.data[
+            placement.owned(rank).start : placement.owned(rank).stop
+        ]
+    with WAYS[way]():
+        ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, route, mine)
+    expected = outcome(plain, x, route, whole) if kinds[rank] != "empty" else None
+    sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in whole.parameters()]
+    for g in sums:
+        dist.all_reduce(g)
+    out = []
+    if expected:
+        out += [(ours[i], expected[i]) for i in range(3)]
+    owned = placement.owned(rank)
+    for local, logical in zip(ours[3:], sums, strict=True):
+        out.append((local[: len(owned)], logical[owned.start : owned.stop]))
+        out.append((local[len(owned) :], torch.zeros_like(local[len(owned) :])))  # spare slots get no gradient
+    return out
+
+
+MIXED = [
+    ("top 1", "top 1"),
+    ("top 2", "one expert"),
+    ("one expert", "one expert"),
+    ("empty", "any rows"),
+    ("empty", "empty"),
+    ("top 1", "one expert", "empty", "top 2"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
+def test_expert_parallel_dispatcher_is_the_loop(kinds, way):
+    for pairs in run(len(kinds), distributed, kinds, way):
+        for ours, expected in pairs:
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def traffic(tokens: int) -> dict:
+    """Counts collectives and bytes of one layer's forward and backward, top 1."""
+    mesh = make_mesh(ep=dist.get_world_size())
+    bank = Experts(ExpertPlacement(E, mesh.ep.size).slots, D, F)
+    for p in bank.parameters():
+        p.data.fill_(0.01)
+    calls, sent = [], [0]
+    real = dist.all_to_all_single
+
+    def counted(out, x, receive=None, send=None, **options):
+        calls.append(x.dtype)
+        if send is not None:
+            stays = send[mesh.ep.rank]
+            sent[0] += (sum(send) - stays) * x[0:1].numel() * x.element_size()
+        return real(out, x, receive, send, **options)
+
+    dist.all_to_all_single = counted
+    x = torch.randn(tokens, D).requires_grad_()
+    # Balanced: every rank's rows go to each expert alike.
+    route = Route(torch.arange(tokens), torch.arange(tokens) % E, torch.ones(tokens).requires_grad_(), 1)
+    y = onto_zeros(ExpertParallelDispatcher(E, mesh.ep))(x, route, bank)
+    forward = (len(calls), sent[0])
+    y.sum().backward()
+    return {"forward": forward, "backward": (len(calls) - forward[0], sent[0] - forward[1])}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_traffic_is_the_lower_bound(world):
+    tokens = 6 * E
+    bound = 2 * tokens * D * 4 * (world - 1) // world
+    for said in run(world, traffic, tokens):
+        assert said["forward"] == (3, bound)  # counts, rows out, rows back; weights never travel
+        assert said["backward"] == (2, bound)
+
+
+class Beside(torch.autograd.Function):
+    """Work that stands between the stages of a dispatch; says when it runs."""
+
+    @staticmethod
+    def forward(ctx, x, name, said):
+        ctx.said, ctx.name = said, name
+        said.append(name)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.said.append(ctx.name)
+        return grad * 2, None, None
+
+
+def order_of_events(static: bool) -> tuple[list[str], list[str]]:
+    """What happens in a layer's forward and backward pass, in order: who is sent, who waits, what runs meanwhile."""
+    mesh = make_mesh(ep=dist.get_world_size())
+    placement = ExpertPlacement(E, mesh.ep.size)
+    said, real = [], dist.all_to_all_single
+
+    class Seen:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            said.append("wait")
+            self.work.wait()
+
+    def seen(out, x, *arguments, async_op=False, **options):
+        said.append("rows" if x.is_floating_point() else "counts")
+        work = real(out, x, *arguments, async_op=async_op, **options)
+        return Seen(work) if async_op else work
+
+    dispatcher = StaticDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
+    x, route = torch.randn(T, D).requires_grad_(), route_of("top 1", T, 1)
+    mine = Experts(placement.slots, D, F)
+    for p in mine.parameters():
+        p.data.fill_(0.01)
+    dist.all_to_all_single = seen
+    try:
+        begun = dispatcher.begin(x, route, T)
+        hidden = Beside.apply(x, "first half", said)
+        computed = dispatcher.compute(begun, mine)
+        y = dispatcher.finish(computed, Beside.apply(hidden, "second half", said))
+        forward = said.copy()
+        said.clear()
+        y.sum().backward()
+    finally:
+        dist.all_to_all_single = real
+    return forward, said
+
+
+BACKWARD = ["rows", "second half", "wait", "rows", "first half", "wait"]
+
+
+def test_other_work_runs_while_counts_rows_and_gradients_travel():
+    """Nobody waits for what has just left, but for the rows' way out, which is known when the counts are."""
+    for forward, backward in run(2, order_of_events, False):
+        assert forward == ["counts", "first half", "rows", "wait", "rows", "second half", "wait"]
+        assert backward == BACKWARD
+
+
+def test_boxes_of_one_size_travel_while_other_work_runs_both_ways():
+    for forward, backward in run(2, order_of_events, True):
+        assert forward == ["rows", "first half", "wait", "rows", "second half", "wait"]
+        assert backward == BACKWARD

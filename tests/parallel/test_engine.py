@@ -1,0 +1,254 @@
+"""The engine beyond equality: accumulation, non-finite steps, bf16, refused configurations, prototypes over ranks."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.processes import run
+from support.trajectory import deviation, small, stir, train
+
+from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_engine import Engine, problems
+from megapromoe.nn.parallelize import build
+
+
+def engine_of(*overrides: str) -> tuple[Engine, EMA]:
+    config = small(*overrides)
+    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
+    model = build(config, mesh)
+    stir(model, mesh)
+    engine = Engine(model, config, mesh)
+    return engine, EMA(engine, config.train.ema)
+
+
+def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0):
+    """A step on random input, the same for the ranks of a tp group; `spoil` may break the loss."""
+    g = torch.Generator().manual_seed(1000 * seed + engine.mesh.dp.rank)
+    B = engine.config.layout(engine.mesh.world).micro_batch
+    x, t = torch.randn(B, 4, 8, 8, generator=g), 1000 * torch.rand(B, generator=g)
+    y = torch.randint(10, (B,), generator=g)
+    y[-1] = 10
+
+    def loss(prediction, auxiliary):
+        total = spoil(prediction[:, :4].float().square().mean() + auxiliary.total())
+        return total, total.detach()
+
+    report = engine.micro_step(x, t, y, B - 1, loss=loss)
+    return engine.step(1e-2, report), report
+
+
+def weights(engine: Engine) -> list[torch.Tensor]:
+    return [p.master.detach().clone() for p in engine.partitions]
+
+
+# ---- accumulation
+
+
+def test_accumulation_does_not_change_losses_of_single_samples(tmp_path):
+    """Without losses over a batch (RCL), two micro-batches are one batch."""
+    what = ("model.rcl_weight=0",)
+    results = []
+    for name, more in (("one", ()), ("two", ("train.accumulation=2",))):
+        (tmp_path / name).mkdir()
+        results.append(run(2, train, (*what, *more, "parallel.ep=2"), str(tmp_path / name), 3)[0])
+    one, two = results
+    assert two.losses == pytest.approx(one.losses, rel=1e-5) and two.norms == pytest.approx(one.norms, rel=1e-5)
+    assert deviation(two.gradients, one.gradients)[0] <= 1 and deviation(two.parameters, one.parameters)[0] <= 1
+
+
+def test_scope_rank_takes_the_statistics_of_one_rank(tmp_path):
+    """With `batch_scope=rank`, two ranks train like one that takes their batches one after the other."""
+    results = []
+    for name, world, more in (("ranks", 2, ()), ("turns", 1, ("train.accumulation=2",))):
+        (tmp_path / name).mkdir()
+        results.append(run(world, train, ("model.batch_scope=rank", *more), str(tmp_path / name), 3)[0])
+    ranks, turns = results
+    assert ranks.losses == pytest.approx(turns.losses, rel=1e-5)
+    assert deviation(ranks.parameters, turns.parameters)[0] <= 1
+    (tmp_path / "global").mkdir()
+    other = run(2, train, (), str(tmp_path / "global"), 3)[0]
+    assert other.losses != pytest.approx(ranks.losses, rel=1e-4), "the scope makes no difference"
+
+
+# ---- steps that must not be taken
+
+
+def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
+    engine, ema = engine_of(f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed={file}")
+    result, _ = one_step(engine)
+    ema.update(result)
+    before, averages = weights(engine), [average.clone() for average in ema.averages]
+
+    def spoil(loss):
+        if dist.get_rank() // tp != 0:  # one data-parallel rank only
+            return loss
+        return loss * float("nan") if kind == "nan" else loss * float("inf")
+
+    bad, _ = one_step(engine, spoil, seed=1)
+    ema.update(bad)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+    unchanged &= all(torch.equal(a, b) for a, b in zip(averages, ema.averages, strict=True))
+    good, _ = one_step(engine, seed=2)
+    moved = any(not torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+    finite = all(w.isfinite().all() for w in weights(engine))
+    engine.close()
+    return {
+        "bad": bad.applied,
+        "unchanged": unchanged,
+        "good": good.applied,
+        "moved": moved,
+        "finite": bool(finite),
+    }
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("file", [*(f"fp32_zero{z}" for z in range(4)), *(f"bf16_zero{z}" for z in range(1, 4))])
+def test_a_loss_that_is_not_finite_on_one_rank_moves_nobody(file, kind):
+    for said in run(4, spoiled, file, 2, 2, kind):
+        assert said == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}
+
+
+# ---- bf16
+
+
+def bf16_start(zero: int) -> dict:
+    overrides = ("parallel.tp=2", "parallel.ep=2", f"train.deepspeed=bf16_zero{zero}")
+    config = small(*overrides)
+    mesh = make_mesh(2, 2)
+    exact = {n: p.detach().clone() for n, p in build(config, mesh).named_parameters()}
+    engine = Engine(build(config, mesh), config, mesh)
+    held = True
+    for partition in engine.partitions:
+        for p in partition.pieces:
+            master = partition.master.detach()[p.offset : p.offset + p.stop - p.start]
+            held &= torch.equal(master, exact[p.name].view(-1)[p.start : p.stop])
+    dtypes = {p.dtype for p in engine.module.parameters()}
+    losses = [float(one_step(engine, seed=0)[1]) for _ in range(8)]
+    engine.close()
+    return {"exact": bool(held), "dtypes": dtypes, "losses": losses}
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_keeps_exact_masters_and_learns(zero):
+    for said in run(4, bf16_start, zero):
+        assert said["exact"], "masters were rounded to bf16"
+        assert said["dtypes"] == {torch.bfloat16}
+        assert said["losses"][-1] < 0.9 * said["losses"][0]
+
+
+def test_bf16_follows_fp32(tmp_path):
+    """bf16 at tp 2 × ep 2 stays within bf16's digits of fp32 on one process."""
+    for name in ("fp32", "bf16"):
+        (tmp_path / name).mkdir()
+    fp32 = run(1, train, ("train.deepspeed=fp32_zero1",), str(tmp_path / "fp32"), 5)[0]
+    bf16 = run(4, train, ("train.deepspeed=bf16_zero1", "parallel.tp=2", "parallel.ep=2"), str(tmp_path / "bf16"), 5)[0]
+    assert bf16.losses == pytest.approx(fp32.losses, rel=2e-2)
+
+
+# ---- what must stay equal over ranks
+
+
+def prototypes_everywhere(zero: int) -> list[torch.Tensor]:
+    engine, _ = engine_of("parallel.tp=2", "parallel.ep=2", f"train.deepspeed=fp32_zero{zero}")
+    for seed in range(5):
+        one_step(engine, seed=seed)
+    named = dict(engine.module.named_parameters())
+    out = [named[f"blocks.{i}.mlp.router.prototypes"].detach().clone() for i in (1, 3)]
+    engine.close()
+    return out
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_prototypes_stay_equal_over_data_and_tensor_ranks(zero):
+    first, *others = run(4, prototypes_everywhere, zero)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
+
+
+# ---- gradients travel while others are still computed
+
+
+def small_buckets(folder, stage: int, overlap: bool) -> str:
+    """A DeepSpeed file whose buckets are smaller than an expert bank (8,192 elements), and hold several others."""
+    zero = {"stage": stage, "reduce_bucket_size": 3000, "overlap_comm": overlap, "reduce_scatter": True}
+    path = folder / f"stage{stage}-{overlap}.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True}))
+    return f"train.deepspeed={path}"
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("zero", [1, 2])
+def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
+    layout = ("parallel.ep=2", "model.num_experts=8")
+    for name in ("whole", "pieces"):
+        (tmp_path / name).mkdir()
+    whole = run(4, train, (*layout, f"train.deepspeed=fp32_zero{zero}"), str(tmp_path / "whole"), 3)[0]
+    pieces = run(4, train, (*layout, small_buckets(tmp_path, zero, overlap)), str(tmp_path / "pieces"), 3)[0]
+    assert pieces.losses == pytest.approx(whole.losses, rel=1e-6)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(pieces.gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def reductions_before(deepspeed: str) -> tuple[int, int]:
+    """All-reduces of expert gradients: those called before the third block's gradients were there, and all."""
+    engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed)
+    group, real, called, first = engine.mesh.edp.handle, dist.all_reduce, [0], []
+
+    def counted(tensor, *arguments, **named):
+        called[0] += named.get("group") is group
+        return real(tensor, *arguments, **named)
+
+    engine.module.blocks[2].attn.qkv.weight.register_hook(lambda _: first.append(called[0]))
+    dist.all_reduce = counted
+    try:
+        one_step(engine)
+    finally:
+        dist.all_reduce = real
+    engine.close()
+    return first[0], called[0]
+
+
+def test_expert_gradients_travel_during_the_backward_pass(tmp_path):
+    for early, every in run(4, reductions_before, small_buckets(tmp_path, 1, True)):
+        assert 0 < early < every
+
+
+# ---- refusals
+
+
+def test_refused_deepspeed_configurations_say_why():
+    bf16 = {"bf16": {"enabled": True}}
+    refused = {
+        "stage 0": {**bf16, "zero_optimization": {"stage": 0}},
+        "grad_accum_dtype": {
+            **bf16,
+            "zero_optimization": {"stage": 1},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        "offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+    }
+    for word, ds in refused.items():
+        (said,) = problems(ds)
+        assert word in said and "use" in said
+    for name in ("fp32_zero0", "fp32_zero3", "bf16_zero1", "bf16_zero2_offload"):
+        assert not problems(load_deepspeed(resolve("digits", overrides=(f"train.deepspeed={name}",))))
+
+
+def test_an_engine_refuses_them_too(tmp_path):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}))
+    with pytest.raises(AssertionError, match="train.deepspeed = .*stage 0"):
+        run(1, engine_of, f"train.deepspeed={path}")
+
+
+def test_missing_apex_is_said():
+    try:
+        import apex  # noqa: F401
+    except ImportError:
+        with pytest.raises(AssertionError, match="train.optimizer = apex: NVIDIA apex is not installed"):
+            run(1, engine_of, "train.optimizer=apex")

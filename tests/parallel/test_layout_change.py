@@ -1,0 +1,97 @@
+"""A run saved at one layout goes on at another: ten further steps are the same training, to rounding.
+
+`make layouts` writes the matrix to docs/layout_changes.md.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import run
+from test_training import KINDS, losses, state, train
+
+SAVED, LAST = 3, 13
+LIMIT = 1e-5
+
+# Layouts: ranks, tp, ep, ZeRO stage, more.
+ONE = (1, 1, 1, 0)
+CASES = [
+    ((2, 1, 2, 1), ONE),
+    (ONE, (4, 2, 2, 1)),
+    ((4, 2, 2, 1), (2, 2, 1, 2)),
+    ((4, 2, 2, 3), (4, 1, 4, 1)),
+    ((4, 1, 4, 2), (4, 2, 2, 3)),
+    ((4, 4, 2, 2), (2, 1, 2, 0)),  # tp > ep
+    ((2, 1, 2, 2), (8, 2, 4, 1)),
+    ((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
+    ((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
+    ((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
+]
+MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
+
+
+def name(layout: tuple) -> str:
+    world, tp, ep, zero, *more = layout
+    return f"{world} ranks, tp {tp}{' with experts' if more else ''}, ep {ep}, ZeRO-{zero}"
+
+
+def overrides(layout: tuple) -> tuple[str, ...]:
+    _, tp, ep, zero, *more = layout
+    return (*MODEL, f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed=fp32_zero{zero}", *more)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@cache
+def undisturbed(layout: tuple, place: Path) -> Path:
+    folder = place / name(layout)
+    run(layout[0], train, str(folder), *overrides(layout), f"train.steps={LAST}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    rows = []
+    yield rows
+    if file := request.config.getoption("--layout-table"):
+        write_table(Path(file), rows)
+
+
+@pytest.mark.parametrize("before, after", CASES, ids=lambda layout: name(layout))
+def test_ten_further_steps_at_another_layout(before, after, place, tmp_path, table):
+    straight = undisturbed(before, place)
+    moved = tmp_path / "moved"
+    run(before[0], train, str(moved), *overrides(before), f"train.steps={SAVED}")
+    run(after[0], train, str(moved), *overrides(after), f"train.steps={LAST}")
+    assert len(losses(moved)) == len(losses(straight)) == LAST
+    in_losses = max(abs(a - b) / abs(b) for a, b in zip(losses(moved), losses(straight), strict=True))
+    expected, found = state(straight, LAST), state(moved, LAST)
+    whole = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
+    in_state = max(
+        float((found[kind, n] - t).norm() / (t.norm() + 0.1 * whole[kind])) for (kind, n), t in expected.items()
+    )
+    table.append((name(before), name(after), in_losses, in_state))
+    assert in_losses <= LIMIT and in_state <= LIMIT
+
+
+def write_table(file: Path, rows: list[tuple]) -> None:
+    """The matrix as Markdown."""
+    lines = [
+        "# Layout changes",
+        "",
+        f"A run is saved after {SAVED} steps at one layout and goes on at another for {LAST - SAVED} steps; the same",
+        "run, undisturbed at the first layout, is the measure (12 experts, fp32). Deviations are relative: of the",
+        "worst step's loss; and of the worst tensor among masters, moments and averages after the last step, as",
+        f"‖a-b‖ / (‖b‖ + ‖all‖/10). The limit is {LIMIT:g} for both.",
+        "",
+        "Written by `make layouts`.",
+        "",
+        "| saved at | goes on at | losses | state |",
+        "|---|---|---|---|",
+        *(f"| {before} | {after} | {a:.1e} | {b:.1e} |" for before, after, a, b in rows),
+    ]
+    file.write_text("\n".join(lines) + "\n")

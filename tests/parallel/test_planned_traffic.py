@@ -1,0 +1,197 @@
+"""The planned collectives, and states in memory, against those of real training steps: calls, groups and bytes."""
+
+import json
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.processes import run
+from support.trajectory import small
+
+from megapromoe.distributed.mesh import make_mesh, rank_tables
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.nn.parallelize import build
+from megapromoe.planning.cost import memory_per_rank
+from megapromoe.planning.traffic import Batch, collectives
+
+OPS = {
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+}
+OTHERS = ("broadcast", "reduce", "reduce_scatter", "all_to_all", "gather", "scatter", "all_gather_object", "barrier")
+NULL = 1  # null images of a micro-batch
+
+
+def payload(name: str, arguments: list) -> int:
+    """Bytes handed in; of a gather, those got."""
+    place = 1 if name in ("reduce_scatter_tensor", "all_to_all_single") else 0
+    tensors = arguments[place] if isinstance(arguments[place], list) else [arguments[place]]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Listener:
+    """Notes every collective: (ours, op, ranks of the group) -> [calls, bytes]."""
+
+    def __init__(self):
+        self.on = False
+        self.seen: dict = {}
+        for name in (*OPS, *OTHERS):  # before DeepSpeed takes some of them by value
+            self.listen(name)
+
+    def listen(self, name: str) -> None:
+        real = getattr(dist, name)
+
+        def call(*arguments, **named):
+            group = named.get("group") or next((a for a in arguments if isinstance(a, dist.ProcessGroup)), None)
+            ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            if self.on and len(ranks) > 1:
+                ours = not sys._getframe(1).f_globals["__name__"].startswith("deepspeed")
+                line = self.seen[ours, OPS.get(name, name), ranks]
+                line[0] += 1
+                line[1] += payload(name, [*arguments, *named.values()]) if name in OPS else 0
+            return real(*arguments, **named)
+
+        setattr(dist, name, call)
+
+
+def recorded(cases: list[tuple[str, ...]]) -> list[tuple[dict, dict]]:
+    """Of each case, what a rank's optimizer step calls, after two others; and the bytes of its states."""
+    listener = Listener()
+    return [record(listener, overrides) for overrides in cases]
+
+
+def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
+    config = small(*overrides)
+    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
+    engine = Engine(build(config, mesh), config, mesh)
+    ema = EMA(engine, 0.5)
+    B = config.layout(mesh.world).micro_batch
+    generator = torch.Generator().manual_seed(mesh.dp.rank)
+    listener.seen = defaultdict(lambda: [0, 0])
+    for step in range(3):  # at first, stage 3 compares notes and traces the model
+        listener.on = step == 2
+        for micro in range(config.train.accumulation):
+            x, t = torch.randn(B, 4, 8, 8, generator=generator), 1000 * torch.rand(B, generator=generator)
+            y = torch.randint(10, (B,), generator=generator)
+            y[B - NULL :] = 10
+
+            def loss(prediction, auxiliary):
+                total = prediction.float().square().mean() + auxiliary.total()
+                return total, total.detach()
+
+            report = engine.micro_step(x, t, y, B - NULL, loss=loss)
+            if micro < config.train.accumulation - 1:
+                engine.finish_micro_step()
+        engine.step(1e-3, report)
+    listener.on = False
+    parameters = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    states = {
+        "parameters": sum(p.numel() * p.element_size() for p in parameters),
+        "optimizer": sum(m.nbytes for p in engine.partitions for m in engine.moments(p).values()),
+        "ema": sum(a.nbytes for a in ema.averages),
+    }
+    if engine.stage:
+        states["optimizer"] += sum(p.master.nbytes for p in engine.partitions)
+    engine.close()
+    return {key: tuple(line) for key, line in listener.seen.items()}, states
+
+
+def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
+    """The calls of a rank, from the plan."""
+    config = small(*overrides)
+    layout = config.layout(world)
+    tables = rank_tables(world, layout.tp, layout.ep, config.parallel.expert_tp)
+    tables["world"] = tables["whole"]
+    lines = defaultdict(lambda: [0, 0.0])
+    for c in collectives(config, layout, Batch(layout.micro_batch, layout.micro_batch - NULL)):
+        ranks = next(tuple(map(int, row)) for row in tables[c.over] if rank in row)
+        assert len(ranks) == c.size
+        line = lines[c.ours, c.op, ranks]
+        line[0] += c.count
+        line[1] += c.count * c.payload
+    return {key: tuple(line) for key, line in lines.items()}
+
+
+def compare(world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool = True) -> None:
+    """Everything exactly, but for calls of DeepSpeed's where asked: it may come in more buckets than one."""
+    ranks = run(world, recorded, cases)
+    for number, overrides in enumerate(cases):
+        travelled, expected = 0, 0.0
+        for rank in range(world):
+            seen, states = ranks[rank][number]
+            plan = planned(overrides, world, rank)
+            assert seen.keys() == plan.keys(), overrides
+            for key, (calls, size) in plan.items():
+                ours, op, _ = key
+                if ours or calls_of_deepspeed:
+                    assert seen[key][0] == calls, (overrides, key)
+                if op == "all_to_all":  # what a rank sends back is what it got: the sum over ranks is fixed
+                    travelled, expected = travelled + seen[key][1], expected + size
+                else:
+                    assert seen[key][1] == pytest.approx(size, rel=1e-12), (overrides, key)
+            memory = memory_per_rank(small(*overrides), world)
+            assert states == {name: getattr(memory, name) for name in states}, overrides
+        assert travelled == pytest.approx(expected, rel=1e-12), overrides
+
+
+TWO = ("model.depth=2",)
+
+
+def test_traffic_of_layouts():
+    """ZeRO-1 in fp32, every tp and ep of 1, 2 and 4 over 4 ranks."""
+    cases = [(*TWO, f"parallel.tp={tp}", f"parallel.ep={ep}") for tp in (1, 2, 4) for ep in (1, 2, 4)]
+    compare(4, cases)
+
+
+def test_traffic_with_data_ranks_beside_both():
+    compare(8, [(*TWO, "parallel.tp=4", "parallel.ep=4")])
+
+
+def test_traffic_of_models():
+    what = (
+        ("parallel.expert_tp=true", "model.qk_norm=true", "train.deepspeed=fp32_zero0"),
+        ("parallel.recompute=blocks", "train.accumulation=2", "train.deepspeed=bf16_zero2", "model.num_experts=3"),
+        ("model.top_k=2", "model.balance_weight=0.1", "model.unconditional_expert=false"),
+        ("parallel.recompute=blocks", "model.moe_every=1", "model.batch_scope=rank"),
+        ("model.router=promoe_ec", "parallel.recompute=blocks", "train.accumulation=2"),
+        ("model.router=tc", "model.balance_weight=0.1", "model.balance_form=sequence"),
+        ("model.router=classification", "model.qk_norm=true"),
+        ("model.router=kmeans",),
+        ("model.router=promoe_linear", "model.balance_weight=0.1"),
+        ("parallel.recompute=moe", "model.capacity_factor=1.5"),
+        ("parallel.recompute=all", "model.balance_weight=0.1"),
+        ("parallel.recompute=all", "model.router=kmeans"),
+    )
+    compare(4, [(*TWO, "parallel.tp=2", "parallel.ep=2", *more) for more in what])
+
+
+def test_traffic_of_dense_models_and_diffmoe():
+    dense = ("model.router=dense", "parallel.tp=2", "parallel.recompute=blocks")
+    compare(2, [(*TWO, *dense), (*TWO, "model.router=diffmoe")])
+
+
+# Large parameters are gathered twice for each micro-batch, as they are in models of billions.
+FORGETFUL = {
+    "stage3_param_persistence_threshold": 600,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+
+
+def test_traffic_of_stage_3(tmp_path):
+    """Bytes and groups; how many calls they come in is left to DeepSpeed."""
+    cases = []
+    for name, knobs in (("defaults", {}), ("forgetful", FORGETFUL)):
+        path = tmp_path / f"{name}.json"
+        zero = {"stage": 3, "reduce_scatter": True, "contiguous_gradients": True, "overlap_comm": False, **knobs}
+        path.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True}))
+        for recompute in ("none", "blocks", "all"):
+            what = ("parallel.ep=2", f"train.deepspeed={path}", f"parallel.recompute={recompute}")
+            cases.append((*TWO, *what, "train.accumulation=2"))
+    compare(4, cases, calls_of_deepspeed=False)

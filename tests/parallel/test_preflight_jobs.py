@@ -1,0 +1,303 @@
+"""Real preflights: every rank a process and a node of its own, with faults in them; and the command."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.processes import _context
+
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.commands import check
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed import runtime
+from megapromoe.preflight import bandwidth, groups, job, machine, meeting, storage
+from megapromoe.preflight.verdict import FAIL, WARN
+
+RANKS = 4
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    check.arguments(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    options.overrides = overrides
+    return options
+
+
+def work(rank: int, port: int, folder: Path, faults: dict, arguments: list[str]) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "SLURMD_NODENAME": f"n{rank}",
+        "SLURM_STEP_NODELIST": f"n[0-{RANKS - 1}]",
+        "SLURM_STEP_TASKS_PER_NODE": f"1(x{RANKS})",
+    }
+    storage.VISIBLE = 2.0
+    if rank in faults:
+        faults[rank]()
+    launch = runtime.Launch("srun", rank, RANKS, 0, 1, "127.0.0.1", port)
+    code = check.run(options_of(arguments), launch)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def preflight(folder: Path, *arguments: str, faults: dict | None = None, absent: tuple[int, ...] = ()):
+    """Runs one; returns the exit codes, what rank 0 printed, the report and the bad nodes."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    files = ["--report", str(folder / "report.json"), "--bad-nodes", str(folder / "bad")]
+    files += ["data.source=synthetic", "data.size=1000"]  # digits would import scikit-learn in every process
+    (folder / "bad").write_text("of-an-earlier-time\n")
+    ranks = [r for r in range(RANKS) if r not in absent]
+    workers = [
+        _context.Process(target=work, args=(r, port, folder, faults or {}, [*files, *arguments]), daemon=True)
+        for r in ranks
+    ]
+    for worker in workers:
+        worker.start()
+    end = time.monotonic() + 120
+    try:
+        for worker in workers[:1]:
+            worker.join(timeout=max(end - time.monotonic(), 0))
+        for worker in workers[1:]:
+            worker.join(timeout=5)
+        codes = [worker.exitcode for worker in workers]
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+    said = (folder / "out-0").read_text()
+    told = json.loads((folder / "report.json").read_text())
+    errors = "".join((folder / f"err-{r}").read_text() for r in ranks)
+    assert "Traceback" not in errors, errors
+    return codes, said, told, (folder / "bad").read_text().split()
+
+
+def verdicts(told: dict, check_name: str) -> dict[str, str]:
+    """Node -> verdict, of the lines of one check that did not pass."""
+    return {
+        node: row["verdict"] for row in told["rows"] if row["check"] == check_name and row["blame"] + row["nodes"]
+        for node in row["blame"] or row["nodes"] if row["verdict"] in (FAIL, WARN)
+    }  # fmt: skip
+
+
+def test_a_good_allocation_passes(tmp_path):
+    run = tmp_path / "run"
+    codes, said, told, bad = preflight(tmp_path, "--run", str(run), "parallel.tp=2", "parallel.ep=2")
+    assert (codes, bad, told["bad_nodes"]) == ([0] * 4, [], [])
+    assert "preflight passed (4 nodes, 4 ranks)" in said and "no GPU: CPU run" in said
+    network = told["found"]["network"]
+    assert sorted(network["2"]["pairs"]) == ["n0", "n1", "n3"]
+    assert all(speed > 0 for rank in network.values() for speed in [*rank["pairs"].values(), rank["exchange"]])
+    assert network["2"]["groups"]["tp"]["ranks"] == [2, 3] and network["2"]["groups"]["dp"]["ranks"] == [0, 2]
+    assert {"files", "free space", "data", "clock", "versions", "group edp"} <= {row["check"] for row in told["rows"]}
+    assert set(told["found"]["files"]["2"]["seen"]) == {"n0", "n1"}
+    assert not [file for file in run.rglob("*") if file.is_file()]  # it cleans up
+
+
+def odd_version():
+    real = machine.versions
+    machine.versions = lambda: real() | {"torch": "2.12.0"}
+
+
+def skewed_clock():
+    meeting.now = lambda: time.time() + 30
+
+
+def other_data():
+    real = storage.open_dataset
+
+    def changed(config):
+        dataset = real(config)
+        dataset.means = np.nextafter(dataset.means, np.float32(2))
+        return dataset
+
+    storage.open_dataset = changed
+
+
+def test_faults_of_three_nodes_are_told_apart(tmp_path):
+    faults = {1: odd_version, 2: skewed_clock, 3: other_data}
+    codes, said, told, bad = preflight(tmp_path, faults=faults)
+    assert codes == [3] * 4 and bad == ["n1", "n3"]
+    assert verdicts(told, "versions") == {"n1": FAIL}
+    assert verdicts(told, "clock") == {"n2": WARN}
+    assert verdicts(told, "data") == {"n3": FAIL}
+    assert told["found"]["clock"]["2"]["offset"] == pytest.approx(30, abs=1)
+    assert "FAILED: 2 bad nodes (4 nodes, 4 ranks): n1 (versions), n3 (data)" in said
+
+
+def wrong_values():
+    real = groups.contribution
+
+    def flipped(rank, count, device):
+        x = real(rank, count, device)
+        x[-1:] += 1
+        return x
+
+    groups.contribution = flipped
+
+
+def slow_link():
+    real = bandwidth.exchange_with
+    bandwidth.exchange_with = lambda *a: (real(*a)[0] / 1e6, True)
+
+
+def elsewhere():
+    """This node's run directory is a local one of the same name."""
+    real = storage.try_files
+    storage.try_files = lambda folder, *a: real(folder.with_name("local"), *a)
+
+
+def test_faults_of_network_and_file_system(tmp_path):
+    """Rank 2 sends wrong values, rank 3's node is slow to all, rank 1's run directory is not the others'."""
+    faults = {1: elsewhere, 2: wrong_values, 3: slow_link}
+    codes, said, told, bad = preflight(
+        tmp_path, "--run", str(tmp_path / "run"), "--expect-gbps", "0.001", "parallel.ep=2", faults=faults
+    )
+    assert codes == [3] * 4 and bad == ["n1", "n2", "n3"]
+    assert verdicts(told, "files") == {"n1": FAIL}
+    assert verdicts(told, "group whole") == {"n2": FAIL}
+    assert verdicts(told, "group ep") != {} and "n0" not in verdicts(told, "group ep")
+    assert verdicts(told, "bandwidth") == {"n3": FAIL}
+    assert "wrong from rank 2" in " ".join(row["result"] for row in told["rows"])
+
+
+def test_a_rank_that_never_comes_is_named_with_its_node(tmp_path):
+    codes, said, told, bad = preflight(tmp_path, "--timeout", "4", absent=(2,))
+    assert codes == [3] * 3 and bad == ["n2"]
+    assert "3 of 4 ranks; missing: rank 2" in said
+
+
+def frozen():
+    real = groups.try_operation
+
+    def stop(operation, group, device):
+        if operation == "reduce_scatter":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(operation, group, device)
+
+    groups.try_operation = stop
+
+
+def killed():
+    def die(*a):
+        os._exit(9)
+
+    bandwidth.try_pairs = die
+
+
+def stuck():
+    def wait(config):
+        time.sleep(1000)
+
+    storage.open_dataset = wait
+
+
+@pytest.mark.parametrize(
+    "fault, stage, how",
+    [
+        (frozen, "reduce_scatter in whole", "silent"),
+        (killed, "all_to_all in edp", "silent"),
+        (stuck, "data", "not finished"),
+    ],
+)
+def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):
+    began = time.monotonic()
+    codes, said, told, bad = preflight(tmp_path, "--timeout", "8", faults={2: fault})
+    assert codes[0] == 3 and bad == ["n2"]
+    # One that is stopped cannot end; the others do.
+    assert [codes[1], codes[3]] == [3, 3] and codes[2] in {frozen: (-9, None), killed: (9,), stuck: (3,)}[fault]
+    assert told["hang"]["stage"] == stage
+    assert how in said and f"'{stage}'" in " ".join(said.split())
+    assert verdicts(told, "answers") == {"n2": FAIL}
+    assert time.monotonic() - began < 90
+
+
+def test_a_run_directory_that_cannot_be_written_is_no_nodes_fault(tmp_path):
+    """And where the report cannot be written either, every rank says so."""
+    (tmp_path / "file").write_text("")
+    codes, said, told, bad = preflight(tmp_path, "--run", str(tmp_path / "file" / "run"))
+    assert codes == [1] * 4 and bad == []
+    assert verdicts(told, "files") and "Not a directory" in " ".join(said.split())
+
+
+# ---- the command
+
+
+def test_alone(tmp_path, capsys):
+    launch = runtime.Launch("python")
+    options = options_of(["--run", str(tmp_path / "run"), "--bad-nodes", str(tmp_path / "bad")])
+    try:
+        assert check.run(options, launch) == 0
+    finally:
+        runtime.stop()
+    assert "preflight passed (1 node, 1 rank)" in capsys.readouterr().out
+    assert (tmp_path / "bad").read_text() == ""
+    assert json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())["exit_code"] == 0
+    # and a run may start there
+    RunDirectory.open(tmp_path / "run", resolve("digits"), 1).close()
+
+
+def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    options = options_of(
+        ["--run", str(tmp_path / "run"), "--min-free-gib", "1e9", "--report", str(tmp_path / "file" / "report")]
+    )
+    with pytest.raises(job.PreflightError, match="file: (File exists|Not a directory)"):
+        check.run(options, runtime.Launch("python"))
+    runtime.stop()
+    said = capsys.readouterr().out
+    assert "1e+09 GiB" in said and "no single node is to blame: free space" in said
+
+
+def test_a_wrong_config_is_told_before_anything_starts(tmp_path):
+    options = options_of(["--run", str(tmp_path / "run"), "parallel.ep=3", "train.lr=fast"])
+    with pytest.raises(ConfigError, match="2 problems"):
+        check.run(options, runtime.Launch("srun", 0, 4))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--timeout", "0"], ["--expect-gbps", "fast"], ["--max-skew", "-1"]])
+def test_limits_are_positive_numbers(words, capsys):
+    with pytest.raises(SystemExit):
+        options_of(words)
+    assert "must be a number above 0" in capsys.readouterr().err
+
+
+def test_under_torchrun(tmp_path):
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megapromoe",
+    ]
+    command = [*program, "check", "--run-dir", str(tmp_path / "run"), "parallel.tp=2"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "preflight passed (1 node, 2 ranks)" in done.stdout
+    told = json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())
+    assert told["found"]["network"]["1"]["groups"]["tp"]["ranks"] == [0, 1]

@@ -1,0 +1,136 @@
+"""Static dispatch: with room for all it is the dropless one; without, the first rows of each expert; no sync, ever."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.backends import WAYS
+from support.processes import run
+from support.trajectory import small
+from test_dispatch import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
+
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed.mesh import Group, make_mesh
+from megapromoe.distributed.parameter_layout import ExpertPlacement
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
+from megapromoe.nn.moe.dispatcher import Dispatcher
+from megapromoe.nn.moe.layer import Experts
+from megapromoe.nn.parallelize import build, connect
+
+ALONE = Group((0,), 0)
+ROOM = 2.0 * E  # for all rows, also where they all go to one expert and a token has two
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_room_for_all_it_is_the_loop(kind, way):
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    route, bank = route_of(kind, T, 1), experts_of(2)
+    dispatcher = StaticDispatcher(E, ALONE, ROOM)
+    with WAYS[way]():
+        ours = outcome(onto_zeros(dispatcher), x, route, bank)
+    assert dispatcher.dropped == 0
+    if kind == "empty":
+        assert all(not g.any() for g in ours)
+        return
+    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def first_rows(route, capacity: int):
+    """The route without the rows past each expert's first `capacity`."""
+    seen, kept = [0] * E, []
+    for row, expert in enumerate(route.expert_R.tolist()):
+        kept += [row] if seen[expert] < capacity else []
+        seen[expert] += 1
+    return route._replace(**{k: getattr(route, k)[kept] for k in ("token_R", "expert_R", "weight_R")}, top_k=0)
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 1.5])
+@pytest.mark.parametrize("kind", ["top 1", "top 2", "one expert", "any rows"])
+def test_rows_past_the_capacity_are_dropped(kind, factor):
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
+    route, bank = route_of(kind, T, 1), experts_of(2)
+    dispatcher = StaticDispatcher(E, ALONE, factor)
+    kept = first_rows(route, dispatcher.capacity(T * max(route.top_k, 1)))
+    ours = outcome(onto_zeros(dispatcher), x, route, bank)
+    assert dispatcher.dropped.item() == pytest.approx(1 - len(kept.token_R) / len(route.token_R))
+    if factor < 1:
+        assert dispatcher.dropped > 0
+    theirs = outcome(plain, x, kept, bank)
+    for a, b in zip(ours[:2] + ours[3:], theirs[:2] + theirs[3:], strict=True):  # weights: only the kept ones' are told
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def traffic() -> list:
+    """Ranks with other numbers of rows; what the wire carried."""
+    mesh = make_mesh(1, dist.get_world_size(), timeout=60)
+    bank, rank = experts_of(2), dist.get_rank()
+    placement = ExpertPlacement(E, mesh.ep.size)
+    mine = Experts(placement.slots, D, F)
+    for p, whole in zip(mine.parameters(), bank.parameters(), strict=True):
+        p.data.zero_()
+        owned = placement.owned(rank)
+        p.data[: len(owned)] = whole.data[owned.start : owned.stop]
+    tokens = T - 5 * rank  # null images take the rest of the micro-batch
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(rank))
+    route = route_of("top 1", tokens, rank)
+    sent, real = [], dist.all_to_all_single
+
+    def recorded(out, source, *splits, **options):
+        sent.append((source.numel(), splits, options))
+        return real(out, source, *splits, **options)
+
+    dist.all_to_all_single = recorded
+    try:
+        dispatcher = StaticDispatcher(E, mesh.ep, ROOM)
+        base = torch.zeros(T, D)
+        x.requires_grad_()
+        y = dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, T), mine), base)
+        forward = len(sent)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    finally:
+        dist.all_to_all_single = real
+    expected = plain(x.detach(), route, bank)
+    torch.testing.assert_close(y[:tokens].detach(), expected, rtol=1e-5, atol=1e-5)
+    assert not y[tokens:].any()
+    return [forward, len(sent) - forward, {n for n, _, _ in sent}, placement.slots * dispatcher.capacity(T)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_exchange_equal_parts_and_no_counts(world):
+    for forward, backward, sizes, rows in run(world, traffic):
+        assert (forward, backward) == (2, 2)
+        assert sizes == {world * rows * D}
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.25])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_on_one_device_nothing_is_read_back(factor, top_k):
+    """Tensors without values: whatever asks for one, as a sync with a GPU would, raises."""
+    config = resolve("promoe_s", overrides=[f"model.top_k={top_k}", f"model.capacity_factor={factor}"])
+    with torch.device("meta"):
+        model = DiT(config.model).train().bfloat16()  # of grouped_mm without values, torch knows bf16 alone
+        connect(model, config, make_mesh(1, 1, timeout=60))
+        images, labels = torch.zeros(4, 4, 32, 32), torch.zeros(4, dtype=torch.long)
+        prediction, auxiliary = model(images, torch.zeros(4), labels, 3)
+        (prediction.sum() + auxiliary.total()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_check_for_syncs_sees_one():
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        torch.zeros(3, device="meta").sum().item()
+
+
+def test_capacity_is_for_token_choice():
+    with pytest.raises(ConfigError, match="capacity_factor = 1.0: must be 0 with model.router = 'ec'"):
+        small("model.router=ec", "model.capacity_factor=1.0")
+
+
+def test_dropless_and_static_are_told_apart():
+    assert type(build(small()).blocks[1].mlp.dispatcher) is Dispatcher
+    model = build(small("model.capacity_factor=1.0")).eval()
+    images, labels = torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)
+    assert model(images, torch.ones(4), labels, 4)[1].dropped_L.shape == (2,)

@@ -1,0 +1,190 @@
+"""The training loop and its checkpoints: resuming changes nothing, and what cannot be resumed is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import WorkerFailed, run
+from support.trajectory import small
+
+import megapromoe.training.loop as loop
+from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
+from megapromoe.config.options import TrainConfig
+from megapromoe.distributed import runtime
+
+QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
+
+
+def train(folder: str, *overrides: str) -> None:
+    """`loop.train` in a job that is already running."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store = torch.distributed.HashStore()
+    runtime.start = lambda launch, timeout: runtime.Job(torch.device("cpu"), store)
+    runtime.stop = lambda: None
+    loop.train(small(*QUICK, *overrides), Path(folder), runtime.Launch("test", rank, world))
+
+
+def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
+    checkpoint = Checkpoint(folder_of(folder / "checkpoints", step))
+    return {(kind, name): checkpoint.logical(kind, name) for kind in KINDS for name in checkpoint.shapes}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+LAYOUTS = [
+    (1, ("train.deepspeed=fp32_zero0",)),
+    (2, ("parallel.ep=2", "train.deepspeed=fp32_zero0")),
+    (2, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "train.accumulation=2")),
+    (4, ("parallel.tp=2", "parallel.ep=2")),
+    (4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero3")),
+    (4, ("parallel.tp=4", "parallel.ep=2", "train.deepspeed=fp32_zero2")),  # tp > ep
+    (4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=bf16_zero1")),
+    (4, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.router=diffmoe")),
+    (2, ("parallel.ep=2", "train.deepspeed=bf16_zero2_offload")),
+]
+
+
+@pytest.mark.parametrize("world, overrides", LAYOUTS, ids=str)
+def test_resuming_is_bit_exact(world, overrides, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run(world, train, str(straight), *overrides)
+    run(world, train, str(resumed), "train.steps=3", *overrides)
+    run(world, train, str(resumed), *overrides)
+    assert steps_in(straight / "checkpoints") == steps_in(resumed / "checkpoints") == [3, 6]
+    expected, found = state(straight, 6), state(resumed, 6)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert losses(resumed) == losses(straight) and len(losses(straight)) == 6
+    moved = state(straight, 3)
+    assert not torch.equal(moved["master", "blocks.1.mlp.experts.fc1.weight"],
+                           expected["master", "blocks.1.mlp.experts.fc1.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "world, overrides", [(1, ()), (4, ("parallel.tp=2", "parallel.ep=4", "train.deepspeed=fp32_zero3"))]
+)
+def test_resuming_at_another_layout_is_the_same_training(world, overrides, tmp_path):
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    at = ("parallel.ep=2", "train.deepspeed=fp32_zero2")
+    run(2, train, str(straight), *at)
+    run(2, train, str(moved), "train.steps=3", *at)
+    run(world, train, str(moved), *overrides)
+    assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)
+    expected, found = state(straight, 6), state(moved, 6)
+    whole = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
+    for (kind, name), tensor in expected.items():
+        off = (found[kind, name] - tensor).norm()
+        assert off <= 1e-5 * tensor.norm() + 1e-6 * whole[kind], f"{kind} of {name}"
+
+
+def test_the_run_directory_explains_itself(tmp_path):
+    folder = tmp_path / "run"
+    run(2, train, str(folder), "parallel.ep=2", "train.sample_every=6", "model.in_channels=3", "sample.steps=2")
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard"} <= names
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    needed = {"step", "loss", "denoising", "rcl", "gradient_norm", "learning_rate", "images_per_second"}
+    needed |= {"flops_per_second", "memory_bytes", "dead_experts", "expert_load", "gate"}
+    assert needed <= set(line) and line["step"] == 6
+    conditional_rows = sum(map(sum, line["expert_load"]))
+    assert conditional_rows % 16 == 0 and 0 < conditional_rows <= 2 * 16 * 16
+    assert line["loss"] == pytest.approx(line["denoising"] + line["rcl"], rel=1e-5)
+    assert (folder / "samples" / "step-00000006.png").stat().st_size > 100
+    place = folder_of(folder / "checkpoints", 6)
+    assert len({p.stat().st_mode for p in place.iterdir()}) == 1, "some files are private, some are not"
+    manifest = Checkpoint(place).manifest
+    assert manifest["step"] == manifest["updates"] == 6 and manifest["config"]["parallel"]["ep"] == 2
+
+
+def test_drawing_samples_does_not_change_the_training(tmp_path):
+    run(2, train, str(tmp_path / "plain"), "parallel.tp=2", "model.in_channels=3")
+    run(
+        2,
+        train,
+        str(tmp_path / "drawn"),
+        "parallel.tp=2",
+        "model.in_channels=3",
+        "train.sample_every=2",
+        "sample.steps=2",
+    )
+    assert losses(tmp_path / "plain") == losses(tmp_path / "drawn")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    run(2, train, str(mine), "train.steps=3", "parallel.ep=2", "model.num_experts=8")
+    run(2, train, str(other), "train.steps=3", "parallel.ep=2")
+    shutil.rmtree(mine / "checkpoints")
+    shutil.copytree(other / "checkpoints", mine / "checkpoints")
+    before = {p: p.read_bytes() for p in (mine / "checkpoints").rglob("*") if p.is_file()}
+    with pytest.raises(
+        WorkerFailed, match=r"another model(.|\n)*prototypes: the checkpoint has \(4, 32\), the model \(8, 32\)"
+    ):
+        run(2, train, str(mine), "parallel.ep=2", "model.num_experts=8")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def spoil_and_open(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder).verify()
+    return str(caught.value)
+
+
+def test_damage_is_named(tmp_path):
+    run(2, train, str(tmp_path), "parallel.ep=2", "train.steps=3")
+    folder = folder_of(tmp_path / "checkpoints", 3)
+    Checkpoint(folder).verify()
+    file = folder / "rank-00001.safetensors"
+    good = file.read_bytes()
+    spoilt = bytearray(good)
+    spoilt[len(good) // 2] ^= 1
+    file.write_bytes(bytes(spoilt))
+    assert "rank-00001.safetensors: bytes changed" in spoil_and_open(folder)
+    file.write_bytes(good[:-10])
+    assert f"has {len(good) - 10} bytes, not {len(good)}" in spoil_and_open(folder)
+    file.unlink()
+    assert "rank-00001.safetensors: is missing" in spoil_and_open(folder)
+    (folder / "manifest.json").write_text("{")
+    assert "manifest.json: is not JSON" in spoil_and_open(folder)
+    (folder / "manifest.json").unlink()
+    assert "no complete checkpoint" in spoil_and_open(folder)
+    assert steps_in(tmp_path / "checkpoints") == []
+
+
+def test_old_checkpoints_go(tmp_path):
+    run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2")
+    assert steps_in(tmp_path / "checkpoints") == [5, 6]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-00000005", "step-00000006"}
+
+
+def broken(folder: str) -> None:
+    """A model whose loss overflows from the first step."""
+    real = loop.make_objective
+
+    class Overflow:
+        def __init__(self, config):
+            self.real = real(config)
+            self.corrupt = self.real.corrupt
+
+        def loss(self, *arguments):
+            return self.real.loss(*arguments) * float("inf")
+
+    loop.make_objective = Overflow
+    train(folder, "parallel.ep=2")
+
+
+def test_a_run_that_only_overflows_ends_and_says_so(tmp_path):
+    with pytest.raises(WorkerFailed, match=r"3 steps in a row without a usable gradient .*max_bad_steps"):
+        run(2, broken, str(tmp_path))
+
+
+def test_learning_rate_schedules():
+    constant = TrainConfig(lr=2.0, warmup=4, steps=10)
+    assert [loop.learning_rate(constant, s) for s in (0, 1, 3, 4, 9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = TrainConfig(lr=2.0, warmup=4, steps=12, schedule="cosine", min_lr=1.0)
+    assert loop.learning_rate(cosine, 4) == 2.0
+    assert math.isclose(loop.learning_rate(cosine, 8), 1.5) and math.isclose(loop.learning_rate(cosine, 12), 1.0)

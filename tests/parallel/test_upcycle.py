@@ -1,0 +1,159 @@
+"""Upcycling: what the new model computes follows from the old one, and it trains."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import run
+
+from megapromoe.config.resolve import resolve
+from megapromoe.conversion.exports import export
+from megapromoe.conversion.formats import open_state
+from megapromoe.conversion.state import State, model_shapes
+from megapromoe.conversion.stream import ConversionError
+from megapromoe.conversion.upcycle import Prototypes, _whole_model, cluster, from_dense, grow, moe_inputs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import upcycle as tool  # noqa: E402
+
+SMALL = ["model.hidden_size=32", "model.depth=2", "model.heads=2", "train.global_batch=8", "train.log_every=1"]
+PROMOE = ["model.router=promoe", "model.num_experts=4"]
+
+
+def state_of(*settings: str, seed: int = 0) -> State:
+    """A model whose every tensor is random, so that every path matters."""
+    config = resolve("digits", overrides=[*SMALL, *settings])
+    shapes, _ = model_shapes(config.model)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    kinds = ("master", "ema")
+    return State(Path("made"), "made", config, 7, 7, kinds, shapes, {}, lambda kind, name: tensors[name])
+
+
+def output(state: State, null: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x_BCHW = torch.randn(6, 1, 8, 8, generator=generator)
+    t_B = torch.rand(6, generator=generator) * 1000
+    y_B = torch.full((6,), state.config.model.null_class) if null else torch.arange(6)
+    return _whole_model(state, "ema")(x_BCHW, t_B, y_B, 0 if null else 6)[0]
+
+
+def made_from_dense(noise: float, how: str = "slice", *settings: str) -> tuple[State, State]:
+    dense = state_of("model.router=dense")
+    config = resolve("digits", overrides=[*SMALL, *PROMOE, *settings])
+    prototypes = {b: cluster(x, config) for b, x in moe_inputs(dense, config, images=32).items()}
+    return dense, from_dense(dense, config, prototypes, how, noise)
+
+
+@pytest.mark.parametrize("how, settings", [("slice", ()), ("copy", ("model.expert_ratio=4.0",))])
+def test_for_the_null_class_a_dense_model_and_its_promoe_are_one(how, settings):
+    dense, made = made_from_dense(0.0, how, *settings)
+    torch.testing.assert_close(output(made, null=True), output(dense, null=True), rtol=1e-4, atol=1e-5)
+
+
+def test_for_classes_they_differ_by_the_gates_spread_alone():
+    dense, made = made_from_dense(0.0)
+    config = made.config
+    fresh = from_dense(dense, config, {1: Prototypes(torch.randn(4, 32), 1e3)})  # a scale that silences the experts
+    error = (output(made) - output(dense)).norm() / output(dense).norm()
+    silent = (output(fresh) - output(dense)).norm() / output(dense).norm()
+    assert error < 0.5 * silent
+
+
+def test_a_slice_has_all_hidden_units_once():
+    dense, made = made_from_dense(0.0)
+    whole = dense.read("ema", "blocks.1.mlp.fc1.weight")
+    shared = made.read("ema", "blocks.1.mlp.shared.fc1.weight")
+    routed = made.read("ema", "blocks.1.mlp.experts.fc1.weight")
+    for expert in routed:
+        assert torch.equal(torch.cat([shared, expert]), whole)
+
+
+def test_noise_parts_the_routed_experts_and_nothing_else_and_is_seeded():
+    dense, made = made_from_dense(0.1)
+    name = "blocks.1.mlp.experts.fc1.weight"
+    routed = made.read("ema", name)
+    assert not any(torch.equal(routed[0], other) for other in routed[1:])
+    assert torch.equal(routed, made.read("master", name)), "read twice, noise is the same"
+    half = dense.read("ema", "blocks.1.mlp.fc1.weight")[64:]
+    assert ((routed[0] - half).std() / half.std()).item() == pytest.approx(0.1, rel=0.1)
+    assert torch.equal(made.read("ema", "blocks.1.mlp.unconditional.fc1.weight"), half)
+
+
+def test_prototypes_are_the_clusters_of_tokens():
+    generator = torch.Generator().manual_seed(2)
+    centre_ED = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=-1)
+    tokens = (centre_ED.repeat(50, 1) + 0.05 * torch.randn(200, 32, generator=generator)) * 3
+    found = cluster(tokens, resolve("digits", overrides=[*SMALL, *PROMOE]))
+    assert (found.prototype_ED @ centre_ED.T).max(dim=0).values.min() > 0.98
+    assert found.gate > 0.9
+    with pytest.raises(ConversionError, match="3 tokens for 4 prototypes"):
+        cluster(tokens[:3], resolve("digits", overrides=[*SMALL, *PROMOE]))
+
+
+@pytest.mark.parametrize("gate", ["identity", "softmax"])
+def test_twice_the_experts_without_noise_compute_the_same(gate):
+    small = state_of(*PROMOE, f"model.gate={gate}")
+    big = grow(small, replace(small.config, model=replace(small.config.model, num_experts=8)), noise=0, spread=0)
+    torch.testing.assert_close(output(big), output(small), rtol=1e-5, atol=1e-6)
+    noisy = grow(small, big.config)
+    routed = noisy.read("ema", "blocks.1.mlp.experts.fc1.weight")
+    assert routed.shape[0] == 8 and not torch.equal(routed[0], routed[4])
+    gap = (output(noisy) - output(small)).norm() / output(small).norm()
+    assert 0 < gap < 0.1
+
+
+def test_what_does_not_fit_is_told_at_once():
+    dense = state_of("model.router=dense")
+    config = resolve("digits", overrides=[*SMALL, *PROMOE, "model.depth=4", "model.expert_ratio=1.5"])
+    with pytest.raises(ConversionError, match="model.depth = 4.*\n.*model.expert_ratio = 1.5"):
+        from_dense(dense, config, {})
+    small = state_of(*PROMOE)
+    six = replace(small.config, model=replace(small.config.model, num_experts=6))
+    with pytest.raises(ConversionError, match="num_experts = 6: must be a multiple of the source's 4"):
+        grow(small, six)
+
+
+def train_on(folder: Path) -> dict:
+    from megapromoe.checkpoint.manager import resume
+    from megapromoe.distributed.mesh import make_mesh
+    from megapromoe.engine.averaged_weights import EMA
+    from megapromoe.engine.deepspeed_engine import Engine
+    from megapromoe.nn.parallelize import build
+
+    config = resolve(file=folder / "config.yaml")
+    mesh = make_mesh()
+    engine = Engine(build(config, mesh), config, mesh)
+    checkpoint = resume(folder / "checkpoints", engine, EMA(engine, config.train.ema))
+    losses = []
+    generator = torch.Generator().manual_seed(0)
+    x_BCHW, target = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(8, 1, 8, 8, generator=generator)
+    for _ in range(8):
+
+        def loss(prediction, auxiliary):
+            mse = (prediction[:, :1] - target).square().mean()
+            return mse + auxiliary.total(), mse.detach()
+
+        losses.append(float(engine.micro_step(x_BCHW, torch.full((8,), 500.0), torch.arange(8), 8, loss=loss)))
+        engine.step(1e-3)
+    engine.close()
+    return {"step": checkpoint.manifest["step"], "losses": losses}
+
+
+def test_the_tool_makes_runs_that_train(tmp_path, capsys):
+    dense = state_of("model.router=dense")
+    export(replace(dense, kinds=("master", "ema")), tmp_path / "dense", "ours")
+    command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--images", "8"]
+    assert tool.main(command) == 0
+    said = run(1, train_on, tmp_path / "promoe")[0]
+    assert said["step"] == 0 and said["losses"][-1] < said["losses"][0]
+    state = open_state(tmp_path / "promoe")
+    assert not any(state.read(kind, name).any() for kind in ("exp_avg", "exp_avg_sq") for name in state.shapes)
+
+    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "more"), "model.num_experts=8"]) == 0
+    assert open_state(tmp_path / "more").shapes["blocks.1.mlp.router.prototypes"] == (8, 32)
+    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=6"]) == 1
+    assert "must be a multiple" in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=0"]) == 2

@@ -1,0 +1,299 @@
+"""The command line: what it prints, what it hands on, and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import yaml
+
+from megapromoe import cli
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.config.options import Config
+from megapromoe.config.presets import PRESETS
+from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.distributed import runtime
+from megapromoe.distributed.runtime import Launch, LaunchError
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One process, whatever launched the tests."""
+    monkeypatch.setattr(runtime, "detect", lambda: Launch("python"))
+
+
+@pytest.fixture
+def trained(monkeypatch, alone):
+    """`training.loop`, replaced by one that notes its arguments."""
+    calls = []
+    loop = types.ModuleType("megapromoe.training.loop")
+    loop.train = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "megapromoe.training.loop", loop)
+    return calls
+
+
+@pytest.fixture
+def sampled(monkeypatch, alone):
+    """`evaluation.generate`, replaced by one that notes its arguments."""
+    calls = []
+    generate = types.ModuleType("megapromoe.sampling.generate")
+    generate.sample_command = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "megapromoe.sampling.generate", generate)
+    return calls
+
+
+def fails_with(monkeypatch, trained, error: BaseException) -> None:
+    def train(*arguments):
+        raise error
+
+    monkeypatch.setattr(sys.modules["megapromoe.training.loop"], "train", train)
+
+
+# ---- show
+
+
+def test_show_lists_every_preset_with_its_size(capsys):
+    assert cli.main(["show"]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if line}
+    assert set(PRESETS) <= set(rows)
+    assert "1,062,684,704" in rows["promoe_l"] and "458,262,560" in rows["promoe_l"]
+    assert "dense" in rows["dit_l"]
+
+
+def test_show_prints_a_config_that_can_be_read_back(capsys, tmp_path):
+    assert cli.main(["show", "--preset", "promoe_b", "parallel.ep=8", "model.top_k=2"]) == 0
+    file = tmp_path / "shown.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert resolve(file=file) == resolve("promoe_b", overrides=["parallel.ep=8", "model.top_k=2"])
+    assert cli.main(["show", "--config", str(file)]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+def test_show_tells_size_and_layout(capsys):
+    cli.main(["show", "--preset", "promoe_s", "--ranks", "8", "parallel.tp=2", "parallel.ep=8"])
+    said = capsys.readouterr().out
+    assert "total 75,543,584  trainable 75,445,280  active 32,993,312" in said
+    assert "layout over 8 ranks" in said
+    assert "tp 2 x data parallel dp 4" in said
+    assert "2 on 4 ranks, 1 on 4 ranks of an ep group" in said
+    assert "micro-batch 64 x dp 4" in said
+    assert "on the device" in said
+
+
+@pytest.mark.parametrize(
+    "overrides, ranks",
+    [
+        ([], 1),
+        (["parallel.tp=2", "parallel.ep=2"], 2),
+        (["parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true"], 4),
+    ],
+)
+def test_show_takes_the_fewest_ranks(capsys, overrides, ranks):
+    assert cli.main(["show", "--preset", "digits", *overrides]) == 0
+    assert f"layout over {ranks} rank" in capsys.readouterr().out
+
+
+def test_show_keys_lists_every_field(capsys):
+    assert cli.main(["show", "--keys"]) == 0
+    said = capsys.readouterr().out
+    shown = [line.split("=")[0].strip() for line in said.splitlines() if line.startswith("  ")]
+    everything = yaml.safe_load(to_yaml(Config()))
+    assert shown == [f"{section}.{key}" for section, keys in everything.items() for key in keys]
+    assert "parallel.expert_tp=false" in said and "(identity | sigmoid | softmax)" in said
+
+
+def test_wrong_config_is_told_in_one_message(capsys):
+    assert cli.main(["show", "--preset", "digits", "model.dept=3", "--ranks", "3", "lr=1"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "3 problems" in said.err and "did you mean depth" in said.err and "train.global_batch" in said.err
+
+
+def test_help_and_show_need_no_torch():
+    code = (
+        "import sys; from megapromoe import cli\n"
+        "for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train', '--help']):\n"
+        "    try: cli.main(line)\n"
+        "    except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("line", [[], ["fly"], ["train"], ["train", "--run", "x", "--pre", "digits"], ["show", "-q"]])
+def test_a_wrong_command_exits_with_2(capsys, line):
+    with pytest.raises(SystemExit) as left:
+        cli.main(line)
+    assert left.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_an_early_reader_is_no_error():
+    command = f"{sys.executable} -m megapromoe show --keys | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("model:") and done.stderr == ""
+
+
+# ---- train
+
+
+def test_train_hands_over_the_resolved_config(trained, tmp_path):
+    line = ["train", "train.lr=1e-2", "--run", str(tmp_path), "model.depth=2"]
+    assert cli.main(line) == 0
+    config = resolve("digits", overrides=["train.lr=1e-2", "model.depth=2"])
+    assert trained == [(config, tmp_path, Launch("python"), None, ())]
+    assert cli.main([*line, "--step", "7", "--allow", "data.seed", "--allow", "train.seed"]) == 0
+    assert trained[1][3:] == (7, ("data.seed", "train.seed"))
+
+
+def test_the_word_that_the_deepspeed_launcher_adds_is_no_error(trained, tmp_path):
+    assert cli.main(["--local_rank=1", "train", "--run", str(tmp_path)]) == 0
+    assert trained
+
+
+def test_a_config_file_replaces_the_default_preset(trained, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {source: synthetic}\n")
+    assert cli.main(["train", "--run-dir", str(tmp_path), "--config", str(file)]) == 0
+    assert trained[0][0] == resolve(file=file)
+
+
+def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", world=3))
+    assert cli.main(["train", "--run", "x", "parallel.tp=2"]) == 2
+    said = capsys.readouterr().err
+    assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run" not in said
+    assert not trained
+
+
+def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    assert cli.main(["train", "--run", "x", "model.dept=2"]) == 2
+    assert capsys.readouterr().err == ""
+    assert waited == [cli.GRACE]
+
+
+def test_a_wrong_launch_exits_with_2(trained, monkeypatch, capsys):
+    def detect():
+        raise LaunchError("RANK is set but WORLD_SIZE not")
+
+    monkeypatch.setattr(runtime, "detect", detect)
+    assert cli.main(["train", "--run", "x"]) == 2
+    assert capsys.readouterr().err == "megapromoe: RANK is set but WORLD_SIZE not\n"
+
+
+def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
+    line = ["train", "--run", str(tmp_path / "new"), "--dry-run"]
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    assert "layout over 1 rank" in said and f"{tmp_path / 'new'}: a new run" in said
+    assert yaml.safe_load(said)["model"]["depth"] == resolve("digits").model.depth
+    assert not trained and not (tmp_path / "new").exists()
+
+
+def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys):
+    RunDirectory.open(tmp_path, resolve("digits"), 1).close()
+    assert cli.main(["train", "--run", str(tmp_path), "--dry-run", "model.depth=6"]) == 1
+    assert "model.depth: the run has 4, not 6" in capsys.readouterr().err
+
+
+def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
+    fails_with(monkeypatch, trained, RunDirectoryError("runs/a: in use"))
+    assert cli.main(["train", "--run", "x"]) == 1
+    assert capsys.readouterr().err == "megapromoe: runs/a: in use\n"
+
+
+@pytest.mark.parametrize("error, said", [(RunDirectoryError, ""), (LaunchError, "megapromoe, rank 1: why\n")])
+def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said):
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    fails_with(monkeypatch, trained, error("why"))
+    assert cli.main(["train", "--run", "x"]) == 1
+    assert capsys.readouterr().err == said
+
+
+def test_a_value_error_raised_here_is_a_sentence_and_one_from_elsewhere_a_bug(trained, monkeypatch, capsys):
+    from megapromoe.data.loader import Loader
+
+    loop = sys.modules["megapromoe.training.loop"]
+    monkeypatch.setattr(loop, "train", lambda *_: Loader.micro_batches(0, 2, 0, 1, 7))
+    assert cli.main(["train", "--run", "x"]) == 1
+    assert "train.global_batch: 7" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "train", lambda *_: json.loads("no json"))
+    with pytest.raises(ValueError):
+        cli.main(["train", "--run", "x"])
+    fails_with(monkeypatch, trained, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", "--run", "x"])
+
+
+def test_an_interrupt_exits_with_130(trained, monkeypatch, capsys):
+    fails_with(monkeypatch, trained, KeyboardInterrupt())
+    assert cli.main(["train", "--run", "x"]) == 130
+    assert capsys.readouterr().err == "megapromoe: interrupted\n"
+
+
+def test_torchrun_passes_the_command_on_and_one_rank_tells_what_is_wrong(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "megapromoe", "train", "--run-dir", str(tmp_path / "run"), "trian.lr=1", "parallel.tp=4"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode
+    assert done.stderr.count("2 problems in the configuration") == 1
+    assert "did you mean train?" in done.stderr and "parallel.tp = 4: must divide the 2 ranks" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ---- sample
+
+
+def test_sample_hands_everything_on(sampled, tmp_path):
+    out = tmp_path / "grid.png"
+    line = ["sample", "--run", str(tmp_path), "--class", "3", "5", "sample.batch=8", "--guidance", "1.5"]
+    line += [
+        "--out",
+        str(out),
+        "--count",
+        "4",
+        "--step",
+        "500",
+        "--weights",
+        "master",
+        "--seed",
+        "7",
+        "--steps",
+        "9",
+    ]
+    assert cli.main([*line, "--method", "heun"]) == 0
+    overrides = [
+        "sample.batch=8",
+        "sample.guidance=1.5",
+        "sample.steps=9",
+        "sample.seed=7",
+        "sample.method=heun",
+    ]
+    assert sampled == [(tmp_path, out, [3, 5], 4, 500, "master", overrides, Launch("python"))]
+
+
+def test_sample_draws_all_classes_by_default(sampled, tmp_path):
+    assert cli.main(["sample", "--run", "r", "--out", "o.png", "--per-class", "2"]) == 0
+    assert sampled[0][2:6] == (None, 2, None, "ema") and sampled[0][6] == []
+
+
+def test_sample_changes_only_how_images_are_drawn(sampled, capsys):
+    assert cli.main(["sample", "--run", "r", "--out", "o.png", "model.depth=3", "train.lr=1"]) == 2
+    said = capsys.readouterr().err
+    assert "'model.depth=3'" in said and "'train.lr=1'" in said
+    assert not sampled
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_count_must_be_positive(sampled, capsys, count):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["sample", "--run", "r", "--out", "o.png", "--count", count])
+    assert left.value.code == 2

@@ -1,0 +1,237 @@
+"""The launchers without a cluster: what they print, refuse and pass on. `tests/cluster` runs them for real."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_launch import losses
+
+from megapromoe.config.resolve import resolve
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ROOT / "launchers"
+SIZES = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")
+OURS = ("PRESET", "GPU", "RUN_DIR", "PREFLIGHT", "RETRIES", "MEGAPROMOE", "CONTAINER", "SRUN", "MASTER", "NODE_CACHE")
+THEIRS = ("SLURM", "SBATCH", "OMPI", "PMI", "NPROC", "HOSTFILE", "MPI_ARGS", "NCCL", "OMP_NUM", "PYTORCH_", "CUDA_")
+ENV = {k: v for k, v in os.environ.items() if not k.startswith((*OURS, *THEIRS))}
+ENV["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+def call(script: str, *words: str, code: int = 0, cwd: Path = ROOT, **env: str) -> str:
+    """Runs a launcher; returns stdout, or stderr if an exit code other than 0 is expected."""
+    command = ["bash", str(LAUNCHERS / f"{script}.sh"), *words]
+    done = subprocess.run(command, env=ENV | env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
+
+
+def printed(script: str, *words: str, **env: str) -> dict[str, list[str]]:
+    """The commands of a dry run by what they are: sbatch, node, check, train, and the exports."""
+    commands: dict[str, list[str]] = {"export": []}
+    for line in call(script, "--dry-run", *words, **env).splitlines():
+        command = shlex.split(line)
+        if command[0] == "export":
+            commands["export"].append(command[1])
+        elif command[0] == "srun":
+            commands["node" if "bash" in command else command[command.index("megapromoe") + 1]] = command
+        else:
+            commands[Path(command[0]).name] = command
+    return commands
+
+
+def settings(command: list[str]) -> list[str]:
+    return [word for word in command if re.match(r"\w+\.\w+=", word)]
+
+
+# ---- what they would run
+
+
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+@pytest.mark.parametrize("preset", SIZES)
+@pytest.mark.parametrize("nodes", [1, 2, 8, 32])
+def test_every_default_is_a_layout_that_can_run(preset, nodes, gpu):
+    train = printed(preset, f"--nodes={nodes}", GPU=gpu)["train"]
+    assert train[train.index("--preset") + 1] == preset
+    assert f"--nodes={nodes}" in train and f"--ntasks={8 * nodes}" in train
+    layout = resolve(preset, overrides=settings(train), world=8 * nodes).layout(8 * nodes)
+    assert 8 % (layout.tp * layout.ep) == 0, "expert and tensor parallelism stay inside a node"
+
+
+def test_the_largest_size_runs_on_64_nodes():
+    train = printed("promoe_xl", "--nodes=64")["train"]
+    assert resolve("promoe_xl", overrides=settings(train), world=512).layout(512).dp == 256
+
+
+def test_settings_are_passed_on_and_win():
+    commands = printed("promoe_xl", "model.num_experts=64", "parallel.ep=8", "--", "--allow", "data.seed")
+    assert commands["sbatch"][1:] == [
+        *(str(LAUNCHERS / "promoe_xl.sh"), "model.num_experts=64", "parallel.ep=8"),
+        *("--", "--allow", "data.seed"),
+    ]
+    assert settings(commands["train"])[-2:] == settings(commands["check"])[-2:] == commands["sbatch"][2:4]
+    assert commands["train"][commands["train"].index("--allow") + 1] == "data.seed"
+    config = resolve("promoe_xl", overrides=settings(commands["train"]), world=8)
+    assert (config.model.num_experts, config.parallel.ep) == (64, 8)
+
+
+def test_options_of_sbatch_are_passed_on():
+    commands = printed("promoe_b", "--nodes=2", "--partition=gpu", "train.steps=9", "--job-name=mine")
+    assert commands["sbatch"][1:4] == ["--nodes=2", "--partition=gpu", "--job-name=mine"]
+    assert commands["train"][commands["train"].index("--run-dir") + 1] == str(ROOT / "runs" / "mine-JOBID")
+
+
+def test_variables_do_what_the_help_says(tmp_path):
+    env = {"PRESET": "dit_b", "RUN_DIR": str(tmp_path / "with space"), "PREFLIGHT": "0", "NODE_CACHE": "/cache"}
+    env |= {"CONTAINER_IMAGE": "registry#megapromoe:1", "CONTAINER_MOUNTS": "/data:/data:ro"}
+    env |= {"SRUN_ARGS": "--cpu-bind=cores -v"}
+    commands = printed("promoe_b", "parallel.ep=1", **env)
+    train = commands["train"]
+    assert "check" not in commands and commands["node"][-1] == "/cache"
+    assert train[train.index("--preset") + 1] == "dit_b"
+    assert train[train.index("--run-dir") + 1] == f"{tmp_path}/with space"
+    assert {"--cpu-bind=cores", "-v", "--container-image=registry#megapromoe:1"} <= set(train)
+    (mounts,) = [word.partition("=")[2].split(",") for word in train if word.startswith("--container-mounts=")]
+    assert mounts == [f"{ROOT}:{ROOT}", *(f"{p}:{p}" for p in (f"{tmp_path}/with space", "/cache")), "/data:/data:ro"]
+    assert not any(word.startswith("--container") for word in commands["node"])
+    assert "TRITON_CACHE_DIR=/cache/triton" in commands["export"]
+    assert not any(word.startswith("--container") for word in printed("promoe_b")["train"])
+    assert "--more" in printed("promoe_b", PREFLIGHT_ARGS="--more 3")["check"]
+
+
+def test_what_is_set_in_the_environment_stays():
+    assert {"NCCL_DEBUG=WARN", "OMP_NUM_THREADS=12"} <= set(printed("promoe_s")["export"])
+    assert {"NCCL_DEBUG=INFO", "OMP_NUM_THREADS=3"} <= set(
+        printed("promoe_s", NCCL_DEBUG="INFO", OMP_NUM_THREADS="3")["export"]
+    )
+
+
+def test_ranks_meet_where_slurm_or_the_user_says():
+    commands = printed("promoe_s")
+    assert "--resv-ports=1" in commands["train"] and commands["node"][-1] != "ask"
+    assert "--resv-ports=1" not in printed("promoe_s", MASTER_PORT="29500")["train"]
+
+
+@pytest.mark.parametrize(
+    "words, env, said",
+    [
+        (["parallel.ep=3", "train.lr=fast"], {}, "2 problems in the configuration"),
+        (["--nodes=3"], {}, "nearest: 240, 264"),
+        (["--nodes=few"], {}, "--nodes=few"),
+        (["--partition", "gpu"], {}, "as --option=value"),
+        (["-N2"], {}, "as --option=value"),
+        (["eight"], {}, "'eight': must be section.key=value"),
+        ([], {"GPU": "tpu"}, "GPU=tpu: no layout is known for it"),
+        ([], {"MEGAPROMOE_ENV": "/nowhere"}, "MEGAPROMOE_ENV=/nowhere: has no bin/megapromoe"),
+        (["--", "--config", "no.yaml"], {}, "no.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
+    assert said in call("promoe_b", "--dry-run", *words, code=2, **env)
+    assert said in call("promoe_b", *words, code=2, **env)
+
+
+def test_a_machine_without_slurm_is_told(tmp_path):
+    for name in ("bash", "sed", "realpath", "dirname", "basename", "nproc", "megapromoe"):
+        (tmp_path / name).symlink_to(shutil.which(name, path=ENV["PATH"]))
+    assert "launchers/local.sh" in call("promoe_s", code=2, PATH=str(tmp_path))
+    assert "--resv-ports=1" in call("promoe_s", "--dry-run", PATH=str(tmp_path))
+
+
+def test_outside_a_job_the_script_submits_itself(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    sbatch.chmod(0o755)
+    said = call("promoe_l", "--hold", "train.steps=9", PATH=f"{tmp_path}:{ENV['PATH']}")
+    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), "train.steps=9"]
+
+
+# ---- as text
+
+
+def scripts() -> list[Path]:
+    return sorted(LAUNCHERS.glob("*.sh"))
+
+
+def test_shellcheck_has_nothing_to_say():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", *map(str, scripts())], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda p: p.name)
+def test_scripts_are_strict_and_know_no_site(script):
+    text = script.read_text()
+    assert "set -euo pipefail" in text or script.name == "slurm.sh"
+    paths = re.findall(r"(?<![\w$}\"./*-])/(?!dev/null|tmp|usr/bin/env)[a-z]\w*/[\w/]*", text)
+    assert not paths, "no path of a machine"
+    assert not re.search(r"--(partition|account|qos|constraint|nodelist|mail-user|reservation)", text)
+    assert (os.access(script, os.X_OK)) == (script.name not in ("prologue.sh", "slurm.sh"))
+
+
+@pytest.mark.parametrize("name", [*SIZES, "local", "mpirun", "scaling_experts"])
+def test_help_teaches(name):
+    said = call(name, "--help")
+    assert f"launchers/{name}.sh" in said and "MEGAPROMOE_ENV" in said and "section.key=value" in said
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_sizes_differ_in_name_and_layout_alone(size):
+    def rest(name: str) -> list[str]:
+        lines = (LAUNCHERS / f"{name}.sh").read_text()
+        lines = re.sub(r"^layout\(\) .*?^}", "", lines, flags=re.M | re.S)
+        return [line.replace(name, "promoe_s") for line in lines.splitlines() if not line.startswith("## Trains")]
+
+    assert rest(size) == rest("promoe_s")
+
+
+# ---- one machine
+
+
+def test_local_layout_follows_the_ranks():
+    for ranks, ep in (("1", 1), ("2", 2), ("4", 4), ("6", 2), ("8", 4)):
+        command = shlex.split(
+            call("local", "digits", "--dry-run", "train.global_batch=48", NPROC=ranks).splitlines()[-1]
+        )
+        assert f"--nproc-per-node={ranks}" in command and f"parallel.ep={ep}" in command
+
+
+def test_host_files_say_how_many(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# two machines\nhost1 slots=3\nhost2 slots = 1\n")
+    command = shlex.split(call("mpirun", "promoe_b", "--dry-run", HOSTFILE=str(hosts)).splitlines()[-1])
+    assert command[:5] == ["mpirun", "-n", "4", "--hostfile", str(hosts)]
+    assert command[command.index("--preset") + 1] == "promoe_b" and "parallel.ep=4" in command
+    assert "no.hosts: cannot be read" in call("mpirun", HOSTFILE="no.hosts", code=2)
+
+
+TINY = ["train.steps=3", "train.warmup=0", "train.log_every=1", "train.global_batch=32", "model.hidden_size=32"]
+
+
+def test_local_and_mpirun_train_the_same(tmp_path):
+    """4 processes each, started by the scripts; rank 0 keeps the terminal, the others their logs."""
+    env = {"OMP_NUM_THREADS": "1", "NODE_CACHE": str(tmp_path / "cache")}
+    call("local", "digits", *TINY, NPROC="4", RUN_DIR=str(tmp_path / "local"), **env)
+    assert len(losses(tmp_path / "local")) == 3
+    assert list((tmp_path / "local" / "logs").rglob("3/stderr.log"))
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    if shutil.which("mpirun", path=ENV["PATH"]) is None:
+        pytest.skip("mpirun is not installed")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=4\n")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    call("mpirun", "digits", *TINY, HOSTFILE=str(hosts), RUN_DIR=str(tmp_path / "mpi"), **root, **env)
+    assert losses(tmp_path / "mpi") == losses(tmp_path / "local")
+
+
+def test_a_cache_folder_of_another_user_is_refused(tmp_path):
+    (tmp_path / "cache").symlink_to(tmp_path)
+    said = call(
+        "local", "digits", *TINY, NPROC="1", RUN_DIR=str(tmp_path / "run"), NODE_CACHE=str(tmp_path / "cache"), code=1
+    )
+    assert "set NODE_CACHE" in said and not list((tmp_path / "run").glob("config.yaml"))

@@ -1,0 +1,394 @@
+"""Scaling studies: what a recipe means, and that nothing is lost on the way. Their numbers: test_study_numbers.py."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from support.small_studies import TINY, compared, recipe
+
+from megapromoe.config.resolve import resolve
+from megapromoe.planning.cost import parameters
+from megapromoe.studies import runs
+from megapromoe.studies.estimate import Speed, seconds
+from megapromoe.studies.grid import expand
+from megapromoe.studies.recipe import StudyError, make_recipe, read_recipe, recipe_dict
+from megapromoe.studies.study import open_study, plan
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import scaling_study as tool  # noqa: E402
+
+RECIPES = sorted((ROOT / "tools" / "studies").glob("*.yaml"))
+
+
+# ---- what a recipe means
+
+
+def test_expansion_is_every_combination_in_a_stable_order():
+    tasks = expand(compared())
+    assert [task.name for task in tasks] == [
+        f"{name}-seed{seed}" for seed in (0, 1) for name in ("promoe-e2", "tc-e2", "dense", "promoe-e4", "tc-e4")
+    ]
+    assert [task.index for task in tasks] == list(range(10))
+    for task in tasks:
+        assert task.config.train.seed == task.config.data.seed == task.seed
+        assert task.config.model.router == task.variant
+        assert task.config.model.num_experts == task.point.get("model.num_experts", task.config.model.num_experts)
+        assert task.images == 3 * 16
+
+
+def test_axes_may_be_presets_and_steps():
+    made = make_recipe(
+        {
+            "preset": "promoe_s",
+            "axes": {"preset": ["promoe_s", "promoe_b"], "train.steps": [10, 20]},
+            "variants": {"promoe": {}},
+        }
+    )
+    found = {task.name: (task.config.model.hidden_size, task.config.train.steps) for task in expand(made)}
+    assert found == {
+        "promoe-promoe_s-steps10-seed0": (384, 10),
+        "promoe-promoe_s-steps20-seed0": (384, 20),
+        "promoe-promoe_b-steps10-seed0": (768, 10),
+        "promoe-promoe_b-steps20-seed0": (768, 20),
+    }
+
+
+@pytest.mark.parametrize("made", [compared(), *map(read_recipe, RECIPES)], ids=["tiny", *(p.stem for p in RECIPES)])
+def test_active_parameters_are_equal(made):
+    tasks = expand(made)
+    assert len({task.name for task in tasks}) == len(tasks)
+    if made.active_parameters is None:
+        return
+    like = [f"{key}={value}" for key, value in (made.settings | made.active_parameters.like).items()]
+    for task in tasks:
+        target = parameters(resolve(task.point.get("preset", made.preset), overrides=like).model).active
+        active = parameters(task.config.model).active
+        assert active == pytest.approx(target, rel=min(made.active_parameters.tolerance, 0.01)), task.name
+
+
+def test_a_solved_ratio_is_the_nearest():
+    dense = next(task.config for task in expand(compared()) if task.variant == "dense")
+    target = parameters(resolve("digits", overrides=[*settings(TINY), "model.num_experts=2"]).model).active
+    assert dense.model.mlp_width % 4 == 0
+    assert dense.model.mlp_ratio != 1.0, "as written it is far off"
+
+    def off(width):
+        ratio = f"model.mlp_ratio={width / 32}"
+        return abs(
+            parameters(resolve("digits", overrides=[*settings(TINY), "model.router=dense", ratio]).model).active
+            - target
+        )
+
+    assert off(dense.model.mlp_width) < min(off(dense.model.mlp_width - 4), off(dense.model.mlp_width + 4))
+
+
+def settings(values: dict) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_survive_writing(path):
+    made = read_recipe(path)
+    written = make_recipe(yaml.safe_load(yaml.safe_dump(recipe_dict(made), sort_keys=False)))
+    assert written == made and [t.name for t in expand(written)] == [t.name for t in expand(made)]
+
+
+def test_everything_wrong_with_a_recipe_is_told_at_once():
+    with pytest.raises(StudyError) as caught:
+        make_recipe(
+            {
+                "presets": "digits",
+                "axes": {"model.num_experts": [4, 4]},
+                "seeds": [-1],
+                "variants": {"a/b": {"setings": {}}},
+                "active_parameters": {"tolerance": 0},
+                "ranks": 4,
+                "weights": "mean",
+            }
+        )
+    message = str(caught.value)
+    for said in (
+        "did you mean preset?",
+        "preset: is missing",
+        "model.num_experts",
+        "seeds",
+        "a/b",
+        "did you mean settings?",
+    ):
+        assert said in message
+    assert "weights = 'mean': must be ema or master" in message
+    assert "tolerance" in message and "needs a launcher" in message
+
+
+def test_configs_that_cannot_run_are_told_with_the_tasks_that_have_them():
+    with pytest.raises(
+        StudyError, match=r"model.heads = 5.*\[promoe-e2-seed0, promoe-e4-seed0, .* and 1 more\]"
+    ) as caught:
+        expand(recipe(settings=TINY | {"model.heads": 5}))
+    assert len(caught.value.violations) == 1
+    with pytest.raises(StudyError, match="'baseline' = 'x'|baseline = 'x'"):
+        expand(recipe(baseline="x"))
+    with pytest.raises(StudyError, match="is an axis"):
+        expand(recipe(variants={"promoe": {"settings": {"model.num_experts": 3}}}))
+
+
+def test_active_parameters_that_cannot_be_equal_are_refused():
+    variants = {
+        "dense": {"settings": {"model.router": "dense", "model.mlp_ratio": 1.0}, "without": ["model.num_experts"]}
+    }
+    with pytest.raises(StudyError, match=r"dense has .* off the .* asked for.*name a ratio to solve"):
+        expand(recipe(variants=variants, active_parameters={"like": {}}))
+    variants["dense"]["match"] = "model.expert_ratio"
+    with pytest.raises(StudyError, match="does not change the active parameters"):
+        expand(recipe(variants=variants, active_parameters={"like": {}}))
+
+
+# ---- the folder
+
+
+def test_plan_refuses_another_study_and_strangers(tmp_path):
+    study = plan(tmp_path / "s", recipe())
+    assert [task.name for task in open_study(tmp_path / "s").tasks] == [task.name for task in study.tasks]
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.yaml")}
+    plan(tmp_path / "s", recipe())
+    assert before == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*.yaml")}
+    for other in (recipe(seeds=[3]), recipe(seeds=[1, 0])):  # the order is that of the tasks
+        with pytest.raises(StudyError, match="another study"):
+            plan(tmp_path / "s", other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StudyError, match="not empty"):
+        plan(tmp_path / "full", recipe())
+    with pytest.raises(StudyError, match="no study.yaml"):
+        open_study(tmp_path / "nowhere")
+
+
+def test_a_recipe_that_has_come_to_mean_something_else_is_refused(tmp_path):
+    study = plan(tmp_path, recipe())
+    file = study.config(study.tasks[1])
+    file.write_text(file.read_text().replace("lr: 0.004", "lr: 0.003"))
+    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: is not what"):
+        open_study(tmp_path)
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count(tmp_path):
+    study = plan(tmp_path, recipe())
+    for name in ("step-00000002", "step-00000003.writing"):
+        folder = study.run(study.tasks[0]) / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    assert study.steps_saved(study.tasks[0]) == 2 and not study.done(study.tasks[0])
+
+
+def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
+    study = plan(tmp_path, recipe(seeds=[0, 1, 2]))
+    done = study.run(study.tasks[2]) / "checkpoints" / "step-00000003"
+    done.mkdir(parents=True)
+    (done / "manifest.json").write_text("{}")
+    assert tool.main(["submit", str(tmp_path), "--at-once", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:5] == ["sbatch", "--array=0-1,3-5%2", "--time=5", "--partition", "gpu"]
+    assert words[5:] == [str(ROOT / "launchers" / "scaling_experts.sh"), str(tmp_path)]
+
+
+def test_submit_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys):
+    study = plan(tmp_path / "study", recipe(seeds=[0]))
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\npwd > "$0.where"\necho "$@" > "$0.words"\nexit 4\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert tool.main(["submit", str(study.folder)]) == 4
+    assert (tmp_path / "sbatch.words").read_text().split()[0] == "--array=0-1"
+    assert Path((tmp_path / "sbatch.where").read_text().strip()) == study.folder / "logs"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert tool.main(["submit", str(study.folder)]) == 1
+    assert "sbatch is not here" in capsys.readouterr().err
+
+
+def test_hours_add_up():
+    study = plan_in_memory(recipe())
+    speeds = {"promoe": Speed(1e6, start=7.0)}
+    assert seconds(study, speeds) == pytest.approx(4 * 7 + sum(task.flops for task in study.tasks) / 1e6)
+
+
+def plan_in_memory(made):
+    from megapromoe.studies.study import Study
+
+    return Study(Path("/nowhere"), made, expand(made))
+
+
+# ---- running: programs that stand for the training
+
+
+def stand_in(tmp_path, code: str) -> list[str]:
+    """A launcher that runs `code` in place of the training; it finds the task's config and folder as `c` and `run`."""
+    script = tmp_path / "stand_in.py"
+    head = """\
+import json, os, pathlib, signal, sys, time, yaml
+def words(name): return pathlib.Path(sys.argv[sys.argv.index(name) + 1])
+c, run = yaml.safe_load(words("--config").read_text()), words("--run-dir")
+def save(step):
+    (run / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+    (run / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+saved = max((int(p.name[5:]) for p in run.glob("checkpoints/step-*")), default=0)
+"""
+    script.write_text(head + code)
+    return [sys.executable, str(script)]
+
+
+def test_a_task_that_fails_does_not_stop_the_others(tmp_path, capfd):
+    code = """
+if c["model"]["num_experts"] == 2 and c["train"]["seed"] == 0:
+    print("Traceback\\nmegapromoe: the disk is full\\n  - remove something", flush=True)
+    sys.exit(3)
+save(3)
+"""
+    study = plan(tmp_path / "s", recipe(launcher=stand_in(tmp_path, code)))
+    codes = runs.run_tasks(study, study.tasks, jobs=2)
+    assert codes == {"promoe-e2-seed0": 3, "promoe-e4-seed0": 0, "promoe-e2-seed1": 0, "promoe-e4-seed1": 0}
+    assert runs.exit_code(codes) == 1
+    outcome = study.outcome(study.tasks[0])
+    assert outcome["code"] == 3 and outcome["said"] == "megapromoe: the disk is full\n  - remove something"
+    assert study.state(study.tasks[0]).startswith("failed (exit code 3)")
+    assert [task.name for task in study.missing()] == ["promoe-e2-seed0"]
+    assert "promoe-e2-seed0: failed with exit code 3" in capfd.readouterr().err
+
+
+def test_a_training_that_claims_success_without_its_last_step_has_failed(tmp_path):
+    study = plan(tmp_path / "s", recipe(seeds=[0], launcher=stand_in(tmp_path, "save(2)\n")))
+    assert set(runs.run_tasks(study, study.tasks).values()) == {1}
+
+
+def test_a_launcher_that_is_not_there_is_told(tmp_path):
+    study = plan(tmp_path, recipe(seeds=[0], launcher=["no-such-launcher"]))
+    codes = runs.run_tasks(study, study.tasks[:1])
+    assert codes == {"promoe-e2-seed0": 127}
+    assert "no-such-launcher" in study.outcome(study.tasks[0])["said"]
+
+
+def test_exit_codes():
+    assert runs.exit_code({"a": 0, "b": 0}) == 0
+    assert runs.exit_code({"a": 0, "b": 2}) == 1
+    assert runs.exit_code({"a": 75, "b": 2}) == 75
+    assert runs.exit_code({"a": 75}) == 75
+    assert runs.exit_code({"a": 76}) == 76
+    assert runs.exit_code({"a": -9}) == 137
+    assert runs.exit_code({}) == 0
+
+
+def test_asked_to_stop_the_running_save_and_the_waiting_do_not_start(tmp_path):
+    code = """
+def stop(*_): save(saved + 1); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(run.parent.parent / "started").write_text(str(saved))
+time.sleep(60)
+"""
+    study = plan(tmp_path / "s", recipe(launcher=stand_in(tmp_path, code)))
+    begun = time.monotonic()
+    codes = runs.run_tasks(study, study.tasks, 1, lambda: (study.folder / "started").exists())
+    assert time.monotonic() - begun < 30
+    assert set(codes.values()) == {75} and runs.exit_code(codes) == 75
+    assert [study.steps_saved(task) for task in study.tasks] == [1, 0, 0, 0]
+    assert study.state(study.tasks[0]) == "1 of 3 steps saved"
+
+
+# ---- all of it, for real
+
+
+def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
+    """plan, run, kill -9 of tool and training, run again, collect, plot; equal to a run that nobody disturbed."""
+    folder = tmp_path / "study"
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe_dict(recipe(seeds=[0], settings=TINY | {"train.steps": 40}))))
+    assert tool.main(["plan", str(folder), "--recipe", str(file), "--throughput", "1e9"]) == 0
+    assert "estimate:" in capsys.readouterr().out
+    study = open_study(folder)
+    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "run", str(folder), "--jobs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_until(lambda: any(study.steps_saved(task) >= 5 for task in study.tasks), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    trainings = [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if str(folder) in command_of(pid)]
+    for pid in trainings:
+        os.kill(pid, signal.SIGKILL)
+    assert trainings
+    saved = [study.steps_saved(task) for task in study.tasks]
+    assert min(saved) < 40
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert not study.missing()
+    starts = [json.loads((study.run(task) / "environment.json").read_text()) for task in study.tasks]
+    assert all(len(start) == 2 for start in starts), "taken up again, not begun anew"
+    for task in study.tasks:
+        steps = [json.loads(line)["step"] for line in (study.run(task) / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 41))
+    assert all(study.loss_file(task).exists() for task in study.tasks)
+    capsys.readouterr()
+    assert tool.main(["collect", str(folder)]) == 0
+    assert "2 runs are done." in (folder / "results.md").read_text()
+    losses = [float(line["fixed_loss"]) for line in csv.DictReader((folder / "results.csv").read_text().splitlines())]
+    assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 3 for loss in losses)
+    assert tool.main(["plot", str(folder)]) == 0
+    for name in ("loss_experts", "loss_compute", "routing", "cost"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def wait_until(condition, process, limit=120):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_wrong_commands_are_told(tmp_path, capsys):
+    assert tool.main(["run", str(tmp_path)]) == 2
+    assert "holds no study.yaml" in capsys.readouterr().err
+    assert tool.main(["plan", str(tmp_path / "s"), "--preset", "digits", "--routers", "promo"]) == 2
+    assert "must be one of dense" in capsys.readouterr().err
+    assert tool.main(["plan", str(tmp_path / "s")]) == 2
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["run", str(tmp_path), "--jobs", "0"])
+    assert caught.value.code == 2
+
+
+def test_options_make_a_recipe(tmp_path, capsys):
+    words = [
+        "--preset",
+        "digits",
+        "--experts",
+        "4",
+        "8",
+        "16",
+        "32",
+        "--routers",
+        "promoe",
+        "tc",
+        "dense",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    assert tool.main(["plan", str(tmp_path), *words, "train.steps=7", "train.warmup=2"]) == 0
+    study = open_study(tmp_path)
+    assert len(study.tasks) == 2 * (4 + 4 + 1) and study.recipe.baseline == "dense"
+    assert {task.config.train.steps for task in study.tasks} == {7}
+    active = [parameters(task.config.model).active for task in study.tasks]
+    assert max(active) / min(active) < 1.02

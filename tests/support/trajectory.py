@@ -1,0 +1,152 @@
+"""A few training steps of a small model at any layout, and everything they leave behind, in logical terms."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megapromoe.checkpoint.format import Checkpoint, commit, folder_of, write_rank
+from megapromoe.checkpoint.manager import Saver, snapshot
+from megapromoe.config.options import Config
+from megapromoe.config.resolve import resolve
+from megapromoe.data.datasets import Synthetic
+from megapromoe.data.loader import Loader
+from megapromoe.diffusion.objectives import make_objective
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.nn.parallelize import build
+
+# Adam turns rounding noise in gradients that are zero by mathematics into full steps; a large eps damps that.
+SMALL = (
+    "model.hidden_size=32",
+    "model.depth=4",
+    "model.heads=4",
+    "model.input_size=8",
+    "model.in_channels=4",
+    "model.num_classes=10",
+    "model.num_experts=4",
+    "model.gate=sigmoid",
+    "model.rcl_weight=0.1",
+    "data.source=synthetic",
+    "data.size=64",
+    "data.label_drop=0.25",
+    "train.global_batch=16",
+    "train.lr=0.01",
+    "train.eps=0.001",
+    "train.ema=0.5",
+    "train.clip=0.5",
+    "train.deepspeed=fp32_zero1",
+)
+
+
+@dataclass
+class Trajectory:
+    """Per-step losses and norms, and logical tensors: of the first step's gradient, and after the last step."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    averages: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def small(*overrides: str) -> Config:
+    """The small test model's config with overrides."""
+    return resolve(overrides=(*SMALL, *overrides))
+
+
+def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None) -> Trajectory | None:
+    """Trains `steps` steps from scratch; rank 0 returns the trajectory. Collective.
+
+    Args:
+        overrides: of the small config.
+        folder: an empty folder that all ranks see.
+        prepare: importable, called with the built model before the engine takes it (to skew its routing, say).
+    """
+    config = small(*overrides)
+    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
+    model = build(config, mesh)
+    # A zero output layer would hide most of the model: give what starts at zero small logical values.
+    stir(model, mesh)
+    if prepare:
+        prepare(model, mesh)
+    engine = Engine(model, config, mesh)
+    ema = EMA(engine, config.train.ema)
+    objective = make_objective(config)
+    shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
+    dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
+    loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    out = Trajectory()
+    for step in range(steps):
+        total = torch.zeros(())
+        ranges = loader.micro_batches(
+            step, mesh.dp.size, mesh.dp.rank, config.train.accumulation, config.train.global_batch
+        )
+        for number, stretch in enumerate(ranges):
+            batch = loader.batch(stretch.start, len(stretch))
+            x, t = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
+
+            def loss(prediction, auxiliary, batch=batch):
+                mse = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
+                whole = mse + auxiliary.total()
+                return whole, whole.detach()
+
+            total += engine.micro_step(x, t, batch.labels_B, batch.conditional, loss=loss)
+            if number < len(ranges) - 1:
+                engine.finish_micro_step()
+        dist.all_reduce(total, group=mesh.dp.handle)
+        out.losses.append(float(total) / mesh.dp.size / config.train.accumulation)
+        if step == 0:
+            aside, place = Path(folder) / "gradient.writing", Path(folder) / "gradient"
+            aside.mkdir(exist_ok=True)
+            dist.barrier()
+            items = [("gradient", piece, g) for piece, g in engine.reduced_gradients()]
+            snap = snapshot(engine, items, {})
+            assert not write_rank(aside, dist.get_rank(), snap.tensors, snap.parts, 0)
+            if dist.get_rank() == 0:
+                shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
+                commit(aside, place, dist.get_world_size(), {"step": 0, "shapes": shapes}, 60)
+        result = engine.step(config.train.lr, total)
+        ema.update(result)
+        out.norms.append(result.norm)
+    saver = Saver(Path(folder), engine, ema, patience=60)
+    saver.save({"step": steps, "updates": steps})
+    saver.finish(last=True)
+    if dist.get_rank() == 0:
+        gradient, state = Checkpoint(place), Checkpoint(folder_of(Path(folder), steps))
+        out.gradients = {name: gradient.logical("gradient", name) for name in gradient.shapes}
+        out.parameters = {name: state.logical("master", name) for name in state.shapes}
+        out.averages = {name: state.logical("ema", name) for name in state.shapes}
+    dist.barrier()
+    engine.close()
+    return out if dist.get_rank() == 0 else None
+
+
+@torch.no_grad()
+def stir(model, mesh) -> None:
+    """Gives parameters that start at zero logical values that depend on their name alone.
+
+    So large that every part of the model, experts above all, has a good share of the gradient: a limit relative to the
+    whole then says something about each part.
+    """
+    for name, parameter in model.named_parameters():
+        layout = model.layouts[name]
+        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer.linear"):
+            seed = int.from_bytes(name.encode(), "little") % (2**31)
+            scale = 1.0 if name.endswith("adaLN_modulation.1.bias") else 0.2
+            value = np.random.default_rng(seed).standard_normal(layout.shape) * scale
+            parameter.add_(layout.take(torch.from_numpy(value).float(), mesh))
+
+
+def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest ‖a-b‖ / (1e-5·‖b‖ + 1e-6·‖all of b‖) over tensors, and whose: 1.0 is the limit."""
+    whole = torch.stack([b.double().norm() for b in theirs.values()]).norm()
+    worst = (0.0, "")
+    assert ours.keys() == theirs.keys()
+    for name, b in theirs.items():
+        off = float((ours[name].double() - b.double()).norm() / (1e-5 * b.double().norm() + 1e-6 * whole))
+        worst = max(worst, (off, name))
+    return worst

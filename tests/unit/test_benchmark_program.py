@@ -1,0 +1,141 @@
+"""The benchmark program from end to end: what it measures, keeps, reports and refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapromoe.benchmark import baselines, report, routing_patterns, suite
+from megapromoe.benchmark.layer import BenchmarkError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import benchmark as tool  # noqa: E402
+
+
+def words(out: Path, *more: str) -> list[str]:
+    some = ["--sizes", "digits", "--images", "4", "--rounds", "2", "--steps", "2", "--null", "0.25", "--device", "cpu"]
+    return [*some, "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("benchmark")
+    for experiment in ("layer", "step", "sample"):
+        names = ["ours", "loop", "dense", "bmm"]
+        assert tool.main([experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
+    return out
+
+
+def test_the_program_from_end_to_end(measured):
+    document = json.loads((measured / "benchmark.json").read_text())
+    assert [s["experiment"] for s in document["scenes"].values()] == ["layer"] * 2 + ["step"] * 2 + ["sample"] * 2
+    for scene in document["scenes"].values():
+        assert [*scene["contenders"]] == ["ours", "loop", "dense", "bmm"]
+        for f in scene["contenders"].values():
+            assert f["total"]["median"] > 0 and f["counts"]["total"]["kernels"] > 0 and f["ratio"]["median"] > 0
+            assert all(len(values) == 2 for values in f["rounds"].values())
+    skewed = document["scenes"]["step digits E4 B4 skewed"]["contenders"]
+    waits = {name: skewed[name]["counts"]["total"]["waits"] for name in ("ours", "loop")}
+    assert waits["ours"] == {"tolist": 2} and sum(waits["loop"].values()) > 20  # ours: once a layer, on a CPU
+    page = (measured / "benchmark.md").read_text()
+    for heading in ("The MoE layer", "Parts of ours", "The training step", "Sampling"):
+        assert heading in page
+    for experiment in ("layer", "step", "sample"):
+        picture = measured / f"benchmark-{experiment}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.name in page
+
+
+def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
+    monkeypatch.setattr(suite, "_measure", None)  # a call would raise
+    before = json.loads((measured / "benchmark.json").read_text())["scenes"]
+    names = ["ours", "loop", "dense", "bmm"]
+    assert tool.main(["step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
+    assert json.loads((measured / "benchmark.json").read_text())["scenes"] == before
+
+
+def test_other_settings_are_not_mixed_in(measured, capsys):
+    assert tool.main(["step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
+    said = capsys.readouterr().err
+    assert "contenders: ['ours', 'loop', 'dense', 'bmm'] there, ['ours', 'dense'] now" in said and "--again" in said
+
+
+def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
+    held = json.loads((measured / "benchmark.json").read_text())
+    (tmp_path / "benchmark.json").write_text(json.dumps(held))
+    names = ["ours", "loop", "dense", "bmm"]
+    more = ["--routing", "real", "--contenders", *names, "--again"]
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 0
+    now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
+    assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
+    more[3:-1] = ["ours"]
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
+    assert [*json.loads((tmp_path / "benchmark.json").read_text())["scenes"]] == ["sample digits E4 B4 real"]
+    (tmp_path / "benchmark.json").write_text("{")
+    assert tool.main(["sample", *words(tmp_path, *more)]) == 1
+
+
+def test_a_page_is_filled_between_its_marks(measured, tmp_path):
+    document, page = json.loads((measured / "benchmark.json").read_text()), tmp_path / "page.md"
+    page.write_text("before\n<!-- begin cpu -->\nold\n<!-- end cpu -->\nafter\n")
+    report.fill(page, document, measured)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "benchmark-layer-cpu.png" in text and (tmp_path / "benchmark-layer-cpu.png").is_file()
+    report.fill(page, document, measured)
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(BenchmarkError, match="needs the lines"):
+        report.fill(page, document, measured)
+
+
+def test_who_cannot_run_is_told_with_the_reason(measured):
+    document = json.loads((measured / "benchmark.json").read_text())
+    document["scenes"]["layer digits E4 B4 real"]["contenders"]["loop"] = {"cannot": "no luck"}
+    page = report.markdown(document, {})
+    assert "* loop did not run: no luck (digits 4 4 real)." in page
+
+
+def test_the_tables_of_the_documentation_can_be_filled():
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    for mark in ("begin cpu", "end cpu", "begin cuda", "end cuda"):
+        assert page.count(f"<!-- {mark} -->") == 1
+
+
+WRONG = {
+    "an unknown size": (["layer", "--sizes", "xxl"], "invalid choice: 'xxl'"),
+    "an unknown contender": (["layer", "--contenders", "ous"], "invalid choice: 'ous'"),
+    "no rounds": (["layer", "--rounds", "0"], "'0' is not a whole number from 1 on"),
+    "a share of 2": (["layer", "--null", "2"], "'2' is not a number from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_words_get_a_sentence(what, capsys):
+    argv, sentence = WRONG[what]
+    with pytest.raises(SystemExit) as error:
+        tool.main(argv)
+    assert error.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_gets_a_sentence(capsys):
+    assert tool.main(["layer", "--device", "cuda"]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_what_is_not_compiled_gets_a_sentence(capsys):
+    assert tool.main(["all", "--compile", "--device", "cpu"]) == 2
+    assert "--compile all: only `step` is compiled" in capsys.readouterr().err
+
+
+def test_a_dry_run_lists_the_scenes(capsys):
+    assert tool.main(["all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 * 2 + 2 * 2 and any("E256" in line for line in told)
+
+
+def test_the_program_knows_what_the_library_has():
+    assert tool.CONTENDERS == baselines.CONTENDERS and tool.ROUTINGS == routing_patterns.ROUTINGS
+    assert tool.SIZES == suite.SIZES and tool.EXPERIMENTS == suite.EXPERIMENTS

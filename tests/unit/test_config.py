@@ -1,0 +1,323 @@
+"""The configuration: layering, every rule, one message for all violations."""
+
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+import yaml
+
+from megapromoe.config.deepspeed_file import find_ds_configs, load_deepspeed
+from megapromoe.config.options import Config, ConfigError, Layout, to_dict
+from megapromoe.config.resolve import check, resolve, to_yaml
+
+FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
+
+
+def violations(*overrides, preset="digits", **kwargs):
+    base = FIXED if preset == "digits" else ()
+    with pytest.raises(ConfigError) as raised:
+        resolve(preset, overrides=(*base, *overrides), **kwargs)
+    return raised.value.violations
+
+
+def deepspeed_file(tmp_path, text):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    return f"train.deepspeed={path}"
+
+
+def test_layers_override_each_other_in_order(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {lr: 1e-5, steps: 70}\nmodel: {depth: 6}\n")
+    config = resolve("digits", file, ["train.steps=90"])
+    assert (config.train.steps, config.train.lr, config.model.depth) == (90, 1e-5, 6)
+    assert config.model.hidden_size == resolve("digits").model.hidden_size != Config().model.hidden_size
+
+
+def test_yaml_round_trip(tmp_path):
+    config = resolve("tc_l_e8", overrides=["train.eps=1e-9", "parallel.expert_tp=true", "model.gate=softmax"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert resolve(file=file) == config
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
+
+
+def test_frozen_and_every_field_is_explained():
+    with pytest.raises(FrozenInstanceError):
+        Config().train.lr = 1.0
+    for section in fields(Config):
+        for f in fields(section.type):
+            assert f.metadata["help"], f"{section.name}.{f.name}"
+
+
+def test_imports_no_torch():
+    code = "import megapromoe.config.resolve, megapromoe.planning.cost, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_derived_values():
+    model = resolve("promoe_l").model
+    assert (model.tokens, model.expert_width, model.null_class, model.out_channels) == (256, 2048, 1000, 8)
+    assert model.moe_blocks == tuple(range(1, 24, 2))
+    assert replace(model, moe_every=1).moe_blocks == tuple(range(24))
+    assert replace(model, router="dense").moe_blocks == ()
+    assert replace(model, top_k=2).expert_capacity == 42
+
+
+@pytest.mark.parametrize(
+    "world, overrides, layout",
+    [
+        (1, [], Layout(1, 1, 1, 1, 1, 1, 128)),
+        (8, ["parallel.tp=2", "parallel.ep=4"], Layout(8, 2, 4, 4, 2, 1, 32)),
+        (8, ["parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true"], Layout(8, 2, 4, 4, 1, 2, 32)),
+        (8, ["parallel.tp=4", "parallel.ep=1", "train.accumulation=2"], Layout(8, 4, 1, 2, 8, 1, 32)),
+        (8, ["parallel.ep=8", "model.num_experts=12"], Layout(8, 1, 8, 8, 1, 1, 16)),
+    ],
+)
+def test_layout(world, overrides, layout):
+    assert resolve("digits", overrides=overrides, world=world).layout(world) == layout
+
+
+def test_layout_that_does_not_come_out_even_raises():
+    with pytest.raises(ConfigError, match=r"parallel\.tp = 2: must divide the 3 ranks; nearest: 1, 3"):
+        resolve("digits", overrides=["parallel.tp=2"]).layout(3)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        (
+            "model.hiden_size=3",
+            "model.hiden_size = '3' (command line): 'hiden_size' is no key of model; did you mean",
+        ),
+        ("modl.depth=3", "modl.depth = '3' (command line): 'modl' is no section; did you mean model?"),
+        ("depth=3", "'depth' is no section"),
+        ("model.depth", "'model.depth' (command line): must be section.key=value"),
+        ("model.depth=2.5", "model.depth = '2.5' (command line): must be a whole number"),
+        ("model.depth=true", "must be a whole number"),
+        ("model.depth=[", "must be a whole number"),
+        ("model.qk_norm=1", "must be true or false"),
+        ("train.lr=fast", "must be a finite number"),
+        ("train.lr=inf", "must be a finite number"),
+        ("train.lr=true", "must be a finite number"),
+        ("model.depth=0", "model.depth = 0: must lie in [1, inf)"),
+        ("train.lr=0", "train.lr = 0.0: must lie in (0, inf)"),
+        ("data.label_drop=1", "data.label_drop = 1.0: must lie in [0, 1)"),
+        ("sample.guidance_high=1.5", "sample.guidance_high = 1.5: must lie in [0, 1]"),
+        (
+            "model.gate=sigmod",
+            "model.gate = 'sigmod': must be one of identity, sigmoid, softmax; did you mean",
+        ),
+        ("model.heads=7", "model.heads = 7: must divide model.hidden_size = 96; nearest: 4, 6, 8, 12"),
+        ("model.hidden_size=92", None),
+        ("model.patch_size=3", "model.patch_size = 3: must divide model.input_size = 8; nearest: 1, 2, 4, 8"),
+        ("model.top_k=5", "model.top_k = 5: must be at most model.num_experts = 4"),
+        ("model.moe_every=5", "model.moe_every = 5: must be at most model.depth = 4"),
+        (
+            "model.expert_ratio=0.001",
+            "model.expert_ratio = 0.001: times model.hidden_size = 96 must be at least 1",
+        ),
+        ("parallel.tp=3", "parallel.tp = 3: must divide model.heads = 4; nearest: 1, 2, 4"),
+        ("parallel.ep=5", "parallel.ep = 5: must be at most model.num_experts = 4"),
+        ("parallel.ep=4", None),
+        (
+            "sample.method=ddim",
+            "sample.method = 'ddim': must be euler or heun with diffusion.objective = 'rf'",
+        ),
+        ("sample.guidance_low=1", None),
+        ("data.flip=true", "data.flip = True: must be false with data.source = 'digits'"),
+        ("model.num_classes=11", "model.num_classes = 11: must be 10 with data.source = 'digits'"),
+        ("train.warmup=99999", "train.warmup = 99999: must be at most train.steps"),
+        ("train.min_lr=1", "train.min_lr = 1.0: must be at most train.lr = 0.001"),
+        ("train.deepspeed=fp32_zero9", "did you mean fp32_zero"),
+        ("train.deepspeed=12", "train.deepspeed = '12': cannot be read"),
+    ],
+)
+def test_one_wrong_value_is_one_violation(override, expected):
+    if expected is None:
+        resolve("digits", overrides=[override])
+    else:
+        (violation,) = violations(override)
+        assert expected in violation
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["model.hidden_size=90", "model.heads=3"], "model.hidden_size = 90: must be a multiple of 4"),
+        (["model.router=dense", "parallel.ep=2"], "parallel.ep = 2: must be 1 with model.router = 'dense'"),
+        (
+            ["model.router=ec", "model.num_experts=17"],
+            "model.num_experts = 17: must be at most 16 = tokens * top_k",
+        ),
+        (
+            ["model.mlp_ratio=1.025", "parallel.tp=4"],
+            "must divide hidden_size * mlp_ratio = 98; nearest: 1, 2, 7, 14",
+        ),
+        (["model.expert_ratio=1.025", "parallel.tp=4"], "must divide hidden_size * expert_ratio = 98"),
+        (["diffusion.objective=ddpm"], "sample.method = 'euler': must be ddpm or ddim"),
+        (
+            ["diffusion.objective=ddpm", "sample.method=ddim", "model.learn_sigma=false"],
+            "model.learn_sigma = False: must be true",
+        ),
+        (
+            ["diffusion.objective=ddpm", "sample.method=ddpm", "sample.steps=1001"],
+            "sample.steps = 1001: must be at most 1000",
+        ),
+        (
+            ["sample.guidance_low=0.7", "sample.guidance_high=0.3"],
+            "sample.guidance_low = 0.7: must be at most sample.guidance_high = 0.3",
+        ),
+    ],
+)
+def test_combinations(overrides, expected):
+    found = violations(*overrides)
+    assert len(found) == 1 and expected in found[0]
+
+
+@pytest.mark.parametrize(
+    "world, overrides, expected",
+    [
+        (
+            6,
+            ["parallel.tp=4", "train.global_batch=96"],
+            "parallel.tp = 4: must divide the 6 ranks; nearest: 2, 3, 6",
+        ),
+        (
+            6,
+            ["parallel.ep=4", "train.global_batch=96"],
+            "parallel.ep = 4: must divide the 6 ranks; nearest: 2, 3, 6",
+        ),
+        (
+            4,
+            ["parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true"],
+            "parallel.ep = 4: must divide the 4 ranks / tp = 2 with parallel.expert_tp; nearest: 1, 2",
+        ),
+        (
+            4,
+            ["train.global_batch=30", "train.accumulation=2"],
+            "train.global_batch = 30: must be a multiple of 4 data ranks * 2 micro-batches; nearest: 24, 32",
+        ),
+        (4, ["train.global_batch=2"], "nearest: 4"),
+        (0, [], "parallel.tp = 1: needs at least 1 rank, not 0"),
+    ],
+)
+def test_rules_on_ranks_apply_once_their_number_is_known(world, overrides, expected):
+    resolve("digits", overrides=overrides)
+    (violation,) = violations(*overrides, world=world)
+    assert violation.endswith(expected)
+
+
+def test_everything_wrong_is_in_one_message(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {hidden: 3, depth: many}\ntrain: 5\ntrian: 5\n")
+    overrides = ["parallel.tp=3", "train.deepspeed=none", "train.lr=-1", "model.heads=x"]
+    with pytest.raises(ConfigError) as raised:
+        resolve("digits", file, overrides, world=4)
+    message = str(raised.value)
+    for part in (
+        "model.hidden",
+        "model.depth",
+        "train = 5",
+        "did you mean train?",
+        "none",
+        "train.lr",
+        "heads",
+    ):
+        assert part in message
+    assert message.startswith("8 problems") and message.count("\n") == 8
+    assert str(file) in message
+
+
+def test_a_refused_value_is_told_once():
+    """A rule on a field whose value was already refused would only repeat or mislead."""
+    (violation,) = violations("model.heads=many", "parallel.tp=2")
+    assert "a whole number" in violation
+    assert len(violations("model.hidden_size=-3")) == 1
+
+
+def test_a_missing_layer_hides_the_rules_that_depend_on_it(tmp_path):
+    assert len(violations(preset="digts")) == 1
+    (missing, wrong) = violations("train.lr=-1", preset=None, file=tmp_path / "none.yaml")
+    assert "cannot be read" in missing and "train.lr" in wrong
+
+
+@pytest.mark.parametrize("text, expected", [("- 1", "must be a mapping"), ("a: [", "is not YAML")])
+def test_a_file_that_is_no_config(tmp_path, text, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    (violation,) = violations(file=file)
+    assert expected in violation and str(file) in violation
+
+
+def test_check_covers_configs_made_by_hand():
+    config = resolve("digits")
+    check(config, world=4)
+    broken = replace(config, train=replace(config.train, lr="high", global_batch=30), model=Config().model)
+    with pytest.raises(ConfigError) as raised:
+        check(broken, world=4)
+    assert {v.split(" = ")[0] for v in raised.value.violations} == {
+        "train.lr",
+        "train.global_batch",
+        "model.in_channels",
+        "model.input_size",
+        "model.num_classes",
+    }
+
+
+# ---- DeepSpeed's files
+
+
+def test_shipped_deepspeed_files_are_valid():
+    names = sorted(p.stem for p in find_ds_configs().glob("*.json"))
+    assert len(names) == 8
+    for name in names:
+        content = load_deepspeed(resolve("digits", overrides=[f"train.deepspeed={name}"]))
+        assert f"zero{content['zero_optimization']['stage']}" in name
+        assert content.get("bf16", {}).get("enabled", False) == name.startswith("bf16")
+        assert ("offload_optimizer" in content["zero_optimization"]) == name.endswith("offload")
+
+
+def test_own_deepspeed_file(tmp_path):
+    text = json.dumps({"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True})
+    config = resolve("digits", overrides=[deepspeed_file(tmp_path, text)])
+    assert load_deepspeed(config) == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            '{"train_batch_size": 8}',
+            "'train_batch_size' is not DeepSpeed's to set here; remove it and set train.glo",
+        ),
+        ('{"gradient_clipping": 1.0}', "set train.clip"),
+        ('{"optimizer": {}}', "set train.optimizer"),
+        ('{"expert_parallel": {}}', "set parallel.ep"),
+        ('{"fp16": {"enabled": true}}', "'fp16' is not supported"),
+        ('{"bf16": true}', "'bf16' must be an object"),
+        ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4 must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', "must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": 1}', "must be an object"),
+        ('{"zero_optimization": {"stage": 1, "reduce_scatter": false}}', "reduce_scatter must be true"),
+        (
+            '{"zero_optimization": {"stage": 2, "contiguous_gradients": false}}',
+            "contiguous_gradients must be true",
+        ),
+        ("[]", "must hold an object"),
+        ("{} // note", "is not strict JSON"),
+        ('{"steps_per_print": NaN}', "NaN is no JSON number"),
+        ('{"bf16": {}, "bf16": {}}', "key 'bf16' stands twice"),
+    ],
+)
+def test_deepspeed_file_rules(tmp_path, text, expected):
+    (violation,) = violations(deepspeed_file(tmp_path, text))
+    assert expected in violation and violation.startswith("train.deepspeed = ")
+
+
+def test_loading_a_wrong_deepspeed_file_raises():
+    config = replace(Config(), train=replace(Config().train, deepspeed="none"))
+    with pytest.raises(ConfigError, match="known: bf16_zero1, bf16_zero2"):
+        load_deepspeed(config)

@@ -1,0 +1,148 @@
+"""Conversions that must not be: malicious, damaged or mistaken files are refused, and nothing is left behind."""
+
+import os
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.golden_states import NAMES, PUBLISHED, config_that_runs, state_of
+
+from megapromoe.checkpoint.format import CheckpointError
+from megapromoe.config.resolve import to_yaml
+from megapromoe.conversion.exports import export
+from megapromoe.conversion.formats import open_state
+from megapromoe.conversion.stream import ConversionError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import convert_checkpoint  # noqa: E402
+
+
+class Payload:
+    """Unpickling it would run a command."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+def test_a_malicious_file_executes_nothing_and_is_refused(tmp_path, capsys, how):
+    path, trace = tmp_path / "evil.pth", tmp_path / "executed"
+    content = {"step": 1, "model_state_dict": Payload(f"touch {trace}")}
+    if how == "torch.save":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    target = str(tmp_path / "run")
+    assert convert_checkpoint.main([str(path), target, "--to", "ours", "--preset", "promoe_s"]) == 1
+    assert convert_checkpoint.main([str(path), "--what"]) == 1
+    said = capsys.readouterr().err
+    assert "nothing of it was executed" in said and ("system" in said or how == "pickle")
+    assert not trace.exists() and not Path(target).exists()
+
+
+def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
+    export(state_of("promoe_tc"), tmp_path / "deep", "deepspeed")
+    trace = tmp_path / "executed"
+    name = "global_step12/layer_1_expert_0_mp_rank_00_model_states.pt"
+    torch.save({"x": Payload(f"touch {trace}")}, tmp_path / "deep" / name)
+    assert convert_checkpoint.main([str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
+    assert "nothing of it was executed" in capsys.readouterr().err and not trace.exists()
+
+
+def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
+    def says(*command: str, code: int = 1) -> str:
+        assert convert_checkpoint.main([str(word) for word in command]) == code
+        return capsys.readouterr().err
+
+    there = tmp_path / "run"
+    assert "there is no such file" in says(tmp_path / "no.pth", there, "--to", "ours")
+    assert "--config FILE" in says(PUBLISHED, there, "--to", "ours")
+    (tmp_path / "a.txt").write_text("text")
+    assert "no checkpoint of a known format" in says(tmp_path / "a.txt", there, "--to", "ours")
+    (tmp_path / "b.safetensors").write_text("text")
+    assert "no safetensors file, or damaged" in says(tmp_path / "b.safetensors", there, "--to", "ours")
+    said = says(PUBLISHED, there, "--to", "ours", "--preset", "promoe_s")
+    assert "another model" in said and "the file has (32,), the config's model (384,)" in said and "more" in said
+    path = tmp_path / "c.yaml"
+    path.write_text(to_yaml(config_that_runs()))
+    assert "was said to be ours, but is published" in says(
+        *(PUBLISHED, there, "--to", "ours", "--from", "ours", "--config", path)
+    )
+    given = ("--to", "ours", "--config", path)
+    assert "did you mean depth?" in says(PUBLISHED, there, *given, "model.dept=3", code=2)
+    assert "leave the step out" in says(PUBLISHED, there, *given, "--step", 3)
+    assert not there.exists()
+    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given)]) == 0
+    capsys.readouterr()
+    assert "exists; choose another, or --overwrite" in says(PUBLISHED, there, *given)
+    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given, "--overwrite")]) == 0
+    assert "no such checkpoint; there are 3" in says(there, tmp_path / "d.pth", "--to", "published", "--step", 7)
+    assert "let its name end in .pth" in says(there, tmp_path / "d", "--to", "published")
+    assert "lies in the source" in says(there, there / "checkpoints", "--to", "deepspeed", "--overwrite")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
+    assert "known format" in says(there, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
+    (there / "metrics.jsonl").write_text("{}")
+    assert "never overwritten" in says(PUBLISHED, there, *given, "--overwrite")
+    with pytest.raises(SystemExit) as stop:
+        convert_checkpoint.main([str(PUBLISHED)])
+    assert stop.value.code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.safetensors", "c.yaml", "mine", "run"]
+
+
+def test_damage_is_noticed(tmp_path):
+    export(state_of("promoe_tc"), tmp_path / "run", "ours")
+    file = next(tmp_path.rglob("rank-00000.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="bytes changed"):
+        open_state(tmp_path / "run")
+    export(state_of("promoe_tc"), tmp_path / "a.safetensors", "safetensors")
+    with open(tmp_path / "a.safetensors", "r+b") as cut:
+        cut.truncate(os.path.getsize(tmp_path / "a.safetensors") - 4)
+    with pytest.raises(ConversionError, match="does not lie within"):
+        open_state(tmp_path / "a.safetensors")
+    export(state_of("promoe_tc"), tmp_path / "a.pth", "published")
+    with open(tmp_path / "a.pth", "r+b") as cut:
+        cut.truncate(os.path.getsize(tmp_path / "a.pth") // 2)
+    with pytest.raises(ConversionError, match="damaged"):
+        open_state(tmp_path / "a.pth", config=config_that_runs("promoe_tc"))
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    tree = torch.load(PUBLISHED, weights_only=True)
+    optimizer = tree["optimizer_state_dict"]
+    optimizer["param_groups"][0]["lr"] = 0.5
+    torch.save(tree, tmp_path / "a.pth")
+    assert any("lr = 0.5" in note for note in open_state(tmp_path / "a.pth", config=config_that_runs()).notes)
+    optimizer["state"][1]["exp_avg"] = torch.zeros(3)
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="the exp_avg of x_embedder.proj.weight is missing or of another shape"):
+        open_state(tmp_path / "a.pth", config=config_that_runs())
+    optimizer["param_groups"][0]["params"] = list(range(50))
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="has 50 parameters, its model 94"):
+        open_state(tmp_path / "a.pth", config=config_that_runs())
+
+
+def test_a_failed_conversion_leaves_nothing_behind(tmp_path):
+    state = state_of("promoe_tc")
+
+    def read(kind: str, name: str) -> torch.Tensor:
+        if name.startswith("final_layer"):
+            raise OSError(28, "No space left on device")
+        return state.read(kind, name)
+
+    export(state, tmp_path / "a.pth", "published")
+    content = (tmp_path / "a.pth").read_bytes()
+    for form in ("ours", "published", "deepspeed", "diffusers"):
+        with pytest.raises(OSError, match="No space"):
+            export(replace(state, read=read), tmp_path / NAMES[form], form, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"] and (tmp_path / "a.pth").read_bytes() == content

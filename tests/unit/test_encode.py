@@ -1,0 +1,232 @@
+"""Encoding: the same bytes at any number of ranks, taken up where a job was killed; the tool and the command."""
+
+import json
+import math
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.image_folder import images  # noqa: F401, a fixture
+from support.latent_folders import Arrays, impatient, published, write  # noqa: F401, `impatient` is a fixture
+from support.small_autoencoders import autoencoders  # noqa: F401, a fixture
+
+from megapromoe.commands import data
+from megapromoe.data import encode
+from megapromoe.data.autoencoder import open_autoencoder
+from megapromoe.data.contact_sheet import MARGIN, contact_sheet
+from megapromoe.data.encode import EncodedImages, EncodeError
+from megapromoe.data.images import ImageError, read_image, scan
+from megapromoe.data.latents import Latents, check, read_manifest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import encode_latents  # noqa: E402
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["kl", "tiny", "none"])
+def test_the_output_is_the_same_at_any_number_of_ranks(name, images, autoencoders, tmp_path):  # noqa: F811
+    def source():
+        where = name if name == "none" else str(autoencoders / name)
+        return EncodedImages(images, scan(images), open_autoencoder(where), 16, batch=3, workers=2, dtype="float32")
+
+    one = files(write(tmp_path / "one", source(), 1, 5))
+    assert one == files(write(tmp_path / "three", source(), 3, 5)) == files(write(tmp_path / "nine", source(), 9, 5))
+    assert sorted(one) == ["index.safetensors", "manifest.json", "plan.json", *(f"shard-0000{i}.npy" for i in range(4))]
+    assert check(tmp_path / "one") == []
+    data = Latents(tmp_path / "one")
+    assert len(data) == 14 and [path for path, _ in data.manifest.skipped] == [
+        "class1/cut.png",
+        "class2/notes.txt",
+        "class2/text.jpg",
+    ]
+    for index in (0, 7, 13):
+        x = torch.from_numpy(read_image(images / data.name(index), 16)[None] / 127.5 - 1).float()
+        assert data.class_names[data.labels[index]] == data.name(index).split("/")[0]
+        autoencoder = source().autoencoder
+        for view, image in enumerate((x, x.flip(-1))):
+            mean, logvar = autoencoder.encode(image)
+            if name != "none":
+                assert np.allclose(data.raw(index)[view, 0], mean[0], atol=1e-5)
+            if logvar is not None:
+                assert np.allclose(data.raw(index)[view, 1], logvar[0], atol=1e-5)
+            drawn = data.draw(np.array([index]), np.array([view == 1]), None)
+            assert np.allclose(drawn, autoencoder.normalise(mean), atol=1e-5)
+
+
+def test_half_precision_is_measured_against_the_posterior(tmp_path):
+    folder = write(tmp_path / "half", Arrays(dtype="float16"))
+    exact = np.stack([Arrays().record(item) for item in Arrays().scan.items])
+    stored = exact[:, :, 0].astype(np.float16).astype(np.float32)
+    expected = math.sqrt(np.square(stored - exact[:, :, 0]).mean() / np.exp(exact[:, :, 1]).mean())
+    assert read_manifest(folder).rounding == pytest.approx(expected, rel=1e-4)
+    assert read_manifest(write(tmp_path / "pixels", Arrays(stochastic=False))).rounding is None
+
+
+def test_a_killed_job_goes_on_with_the_first_unfinished_shard(tmp_path):
+    whole = files(write(tmp_path / "whole"))
+
+    class Dying(Arrays):
+        def records(self, items):
+            for item, record, reason in super().records(items):
+                if item == self.scan.items[20]:
+                    raise KeyboardInterrupt
+                yield item, record, reason
+
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode(Dying(), tmp_path / "killed", shard_size=16)
+    names = sorted(files(tmp_path / "killed"))
+    assert names == ["part-00000.json", "plan.json", "shard-00000.npy", "shard-00001.npy.writing"]
+    again, told = Arrays(), []
+    encode.encode(again, tmp_path / "killed", shard_size=16, progress=told.append)
+    assert [item.path for item in again.asked] == [item.path for item in again.scan.items[16:]]
+    assert files(tmp_path / "killed") == whole and sum(told) == 40
+    (tmp_path / "killed" / "part-00001.json").write_text("")  # a stray file changes nothing
+    done = Arrays()
+    assert encode.encode(done, tmp_path / "killed", shard_size=16).records == 40 and not done.asked
+
+
+def test_the_bar_of_rank_0_is_told_of_every_file_once(tmp_path):
+    told = []
+    rank1 = threading.Thread(target=encode.encode, args=(Arrays(), tmp_path / "l", 1, 2, 7))
+    rank1.start()
+    encode.encode(Arrays(), tmp_path / "l", 0, 2, 7, progress=told.append)
+    rank1.join()
+    assert sum(told) == 40 and min(told) >= 0
+
+
+def test_another_command_in_the_same_folder_is_refused(tmp_path):
+    folder = write(tmp_path / "latents")
+    with pytest.raises(EncodeError, match='begun from something else: dtype was "float32", is "float16"'):
+        write(folder, Arrays(dtype="float16"))
+    with pytest.raises(EncodeError, match="files was 40, is 39, files_sha256 was"):
+        write(folder, Arrays(count=39))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(EncodeError, match="holds other things; give an empty or a new folder"):
+        write(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_two_jobs_do_not_write_into_one_folder(tmp_path):
+    class Meeting(Arrays):
+        def records(self, items):
+            with pytest.raises(EncodeError, match="another job is writing here"):
+                encode.encode(Arrays(), tmp_path / "l", shard_size=16)
+            yield from super().records(items)
+
+    write(tmp_path / "l", Meeting())
+
+
+def test_a_missing_rank_is_told(tmp_path):
+    with pytest.raises(EncodeError, match="nothing new in 0.05 s, 1 shards are missing, the first shard-00001.npy"):
+        encode.encode(Arrays(), tmp_path / "l", 0, 2, 20, patience=0.05)
+    with pytest.raises(EncodeError, match="rank 0 has not begun in 0.05 s"):
+        encode.encode(Arrays(), tmp_path / "none", 1, 2, 20, patience=0.05)
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [(np.nan, "float16; see to the autoencoder"), (1e6, r"float16; store as float32 \(--dtype float32\)")],
+)
+def test_a_latent_that_is_not_finite_ends_the_job(value, told, tmp_path):
+    class Wrong(Arrays):
+        def record(self, item):
+            record = super().record(item)
+            record[1, 0, 1, 2, 3] = value if item.path == "class1/0005.png" else 0
+            return record
+
+    with pytest.raises(EncodeError, match=f"class1/0005.png: its latent is not finite as {told}"):
+        write(tmp_path / "l", Wrong(dtype="float16"))
+    assert not (tmp_path / "l" / "manifest.json").exists()
+
+
+def test_no_readable_file_is_an_error(tmp_path):
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        (tmp_path / "images" / label / "x.png").write_text("nothing")
+    source = EncodedImages(tmp_path / "images", scan(tmp_path / "images"), open_autoencoder("none"), 8)
+    with pytest.raises(ImageError, match="none of 2 files could be read; b/x.png: Unidentified"):
+        write(tmp_path / "l", source)
+
+
+# The tool and the command
+
+
+def tool(*arguments):
+    return encode_latents.main([str(a) for a in arguments])
+
+
+def command(capsys, *arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    data.arguments(parser)
+    code = data.run(parser.parse_args([str(a) for a in arguments]), None)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    call = ("--images", images, "--autoencoder", autoencoders / "kl", "--out", "l", "--resolution", 16)
+    assert tool(*call, "--dry-run") == 0 and not Path("l").exists()
+    assert "16 files of 3 classes (1 others are left out, such as class2/notes.txt) -> 2x8x8" in capsys.readouterr().err
+    assert tool(*call) == 0
+    assert "l: 14 records, 3 files left out" in capsys.readouterr().out
+    code, out = command(capsys, "check", "l")
+    assert code == 0 and "14 records of 3 classes in 1 shards" in out and "nothing is wrong" in out
+    assert "deviation" in out and "class1/cut.png" in out
+    code, _ = command(capsys, "show", "l", "--out", "sub/sheet.png", "--count", 2)
+    assert code == 0 and Image.open("sub/sheet.png").size == (MARGIN + 4 * 34, 3 * 34 + 2)
+    assert command(capsys, "show", "l", "--autoencoder", "none")[0] == 0
+    code, out = command(capsys, "show", "l", "--autoencoder", autoencoders / "tiny")
+    assert code == 1 and "the latents were made by" in out and "give that one" in out
+    assert command(capsys, "show", "l", "--class", 3) == (1, "megapromoe: --class 3: l has classes 0..2\n")
+    code, out = command(capsys, "show", "l", "--out", "sheet.strange")
+    assert code == 1 and "--out sheet.strange: " in out and "give the name of a .png" in out
+    with open("l/shard-00000.npy", "r+b") as file:
+        file.seek(200)
+        file.write(b"\xff\xff\xff\xff")
+    code, out = command(capsys, "check", "l")
+    assert code == 1 and "record 0 (class0/deep/er/im03.Gif): its checksum is another" in out and "1 problems" in out
+    code, out = command(capsys, "check", "nothing")
+    assert code == 1 and "holds no manifest.json" in out
+
+
+def test_speed_says_how_many_images(tmp_path, capsys):
+    folder = write(tmp_path / "l")
+    code, out = command(
+        capsys, "speed", folder, "--seconds", 1, "--workers", 2, "--batch", 8, "--cache", tmp_path / "c"
+    )
+    assert code == 0 and "images/s in 2 threads, 2x4x4" in out and "promoe_xl" in out
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+
+
+def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, capsys):  # noqa: F811
+    assert tool("--images", tmp_path / "none", "--autoencoder", "none", "--out", tmp_path / "l") == 1
+    assert "encode_latents: " in (err := capsys.readouterr().err) and "no such folder" in err
+    with pytest.raises(SystemExit) as error:
+        tool("--images", images, "--out", tmp_path / "l")
+    assert error.value.code == 2 and "needs --autoencoder" in capsys.readouterr().err
+    published(tmp_path / "npz")
+    assert tool("--npz", tmp_path / "npz", "--autoencoder", autoencoders / "kl", "--out", tmp_path / "l") == 1
+    assert "makes latents of shape (2, 16, 16), the files hold (4, 4, 4)" in capsys.readouterr().err
+    assert tool("--npz", tmp_path / "npz", "--out", tmp_path / "l") == 0
+    assert json.loads((tmp_path / "l" / "manifest.json").read_text())["autoencoder"]["sha256"] == ""
+
+
+def test_the_sheet_shows_each_image_beside_its_mirror_image(images, tmp_path):  # noqa: F811
+    source = EncodedImages(images, scan(images), open_autoencoder("none"), 16)
+    data = Latents(write(tmp_path / "l", source))
+    sheet = np.asarray(contact_sheet(data, [2, 0], 3, open_autoencoder("none")))
+    image = read_image(images / data.name(int(np.flatnonzero(data.labels == 2)[0])), 16).transpose(1, 2, 0)
+    shown = sheet[2:34:2, MARGIN : MARGIN + 32 : 2]
+    assert np.array_equal(shown, image)
+    assert np.array_equal(sheet[2:34, MARGIN + 34 : MARGIN + 66], sheet[2:34, MARGIN : MARGIN + 32][:, ::-1])

@@ -1,0 +1,110 @@
+"""How parameters are sliced over ranks: nothing lost, nothing twice, experts that do not divide."""
+
+import pytest
+import torch
+from support.trajectory import small
+
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed.mesh import Group, Mesh, rank_tables
+from megapromoe.distributed.parameter_layout import ExpertPlacement, ParameterLayout, Split
+from megapromoe.nn.parallelize import build, layouts
+
+
+def mesh_of(rank: int, world: int, tp: int, ep: int, expert_tp: bool = False) -> Mesh:
+    """The mesh a rank would have, without a job."""
+    mine = {}
+    for direction, table in rank_tables(world, tp, ep, expert_tp).items():
+        row = next(tuple(int(r) for r in row) for row in table if rank in row)
+        mine[direction] = Group(row, row.index(rank))
+    return Mesh(**mine, expert_tp=expert_tp)
+
+
+@pytest.mark.parametrize("experts, ep", [(4, 1), (4, 4), (12, 8), (5, 3), (8, 8)])
+def test_every_expert_has_one_owner(experts, ep):
+    placement = ExpertPlacement(experts, ep)
+    owned = [list(placement.owned(r)) for r in range(ep)]
+    assert sum(owned, []) == list(range(experts))
+    assert max(map(len, owned)) == placement.slots and max(map(len, owned)) - min(map(len, owned)) <= 1
+    slots = placement.slot_E().tolist()
+    assert slots == [r * placement.slots + i for r in range(ep) for i in range(len(owned[r]))]
+
+
+@pytest.mark.parametrize(
+    "world, tp, ep, expert_tp", [(4, 2, 2, False), (4, 4, 2, False), (8, 2, 2, True), (8, 1, 8, False)]
+)
+def test_groups_partition_the_ranks(world, tp, ep, expert_tp):
+    tables = rank_tables(world, tp, ep, expert_tp)
+    for table in tables.values():
+        assert sorted(table.flatten().tolist()) == list(range(world))
+    for rank in range(world):
+        mesh = mesh_of(rank, world, tp, ep, expert_tp)
+        assert mesh.tp.size * mesh.dp.size == world
+        assert mesh.ep.size * mesh.edp.size * mesh.etp == world
+        assert set(mesh.tp.ranks) & set(mesh.dp.ranks) == {rank} == set(mesh.ep.ranks) & set(mesh.edp.ranks)
+        if expert_tp:  # the slices of one expert stay in one tp group
+            assert set(mesh.ep.ranks) & set(mesh.tp.ranks) == {rank}
+
+
+@pytest.mark.parametrize(
+    "world, tp, ep, expert_tp", [(4, 2, 2, False), (4, 2, 2, True), (8, 2, 4, False), (6, 2, 3, False)]
+)
+def test_slices_of_all_ranks_make_the_logical_tensor(world, tp, ep, expert_tp):
+    cases = [
+        ParameterLayout("qkv", (24, 8), Split(0, blocks=3)),
+        ParameterLayout("proj", (8, 8), Split(1)),
+        ParameterLayout("norm", (7,)),
+        ParameterLayout("experts", (5, 8, 4), Split(1), expert=True),
+        ParameterLayout("expert bias", (5, 4), None, expert=True),
+    ]
+    for layout in cases:
+        logical = torch.arange(1.0, 1 + torch.Size(layout.shape).numel()).view(layout.shape)
+        copies, weights = torch.zeros(layout.shape), torch.zeros(layout.shape)
+        for rank in range(world):
+            mesh = mesh_of(rank, world, tp, ep, expert_tp)
+            local = layout.take(logical, mesh)
+            assert local.shape == layout.local_shape(mesh)
+            partitions = layout.gradient_group(mesh).size
+            for here, there in layout.pieces(mesh):
+                assert torch.equal(local[here], logical[there])
+                copies[there] += 1
+                weights[there] += 1 / (layout.replicas(mesh) * partitions)
+        assert copies.min() > 0, layout.name
+        # The rule of the clip norm: every logical element counts once.
+        torch.testing.assert_close(weights, torch.ones(layout.shape), msg=layout.name)
+
+
+def test_a_dimension_that_does_not_divide_is_named():
+    layout = ParameterLayout("blocks.0.attn.qkv.weight", (18, 6), Split(0, blocks=3))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight: dimension 0 .* parallel\.tp"):
+        layout.local_shape(mesh_of(0, 4, 4, 1))
+
+
+@pytest.mark.parametrize("world, tp, ep, expert_tp", [(4, 2, 2, False), (8, 2, 4, True), (8, 1, 8, False)])
+def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
+    config = small("model.num_experts=6" if ep == 4 else "model.num_experts=12", f"parallel.tp={tp}",
+                   f"parallel.ep={ep}", f"parallel.expert_tp={str(expert_tp).lower()}")  # fmt: skip
+    whole = dict(build(config).named_parameters())
+    for rank in (0, world - 1):
+        mesh = mesh_of(rank, world, tp, ep, expert_tp)
+        model = build(config, mesh)
+        for name, local in model.named_parameters():
+            assert torch.equal(local, model.layouts[name].take(whole[name], mesh)), name
+
+
+def test_experts_start_different_and_seeds_matter():
+    first, other = (dict(build(small(f"train.seed={s}")).named_parameters()) for s in (0, 1))
+    weight = first["blocks.1.mlp.experts.fc1.weight"]
+    assert not torch.equal(weight[0], weight[1])
+    assert not torch.equal(weight, other["blocks.1.mlp.experts.fc1.weight"])
+    zeros = {n for n, p in first.items() if not p.any()}
+    assert zeros == {n for n in first if n.endswith("bias") or "adaLN" in n or n.startswith("final_layer.linear")}
+
+
+def test_every_published_size_has_a_layout_on_eight_ranks():
+    with torch.device("meta"):
+        from megapromoe.nn.dit import DiT
+
+        for preset in ("promoe_s", "promoe_b", "promoe_l", "promoe_xl", "tc_l_e8", "diffmoe_xl_e8", "dit_xl"):
+            config = resolve(preset, overrides=("parallel.tp=2",))
+            for layout in layouts(DiT(config.model)).values():
+                layout.local_shape(mesh_of(0, 8, 2, 1 if preset == "dit_xl" else 8))

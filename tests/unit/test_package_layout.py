@@ -1,0 +1,99 @@
+"""The layout of the package: who may import whom, who imports deepspeed, and who reads the environment."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megapromoe"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# One total order, lowest first: each may import itself and those before it.
+ORDER = (
+    *(
+        "errors",
+        "io",
+        "config",
+        "planning",
+        "distributed",
+        "diffusion",
+        "data",
+        "nn",
+        "preflight",
+        "engine",
+        "benchmark",
+    ),
+    *("checkpoint", "training", "conversion", "sampling", "routing_analysis", "evaluation", "studies", "commands"),
+    *("cli", "__main__"),
+)
+
+
+def modules(tree: ast.AST) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            # `from a import b`: b may be a module
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def package_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def packages_imported(tree: ast.AST) -> set[str]:
+    ours = {name.split(".")[1] for name in modules(tree) if name.startswith("megapromoe.")}
+    return {name for name in ours if not name.startswith("__version")}
+
+
+def reads_environment(tree: ast.AST) -> bool:
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return bool({"environ", "getenv", "environb"} & names or {"os.environ", "os.getenv"} & modules(tree))
+
+
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != PACKAGE / "__init__.py"], ids=name_of)
+def test_imports_point_in_one_direction(file):
+    assert package_of(file) in ORDER, f"{name_of(file)} has no place in ORDER"
+    above = ORDER[: ORDER.index(package_of(file)) + 1]
+    assert packages_imported(tree_of(file)) <= set(above)
+
+
+def test_only_the_engine_imports_deepspeed():
+    """The engine, and the benchmark, which compares our layer with DeepSpeed's own."""
+    importers = {f for f in FILES if any(m.split(".")[0] == "deepspeed" for m in modules(tree_of(f)))}
+    assert importers == {PACKAGE / "benchmark" / "deepspeed_moe.py", PACKAGE / "engine" / "deepspeed_engine.py"}
+
+
+def test_only_the_runtime_reads_the_environment():
+    assert [f for f in FILES if reads_environment(tree_of(f))] == [PACKAGE / "distributed" / "runtime.py"]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=name_of)
+def test_packages_hold_no_code(file):
+    docstring, *rest = tree_of(file).body
+    assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
+    versions = [n for n in rest if isinstance(n, ast.Assign) and n.targets[0].id == "__version__"]
+    assert rest == versions and (not rest or file == PACKAGE / "__init__.py")
+
+
+def test_no_file_is_a_drawer():
+    assert not [f for f in FILES if f.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_the_rules_see_what_they_forbid():
+    code = "def f():\n    from megapromoe import cli\n    import megapromoe.training.loop\n    os.getenv('X')"
+    assert packages_imported(ast.parse(code)) == {"cli", "training"}
+    assert reads_environment(ast.parse(code)) and reads_environment(ast.parse("from os import environ"))
+    assert not reads_environment(ast.parse("run.environment"))

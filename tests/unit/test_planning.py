@@ -1,0 +1,299 @@
+"""The search over layouts, its words, and `megapromoe plan`."""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from megapromoe.commands import plan as command
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import check, resolve
+from megapromoe.distributed.mesh import rank_tables
+from megapromoe.planning.cost import flat_shards, flops_per_image
+from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
+from megapromoe.planning.machines import GIB, MACHINES, Assumptions
+from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
+from megapromoe.planning.search import CLOSE, PlanError, candidates, search
+from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
+
+H100, ASSUME = MACHINES["h100"], Assumptions()
+NETWORK = replace(ASSUME, links=1.0, near=0.0, far=0.0, peer=0.0, imbalance=1.0)
+
+
+def find(preset: str, world: int, *overrides: str, machine=H100, assume=ASSUME, fixed=frozenset()):
+    return search(resolve(preset, overrides=overrides), world, machine, assume, fixed)
+
+
+# ---- the search
+
+
+def test_every_layout_is_tried_once():
+    """8 ranks: tp and ep of 1, 2, 4, 8; experts split or not where tp > 1; 3 stages; 4 ways to recompute."""
+    tried = list(candidates(resolve("promoe_xl"), 8, H100))
+    assert len(tried) == len(set(tried)) == (4 + 3 * 4 * 2) * 3 * 4
+    found = find("promoe_xl", 8)
+    assert len(found.fitting) + len(found.too_large) + found.impossible == len(tried)
+    # With split experts ep must divide 8 / tp: no for tp, ep of 2, 8; 4, 4 and 8; 8, 2, 4 and 8.
+    assert found.impossible == 6 * 3 * 4
+    for plan in found.fitting:
+        check(plan.config, 8)
+        assert plan.layout == plan.config.layout(8) and plan.memory.peak <= found.limit
+
+
+def test_the_limit_parts_what_fits_from_what_does_not():
+    found = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
+    assert found.limit == 18 * GIB and found.fitting and found.too_large
+    assert all(p.memory.peak <= found.limit for p in found.fitting)
+    assert all(p.memory.peak > found.limit for p in found.too_large)
+
+
+def test_what_is_fixed_stays():
+    found = find(
+        "promoe_xl", 8, "parallel.ep=4", "train.deepspeed=bf16_zero2", fixed={"parallel.ep", "train.deepspeed"}
+    )
+    assert {(p.layout.ep, p.stage) for p in found.fitting} == {(4, 2)}
+
+
+def test_four_thousand_gpus_in_seconds():
+    start = time.monotonic()
+    found = find("promoe_xl", 4096, "train.global_batch=4096", "model.num_experts=64")
+    # tp 1, 2, 4, 8; ep 1 to 64; split or not where tp > 1; 3 stages; 4 ways to recompute.
+    assert len(found.fitting) + len(found.too_large) + found.impossible == (7 + 3 * 7 * 2) * 3 * 4
+    assert time.monotonic() - start < 60  # takes one or two where nothing else runs
+
+
+def test_among_equals_the_simplest_wins():
+    found = find("promoe_xl", 64)
+    fastest = min(p.time.total for p in found.fitting)
+    assert found.best.time.total <= fastest * CLOSE
+    assert found.best.complexity == min(p.complexity for p in found.fitting if p.time.total <= fastest * CLOSE)
+
+
+def test_accumulation_is_raised_only_where_nothing_else_fits():
+    small, batch, kept = replace(H100, memory=20 * GIB), ("train.global_batch=1024",), frozenset({"parallel.recompute"})
+    assert not find("promoe_xl", 8, *batch, fixed=kept).accumulation_changed
+    found = find("promoe_xl", 8, *batch, machine=small, fixed=kept)
+    assert found.accumulation_changed and found.best.config.train.accumulation > 1
+    assert any("this changes the mathematics" in line for line in reasons(found, small))
+    dense = find("dit_xl", 8, *batch, machine=small, fixed=kept)
+    assert any("the mathematics stays the same" in line for line in reasons(dense, small))
+    with pytest.raises(PlanError, match="no layout fits"):
+        find("promoe_xl", 8, *batch, machine=small, fixed=kept | {"train.accumulation"})
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest():
+    with pytest.raises(
+        PlanError, match=r"global_batch = 256: of 4096 GPUs .* multiple of 512; nearest: 512 \(--batch\)"
+    ):
+        find("promoe_xl", 4096)
+    with pytest.raises(PlanError, match=r"global_batch = 100: .* multiple of 8; nearest: 96, 104"):
+        find("promoe_xl", 64, "train.global_batch=100")
+
+
+def test_what_fits_nowhere_says_the_smallest_and_a_remedy():
+    with pytest.raises(PlanError) as said:
+        find("promoe_xl", 1, machine=replace(H100, memory=4 * GIB))
+    text = str(said.value)
+    assert "no layout fits 3.6 GiB of each H100" in text and "take more nodes" in text
+    needed = float(text.split("needs ")[1].split(" GiB")[0])
+    assert needed > 3.6
+
+
+def test_a_config_that_cannot_run_is_refused_as_such():
+    with pytest.raises(ConfigError, match="parallel.tp = 3"):
+        find("promoe_xl", 8, "model.heads=12", "parallel.tp=3", fixed={"parallel.tp"})
+
+
+# ---- time
+
+
+def test_groups_meet_the_network_as_their_ranks_lie():
+    """Nodes and neighbours of every group, against the mesh's own tables."""
+    for tp, ep, split in ((1, 8, False), (2, 4, False), (2, 4, True), (8, 16, False), (4, 2, True)):
+        tables = rank_tables(64, tp, ep, split)
+        etp = tp if split else 1
+        for over, stride in (("tp", 1), ("dp", tp), ("ep", etp), ("edp", ep * etp)):
+            for row in tables[over]:
+                assert nodes_of(len(row), stride, H100) == len({int(r) // 8 for r in row}), (over, tp, ep, split)
+
+
+def test_collectives_take_the_time_of_their_slowest_link():
+    config = resolve("promoe_xl", overrides=["parallel.ep=8"], world=64)
+    layout = config.layout(64)
+
+    def seconds(op, over, size):
+        c = Collective("x", op, over, size, 1, 1e9, "forward")
+        return collective_time(c, config, layout, H100, NETWORK)
+
+    assert seconds("all_reduce", "tp", 8) == pytest.approx(2 * 7 / 8 * 1e9 / 450e9)
+    # 8 nodes: each GPU's network carries an eighth of a ring's bytes.
+    assert seconds("all_gather", "dp", 64) == pytest.approx(max(7 / 8 / 450, 7 / 8 / (8 * 50)))
+    placed = -(-12 // 8) * 8 / 12  # the fullest rank has two of 12 experts
+    assert seconds("all_to_all", "ep", 8) == pytest.approx(7 / 8 / 450 * placed)
+    assert seconds("all_reduce", "edp", 8) == pytest.approx(2 * 7 / 8 / 50)  # one rank a node
+
+
+def test_a_step_takes_at_least_its_operations():
+    config = resolve("dit_xl", overrides=["train.global_batch=512"])
+    perfect = replace(ASSUME, products=1.0, attention=1.0, memory=1e6, launch=0.0, links=1e6)
+    layout = config.layout(8)
+    t = step_time(config, layout, H100, perfect)
+    useful = flops_per_image(config.model).training * 64 / H100.peak
+    # Attention's scores are made again in the backward pass: more than useful, by little.
+    assert useful < t.products + t.attention < 1.05 * useful
+    assert t.total == pytest.approx(t.compute + t.exposed + t.update)
+
+
+def test_time_follows_the_machine():
+    config = resolve("promoe_xl")
+    layout = config.layout(8)
+    a100, h100, b200 = (step_time(config, layout, MACHINES[name], ASSUME).total for name in ("a100", "h100", "b200"))
+    assert a100 > h100 > b200
+    recomputing = replace(config, parallel=replace(config.parallel, recompute="blocks"))
+    assert step_time(recomputing, layout, H100, ASSUME).products > step_time(config, layout, H100, ASSUME).products
+    fp32 = replace(config, train=replace(config.train, deepspeed="fp32_zero1"))
+    assert step_time(fp32, layout, H100, ASSUME).products > 5 * step_time(config, layout, H100, ASSUME).products
+
+
+def test_experts_without_a_grouped_product_are_launched_one_by_one():
+    """And that is what `test_counts` counts. In fp32 no GPU has one."""
+    loops = replace(H100, grouped=False)
+    for file, more in (("bf16_zero1", EXPERT_KERNELS * 3 - GROUPED_KERNELS), ("fp32_zero1", 0)):
+        config = resolve("promoe_l", overrides=["parallel.ep=4", f"train.deepspeed={file}"])
+        times = [step_time(config, config.layout(8), machine, ASSUME).host for machine in (H100, loops)]
+        layers = len(config.model.moe_blocks) * config.train.accumulation
+        assert times[1] - times[0] == pytest.approx(layers * more * ASSUME.launch)
+
+
+def test_dispatch_sends_the_lower_bound():
+    """Bytes of rows: 2 directions, forward and backward, K rows a token, D numbers each, but for those that stay."""
+    config = resolve("promoe_l", overrides=["parallel.ep=4", "model.top_k=2"], world=8)
+    layout = config.layout(8)
+    rows = routed_rows(config.model, expected_batch(config, layout))
+    assert rows == pytest.approx(32 * 0.9 * 256 * 2)
+    sent = sum(c.wire for c in collectives(config, layout) if c.what.startswith("dispatch: rows"))
+    assert sent == pytest.approx(12 * 4 * rows * 1024 * 2 * 3 / 4)
+
+
+# ---- words
+
+
+def test_reasons_speak_of_the_best():
+    found = find("promoe_xl", 64, "model.num_experts=64")
+    best = found.best
+    said = list(reasons(found, H100))
+    assert said[0].startswith(f"tp {best.layout.tp}: ") and said[1].startswith(f"ep {best.layout.ep}: ")
+    assert said[2].startswith(best.config.train.deepspeed) and "limited by" in limits(best)
+    (rule, alone, spread, verdict) = experts_in_parallel(found)
+    assert "E*F = 147,456" in rule and "pays" in rule
+    assert alone.strip().startswith("ep 1: ") and f"ep {best.layout.ep}: " in spread and "EP pays" in verdict
+    assert not list(experts_in_parallel(find("dit_b", 8)))
+
+
+def test_expert_parallelism_pays_below_the_break_even_and_not_above():
+    few = next(experts_in_parallel(find("promoe_l", 64)))
+    many = next(experts_in_parallel(find("promoe_l", 1, "train.global_batch=256")))
+    assert "here it pays" in few and "here it does not pay" in many
+
+
+@pytest.mark.parametrize("preset", ["promoe_xl", "digits", "dit_b"])
+def test_the_settings_make_the_plan(preset):
+    base = resolve(preset)
+    found = search(base, 4, H100, ASSUME)
+    for plan in (found.best, found.fitting[-1]):
+        words = [f"{key}={value}" for key, value in settings(plan, base).items()]
+        assert resolve(preset, overrides=words, world=4) == plan.config
+
+
+def test_flat_groups_of_experts_are_those_of_deepspeed():
+    """Groups of at most 178,956,971 elements, each padded to even parts."""
+    assert flat_shards([100, 51], 4, routed=False) == [38]
+    assert flat_shards([100_000_000] * 3, 2, routed=True) == [50_000_000] * 3
+    assert flat_shards([100_000_000] * 3, 2, routed=False) == [150_000_000]
+    assert flat_shards([50_000_000] * 4 + [7], 2, routed=True) == [75_000_000, 25_000_004]
+    assert flat_shards([], 2, routed=True) == []
+
+
+# ---- the command
+
+
+def planned(capsys, *words: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    command.arguments(parser)
+    options, options_overrides = parser.parse_known_args(words)
+    options.overrides = options_overrides
+    code = command.run(options, None)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_ends_with_a_line_to_paste(capsys):
+    code, out, err = planned(capsys, "--preset", "promoe_xl", "--experts", "64", "--nodes", "8", "--top", "3")
+    assert (code, err) == (0, "")
+    words = shlex.split(out.strip().splitlines()[-1])
+    assert words[:4] == ["sbatch", "--nodes=8", "launchers/promoe_xl.sh", "model.num_experts=64"]
+    config = resolve("promoe_xl", overrides=words[3:], world=64)
+    assert config.model.num_experts == 64 and config.layout(64).world == 64
+    assert "estimates, never measured here" in out and "all_to_all" in out and "GPU-hours" in out
+    assert sum(line.lstrip()[:2] in ("1 ", "2 ", "3 ", "4 ") for line in out.splitlines()) == 3
+
+
+def test_the_command_of_other_presets_is_a_whole_one(capsys):
+    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--batch", "64", "train.lr=3e-4")
+    words = shlex.split(out.strip().splitlines()[-1])
+    assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words
+    overrides = [w for w in words if "=" in w and not w.startswith("--")]
+    config = resolve("dit_b", overrides=overrides, world=4)
+    assert config.train.global_batch == 64 and config.train.lr == 3e-4
+
+
+def test_json_and_plot(capsys, tmp_path):
+    files = tmp_path / "plans.json", tmp_path / "memory.png"
+    code, _, _ = planned(capsys, "--preset", "promoe_b", "--json", str(files[0]), "--plot", str(files[1]))
+    content = json.loads(files[0].read_text())
+    assert code == 0 and content["estimates"] is True and files[1].read_bytes().startswith(b"\x89PNG")
+    first = content["layouts"][0]
+    lines = sum(v for k, v in first["memory_bytes"].items() if k not in ("update", "host", "peak"))
+    assert first["fits"] and first["memory_bytes"]["peak"] == pytest.approx(lines)
+    assert first["hours"] == pytest.approx(first["step_seconds"] * 500_000 / 3600)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["memory.png", "plans.json"]
+
+
+def test_figures_of_your_own(capsys):
+    _, usual, _ = planned(capsys, "--preset", "promoe_xl")
+    own = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
+    _, changed, _ = planned(capsys, "--preset", "promoe_xl", *own)
+    assert "fit 71.1 GiB each" in usual and "fit 20.0 GiB each" in changed
+    assert "H100 80GB SXM, changed: 500 TFLOP/s" in changed and "2.00 times the mean" in changed
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--preset", "promoe_xl", "--memory-gib", "2"), "no layout fits 1.8 GiB"),
+        (("--preset", "promoe_xl", "--nodes", "512"), "multiple of 512"),
+        (("--usable", "1.5"), "must be at most 1"),
+        (("--imbalance", "0.5"), "must be at least 1"),
+        (("--plot", "memory.bmp"), "must end in .png"),
+        (("--json", "/nowhere/plans.json"), "/nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(capsys, words, said):
+    code, out, err = planned(capsys, *words)
+    assert code == 1 and not out and err.startswith("megapromoe: ") and said in err
+
+
+def test_numbers_must_be_numbers(capsys):
+    for words in (("--memory-gib", "-1"), ("--tflops", "nan"), ("--nodes", "0")):
+        with pytest.raises(SystemExit):
+            planned(capsys, *words)
+
+
+def test_it_needs_no_torch():
+    code = "import sys, megapromoe.commands.plan; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

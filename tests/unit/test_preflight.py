@@ -1,0 +1,307 @@
+"""The preflight's verdict: its rules on made-up clusters."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+from support.made_up_clusters import GOOD, change, cluster_of, verdict_of
+
+from megapromoe.preflight import bandwidth, machine
+from megapromoe.preflight.bandwidth import rounds
+from megapromoe.preflight.groups import Heard
+from megapromoe.preflight.storage import GIB
+from megapromoe.preflight.verdict import FAIL, WARN, Hang, culprits, odd_ones
+
+# ---- who is to blame
+
+
+@pytest.mark.parametrize(
+    "pairs, blamed",
+    [
+        ("", ""),
+        ("ab ac ad ae", "a"),
+        ("ab ac ad ae bc bd be", "ab"),
+        ("ab", "ab"),  # nothing tells which
+        ("ab ac ad ae cd", "acd"),
+        ("ab ac ad ae bc bd be cd ce de", ""),  # everyone: a cause in common
+    ],
+)
+def test_culprits(pairs, blamed):
+    assert culprits([tuple(pair) for pair in pairs.split()], "abcde") == tuple(blamed)
+
+
+def test_odd_ones_need_a_majority():
+    assert odd_ones({"a": 1, "b": 1, "c": 2}) == (1, ("c",))
+    assert odd_ones({"a": 1}) == (1, ())
+    assert odd_ones({"a": 1, "b": 2}) == (None, ("a", "b"))
+    assert odd_ones({"a": 1, "b": 1, "c": 2, "d": 3}) == (None, ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8, 31, 32])
+def test_every_pair_meets_once_in_rounds_of_disjoint_pairs(nodes):
+    found = rounds(nodes)
+    pairs = [tuple(sorted(pair)) for one in found for pair in one]
+    assert sorted(pairs) == list(combinations(range(nodes), 2))
+    assert all(len({node for pair in one for node in pair}) == 2 * len(one) for one in found)
+    assert len(found) <= nodes
+
+
+@pytest.mark.parametrize("nodes", [33, 64, 101])
+def test_many_nodes_meet_in_a_ring_and_at_random(nodes):
+    found = rounds(nodes)
+    assert len(found) == bandwidth.ALL_PAIRS
+    assert all(len({node for pair in one for node in pair}) == 2 * len(one) for one in found)
+    met = {frozenset(pair) for one in found for pair in one}
+    assert met >= {frozenset((i, (i + 1) % nodes)) for i in range(nodes)}
+    assert found == rounds(nodes)  # every rank makes the same
+    partners = [sum(node in pair for pair in met) for node in range(nodes)]
+    assert min(partners) > 20
+
+
+# ---- made-up clusters
+
+
+def serious(verdict) -> set[str]:
+    return {row.check for row in verdict.rows if row.verdict == FAIL}
+
+
+def warned(verdict) -> dict[str, tuple]:
+    return {row.check: row.nodes for row in verdict.rows if row.verdict == WARN}
+
+
+def test_a_healthy_cluster_passes():
+    verdict = verdict_of(cluster_of())
+    assert (verdict.exit_code, verdict.bad_nodes, serious(verdict), warned(verdict)) == (0, (), set(), {})
+    assert verdict.sentence == "passed (8 nodes, 64 ranks)"
+
+
+def slow_node(cluster, node):
+    for rank, network in cluster.found["network"].items():
+        slow = {o: v / 5 for o, v in network.pairs.items() if node in (o, cluster.node_of[rank])}
+        cluster.found["network"][rank] = replace(network, pairs=network.pairs | slow)
+
+
+def slow_direction(cluster, node):
+    """Only what the node sends is slow."""
+    for rank in cluster.ranks_on(node):
+        change(cluster, "network", rank, pairs={o: 4.0 for o in cluster.nodes if o != node})
+
+
+def wrong_sender(cluster, rank):
+    for other in cluster.found["network"]:
+        if other != rank:
+            heard = Heard(list(range(cluster.world)), ["all_reduce"], [rank])
+            change(cluster, "network", other, groups={"whole": heard})
+
+
+def wrong_nvlink(cluster, node):
+    """Sums within a node go wrong, and so does every larger sum."""
+    for rank, network in cluster.found["network"].items():
+        told = {"whole": Heard(network.groups["whole"].ranks, ["all_reduce"])}
+        if cluster.node_of[rank] == node:
+            told["ep"] = Heard(network.groups["ep"].ranks, ["all_reduce"])
+        change(cluster, "network", rank, groups=network.groups | told)
+
+
+def unseen_by_others(cluster, node):
+    for files in cluster.found["files"].values():
+        files.seen.update({other: -1.0 for other in files.seen if other == node})
+    rank = cluster.leaders()[node]
+    change(cluster, "files", rank, seen=dict.fromkeys(cluster.found["files"][rank].seen, -1.0))
+
+
+BAD_NODE = {
+    "an odd version": ("versions", lambda c: change(c, "machine", 24, versions=GOOD.versions | {"torch": "2.12"})),
+    "another version on one rank": (
+        "versions",
+        lambda c: change(c, "machine", 29, versions=GOOD.versions | {"python": "3.12"}),
+    ),
+    "a slow GPU": ("devices", lambda c: change(c, "machine", 30, teraflops=500.0)),
+    "a GPU that computes wrongly": ("devices", lambda c: change(c, "machine", 30, wrong=1)),
+    "a GPU that fails": ("devices", lambda c: change(c, "machine", 30, error="CUDA error: an illegal access")),
+    "a GPU off the bus": ("devices", lambda c: change(c, "machine", 31, uuid="GPU-30")),
+    "no GPU": (
+        "devices",
+        lambda c: [change(c, "machine", r, device="cpu", uuid="") for r in range(24, 32)],
+    ),
+    "ECC errors": (
+        "devices",
+        lambda c: change(
+            c, "machine", 24, gpus=[{"index": "3", "uuid": "g", "ecc.errors.uncorrected.volatile.total": "4"}]
+        ),
+    ),
+    "little memory": ("host", lambda c: change(c, "machine", 24, host_available=GIB)),
+    "a read-only mount": ("files", lambda c: change(c, "files", 24, error="/runs: Read-only file system")),
+    "an unshared folder": ("files", lambda c: unseen_by_others(c, "node3")),
+    "unreadable data": ("data", lambda c: change(c, "data", 24, error="FileNotFoundError: shard 3")),
+    "other data": ("data", lambda c: change(c, "data", 24, digest="ffff")),
+    "a slow node": ("bandwidth", lambda c: slow_node(c, "node3")),
+    "a slow sender": ("bandwidth", lambda c: slow_direction(c, "node3")),
+    "wrong bytes": (
+        "bandwidth",
+        lambda c: [change(c, "network", r, wrong_pairs=["node3"]) for r in range(64) if r // 8 != 3],
+    ),
+    "slow NVLink": ("ep all-to-all", lambda c: change(c, "network", 27, exchange=100.0)),
+    "a wrong sender": ("group whole", lambda c: wrong_sender(c, 27)),
+    "wrong NVLink": ("group ep", lambda c: wrong_nvlink(c, "node3")),
+    "a failing adapter": ("network", lambda c: change(c, "network", 27, error="joining: NCCL error: no device")),
+    "a silent rank": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in dp", (27,), (27,)))),
+    "a late rank": ("answers", lambda c: setattr(c, "hang", Hang("data", (), (24, 25)))),
+    "a missing rank": ("arrival", lambda c: c.node_of.pop(29)),
+    "a missing node": ("arrival", lambda c: [c.node_of.pop(r) for r in range(24, 32)]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_NODE)
+def test_a_bad_node_is_named(fault):
+    what, make = BAD_NODE[fault]
+    cluster = cluster_of()
+    make(cluster)
+    if what == "arrival":  # nothing else is looked at then
+        cluster.found = {}
+    verdict = verdict_of(cluster, host_bytes=2 * GIB)
+    assert (verdict.exit_code, verdict.bad_nodes) == (3, ("node3",))
+    assert what in serious(verdict)
+    assert "1 bad node (8 nodes, 64 ranks): node3 (" in verdict.sentence
+
+
+NOBODYS = {
+    "two versions, half and half": (
+        "versions",
+        lambda c: [change(c, "machine", r, versions=GOOD.versions | {"torch": "2.12"}) for r in range(32)],
+    ),
+    "a full disk": ("free space", lambda c: [change(c, "files", r, free=GIB) for r in range(0, 64, 8)]),
+    "no such data": ("data", lambda c: [change(c, "data", r, error="no file") for r in range(0, 64, 8)]),
+    "a folder on no shared disk": (
+        "files",
+        lambda c: [
+            change(c, "files", r, seen={other: 0.1 if other == c.node_of[r] else -1.0 for other in f.seen})
+            for r, f in list(c.found["files"].items())
+        ],
+    ),
+    "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in whole", (), tuple(range(64))))),
+    "a rank nobody places": ("arrival", lambda c: (c.node_of.pop(29), c.expected.clear(), c.found.clear())),
+}
+
+
+@pytest.mark.parametrize("fault", NOBODYS)
+def test_a_common_cause_is_no_nodes_fault(fault):
+    what, make = NOBODYS[fault]
+    cluster = cluster_of()
+    make(cluster)
+    verdict = verdict_of(cluster)
+    assert (verdict.exit_code, verdict.bad_nodes) == (1, ())
+    assert what in serious(verdict)
+    assert all(row.remedy for row in verdict.rows if row.verdict == FAIL)
+
+
+WORTH_A_WARNING = {
+    "a skewed clock": ("clock", lambda c: change(c, "clock", 24, offset=-3.0)),
+    "another driver": ("versions", lambda c: change(c, "machine", 24, versions=GOOD.versions | {"driver": "560"})),
+    "another GPU": ("devices", lambda c: [change(c, "machine", r, name="A100") for r in range(24, 32)]),
+    "a GPU in use": ("devices", lambda c: change(c, "machine", 25, free=40 * GIB)),
+    "a small /dev/shm": ("host", lambda c: change(c, "machine", 24, shared_memory=GIB // 16)),
+    "few open files": ("host", lambda c: change(c, "machine", 24, open_files=256)),
+    "a setting that slows": ("host", lambda c: change(c, "machine", 24, settings={"NCCL_DEBUG": "WARN",
+                                                                                   "NCCL_IB_DISABLE": "1"})),
+    "too many threads": ("host", lambda c: change(c, "machine", 24, settings={"OMP_NUM_THREADS": "64"})),
+    "lost memory": ("host", lambda c: change(c, "machine", 24, host_memory=512 * GIB)),
+    "a slow file system": ("files", lambda c: c.found["files"][24].seen.update(node0=30.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", WORTH_A_WARNING)
+def test_a_warning_passes_and_names_the_node(fault):
+    what, make = WORTH_A_WARNING[fault]
+    cluster = cluster_of()
+    make(cluster)
+    verdict = verdict_of(cluster)
+    assert (verdict.exit_code, serious(verdict)) == (0, set())
+    assert warned(verdict) == {what: ("node3",)}
+
+
+def test_an_uncertain_clock_is_not_accused():
+    cluster = cluster_of()
+    change(cluster, "clock", 24, offset=1.5, uncertainty=0.8)
+    assert not warned(verdict_of(cluster)) and warned(verdict_of(cluster, skew=0.5))
+
+
+def test_one_slow_pair_names_both_and_says_so():
+    cluster = cluster_of()
+    for rank in range(8):
+        change(cluster, "network", rank, pairs=cluster.found["network"][rank].pairs | {"node1": 5.0})
+    verdict = verdict_of(cluster)
+    assert verdict.bad_nodes == ("node0", "node1")
+    assert any("no other pair tells" in row.remedy for row in verdict.rows)
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 5])
+def test_a_slow_node_among_few_is_found_without_an_expectation(nodes):
+    """Two of three pairs are slow, or half of six: the median over pairs would be slow itself."""
+    cluster = cluster_of(nodes)
+    slow_node(cluster, "node1")
+    assert verdict_of(cluster).bad_nodes == ("node1",)
+
+
+def test_two_bad_nodes_are_both_named():
+    cluster = cluster_of()
+    slow_node(cluster, "node1")
+    slow_node(cluster, "node6")
+    assert verdict_of(cluster).bad_nodes == ("node1", "node6")
+
+
+def test_an_expectation_decides_what_is_slow():
+    # 8 ranks x 45 GB/s
+    assert verdict_of(cluster_of(), pair_gbps=350).exit_code == 0
+    high = verdict_of(cluster_of(), pair_gbps=370)
+    assert (high.exit_code, high.bad_nodes) == (1, ())
+    assert any("--expect-gbps" in row.remedy for row in high.rows)
+
+
+def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():
+    cluster = cluster_of()
+    for rank, network in cluster.found["network"].items():
+        cluster.found["network"][rank] = replace(network, device="cpu")
+        change(cluster, "machine", rank, device="cpu", uuid="", teraflops=0.02 if rank == 24 else 0.1)
+    slow_node(cluster, "node3")
+    verdict = verdict_of(cluster)
+    assert (verdict.exit_code, set(warned(verdict))) == (0, {"devices", "bandwidth"})
+    assert any("no GPU: CPU run" in row.result for row in verdict.rows)
+    assert verdict_of(cluster, pair_gbps=100).bad_nodes == ("node3",)
+
+
+def test_who_only_waits_for_a_rank_that_raised_is_not_blamed():
+    cluster = cluster_of(nodes=3)
+    change(cluster, "network", 8, error="joining: no interface")
+    cluster.hang = Hang("all_reduce in whole", (), tuple(r for r in range(16, 24)))
+    assert verdict_of(cluster).bad_nodes == ("node1",)
+
+
+def test_who_hears_of_a_silent_rank_first_is_not_blamed():
+    cluster = cluster_of(nodes=3)
+    change(cluster, "network", 8, error="all_reduce in whole: connection reset by peer")
+    cluster.hang = Hang("all_reduce in whole", (16,), (16,))
+    assert verdict_of(cluster).bad_nodes == ("node2",)
+
+
+def test_of_two_gpus_the_slower_is_slow():
+    cluster = cluster_of(2, 1)
+    change(cluster, "machine", 1, teraflops=0.7 * GOOD.teraflops)
+    assert verdict_of(cluster).bad_nodes == ("node1",)
+
+
+def test_gpus_that_torch_does_not_see():
+    cluster = cluster_of(1, 2)
+    for rank in range(2):
+        change(cluster, "machine", rank, device="cpu", uuid="", gpus=[{"index": "0", "uuid": "g"}])
+    assert "devices" in serious(verdict_of(cluster))
+
+
+def test_devices_that_cannot_join_keep_the_network_from_hanging():
+    good = {r: replace(GOOD, uuid=f"g{r}") for r in range(4)}
+    node_of = {0: "a", 1: "a", 2: "b", 3: "b"}
+    assert machine.cannot_join(good, node_of) == ""
+    assert "share" in machine.cannot_join(good | {1: good[0]}, node_of)
+    assert machine.cannot_join(good | {2: replace(good[0])}, node_of) == ""  # MIG parts of two nodes may share a name
+    assert "rank 3" in machine.cannot_join(good | {3: replace(GOOD, device="cpu")}, node_of)
+    assert "rank 2" in machine.cannot_join(good | {2: replace(GOOD, error="ill")}, node_of)

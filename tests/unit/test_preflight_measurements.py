@@ -1,0 +1,114 @@
+"""What the preflight measures must show a fault; what the launcher says of the nodes."""
+
+import socket
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from support.made_up_clusters import change, cluster_of, verdict_of
+
+from megapromoe.config.resolve import resolve
+from megapromoe.distributed import runtime
+from megapromoe.preflight import machine, storage
+from megapromoe.preflight.storage import checkpoint_bytes
+
+
+def test_room_for_checkpoints():
+    """Master, two moments and EMA in fp32 of 1,567,438,880 parameters, two kept and one being written."""
+    assert checkpoint_bytes(resolve("promoe_xl")) == 1_567_438_880 * 16 * 3
+
+
+def test_one_wrong_entry_of_a_product_is_seen(monkeypatch):
+    wrong, teraflops = machine.try_product(torch.device("cpu"))
+    assert wrong == 0 and teraflops > 0
+    calls = []
+
+    def faulty(a, b):
+        product = a @ b
+        calls.append(1)
+        if len(calls) == 4:  # only the last of them: errors come and go
+            product[17, 5] += 2
+        return product
+
+    monkeypatch.setattr(machine, "multiply", faulty)
+    assert machine.try_product(torch.device("cpu"))[0] == 1
+    monkeypatch.setattr(machine, "multiply", lambda a, b: torch.full((len(a), b.shape[1]), torch.nan))
+    assert machine.try_product(torch.device("cpu"))[0] == 1024
+
+
+SMI = """#!{python}
+import sys
+names = sys.argv[1].removeprefix("--query-gpu=").split(",")
+unknown = [n for n in names if n == "retired_pages.pending"]
+if unknown:
+    print(f'Field "{{unknown[0]}}" is not a valid field to query.')
+    sys.exit(2)
+values = {{"index": "0", "driver_version": "570.1", "remapped_rows.failure": "Yes", "name": "NVIDIA X"}}
+print(", ".join(values.get(n, "[N/A]") for n in names))
+"""
+
+
+def test_nvidia_smi_is_asked_for_what_it_knows(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (gpu,) = machine.ask_gpus()
+    assert gpu["driver_version"] == "570.1" and gpu["remapped_rows.failure"] == "Yes"
+    assert "retired_pages.pending" not in gpu
+    cluster = cluster_of()
+    change(cluster, "machine", 24, gpus=[gpu])
+    assert verdict_of(cluster).bad_nodes == ("node3",)
+    program.write_text("#!/bin/sh\necho driver not loaded; exit 9\n")
+    assert machine.ask_gpus() == []
+
+
+def test_the_content_hash_tells_one_changed_byte(tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("__init__.py", "a.py"):
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(machine.megapromoe, "__file__", str(package / "__init__.py"))
+    before = machine.content_hash()
+    assert machine.content_hash() == before
+    (package / "a.py").write_text("x = 2\n")
+    assert machine.content_hash() != before
+
+
+def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
+    config = resolve("digits")
+    good = storage.try_data(config)
+    assert (good.error, good.records) == ("", 1797) and good == replace(storage.try_data(config), speed=good.speed)
+
+    def missing(config):
+        raise FileNotFoundError(2, "No such file", "shard-003")
+
+    monkeypatch.setattr(storage, "open_dataset", missing)
+    assert "shard-003" in storage.try_data(config).error
+
+
+# ---- what the launcher says
+
+
+def test_hosts_of_a_node_list():
+    assert runtime.all_hosts("gpu[03-05,9],x") == ["gpu03", "gpu04", "gpu05", "gpu9", "x"]
+    assert runtime.all_hosts("rack[1-2]-gpu[8-9]") == ["rack1-gpu8", "rack1-gpu9", "rack2-gpu8", "rack2-gpu9"]
+    assert runtime.all_hosts("localhost") == ["localhost"]
+
+
+def test_srun_says_how_many_ranks_each_node_has(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3],m")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
+    assert runtime.expected_nodes(runtime.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
+    assert runtime.expected_nodes(runtime.Launch("torchrun")) == {}
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    assert runtime.node_name() == "n2"
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert runtime.node_name() == socket.gethostname()
+
+
+def test_a_store_that_nobody_holds(capfd):
+    launch = runtime.Launch("torchrun", 1, 2, port=1)
+    with pytest.raises(runtime.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
+        runtime.meet(launch, 1.0, "preflight")

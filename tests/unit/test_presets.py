@@ -1,0 +1,64 @@
+"""Every preset resolves, alone and over many ranks, and says what the published tables say."""
+
+import pytest
+
+from megapromoe.config.presets import PRESETS
+from megapromoe.config.resolve import resolve
+from megapromoe.planning.cost import parameters
+
+
+def test_the_names():
+    names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
+    assert set(PRESETS) == {*names.split(), "diffmoe_b_e8", "diffmoe_l_e8", "diffmoe_xl_e8", "digits", "fashion"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_resolves_on_one_rank_and_on_eight(name):
+    resolve(name, world=1)
+    experts = [] if name.startswith("dit") else [f"parallel.ep={4 if name in ('digits', 'fashion') else 8}"]
+    tensor = ["parallel.tp=2"]
+    config = resolve(name, overrides=experts + tensor, world=8)
+    assert config.layout(8).micro_batch == config.train.global_batch // 4
+
+
+# Published: total, trainable, active parameters; trainable and active are not published for every model.
+COUNTS = {
+    "promoe_s": (75_543_584, 75_445_280, 32_993_312),
+    "promoe_b": (300_607_520, 300_410_912, 130_572_320),
+    "promoe_l": (1_062_684_704, 1_062_422_560, 458_262_560),
+    "promoe_l_ec": (1_062_684_704, 1_062_422_560, 458_262_560),
+    "promoe_xl": (1_567_733_792, 1_567_438_880, 675_339_296),
+    "dit_b": (130_512_416, None, 130_512_416),
+    "dit_l": (458_102_816, None, 458_102_816),
+    "dit_xl": (675_129_632, None, 675_129_632),
+    "tc_l_e8": (1_163_274_272, None, 458_201_120),
+    "ec_l_e8": (1_163_274_272, None, 458_201_120),
+    "diffmoe_b_e8": (332_471_888, None, None),
+    "diffmoe_l_e8": (1_175_967_872, None, None),
+    "diffmoe_xl_e8": (1_734_997_392, None, None),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_parameter_counts(name):
+    total, trainable, active = COUNTS[name]
+    counted = parameters(resolve(name).model)
+    assert counted.total == total
+    assert trainable in (None, counted.trainable)
+    assert active in (None, counted.active)
+
+
+def test_published_recipe():
+    config = resolve("promoe_l")
+    train = config.train
+    assert (train.global_batch, train.lr, train.beta1, train.beta2, train.weight_decay) == (
+        256,
+        1e-4,
+        0.9,
+        0.999,
+        0,
+    )
+    assert (train.warmup, train.clip, train.ema, train.steps) == (0, 0.5, 0.9999, 500_000)
+    assert (config.sample.method, config.sample.steps) == ("euler", 250)
+    assert config.data.flip and config.data.label_drop == 0.1
+    assert (config.diffusion.objective, config.diffusion.time) == ("rf", "logit_normal")

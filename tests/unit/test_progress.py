@@ -1,0 +1,63 @@
+"""When the host looks at a step: one step late, so that the device never waits; at once where something needs it."""
+
+import pytest
+
+from megapromoe.config.options import TrainConfig
+from megapromoe.training.loop import TrainingError, _Progress
+
+
+class Step:
+    """A step's result that says whether anybody looked."""
+
+    def __init__(self, applied: bool = True, stop: bool = False, norm: float = 1.0):
+        self.said, self.looked = (applied, stop, norm), False
+
+    def __getattr__(self, name: str):
+        self.looked = True
+        return dict(zip(("applied", "stop", "norm"), self.said, strict=True))[name]
+
+
+def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
+    """Of each step: was the one before it looked at, and it itself, when it was taken in?"""
+    progress, results, seen = _Progress(t, 0, []), [], []
+    for step in range(1, steps + 1):
+        results.append(Step())
+        progress.add(step, results[-1])
+        seen.append((all(r.looked for r in results[:-1]), results[-1].looked))
+    assert progress.updates == sum(r.looked for r in results)
+    return seen
+
+
+def test_a_step_is_looked_at_when_the_next_is_under_way():
+    t = TrainConfig(steps=8, log_every=4, save_every=0)
+    assert looked_at(t, 8) == [(True, step in (4, 8)) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("setting", ["log_every", "save_every", "sample_every"])
+def test_what_needs_a_step_looks_at_it(setting):
+    t = TrainConfig(**{"steps": 100, "log_every": 50, "save_every": 0, setting: 3})
+    assert [own for _, own in looked_at(t, 7)] == [False, False, True, False, False, True, False]
+
+
+def test_spikes_are_judged_by_all_norms_so_far():
+    assert all(own for _, own in looked_at(TrainConfig(steps=100, log_every=50, spike=3.0), 5))
+
+
+def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():
+    progress, last = _Progress(TrainConfig(steps=100, log_every=50), 7, [0.5]), Step(norm=3.0)
+    progress.add(1, Step(stop=True, norm=2.0))
+    assert not progress.stop
+    progress.add(2, last)
+    assert progress.stop and last.looked
+    assert progress.updates == 9 and list(progress.recent) == [0.5, 2.0, 3.0]
+
+
+def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(caplog):
+    t = TrainConfig(steps=100, log_every=50, max_bad_steps=2, global_batch=16)
+    progress = _Progress(t, 0, [])
+    for step, applied in enumerate((False, True, False, False), start=1):
+        progress.add(step, Step(applied, norm=float("nan")))
+    assert progress.updates == 1 and len(progress.recent) == 1
+    with pytest.raises(TrainingError, match="step 4: 2 steps in a row"):
+        progress.add(5, Step())
+    assert "step 3: gradient norm nan is not finite, or a spike; no rank updated; samples 32..47" in caplog.text

@@ -1,0 +1,271 @@
+"""Routers and the MoE layer against the formulas, token by token: any K, every gate, every loss, every ablation."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megapromoe.config.options import ModelConfig
+from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out
+from megapromoe.nn.moe.prototypes import contrastive_loss, resemblance
+from megapromoe.nn.moe.routers import top_counts
+
+D, S, E = 16, 9, 5
+
+
+def config_of(**changes) -> ModelConfig:
+    defaults = {"hidden_size": D, "depth": 2, "heads": 2, "num_experts": E, "input_size": 6}
+    return ModelConfig(**{**defaults, **changes})
+
+
+def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    g = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data.normal_(0, 0.4, generator=g)
+    return module
+
+
+def tokens(B: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a, b) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def gate_of(kind: str, scores: list[float], expert: int) -> float:
+    if kind == "identity":
+        return scores[expert]
+    if kind == "sigmoid":
+        return 1 / (1 + math.exp(-scores[expert]))
+    return math.exp(scores[expert]) / sum(map(math.exp, scores))
+
+
+@pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
+@pytest.mark.parametrize("K", [1, 2, E])
+def test_prototype_routing(gate, K):
+    router, x = filled(ROUTERS["promoe"](config_of(gate=gate, top_k=K))), tokens(3)
+    route = router(x).route
+    rows = list(zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R.tolist(), strict=True))
+    expected = []
+    for t, token in enumerate(x.view(-1, D)):
+        scores = [cosine(token, p) for p in router.prototypes.detach()]
+        best = sorted(range(E), key=lambda e: -scores[e])[:K]
+        expected += [(t, e, gate_of(gate, scores, e)) for e in best]
+    assert [r[:2] for r in rows] == [r[:2] for r in expected]
+    torch.testing.assert_close(torch.tensor([r[2] for r in rows]), torch.tensor([r[2] for r in expected]))
+    # Not renormalised: a token's weights do not add up to one.
+    if gate == "softmax" and K < E:
+        assert route.weight_R.view(-1, K).sum(1).max() < 0.999
+
+
+@pytest.mark.parametrize("which", ["all", "first"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_contrastive_loss_by_hand(which, K):
+    config = config_of(top_k=K, rcl_tokens=which, rcl_weight=2.0, rcl_temperature=0.3)
+    router, x = filled(ROUTERS["promoe"](config)), tokens(2)
+    routed = router.train()(x)
+    chosen = routed.route.expert_R.view(-1, K)
+    counted = chosen if which == "all" else chosen[:, :1]
+    means = {}
+    for e in range(E):
+        mine = [x.view(-1, D)[t] for t in range(len(counted)) if e in counted[t].tolist()]
+        if mine:
+            means[e] = torch.stack(mine).mean(0)
+    used = sorted(means)
+    assert len(used) >= 2
+    logits = torch.stack(
+        [torch.stack([F.cosine_similarity(router.prototypes[i], means[j], dim=0) for j in used]) for i in used]
+    )
+    expected = 2.0 * F.cross_entropy(logits / 0.3, torch.arange(len(used)))
+    (loss,) = router.losses_of([routed])["rcl"]
+    torch.testing.assert_close(loss, expected)
+    ours = torch.autograd.grad(loss, router.prototypes, retain_graph=True)[0]
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, router.prototypes)[0])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [0, 7, 0]])
+def test_contrastive_loss_is_zero_with_fewer_than_two_experts(counts):
+    prototypes = torch.randn(3, D, requires_grad=True)
+    sums = (torch.randn(3, D) * torch.tensor(counts)[:, None]).requires_grad_()
+    loss = contrastive_loss(prototypes, sums, torch.tensor(counts).float(), 0.07)
+    loss.backward()
+    assert loss == 0 and not prototypes.grad.any() and not sums.grad.any()
+
+
+def test_contrastive_loss_leaves_unused_experts_out():
+    prototypes, sums = torch.randn(4, D), torch.randn(4, D)
+    counts = torch.tensor([3.0, 0.0, 2.0, 5.0])
+    used = [0, 2, 3]
+    expected = contrastive_loss(prototypes[used], sums[used], counts[used], 0.2)
+    torch.testing.assert_close(contrastive_loss(prototypes, sums, counts, 0.2), expected)
+
+
+@pytest.mark.parametrize("K", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [4, 0])
+def test_resemblance_and_its_gradients_are_the_formula(K, dtype, count):
+    """Against autograd over cosine_similarity and index_add, of tokens that chose some prototypes and left others."""
+    x = tokens(count).to(dtype).requires_grad_()
+    prototypes = torch.randn(E, D, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    leaves, seen = (x, prototypes), {}
+
+    def choose(score):
+        seen["chosen"] = score[..., :-1].topk(K, dim=-1).indices  # nobody takes the last
+        return seen["chosen"]
+
+    score, sums, numbers = resemblance(x, prototypes, choose if K else None)
+    expected = F.cosine_similarity(x.float().unsqueeze(-2), prototypes.float(), dim=-1)
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    ours, theirs = (score * weights).sum(), (expected * weights).sum()
+    if K:
+        chosen = seen["chosen"].flatten()
+        rows = x.float().flatten(0, 1).repeat_interleave(K, 0)
+        sums_expected = torch.zeros(E, D).index_add(0, chosen, rows)
+        torch.testing.assert_close(sums, sums_expected, rtol=1e-5, atol=1e-5)
+        assert numbers.tolist() == chosen.bincount(minlength=E).tolist()
+        ours, theirs = ours + (sums**2).sum(), theirs + (sums_expected**2).sum()
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(ours, leaves)
+    limit = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for a, b in zip(found, torch.autograd.grad(theirs, leaves), strict=True):
+        assert a.dtype is dtype
+        torch.testing.assert_close(a, b, **limit)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 5], [1, 1, 1, 1], [0, 0, 4, 0], [0, 0, 0, 0]])
+def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
+    """Of several images at once, each with experts used or not, against autograd over the used ones."""
+    g = torch.Generator().manual_seed(4)
+    prototypes = torch.randn(4, D, generator=g).requires_grad_()
+    count_BE = torch.tensor([counts, [2, 1, 0, 1]]).float()
+    sums = (torch.randn(2, 4, D, generator=g) * (count_BE > 0)[..., None]).requires_grad_()
+    expected = torch.zeros(2)
+    for b in range(2):
+        used = count_BE[b].nonzero()[:, 0]
+        if len(used) > 1:
+            logits = F.cosine_similarity(prototypes[used].unsqueeze(1), sums[b, used].unsqueeze(0), dim=-1) / 0.1
+            expected = expected.index_put((torch.tensor(b),), F.cross_entropy(logits, torch.arange(len(used))))
+    ours, pull = contrastive_loss(prototypes, sums, count_BE, 0.1), torch.tensor([1.0, -2.0])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(ours @ pull, (prototypes, sums))
+    for a, b in zip(found, torch.autograd.grad(expected @ pull, (prototypes, sums)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["promoe", "promoe_linear", "tc"])
+@pytest.mark.parametrize("form", ["batch", "sequence"])
+def test_balance_losses_by_hand(router, form):
+    config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
+    module, x = filled(ROUTERS[router](config)).train(), tokens(4)
+    routed = module(x)
+    raw = module.similarity(x)[0] if router == "promoe" else F.linear(x, module.gate)
+    p, chosen = raw.softmax(-1), routed.route.expert_R.view(4, S, 2)
+
+    def balance(p, chosen):
+        f = torch.tensor([E * float((chosen == e).sum()) / chosen.numel() for e in range(E)])
+        return 0.5 * (p.reshape(-1, E).mean(0) * f).sum()
+
+    per_image = [balance(p[b], chosen[b]) for b in range(4)]
+    expected = balance(p, chosen) if form == "batch" else torch.stack(per_image).mean()
+    torch.testing.assert_close(routed.losses["balance"], expected)
+
+
+@pytest.mark.parametrize("router", ["promoe_ec", "ec"])
+def test_expert_choice_takes_the_best_tokens_of_each_image(router):
+    module, x = filled(ROUTERS[router](config_of(router=router, top_k=2))), tokens(3)
+    route = module(x).route
+    scores = module.similarity(x)[0] if router == "promoe_ec" else F.linear(x, module.gate).softmax(-1)
+    capacity = int(S / E * 2)
+    taken = set(zip(route.token_R.tolist(), route.expert_R.tolist(), strict=True))
+    expected = {
+        (b * S + t, e)
+        for b in range(3)
+        for e in range(E)
+        for t in sorted(range(S), key=lambda t: -scores[b, t, e].item())[:capacity]
+    }
+    assert taken == expected and len(route.token_R) == len(expected)
+
+
+def test_diffmoe_follows_its_thresholds():
+    module, x = filled(ROUTERS["diffmoe"](config_of(router="diffmoe"))), tokens(4)
+    routed = module.train()(x)
+    count = int(4 * S / E)
+    assert routed.load_E.tolist() == [count] * E
+    kth = module.predictor(x.view(-1, D)).sigmoid().sort(dim=0, descending=True).values[count - 1]
+    torch.testing.assert_close(module.threshold, 0.05 * kth.detach())
+    for _ in range(200):
+        module(x)
+    torch.testing.assert_close(module.threshold, kth.detach(), rtol=1e-3, atol=1e-4)
+    # Inference takes as many as the predictor expects, here about as many as in training.
+    assert (module.eval()(x).load_E - count).abs().max() <= 1
+
+
+def test_top_counts():
+    score = torch.tensor([[0.1, 0.9], [0.5, 0.8], [0.3, 0.7]])
+    taken = top_counts(score, torch.tensor([2, 0]))
+    assert taken.tolist() == [[False, False], [True, False], [True, False]]
+
+
+# ---- the layer
+
+
+def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
+    """Output = shared(x) + Σ weight·expert(x), or shared(x) + unconditional(x)."""
+
+    def mlp(layer, token):
+        hidden = F.gelu(F.linear(token, layer.fc1.weight, layer.fc1.bias), approximate="tanh")
+        return F.linear(hidden, layer.fc2.weight, layer.fc2.bias)
+
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for s in range(S):
+            token = x[b, s]
+            if moe.shared is not None:
+                out[b, s] += mlp(moe.shared, token)
+            if b >= conditional and moe.unconditional is not None:
+                out[b, s] += mlp(moe.unconditional, token)
+                continue
+            score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
+            gate_E = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}[config.gate]
+            for e in score_E.argsort(descending=True).tolist()[: config.top_k]:
+                hidden = F.linear(token, moe.experts.fc1.weight[e], moe.experts.fc1.bias[e])
+                y = F.linear(F.gelu(hidden, approximate="tanh"), moe.experts.fc2.weight[e], moe.experts.fc2.bias[e])
+                out[b, s] += gate_E[e] * y
+    return out
+
+
+@pytest.mark.parametrize("conditional", [0, 2, 3])
+@pytest.mark.parametrize("shared, unconditional", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("K", [1, 2])
+def test_moe_layer_by_hand(K, shared, unconditional, conditional):
+    """Output, and every gradient, the tokens fanned out as a block does it."""
+    config = config_of(top_k=K, shared_expert=shared, unconditional_expert=unconditional)
+    moe, x = filled(MoE(config)), tokens(3).requires_grad_()
+    leaves = [x, *moe.parameters()]
+    all_BSD, routable_BSD, _ = fan_out(x, moe.routable(x, conditional))
+    y = moe(all_BSD, moe.route(routable_BSD, conditional), conditional)
+    expected = by_hand(moe, x, conditional, config)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.linspace(-1, 1, y.numel()).view_as(y)
+    ours = torch.autograd.grad(y, leaves, grad)
+    theirs = torch.autograd.grad(expected, leaves, grad, materialize_grads=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("conditional", [0, 3])
+def test_every_parameter_stays_in_the_graph(router, conditional):
+    """An all-null batch, or one without null samples, leaves no gradient missing: a missing one would hang ZeRO."""
+    config = config_of(router=router, balance_weight=0.1)
+    moe, x = filled(MoE(config)).train(), tokens(3)
+    for buffer in moe.buffers():
+        buffer.zero_()  # the layer alone is not built, hence uninitialised
+    routed = moe.route(x, conditional, torch.tensor([0, 1, config.null_class]))
+    loss = moe(x, routed, conditional).sum() + sum(loss.sum() for loss in moe.losses_of([routed]).values())
+    loss.backward()
+    missing = [name for name, p in moe.named_parameters() if p.grad is None]
+    assert not missing
+    assert all(p.grad.isfinite().all() for p in moe.parameters())

@@ -1,0 +1,199 @@
+"""The run directory: what it records, whom it refuses, and that a refusal changes nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, _git_state
+from megapromoe.config.resolve import resolve
+
+FIXED = ("train.steps=2500", "train.lr=1e-3", "sample.steps=50")  # the preset is tuned now and then
+CONFIG = resolve("digits", overrides=FIXED)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Content of everything under a folder but the lock."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
+        for p in folder.rglob("*")
+        if p.name != "run.lock"
+    }
+
+
+def start(folder: Path, config=CONFIG, world: int = 1, **options) -> RunDirectory:
+    """Opens and closes."""
+    with RunDirectory.open(folder, config, world, **options) as run:
+        return run
+
+
+def refusal(folder: Path, config=CONFIG) -> str:
+    """The message with which `open` refuses; `state` must say the same, and nothing may change."""
+    before = files(folder) if folder.is_dir() else None
+    with pytest.raises(RunDirectoryError) as told:
+        RunDirectory.open(folder, config, 1)
+    with pytest.raises(RunDirectoryError, match=re.escape(str(told.value))):
+        RunDirectory(folder).state(config)
+    assert (files(folder) if folder.is_dir() else None) == before
+    return str(told.value)
+
+
+def test_a_new_run_explains_itself(tmp_path):
+    run = start(tmp_path / "runs" / "a", resolve("digits", overrides=[*FIXED, "parallel.tp=2"]), 4, launcher="torchrun")
+    assert resolve(file=run.config_file) == resolve("digits", overrides=[*FIXED, "parallel.tp=2"])
+    assert run.checkpoints.is_dir() and run.samples.is_dir() and run.tensorboard.is_dir()
+    (entry,) = json.loads(run.environment.read_text())
+    assert entry["launcher"] == "torchrun"
+    assert (entry["layout"]["world"], entry["layout"]["tp"], entry["layout"]["dp"]) == (4, 2, 2)
+    assert {"megapromoe", "python", "torch", "deepspeed"} <= set(entry["versions"])
+    assert entry["changed"] == {}
+
+
+def test_each_start_adds_an_entry_that_tells_what_changed(tmp_path):
+    start(tmp_path)
+    start(tmp_path, resolve("digits", overrides=[*FIXED, "train.steps=9000", "parallel.ep=2", "sample.steps=7"]), 2)
+    first, second = json.loads((tmp_path / "environment.json").read_text())
+    assert first["changed"] == {}
+    assert second["changed"] == {"parallel.ep": [1, 2], "sample.steps": [50, 7], "train.steps": [2500, 9000]}
+    assert resolve(file=tmp_path / "config.yaml").train.steps == 9000
+
+
+def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_path):
+    start(tmp_path)
+    changes = [
+        "model.depth=6",
+        "data.label_drop=0.2",
+        "diffusion.shift=3",
+        "train.beta2=0.99",
+        "train.global_batch=64",
+    ]
+    told = refusal(tmp_path, resolve("digits", overrides=[*FIXED, *changes, "train.lr=1e-4"]))
+    for change in changes:
+        assert change.split("=")[0] in told
+    assert "the run has 4, not 6" in told
+    assert "train.lr" not in told
+    assert "--run" in told
+
+
+def test_force_lets_a_named_field_change_and_no_other(tmp_path):
+    start(tmp_path)
+    config = resolve("digits", overrides=[*FIXED, "data.label_drop=0.2", "train.seed=3"])
+    with pytest.raises(RunDirectoryError) as told:
+        RunDirectory.open(tmp_path, config, 1, force=["data.label_drop"])
+    assert "train.seed" in str(told.value) and "data.label_drop" not in str(told.value)
+    start(tmp_path, config, force=["data.label_drop", "train.seed"])
+    assert resolve(file=tmp_path / "config.yaml") == config
+
+
+def test_a_field_the_stored_config_does_not_know_had_its_default(tmp_path):
+    start(tmp_path)
+    file = tmp_path / "config.yaml"
+    kept = [line for line in file.read_text().splitlines() if "rcl_weight" not in line]
+    file.write_text("\n".join(kept))
+    start(tmp_path)
+    file.write_text("\n".join(kept))
+    assert "model.rcl_weight: the run has 1.0, not 0.5" in refusal(
+        tmp_path, resolve("digits", overrides=[*FIXED, "model.rcl_weight=0.5"])
+    )
+
+
+def test_a_strangers_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("do not lose")
+    assert "thesis.tex" in refusal(tmp_path)
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_start_that_was_killed_early_does_not_block_the_next(tmp_path):
+    start(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    start(tmp_path)
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    assert "checkpoints" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_path_that_can_be_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="--run"):
+        RunDirectory.open(tmp_path / name, CONFIG, 1)
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "name, content", [("config.yaml", "model: [1"), ("config.yaml", "text"), ("environment.json", "[{")]
+)
+def test_damaged_files_are_named(tmp_path, name, content):
+    start(tmp_path)
+    (tmp_path / name).write_text(content)
+    assert f"{tmp_path / name}: is damaged" in refusal(tmp_path)
+
+
+def test_one_live_run_owns_the_folder_and_a_dead_one_does_not(tmp_path):
+    code = (
+        "import sys, time; from megapromoe.config.resolve import resolve;"
+        "from megapromoe.checkpoint.run_directory import RunDirectory;"
+        "run = RunDirectory.open(sys.argv[1], resolve('digits'), 1); print('open', flush=True);"
+        "time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout.readline() == b"open\n"
+        assert f"live run (pid {owner.pid} on " in refusal(tmp_path)
+    finally:
+        owner.kill()
+        owner.communicate()
+    start(tmp_path)
+
+
+def test_close_frees_the_folder_in_the_same_process(tmp_path):
+    run = RunDirectory.open(tmp_path, CONFIG, 1)
+    refusal(tmp_path)
+    run.close()
+    run.close()
+    start(tmp_path)
+
+
+def test_a_refused_start_frees_the_lock_it_took(tmp_path):
+    start(tmp_path)
+    refusal(tmp_path, resolve("digits", overrides=[*FIXED, "model.depth=6"]))
+    start(tmp_path)
+
+
+def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    assert "new run" in RunDirectory(folder).state(CONFIG)
+    assert not folder.exists()
+    run = start(folder)
+    before = files(folder), run.lock_file.read_text()
+    assert "no checkpoint yet" in run.state(CONFIG)
+    assert (files(folder), run.lock_file.read_text()) == before
+    for step in ("step-00000500", "step-00001000", "step-00001500.writing"):
+        (run.checkpoints / step).mkdir()
+    for step in ("step-00000500", "step-00001000"):
+        (run.checkpoints / step / "manifest.json").write_text("{}")
+    said = run.state(resolve("digits", overrides=[*FIXED, "train.lr=2e-3"]))
+    assert "continues from step-00001000" in said
+    assert "train.lr: 0.001 -> 0.002" in said
+
+
+def test_git_state_is_of_the_checkout_that_tracks_the_file(tmp_path):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    tracked, stranger = tmp_path / "tracked.py", tmp_path / "stranger.py"
+    tracked.write_text("")
+    stranger.write_text("")
+    assert _git_state(tracked) is None
+    git("init", "-q")
+    git("add", "tracked.py")
+    git("commit", "-q", "-m", "first")
+    assert _git_state(tracked) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert _git_state(stranger) is None
+    tracked.write_text("changed")
+    assert _git_state(tracked)["dirty"]
