@@ -30,6 +30,12 @@ class LaunchError(UserError):
     exit_code = 2
 
 
+class StoreUnreachable(LaunchError):
+    """The key-value store of the job does not answer."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True)
 class Launch:
     """Who this process is among the processes of the job, and where they meet (`address`, `port`).
@@ -199,7 +205,7 @@ def meet(launch: Launch, timeout: float, purpose: str) -> Store:
     Args:
         timeout: seconds to try for; also of each wait of the store, until `set_timeout`.
 
-    Raises LaunchError if the holder, rank 0 or the launcher, cannot be reached.
+    Raises StoreUnreachable if the holder, rank 0 or the launcher, cannot be reached.
     """
     import torch.distributed as dist
 
@@ -209,7 +215,7 @@ def meet(launch: Launch, timeout: float, purpose: str) -> Store:
         store = dist.TCPStore(*place, None, holder, limit, wait_for_workers=False, multi_tenant=True)
     except RuntimeError as error:
         said = str(error).splitlines()[0]
-        raise LaunchError(
+        raise StoreUnreachable(
             f"rank {launch.rank} on {node_name()} does not reach {launch.address}:{launch.port}, where rank 0 or the"
             f" launcher should answer ({said}); see whether that node lives and lets this one through"
         ) from error

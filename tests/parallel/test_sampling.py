@@ -76,7 +76,7 @@ def launched(store: str, port: int, function, request):
     try:
         said = function(request, Launch("torchrun", rank, world, rank, world, "127.0.0.1", port))
     except (RuntimeError, ValueError) as error:
-        assert error.everywhere
+        assert error.on_all_ranks
         said = f"{type(error).__name__}: {error}"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.distributed.barrier()

@@ -15,7 +15,7 @@ from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed import runtime
-from megapromoe.distributed.runtime import Launch, LaunchError
+from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable
 
 
 @pytest.fixture
@@ -208,22 +208,29 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
     assert capsys.readouterr().err == "megapromoe: runs/a: in use\n"
 
 
-@pytest.mark.parametrize("error, said", [(RunDirectoryError, ""), (LaunchError, "megapromoe, rank 1: why\n")])
-def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said):
+@pytest.mark.parametrize(
+    "error, said, code",
+    [
+        (RunDirectoryError, "", 1),
+        (StoreUnreachable, "megapromoe, rank 1: why\n", 1),
+        (LaunchError, "megapromoe, rank 1: why\n", 2),
+    ],
+)
+def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said, code):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
-    assert cli.main(["train", "--run", "x"]) == 1
+    assert cli.main(["train", "--run", "x"]) == code
     assert capsys.readouterr().err == said
 
 
-def test_a_value_error_raised_here_is_a_sentence_and_one_from_elsewhere_a_bug(trained, monkeypatch, capsys):
+def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained, monkeypatch):
     from megapromoe.data.loader import Loader
 
     loop = sys.modules["megapromoe.training.loop"]
     monkeypatch.setattr(loop, "train", lambda *_: Loader.micro_batches(0, 2, 0, 1, 7))
-    assert cli.main(["train", "--run", "x"]) == 1
-    assert "train.global_batch: 7" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="train.global_batch: 7"):
+        cli.main(["train", "--run", "x"])
     monkeypatch.setattr(loop, "train", lambda *_: json.loads("no json"))
     with pytest.raises(ValueError):
         cli.main(["train", "--run", "x"])

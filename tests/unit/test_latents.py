@@ -302,7 +302,7 @@ def try_to_train(folder, data, *overrides):
     try:
         train(folder, "data.source=latents", f"data.path={data}", "data.flip=true", "data.workers=3", *overrides)
     except loop.TrainingError as error:
-        return f"{type(error).__name__} {error.everywhere}: {error}"
+        return f"{type(error).__name__} {error.on_all_ranks}: {error}"
     return "trained"
 
 
