@@ -6,8 +6,10 @@ ends in `.writing`, so that what a killed process left is recognised and removed
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,16 +66,52 @@ def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, concurrent: bool = False) -> None:
-    """Writes a file as a whole. Raises OSError."""
+    """Writes a file as a whole, and makes its folder if there is none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, concurrent) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str, concurrent: bool = False) -> None:
-    """Writes a file as a whole, in UTF-8. Raises OSError."""
+    """As `write_bytes`, for text, in UTF-8."""
     write_bytes(path, text.encode(), concurrent)
 
 
 def write_json(path: Path, content: Any, indent: int | None = None, concurrent: bool = False) -> None:
-    """Writes a JSON file as a whole. Raises OSError, or TypeError or ValueError for what JSON does not hold."""
-    write_text(path, json.dumps(content, indent=indent, allow_nan=True) + "\n", concurrent)
+    """As `write_text`, for a value as JSON. Raises TypeError for what JSON cannot hold."""
+    write_text(path, json.dumps(content, indent=indent) + "\n", concurrent)
+
+
+@contextmanager
+def atomic_tree(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary name for a file or a folder; it becomes `path` when the block ends, else it is removed.
+
+    Args:
+        path: the file or folder to make; folders above it are made.
+        overwrite: replace what is at `path`; without it that is an OSError, and `path` stays as it is.
+    """
+    staging, replaced = staging_path(path), path.with_name(f"{path.name}.replaced")
+    _remove(staging)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+        if overwrite:
+            _remove(replaced)
+            if path.exists():
+                os.replace(path, replaced)
+            os.replace(staging, path)
+            _remove(replaced)
+        elif path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        else:
+            os.rename(staging, path)
+        sync(path.parent)
+    finally:
+        _remove(staging)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

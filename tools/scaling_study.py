@@ -26,10 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapromoe.config.options import ROUTERS, ConfigError
+from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe, read_recipe
-from megapromoe.studies.study import names, open_study, plan, write
+from megapromoe.studies.study import names, open_study, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTING = re.compile(r"\w+\.\w+=")
@@ -152,7 +153,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def plan_command(options: argparse.Namespace) -> int:
     study = plan(options.study, _recipe(options))
     tasks = table(study)
-    write(study.folder / "tasks.md", tasks)
+    write_text(study.folder / "tasks.md", tasks)
     print(tasks)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
@@ -275,12 +276,12 @@ def collect_command(options: argparse.Namespace) -> int:
     evaluate(study, done, options.draws)
     found = [row(study, task, options.draws) for task in done]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
-    write(study.folder / "results.csv", to_csv(found))
+    write_text(study.folder / "results.csv", to_csv(found))
     evaluations = [figure for task in done for figure in figures(study, task)]
     if several_steps(evaluations):
-        write(study.folder / "curves.csv", to_csv(evaluations))
+        write_text(study.folder / "curves.csv", to_csv(evaluations))
     text = to_markdown(found, study.recipe, missing, against, evaluations)
-    write(study.folder / "results.md", text)
+    write_text(study.folder / "results.md", text)
     print(text)
     return 0 if found else 1
 

@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = arguments(argv)
 
-    from megapromoe.options import ConfigError  # after the arguments: torch takes seconds to import
-
     from megapromoe.checkpoint.format import CheckpointError
+    from megapromoe.config.options import ConfigError  # after the arguments: torch takes seconds to import
     from megapromoe.conversion.stream import ConversionError
     from megapromoe.data.datasets import DatasetError
 

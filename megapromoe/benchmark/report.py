@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megapromoe.benchmark.suite import BenchmarkError, write
+from megapromoe.benchmark.suite import BenchmarkError
+from megapromoe.io import atomic_write, write_bytes, write_text
 
 HEADINGS = {
     "layer": "The MoE layer, forward and backward",
@@ -29,12 +30,11 @@ def write_report(document: dict[str, Any], out: Path) -> list[Path]:
         found = [s for s in document["scenes"].values() if s["experiment"] == experiment]
         if experiment != "traffic" and any("ratio" in f for s in found for f in s["contenders"].values()):
             path = out / f"benchmark-{experiment}.png"
-            aside = path.with_suffix(".writing")
-            draw(found, HEADINGS[experiment]).savefig(aside, format="png", dpi=110)
-            aside.replace(path)
+            with atomic_write(path) as file:
+                draw(found, HEADINGS[experiment]).savefig(file, format="png", dpi=110)
             pictures.append(path)
     text = markdown(document, {p.stem.removeprefix("benchmark-"): p.name for p in pictures})
-    write(out / "benchmark.md", text)
+    write_text(out / "benchmark.md", text)
     return [out / "benchmark.md", *pictures]
 
 
@@ -51,12 +51,9 @@ def fill(page: Path, document: dict[str, Any], out: Path) -> None:
     names = {}
     for path in write_report(document, out)[1:]:
         names[path.stem.removeprefix("benchmark-")] = name = f"{path.stem}-{kind}.png"
-        copy = page.with_name(name)
-        aside = copy.with_suffix(".writing")
-        aside.write_bytes(path.read_bytes())
-        aside.replace(copy)
+        write_bytes(page.with_name(name), path.read_bytes())
     before, after = text.split(marks[0])[0], text.split(marks[1])[1]
-    write(page, f"{before}{marks[0]}\n\n{markdown(document, names)}\n{marks[1]}{after}")
+    write_text(page, f"{before}{marks[0]}\n\n{markdown(document, names)}\n{marks[1]}{after}")
 
 
 def markdown(document: dict[str, Any], pictures: dict[str, str]) -> str:

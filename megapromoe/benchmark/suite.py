@@ -7,7 +7,6 @@ A scene is one experiment at one size, number of experts, micro-batch and routin
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -24,6 +23,7 @@ from megapromoe.benchmark.traffic import measure_traffic
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import runtime
+from megapromoe.io import write_json
 
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
@@ -132,16 +132,8 @@ def run(
         for scene in missing:
             starts(scene)
             document["scenes"][scene.key] = {**vars(scene), **_measure(scene, settings)}
-            write(file, json.dumps(document, indent=1))
+            write_json(file, document, indent=1, concurrent=True)
     return document
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _contenders(scene: Scene, settings: Settings) -> tuple[str, ...]:

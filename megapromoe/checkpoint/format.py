@@ -27,6 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megapromoe.errors import UserError
+from megapromoe.io import atomic_write, sync, write_text
+from megapromoe.io import commit as commit_staged
 
 FORMAT = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -163,12 +165,10 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
     except (OSError, SafetensorError) as error:
         problem = f"{file}: {error}"
     try:
-        aside = folder / f"rank-{rank:05d}.part"
-        aside.write_text(json.dumps(receipt | {"problem": problem}))
-        sync(aside)
-        if file.exists():  # safetensors makes files that only their owner may read
-            os.chmod(file, aside.stat().st_mode)
-        os.replace(aside, folder / f"rank-{rank:05d}.json")
+        with atomic_write(folder / f"rank-{rank:05d}.json") as part:
+            part.write(json.dumps(receipt | {"problem": problem}).encode())
+            if file.exists():  # safetensors makes files that only their owner may read
+                os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
         problem = problem or f"{error.filename}: {error.strerror}"
     return problem
@@ -195,15 +195,11 @@ def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience
     for path, receipt in zip(paths, receipts, strict=True):
         del receipt["problem"]
         path.unlink()
-    manifest = aside / "manifest.json"
-    manifest.write_text(json.dumps({"format": FORMAT, **facts, "ranks": receipts}))
-    sync(manifest)
-    sync(aside)
+    write_text(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "ranks": receipts}))
     if final.exists():  # the same step saved again, after a resume from an earlier one
         (final / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(final)
-    os.replace(aside, final)
-    sync(final.parent)
+    commit_staged(aside, final)
 
 
 def _slices(region: list[list[int]]) -> tuple[slice, ...]:
@@ -217,12 +213,3 @@ def sha256_of(file: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Forces a file's, or a folder's, content to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

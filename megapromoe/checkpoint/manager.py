@@ -1,4 +1,4 @@
-"""Saving and loading a run: between the engine's partitions and the checkpoint format (`checkpoint_file.py`).
+"""Saving and loading a run: between the engine's partitions and the checkpoint format (`format.py`).
 
 A save stalls training for a copy to host memory; files are written by a thread. Ranks do not talk while they write:
 each leaves a receipt beside its file, and rank 0 commits when all receipts are there. A run killed at any instant
@@ -33,6 +33,7 @@ from megapromoe.checkpoint.format import (
 )
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.deepspeed_engine import Engine, Piece
+from megapromoe.io import SUFFIX, staging_path
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Saver:
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
         snap = snapshot(engine, _state(engine, self.ema), buffers)
         final = folder_of(self.root, facts["step"])
-        aside = self.root / f"{final.name}.writing"
+        aside = staging_path(final)
         total = self._agree_to_start(aside, snap.bytes)
         if total is None:
             return
@@ -124,7 +125,7 @@ class Saver:
         if dist.get_rank() == 0:
             try:
                 shutil.rmtree(aside, ignore_errors=True)
-                for left in self.root.glob("step-*.writing"):
+                for left in self.root.glob(f"step-*{SUFFIX}"):
                     shutil.rmtree(left, ignore_errors=True)
                 free = shutil.disk_usage(self.root).free
                 if free < 1.02 * sum(sizes):

@@ -40,6 +40,7 @@ import megapromoe
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.errors import UserError
+from megapromoe.io import staging_path, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class RunDirectory:
                 entries = [*run._starts(), _environment(config, world, launcher, changed)]
                 for path in (run.checkpoints, run.samples, run.tensorboard):
                     path.mkdir(exist_ok=True)
-                _replace(run.environment, json.dumps(entries, indent=2) + "\n")
-                _replace(run.config_file, to_yaml(config))
+                write_json(run.environment, entries, indent=2)
+                write_text(run.config_file, to_yaml(config))
         except BaseException:
             run.close()
             raise
@@ -120,7 +121,7 @@ class RunDirectory:
                 self.close()
             changed = self._compare(config, force)
             self._starts()
-        # A complete checkpoint has its manifest. See training/checkpoint_file.py, which is slow to import.
+        # A complete checkpoint has its manifest. See checkpoint/format.py, which is slow to import.
         saved = sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))
         progress = f"continues from {saved[-1]}" if saved else "has no checkpoint yet, starts from step 0"
         listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
@@ -156,7 +157,7 @@ class RunDirectory:
         # A start that was killed early leaves these; a launcher makes logs first.
         ours = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
         ours |= {"logs", "preflight"}
-        ours |= {self.environment.name, *(_aside(p).name for p in (self.environment, self.config_file))}
+        ours |= {self.environment.name, *(staging_path(p).name for p in (self.environment, self.config_file))}
         others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
         if others or any(self.checkpoints.glob("*")):
             found = ", ".join(others[:3]) or self.checkpoints.name
@@ -233,19 +234,6 @@ class RunDirectory:
 
 def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.writing")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, finds the old content or the new, never a part."""
-    with open(_aside(path), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(_aside(path), path)
 
 
 def _environment(config: Config, world: int, launcher: str, changed: dict[str, list[Any]]) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """`megapromoe plan`: which layout to train with on which GPUs, and what it would cost."""
 
 import argparse
-import json
 import math
-import os
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, positive, resolve_options
 from megapromoe.config.options import Config
+from megapromoe.io import write_json
 from megapromoe.planning.explain import (
     costs,
     experts_in_parallel,
@@ -192,9 +191,7 @@ def _write_json(path: Path, found: Search, machine: Machine, assume: Assumptions
         "limit_bytes": found.limit,
         "layouts": [_entry(plan, plan.memory.peak <= found.limit) for plan in (*found.fitting, *found.too_large)],
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(aside, path)
+    write_json(path, content, indent=1)
 
 
 def _entry(plan: Plan, fits: bool) -> dict:

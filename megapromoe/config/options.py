@@ -1,6 +1,6 @@
 """The options of a run: every section and key, with its default, its meaning and the values it may have.
 
-Frozen and typed, and without torch. How they are read is `config.py`, what they must not be together `rules.py`; the
+Frozen and typed, and without torch. How they are read is `resolve.py`, what they must not be together `rules.py`; the
 layout over ranks, with its rules, stands here because a config knows its own.
 """
 

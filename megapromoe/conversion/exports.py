@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from functools import lru_cache
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of, sync
+from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import to_yaml
@@ -33,8 +32,8 @@ from megapromoe.conversion.stream import (
     entry_of,
     write_pickle,
     write_safetensors,
-    written_aside,
 )
+from megapromoe.io import atomic_tree, sync, write_text
 
 WEIGHTS = ("ema", "master")
 
@@ -63,7 +62,7 @@ def export(
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
-    with written_aside(destination, overwrite) as aside:
+    with atomic_tree(destination, overwrite) as aside:
         if form == "ours":
             _write_ours(state, aside, notes, progress)
         elif form == "published":
@@ -164,8 +163,8 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
-    _write_text(checkpoint / "manifest.json", json.dumps(manifest))
-    _write_text(run.config_file, to_yaml(state.config))
+    write_text(checkpoint / "manifest.json", json.dumps(manifest))
+    write_text(run.config_file, to_yaml(state.config))
     for place in (checkpoint, run.checkpoints, folder):
         sync(place)
 
@@ -202,7 +201,7 @@ def _write_diffusers(state: State, folder: Path, weights: str, progress: Progres
     folder.mkdir()
     write_safetensors(folder / DIFFUSERS_FILE, entries, {"format": "pt"}, progress)
     said = {"_class_name": "DiT", **to_dict(state.config)["model"], "megapromoe": _described(state, weights)}
-    _write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
     sync(folder)
 
 
@@ -323,12 +322,4 @@ def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> Non
     if experts and optimizer:
         write_pickle(folder / "expp_rank_0_mp_rank_00_optim_states.pt", {"optimizer": optimizer}, progress)
     sync(folder)
-    _write_text(root / "latest", folder.name)
-    sync(root)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(root / "latest", folder.name)

@@ -10,15 +10,12 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 import re
-import shutil
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from megapromoe.checkpoint.format import sync
 from megapromoe.errors import UserError
+from megapromoe.io import sync
 
 Progress = Callable[[int], Any]
 
@@ -169,8 +166,7 @@ def write_safetensors(
             _put(_bytes_of(name, one), file.write, digest.update)
             if progress:
                 progress(one.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
     return 8 + len(text) + end, digest.hexdigest()
 
 
@@ -227,18 +223,16 @@ def write_pickle(path: Path, tree: Any, progress: Progress | None = None) -> Non
     pickler = _Pickler(text, protocol=2)
     pickler.dump(tree)
     records = sorted(enumerate(pickler.entries), key=lambda numbered: numbered[1].turn)
-    with open(path, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("archive/data.pkl", text.getvalue())
-            archive.writestr("archive/byteorder", "little")
-            archive.writestr("archive/version", "3\n")
-            for number, one in records:
-                with archive.open(_aligned(archive, f"archive/data/{number}"), "w", force_zip64=True) as record:
-                    record.write(_bytes_of(f"tensor {number}", one))
-                if progress:
-                    progress(one.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", text.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/version", "3\n")
+        for number, one in records:
+            with archive.open(_aligned(archive, f"archive/data/{number}"), "w", force_zip64=True) as record:
+                record.write(_bytes_of(f"tensor {number}", one))
+            if progress:
+                progress(one.nbytes)
+    sync(path)
 
 
 class _Storage:
@@ -291,35 +285,3 @@ def _bytes_of(name: str, one: Entry) -> memoryview:
             " while it was read"
         )
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-
-
-# ---- replacing a file or folder as a whole
-
-
-@contextmanager
-def written_aside(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """Gives a path beside `destination`, and renames it to it when all went well; else removes it."""
-    aside = destination.with_name(f"{destination.name}.writing")
-    _remove(aside)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield aside
-        if overwrite:
-            old = destination.with_name(f"{destination.name}.replaced")
-            _remove(old)
-            if destination.exists():
-                os.replace(destination, old)
-            os.replace(aside, destination)
-            _remove(old)
-        else:
-            os.rename(aside, destination)
-        sync(destination.parent)
-    finally:
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    elif path.exists() or path.is_symlink():
-        path.unlink()

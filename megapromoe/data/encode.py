@@ -30,6 +30,7 @@ from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest, sha256
 from megapromoe.errors import UserError
+from megapromoe.io import SUFFIX, atomic_write, write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -177,9 +178,9 @@ def _owned(folder: Path, plan: dict[str, Any], rank: int, patience: float) -> It
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if any(not path.name.endswith(".writing") for path in folder.iterdir()):
+            if any(not path.name.endswith(SUFFIX) for path in folder.iterdir()):
                 raise EncodeError(f"{folder} holds other things; give an empty or a new folder")
-            write_aside(path, json.dumps(plan, indent=1).encode())
+            write_json(path, plan, indent=1)
     deadline = time.monotonic() + patience
     while not path.exists():
         if time.monotonic() > deadline:
@@ -210,10 +211,9 @@ def _write_shard(
 ) -> None:
     """Writes shard and part; the part, written last, is what says that the shard is finished."""
     facts, path = source.facts, folder / _shard_name(number)
-    aside = path.with_name(f"{path.name}.writing")
     labels, crc32, names, skipped = [], [], [], []
     error_squares, noise_squares = 0.0, 0.0
-    with open(aside, "wb") as file:
+    with atomic_write(path) as file:
         file.seek(len(npy_header((0,), "uint8")))
         for item, record, reason in source.records(items):
             if record is None:
@@ -237,12 +237,9 @@ def _write_shard(
             progress(1)
         file.seek(0)
         file.write(npy_header((len(labels), *_record_shape(facts)), facts["dtype"]))
-        file.flush()
-        os.fsync(file.fileno())
-    part = {"sha256": sha256(aside), "labels": labels, "crc32": crc32, "names": names, "skipped": skipped}
+    part = {"sha256": sha256(path), "labels": labels, "crc32": crc32, "names": names, "skipped": skipped}
     part |= {"error_squares": error_squares, "noise_squares": noise_squares}
-    os.replace(aside, path)
-    write_aside(folder / _part_name(number), json.dumps(part).encode())
+    write_json(folder / _part_name(number), part)
 
 
 def record_bytes(facts: dict[str, Any]) -> int:
@@ -331,7 +328,7 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
         "name_ends": np.cumsum([len(name) for name in encoded]),
     }
     data = save(index)
-    write_aside(folder / INDEX, data)
+    write_bytes(folder / INDEX, data)
     noise = sum(part["noise_squares"] for part in parts)
     error = sum(part["error_squares"] for part in parts)
     manifest = Manifest(
@@ -348,19 +345,9 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     empty = set(range(len(manifest.class_names))) - set(labels)
     for label in sorted(empty):
         logger.warning("class %r has no readable file", manifest.class_names[label])
-    write_aside(folder / MANIFEST, manifest.to_json().encode())
+    write_text(folder / MANIFEST, manifest.to_json())
     for number in range(shards):
         (folder / _part_name(number)).unlink()
-    for left in folder.glob("*.writing"):
+    for left in folder.glob(f"*{SUFFIX}"):
         left.unlink()
     return manifest
-
-
-def write_aside(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole, or as it was."""
-    aside = path.with_name(f"{path.name}.writing")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

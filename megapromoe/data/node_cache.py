@@ -6,12 +6,12 @@ import errno
 import fcntl
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megapromoe.data.latents import LatentsError, Manifest
+from megapromoe.io import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -48,21 +48,18 @@ class CacheError(LatentsError):
 
 
 def _copy(source: Path, target: Path, sha256: str, bar: tqdm) -> None:
-    aside, digest = target.with_name(f"{target.name}.writing"), hashlib.sha256()
+    digest = hashlib.sha256()
     try:
-        with open(source, "rb") as read, open(aside, "wb") as write:
+        with open(source, "rb") as read, atomic_write(target) as write:
             while block := read.read(1 << 20):
                 digest.update(block)
                 write.write(block)
                 bar.update(len(block))
-        if digest.hexdigest() != sha256:
-            raise CacheError(
-                f"{source}: its SHA-256 is not the manifest's; `megapromoe data check {source.parent}` names the"
-                " records, and without data.cache it can be trained on"
-            )
-        os.replace(aside, target)
+            if digest.hexdigest() != sha256:
+                raise CacheError(
+                    f"{source}: its SHA-256 is not the manifest's; `megapromoe data check {source.parent}` names the"
+                    " records, and without data.cache it can be trained on"
+                )
     except OSError as error:
         error.filename = error.filename or str(target)
         raise
-    finally:
-        aside.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ routed, split over tp  its experts, 1/tp of one dimension     edp               
 
 The divisor is always dp: the loss is the mean over dp ranks, and an expert's rows from all of them meet on its owner.
 Gradients of replicated parameters are complete and identical on the ranks of a tp group (the regions in
-`parallel/linear.py` see to it), so a norm counts each logical element once by weighting it with 1/`replicas`.
+`nn/tensor_parallel.py` see to it), so a norm counts each logical element once by weighting it with 1/`replicas`.
 """
 
 from __future__ import annotations

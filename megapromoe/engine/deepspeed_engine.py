@@ -4,7 +4,7 @@ DeepSpeed shards gradients, optimizer states and (stage 3) parameters, and reduc
 group, and over the expert-data-parallel group for routed experts, both divided by the data-parallel size. What it does
 not get right for experts and tensor parallelism together is put right here:
 
-* **Groups.** Ours, made by `parallel/mesh.py` with time-outs, are registered before DeepSpeed makes its own.
+* **Groups.** Ours, made by `distributed/mesh.py` with time-outs, are registered before DeepSpeed makes its own.
 * **The norm.** One formula for every stage (`Engine._agree`) replaces DeepSpeed's, which miscounts experts at stage 0
   and under tensor parallelism. Non-finite norms skip the update on all ranks alike. It also replaces DeepSpeed's own
   search for overflow in bf16, which reads every gradient, and past which nobody asks for the norm.

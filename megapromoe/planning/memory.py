@@ -1,7 +1,7 @@
 """What a training step needs of one rank's memory, line by line.
 
 `saved_tensors` lists what the forward pass keeps for the backward pass of one micro-batch, one line for each tensor, as
-the layers in `models/` make them; `budget` adds the states, DeepSpeed's buffers and what is needed for a moment only.
+the layers in `nn/` make them; `budget` adds the states, DeepSpeed's buffers and what is needed for a moment only.
 
 Letters as everywhere; b is the width of an activation in bytes. Counts may be means, and no whole numbers.
 """
@@ -185,7 +185,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
 
 
 def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
-    """What a router does not decide again. Source: models/decisions.py."""
+    """What a router does not decide again. Source: nn/moe/routing_cache.py."""
     E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
     if model.router == "diffmoe":
         yield Saved("router", "mask of the tokens taken", images * model.tokens * E)

@@ -93,7 +93,7 @@ def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> t
 
 
 def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective]:
-    """Of the forward and the backward pass. Source: parallel/linear.py, parallel/dispatch.py, models/layers.py."""
+    """Of the forward and the backward pass. Source: nn/tensor_parallel.py, nn/moe/dispatcher.py, nn/layers.py."""
     model, b = config.model, zero_of(config).width
     B, D, L, moe = batch.images, model.hidden_size, model.depth, len(model.moe_blocks)
     T, R, tp, ep = B * model.tokens, routed_rows(model, batch), layout.tp, layout.ep
@@ -124,7 +124,7 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
 
     mine = R if layout.etp > 1 else R / tp  # rows of one rank: a region's ranks share them out, or split experts
     cells, sent = ep * -(-model.num_experts // ep), mine
-    if model.capacity_factor:  # boxes of one size, see parallel/static_dispatch.py
+    if model.capacity_factor:  # boxes of one size, see nn/moe/capacity_dispatcher.py
         most = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
         sent = cells * max(1, math.ceil(model.capacity_factor * most / model.num_experts))
     for what, payload, forward, backward in (
@@ -138,7 +138,7 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
 
 
 def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Iterator[Collective]:
-    """Of routers, over the scope of batch statistics; never again. Source: models/*routers.py, models/decisions.py."""
+    """Of routers, over the scope of batch statistics; never again. Source: nn/moe/routers.py, routing_cache.py."""
     if model.batch_scope != "global":
         return
     E, D = model.num_experts, model.hidden_size
@@ -170,7 +170,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
 
 
 def _norm(layout: Layout) -> Iterator[Collective]:
-    """Source: training/engine.py, `_agree`: the squared norm and the votes to stop, float64."""
+    """Source: engine/, `_agree`: the squared norm and the votes to stop, float64."""
     yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, 16, "update")
 
 

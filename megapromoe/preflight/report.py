@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
@@ -11,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megapromoe.io import write_text
 from megapromoe.preflight.verdict import FAIL, WARN, Cluster, Limits, Row, Verdict
 
 COLUMNS = {"check": 14, "nodes": 22, "result": 48, "limit": 26, "verdict": 7}  # widths; longer text goes on below
@@ -67,14 +67,6 @@ def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any
         "hang": asdict(cluster.hang) if cluster.hang else None,
         "found": found,
     }
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old content or the new; makes its folder if needed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f"{file.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
 
 
 def write_reports(

@@ -15,6 +15,7 @@ import numpy as np
 
 from megapromoe.config.options import Config
 from megapromoe.data.sources import open_dataset
+from megapromoe.io import staging_path, write_bytes
 from megapromoe.planning.cost import parameters
 from megapromoe.preflight.meeting import Meeting
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
@@ -76,7 +77,7 @@ def try_files(folder: Path, meeting: Meeting, leaders: dict[str, int], node: str
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         start = time.perf_counter()
-        write(mine, content)
+        write_bytes(mine, content)
         speed = PROBE / (time.perf_counter() - start)
     except OSError as problem:
         error = f"{problem.filename or folder}: {problem.strerror or problem}"
@@ -89,21 +90,11 @@ def try_files(folder: Path, meeting: Meeting, leaders: dict[str, int], node: str
     meeting.together("files read", len(leaders))
     with contextlib.suppress(OSError):
         mine.unlink(missing_ok=True)
-        mine.with_name(f"{mine.name}.writing").unlink(missing_ok=True)
+        staging_path(mine).unlink(missing_ok=True)
     meeting.together("files removed", len(leaders))
     with contextlib.suppress(OSError):  # the last node finds it empty; a report in it keeps it
         folder.rmdir()
     return Files(str(folder.parent), error, seen, speed, free)
-
-
-def write(file: Path, content: bytes) -> None:
-    """As a checkpoint is written: aside, synced to the disk, and renamed."""
-    aside = file.with_name(f"{file.name}.writing")
-    with open(aside, "wb") as to:
-        to.write(content)
-        to.flush()
-        os.fsync(to.fileno())
-    os.replace(aside, file)
 
 
 def _seen_after(file: Path, digest: str) -> float:

@@ -3,7 +3,7 @@
     model, config, step = load_model(Path("runs/digits"))
     images = generate(model, config, labels=[3, 3, 5], indices=[0, 1, 2])
 
-How images are drawn is `diffusion/drawing.py`'s; many of them are `sampling.py`'s.
+How images are drawn is `diffusion/image_grid.py`'s; many of them are `sampling.py`'s.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from megapromoe.checkpoint.format import sync
 from megapromoe.errors import UserError
+from megapromoe.io import sync
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megapromoe.io import write_text
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
-from megapromoe.studies.study import Study, metrics, read_json, write
+from megapromoe.studies.study import Study, metrics, read_json
 
 DRAWS = 8192
 EVALUATED = "evaluated: "  # begins the name of a figure that `megapromoe evaluate` found
@@ -61,7 +62,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
             "loss": mean,
             "standard_error": error,
         }
-        write(study.loss_file(task), json.dumps(found) + "\n")
+        write_text(study.loss_file(task), json.dumps(found) + "\n")
     if problems:
         raise StudyError(problems)
 

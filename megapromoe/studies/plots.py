@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from megapromoe.io import atomic_write
 from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
 from megapromoe.studies.image_plots import draw_images
@@ -37,9 +38,8 @@ def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
     for name, figure in pictures.items():
         if figure is not None:
             path = study.folder / f"{name}.png"
-            aside = path.with_name(f"{path.name}.writing")
-            figure.savefig(aside, format="png", dpi=110)
-            aside.replace(path)
+            with atomic_write(path) as file:
+                figure.savefig(file, format="png", dpi=110)
             paths.append(path)
     return paths
 

@@ -20,8 +20,9 @@ from typing import IO
 
 from tqdm import tqdm
 
+from megapromoe.io import write_text
 from megapromoe.studies.grid import Task
-from megapromoe.studies.study import Study, write
+from megapromoe.studies.study import Study
 
 STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
 POLL = 0.5  # seconds between looks at the running tasks
@@ -143,7 +144,7 @@ def _finish(study: Study, one: _Started, told: bool) -> int:
         "seconds": round(time.monotonic() - one.since, 1),
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write(study.outcome_file(one.task), json.dumps(outcome) + "\n")
+    write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n")
     return code
 
 

@@ -27,6 +27,7 @@ import yaml
 
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.io import write_text
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
@@ -121,8 +122,8 @@ def plan(folder: Path, recipe: Recipe) -> Study:
         raise StudyError([f"{folder}: is not empty and holds no study.yaml; choose another folder"])
     study = Study(folder, recipe, tasks)
     for task in tasks:
-        write(study.config(task), to_yaml(task.config))
-    write(file, _text(recipe))  # last: a study that has it is whole
+        write_text(study.config(task), to_yaml(task.config))
+    write_text(file, _text(recipe))  # last: a study that has it is whole
     return study
 
 
@@ -178,14 +179,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise StudyError([f"{path}: is damaged ({error}); remove it and repeat the command"]) from error
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file as a whole, and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def names(tasks: Iterable[Task], most: int = 5) -> str:

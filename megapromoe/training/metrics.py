@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import resource
 import sys
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
+from megapromoe.io import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -156,12 +156,7 @@ def rewind(path: Path, step: int) -> None:
         logger.warning("%s: dropped %d unreadable lines; a run was killed while it wrote?", path, damaged)
     after = "".join(kept)
     if after != before:
-        aside = path.with_name(f"{path.name}.writing")
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(after)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_text(path, after)
 
 
 def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray:
