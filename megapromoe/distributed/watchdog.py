@@ -1,112 +1,199 @@
-"""A watch over the ranks: a hang ends with a sentence that says which rank, where, and since when.
+"""A watch over the ranks of a job: a hang ends with a sentence that names the rank, where it is, and since when.
 
-A rank that hangs (a stopped process, a dead node, a broken disk) leaves the others waiting in a collective, from where
-they can say nothing. So each rank has a thread that tells the job's store where its rank is, and looks whether its own
-rank gets anywhere. If not, it looks up who is furthest behind, prints that, and ends the process.
+A rank that hangs (a stopped process, a dead node, a broken disk) leaves the others waiting in a collective, where they
+can report nothing. So each rank has a thread that reports to the job's store where its rank is and for how long. A job
+hangs when no rank that still reports has moved for `limit` seconds. The first rank that sees this reads all reports,
+names the ranks that hold up the job, and leaves the verdict in the store; every rank prints it and ends its process.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import threading
 import time
-from datetime import timedelta
-
-from torch.distributed import Store
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from megapromoe.distributed import runtime
+from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.distributed.store_channel import StoreChannel
 
 logger = logging.getLogger(__name__)
 
 HUNG = 76  # exit code
-ORDER = ("data", "forward and backward", "update", "log", "sample")  # of a step
+SILENT_AFTER = 3  # pulses without a report after which a rank counts as silent
+GIVE_UP_AFTER = 8  # pulses without a verdict after which a rank ends without one
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A job that came to a stop.
+
+    Attributes:
+        place: where the rank to blame was last, or the first of them.
+        silent: ranks that report nothing any more, or never did.
+        behind: of the others, those that are furthest behind.
+        places: rank -> where it was last, of all ranks that ever reported.
+    """
+
+    place: str
+    silent: tuple[int, ...]
+    behind: tuple[int, ...]
+    places: Mapping[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        ranks = self.silent or self.behind
+        last = [f"rank {rank}, last in {self.places[rank]}" for rank in ranks[:8] if rank in self.places]
+        never = [f"rank {rank}, which never reported" for rank in ranks[:8] if rank not in self.places]
+        return f"{'silent' if self.silent else 'furthest behind'}: {'; '.join(last + never)}"
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank last reported: how many reports before, how many places before, where it is, for how many seconds."""
+
+    number: int
+    position: int
+    place: str
+    idle: float
 
 
 class Watchdog:
-    """Ends the process when its rank has been in one section of a step for longer than `limit` seconds."""
+    """Watches this rank, and with the other ranks' watchdogs the job.
 
-    def __init__(self, store: Store, rank: int, world: int, limit: float):
-        """Starts watching at the first `at`. `store`: of the running job, shared by its `world` ranks."""
-        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+    Args:
+        channel: of the job, with a connection of its own: the rank's may be waiting.
+        limit: seconds without progress of any rank that are a hang.
+        limit_name: the option that sets `limit`, for the message.
+        on_hang: called on the rank that sees the hang first (rank 0 if it can), in the watchdog's thread; returns
+            what all ranks print, and the exit code of all.
+        every_place: report each place at once, which costs a message to the store; otherwise once a pulse.
+    """
+
+    def __init__(
+        self,
+        channel: StoreChannel,
+        limit: float,
+        limit_name: str,
+        on_hang: Callable[[Hang], tuple[str, int]] = lambda hang: (f"{hang}. Repeat the command to resume.", HUNG),
+        every_place: bool = False,
+    ):
+        self.channel, self.limit, self.limit_name, self.on_hang = channel, limit, limit_name, on_hang
+        self.every_place = every_place
         self.pulse = min(limit / 8, 30.0)
-        self._where: tuple[int, str] | None = None
-        self._beats = 0
-        self._since = time.monotonic()
-        self._over = threading.Event()
+        self._place, self._position, self._since = "", 0, time.monotonic()
+        self._paused = True
+        self._reports = 0
+        self._warned = False
+        self._sending = threading.Lock()
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, section: str) -> None:
-        """This rank enters a section (of `ORDER`) of a step."""
-        first, self._where, self._since = not self._beats, (step, section), time.monotonic()
-        if first:  # the thread may never get to it: a rank can hang before the first pulse
-            self._tell(self._where)
+    def at(self, place: str) -> None:
+        """This rank comes to the next place; all ranks come to the same ones in the same order."""
+        self._place, self._position, self._since = place, self._position + 1, time.monotonic()
+        self._paused = False
+        if (
+            self.every_place or not self._reports
+        ):  # a rank can hang before its thread's first pulse
+            with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
+                self._report()
 
     def pause(self) -> None:
-        """Nothing is expected of this rank until the next `at`."""
-        self._where = None
+        """Nothing is expected of this rank until the next `at`; while any rank pauses, the job does not hang."""
+        self._paused = True
 
     def close(self) -> None:
         """Stops watching."""
-        self._over.set()
-        self._thread.join()
+        self._closed.set()
+        self._thread.join(timeout=2 * self.pulse)  # a call of the store may be waiting
 
     def _watch(self) -> None:
-        while not self._over.wait(self.pulse):
-            where, stuck = self._where, time.monotonic() - self._since
-            if where is None:
+        waiting_since, attempt = None, 0
+        while not self._closed.wait(self.pulse):
+            if not self._reports:
                 continue
-            self._tell(where)
-            if stuck > self.limit:
-                step, section = where
-                runtime.end(
-                    f"rank {self.rank}: no progress for {stuck:.0f} s (train.step_timeout = {self.limit:g}) in section"
-                    f" '{section}' of step {step}; {self._verdict(where)}. Repeat the command to resume.",
-                    HUNG,
-                )
+            try:
+                self._report()
+                if (verdict := self.channel.receive_if_sent("watchdog/verdict")) is not None:
+                    self._end(*verdict)
+                if self._paused or self._idle() <= self._limit_here():
+                    waiting_since = None
+                    continue
+                attempts = self.channel.count("watchdog/attempts", 0)
+                if waiting_since is None or attempts > attempt:
+                    waiting_since, attempt = time.monotonic(), attempts
+                if self.channel.count(f"watchdog/judge/{attempt}") == 1:
+                    self._judge()
+                elif time.monotonic() - waiting_since > GIVE_UP_AFTER * self.pulse:
+                    self._end("no rank could tell who holds the job up", HUNG)
+            except StoreUnreachable as error:
+                if self._idle() > self.limit and not self._paused and not self._closed.is_set():
+                    self._end(str(error), HUNG)
+            except Exception:
+                if not self._closed.is_set():
+                    traceback.print_exc()
+                    runtime.end(f"rank {self.channel.rank}: its watchdog failed", 1)
 
-    def _tell(self, where: tuple[int, str]) -> None:
-        self._beats += 1
-        try:
-            self.store.set(f"watchdog/{self.rank}", json.dumps([self._beats, *where]))
-        except RuntimeError as error:
-            logger.warning("rank %d: the job's store does not take a message: %s", self.rank, error)
+    def _limit_here(self) -> float:
+        """Rank 0 looks first, since `on_hang` may know most there; the others once it should have."""
+        return self.limit if self.channel.rank == 0 else self.limit + 1.5 * self.pulse
 
-    def _verdict(self, where: tuple[int, str]) -> str:
-        """Who holds the job up. The first rank to ask finds out and tells the others, who stay audible meanwhile."""
-        try:
-            self.store.set_timeout(timedelta(seconds=max(self.pulse, 1.0)))
-            if self.store.add("watchdog/judges", 1) == 1:
-                before = self._heard()
-                self._wait(3, where)
-                self.store.set("watchdog/verdict", self._suspects(before, self._heard()))
-            for _ in range(6):
-                if self.store.check(["watchdog/verdict"]):
-                    return self.store.get("watchdog/verdict").decode()
-                self._wait(1, where)
-            return "no rank could tell who holds the job up"
-        except RuntimeError:
-            return "the process that holds the job's store (the launcher's, or rank 0) does not answer"
+    def _idle(self) -> float:
+        return time.monotonic() - self._since
 
-    def _wait(self, pulses: int, where: tuple[int, str]) -> None:
-        for _ in range(2 * pulses):
-            time.sleep(self.pulse / 2)
-            self._tell(where)
+    def _report(self) -> None:
+        with self._sending:
+            self._reports += 1
+            idle = 0.0 if self._paused else self._idle()
+            try:
+                self.channel.send(f"watchdog/{self.channel.rank}", [self._reports, self._position, self._place, idle])
+            except StoreUnreachable as error:
+                if not self._warned:
+                    logger.warning("rank %d: %s", self.channel.rank, error)
+                self._warned = True
+                raise
 
-    def _suspects(self, before: dict[int, list], now: dict[int, list]) -> str:
-        """Ranks whose threads have fallen silent, or else those that are furthest behind."""
-        silent = [r for r in now if now[r] == before.get(r)]
-        missing = sorted(set(range(self.world)) - set(now))
-        named = silent
-        if not (silent or missing):
-            places = {r: (step, ORDER.index(section)) for r, (_, step, section) in now.items()}
-            named = [r for r in places if places[r] == min(places.values())]
-        said = [f"rank {r}, last in section '{now[r][2]}' of step {now[r][1]}" for r in named[:8]]
-        said += [f"rank {r}, which never took a step" for r in missing[:8]]
-        return f"{'silent' if silent or missing else 'furthest behind'}: {'; '.join(said)}"
+    def _judge(self) -> None:
+        """Decides whether the job hangs; if so, leaves the verdict for all and ends this process."""
+        before = self._read()
+        for _ in range(2 * SILENT_AFTER):
+            if self._closed.wait(self.pulse / 2):
+                return
+            self._report()
+        hang = find_hang(before, self._read(), self.channel.world, self.limit)
+        if hang is None or self._idle() <= self.limit or self._paused:
+            self.channel.count("watchdog/attempts")  # some rank moves: the next look is open again
+            return
+        sentence, code = self.on_hang(hang)
+        self.channel.send("watchdog/verdict", [sentence, code])
+        time.sleep(1.5 * self.pulse)  # the others look once a pulse, and the store may end with this process
+        self._end(sentence, code)
 
-    def _heard(self) -> dict[int, list]:
-        """What every rank that has told anything told last: number, step, section."""
-        there = [r for r in range(self.world) if self.store.check([f"watchdog/{r}"])]
-        return {r: json.loads(self.store.get(f"watchdog/{r}")) for r in there}
+    def _read(self) -> dict[int, _Report]:
+        reports = self.channel.receive_from_ranks("watchdog")
+        return {rank: _Report(*report) for rank, report in reports.items()}
+
+    def _end(self, sentence: str, code: int) -> None:
+        limit = f"{self.limit_name} = {self.limit:g}"
+        stopped = f"no progress for {self._idle():.0f} s ({limit}) in {self._place}"
+        runtime.end(f"rank {self.channel.rank}: {stopped}; {sentence}", code)
+
+
+def find_hang(before: Mapping[int, _Report], now: Mapping[int, _Report], world: int, limit: float) -> Hang | None:
+    """Which ranks hold up a job, from two readings of all reports; None if some rank still moves.
+
+    A rank without a new report between the readings is silent. Where all report, those furthest behind are named.
+    """
+    silent = [rank for rank in range(world) if rank not in now or now[rank] == before.get(rank)]
+    live = [rank for rank in range(world) if rank not in silent]
+    if any(now[rank].idle <= limit for rank in live):
+        return None
+    first = min((now[rank].position for rank in live), default=0)
+    behind = [rank for rank in live if now[rank].position == first]
+    places = {rank: report.place for rank, report in now.items()}
+    known = [rank for rank in silent if rank in now] or behind
+    return Hang(places[known[0]] if known else "start-up", tuple(silent), tuple(behind), places)

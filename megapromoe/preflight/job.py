@@ -12,28 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import Store
 from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.preflight import bandwidth, groups, machine, meeting, storage
+from megapromoe.distributed.store_channel import PAUSE, StoreChannel
+from megapromoe.distributed.watchdog import Hang, Watchdog
+from megapromoe.io import write_text
+from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, storage
 from megapromoe.preflight.bandwidth import Network
+from megapromoe.preflight.clocks import Clock
 from megapromoe.preflight.groups import Heard
 from megapromoe.preflight.machine import Machine
-from megapromoe.preflight.meeting import Clock, Meeting
-from megapromoe.preflight.report import table, write_reports, write_text
+from megapromoe.preflight.report import table, write_reports
 from megapromoe.preflight.storage import Data, Files
-from megapromoe.preflight.verdict import Cluster, Hang, Limits, PreflightError, judge
-from megapromoe.preflight.watch import Watch
+from megapromoe.preflight.verdict import Cluster, Limits, PreflightError, judge
 
 RULES = (
-    meeting.judge_arrival,
-    meeting.judge_answers,
+    arrival.judge_arrival,
+    arrival.judge_answers,
     machine.judge_versions,
     machine.judge_devices,
     machine.judge_host,
-    meeting.judge_clocks,
+    clocks.judge_clocks,
     storage.judge_files,
     storage.judge_data,
     bandwidth.judge_errors,
@@ -70,10 +73,10 @@ class Preflight:
         self.config, self.folder, self.launch, self.limits, self.timeout = config, folder, launch, limits, timeout
         self.report, self.bad_nodes = report, bad_nodes
         self.store = runtime.meet(launch, timeout, "preflight")
-        # The watch names what hangs; the store's and the groups' own limits only end what it could not.
+        # The watchdog names what hangs; the limits of the store, its channel and the groups only end what it could not.
         self.store.set_timeout(timedelta(seconds=10 * timeout))
-        self.meeting = Meeting(self.store, launch.rank, launch.world)
-        self.watch: Watch | None = None
+        self.channel = self._channel(self.store)
+        self.watchdog: Watchdog | None = None
         self.bar = tqdm(total=len(STAGES), disable=True if launch.rank else None, leave=False)
 
     def run(self) -> int:
@@ -84,11 +87,12 @@ class Preflight:
         launch, node = self.launch, runtime.node_name()
         if launch.rank == 0 and self.bad_nodes is not None:
             self._forget()
-        node_of, local = self.meeting.roll_call(node, launch.local_world, self.timeout)
+        node_of, local = arrival.roll_call(self.channel, node, launch.local_world, self.timeout)
         self.cluster = Cluster(launch.world, node_of, local | runtime.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
-        self.watch = Watch(self.store.clone(), launch.rank, launch.world, self.timeout, self._hung)
+        channel = self._channel(self.store.clone())
+        self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._hung, every_place=True)
         joined = self._examine(node)
         code = self._end()
         self._leave(joined, code)
@@ -99,15 +103,15 @@ class Preflight:
         leaders = self.cluster.leaders()
         leading = self.launch.rank == leaders[node]
         self._stage("machine", lambda: machine.examine(self.launch, leading))
-        self._stage("clock", lambda: meeting.compare_clocks(self.meeting, list(leaders.values())))
+        self._stage("clock", lambda: clocks.compare_clocks(self.channel, list(leaders.values())))
         if self.folder is not None:
-            self._stage("files", lambda: storage.try_files(self.folder, self.meeting, leaders, node))
+            self._stage("files", lambda: storage.try_files(self.folder, self.channel, leaders, node))
         else:
             self.cluster.found["files"] = {}
         self._stage("data", lambda: storage.try_data(self.config) if leading else None)
         if self.launch.rank == 0:
-            self.meeting.say("skip", machine.cannot_join(self.cluster.found["machine"], self.cluster.node_of))
-        self.cluster.skipped = self.meeting.hear("skip")
+            self.channel.send("skip", machine.cannot_join(self.cluster.found["machine"], self.cluster.node_of))
+        self.cluster.skipped = self.channel.receive("skip")
         if self.cluster.skipped:
             return False
         network = self._stage("network", self._try_network)
@@ -120,7 +124,7 @@ class Preflight:
         def at(stage: str) -> None:
             nonlocal place
             place = stage
-            self.watch.at(stage)
+            self.watchdog.at(stage)
 
         try:
             at("joining torch.distributed")
@@ -140,53 +144,54 @@ class Preflight:
 
     def _stage(self, name: str, find: Callable[[], Any]) -> Any:
         """Finds, tells the others, and on rank 0 waits for what all found."""
-        self.watch.at(name)
+        self.watchdog.at(name)
         self.bar.set_description(name)
         value = find()
-        self.meeting.say(f"found/{name}/{self.launch.rank}", None if value is None else asdict(value))
-        self.watch.at(f"{name} of the other ranks")
+        self.channel.send(f"found/{name}/{self.launch.rank}", None if value is None else asdict(value))
+        self.watchdog.at(f"{name} of the other ranks")
         if self.launch.rank == 0:
-            said = {rank: self.meeting.hear(f"found/{name}/{rank}") for rank in range(self.launch.world)}
-            self._keep(name, said)
+            self._keep(name, {rank: self.channel.receive(f"found/{name}/{rank}") for rank in range(self.launch.world)})
         self.bar.update()
         return value
 
     def _keep(self, stage: str, said: dict[int, Any]) -> None:
         self.cluster.found[stage] = {rank: STAGES[stage](one) for rank, one in said.items() if one is not None}
 
-    def _hung(self, hang: Hang) -> int:
-        """On rank 0, in the watch's thread: judges by what is there. The rank itself may be the one that waits."""
+    def _hung(self, hang: Hang) -> tuple[str, int]:
+        """In the watchdog's thread, on rank 0 if it lives: judges by what is there. The rank itself may be waiting."""
+        if self.launch.rank:
+            return f"{hang}. Rank 0 does not judge the nodes any more.", 1
         self.cluster.hang = hang
-        heard = Meeting(self.watch.store, self.launch.rank, self.launch.world).heard
         for stage in STAGES:
-            said = {rank: heard(f"found/{stage}/{rank}") for rank in range(self.launch.world)}
-            if any(one is not None for one in said.values()):
-                self._keep(stage, said)
+            findings = self.watchdog.channel.receive_from_ranks(f"found/{stage}")
+            if findings:
+                self._keep(stage, findings)
         code, problems = self._conclude()
-        for problem in problems:
-            print(f"megapromoe: {problem}", file=sys.stderr, flush=True)
-        return 1 if problems else code
+        return "; ".join([str(hang), *problems]), 1 if problems else code
 
     def _end(self) -> int:
         """Rank 0 judges; all hear the exit code."""
         if self.launch.rank:
-            code, problems = self.meeting.hear("verdict")
-            self._close_watch()
-            self.store.add("left", 1)  # from now on the store may be gone
+            code, problems = self.channel.receive("verdict")
+            self._close_watchdog()
+            self.channel.count("left")  # from now on the store may be gone
         else:
-            self._close_watch()
+            self._close_watchdog()
             code, problems = self._conclude()
-            self.meeting.say("verdict", [code, problems])
+            self.channel.send("verdict", [code, problems])
             end, others = time.monotonic() + LAST_WORDS, len(self.cluster.node_of) - 1
-            while self.store.add("left", 0) < others and time.monotonic() < end:
-                time.sleep(meeting.PAUSE)
+            while self.channel.count("left", 0) < others and time.monotonic() < end:
+                time.sleep(PAUSE)
         if problems:
             raise PreflightError("; ".join(problems))
         return code
 
-    def _close_watch(self) -> None:
-        if self.watch is not None:
-            self.watch.close()
+    def _channel(self, store: Store) -> StoreChannel:
+        return StoreChannel(store, self.launch.rank, self.launch.world, self.timeout, 10 * self.timeout)
+
+    def _close_watchdog(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.close()
 
     def _conclude(self) -> tuple[int, list[str]]:
         """Judges, prints and writes; the exit code, and what could not be written."""

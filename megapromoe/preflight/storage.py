@@ -15,9 +15,9 @@ import numpy as np
 
 from megapromoe.config.options import Config
 from megapromoe.data.sources import open_dataset
+from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
 from megapromoe.planning.cost import parameters
-from megapromoe.preflight.meeting import Meeting
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
 
 GIB = 2**30
@@ -60,12 +60,12 @@ class Data:
     speed: float = 0.0
 
 
-def try_files(folder: Path, meeting: Meeting, leaders: dict[str, int], node: str) -> Files | None:
+def try_files(folder: Path, channel: StoreChannel, leaders: dict[str, int], node: str) -> Files | None:
     """Each node's first rank writes a file and looks for those of its neighbour and of rank 0. All ranks call it.
 
     The files lie in `folder`/preflight and are removed at the end, or by the next preflight.
     """
-    if meeting.rank not in leaders.values():
+    if channel.rank not in leaders.values():
         return None
     folder = folder.absolute() / "preflight"
     names = list(leaders)
@@ -81,17 +81,17 @@ def try_files(folder: Path, meeting: Meeting, leaders: dict[str, int], node: str
         speed = PROBE / (time.perf_counter() - start)
     except OSError as problem:
         error = f"{problem.filename or folder}: {problem.strerror or problem}"
-    meeting.say(f"file/{own}", None if error else hashlib.sha256(content).hexdigest())
+    channel.send(f"file/{own}", None if error else hashlib.sha256(content).hexdigest())
     seen = {}
     for other in dict.fromkeys((before, first)):
-        digest = meeting.hear(f"file/{names.index(other)}")
+        digest = channel.receive(f"file/{names.index(other)}")
         if digest is not None:  # else that node's own error says enough
             seen[other] = _seen_after(folder / f"probe-{names.index(other)}", digest)
-    meeting.together("files read", len(leaders))
+    channel.barrier("files read", len(leaders))
     with contextlib.suppress(OSError):
         mine.unlink(missing_ok=True)
         staging_path(mine).unlink(missing_ok=True)
-    meeting.together("files removed", len(leaders))
+    channel.barrier("files removed", len(leaders))
     with contextlib.suppress(OSError):  # the last node finds it empty; a report in it keeps it
         folder.rmdir()
     return Files(str(folder.parent), error, seen, speed, free)

@@ -10,9 +10,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megapromoe.errors import UserError
+
+if TYPE_CHECKING:  # it imports torch
+    from megapromoe.distributed.watchdog import Hang
 
 PASS, WARN, FAIL, SKIP = "pass", "warn", "FAIL", "-"
 
@@ -43,15 +46,6 @@ class Limits:
     device_share: float = 0.8
     pair_share: float = 0.5
     seen_after: float = 5.0
-
-
-@dataclass(frozen=True)
-class Hang:
-    """A check that came to a stop: where, which ranks fell silent, and which are the furthest behind."""
-
-    stage: str
-    silent: tuple[int, ...]
-    behind: tuple[int, ...]
 
 
 @dataclass

@@ -30,6 +30,7 @@ from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.distributed.watchdog import Watchdog
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.deepspeed_engine import Engine
@@ -136,31 +137,32 @@ def _train(
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
     progress = _Progress(t, updates, checkpoint.manifest.get("recent_norms", []) if checkpoint else [])
-    watchdog = Watchdog(job.store, mesh.rank, mesh.world, t.step_timeout)
+    channel = StoreChannel(job.store.clone(), mesh.rank, mesh.world, min(t.step_timeout, 30.0), t.timeout)
+    watchdog = Watchdog(channel, t.step_timeout, "train.step_timeout")
     try:
         while step < t.steps:
             loss = torch.zeros((), device=device)
             for micro in range(t.accumulation):
-                watchdog.at(step + 1, "data")
+                watchdog.at(f"section 'data' of step {step + 1}")
                 batch = next(batches).to(device)
                 window.damaged += batch.damaged
-                watchdog.at(step + 1, "forward and backward")
+                watchdog.at(f"section 'forward and backward' of step {step + 1}")
                 loss += _micro_step(engine, objective, batch, window)
                 if micro < t.accumulation - 1:
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
-            watchdog.at(step + 1, "update")
+            watchdog.at(f"section 'update' of step {step + 1}")
             result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, progress.recent))
             ema.update(result)
             step += 1
             progress.add(step, result)
             if step % t.log_every == 0 or step == t.steps:
-                watchdog.at(step, "log")
+                watchdog.at(f"section 'log' of step {step}")
                 values, layers = window.close(result.norm, rate)
                 metrics.log(step, values | saver.figures, layers)
                 saver.figures = {}
             if t.sample_every and step % t.sample_every == 0:
-                watchdog.at(step, "sample")
+                watchdog.at(f"section 'sample' of step {step}")
                 with window.paused():
                     picture = _draw(engine, ema, config)
                     metrics.image(step, "samples", picture)

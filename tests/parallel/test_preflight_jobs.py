@@ -20,7 +20,7 @@ from megapromoe.commands import check
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import runtime
-from megapromoe.preflight import bandwidth, groups, job, machine, meeting, storage
+from megapromoe.preflight import bandwidth, clocks, groups, job, machine, storage
 from megapromoe.preflight.verdict import FAIL, WARN
 
 RANKS = 4
@@ -115,7 +115,7 @@ def odd_version():
 
 
 def skewed_clock():
-    meeting.now = lambda: time.time() + 30
+    clocks.now = lambda: time.time() + 30
 
 
 def other_data():
@@ -221,7 +221,7 @@ def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):
     assert codes[0] == 3 and bad == ["n2"]
     # One that is stopped cannot end; the others do.
     assert [codes[1], codes[3]] == [3, 3] and codes[2] in {frozen: (-9, None), killed: (9,), stuck: (3,)}[fault]
-    assert told["hang"]["stage"] == stage
+    assert told["hang"]["place"] == stage
     assert how in said and f"'{stage}'" in " ".join(said.split())
     assert verdicts(told, "answers") == {"n2": FAIL}
     assert time.monotonic() - began < 90

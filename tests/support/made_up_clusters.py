@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from megapromoe.preflight.bandwidth import Network
+from megapromoe.preflight.clocks import Clock
 from megapromoe.preflight.groups import Heard
 from megapromoe.preflight.job import RULES
 from megapromoe.preflight.machine import Machine
-from megapromoe.preflight.meeting import Clock
 from megapromoe.preflight.storage import GIB, Data, Files
 from megapromoe.preflight.verdict import Cluster, Limits, judge
 

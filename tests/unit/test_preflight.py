@@ -6,11 +6,12 @@ from itertools import combinations
 import pytest
 from support.made_up_clusters import GOOD, change, cluster_of, verdict_of
 
+from megapromoe.distributed.watchdog import Hang
 from megapromoe.preflight import bandwidth, machine
 from megapromoe.preflight.bandwidth import rounds
 from megapromoe.preflight.groups import Heard
 from megapromoe.preflight.storage import GIB
-from megapromoe.preflight.verdict import FAIL, WARN, Hang, culprits, odd_ones
+from megapromoe.preflight.verdict import FAIL, WARN, culprits, odd_ones
 
 # ---- who is to blame
 

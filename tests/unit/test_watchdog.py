@@ -1,44 +1,171 @@
-"""Who is named for a hang, from what ranks told; with real processes: `test_faults.py`."""
+"""Who is named for a hang, from what ranks reported. With real processes: test_faults.py, test_preflight_jobs.py."""
+
+import threading
+import time
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
-from megapromoe.distributed.watchdog import Watchdog
+from megapromoe.distributed import watchdog as watchdog_module
+from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.distributed.store_channel import MAX_BYTES, MessageTimeout, StoreChannel
+from megapromoe.distributed.watchdog import Watchdog, find_hang
+
+
+def section(name: str, step: int) -> str:
+    return f"section '{name}' of step {step}"
 
 
 @pytest.fixture
 def three():
-    """Watchdogs of three ranks whose threads never get to say anything: the first pulse is far away."""
+    """Watchdogs of three ranks whose threads never report by themselves: the first pulse is far away."""
     store = HashStore()
-    dogs = [Watchdog(store, rank, 3, limit=1000.0) for rank in range(3)]
+    dogs = [Watchdog(StoreChannel(store, rank, 3, 5.0, 5.0), 1000.0, "--limit") for rank in range(3)]
     yield dogs
     for dog in dogs:
         dog.close()
 
 
-def verdict(dogs, alive: dict[int, tuple[int, str]]) -> str:
-    """The first rank's, after those `alive` have said once more where they are."""
-    before = dogs[0]._heard()
-    for rank, where in alive.items():
-        dogs[rank]._tell(where)
-    return dogs[0]._suspects(before, dogs[0]._heard())
+def hang_of(dogs, alive: tuple[int, ...], idle: float = 1001.0):
+    """What rank 0 finds after the ranks `alive` have reported once more, having been where they are for so long."""
+    before = dogs[0]._read()
+    for rank in alive:
+        dogs[rank]._since = time.monotonic() - idle
+        dogs[rank]._report()
+    return find_hang(before, dogs[0]._read(), 3, 1000.0)
 
 
 def test_a_rank_that_hangs_before_its_first_pulse_is_named(three):
     for dog in three:
-        dog.at(1, "data")
-    assert verdict(three, {0: (8, "update"), 2: (8, "data")}) == "silent: rank 1, last in section 'data' of step 1"
+        dog.at(section("data", 1))
+    hang = hang_of(three, alive=(0, 2))
+    assert hang.silent == (1,) and hang.place == "section 'data' of step 1"
+    assert str(hang) == "silent: rank 1, last in section 'data' of step 1"
 
 
-def test_who_never_took_a_step_is_named_alone(three):
+def test_who_never_reported_is_named_alone(three):
     """Not those that wait for it."""
-    three[0].at(1, "data")
-    three[2].at(1, "data")
-    assert verdict(three, {0: (1, "data"), 2: (1, "data")}) == "silent: rank 1, which never took a step"
+    three[0].at(section("data", 1))
+    three[2].at(section("data", 1))
+    assert str(hang_of(three, alive=(0, 2))) == "silent: rank 1, which never reported"
 
 
-def test_of_ranks_that_all_answer_those_furthest_behind_are_named(three):
+def test_of_ranks_that_all_report_those_furthest_behind_are_named(three):
     for dog in three:
-        dog.at(4, "data")
-    said = verdict(three, {0: (5, "data"), 1: (4, "update"), 2: (4, "data")})
-    assert said == "furthest behind: rank 2, last in section 'data' of step 4"
+        dog.at(section("data", 4))
+    three[0].at(section("update", 4))
+    three[0].at(section("data", 5))
+    three[1].at(section("update", 4))
+    hang = hang_of(three, alive=(0, 1, 2))
+    assert hang.behind == (2,)
+    assert str(hang) == "furthest behind: rank 2, last in section 'data' of step 4"
+
+
+def test_a_job_in_which_some_rank_moves_or_pauses_does_not_hang(three):
+    for dog in three:
+        dog.at(section("data", 1))
+    assert hang_of(three, alive=(0, 1, 2), idle=999.0) is None
+    three[1].pause()
+    assert hang_of(three, alive=(0, 1, 2)) is None
+    assert hang_of(three, alive=(0, 2)).silent == (1,), "a process that stops while it pauses is named"
+
+
+def test_a_place_is_reported_at_once_where_asked_for():
+    store = HashStore()
+    for every_place, place in ((True, "second"), (False, "first")):
+        dog = Watchdog(StoreChannel(store, 0, 1, 5.0, 5.0), 1000.0, "--limit", every_place=every_place)
+        dog.at("first")
+        dog.at("second")
+        assert dog._read()[0].place == place
+        dog.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit, for os._exit
+def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
+    ended = {}
+
+    def end(message, code):
+        ended[int(message.split(":")[0].removeprefix("rank "))] = (message, code)
+        raise SystemExit
+
+    monkeypatch.setattr(watchdog_module.runtime, "end", end)
+    store, judged = HashStore(), []
+
+    def on_hang(hang):
+        judged.append(hang)
+        return "see the table", 3
+
+    dogs = [Watchdog(StoreChannel(store, rank, 3, 5.0, 5.0), 0.8, "--limit", on_hang) for rank in range(3)]
+    for dog in dogs:
+        dog.at("all_reduce")
+    for dog in dogs:
+        dog._thread.join(timeout=30)
+    assert len(judged) == 1 and judged[0].behind == (0, 1, 2) and not judged[0].silent
+    assert sorted(ended) == [0, 1, 2] and {code for _, code in ended.values()} == {3}
+    assert all("(--limit = 0.8) in all_reduce; see the table" in message for message, _ in ended.values())
+
+
+# ---- the channel
+
+
+class Frozen:
+    """A store whose holder is stopped: its calls never return."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __getattr__(self, name):
+        def wait(*_):
+            self.calls += 1
+            threading.Event().wait()
+
+        return wait
+
+
+def test_a_store_that_does_not_answer_ends_every_call_in_time():
+    store = Frozen()
+    channel = StoreChannel(store, 1, 2, timeout=0.2, patience=60.0)
+    calls = [
+        lambda: channel.send("a", 1),
+        lambda: channel.receive("a"),
+        lambda: channel.receive_if_sent("a"),
+        lambda: channel.receive_from_ranks("a"),
+        lambda: channel.count("a"),
+        lambda: channel.barrier("a", 2),
+    ]
+    start = time.monotonic()
+    for call in calls:
+        with pytest.raises(StoreUnreachable, match=r"does not answer \(no answer within 0.2 s"):
+            call()
+    assert time.monotonic() - start < 5 and store.calls == 1, "after the first one no call is tried"
+
+
+def test_a_rank_whose_store_does_not_answer_ends_after_the_limit(monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog_module.runtime, "end", lambda *a: ended.append(a))
+    dog = Watchdog(StoreChannel(Frozen(), 1, 2, timeout=0.2, patience=60.0), 0.8, "train.step_timeout")
+    dog.at(section("data", 1))
+    deadline = time.monotonic() + 30
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dog.close()
+    message, code = ended[0]
+    assert code == 76 and "in section 'data' of step 1; the process that holds the job's store" in message
+
+
+def test_messages_arrive_whole_or_are_refused():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    channels = [StoreChannel(server.clone(), rank, 2, 5.0, 0.3) for rank in range(2)]
+    assert channels[1].receive_if_sent("x") is None
+    channels[0].send("x", {"a": [1, None, "ü"]})
+    assert channels[1].receive("x") == {"a": [1, None, "ü"]}
+    for channel in channels:
+        channel.send(f"here/{channel.rank}", channel.rank)
+    assert channels[0].receive_from_ranks("here") == {0: 0, 1: 1}
+    with pytest.raises(ValueError, match="message 'big': .* bytes, at most"):
+        channels[0].send("big", "x" * MAX_BYTES)
+    with pytest.raises(MessageTimeout, match="rank 1 waited 0.3 s for message 'y'"):
+        channels[1].receive("y")
+    with pytest.raises(MessageTimeout, match="2 ranks at 'gate'"):
+        channels[1].barrier("gate", 2)
+    channels[0].barrier("gate", 2)  # the other one was there

@@ -1,0 +1,121 @@
+"""Messages between the ranks of a job through its key-value store, which needs no GPU, no NCCL and no process group.
+
+Every call has a limit. A store whose holder (rank 0 or the launcher) is stopped or cut off answers nothing, and the
+calls of torch's client then wait without an end; so they run in a thread that nobody joins, and the caller waits for
+an answer for `timeout` seconds at most.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from torch.distributed import Store
+
+from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.errors import UserError
+
+PAUSE = 0.01  # seconds between two looks at the store
+MAX_BYTES = 1 << 24  # of one message
+
+T = TypeVar("T")
+
+
+class MessageTimeout(UserError):
+    """A message from another rank did not come in time."""
+
+
+class StoreChannel:
+    """JSON messages between the `world` ranks of a job; this is rank `rank`.
+
+    Args:
+        store: of the job. The channel uses it from a thread of its own: give each channel its own connection
+            (`store.clone()`).
+        timeout: seconds within which the store must answer a call.
+        patience: seconds that `receive` and `barrier` wait for other ranks.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, timeout: float, patience: float):
+        self.store, self.rank, self.world = store, rank, world
+        self.timeout, self.patience = timeout, patience
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._unreachable = ""
+        threading.Thread(target=self._run_calls, name="store channel", daemon=True).start()
+
+    def send(self, name: str, value: Any) -> None:
+        """Leaves a message for all ranks; a later one of the same name replaces it. `value`: anything JSON holds.
+
+        Raises StoreUnreachable, or ValueError for more than `MAX_BYTES`.
+        """
+        text = json.dumps(value)
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"message {name!r}: {len(text):,} bytes, at most {MAX_BYTES:,} go through the store")
+        self._call(lambda: self.store.set(name, text))
+
+    def receive(self, name: str) -> Any:
+        """Waits for a message and returns it. Raises MessageTimeout or StoreUnreachable."""
+        self._wait(lambda: self._call(lambda: self.store.check([name])), f"message {name!r}")
+        return json.loads(self._call(lambda: self.store.get(name)))
+
+    def receive_if_sent(self, name: str) -> Any | None:
+        """The message if it is there, else None. Raises StoreUnreachable."""
+
+        def look() -> bytes | None:
+            return self.store.get(name) if self.store.check([name]) else None
+
+        text = self._call(look)
+        return None if text is None else json.loads(text)
+
+    def receive_from_ranks(self, prefix: str) -> dict[int, Any]:
+        """The messages `prefix/RANK` that are there, by rank. Raises StoreUnreachable."""
+        messages = {rank: self.receive_if_sent(f"{prefix}/{rank}") for rank in range(self.world)}
+        return {rank: message for rank, message in messages.items() if message is not None}
+
+    def count(self, name: str, amount: int = 1) -> int:
+        """Adds to the counter `name`, which starts at 0, and returns the sum. Raises StoreUnreachable."""
+        return self._call(lambda: self.store.add(name, amount))
+
+    def barrier(self, name: str, ranks: int) -> None:
+        """Waits until so many ranks have called it. Raises MessageTimeout or StoreUnreachable."""
+        self.count(name)
+        self._wait(lambda: self.count(name, 0) >= ranks, f"{ranks} ranks at {name!r}")
+
+    def _wait(self, condition: Callable[[], bool], purpose: str) -> None:
+        deadline = time.monotonic() + self.patience
+        while not condition():
+            if time.monotonic() > deadline:
+                raise MessageTimeout(
+                    f"rank {self.rank} waited {self.patience:g} s for {purpose}; see whether the other ranks live"
+                )
+            time.sleep(PAUSE)
+
+    def _call(self, operation: Callable[[], T]) -> T:
+        """Runs a store operation in the channel's thread. Raises StoreUnreachable, then for every later call too."""
+        if self._unreachable:
+            raise StoreUnreachable(self._unreachable)
+        answer: Future[T] = Future()
+        self._calls.put((operation, answer))
+        try:
+            return answer.result(self.timeout)
+        except TimeoutError:
+            problem = f"no answer within {self.timeout:g} s"
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            problem = str(error).splitlines()[0]
+        self._unreachable = (
+            f"the process that holds the job's store (rank 0 or the launcher) does not answer ({problem});"
+            " see whether it and its node live"
+        )
+        raise StoreUnreachable(self._unreachable)
+
+    def _run_calls(self) -> None:
+        while True:
+            operation, answer = self._calls.get()
+            try:
+                answer.set_result(operation())
+            except BaseException as error:
+                answer.set_exception(error)
