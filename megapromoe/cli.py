@@ -1,24 +1,42 @@
 """The command line: `megapromoe COMMAND`. Each command is a file of `commands/`.
 
-Torch and deepspeed are imported by the command that needs them, so that help and `show` are there at once.
+Only the module of the command that runs is imported, and it imports torch and deepspeed where it needs them, so that
+help and `show` answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import re
+import importlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
 
 from megapromoe import __version__
-from megapromoe.commands import check, data, evaluate, plan, sample, show, train
+from megapromoe.commands.command_line import SETTING
 from megapromoe.errors import UserError
 
+if TYPE_CHECKING:
+    from megapromoe.distributed.runtime import Launch
+
+# Name and summary of each command, in the order of the help; `megapromoe.commands.NAME` is its module.
 COMMANDS = {
-    **{"show": show, "plan": plan, "check": check, "data": data},
-    **{"train": train, "sample": sample, "evaluate": evaluate},
+    "show": "print presets, a resolved config, its size and its layout",
+    "plan": "find the best layout for some GPUs, and say what it would cost",
+    "check": "try the machines before a run, and name the bad node",
+    "encode": "encode a folder of images into latents, or import published ones",
+    "data": "check, show or time a folder of latents",
+    "train": "train a model, or continue a run",
+    "sample": "draw images with a trained model",
+    "evaluate": "measure how good drawn images are: FID and its kin",
+    "routing": "show what the experts of a run learnt, as one HTML page",
+    "convert": "convert a checkpoint between formats, bit by bit",
+    "inspect": "show a checkpoint of any format, or how two of them differ",
+    "upcycle": "make a ProMoE from a trained model",
+    "study": "plan, run and compare many trainings from one recipe",
+    "benchmark": "time our MoE layer, step and sampling beside others",
+    "launchers": "write the job scripts into a folder",
 }
 # Once a rank has failed, launchers end the others: those that leave the message to rank 0 give it so many seconds.
 GRACE = 5.0
@@ -37,18 +55,29 @@ nodes, 75 stopped by a signal and saved (repeat the command), 76 a rank hung, 13
 `megapromoe COMMAND --help` tells more of a command."""
 
 
+class Command(Protocol):
+    """A module of `commands/`."""
+
+    EPILOG: str  # of its help
+    JOB: bool  # every rank of a job runs it
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds its options."""
+
+    def run(self, options: argparse.Namespace, launch: Launch | None) -> int:
+        """Runs it and returns the exit code; `launch` is this rank, None unless `JOB`. Raises UserError."""
+
+
+def load(name: str) -> Command:
+    """Imports the module of a command."""
+    return cast(Command, importlib.import_module(f"megapromoe.commands.{name}"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code, as `--help` lists them."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    # Overrides may stand anywhere, also after options that take a list.
-    overrides = [a for a in arguments if re.match(r"\w+\.\w+=", a)]
-    parser = _parser()
-    options, rest = parser.parse_known_args([a for a in arguments if not re.match(r"\w+\.\w+=", a)])
-    if unknown := [a for a in rest if a.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see megapromoe {options.command} --help")
-    options.overrides = overrides + rest
     try:
-        command = COMMANDS[options.command]
+        options = parse(sys.argv[1:] if argv is None else argv)
+        command = load(options.command)
         return _as_a_rank(command, options) if command.JOB else command.run(options, None)
     except UserError as error:
         print(f"megapromoe: {error}", file=sys.stderr)
@@ -58,7 +87,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line. Words that argparse refuses end the process with exit code 2.
+
+    Beside the command's own options, the namespace has
+        overrides: words of the form section.key=value, which may stand anywhere, also after options that take a list;
+            then words that are no option, which the configuration refuses with the rest of its problems.
+        passed_on: unknown words, of a command that hands them to another program.
+        words: the whole command line.
+    """
+    settings = [word for word in words if SETTING.match(word)]
+    others = [word for word in words if not SETTING.match(word)]
+    parser = _parser(next((word for word in others if word in COMMANDS), None))
+    options, unknown = parser.parse_known_args(others)
+    options.words = list(words)
+    options.passed_on, unknown = (unknown, []) if options.passes_on else ([], unknown)
+    if settings and options.no_settings:
+        parser.error(f"{settings[0]}: {options.no_settings}")
+    if wrong := [word for word in unknown if options.no_settings or word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}; see megapromoe {options.command} --help")
+    options.overrides = [*settings, *unknown]
+    return options
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the options of the chosen one alone."""
     parser = argparse.ArgumentParser(
         prog="megapromoe",
         description="Expert-parallel training of ProMoE diffusion transformers.",
@@ -70,23 +123,27 @@ def _parser() -> argparse.ArgumentParser:
     # The deepspeed launcher puts it before the command; runtime.py reads the same from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        command.arguments(
-            commands.add_parser(
-                name,
-                help=command.SUMMARY,
-                description=command.SUMMARY[0].upper() + command.SUMMARY[1:] + ".",
-                usage=f"megapromoe {name} [options] [section.key=value ...]",
-                epilog=command.EPILOG,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
+    for name, summary in COMMANDS.items():
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            usage=f"megapromoe {name} [options] [section.key=value ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
+        added.set_defaults(no_settings=None, passes_on=False)  # a command may change them
+        if name == chosen:
+            command = load(name)
+            added.epilog = command.EPILOG
+            command.arguments(added)
     return parser
 
 
-def _as_a_rank(command, options: argparse.Namespace) -> int:
-    """Runs a command as one rank of a job; an error that all ranks meet is told by rank 0 alone."""
+def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
+    """Runs a command as one rank of a job; of an error that all ranks raise, rank 0 alone prints the message."""
+    import logging
+
     from megapromoe.distributed import runtime
 
     launch = runtime.detect()

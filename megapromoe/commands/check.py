@@ -1,13 +1,12 @@
 """`megapromoe check`: tries an allocation before a run, and names the nodes that are unfit."""
 
 import argparse
-import math
 from pathlib import Path
 
+from megapromoe.commands.command_line import positive_number
 from megapromoe.commands.options import OVERRIDES, config_options, resolve_options, run_option
 from megapromoe.planning.cost import memory_per_rank
 
-SUMMARY = "try the machines before a run, and name the bad node"
 EPILOG = f"""\
 Start it as the run will be started, with the run's settings; alone it tries this machine.
   megapromoe check
@@ -45,33 +44,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expect-gbps",
         metavar="X",
-        type=_amount,
+        type=positive_number,
         help="GB/s each way that any two nodes must reach, over all their ranks; default: half of the usual",
     )
     parser.add_argument(
-        "--min-free-gib", metavar="X", type=_amount, help="GiB free in --run; default: what the checkpoints need"
+        "--min-free-gib",
+        metavar="X",
+        type=positive_number,
+        help="GiB free in --run; default: what the checkpoints need",
     )
     parser.add_argument(
-        "--max-skew", metavar="S", type=_amount, default=1.0, help="seconds between clocks, for a warning; default: 1"
+        "--max-skew",
+        metavar="S",
+        type=positive_number,
+        default=1.0,
+        help="seconds between clocks, for a warning; default: 1",
     )
     parser.add_argument(
         "--timeout",
         metavar="S",
-        type=_amount,
+        type=positive_number,
         default=120.0,
         help="seconds to wait for ranks, and for progress of a check, before naming who is missing; default: 120",
     )
-
-
-def _amount(text: str) -> float:
-    """An argparse type: a positive number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
 
 
 def run(options: argparse.Namespace, launch) -> int:

@@ -1,21 +1,19 @@
 """`megapromoe data`: checks, shows and times a folder of latents."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from megapromoe.commands.options import positive
+from megapromoe.commands.command_line import positive, takes_no_settings
 from megapromoe.config.resolve import resolve
 from megapromoe.planning import cost
 
-SUMMARY = "check, show or time a folder of latents"
 EPILOG = """\
   megapromoe data check DIR                    reads every record: checksums, finite values, labels, classes
   megapromoe data show DIR --out sheet.png     a contact sheet: images and mirror images, a row for each class
   megapromoe data speed DIR --workers 4        images/s that the loader makes, and what a model can take
 
-DIR is what tools/encode_latents.py wrote. `show` decodes with the autoencoder that the manifest names; --autoencoder
+DIR is what `megapromoe encode` wrote. `show` decodes with the autoencoder that the manifest names; --autoencoder
 gives its place on this machine, and "none" shows the first three channels of the latents as colours.
 
 exit codes: 0 done, nothing wrong, 1 something is wrong with DIR, each told in a line"""
@@ -26,6 +24,8 @@ SHARE = 0.5  # of the peak that a fast trainer may reach: an assumption, on the 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "megapromoe data check|show|speed DIR [options]"
+    takes_no_settings(parser)
     parser.add_argument("action", choices=("check", "show", "speed"), help="see below")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of latents")
     parser.add_argument("--out", type=Path, metavar="FILE", default=Path("sheet.png"), help="show: default sheet.png")
@@ -40,14 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, launch) -> int:
-    from megapromoe.data.autoencoder import AutoencoderError
-    from megapromoe.data.datasets import DatasetError
-
-    try:
-        return {"check": _check, "show": _show, "speed": _speed}[options.action](options)
-    except (DatasetError, AutoencoderError) as error:
-        print(f"megapromoe: {error}", file=sys.stderr)
-        return 1
+    return {"check": _check, "show": _show, "speed": _speed}[options.action](options)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from megapromoe.commands.options import run_option
 from megapromoe.commands.sample import drawing_options, many_images, num_option
 from megapromoe.config.options import ConfigError
 
-SUMMARY = "measure how good drawn images are: FID and its kin"
 EPILOG = """\
 Draws --num images from --run (or takes --images) and compares them with real ones. Start it under torchrun,
 srun or mpirun to share out the work; repeat it to go on where it was stopped, or to evaluate the same images

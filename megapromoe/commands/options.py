@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that choose a configuration or a run, which several commands share."""
 
 import argparse
 from pathlib import Path
@@ -23,18 +23,24 @@ def config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file of sections and keys")
 
 
+def checkpoint_config_options(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds --config and --preset, for a checkpoint that does not hold its configuration."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--preset", metavar="NAME", help="a recipe instead; `megapromoe show` lists them")
+
+
+def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Config | None:
+    """The config that --config or --preset give, with overrides; None without either. Raises ConfigError."""
+    if options.config is None and options.preset is None:
+        return None
+    return resolve(preset=options.preset, file=options.config, overrides=overrides)
+
+
 def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
     """Adds --run, the folder of a run."""
     # torchrun takes --run for an abbreviation of options of its own, wherever it stands.
     text += "; under torchrun write --run-dir"
     parser.add_argument("--run", "--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
 
 
 def resolve_options(options: argparse.Namespace, world: int | None) -> Config:

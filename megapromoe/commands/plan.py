@@ -1,13 +1,12 @@
 """`megapromoe plan`: which layout to train with on which GPUs, and what it would cost."""
 
 import argparse
-import math
 import shlex
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, positive, resolve_options
+from megapromoe.commands.command_line import file_errors, positive, positive_number
+from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options
 from megapromoe.config.options import Config
 from megapromoe.io import write_json
 from megapromoe.planning.explain import (
@@ -23,7 +22,6 @@ from megapromoe.planning.machines import GIB, MACHINES, Assumptions, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.search import Plan, PlanError, Search, describe, search
 
-SUMMARY = "find the best layout for some GPUs, and say what it would cost"
 EPILOG = f"""\
 examples:
   megapromoe plan --preset promoe_xl --nodes 8 --gpu h100
@@ -74,24 +72,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("--usable", "share of the memory to plan with; default: 0.9"),
         ("--efficiency", "share of its peak that a GPU reaches in large products; default: 0.6"),
     ):
-        own.add_argument(name, metavar="X", type=_amount, help=text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return value
+        own.add_argument(name, metavar="X", type=positive_number, help=text)
 
 
 def run(options: argparse.Namespace, launch) -> int:
     short = {"model.num_experts": options.experts, "train.global_batch": options.batch}
     options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
     world = options.nodes * options.gpus_per_node
-    try:
+    with file_errors():
         machine, assume = _machine(options), _assumptions(options)
         _check_pictures(options.plot)
         config = resolve_options(options, None)
@@ -104,9 +92,6 @@ def run(options: argparse.Namespace, launch) -> int:
 
             title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
             draw(found.fitting[: options.top], machine, found.limit, title, options.plot)
-    except (PlanError, OSError) as error:
-        print(f"megapromoe: {error}", file=sys.stderr)
-        return 1
     print("\n".join(_lines(options, config, found, machine, assume)), flush=True)
     return 0
 

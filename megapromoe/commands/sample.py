@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from megapromoe.commands.options import positive, run_option
+from megapromoe.commands.command_line import positive
+from megapromoe.commands.options import run_option
 from megapromoe.config.options import ConfigError
 
-SUMMARY = "draw images with a trained model"
 EPILOG = """\
 With --count: some images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
 `images`, float in [-1, 1], `labels`, `seed`).

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 
-from megapromoe.commands.options import OVERRIDES, config_options, positive, resolve_options
+from megapromoe.commands.command_line import positive
+from megapromoe.commands.options import OVERRIDES, config_options, resolve_options
 from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import check, resolve, to_yaml
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
-SUMMARY = "print presets, a resolved config, its size and its layout"
 EPILOG = OVERRIDES
 JOB = False
 

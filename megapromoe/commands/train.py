@@ -5,7 +5,6 @@ import argparse
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options, run_option
 from megapromoe.commands.show import describe
 
-SUMMARY = "train a model, or continue a run"
 EPILOG = f"""\
 Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
 command to continue a run from its last checkpoint, on as many ranks as you like. Without --preset and

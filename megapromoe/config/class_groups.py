@@ -22,6 +22,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 class ClassGroupError(UserError):
     """Groups of classes that cannot be used; `violations` lists every reason."""
 
+    exit_code = 2
     on_all_ranks = True  # every rank reads the same file
 
     def __init__(self, violations: Sequence[str]):

@@ -174,6 +174,17 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def share_cores(processes: int) -> None:
+    """Sets the threads of so many processes that this one starts at a time, so that they do not compete for cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+
+def job_environment() -> dict[str, str]:
+    """The environment of jobs that this process submits: the launchers start this Python unless another is chosen."""
+    chosen = "MEGAPROMOE_ENV" in os.environ or "MEGAPROMOE_PYTHON" in os.environ
+    return {**os.environ, **({} if chosen else {"MEGAPROMOE_PYTHON": sys.executable})}
+
+
 def prepare() -> None:
     """Sets what DeepSpeed reads when it is first imported: without a GPU, that it need not look for one."""
     import torch

@@ -35,14 +35,18 @@ from typing import Any
 
 import yaml
 
+from megapromoe.config.options import suggest
 from megapromoe.errors import UserError
 
+RECIPES = Path(__file__).resolve().parent / "recipes"
 WEIGHTS = ("ema", "master")
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 
 
 class StudyError(UserError):
     """A study that cannot be made as asked; `violations` lists every reason."""
+
+    exit_code = 2
 
     def __init__(self, violations: Iterable[str]):
         self.violations = tuple(violations)
@@ -84,6 +88,21 @@ class Recipe:
     weights: str = "ema"
     ranks: int = 1
     launcher: tuple[str, ...] = ()
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The recipes that come with the package, by name."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe, which is given by its path or is one of `recipe_names`. Raises StudyError."""
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    path = Path(recipe)
+    if not path.suffix and not path.exists():
+        raise StudyError([f"--recipe {recipe}: is neither a file nor a recipe; {suggest(recipe, recipe_names())}"])
+    return path
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,6 +1,5 @@
 """Upcycling: what the new model computes follows from the old one, and it trains."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,15 +7,13 @@ import pytest
 import torch
 from support.processes import run
 
+from megapromoe.cli import main
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.conversion.upcycle import Prototypes, _whole_model, cluster, from_dense, grow, moe_inputs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import upcycle as tool  # noqa: E402
 
 SMALL = ["model.hidden_size=32", "model.depth=2", "model.heads=2", "train.global_batch=8", "train.log_every=1"]
 PROMOE = ["model.router=promoe", "model.num_experts=4"]
@@ -146,14 +143,14 @@ def test_the_tool_makes_runs_that_train(tmp_path, capsys):
     dense = state_of("model.router=dense")
     export(replace(dense, kinds=("master", "ema")), tmp_path / "dense", "ours")
     command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--images", "8"]
-    assert tool.main(command) == 0
+    assert main(["upcycle", *command]) == 0
     said = run(1, train_on, tmp_path / "promoe")[0]
     assert said["step"] == 0 and said["losses"][-1] < said["losses"][0]
     state = open_state(tmp_path / "promoe")
     assert not any(state.read(kind, name).any() for kind in ("exp_avg", "exp_avg_sq") for name in state.shapes)
 
-    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "more"), "model.num_experts=8"]) == 0
+    assert main(["upcycle", str(tmp_path / "promoe"), str(tmp_path / "more"), "model.num_experts=8"]) == 0
     assert open_state(tmp_path / "more").shapes["blocks.1.mlp.router.prototypes"] == (8, 32)
-    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=6"]) == 1
+    assert main(["upcycle", str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=6"]) == 1
     assert "must be a multiple" in capsys.readouterr().err
-    assert tool.main([str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=0"]) == 2
+    assert main(["upcycle", str(tmp_path / "promoe"), str(tmp_path / "other"), "model.num_experts=0"]) == 2

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +18,8 @@ from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed import runtime
 from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -121,6 +125,108 @@ def test_help_and_show_need_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def imported_by(*words: str) -> set[str]:
+    """Names of all modules that a command line imports."""
+    code = (
+        "import sys; from megapromoe import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print('IMPORTED', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True)
+    return set(done.stdout.rpartition("IMPORTED")[2].split())
+
+
+SLOW = {"torch", "deepspeed", "numpy", "matplotlib", "scipy", "sklearn", "PIL", "tqdm"}
+
+
+def test_help_imports_no_command_and_show_only_its_own():
+    needless = SLOW | {"yaml", "logging", "pydantic"}
+    modules = imported_by("--help")
+    ours = {name for name in modules if name.startswith("megapromoe")}
+    assert ours == {f"megapromoe{name}" for name in ("", ".cli", ".commands", ".commands.command_line", ".errors")}
+    assert not needless & modules
+    modules = imported_by("show", "--preset", "digits")
+    commands = {name.split(".")[2] for name in modules if name.startswith("megapromoe.commands.")}
+    assert commands == {"command_line", "options", "show"}
+    assert not SLOW & modules
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_that_needs_no_torch(name):
+    assert not {"torch", "deepspeed", "matplotlib", "sklearn", "scipy"} & imported_by(name, "--help")
+
+
+def test_the_table_of_commands_and_their_files_agree():
+    files = {path.stem for path in (ROOT / "megapromoe" / "commands").glob("*.py")}
+    assert files - {"__init__", "command_line", "options"} == set(cli.COMMANDS)
+    for name in cli.COMMANDS:
+        command = cli.load(name)
+        assert command.EPILOG and command.JOB in (True, False) and command.arguments and command.run
+
+
+@pytest.mark.parametrize(
+    "line", [["data", "check", "x"], ["inspect", "x"], ["launchers", "x"], ["routing", "--run", "x"]]
+)
+def test_a_command_that_takes_no_settings_refuses_them(line, capsys):
+    for more, reason in (["model.depth=3"], "takes no settings"), (["a", "b"], "unrecognized arguments"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*line, *more])
+        assert left.value.code == 2 and reason in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["launchers", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"megapromoe: {tmp_path}/file") and said.count("\n") == 1
+
+
+# ---- tools/, the same commands from a checkout
+
+TOOLS = {
+    "benchmark": "benchmark",
+    "convert_checkpoint": "convert",
+    "encode_latents": "encode",
+    "inspect_checkpoint": "inspect",
+    "plot_routing": "routing",
+    "scaling_study": "study",
+    "upcycle": "upcycle",
+}
+
+
+def from_checkout(folder, *words: str) -> subprocess.CompletedProcess:
+    """Runs a tool with the installed packages but without the editable installation of this one."""
+    site = sysconfig.get_paths()["purelib"]
+    command = [sys.executable, "-S", str(ROOT / "tools" / f"{words[0]}.py"), *words[1:]]
+    env = {**os.environ, "PYTHONPATH": site}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_is_its_command_and_needs_no_installation(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([TOOLS[tool], "--help"])
+    done = from_checkout(tmp_path, tool, "--help")
+    assert done.returncode == 0 and done.stdout == capsys.readouterr().out, done.stderr
+    assert from_checkout(tmp_path, tool, "--no-such-option").returncode == 2
+
+
+def test_every_tool_is_known():
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {*TOOLS, "checkout", "train_digits"}
+
+
+def test_what_a_tool_starts_imports_the_same_package(tmp_path):
+    """A study of an uninstalled checkout, whose trainings are processes of their own."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\necho "$PYTHONPATH" > "$(dirname "$0")/path"\n')
+    launcher.chmod(0o755)
+    plan = ["plan", "study", "--preset", "digits", "--seeds", "0", "--launcher", str(launcher)]
+    assert from_checkout(tmp_path, "scaling_study", *plan).returncode == 0
+    assert from_checkout(tmp_path, "scaling_study", "run", "study").returncode == 1
+    assert (tmp_path / "path").read_text().split(os.pathsep)[0] == str(ROOT)
 
 
 @pytest.mark.parametrize("line", [[], ["fly"], ["train"], ["train", "--run", "x", "--pre", "digits"], ["show", "-q"]])

@@ -13,19 +13,17 @@ import pytest
 import yaml
 from support.small_studies import TINY, compared, recipe
 
+from megapromoe.cli import main
 from megapromoe.config.resolve import resolve
 from megapromoe.planning.cost import parameters
 from megapromoe.studies import runs
 from megapromoe.studies.estimate import Speed, seconds
 from megapromoe.studies.grid import expand
-from megapromoe.studies.recipe import StudyError, make_recipe, read_recipe, recipe_dict
+from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read_recipe, recipe_dict, recipe_names
 from megapromoe.studies.study import open_study, plan
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import scaling_study as tool  # noqa: E402
-
-RECIPES = sorted((ROOT / "tools" / "studies").glob("*.yaml"))
+RECIPES = [find_recipe(name) for name in recipe_names()]
 
 
 # ---- what a recipe means
@@ -193,7 +191,9 @@ def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
     done = study.run(study.tasks[2]) / "checkpoints" / "step-00000003"
     done.mkdir(parents=True)
     (done / "manifest.json").write_text("{}")
-    assert tool.main(["submit", str(tmp_path), "--at-once", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
+    assert (
+        main(["study", "submit", str(tmp_path), "--at-once", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
+    )
     words = capsys.readouterr().out.split()
     assert words[:5] == ["sbatch", "--array=0-1,3-5%2", "--time=5", "--partition", "gpu"]
     assert words[5:] == [str(ROOT / "launchers" / "scaling_experts.sh"), str(tmp_path)]
@@ -205,11 +205,11 @@ def test_submit_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys):
     sbatch.write_text('#!/bin/sh\npwd > "$0.where"\necho "$@" > "$0.words"\nexit 4\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert tool.main(["submit", str(study.folder)]) == 4
+    assert main(["study", "submit", str(study.folder)]) == 4
     assert (tmp_path / "sbatch.words").read_text().split()[0] == "--array=0-1"
     assert Path((tmp_path / "sbatch.where").read_text().strip()) == study.folder / "logs"
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert tool.main(["submit", str(study.folder)]) == 1
+    assert main(["study", "submit", str(study.folder)]) == 1
     assert "sbatch is not here" in capsys.readouterr().err
 
 
@@ -308,7 +308,7 @@ def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
     folder = tmp_path / "study"
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_dict(recipe(seeds=[0], settings=TINY | {"train.steps": 40}))))
-    assert tool.main(["plan", str(folder), "--recipe", str(file), "--throughput", "1e9"]) == 0
+    assert main(["study", "plan", str(folder), "--recipe", str(file), "--throughput", "1e9"]) == 0
     assert "estimate:" in capsys.readouterr().out
     study = open_study(folder)
     command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "run", str(folder), "--jobs", "2"]
@@ -334,11 +334,11 @@ def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
         assert steps == list(range(1, 41))
     assert all(study.loss_file(task).exists() for task in study.tasks)
     capsys.readouterr()
-    assert tool.main(["collect", str(folder)]) == 0
+    assert main(["study", "collect", str(folder)]) == 0
     assert "2 runs are done." in (folder / "results.md").read_text()
     losses = [float(line["fixed_loss"]) for line in csv.DictReader((folder / "results.csv").read_text().splitlines())]
     assert len(losses) == 2 and losses[0] != losses[1] and all(0 < loss < 3 for loss in losses)
-    assert tool.main(["plot", str(folder)]) == 0
+    assert main(["study", "plot", str(folder)]) == 0
     for name in ("loss_experts", "loss_compute", "routing", "cost"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -358,15 +358,24 @@ def command_of(pid: int) -> str:
 
 
 def test_wrong_commands_are_told(tmp_path, capsys):
-    assert tool.main(["run", str(tmp_path)]) == 2
+    assert main(["study", "run", str(tmp_path)]) == 2
     assert "holds no study.yaml" in capsys.readouterr().err
-    assert tool.main(["plan", str(tmp_path / "s"), "--preset", "digits", "--routers", "promo"]) == 2
+    assert main(["study", "plan", str(tmp_path / "s"), "--preset", "digits", "--routers", "promo"]) == 2
     assert "must be one of dense" in capsys.readouterr().err
-    assert tool.main(["plan", str(tmp_path / "s")]) == 2
+    assert main(["study", "plan", str(tmp_path / "s")]) == 2
     assert not (tmp_path / "s").exists()
     with pytest.raises(SystemExit) as caught:
-        tool.main(["run", str(tmp_path), "--jobs", "0"])
+        main(["study", "run", str(tmp_path), "--jobs", "0"])
     assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["study", "run", str(tmp_path), "train.steps=3"])
+    assert caught.value.code == 2 and "only `plan` takes them" in capsys.readouterr().err
+    assert main(["study", "plan", str(tmp_path / "s"), "--preset", "digits", "steps"]) == 2
+    assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digit"]) == 2
+    assert "did you mean digits" in capsys.readouterr().err
+    assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--seeds", "1", "train.steps=3"]) == 2
+    assert "leave out seeds, settings" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_options_make_a_recipe(tmp_path, capsys):
@@ -386,7 +395,7 @@ def test_options_make_a_recipe(tmp_path, capsys):
         "0",
         "1",
     ]
-    assert tool.main(["plan", str(tmp_path), *words, "train.steps=7", "train.warmup=2"]) == 0
+    assert main(["study", "plan", str(tmp_path), *words, "train.steps=7", "train.warmup=2"]) == 0
     study = open_study(tmp_path)
     assert len(study.tasks) == 2 * (4 + 4 + 1) and study.recipe.baseline == "dense"
     assert {task.config.train.steps for task in study.tasks} == {7}

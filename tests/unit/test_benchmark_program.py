@@ -1,7 +1,6 @@
 """The benchmark program from end to end: what it measures, keeps, reports and refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 
 from megapromoe.benchmark import baselines, report, routing_patterns, suite
 from megapromoe.benchmark.layer import BenchmarkError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import benchmark as tool  # noqa: E402
+from megapromoe.cli import main
+from megapromoe.commands import benchmark
 
 
 def words(out: Path, *more: str) -> list[str]:
@@ -24,7 +22,7 @@ def measured(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
     for experiment in ("layer", "step", "sample"):
         names = ["ours", "loop", "dense", "bmm"]
-        assert tool.main([experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
+        assert main(["benchmark", experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
     return out
 
 
@@ -51,12 +49,12 @@ def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
     monkeypatch.setattr(suite, "_measure", None)  # a call would raise
     before = json.loads((measured / "benchmark.json").read_text())["scenes"]
     names = ["ours", "loop", "dense", "bmm"]
-    assert tool.main(["step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
+    assert main(["benchmark", "step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
     assert json.loads((measured / "benchmark.json").read_text())["scenes"] == before
 
 
 def test_other_settings_are_not_mixed_in(measured, capsys):
-    assert tool.main(["step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
+    assert main(["benchmark", "step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
     said = capsys.readouterr().err
     assert "contenders: ['ours', 'loop', 'dense', 'bmm'] there, ['ours', 'dense'] now" in said and "--again" in said
 
@@ -66,14 +64,14 @@ def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
     (tmp_path / "benchmark.json").write_text(json.dumps(held))
     names = ["ours", "loop", "dense", "bmm"]
     more = ["--routing", "real", "--contenders", *names, "--again"]
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 0
+    assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 0
     now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
     assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
     more[3:-1] = ["ours"]
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
+    assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
     assert [*json.loads((tmp_path / "benchmark.json").read_text())["scenes"]] == ["sample digits E4 B4 real"]
     (tmp_path / "benchmark.json").write_text("{")
-    assert tool.main(["sample", *words(tmp_path, *more)]) == 1
+    assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 1
 
 
 def test_a_page_is_filled_between_its_marks(measured, tmp_path):
@@ -106,8 +104,8 @@ def test_the_tables_of_the_documentation_can_be_filled():
 WRONG = {
     "an unknown size": (["layer", "--sizes", "xxl"], "invalid choice: 'xxl'"),
     "an unknown contender": (["layer", "--contenders", "ous"], "invalid choice: 'ous'"),
-    "no rounds": (["layer", "--rounds", "0"], "'0' is not a whole number from 1 on"),
-    "a share of 2": (["layer", "--null", "2"], "'2' is not a number from 0 to 1"),
+    "no rounds": (["layer", "--rounds", "0"], "must be a whole number of at least 1, not '0'"),
+    "a share of 2": (["layer", "--null", "2"], "must be a number from 0 to 1, not '2'"),
 }
 
 
@@ -115,27 +113,27 @@ WRONG = {
 def test_wrong_words_get_a_sentence(what, capsys):
     argv, sentence = WRONG[what]
     with pytest.raises(SystemExit) as error:
-        tool.main(argv)
+        main(["benchmark", *argv])
     assert error.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_gets_a_sentence(capsys):
-    assert tool.main(["layer", "--device", "cuda"]) == 2
+    assert main(["benchmark", "layer", "--device", "cuda"]) == 2
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_what_is_not_compiled_gets_a_sentence(capsys):
-    assert tool.main(["all", "--compile", "--device", "cpu"]) == 2
+    assert main(["benchmark", "all", "--compile", "--device", "cpu"]) == 2
     assert "--compile all: only `step` is compiled" in capsys.readouterr().err
 
 
 def test_a_dry_run_lists_the_scenes(capsys):
-    assert tool.main(["all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
+    assert main(["benchmark", "all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 3 * 2 + 2 * 2 and any("E256" in line for line in told)
 
 
 def test_the_program_knows_what_the_library_has():
-    assert tool.CONTENDERS == baselines.CONTENDERS and tool.ROUTINGS == routing_patterns.ROUTINGS
-    assert tool.SIZES == suite.SIZES and tool.EXPERIMENTS == suite.EXPERIMENTS
+    assert benchmark.CONTENDERS == baselines.CONTENDERS and benchmark.ROUTINGS == routing_patterns.ROUTINGS
+    assert benchmark.SIZES == suite.SIZES and benchmark.EXPERIMENTS == suite.EXPERIMENTS

@@ -18,16 +18,13 @@ from support.processes import run
 from test_published_run import assert_reproduced, config, train
 
 from megapromoe.checkpoint.format import KINDS, Checkpoint
+from megapromoe.cli import main
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.published_names import constants
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import read_pickle
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import convert_checkpoint  # noqa: E402
-import inspect_checkpoint  # noqa: E402
 
 
 def assert_same(one: State, other: State, kinds: tuple[str, ...] = KINDS) -> None:
@@ -79,11 +76,10 @@ def test_published_names_are_those_of_the_release(tmp_path, case):
 def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config_that_runs()))
-    command = convert_checkpoint.main
-    assert command([str(PUBLISHED), str(tmp_path / "run"), "--to", "ours", "--config", str(path)]) == 0
+    assert main(["convert", str(PUBLISHED), str(tmp_path / "run"), "--to", "ours", "--config", str(path)]) == 0
     last = "run"
     for form in ("safetensors", "deepspeed", "published"):
-        assert command([str(tmp_path / last), str(tmp_path / NAMES[form]), "--to", form]) == 0
+        assert main(["convert", str(tmp_path / last), str(tmp_path / NAMES[form]), "--to", form]) == 0
         last = NAMES[form]
     theirs, ours = (torch.load(p, weights_only=True) for p in (PUBLISHED, tmp_path / last))
     assert list(theirs) == list(ours) and theirs["step"] == ours["step"]
@@ -228,7 +224,7 @@ def test_weights_without_optimizer_start_with_empty_moments(tmp_path):
 
 
 def test_what_lists_without_a_config(capsys):
-    assert convert_checkpoint.main([str(PUBLISHED), "--what"]) == 0
+    assert main(["convert", str(PUBLISHED), "--what"]) == 0
     said = capsys.readouterr().out
     assert "step: 3" in said and "format: published" in said and "config: none" in said
     assert "ema_model_state_dict.blocks.3.mlp.cluster_centers" in said and "4x32" in said
@@ -260,37 +256,38 @@ def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
         return tensor
 
     export(replace(state, read=read), tmp_path / "b.pth", "published")
-    assert inspect_checkpoint.main([str(tmp_path / "run"), str(tmp_path / "b.pth"), "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "run"), str(tmp_path / "b.pth"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     (found,) = [one for one in said["differences"] if one["largest"] > 0]
     assert (found["name"], found["kind"]) == ("final_layer.linear.bias", "ema")
     norm = float(state.read("ema", "final_layer.linear.bias").norm())
     assert found["largest"] == pytest.approx(0.5, rel=1e-5)
     assert found["relative"] == pytest.approx(0.5 / norm, rel=1e-5)
-    assert inspect_checkpoint.main([str(tmp_path / "b.pth"), str(tmp_path / "run")]) == 0
+    assert main(["inspect", str(tmp_path / "b.pth"), str(tmp_path / "run")]) == 0
     count = 4 * len(state.shapes)
     assert f"{count - 1} of {count} tensors are equal to the bit" in capsys.readouterr().out
 
-    assert inspect_checkpoint.main([str(tmp_path / "run"), "--json"]) == 0
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["layout"].startswith("1 rank files") and said["step"] == 12
     for name in state.shapes:
         for kind in KINDS:
             assert said["tensors"][name]["norm"][kind] == pytest.approx(float(state.read(kind, name).norm()), rel=1e-5)
-    assert inspect_checkpoint.main([str(tmp_path / "b.pth")]) == 1
+    assert main(["inspect", str(tmp_path / "b.pth")]) == 1
     assert "--config FILE" in capsys.readouterr().err
 
 
 # A model of 35 MB with all its state, converted in a process of its own that reports the growth of its memory.
 MEASURE = """
 import sys
-import convert_checkpoint, megapromoe.conversion.exports, megapromoe.conversion.formats, torch, tqdm
+import megapromoe.conversion.exports, megapromoe.conversion.formats, torch, tqdm
+from megapromoe.cli import main
 torch.set_num_threads(1)
 tiny = sys.argv[1:4] + sys.argv[6:]
-assert convert_checkpoint.main(tiny) == 0
+assert main(["convert", *tiny]) == 0
 peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # getrusage's has the parent's
 before = peak()
-assert convert_checkpoint.main(sys.argv[4:6] + sys.argv[3:4] + sys.argv[6:]) == 0
+assert main(["convert"] + sys.argv[4:6] + sys.argv[3:4] + sys.argv[6:]) == 0
 print("GROWTH", (peak() - before) * 1024)
 """
 
@@ -299,7 +296,7 @@ def growth(tiny: Path, source: Path, target: Path, form: str, *more: str) -> int
     """Bytes of memory that a conversion needs beyond those that a tiny one needed."""
     small = target.with_name(f"tiny-{target.name}")
     words = [str(tiny), str(small), f"--to={form}", str(source), str(target), *more]
-    path = os.pathsep.join(str(Path(__file__).parents[2] / part) for part in ("tools", "."))
+    path = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import torch
 from support.golden_states import NAMES, PUBLISHED, config_that_runs, state_of
 
 from megapromoe.checkpoint.format import CheckpointError
+from megapromoe.cli import main
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.stream import ConversionError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import convert_checkpoint  # noqa: E402
 
 
 class Payload:
@@ -39,8 +36,8 @@ def test_a_malicious_file_executes_nothing_and_is_refused(tmp_path, capsys, how)
     else:
         path.write_bytes(pickle.dumps(content))
     target = str(tmp_path / "run")
-    assert convert_checkpoint.main([str(path), target, "--to", "ours", "--preset", "promoe_s"]) == 1
-    assert convert_checkpoint.main([str(path), "--what"]) == 1
+    assert main(["convert", str(path), target, "--to", "ours", "--preset", "promoe_s"]) == 1
+    assert main(["convert", str(path), "--what"]) == 1
     said = capsys.readouterr().err
     assert "nothing of it was executed" in said and ("system" in said or how == "pickle")
     assert not trace.exists() and not Path(target).exists()
@@ -51,13 +48,13 @@ def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
     trace = tmp_path / "executed"
     name = "global_step12/layer_1_expert_0_mp_rank_00_model_states.pt"
     torch.save({"x": Payload(f"touch {trace}")}, tmp_path / "deep" / name)
-    assert convert_checkpoint.main([str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
+    assert main(["convert", str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
     assert "nothing of it was executed" in capsys.readouterr().err and not trace.exists()
 
 
 def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
     def says(*command: str, code: int = 1) -> str:
-        assert convert_checkpoint.main([str(word) for word in command]) == code
+        assert main(["convert", *map(str, command)]) == code
         return capsys.readouterr().err
 
     there = tmp_path / "run"
@@ -78,10 +75,10 @@ def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
     assert "did you mean depth?" in says(PUBLISHED, there, *given, "model.dept=3", code=2)
     assert "leave the step out" in says(PUBLISHED, there, *given, "--step", 3)
     assert not there.exists()
-    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given)]) == 0
+    assert main(["convert", *map(str, (PUBLISHED, there, *given))]) == 0
     capsys.readouterr()
     assert "exists; choose another, or --overwrite" in says(PUBLISHED, there, *given)
-    assert convert_checkpoint.main([str(word) for word in (PUBLISHED, there, *given, "--overwrite")]) == 0
+    assert main(["convert", *map(str, (PUBLISHED, there, *given, "--overwrite"))]) == 0
     assert "no such checkpoint; there are 3" in says(there, tmp_path / "d.pth", "--to", "published", "--step", 7)
     assert "let its name end in .pth" in says(there, tmp_path / "d", "--to", "published")
     assert "lies in the source" in says(there, there / "checkpoints", "--to", "deepspeed", "--overwrite")
@@ -90,9 +87,7 @@ def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
     assert "known format" in says(there, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
     (there / "metrics.jsonl").write_text("{}")
     assert "never overwritten" in says(PUBLISHED, there, *given, "--overwrite")
-    with pytest.raises(SystemExit) as stop:
-        convert_checkpoint.main([str(PUBLISHED)])
-    assert stop.value.code == 2
+    assert "give DEST and --to FORMAT, or --what" in says(PUBLISHED, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.safetensors", "c.yaml", "mine", "run"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import threading
 from pathlib import Path
 
@@ -14,16 +13,13 @@ from support.image_folder import images  # noqa: F401, a fixture
 from support.latent_folders import Arrays, impatient, published, write  # noqa: F401, `impatient` is a fixture
 from support.small_autoencoders import autoencoders  # noqa: F401, a fixture
 
-from megapromoe.commands import data
+from megapromoe.cli import main
 from megapromoe.data import encode
 from megapromoe.data.autoencoder import open_autoencoder
 from megapromoe.data.contact_sheet import MARGIN, contact_sheet
 from megapromoe.data.encode import EncodedImages, EncodeError
 from megapromoe.data.images import ImageError, read_image, scan
 from megapromoe.data.latents import Latents, check, read_manifest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import encode_latents  # noqa: E402
 
 
 def files(folder):
@@ -161,15 +157,11 @@ def test_no_readable_file_is_an_error(tmp_path):
 
 
 def tool(*arguments):
-    return encode_latents.main([str(a) for a in arguments])
+    return main(["encode", *map(str, arguments)])
 
 
 def command(capsys, *arguments):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    data.arguments(parser)
-    code = data.run(parser.parse_args([str(a) for a in arguments]), None)
+    code = main(["data", *map(str, arguments)])
     said = capsys.readouterr()
     return code, said.out + said.err
 
@@ -212,10 +204,9 @@ def test_speed_says_how_many_images(tmp_path, capsys):
 
 def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, capsys):  # noqa: F811
     assert tool("--images", tmp_path / "none", "--autoencoder", "none", "--out", tmp_path / "l") == 1
-    assert "encode_latents: " in (err := capsys.readouterr().err) and "no such folder" in err
-    with pytest.raises(SystemExit) as error:
-        tool("--images", images, "--out", tmp_path / "l")
-    assert error.value.code == 2 and "needs --autoencoder" in capsys.readouterr().err
+    assert "megapromoe: " in (err := capsys.readouterr().err) and "no such folder" in err
+    assert tool("--images", images, "--out", tmp_path / "l") == 2
+    assert "needs --autoencoder" in capsys.readouterr().err
     published(tmp_path / "npz")
     assert tool("--npz", tmp_path / "npz", "--autoencoder", autoencoders / "kl", "--out", tmp_path / "l") == 1
     assert "makes latents of shape (2, 16, 16), the files hold (4, 4, 4)" in capsys.readouterr().err

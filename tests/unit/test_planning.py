@@ -1,6 +1,5 @@
 """The search over layouts, its words, and `megapromoe plan`."""
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -10,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from megapromoe.commands import plan as command
+from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import check, resolve
 from megapromoe.distributed.mesh import rank_tables
@@ -223,13 +222,10 @@ def test_flat_groups_of_experts_are_those_of_deepspeed():
 
 
 def planned(capsys, *words: str) -> tuple[int, str, str]:
-    parser = argparse.ArgumentParser()
-    command.arguments(parser)
-    options, options_overrides = parser.parse_known_args(words)
-    options.overrides = options_overrides
-    code = command.run(options, None)
-    out, err = capsys.readouterr()
-    return code, out, err
+    """Exit code, stdout and stderr of `megapromoe plan`."""
+    code = main(["plan", *words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
 def test_the_command_ends_with_a_line_to_paste(capsys):

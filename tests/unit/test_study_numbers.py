@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import sys
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from support.small_studies import TINY, compared, finished, recipe, rows
 
+from megapromoe.cli import main
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.evaluation.heldout import objective_loss
@@ -22,9 +21,6 @@ from megapromoe.studies.image_plots import _draw_course, draw_images
 from megapromoe.studies.plots import draw_all
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.tables import differences, fits, groups, mean_of, to_csv, to_markdown, trends
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import scaling_study as tool  # noqa: E402
 
 
 def test_collected_numbers_are_exact(tmp_path):
@@ -52,7 +48,7 @@ def test_a_loss_of_another_checkpoint_does_not_count(tmp_path, capsys):
     assert not evaluated(study, one), "of other weights"
     with pytest.raises(StudyError, match="not computed yet"):
         row(study, one)
-    assert tool.main(["plot", str(tmp_path)]) == 0
+    assert main(["study", "plot", str(tmp_path)]) == 0
     assert f"not computed yet (`collect` does): {one.name}" in capsys.readouterr().err
 
 
@@ -283,7 +279,7 @@ def of_three_steps(task):
 def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
     study = finished(tmp_path, recipe())
     evaluations(study, of_three_steps)
-    assert tool.main(["collect", str(tmp_path)]) == 0
+    assert main(["study", "collect", str(tmp_path)]) == 0
     lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(lines) == 2 * (4 * (6 + 3) - 1), "the newest of each"
     told = {}
@@ -332,13 +328,13 @@ def test_figures_over_training_are_multiples_of_the_baselines():
 def test_one_step_makes_no_curve(tmp_path, capsys):
     study = finished(tmp_path, recipe())
     evaluations(study, lambda task: [(3, 1.0, 1500, 9.0), (3, 2.0, 1500, 8.0)])
-    assert tool.main(["collect", str(tmp_path)]) == 0
+    assert main(["study", "collect", str(tmp_path)]) == 0
     assert not (tmp_path / "curves.csv").exists()
     assert "## Over training" not in (tmp_path / "results.md").read_text()
     assert [ax.get_label() for ax in draw_images(study, rows(study)).axes] == ["losses", "ends"]
     # Two steps, but of no model at all of its seeds: kept as numbers, and not drawn.
     evaluations(study, lambda task: [(3, 1.0, 1500, 9.0)] + [(2, 1.0, 1500, 9.5)] * task.seed)
-    assert tool.main(["collect", str(tmp_path)]) == 0
+    assert main(["study", "collect", str(tmp_path)]) == 0
     assert (tmp_path / "curves.csv").is_file()
     assert "| promoe num_experts=2 | 9.5 | 9 / 9 |" in (tmp_path / "results.md").read_text()
     assert [ax.get_label() for ax in draw_images(study, rows(study)).axes] == ["losses", "ends"]

@@ -1,0 +1,110 @@
+"""What all commands share: the types of their options, their errors, and words of the form section.key=value.
+
+Imports neither the configuration nor torch, so that `megapromoe --help` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from megapromoe.errors import UserError
+
+SETTING = re.compile(r"\w+\.\w+=")
+
+Value = TypeVar("Value")
+
+
+class CommandError(UserError):
+    """Words of a command line that do not go together."""
+
+    exit_code = 2
+    on_all_ranks = True  # every rank reads the same words
+
+
+class FileError(UserError):
+    """A file or folder that the operating system does not let a command read or write."""
+
+
+class InterruptedCommand(UserError):
+    """Ctrl-C in a command that keeps what it has done; the message says how to continue."""
+
+    exit_code = 130
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turns an OSError of the block into a FileError, which names the file and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        raise FileError(reason) from error
+
+
+def takes_no_settings(parser: argparse.ArgumentParser, rule: str = "this command takes no settings") -> None:
+    """Declares that a command, or a sub-command, refuses words of the form section.key=value, with the reason."""
+    parser.set_defaults(no_settings=rule)
+
+
+def refuse_other_words(options: argparse.Namespace, rule: str) -> None:
+    """Raises CommandError, with the rule, for words that are neither an option nor section.key=value."""
+    if wrong := [word for word in options.overrides if not SETTING.match(word)]:
+        raise CommandError(f"{' '.join(wrong)}: {rule}; settings are section.key=value")
+
+
+# ---- types of options, for argparse
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number in a range, both ends included."""
+    limits = f"of at least {least}" if most is None else f"in {least}..{most}"
+
+    def read(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdecimal() else None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text!r}")
+        return value
+
+    return read
+
+
+positive = whole_number(1)
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text!r}")
+    return value
+
+
+def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
+    """Numbers with commas between them."""
+
+    def read(text: str) -> tuple[Value, ...]:
+        try:
+            return tuple(kind(word) for word in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between, not {text!r}") from None
+
+    return read

@@ -1,0 +1,97 @@
+"""`megapromoe convert`: converts a checkpoint between formats."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megapromoe.commands.command_line import CommandError, file_errors, refuse_other_words
+from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
+
+FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
+EPILOG = """\
+A checkpoint is converted tensor by tensor, bit by bit.
+
+formats:
+  ours         a run directory (SOURCE may also be one of its checkpoints/step-XXXXXXXX); as DEST, a run that
+               `megapromoe train --config DEST/config.yaml --run DEST` continues
+  published    a .pth of the ProMoE release, with EMA and optimizer: ProMoE (TC, EC), DiT, TC-DiT, EC-DiT, DiffMoE
+  safetensors  one file with all state, or weights alone (--weights)
+  diffusers    a folder of config.json and diffusion_pytorch_model.safetensors; weights alone
+  deepspeed    a folder of latest and global_stepN/ with mp_rank_* and layer_*_expert_* files
+
+A published .pth does not say which model it is of: give the config.
+
+examples:
+  megapromoe convert promoe_l.pth runs/promoe_l --to ours --preset promoe_l
+  megapromoe convert runs/promoe_l promoe_l.pth --to published --step 500000
+  megapromoe convert runs/promoe_l promoe_l.safetensors --to safetensors --weights ema
+  megapromoe convert unknown.pth --what
+
+exit codes: 0 done, 1 the checkpoint cannot be read or written, 2 the command or the config is wrong"""
+JOB = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """\
+megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
+       megapromoe convert SOURCE --what"""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint to read")
+    parser.add_argument("dest", type=Path, metavar="DEST", nargs="?", help="what to write")
+    parser.add_argument("--to", choices=FORMATS, help="the format of DEST")
+    parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto", help="default: auto")
+    checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
+    parser.add_argument("--weights", choices=("ema", "master"), help="which, where a file holds weights alone")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of several; default: the latest")
+    parser.add_argument("--overwrite", action="store_true", help="replace a DEST that is a checkpoint")
+    parser.add_argument("--what", action="store_true", help="list what SOURCE holds; nothing is loaded or written")
+
+
+def run(options: argparse.Namespace, launch: None) -> int:
+    _check(options)
+    from megapromoe.distributed import runtime
+
+    runtime.prepare()
+    with file_errors():
+        return _list(options) if options.what else _convert(options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises CommandError for words that do not go together."""
+    refuse_other_words(options, "SOURCE and DEST are the only paths")
+    if not options.what and (options.dest is None or options.to is None):
+        raise CommandError("give DEST and --to FORMAT, or --what to list what SOURCE holds")
+    if options.what and (options.dest or options.to):
+        raise CommandError("--what writes nothing: leave DEST and --to out")
+    if options.overrides and not (options.config or options.preset):
+        raise CommandError(f"{options.overrides[0]}: settings go over --config or --preset; give one")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megapromoe.conversion.exports import export
+    from megapromoe.conversion.formats import open_state
+
+    config = checkpoint_config(options, options.overrides)
+    state = open_state(options.source, options.form, config, options.step)
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc=options.to) as bar:
+        notes = export(state, options.dest, options.to, options.weights, options.overwrite, bar.update)
+    for note in (*state.notes, *notes):
+        print(f"note: {note}")
+    print(f"{options.dest}: {options.to}, step {state.step}, from {state.where} ({state.format})")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from megapromoe.conversion.formats import list_tensors
+
+    facts, tensors = list_tensors(options.source, options.step)
+    for key, value in facts.items():
+        print(f"{key}: {value}")
+    width = max((len(name) for name in tensors), default=0)
+    for name, entry in tensors.items():
+        kind = str(entry.dtype).removeprefix("torch.")
+        print(f"{name:{width}}  {kind:8}  {'x'.join(map(str, entry.shape)) or 'scalar':>16}  {entry.nbytes:>14,}")
+    print(f"{len(tensors)} tensors, {sum(entry.nbytes for entry in tensors.values()):,} bytes")
+    return 0

@@ -1,0 +1,155 @@
+"""`megapromoe encode`: a folder of images, or published latents, as a few large shards that the trainer reads."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapromoe.commands.command_line import (
+    CommandError,
+    InterruptedCommand,
+    file_errors,
+    positive,
+    takes_no_settings,
+)
+
+if TYPE_CHECKING:
+    from megapromoe.data.encode import EncodedImages
+    from megapromoe.data.importing import PublishedLatents
+    from megapromoe.distributed.runtime import Launch
+
+EPILOG = """\
+--images holds a folder for each class, with images at any depth, of any size and mode; --autoencoder is a folder of
+diffusers' AutoencoderKL or AutoencoderTiny, a name on the Hugging Face hub, or "none" for pixels. --npz holds published
+latents, CLASS/NAME.npz with `latent` and `latent_flip`. Files that cannot be read are left out and listed in the
+manifest. Started by torchrun, srun or mpirun, ranks share the work. Repeat the command after an interruption: finished
+shards are kept. Then look at it: megapromoe data check DIR, megapromoe data show DIR.
+
+examples:
+  megapromoe encode --images imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --out latents/train --dry-run
+  torchrun --nproc-per-node 8 -m megapromoe encode --images imagenet/train \\
+      --autoencoder sd-vae-ft-ema --out latents/train --batch 64 --workers 12
+  megapromoe encode --images photos --autoencoder none --resolution 64 --out pixels
+  megapromoe train --preset promoe_b --run runs/b data.source=latents data.path=latents/train
+
+exit codes: 0 done, 1 it failed, 2 the command is wrong"""
+JOB = True
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = """\
+megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
+       megapromoe encode --npz DIR --out DIR [options]"""
+    takes_no_settings(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="DIR", help="a folder for each class")
+    source.add_argument("--npz", type=Path, metavar="DIR", help="published latents, one file for each image")
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="new, or begun by the same command")
+    parser.add_argument("--autoencoder", metavar="PATH", help='of --images: a folder, a name on the hub, or "none"')
+    parser.add_argument("--resolution", type=positive, metavar="N", default=256, help="side of the crop; default 256")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of pixels; default 3")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="stored; default float16")
+    parser.add_argument("--values", choices=("posterior", "latent"), default="posterior", help="what --npz holds")
+    parser.add_argument("--scale", type=float, default=0.18215, help="of --npz: latents = raw * scale; default SD's")
+    parser.add_argument("--one-class", action="store_true", help="all files are of one class")
+    parser.add_argument("--batch", type=positive, metavar="N", default=32, help="images encoded at once; default 32")
+    parser.add_argument("--workers", type=positive, metavar="N", default=2, help="threads that read; default 2")
+    parser.add_argument("--shard-size", type=positive, metavar="N", default=32768, help="files a shard; default 32768")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+
+
+def run(options: argparse.Namespace, launch: Launch) -> int:
+    if options.images and not options.autoencoder:
+        raise CommandError('--images needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
+    log = logging.getLogger("megapromoe")
+    log.setLevel(logging.INFO)  # every rank reports its shards, with the time
+    for handler in log.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    try:
+        with file_errors():
+            return _encode(options, launch)
+    except KeyboardInterrupt as error:
+        raise InterruptedCommand("interrupted; repeat the command to go on") from error
+
+
+def _encode(options: argparse.Namespace, launch: Launch) -> int:
+    from tqdm import tqdm
+
+    from megapromoe.data.encode import encode
+
+    source = _open_source(options, launch.local_rank)
+    total = len(source.scan.items)
+    if launch.rank == 0:
+        _print_plan(source, total, options.shard_size, launch.world)
+    if options.dry_run:
+        return 0
+    hidden = None if launch.rank == 0 else True
+    with tqdm(total=total, unit="image", desc="encoding", smoothing=0.05, disable=hidden) as bar:
+        manifest = encode(source, options.out, launch.rank, launch.world, options.shard_size, progress=bar.update)
+    if manifest:
+        left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
+        print(f"{options.out}: {manifest.records:,} records{left_out}")
+    return 0
+
+
+def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages | PublishedLatents:
+    import torch
+
+    from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder
+    from megapromoe.data.encode import EncodedImages
+    from megapromoe.data.images import scan
+    from megapromoe.data.importing import PublishedLatents
+
+    device = options.device
+    if device is None:
+        count = torch.cuda.device_count()
+        device = f"cuda:{local_rank % count}" if count else "cpu"
+    if options.images:
+        files = scan(options.images, one_class=options.one_class)
+        autoencoder = open_autoencoder(options.autoencoder, device, options.channels)
+        return EncodedImages(
+            options.images, files, autoencoder, options.resolution, options.batch, options.workers, options.dtype
+        )
+    source = PublishedLatents(
+        options.npz,
+        options.values,
+        options.scale,
+        workers=options.workers,
+        dtype=options.dtype,
+        one_class=options.one_class,
+    )
+    if options.autoencoder:  # only its identity: the files do not name their autoencoder
+        autoencoder = open_autoencoder(options.autoencoder, device)
+        shape = autoencoder.latent_shape(source.facts["resolution"])
+        if shape != source.facts["shape"]:
+            raise AutoencoderError(
+                f"autoencoder {options.autoencoder!r} makes latents of shape {shape}, the files hold"
+                f" {source.facts['shape']}: they are of another"
+            )
+        source.facts |= {
+            "autoencoder": autoencoder.identity,
+            "scale": autoencoder.scale,
+            "shift": autoencoder.shift,
+        }
+    return source
+
+
+def _print_plan(source: EncodedImages | PublishedLatents, files: int, shard_size: int, world: int) -> None:
+    """Prints what will be written, to stderr."""
+    import sys
+
+    from megapromoe.data.encode import record_bytes
+
+    size = record_bytes(source.facts)
+    shards = -(-files // shard_size)
+    facts, skipped = source.facts, source.scan.skipped
+    print(
+        f"{files:,} files of {len(source.scan.class_names)} classes"
+        + (f" ({len(skipped)} others are left out, such as {skipped[0][0]})" if skipped else "")
+        + f" -> {'x'.join(map(str, facts['shape']))} {facts['dtype']}, {size:,} bytes a record,"
+        f" {files * size / 1e9:.3g} GB in {shards} shards over {world} ranks",
+        file=sys.stderr,
+    )

@@ -1,0 +1,136 @@
+"""`megapromoe inspect`: sizes, layout and norms of a checkpoint, or how two checkpoints differ."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapromoe.commands.command_line import file_errors, takes_no_settings
+from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
+from megapromoe.config.options import Config
+
+if TYPE_CHECKING:
+    from megapromoe.conversion.state import State
+
+EPILOG = """\
+PATH and OTHER may be of different formats: a run directory or step folder, a published .pth, .safetensors, a
+diffusers or a DeepSpeed folder; see `megapromoe convert --help`. What does not say which model it is of, such as a
+.pth, is read with --config or --preset, or with what the other says. Kinds: master (the weights), exp_avg and
+exp_avg_sq (AdamW's moments), ema (averaged weights).
+
+With OTHER, each line has the largest absolute difference and the norm of the difference over the norm of PATH's.
+
+examples:
+  megapromoe inspect runs/digits
+  megapromoe inspect runs/digits/checkpoints/step-00000250 runs/digits/checkpoints/step-00000500
+  megapromoe inspect runs/promoe_l promoe_l.pth --json
+
+exit codes: 0 shown, 1 a checkpoint cannot be read, 2 the command or the config is wrong"""
+JOB = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "megapromoe inspect PATH [OTHER] [options]"
+    takes_no_settings(parser)
+    parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint")
+    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="another one to compare it with")
+    checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of PATH; default: the latest")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(options: argparse.Namespace, launch: None) -> int:
+    from tqdm import tqdm
+
+    from megapromoe.conversion.compare import differences, norms
+
+    with file_errors():
+        state, other = _open_both(options, checkpoint_config(options, []))
+        report = _facts(state, options.path)
+        total = state.nbytes + (other.nbytes if other else 0)
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+            if other is None:
+                report["tensors"] = {
+                    name: {"shape": list(state.shapes[name]), "norm": norm}
+                    for name, norm in norms(state, bar.update).items()
+                }
+            else:
+                tensors, apart = differences(state, other, bar.update)
+                report |= {"other": _facts(other, options.other), "apart": apart}
+                report["differences"] = [vars(tensor) for tensor in tensors]
+    if options.json:
+        print(json.dumps(report))
+    elif other is None:
+        _print_norms(report, state.kinds)
+    else:
+        _print_differences(report)
+    return 0
+
+
+def _open_both(options: argparse.Namespace, config: Config | None) -> tuple[State, State | None]:
+    """The two states; the second is None without OTHER. Each may lend the other its config."""
+    from megapromoe.conversion.formats import detect, open_state
+
+    if options.other is None:
+        return open_state(options.path, config=config, step=options.step), None
+    if config is None and detect(options.path) == "published":
+        other = open_state(options.other)
+        return open_state(options.path, config=other.config, step=options.step), other
+    state = open_state(options.path, config=config, step=options.step)
+    lent = state.config if detect(options.other) == "published" else None
+    return state, open_state(options.other, config=config or lent)
+
+
+def _facts(state: State, path: Path) -> dict[str, Any]:
+    files = [state.where] if state.where.is_file() else sorted(p for p in state.where.rglob("*") if p.is_file())
+    return {
+        "path": str(path),
+        "format": state.format,
+        "step": state.step,
+        "updates": state.updates,
+        "kinds": list(state.kinds),
+        "parameters": sum(math.prod(shape) for shape in state.shapes.values()),
+        "buffers": len(state.buffers),
+        "layout": state.layout,
+        "files": {file.name: file.stat().st_size for file in files},
+        "notes": state.notes,
+    }
+
+
+def _print_facts(report: dict[str, Any]) -> None:
+    size = sum(report["files"].values())
+    print(f"{report['path']}: {report['format']}, step {report['step']} ({report['updates']} updates)")
+    print(f"  {report['parameters']:,} parameters, {report['buffers']} buffers; kinds: {', '.join(report['kinds'])}")
+    print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
+    for note in report["notes"]:
+        print(f"  note: {note}")
+
+
+def _print_norms(report: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    _print_facts(report)
+    width = max(map(len, report["tensors"]))
+    print(f"\n{'norm of':{width}}  {'shape':>16}  " + "  ".join(f"{kind:>12}" for kind in kinds))
+    for name, tensor in report["tensors"].items():
+        values = "  ".join(f"{tensor['norm'][kind]:12.6g}" for kind in kinds)
+        print(f"{name:{width}}  {'x'.join(map(str, tensor['shape'])):>16}  {values}")
+    totals = (math.hypot(*(tensor["norm"][kind] for tensor in report["tensors"].values())) for kind in kinds)
+    print(f"{'all':{width}}  {'':>16}  " + "  ".join(f"{total:12.6g}" for total in totals))
+
+
+def _print_differences(report: dict[str, Any]) -> None:
+    _print_facts(report)
+    _print_facts(report["other"])
+    for line in report["apart"]:
+        print(f"apart: {line}")
+    compared = report["differences"]
+    differing = [tensor for tensor in compared if tensor["largest"] > 0 or math.isnan(tensor["largest"])]
+    print(f"\n{len(compared) - len(differing)} of {len(compared)} tensors are equal to the bit")
+    if differing:
+        width = max(len(tensor["name"]) for tensor in differing)
+        print(f"{'differs':{width}}  {'kind':10}  {'largest':>12}  {'relative':>12}")
+        for tensor in differing:
+            figures = f"{tensor['largest']:12.4g}  {tensor['relative']:12.4g}"
+            print(f"{tensor['name']:{width}}  {tensor['kind']:10}  {figures}")

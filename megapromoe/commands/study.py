@@ -1,0 +1,281 @@
+"""`megapromoe study`: many trainings from one recipe, one table, a few pictures."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megapromoe.commands.command_line import (
+    FileError,
+    InterruptedCommand,
+    file_errors,
+    positive,
+    positive_number,
+    refuse_other_words,
+    takes_no_settings,
+    whole_number,
+)
+from megapromoe.commands.launchers import launchers_folder
+from megapromoe.config.options import ROUTERS
+from megapromoe.io import write_text
+from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
+from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
+from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
+from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
+from megapromoe.studies.study import names, open_study, plan
+
+EPILOG = f"""\
+  megapromoe study plan STUDY --recipe digits --measure    # what it is and costs
+  megapromoe study run STUDY --jobs 2                      # trains what is missing; repeat to go on
+  megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
+  megapromoe study collect STUDY                           # results.csv, results.md, curves.csv
+  megapromoe study plot STUDY                              # pictures of loss, routing and cost
+
+STUDY is a folder. A recipe says what varies, what is compared and what is held equal: one of
+{", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without a recipe, options of `plan`
+make one. Each command tells more with --help.
+
+exit codes: 0 done, 1 a task failed or nothing is there to show, 2 the command or the recipe is wrong, 75 stopped by a
+signal and saved (repeat the command), 130 interrupted; `run --task I` has that of the task"""
+JOB = False
+LAUNCHER = "scaling_experts.sh"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "megapromoe study plan|run|submit|collect|plot STUDY [options]"
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], summary: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.add_argument("study", type=Path, metavar="STUDY", help="folder of the study")
+        added.set_defaults(study_command=function)
+        if name != "plan":
+            takes_no_settings(added, "settings belong to the recipe; only `plan` takes them")
+        return added
+
+    summary = "Writes a study into a folder and prints what it will cost; trains nothing."
+    _plan_options(command("plan", _plan, summary, _PLAN_EXAMPLE))
+
+    summary = "Trains what is missing, resumes what is partial, and evaluates what is done."
+    run_parser = command("run", _run, summary)
+    run_parser.add_argument("--task", type=int, metavar="I", help="only this one, as an array job does")
+    run_parser.add_argument("--jobs", type=positive, default=1, metavar="J", help="tasks at a time; default: 1")
+
+    summary = "Submits what is missing as an array of SLURM jobs, each `run STUDY --task I`."
+    submit = command("submit", _submit, summary, _SUBMIT_EXAMPLE)
+    submit.set_defaults(passes_on=True)
+    submit.add_argument(
+        "--at-once", type=positive, metavar="M", help="jobs of the array that run at a time; default: all"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
+
+    collect = command("collect", _collect, "Writes results.csv, results.md, curves.csv; tells what is missing.")
+    collect.add_argument("--against", nargs="+", metavar="VARIANT", help="compare with these; default: the baseline")
+    plot = command("plot", _plot, "Draws what is done, as PNGs in STUDY; after `collect`.")
+    plot.add_argument("--note", default="", metavar="TEXT", help="printed below the cost, such as the machine")
+    for added in (collect, plot):
+        added.add_argument(
+            "--draws",
+            type=whole_number(2),
+            default=DRAWS,
+            metavar="N",
+            help=f"of record, noise and time for the loss; default {DRAWS}",
+        )
+
+
+_PLAN_EXAMPLE = """\
+example:
+  megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
+    --routers promoe tc dense --ranks 8 \\
+    --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000"""
+_SUBMIT_EXAMPLE = """\
+Options that follow STUDY and are not listed go to sbatch:
+  megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
+The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "megapromoe study plan STUDY [options] [section.key=value ...]"
+    parser.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help=f"{', '.join(recipe_names())}, or a YAML file; instead of the options down to --launcher",
+    )
+    parser.add_argument("--preset", metavar="NAME", help="what all tasks start from; `megapromoe show` lists them")
+    parser.add_argument("--experts", type=int, nargs="+", metavar="E", help="numbers of routed experts")
+    parser.add_argument("--sizes", nargs="+", metavar="PRESET", help="presets of several sizes, instead of --preset")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", metavar="N", help="lengths of the training, each a run of its own"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="default: 0 1 2")
+    parser.add_argument(
+        "--routers", nargs="+", metavar="R", help=f"compared at equal active parameters: {', '.join(ROUTERS)}"
+    )
+    parser.add_argument("--ranks", type=positive, metavar="N", help="processes of a task; default: 1")
+    parser.add_argument(
+        "--launcher", metavar="WORDS", help="what starts them, before `-m megapromoe train`, in one word"
+    )
+    hours = parser.add_mutually_exclusive_group()
+    hours.add_argument(
+        "--measure", action="store_true", help="estimate hours by some steps of each model, here and now"
+    )
+    hours.add_argument(
+        "--throughput", type=positive_number, metavar="FLOPS", help="estimate hours at so many FLOP/s of a task"
+    )
+
+
+def run(options: argparse.Namespace, launch: None) -> int:
+    try:
+        with file_errors():
+            return options.study_command(options)
+    except KeyboardInterrupt as error:
+        raise InterruptedCommand("interrupted; what was training has saved, repeat the command to go on") from error
+
+
+def _plan(options: argparse.Namespace) -> int:
+    refuse_other_words(options, "STUDY is the only folder")
+    study = plan(options.study, _recipe(options))
+    tasks = table(study)
+    write_text(study.folder / "tasks.md", tasks)
+    print(tasks)
+    total = sum(task.flops for task in study.tasks)
+    print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
+    if options.throughput or options.measure:
+        speeds = dict.fromkeys((task.variant for task in study.tasks), Speed(options.throughput or 0))
+        if options.measure:
+            speeds = measure(study)
+            for name, speed in speeds.items():
+                print(f"  {name}: {speed.flops_per_second:.3g} FLOP/s, start-up {duration(speed.start)} (measured now)")
+        print(f"estimate: {duration(seconds(study, speeds))} one task after another, on ranks: {study.recipe.ranks}")
+    else:
+        print("hours: not estimated; add --measure, or --throughput FLOPS")
+    print(f"to train: megapromoe study run {study.folder}")
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The named recipe, or the one that the options make. Raises StudyError."""
+    if options.recipe is not None:
+        replaced = ("preset", "experts", "sizes", "steps", "seeds", "routers", "ranks", "launcher")
+        given = [name for name in replaced if getattr(options, name)]
+        given += ["settings"] if options.overrides else []
+        if given:
+            raise StudyError([f"--recipe: says all; leave out {', '.join(given)}, or write them into the file"])
+        return read_recipe(find_recipe(options.recipe))
+    if bool(options.preset) == bool(options.sizes):
+        raise StudyError(["--recipe, --preset or --sizes: one of them is needed"])
+    return compare(
+        preset=options.preset or options.sizes[0],
+        sizes=options.sizes or (),
+        experts=options.experts or (),
+        steps=options.steps or (),
+        seeds=options.seeds or DEFAULT_SEEDS,
+        routers=options.routers or ["promoe"],
+        ranks=options.ranks or 1,
+        launcher=shlex.split(options.launcher or ""),
+        settings=dict(text.split("=", 1) for text in options.overrides),
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from megapromoe.distributed import runtime
+    from megapromoe.studies.runs import exit_code, run_tasks
+
+    study = open_study(options.study)
+    tasks = study.tasks if options.task is None else (study.task(options.task),)
+    if options.jobs > 1:
+        runtime.share_cores(options.jobs)
+    asked_to_stop = runtime.listen()
+    codes = run_tasks(study, tasks, options.jobs, asked_to_stop)
+    code = exit_code(codes)
+    if not asked_to_stop():
+        evaluate(study, tasks)
+    failed = [task for task in tasks if codes[task.name] not in (0, 75)]
+    for task in failed:
+        print(f"{task.name}: {study.state(task)}: {study.log(task)}", file=sys.stderr)
+    left = [task for task in tasks if not study.done(task)]
+    print(f"{len(tasks) - len(left)} of {len(tasks)} done, {len(failed)} failed", file=sys.stderr)
+    return code
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from megapromoe.distributed import runtime
+
+    study = open_study(options.study)
+    missing = [task.index for task in study.missing()]
+    if not missing:
+        print(f"{study.folder}: all {len(study.tasks)} tasks are done")
+        return 0
+    array = f"--array={_ranges(missing)}" + (f"%{options.at_once}" if options.at_once else "")
+    script = launchers_folder() / LAUNCHER
+    words = ["sbatch", array, *options.passed_on, str(script), str(study.folder.resolve())]
+    print(shlex.join(words), flush=True)
+    if options.dry_run:
+        return 0
+    logs = study.folder / "logs"
+    logs.mkdir(exist_ok=True)
+    try:  # the jobs' own output goes into the folder of logs
+        return subprocess.run(words, cwd=logs, env=runtime.job_environment()).returncode
+    except FileNotFoundError as error:
+        raise FileError("sbatch is not here; submit from a login node, or use `run`") from error
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Indices as SLURM writes them: [0, 1, 2, 5] -> "0-2,5"."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and index == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], index]
+        else:
+            ranges.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in ranges)
+
+
+def _collect(options: argparse.Namespace) -> int:
+    from megapromoe.studies.curves import figures, several_steps
+    from megapromoe.studies.tables import to_csv, to_markdown
+
+    study = open_study(options.study)
+    variants = [variant.name for variant in study.recipe.variants]
+    against = options.against or [study.recipe.baseline or variants[0]]
+    if wrong := [name for name in against if name not in variants]:
+        raise StudyError([f"--against {', '.join(wrong)}: the variants are {', '.join(variants)}"])
+    done = [task for task in study.tasks if study.done(task)]  # those of now: some may be training
+    evaluate(study, done, options.draws)
+    rows = [row(study, task, options.draws) for task in done]
+    missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
+    write_text(study.folder / "results.csv", to_csv(rows))
+    evaluations = [figure for task in done for figure in figures(study, task)]
+    if several_steps(evaluations):
+        write_text(study.folder / "curves.csv", to_csv(evaluations))
+    text = to_markdown(rows, study.recipe, missing, against, evaluations)
+    write_text(study.folder / "results.md", text)
+    print(text)
+    return 0 if rows else 1
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from megapromoe.studies.plots import draw_all
+
+    study = open_study(options.study)
+    done = [task for task in study.tasks if study.done(task)]
+    known = [task for task in done if evaluated(study, task, options.draws)]
+    if left := names([task for task in done if task not in known]):
+        print(f"not shown, their loss on fixed draws is not computed yet (`collect` does): {left}", file=sys.stderr)
+    rows = [row(study, task, options.draws) for task in known]
+    for path in draw_all(study, rows, options.note):
+        print(path)
+    return 0 if rows else 1

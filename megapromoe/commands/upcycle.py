@@ -1,0 +1,85 @@
+"""`megapromoe upcycle`: makes a ProMoE from a trained model, as a run that starts at step 0."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megapromoe.commands.command_line import CommandError, file_errors, positive, refuse_other_words
+from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
+
+EPILOG = """\
+SOURCE is a checkpoint of any format (see `megapromoe convert --help`). The new model has SOURCE's config with
+model.router=promoe and the given settings over it.
+
+  A dense DiT     its MLPs become experts, and prototypes come from k-means over tokens that the dense model makes of
+                  data. --how slice deals an MLP's hidden units out over shared and routed experts; with
+                  model.expert_ratio half of model.mlp_ratio (the default) the new model starts as the old one.
+                  --how copy gives each expert the whole MLP (model.expert_ratio = model.mlp_ratio).
+  A ProMoE        with model.num_experts=N, a multiple of its own: each expert is split, with noise.
+
+DEST is a run directory; train it with
+  megapromoe train --run DEST --config DEST/config.yaml
+
+examples:
+  megapromoe upcycle runs/dit_b runs/promoe_b model.num_experts=12 --images 256
+  megapromoe upcycle runs/promoe_b runs/promoe_b_e24 model.num_experts=24 --noise 0.02
+
+exit codes: 0 done, 1 a checkpoint cannot be read, used or written, 2 the command or the config is wrong"""
+JOB = False
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "megapromoe upcycle SOURCE DEST [options] [section.key=value ...]"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the trained checkpoint")
+    parser.add_argument("dest", type=Path, metavar="DEST", help="the new run directory")
+    parser.add_argument("--how", choices=("slice", "copy"), default="slice", help="from dense; default: slice")
+    parser.add_argument("--noise", type=float, default=0.01, help="on routed experts, over their own σ; default: 0.01")
+    parser.add_argument("--spread", type=float, default=0.05, help="on split prototypes, over their length; 0.05")
+    parser.add_argument(
+        "--images", type=positive, default=64, metavar="N", help="from dense: data for k-means; default: 64"
+    )
+    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of SOURCE; default: ema")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and k-means; default: 0")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of SOURCE; default: the latest")
+    checkpoint_config_options(parser, "YAML of SOURCE's run, where it does not say")
+    parser.add_argument("--overwrite", action="store_true", help="replace a DEST that was never trained")
+
+
+def run(options: argparse.Namespace, launch: None) -> int:
+    refuse_other_words(options, "SOURCE and DEST are the only paths")
+    for name in ("noise", "spread"):
+        value = getattr(options, name)
+        if not value >= 0:
+            raise CommandError(f"--{name} {value}: must be at least 0")
+    with file_errors():
+        return _upcycle(options)
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from megapromoe.config.options import to_dict
+    from megapromoe.conversion.exports import export
+    from megapromoe.conversion.formats import open_state
+    from megapromoe.conversion.state import config_from
+    from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
+
+    source = open_state(options.source, config=checkpoint_config(options, []), step=options.step)
+    dense = source.config.model.router == "dense"
+    router = ["model.router=promoe"] if dense else []
+    config = config_from(to_dict(source.config), [*router, *options.overrides])
+    if dense:
+        check_fit(source, config, options.how)
+        tokens = moe_inputs(source, config, options.images, options.weights)
+        layers = tqdm(tokens.items(), unit="layer", disable=None, desc="k-means")
+        prototypes = {block: cluster(x_TD, config, options.seed) for block, x_TD in layers}
+        state = from_dense(source, config, prototypes, options.how, options.noise, options.weights, options.seed)
+    else:
+        state = grow(source, config, options.noise, options.spread, options.weights, options.seed)
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc="writing") as bar:
+        notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=bar.update)
+    for note in (*state.notes, *notes):
+        print(f"note: {note}")
+    print(f"{options.dest}: step 0; megapromoe train --run {options.dest} --config {options.dest / 'config.yaml'}")
+    return 0
