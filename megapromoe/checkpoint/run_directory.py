@@ -34,10 +34,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 import megapromoe
 from megapromoe.config.options import Config, to_dict
+from megapromoe.config.reader import UnreadableFile, read_yaml
 from megapromoe.config.resolve import to_yaml
 from megapromoe.errors import UserError
 from megapromoe.io import staging_path, write_json, write_text
@@ -195,12 +194,12 @@ class RunDirectory:
 
         A field the file does not have was stored by an earlier version and had its default.
         """
-        try:
-            stored = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.config_file.exists():
             return {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunDirectoryError(f"{self.config_file}: is damaged ({' '.join(str(error).split())})") from error
+        try:
+            stored = read_yaml(self.config_file)
+        except UnreadableFile as error:
+            raise RunDirectoryError(f"{self.config_file}: is damaged ({error})") from error
         if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
             raise RunDirectoryError(f"{self.config_file}: is damaged; it must be a mapping of sections")
         old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))

@@ -8,26 +8,22 @@ A file of groups is YAML or JSON, a mapping from a group's name to its classes, 
 This module imports no torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import yaml
-
-from megapromoe.errors import UserError
+from megapromoe.config.reader import UnreadableFile, read_yaml
+from megapromoe.errors import Violations
 
 CONTIGUOUS, MODULO = "contiguous", "modulo"
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
-class ClassGroupError(UserError):
+class ClassGroupError(Violations):
     """Groups of classes that cannot be used; `violations` lists every reason."""
 
+    subject = "the groups of classes"
     exit_code = 2
     on_all_ranks = True  # every rank reads the same file
-
-    def __init__(self, violations: Sequence[str]):
-        self.violations = tuple(violations)
-        super().__init__("; ".join(self.violations))
 
 
 def is_file(superclasses: str) -> bool:
@@ -41,11 +37,9 @@ def read_groups(path: Path, classes: int) -> dict[str, tuple[int, ...]]:
     Raises ClassGroupError listing all that is wrong.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except OSError as error:
-        raise ClassGroupError([f"{path}: cannot be read ({error.strerror})"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ClassGroupError([f"{path}: is neither YAML nor JSON: {' '.join(str(error).split())}"]) from None
+        content = read_yaml(path)  # JSON is YAML
+    except UnreadableFile as error:
+        raise ClassGroupError([f"{path}: {error}"]) from None
     if not isinstance(content, Mapping) or not content:
         raise ClassGroupError([f"{path}: must be a mapping from a group's name to its classes"])
     problems: list[str] = []

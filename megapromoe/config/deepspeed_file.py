@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megapromoe.config.options import Config, ConfigError, suggest
+from megapromoe.config.options import Config, ConfigError
+from megapromoe.config.reader import suggest
 
 _OURS = {
     "train_batch_size": "train.global_batch",

@@ -4,15 +4,14 @@ Frozen and typed, and without torch. How they are read is `resolve.py`, what the
 layout over ranks, with its rules, stands here because a config knows its own.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapromoe.config import class_groups
-from megapromoe.errors import UserError
+from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, nearest_divisors, nearest_multiples, option
+from megapromoe.errors import Violations
 
-ONE_UP, ZERO_UP, POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
 ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
 PROMOE_ROUTERS = ("promoe", "promoe_ec")  # with prototypes
 GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # a linear gate
@@ -26,21 +25,12 @@ SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
 FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
 
 
-class ConfigError(UserError):
+class ConfigError(Violations):
     """A configuration that cannot run; `violations` lists every reason, the message holds them all."""
 
+    subject = "the configuration"
     exit_code = 2
     on_all_ranks = True  # every rank reads the same options
-
-    def __init__(self, violations: Iterable[str]):
-        self.violations = tuple(violations)
-        count = "1 problem" if len(self.violations) == 1 else f"{len(self.violations)} problems"
-        super().__init__("\n  - ".join([f"{count} in the configuration:", *self.violations]))
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] = (), within: str = "") -> Any:
-    """A config field: default, line of help, and the valid `choices` or interval, such as "[0, 1)"."""
-    return field(default=default, metadata={"help": help, "choices": choices, "within": within})
 
 
 @dataclass(frozen=True)
@@ -281,29 +271,6 @@ def sentences(config: Config, broken: Iterable[Rule], refused: Iterable[str] = (
     """The broken rules with the value of the field to blame, but none that speaks of a refused field."""
     values = {f"{section}.{name}": v for section, s in to_dict(config).items() for name, v in s.items()}
     return [f"{keys[0]} = {values[keys[0]]!r}: {rule}" for keys, rule in broken if not set(keys) & set(refused)]
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """What a misspelt word may have meant, or all that is known."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-
-
-def nearest(value: int, valid: Iterable[int]) -> str:
-    """The valid values next to `value` on both sides, as text."""
-    valid = sorted(valid)
-    return ", ".join(map(str, [v for v in valid if v < value][-2:] + [v for v in valid if v > value][:2]))
-
-
-def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` next to `value`, as text."""
-    return nearest(value, (d for d in range(1, whole + 1) if whole % d == 0))
-
-
-def nearest_multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, as text."""
-    return ", ".join(str(m) for m in (value // unit * unit, (value // unit + 1) * unit) if m > 0)
 
 
 def world_rules(config: Config, world: int) -> Iterator[Rule]:

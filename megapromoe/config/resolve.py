@@ -5,7 +5,6 @@ A `Config` is layered from a preset, a YAML file and `section.key=value` argumen
 This module imports no torch, so that a mistake is reported at once and on a machine without one.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,8 +14,18 @@ import yaml
 
 from megapromoe.config import class_groups
 from megapromoe.config.deepspeed_file import read_deepspeed
-from megapromoe.config.options import Config, ConfigError, Rule, sentences, suggest, to_dict, world_rules
+from megapromoe.config.options import Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
+from megapromoe.config.reader import (
+    KINDS,
+    TypedText,
+    UnreadableFile,
+    as_kind,
+    range_rule,
+    read_yaml,
+    suggest,
+    unknown_key,
+)
 from megapromoe.config.rules import rules
 
 
@@ -55,10 +64,10 @@ def resolve(
             problems.append(f"{key} = {value!r} ({origin}): {problem}")
             continue
         kind = sections[section].__dataclass_fields__[name].type
-        typed = _typed(value, kind)
+        typed = as_kind(value, kind)
         if typed is None:
             refused.add(key)
-            problems.append(f"{key} = {value!r} ({origin}): must be {_KINDS[kind]}")
+            problems.append(f"{key} = {value!r} ({origin}): must be {KINDS[kind]}")
         else:
             refused.discard(key)
             sections[section] = replace(sections[section], **{name: typed})
@@ -99,20 +108,15 @@ def _with_superclasses(config: Config, problems: list[str], refused: set[str]) -
     return replace(config, model=replace(model, superclasses=text))
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-
-
 def _read_yaml(path: Path, problems: list[str]) -> Mapping:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(f"file = {path}: cannot be read ({error.strerror}); give the path of a YAML file")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"file = {path}: is not YAML: {' '.join(str(error).split())}")
-    else:
-        if content is None or isinstance(content, Mapping):  # an empty file sets nothing
-            return content or {}
-        problems.append(f"file = {path}: must be a mapping of sections, not a {type(content).__name__}")
+        content = read_yaml(path)
+    except UnreadableFile as error:
+        problems.append(f"file = {path}: {error}; give the path of a YAML file")
+        return {}
+    if content is None or isinstance(content, Mapping):  # an empty file sets nothing
+        return content or {}
+    problems.append(f"file = {path}: must be a mapping of sections, not a {type(content).__name__}")
     return {}
 
 
@@ -130,31 +134,9 @@ def _parse(overrides: Iterable[str], problems: list[str]) -> Iterator[tuple[str,
     for text in overrides:
         key, equals, value = text.partition("=")
         if equals:
-            yield key.strip(), _Text(value.strip()), "command line"
+            yield key.strip(), TypedText(value.strip()), "command line"
         else:
             problems.append(f"{text!r} (command line): must be section.key=value")
-
-
-class _Text(str):
-    """A value typed on the command line: the type of its field decides how it is read."""
-
-
-def _typed(value: Any, kind: type) -> Any:
-    """`value` as a `kind`, or None where it is no such thing."""
-    if kind is str:
-        return str(value) if isinstance(value, str) else None
-    if isinstance(value, _Text):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            return None
-    if kind is float and not isinstance(value, bool):
-        try:  # YAML reads "1e-4" as text
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return None
-        return number if math.isfinite(number) else None
-    return value if type(value) is kind else None
 
 
 def _unknown(section: str, name: str | None, sections: Mapping | list) -> str | None:
@@ -162,8 +144,7 @@ def _unknown(section: str, name: str | None, sections: Mapping | list) -> str | 
         return f"{section!r} is no section; {suggest(section, sections)}"
     if name is None:
         return None
-    known = [f.name for f in fields(sections[section])]
-    return None if name in known else f"{name!r} is no key of {section}; {suggest(name, known)}"
+    return unknown_key(name, [f.name for f in fields(sections[section])], section)
 
 
 # ---- checking
@@ -177,8 +158,8 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
         values = getattr(config, section.name)
         for f in fields(values):
             key, value = f"{section.name}.{f.name}", getattr(values, f.name)
-            typed = _typed(value, f.type)
-            rule = f"must be {_KINDS[f.type]}" if typed is None else _range_rule(value, f.metadata)
+            typed = as_kind(value, f.type)
+            rule = f"must be {KINDS[f.type]}" if typed is None else range_rule(value, f.metadata)
             if rule:
                 wrong.append(((key,), rule))
             if rule or key in refused:  # the default keeps the arithmetic of the rules below safe
@@ -189,17 +170,3 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
     broken = [*rules(safe), *(() if world is None else world_rules(safe, world))]
     problems += sentences(safe, broken, refused)
     return problems if "train.deepspeed" in refused else problems + read_deepspeed(safe)[1]
-
-
-def _range_rule(value: Any, metadata: Mapping) -> str | None:
-    if metadata["choices"]:
-        if value not in metadata["choices"]:
-            return f"must be one of {', '.join(metadata['choices'])}; {suggest(value, metadata['choices'])}"
-    elif metadata["within"]:
-        interval = metadata["within"]
-        low, high = (float(end) for end in interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            return f"must lie in {interval}"
-    return None

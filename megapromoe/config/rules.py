@@ -11,9 +11,8 @@ from megapromoe.config.options import (
     Config,
     ModelConfig,
     Rule,
-    nearest_divisors,
-    nearest_multiples,
 )
+from megapromoe.config.reader import nearest_divisors, nearest_multiples
 
 
 def rules(config: Config) -> Iterator[Rule]:

@@ -24,34 +24,25 @@ widths that are multiples of `multiple`. `without` are axes that mean nothing to
 each of their values.
 """
 
-from __future__ import annotations
-
-import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megapromoe.config.options import suggest
-from megapromoe.errors import UserError
+from megapromoe.config.reader import ONE_UP, POSITIVE, UnreadableFile, option, read_fields, read_yaml, suggest
+from megapromoe.errors import Violations
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 WEIGHTS = ("ema", "master")
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 
 
-class StudyError(UserError):
+class StudyError(Violations):
     """A study that cannot be made as asked; `violations` lists every reason."""
 
+    subject = "the study"
     exit_code = 2
-
-    def __init__(self, violations: Iterable[str]):
-        self.violations = tuple(violations)
-        count = "1 problem" if len(self.violations) == 1 else f"{len(self.violations)} problems"
-        super().__init__("\n  - ".join([f"{count} in the study:", *self.violations]))
 
 
 @dataclass(frozen=True)
@@ -59,35 +50,37 @@ class Variant:
     """One of the models that are compared."""
 
     name: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    match: str | None = None
-    without: tuple[str, ...] = ()
+    settings: dict[str, Any] = option({}, "of the config, over the study's", kind=dict)
+    match: str | None = option(None, "the ratio that is solved for equal active parameters", kind=str)
+    without: tuple[str, ...] = option((), "axes that mean nothing to it", kind=list)
 
 
 @dataclass(frozen=True)
 class Equal:
     """How the number of active parameters is held equal."""
 
-    like: dict[str, Any] = field(default_factory=dict)
-    tolerance: float = 0.01
-    multiple: int = 8  # rows of 16 bytes in bf16, which grouped products ask for
+    like: dict[str, Any] = option({}, "settings of the model whose number all shall have", kind=dict)
+    tolerance: float = option(0.01, "largest relative difference", within=POSITIVE)
+    multiple: int = option(
+        8, "of solved widths; rows of 16 bytes in bf16, which grouped products ask for", within=ONE_UP
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a study is; see the module's text."""
 
-    preset: str
-    variants: tuple[Variant, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, tuple] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    seed_settings: tuple[str, ...] = ("train.seed", "data.seed")
-    active_parameters: Equal | None = None
-    baseline: str | None = None
-    weights: str = "ema"
-    ranks: int = 1
-    launcher: tuple[str, ...] = ()
+    preset: str = option("", "what all tasks start from")
+    variants: tuple[Variant, ...] = option((), "the models that are compared", kind=dict)
+    settings: dict[str, Any] = option({}, "of the config, over the preset", kind=dict)
+    axes: dict[str, tuple] = option({}, "keys of the config, and the values of each", kind=dict)
+    seeds: tuple[int, ...] = option((0,), "of each combination", kind=list)
+    seed_settings: tuple[str, ...] = option(("train.seed", "data.seed"), "what a seed sets", kind=list)
+    active_parameters: Equal | None = option(None, "how they are held equal", kind=dict)
+    baseline: str | None = option(None, "differences are taken against this variant", kind=str)
+    weights: str = option("ema", "what is evaluated", WEIGHTS)
+    ranks: int = option(1, "processes of a task", within=ONE_UP)
+    launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -108,13 +101,9 @@ def find_recipe(recipe: str) -> Path:
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file. Raises StudyError, naming the file and everything that is wrong."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StudyError([f"{path}: cannot be read ({error.strerror}); give a recipe"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError([f"{path}: is not YAML: {' '.join(str(error).split())}"]) from error
-    try:
-        return make_recipe(content)
+        return make_recipe(read_yaml(Path(path)))
+    except UnreadableFile as error:
+        raise StudyError([f"{path}: {error}; give a recipe"]) from error
     except StudyError as error:
         raise StudyError(f"{path}: {line}" for line in error.violations) from error
 
@@ -123,54 +112,39 @@ def make_recipe(content: Any) -> Recipe:
     """The recipe of plain dicts and lists. Raises StudyError with everything that is wrong with its form."""
     if not isinstance(content, Mapping):
         raise StudyError([f"a recipe must be a mapping, not a {type(content).__name__}"])
-    problems = _unknown(content, Recipe, "the recipe")
-    for key in ("preset", "variants"):
-        if not content.get(key):
-            problems.append(f"{key}: is missing; a recipe needs it")
-    kinds = {"preset": str, "settings": dict, "axes": dict, "seeds": list, "seed_settings": list, "variants": dict}
-    kinds |= {"active_parameters": dict, "baseline": str, "weights": str, "ranks": int, "launcher": list}
-    problems += _wrong_kinds(content, kinds, "")
-    variants, axes = content.get("variants"), content.get("axes") or {}
-    for name, said in variants.items() if isinstance(variants, dict) else ():
+    values, problems = read_fields(Recipe, content)
+    problems += [f"{key}: is missing; a recipe needs it" for key in ("preset", "variants") if not content.get(key)]
+    variants = []
+    for name, settings in values.get("variants", {}).items():
         where = f"variants.{name}"
-        if not isinstance(said or {}, dict):
+        if not isinstance(settings or {}, dict):
             problems.append(f"{where}: must be a mapping of settings, match, without; {{}} for none")
             continue
-        problems += _unknown(said or {}, Variant, where, but=("name",))
-        problems += _wrong_kinds(said or {}, {"settings": dict, "match": str, "without": list}, f"{where}.")
         if not re.fullmatch(r"[\w.]+", str(name)):
             problems.append(f"{where}: a name is letters, digits, _ and ., since it names folders")
-    if isinstance(axes, dict):
-        for key, values in axes.items():
-            if not isinstance(values, list) or not values or len(set(map(str, values))) < len(values):
-                problems.append(f"axes.{key} = {values!r}: must be a list of different values")
-    equal = content.get("active_parameters")
-    if isinstance(equal, dict):
-        problems += _unknown(equal, Equal, "active_parameters")
-        problems += _wrong_kinds(equal, {"like": dict, "tolerance": float, "multiple": int}, "active_parameters.")
-    seeds = content.get("seeds")
-    if isinstance(seeds, list) and (not seeds or any(type(s) is not int or s < 0 for s in seeds) or _twice(seeds)):
+        variant, wrong = read_fields(Variant, settings or {}, f"{where}.")
+        problems += wrong
+        variants.append(Variant(str(name), **variant | {"without": tuple(variant.get("without", ()))}))
+    values["variants"] = tuple(variants)
+    for key, axis in values.get("axes", {}).items():
+        if not isinstance(axis, list) or not axis or len(set(map(str, axis))) < len(axis):
+            problems.append(f"axes.{key} = {axis!r}: must be a list of different values")
+            axis = ()
+        values["axes"] = values["axes"] | {key: tuple(axis)}
+    if "active_parameters" in values:
+        equal, wrong = read_fields(Equal, values["active_parameters"], "active_parameters.")
+        problems += wrong
+        values["active_parameters"] = Equal(**equal)
+    seeds = values.get("seeds", [0])
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
-    if content.get("weights", "ema") not in WEIGHTS:
-        problems.append(f"weights = {content['weights']!r}: must be {' or '.join(WEIGHTS)}")
-    if type(content.get("ranks", 1)) is int and content.get("ranks", 1) < 1:
-        problems.append(f"ranks = {content['ranks']}: must be at least 1")
-    if content.get("ranks", 1) != 1 and not content.get("launcher"):
-        problems.append(f"ranks = {content['ranks']}: needs a launcher, such as [torchrun, --nproc-per-node, '4']")
+    if values.get("ranks", 1) != 1 and not values.get("launcher"):
+        problems.append(f"ranks = {values['ranks']}: needs a launcher, such as [torchrun, --nproc-per-node, '4']")
     if problems:
         raise StudyError(problems)
-    given = {key: value for key, value in content.items() if value is not None}
-    given["variants"] = tuple(
-        Variant(str(name), **{k: tuple(v) if k == "without" else v for k, v in (said or {}).items()})
-        for name, said in variants.items()
-    )
-    given["axes"] = {key: tuple(values) for key, values in axes.items()}
-    for key in ("seeds", "seed_settings", "launcher"):
-        if key in given:
-            given[key] = tuple(str(v) if key == "launcher" else v for v in given[key])
-    if equal is not None:
-        given["active_parameters"] = Equal(**equal)
-    return Recipe(**given)
+    values |= {key: tuple(values[key]) for key in ("seeds", "seed_settings") if key in values}
+    values["launcher"] = tuple(map(str, values.get("launcher", ())))
+    return Recipe(**values)
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -191,37 +165,3 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
         "launcher": list(recipe.launcher),
     }
     return {key: value for key, value in said.items() if value is not None}
-
-
-def _twice(values: list) -> bool:
-    return len(set(values)) < len(values)
-
-
-def _unknown(said: Mapping, kind: type, where: str, but: tuple[str, ...] = ()) -> list[str]:
-    known = [f.name for f in fields(kind) if f.name not in but]
-    lines = []
-    for key in said:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            lines.append(f"{where}: {key!r} is no key; {hint}")
-    return lines
-
-
-_WORDS = {str: "text", dict: "a mapping", list: "a list", int: "a whole number", float: "a number above 0"}
-
-
-def _wrong_kinds(said: Mapping, kinds: Mapping[str, type], prefix: str) -> list[str]:
-    wrong = []
-    for key, kind in kinds.items():
-        value = said.get(key)
-        if value is None:
-            continue
-        good = type(value) is kind
-        if kind is float:
-            good = type(value) in (int, float) and value > 0
-        elif key == "multiple":
-            good = type(value) is int and value > 0
-        if not good:
-            wrong.append(f"{prefix}{key} = {value!r}: must be {_WORDS[kind]}")
-    return wrong

@@ -49,7 +49,7 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
     assert said.count("\n") == 8
 
 
-@pytest.mark.parametrize("text, said", [("[1, 2]", "must be a mapping"), ("a: [", "is neither YAML"), ("", "must be")])
+@pytest.mark.parametrize("text, said", [("[1, 2]", "must be a mapping"), ("a: [", "is not YAML"), ("", "must be")])
 def test_files_that_hold_no_groups(tmp_path, text, said):
     assert said in violations(written(tmp_path, text))
 
