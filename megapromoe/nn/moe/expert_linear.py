@@ -68,7 +68,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
         """Rows (R, in), sorted by expert, through their expert: (R, out). R may be 0."""
-        bias = self.bias
+        bias: Tensor = self.bias
         if self.closes and self.region.shared:
             bias = self.region.enter(bias) / self.region.size
         if in_one_kernel(x_RD):
