@@ -7,7 +7,7 @@ This module imports no torch, so that a mistake is reported at once and on a mac
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def resolve(
     if file is not None:
         settings += _flatten(_read_yaml(Path(file), problems), str(file), problems)
     # No rule speaks of a refused field; where a whole layer is missing, that is each field not set elsewhere.
-    refused = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type)} if problems else set()
+    every_key = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
+    refused = every_key if problems else set()
     settings += _parse(overrides, problems)
 
     sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
@@ -54,7 +55,7 @@ def resolve(
         if problem := _unknown(section, name, sections):
             problems.append(f"{key} = {value!r} ({origin}): {problem}")
             continue
-        kind = sections[section].__dataclass_fields__[name].type
+        kind = _type_of(sections[section].__dataclass_fields__[name])
         typed = _typed(value, kind)
         if typed is None:
             refused.add(key)
@@ -120,7 +121,7 @@ def _flatten(nested: Mapping, origin: str, problems: list[str]) -> Iterator[tupl
     for section, values in nested.items():
         if isinstance(values, Mapping):
             yield from ((f"{section}.{name}", value, origin) for name, value in values.items())
-        elif problem := _unknown(str(section), None, [f.name for f in fields(Config)]):
+        elif problem := _unknown(str(section), None, vars(Config())):
             problems.append(f"{section} = {values!r} ({origin}): {problem}")
         else:
             problems.append(f"{section} = {values!r} ({origin}): must be a mapping of keys to values")
@@ -157,7 +158,13 @@ def _typed(value: Any, kind: type) -> Any:
     return value if type(value) is kind else None
 
 
-def _unknown(section: str, name: str | None, sections: Mapping | list) -> str | None:
+def _type_of(field: Field) -> type:
+    """The type of an option, one of `_KINDS`."""
+    assert isinstance(field.type, type), f"{field.name}: options are annotated with types, not with their names"
+    return field.type
+
+
+def _unknown(section: str, name: str | None, sections: Mapping[str, Any]) -> str | None:
     if section not in sections:
         return f"{section!r} is no section; {suggest(section, sections)}"
     if name is None:
@@ -177,8 +184,8 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
         values = getattr(config, section.name)
         for f in fields(values):
             key, value = f"{section.name}.{f.name}", getattr(values, f.name)
-            typed = _typed(value, f.type)
-            rule = f"must be {_KINDS[f.type]}" if typed is None else _range_rule(value, f.metadata)
+            kind = _type_of(f)
+            rule = f"must be {_KINDS[kind]}" if _typed(value, kind) is None else _range_rule(value, f.metadata)
             if rule:
                 wrong.append(((key,), rule))
             if rule or key in refused:  # the default keeps the arithmetic of the rules below safe
