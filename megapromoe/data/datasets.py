@@ -121,7 +121,7 @@ class Digits(Images):
     num_classes = 10
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(self):
+    def __init__(self) -> None:
         from sklearn.datasets import load_digits  # slow to import, and only the digits need it
 
         digits = load_digits()

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +102,11 @@ class Block(nn.Module):
         return x_BSD + gate_BD.unsqueeze(1) * y_BSD
 
     @staticmethod
-    def _plain(f, *args):
+    def _plain(f: Callable, *args: Any) -> Any:
         return f(*args)
 
     @staticmethod
-    def _checkpointed(f, *args):
+    def _checkpointed(f: Callable, *args: Any) -> Any:
         return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -86,7 +86,7 @@ class Preflight:
         """
         launch, node = self.launch, runtime.node_name()
         if launch.rank == 0 and self.bad_nodes is not None:
-            self._forget()
+            self._forget(self.bad_nodes)
         node_of, local = arrival.roll_call(self.channel, node, launch.local_world, self.timeout)
         self.cluster = Cluster(launch.world, node_of, local | runtime.expected_nodes(launch))
         if len(node_of) < launch.world:
@@ -104,8 +104,9 @@ class Preflight:
         leading = self.launch.rank == leaders[node]
         self._stage("machine", lambda: machine.examine(self.launch, leading))
         self._stage("clock", lambda: clocks.compare_clocks(self.channel, list(leaders.values())))
-        if self.folder is not None:
-            self._stage("files", lambda: storage.try_files(self.folder, self.channel, leaders, node))
+        folder = self.folder
+        if folder is not None:
+            self._stage("files", lambda: storage.try_files(folder, self.channel, leaders, node))
         else:
             self.cluster.found["files"] = {}
         self._stage("data", lambda: storage.try_data(self.config) if leading else None)
@@ -200,10 +201,11 @@ class Preflight:
         print(table(verdict), flush=True)
         return verdict.exit_code, write_reports(self.cluster, self.limits, verdict, self.report, self.bad_nodes)
 
-    def _forget(self) -> None:
+    @staticmethod
+    def _forget(bad_nodes: Path) -> None:
         """An earlier preflight's bad nodes are not this one's, however it ends."""
         try:
-            write_text(self.bad_nodes, "")
+            write_text(bad_nodes, "")
         except OSError:
             return  # told when the verdict is to be written
 
