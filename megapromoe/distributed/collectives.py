@@ -12,6 +12,13 @@ import torch.distributed as dist
 from megapromoe.distributed.mesh import Group
 
 
+def _all_reduced(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum over the group, in memory of its own."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, group=group.handle)
+    return out
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -20,17 +27,13 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group.handle)
-        return grad, None
+        return _all_reduced(grad, ctx.group), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group.handle)
-        return out
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -41,15 +44,11 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group.handle)
-        return out
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group.handle)
-        return grad, None
+        return _all_reduced(grad, ctx.group), None
 
 
 class _GatherLast(torch.autograd.Function):

@@ -96,9 +96,7 @@ class Watchdog:
         """This rank comes to the next place; all ranks come to the same ones in the same order."""
         self._place, self._position, self._since = place, self._position + 1, time.monotonic()
         self._paused = False
-        if (
-            self.every_place or not self._reports
-        ):  # a rank can hang before its thread's first pulse
+        if self.every_place or not self._reports:  # a rank can hang before its thread's first pulse
             with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
                 self._report()
 

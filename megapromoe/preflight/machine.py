@@ -21,11 +21,11 @@ import torch
 import megapromoe
 from megapromoe.config.deepspeed_file import find_ds_configs
 from megapromoe.distributed import runtime
+from megapromoe.planning.machines import GIB
 from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 MAY_DIFFER = ("driver",)  # versions: NCCL gets along, but it is worth knowing
-GIB = 2**30
 
 # What nvidia-smi is asked of each GPU, and the answers that are worth a line: verdict, meaning, remedy.
 _RESET = "drain the node and reset the GPU (nvidia-smi --gpu-reset), or replace it"
@@ -159,11 +159,11 @@ def try_product(device: torch.device, seed: int = 0) -> tuple[int, float]:
         products = [multiply(on_a, on_b)]
         for _ in range(warm):  # clocks rise under load
             multiply(on_a, on_b)
-        _finish(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
             last = multiply(on_a, on_b)
-        _finish(device)
+        synchronize(device)
         seconds = time.perf_counter() - start
         products.append(last)
         wrong = 0
@@ -176,7 +176,8 @@ def try_product(device: torch.device, seed: int = 0) -> tuple[int, float]:
         torch.set_num_threads(threads)
 
 
-def _finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was enqueued; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
