@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,12 @@ class CheckpointError(UserError):
     """A checkpoint that is not there, not whole, or cannot be written."""
 
     on_all_ranks = True  # all ranks meet it together, so one rank need print it
+
+
+class TensorFile(Protocol):
+    """An open file of tensors, read one by one."""
+
+    def get_tensor(self, name: str) -> Tensor: ...
 
 
 class OtherModel(CheckpointError):
@@ -84,7 +90,7 @@ class Checkpoint:
         for one in self.manifest["ranks"]:
             for name, start, stop, view in one["parts"]:
                 self._parts.setdefault(name, []).append((one["file"], start, stop, view))
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every byte of every `parts`-th file, from the `part`-th; several ranks share the work.
@@ -127,7 +133,7 @@ class Checkpoint:
         """A buffer of the model that is no parameter."""
         return self._file(self.manifest["ranks"][0]["file"]).get_tensor(f"buffer/{name}")
 
-    def _file(self, name: str):
+    def _file(self, name: str) -> TensorFile:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, framework="pt")
         return self._open[name]

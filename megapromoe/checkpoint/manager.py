@@ -110,10 +110,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            said = [self._problem, self.figures]
-            dist.broadcast_object_list(said, src=0)
-            self._count(said[0])
-            self.figures = said[1]
+            outcome = [(self._problem, self.figures)]
+            dist.broadcast_object_list(outcome, src=0)
+            problem, figures = outcome[0]
+            self._count(problem)
+            self.figures = figures
         if last and self.failures:
             raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
 
@@ -203,6 +204,7 @@ def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Che
         dist.all_gather_object(problems, problem)
         told = "; ".join(dict.fromkeys(p for p in problems if p))
         if not told:
+            assert checkpoint is not None  # no rank had a problem, so this one has read it
             updates = int(checkpoint.manifest["updates"])
             restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates)
             return checkpoint

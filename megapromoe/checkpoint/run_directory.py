@@ -27,7 +27,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -135,11 +135,11 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     @contextlib.contextmanager
-    def _clear_errors(self):
+    def _clear_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

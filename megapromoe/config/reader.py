@@ -11,7 +11,7 @@ models takes 0.10 s of CPU time at each start of the program; importing the conf
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
         if problem := unknown_key(name, known, prefix.rstrip(".") or "the file"):
             problems.append(problem)
         elif value is not None:
-            kind = known[name].metadata["kind"] or known[name].type
+            kind = kind_of(known[name])
             typed = as_kind(value, kind)
             rule = f"must be {KINDS[kind]}" if typed is None else range_rule(typed, known[name].metadata)
             if rule:
@@ -89,6 +89,13 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
 def unknown_key(name: Any, known: Collection[str], where: str) -> str | None:
     """A sentence if `name` is no key of `where`."""
     return None if name in known else f"{name!r} is no key of {where}; {suggest(str(name), known)}"
+
+
+def kind_of(field: Field) -> type:
+    """The kind, one of `KINDS`, of a field made by `option`."""
+    kind = field.metadata["kind"] or field.type
+    assert kind in KINDS, f"{field.name}: give the kind, or annotate the field with one of {list(KINDS)}"
+    return kind
 
 
 def as_kind(value: Any, kind: type) -> Any:

@@ -21,6 +21,7 @@ from megapromoe.config.reader import (
     TypedText,
     UnreadableFile,
     as_kind,
+    kind_of,
     range_rule,
     read_yaml,
     suggest,
@@ -54,7 +55,8 @@ def resolve(
     if file is not None:
         settings += _flatten(_read_yaml(Path(file), problems), str(file), problems)
     # No rule speaks of a refused field; where a whole layer is missing, that is each field not set elsewhere.
-    refused = {f"{s.name}.{f.name}" for s in fields(Config) for f in fields(s.type)} if problems else set()
+    every_key = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
+    refused = every_key if problems else set()
     settings += _parse(overrides, problems)
 
     sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
@@ -63,7 +65,7 @@ def resolve(
         if problem := _unknown(section, name, sections):
             problems.append(f"{key} = {value!r} ({origin}): {problem}")
             continue
-        kind = sections[section].__dataclass_fields__[name].type
+        kind = kind_of(sections[section].__dataclass_fields__[name])
         typed = as_kind(value, kind)
         if typed is None:
             refused.add(key)
@@ -124,7 +126,7 @@ def _flatten(nested: Mapping, origin: str, problems: list[str]) -> Iterator[tupl
     for section, values in nested.items():
         if isinstance(values, Mapping):
             yield from ((f"{section}.{name}", value, origin) for name, value in values.items())
-        elif problem := _unknown(str(section), None, [f.name for f in fields(Config)]):
+        elif problem := _unknown(str(section), None, vars(Config())):
             problems.append(f"{section} = {values!r} ({origin}): {problem}")
         else:
             problems.append(f"{section} = {values!r} ({origin}): must be a mapping of keys to values")
@@ -139,7 +141,7 @@ def _parse(overrides: Iterable[str], problems: list[str]) -> Iterator[tuple[str,
             problems.append(f"{text!r} (command line): must be section.key=value")
 
 
-def _unknown(section: str, name: str | None, sections: Mapping | list) -> str | None:
+def _unknown(section: str, name: str | None, sections: Mapping[str, Any]) -> str | None:
     if section not in sections:
         return f"{section!r} is no section; {suggest(section, sections)}"
     if name is None:
@@ -158,8 +160,8 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
         values = getattr(config, section.name)
         for f in fields(values):
             key, value = f"{section.name}.{f.name}", getattr(values, f.name)
-            typed = as_kind(value, f.type)
-            rule = f"must be {KINDS[f.type]}" if typed is None else range_rule(value, f.metadata)
+            kind = kind_of(f)
+            rule = f"must be {KINDS[kind]}" if as_kind(value, kind) is None else range_rule(value, f.metadata)
             if rule:
                 wrong.append(((key,), rule))
             if rule or key in refused:  # the default keeps the arithmetic of the rules below safe

@@ -43,7 +43,8 @@ def rules(config: Config) -> Iterator[Rule]:
             yield (f"model.{name}", "model.hidden_size"), rule
     # The shared and the unconditional expert are split like a dense MLP, the routed ones with expert_tp.
     kept_whole = model.router not in TWO_STEP_ROUTERS or not (model.shared_expert or model.unconditional_expert)
-    split = [("model.heads", model.heads, ("model.heads",))]
+    keys: tuple[str, ...]
+    split: list[tuple[str, int, tuple[str, ...]]] = [("model.heads", model.heads, ("model.heads",))]
     if len(model.moe_blocks) < model.depth:
         keys = ("model.hidden_size", "model.mlp_ratio")
         split.append(("hidden_size * mlp_ratio", model.mlp_width, keys))
@@ -81,8 +82,8 @@ def rules(config: Config) -> Iterator[Rule]:
     if model.router in EXPERT_CHOICE_ROUTERS and model.expert_capacity < 1:
         most = model.tokens * model.top_k
         rule = f"must be at most {most} = tokens * top_k, or no expert may choose a token of an image"
-        keys = ("num_experts", "top_k", "input_size", "patch_size", "router")
-        yield tuple(f"model.{key}" for key in keys), rule
+        fields = ("num_experts", "top_k", "input_size", "patch_size", "router")
+        yield tuple(f"model.{field}" for field in fields), rule
 
     objective = config.diffusion.objective
     methods = {"rf": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}[objective]

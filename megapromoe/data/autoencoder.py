@@ -74,7 +74,7 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: in
     where = _place(name)
     try:
         kind = diffusers.AutoencoderKL.load_config(**where).get("_class_name")
-        classes = {"AutoencoderKL": _KL, "AutoencoderTiny": _Tiny}
+        classes: dict[str, type[_KL] | type[_Tiny]] = {"AutoencoderKL": _KL, "AutoencoderTiny": _Tiny}
         if kind not in classes:
             raise AutoencoderError(
                 f"autoencoder {name!r} is a {kind}; give an {' or an '.join(classes)} as diffusers saves them"

@@ -1,9 +1,11 @@
 """Data sets that need no file: real 8x8 digits, and synthetic latents of any shape."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import numpy as np
 
+from megapromoe.config.options import ModelConfig
 from megapromoe.diffusion import noise
 from megapromoe.errors import UserError
 
@@ -11,14 +13,23 @@ from megapromoe.errors import UserError
 class Dataset(Protocol):
     """A finite set of labelled images or latents, drawn by index."""
 
-    shape: tuple[int, int, int]
-    """(C, H, W) of one record."""
-    num_classes: int
-    class_names: tuple[str, ...]
-    labels: np.ndarray
-    """int64 class of every record."""
-    stochastic: bool
-    """Whether a record is a distribution to draw from, rather than an array."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one record."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 class of every record."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a record is a distribution to draw from, rather than an array."""
 
     def __len__(self) -> int:
         """Number of records."""
@@ -49,10 +60,14 @@ class DamagedRecords(DatasetError):
         self.rows = rows
 
 
-class Images:
-    """A set of arrays: those that `read(indices)` gives with their labels, mirrored where asked."""
+class Images(ABC):
+    """A set of arrays: those that `read` returns with their labels, mirrored where asked."""
 
     stochastic = False
+
+    @abstractmethod
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (B, C, H, W) float32 and labels (B) int64."""
 
     def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
         """Images (B, C, H, W) float32."""
@@ -62,7 +77,7 @@ class Images:
         return np.where(mirror_B[:, None, None, None], images_BCHW[..., ::-1], images_BCHW)
 
 
-def check_dataset(dataset: Dataset, model) -> None:
+def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
     """See that a model of this configuration can train on the data set.
 
     Raises:
@@ -106,7 +121,7 @@ class Digits(Images):
     num_classes = 10
     class_names = tuple(str(digit) for digit in range(10))
 
-    def __init__(self):
+    def __init__(self) -> None:
         from sklearn.datasets import load_digits  # slow to import, and only the digits need it
 
         digits = load_digits()
@@ -116,9 +131,9 @@ class Digits(Images):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, 1, 8, 8) float32 and labels (B) int64."""
-        return self.images[indices], self.labels[indices]
+        return self.images[indices_B], self.labels[indices_B]
 
 
 class Synthetic(Images):
@@ -135,7 +150,7 @@ class Synthetic(Images):
     """
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, size: int, seed: int):
-        self.shape = tuple(shape)
+        self.shape = shape
         self.num_classes = num_classes
         self.class_names = tuple(f"class {label}" for label in range(num_classes))
         self.labels = np.arange(size, dtype=np.int64) % num_classes
@@ -145,7 +160,7 @@ class Synthetic(Images):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Latents (B, C, H, W) float32 and labels (B) int64."""
-        labels = self.labels[indices]
-        return self.means[labels] + noise.normals(self.seed, "synthetic record", indices, self.shape), labels
+        labels = self.labels[indices_B]
+        return self.means[labels] + noise.normals(self.seed, "synthetic record", indices_B, self.shape), labels

@@ -75,7 +75,7 @@ class EncodedImages:
     ):
         self.folder, self.scan, self.autoencoder = Path(folder), scan, autoencoder
         self.batch, self.workers, self.pixels = batch, workers, autoencoder.identity["kind"] == "pixels"
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "shape": autoencoder.latent_shape(resolution),
             "dtype": "uint8" if self.pixels else dtype,
             "mirror": "exact" if self.pixels else "stored",
@@ -237,7 +237,13 @@ def _write_shard(
             progress(1)
         file.seek(0)
         file.write(npy_header((len(labels), *_record_shape(facts)), facts["dtype"]))
-    part = {"sha256": sha256(path), "labels": labels, "crc32": crc32, "names": names, "skipped": skipped}
+    part: dict[str, Any] = {
+        "sha256": sha256(path),
+        "labels": labels,
+        "crc32": crc32,
+        "names": names,
+        "skipped": skipped,
+    }
     part |= {"error_squares": error_squares, "noise_squares": noise_squares}
     write_json(folder / _part_name(number), part)
 
@@ -272,14 +278,17 @@ def _part(folder: Path, number: int) -> dict[str, Any] | None:
 class _Told:
     """Tells rank 0's `progress` of every file once, whichever rank it was done by."""
 
-    def __init__(self, folder: Path, source: Source, shard_size: int, shards: int, progress: Callable | None):
+    def __init__(
+        self, folder: Path, source: Source, shard_size: int, shards: int, progress: Callable[[int], Any] | None
+    ):
         self.folder, self.progress, self.left = folder, progress, set(range(shards))
         self.sizes = [min(shard_size, len(source.scan.items) - k * shard_size) for k in range(shards)]
         self.early = 0  # files of the shard in work, already told
 
     def own(self, count: int) -> None:
         self.early += count
-        self.progress(count)
+        if self.progress is not None:
+            self.progress(count)
 
     def others(self) -> int:
         """Looks for shards newly finished; returns how many are left."""
@@ -312,16 +321,19 @@ def _wait(folder: Path, shards: int, patience: float, told: _Told) -> None:
 
 def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     """Index and manifest from the parts, which then go."""
-    parts = [_part(folder, number) for number in range(shards)]
-    if None in parts:
-        raise EncodeError(f"{folder / _shard_name(parts.index(None))} is gone; repeat the command")
+    parts = []
+    for number in range(shards):
+        part = _part(folder, number)
+        if part is None:
+            raise EncodeError(f"{folder / _shard_name(number)} is gone; repeat the command")
+        parts.append(part)
     skipped = [*source.scan.skipped, *(tuple(pair) for part in parts for pair in part["skipped"])]
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))
     if not labels:
         first, reason = skipped[-1]
         raise ImageError(f"none of {len(source.scan.items)} files could be read; {first}: {reason}")
     encoded = [os.fsencode(name) for name in names]
-    index = {
+    index: dict[str, np.ndarray] = {
         "labels": np.array(labels, np.int32),
         "crc32": np.array(crc32, np.uint32),
         "names": np.frombuffer(b"".join(encoded), np.uint8),

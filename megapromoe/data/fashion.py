@@ -53,9 +53,9 @@ class FashionMNIST(Images):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, 1, 32, 32) float32 and labels (B) int64."""
-        return self.images[indices] / np.float32(127.5) - np.float32(1), self.labels[indices]
+        return self.images[indices_B] / np.float32(127.5) - np.float32(1), self.labels[indices_B]
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarray]:

@@ -109,8 +109,9 @@ def read_image(path: Path, resolution: int, channels: int = 3) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data, which is not used
-            with Image.open(path) as image:
-                image.load()
+            with Image.open(path) as file:
+                file.load()
+                image: Image.Image = file
                 if image.mode in _SIXTEEN_BITS:  # Pillow would cut these off at 255
                     image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
                 image = centre_crop(image.convert("RGB" if channels == 3 else "L"), resolution)

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -144,14 +144,14 @@ class Latents:
     def __init__(self, folder: str | Path, cache: str | Path | None = None, verify: bool = True):
         self.folder, self.verify = Path(folder), verify
         self.manifest = m = read_manifest(self.folder)
-        self.shape, self.num_classes, self.class_names = tuple(m.shape), len(m.class_names), m.class_names
+        self.shape, self.num_classes, self.class_names = m.shape, len(m.class_names), m.class_names
         self.stochastic = m.stochastic
         self.labels, self._crc32, self._name_ends = _read_index(self.folder, m)
         self._first = np.concatenate([[0], np.cumsum([shard.records for shard in m.shards])])
-        self._scale, self._shift = (np.float32(v)[:, None, None] for v in (m.scale, m.shift))
+        self._scale, self._shift = (np.asarray(v, np.float32)[:, None, None] for v in (m.scale, m.shift))
         self._damaged: set[int] = set()
         self._files = _open_shards(self.folder, m)
-        self._copies = {}
+        self._copies: dict[str, BinaryIO] = {}
         if cache is not None:
             here = [shard for shard in m.shards if (Path(cache) / shard.file).exists()]
             self._copies = dict(zip((s.file for s in here), _open_shards(Path(cache), m, here), strict=True))
@@ -172,7 +172,7 @@ class Latents:
         damaged = {}
         for row, (index, mirror) in enumerate(zip(indices_B.tolist(), mirror_B.tolist(), strict=True)):
             record, problem = self._record(index)
-            if problem:
+            if record is None:
                 damaged[row] = problem
             else:
                 raw_BPCHW[row] = record[int(mirror and m.mirror == "stored")]
@@ -188,7 +188,7 @@ class Latents:
     def raw(self, index: int) -> np.ndarray:
         """A record as it is stored, (views, parts, C, H, W); raises LatentsError if it is damaged."""
         record, problem = self._record(index)
-        if problem:
+        if record is None:
             raise LatentsError(problem)
         return record
 
@@ -204,7 +204,7 @@ class Latents:
         return number, index - int(self._first[number])
 
     def _record(self, index: int) -> tuple[np.ndarray | None, str]:
-        """A record, or what is wrong with it."""
+        """A record and "", or None and what is wrong with it."""
         number, place = self.place(index)
         shard, size = self.manifest.shards[number], self.manifest.record_bytes
         copy = self._copies.get(shard.file)
@@ -243,9 +243,10 @@ def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
     return labels.astype(np.int64), crc32, ends
 
 
-def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = None) -> list:
+def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = None) -> list[BinaryIO]:
     """Their files, each of the right size; raises LatentsError, naming all that are not."""
-    files, problems = [], []
+    files: list[BinaryIO] = []
+    problems = []
     for shard in manifest.shards if shards is None else shards:
         path = folder / shard.file
         expected = HEADER + shard.records * manifest.record_bytes

@@ -9,8 +9,8 @@ count of the first kind beside it.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -46,7 +46,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels_B)
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -55,8 +55,14 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: change(value) for name, value in tensors.items()})
+        return replace(
+            self,
+            clean_BCHW=change(self.clean_BCHW),
+            noise_BCHW=change(self.noise_BCHW),
+            u_B=change(self.u_B),
+            labels_B=change(self.labels_B),
+            positions_B=change(self.positions_B),
+        )
 
 
 class Loader:
@@ -106,9 +112,16 @@ class Loader:
         drop_B = uniforms(self.seed, "label drop", positions_B) < self.label_drop
         labels_B = np.where(drop_B, self.null_class, labels_B)
         order_B = np.argsort(drop_B, kind="stable")
-        arrays = (clean_BCHW, noise_BCHW, u_B, labels_B, positions_B)
+
+        def ordered(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array[order_B]))
+
         return Batch(
-            *(torch.from_numpy(np.ascontiguousarray(array[order_B])) for array in arrays),
+            clean_BCHW=ordered(clean_BCHW),
+            noise_BCHW=ordered(noise_BCHW),
+            u_B=ordered(u_B),
+            labels_B=ordered(labels_B),
+            positions_B=ordered(positions_B),
             conditional=count - int(drop_B.sum()),
             damaged=damaged,
         )
@@ -162,7 +175,9 @@ class Loader:
         return [range(start, start + size) for start in starts]
 
 
-def prefetch(loader: Loader, ranges: Iterable[range], workers: int = 1, pin: bool = False) -> Iterator[Batch]:
+def prefetch(
+    loader: Loader, ranges: Iterable[range], workers: int = 1, pin: bool = False
+) -> Generator[Batch, None, None]:
     """Batches of the given stretches of the stream, in order, the next `workers` made in as many threads meanwhile.
 
     Threads, because what takes time (random numbers, checksums, reading) lets go of Python's lock.
@@ -179,7 +194,7 @@ def prefetch(loader: Loader, ranges: Iterable[range], workers: int = 1, pin: boo
         return batch.pinned() if pin else batch
 
     try:
-        ahead: deque = deque()
+        ahead: deque[Future[Batch]] = deque()
         for stretch in ranges:
             ahead.append(pool.submit(make, stretch))
             if len(ahead) > workers:

@@ -24,6 +24,7 @@ def open_dataset(config: Config, split: str = "train") -> Dataset:
             split.
     """
     model, data = config.model, config.data
+    dataset: Dataset
     if split not in SPLITS:
         raise DatasetError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     if data.source == "latents":

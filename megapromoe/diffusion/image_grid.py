@@ -60,7 +60,7 @@ def generate(
     """
     s, m = config.sample, config.model
     shape = (m.in_channels, m.input_size, m.input_size)
-    device = model.pos_embed.device
+    device = model.get_buffer("pos_embed").device
     mine = chunks(len(labels), s.batch, rank, world)
     training = model.training
     model.eval()

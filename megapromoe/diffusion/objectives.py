@@ -14,9 +14,12 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
+
+from megapromoe.config.options import Config
 
 TIME_SCALE = 1000.0  # model time of pure noise; also the number of DDPM steps
 
@@ -24,17 +27,17 @@ TIME_SCALE = 1000.0  # model time of pure noise; also the number of DDPM steps
 class Objective(Protocol):
     """What the trainer needs from an objective."""
 
-    def corrupt(self, clean_BCHW, noise_BCHW, u_B) -> tuple[torch.Tensor, torch.Tensor]:
+    def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy images x_BCHW and model time t_B."""
 
-    def losses_B(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Loss of each image, averaged over its elements."""
 
-    def loss(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Scalar: mean of `losses_B`."""
 
 
-def make_objective(config) -> Objective:
+def make_objective(config: Config) -> Objective:
     """The objective named by `config.diffusion.objective`.
 
     Raises:
@@ -48,12 +51,12 @@ def make_objective(config) -> Objective:
     raise ValueError(f"diffusion.objective: {d.objective!r} is not known; use 'rf' or 'ddpm'")
 
 
-def mean_of_image(x_BCHW: torch.Tensor) -> torch.Tensor:
+def mean_of_image(x_BCHW: Tensor) -> Tensor:
     """Mean over all but the first axis."""
     return x_BCHW.flatten(1).mean(1)
 
 
-def per_image(x_B: torch.Tensor) -> torch.Tensor:
+def per_image(x_B: Tensor) -> Tensor:
     """(B) as (B, 1, 1, 1), to multiply images with."""
     return x_B[:, None, None, None]
 
@@ -61,7 +64,10 @@ def per_image(x_B: torch.Tensor) -> torch.Tensor:
 # Rectified flow
 
 
-def shifted(sigma, shift: float):
+Level = TypeVar("Level", float, Tensor)
+
+
+def shifted(sigma: Level, shift: float) -> Level:
     """Noise level moved towards 1 for shift > 1; a tensor or a number in [0, 1].
 
     Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
@@ -93,11 +99,11 @@ class RectifiedFlow:
     mode_scale: float = 1.29
     shift: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.time not in ("logit_normal", "mode", "uniform"):
             raise ValueError(f"time: {self.time!r} is not known; use 'logit_normal', 'mode' or 'uniform'")
 
-    def sigma(self, u_B: torch.Tensor) -> torch.Tensor:
+    def sigma(self, u_B: Tensor) -> Tensor:
         """Noise level in [0, 1] of uniform draws, by the inverse of its distribution function."""
         u_B = u_B.float()
         if self.time == "logit_normal":
@@ -108,18 +114,18 @@ class RectifiedFlow:
             sigma_B = u_B
         return shifted(sigma_B, self.shift)
 
-    def corrupt(self, clean_BCHW, noise_BCHW, u_B) -> tuple[torch.Tensor, torch.Tensor]:
+    def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy images x_BCHW and model time t_B = 1000 sigma."""
         sigma_B = self.sigma(u_B)
         x_BCHW = torch.lerp(clean_BCHW.float(), noise_BCHW.float(), per_image(sigma_B))
         return x_BCHW, TIME_SCALE * sigma_B
 
-    def losses_B(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Mean squared error of the velocity per image; a learned variance, channels C and on, is ignored."""
         velocity_BCHW = out_BCHW[:, : clean_BCHW.shape[1]].float()
         return mean_of_image((velocity_BCHW - (noise_BCHW.float() - clean_BCHW.float())) ** 2)
 
-    def loss(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Scalar: mean of `losses_B`."""
         return self.losses_B(out_BCHW, clean_BCHW, noise_BCHW, u_B).mean()
 
@@ -185,23 +191,23 @@ class DDPMSchedule:
         self.table = torch.stack([rows[name] for name in self.ROWS])
         self._table_on = lru_cache(maxsize=None)(lambda device: self.table.float().to(device))
 
-    def at(self, step_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    def at(self, step_B: Tensor) -> dict[str, Tensor]:
         """The coefficients of each image's step, by name: (B, 1, 1, 1) float32 on the device of `step_B`."""
         columns = self._table_on(step_B.device)[:, step_B]
         return {name: per_image(column_B) for name, column_B in zip(self.ROWS, columns, strict=True)}
 
 
-def clean_from_noise(at: dict, x_BCHW: torch.Tensor, eps_BCHW: torch.Tensor) -> torch.Tensor:
+def clean_from_noise(at: dict, x_BCHW: Tensor, eps_BCHW: Tensor) -> Tensor:
     """The clean images that x and the noise in it imply."""
     return (x_BCHW - at["sqrt_one_minus"] * eps_BCHW) / at["sqrt_alpha_bar"]
 
 
-def posterior_mean(at: dict, clean_BCHW: torch.Tensor, x_BCHW: torch.Tensor) -> torch.Tensor:
+def posterior_mean(at: dict, clean_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
     """Mean of x_{t-1} given x_t and the clean images. Source: Ho et al. 2020, eq. 7."""
     return at["mean_clean"] * clean_BCHW + at["mean_x"] * x_BCHW
 
 
-def learned_log_variance(at: dict, v_BCHW: torch.Tensor) -> torch.Tensor:
+def learned_log_variance(at: dict, v_BCHW: Tensor) -> Tensor:
     """Log-variance from the model's second half: -1 gives the posterior's, +1 beta's.
 
     Source: Nichol and Dhariwal 2021, eq. 15.
@@ -210,7 +216,7 @@ def learned_log_variance(at: dict, v_BCHW: torch.Tensor) -> torch.Tensor:
     return share * at["log_var_max"] + (1 - share) * at["log_var_min"]
 
 
-def split_output(out_BCHW: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_output(out_BCHW: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Noise and variance halves of a raw output, float32.
 
     Raises:
@@ -225,13 +231,13 @@ def split_output(out_BCHW: torch.Tensor, channels: int) -> tuple[torch.Tensor, t
     return eps_BCHW, v_BCHW
 
 
-def normal_kl(mean_p, log_var_p, mean_q, log_var_q) -> torch.Tensor:
+def normal_kl(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_var_q: Tensor) -> Tensor:
     """KL(p || q) of two diagonal normals, elementwise, in nats."""
     ratio = torch.exp(log_var_p - log_var_q)
     return 0.5 * (log_var_q - log_var_p - 1 + ratio + (mean_p - mean_q) ** 2 * torch.exp(-log_var_q))
 
 
-def pixel_nll(x_BCHW, mean_BCHW, log_var_BCHW) -> torch.Tensor:
+def pixel_nll(x_BCHW: Tensor, mean_BCHW: Tensor, log_var_BCHW: Tensor) -> Tensor:
     """Negative log-probability under a normal, elementwise in nats, of values in [-1, 1] of 256 levels.
 
     The outermost bins reach to infinity. The normal's distribution function is the tanh approximation that
@@ -240,7 +246,7 @@ def pixel_nll(x_BCHW, mean_BCHW, log_var_BCHW) -> torch.Tensor:
     Source: Ho et al. 2020, eq. 13.
     """
 
-    def cdf(z):
+    def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
     inverse_std = torch.exp(-0.5 * log_var_BCHW)
@@ -260,21 +266,21 @@ class DDPM:
     per image).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.schedule = DDPMSchedule()
 
-    def step(self, u_B: torch.Tensor) -> torch.Tensor:
+    def step(self, u_B: Tensor) -> Tensor:
         """Step of each image, int64 in 0..999; the largest float32 below 1 is still step 999."""
         return (u_B.float() * TIME_SCALE).long()
 
-    def corrupt(self, clean_BCHW, noise_BCHW, u_B) -> tuple[torch.Tensor, torch.Tensor]:
+    def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy images x_BCHW and model time t_B, the step number."""
         step_B = self.step(u_B)
         at = self.schedule.at(step_B)
         x_BCHW = at["sqrt_alpha_bar"] * clean_BCHW.float() + at["sqrt_one_minus"] * noise_BCHW.float()
         return x_BCHW, step_B.float()
 
-    def variational_B(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def variational_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Variational term of each image, bits per element.
 
         The KL divergence from the true posterior to the model's; at step 0 the likelihood of the data.
@@ -291,7 +297,7 @@ class DDPM:
         nll_B = mean_of_image(pixel_nll(clean_BCHW, mean_BCHW, log_var_BCHW))
         return torch.where(step_B == 0, nll_B, kl_B) / math.log(2)
 
-    def losses_B(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Squared error of the noise plus the variational term, per image.
 
         Raises:
@@ -302,6 +308,6 @@ class DDPM:
         squared_B = mean_of_image((eps_BCHW - noise_BCHW.float()) ** 2)
         return squared_B + self.variational_B(frozen_mean, clean_BCHW, noise_BCHW, u_B)
 
-    def loss(self, out_BCHW, clean_BCHW, noise_BCHW, u_B) -> torch.Tensor:
+    def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
         """Scalar: mean of `losses_B`."""
         return self.losses_B(out_BCHW, clean_BCHW, noise_BCHW, u_B).mean()

@@ -11,6 +11,7 @@ one time, which is a Python number: what depends on it is decided on the host, w
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from megapromoe.diffusion.objectives import (
     TIME_SCALE,
@@ -22,13 +23,17 @@ from megapromoe.diffusion.objectives import (
     split_output,
 )
 
-Predict = Callable[[torch.Tensor, float], torch.Tensor]
+Predict = Callable[[Tensor, float], Tensor]
 """(x_BCHW, model time in [0, 1000]) -> raw output, (B, C or 2C, H, W)."""
+NoiseAt = Callable[[int], Tensor]
+"""Step k = 1 .. steps-1 -> unit normal (B, C, H, W)."""
+Progress = Callable[[int], None]
+"""Called with the number of steps done."""
 
 
 def guided(
     model: Callable,
-    labels_B: torch.Tensor,
+    labels_B: Tensor,
     null_class: int,
     scale: float = 1.0,
     low: float = 0.0,
@@ -57,14 +62,14 @@ def guided(
     everyone_B = torch.arange(len(labels_B), device=labels_B.device)
     n = len(conditional_N)
 
-    def call(x_BCHW: torch.Tensor, time: float, rows: torch.Tensor) -> torch.Tensor:
+    def call(x_BCHW: Tensor, time: float, rows: Tensor) -> Tensor:
         """Raw output of images `rows`: the first n under their labels, the others under the null class."""
         y = labels_B[rows].clone()
         y[n:] = null_class
         t = torch.full((len(rows),), time, dtype=torch.float32, device=x_BCHW.device)
         return model(x_BCHW[rows], t, y, conditional=n)[0].float()
 
-    def predict(x_BCHW: torch.Tensor, time: float) -> torch.Tensor:
+    def predict(x_BCHW: Tensor, time: float) -> Tensor:
         if scale == 1 or n == 0 or not low <= time / TIME_SCALE <= high:
             rows_B = torch.cat([conditional_N, null_M])
             out = call(x_BCHW, time, rows_B)
@@ -82,13 +87,13 @@ def guided(
 @torch.no_grad()
 def sample(
     predict: Predict,
-    noise_BCHW: torch.Tensor,
+    noise_BCHW: Tensor,
     method: str,
     steps: int,
     shift: float = 1.0,
-    noise_at: Callable[[int], torch.Tensor] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> torch.Tensor:
+    noise_at: NoiseAt | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
     """Images (B, C, H, W), float32, drawn by `steps` steps of a method.
 
     Args:
@@ -111,7 +116,7 @@ def sample(
     return SAMPLERS[method](predict, noise_BCHW.float(), steps, shift, noise_at, done)
 
 
-def _velocity(predict: Predict, x_BCHW: torch.Tensor, sigma: float) -> torch.Tensor:
+def _velocity(predict: Predict, x_BCHW: Tensor, sigma: float) -> Tensor:
     return predict(x_BCHW, TIME_SCALE * sigma)[:, : x_BCHW.shape[1]].float()
 
 
@@ -120,7 +125,9 @@ def _noise_levels(steps: int, shift: float) -> list[float]:
     return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
 
 
-def _euler(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
+def _euler(
+    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
+) -> Tensor:
     """Euler's method on dx/dsigma = velocity."""
     sigmas = _noise_levels(steps, shift)
     for i in range(steps):
@@ -129,7 +136,9 @@ def _euler(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
     return x_BCHW
 
 
-def _heun(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
+def _heun(
+    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
+) -> Tensor:
     """Heun's second-order method; the last step is Euler's, for the model learnt little at noise level 0.
 
     Source: Karras et al. 2022 (EDM), algorithm 1.
@@ -145,7 +154,9 @@ def _heun(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
     return x_BCHW
 
 
-def _ddpm(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
+def _ddpm(
+    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
+) -> Tensor:
     """Ancestral sampling with the learned variance; the last step adds no noise.
 
     Source: Ho et al. 2020, algorithm 2; Nichol and Dhariwal 2021 for variance and respacing.
@@ -164,7 +175,9 @@ def _ddpm(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
     return x_BCHW
 
 
-def _ddim(predict, x_BCHW, steps, shift, noise_at, done) -> torch.Tensor:
+def _ddim(
+    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
+) -> Tensor:
     """Deterministic steps (eta 0). Source: Song et al. 2020 (DDIM), eq. 12."""
     schedule = DDPMSchedule(steps)
     for k, i in enumerate(reversed(range(steps)), start=1):

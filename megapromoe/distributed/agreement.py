@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from megapromoe.distributed import runtime
 from megapromoe.errors import UserError
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -40,7 +43,7 @@ def raise_if_any_rank_failed(problem: str | None, launch: runtime.Launch, error:
         raise error("; ".join(found))
 
 
-def broadcast_from_rank0(value, launch: runtime.Launch):
+def broadcast_from_rank0(value: Value, launch: runtime.Launch) -> Value:
     """Rank 0's value, on every rank. Collective."""
     if launch.world == 1:
         return value

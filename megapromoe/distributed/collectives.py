@@ -12,6 +12,13 @@ import torch.distributed as dist
 from megapromoe.distributed.mesh import Group
 
 
+def _all_reduced(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum over the group, in memory of its own."""
+    out = x.contiguous().clone()
+    dist.all_reduce(out, group=group.handle)
+    return out
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -20,17 +27,13 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group.handle)
-        return grad, None
+        return _all_reduced(grad, ctx.group), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group.handle)
-        return out
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -41,15 +44,11 @@ class _SumOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        out = x.contiguous().clone()
-        dist.all_reduce(out, group=group.handle)
-        return out
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group.handle)
-        return grad, None
+        return _all_reduced(grad, ctx.group), None
 
 
 class _GatherLast(torch.autograd.Function):
@@ -76,7 +75,7 @@ class Flight:
     def __init__(self, group: Group, sizes: tuple[list[int], list[int]] | None = None):
         """Args: `sizes`: rows to and from each rank of the group, if known already."""
         self.group, self.sizes = group, sizes
-        self.under_way: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None  # with what leaves and what comes
+        self.under_way: list[tuple[dist.Work, torch.Tensor, torch.Tensor]] = []  # at most one: what leaves, what comes
 
     def depart(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (sum(send), ...). The result is for `arrive` alone."""
@@ -87,19 +86,20 @@ class Flight:
         self.sizes = sizes or self.sizes
         return x if self.group.size == 1 else _Arrive.apply(x, self)
 
-    def launch(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
-        """Sends rows, or gradients back. Returns what comes; it is complete after `wait`."""
-        send, receive = reversed(self.sizes) if back else self.sizes
+    def launch(self, x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Sends rows, or gradients back. Returns what comes; it is complete after `wait`.
+
+        Args: `send`, `receive`: rows of `x` to, and rows of the result from, each rank of the group.
+        """
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
         work = dist.all_to_all_single(out, x, receive, send, group=self.group.handle, async_op=True)
-        self.under_way = work, x, out
+        self.under_way.append((work, x, out))
         return out
 
     def wait(self) -> torch.Tensor:
         """For what was launched, which is returned; on a GPU the stream waits, not the host."""
-        work, _, out = self.under_way
+        work, _, out = self.under_way.pop()
         work.wait()
-        self.under_way = None
         return out
 
 
@@ -112,7 +112,7 @@ class _Depart(torch.autograd.Function):
     def forward(ctx, x, flight):
         ctx.flight = flight
         if flight.sizes is not None:
-            flight.launch(x)
+            flight.launch(x, *flight.sizes)
         return x.view_as(x)
 
     @staticmethod
@@ -124,13 +124,14 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flight):
         ctx.flight = flight
-        if flight.under_way is None:
-            flight.launch(x)
+        if not flight.under_way:
+            flight.launch(x, *flight.sizes)
         return flight.wait()
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.flight.launch(grad, back=True), None
+        send, receive = ctx.flight.sizes
+        return ctx.flight.launch(grad, receive, send), None
 
 
 def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -32,6 +32,9 @@ class Group:
         return len(self.ranks)
 
 
+SINGLE_RANK = Group((0,), 0)
+
+
 @dataclass(frozen=True)
 class Mesh:
     """Where one rank stands: its groups in every direction of the layout.
@@ -86,8 +89,7 @@ def make_mesh(tp: int = 1, ep: int = 1, expert_tp: bool = False, timeout: float 
     Every group gets the time-out (seconds): a hang in any direction ends. Collective: all ranks call it.
     """
     if not dist.is_initialized():
-        one = Group((0,), 0)
-        return Mesh(one, one, one, one, one)
+        return Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
     for direction, table in rank_tables(world, tp, ep, expert_tp).items():

@@ -23,7 +23,7 @@ from functools import cache
 
 import torch
 
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import Group, Mesh
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ class ParameterLayout:
         if self.expert:
             owned = self.placement(mesh).owned(mesh.ep.rank)
             local[0], logical[0] = slice(0, len(owned)), slice(owned.start, owned.stop)
-        if not self._is_split(mesh):
+        split = self._split_over(mesh)
+        if split is None:
             return [(tuple(local), tuple(logical))]
-        dim, blocks, tp = self.split.dim, self.split.blocks, mesh.tp
+        dim, blocks, tp = split.dim, split.blocks, mesh.tp
         block, part = shape[dim] // blocks, shape[dim] // blocks // tp.size
         pairs = []
         for b in range(blocks):
@@ -110,14 +111,15 @@ class ParameterLayout:
         shape = list(self.shape)
         if self.expert:
             shape[0] = self.placement(mesh).slots
-        if self._is_split(mesh):
-            ways = self.split.blocks * mesh.tp.size
-            if shape[self.split.dim] % ways:
+        split = self._split_over(mesh)
+        if split is not None:
+            ways = split.blocks * mesh.tp.size
+            if shape[split.dim] % ways:
                 raise ValueError(
-                    f"{self.name}: dimension {self.split.dim} of {self.shape} does not divide by {ways}"
-                    f" (tp {mesh.tp.size} × {self.split.blocks} blocks); choose another parallel.tp"
+                    f"{self.name}: dimension {split.dim} of {self.shape} does not divide by {ways}"
+                    f" (tp {mesh.tp.size} × {split.blocks} blocks); choose another parallel.tp"
                 )
-            shape[self.split.dim] //= mesh.tp.size
+            shape[split.dim] //= mesh.tp.size
         return tuple(shape)
 
     def placement(self, mesh: Mesh) -> ExpertPlacement:
@@ -136,9 +138,10 @@ class ParameterLayout:
             return 1 if self.split or not mesh.expert_tp else mesh.tp.size
         return 1 if self.split else mesh.tp.size
 
-    def gradient_group(self, mesh: Mesh):
+    def gradient_group(self, mesh: Mesh) -> Group:
         """The ranks over which the gradient is summed (then divided by dp, see the table above)."""
         return mesh.edp if self.expert else mesh.dp
 
-    def _is_split(self, mesh: Mesh) -> bool:
-        return self.split is not None and mesh.tp.size > 1 and (mesh.expert_tp or not self.expert)
+    def _split_over(self, mesh: Mesh) -> Split | None:
+        """What the tp group of `mesh` slices, or None if every rank holds the tensor unsliced."""
+        return self.split if mesh.tp.size > 1 and (mesh.expert_tp or not self.expert) else None

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
@@ -97,18 +97,22 @@ def _from_mpi() -> Launch:
     return Launch("mpirun", everyone.rank, everyone.size, node.rank, node.size, address, port)
 
 
-def _from_slurm(env) -> Launch:
+def _from_slurm(env: Mapping[str, str]) -> Launch:
     port = env.get("MASTER_PORT") or env.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
     if not port:
         raise LaunchError("started by srun without a port to meet at; use srun --resv-ports, or export MASTER_PORT")
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
-    local_world = int(re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0])
+    tasks_per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    if tasks_per_node is None:
+        raise LaunchError(
+            f"SLURM_STEP_TASKS_PER_NODE={env['SLURM_STEP_TASKS_PER_NODE']!r}: must start with a number, as in '4(x2)'"
+        )
     return Launch(
         "srun",
         int(env["SLURM_PROCID"]),
         int(env["SLURM_NTASKS"]),
         int(env["SLURM_LOCALID"]),
-        local_world,
+        int(tasks_per_node[0]),
         env.get("MASTER_ADDR") or first_host(nodes),
         int(port),
     )
@@ -116,8 +120,7 @@ def _from_slurm(env) -> Launch:
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: "gpu[03-05,9],x" -> "gpu03"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    return all_hosts(nodelist)[0]
 
 
 def all_hosts(nodelist: str) -> list[str]:
@@ -231,6 +234,11 @@ def meet(launch: Launch, timeout: float, purpose: str) -> Store:
             f" launcher should answer ({said}); see whether that node lives and lets this one through"
         ) from error
     return dist.PrefixStore(f"{purpose} {launch.attempt}", store)
+
+
+def own_connection(store: Store) -> Store:
+    """A second connection to the holder of a store, whose calls do not wait for those of the first."""
+    return store.clone()  # type: ignore[attr-defined]  # torch's annotations lack it
 
 
 def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:

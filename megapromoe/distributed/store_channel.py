@@ -35,7 +35,7 @@ class StoreChannel:
 
     Args:
         store: of the job. The channel uses it from a thread of its own: give each channel its own connection
-            (`store.clone()`).
+            (`runtime.own_connection`).
         timeout: seconds within which the store must answer a call.
         patience: seconds that `receive` and `barrier` wait for other ranks.
     """

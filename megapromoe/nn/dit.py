@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.options import ModelConfig
+from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.layers import (
     Attention,
     LabelEmbed,
@@ -23,6 +25,7 @@ from megapromoe.nn.layers import (
     modulate,
     position_table,
 )
+from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
 from megapromoe.nn.moe.guided_routers import NO_SUPERCLASS
 from megapromoe.nn.moe.layer import MoE, fan_out
 from megapromoe.nn.moe.routers import Routed
@@ -99,11 +102,11 @@ class Block(nn.Module):
         return x_BSD + gate_BD.unsqueeze(1) * y_BSD
 
     @staticmethod
-    def _plain(f, *args):
+    def _plain(f: Callable, *args: Any) -> Any:
         return f(*args)
 
     @staticmethod
-    def _checkpointed(f, *args):
+    def _checkpointed(f: Callable, *args: Any) -> Any:
         return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -123,6 +126,10 @@ class FinalLayer(nn.Module):
 
 class DiT(nn.Module):
     """The diffusion transformer. Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711)."""
+
+    pos_embed: Tensor
+    layouts: dict[str, ParameterLayout]
+    """Of every parameter, by its name; set by `parallelize.build`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -166,11 +173,11 @@ class DiT(nn.Module):
         if not all_routed:
             empty = self.pos_embed.new_zeros(0)
             return Auxiliary({}, empty.view(0, 0), empty)
-        layers = [block.mlp for block in self.blocks if not isinstance(block.mlp, Mlp)]
+        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         losses = layers[0].losses_of(all_routed)
         load_LE = torch.stack([r.load_E for r in all_routed])
-        static = self.config.capacity_factor > 0
-        dropped_L = torch.stack([moe.dispatcher.dropped for moe in layers]) if static else None
+        dropped = [moe.dispatcher.dropped for moe in layers if isinstance(moe.dispatcher, StaticDispatcher)]
+        dropped_L = torch.stack(dropped) if dropped else None
         return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ class TimeEmbed(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
         angle = t_B.float()[:, None] * torch.exp(-math.log(10000) * steps / half)[None]
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(features.to(first.weight.dtype))
 
 
 class LabelEmbed(nn.Module):
@@ -68,7 +70,7 @@ class LabelEmbed(nn.Module):
         super().__init__()
         # An empty table: on the meta device its default initialisation would import torch's compiler.
         table = torch.empty(num_classes + 1, width)
-        self.embedding_table = nn.Embedding(*table.shape, _weight=table)
+        self.embedding_table = nn.Embedding(num_classes + 1, width, _weight=table)
 
     def forward(self, y_B: Tensor) -> Tensor:
         return self.embedding_table(y_B)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from megapromoe.config.options import Config
-from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.mesh import SINGLE_RANK, Mesh, make_mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout, Split
 from megapromoe.nn.compile import compile_dense
-from megapromoe.nn.dit import DiT
+from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.layers import Attention, HeadNorm, Mlp
 from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
 from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
 from megapromoe.nn.moe.expert_linear import ExpertLinear
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import ALONE, Router
+from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.tensor_parallel import GatheredLinear, Region, RowLinear
 
 # Which dimension tensor parallelism slices, by the end of the parameter's name; whatever is not listed is replicated:
@@ -59,10 +59,10 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
     model.layouts = layouts(model)
     for name, layout in model.layouts.items():
         owner, attribute = _owner(model, name)
-        local = torch.empty(layout.local_shape(mesh), device=device)
-        owner.register_parameter(attribute, nn.Parameter(local))
+        parameter = nn.Parameter(torch.empty(layout.local_shape(mesh), device=device))
+        owner.register_parameter(attribute, parameter)
         with torch.no_grad():
-            fill(owner._parameters[attribute], model, layout, mesh, config.train.seed)
+            fill(parameter, model, layout, mesh, config.train.seed)
     for name, buffer in list(model.named_buffers()):
         owner, attribute = _owner(model, name)
         value = model.initial_buffer(name, buffer.shape, _generator(config.train.seed, name))
@@ -84,7 +84,9 @@ def connect(model: DiT, config: Config, mesh: Mesh) -> None:
         elif isinstance(module, ExpertLinear):
             module.region = expert_region
         elif isinstance(module, Router):
-            module.scope = mesh.dp if config.model.batch_scope == "global" else ALONE
+            module.scope = mesh.dp if config.model.batch_scope == "global" else SINGLE_RANK
+        elif isinstance(module, Block):
+            module.recompute = config.parallel.recompute
         if isinstance(module, MoE):
             experts, factor = config.model.num_experts, config.model.capacity_factor
             if factor:
@@ -93,8 +95,6 @@ def connect(model: DiT, config: Config, mesh: Mesh) -> None:
                 module.dispatcher = ExpertParallelDispatcher(experts, mesh.ep, region, mesh.expert_tp)
             else:
                 module.dispatcher = Dispatcher(experts, region, mesh.expert_tp)
-    for block in model.blocks:
-        block.recompute = config.parallel.recompute
 
 
 def fill(parameter: Tensor, model: DiT, layout: ParameterLayout, mesh: Mesh, seed: int) -> None:

@@ -9,44 +9,45 @@ out the regions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.distributed.collectives import copy_to, gather_last, reduce_from
-from megapromoe.distributed.mesh import Group
+from megapromoe.distributed.mesh import SINGLE_RANK, Group
 
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of the model shared out over `group` (None: not shared out).
+    """A stretch of the model shared out over `group` (of one rank: not shared out).
 
     Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
     """
 
-    group: Group | None = None
+    group: Group = SINGLE_RANK
 
     @property
     def shared(self) -> bool:
-        return self.group is not None and self.group.size > 1
+        return self.group.size > 1
 
     @property
     def size(self) -> int:
-        return self.group.size if self.shared else 1
+        return self.group.size
 
     @property
     def rank(self) -> int:
-        return self.group.rank if self.shared else 0
+        return self.group.rank
 
     def enter(self, x: Tensor) -> Tensor:
-        return copy_to(x, self.group) if self.shared else x
+        return copy_to(x, self.group)
 
     def leave(self, partial: Tensor) -> Tensor:
-        return reduce_from(partial, self.group) if self.shared else partial
+        return reduce_from(partial, self.group)
 
     def gather(self, x: Tensor) -> Tensor:
         """Joins slices of the last dimension."""
-        return gather_last(x, self.group) if self.shared else x
+        return gather_last(x, self.group)
 
 
 WHOLE = Region()
@@ -64,6 +65,11 @@ class RowLinear(nn.Linear):
     """
 
     region: Region = WHOLE
+
+    @overload
+    def forward(self, x: Tensor, partial: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, partial: Literal[True]) -> tuple[Tensor, Tensor | None]: ...
 
     def forward(self, x: Tensor, partial: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         if not self.region.shared:

@@ -215,7 +215,7 @@ def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:
 
     Routed experts' tensors come in several groups where they are many. Source: deepspeed/moe/utils.py.
     """
-    groups = [[]]
+    groups: list[list[int]] = [[]]
     for n in tensors:
         if routed and groups[-1] and sum(groups[-1]) + n > LARGEST_GROUP:
             groups.append([])

@@ -111,7 +111,7 @@ def limits(plan: Plan) -> str:
     else:
         parts = {"products": t.products, "attention": t.attention, "elementwise": t.elementwise}
     parts |= {"layers": t.layers_traffic, "gradients": t.exposed_gradients, "update": t.update}
-    order = sorted(parts, key=parts.get, reverse=True)
+    order = sorted(parts, key=lambda name: parts[name], reverse=True)
     shares = ", ".join(f"{name} {parts[name] / t.total:.0%}" for name in order)
     return f"limited by {HINTS[order[0]]} ({shares}; {1e3 * t.overlapped:.1f} ms of communication overlapped)"
 

@@ -198,7 +198,7 @@ def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
         yield _contrast(model, 1)
 
 
-def _contrast(model: ModelConfig, groups: int) -> Saved:
+def _contrast(model: ModelConfig, groups: float) -> Saved:
     """Directions of prototypes and centroids, lengths, logits, weights, for each group of tokens."""
     E, D = model.num_experts, model.hidden_size
     return Saved("router", "contrastive loss, float64", groups * E * (2 * D + E + 3) * 8)

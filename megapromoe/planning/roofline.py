@@ -159,8 +159,8 @@ def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions)
     if not (machine.grouped and zero.width == 2):
         one_moe += EXPERT_KERNELS * -(-model.num_experts // layout.ep) - GROUPED_KERNELS
     kernels += moe * one_moe * routed
-    replicated, routed = tensors_on_rank(model, layout)
-    return kernels * assume.launch + (len(replicated) + len(routed)) * (GATHER_HOOK if zero.stage == 3 else HOOK)
+    replicated, of_experts = tensors_on_rank(model, layout)
+    return kernels * assume.launch + (len(replicated) + len(of_experts)) * (GATHER_HOOK if zero.stage == 3 else HOOK)
 
 
 def collective_time(c: Collective, config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:

@@ -1,9 +1,10 @@
 """All layouts of a model on a machine, which of them fit, and which is the fastest."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any
 
 from megapromoe.config.deepspeed_file import find_ds_configs
 from megapromoe.config.options import Config, ConfigError, Layout
@@ -120,7 +121,7 @@ def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[st
     """Every combination worth a thought, unchecked: tp within a node, ep up to the number of experts."""
     experts = config.model.num_experts if config.model.moe_blocks else 1
     policies = ("none", "moe", "blocks", "all") if config.model.moe_blocks else ("none", "blocks", "all")
-    choices = {
+    choices: dict[str, Sequence[Any]] = {  # each of the type of its option
         "parallel.tp": _divisors(world, machine.gpus_per_node),
         "parallel.ep": _divisors(world, experts),
         "parallel.expert_tp": (False, True) if config.model.moe_blocks else (False,),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megapromoe.distributed.mesh import Group
 from megapromoe.preflight.groups import Heard
+from megapromoe.preflight.machine import synchronize
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, usual
 
 ALL_PAIRS = 32  # nodes up to which every pair is tried
@@ -88,7 +89,7 @@ def try_pairs(
                     wrong.append(other)
         at(f"the end of bandwidth round {number + 1}")
         dist.all_reduce(torch.zeros(1, device=device))  # the next round's pairs share no wire with this one's
-        _finish(device)
+        synchronize(device)
     return speeds, wrong
 
 
@@ -103,13 +104,7 @@ def exchange_with(partner: int, rank: int, device: torch.device) -> tuple[float,
         for work in dist.batch_isend_irecv(both):
             work.wait()
 
-    swap()  # connects
-    _finish(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        swap()
-    _finish(device)
-    seconds = time.perf_counter() - start
+    seconds = _seconds(swap, repeats, device)
     return size * repeats / seconds / 1e9, bool((theirs == partner % 251).all())
 
 
@@ -120,19 +115,19 @@ def try_exchange(group: Group, device: torch.device) -> float:
     size, repeats = (64 * 2**20, 10) if device.type == "cuda" else (4 * 2**20, 4)
     sent = torch.zeros(size // group.size * group.size, dtype=torch.uint8, device=device)
     got = torch.empty_like(sent)
-    dist.all_to_all_single(got, sent, group=group.handle)
-    _finish(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        dist.all_to_all_single(got, sent, group=group.handle)
-    _finish(device)
-    seconds = time.perf_counter() - start
+    seconds = _seconds(lambda: dist.all_to_all_single(got, sent, group=group.handle), repeats, device)
     return len(sent) * (group.size - 1) / group.size * repeats / seconds / 1e9
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(exchange: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """The time of `repeats` exchanges, after one that connects."""
+    exchange()
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        exchange()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 # ---- rules

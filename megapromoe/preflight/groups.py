@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,7 +55,7 @@ def try_operation(operation: str, group: Group, device: torch.device) -> tuple[b
     if operation == "all_reduce":
         x = contribution(me, n, device)
         dist.all_reduce(x, group=group.handle)
-        return not torch.equal(x.cpu(), sum(values(rank, n) for rank in ranks)), []
+        return not torch.equal(x.cpu(), sum((values(rank, n) for rank in ranks), torch.zeros(n))), []
     if operation == "all_gather":
         x = torch.empty(size * n, device=device)
         _all_gather(x, contribution(me, n, device), group=group.handle)
@@ -65,7 +65,7 @@ def try_operation(operation: str, group: Group, device: torch.device) -> tuple[b
         x = torch.empty(n, device=device)
         _reduce_scatter(x, contribution(me, size * n, device), group=group.handle)
         start = group.rank * n
-        expected = sum(values(rank, size * n)[start : start + n] for rank in ranks)
+        expected = sum((values(rank, size * n)[start : start + n] for rank in ranks), torch.zeros(n))
         return not torch.equal(x.cpu(), expected), []
     send = [rows_between(group.rank, other) for other in range(size)]
     receive = [rows_between(other, group.rank) for other in range(size)]
@@ -79,7 +79,7 @@ def try_operation(operation: str, group: Group, device: torch.device) -> tuple[b
     return False, wrong
 
 
-def try_groups(mesh: Mesh, device: torch.device, at) -> Iterator[tuple[str, Heard]]:
+def try_groups(mesh: Mesh, device: torch.device, at: Callable[[str], None]) -> Iterator[tuple[str, Heard]]:
     """Each direction with what this rank got in it. `at` is told each operation. Collective."""
     for direction in DIRECTIONS:
         group: Group = getattr(mesh, direction)
@@ -138,5 +138,5 @@ def judge_groups(cluster: Cluster, limits: Limits) -> Iterator[Row]:
             yield Row(name, own or nodes, said, "exact", FAIL, remedy, own)
 
 
-def _listed(ranks) -> str:
-    return ", ".join(map(str, list(ranks)[:8])) + (", ..." if len(ranks) > 8 else "")
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

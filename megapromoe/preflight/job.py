@@ -86,12 +86,12 @@ class Preflight:
         """
         launch, node = self.launch, runtime.node_name()
         if launch.rank == 0 and self.bad_nodes is not None:
-            self._forget()
+            self._forget(self.bad_nodes)
         node_of, local = arrival.roll_call(self.channel, node, launch.local_world, self.timeout)
         self.cluster = Cluster(launch.world, node_of, local | runtime.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
-        channel = self._channel(self.store.clone())
+        channel = self._channel(runtime.own_connection(self.store))
         self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._hung, every_place=True)
         joined = self._examine(node)
         code = self._end()
@@ -104,8 +104,9 @@ class Preflight:
         leading = self.launch.rank == leaders[node]
         self._stage("machine", lambda: machine.examine(self.launch, leading))
         self._stage("clock", lambda: clocks.compare_clocks(self.channel, list(leaders.values())))
-        if self.folder is not None:
-            self._stage("files", lambda: storage.try_files(self.folder, self.channel, leaders, node))
+        folder = self.folder
+        if folder is not None:
+            self._stage("files", lambda: storage.try_files(folder, self.channel, leaders, node))
         else:
             self.cluster.found["files"] = {}
         self._stage("data", lambda: storage.try_data(self.config) if leading else None)
@@ -124,7 +125,7 @@ class Preflight:
         def at(stage: str) -> None:
             nonlocal place
             place = stage
-            self.watchdog.at(stage)
+            self._at(stage)
 
         try:
             at("joining torch.distributed")
@@ -144,11 +145,11 @@ class Preflight:
 
     def _stage(self, name: str, find: Callable[[], Any]) -> Any:
         """Finds, tells the others, and on rank 0 waits for what all found."""
-        self.watchdog.at(name)
+        self._at(name)
         self.bar.set_description(name)
         value = find()
         self.channel.send(f"found/{name}/{self.launch.rank}", None if value is None else asdict(value))
-        self.watchdog.at(f"{name} of the other ranks")
+        self._at(f"{name} of the other ranks")
         if self.launch.rank == 0:
             self._keep(name, {rank: self.channel.receive(f"found/{name}/{rank}") for rank in range(self.launch.world)})
         self.bar.update()
@@ -161,9 +162,11 @@ class Preflight:
         """In the watchdog's thread, on rank 0 if it lives: judges by what is there. The rank itself may be waiting."""
         if self.launch.rank:
             return f"{hang}. Rank 0 does not judge the nodes any more.", 1
+        assert self.watchdog is not None
+        channel = self.watchdog.channel
         self.cluster.hang = hang
         for stage in STAGES:
-            findings = self.watchdog.channel.receive_from_ranks(f"found/{stage}")
+            findings = channel.receive_from_ranks(f"found/{stage}")
             if findings:
                 self._keep(stage, findings)
         code, problems = self._conclude()
@@ -189,6 +192,10 @@ class Preflight:
     def _channel(self, store: Store) -> StoreChannel:
         return StoreChannel(store, self.launch.rank, self.launch.world, self.timeout, 10 * self.timeout)
 
+    def _at(self, stage: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.at(stage)
+
     def _close_watchdog(self) -> None:
         if self.watchdog is not None:
             self.watchdog.close()
@@ -200,10 +207,11 @@ class Preflight:
         print(table(verdict), flush=True)
         return verdict.exit_code, write_reports(self.cluster, self.limits, verdict, self.report, self.bad_nodes)
 
-    def _forget(self) -> None:
+    @staticmethod
+    def _forget(bad_nodes: Path) -> None:
         """An earlier preflight's bad nodes are not this one's, however it ends."""
         try:
-            write_text(self.bad_nodes, "")
+            write_text(bad_nodes, "")
         except OSError:
             return  # told when the verdict is to be written
 

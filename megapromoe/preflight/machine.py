@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -20,11 +21,11 @@ import torch
 import megapromoe
 from megapromoe.config.deepspeed_file import find_ds_configs
 from megapromoe.distributed import runtime
+from megapromoe.planning.machines import GIB
 from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 MAY_DIFFER = ("driver",)  # versions: NCCL gets along, but it is worth knowing
-GIB = 2**30
 
 # What nvidia-smi is asked of each GPU, and the answers that are worth a line: verdict, meaning, remedy.
 _RESET = "drain the node and reset the GPU (nvidia-smi --gpu-reset), or replace it"
@@ -74,22 +75,25 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
     """Looks at this rank's machine and tries its device; needs no other rank."""
     gpus = ask_gpus() if leader else []
     host = _memory_of_host()
-    found = {"name": platform.machine(), "uuid": "", "memory": host["MemTotal"], "free": host["MemAvailable"]}
+    name, uuid, memory, free = platform.machine(), "", host["MemTotal"], host["MemAvailable"]
     wrong, teraflops, error, kind = 0, 0.0, "", "none"
     try:
         device = runtime.device_of(launch)
         kind = device.type
         if kind == "cuda":
-            facts = torch.cuda.get_device_properties(device)
+            properties = torch.cuda.get_device_properties(device)
             free, memory = torch.cuda.mem_get_info(device)
-            found = {"name": facts.name, "uuid": str(facts.uuid), "memory": memory, "free": free}
+            name, uuid = properties.name, str(properties.uuid)
         wrong, teraflops = try_product(device)
     except RuntimeError as problem:  # what CUDA raises, out of memory included
         error = str(problem).splitlines()[0]
     return Machine(
         versions=versions() | ({"driver": gpus[0]["driver_version"]} if gpus else {}),
         device=kind,
-        **found,
+        name=name,
+        uuid=uuid,
+        memory=memory,
+        free=free,
         wrong=wrong,
         teraflops=teraflops,
         error=error,
@@ -155,11 +159,11 @@ def try_product(device: torch.device, seed: int = 0) -> tuple[int, float]:
         products = [multiply(on_a, on_b)]
         for _ in range(warm):  # clocks rise under load
             multiply(on_a, on_b)
-        _finish(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
             last = multiply(on_a, on_b)
-        _finish(device)
+        synchronize(device)
         seconds = time.perf_counter() - start
         products.append(last)
         wrong = 0
@@ -172,7 +176,8 @@ def try_product(device: torch.device, seed: int = 0) -> tuple[int, float]:
         torch.set_num_threads(threads)
 
 
-def _finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that was enqueued; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -220,6 +225,10 @@ def cannot_join(found: dict[int, Machine], node_of: dict[int, str]) -> str:
 # ---- rules
 
 
+def _labelled(label: str, value: str) -> str:
+    return f"{label} {value}"
+
+
 def judge_versions(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     """Every version is the same on all nodes, and on the ranks of one node."""
     found: dict[int, Machine] = cluster.found.get("machine", {})
@@ -234,9 +243,7 @@ def judge_versions(cluster: Cluster, limits: Limits) -> Iterator[Row]:
             if own:
                 values[node] = " and ".join(sorted(own))
         remedy = f"make {name} the same everywhere: one environment on a shared path, or one image"
-        rows += disagreements(
-            "versions", values, lambda v, name=name: f"{name} {v}", remedy, serious=name not in MAY_DIFFER
-        )
+        rows += disagreements("versions", values, partial(_labelled, name), remedy, serious=name not in MAY_DIFFER)
     yield from rows
     if not rows:
         told = ", ".join(f"{name} {version}" for name, version in found[min(found)].versions.items())
@@ -284,7 +291,7 @@ def _devices_there(cluster: Cluster, found: dict[int, Machine]) -> Iterator[Row]
                 for node in cluster.nodes
             }
             remedy = "ask for one kind of GPU (a constraint or partition); an unlike one holds up all others"
-            yield from disagreements("devices", values, lambda v, what=what: f"{what} {v}", remedy, serious=False)
+            yield from disagreements("devices", values, partial(_labelled, what), remedy, serious=False)
 
 
 def _devices_right(cluster: Cluster, found: dict[int, Machine], limits: Limits) -> Iterator[Row]:

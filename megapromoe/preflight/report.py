@@ -48,11 +48,14 @@ def _line(cells: dict[str, str]) -> str:
     return "  ".join(f"{cells[name]:{width}}" for name, width in COLUMNS.items()).rstrip()
 
 
+def _plain(one: Any) -> Any:
+    return asdict(one) if is_dataclass(one) and not isinstance(one, type) else one
+
+
 def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any]:
     """All that was found and judged, as what JSON can hold."""
     found = {
-        stage: {str(rank): asdict(one) if is_dataclass(one) else one for rank, one in by_rank.items()}
-        for stage, by_rank in cluster.found.items()
+        stage: {str(rank): _plain(one) for rank, one in by_rank.items()} for stage, by_rank in cluster.found.items()
     }
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

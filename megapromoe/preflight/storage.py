@@ -18,9 +18,9 @@ from megapromoe.data.sources import open_dataset
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
 from megapromoe.planning.cost import parameters
+from megapromoe.planning.machines import GIB
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
 
-GIB = 2**30
 PROBE = 32 * 2**20  # bytes that each node writes
 VISIBLE = 60.0  # seconds that a file system may take to show a file: NFS caches folders for half a minute
 RECORDS = 64

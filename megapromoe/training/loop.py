@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +28,7 @@ from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
-from megapromoe.diffusion.objectives import make_objective
+from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.store_channel import StoreChannel
@@ -36,6 +37,7 @@ from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.deepspeed_engine import Engine
 from megapromoe.engine.step_result import StepResult
 from megapromoe.errors import UserError
+from megapromoe.nn.dit import Auxiliary
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
@@ -137,7 +139,9 @@ def _train(
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
     progress = _Progress(t, updates, checkpoint.manifest.get("recent_norms", []) if checkpoint else [])
-    channel = StoreChannel(job.store.clone(), mesh.rank, mesh.world, min(t.step_timeout, 30.0), t.timeout)
+    channel = StoreChannel(
+        runtime.own_connection(job.store), mesh.rank, mesh.world, min(t.step_timeout, 30.0), t.timeout
+    )
     watchdog = Watchdog(channel, t.step_timeout, "train.step_timeout")
     try:
         while step < t.steps:
@@ -207,14 +211,15 @@ def _open_dataset(config: Config) -> Dataset:
     if any(told):  # what all ranks say, one says
         said = (t if told.count(t) == len(told) else f"rank {told.index(t)}: {t}" for t in dict.fromkeys(told) if t)
         raise TrainingError("; ".join(said))
+    assert dataset is not None  # no rank had a problem, so this one has opened it
     return dataset
 
 
-def _micro_step(engine: Engine, objective, batch: Batch, window: _Window) -> Tensor:
+def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: _Window) -> Tensor:
     """Forward and backward of one micro-batch; returns its loss, detached."""
     x_BCHW, t_B = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
-    def loss(prediction: Tensor, auxiliary) -> tuple[Tensor, Tensor]:
+    def loss(prediction: Tensor, auxiliary: Auxiliary) -> tuple[Tensor, Tensor]:
         denoising = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
         total = denoising + auxiliary.total()
         window.add(denoising, total, auxiliary)
@@ -286,6 +291,12 @@ class _Progress:
 class _Window:
     """Sums of what happened since the last log line; tensors stay on the device until then."""
 
+    sums: dict[str, Tensor]
+    load: Tensor  # rows of each MoE layer and expert
+    gate: Tensor  # sum of the mean weights of each MoE layer
+    micro: int  # micro-batches
+    damaged: int  # samples with damaged records, of this rank
+
     def __init__(self, config: Config, mesh: Mesh, device: torch.device):
         self.config, self.mesh, self.device = config, mesh, device
         self.flops = cost.flops_per_image(config.model).training
@@ -293,7 +304,7 @@ class _Window:
         self.peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self._reset()
 
-    def add(self, denoising: Tensor, total: Tensor, auxiliary) -> None:
+    def add(self, denoising: Tensor, total: Tensor, auxiliary: Auxiliary) -> None:
         """Takes in a micro-batch."""
         self.sums["loss"] += total.detach()
         self.sums["denoising"] += denoising.detach()
@@ -337,7 +348,7 @@ class _Window:
 
     def _reset(self) -> None:
         moe = len(self.config.model.moe_blocks)
-        self.sums: dict = {name: torch.zeros((), device=self.device) for name in ("loss", "denoising")}
+        self.sums = {name: torch.zeros((), device=self.device) for name in ("loss", "denoising")}
         self.load = torch.zeros(moe, self.config.model.num_experts if moe else 0, device=self.device)
         self.gate = torch.zeros(moe, device=self.device)
         self.micro = self.damaged = 0
@@ -345,7 +356,7 @@ class _Window:
         self.excluded = 0.0
 
 
-def _draw(engine: Engine, ema: EMA, config: Config):
+def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
     """A grid of samples of the averaged weights, drawn by all ranks together with the model as it is laid out."""
     classes = config.model.num_classes
     labels = [c for c in range(min(classes, 10)) for _ in range(4)]

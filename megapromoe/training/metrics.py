@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -177,7 +178,7 @@ def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray
     axes = figure.add_subplot()
     picture = axes.imshow(shares, vmin=0, vmax=max(2 / experts, shares.max()), aspect="auto", interpolation="nearest")
     axes.set(title=title, xlabel="expert", ylabel="block", yticks=range(layers), yticklabels=rows)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     figure.colorbar(picture, label="share of the rows")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -175,8 +175,8 @@ class ExpertParallelDispatcher(Dispatcher):
 
     def run(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> tuple[Flight, Tensor]:
         flight, rows_RD, received, numbers = sent
-        send, *come_E = zip(*numbers.on_host(), strict=True)  # the layer's one wait; of each rank
-        send, receive = list(send), [sum(come) for come in zip(*come_E, strict=True)]
+        to_rank, *come_E = zip(*numbers.on_host(), strict=True)  # the layer's one wait; of each rank
+        send, receive = list(to_rank), [sum(come) for come in zip(*come_E, strict=True)]
         arrived = flight.arrive(rows_RD, (send, receive))
 
         # Rows arrive by (source rank, expert); experts want them by expert.

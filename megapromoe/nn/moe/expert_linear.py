@@ -11,7 +11,7 @@ Two ways to the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x_RD: Tensor, segments: Segments) -> Tensor:
         """Rows (R, in), sorted by expert, through their expert: (R, out). R may be 0."""
-        bias = self.bias
+        bias: Tensor = self.bias
         if self.closes and self.region.shared:
             bias = self.region.enter(bias) / self.region.size
         if in_one_kernel(x_RD):
@@ -168,7 +168,7 @@ class _ExpertByExpert(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def _before_gelu(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]):
+def _before_gelu(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
     """The gradients of each expert's `inputs` of the GELU, one after the other in the same memory."""
     space = inputs[0].new_empty(max(x.shape[0] for x in inputs), inputs[0].shape[1])
     for grad, x in zip(grads, inputs, strict=True):

@@ -33,6 +33,8 @@ class ClassificationRouter(Router):
     probability, as in TC, so that the denoising loss teaches the classifier too; the weight of the loss, here 1.
     """
 
+    superclass_C: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_experts)
@@ -50,6 +52,8 @@ class ClassificationRouter(Router):
         route = rows_of_tokens(chosen_B.repeat_interleave(S)[:, None], weight_B.repeat_interleave(S)[:, None])
         losses = {}
         if self.training and self.config.classification_weight:
+            if y_B is None:
+                raise ValueError("the classification router learns from labels: call it with y_B in training")
             losses["classification"] = self.config.classification_weight * self.cross_entropy(logit_BE, y_B, decided)
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance(p_BE[:, None], chosen_B[:, None, None], decided)
@@ -82,6 +86,9 @@ class KMeansRouter(Router):
     an even share to lose again. One centroid of a layer is moved in a batch: then no size comes to the host.
     """
 
+    centroids: Tensor
+    share: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.register_buffer("centroids", torch.empty(config.num_experts, config.hidden_size))
@@ -97,7 +104,7 @@ class KMeansRouter(Router):
         weight_T = self.gates(score_TE).gather(1, chosen_T[:, None])[:, 0]
         if self.training:
             nearest_T = score_TE.detach().gather(1, chosen_T[:, None])[:, 0]
-            decided.once("followed", lambda: self.follow(unit_TD.detach(), nearest_T, chosen_T))
+            decided.run_once("followed", lambda: self.follow(unit_TD.detach(), nearest_T, chosen_T))
         return self.result(rows_of_tokens(chosen_T[:, None], weight_T[:, None]), {})
 
     def follow(self, unit_TD: Tensor, nearest_T: Tensor, chosen_T: Tensor) -> None:

@@ -85,11 +85,11 @@ class MoE(nn.Module):
         null_hidden_TF = self.unconditional.hidden(null_TD) if self.unconditional is not None else None
         computed = self.dispatcher.compute(begun, self.experts)
         bias, null_bias = None, None
-        if hidden_TF is not None:
+        if self.shared is not None and hidden_TF is not None:
             y_TD, bias = self.shared.partial(hidden_TF)
         else:
             y_TD = torch.zeros_like(x_TD)
-        if null_hidden_TF is not None:
+        if self.unconditional is not None and null_hidden_TF is not None:
             null_TD, null_bias = self.unconditional.partial(null_hidden_TF)
             y_TD = _AddAfter.apply(y_TD, null_TD, cut)
         y_TD = self.region.leave(self.dispatcher.finish(computed, y_TD))

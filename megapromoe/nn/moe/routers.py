@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.collectives import sum_over
-from megapromoe.distributed.mesh import Group
+from megapromoe.distributed.mesh import SINGLE_RANK, Group
 from megapromoe.nn.moe.dispatcher import Route, counts
 from megapromoe.nn.moe.prototypes import Choose, Contrast, contrastive_loss, contrastive_losses, resemblance
 from megapromoe.nn.moe.routing_cache import Decisions
 
-ALONE = Group((0,), 0)
+ALONE = SINGLE_RANK
 
 
 class Routed(NamedTuple):
@@ -131,7 +131,9 @@ class PrototypeRouter(Router):
         score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
         chosen_BSK = choose(score_BSE)
         route = rows_of_tokens(chosen_BSK, self.gates(score_BSE).gather(-1, chosen_BSK))
-        contrast = Contrast(self.prototypes.double(), sum_ED, count_E) if contrasts else None
+        contrast = None
+        if sum_ED is not None and count_E is not None:
+            contrast = Contrast(self.prototypes.double(), sum_ED, count_E)
         losses = {}
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
@@ -215,6 +217,8 @@ class DiffMoERouter(GateRouter):
     exceeds a threshold that followed the training. Source: DiffMoE, arXiv 2503.14487.
     """
 
+    threshold: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         D, E = config.hidden_size, config.num_experts
@@ -230,7 +234,7 @@ class DiffMoERouter(GateRouter):
             return self.result(rows_of_mask(taken_TE, score_TE), {})
         tokens = score_TE.shape[0] * self.scope.size
         taken_TE = decided.once("taken", lambda: self.best_of_scope(score_TE.detach(), self.capacity(tokens)))
-        decided.once("followed", lambda: self.follow(predicted_TE.detach().sigmoid()))
+        decided.run_once("followed", lambda: self.follow(predicted_TE.detach().sigmoid()))
         loss = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE.float())
         losses = {"capacity": self.config.capacity_weight * loss}
         return self.result(rows_of_mask(taken_TE, score_TE), losses)

@@ -16,10 +16,11 @@ class Decisions:
     (a few numbers an expert, or its centroid), nothing of the size of the tokens.
     """
 
-    def __init__(self):
-        self._made: dict[str, tuple[Tensor | None, bool]] = {}
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Tensor, bool]] = {}
+        self._done: set[str] = set()
 
-    def once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns in the first pass, in every pass. Gradients flow through the first pass's tensor.
 
         `make` must keep nothing for the backward pass, since a second pass does not call it: collectives, or detached
@@ -27,8 +28,14 @@ class Decisions:
         """
         if name not in self._made:
             value = make()
-            self._made[name] = (None, False) if value is None else (value.detach(), value.requires_grad)
+            self._made[name] = (value.detach(), value.requires_grad)
             return value
         value, differentiable = self._made[name]
         # Of the second pass autograd wants the same tensors saved, and no gradient.
-        return None if value is None else value.detach().requires_grad_(differentiable)
+        return value.detach().requires_grad_(differentiable)
+
+    def run_once(self, name: str, update: Callable[[], None]) -> None:
+        """Calls `update` in the first pass, and in no other."""
+        if name not in self._done:
+            update()
+            self._done.add(name)
