@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     options = arguments(argv)
 
-    from megapromoe.training import runtime  # torch takes seconds to import; help should not wait for it
+    from megapromoe.distributed import runtime  # torch takes seconds to import; help should not wait for it
 
     runtime.prepare()
     from megapromoe.checkpoint.format import CheckpointError

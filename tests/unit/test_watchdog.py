@@ -1,4 +1,4 @@
-"""Who is named for a hang, from what ranks told; with real processes: `test_faults.py`."""
+"""Who is named for a hang, from what ranks told; with real processes: `test_killed_jobs.py`."""
 
 import pytest
 from torch.distributed import HashStore
