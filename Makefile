@@ -32,7 +32,7 @@ layouts: env
 	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md
 
 faults: env
-	$(BIN)/python -m pytest -q tests/parallel/test_faults.py --fault-table docs/faults.md
+	$(BIN)/python -m pytest -q tests/programs/test_killed_jobs.py tests/parallel/test_faults.py --fault-table docs/faults.md
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,22 @@
-"""Options of the test-suite: where to write the tables that its measurements make."""
+"""What holds for all tests: one thread a process, the package of this checkout, and where to write the tables.
+
+unit/      one process
+parallel/  several ranks in a torch.distributed job of `support.processes`
+programs/  the program, the tools and the launchers as processes of their own
+cluster/   jobs on a real SLURM, where one can be started
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Two test processes share two cores, and sums of floats depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Processes that tests start import the package of this checkout, whether it is installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 TABLES = {
     "--equality-table": "the equality matrix",
@@ -10,3 +28,22 @@ TABLES = {
 def pytest_addoption(parser):
     for option, what in TABLES.items():
         parser.addoption(option, metavar="FILE", help=f"write {what} to FILE (Markdown)")
+
+
+@pytest.fixture(scope="session")
+def fault_table(request):
+    """Rows (fault, what happened, what was lost) of the fault table."""
+    rows = []
+    yield rows
+    if file := request.config.getoption("--fault-table"):
+        lines = [
+            "# Faults",
+            "",
+            "What was done to small runs of 2 or 4 gloo processes, what happened, and what it cost.",
+            "Written by `make faults`.",
+            "",
+            "| fault | what happened | lost |",
+            "|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+        Path(file).write_text("\n".join(lines) + "\n")

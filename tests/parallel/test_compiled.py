@@ -6,8 +6,7 @@ import pytest
 import torch
 from support.backends import grouped
 from support.processes import run
-from support.trajectory import small, stir, train
-from test_equality import deviations
+from support.trajectory import deviations, small, stir, train
 from torch._dynamo.utils import counters
 
 from megapromoe.config.options import ConfigError

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.backends import grouped
 from support.processes import run
-from support.trajectory import Trajectory, deviation, train
+from support.trajectory import Trajectory, deviations, train
 
 
 @dataclass(frozen=True)
@@ -155,17 +155,6 @@ def table(request):
     yield rows
     if file := request.config.getoption("--equality-table"):
         write_table(Path(file), rows)
-
-
-def deviations(ours: Trajectory, theirs: Trajectory) -> dict[str, tuple[float, str]]:
-    """Largest deviation of every kind, in units of the limit, and where."""
-    out = {}
-    for kind in ("losses", "norms"):
-        pairs = zip(getattr(ours, kind), getattr(theirs, kind), strict=True)
-        out[kind] = max((abs(a - b) / (1e-5 * abs(b)), f"step {i}") for i, (a, b) in enumerate(pairs))
-    for kind in ("gradients", "parameters", "averages"):
-        out[kind] = deviation(getattr(ours, kind), getattr(theirs, kind))
-    return out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

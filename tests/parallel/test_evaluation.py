@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.evaluations import network, parsed, trained  # noqa: F401, two are fixtures
+from support.evaluations import parsed
 from support.reference_statistics import published_frechet
-from test_sampling import ALONE, as_job, one_thread, run  # noqa: F401, two are fixtures
+from support.sampled_runs import ALONE, as_job
 
 from megapromoe.commands import evaluate as command
 from megapromoe.config.options import ConfigError
@@ -26,7 +26,7 @@ def real_digits(file: Path, count: int = 1797) -> np.ndarray:
     return images
 
 
-def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):  # noqa: F811
+def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):
     real_digits(tmp_path / "real.npz")
     (record,) = image_metrics.evaluate(Evaluation(None, tmp_path / "real.npz", "digits"), ALONE)
     figures = record["figures"]
@@ -36,7 +36,7 @@ def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):  # noqa: F81
     assert (record["reference"], record["reference_count"], record["count"]) == ("digits", 1797, 1797)
 
 
-def test_figures_are_those_of_the_features(tmp_path, trained, network):  # noqa: F811
+def test_figures_are_those_of_the_features(tmp_path, trained, network):
     images = real_digits(tmp_path / "half.npz", 900)
     other = 255 - open_pixels("digits").read(900, 1797)
     np.savez(tmp_path / "other.npz", arr_0=other)
@@ -50,7 +50,7 @@ def test_figures_are_those_of_the_features(tmp_path, trained, network):  # noqa:
     assert (precision, recall) == precision_recall(b.pooled_ND, a.pooled_ND)
 
 
-def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):  # noqa: F811
+def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
     """Images are drawn once, by two ranks, and then taken as they are."""
     evaluation = Evaluation(Request(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
     two, also = as_job(2, tmp_path, image_metrics.evaluate, evaluation)
@@ -72,7 +72,7 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):  # noqa
         image_metrics_report.append(one, tmp_path)
 
 
-def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):  # noqa: F811
+def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
     request = Request(run, tmp_path / "drawn", 112)
     with pytest.raises(EvaluationError, match="112 images are too few for the covariance of 112 .*use --num 113"):
         image_metrics.evaluate(Evaluation(request, None, "data"), ALONE)
@@ -99,7 +99,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path,
 # ---- the command
 
 
-def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):  # noqa: F811
+def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
     words = ["--run", str(run), "--num", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
     assert command.run(parsed(*words, "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     assert "Fréchet distance (digits classifier)" in capsys.readouterr().out

@@ -1,180 +1,20 @@
-"""What kills, stops or spoils a run: nothing worse than the steps since the last checkpoint is lost.
+"""What spoils a run's files or saves: nothing worse than the steps since the last checkpoint is lost.
 
-Processes are real: `megapromoe train` under torchrun, signals from outside, files damaged on disk.
+`programs/test_killed_jobs.py` kills and stops whole jobs.
 """
 
 import errno
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from support.processes import WorkerFailed, run
-from test_training import losses, state, train
+from support.training_runs import losses, state, train
 
 import megapromoe.checkpoint.manager as checkpoint_module
 from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
-
-STEPS = 40
-JOB = ["--preset", "digits", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=5", "train.keep=50",
-       "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32", "train.global_batch=32"]  # fmt: skip
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-STARTED: list[subprocess.Popen] = []
-
-
-def start(folder: Path, *more: str, restarts: int = 0) -> subprocess.Popen:
-    """`megapromoe train` on four processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command += ["--max-restarts", str(restarts), "-m", "megapromoe", "train", "--run-dir", str(folder), *JOB, *more]
-    job = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    STARTED.append(job)
-    return job
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    """Ends the jobs of a test that failed half-way."""
-    yield
-    while STARTED:
-        job = STARTED.pop()
-        if job.poll() is None:
-            for pid in (*ranks_of(job), job.pid):
-                os.kill(pid, signal.SIGKILL)
-            job.wait()
-
-
-def ranks_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the launcher's workers."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(c) for c in children if "megapromoe" in Path(f"/proc/{c}/cmdline").read_text()]
-
-
-def logged(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def wait_for(condition, limit: float = 120.0, launcher: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        assert launcher is None or launcher.poll() is None, launcher.communicate()[0][-3000:]
-        time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def table(request):
-    """Rows (fault, what happened, what was lost) of the fault table."""
-    rows = []
-    yield rows
-    if file := request.config.getoption("--fault-table"):
-        lines = [
-            "# Faults",
-            "",
-            "What was done to small runs of 2 or 4 gloo processes, what happened, and what it cost.",
-            "Written by `make faults`.",
-            "",
-            "| fault | what happened | lost |",
-            "|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in rows),
-        ]
-        Path(file).write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[float]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = start(folder)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
-    return losses(folder)
-
-
-def test_kill_9_mid_step_and_the_supervisor_brings_it_back(undisturbed, tmp_path, table):
-    folder = tmp_path / "run"
-    job = start(folder, restarts=1)
-    wait_for(lambda: logged(folder) >= 12, launcher=job)
-    os.kill(ranks_of(job)[2], signal.SIGKILL)
-    killed = time.monotonic()
-
-    def steps_again() -> bool:
-        starts, lines = folder / "environment.json", folder / "metrics.jsonl"
-        return len(json.loads(starts.read_text())) == 2 and lines.stat().st_mtime > starts.stat().st_mtime + 0.5
-
-    wait_for(steps_again, launcher=job)
-    back = time.monotonic() - killed
-    assert back <= 30, "from the kill to the next step"
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
-    assert losses(folder) == undisturbed
-    assert len(json.loads((folder / "environment.json").read_text())) == 2
-    table.append(("kill -9 of a rank mid-step, under torchrun --max-restarts", "resumed by itself, identical losses",
-                  f"{back:.0f} s from the kill to the next step, at most 5 steps again"))  # fmt: skip
-
-
-@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), (signal.SIGUSR1, "one")])
-def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_path, table):
-    folder = tmp_path / "run"
-    job = start(folder)
-    wait_for(lambda: logged(folder) >= 7, launcher=job)
-    ranks = ranks_of(job)
-    for rank in ranks if who == "all twice" else ranks[3:]:
-        os.kill(rank, number)
-        if who == "all twice":
-            os.kill(rank, number)
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode != 0
-    step = int(re.search(r"asked to stop: step (\d+) of", said)[1])
-    assert len(re.findall("asked to stop", said)) == 1, "one rank speaks for all"
-    assert set(re.findall(r"exitcode\s*:\s*(\d+)", said)) == {"75"}
-    assert steps_in(folder / "checkpoints")[-1] == step
-    Checkpoint(folder_of(folder / "checkpoints", step)).verify()
-    table.append((f"{number.name} to {who}", "agreed step, saved, exit code 75, identical losses after", "nothing"))
-    job = start(folder)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
-    assert losses(folder) == undisturbed
-
-
-@pytest.mark.parametrize("hung", [0, 2])
-def test_a_hung_rank_is_named(hung, tmp_path, table):
-    """A stopped process; the others say who, where and when within twice the step time-out, and end."""
-    limit = 8.0
-    job = start(tmp_path / "run", f"train.step_timeout={limit:g}", "train.steps=100000")
-    wait_for(lambda: logged(tmp_path / "run") >= 7, launcher=job)
-    ranks = ranks_of(job)
-    os.kill(ranks[hung], signal.SIGSTOP)
-    stopped = time.monotonic()
-    others = [r for i, r in enumerate(ranks) if i != hung]
-    wait_for(lambda: not any(alive(r) for r in others))
-    took = time.monotonic() - stopped
-    os.kill(ranks[hung], signal.SIGKILL)
-    said, _ = job.communicate(timeout=120)
-    assert re.search(rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+", said), said
-    assert took <= 2 * limit
-    where = "others name rank, section and step, exit code 76"
-    table.append(
-        (
-            f"SIGSTOP of rank {hung}, step time-out {limit:g} s",
-            where,
-            f"{took:.0f} s, and the steps since the last save",
-        )
-    )
-    assert "exitcode  : 76" in said
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
 
 # ---- saves that are cut short
 
@@ -199,7 +39,7 @@ def killed_in(place: str, folder: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("place, rank", [("write", 1), ("write", 0), ("commit", 0)])
-def test_killed_during_a_save(place, rank, tmp_path, table):
+def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run(2, train, str(straight), "parallel.ep=2")
     with pytest.raises(WorkerFailed, match="died without a word"):
@@ -214,7 +54,7 @@ def test_killed_during_a_save(place, rank, tmp_path, table):
     when = {"write": f"rank {rank} killed while it writes its file", "commit": "killed between shards and manifest"}[
         place
     ]
-    table.append((when, "the checkpoint before is used, identical state after", "3 steps, one save interval"))
+    fault_table.append((when, "the checkpoint before is used, identical state after", "3 steps, one save interval"))
 
 
 # ---- damage
@@ -226,7 +66,7 @@ def spoil(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
-def test_the_newest_whole_checkpoint_is_used(tmp_path, table):
+def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
     straight, spoilt = tmp_path / "straight", tmp_path / "spoilt"
     run(2, train, str(straight), "parallel.ep=2", "train.steps=9")
     run(2, train, str(spoilt), "parallel.ep=2")
@@ -234,7 +74,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, table):
     run(2, train, str(spoilt), "parallel.ep=2", "train.steps=9")
     assert losses(spoilt) == losses(straight)
     Checkpoint(folder_of(spoilt / "checkpoints", 6)).verify()  # made anew on the way
-    table.append(
+    fault_table.append(
         ("a flipped bit in the newest checkpoint", "file named, the one before used, identical losses", "3 steps")
     )
 
@@ -264,13 +104,13 @@ def test_a_step_that_was_asked_for_is_taken_or_refused(tmp_path):
         run(2, from_step, str(tmp_path), 6)
 
 
-def test_a_shard_of_another_step_is_named(tmp_path, table):
+def test_a_shard_of_another_step_is_named(tmp_path, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2")
     old, new = (folder_of(tmp_path / "checkpoints", s) / "rank-00001.safetensors" for s in (3, 6))
     new.write_bytes(old.read_bytes())
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: is of step 3, not 6"):
         run(2, from_step, str(tmp_path), 6)
-    table.append(("a shard of another step, --step", "file named with its step, refused", "nothing"))
+    fault_table.append(("a shard of another step, --step", "file named with its step, refused", "nothing"))
 
 
 # ---- saves that fail
@@ -288,13 +128,15 @@ def without_room(folder: str, steps: int, room: int) -> None:
     train(folder, "parallel.ep=2", f"train.steps={steps}", "train.save_every=1", "train.max_failed_saves=3")
 
 
-def test_a_full_disk_is_told_and_training_goes_on_up_to_a_limit(tmp_path, table):
+def test_a_full_disk_is_told_and_training_goes_on_up_to_a_limit(tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .* no room, need [\d,]+ bytes, have 1,000"):
         run(2, without_room, str(tmp_path), 9, 1000)
     assert steps_in(tmp_path / "checkpoints") == [1]
     assert len(losses(tmp_path)) == 4, "training went on over two failed saves"
     Checkpoint(folder_of(tmp_path / "checkpoints", 1)).verify()
-    table.append(("disk full", '"need X, have Y", training goes on, ends after train.max_failed_saves', "the saves"))
+    fault_table.append(
+        ("disk full", '"need X, have Y", training goes on, ends after train.max_failed_saves', "the saves")
+    )
 
 
 def unwritable(folder: str, rank: int) -> None:
@@ -321,13 +163,15 @@ def _impatient(real):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_path, table):
+def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_path, fault_table):
     run(2, unwritable, str(tmp_path), rank)
     assert steps_in(tmp_path / "checkpoints") == [1, 3, 4]
     for step in (1, 3, 4):
         Checkpoint(folder_of(tmp_path / "checkpoints", step)).verify()
     assert len(losses(tmp_path)) == 4
-    table.append((f"rank {rank} cannot write its file", "named, training goes on, the next save is whole", "that save"))
+    fault_table.append(
+        (f"rank {rank} cannot write its file", "named, training goes on, the next save is whole", "that save")
+    )
 
 
 def test_a_save_stalls_training_for_a_copy_only(tmp_path):
@@ -360,7 +204,7 @@ def with_a_spike(folder: str, factor: float) -> None:
     train(folder, "parallel.ep=2", "train.steps=30", "train.spike=20")
 
 
-def test_a_loss_spike_is_passed_over(tmp_path, table):
+def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
     run(2, with_a_spike, str(tmp_path), 1e6)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     norms = [line["gradient_norm"] for line in lines]
@@ -368,7 +212,7 @@ def test_a_loss_spike_is_passed_over(tmp_path, table):
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 30)).manifest
     assert manifest["step"] == 30 and manifest["updates"] == 29
     assert max(norms[25:]) < 10 * max(norms[15:24]), "it did not hurt"
-    table.append(
+    fault_table.append(
         ("a gradient a million times too large, train.spike 20", "no rank updates, samples logged", "that step")
     )
 
@@ -390,7 +234,7 @@ def with_allowed(folder: str, allow: tuple[str, ...], *overrides: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["data.seed=7", "train.seed=7", "data.size=32", "train.global_batch=8"])
-def test_another_stream_is_refused_without_a_flag(change, tmp_path, table):
+def test_another_stream_is_refused_without_a_flag(change, tmp_path, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2", "train.steps=3")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "run.lock"}
     key = change.partition("=")[0]
@@ -399,7 +243,7 @@ def test_another_stream_is_refused_without_a_flag(change, tmp_path, table):
     assert {p: p.read_bytes() for p in before} == before
     run(2, with_allowed, str(tmp_path), (key,), change)
     assert len(losses(tmp_path)) == 6
-    table.append((f"{key} changed", "refused with the list of differences; goes on with --allow", "nothing"))
+    fault_table.append((f"{key} changed", "refused with the list of differences; goes on with --allow", "nothing"))
 
 
 def read_only(folder: str) -> None:
@@ -415,8 +259,8 @@ def read_only(folder: str) -> None:
     train(folder, "parallel.ep=2", "train.save_every=1")
 
 
-def test_a_read_only_folder_is_named(tmp_path, table):
+def test_a_read_only_folder_is_named(tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .*checkpoints: Read-only file system"):
         run(2, read_only, str(tmp_path))
     assert steps_in(tmp_path / "checkpoints") == [1]
-    table.append(("a file system turns read-only", "named, ends after train.max_failed_saves", "the saves"))
+    fault_table.append(("a file system turns read-only", "named, ends after train.max_failed_saves", "the saves"))

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.processes import run
-from test_training import KINDS, losses, state, train
+from support.training_runs import losses, state, train
+
+from megapromoe.checkpoint.format import KINDS
 
 SAVED, LAST = 3, 13
 LIMIT = 1e-5

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,82 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from support import command_words, processes
-from test_generate import tiny
+from support.sampled_runs import ALONE, as_job, stirred_run, tiny
 from torch.distributed.run import get_args_parser
 
 from megapromoe.commands import evaluate
 from megapromoe.commands import sample as command
 from megapromoe.config.options import ConfigError
-from megapromoe.config.resolve import to_yaml
 from megapromoe.data.autoencoder import AutoencoderError
 from megapromoe.diffusion.image_grid import SampleError, generate
 from megapromoe.distributed.mesh import Group, Mesh
-from megapromoe.distributed.runtime import Launch
 from megapromoe.sampling import decoding, sampling
 from megapromoe.sampling.generate import load_model, sample_command
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError, Parts
 from megapromoe.sampling.sampling import Request, labels_of, lanes_of, sample_many
-
-ALONE = Launch("python")
-
-
-def stirred_run(folder: str, *overrides: str) -> None:
-    """A run directory with a checkpoint whose averages are far from the initial zeros, so that all layers count."""
-    from megapromoe.checkpoint.manager import Saver
-    from megapromoe.distributed.mesh import make_mesh
-    from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
-    from megapromoe.nn.parallelize import build
-
-    config = tiny(*overrides)
-    engine = Engine(build(config, make_mesh()), config, make_mesh())
-    ema = EMA(engine, 0.5)
-    for number, average in enumerate(ema.averages):
-        average += torch.randn(average.shape, generator=torch.Generator().manual_seed(number)) * 0.15
-    (Path(folder) / "checkpoints").mkdir()
-    saver = Saver(Path(folder) / "checkpoints", engine, ema, patience=60)
-    saver.save({"step": 3, "updates": 3})
-    saver.finish(last=True)
-    (Path(folder) / "config.yaml").write_text(to_yaml(config))
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    processes.run(1, stirred_run, str(folder), "model.num_experts=3")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def launched(store: str, port: int, function, request):
-    """`function(request, launch)` on a rank that starts a job of its own, as under a launcher; or what it raised."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.distributed.barrier()  # who leaves while others still connect ends them
-    torch.distributed.destroy_process_group()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        said = function(request, Launch("torchrun", rank, world, rank, world, "127.0.0.1", port))
-    except (RuntimeError, ValueError) as error:
-        assert error.on_all_ranks
-        said = f"{type(error).__name__}: {error}"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.distributed.barrier()
-    return said
-
-
-def as_job(world: int, folder: Path, function, request) -> list:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return processes.run(world, launched, str(folder / f"store {port}"), port, function, request)
 
 
 def parsed(*words):

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.backends import WAYS
+from support.dispatch_cases import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
 from support.processes import run
 from support.trajectory import small
-from test_dispatch import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
 
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve

@@ -8,33 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.processes import WorkerFailed, run
-from support.trajectory import small
+from support.training_runs import losses, state, train
 
 import megapromoe.training.loop as loop
 from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
 from megapromoe.config.options import TrainConfig
-from megapromoe.distributed import runtime
-
-QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
-
-
-def train(folder: str, *overrides: str) -> None:
-    """`loop.train` in a job that is already running."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    store = torch.distributed.HashStore()
-    runtime.start = lambda launch, timeout: runtime.Job(torch.device("cpu"), store)
-    runtime.stop = lambda: None
-    loop.train(small(*QUICK, *overrides), Path(folder), runtime.Launch("test", rank, world))
-
-
-def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
-    checkpoint = Checkpoint(folder_of(folder / "checkpoints", step))
-    return {(kind, name): checkpoint.logical(kind, name) for kind in KINDS for name in checkpoint.shapes}
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 LAYOUTS = [
     (1, ("train.deepspeed=fp32_zero0",)),

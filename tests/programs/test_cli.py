@@ -116,17 +116,6 @@ def test_wrong_config_is_told_in_one_message(capsys):
     assert "3 problems" in said.err and "did you mean depth" in said.err and "train.global_batch" in said.err
 
 
-def test_help_and_show_need_no_torch():
-    code = (
-        "import sys; from megapromoe import cli\n"
-        "for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train', '--help']):\n"
-        "    try: cli.main(line)\n"
-        "    except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def imported_by(*words: str) -> set[str]:
     """Names of all modules that a command line imports."""
     code = (

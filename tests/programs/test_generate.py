@@ -1,39 +1,20 @@
 """Sampling a run: the same images on any number of ranks, what is written, and what is refused."""
 
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 from support import processes
+from support.sampled_runs import ALONE, as_job, saved_run, tiny
 
 from megapromoe.config.options import ConfigError
-from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.config.resolve import to_yaml
 from megapromoe.diffusion.image_grid import SampleError, chunks, generate, grid
-from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.runtime import Launch
 from megapromoe.nn.parallelize import build
 from megapromoe.sampling.generate import gather, load_model, sample_command
-
-TINY = (
-    "model.hidden_size=16",
-    "model.heads=2",
-    "model.depth=2",
-    "sample.steps=3",
-    "sample.batch=4",
-    "train.global_batch=8",
-    "train.timeout=60",
-)
-ALONE = Launch("python")
-
-
-def tiny(*overrides):
-    return resolve("digits", overrides=(*TINY, *overrides))
 
 
 def stirred(config):
@@ -45,29 +26,6 @@ def stirred(config):
                 value = np.random.default_rng(number).standard_normal(model.layouts[name].shape) * 0.1
                 parameter.copy_(torch.from_numpy(value).float())
     return model
-
-
-def saved_run(folder: str, *overrides: str) -> None:
-    """Writes a run directory with checkpoints of steps 1 and 2, whose averages are unlike the weights."""
-    from megapromoe.checkpoint.manager import Saver
-    from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
-
-    config = tiny(*overrides)
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
-    engine = Engine(build(config, mesh), config, mesh)
-    ema = EMA(engine, 0.5)
-    for average in ema.averages:
-        average.mul_(2.0).add_(0.01)
-    (Path(folder) / "checkpoints").mkdir(exist_ok=True)
-    saver = Saver(Path(folder) / "checkpoints", engine, ema, patience=60)
-    for step in (1, 2):
-        saver.save({"step": step, "updates": step})
-    saver.finish(last=True)
-    if mesh.rank == 0:
-        (Path(folder) / "config.yaml").write_text(to_yaml(config))
-    torch.distributed.barrier()
-    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -198,40 +156,14 @@ def test_a_picture_has_a_row_for_each_class(run, tmp_path):
     assert os.listdir(out.parent) == ["grid.png"]
 
 
-def launched(run: str, out: str, store: str, port: int, arguments: tuple) -> str | None:
-    """sample_command on a rank that starts a job of its own, as under a launcher."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.distributed.barrier()  # who leaves while others still connect ends them
-    torch.distributed.destroy_process_group()
-    launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port)
-    said = None
-    try:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        sample_command(Path(run), Path(out), *arguments, launch)
-    except SampleError as error:
-        said = str(error)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.distributed.barrier()
-    return said
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def draw(arguments: tuple, launch: Launch) -> None:
+    sample_command(*arguments, launch)
 
 
 def test_three_ranks_write_the_images_of_one(run, tmp_path):
     arguments = ([3, 5], 5, None, "ema", ["sample.guidance=2"])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        sample_command(run, tmp_path / "one.npz", *arguments, ALONE)
-    finally:
-        torch.set_num_threads(threads)
-    said = processes.run(
-        3, launched, str(run), str(tmp_path / "three.npz"), str(tmp_path / "store"), free_port(), arguments
-    )
+    sample_command(run, tmp_path / "one.npz", *arguments, ALONE)
+    said = as_job(3, tmp_path, draw, (run, tmp_path / "three.npz", *arguments))
     assert said == [None] * 3
     one, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
     assert one["labels"].tolist() == [3] * 5 + [5] * 5 and one["seed"] == 0
@@ -263,13 +195,6 @@ def test_latents_have_no_picture_without_an_autoencoder(tmp_path):
 def test_all_ranks_refuse_what_one_cannot_do(run, tmp_path):
     """Only rank 0 looks at the file to be written."""
     (tmp_path / "file").touch()
-    arguments = ([3], 1, None, "ema", [])
-    out = tmp_path / "file" / "x.png"
-    said = processes.run(2, launched, str(run), str(out), str(tmp_path / "store"), free_port(), arguments)
+    arguments = (run, tmp_path / "file" / "x.png", [3], 1, None, "ema", [])
+    said = as_job(2, tmp_path, draw, arguments)
     assert len(set(said)) == 1 and "cannot be written" in said[0]
-
-
-def test_sampling_does_without_deepspeed():
-    """It is slow to import, and imported after a job was joined it keeps the job's threads alive beyond its end."""
-    code = "import sys, megapromoe.sampling.generate; sys.exit('deepspeed' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.training_runs import losses
 
 from megapromoe.distributed.runtime import LaunchError, detect, first_host
 
@@ -28,10 +29,6 @@ def free_port() -> str:
 
 def finished(command: list[str], env=ENV) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

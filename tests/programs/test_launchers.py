@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launch import losses
+from support.training_runs import losses
 
 from megapromoe.config.resolve import resolve
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_generate
 from support import processes
+from support.sampled_runs import saved_run
 
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
@@ -60,7 +60,7 @@ def write_metrics(run):
 
 @pytest.mark.parametrize("router", ["promoe", "dense"])
 def test_the_report_of_a_run(router, tmp_path):
-    processes.run(1, test_generate.saved_run, str(tmp_path), f"model.router={router}")
+    processes.run(1, saved_run, str(tmp_path), f"model.router={router}")
     with pytest.raises(ReportError, match="metrics.jsonl: is missing"):
         write_report(tmp_path, samples=20)
     write_metrics(tmp_path)
@@ -79,7 +79,7 @@ def test_the_report_of_a_run(router, tmp_path):
 
 def test_latents_have_neither_picture_nor_reader(tmp_path):
     latents = ("model.in_channels=4", "data.source=synthetic", "data.size=30")
-    processes.run(1, test_generate.saved_run, str(tmp_path), *latents)
+    processes.run(1, saved_run, str(tmp_path), *latents)
     write_metrics(tmp_path)
     report = write_report(tmp_path, samples=10)
     assert "accuracy" not in report and "picture" not in report

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from support.golden_cases import FOLDER, config_of, parameters_of
-from test_published_run import RECIPE
+from support.published_run import RECIPE
 
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.config.options import Config

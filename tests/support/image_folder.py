@@ -1,15 +1,14 @@
 """A folder of images in classes for tests, as they come: nested, in many modes, some broken."""
 
+from pathlib import Path
+
 import numpy as np
-import pytest
 from PIL import Image
 
 
-@pytest.fixture
-def images(tmp_path):
-    """A folder of three classes, nested, in many modes, with two broken files and one that is none."""
+def write_images(folder: Path) -> Path:
+    """Three classes, nested, in many modes, with two broken files and one that is no image; returns the folder."""
     random = np.random.default_rng(0)
-    folder = tmp_path / "images"
     for number in range(14):
         pixels = random.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
         image = Image.fromarray(pixels)

@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from megapromoe.data import encode
 from megapromoe.data.images import Item, Scan
@@ -62,12 +61,6 @@ def write(folder: Path, source=None, world=1, shard_size=16, **options) -> Path:
     if problems:
         raise problems[0]
     return folder
-
-
-# Holds for every test of a file that imports it.
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    monkeypatch.setattr(encode, "POLL", 0.01)
 
 
 def published(folder, change=None, flip=True):

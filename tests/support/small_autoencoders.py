@@ -1,17 +1,17 @@
 """Small random autoencoders in folders, for tests."""
 
-import pytest
+from pathlib import Path
+
 import torch
 
 KL_SETTINGS = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
 
 
-@pytest.fixture(scope="session")
-def autoencoders(tmp_path_factory):
-    """Folders of small random autoencoders as diffusers saves them."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+def write_autoencoders(folder: Path) -> Path:
+    """Writes folders of small random autoencoders as diffusers saves them."""
+    from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import
 
-    folder, few = tmp_path_factory.mktemp("autoencoders"), (8, 8)
+    few = (8, 8)
     torch.manual_seed(0)
     kl = AutoencoderKL(block_out_channels=few, norm_num_groups=4, latent_channels=2, **KL_SETTINGS)
     kl.save_pretrained(folder / "kl")

@@ -150,3 +150,14 @@ def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) ->
         off = float((ours[name].double() - b.double()).norm() / (1e-5 * b.double().norm() + 1e-6 * whole))
         worst = max(worst, (off, name))
     return worst
+
+
+def deviations(ours: Trajectory, theirs: Trajectory) -> dict[str, tuple[float, str]]:
+    """Largest deviation of every kind, in units of the limit, and where."""
+    out = {}
+    for kind in ("losses", "norms"):
+        pairs = zip(getattr(ours, kind), getattr(theirs, kind), strict=True)
+        out[kind] = max((abs(a - b) / (1e-5 * abs(b)), f"step {i}") for i, (a, b) in enumerate(pairs))
+    for kind in ("gradients", "parameters", "averages"):
+        out[kind] = deviation(getattr(ours, kind), getattr(theirs, kind))
+    return out

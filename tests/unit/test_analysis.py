@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_routing import tiny
+from support.digits_models import tiny
 
 from megapromoe.config.options import ROUTERS
 from megapromoe.config.resolve import resolve

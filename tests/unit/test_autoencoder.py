@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from support.small_autoencoders import autoencoders  # noqa: F401, a fixture
 
 from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder
 from megapromoe.data.contact_sheet import must_match
 
 
-def test_kl_gives_diffusers_posterior_and_decodes(autoencoders):  # noqa: F811
+def test_kl_gives_diffusers_posterior_and_decodes(autoencoders):
     from diffusers import AutoencoderKL
 
     # As ours: whether parameters want gradients decides, on some CPUs, which kernels run, and so the last bit.
@@ -30,7 +29,7 @@ def test_kl_gives_diffusers_posterior_and_decodes(autoencoders):  # noqa: F811
         opened.decode(torch.zeros(1, 4, 8, 8))
 
 
-def test_tiny_has_no_variance(autoencoders):  # noqa: F811
+def test_tiny_has_no_variance(autoencoders):
     opened = open_autoencoder(str(autoencoders / "tiny"))
     mean, logvar = opened.encode(torch.zeros(1, 3, 16, 16))
     assert logvar is None and not opened.stochastic and tuple(mean.shape[1:]) == opened.latent_shape(16)
@@ -38,7 +37,7 @@ def test_tiny_has_no_variance(autoencoders):  # noqa: F811
     assert opened.identity["sha256"] != open_autoencoder(str(autoencoders / "kl")).identity["sha256"]
 
 
-def test_means_and_deviations_of_channels_are_used_as_diffusers_pipelines_do(autoencoders):  # noqa: F811
+def test_means_and_deviations_of_channels_are_used_as_diffusers_pipelines_do(autoencoders):
     opened = open_autoencoder(str(autoencoders / "per_channel"))
     raw = torch.randn(3, 2, 4, 4)
     mean, std = (torch.tensor(v).view(1, 2, 1, 1) for v in ([0.5, -1.0], [2.0, 4.0]))
@@ -47,7 +46,7 @@ def test_means_and_deviations_of_channels_are_used_as_diffusers_pipelines_do(aut
     assert torch.allclose(opened.decode(latents), opened.model.decode(raw).sample.clamp(-1, 1), atol=1e-5)
 
 
-def test_autoencoders_that_cannot_be_opened_say_why(autoencoders, tmp_path):  # noqa: F811
+def test_autoencoders_that_cannot_be_opened_say_why(autoencoders, tmp_path):
     with pytest.raises(AutoencoderError, match="no such folder, and no owner/name"):
         open_autoencoder("nothing")
     with pytest.raises(AutoencoderError, match="cannot be opened: .*config.json"):

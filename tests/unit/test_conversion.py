@@ -1,9 +1,6 @@
 """Checkpoints of every format: converted there and back to the bit, streamed, inspected."""
 
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.golden_cases import CASES, tensors_of
 from support.golden_states import NAMES, PUBLISHED, config_that_runs, state_of
-from support.processes import run
-from test_published_run import assert_reproduced, config, train
 
-from megapromoe.checkpoint.format import KINDS, Checkpoint
+from megapromoe.checkpoint.format import KINDS
 from megapromoe.cli import main
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.published_names import constants
-from megapromoe.conversion.state import State, model_shapes
+from megapromoe.conversion.state import State
 from megapromoe.conversion.stream import read_pickle
 
 
@@ -93,48 +88,6 @@ def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
     torch.optim.AdamW(model).load_state_dict(ours["optimizer_state_dict"])
 
 
-def continue_run(folder: Path) -> dict:
-    checkpoint = Checkpoint(next((folder / "checkpoints").iterdir()))
-    checkpoint.verify()
-    state = {kind: {name: checkpoint.logical(kind, name) for name in checkpoint.shapes} for kind in KINDS}
-    return train(3, 6, state)
-
-
-def resumed(folder: Path) -> dict:
-    """What the trainer's own resume puts into an engine."""
-    from megapromoe.checkpoint.manager import resume
-    from megapromoe.distributed.mesh import make_mesh
-    from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
-    from megapromoe.nn.parallelize import build
-
-    mesh = make_mesh()
-    engine = Engine(build(config(), mesh), config(), mesh)
-    ema = EMA(engine, 0.9999)
-    manifest = resume(folder / "checkpoints", engine, ema).manifest
-    held = {}
-    for partition, average in zip(engine.partitions, ema.averages, strict=True):
-        flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
-        for p in partition.pieces:
-            for kind, flat in flats.items():
-                part = flat[p.offset : p.offset + p.stop - p.start].detach().clone()
-                held[kind, p.name, p.start] = part
-    engine.close()
-    return {"step": manifest["step"], "updates": manifest["updates"], "held": held}
-
-
-def test_the_published_run_goes_on_from_its_conversion(tmp_path):
-    export(open_state(PUBLISHED, config=config_that_runs()), tmp_path / "run", "ours")
-    assert_reproduced(run(1, continue_run, tmp_path / "run")[0], 3)
-    said = run(2, resumed, tmp_path / "run")
-    state = open_state(tmp_path / "run")
-    pieces = said[0]["held"] | said[1]["held"]
-    assert said[0]["step"] == said[0]["updates"] == 3
-    assert sum(piece.numel() for piece in pieces.values()) == state.nbytes // 4
-    for (kind, name, start), piece in pieces.items():
-        assert torch.equal(state.read(kind, name).view(-1)[start : start + piece.numel()], piece), (kind, name)
-
-
 def test_readers_of_other_projects_read_what_is_written(tmp_path):
     state = state_of("promoe_tc")
     export(state, tmp_path / "folder", "diffusers")
@@ -168,46 +121,6 @@ def test_the_deepspeed_folder_has_the_names_of_deepspeed(tmp_path):
     main = torch.load(tmp_path / "deep" / tag / "mp_rank_00_model_states.pt", weights_only=True)
     assert main["num_experts"] == [4, 4] and main["global_steps"] == 12
     assert not [name for name in main["module"] if ".experts." in name]
-
-
-def read_by_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
-    """What DeepSpeed's own loader puts into a model with DeepSpeed's own MoE layers."""
-    import deepspeed
-    from deepspeed.moe.layer import MoE
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile C++
-    deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    expert = torch.nn.Sequential()
-    expert.add_module("fc1", torch.nn.Linear(32, 64))
-    expert.add_module("fc2", torch.nn.Linear(64, 32))
-    blocks = [torch.nn.Module() for _ in range(4)]
-    for block in blocks:
-        block.adaLN_modulation = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(32, 192))
-    for block in blocks[1::2]:
-        block.mlp = MoE(32, expert, num_experts=4, ep_size=1)
-    model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList(blocks)
-    group = {"params": list(model.parameters()), "name": "all"}
-    optimizer = torch.optim.AdamW(split_params_into_different_moe_groups_for_optimizer(group))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 1})
-    # Not strict: this stand-in has only some of the model's parts, and gates that we do not have.
-    engine.load_checkpoint(str(folder), load_module_strict=False, load_optimizer_states=False)
-    return {name: p.detach().clone() for name, p in model.named_parameters()} | {"step": engine.global_steps}
-
-
-def test_deepspeed_reads_the_folder(tmp_path):
-    state = state_of("promoe_tc")
-    export(state, tmp_path / "deep", "deepspeed")
-    read = run(1, read_by_deepspeed, tmp_path / "deep")[0]
-    assert read["step"] == 12
-    for block in (1, 3):
-        experts = f"blocks.{block}.mlp.deepspeed_moe.experts.deepspeed_experts"
-        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-            for e, ours in enumerate(state.read("master", f"blocks.{block}.mlp.experts.{part}")):
-                assert torch.equal(read[f"{experts}.{e}.{part}"], ours)
-        name = f"blocks.{block}.adaLN_modulation.1.weight"
-        assert torch.equal(read[name], state.read("master", name))
 
 
 def test_weights_without_optimizer_start_with_empty_moments(tmp_path):
@@ -275,48 +188,3 @@ def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
             assert said["tensors"][name]["norm"][kind] == pytest.approx(float(state.read(kind, name).norm()), rel=1e-5)
     assert main(["inspect", str(tmp_path / "b.pth")]) == 1
     assert "--config FILE" in capsys.readouterr().err
-
-
-# A model of 35 MB with all its state, converted in a process of its own that reports the growth of its memory.
-MEASURE = """
-import sys
-import megapromoe.conversion.exports, megapromoe.conversion.formats, torch, tqdm
-from megapromoe.cli import main
-torch.set_num_threads(1)
-tiny = sys.argv[1:4] + sys.argv[6:]
-assert main(["convert", *tiny]) == 0
-peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # getrusage's has the parent's
-before = peak()
-assert main(["convert"] + sys.argv[4:6] + sys.argv[3:4] + sys.argv[6:]) == 0
-print("GROWTH", (peak() - before) * 1024)
-"""
-
-
-def growth(tiny: Path, source: Path, target: Path, form: str, *more: str) -> int:
-    """Bytes of memory that a conversion needs beyond those that a tiny one needed."""
-    small = target.with_name(f"tiny-{target.name}")
-    words = [str(tiny), str(small), f"--to={form}", str(source), str(target), *more]
-    path = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("GROWTH")[1])
-
-
-def test_memory_stays_far_below_one_copy_of_the_model(tmp_path):
-    config = config_that_runs("promoe_tc")
-    model = replace(config.model, hidden_size=192, depth=12, num_experts=4)
-    state = state_of("promoe_tc")
-    export(state, tmp_path / "tiny.safetensors", "safetensors")
-    shapes, _ = model_shapes(model)
-    big = replace(state, config=replace(config, model=model), shapes=shapes, read=lambda k, n: torch.ones(shapes[n]))
-    export(big, tmp_path / "big.safetensors", "safetensors")
-    one = big.nbytes // 4
-    largest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
-    assert (tmp_path / "big.safetensors").stat().st_size > 100e6 and one > 10 * largest
-    tiny, source = tmp_path / "tiny.safetensors", tmp_path / "big.safetensors"
-    for form in ("ours", "published"):
-        used = growth(tiny, source, tmp_path / NAMES[form], form)
-        assert used < 4 * largest + one / 4, f"{form}: {used:,} bytes for a model of {one:,}"
-        tiny, source = tmp_path / f"tiny-{NAMES[form]}", tmp_path / NAMES[form]

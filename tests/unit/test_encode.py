@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.image_folder import images  # noqa: F401, a fixture
-from support.latent_folders import Arrays, impatient, published, write  # noqa: F401, `impatient` is a fixture
-from support.small_autoencoders import autoencoders  # noqa: F401, a fixture
+from support.latent_folders import Arrays, published, write
 
 from megapromoe.cli import main
 from megapromoe.data import encode
@@ -21,13 +19,15 @@ from megapromoe.data.encode import EncodedImages, EncodeError
 from megapromoe.data.images import ImageError, read_image, scan
 from megapromoe.data.latents import Latents, check, read_manifest
 
+pytestmark = pytest.mark.usefixtures("impatient")
+
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["kl", "tiny", "none"])
-def test_the_output_is_the_same_at_any_number_of_ranks(name, images, autoencoders, tmp_path):  # noqa: F811
+def test_the_output_is_the_same_at_any_number_of_ranks(name, images, autoencoders, tmp_path):
     def source():
         where = name if name == "none" else str(autoencoders / name)
         return EncodedImages(images, scan(images), open_autoencoder(where), 16, batch=3, workers=2, dtype="float32")
@@ -166,7 +166,7 @@ def command(capsys, *arguments):
     return code, said.out + said.err
 
 
-def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call = ("--images", images, "--autoencoder", autoencoders / "kl", "--out", "l", "--resolution", 16)
     assert tool(*call, "--dry-run") == 0 and not Path("l").exists()
@@ -202,7 +202,7 @@ def test_speed_says_how_many_images(tmp_path, capsys):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, capsys):  # noqa: F811
+def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, capsys):
     assert tool("--images", tmp_path / "none", "--autoencoder", "none", "--out", tmp_path / "l") == 1
     assert "megapromoe: " in (err := capsys.readouterr().err) and "no such folder" in err
     assert tool("--images", images, "--out", tmp_path / "l") == 2
@@ -214,7 +214,7 @@ def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, c
     assert json.loads((tmp_path / "l" / "manifest.json").read_text())["autoencoder"]["sha256"] == ""
 
 
-def test_the_sheet_shows_each_image_beside_its_mirror_image(images, tmp_path):  # noqa: F811
+def test_the_sheet_shows_each_image_beside_its_mirror_image(images, tmp_path):
     source = EncodedImages(images, scan(images), open_autoencoder("none"), 16)
     data = Latents(write(tmp_path / "l", source))
     sheet = np.asarray(contact_sheet(data, [2, 0], 3, open_autoencoder("none")))

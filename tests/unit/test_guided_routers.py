@@ -1,22 +1,16 @@
-"""Guidance by classes and by k-means, against the formulas; running centroids at any layout, saved and restored."""
+"""Guidance by classes and by k-means, against the formulas."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from support.processes import run
-from support.trajectory import small, train
-from test_routers import E, S, config_of, filled, tokens
-from test_training import losses
-from test_training import train as train_run
+from support.router_cases import E, S, config_of, filled, tokens
+from support.trajectory import small
 from torch.nn import functional as F
 
-from megapromoe.checkpoint.format import Checkpoint, folder_of
 from megapromoe.conversion.state import check_published
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine.deepspeed_engine import Engine
 from megapromoe.nn.moe.guided_routers import NO_SUPERCLASS, STARVED, KMeansRouter
 from megapromoe.nn.moe.layer import ROUTERS
 from megapromoe.nn.parallelize import build
@@ -184,68 +178,6 @@ def test_centroids_move_once_a_micro_batch(recompute, monkeypatch):
     prediction, _ = model(x, torch.full((4,), 500.0), labels, 3)
     prediction.sum().backward()
     assert len(calls) == len(model.config.moe_blocks) == len(set(map(id, calls)))
-
-
-# ---- at any layout
-
-
-def buffers(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint(folder_of(folder, step))
-    return {name: checkpoint.buffer(name) for name in checkpoint.manifest["buffers"]}
-
-
-def same_everywhere(overrides: tuple[str, ...], folder: str) -> dict[str, torch.Tensor]:
-    """Trains, and returns what this rank's running statistics are in the end."""
-    kept = []
-    train((*overrides, "model.router=kmeans"), folder, 4, lambda model, mesh: kept.append(model))
-    return {n: b.clone() for n, b in kept[0].named_buffers() if "router" in n}
-
-
-def test_centroids_of_all_ranks_are_the_same_and_saved(tmp_path):
-    folders = [tmp_path / name for name in ("one", "four")]
-    for folder in folders:
-        folder.mkdir()
-    run(1, same_everywhere, (), str(folders[0]))
-    ranks = run(4, same_everywhere, ("parallel.tp=2", "parallel.ep=2"), str(folders[1]))
-    alone, four = (buffers(folder, 4) for folder in folders)
-    start = {n: b for n, b in build(small("model.router=kmeans")).named_buffers() if "router" in n}
-    assert set(alone) == set(start) and len(alone) == 4
-    for name, value in alone.items():
-        assert not torch.equal(value, start[name])
-        torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-5)
-        assert all(torch.equal(rank[name], four[name]) for rank in ranks)
-
-
-def bf16_statistics() -> tuple[set, bool]:
-    config = small("model.router=kmeans", "train.deepspeed=bf16_zero1")
-    mesh = make_mesh(1, 1)
-    engine = Engine(build(config, mesh), config, mesh)
-    before = {n: b.clone() for n, b in engine.module.named_buffers() if n.endswith(".centroids")}
-    x = torch.randn(16, 4, 8, 8, dtype=torch.bfloat16)
-    engine.module(x, torch.full((16,), 500.0), torch.arange(16) % 10, 16)
-    after = dict(engine.module.named_buffers())
-    moved = all(not torch.equal(after[n], b) for n, b in before.items())
-    parameters = {p.dtype for p in engine.module.parameters()}
-    kinds = {after[n].dtype for n in before}
-    engine.close()
-    return kinds, moved and parameters == {torch.bfloat16}
-
-
-def test_running_statistics_stay_in_float32_under_bf16():
-    assert run(1, bf16_statistics) == [({torch.float32}, True)]
-
-
-def test_a_run_goes_on_with_its_centroids_at_another_layout(tmp_path):
-    settings = ("model.router=kmeans", "model.kmeans_decay=0.5", "train.save_every=0", "train.log_every=1")
-    straight, moved = tmp_path / "straight", tmp_path / "moved"
-    run(1, train_run, str(straight), *settings, "train.steps=6")
-    run(2, train_run, str(moved), *settings, "train.steps=3", "parallel.ep=2")
-    run(2, train_run, str(moved), *settings, "train.steps=6", "parallel.tp=2")
-    expected, found = buffers(straight / "checkpoints", 6), buffers(moved / "checkpoints", 6)
-    assert expected.keys() == found.keys() and len(found) == 4
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)
 
 
 def test_no_published_checkpoint_is_of_a_guided_router():

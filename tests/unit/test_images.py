@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
-from support.image_folder import images  # noqa: F401, a fixture
 
 from megapromoe.data.images import ImageError, Item, centre_crop, read_image, scan
 
@@ -72,7 +71,7 @@ def test_every_mode_becomes_three_channels_or_one(mode, tmp_path):
         assert np.abs(color.astype(int) - gray).max() <= 4 and np.abs(single[0].astype(int) - gray).max() <= 4
 
 
-def test_what_is_no_image_is_told_with_the_reason(images):  # noqa: F811
+def test_what_is_no_image_is_told_with_the_reason(images):
     with pytest.raises(ImageError, match="truncated"):
         read_image(images / "class1" / "cut.png", 8)
     with pytest.raises(ImageError, match="UnidentifiedImageError: cannot identify image file 'text.jpg'"):
@@ -81,7 +80,7 @@ def test_what_is_no_image_is_told_with_the_reason(images):  # noqa: F811
         read_image(images / "none.png", 8)
 
 
-def test_scan_takes_all_ends_and_depths_in_one_order(images):  # noqa: F811
+def test_scan_takes_all_ends_and_depths_in_one_order(images):
     found = scan(images)
     assert found.class_names == ("class0", "class1", "class2") and len(found.items) == 16
     assert [item.path for item in found.items] == sorted(item.path for item in found.items)
@@ -93,7 +92,7 @@ def test_scan_takes_all_ends_and_depths_in_one_order(images):  # noqa: F811
     assert len(scan(images).class_names) == 4
 
 
-def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):  # noqa: F811
+def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):
     with pytest.raises(ImageError, match="no such folder"):
         scan(tmp_path / "nothing")
     (tmp_path / "empty" / "a").mkdir(parents=True)

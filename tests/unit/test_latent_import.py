@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
-from support.latent_folders import impatient, published, write  # noqa: F401, `impatient` is a fixture
+from support.latent_folders import published, write
 
 from megapromoe.data.images import ImageError
 from megapromoe.data.importing import PublishedLatents
 from megapromoe.data.latents import Latents
+
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def test_published_latents_are_imported(tmp_path):

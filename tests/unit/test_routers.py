@@ -4,30 +4,13 @@ import math
 
 import pytest
 import torch
+from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out
 from megapromoe.nn.moe.prototypes import contrastive_loss, resemblance
 from megapromoe.nn.moe.routers import top_counts
-
-D, S, E = 16, 9, 5
-
-
-def config_of(**changes) -> ModelConfig:
-    defaults = {"hidden_size": D, "depth": 2, "heads": 2, "num_experts": E, "input_size": 6}
-    return ModelConfig(**{**defaults, **changes})
-
-
-def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    g = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        p.data.normal_(0, 0.4, generator=g)
-    return module
-
-
-def tokens(B: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(seed))
 
 
 def cosine(a, b) -> float:

@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from support.digits_models import TINY, tiny
 
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.data.sources import open_dataset
-from megapromoe.nn.parallelize import build
 from megapromoe.routing_analysis.figures import draw, routing_picture
 from megapromoe.routing_analysis.observe import Routing, RoutingError, measure_routing, recorded
-
-TINY = ("model.hidden_size=16", "model.heads=2", "model.depth=2", "sample.batch=16")
-
-
-def tiny(*overrides):
-    config = resolve("digits", overrides=(*TINY, *overrides))
-    return build(config).eval(), config
 
 
 def routing(rows_LCE):

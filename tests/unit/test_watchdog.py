@@ -1,4 +1,4 @@
-"""Who is named for a hang, from what ranks reported. With real processes: test_faults.py, test_preflight_jobs.py."""
+"""Who is named for a hang, from what ranks reported. With real processes: test_killed_jobs, test_preflight_jobs."""
 
 import threading
 import time

@@ -1,0 +1,30 @@
+"""What parts of the program do without: those that a user waits for import nothing slow."""
+
+import subprocess
+import sys
+
+import pytest
+
+HELP_AND_SHOW = """
+from megapromoe import cli
+for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train', '--help']):
+    try: cli.main(line)
+    except SystemExit: pass
+"""
+
+
+@pytest.mark.parametrize(
+    "code, absent",
+    [
+        ("import megapromoe.config.resolve, megapromoe.planning.cost", ["torch"]),
+        ("import megapromoe.commands.plan", ["torch", "matplotlib"]),
+        (HELP_AND_SHOW, ["torch"]),
+        # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
+        ("import megapromoe.sampling.generate", ["deepspeed"]),
+    ],
+    ids=["config and planning", "plan", "help and show", "sampling"],
+)
+def test_what_is_not_imported(code, absent):
+    code += f"\nimport sys; sys.exit(str([name for name in {absent} if name in sys.modules] or '') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,158 @@
+"""What kills or stops a job: nothing worse than the steps since the last checkpoint is lost.
+
+Processes are real: `megapromoe train` under torchrun, signals from outside.
+`parallel/test_faults.py` has damaged files.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.training_runs import losses
+
+from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
+
+STEPS = 40
+JOB = ["--preset", "digits", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=5", "train.keep=50",
+       "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32", "train.global_batch=32"]  # fmt: skip
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+STARTED: list[subprocess.Popen] = []
+
+
+def start(folder: Path, *more: str, restarts: int = 0) -> subprocess.Popen:
+    """`megapromoe train` on four processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["--max-restarts", str(restarts), "-m", "megapromoe", "train", "--run-dir", str(folder), *JOB, *more]
+    job = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(job)
+    return job
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Ends the jobs of a test that failed half-way."""
+    yield
+    while STARTED:
+        job = STARTED.pop()
+        if job.poll() is None:
+            for pid in (*ranks_of(job), job.pid):
+                os.kill(pid, signal.SIGKILL)
+            job.wait()
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the launcher's workers."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(c) for c in children if "megapromoe" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def logged(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_for(condition, limit: float = 120.0, launcher: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        assert launcher is None or launcher.poll() is None, launcher.communicate()[0][-3000:]
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[float]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = start(folder)
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said[-3000:]
+    return losses(folder)
+
+
+def test_kill_9_mid_step_and_the_supervisor_brings_it_back(undisturbed, tmp_path, fault_table):
+    folder = tmp_path / "run"
+    job = start(folder, restarts=1)
+    wait_for(lambda: logged(folder) >= 12, launcher=job)
+    os.kill(ranks_of(job)[2], signal.SIGKILL)
+    killed = time.monotonic()
+
+    def steps_again() -> bool:
+        starts, lines = folder / "environment.json", folder / "metrics.jsonl"
+        return len(json.loads(starts.read_text())) == 2 and lines.stat().st_mtime > starts.stat().st_mtime + 0.5
+
+    wait_for(steps_again, launcher=job)
+    back = time.monotonic() - killed
+    assert back <= 30, "from the kill to the next step"
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said[-3000:]
+    assert losses(folder) == undisturbed
+    assert len(json.loads((folder / "environment.json").read_text())) == 2
+    what, lost = "resumed by itself, identical losses", f"{back:.0f} s from the kill to the next step"
+    fault_table.append(
+        ("kill -9 of a rank mid-step, under torchrun --max-restarts", what, f"{lost}, at most 5 steps again")
+    )
+
+
+@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), (signal.SIGUSR1, "one")])
+def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_path, fault_table):
+    folder = tmp_path / "run"
+    job = start(folder)
+    wait_for(lambda: logged(folder) >= 7, launcher=job)
+    ranks = ranks_of(job)
+    for rank in ranks if who == "all twice" else ranks[3:]:
+        os.kill(rank, number)
+        if who == "all twice":
+            os.kill(rank, number)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    step = int(re.search(r"asked to stop: step (\d+) of", said)[1])
+    assert len(re.findall("asked to stop", said)) == 1, "one rank speaks for all"
+    assert set(re.findall(r"exitcode\s*:\s*(\d+)", said)) == {"75"}
+    assert steps_in(folder / "checkpoints")[-1] == step
+    Checkpoint(folder_of(folder / "checkpoints", step)).verify()
+    fault_table.append(
+        (f"{number.name} to {who}", "agreed step, saved, exit code 75, identical losses after", "nothing")
+    )
+    job = start(folder)
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, said[-3000:]
+    assert losses(folder) == undisturbed
+
+
+@pytest.mark.parametrize("hung", [0, 2])
+def test_a_hung_rank_is_named(hung, tmp_path, fault_table):
+    """A stopped process; the others say who, where and when within twice the step time-out, and end."""
+    limit = 8.0
+    job = start(tmp_path / "run", f"train.step_timeout={limit:g}", "train.steps=100000")
+    wait_for(lambda: logged(tmp_path / "run") >= 7, launcher=job)
+    ranks = ranks_of(job)
+    os.kill(ranks[hung], signal.SIGSTOP)
+    stopped = time.monotonic()
+    others = [r for i, r in enumerate(ranks) if i != hung]
+    wait_for(lambda: not any(alive(r) for r in others))
+    took = time.monotonic() - stopped
+    os.kill(ranks[hung], signal.SIGKILL)
+    said, _ = job.communicate(timeout=120)
+    assert re.search(rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+", said), said
+    assert took <= 2 * limit
+    where = "others name rank, section and step, exit code 76"
+    fault_table.append(
+        (
+            f"SIGSTOP of rank {hung}, step time-out {limit:g} s",
+            where,
+            f"{took:.0f} s, and the steps since the last save",
+        )
+    )
+    assert "exitcode  : 76" in said
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,33 @@
+"""Short runs of the real training loop in a job of `support.processes`, and what they leave on disk."""
+
+import json
+from pathlib import Path
+
+import torch
+from support.trajectory import small
+
+import megapromoe.training.loop as loop
+from megapromoe.checkpoint.format import KINDS, Checkpoint, folder_of
+from megapromoe.distributed import runtime
+
+QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
+
+
+def train(folder: str, *overrides: str) -> None:
+    """`loop.train` of the small model (six steps, saved every three) in a job that is already running."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store = torch.distributed.HashStore()
+    runtime.start = lambda launch, timeout: runtime.Job(torch.device("cpu"), store)
+    runtime.stop = lambda: None
+    loop.train(small(*QUICK, *overrides), Path(folder), runtime.Launch("test", rank, world))
+
+
+def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
+    """All logical tensors of a run's checkpoint by (kind, name)."""
+    checkpoint = Checkpoint(folder_of(folder / "checkpoints", step))
+    return {(kind, name): checkpoint.logical(kind, name) for kind in KINDS for name in checkpoint.shapes}
+
+
+def losses(folder: Path) -> list[float]:
+    """The losses that a run logged, in order."""
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
