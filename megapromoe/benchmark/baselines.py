@@ -16,24 +16,18 @@ dense                  one MLP of the same products per token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.errors import UserError
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import Routed
 
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
-CAPACITY = 1.25  # room of an expert, in even shares of the tokens; GShard's and Switch's usual choice
-
-
-class CannotRun(UserError):
-    """A contender that does not run on this machine, or not with these sizes; the message says why."""
 
 
 def contender(name: str, moe: MoE) -> nn.Module:
@@ -67,29 +61,7 @@ def dense(moe: MoE) -> Mlp:
     return mlp
 
 
-class Around(nn.Module):
-    """A layer around ours: the same router, shared and unconditional expert."""
-
-    def __init__(self, moe: MoE):
-        super().__init__()
-        self.moe = moe
-
-    def route(self, *arguments) -> Routed:
-        return self.moe.route(*arguments)
-
-    def routable(self, *arguments) -> int:
-        return self.moe.routable(*arguments)
-
-    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
-        return self.moe.losses_of(all_routed)
-
-    def beside(self, x_TD: Tensor, cut: int) -> Tensor:
-        """What the shared and the unconditional expert make of tokens, those from `cut` on being null."""
-        y_TD = self.moe.shared(x_TD)
-        return torch.cat([y_TD[:cut], y_TD[cut:] + self.moe.unconditional(x_TD[cut:])])
-
-
-class Loop(Around):
+class Loop(BaselineWrapper):
     """Expert after expert, each on the tokens that a mask picks: the unconditional expert is the last of them.
 
     Asks the device for the number of tokens of each expert. The oracle of tests: it is what the formula says.
@@ -120,7 +92,7 @@ def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tenso
     return F.linear(F.gelu(F.linear(x_RD, weight1_FD, bias1_F), approximate="tanh"), weight2_DF, bias2_D)
 
 
-class Joined(Around):
+class Joined(BaselineWrapper):
     """Ours, with one product for both experts of null tokens, whose weights are laid side by side for it.
 
     The products stay the same; it saves passes over null tokens and pays with a copy of the weights.
@@ -139,7 +111,7 @@ class Joined(Around):
         return moe.dispatcher.finish(moe.dispatcher.compute(begun, moe.experts), y_TD).view(B, S, D)
 
 
-class BatchedCapacity(Around):
+class BatchedCapacity(BaselineWrapper):
     """Each expert takes the first C = ceil(1.25·R/E) of its rows, in one batched product; later rows are dropped.
 
     `dropped` is the share of the last call's rows that were. Asks the device for nothing.

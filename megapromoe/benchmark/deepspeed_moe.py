@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baselines import CAPACITY, Around, CannotRun
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, CannotRun
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.dispatcher import Route
 from megapromoe.nn.moe.layer import MoE
@@ -19,12 +19,12 @@ from megapromoe.nn.moe.routers import Routed
 BALANCE = 0.01  # weight of its balance loss, which takes the place of our contrastive loss
 
 
-class DeepSpeedLayer(Around):
+class DeepSpeedLayer(BaselineWrapper):
     """DeepSpeed's `MoE`, top-1, with copies of our experts; its gate is linear, on our unit prototypes.
 
     Args:
         moe: ours, on one rank or one of an ep group.
-        drops: with the capacity of `contenders.CAPACITY`; otherwise with that of the fullest expert.
+        drops: with the capacity of `baseline_wrapper.CAPACITY`; otherwise with that of the fullest expert.
         ep: expert-parallel size, of consecutive ranks of the running torch.distributed job.
 
     Raises CannotRun without a running job, with more than one expert a token, or if DeepSpeed does not import.

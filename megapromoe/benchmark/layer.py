@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baselines import CannotRun, contender
+from megapromoe.benchmark.baseline_wrapper import CannotRun
+from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import counts, lean, plan
@@ -36,7 +37,7 @@ class Settings:
     """How everything is measured.
 
     `images` a micro-batch, of which the share `null` has no class (rounded); `contenders` names of
-    `contenders.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
+    `baselines.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
     stretches of all models in training; what is counted is counted without.
     """
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baselines import CannotRun, contender
+from megapromoe.benchmark.baseline_wrapper import CannotRun
+from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary

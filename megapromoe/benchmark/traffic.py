@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from megapromoe.benchmark.baselines import CannotRun
+from megapromoe.benchmark.baseline_wrapper import CannotRun
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import Settings, check_load, first_layer
 from megapromoe.config.options import Config
