@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -40,13 +39,12 @@ class DeepSpeedLayer(BaselineWrapper):
         if config.num_experts % ep:
             raise CannotRun(f"model.num_experts = {config.num_experts}: DeepSpeed needs a multiple of ep {ep}")
         try:
-            import deepspeed
             from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+            from megapromoe.engine.deepspeed_adapter import join_job
         except Exception as error:  # it looks for a GPU and compilers while it is imported
             raise CannotRun(f"deepspeed does not import: {error}") from error
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile C++ and gain nothing
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        join_job()
 
         experts, like = moe.experts, moe.experts.fc1.weight
         one = Mlp(config.hidden_size, config.expert_width).to(like.device, like.dtype)

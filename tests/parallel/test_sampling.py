@@ -36,7 +36,7 @@ def stirred_run(folder: str, *overrides: str) -> None:
     from megapromoe.checkpoint.manager import Saver
     from megapromoe.distributed.mesh import make_mesh
     from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
+    from megapromoe.engine.engine import Engine
     from megapromoe.nn.parallelize import build
 
     config = tiny(*overrides)

@@ -51,7 +51,7 @@ def saved_run(folder: str, *overrides: str) -> None:
     """Writes a run directory with checkpoints of steps 1 and 2, whose averages are unlike the weights."""
     from megapromoe.checkpoint.manager import Saver
     from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
+    from megapromoe.engine.engine import Engine
 
     config = tiny(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)

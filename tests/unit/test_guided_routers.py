@@ -16,7 +16,7 @@ from megapromoe.checkpoint.format import Checkpoint, folder_of
 from megapromoe.conversion.state import check_published
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.moe.guided_routers import NO_SUPERCLASS, STARVED, KMeansRouter
 from megapromoe.nn.moe.layer import ROUTERS
 from megapromoe.nn.parallelize import build
