@@ -38,7 +38,8 @@ from megapromoe.engine.step_result import StepResult
 from megapromoe.errors import UserError
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
-from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
+from megapromoe.planning.machines import peak_flops
+from megapromoe.training.metrics import Metrics, expert_statistics, memory, throughput
 
 logger = logging.getLogger(__name__)
 
