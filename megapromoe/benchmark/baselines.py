@@ -16,13 +16,14 @@ dense                  one MLP of the same products per token
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, Layer, dense_experts
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import Routed
@@ -30,7 +31,7 @@ from megapromoe.nn.moe.routers import Routed
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 
 
-def contender(name: str, moe: MoE) -> nn.Module:
+def contender(name: str, moe: MoE) -> Layer:
     """The layer `name` around our layer, whose parameters it uses; "dense" has its own.
 
     Raises CannotRun where this machine cannot run it.
@@ -70,6 +71,7 @@ class Loop(BaselineWrapper):
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
         x_TD, moe, route = x_BSD.reshape(B * S, D), self.moe, routed.route
+        shared, unconditional = dense_experts(moe)
         E, K = moe.router.experts, route.top_k
         cut = conditional * S
         expert_TK = torch.full((B * S, K), E, device=x_TD.device)
@@ -79,13 +81,14 @@ class Loop(BaselineWrapper):
         # Unbound once: indexing the stack expert by expert would make a gradient of its whole size for each.
         fc1, fc2 = moe.experts.fc1, moe.experts.fc2
         own = zip(*(p.unbind() for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)), strict=True)
-        experts = [partial(_mlp, *parameters) for parameters in own] + [moe.unconditional]
+        experts: list[Callable[[Tensor], Tensor]] = [partial(_mlp, *parameters) for parameters in own]
+        experts.append(unconditional)
         for e, expert in enumerate(experts):
             for k in range(K if e < E else 1):
                 mask_T = expert_TK[:, k] == e
                 if mask_T.any():
                     y_TD[mask_T] += weight_TK[mask_T, k, None] * expert(x_TD[mask_T])
-        return (y_TD + moe.shared(x_TD)).view(B, S, D)
+        return (y_TD + shared(x_TD)).view(B, S, D)
 
 
 def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tensor, x_RD: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ class Joined(BaselineWrapper):
         B, S, D = x_BSD.shape
         x_TD, moe, cut = x_BSD.reshape(B * S, D), self.moe, conditional * S
         begun = moe.dispatcher.begin(x_TD[:cut], routed.route, B * S)
-        shared, unconditional = moe.shared, moe.unconditional
+        shared, unconditional = dense_experts(moe)
         weight1_FD = torch.cat([shared.fc1.weight, unconditional.fc1.weight])
         bias1_F = torch.cat([shared.fc1.bias, unconditional.fc1.bias])
         weight2_DF = torch.cat([shared.fc2.weight, unconditional.fc2.weight], dim=1)
@@ -124,7 +127,9 @@ class BatchedCapacity(BaselineWrapper):
 
     @property
     def dropped(self) -> float:
-        return 1 - float(self.kept_R.float().mean()) if self.kept_R.numel() else 0.0
+        if self.kept_R is None or not self.kept_R.numel():
+            return 0.0
+        return 1 - float(self.kept_R.float().mean())
 
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         B, S, D = x_BSD.shape

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, CannotRun
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, CannotRun, prototypes_of
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.dispatcher import Route
 from megapromoe.nn.moe.layer import MoE
@@ -61,7 +61,7 @@ class DeepSpeedLayer(BaselineWrapper):
             self.routed.set_deepspeed_parallelism()
         with torch.no_grad():
             gate = self.routed.deepspeed_moe.gate.wg
-            gate.weight.copy_(nn.functional.normalize(moe.router.prototypes.float(), dim=-1))
+            gate.weight.copy_(nn.functional.normalize(prototypes_of(moe).float(), dim=-1))
             for e, copy in enumerate(self.routed.deepspeed_moe.experts.deepspeed_experts):
                 for ours, theirs in ((experts.fc1, copy.fc1), (experts.fc2, copy.fc2)):
                     theirs.weight.copy_(ours.weight[e])
