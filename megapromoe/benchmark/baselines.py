@@ -16,27 +16,22 @@ dense                  one MLP of the same products per token
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.errors import UserError
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, Layer, dense_experts
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import Routed
 
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
-CAPACITY = 1.25  # room of an expert, in even shares of the tokens; GShard's and Switch's usual choice
 
 
-class CannotRun(UserError):
-    """A contender that does not run on this machine, or not with these sizes; the message says why."""
-
-
-def contender(name: str, moe: MoE) -> nn.Module:
+def contender(name: str, moe: MoE) -> Layer:
     """The layer `name` around our layer, whose parameters it uses; "dense" has its own.
 
     Raises CannotRun where this machine cannot run it.
@@ -67,29 +62,7 @@ def dense(moe: MoE) -> Mlp:
     return mlp
 
 
-class Around(nn.Module):
-    """A layer around ours: the same router, shared and unconditional expert."""
-
-    def __init__(self, moe: MoE):
-        super().__init__()
-        self.moe = moe
-
-    def route(self, *arguments) -> Routed:
-        return self.moe.route(*arguments)
-
-    def routable(self, *arguments) -> int:
-        return self.moe.routable(*arguments)
-
-    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
-        return self.moe.losses_of(all_routed)
-
-    def beside(self, x_TD: Tensor, cut: int) -> Tensor:
-        """What the shared and the unconditional expert make of tokens, those from `cut` on being null."""
-        y_TD = self.moe.shared(x_TD)
-        return torch.cat([y_TD[:cut], y_TD[cut:] + self.moe.unconditional(x_TD[cut:])])
-
-
-class Loop(Around):
+class Loop(BaselineWrapper):
     """Expert after expert, each on the tokens that a mask picks: the unconditional expert is the last of them.
 
     Asks the device for the number of tokens of each expert. The oracle of tests: it is what the formula says.
@@ -98,6 +71,7 @@ class Loop(Around):
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
         x_TD, moe, route = x_BSD.reshape(B * S, D), self.moe, routed.route
+        shared, unconditional = dense_experts(moe)
         E, K = moe.router.experts, route.top_k
         cut = conditional * S
         expert_TK = torch.full((B * S, K), E, device=x_TD.device)
@@ -107,20 +81,21 @@ class Loop(Around):
         # Unbound once: indexing the stack expert by expert would make a gradient of its whole size for each.
         fc1, fc2 = moe.experts.fc1, moe.experts.fc2
         own = zip(*(p.unbind() for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)), strict=True)
-        experts = [partial(_mlp, *parameters) for parameters in own] + [moe.unconditional]
+        experts: list[Callable[[Tensor], Tensor]] = [partial(_mlp, *parameters) for parameters in own]
+        experts.append(unconditional)
         for e, expert in enumerate(experts):
             for k in range(K if e < E else 1):
                 mask_T = expert_TK[:, k] == e
                 if mask_T.any():
                     y_TD[mask_T] += weight_TK[mask_T, k, None] * expert(x_TD[mask_T])
-        return (y_TD + moe.shared(x_TD)).view(B, S, D)
+        return (y_TD + shared(x_TD)).view(B, S, D)
 
 
 def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tensor, x_RD: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x_RD, weight1_FD, bias1_F), approximate="tanh"), weight2_DF, bias2_D)
 
 
-class Joined(Around):
+class Joined(BaselineWrapper):
     """Ours, with one product for both experts of null tokens, whose weights are laid side by side for it.
 
     The products stay the same; it saves passes over null tokens and pays with a copy of the weights.
@@ -130,7 +105,7 @@ class Joined(Around):
         B, S, D = x_BSD.shape
         x_TD, moe, cut = x_BSD.reshape(B * S, D), self.moe, conditional * S
         begun = moe.dispatcher.begin(x_TD[:cut], routed.route, B * S)
-        shared, unconditional = moe.shared, moe.unconditional
+        shared, unconditional = dense_experts(moe)
         weight1_FD = torch.cat([shared.fc1.weight, unconditional.fc1.weight])
         bias1_F = torch.cat([shared.fc1.bias, unconditional.fc1.bias])
         weight2_DF = torch.cat([shared.fc2.weight, unconditional.fc2.weight], dim=1)
@@ -139,7 +114,7 @@ class Joined(Around):
         return moe.dispatcher.finish(moe.dispatcher.compute(begun, moe.experts), y_TD).view(B, S, D)
 
 
-class BatchedCapacity(Around):
+class BatchedCapacity(BaselineWrapper):
     """Each expert takes the first C = ceil(1.25·R/E) of its rows, in one batched product; later rows are dropped.
 
     `dropped` is the share of the last call's rows that were. Asks the device for nothing.
@@ -152,7 +127,9 @@ class BatchedCapacity(Around):
 
     @property
     def dropped(self) -> float:
-        return 1 - float(self.kept_R.float().mean()) if self.kept_R.numel() else 0.0
+        if self.kept_R is None or not self.kept_R.numel():
+            return 0.0
+        return 1 - float(self.kept_R.float().mean())
 
     def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
         B, S, D = x_BSD.shape

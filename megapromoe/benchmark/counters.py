@@ -85,7 +85,7 @@ class Counts:
 class Counter(TorchDispatchMode):
     """Counts from `with` on; `phase(name)` starts the next phase, the first is "forward"."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.phases: dict[str, Counts] = {}
         self._log: list[tuple[int, int]] = []  # (storage's number, bytes more or less), in order

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baselines import CAPACITY, Around, CannotRun
+from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, CannotRun, prototypes_of
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.dispatcher import Route
 from megapromoe.nn.moe.layer import MoE
@@ -19,12 +18,12 @@ from megapromoe.nn.moe.routers import Routed
 BALANCE = 0.01  # weight of its balance loss, which takes the place of our contrastive loss
 
 
-class DeepSpeedLayer(Around):
+class DeepSpeedLayer(BaselineWrapper):
     """DeepSpeed's `MoE`, top-1, with copies of our experts; its gate is linear, on our unit prototypes.
 
     Args:
         moe: ours, on one rank or one of an ep group.
-        drops: with the capacity of `contenders.CAPACITY`; otherwise with that of the fullest expert.
+        drops: with the capacity of `baseline_wrapper.CAPACITY`; otherwise with that of the fullest expert.
         ep: expert-parallel size, of consecutive ranks of the running torch.distributed job.
 
     Raises CannotRun without a running job, with more than one expert a token, or if DeepSpeed does not import.
@@ -40,13 +39,12 @@ class DeepSpeedLayer(Around):
         if config.num_experts % ep:
             raise CannotRun(f"model.num_experts = {config.num_experts}: DeepSpeed needs a multiple of ep {ep}")
         try:
-            import deepspeed
             from deepspeed.moe.layer import MoE as DeepSpeedMoE
+
+            from megapromoe.engine.deepspeed_adapter import join_job
         except Exception as error:  # it looks for a GPU and compilers while it is imported
             raise CannotRun(f"deepspeed does not import: {error}") from error
-        deepspeed.utils.logger.setLevel(logging.WARNING)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile C++ and gain nothing
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        join_job()
 
         experts, like = moe.experts, moe.experts.fc1.weight
         one = Mlp(config.hidden_size, config.expert_width).to(like.device, like.dtype)
@@ -63,7 +61,7 @@ class DeepSpeedLayer(Around):
             self.routed.set_deepspeed_parallelism()
         with torch.no_grad():
             gate = self.routed.deepspeed_moe.gate.wg
-            gate.weight.copy_(nn.functional.normalize(moe.router.prototypes.float(), dim=-1))
+            gate.weight.copy_(nn.functional.normalize(prototypes_of(moe).float(), dim=-1))
             for e, copy in enumerate(self.routed.deepspeed_moe.experts.deepspeed_experts):
                 for ours, theirs in ((experts.fc1, copy.fc1), (experts.fc2, copy.fc2)):
                     theirs.weight.copy_(ours.weight[e])

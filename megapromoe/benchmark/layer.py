@@ -6,18 +6,20 @@ import math
 from collections import Counter as Tally
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megapromoe.benchmark.baselines import CannotRun, contender
+from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun, Layer, dense_experts, prototypes_of
+from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import counts, lean, plan
 from megapromoe.config.options import Config, ModelConfig
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.errors import UserError
+from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE, fan_out
 from megapromoe.nn.moe.routers import ALONE
@@ -36,7 +38,7 @@ class Settings:
     """How everything is measured.
 
     `images` a micro-batch, of which the share `null` has no class (rounded); `contenders` names of
-    `contenders.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
+    `baselines.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
     stretches of all models in training; what is counted is counted without.
     """
 
@@ -87,7 +89,7 @@ def measure_layer(config: Config, routing: str, settings: Settings) -> dict:
     figures = summary({name: samples[name] for name in turns}, reference="dense")
     for name, turn in turns.items():
         useful = layer_flops(config.model, dense=name == "dense") * settings.images
-        figures[name] |= {"flops": {"useful": 3 * useful}, "dropped": getattr(turn.layer, "dropped", 0.0)}
+        figures[name] |= {"flops": {"useful": 3 * useful}, "dropped": turn.dropped}
         figures[name] |= turn.counted(necessary(config.model, settings, x_BSD.element_size(), dense=name == "dense"))
     found: dict[str, Any] = {"contenders": figures | cannot, "load": load, "tokens": x_BSD[..., 0].numel()}
     if "ours" in turns:
@@ -100,7 +102,9 @@ def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = L
     m = config.model
     config = replace(config, model=replace(m, depth=2, moe_every=2))
     model = build(config, mesh)
-    moe = model.blocks[1].mlp
+    moe = model.get_submodule("blocks.1.mlp")
+    if not isinstance(moe, MoE):
+        raise BenchmarkError(f"model.router = {m.router!r}: has no experts to measure; use promoe_tc")
     generator = torch.Generator().manual_seed(settings.seed)
     latents = torch.randn(settings.images, m.in_channels, m.input_size, m.input_size, generator=generator)
     labels_B = torch.randint(m.num_classes, (settings.images,), generator=generator)
@@ -111,13 +115,13 @@ def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = L
     if routing != "real":
         cut = settings.conditional
         expert_T = plan(routing, cut * m.tokens, m.num_experts, settings.seed).to(settings.device)
-        x_BSD[:cut] = lean(x_BSD[:cut].flatten(0, 1), expert_T, moe.router.prototypes.detach()).view_as(x_BSD[:cut])
+        x_BSD[:cut] = lean(x_BSD[:cut].flatten(0, 1), expert_T, prototypes_of(moe).detach()).view_as(x_BSD[:cut])
     return moe, x_BSD.requires_grad_()
 
 
-def _entering(model: nn.Module, latents: Tensor, labels_B: Tensor) -> Tensor:
+def _entering(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
     """What enters the MoE of a model's second block."""
-    first, second = model.blocks[0], model.blocks[1]
+    first, second = cast(tuple[Block, Block], tuple(model.blocks))
     with torch.no_grad():
         condition = model.t_embedder(torch.full((len(latents),), 1000.0)) + model.y_embedder(labels_B)
         x_BSD, h_BSD, gate_BD = first.attend(model.x_embedder(latents) + model.pos_embed, condition)
@@ -137,10 +141,15 @@ def check_load(moe: MoE, x_BSD: Tensor, routing: str, conditional: int) -> list[
 class Turn:
     """Forward and backward of a layer, on the same tokens and output gradient each time."""
 
-    def __init__(self, layer: nn.Module, x_BSD: Tensor, grad_BSD: Tensor, conditional: int):
+    def __init__(self, layer: Layer, x_BSD: Tensor, grad_BSD: Tensor, conditional: int):
         self.layer, self.x_BSD, self.grad_BSD, self.conditional = layer, x_BSD, grad_BSD, conditional
         self.work = Work({"forward": self.forward, "backward": self.backward}, self.prepare)
         self.outputs: list[Tensor] = []
+
+    @property
+    def dropped(self) -> float:
+        """Share of the last turn's rows that no expert computed."""
+        return self.layer.dropped if isinstance(self.layer, BaselineWrapper) else 0.0
 
     def prepare(self) -> None:
         self.layer.zero_grad(set_to_none=True)
@@ -250,6 +259,7 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[
         raise BenchmarkError(f"the routed experts were called {len(seen)} times, expected once: parts cannot be told")
     rows_RD, *rest = seen[0]
     rows_RD = rows_RD.detach().clone().requires_grad_()
+    shared, unconditional = dense_experts(moe)
     grad_RD, grad_R = torch.ones_like(rows_RD), torch.ones_like(routed.route.weight_R)
     outputs: list[Tensor] = []
 
@@ -263,7 +273,7 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[
         outputs.extend([routed.route.weight_R, *moe.losses_of([routed]).values()])
 
     def beside() -> None:
-        outputs.extend([moe.shared(x_BSD), moe.unconditional(x_BSD[conditional:])])
+        outputs.extend([shared(x_BSD), unconditional(x_BSD[conditional:])])
 
     def work(forward: Callable[[], None], gradients: list[Tensor]) -> Work:
         return Work({"forward": forward, "backward": lambda: backward(outputs, gradients)}, prepare)

@@ -24,18 +24,20 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> dict[
 
     Returns `flop_per_second` and the `side` of the matrices.
     """
-    works, slots = {}, {}
-
-    def product(side: int) -> None:
-        torch.mm(*slots[side][:2], out=slots[side][2])
-
-    for side in SIDES[device.type]:
-        slots[side] = [torch.randn(side, side, device=device).to(dtype) for _ in range(3)]
-        works[side] = Work({"product": lambda side=side: product(side)})
+    works = {str(side): _product(side, device, dtype) for side in SIDES[device.type]}
     samples = interleave(works, ROUNDS[device.type], make_clock(device, threads), warmup=2)
-    rates = {side: 2 * side**3 / min(phases["product"]) for side, phases in samples.items()}
-    side = max(rates, key=rates.get)
-    return {"flop_per_second": rates[side], "side": side}
+    rate, side = max((2 * side**3 / min(samples[str(side)]["product"]), side) for side in SIDES[device.type])
+    return {"flop_per_second": rate, "side": side}
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Work:
+    """A product of two square matrices into a third."""
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+
+    def run() -> None:
+        torch.mm(a, b, out=out)
+
+    return Work({"product": run})
 
 
 def keep_memory() -> bool:

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def paired_ratio(values: Sequence[float], reference: Sequence[float], seed: int 
 def summary(samples: Samples, reference: str | None) -> dict[str, dict]:
     """Per contender: spread of each phase and of the whole, and the ratio of the whole to the reference's."""
     totals = {name: whole(phases) for name, phases in samples.items()}
-    said = {}
+    said: dict[str, dict[str, Any]] = {}
     for name, phases in samples.items():
         said[name] = {"seconds": {phase: asdict(spread(values)) for phase, values in phases.items()}}
         said[name]["total"] = asdict(spread(totals[name]))

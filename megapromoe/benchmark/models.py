@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baselines import CannotRun, contender
+from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun
+from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
@@ -97,7 +98,7 @@ def _measure(
             works[name] = make(model)
             _run(works[name])  # what it cannot do shows here
             directed.check()
-            dropped[name] = [layer.dropped for layer in model.modules() if hasattr(layer, "dropped")]
+            dropped[name] = [m.dropped for m in model.modules() if isinstance(m, BaselineWrapper)]
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
             works.pop(name, None)
@@ -157,7 +158,8 @@ class _Directed:
         if routing != "real":
             for module in model.modules():
                 if isinstance(module, PrototypeRouter):
-                    module.similarity = Raised(module, routing)
+                    router: Any = module  # an instance's method, replaced
+                    router.similarity = Raised(module, routing)
                     self.handles.append(module.register_forward_hook(self._listen))
 
     def _listen(self, router: nn.Module, _args: tuple, routed: Routed) -> None:
@@ -200,15 +202,19 @@ class Update:
     def __init__(self, model: nn.Module, t: TrainConfig):
         self.parameters = list(model.parameters())
         self.masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in self.parameters]
-        settings = {"lr": t.lr, "betas": (t.beta1, t.beta2), "eps": t.eps, "weight_decay": t.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.masters, fused=True, **settings)
+        betas = (t.beta1, t.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.masters, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay
+        )
         self.clip = t.clip
 
     @torch.no_grad()
     def step(self) -> None:
-        used = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p.grad is not None]
-        for p, master in used:
-            master.grad = p.grad.float()
+        used = []
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            if p.grad is not None:
+                master.grad = p.grad.float()
+                used.append((p, master))
         if self.clip:
             nn.utils.clip_grad_norm_([master for _, master in used], self.clip)
         self.optimizer.step()

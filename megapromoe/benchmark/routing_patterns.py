@@ -13,12 +13,11 @@ tokens are made by the blocks before, the scores of the planned experts are rais
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megapromoe.nn.moe.prototypes import Choose
 from megapromoe.nn.moe.routers import PrototypeRouter
 
 ROUTINGS = ("real", "balanced", "skewed")
@@ -70,10 +69,10 @@ class Raised:
         self.raises: dict[tuple, Tensor] = {}
         self.similarity = type(router).similarity
 
-    def __call__(self, x_BSD: Tensor, choose: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, x_BSD: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         raised = None if choose is None else lambda score_BSE: choose(self.plus(score_BSE))
-        score_BSE, *sums = self.similarity(self.router, x_BSD, raised)
-        return self.plus(score_BSE), *sums
+        score_BSE, sum_ED, count_E = self.similarity(self.router, x_BSD, raised)
+        return self.plus(score_BSE), sum_ED, count_E
 
     def plus(self, score_BSE: Tensor) -> Tensor:
         if (key := tuple(score_BSE.shape)) not in self.raises:

@@ -116,7 +116,7 @@ def run(
     kept = settings.device.type == "cpu" and keep_memory()
     machine = describe(settings.device, settings.dtype, settings.threads, kept)
     facts = {"machine": machine, "settings": _plain(settings)}
-    document = {**facts, "commands": [], "scenes": {}}
+    document: dict[str, Any] = {**facts, "commands": [], "scenes": {}}
     if file.is_file():
         held, differ = _opened(file, facts)
         if differ and not again:

@@ -11,18 +11,20 @@ import tempfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from megapromoe.benchmark.baselines import CannotRun
+from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.layer import Settings, check_load, first_layer
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.parameter_layout import ExpertPlacement
+from megapromoe.nn.moe.layer import MoE
 
 CONTENDERS = ("ours", "deepspeed-capacity", "deepspeed-nodrop")  # those that can spread experts over ranks
 MINUTES = 5
@@ -61,7 +63,7 @@ def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
     settings = replace(settings, device=torch.device("cpu"), seed=settings.seed + 1000 * mesh.rank)
     moe, x_BSD = first_layer(config, routing, settings, mesh)
     check_load(moe, x_BSD, routing, settings.conditional)
-    layer = moe
+    layer: MoE | BaselineWrapper = moe
     if name != "ours":
         from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer  # slow to import
 
@@ -85,7 +87,7 @@ def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
         ExpertPlacement(config.model.num_experts, mesh.world).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
     )
     away = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
-    said = {}
+    said: dict[str, dict[str, Any]] = {}
     for phase, counts in counter.phases.items():
         said[phase] = {"collectives": dict(counts.collectives), "sent": dict(counts.sent)}
         said[phase]["bound"] = away if phase in ("forward", "backward") else 0

@@ -32,7 +32,8 @@ from megapromoe.checkpoint.format import (
     write_rank,
 )
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine, Piece
+from megapromoe.engine.engine import Engine
+from megapromoe.engine.protocol import Piece
 from megapromoe.io import SUFFIX, staging_path
 
 logger = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ def restore(
     for name, tensor in engine.module.state_dict().items():
         if name not in engine.layouts:
             tensor.copy_(buffer(name))
-    engine.masters_changed()
+    engine.sync_parameters_from_masters()
     engine.set_optimizer_step(updates)
 
 

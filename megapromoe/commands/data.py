@@ -7,6 +7,7 @@ from pathlib import Path
 from megapromoe.commands.command_line import positive, takes_no_settings
 from megapromoe.config.resolve import resolve
 from megapromoe.planning import cost
+from megapromoe.planning.machines import MACHINES
 
 EPILOG = """\
   megapromoe data check DIR                    reads every record: checksums, finite values, labels, classes
@@ -19,7 +20,6 @@ gives its place on this machine, and "none" shows the first three channels of th
 exit codes: 0 done, nothing wrong, 1 something is wrong with DIR, each told in a line"""
 JOB = False
 
-H100 = 989e12  # dense bf16 FLOP/s
 SHARE = 0.5  # of the peak that a fast trainer may reach: an assumption, on the high side
 
 
@@ -126,9 +126,11 @@ def _speed(options: argparse.Namespace) -> int:
     finally:
         batches.close()
     rate = count / seconds
-    need = SHARE * H100 / cost.flops_per_image(resolve("promoe_xl").model).training
+    peak = MACHINES["h100"].peak
+    need = SHARE * peak / cost.flops_per_image(resolve("promoe_xl").model).training
     print(f"{rate:,.0f} images/s in {options.workers} threads, {'x'.join(map(str, data.shape))}, batches of {size}")
     print(f"{count / used:,.0f} images per second of CPU time: what a core makes that nothing else uses")
-    print(f"promoe_xl at 4x32x32 on one H100 takes at most {need:,.0f} images/s (estimate: {SHARE:.0%} of 989 TFLOP/s)")
+    estimate = f"estimate: {SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"
+    print(f"promoe_xl at 4x32x32 on one H100 takes at most {need:,.0f} images/s ({estimate})")
     print(f"so these threads, beside each of 8 GPUs, make {rate / need:.2g} times what 8 H100 can take")
     return 0

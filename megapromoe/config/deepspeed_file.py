@@ -79,7 +79,7 @@ def _deepspeed_rules(content: Any) -> Iterator[str]:
         if not isinstance(block, dict) or type(block.get("enabled", False)) is not bool:
             yield f"the file's {precision!r} must be an object such as {{'enabled': true}}"
         elif precision == "fp16" and block.get("enabled"):
-            yield "the file's 'fp16' is not supported; use bf16, or neither for fp32"
+            yield "the file's 'fp16' is not supported, nor is its loss scaling; use bf16, or neither for fp32"
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         yield "the file's 'zero_optimization' must be an object such as {'stage': 1}"
@@ -91,3 +91,28 @@ def _deepspeed_rules(content: Any) -> Iterator[str]:
     for key, stages in (("reduce_scatter", (1, 2, 3)), ("contiguous_gradients", (2,))):
         if stage in stages and zero.get(key, True) is not True:
             yield f"the file's zero_optimization.{key} must be true at stage {stage}: experts need it"
+    yield from _stage_rules(content, zero, stage)
+
+
+def _stage_rules(content: dict[str, Any], zero: dict[str, Any], stage: int) -> Iterator[str]:
+    """Combinations that DeepSpeed accepts and that train wrongly, or along a path that is not supported."""
+    block = content.get("bf16", {})
+    bf16 = isinstance(block, dict) and block.get("enabled") is True
+    if bf16 and stage == 0:
+        yield (
+            "the file's 'bf16' is not supported with zero_optimization.stage 0: DeepSpeed leaves experts out of its"
+            " fp32 masters' norm there; use stage 1, which costs nothing more on one data-parallel rank"
+        )
+    types = content.get("data_types", {})
+    if not isinstance(types, dict):
+        yield "the file's 'data_types' must be an object such as {'grad_accum_dtype': 'bf16'}"
+    elif bf16 and stage == 1 and types.get("grad_accum_dtype") == "fp32":
+        yield (
+            "the file's data_types.grad_accum_dtype = 'fp32' is not supported with 'bf16' at stage 1, where it takes"
+            " another optimizer path; use stage 2"
+        )
+    if stage == 3 and (zero.get("offload_optimizer") or zero.get("offload_param")):
+        yield (
+            "the file's offload is not supported at stage 3: its gradient norm cannot be put right;"
+            " use stage 2 with offload_optimizer"
+        )

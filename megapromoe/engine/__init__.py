@@ -1,1 +1,1 @@
-"""The optimizer side of a model: DeepSpeed behind a small interface, partitions, and averaged weights."""
+"""The optimizer side of training: one step over sharded weights, averaged weights, and DeepSpeed behind a protocol."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
 
 
@@ -21,24 +21,24 @@ class EMA:
     """ema ← decay·ema + (1 - decay)·weights after every step."""
 
     def __init__(self, engine: Engine, decay: float):
-        """Starts at the engine's current weights."""
+        """Starts from the engine's current weights."""
         self.engine, self.decay = engine, decay
         self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
 
     @torch.no_grad()
     def update(self, result: StepResult) -> None:
-        """Moves the averages towards the weights, if the step was applied; the host need not know whether."""
+        """Moves the averages towards the weights if the step was applied. Waits only where the host decides that."""
         masters = [p.master.detach() for p in self.engine.partitions]
-        if self.engine.device_decides:
-            weight = (result.applied_there * (1 - self.decay)).float()
+        if self.engine.clips_on_device:
+            weight = (result.applied_on_device * (1 - self.decay)).float()
             for average, master in zip(self.averages, masters, strict=True):
                 average.lerp_(master, weight)
         elif result.applied:
             torch._foreach_lerp_(self.averages, masters, 1 - self.decay)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it the model computes with the averages instead of the weights. Collective; do not train within."""
+    def swapped_in(self) -> Iterator[None]:
+        """Within it the model computes with the averages, not the weights. Collective; do not train within it."""
         self._swap()
         try:
             yield
@@ -51,4 +51,4 @@ class EMA:
             weights = partition.master.detach().clone()
             partition.master.copy_(average)
             average.copy_(weights)
-        self.engine.masters_changed()
+        self.engine.sync_parameters_from_masters()

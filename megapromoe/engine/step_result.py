@@ -1,4 +1,4 @@
-"""What an optimizer step did, on the device at once and on the host when it looks."""
+"""The result of an optimizer step: available on the device at once, on the host when it is first read."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from megapromoe.distributed.host_copy import OnTheWay
 
 
 class StepResult:
-    """What a step did, the same on every rank. The host waits for the step's norm when it first looks at any of it."""
+    """What a step did, the same on every rank. The first read of `norm`, `applied` or `stop` waits for the device."""
 
     def __init__(self, squares_and_votes: Tensor, largest: float):
         """Args: the sum of squares of the whole gradient and the number of ranks that ask to stop, (2,) float64;
         the largest norm that is not a spike."""
-        self._there, self._here = squares_and_votes, OnTheWay(squares_and_votes)
+        self._on_device, self._copy = squares_and_votes, OnTheWay(squares_and_votes)
         self._largest = largest
 
     @cached_property
-    def norm_there(self) -> Tensor:
+    def norm_on_device(self) -> Tensor:
         """`norm`, on the device."""
-        return self._there[0].sqrt()
+        return self._on_device[0].sqrt()
 
     @cached_property
-    def applied_there(self) -> Tensor:
+    def applied_on_device(self) -> Tensor:
         """`applied`, on the device."""
-        return self.norm_there.isfinite() & (self.norm_there <= self._largest)
+        return self.norm_on_device.isfinite() & (self.norm_on_device <= self._largest)
 
     @cached_property
-    def _seen(self) -> tuple[float, float]:
-        total, votes = self._here.on_host()
+    def _norm_and_votes(self) -> tuple[float, float]:
+        total, votes = self._copy.on_host()
         return math.sqrt(total), votes
 
     @property
     def norm(self) -> float:
         """Of the whole gradient before clipping."""
-        return self._seen[0]
+        return self._norm_and_votes[0]
 
     @property
     def applied(self) -> bool:
@@ -46,5 +46,5 @@ class StepResult:
 
     @property
     def stop(self) -> bool:
-        """Did any rank ask to stop?"""
-        return self._seen[1] > 0
+        """Whether any rank asked to stop."""
+        return self._norm_and_votes[1] > 0

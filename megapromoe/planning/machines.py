@@ -1,8 +1,10 @@
-"""Machines to plan for: accelerators, the links between them, and what is assumed of both.
+"""GPUs and the links between them, and what plans assume of both.
 
-The figures are those of data sheets; the efficiencies are assumptions, written down here and nowhere else.
+`MACHINES` is the package's only table of GPUs: an entry here makes a GPU known to plans, and to the utilisation that
+training logs. Its figures are those of data sheets. The efficiencies are assumptions, written here and nowhere else.
 """
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -17,10 +19,13 @@ class Machine:
         memory: bytes that torch may use; `hbm`: bytes read or written.
         nvlink: bytes to GPUs of the same node; `network`: to other nodes.
         pcie: bytes to the host's memory, for offloaded optimizers.
-        grouped: whether torch has a grouped product of bf16 for it that is one kernel; see `parallel.expert_linear`.
+        cuda_name: pattern of the names under which CUDA lists it.
+        variants: models with the same name and other rates: pattern of the CUDA name, and dense bf16 operations.
+        grouped: whether torch has a grouped product of bf16 for it that is one kernel; see `nn.moe.expert_linear`.
     """
 
     name: str
+    cuda_name: str
     peak: float
     peak_fp32: float
     hbm: float
@@ -30,17 +35,37 @@ class Machine:
     pcie: float
     gpus_per_node: int = 8
     grouped: bool = True
+    variants: tuple[tuple[str, float], ...] = ()
 
 
 # Memory is what torch reports of the data sheet's 80, 80, 141 and 180 GB. A network link for each GPU, as in NVIDIA's
 # DGX: HDR InfiniBand at 200 Gbit/s beside A100, NDR at 400 Gbit/s beside the others.
-# Source: NVIDIA's data sheets "A100 80GB", "H100", "H200" (SXM), "DGX A100", "DGX H100", "DGX H200", "DGX B200".
+# A800, H800 and GH200 compute at the same rates. Source: NVIDIA's data sheets "A100 80GB", "H100", "H100 NVL", "H200"
+# (SXM), "DGX A100", "DGX H100", "DGX H200", "DGX B200".
 MACHINES = {
-    "a100": Machine("A100 80GB SXM", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9, grouped=False),
-    "h100": Machine("H100 80GB SXM", 989e12, 67e12, 3.35e12, 79 * GIB, 450e9, 50e9, 64e9),
-    "h200": Machine("H200 141GB SXM", 989e12, 67e12, 4.8e12, 139 * GIB, 450e9, 50e9, 64e9),
-    "b200": Machine("B200 180GB SXM", 2250e12, 75e12, 8.0e12, 178 * GIB, 900e9, 50e9, 64e9),
+    "a100": Machine(
+        *("A100 80GB SXM", r"\bA[18]00\b", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9), grouped=False
+    ),
+    "h100": Machine(
+        *("H100 80GB SXM", r"\bH[18]00\b", 989e12, 67e12, 3.35e12, 79 * GIB, 450e9, 50e9, 64e9),
+        variants=((r"\bH100 PCIe\b", 756e12), (r"\bH100 NVL\b", 835e12)),
+    ),
+    "h200": Machine("H200 141GB SXM", r"\bG?H200\b", 989e12, 67e12, 4.8e12, 139 * GIB, 450e9, 50e9, 64e9),
+    "b200": Machine("B200 180GB SXM", r"\bB200\b", 2250e12, 75e12, 8.0e12, 178 * GIB, 900e9, 50e9, 64e9),
 }
+
+
+def peak_flops(device_name: str | None) -> float | None:
+    """Dense bf16 FLOP/s of the device of this name; None for a CPU, a part of a GPU, one that is not in the table.
+
+    Args:
+        device_name: what `torch.cuda.get_device_name` returns, or None for a CPU.
+    """
+    if device_name is None or "MIG" in device_name:
+        return None
+    variants = [variant for machine in MACHINES.values() for variant in machine.variants]
+    models = [(machine.cuda_name, machine.peak) for machine in MACHINES.values()]
+    return next((peak for pattern, peak in variants + models if re.search(pattern, device_name)), None)
 
 
 @dataclass(frozen=True)

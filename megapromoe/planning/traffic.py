@@ -170,7 +170,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
 
 
 def _norm(layout: Layout) -> Iterator[Collective]:
-    """Source: engine/, `_agree`: the squared norm and the votes to stop, float64."""
+    """Source: engine/engine.py, `_reduce_gradient_norm`: the squared norm and the votes to stop, float64."""
     yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, 16, "update")
 
 

@@ -34,13 +34,14 @@ from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.distributed.watchdog import Watchdog
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Auxiliary
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
-from megapromoe.training.metrics import Metrics, expert_statistics, memory, peak_flops, throughput
+from megapromoe.planning.machines import peak_flops
+from megapromoe.training.metrics import Metrics, expert_statistics, memory, throughput
 
 logger = logging.getLogger(__name__)
 
@@ -360,7 +361,7 @@ def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
     """A grid of samples of the averaged weights, drawn by all ranks together with the model as it is laid out."""
     classes = config.model.num_classes
     labels = [c for c in range(min(classes, 10)) for _ in range(4)]
-    with ema.in_place():
+    with ema.swapped_in():
         images = generate(engine.module, config, labels, list(range(len(labels))))
     shown = images[:, :3] if images.shape[1] == 4 else images  # latents: the first three channels, as colours
     return grid(shown.cpu(), columns=8, scale=picture_scale(config.model.input_size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -36,17 +35,6 @@ SHOWN = (
     ("images_per_second", "img/s", "{:,.0f}"),
     ("mfu", "mfu", "{:.1%}"),
     ("dead_experts", "dead experts", "{:.0f}"),
-)
-
-# Dense bf16 FLOP/s of a device, by a pattern of its CUDA name; the first that matches.
-# Source: NVIDIA's data sheets.
-PEAKS = (
-    (r"\bA[18]00\b", 312e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100 NVL\b", 835e12),
-    (r"\bH[18]00\b", 989e12),
-    (r"\bG?H200\b", 989e12),
-    (r"\bB200\b", 2250e12),
 )
 
 
@@ -228,17 +216,6 @@ def throughput(
     if peak_flops is not None:
         speed["mfu"] = rate * flops_per_image / (world * peak_flops)
     return speed
-
-
-def peak_flops(device_name: str | None) -> float | None:
-    """Dense bf16 FLOP/s of the device of this name; None for a CPU, a part of a GPU, an unknown one.
-
-    Args:
-        device_name: what `torch.cuda.get_device_name` says, or None for a CPU.
-    """
-    if device_name is None or "MIG" in device_name:
-        return None
-    return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
 
 
 def memory() -> int:

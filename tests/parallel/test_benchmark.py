@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from megapromoe.benchmark import baselines, layer, measure, models, routing_patterns, suite, traffic
-from megapromoe.benchmark.baselines import BatchedCapacity, CannotRun, contender
+from megapromoe.benchmark.baseline_wrapper import CannotRun
+from megapromoe.benchmark.baselines import BatchedCapacity, contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
 from megapromoe.nn.compile import compile_dense
 

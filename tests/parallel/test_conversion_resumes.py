@@ -13,7 +13,7 @@ from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 

@@ -19,7 +19,7 @@ from megapromoe.benchmark.layer import Settings, first_layer, necessary
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.moe.prototypes import Contrast
 from megapromoe.nn.parallelize import build
 from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS

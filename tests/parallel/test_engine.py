@@ -1,6 +1,9 @@
 """The engine beyond equality: accumulation, non-finite steps, bf16, refused configurations, prototypes over ranks."""
 
+import ast
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +11,11 @@ import torch.distributed as dist
 from support.processes import run
 from support.trajectory import deviation, small, stir, train
 
-from megapromoe.config.deepspeed_file import load_deepspeed
-from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import make_mesh
+from megapromoe.engine import deepspeed_adapter
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine, problems
+from megapromoe.engine.engine import Engine
+from megapromoe.engine.protocol import EngineError
 from megapromoe.nn.parallelize import build
 
 
@@ -221,34 +224,106 @@ def test_expert_gradients_travel_during_the_backward_pass(tmp_path):
 # ---- refusals
 
 
-def test_refused_deepspeed_configurations_say_why():
-    bf16 = {"bf16": {"enabled": True}}
-    refused = {
-        "stage 0": {**bf16, "zero_optimization": {"stage": 0}},
-        "grad_accum_dtype": {
-            **bf16,
-            "zero_optimization": {"stage": 1},
-            "data_types": {"grad_accum_dtype": "fp32"},
-        },
-        "offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
-    }
-    for word, ds in refused.items():
-        (said,) = problems(ds)
-        assert word in said and "use" in said
-    for name in ("fp32_zero0", "fp32_zero3", "bf16_zero1", "bf16_zero2_offload"):
-        assert not problems(load_deepspeed(resolve("digits", overrides=(f"train.deepspeed={name}",))))
+def engine_of_a_changed_file(path: str, content: dict) -> None:
+    """An engine whose DeepSpeed file was changed after its configuration was read."""
+    config = small(f"train.deepspeed={path}")
+    Path(path).write_text(json.dumps(content))
+    mesh = make_mesh()
+    Engine(build(config, mesh), config, mesh)
 
 
-def test_an_engine_refuses_them_too(tmp_path):
-    path = tmp_path / "wrong.json"
-    path.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}))
-    with pytest.raises(AssertionError, match="train.deepspeed = .*stage 0"):
-        run(1, engine_of, f"train.deepspeed={path}")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "train.deepspeed = .*stage 0"),
+        ({"fp16": {"enabled": True}}, "train.deepspeed = .*'fp16' is not supported"),
+    ],
+)
+def test_an_engine_refuses_unsupported_deepspeed_files_too(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    path.write_text("{}")
+    with pytest.raises(AssertionError, match=message):
+        run(1, engine_of_a_changed_file, str(path), content)
 
 
-def test_missing_apex_is_said():
+def test_missing_apex_is_named():
     try:
         import apex  # noqa: F401
     except ImportError:
-        with pytest.raises(AssertionError, match="train.optimizer = apex: NVIDIA apex is not installed"):
+        with pytest.raises(AssertionError, match="EngineError: train.optimizer = apex: NVIDIA apex is not installed"):
             run(1, engine_of, "train.optimizer=apex")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_deepspeeds_optimizer_needs_a_gpu():
+    with pytest.raises(AssertionError, match="EngineError: train.optimizer = deepspeed: its FusedAdam needs a GPU"):
+        run(1, engine_of, "train.optimizer=deepspeed")
+
+
+# ---- DeepSpeed's internals
+
+
+@pytest.mark.parametrize("version", ["0.19.7", "0.18.9", "0.20.0", "0.20.0.dev1", "1.0"])
+def test_other_versions_of_deepspeed_are_refused(version):
+    with pytest.raises(EngineError, match=f"DeepSpeed {version} is installed.*pip install 'deepspeed>=0.19.8,<0.20'"):
+        deepspeed_adapter.check_version(version)
+
+
+def test_supported_versions_of_deepspeed_are_accepted():
+    for version in ("0.19.8", "0.19.8+cu130", "0.19.12"):
+        deepspeed_adapter.check_version(version)
+
+
+def start_with_version(version: str) -> None:
+    """An engine in a process where another version of DeepSpeed is installed, as far as can be seen."""
+    import deepspeed
+
+    deepspeed.__version__ = version
+    del sys.modules["megapromoe.engine.deepspeed_adapter"]
+    engine_of()
+
+
+def test_the_version_is_checked_at_start_up():
+    with pytest.raises(AssertionError, match="EngineError: DeepSpeed 0.20.1 is installed"):
+        run(1, start_with_version, "0.20.1")
+
+
+def without(internal: str, file: str) -> list[str]:
+    """What the adapter misses in a DeepSpeed without one of its internals ("": with all of them)."""
+    started = deepspeed_adapter.deepspeed.initialize
+
+    def initialize(*arguments, **named):
+        engine, *others = started(*arguments, **named)
+        if internal:
+            owner = engine.optimizer if internal in vars(engine.optimizer) else type(engine.optimizer)
+            delattr(owner, internal)
+        return engine, *others
+
+    deepspeed_adapter.deepspeed.initialize = initialize
+    engine, _ = engine_of(f"train.deepspeed={file}")
+    return engine._backend.missing_internals()
+
+
+@pytest.mark.parametrize("file", [*(f"fp32_zero{zero}" for zero in range(4)), "bf16_zero2_offload"])
+def test_deepspeed_has_the_internals_that_the_adapter_relies_on(file):
+    (missing,) = run(1, without, "", file)
+    assert not missing, f"this DeepSpeed lacks {missing}: adapt megapromoe/engine/deepspeed_adapter.py"
+
+
+@pytest.mark.parametrize("internal, zero", [("scaled_global_norm", 1), ("partition_size", 2), ("fp16_groups", 3)])
+def test_a_missing_internal_is_named(internal, zero):
+    with pytest.raises(AssertionError, match=rf"EngineError: DeepSpeed \S+ lacks \w+\.{internal}, on which"):
+        run(1, without, internal, f"fp32_zero{zero}")
+
+
+def test_the_list_of_internals_is_complete():
+    """Every attribute that the adapter uses of ZeRO's optimizers and of their parameters is in its list."""
+    tree = ast.parse(Path(deepspeed_adapter.__file__).read_text())
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    listed = {name for names in deepspeed_adapter.INTERNALS.values() for name in names}
+    assert {n.attr for n in uses if n.value.id == "zero"} == listed
+    used = {n.attr for n in uses if n.value.id == "p"}
+    public = {"data", "numel", "offset", "start", "stop"}  # of parameters and of our pieces
+    assert used - public == set(deepspeed_adapter.PARAMETER_INTERNALS)
+    tables = {n.attr for n in uses if n.value.id == "deepspeed_groups"}
+    assert tables <= set(deepspeed_adapter._GROUP_TABLES)

@@ -186,7 +186,7 @@ def test_a_save_stalls_training_for_a_copy_only(tmp_path):
 
 def with_a_spike(folder: str, factor: float) -> None:
     """The gradient of step 25 is `factor` times too large."""
-    from megapromoe.engine.deepspeed_engine import Engine
+    from megapromoe.engine.engine import Engine
 
     real, calls = Engine.micro_step, []
 

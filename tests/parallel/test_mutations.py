@@ -5,7 +5,7 @@ from support.processes import run
 from support.trajectory import deviation, train
 
 import megapromoe.distributed.collectives as collectives
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 
 
 def divide_by_edp(model, mesh) -> None:
@@ -17,18 +17,18 @@ def divide_by_edp(model, mesh) -> None:
 
 def count_every_copy(model, mesh) -> None:
     """A clip norm that counts replicated parameters once for each tp rank."""
-    Engine.copies = lambda self, name: 1
+    Engine.replica_count = lambda self, name: 1
 
 
 def count_rank_zero_only(model, mesh) -> None:
     """DeepSpeed's own clip norm under tp: experts count on tp rank 0 alone."""
-    right = Engine.copies
+    right = Engine.replica_count
 
     def wrong(self, name):
         missed = self.layouts[name].expert and self.mesh.tp.rank > 0
         return float("inf") if missed else right(self, name)
 
-    Engine.copies = wrong
+    Engine.replica_count = wrong
 
 
 def no_reduction_of_centroids(model, mesh) -> None:

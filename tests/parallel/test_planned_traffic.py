@@ -12,7 +12,7 @@ from support.trajectory import small
 
 from megapromoe.distributed.mesh import make_mesh, rank_tables
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 from megapromoe.planning.cost import memory_per_rank
 from megapromoe.planning.traffic import Batch, collectives

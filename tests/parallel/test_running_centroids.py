@@ -11,7 +11,7 @@ from support.trajectory import small, train
 
 from megapromoe.checkpoint.format import Checkpoint, folder_of
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 

@@ -117,7 +117,7 @@ def train_on(folder: Path) -> dict:
     from megapromoe.checkpoint.manager import resume
     from megapromoe.distributed.mesh import make_mesh
     from megapromoe.engine.averaged_weights import EMA
-    from megapromoe.engine.deepspeed_engine import Engine
+    from megapromoe.engine.engine import Engine
     from megapromoe.nn.parallelize import build
 
     config = resolve(file=folder / "config.yaml")

@@ -9,7 +9,7 @@ from megapromoe.conversion.published_names import from_published
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 DECAY = 0.9999

@@ -13,7 +13,7 @@ from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.runtime import Launch
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.errors import UserError
 from megapromoe.nn.parallelize import build
 

@@ -16,7 +16,7 @@ from megapromoe.data.loader import Loader
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 # Adam turns rounding noise in gradients that are zero by mathematics into full steps; a large eps damps that.

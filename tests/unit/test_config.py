@@ -291,6 +291,7 @@ def test_own_deepspeed_file(tmp_path):
         ('{"expert_parallel": {}}', "set parallel.ep"),
         ('{"fp16": {"enabled": true}}', "'fp16' is not supported"),
         ('{"bf16": true}', "'bf16' must be an object"),
+        ('{"data_types": 1}', "'data_types' must be an object"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage = 4 must be 0, 1, 2 or 3"),
         ('{"zero_optimization": {"stage": true}}', "must be 0, 1, 2 or 3"),
         ('{"zero_optimization": 1}', "must be an object"),
@@ -308,6 +309,34 @@ def test_own_deepspeed_file(tmp_path):
 def test_deepspeed_file_rules(tmp_path, text, expected):
     (violation,) = violations(deepspeed_file(tmp_path, text))
     assert expected in violation and violation.startswith("train.deepspeed = ")
+
+
+BF16 = {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    "reason, content",
+    [
+        ("leaves experts out of its fp32 masters' norm", {"bf16": BF16, "zero_optimization": {"stage": 0}}),
+        ("stage 0", {"bf16": BF16}),
+        (
+            "grad_accum_dtype",
+            {"bf16": BF16, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        ),
+        ("offload", {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}),
+        ("offload", {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}),
+        ("loss scaling", {"fp16": {"enabled": True}}),
+    ],
+)
+def test_unsupported_deepspeed_combinations_are_refused_with_the_reason(tmp_path, reason, content):
+    (violation,) = violations(deepspeed_file(tmp_path, json.dumps(content)))
+    assert violation.startswith("train.deepspeed = ") and reason in violation and "; use " in violation
+
+
+def test_deepspeed_combinations_are_reported_with_all_other_violations(tmp_path):
+    file = deepspeed_file(tmp_path, json.dumps({"bf16": BF16, "zero_optimization": {"stage": 0}}))
+    found = violations(file, "train.lr=-1")
+    assert len(found) == 2 and any("stage 0" in v for v in found) and any("train.lr" in v for v in found)
 
 
 def test_loading_a_wrong_deepspeed_file_raises():

@@ -1,6 +1,7 @@
 """The layout of the package: who may import whom, who imports deepspeed, and who reads the environment."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def packages_imported(tree: ast.AST) -> set[str]:
     return {name for name in ours if not name.startswith("__version")}
 
 
+def module_name(file: Path) -> str:
+    return ".".join((PACKAGE.name, *file.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one repeated at the end; empty if there is none."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
 def reads_environment(tree: ast.AST) -> bool:
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     return bool({"environ", "getenv", "environb"} & names or {"os.environ", "os.getenv"} & modules(tree))
@@ -70,10 +84,17 @@ def test_imports_point_in_one_direction(file):
     assert packages_imported(tree_of(file)) <= set(above)
 
 
+def test_no_files_import_each_other_in_a_circle():
+    """At any length, and wherever in a file the import stands."""
+    names = {module_name(file): file for file in FILES if file.name != "__init__.py"}
+    imports = {name: modules(tree_of(file)) & names.keys() for name, file in names.items()}
+    assert not circle(imports), " <- ".join(circle(imports))
+
+
 def test_only_the_engine_imports_deepspeed():
     """The engine, and the benchmark, which compares our layer with DeepSpeed's own."""
     importers = {f for f in FILES if any(m.split(".")[0] == "deepspeed" for m in modules(tree_of(f)))}
-    assert importers == {PACKAGE / "benchmark" / "deepspeed_moe.py", PACKAGE / "engine" / "deepspeed_engine.py"}
+    assert importers == {PACKAGE / "benchmark" / "deepspeed_moe.py", PACKAGE / "engine" / "deepspeed_adapter.py"}
 
 
 def test_only_the_runtime_reads_the_environment():
@@ -97,3 +118,6 @@ def test_the_rules_see_what_they_forbid():
     assert packages_imported(ast.parse(code)) == {"cli", "training"}
     assert reads_environment(ast.parse(code)) and reads_environment(ast.parse("from os import environ"))
     assert not reads_environment(ast.parse("run.environment"))
+    assert module_name(PACKAGE / "training" / "loop.py") in modules(ast.parse(code))
+    assert len(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == 4
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})

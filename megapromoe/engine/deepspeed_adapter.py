@@ -1,0 +1,333 @@
+"""DeepSpeed as a `ShardedBackend`. Everything that depends on DeepSpeed's internals is in this file.
+
+It was written against DeepSpeed 0.19.8; `INTERNALS` lists the names without a promise that it uses, and the adapter
+refuses to start where one is missing. The comments give the reason for each use.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+from packaging.version import Version
+from torch import Tensor, nn
+
+from megapromoe.config.options import Config
+from megapromoe.distributed.mesh import Mesh
+from megapromoe.engine.protocol import EngineError, Partition, Piece
+from megapromoe.nn.dit import DiT
+
+SUPPORTED = "deepspeed>=0.19.8,<0.20"
+
+
+def check_version(version: str) -> None:
+    """Raises EngineError for a version of DeepSpeed whose internals this file does not know."""
+    if not Version("0.19.8") <= Version(version) < Version("0.20.dev0"):
+        raise EngineError(
+            f"DeepSpeed {version} is installed, but training relies on internals of 0.19.8 to 0.19.x;"
+            f" install a supported version: pip install '{SUPPORTED}'"
+        )
+
+
+check_version(deepspeed.__version__)  # before the imports that other versions lack
+
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer  # noqa: E402
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+
+_GROUP_TABLES = (
+    "_EXPERT_PARALLEL_GROUP",
+    "_EXPERT_PARALLEL_GROUP_RANKS",
+    "_EXPERT_DATA_PARALLEL_GROUP",
+    "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
+)
+_ZERO_1_AND_2 = (  # DeepSpeedZeroOptimizer, deepspeed/runtime/zero/stage_1_and_2.py
+    "averaged_gradients",
+    "check_overflow",
+    "cpu_offload",
+    "parallel_partitioned_bit16_groups",
+    "partition_size",
+    "real_dp_process_group",
+    "round_robin_bit16_groups",
+    "round_robin_bit16_offsets",
+    "scaled_global_norm",
+    "single_partition_of_fp32_groups",
+)
+_ZERO_3 = (  # DeepSpeedZeroOptimizer_Stage3, deepspeed/runtime/zero/stage3.py
+    "_get_norm_groups",
+    "_reassign_or_swap_out_partitioned_parameters",
+    "averaged_gradients",
+    "fp16_groups",
+    "fp32_partitioned_groups_flat",
+    "persistent_parameters",
+)
+# Attributes of the optimizer wrapper of each ZeRO stage; at stage 0 the wrapper is not touched.
+INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: _ZERO_1_AND_2, 2: _ZERO_1_AND_2, 3: _ZERO_3}
+PARAMETER_INTERNALS = ("ds_numel", "ds_process_group", "partition_numel")  # of a parameter at stage 3
+
+
+class ExpertMarker(AutoEPMoELayer):
+    """A module without weights by which DeepSpeed's engine recognises a model with expert parameters.
+
+    0.19.8 looks for instances of this class (`DeepSpeedEngine._configure_distributed_model`) and from then on goes by
+    the attributes that `_mark_experts` sets on parameters.
+    """
+
+    def __init__(self, num_experts: int):
+        nn.Module.__init__(self)  # not the base's __init__, which builds a router and experts
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
+        """Does nothing: our groups are registered before the engine starts."""
+
+
+class ModelParallelUnit:
+    """The `mpu` of `deepspeed.initialize`: the groups of a model that brings its own tensor parallelism."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.tp.handle
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.dp.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.dp.size
+
+
+class DeepSpeedAdapter:
+    """`ShardedBackend` by DeepSpeed's engine and its ZeRO optimizers."""
+
+    def __init__(self, model: DiT, config: Config, mesh: Mesh, ds: dict[str, Any], clip: float):
+        """Starts DeepSpeed's engine. Collective.
+
+        Args:
+            model: float32, this rank's part, with `model.layouts`.
+            ds: the file of `train.deepspeed`.
+            clip: the norm to which `step` clips gradients by `reported_norm`; 0: it does not.
+
+        Raises EngineError where the optimizer cannot run on this machine, or DeepSpeed lacks one of `INTERNALS`.
+        """
+        join_job()
+        _register_groups(mesh)
+        _mark_experts(model, mesh)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self.optimizer = _make_optimizer(config, model)  # DeepSpeed steps this very object, whatever it wraps around it
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config={
+                **ds,
+                "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
+                "gradient_accumulation_steps": config.train.accumulation,
+                "gradient_clipping": clip,  # always given: 0.19.8 takes 1.0 where the key is absent
+            },
+            mpu=ModelParallelUnit(mesh),
+            dist_init_required=False,
+        )
+        self._stage: int = ds.get("zero_optimization", {}).get("stage", 0)
+        if missing := self.missing_internals():
+            raise EngineError(
+                f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, on which training relies;"
+                f" install a supported version: pip install '{SUPPORTED}'"
+            )
+        self.reported_norm = torch.tensor(1.0)
+        self._replace_norm()
+        self.partitions = tuple(self._make_partitions())
+
+    def missing_internals(self) -> list[str]:
+        """Which of the names that this file relies on this DeepSpeed does not have; needs a running engine."""
+        zero = self._engine.optimizer
+        parameter = next(iter(self.module.parameters()))
+        expected: list[tuple[Any, str, tuple[str, ...]]] = [
+            (deepspeed_groups, "deepspeed.utils.groups", _GROUP_TABLES),
+            (deepspeed.ops, "deepspeed.ops", ("__compatible_ops__",)),
+            (zero, type(zero).__name__, INTERNALS[self._stage]),
+            (parameter, "parameters of ZeRO-3", PARAMETER_INTERNALS if self._stage == 3 else ()),
+        ]
+        return [f"{label}.{name}" for owner, label, names in expected for name in names if not hasattr(owner, name)]
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def module(self) -> DiT:
+        return self._engine.module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def gradients(self, partition: int) -> list[Tensor]:
+        pieces = self.partitions[partition].pieces
+        zero = self._engine.optimizer
+        if self._stage == 0:
+            gradient = self.partitions[partition].optimized.grad
+            assert gradient is not None, f"no gradient of {pieces[0].name}: every parameter takes part in every step"
+            return [gradient.view(-1)]
+        if self._stage < 3 and zero.cpu_offload:
+            # 0.19.8 has copied them into the gradient of the master partition, which is on the host.
+            flat = self.partitions[partition].master.grad
+            assert flat is not None, "DeepSpeed made no gradient of an offloaded partition"
+            return [flat[p.offset : p.offset + p.stop - p.start] for p in pieces]
+        # 0.19.8 keeps a list for each parameter group (stage 3: sub-group), in the order of its parameters. Padding
+        # between parameters is marked, padding at the end of the last partition is not.
+        kept = [g.view(-1) for g in zero.averaged_gradients[partition] if not getattr(g, "_zero_padding", False)]
+        return kept[: len(pieces)]
+
+    @torch.no_grad()
+    def sync_parameters_from_masters(self) -> None:
+        zero = self._engine.optimizer
+        if self._stage == 0:
+            return
+        if self._stage == 3:
+            # What `step` of 0.19.8 does after the optimizer: small parameters stay gathered and are gathered again.
+            for number in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            return
+        # The bit16 parameters of a group are views of one flat tensor; these are its parts by data-parallel rank.
+        for number, partition in enumerate(self.partitions):
+            group = zero.real_dp_process_group[number]
+            shards = zero.parallel_partitioned_bit16_groups[number]
+            shard = shards[dist.get_rank(group)]
+            shard.copy_(partition.master)
+            dist.all_gather(list(shards), shard.clone(), group=group)
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _replace_norm(self) -> None:
+        """Puts `reported_norm` in the place of DeepSpeed's norm, and drops its search for overflow.
+
+        0.19.8's `step` clips by what these methods return, and skips the update where it is -1. Its own norm
+        miscounts experts under tensor parallelism, and its search reads every gradient once more.
+        """
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            zero._get_norm_groups = lambda: [self.reported_norm]
+        elif self._stage:
+            zero.scaled_global_norm = lambda *_: self.reported_norm
+            zero.check_overflow = lambda **_: None
+
+    def _make_partitions(self) -> Iterator[Partition]:
+        zero = self._engine.optimizer
+        if self._stage == 0:
+            for name, p in self.module.named_parameters():
+                yield Partition(p.data.view(-1), (Piece(name, 0, p.numel(), 0),), optimized=p)
+        elif self._stage == 3:
+            # Each parameter is padded to a multiple of the ranks and cut by itself; a sub-group's parts lie end to end.
+            for group, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+                pieces, offset = [], 0
+                for p in group:
+                    width, rank = p.partition_numel(), dist.get_rank(p.ds_process_group)
+                    start = min(rank * width, p.ds_numel)
+                    pieces.append(Piece(self._names[id(p)], start, min(start + width, p.ds_numel), offset))
+                    offset += width
+                yield Partition(master, tuple(pieces), optimized=master)
+        else:
+            # The parameters of a group lie end to end, padded for alignment; the whole is cut into equal partitions.
+            for number, master in enumerate(zero.single_partition_of_fp32_groups):
+                width = zero.partition_size[number]
+                first = dist.get_rank(zero.real_dp_process_group[number]) * width
+                pieces = []
+                parameters, offsets = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]
+                for p, begin in zip(parameters, offsets, strict=True):
+                    start, stop = max(first - begin, 0), min(first + width - begin, p.numel())
+                    if start < stop:
+                        pieces.append(Piece(self._names[id(p)], start, stop, begin + start - first))
+                yield Partition(master, tuple(pieces), optimized=master)
+
+
+def join_job() -> None:
+    """Lets DeepSpeed's wrappers join the running torch.distributed job."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # 0.19.8 compiles its shared-memory collectives at every start on a CPU, and crashes without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    # 0.19.8 calls collectives by deprecated names, hundreds of times a start.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+
+def _register_groups(mesh: Mesh) -> None:
+    """Registers our expert groups. 0.19.8 would make groups of other ranks, without time-outs; it takes those that it
+    finds in these tables under the name of an expert-parallel size."""
+    name = f"ep_size_{mesh.ep.size}"
+    for table in _GROUP_TABLES:
+        getattr(deepspeed_groups, table).clear()
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.handle
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ep.ranks)
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.handle
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
+
+
+def _mark_experts(model: DiT, mesh: Mesh) -> None:
+    """Marks routed experts, so that they are reduced and sharded over the expert-data-parallel group.
+
+    `allreduce` and `group_name` are read at stages 1 and 2, the two others at stage 3.
+    """
+    name = f"ep_size_{mesh.ep.size}"
+    marks = {
+        "allreduce": False,
+        "group_name": name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": name,
+    }
+    experts = [p for parameter_name, p in model.named_parameters() if model.layouts[parameter_name].expert]
+    for parameter in experts:
+        for attribute, value in marks.items():
+            setattr(parameter, attribute, value)
+    if experts:
+        model.add_module("deepspeed_expert_marker", ExpertMarker(model.config.num_experts))
+
+
+def _make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
+    """AdamW over parameter groups that keep experts apart, as 0.19.8 requires of a model with experts.
+
+    Raises EngineError where `train.optimizer` cannot run on this machine.
+    """
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "dense"})
+    t = config.train
+    betas = (t.beta1, t.beta2)
+    if t.optimizer == "torch":
+        return torch.optim.AdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
+    if t.optimizer == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError as error:
+            raise EngineError(
+                "train.optimizer = apex: NVIDIA apex is not installed (it is not the PyPI project of that name);"
+                " install it from its repository, or use train.optimizer=torch"
+            ) from error
+    else:
+        if not torch.cuda.is_available():
+            raise EngineError("train.optimizer = deepspeed: its FusedAdam needs a GPU; use train.optimizer=torch")
+        FusedAdam = deepspeed.ops.adam.FusedAdam
+    return FusedAdam(groups, adam_w_mode=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
