@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.evaluations import network, parsed, trained  # noqa: F401, two are fixtures
+from support.evaluations import parsed
 from support.reference_statistics import published_frechet
-from test_sampling import ALONE, as_job, one_thread, run  # noqa: F401, two are fixtures
+from support.sampled_runs import ALONE, as_job
 
 from megapromoe.commands import evaluate as command
 from megapromoe.config.options import ConfigError
@@ -17,7 +17,7 @@ from megapromoe.evaluation import image_metrics, image_metrics_report
 from megapromoe.evaluation.image_metrics import Evaluation, EvaluationError
 from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.evaluation.statistics import precision_recall
-from megapromoe.sampling.sampling import Request
+from megapromoe.sampling.request import GenerationRequest
 
 
 def real_digits(file: Path, count: int = 1797) -> np.ndarray:
@@ -26,7 +26,7 @@ def real_digits(file: Path, count: int = 1797) -> np.ndarray:
     return images
 
 
-def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):  # noqa: F811
+def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):
     real_digits(tmp_path / "real.npz")
     (record,) = image_metrics.evaluate(Evaluation(None, tmp_path / "real.npz", "digits"), ALONE)
     figures = record["figures"]
@@ -36,7 +36,7 @@ def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):  # noqa: F81
     assert (record["reference"], record["reference_count"], record["count"]) == ("digits", 1797, 1797)
 
 
-def test_figures_are_those_of_the_features(tmp_path, trained, network):  # noqa: F811
+def test_figures_are_those_of_the_features(tmp_path, trained, network):
     images = real_digits(tmp_path / "half.npz", 900)
     other = 255 - open_pixels("digits").read(900, 1797)
     np.savez(tmp_path / "other.npz", arr_0=other)
@@ -50,9 +50,9 @@ def test_figures_are_those_of_the_features(tmp_path, trained, network):  # noqa:
     assert (precision, recall) == precision_recall(b.pooled_ND, a.pooled_ND)
 
 
-def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):  # noqa: F811
+def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
     """Images are drawn once, by two ranks, and then taken as they are."""
-    evaluation = Evaluation(Request(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
+    evaluation = Evaluation(GenerationRequest(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
     two, also = as_job(2, tmp_path, image_metrics.evaluate, evaluation)
     one = image_metrics.evaluate(evaluation, ALONE)
     assert [r["guidance"] for r in one] == [1.0, 3.0] and two[0]["figures"] == also[0]["figures"]
@@ -72,14 +72,17 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):  # noqa
         image_metrics_report.append(one, tmp_path)
 
 
-def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):  # noqa: F811
-    request = Request(run, tmp_path / "drawn", 112)
+def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
+    request = GenerationRequest(run, tmp_path / "drawn", 112)
     with pytest.raises(EvaluationError, match="112 images are too few for the covariance of 112 .*use --num 113"):
         image_metrics.evaluate(Evaluation(request, None, "data"), ALONE)
     real_digits(tmp_path / "few.npz", 50)
     with pytest.raises(EvaluationError, match="few.npz: 50 images are too few .*113 are needed"):
         image_metrics.evaluate(
-            Evaluation(Request(run, tmp_path / "drawn", 113), None, str(tmp_path / "few.npz"), features="digits"), ALONE
+            Evaluation(
+                GenerationRequest(run, tmp_path / "drawn", 113), None, str(tmp_path / "few.npz"), features="digits"
+            ),
+            ALONE,
         )
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((200, 9, 9, 1), dtype=np.uint8))
     with pytest.raises(EvaluationError, match="the images are 8x8x1, the reference 9x9x1") as error:
@@ -99,7 +102,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path,
 # ---- the command
 
 
-def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):  # noqa: F811
+def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
     words = ["--run", str(run), "--num", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
     assert command.run(parsed(*words, "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     assert "Fréchet distance (digits classifier)" in capsys.readouterr().out

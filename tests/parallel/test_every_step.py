@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 from matplotlib.figure import Figure
 from support import processes
-from support.evaluations import network, parsed, trained  # noqa: F401, two are fixtures
-from test_sampling import ALONE, as_job, one_thread, run, stirred_run  # noqa: F401, two are fixtures
+from support.evaluations import parsed
+from support.sampled_runs import ALONE, as_job, stirred_run
 
 from megapromoe.checkpoint.format import steps_in
 from megapromoe.commands import evaluate as command
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.evaluation import image_metrics, image_metrics_report
 from megapromoe.evaluation.image_metrics import Evaluation
-from megapromoe.sampling.sampling import Request
+from megapromoe.sampling.request import GenerationRequest
 
 
 @pytest.fixture(scope="module")
-def long_run(run, tmp_path_factory):  # noqa: F811
+def long_run(run, tmp_path_factory):
     """A run that kept two checkpoints, of different weights: steps 3 and 1200."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("long") / "run")
     other = tmp_path_factory.mktemp("other")
@@ -37,8 +37,8 @@ def evaluate_where_the_first_sees_more(evaluation, launch):
     return image_metrics.evaluate(evaluation, launch)
 
 
-def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monkeypatch):  # noqa: F811
-    request = Request(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
+def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monkeypatch):
+    request = GenerationRequest(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
     both = as_job(2, tmp_path, evaluate_where_the_first_sees_more, Evaluation(request, None, "data", every_step=True))
     figures = [[record["figures"] for record in records] for records in both]
     assert figures[0] == figures[1] and len(list((tmp_path / "drawn").iterdir())) == 4
@@ -57,11 +57,11 @@ def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monke
     assert records[0]["figures"] != records[2]["figures"]
 
 
-def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trained, monkeypatch):  # noqa: F811
+def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trained, monkeypatch):
     none = tmp_path / "none"
     none.mkdir()
     (none / "config.yaml").write_text((long_run / "config.yaml").read_text())
-    evaluation = Evaluation(Request(long_run, tmp_path / "drawn", 130), None, "data", every_step=True)
+    evaluation = Evaluation(GenerationRequest(long_run, tmp_path / "drawn", 130), None, "data", every_step=True)
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [3, 7, 1200])
     with pytest.raises(SampleError, match="step = 7: .* no such checkpoint; there are 3, 1200"):
         image_metrics.evaluate(evaluation, ALONE)
@@ -96,7 +96,7 @@ def test_a_table_and_a_picture_of_several_steps(tmp_path, monkeypatch):
     assert "step" not in over_steps.get_title().replace("of each step", "") and "step 3," in over_scales.get_title()
 
 
-def test_the_command_evaluates_every_step(long_run, tmp_path, trained, capsys):  # noqa: F811
+def test_the_command_evaluates_every_step(long_run, tmp_path, trained, capsys):
     words = ["--run", str(long_run), "--num", "120", "--guidance", "1.5", "--samples", str(tmp_path / "kept")]
     assert command.run(parsed(*words, "--every-step", "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     said = capsys.readouterr().out

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import processes
 from support.reference_statistics import normal, published_frechet
-from test_sampling import ALONE
+from support.sampled_runs import ALONE
 
 from megapromoe.distributed.runtime import Launch
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.reference_statistics import normal
-from test_sampling import ALONE
+from support.sampled_runs import ALONE
 
 from megapromoe.evaluation import features, image_metrics
 from megapromoe.evaluation.features import FeatureError, open_network
