@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from megapromoe.commands.options import run_option
-from megapromoe.commands.sample import drawing_options, many_images, num_option
+from megapromoe.commands.sample import drawing_options, generation_request, num_option
 from megapromoe.config.options import ConfigError
 
 EPILOG = """\
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, launch) -> int:
 
     request = None
     if options.run is not None:
-        request = many_images(options, options.samples or options.run / "evaluation")
+        request = generation_request(options, options.samples or options.run / "evaluation")
     evaluation = image_metrics.Evaluation(
         request=request,
         images=options.images,

@@ -1,11 +1,18 @@
 """`megapromoe sample`: draws images with a trained model, a picture of some or a set of many."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import run_option
 from megapromoe.config.options import ConfigError
+
+if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
+    from megapromoe.distributed.runtime import Launch
+    from megapromoe.sampling.request import GenerationRequest
 
 EPILOG = """\
 With --count: some images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
@@ -43,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     drawing_options(parser)
 
 
-def num_option(parser, text: str) -> None:
+def num_option(parser: argparse._ActionsContainer, text: str) -> None:
     """Adds --num, the number of images of a set."""
     # torchrun takes --num for an abbreviation of options of its own, wherever it stands.
     text += "; under torchrun write --num-images"
@@ -51,7 +58,7 @@ def num_option(parser, text: str) -> None:
 
 
 def drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says how images are drawn, for `many_images`."""
+    """Adds what says how images are drawn, for `generation_request`."""
     parser.add_argument("--class", metavar="C", dest="only", type=int, nargs="+", help="classes; default: all")
     parser.add_argument(
         "--classes",
@@ -89,11 +96,11 @@ def drawing_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def many_images(options: argparse.Namespace, out: Path, named: bool = False):
-    """The request that the options make."""
-    from megapromoe.sampling.sampling import Request
+def generation_request(options: argparse.Namespace, out: Path, named: bool = False) -> GenerationRequest:
+    """The request that the options make: a set with --num, else --count images of each class. Raises ConfigError."""
+    from megapromoe.sampling.request import GenerationRequest
 
-    return Request(
+    return GenerationRequest(
         run=options.run,
         out=out,
         num=options.num,
@@ -102,49 +109,35 @@ def many_images(options: argparse.Namespace, out: Path, named: bool = False):
         scales=tuple(options.guidance),
         step=options.step,
         weights=options.weights,
-        overrides=tuple(sample_overrides(options, guidance=False)),
+        overrides=tuple(_sample_overrides(options)),
         autoencoder=options.autoencoder,
         tp=options.tp,
         ep=options.ep,
         named=named,
+        per_class=options.count if options.num is None else None,
     )
 
 
-def sample_overrides(options: argparse.Namespace, guidance: bool = True) -> list[str]:
-    """All `sample.key=value` settings of the command line; raises ConfigError for those of other sections."""
-    short = {"guidance": options.guidance[0]} if guidance and options.guidance else {}
-    short |= {name: getattr(options, name) for name in ("steps", "seed", "method")}
+def _sample_overrides(options: argparse.Namespace) -> list[str]:
+    """All `sample.key=value` settings but the guidance scales; raises ConfigError for those of other sections."""
+    short = {name: getattr(options, name) for name in ("steps", "seed", "method")}
     overrides = [*options.overrides, *(f"sample.{name}={v}" for name, v in short.items() if v is not None)]
     if wrong := [a for a in overrides if not a.startswith("sample.")]:
         raise ConfigError([f"{a!r} (command line): sampling takes only sample.key=value" for a in wrong])
     return overrides
 
 
-def run(options: argparse.Namespace, launch) -> int:
+def run(options: argparse.Namespace, launch: Launch) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    overrides = sample_overrides(options)
-    if options.num is not None:
-        from megapromoe.sampling.sampling import sample_many
+    request = generation_request(options, options.out)
+    if request.is_preview:
+        needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
+        needed["--guidance with several scales"] = len(options.guidance) > 1
+        if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:
+            raise ConfigError(wrong)
+    from megapromoe.sampling.generation import generate_images
 
-        sample_many(many_images(options, options.out), launch)
-        return 0
-    needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
-    needed["--guidance with several scales"] = len(options.guidance) > 1
-    if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:
-        raise ConfigError(wrong)
-    from megapromoe.sampling.generate import sample_command
-
-    sample_command(
-        options.run,
-        options.out,
-        options.only,
-        options.count,
-        options.step,
-        options.weights,
-        overrides,
-        launch,
-        *([] if options.autoencoder is None else [options.autoencoder]),
-    )
+    generate_images(request, launch)
     return 0

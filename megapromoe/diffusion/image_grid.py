@@ -1,7 +1,7 @@
-"""Drawing images: numbered images from a model, and the picture that shows them.
+"""Numbered images from a model, and the grid that shows them.
 
-Image number i is fixed by (sample.seed, i, label). Images are drawn in chunks of `sample.batch`, which are the same
-however many ranks share them out, so the images do not depend on the number of ranks.
+Image i is fixed by (sample.seed, i, label). Images are generated in chunks of `sample.batch`, which are the same at any
+number of ranks, so that the images do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from megapromoe.config.options import Config
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.samplers import guided, sample
 from megapromoe.errors import UserError
+from megapromoe.io import atomic_path
 
-PICTURE_SIDE = 64  # pixels of an image in a picture: smaller ones are enlarged by a whole factor
+PICTURE_SIDE = 64  # pixels of an image in a grid: smaller ones are enlarged by a whole factor
 
 
 class SampleError(UserError):
-    """Images that cannot be drawn as asked; found before anything is written, and on all ranks alike."""
+    """Images that cannot be generated as requested; every rank raises it."""
 
-    on_all_ranks = True  # every rank raises it, so one rank need print it
+    on_all_ranks = True
 
 
-def chunks(count: int, batch: int, rank: int, world: int) -> list[range]:
-    """Stretches of 0..count-1 that a rank draws: every `world`-th chunk of `batch`, from the `rank`-th."""
-    starts = range(rank * batch, count, world * batch)
-    return [range(start, min(start + batch, count)) for start in starts]
+def chunk_ranges(count: int, batch: int) -> list[range]:
+    """The numbers of the images of each chunk: `batch` of 0..count-1 each, the last one perhaps fewer."""
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
 
 
 @torch.no_grad()
@@ -42,35 +42,33 @@ def generate(
     config: Config,
     labels: Sequence[int],
     indices: Sequence[int],
-    rank: int = 0,
-    world: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """This rank's share of the images: its `chunks`, joined; (N, C, H, W) float32 on the model's device.
+    """Images (N, C, H, W) float32 on the model's device, generated in chunks of `sample.batch`.
 
-    Equal bits for any `world` where the ranks compute alike: on a CPU, with the same number of threads.
+    Equal bits on every rank that computes alike: on a CPU, with the same number of threads.
 
     Args:
-        model: whole, or sharded if the ranks of its groups call this together with the same arguments.
-        config: of the run; `sample`, and of `diffusion` the shift, say how to draw.
-        labels: class of each image; model.null_class draws without a class.
+        model: whole, or sharded if the ranks of its tensor-parallel group call this with the same arguments, and those
+            of its expert-parallel group at the same time.
+        config: of the run; `sample`, and of `diffusion` the shift, define the sampler.
+        labels: class of each image; model.null_class generates without a class.
         indices: number of each image, which fixes its noise.
-        rank, world: place among the ranks that share the images out.
         progress: called after each step of the sampler with (steps done, steps of all chunks).
     """
     s, m = config.sample, config.model
     shape = (m.in_channels, m.input_size, m.input_size)
     device = model.get_buffer("pos_embed").device
-    mine = chunks(len(labels), s.batch, rank, world)
+    ranges = chunk_ranges(len(labels), s.batch)
     training = model.training
     model.eval()
     parts = [torch.empty(0, *shape, device=device)]
-    for number, stretch in enumerate(mine):
-        labels_B = torch.tensor(labels[stretch.start : stretch.stop], device=device)
-        noise = partial(_noise, s.seed, indices[stretch.start : stretch.stop], shape, device)
+    for number, chunk in enumerate(ranges):
+        labels_B = torch.tensor(labels[chunk.start : chunk.stop], device=device)
+        noise = partial(_noise, s.seed, indices[chunk.start : chunk.stop], shape, device)
         predict = guided(model, labels_B, m.null_class, s.guidance, s.guidance_low, s.guidance_high)
-        said = progress and partial(_report, progress, number * s.steps, len(mine) * s.steps)
-        parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, said))
+        report = progress and partial(_report, progress, number * s.steps, len(ranges) * s.steps)
+        parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, report))
     model.train(training)
     return torch.cat(parts)
 
@@ -83,6 +81,12 @@ def _report(progress: Callable[[int, int], None], before: int, total: int, step:
     progress(before + step, total)
 
 
+def to_bytes(images_BCHW: Tensor | np.ndarray) -> np.ndarray:
+    """Images in [-1, 1] (others are clipped) as uint8 (B, H, W, C)."""
+    images = torch.as_tensor(images_BCHW).float().clamp(-1, 1)
+    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def grid(images_BCHW: Tensor | np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     """A picture of images in rows of `columns`: uint8 (height, width, 3), dark lines between.
 
@@ -92,11 +96,9 @@ def grid(images_BCHW: Tensor | np.ndarray, columns: int, scale: int = 1) -> np.n
 
     Raises SampleError for any other number of channels.
     """
-    images = np.asarray(images_BCHW, dtype=np.float32)
-    B, C, H, W = images.shape
+    B, C, H, W = images_BCHW.shape
     check_channels(C)
-    pixels = ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    pixels = to_bytes(images_BCHW).repeat(scale, axis=1).repeat(scale, axis=2)
     gap, h, w = max(1, scale // 4), H * scale, W * scale
     rows = math.ceil(B / columns)
     picture = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 40, dtype=np.uint8)
@@ -121,5 +123,6 @@ def picture_scale(side: int) -> int:
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes a uint8 (height, width, 3) picture as PNG, whatever the name's ending."""
-    imsave(path, picture, format="png")
+    """Writes a uint8 (height, width, 3) picture as a PNG file, as a whole. Raises OSError."""
+    with atomic_path(path) as staging:
+        imsave(staging, picture, format="png")

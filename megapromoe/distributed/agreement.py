@@ -1,4 +1,4 @@
-"""What the ranks of a sampling or evaluation job do together: join, agree, add up."""
+"""What the ranks of a sampling or evaluation job do together: join it, agree on errors and values, gather, add up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megapromoe.distributed import runtime
 from megapromoe.errors import UserError
 
-Value = TypeVar("Value")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -39,17 +39,43 @@ def raise_if_any_rank_failed(problem: str | None, launch: runtime.Launch, error:
     if launch.world > 1:
         problems = [None] * launch.world
         dist.all_gather_object(problems, problem)
-    if found := dict.fromkeys(p for p in problems if p):
-        raise error("; ".join(found))
+    if messages := list(dict.fromkeys(p for p in problems if p)):
+        raise error("; ".join(messages))
 
 
-def broadcast_from_rank0(value: Value, launch: runtime.Launch) -> Value:
+@contextmanager
+def raising_together(
+    launch: runtime.Launch, error: type[UserError], catch: tuple[type[Exception], ...] = (UserError, OSError)
+) -> Iterator[None]:
+    """Runs a block that may fail on some ranks alone; then every rank raises `error` with their messages. Collective.
+
+    Args:
+        catch: what the block may raise for the user. Any other exception is a bug and leaves the block as it is.
+    """
+    problem = None
+    try:
+        yield
+    except catch as caught:
+        problem = str(caught)
+    raise_if_any_rank_failed(problem, launch, error)
+
+
+def broadcast_from_rank0(value: T, launch: runtime.Launch) -> T:
     """Rank 0's value, on every rank. Collective."""
     if launch.world == 1:
         return value
-    said = [value]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_to_rank0(value: T, launch: runtime.Launch) -> list[T] | None:
+    """Every rank's value on rank 0, in the order of ranks; None on the others. Collective."""
+    if launch.world == 1:
+        return [value]
+    values: list[T] | None = [value] * launch.world if launch.rank == 0 else None
+    dist.gather_object(value, values)
+    return values
 
 
 def all_reduce_sum(x: Tensor, launch: runtime.Launch) -> Tensor:

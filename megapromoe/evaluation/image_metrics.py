@@ -34,8 +34,10 @@ from megapromoe.errors import UserError
 from megapromoe.evaluation.features import CLASSIFIERS, FeatureError, Features, Network, open_network
 from megapromoe.evaluation.pixels import BUILT_IN, data_of_run, open_pixels
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
+from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError, entries, open_array
-from megapromoe.sampling.sampling import Request, checked, checkpoint_facts, draw_sets, facts_of
+from megapromoe.sampling.request import GenerationRequest
+from megapromoe.sampling.run_model import identify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Evaluation:
         every_step: draw from each checkpoint that the run keeps; the request's own `step` is not used.
     """
 
-    request: Request | None
+    request: GenerationRequest | None
     images: Path | None
     reference: str
     split: str = "train"
@@ -105,7 +107,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
     drawn by then are kept.
     """
     request = evaluation.request
-    config = None if request is None else checked(request, launch.world)
+    config = None if request is None else request.checked(launch.world)
     name = _network_name(evaluation, config)
     with distributed_session(launch, TIMEOUT if config is None else config.train.timeout) as device:
         network = _opened(evaluation, name, device, launch)
@@ -127,7 +129,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
             facts = []
             for step in _steps(evaluation, launch):
                 one = _placed(replace(request, step=step), config, launch)
-                sets = [ImageSet(place) for place in draw_sets(one, launch, device)]
+                sets = [ImageSet(place) for place in generate_in_session(one, launch, device)]
                 facts += [_facts(one, own, images) for (own, _), images in zip(one.outputs(), sets, strict=True)]
                 drawn += sets
         # A reference may come as nothing but statistics.
@@ -282,7 +284,7 @@ def _reference(
     return None, given
 
 
-def _shape_of(request: Request, config: Config) -> tuple[int, int, int] | None:
+def _shape_of(request: GenerationRequest, config: Config) -> tuple[int, int, int] | None:
     """The shape of images that will be drawn, where no autoencoder makes them."""
     m = config.model
     return None if request.autoencoder else (m.input_size, m.input_size, m.in_channels)
@@ -337,17 +339,18 @@ def _steps(evaluation: Evaluation, launch: runtime.Launch) -> list[int | None]:
     return broadcast_from_rank0(there, launch) or [None]  # of none, the usual error
 
 
-def _placed(request: Request, config: Config, launch: runtime.Launch) -> Request:
+def _placed(request: GenerationRequest, config: Config, launch: runtime.Launch) -> GenerationRequest:
     """The request with its step, and a name for its sets that no other has. Collective."""
-    facts = {**checkpoint_facts(request, launch), **facts_of(request, config, None)}
+    checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
+    facts = request.identity_at(checkpoint, config, None)
     facts |= {"autoencoder": request.autoencoder, "sample": {**facts["sample"], "guidance": None}}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    out = request.out / f"step-{facts['step']:08d}-{digest}.npz"
-    return replace(request, step=facts["step"], out=out, named=True)
+    out = request.out / f"step-{checkpoint.step:08d}-{digest}.npz"
+    return replace(request, step=checkpoint.step, out=out, named=True)
 
 
-def _facts(request: Request, config: Config, images: ImageSet) -> dict[str, Any]:
-    facts = facts_of(request, config, None)
+def _facts(request: GenerationRequest, config: Config, images: ImageSet) -> dict[str, Any]:
+    facts = request.identity(config, None)
     return {
         **{"run": str(request.run), "step": request.step, "guidance": config.sample.guidance},
         **{key: facts[key] for key in ("weights", "classes", "only", "sample")},

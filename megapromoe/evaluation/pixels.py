@@ -8,7 +8,7 @@ from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset, DatasetError, Digits
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.sources import autoencoder_identity, open_dataset
-from megapromoe.sampling.decoding import to_bytes
+from megapromoe.diffusion.image_grid import to_bytes
 from megapromoe.sampling.image_sets import ImageSetError
 
 BUILT_IN = ("digits", "fashion_mnist")

@@ -29,7 +29,7 @@ from megapromoe.errors import UserError
 from megapromoe.nn.dit import DiT
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
-from megapromoe.sampling.generate import load_model
+from megapromoe.sampling.run_model import load_model
 
 FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps
 GRID_SIDE = 10  # classes shown in samples.png, and at most so many images of each

@@ -30,7 +30,7 @@ from megapromoe.nn.moe.layer import MoE
 from megapromoe.routing_analysis import figures, measures
 from megapromoe.routing_analysis.measures import definition
 from megapromoe.routing_analysis.observe import LEVELS, Routing, RoutingError, chosen_layers, measure_routing
-from megapromoe.sampling.generate import load_model
+from megapromoe.sampling.run_model import load_model
 
 EACH_CLASS = 20  # up to so many classes each is a subset of its own
 RANDOM_SUBSET = 200  # classes of each of the two subsets else, as in the paper

@@ -1,10 +1,9 @@
-"""From what a model draws to pixels: the autoencoder of its latents, and rounding to bytes."""
+"""From what a model generates to images: the autoencoder of its latents."""
 
 from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,9 +71,3 @@ def decoded(drawn_BCHW: Tensor, decoder: Autoencoder | None) -> Tensor:
     if decoder is None:
         return drawn_BCHW
     return torch.cat([decoder.decode(part) for part in drawn_BCHW.split(AT_ONCE)])
-
-
-def to_bytes(images_BCHW: Tensor | np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] (others are clipped) as uint8 (B, H, W, C)."""
-    images = torch.as_tensor(images_BCHW).float().clamp(-1, 1)
-    return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

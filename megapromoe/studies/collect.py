@@ -42,7 +42,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     from megapromoe.checkpoint.format import CheckpointError
     from megapromoe.data.datasets import DatasetError
     from megapromoe.evaluation.heldout import objective_loss, open_held_out
-    from megapromoe.sampling.generate import load_model
+    from megapromoe.sampling.run_model import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []

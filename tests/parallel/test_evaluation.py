@@ -17,7 +17,7 @@ from megapromoe.evaluation import image_metrics, image_metrics_report
 from megapromoe.evaluation.image_metrics import Evaluation, EvaluationError
 from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.evaluation.statistics import precision_recall
-from megapromoe.sampling.sampling import Request
+from megapromoe.sampling.request import GenerationRequest
 
 
 def real_digits(file: Path, count: int = 1797) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_features(tmp_path, trained, network):
 
 def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
     """Images are drawn once, by two ranks, and then taken as they are."""
-    evaluation = Evaluation(Request(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
+    evaluation = Evaluation(GenerationRequest(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
     two, also = as_job(2, tmp_path, image_metrics.evaluate, evaluation)
     one = image_metrics.evaluate(evaluation, ALONE)
     assert [r["guidance"] for r in one] == [1.0, 3.0] and two[0]["figures"] == also[0]["figures"]
@@ -73,13 +73,16 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
 
 
 def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
-    request = Request(run, tmp_path / "drawn", 112)
+    request = GenerationRequest(run, tmp_path / "drawn", 112)
     with pytest.raises(EvaluationError, match="112 images are too few for the covariance of 112 .*use --num 113"):
         image_metrics.evaluate(Evaluation(request, None, "data"), ALONE)
     real_digits(tmp_path / "few.npz", 50)
     with pytest.raises(EvaluationError, match="few.npz: 50 images are too few .*113 are needed"):
         image_metrics.evaluate(
-            Evaluation(Request(run, tmp_path / "drawn", 113), None, str(tmp_path / "few.npz"), features="digits"), ALONE
+            Evaluation(
+                GenerationRequest(run, tmp_path / "drawn", 113), None, str(tmp_path / "few.npz"), features="digits"
+            ),
+            ALONE,
         )
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((200, 9, 9, 1), dtype=np.uint8))
     with pytest.raises(EvaluationError, match="the images are 8x8x1, the reference 9x9x1") as error:

@@ -15,7 +15,7 @@ from megapromoe.commands import evaluate as command
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.evaluation import image_metrics, image_metrics_report
 from megapromoe.evaluation.image_metrics import Evaluation
-from megapromoe.sampling.sampling import Request
+from megapromoe.sampling.request import GenerationRequest
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def evaluate_where_the_first_sees_more(evaluation, launch):
 
 
 def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monkeypatch):
-    request = Request(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
+    request = GenerationRequest(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
     both = as_job(2, tmp_path, evaluate_where_the_first_sees_more, Evaluation(request, None, "data", every_step=True))
     figures = [[record["figures"] for record in records] for records in both]
     assert figures[0] == figures[1] and len(list((tmp_path / "drawn").iterdir())) == 4
@@ -61,7 +61,7 @@ def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trai
     none = tmp_path / "none"
     none.mkdir()
     (none / "config.yaml").write_text((long_run / "config.yaml").read_text())
-    evaluation = Evaluation(Request(long_run, tmp_path / "drawn", 130), None, "data", every_step=True)
+    evaluation = Evaluation(GenerationRequest(long_run, tmp_path / "drawn", 130), None, "data", every_step=True)
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [3, 7, 1200])
     with pytest.raises(SampleError, match="step = 7: .* no such checkpoint; there are 3, 1200"):
         image_metrics.evaluate(evaluation, ALONE)

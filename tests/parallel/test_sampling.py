@@ -17,12 +17,15 @@ from megapromoe.commands import evaluate
 from megapromoe.commands import sample as command
 from megapromoe.config.options import ConfigError
 from megapromoe.data.autoencoder import AutoencoderError
-from megapromoe.diffusion.image_grid import SampleError, generate
+from megapromoe.diffusion.image_grid import SampleError, generate, to_bytes
 from megapromoe.distributed.mesh import Group, Mesh
-from megapromoe.sampling import decoding, sampling
-from megapromoe.sampling.generate import load_model, sample_command
-from megapromoe.sampling.image_sets import ImageSet, ImageSetError, Parts
-from megapromoe.sampling.sampling import Request, labels_of, lanes_of, sample_many
+from megapromoe.sampling import decoding, generation
+from megapromoe.sampling.generation import generate_images
+from megapromoe.sampling.image_set_writer import ImageSetWriter
+from megapromoe.sampling.image_sets import ImageSet, ImageSetError
+from megapromoe.sampling.replica_layout import ReplicaLayout
+from megapromoe.sampling.request import GenerationRequest
+from megapromoe.sampling.run_model import load_model
 
 
 def parsed(*words):
@@ -33,51 +36,51 @@ def parsed(*words):
 
 
 @pytest.mark.parametrize("tp, ep, etp", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 2, 2), (2, 3, 1)])
-def test_every_missing_chunk_is_drawn_and_kept_once(tp, ep, etp):
-    block = lanes_of(0, 24, tp, ep, etp).width * tp
+def test_every_missing_chunk_is_generated_and_written_once(tp, ep, etp):
+    group = ReplicaLayout.of(0, 24, tp, ep, etp).group_size * tp
     company = {}
-    for world in (block, 2 * block, 24):
+    for world in (group, 2 * group, 24):
         for missing in ([], [4], list(range(11)), [0, 3, 4, 9, 10]):
-            drawn = []
-            ranks = [lanes_of(rank, world, tp, ep, etp) for rank in range(world)]
-            rounds = [list(lanes.rounds(missing, 10)) for lanes in ranks]
+            generated = []
+            ranks = [ReplicaLayout.of(rank, world, tp, ep, etp) for rank in range(world)]
+            rounds = [list(layout.rounds(missing, 10)) for layout in ranks]
             assert len({len(r) for r in rounds}) == 1
             for now in zip(*rounds, strict=True):
-                kept = [c for lanes, (c, _) in zip(ranks, now, strict=True) if c in missing and lanes.keeps(c)]
+                kept = [c for layout, (c, _) in zip(ranks, now, strict=True) if c in missing and layout.writes(c)]
                 assert sorted(kept) == now[0][1]
-                drawn += kept
-                for start in range(0, world, block):  # all lanes of a block draw, or none does
-                    chunks = [c for c, _ in now[start : start + block]]
+                generated += kept
+                for start in range(0, world, group):  # all replicas of a group generate, or none does
+                    chunks = [c for c, _ in now[start : start + group]]
                     assert set(chunks) == {None} or all(c in range(11) for c in chunks)
                     for c in set(chunks) - {None}:  # in a company that is always the same
                         assert company.setdefault(c, chunks) == chunks
-                    for lane in range(start, start + block, tp):
-                        assert len(set(chunks[lane - start : lane - start + tp])) == 1
-            assert sorted(drawn) == missing
+                    for replica in range(start, start + group, tp):
+                        assert len(set(chunks[replica - start : replica - start + tp])) == 1
+            assert sorted(generated) == missing
 
 
-def test_a_block_is_the_ranks_that_share_experts_or_matrices():
-    assert lanes_of(5, 8, 1, 4, 1) == sampling.Lanes(lane=1, width=4, block=1, blocks=2, first=True)
-    assert lanes_of(5, 8, 2, 2, 1) == sampling.Lanes(lane=0, width=1, block=2, blocks=4, first=False)
-    assert lanes_of(6, 8, 2, 2, 2) == sampling.Lanes(lane=1, width=2, block=1, blocks=2, first=True)
+def test_a_group_is_the_ranks_that_share_experts_or_matrices():
+    assert ReplicaLayout.of(5, 8, 1, 4, 1) == ReplicaLayout(1, group_size=4, group=1, num_groups=2, is_first=True)
+    assert ReplicaLayout.of(5, 8, 2, 2, 1) == ReplicaLayout(0, group_size=1, group=2, num_groups=4, is_first=False)
+    assert ReplicaLayout.of(6, 8, 2, 2, 2) == ReplicaLayout(1, group_size=2, group=1, num_groups=2, is_first=True)
 
 
 def test_labels_take_turns_or_are_drawn_for_each_image(run):
     config = tiny()
-    request = Request(run, Path("x"), 25)
-    assert labels_of(request, config).tolist() == [i % 10 for i in range(25)]
-    assert labels_of(Request(run, Path("x"), 5, only=(7, 2)), config).tolist() == [7, 2, 7, 2, 7]
-    many = labels_of(Request(run, Path("x"), 4000, classes="random"), config)
+    request = GenerationRequest(run, Path("x"), 25)
+    assert request.labels(config).tolist() == [i % 10 for i in range(25)]
+    assert GenerationRequest(run, Path("x"), 5, only=(7, 2)).labels(config).tolist() == [7, 2, 7, 2, 7]
+    many = GenerationRequest(run, Path("x"), 4000, classes="random").labels(config)
     assert np.abs(np.bincount(many, minlength=10) - 400).max() < 100
-    assert (labels_of(Request(run, Path("x"), 30, classes="random"), config) == many[:30]).all()
-    assert (labels_of(Request(run, Path("x"), 30, classes="random"), tiny("sample.seed=1")) != many[:30]).any()
+    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(config) == many[:30]).all()
+    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(tiny("sample.seed=1")) != many[:30]).any()
 
 
 # ---- what is drawn
 
 
 def test_a_set_holds_the_images_of_the_model(run, tmp_path):
-    assert sample_many(Request(run, tmp_path / "set.npz", 10), ALONE) == [tmp_path / "set.npz"]
+    assert generate_images(GenerationRequest(run, tmp_path / "set.npz", 10), ALONE) == [tmp_path / "set.npz"]
     model, config, _ = load_model(run)
     images = generate(model, config, [i % 10 for i in range(10)], range(10)).numpy()
     assert images.std() > 0.3
@@ -86,7 +89,7 @@ def test_a_set_holds_the_images_of_the_model(run, tmp_path):
         assert stored["arr_0"].dtype == np.uint8 and stored["arr_1"].dtype == np.int64
         np.testing.assert_array_equal(stored["arr_0"], expected)
         assert stored["arr_1"].tolist() == list(range(10))
-    sample_many(Request(run, tmp_path / "set", 10), ALONE)
+    generate_images(GenerationRequest(run, tmp_path / "set", 10), ALONE)
     for i in range(10):
         np.testing.assert_array_equal(np.array(Image.open(tmp_path / "set" / f"{i:06d}.png")), expected[i, ..., 0])
     assert np.load(tmp_path / "set" / "labels.npy").tolist() == list(range(10))
@@ -94,21 +97,40 @@ def test_a_set_holds_the_images_of_the_model(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "set").iterdir())[-2:] == ["labels.npy", "request.json"]
 
 
+def test_a_preview_and_a_set_hold_the_same_images(run, tmp_path):
+    """Their labels are the same for one image of each class, and for images of one class."""
+    cases = {"each": (dict(per_class=1), dict(num=10)), "one": (dict(per_class=7), dict(num=7))}
+    for name, (few, many) in cases.items():
+        only = None if name == "each" else (3,)
+        for world in (1, 2):
+            preview = GenerationRequest(run, tmp_path / f"{name}{world}-preview.npz", only=only, **few)
+            a_set = GenerationRequest(run, tmp_path / f"{name}{world}-set.npz", only=only, **many)
+            for request in (preview, a_set):
+                if world == 1:
+                    generate_images(request, ALONE)
+                else:
+                    assert as_job(world, tmp_path, generate_images, request) == [[request.out]] * world
+            with np.load(preview.out) as floats, np.load(a_set.out) as stored:
+                assert floats["images"].std() > 0.3
+                np.testing.assert_array_equal(to_bytes(floats["images"]), stored["arr_0"])
+                np.testing.assert_array_equal(floats["labels"], stored["arr_1"])
+
+
 def test_each_guidance_scale_has_a_set(run, tmp_path):
-    places = sample_many(Request(run, tmp_path / "a.npz", 5, scales=("1.0", "2.5")), ALONE)
+    places = generate_images(GenerationRequest(run, tmp_path / "a.npz", 5, scales=("1.0", "2.5")), ALONE)
     assert [p.name for p in places] == ["a-guidance-1.npz", "a-guidance-2.5.npz"]
-    sample_many(Request(run, tmp_path / "b.npz", 5, overrides=("sample.guidance=2.5",)), ALONE)
+    generate_images(GenerationRequest(run, tmp_path / "b.npz", 5, overrides=("sample.guidance=2.5",)), ALONE)
     one, two, alone = (ImageSet(p).read(0, 5) for p in (*places, tmp_path / "b.npz"))
     np.testing.assert_array_equal(two, alone)
     assert (one != two).any()
-    folders = sample_many(Request(run, tmp_path / "c", 5, scales=(1, 2.5)), ALONE)
+    folders = generate_images(GenerationRequest(run, tmp_path / "c", 5, scales=(1, 2.5)), ALONE)
     assert folders == [tmp_path / "c" / "guidance-1", tmp_path / "c" / "guidance-2.5"]
     np.testing.assert_array_equal(ImageSet(folders[1]).read(0, 5), alone)
 
 
 def test_three_ranks_draw_the_set_of_one(run, tmp_path):
-    sample_many(Request(run, tmp_path / "one.npz", 18, classes="random"), ALONE)
-    as_job(3, tmp_path, sample_many, Request(run, tmp_path / "three.npz", 18, classes="random"))
+    generate_images(GenerationRequest(run, tmp_path / "one.npz", 18, classes="random"), ALONE)
+    as_job(3, tmp_path, generate_images, GenerationRequest(run, tmp_path / "three.npz", 18, classes="random"))
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "three.npz") as three:
         for name in ("arr_0", "arr_1"):
             np.testing.assert_array_equal(one[name], three[name])
@@ -116,9 +138,9 @@ def test_three_ranks_draw_the_set_of_one(run, tmp_path):
 
 def test_a_model_split_over_ranks_draws_the_same_images(run, tmp_path):
     """22 images are 6 chunks, so 4 ranks of ep 2 have a round in which one block idles; 3 experts do not divide."""
-    sample_many(Request(run, tmp_path / "whole.npz", 22), ALONE)
+    generate_images(GenerationRequest(run, tmp_path / "whole.npz", 22), ALONE)
     for name, world, tp, ep in (("two", 2, 1, 2), ("four", 4, 1, 2), ("both", 4, 2, 2)):
-        as_job(world, tmp_path, sample_many, Request(run, tmp_path / f"{name}.npz", 22, tp=tp, ep=ep))
+        as_job(world, tmp_path, generate_images, GenerationRequest(run, tmp_path / f"{name}.npz", 22, tp=tp, ep=ep))
     whole, two, four, both = (
         ImageSet(tmp_path / f"{name}.npz").read(0, 22).astype(int) for name in ("whole", "two", "four", "both")
     )
@@ -166,43 +188,46 @@ def test_torchrun_takes_no_option_for_its_own(module):
 
 
 def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
-    sample_many(Request(run, tmp_path / "whole.npz", 10), ALONE)
-    drawn, write = [], Parts.write
+    generate_images(GenerationRequest(run, tmp_path / "whole.npz", 10), ALONE)
+    drawn, write = [], ImageSetWriter.write
     for out in (tmp_path / "set.npz", tmp_path / "set"):
         parts = tmp_path / f"{out.name}.parts"
-        request = Request(run, out, 10)
+        request = GenerationRequest(run, out, 10)
 
         def full(self, chunk, images):
             if chunk == 2:
                 raise OSError(28, "No space left on device")
             write(self, chunk, images)
 
-        monkeypatch.setattr(Parts, "write", full)
+        monkeypatch.setattr(ImageSetWriter, "write", full)
         with pytest.raises(SampleError, match="No space left on device.*kept"):
-            sample_many(request, ALONE)
+            generate_images(request, ALONE)
         assert parts.is_dir() and not out.exists()
         monkeypatch.setattr(
-            Parts, "write", lambda self, chunk, images: (drawn.append(chunk), write(self, chunk, images))
+            ImageSetWriter, "write", lambda self, chunk, images: (drawn.append(chunk), write(self, chunk, images))
         )
         damaged = next(iter(sorted(parts.glob("chunk-000001.npy")) or [parts / "000005.png"]))
         damaged.write_bytes(damaged.read_bytes()[:-9])
-        sample_many(request, ALONE)
+        generate_images(request, ALONE)
         assert drawn == [1, 2]
         np.testing.assert_array_equal(ImageSet(out).read(0, 10), ImageSet(tmp_path / "whole.npz").read(0, 10))
         assert not parts.exists()
-        sample_many(request, ALONE)  # nothing is left to do
+        generate_images(request, ALONE)  # nothing is left to do
         assert drawn == [1, 2]
         drawn.clear()
 
 
 def test_ranks_stop_together_and_go_on_together(run, tmp_path):
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").mkdir(parents=True)  # one rank cannot write its chunk
-    said = as_job(2, tmp_path, sample_many, Request(run, tmp_path / "set.npz", 18))
+    said = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
     assert len(set(said)) == 1 and "cannot be written (Is a directory); what is there is kept" in said[0]
     assert (tmp_path / "set.npz.parts" / "chunk-000000.npy").exists()
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").rmdir()
-    assert as_job(2, tmp_path, sample_many, Request(run, tmp_path / "set.npz", 18)) == [[tmp_path / "set.npz"]] * 2
-    sample_many(Request(run, tmp_path / "one.npz", 18), ALONE)
+    assert (
+        as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
+        == [[tmp_path / "set.npz"]] * 2
+    )
+    generate_images(GenerationRequest(run, tmp_path / "one.npz", 18), ALONE)
     np.testing.assert_array_equal(
         ImageSet(tmp_path / "set.npz").read(0, 18), ImageSet(tmp_path / "one.npz").read(0, 18)
     )
@@ -210,25 +235,25 @@ def test_ranks_stop_together_and_go_on_together(run, tmp_path):
 
 def test_another_request_is_refused(run, tmp_path):
     for out in (tmp_path / "set.npz", tmp_path / "set"):
-        sample_many(Request(run, out, 5), ALONE)
+        generate_images(GenerationRequest(run, out, 5), ALONE)
         with pytest.raises(ImageSetError, match=r"another request \(num: 5 there, 6 asked\)"):
-            sample_many(Request(run, out, 6), ALONE)
+            generate_images(GenerationRequest(run, out, 6), ALONE)
         with pytest.raises(ImageSetError, match="weights: 'ema' there, 'master' asked"):
-            sample_many(Request(run, out, 5, weights="master"), ALONE)
+            generate_images(GenerationRequest(run, out, 5, weights="master"), ALONE)
     np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
     with pytest.raises(ImageSetError, match="was not made by this command"):
-        sample_many(Request(run, tmp_path / "other.npz", 5), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "other.npz", 5), ALONE)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").touch()
     with pytest.raises(ImageSetError, match="is not empty"):
-        sample_many(Request(run, tmp_path / "letters", 5), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "letters", 5), ALONE)
     (tmp_path / "word").touch()
     with pytest.raises(ImageSetError, match="is a file"):
-        sample_many(Request(run, tmp_path / "word", 5), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "word", 5), ALONE)
 
 
 def test_one_job_at_a_time_draws_a_set(tmp_path):
-    first, second = (Parts(tmp_path / "set", 4, 2, (8, 8, 1)) for _ in range(2))
+    first, second = (ImageSetWriter(tmp_path / "set", 4, 2, (8, 8, 1)) for _ in range(2))
     assert first.open({"num": 4}) == [0, 1]
     with pytest.raises(ImageSetError, match="another process draws these images"):
         second.open({"num": 4})
@@ -242,8 +267,8 @@ def test_one_job_at_a_time_draws_a_set(tmp_path):
 
 def test_all_that_is_wrong_is_told_at_once(run, tmp_path):
     with pytest.raises(SampleError) as error:
-        bad = Request(run, tmp_path / "x.png", 0, "sorted", (3, 10), scales=(1, "1.0"), tp=2, ep=2)
-        sample_many(bad, ALONE)
+        bad = GenerationRequest(run, tmp_path / "x.png", 0, "sorted", (3, 10), scales=(1, "1.0"), tp=2, ep=2)
+        generate_images(bad, ALONE)
     for part in (
         "class 10: the run's classes are 0..9",
         "num = 0",
@@ -254,18 +279,18 @@ def test_all_that_is_wrong_is_told_at_once(run, tmp_path):
         assert part in str(error.value)
     assert "tp 2, ep 2: need a multiple of 2 ranks, not 1" in str(error.value)
     with pytest.raises(ConfigError, match="parallel.ep = 4: must be at most model.num_experts = 3"):
-        sample_many(Request(run, tmp_path / "x", 5, ep=4), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "x", 5, ep=4), ALONE)
     with pytest.raises(ConfigError, match="sample.guidance"):
-        sample_many(Request(run, tmp_path / "x", 5, scales=("-1",)), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "x", 5, scales=("-1",)), ALONE)
     with pytest.raises(SampleError, match="has no such checkpoint; there are 3"):
-        sample_many(Request(run, tmp_path / "x", 5, step=7), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "x", 5, step=7), ALONE)
     assert not list(tmp_path.iterdir())
 
 
 def test_values_that_are_not_finite_are_no_images(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "generate", lambda *a, **k: torch.full((4, 1, 8, 8), torch.nan))
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: torch.full((4, 1, 8, 8), torch.nan))
     with pytest.raises(SampleError, match=r"images 0\.\.3: .* not finite"):
-        sample_many(Request(run, tmp_path / "x", 5), ALONE)
+        generate_images(GenerationRequest(run, tmp_path / "x", 5), ALONE)
 
 
 # ---- latents
@@ -298,23 +323,27 @@ def latent_run(tmp_path_factory):
 def test_latents_are_decoded(latent_run, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: opened.append(name) or Doubling())
-    sample_many(Request(latent_run, tmp_path / "set.npz", 6, autoencoder="doubling"), ALONE)
+    generate_images(GenerationRequest(latent_run, tmp_path / "set.npz", 6, autoencoder="doubling"), ALONE)
     images = ImageSet(tmp_path / "set.npz").read(0, 6)
     assert opened == ["doubling"] and images.shape == (6, 16, 16, 3)
     model, config, _ = load_model(latent_run)
     latents = generate(model, config, list(range(6)), range(6))
-    np.testing.assert_array_equal(images[:, ::2, 1::2], decoding.to_bytes(latents[:, :3]))
+    np.testing.assert_array_equal(images[:, ::2, 1::2], to_bytes(latents[:, :3]))
     with np.load(tmp_path / "set.npz") as stored:
         assert json.loads(str(stored["request"]))["autoencoder"] == IDENTITY["sha256"]
 
 
-def test_a_grid_of_decoded_latents(latent_run, tmp_path, monkeypatch):
+def test_a_preview_of_decoded_latents(latent_run, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: Doubling())
-    arguments = ([1, 2], 3, None, "ema", [], ALONE)
-    sample_command(latent_run, tmp_path / "grid.png", *arguments, "doubling")
+
+    def preview(name, autoencoder="doubling"):
+        request = GenerationRequest(latent_run, tmp_path / name, per_class=3, only=(1, 2), autoencoder=autoencoder)
+        generate_images(request, ALONE)
+
+    preview("grid.png")
     assert np.array(Image.open(tmp_path / "grid.png")).shape[:2] == (2 * 65 + 1, 3 * 65 + 1)
-    sample_command(latent_run, tmp_path / "a.npz", *arguments, "doubling")
-    sample_command(latent_run, tmp_path / "b.npz", *arguments)
+    preview("a.npz")
+    preview("b.npz", None)
     with np.load(tmp_path / "a.npz") as decoded, np.load(tmp_path / "b.npz") as latents:
         np.testing.assert_array_equal(decoded["images"][:, :, ::2, ::2], latents["images"][:, :3])
 
@@ -322,22 +351,22 @@ def test_a_grid_of_decoded_latents(latent_run, tmp_path, monkeypatch):
 def test_the_autoencoder_must_be_that_of_the_latents(latent_run, run, tmp_path, monkeypatch):
     out = tmp_path / "set.npz"
     with pytest.raises(SampleError, match="model.in_channels = 4: .* give --autoencoder"):
-        sample_many(Request(latent_run, out, 6), ALONE)
+        generate_images(GenerationRequest(latent_run, out, 6), ALONE)
     with pytest.raises(SampleError, match="draws pixels .*leave it out"):
-        sample_many(Request(run, out, 6, autoencoder="doubling"), ALONE)
+        generate_images(GenerationRequest(run, out, 6, autoencoder="doubling"), ALONE)
     other = SimpleNamespace(identity=IDENTITY, latent_shape=lambda r: (16, 8, 8), resolution=lambda s: 64)
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: other)
     with pytest.raises(SampleError, match=r"shape \(16, 8, 8\), the run draws \(4, 8, 8\)"):
-        sample_many(Request(latent_run, out, 6, autoencoder="other"), ALONE)
+        generate_images(GenerationRequest(latent_run, out, 6, autoencoder="other"), ALONE)
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: Doubling())
     monkeypatch.setattr(decoding, "autoencoder_identity", lambda config: IDENTITY | {"sha256": "cd" * 32})
     with pytest.raises(SampleError, match=r"sha256 abab.*the run's latents are of 'doubling' \(sha256 cdcd"):
-        sample_many(Request(latent_run, out, 6, autoencoder="doubling"), ALONE)
+        generate_images(GenerationRequest(latent_run, out, 6, autoencoder="doubling"), ALONE)
 
     def missing(name, device):
         raise AutoencoderError(f"{name}: no such folder")
 
     monkeypatch.setattr(decoding, "open_autoencoder", missing)
     with pytest.raises(SampleError, match="gone: no such folder"):
-        sample_many(Request(latent_run, out, 6, autoencoder="gone"), ALONE)
+        generate_images(GenerationRequest(latent_run, out, 6, autoencoder="gone"), ALONE)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed import runtime
 from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable
+from megapromoe.sampling.request import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,11 +41,11 @@ def trained(monkeypatch, alone):
 
 @pytest.fixture
 def sampled(monkeypatch, alone):
-    """`evaluation.generate`, replaced by one that notes its arguments."""
+    """`sampling.generation`, replaced by one that notes its arguments."""
     calls = []
-    generate = types.ModuleType("megapromoe.sampling.generate")
-    generate.sample_command = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "megapromoe.sampling.generate", generate)
+    generation = types.ModuleType("megapromoe.sampling.generation")
+    generation.generate_images = lambda *arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "megapromoe.sampling.generation", generation)
     return calls
 
 
@@ -372,19 +373,23 @@ def test_sample_hands_everything_on(sampled, tmp_path):
         "9",
     ]
     assert cli.main([*line, "--method", "heun"]) == 0
-    overrides = [
-        "sample.batch=8",
-        "sample.guidance=1.5",
-        "sample.steps=9",
-        "sample.seed=7",
-        "sample.method=heun",
-    ]
-    assert sampled == [(tmp_path, out, [3, 5], 4, 500, "master", overrides, Launch("python"))]
+    request = GenerationRequest(
+        tmp_path,
+        out,
+        per_class=4,
+        only=(3, 5),
+        scales=("1.5",),
+        step=500,
+        weights="master",
+        overrides=("sample.batch=8", "sample.steps=9", "sample.seed=7", "sample.method=heun"),
+    )
+    assert sampled == [(request, Launch("python"))]
 
 
 def test_sample_draws_all_classes_by_default(sampled, tmp_path):
     assert cli.main(["sample", "--run", "r", "--out", "o.png", "--per-class", "2"]) == 0
-    assert sampled[0][2:6] == (None, 2, None, "ema") and sampled[0][6] == []
+    assert sampled[0][0] == GenerationRequest(Path("r"), Path("o.png"), per_class=2)
+    assert (sampled[0][0].step, sampled[0][0].weights, sampled[0][0].overrides) == (None, "ema", ())
 
 
 def test_sample_changes_only_how_images_are_drawn(sampled, capsys):

@@ -1,6 +1,8 @@
 """Sampling a run: the same images on any number of ranks, what is written, and what is refused."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +11,19 @@ from matplotlib.image import imread
 from support import processes
 from support.sampled_runs import ALONE, as_job, saved_run, tiny
 
+from megapromoe.checkpoint.format import OtherModel
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import to_yaml
-from megapromoe.diffusion.image_grid import SampleError, chunks, generate, grid
+from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate, grid
+from megapromoe.distributed.agreement import distributed_session
 from megapromoe.distributed.runtime import Launch
 from megapromoe.nn.parallelize import build
-from megapromoe.sampling.generate import gather, load_model, sample_command
+from megapromoe.sampling.generation import generate_images
+from megapromoe.sampling.image_sets import ImageSetError
+from megapromoe.sampling.preview_writer import PreviewWriter
+from megapromoe.sampling.replica_layout import ReplicaLayout
+from megapromoe.sampling.request import GenerationRequest
+from megapromoe.sampling.run_model import load_model
 
 
 def stirred(config):
@@ -35,12 +44,19 @@ def run(tmp_path_factory):
     return folder
 
 
+def ranges_of(rank: int, world: int, count: int, batch: int) -> list[range]:
+    """The numbers of the images that a rank generates, chunk by chunk."""
+    ranges = chunk_ranges(count, batch)
+    rounds = ReplicaLayout.of(rank, world).rounds(list(range(len(ranges))), len(ranges) - 1)
+    return [ranges[chunk] for chunk, _ in rounds if chunk is not None]
+
+
 def test_chunks_share_out_every_image_once():
     for count, batch, world in ((10, 4, 3), (3, 4, 2), (12, 4, 2), (9, 1, 4)):
-        mine = [chunks(count, batch, rank, world) for rank in range(world)]
-        assert sorted(i for rank in mine for stretch in rank for i in stretch) == list(range(count))
-        assert sorted((s.start, s.stop) for rank in mine for s in rank) == [
-            (s.start, s.stop) for s in chunks(count, batch, 0, 1)
+        by_rank = [ranges_of(rank, world, count, batch) for rank in range(world)]
+        assert sorted(i for ranges in by_rank for numbers in ranges for i in numbers) == list(range(count))
+        assert sorted((r.start, r.stop) for ranges in by_rank for r in ranges) == [
+            (r.start, r.stop) for r in chunk_ranges(count, batch)
         ]
 
 
@@ -59,10 +75,10 @@ def test_ranks_draw_the_images_of_one(overrides):
     whole = generate(model, config, labels, range(10))
     assert whole.shape == (10, 1, 8, 8) and whole.std() > 0.1
     for world in (2, 4):
-        parts = [generate(model, config, labels, range(10), rank, world) for rank in range(world)]
-        for rank, part in enumerate(parts):
-            images = [i for stretch in chunks(10, 4, rank, world) for i in stretch]
-            assert torch.equal(part, whole[images])
+        for rank in range(world):
+            for numbers in ranges_of(rank, world, 10, 4):
+                part = generate(model, config, labels[numbers.start : numbers.stop], numbers)
+                assert torch.equal(part, whole[numbers.start : numbers.stop])
 
 
 def test_an_image_is_fixed_by_seed_index_and_label():
@@ -89,18 +105,29 @@ def test_the_model_s_mode_is_restored_and_progress_reported():
     assert seen == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
 
 
-def gathered(count: int) -> list | None:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = [i for stretch in chunks(count, 4, rank, world) for i in stretch]
-    images = torch.tensor(mine, dtype=torch.float32)[:, None, None, None].expand(-1, 1, 2, 2)
-    whole = gather(images, count, 4, rank, world)
-    return None if whole is None else whole[:, 0, 1, 1].tolist()
+def gathered(request: tuple[Path, int], launch: Launch) -> list | None:
+    """Images that hold their number, written by the ranks that would generate them."""
+    out, count = request
+    writer = PreviewWriter(out, count, batch=4, columns=1, seed=0)
+    with distributed_session(launch, 60):
+        chunks = list(range(len(chunk_ranges(count, 4))))
+        assert launch.rank or writer.open({}) == chunks
+        for chunk, _ in ReplicaLayout.of(launch.rank, launch.world).rounds(chunks, chunks[-1]):
+            if chunk is not None:
+                numbers = torch.tensor(chunk_ranges(count, 4)[chunk], dtype=torch.float32)
+                writer.write(chunk, numbers[:, None, None, None].expand(-1, 1, 2, 2))
+        writer.finish(np.arange(count), launch)
+    if launch.rank:
+        return None
+    with np.load(out) as written:
+        return written["images"][:, 0, 1, 1].tolist()
 
 
-def test_images_of_all_ranks_meet_in_order():
-    first, *others = processes.run(3, gathered, 18)
+def test_images_of_all_ranks_meet_in_order(tmp_path):
+    first, *others = as_job(3, tmp_path, gathered, (tmp_path / "a.npz", 18))
     assert first == list(range(18)) and others == [None, None]
-    assert processes.run(3, gathered, 3)[0] == [0, 1, 2]  # two ranks have nothing to send
+    # two ranks have nothing to send
+    assert as_job(3, tmp_path, gathered, (tmp_path / "b.npz", 3))[0] == [0, 1, 2]
 
 
 def test_grid_places_and_scales_pixels():
@@ -145,43 +172,59 @@ def test_what_cannot_be_loaded_is_said(run, tmp_path):
         load_model(tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(tiny("model.hidden_size=24")))
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-    with pytest.raises(RuntimeError, match="another model"):
+    with pytest.raises(OtherModel, match="another model"):
         load_model(tmp_path)
+
+
+def preview(run: Path, out: Path, classes: tuple[int, ...] | None, count: int, *overrides: str) -> None:
+    generate_images(GenerationRequest(run, out, per_class=count, only=classes, overrides=overrides), ALONE)
 
 
 def test_a_picture_has_a_row_for_each_class(run, tmp_path):
     out = tmp_path / "made" / "grid.png"
-    sample_command(run, out, [3, 5], 3, None, "ema", [], ALONE)
+    preview(run, out, (3, 5), 3)
     assert imread(out).shape[:2] == (2 * 66 + 2, 3 * 66 + 2)
     assert os.listdir(out.parent) == ["grid.png"]
 
 
-def draw(arguments: tuple, launch: Launch) -> None:
-    sample_command(*arguments, launch)
+def test_images_of_one_class_make_a_square(run, tmp_path):
+    preview(run, tmp_path / "grid.png", (3,), 5)
+    assert imread(tmp_path / "grid.png").shape[:2] == (2 * 66 + 2, 3 * 66 + 2)
+
+
+def test_a_preview_is_replaced(run, tmp_path):
+    """Unlike a set, which refuses another request."""
+    out = tmp_path / "few.npz"
+    preview(run, out, (3,), 2)
+    before = np.load(out)["images"]
+    preview(run, out, (3,), 2, "sample.seed=1")
+    with np.load(out) as stored:
+        assert stored["seed"] == 1 and not np.array_equal(stored["images"], before)
+    assert os.listdir(tmp_path) == ["few.npz"]
 
 
 def test_three_ranks_write_the_images_of_one(run, tmp_path):
-    arguments = ([3, 5], 5, None, "ema", ["sample.guidance=2"])
-    sample_command(run, tmp_path / "one.npz", *arguments, ALONE)
-    said = as_job(3, tmp_path, draw, (run, tmp_path / "three.npz", *arguments))
-    assert said == [None] * 3
+    request = GenerationRequest(run, tmp_path / "one.npz", per_class=5, only=(3, 5), overrides=("sample.guidance=2",))
+    generate_images(request, ALONE)
+    there = tmp_path / "three.npz"
+    assert as_job(3, tmp_path, generate_images, replace(request, out=there)) == [[there]] * 3
     one, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
     assert one["labels"].tolist() == [3] * 5 + [5] * 5 and one["seed"] == 0
     np.testing.assert_array_equal(one["images"], three["images"])
     np.testing.assert_array_equal(one["labels"], three["labels"])
 
 
-def test_what_cannot_be_asked_is_told_at_once(run, tmp_path):
+def test_all_that_is_wrong_is_reported_at_once(run, tmp_path):
     with pytest.raises(SampleError) as error:
-        sample_command(run, tmp_path / "x.gif", [3, 10, -1], 0, None, "ema", [], ALONE)
+        preview(run, tmp_path / "x.gif", (3, 10, -1), 0)
     for part in ("class 10, -1", "0..9", "count = 0", "must end in .png or .npz"):
         assert part in str(error.value)
-    with pytest.raises(SampleError, match="is a folder"):
+    with pytest.raises(ImageSetError, match="is a folder"):
         (tmp_path / "folder.png").mkdir()
-        sample_command(run, tmp_path / "folder.png", None, 1, None, "ema", [], ALONE)
+        preview(run, tmp_path / "folder.png", None, 1)
     (tmp_path / "file").touch()
-    with pytest.raises(SampleError, match="cannot be written"):
-        sample_command(run, tmp_path / "file" / "x.png", None, 1, None, "ema", [], ALONE)
+    with pytest.raises(ImageSetError, match="cannot be written"):
+        preview(run, tmp_path / "file" / "x.png", None, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
@@ -189,12 +232,12 @@ def test_latents_have_no_picture_without_an_autoencoder(tmp_path):
     latents = ("model.in_channels=4", "data.source=synthetic")
     (tmp_path / "config.yaml").write_text(to_yaml(tiny(*latents)))
     with pytest.raises(SampleError, match="autoencoder"):
-        sample_command(tmp_path, tmp_path / "x.png", [1], 1, None, "ema", [], ALONE)
+        preview(tmp_path, tmp_path / "x.png", (1,), 1)
 
 
 def test_all_ranks_refuse_what_one_cannot_do(run, tmp_path):
     """Only rank 0 looks at the file to be written."""
     (tmp_path / "file").touch()
-    arguments = (run, tmp_path / "file" / "x.png", [3], 1, None, "ema", [])
-    said = as_job(2, tmp_path, draw, arguments)
-    assert len(set(said)) == 1 and "cannot be written" in said[0]
+    request = GenerationRequest(run, tmp_path / "file" / "x.png", per_class=1, only=(3,))
+    messages = as_job(2, tmp_path, generate_images, request)
+    assert len(set(messages)) == 1 and "cannot be written" in messages[0]

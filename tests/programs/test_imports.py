@@ -20,7 +20,7 @@ for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train',
         ("import megapromoe.commands.plan", ["torch", "matplotlib"]),
         (HELP_AND_SHOW, ["torch"]),
         # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
-        ("import megapromoe.sampling.generate", ["deepspeed"]),
+        ("import megapromoe.sampling.generation", ["deepspeed"]),
     ],
     ids=["config and planning", "plan", "help and show", "sampling"],
 )

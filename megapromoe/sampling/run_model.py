@@ -1,0 +1,118 @@
+"""The one place where a run is opened to look at its model: config, checkpoint, and the model with its weights.
+
+    model, config, step = load_model(Path("runs/digits"))
+    images = generate(model, config, labels=[3, 3, 5], indices=[0, 1, 2])
+
+How images are generated is in `diffusion/image_grid.py`; how ranks share them out, in `generation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megapromoe.checkpoint.format import Checkpoint, check_model, folder_of, sha256_of, steps_in
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.options import Config
+from megapromoe.config.resolve import resolve
+from megapromoe.diffusion.image_grid import SampleError
+from megapromoe.distributed import runtime
+from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together
+from megapromoe.distributed.mesh import Group, Mesh
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.parallelize import build
+
+
+def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
+    """The config of a run directory, with other `sample.key=value` settings.
+
+    Raises SampleError if the folder is no run or an override is of another section; ConfigError for values.
+    """
+    directory = RunDirectory(run)
+    overrides = list(overrides)
+    problems = []
+    if not directory.config_file.is_file():
+        problems.append(f"{run}: has no config.yaml, so it is no run; give the --run of `megapromoe train`")
+    if others := [text for text in overrides if not text.strip().startswith("sample.")]:
+        problems.append(f"{', '.join(others)}: the run's model is fixed; only sample.key=value can be set")
+    if problems:
+        raise SampleError("; ".join(problems))
+    return resolve(file=directory.config_file, overrides=overrides)
+
+
+def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:
+    """The checkpoint of a step, or the latest. Raises SampleError, or CheckpointError if files are missing."""
+    if weights not in ("ema", "master"):
+        raise SampleError(f"weights = {weights!r}: must be ema or master")
+    root = RunDirectory(run).checkpoints
+    steps = steps_in(root)
+    if not steps:
+        raise SampleError(f"{root}: holds no complete checkpoint; train until train.save_every at least")
+    if step is not None and step not in steps:
+        raise SampleError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
+    return Checkpoint(folder_of(root, steps[-1] if step is None else step))
+
+
+@dataclass(frozen=True)
+class CheckpointId:
+    """Which checkpoint images are generated from: its step, and the SHA-256 of its manifest."""
+
+    step: int
+    sha256: str
+
+
+def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.Launch) -> CheckpointId:
+    """The checkpoint of a step, or the latest, as rank 0 sees the run's folder. Collective.
+
+    Rank 0 decides for all: a live run saves and removes checkpoints, and a file system may show them to some machines
+    later than to others. Raises SampleError on every rank.
+    """
+    identity = CheckpointId(-1, "")
+    with raising_together(launch, SampleError):
+        if launch.rank == 0:
+            checkpoint = find_checkpoint(run, step, weights)
+            manifest = sha256_of(checkpoint.folder / "manifest.json")
+            identity = CheckpointId(int(checkpoint.manifest["step"]), manifest)
+    return broadcast_from_rank0(identity, launch)
+
+
+def load_model(
+    run: Path,
+    step: int | None = None,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    overrides: Iterable[str] = (),
+    mesh: Mesh | None = None,
+) -> tuple[DiT, Config, int]:
+    """The model of a checkpoint, float32 and in eval mode; the whole of it, on this process alone, without a mesh.
+
+    Args:
+        run: the run directory.
+        step: of the checkpoint; None takes the latest.
+        weights: "ema", the averaged ones, or "master".
+        overrides: `sample.key=value` settings.
+        mesh: how the model lies over ranks that all call this. Each keeps its part, and reads its share of the files'
+            hashes, so that only one rank notices a damaged file: call this within `raising_together`.
+
+    Returns:
+        model, the run's config, the checkpoint's step.
+
+    Raises SampleError, ConfigError (see `run_config`), or CheckpointError: damaged, or of another model.
+    """
+    config = run_config(run, overrides)
+    checkpoint = find_checkpoint(run, step, weights)
+    alone = Group((0,), 0)
+    mesh = mesh or Mesh(alone, alone, alone, alone, alone)
+    checkpoint.verify(mesh.rank, mesh.world)
+    model = build(config, mesh, device)
+    check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(model.layouts[name].take(checkpoint.logical(weights, name), mesh))
+        for name, tensor in model.state_dict().items():
+            if name not in model.layouts:
+                tensor.copy_(checkpoint.buffer(name))
+    return model.eval().requires_grad_(False), config, int(checkpoint.manifest["step"])
