@@ -65,21 +65,29 @@ def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, content: bytes, concurrent: bool = False) -> None:
-    """Writes a file as a whole, and makes its folder if there is none. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_bytes(path: Path, content: bytes, parents: bool = False, concurrent: bool = False) -> None:
+    """Writes a file as a whole. Raises OSError.
+
+    Args:
+        parents: make the folders above it.
+        concurrent: see `staging_path`.
+    """
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, concurrent) as file:
         file.write(content)
 
 
-def write_text(path: Path, text: str, concurrent: bool = False) -> None:
+def write_text(path: Path, text: str, parents: bool = False, concurrent: bool = False) -> None:
     """As `write_bytes`, for text, in UTF-8."""
-    write_bytes(path, text.encode(), concurrent)
+    write_bytes(path, text.encode(), parents, concurrent)
 
 
-def write_json(path: Path, content: Any, indent: int | None = None, concurrent: bool = False) -> None:
+def write_json(
+    path: Path, content: Any, indent: int | None = None, parents: bool = False, concurrent: bool = False
+) -> None:
     """As `write_text`, for a value as JSON. Raises TypeError for what JSON cannot hold."""
-    write_text(path, json.dumps(content, indent=indent) + "\n", concurrent)
+    write_text(path, json.dumps(content, indent=indent) + "\n", parents, concurrent)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def write_report(document: dict[str, Any], out: Path) -> list[Path]:
                 draw(found, HEADINGS[experiment]).savefig(file, format="png", dpi=110)
             pictures.append(path)
     text = markdown(document, {p.stem.removeprefix("benchmark-"): p.name for p in pictures})
-    write_text(out / "benchmark.md", text)
+    write_text(out / "benchmark.md", text, parents=True)
     return [out / "benchmark.md", *pictures]
 
 

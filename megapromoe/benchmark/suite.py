@@ -132,7 +132,7 @@ def run(
         for scene in missing:
             starts(scene)
             document["scenes"][scene.key] = {**vars(scene), **_measure(scene, settings)}
-            write_json(file, document, indent=1, concurrent=True)
+            write_json(file, document, indent=1, parents=True, concurrent=True)
     return document
 
 

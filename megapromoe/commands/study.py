@@ -149,7 +149,7 @@ def _plan(options: argparse.Namespace) -> int:
     refuse_other_words(options, "STUDY is the only folder")
     study = plan(options.study, _recipe(options))
     tasks = table(study)
-    write_text(study.folder / "tasks.md", tasks)
+    write_text(study.folder / "tasks.md", tasks, parents=True)
     print(tasks)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
@@ -257,12 +257,12 @@ def _collect(options: argparse.Namespace) -> int:
     evaluate(study, done, options.draws)
     rows = [row(study, task, options.draws) for task in done]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
-    write_text(study.folder / "results.csv", to_csv(rows))
+    write_text(study.folder / "results.csv", to_csv(rows), parents=True)
     evaluations = [figure for task in done for figure in figures(study, task)]
     if several_steps(evaluations):
-        write_text(study.folder / "curves.csv", to_csv(evaluations))
+        write_text(study.folder / "curves.csv", to_csv(evaluations), parents=True)
     text = to_markdown(rows, study.recipe, missing, against, evaluations)
-    write_text(study.folder / "results.md", text)
+    write_text(study.folder / "results.md", text, parents=True)
     print(text)
     return 0 if rows else 1
 

@@ -211,7 +211,7 @@ class Preflight:
     def _forget(bad_nodes: Path) -> None:
         """An earlier preflight's bad nodes are not this one's, however it ends."""
         try:
-            write_text(bad_nodes, "")
+            write_text(bad_nodes, "", parents=True)
         except OSError:
             return  # told when the verdict is to be written
 

@@ -82,7 +82,7 @@ def write_reports(
     for file, text in ((bad_nodes, names), (report, everything)):
         try:
             if file is not None:
-                write_text(file, text)
+                write_text(file, text, parents=True)
         except OSError as error:
             problems.append(f"{error.filename or file}: {error.strerror or error}; write it to another place")
     return problems

@@ -62,7 +62,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
             "loss": mean,
             "standard_error": error,
         }
-        write_text(study.loss_file(task), json.dumps(found) + "\n")
+        write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True)
     if problems:
         raise StudyError(problems)
 

@@ -144,7 +144,7 @@ def _finish(study: Study, one: _Started, told: bool) -> int:
         "seconds": round(time.monotonic() - one.since, 1),
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n")
+    write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n", parents=True)
     return code
 
 

@@ -122,8 +122,8 @@ def plan(folder: Path, recipe: Recipe) -> Study:
         raise StudyError([f"{folder}: is not empty and holds no study.yaml; choose another folder"])
     study = Study(folder, recipe, tasks)
     for task in tasks:
-        write_text(study.config(task), to_yaml(task.config))
-    write_text(file, _text(recipe))  # last: a study that has it is whole
+        write_text(study.config(task), to_yaml(task.config), parents=True)
+    write_text(file, _text(recipe), parents=True)  # last: a study that has it is whole
     return study
 
 
