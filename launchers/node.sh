@@ -10,5 +10,7 @@ if [[ ! -d $1 || ! -O $1 || -L $1 ]]; then
     exit 1
 fi
 if [[ ${2:-} == ask && ${SLURM_NODEID:-0} == 0 ]]; then
-    python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    python=${MEGAPROMOE_PYTHON:-python3}
+    [[ -z ${CONTAINER_IMAGE:-} ]] || python=python3 # the other is the container's
+    "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 fi

@@ -13,6 +13,7 @@ Variables:
   GPU              h100 (default) or a100: whose default layout is taken
   RUN_DIR          the run directory; an old one continues its run
   MEGAPROMOE_ENV   a virtual environment; default: .venv beside launchers/ if there is one, else what PATH finds
+  MEGAPROMOE_PYTHON  or the path of a Python, which is then run with -m megapromoe
   NODE_CACHE       folder on each node for compiled code; default: megapromoe-UID in TMPDIR or /tmp
   NCCL_*, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF, OMP_NUM_THREADS: left as they are where set'
 
@@ -58,10 +59,22 @@ choose_settings() { # nodes
     settings=("${words[@]}" "${settings[@]}")
 }
 
-# The program: of a virtual environment, or whatever PATH finds; in a container the container's.
+# `program`, the words that start megapromoe, and `python`: of a Python, of a virtual environment, or what PATH finds. In
+# a container they are the container's, and are not looked for.
 find_program() {
-    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
     local environment=${MEGAPROMOE_ENV:-}
+    python=${MEGAPROMOE_PYTHON:-python3} program=(megapromoe)
+    if [[ -n ${MEGAPROMOE_PYTHON:-} ]]; then
+        program=("$python" -m megapromoe)
+        [[ -z $environment ]] || die "MEGAPROMOE_ENV=$environment MEGAPROMOE_PYTHON=$python: set one of them" 2
+    fi
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    if [[ -n ${MEGAPROMOE_PYTHON:-} ]]; then
+        "$python" -c 'import megapromoe' 2>/dev/null || die "MEGAPROMOE_PYTHON=$python: does not import megapromoe" 2
+        PATH=$(dirname "$(command -v "$python")"):$PATH # for the programs of its environment
+        export PATH
+        return 0
+    fi
     if [[ -z $environment && -x $here/../.venv/bin/megapromoe ]]; then
         environment=$(realpath "$here/../.venv")
     fi
@@ -69,7 +82,8 @@ find_program() {
         [[ -x $environment/bin/megapromoe ]] || die "MEGAPROMOE_ENV=$environment: has no bin/megapromoe" 2
         export PATH=$environment/bin:$PATH VIRTUAL_ENV=$environment
     fi
-    command -v megapromoe >/dev/null || die "megapromoe is not on PATH; set MEGAPROMOE_ENV or CONTAINER_IMAGE" 2
+    command -v megapromoe >/dev/null \
+        || die "megapromoe is not on PATH; set MEGAPROMOE_ENV, MEGAPROMOE_PYTHON or CONTAINER_IMAGE" 2
 }
 
 # A wrong configuration is told before anything is started; `show` needs neither torch nor a GPU.
@@ -83,7 +97,7 @@ check_settings() { # ranks
             chosen+=("$word") takes=1
         fi
     done
-    megapromoe show --ranks "$1" "${chosen[@]}" "${settings[@]}" >/dev/null || exit 2
+    "${program[@]}" show --ranks "$1" "${chosen[@]}" "${settings[@]}" >/dev/null || exit 2
 }
 
 # The environment of the ranks. What is set already stays.
@@ -125,4 +139,38 @@ layout_of_ranks() {
         ep=$((ep / 2))
     done
     echo "parallel.ep=$ep"
+}
+
+# ---- launchers without SLURM: local.sh and mpirun.sh
+
+# Sets `preset`, and what read_words sets.
+read_preset_and_words() {
+    preset=${PRESET:-digits}
+    if [[ ${1:-} =~ ^[a-z0-9_]+$ ]]; then
+        preset=$1
+        shift
+    fi
+    read_words "$@"
+    ((${#others[@]} == 0)) || die "${others[*]}: unknown; words for megapromoe train stand after --" 2
+}
+
+# Checks the configuration over `ranks` and sets the environment, `run` and `train`, the words after `megapromoe`.
+prepare_training() {
+    layout() { layout_of_ranks; }
+    choose_settings 1
+    check_settings "$ranks"
+    set_environment $(((($(nproc) - 1) / ranks) + 1))
+    run=${RUN_DIR:-runs/$preset}
+    train=(train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")
+}
+
+# Becomes the command, or prints it.
+start() { # command
+    if [[ -n $dry_run ]]; then
+        show "$@"
+        exit 0
+    fi
+    mkdir -p "$run/logs"
+    bash "$here/node.sh" "$cache"
+    exec "$@"
 }

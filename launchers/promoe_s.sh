@@ -12,26 +12,15 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 ## Trains ProMoE-S (75 M parameters) on nodes of 8 GPUs.
-##
-##   sbatch launchers/promoe_s.sh [section.key=value ...]
-##   sbatch --nodes=4 launchers/promoe_s.sh train.steps=1000
-##   bash launchers/promoe_s.sh --dry-run [--nodes=4] [section.key=value ...]
 set -euo pipefail
 
 preset=promoe_s
-layout() { # GPU
-    case $1 in
-        h100) echo parallel.ep=1 train.deepspeed=bf16_zero1 ;;
-        a100) echo parallel.ep=4 train.deepspeed=bf16_zero1 ;;
-    esac
-}
-
 # sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
 here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
 here=${here:-$(dirname "$(realpath "$0")")}
 if [[ ! -f $here/slurm.sh ]]; then
     here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/p;q}')")
 fi
-# shellcheck source-path=SCRIPTDIR source=slurm.sh
-source "$here/slurm.sh"
+# shellcheck source-path=SCRIPTDIR source=promoe.sh
+source "$here/promoe.sh"
 main "$@"

@@ -11,9 +11,9 @@
 #SBATCH --output=%x-%A_%a.log
 ## Runs a planned scaling study as an array of jobs, one training run each. From the study's folder:
 ##
-##   python tools/scaling_study.py plan STUDY_DIR ...                  what is to be run, and its cost
-##   python tools/scaling_study.py submit STUDY_DIR [sbatch options]   calls sbatch --array=... on this script
-##   python tools/scaling_study.py collect STUDY_DIR
+##   megapromoe study plan STUDY_DIR ...                  what is to be run, and its cost
+##   megapromoe study submit STUDY_DIR [sbatch options]   calls sbatch --array=... on this script
+##   megapromoe study collect STUDY_DIR
 ##
 ##   sbatch --array=0-11%4 launchers/scaling_experts.sh STUDY_DIR      the same by hand: tasks 0 to 11, 4 at a time
 set -euo pipefail
@@ -37,12 +37,12 @@ for word in "$@"; do
     esac
 done
 [[ -n $study ]] || die "say which STUDY_DIR; see --help" 2
-[[ -f $study/study.yaml ]] || die "$study holds no study.yaml; plan it first: python tools/scaling_study.py plan $study" 2
+[[ -f $study/study.yaml ]] || die "$study holds no study.yaml; plan it first: megapromoe study plan $study" 2
 task=${SLURM_ARRAY_TASK_ID:-}
 [[ -n $task || -n $dry_run ]] || die "is a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2
 find_program
 set_environment "${SLURM_CPUS_PER_TASK:-12}"
-command=(python3 "$here/../tools/scaling_study.py" run "$study" --task "${task:-TASK}")
+command=("${program[@]}" study run "$study" --task "${task:-TASK}")
 if [[ -n $dry_run ]]; then
     show "${command[@]}"
     exit 0

@@ -120,11 +120,11 @@ plan_steps() {
     common+=("--nodes=$nodes" "--ntasks=$ranks" --open-mode=append "${meet[@]}" "${container[@]}" "${extra[@]}")
     node_step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --mpi=none "${extra[@]}")
     node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
-    check_step=("${common[@]}" "--output=$logs/check-%4t.log" megapromoe check --preset "$preset" --run-dir "$run")
+    check_step=("${common[@]}" "--output=$logs/check-%4t.log" "${program[@]}" check --preset "$preset" --run-dir "$run")
     check_step+=(--report "$logs/check.json" --bad-nodes "$logs/bad_nodes")
     read -ra extra <<<"${PREFLIGHT_ARGS:-}"
     check_step+=("${extra[@]}" "${settings[@]}")
-    train_step=("${common[@]}" "--output=$logs/rank-%4t.log" megapromoe train --preset "$preset" --run-dir "$run")
+    train_step=("${common[@]}" "--output=$logs/rank-%4t.log" "${program[@]}" train --preset "$preset" --run-dir "$run")
     train_step+=("${more[@]}" "${settings[@]}")
     if [[ -n $dry_run ]]; then
         show "${node_step[@]}"

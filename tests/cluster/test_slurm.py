@@ -36,6 +36,8 @@ class Job:
         self.where.mkdir(exist_ok=True)
         env = {"PRESET": "digits", "PREFLIGHT": "0", "OMP_NUM_THREADS": "1", **env}
         env = {**env, "NODE_CACHE": str(cluster.folder / "cache")}
+        if "MEGAPROMOE_ENV" not in env:  # jobs use the environment of the tests
+            env["MEGAPROMOE_PYTHON"] = sys.executable
         options = [f"--job-name={name}", "--time=60", *options]
         command = ["sbatch", "--parsable", *options, str(LAUNCHERS / script), *words]
         self.number = cluster.command(*command, env=env, cwd=self.where).strip()
@@ -206,10 +208,10 @@ def test_a_wrong_configuration_is_told_once(cluster):
 
 def fake(folder: Path, body: str) -> str:
     """An environment whose megapromoe is a shell script in the place of train and check; `show` is the real one."""
-    real = Path(sys.executable).parent
     (folder / "bin").mkdir()
     program = folder / "bin" / "megapromoe"
-    program.write_text(f'#!/usr/bin/env bash\nreal={real}\n[[ $1 != show ]] || exec $real/megapromoe "$@"\n{body}\n')
+    real = f'real=("{sys.executable}" -m megapromoe)'
+    program.write_text(f'#!/usr/bin/env bash\n{real}\n[[ $1 != show ]] || exec "${{real[@]}}" "$@"\n{body}\n')
     program.chmod(0o755)
     return str(folder)
 
@@ -220,7 +222,7 @@ def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
     odd = folder / "odd" / "deepspeed-0.0.1.dist-info"
     odd.mkdir(parents=True)
     (odd / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.0.1\n")
-    body = f'[[ $SLURMD_NODENAME != n2 ]] || export PYTHONPATH={folder}/odd\nexec $real/megapromoe "$@"'
+    body = f'[[ $SLURMD_NODENAME != n2 ]] || export PYTHONPATH={folder}/odd:$PYTHONPATH\nexec "${{real[@]}}" "$@"'
     with slurm.Cluster(folder / "slurm", nodes=5, ports=False) as cluster:
         shape = ["--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
         env = {"PREFLIGHT": "1", "MEGAPROMOE_ENV": fake(folder, body)}

@@ -127,12 +127,31 @@ def test_ranks_meet_where_slurm_or_the_user_says():
         (["eight"], {}, "'eight': must be section.key=value"),
         ([], {"GPU": "tpu"}, "GPU=tpu: no layout is known for it"),
         ([], {"MEGAPROMOE_ENV": "/nowhere"}, "MEGAPROMOE_ENV=/nowhere: has no bin/megapromoe"),
+        ([], {"MEGAPROMOE_PYTHON": "/nowhere"}, "MEGAPROMOE_PYTHON=/nowhere: does not import megapromoe"),
+        ([], {"MEGAPROMOE_ENV": "/a", "MEGAPROMOE_PYTHON": "/b"}, "MEGAPROMOE_PYTHON=/b: set one of them"),
         (["--", "--config", "no.yaml"], {}, "no.yaml: cannot be read"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
     assert said in call("promoe_b", "--dry-run", *words, code=2, **env)
     assert said in call("promoe_b", *words, code=2, **env)
+
+
+def test_a_python_can_be_chosen(tmp_path):
+    """Every step, and the check before it, uses that Python, although PATH has no megapromoe."""
+    env = {"MEGAPROMOE_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    start = [sys.executable, "-m", "megapromoe"]
+    commands = printed("promoe_b", **env)
+    for name in ("check", "train"):
+        words = commands[name]
+        assert words[words.index("-m") - 1 : words.index(name)] == start
+    assert "2 problems" in call("promoe_b", "parallel.ep=3", "train.lr=fast", code=2, **env)
+    assert shlex.split(call("local", "--dry-run", **env).splitlines()[-1])[0] == sys.executable
+    (tmp_path / "study.yaml").touch()
+    study = call("scaling_experts", "--dry-run", str(tmp_path), **env).splitlines()[-1]
+    assert shlex.split(study) == [*start, "study", "run", str(tmp_path), "--task", "TASK"]
+    container = {"CONTAINER_IMAGE": "image", "MEGAPROMOE_PYTHON": "/of/the/container/python", "PATH": "/usr/bin:/bin"}
+    assert "/of/the/container/python" in printed("promoe_b", **container)["train"]
 
 
 def test_a_machine_without_slurm_is_told(tmp_path):
@@ -167,11 +186,12 @@ def test_shellcheck_has_nothing_to_say():
 @pytest.mark.parametrize("script", scripts(), ids=lambda p: p.name)
 def test_scripts_are_strict_and_know_no_site(script):
     text = script.read_text()
-    assert "set -euo pipefail" in text or script.name == "slurm.sh"
+    sourced = script.name in ("prologue.sh", "slurm.sh", "promoe.sh")
+    assert "set -euo pipefail" in text or sourced
     paths = re.findall(r"(?<![\w$}\"./*-])/(?!dev/null|tmp|usr/bin/env)[a-z]\w*/[\w/]*", text)
     assert not paths, "no path of a machine"
     assert not re.search(r"--(partition|account|qos|constraint|nodelist|mail-user|reservation)", text)
-    assert (os.access(script, os.X_OK)) == (script.name not in ("prologue.sh", "slurm.sh"))
+    assert os.access(script, os.X_OK) == text.startswith("#!") == (not sourced)
 
 
 @pytest.mark.parametrize("name", [*SIZES, "local", "mpirun", "scaling_experts"])
@@ -181,11 +201,10 @@ def test_help_teaches(name):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_sizes_differ_in_name_and_layout_alone(size):
+def test_the_sizes_differ_in_name_alone(size):
     def rest(name: str) -> list[str]:
-        lines = (LAUNCHERS / f"{name}.sh").read_text()
-        lines = re.sub(r"^layout\(\) .*?^}", "", lines, flags=re.M | re.S)
-        return [line.replace(name, "promoe_s") for line in lines.splitlines() if not line.startswith("## Trains")]
+        lines = (LAUNCHERS / f"{name}.sh").read_text().splitlines()
+        return [line.replace(name, "promoe_s") for line in lines if not line.startswith("## Trains")]
 
     assert rest(size) == rest("promoe_s")
 
