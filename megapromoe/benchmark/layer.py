@@ -17,16 +17,15 @@ from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import counts, lean, plan
 from megapromoe.config.options import Config, ModelConfig
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import SINGLE_RANK, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE, fan_out
-from megapromoe.nn.moe.routers import ALONE
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 
-LOCAL = Mesh(ALONE, ALONE, ALONE, ALONE, ALONE)
+LOCAL = Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK)
 
 
 class BenchmarkError(UserError):

@@ -11,6 +11,7 @@ layout. Source: GShard, arXiv 2006.16668, and Switch Transformer, arXiv 2101.039
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from megapromoe.distributed.collectives import Flight
 from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
-from megapromoe.nn.moe.dispatcher import Dispatcher, Experts, counts
+from megapromoe.nn.moe.dispatcher import Dispatcher, Experts, SentRows, counts
 from megapromoe.nn.moe.expert_linear import Segments
 from megapromoe.nn.tensor_parallel import WHOLE, Region
 
@@ -40,7 +41,7 @@ class StaticDispatcher(Dispatcher):
         """Rows of one rank for one expert: factor·most/E, where no rank has more than `most` rows."""
         return max(1, math.ceil(self.factor * most / self.placement.experts))
 
-    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> tuple[Flight, Tensor, Tensor, int]:
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> SentRows:
         ep, slots, C = self.group.size, self.placement.slots, self.capacity(most)
         device = rows_RD.device
         count = counts(slot_R, ep * slots)
@@ -51,11 +52,25 @@ class StaticDispatcher(Dispatcher):
         boxes = _IntoBoxes.apply(rows_RD, box_R, ep * slots * C)
         even = [slots * C] * ep
         flight = Flight(self.group, (even, even))
-        return flight, flight.depart(boxes), box_R, C
+        return _Boxes(flight, flight.depart(boxes), box_R, slots, C)
 
-    def run(self, sent: tuple[Flight, Tensor, Tensor, int], experts: Experts) -> tuple[Flight, Tensor, Tensor]:
-        flight, boxes, box_R, C = sent
-        ep, slots, D = self.group.size, self.placement.slots, boxes.shape[1]
+
+class _Boxes(NamedTuple):
+    """Places for rows on their way to the experts."""
+
+    flight: Flight
+    boxes: Tensor
+    """(ep · slots · capacity, D)."""
+    box_R: Tensor
+    """The place of each row."""
+    slots: int
+    """Experts of a rank."""
+    capacity: int
+    """Places for the rows of one rank for one expert."""
+
+    def run(self, experts: Experts) -> _ReturningBoxes:
+        flight, boxes, box_R, slots, C = self
+        ep, D = flight.group.size, boxes.shape[1]
         arrived = flight.arrive(boxes)
         # (source rank, expert, row) -> (expert, source rank, row), and back.
         by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
@@ -64,12 +79,19 @@ class StaticDispatcher(Dispatcher):
         ends_E = [(slot + 1) * ep * C for slot in range(slots)]
         y = experts(by_expert, Segments(slot_E.repeat_interleave(ep * C), offs_E, ends_E))
         y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        home = Flight(self.group, flight.sizes)
-        return home, home.depart(y), box_R
+        home = Flight(flight.group, flight.sizes)
+        return _ReturningBoxes(home, home.depart(y), box_R)
 
-    def receive(self, home: tuple[Flight, Tensor, Tensor]) -> Tensor:
-        flight, boxes, box_R = home
-        return _OutOfBoxes.apply(flight.arrive(boxes), box_R)
+
+class _ReturningBoxes(NamedTuple):
+    """The same places, with the experts' outputs, on their way back."""
+
+    flight: Flight
+    boxes: Tensor
+    box_R: Tensor
+
+    def receive(self) -> Tensor:
+        return _OutOfBoxes.apply(self.flight.arrive(self.boxes), self.box_R)
 
 
 # Each is the other's backward; autograd's would copy all boxes for the sake of the one place that does not travel.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,22 @@ class Route(NamedTuple):
         return Route(self.token_R[start:stop], self.expert_R[start:stop], weight_R[start:stop], self.top_k, first)
 
 
+class SentRows(Protocol):
+    """Rows on their way to their experts."""
+
+    def run(self, experts: Experts) -> ReturningRows:
+        """Runs the experts, and starts with their outputs whatever needs no waiting."""
+
+
+class ReturningRows(Protocol):
+    """Outputs of experts on their way back."""
+
+    def receive(self) -> Tensor:
+        """The outputs (R, D), in the order in which the rows were sent."""
+
+
 class Dispatch(NamedTuple):
-    """A dispatch between its stages."""
+    """A dispatch before its experts run."""
 
     route: Route
     """Of this rank."""
@@ -77,8 +91,14 @@ class Dispatch(NamedTuple):
     """The route's rows, sorted by expert."""
     back_R: Tensor | None
     """Undoes `order_R`; None for rows in any order."""
-    rows: Any
-    """Under way to the experts or home: what the dispatcher's `send` or `run` returned."""
+    rows: SentRows
+
+
+class Computed(NamedTuple):
+    """A dispatch whose experts run."""
+
+    begun: Dispatch
+    rows: ReturningRows
 
 
 class Dispatcher:
@@ -117,44 +137,55 @@ class Dispatcher:
             rows_RD, back_R = x_TD.index_select(0, token_R), None
         return Dispatch(mine, token_R, order_R, back_R, self.send(rows_RD, slot_R, most))
 
-    def compute(self, begun: Dispatch, experts: Experts) -> Dispatch:
+    def compute(self, begun: Dispatch, experts: Experts) -> Computed:
         """Runs the experts and sends the rows home.
 
         Args: `experts`: called with rows (R, D), sorted by local expert, and their `Segments`.
         """
-        return begun._replace(rows=self.run(begun.rows, experts))
+        return Computed(begun, begun.rows.run(experts))
 
-    def finish(self, computed: Dispatch, base_TD: Tensor) -> Tensor:
+    def finish(self, computed: Computed, base_TD: Tensor) -> Tensor:
         """Adds the rows to their tokens.
 
         Args: `base_TD`: what else makes up the output, (T or more, D); it is overwritten.
 
         Returns base + Σ weight·expert(x) over this rank's rows. In a shared region this is a partial sum.
         """
-        mine, token_R, order_R, back_R, rows = computed
-        y_RD = self.receive(rows)
+        mine, token_R, order_R, back_R, _ = computed.begun
+        y_RD = computed.rows.receive()
         if mine.top_k:
             return _Combine.apply(base_TD, y_RD, mine.weight_R, mine, token_R, order_R, back_R)
         return base_TD.index_add(0, token_R, y_RD * mine.weight_R[order_R].to(y_RD.dtype).unsqueeze(1))
 
-    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> Any:
-        """What can be done with rows, sorted by slot, before anybody waits. No rank has more than `most` of them."""
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> SentRows:
+        """Starts with rows, sorted by slot, whatever needs no waiting. No rank has more than `most` of them."""
         offs_E = offsets(slot_R, self.placement.slots)
         ends = None if in_one_kernel(rows_RD) else OnTheWay(offs_E)
-        return rows_RD, slot_R, offs_E, ends
+        return _LocalRows(rows_RD, slot_R, offs_E, ends)
 
-    def run(self, sent: Any, experts: Experts) -> Any:
-        """Runs the experts on what `send` returned; what can be done with their outputs before anybody waits.
 
-        Here nothing travels, and the experts wait for `receive`: last forward, they are first backward, when the
-        gradients of the work beside them need no memory yet.
-        """
-        return sent, experts
+class _LocalRows(NamedTuple):
+    """Rows for experts on this rank: nothing travels."""
 
-    def receive(self, home: Any) -> Tensor:
-        """The outputs (R, D), in the order of the rows, of what `run` returned."""
-        (rows_RD, slot_R, offs_E, ends), experts = home
-        return experts(rows_RD, Segments(slot_R, offs_E, ends and ends.on_host()))
+    rows_RD: Tensor
+    slot_R: Tensor
+    offs_E: Tensor
+    ends: OnTheWay | None
+
+    def run(self, experts: Experts) -> _LocalOutputs:
+        return _LocalOutputs(self, experts)
+
+
+class _LocalOutputs(NamedTuple):
+    """The experts run in `receive`: the last part of forward is the first of backward, when the gradients of the shared
+    and the unconditional expert need no memory yet."""
+
+    sent: _LocalRows
+    experts: Experts
+
+    def receive(self) -> Tensor:
+        rows_RD, slot_R, offs_E, ends = self.sent
+        return self.experts(rows_RD, Segments(slot_R, offs_E, None if ends is None else ends.on_host()))
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -165,34 +196,51 @@ class ExpertParallelDispatcher(Dispatcher):
         self.placement = ExpertPlacement(experts, group.size)
         self.group = group
 
-    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> tuple[Flight, Tensor, Tensor, OnTheWay]:
+    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> SentRows:
         ep, slots = self.group.size, self.placement.slots
         sent = counts(slot_R, ep * slots).view(ep, slots)
         received = exchange_counts(sent, self.group)
         numbers = OnTheWay(torch.cat([sent.sum(1, keepdim=True), received], dim=1))
         flight = Flight(self.group)
-        return flight, flight.depart(rows_RD), received, numbers
+        return _TravellingRows(flight, flight.depart(rows_RD), received, numbers)
 
-    def run(self, sent: tuple[Flight, Tensor, Tensor, OnTheWay], experts: Experts) -> tuple[Flight, Tensor]:
-        flight, rows_RD, received, numbers = sent
+
+class _TravellingRows(NamedTuple):
+    """Rows for experts on other ranks."""
+
+    flight: Flight
+    rows_RD: Tensor
+    received: Tensor
+    """Rows that come to this rank, (source rank, expert)."""
+    numbers: OnTheWay
+    """Of each rank: rows to it, and rows from it for each expert."""
+
+    def run(self, experts: Experts) -> _TravellingOutputs:
+        flight, rows_RD, received, numbers = self
         to_rank, *come_E = zip(*numbers.on_host(), strict=True)  # the layer's one wait; of each rank
         send, receive = list(to_rank), [sum(come) for come in zip(*come_E, strict=True)]
         arrived = flight.arrive(rows_RD, (send, receive))
 
         # Rows arrive by (source rank, expert); experts want them by expert.
-        slots = self.placement.slots
-        expert_of_cell = torch.arange(slots, device=received.device).repeat(self.group.size)
+        ep, slots = received.shape
+        expert_of_cell = torch.arange(slots, device=received.device).repeat(ep)
         local_R = torch.repeat_interleave(expert_of_cell, received.flatten(), output_size=sum(receive))
         local_R, order_R = torch.sort(local_R, stable=True)
         back_R = inverse(order_R)
         segments = Segments(local_R, offsets(local_R, slots), list(accumulate(map(sum, come_E))))
         y_RD = experts(_Permute.apply(arrived, order_R, back_R), segments)
-        home = Flight(self.group, (receive, send))
-        return home, home.depart(_Permute.apply(y_RD, back_R, order_R))
+        home = Flight(flight.group, (receive, send))
+        return _TravellingOutputs(home, home.depart(_Permute.apply(y_RD, back_R, order_R)))
 
-    def receive(self, home: tuple[Flight, Tensor]) -> Tensor:
-        flight, y_RD = home
-        return flight.arrive(y_RD)
+
+class _TravellingOutputs(NamedTuple):
+    """Outputs of experts for other ranks' tokens."""
+
+    flight: Flight
+    y_RD: Tensor
+
+    def receive(self) -> Tensor:
+        return self.flight.arrive(self.y_RD)
 
 
 def counts(expert_R: Tensor, experts: int) -> Tensor:

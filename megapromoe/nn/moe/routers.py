@@ -28,8 +28,6 @@ from megapromoe.nn.moe.dispatcher import Route, counts
 from megapromoe.nn.moe.prototypes import Choose, Contrast, contrastive_loss, contrastive_losses, resemblance
 from megapromoe.nn.moe.routing_cache import Decisions
 
-ALONE = SINGLE_RANK
-
 
 class Routed(NamedTuple):
     """`route`; `losses` name -> scalar, weighted; `load_E` rows per expert, float32; `gate` mean weight, scalar.
@@ -47,7 +45,7 @@ class Routed(NamedTuple):
 class Router(nn.Module):
     """What routers have in common."""
 
-    scope: Group = ALONE
+    scope: Group = SINGLE_RANK
 
     def __init__(self, config: ModelConfig):
         super().__init__()
