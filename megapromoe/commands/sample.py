@@ -103,7 +103,7 @@ def generation_request(options: argparse.Namespace, out: Path, named: bool = Fal
     return GenerationRequest(
         run=options.run,
         out=out,
-        num=options.num,
+        num=options.count if options.num is None else options.num,
         classes=options.classes or "balanced",
         only=None if options.only is None else tuple(options.only),
         scales=tuple(options.guidance),
@@ -114,7 +114,7 @@ def generation_request(options: argparse.Namespace, out: Path, named: bool = Fal
         tp=options.tp,
         ep=options.ep,
         named=named,
-        per_class=options.count if options.num is None else None,
+        preview=options.num is None,
     )
 
 
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace, launch: Launch) -> int:
 
     runtime.prepare()
     request = generation_request(options, options.out)
-    if request.is_preview:
+    if request.preview:
         needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
         needed["--guidance with several scales"] = len(options.guidance) > 1
         if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:

@@ -59,7 +59,7 @@ class Network:
         standard: whether it is the network of FID.
         declared: that it is, by the user's word alone.
         sha256: of the file, or of a trained classifier's weights.
-        look: uint8 images (N, C, H, W) -> Features.
+        extract: uint8 images (N, C, H, W) -> Features.
         shape: (H, W, C) of the only images that it takes; None: any.
     """
 
@@ -67,15 +67,16 @@ class Network:
     standard: bool
     declared: bool
     sha256: str
-    look: Callable[[Tensor], Features]
+    extract: Callable[[Tensor], Features]
     device: torch.device
     shape: tuple[int, int, int] | None = None
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> Features:
         """Features of uint8 images (N, H, W, C)."""
-        found = self.look(images_BHWC.permute(0, 3, 1, 2).to(self.device))
-        return Features(*(None if f is None else f.flatten(1).float() for f in found))
+        pooled, spatial, probabilities = self.extract(images_BHWC.permute(0, 3, 1, 2).to(self.device))
+        flat = [None if x is None else x.flatten(1).float() for x in (spatial, probabilities)]
+        return Features(pooled.flatten(1).float(), *flat)
 
     def title(self, standard: str, other: str) -> str:
         """The name of a figure: `standard` for the standard network only, else `other` and the network's name."""
@@ -109,16 +110,16 @@ def open_network(
     file = Path(name)
     if not file.is_file():
         raise FeatureError(f"features = {name!r}: no such file, and none of {', '.join(CLASSIFIERS)}")
-    found = sha256_of(file)
-    if sha256 is not None and sha256.lower() != found:
-        raise FeatureError(f"{file}: its sha256 is {found}, not {sha256}; fetch it again, or from its author")
-    known = STANDARD.get(found)
-    facts = (known or file.stem, known is not None or declared_standard, known is None and declared_standard, found)
+    digest = sha256_of(file)
+    if sha256 is not None and sha256.lower() != digest:
+        raise FeatureError(f"{file}: its sha256 is {digest}, not {sha256}; fetch it again, or from its author")
+    known = STANDARD.get(digest)
+    facts = (known or file.stem, known is not None or declared_standard, known is None and declared_standard, digest)
     if file.suffix != ".safetensors" and _is_program(file):
         if known is None and sha256 is None:
             raise FeatureError(
                 f"{file}: is TorchScript, a program that runs when it is loaded, and not a known one; if you trust"
-                f" where it is from, say so by --sha256 {found}"
+                f" where it is from, say so by --sha256 {digest}"
             )
         return Network(*facts, _scripted(file, device), device)
     return Network(*facts, _inception(file, device), device)
@@ -139,17 +140,21 @@ def _scripted(file: Path, device: torch.device) -> Callable[[Tensor], Features]:
         raise FeatureError(f"{file}: is no TorchScript that this torch reads ({str(error).splitlines()[0]})") from error
     names = {argument.name for argument in program.forward.schema.arguments}
 
-    def look(images: Tensor) -> Features:
+    def extract(images: Tensor) -> Features:
         images = _three_channels(images)
-        if {"return_features", "no_output_bias"} <= names:  # NVIDIA's; the published score leaves the bias out
-            return Features(program(images, return_features=True), None, program(images, no_output_bias=True))
-        found = program(images)
-        found = tuple(found) if isinstance(found, (tuple, list)) else (found,)
-        if not 1 <= len(found) <= 3 or not all(isinstance(f, Tensor) and len(f) == len(images) for f in found):
+        try:
+            if {"return_features", "no_output_bias"} <= names:  # NVIDIA's; the published score leaves the bias out
+                return Features(program(images, return_features=True), None, program(images, no_output_bias=True))
+            outputs = program(images)
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise FeatureError(f"{file}: fails on uint8 images {tuple(images.shape)} ({reason})") from error
+        outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+        if not 1 <= len(outputs) <= 3 or not all(isinstance(x, Tensor) and len(x) == len(images) for x in outputs):
             raise FeatureError(f"{file}: must return features (N, D), or (features, spatial, probabilities)")
-        return Features(*found, *[None] * (3 - len(found)))
+        return Features(*outputs, *[None] * (3 - len(outputs)))
 
-    return look
+    return extract
 
 
 def _inception(file: Path, device: torch.device) -> Callable[[Tensor], Features]:

@@ -58,8 +58,8 @@ def objective_loss(
     losses = []
     for first in range(0, draws, config.sample.batch):
         n_B = np.arange(first, min(first + config.sample.batch, draws))
-        clean_BCHW = dataset.draw(record_N[n_B], np.zeros(len(n_B), dtype=bool), None)
-        clean_BCHW = torch.from_numpy(np.ascontiguousarray(clean_BCHW)).to(device)
+        records_BCHW = dataset.draw(record_N[n_B], np.zeros(len(n_B), dtype=bool), None)
+        clean_BCHW = torch.from_numpy(np.ascontiguousarray(records_BCHW)).to(device)
         noise_BCHW = torch.from_numpy(normals(seed, "held-out noise", n_B, dataset.shape)).to(device)
         u_B = torch.from_numpy(u_N[n_B]).to(device)
         labels_B = torch.from_numpy(np.asarray(dataset.labels)[record_N[n_B]]).long().to(device)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapromoe.evaluation.image_metrics import EvaluationError
+from megapromoe.evaluation.reference import EvaluationError
+from megapromoe.io import atomic_write
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +69,8 @@ def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.set(xlabel="guidance scale", ylabel=name, title=f"step {steps[0]:,}, {count}")
     axes.grid(alpha=0.3)
     try:
-        figure.savefig(file, format="png", dpi=150)
+        with atomic_write(file) as picture:
+            figure.savefig(picture, format="png", dpi=150)
     except OSError as error:
         raise EvaluationError(f"{file}: cannot be written ({error.strerror}); give another path") from error
 

@@ -88,7 +88,7 @@ class Unit(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, kernel: tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
-        padding = tuple(k // 2 for k in kernel) if pad else 0
+        padding = (kernel[0] // 2, kernel[1] // 2) if pad else 0
         self.conv = nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(d_out, eps=1e-3)
 

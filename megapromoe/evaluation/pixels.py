@@ -43,7 +43,7 @@ def open_pixels(name: str, split: str = "train") -> Pixels:
     if name == "digits" and split == "test":
         raise ImageSetError("digits have no test split; leave --split out")
     try:
-        dataset = Digits() if name == "digits" else FashionMNIST(split)
+        dataset: Dataset = Digits() if name == "digits" else FashionMNIST(split)
     except DatasetError as error:
         raise ImageSetError(str(error)) from error
     return Pixels(name if split == "train" else f"{name} ({split})", dataset)

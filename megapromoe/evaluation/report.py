@@ -26,6 +26,7 @@ from megapromoe.data.datasets import Digits
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
 from megapromoe.errors import UserError
+from megapromoe.io import write_json, write_text
 from megapromoe.nn.dit import DiT
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
@@ -157,8 +158,8 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
         start = time.perf_counter()
         report["routing"] = routing_picture(model, config, dataset, directory.folder / "routing.png")
         seconds["routing"] = time.perf_counter() - start
-    (directory.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (directory.folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    write_json(directory.folder / "report.json", report, indent=2)
+    write_text(directory.folder / "report.md", markdown(report))
     return report
 
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from torch import Tensor
 from megapromoe.distributed.agreement import all_reduce_sum
 from megapromoe.distributed.runtime import Launch
 
-ALONE = Launch("python")
+SINGLE_RANK = Launch("python")
 SCORE_SPLIT = 5000  # images of one split of the Inception score: 10 splits of the usual 50,000
 NEIGHBOURS = 3
 _ROWS = 512  # rows of a matrix of distances made at once; the same on any number of ranks, hence the same bits
 
 
-class Normal(NamedTuple):
+@dataclass(frozen=True)
+class Normal:
     """A normal distribution: mean (D,), covariance (D, D), float64 on the CPU; fitted to `count` vectors."""
 
     mean: Tensor
@@ -51,7 +52,7 @@ class Moments:
         self.mean += apart * (len(x_ND) / total)
         self.count = total
 
-    def normal(self, launch: Launch = ALONE) -> Normal:
+    def normal(self, launch: Launch = SINGLE_RANK) -> Normal:
         """The distribution of what all ranks took in, the covariance unbiased. Collective.
 
         Raises ValueError for fewer than two vectors.
@@ -103,7 +104,7 @@ class Score:
         entropy = torch.special.xlogy(p, p).sum(1, keepdim=True)
         self.sums.index_add_(0, number, torch.cat([p, entropy, torch.ones_like(entropy)], 1))
 
-    def value(self, launch: Launch = ALONE) -> tuple[float, float]:
+    def value(self, launch: Launch = SINGLE_RANK) -> tuple[float, float]:
         """Mean and standard deviation over the splits, of what all ranks took in. Collective."""
         sums = all_reduce_sum(self.sums.clone(), launch)
         count, p_K = sums[:, -1:], sums[:, :-2] / sums[:, -1:]
@@ -113,7 +114,7 @@ class Score:
 
 
 def precision_recall(
-    real_ND: Tensor, drawn_MD: Tensor, neighbours: int = NEIGHBOURS, launch: Launch = ALONE
+    real_ND: Tensor, drawn_MD: Tensor, neighbours: int = NEIGHBOURS, launch: Launch = SINGLE_RANK
 ) -> tuple[float, float]:
     """Share of drawn images within the manifold of the real ones, and of real ones within that of the drawn.
 

@@ -104,15 +104,15 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
 
 
 def _open_decoder(request: GenerationRequest, config: Config, device: torch.device) -> Autoencoder | None:
-    if request.is_preview and request.autoencoder is None:
+    if request.preview and request.autoencoder is None:
         return None  # the arrays of a preview may hold latents
     return open_decoder(config, request.autoencoder, device)
 
 
 def _make_writer(request: GenerationRequest, config: Config, place: Path, decoder: Autoencoder | None) -> ImageWriter:
     count, batch = len(request.labels(config)), config.sample.batch
-    if request.per_class is not None:
-        columns = request.per_class if count > request.per_class else math.ceil(math.sqrt(count))
+    if request.preview:
+        columns = request.num if count > request.num else math.ceil(math.sqrt(count))
         return PreviewWriter(place, count, batch, columns, config.sample.seed)
     side, channels = config.model.input_size, config.model.in_channels
     if decoder is not None:

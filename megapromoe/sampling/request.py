@@ -23,14 +23,14 @@ _OTHER_FILES = (".png", ".jpg", ".npy", ".pt", ".zip", ".safetensors")  # names 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Images to generate: a *set* of `num` images, or a *preview* with `per_class` images of each class.
+    """Images to generate: a *set*, or a *preview* with some images of each class in one file.
 
     Attributes:
         run: the run directory.
         out: of a set, a folder for PNG files, or an .npz in the layout of guided-diffusion (with several `scales`, each
             has a folder `guidance-SCALE` in it, or a file with that in its name); of a preview, a .png of a grid with a
             row for each class, or an .npz of float arrays.
-        num: images of a set, or None.
+        num: images of a set; of a preview, images of each class, numbered class by class.
         classes: of a set: "balanced": they take turns; "random": drawn for each image.
         only: the classes to choose from; None is all.
         scales: guidance scales, a set of images for each; none: the run's.
@@ -39,12 +39,12 @@ class GenerationRequest:
         autoencoder: decodes latents, see `decoding.open_decoder`.
         tp, ep: ranks over which a model too large for one is split.
         named: put the scale into the name even if there is only one.
-        per_class: images of each class of a preview, or None. They are numbered class by class.
+        preview: a preview, no set.
     """
 
     run: Path
     out: Path
-    num: int | None = None
+    num: int
     classes: str = "balanced"
     only: tuple[int, ...] | None = None
     scales: tuple[float | str, ...] = ()
@@ -55,15 +55,7 @@ class GenerationRequest:
     tp: int = 1
     ep: int = 1
     named: bool = False
-    per_class: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.num is None) == (self.per_class is None):
-            raise ValueError(f"num = {self.num}, per_class = {self.per_class}: give one of them")
-
-    @property
-    def is_preview(self) -> bool:
-        return self.per_class is not None
+    preview: bool = False
 
     def outputs(self) -> list[tuple[Config, Path]]:
         """The run's config for each guidance scale, and where its images go. Raises SampleError or ConfigError."""
@@ -85,7 +77,7 @@ class GenerationRequest:
         expert_tp = config.parallel.expert_tp
         check(replace(config, parallel=ParallelConfig(tp=self.tp, ep=self.ep, expert_tp=expert_tp)))
         problems = self._class_problems(config)
-        problems += self._preview_problems(config) if self.is_preview else self._set_problems()
+        problems += self._preview_problems(config) if self.preview else self._set_problems()
         if len({place for _, place in outputs}) < len(outputs):
             problems.append(f"guidance = {', '.join(map(str, self.scales))}: each scale once")
         group = math.lcm(self.tp, self.ep * (self.tp if expert_tp else 1))
@@ -108,7 +100,7 @@ class GenerationRequest:
 
     def _set_problems(self) -> list[str]:
         problems = []
-        if self.num is not None and self.num < 1:
+        if self.num < 1:
             problems.append(f"num = {self.num}: must be at least 1")
         if self.classes not in CLASSES:
             problems.append(f"classes = {self.classes!r}: must be {' or '.join(CLASSES)}")
@@ -118,8 +110,8 @@ class GenerationRequest:
 
     def _preview_problems(self, config: Config) -> list[str]:
         problems = []
-        if self.per_class is not None and self.per_class < 1:
-            problems.append(f"count = {self.per_class}: must be at least 1")
+        if self.num < 1:
+            problems.append(f"count = {self.num}: must be at least 1")
         if len(self.scales) > 1:
             problems.append(f"guidance = {', '.join(map(str, self.scales))}: one scale, or --num for a set of each")
         if self.out.suffix not in PREVIEW_FORMATS:
@@ -134,8 +126,8 @@ class GenerationRequest:
     def labels(self, config: Config) -> np.ndarray:
         """The class of each image, int64 (N,)."""
         choice = np.array(range(config.model.num_classes) if self.only is None else self.only, dtype=np.int64)
-        if self.per_class is not None:
-            return choice.repeat(self.per_class)
+        if self.preview:
+            return choice.repeat(self.num)
         index = np.arange(self.num)
         if self.classes == "random":
             index = (uniforms(config.sample.seed, "image class", index) * len(choice)).astype(np.int64)

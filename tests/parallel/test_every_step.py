@@ -42,9 +42,11 @@ def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monke
     both = as_job(2, tmp_path, evaluate_where_the_first_sees_more, Evaluation(request, None, "data", every_step=True))
     figures = [[record["figures"] for record in records] for records in both]
     assert figures[0] == figures[1] and len(list((tmp_path / "drawn").iterdir())) == 4
-    calls, look = [], image_metrics.look
+    calls, extract = [], image_metrics.extract_features
     monkeypatch.setattr(image_metrics, "open_network", lambda *arguments: calls.append("opened") or network)
-    monkeypatch.setattr(image_metrics, "look", lambda *arguments: calls.append(arguments[3]) or look(*arguments))
+    monkeypatch.setattr(
+        image_metrics, "extract_features", lambda *arguments: calls.append(arguments[3]) or extract(*arguments)
+    )
     records = image_metrics.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
     assert calls[:2] == ["opened", "reference"] and len(calls) == 2 + 4 and len(set(calls)) == 6
     assert [(r["step"], r["guidance"]) for r in records] == [(3, 1.0), (3, 3.0), (1200, 1.0), (1200, 3.0)]

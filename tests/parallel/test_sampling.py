@@ -97,23 +97,21 @@ def test_a_set_holds_the_images_of_the_model(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "set").iterdir())[-2:] == ["labels.npy", "request.json"]
 
 
-def test_a_preview_and_a_set_hold_the_same_images(run, tmp_path):
-    """Their labels are the same for one image of each class, and for images of one class."""
-    cases = {"each": (dict(per_class=1), dict(num=10)), "one": (dict(per_class=7), dict(num=7))}
-    for name, (few, many) in cases.items():
-        only = None if name == "each" else (3,)
-        for world in (1, 2):
-            preview = GenerationRequest(run, tmp_path / f"{name}{world}-preview.npz", only=only, **few)
-            a_set = GenerationRequest(run, tmp_path / f"{name}{world}-set.npz", only=only, **many)
-            for request in (preview, a_set):
-                if world == 1:
-                    generate_images(request, ALONE)
-                else:
-                    assert as_job(world, tmp_path, generate_images, request) == [[request.out]] * world
-            with np.load(preview.out) as floats, np.load(a_set.out) as stored:
-                assert floats["images"].std() > 0.3
-                np.testing.assert_array_equal(to_bytes(floats["images"]), stored["arr_0"])
-                np.testing.assert_array_equal(floats["labels"], stored["arr_1"])
+@pytest.mark.parametrize("only, each, count", [(None, 1, 10), ((3,), 7, 7)], ids=["one of each class", "one class"])
+def test_a_preview_and_a_set_hold_the_same_images(run, tmp_path, only, each, count):
+    """Where their images have the same numbers and classes."""
+    for world in (1, 2):
+        preview = GenerationRequest(run, tmp_path / f"preview{world}.npz", each, only=only, preview=True)
+        whole_set = GenerationRequest(run, tmp_path / f"set{world}.npz", count, only=only)
+        for request in (preview, whole_set):
+            if world == 1:
+                generate_images(request, ALONE)
+            else:
+                assert as_job(world, tmp_path, generate_images, request) == [[request.out]] * world
+        with np.load(preview.out) as floats, np.load(whole_set.out) as stored:
+            assert floats["images"].std() > 0.3
+            np.testing.assert_array_equal(to_bytes(floats["images"]), stored["arr_0"])
+            np.testing.assert_array_equal(floats["labels"], stored["arr_1"])
 
 
 def test_each_guidance_scale_has_a_set(run, tmp_path):
@@ -337,7 +335,7 @@ def test_a_preview_of_decoded_latents(latent_run, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: Doubling())
 
     def preview(name, autoencoder="doubling"):
-        request = GenerationRequest(latent_run, tmp_path / name, per_class=3, only=(1, 2), autoencoder=autoencoder)
+        request = GenerationRequest(latent_run, tmp_path / name, 3, only=(1, 2), preview=True, autoencoder=autoencoder)
         generate_images(request, ALONE)
 
     preview("grid.png")

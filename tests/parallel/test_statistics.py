@@ -25,7 +25,8 @@ def moments_of(x, sizes, launch=ALONE):
 
 def moments_of_a_rank(x):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return [t.numpy() if torch.is_tensor(t) else t for t in moments_of(x[rank::world], 7, Launch("t", rank, world))]
+    normal = moments_of(x[rank::world], 7, Launch("t", rank, world))
+    return normal.mean.numpy(), normal.covariance.numpy(), normal.count
 
 
 def test_moments_in_one_pass():

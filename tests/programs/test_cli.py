@@ -376,19 +376,20 @@ def test_sample_hands_everything_on(sampled, tmp_path):
     request = GenerationRequest(
         tmp_path,
         out,
-        per_class=4,
+        4,
         only=(3, 5),
         scales=("1.5",),
         step=500,
         weights="master",
         overrides=("sample.batch=8", "sample.steps=9", "sample.seed=7", "sample.method=heun"),
+        preview=True,
     )
     assert sampled == [(request, Launch("python"))]
 
 
 def test_sample_draws_all_classes_by_default(sampled, tmp_path):
     assert cli.main(["sample", "--run", "r", "--out", "o.png", "--per-class", "2"]) == 0
-    assert sampled[0][0] == GenerationRequest(Path("r"), Path("o.png"), per_class=2)
+    assert sampled[0][0] == GenerationRequest(Path("r"), Path("o.png"), 2, preview=True)
     assert (sampled[0][0].step, sampled[0][0].weights, sampled[0][0].overrides) == (None, "ema", ())
 
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_loaded_is_said(run, tmp_path):
 
 
 def preview(run: Path, out: Path, classes: tuple[int, ...] | None, count: int, *overrides: str) -> None:
-    generate_images(GenerationRequest(run, out, per_class=count, only=classes, overrides=overrides), ALONE)
+    generate_images(GenerationRequest(run, out, count, only=classes, preview=True, overrides=overrides), ALONE)
 
 
 def test_a_picture_has_a_row_for_each_class(run, tmp_path):
@@ -204,7 +204,9 @@ def test_a_preview_is_replaced(run, tmp_path):
 
 
 def test_three_ranks_write_the_images_of_one(run, tmp_path):
-    request = GenerationRequest(run, tmp_path / "one.npz", per_class=5, only=(3, 5), overrides=("sample.guidance=2",))
+    request = GenerationRequest(
+        run, tmp_path / "one.npz", 5, only=(3, 5), preview=True, overrides=("sample.guidance=2",)
+    )
     generate_images(request, ALONE)
     there = tmp_path / "three.npz"
     assert as_job(3, tmp_path, generate_images, replace(request, out=there)) == [[there]] * 3
@@ -238,6 +240,6 @@ def test_latents_have_no_picture_without_an_autoencoder(tmp_path):
 def test_all_ranks_refuse_what_one_cannot_do(run, tmp_path):
     """Only rank 0 looks at the file to be written."""
     (tmp_path / "file").touch()
-    request = GenerationRequest(run, tmp_path / "file" / "x.png", per_class=1, only=(3,))
+    request = GenerationRequest(run, tmp_path / "file" / "x.png", 1, only=(3,), preview=True)
     messages = as_job(2, tmp_path, generate_images, request)
     assert len(set(messages)) == 1 and "cannot be written" in messages[0]

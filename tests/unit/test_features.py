@@ -150,3 +150,39 @@ def test_features_must_be_finite(tmp_path):
     wrong = Evaluation(None, tmp_path / "set.npz", str(tmp_path / "set.npz"), "train", str(tmp_path / "broken.pt"), sha)
     with pytest.raises(EvaluationError, match=r"not finite at images 64\.\.79"):
         image_metrics.evaluate(wrong, ALONE)
+
+
+class Small(torch.nn.Module):
+    """One feature, of images of 4 x 4 alone."""
+
+    def forward(self, x: torch.Tensor):
+        return x.view(len(x), -1, 16).float().mean(dim=(1, 2)).unsqueeze(1)
+
+
+def test_what_a_network_cannot_take_is_reported(tmp_path):
+    file = tmp_path / "small.pt"
+    sha = scripted(file, Small())
+    for name, count, side in (("real", 9, 4), ("few", 3, 4), ("wide", 9, 5)):
+        images = np.random.default_rng(count).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+
+    def evaluated(images, reference):
+        paths = tmp_path / f"{images}.npz", str(tmp_path / f"{reference}.npz")
+        return image_metrics.evaluate(Evaluation(None, *paths, features=str(file), sha256=sha), ALONE)
+
+    with pytest.raises(EvaluationError, match=r"small.pt: fails on uint8 images \(1, 3, 5, 5\) \(.*size"):
+        evaluated("wide", "wide")
+    for images, reference, counts in (("few", "real", "3 images against 9"), ("real", "few", "9 images against 3")):
+        with pytest.raises(EvaluationError, match=f"{counts}: precision and recall need 4 of each"):
+            evaluated(images, reference)
+    assert evaluated("real", "real")[0]["figures"]["precision (small)"] == 1.0
+
+
+def test_statistics_of_spatial_features_alone_are_no_reference(tmp_path, monkeypatch):
+    np.savez(tmp_path / "drawn.npz", arr_0=np.zeros((20, 4, 4, 3), dtype=np.uint8))
+    np.savez(tmp_path / "real.npz", mu_s=np.zeros(3), sigma_s=np.eye(3))
+    sha = scripted(tmp_path / "detector.pt", Detector())
+    monkeypatch.setitem(features.STANDARD, sha, "inception")
+    paths = tmp_path / "drawn.npz", str(tmp_path / "real.npz")
+    with pytest.raises(EvaluationError, match="holds mu_s, sigma_s; images .arr_0. are needed, or mu and sigma"):
+        image_metrics.evaluate(Evaluation(None, *paths, features=str(tmp_path / "detector.pt")), ALONE)

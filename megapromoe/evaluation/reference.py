@@ -1,0 +1,154 @@
+"""What images are compared with: real images, or statistics of the features of real images, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megapromoe.config.options import Config
+from megapromoe.errors import UserError
+from megapromoe.evaluation.features import Network
+from megapromoe.evaluation.pixels import BUILT_IN, data_of_run, open_pixels
+from megapromoe.evaluation.statistics import NEIGHBOURS, Normal
+from megapromoe.sampling.image_sets import ImageSet, entries, open_array
+
+DATA = "data"  # the reference that is what the run trains on
+_STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # entries of guided-diffusion's files
+
+
+class EvaluationError(UserError):
+    """An evaluation that cannot be made as requested."""
+
+    on_all_ranks = True
+
+
+class Images(Protocol):
+    """Images that a feature network can be applied to."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """uint8 (B, H, W, C)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images.
+
+    Attributes:
+        name: for records and messages.
+        images: None where a file holds statistics alone.
+        statistics: "pooled" and "spatial" distributions from a file, which go before those of the images.
+    """
+
+    name: str
+    images: Images | None
+    statistics: Mapping[str, Normal]
+
+    def check_comparable(
+        self, network: Network, shape: tuple[int, int, int] | None, count: int, remedy: str = "{} images"
+    ) -> None:
+        """Raises EvaluationError unless `count` images of this shape (None: unknown) can be compared by the network.
+
+        Args:
+            remedy: how to get more images; {} stands for their number.
+        """
+        problems = []
+        real = None if self.images is None else self.images.shape
+        known = [s for s in (shape, real) if s]
+        if shape and real and shape != real:
+            problems.append(f"the images are {_size(shape)}, the reference {_size(real)}: compare images of one size")
+        if network.shape and (wrong := [s for s in known if s != network.shape]):
+            expected = f"images of {_size(network.shape)}, not {_size(wrong[0])}"
+            problems.append(f"features = {network.name}: looks at {expected}")
+        if known and not problems:
+            problems = self._count_problems(network, known[0], count, remedy)
+        if problems:
+            raise EvaluationError("; ".join(problems))
+
+    def _count_problems(self, network: Network, shape: tuple[int, int, int], count: int, remedy: str) -> list[str]:
+        problems = []
+        features = network(torch.zeros(1, *shape, dtype=torch.uint8))
+        kinds = {"pooled": features.pooled_ND, "spatial": features.spatial_NP}
+        dims = {kind: x.shape[1] for kind, x in kinds.items() if x is not None}
+        if wrong := [k for k, dim in dims.items() if k in self.statistics and len(self.statistics[k].mean) != dim]:
+            problems.append(f"reference = {self.name}: its {wrong[0]} statistics are not of {network.name}")
+        most = max(dims.values())
+        if count <= most:
+            more = remedy.format(most + 1)
+            problems.append(
+                f"{count} images are too few for the covariance of {most} features of {network.name}; use {more}"
+                " at least"
+            )
+        if self.images is None:
+            return problems
+        real, needed = len(self.images), max((d for k, d in dims.items() if k not in self.statistics), default=0)
+        if real <= needed:
+            problems.append(
+                f"reference = {self.name}: {real} images are too few for the covariance of {needed}"
+                f" features; {needed + 1} are needed at least"
+            )
+        if not problems and min(count, real) <= NEIGHBOURS:
+            problems.append(
+                f"{count} images against {real}: precision and recall need {NEIGHBOURS + 1} of each at least"
+            )
+        return problems
+
+
+def open_reference(name: str, split: str, config: Config | None, network: Network) -> Reference:
+    """The reference of this name.
+
+    Args:
+        name: "data" (what the run trains on), a built-in data set, an .npz in the layout of guided-diffusion, or a
+            folder of pictures. Statistics in an .npz hold for the standard network alone.
+        split: of a data set: "train" or "test".
+        config: of the run; None: there is no run.
+
+    Raises EvaluationError or ImageSetError.
+    """
+    if name == DATA:
+        if config is None:
+            raise EvaluationError(
+                "reference = data: is what a run trains on; give a file, a folder or a data set's name"
+            )
+        pixels = data_of_run(config, split)
+        return Reference(pixels.name, pixels, {})
+    if name in BUILT_IN:
+        pixels = open_pixels(name, split)
+        return Reference(pixels.name, pixels, {})
+    path = Path(name)
+    if split != "train":
+        raise EvaluationError(f"split = {split}: only data sets have splits, not {name}")
+    if path.is_dir():
+        return Reference(name, ImageSet(path), {})
+    if not path.is_file():
+        raise EvaluationError(
+            f"reference = {name!r}: no such file or folder, and none of {', '.join((DATA, *BUILT_IN))}"
+        )
+    names = entries(path)
+    statistics = {}
+    for kind, (mean, covariance) in _STATISTICS.items():
+        if network.standard and {mean, covariance} <= names:
+            arrays = [torch.from_numpy(np.array(open_array(path, n), dtype=np.float64)) for n in (mean, covariance)]
+            statistics[kind] = Normal(arrays[0], arrays[1], count=0)
+    if "arr_0" in names:
+        return Reference(name, ImageSet(path), statistics)
+    if "pooled" not in statistics:
+        raise EvaluationError(
+            f"reference = {name}: holds {', '.join(sorted(names))}; images (arr_0) are needed, or mu and sigma with the"
+            " standard network"
+        )
+    return Reference(name, None, statistics)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
