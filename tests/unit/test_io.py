@@ -10,7 +10,6 @@ import pytest
 
 from megapromoe import io
 
-
 DIES_WHILE_IT_WRITES = """
 import os, signal, sys
 from pathlib import Path
