@@ -25,7 +25,6 @@ from megapromoe.nn.layers import (
     modulate,
     position_table,
 )
-from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
 from megapromoe.nn.moe.guided_routers import NO_SUPERCLASS
 from megapromoe.nn.moe.layer import MoE, fan_out
 from megapromoe.nn.moe.routers import Routed
@@ -173,11 +172,12 @@ class DiT(nn.Module):
         if not all_routed:
             empty = self.pos_embed.new_zeros(0)
             return Auxiliary({}, empty.view(0, 0), empty)
-        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        # MoE layers, or layers that others have put in their place and that answer like one.
+        layers: list[Any] = [block.mlp for block in self.blocks if not isinstance(block.mlp, Mlp)]
         losses = layers[0].losses_of(all_routed)
         load_LE = torch.stack([r.load_E for r in all_routed])
-        dropped = [moe.dispatcher.dropped for moe in layers if isinstance(moe.dispatcher, StaticDispatcher)]
-        dropped_L = torch.stack(dropped) if dropped else None
+        static = self.config.capacity_factor > 0
+        dropped_L = torch.stack([moe.dispatcher.dropped for moe in layers]) if static else None
         return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
