@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.processes import _context
+from support.processes import context, start_server
 
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.commands import check
@@ -62,8 +62,9 @@ def preflight(folder: Path, *arguments: str, faults: dict | None = None, absent:
     files += ["data.source=synthetic", "data.size=1000"]  # digits would import scikit-learn in every process
     (folder / "bad").write_text("of-an-earlier-time\n")
     ranks = [r for r in range(RANKS) if r not in absent]
+    start_server()
     workers = [
-        _context.Process(target=work, args=(r, port, folder, faults or {}, [*files, *arguments]), daemon=True)
+        context.Process(target=work, args=(r, port, folder, faults or {}, [*files, *arguments]), daemon=True)
         for r in ranks
     ]
     for worker in workers:

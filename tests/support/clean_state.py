@@ -1,0 +1,128 @@
+"""What a call may leave behind in a worker process, put back: tests patch modules and classes, DeepSpeed keeps globals.
+
+`CleanState()` notes the state of a fresh process; `restore()` brings it back. Noted are the environment and working
+directory, the global random generators, warning filters, signal handlers and log handlers; of the modules of `WATCHED`
+every global, the contents of global containers, and the attributes of classes; of the modules that those import by
+name the functions and classes. Caches of functions are emptied.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import random
+import signal
+import sys
+import types
+import warnings
+
+import numpy as np
+import torch
+
+WATCHED = ("megapromoe", "deepspeed", "torch.distributed")
+_SIGNALS = [s for s in signal.valid_signals() if s not in (signal.SIGKILL, signal.SIGSTOP)]
+_CONTAINERS = (dict, list, set)
+
+
+class CleanState:
+    """The state of this process at the time of the call."""
+
+    def __init__(self):
+        self.environment = dict(os.environ)
+        self.folder = os.getcwd()
+        self.random = random.getstate()
+        self.numpy = np.random.get_state()
+        self.torch = torch.get_rng_state()
+        self.filters = list(warnings.filters)
+        self.signals = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.loggers = {logger: _settings(logger) for logger in _loggers()}
+        self.spaces = [(space, _contents(space)) for space in _spaces()]
+        self.functions = [value for _, (values, _) in self.spaces for value in values.values() if _is_cached(value)]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.folder)
+        random.setstate(self.random)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        warnings.resetwarnings()
+        warnings.filters.extend(self.filters)
+        for number, handler in self.signals.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+        for logger in _loggers():
+            level, handlers, propagate, disabled = self.loggers.get(logger, (logging.NOTSET, [], True, False))
+            logger.handlers[:] = handlers
+            logger.propagate, logger.disabled = propagate, disabled
+            logger.setLevel(level)
+        for space, (values, containers) in self.spaces:
+            _put_back(space, values, containers)
+        for function in self.functions:
+            function.cache_clear()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+        gc.collect()  # engines hold their tensors in cycles
+
+
+def _loggers() -> list[logging.Logger]:
+    named = logging.getLogger().manager.loggerDict.values()
+    return [logging.getLogger(), *(logger for logger in named if isinstance(logger, logging.Logger))]
+
+
+def _settings(logger: logging.Logger) -> tuple[int, list, bool, bool]:
+    return logger.level, list(logger.handlers), logger.propagate, logger.disabled
+
+
+def _is_watched(name: str) -> bool:
+    return any(name == watched or name.startswith(watched + ".") for watched in WATCHED)
+
+
+def _spaces() -> list:
+    """The watched modules, those that they import by name, and the classes that watched modules define.
+
+    Types are asked for with `type`: `isinstance` would wake deprecated objects, which warn when they are looked at.
+    """
+    modules = [module for name, module in list(sys.modules.items()) if module is not None and _is_watched(name)]
+    named = [v for module in modules for v in vars(module).values() if issubclass(type(v), types.ModuleType)]
+    classes = [v for module in modules for v in vars(module).values() if issubclass(type(v), type)]
+    classes = [one for one in classes if _is_watched(one.__module__)]
+    found = {id(space): space for space in (*modules, *named, *classes, torch.Tensor, torch.nn.Module)}
+    return list(found.values())
+
+
+def _contents(space) -> tuple[dict, list]:
+    """The attributes to put back, and of those that are containers the contents."""
+    values = dict(vars(space))
+    if not isinstance(space, types.ModuleType):
+        return values, []
+    if not _is_watched(space.__name__):
+        return {name: value for name, value in values.items() if callable(value)}, []
+    return values, [(v, v.copy()) for n, v in values.items() if type(v) in _CONTAINERS and not n.startswith("__")]
+
+
+def _put_back(space, values: dict, containers: list) -> None:
+    now = vars(space)
+    for name in [n for n, v in values.items() if now.get(n, _put_back) is not v]:
+        if not name.startswith("__") or callable(values[name]):
+            setattr(space, name, values[name])
+    for name in [n for n in now if n not in values and _is_function(now[n])]:
+        delattr(space, name)
+    for container, contents in containers:
+        if container != contents:
+            container.clear()
+            container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def _is_function(value) -> bool:
+    return type(value) in (types.FunctionType, types.MethodType, staticmethod, classmethod)
+
+
+def _is_cached(value) -> bool:
+    return type(value) is functools._lru_cache_wrapper
