@@ -64,13 +64,15 @@ def _presets() -> Iterator[str]:
 
 
 def _keys() -> Iterator[str]:
+    defaults = Config()
     for section in fields(Config):
-        yield f"{section.name}: {section.type.__doc__.splitlines()[0]}"
-        for f in fields(section.type):
+        values = getattr(defaults, section.name)
+        yield f"{section.name}: {str(type(values).__doc__).splitlines()[0]}"
+        for f in fields(values):
             valid = " | ".join(f.metadata["choices"]) or f.metadata["within"]
-            # YAML as in files: true, not True.
-            default = {True: "true", False: "false"}[f.default] if f.type is bool else f.default
-            setting = f"{section.name}.{f.name}={default}"
+            default = getattr(values, f.name)
+            text = str(default).lower() if isinstance(default, bool) else default  # as in YAML: true, not True
+            setting = f"{section.name}.{f.name}={text}"
             yield f"  {setting:34} {f.metadata['help']}" + (f" ({valid})" if valid else "")
         yield ""
 

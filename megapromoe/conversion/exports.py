@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe import __version__
 from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import to_dict
@@ -136,13 +137,13 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
     if "ema" not in state.kinds:
         notes.append("the source has no averaged weights: they start at the weights")
 
-    def read(kind: str, name: str) -> Tensor:
-        if kind in state.kinds:
-            return state.read(kind, name)
-        return state.read("master", name) if kind == "ema" else torch.zeros(state.shapes[name])
+    def read_flat(kind: str, name: str) -> Tensor:
+        if kind not in state.kinds and kind != "ema":
+            return torch.zeros(math.prod(state.shapes[name]))
+        return state.read(kind if kind in state.kinds else "master", name).view(-1)
 
     entries = {
-        f"{kind}/{name}@0": Entry((math.prod(shape),), torch.float32, lambda k=kind, n=name: read(k, n).view(-1))
+        f"{kind}/{name}@0": Entry((math.prod(shape),), torch.float32, partial(read_flat, kind, name))
         for name, shape in state.shapes.items()
         for kind in KINDS
     }
@@ -158,7 +159,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "step": state.step,
         "updates": updates,
         "config": to_dict(state.config),
-        "versions": {name: version(name) for name in ("megapromoe", "torch", "deepspeed")},
+        "versions": {"megapromoe": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
         "shapes": {name: list(shape) for name, shape in state.shapes.items()},
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
@@ -221,7 +222,7 @@ def _published_tree(state: State, notes: list[str]) -> dict[str, Any]:
                 out[theirs] = _entry(state, read, kind, ours, row, place[ours])
                 continue
             name = ours or theirs
-            value = state.buffers.get(name, fixed.get(theirs))
+            value = state.buffers[name] if name in state.buffers else fixed[theirs]
             out[theirs] = entry_of(state.buffers.get(f"ema.{name}", value) if kind == "ema" else value)
         return out
 

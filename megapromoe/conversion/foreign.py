@@ -139,11 +139,12 @@ def _moments(
         notes.append(f"no moments of {len(missing)} parameters ({missing[0]} ...), which had no gradient yet: zeros")
     if len(steps) > 1:
         notes.append(f"AdamW counts {min(steps)} to {max(steps)} steps; {max(steps)} is taken for all")
-    ours = {"lr": config.train.lr, "betas": [config.train.beta1, config.train.beta2], "eps": config.train.eps}
-    for key, mine in (ours | {"weight_decay": config.train.weight_decay}).items():
-        theirs = groups[0].get(key, mine)
-        if theirs != mine:
-            notes.append(f"its AdamW has {key} = {theirs}, the config {mine}, which will be used")
+    train = config.train
+    constants = {"lr": train.lr, "betas": [train.beta1, train.beta2], "eps": train.eps}
+    for key, value in (constants | {"weight_decay": train.weight_decay}).items():
+        stored_value = groups[0].get(key, value)
+        if stored_value != value:
+            notes.append(f"its AdamW has {key} = {stored_value}, the config {value}, which will be used")
     return max(steps, default=0)
 
 
@@ -197,7 +198,8 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
         for theirs, (ours, row) in places.items():
             if ours in shapes:
                 place(pieces, (kind, ours), row, one[theirs])
-    kinds, updates = ("master", "ema"), 0
+    kinds: tuple[str, ...] = ("master", "ema")
+    updates = 0
     states = folder / "expp_rank_0_mp_rank_00_optim_states.pt"
     optimizer = read_pickle(states)["optimizer"] if states.is_file() else main.get("optimizer")
     if optimizer and all("param_names" in group for group in optimizer["param_groups"]):

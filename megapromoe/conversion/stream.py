@@ -84,7 +84,7 @@ class Stored:
             return
         if not self.nbytes:
             return
-        room = memoryview(out.view(-1).view(torch.uint8).numpy())
+        room = out.view(-1).view(torch.uint8).numpy().data
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.offset)
             done = 0
@@ -204,9 +204,11 @@ def read_pickle(path: Path) -> Any:
 
 def _at_rest(tree: Any, path: Path) -> Any:
     if isinstance(tree, FakeTensor):
-        place = tree.untyped_storage()._checkpoint_offset + tree.storage_offset() * tree.dtype.itemsize
+        storage_offset = tree.untyped_storage()._checkpoint_offset
+        assert storage_offset is not None, "torch.load sets it under FakeTensorMode"
+        offset = int(storage_offset + tree.storage_offset() * tree.dtype.itemsize)
         stride = None if tree.is_contiguous() else tuple(tree.stride())
-        return Stored(path, place, tuple(tree.shape), tree.dtype, stride)
+        return Stored(path, offset, tuple(tree.shape), tree.dtype, stride)
     if isinstance(tree, Mapping):
         return {key: _at_rest(value, path) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -265,6 +267,7 @@ class _Pickler(pickle.Pickler):
 def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     """A record whose content will start at a multiple of the alignment, by an extra field that readers skip."""
     info = zipfile.ZipInfo(name)
+    assert archive.fp is not None, "the archive is open"
     fixed = 30 + len(name) + 20 + 4  # local header, name, zip64's extra field, the head of ours
     padding = -(archive.fp.tell() + fixed) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"\0" * padding
@@ -284,4 +287,4 @@ def _bytes_of(name: str, one: Entry) -> memoryview:
             f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, announced as {one.dtype} {one.shape}; the source changed"
             " while it was read"
         )
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -161,9 +161,9 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
     objective = make_objective(config)
     seen: dict[int, list[Tensor]] = {block: [] for block in config.model.moe_blocks}
     hooks = [
-        model.blocks[block].mlp.register_forward_pre_hook(
-            lambda _, given, b=block: seen[b].append(given[0].flatten(0, 1))
-        )
+        model.blocks[block]
+        .get_submodule("mlp")
+        .register_forward_pre_hook(lambda _, given, b=block: seen[b].append(given[0].flatten(0, 1)))
         for block in seen
     ]
     batch = 64

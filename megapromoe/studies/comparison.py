@@ -43,7 +43,7 @@ def compare(
     """
     if wrong := [f"--routers {name}: must be one of {', '.join(ROUTERS)}" for name in routers if name not in ROUTERS]:
         raise StudyError(wrong)
-    axes = {"preset": list(sizes), "model.num_experts": list(experts), "train.steps": list(steps)}
+    axes: dict[str, list] = {"preset": list(sizes), "model.num_experts": list(experts), "train.steps": list(steps)}
     variants = {router: _variant(router, axes) for router in routers}
     content: dict[str, Any] = {
         "preset": preset,

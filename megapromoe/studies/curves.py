@@ -68,6 +68,8 @@ def curves_of(found: Iterable[dict[str, Any]], figure: str | None) -> Curves | N
 
     Of the guidance scales that is taken at which some run was evaluated at most steps; of equals the highest.
     """
+    if figure is None:
+        return None
     scales: dict[float, dict[str, dict[int, float]]] = {}
     for row in sorted((row for row in found if titled(row) == figure), key=lambda row: row["step"]):
         scales.setdefault(row["guidance"], {}).setdefault(row["task"], {})[row["step"]] = row["value"]

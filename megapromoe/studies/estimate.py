@@ -37,7 +37,7 @@ def measure(study: Study) -> dict[str, Speed]:
 
     Raises StudyError with what the training said if it fails.
     """
-    dearest = {}
+    dearest: dict[str, Task] = {}
     for task in study.tasks:
         if task.variant not in dearest or task.flops > dearest[task.variant].flops:
             dearest[task.variant] = task

@@ -48,7 +48,8 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
     problems: dict[str, list[str]] = {}  # what is wrong -> tasks that have it
     if known := _unknown_names(recipe):
         raise StudyError(known)
-    tasks, taken = [], set()
+    tasks: list[Task] = []
+    taken: set[str] = set()
     for seed, values in itertools.product(recipe.seeds, itertools.product(*recipe.axes.values())):
         whole_point = dict(zip(recipe.axes, values, strict=True))
         for variant in recipe.variants:

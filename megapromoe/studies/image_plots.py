@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -17,7 +18,7 @@ from megapromoe.studies.curves import Curves, curves_of, figures
 from megapromoe.studies.study import Study, metrics
 from megapromoe.studies.tables import Rows, evaluated, first_figure, groups, model_name
 
-COLOURS = colormaps["tab10"].colors
+COLOURS = [to_rgb(colour) for colour in color_sequences["tab10"]]
 SHAPES = (("o", "circles"), ("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
 PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 SMOOTH = 3  # logged values that a curve of the loss averages
@@ -48,7 +49,7 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     panels = figure.subplot_mosaic([["losses", "course"], ["ends", "ends"]] if third else [["losses", "ends"]])
     _draw_losses(panels["losses"], study, everything, styles)
     _draw_ends(panels["ends"], rows, first, everything, styles)
-    if third:
+    if third and curves is not None:
         _draw_course(panels["course"], curves, means, styles, study.recipe.baseline)
         lines = panels["losses"].get_legend_handles_labels()
         figure.legend(*lines, loc="outside upper center", ncols=4, fontsize=8, frameon=False)

@@ -7,21 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from megapromoe.io import atomic_write
 from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
-from megapromoe.studies.image_plots import draw_images
+from megapromoe.studies.image_plots import COLOURS, PLAIN, draw_images
 from megapromoe.studies.study import Study, metrics
 from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of, model_name
 
-COLOURS = colormaps["tab10"].colors
 MARKERS = "osD^vP*X<>"
-PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 LOSS_LABEL = "loss on fixed draws"
 
 
@@ -209,7 +205,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         ax.set_title(title, fontsize=10)
     if note:
         figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7, color="0.35")
-        figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
+        figure.set_layout_engine("constrained", rect=(0, 0.035, 1, 0.965))
     return figure
 
 

@@ -164,6 +164,7 @@ def _words(code: int, study: Study, one: _Started) -> str:
     if code == STOPPED:
         return f"stopped after {seconds}, saved; repeat the command to go on"
     outcome = study.outcome(one.task)
+    assert outcome is not None, "written when the task ended"
     return f"failed with exit code {code} after {seconds}; {study.log(one.task)} ends with: {outcome['said']}"
 
 

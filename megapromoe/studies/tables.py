@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from scipy.stats import t as student
 
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
@@ -124,7 +125,8 @@ def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tu
     found: dict[tuple[str, str, tuple], PowerLaw | str] = {}
     for (variant, x, rest), family in families.items():
         try:
-            found[variant, x, rest] = fit_power_law([row[x] for row in family], [row[key] for row in family])
+            values, losses = (np.array([row[name] for row in family], dtype=float) for name in (x, key))
+            found[variant, x, rest] = fit_power_law(values, losses)
         except FitError as error:
             found[variant, x, rest] = str(error)
     return found
@@ -163,7 +165,7 @@ def sections(
     yield from _evaluated_sections(rows, recipe)
     yield from _over_training(rows, recipe, found)
     for name in against:
-        lines = [["model", "loss minus that of " + name, "seeds", "differs"]]
+        lines: list[list[Any]] = [["model", "loss minus that of " + name, "seeds", "differs"]]
         for (variant, point), d in differences(rows, recipe, name).items():
             lines.append([model_name(variant, point), f"{d:+}", d.runs, _verdict(d)])
         if len(lines) > 1:
@@ -178,7 +180,8 @@ def sections(
         yield "Slope of each seed's line over log2 E, mean and 95 % interval over seeds."
         yield _table(lines)
     yield "## Power laws, L = a + b x^-c"
-    lines, reasons = [["model", "x", "a", "b", "c", "95 % of c", "supported"]], {}
+    lines = [["model", "x", "a", "b", "c", "95 % of c", "supported"]]
+    reasons: dict[tuple[str, str], list[str]] = {}
     for (variant, x, rest), law in fits(rows, recipe).items():
         name = model_name(variant, rest)
         if isinstance(law, str):
@@ -252,7 +255,7 @@ def _of_images(values: list[float]) -> str:
 
 
 def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:
-    lines = [["model", "seeds", "parameters", "active", "training FLOPs", "loss", "training loss"]]
+    lines: list[list[Any]] = [["model", "seeds", "parameters", "active", "training FLOPs", "loss", "training loss"]]
     lines[0] += ["load entropy", "dead experts", "images/s", "peak memory"]
     for (variant, point), group in groups(rows, recipe).items():
         first = group[0]
