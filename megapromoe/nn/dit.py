@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(D, config.heads, config.qk_norm)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
+        self.mlp: MoE | Mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
         self.recompute = "none"
 
@@ -173,11 +173,14 @@ class DiT(nn.Module):
         if not all_routed:
             empty = self.pos_embed.new_zeros(0)
             return Auxiliary({}, empty.view(0, 0), empty)
-        layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        # Not `isinstance(..., MoE)`: a comparison puts other layers in its place.
+        layers = [block.mlp for block in self.blocks if isinstance(block, Block) and not isinstance(block.mlp, Mlp)]
         losses = layers[0].losses_of(all_routed)
         load_LE = torch.stack([r.load_E for r in all_routed])
-        dropped = [moe.dispatcher.dropped for moe in layers if isinstance(moe.dispatcher, StaticDispatcher)]
-        dropped_L = torch.stack(dropped) if dropped else None
+        dropped_L = None
+        if self.config.capacity_factor > 0:
+            dispatchers = [moe.dispatcher for moe in layers]
+            dropped_L = torch.stack([d.dropped for d in dispatchers if isinstance(d, StaticDispatcher)])
         return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
