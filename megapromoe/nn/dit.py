@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(D, config.heads, config.qk_norm)
         self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
-        self.mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
+        self.mlp: MoE | Mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
         self.recompute = "none"
 
