@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("tests", "step", "profile", "layer", "train")  # by what is worth most on a machine that is lent for a while
-TESTS = ("tests/unit/test_gpu.py", "tests/unit/test_golden.py", "tests/unit/test_published_run.py")
+TESTS = ("tests/unit/test_gpu.py", "tests/unit/test_golden.py", "tests/parallel/test_published_run.py")
 QUICK_TESTS = TESTS[:2]
 
 
