@@ -10,7 +10,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -182,10 +182,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ask_gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of every GPU of the node; empty where there is no nvidia-smi, or it does not answer."""
+def ask_gpus(facts: Collection[str] = tuple(GPU_FACTS)) -> list[dict[str, str]]:
+    """What nvidia-smi says of every GPU of the node; empty where there is no nvidia-smi, or it does not answer.
+
+    Args:
+        facts: what to ask beside index, uuid, name and driver; those that this driver does not know are left out.
+    """
     program = shutil.which("nvidia-smi")
-    names = ["index", "uuid", "name", "driver_version", *GPU_FACTS]
+    names = ["index", "uuid", "name", "driver_version", *facts]
     while program and names:
         command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
         try:
@@ -197,7 +201,7 @@ def ask_gpus() -> list[dict[str, str]]:
             return [dict(zip(names, map(str.strip, row), strict=True)) for row in rows if len(row) == len(names)]
         # Older and newer drivers do not know all names.
         unknown = re.search(r'Field "([^"]+)" is not a valid field', done.stdout + done.stderr)
-        if unknown is None or unknown[1] not in GPU_FACTS or unknown[1] not in names:
+        if unknown is None or unknown[1] not in facts or unknown[1] not in names:
             return []
         names.remove(unknown[1])
     return []

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -261,6 +262,12 @@ def test_deepspeeds_optimizer_needs_a_gpu():
 
 
 # ---- DeepSpeed's internals
+
+
+def test_the_engine_is_imported_without_deepspeed():
+    """Our rules are over the protocol; DeepSpeed comes with the adapter, when an engine starts."""
+    code = "import sys, megapromoe.engine.engine, megapromoe.checkpoint.manager; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("version", ["0.19.7", "0.18.9", "0.20.0", "0.20.0.dev1", "1.0"])

@@ -1,0 +1,170 @@
+"""Runs the stages of a GPU run: each process within its share of the time, with its output in a log of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapromoe.benchmark.gpu_machine import GpuRunError, read_json
+from megapromoe.benchmark.gpu_stages import STAGES, StageCommand, stage_figures
+from megapromoe.io import write_json
+
+RUN_SHARE, STOP_SHARE = 0.94, 0.05  # of a stage's limit: for its processes; for them to end once they are asked to
+LOG_LINES = 15  # of a process's log, shown when it ends
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: `finished`, `stopped` by its limit, or `failed`."""
+
+    status: str
+    exit_code: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """A run of stages into one folder.
+
+    Args:
+        out: the folder; `out / stage` is a stage's.
+        root: the checkout.
+        seconds: limit of each stage.
+        environment: of the stages' processes.
+        machine: what `gpu_machine.describe` returns.
+    """
+
+    out: Path
+    root: Path
+    seconds: float
+    environment: dict[str, str]
+    machine: dict[str, Any]
+
+    def commands_done(self, stage: str, commands: Sequence[StageCommand]) -> dict[str, Any]:
+        """How the processes of a stage ended before, by name.
+
+        Raises GpuRunError where the folder holds figures of other command lines.
+        """
+        file = self.out / stage / "stage.json"
+        done = read_json(file)["commands"] if file.is_file() else {}
+        words = {command.name: self._recorded(command) for command in commands}
+        if any(done[name]["words"] != words.get(name) for name in done):
+            raise GpuRunError(
+                f"{self.out / stage}: was measured by other command lines; give another --out, or --again to begin anew"
+            )
+        return done
+
+    def discard(self, stage: str) -> None:
+        """Removes the folder of a stage, if it is one."""
+        if (self.out / stage / "stage.json").is_file():
+            shutil.rmtree(self.out / stage)
+
+    def run_stage(self, stage: str, commands: Sequence[StageCommand]) -> str:
+        """Runs what a stage has not finished, and writes stage.json after each process; returns the stage's status."""
+        folder, done, status = self.out / stage, self.commands_done(stage, commands), "finished"
+        left = [c for c in commands if done.get(c.name, {}).get("status") != "finished"]
+        if not left:
+            print(f"{stage}: finished before, skipped; --again begins anew", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + RUN_SHARE * self.seconds
+        for number, command in enumerate(left):
+            limit = max(deadline - time.monotonic(), 0.0) / (len(left) - number)  # what one leaves, the next has
+            log, grace = folder / f"{command.name}.log", STOP_SHARE * self.seconds / len(left)
+            print(f"{stage}, {command.name}: at most {limit / 60:.1f} min, log in {log}", flush=True)
+            outcome = run_process(command, self.environment, self.root, log, limit, grace)
+            version = self.machine["megapromoe"]
+            done[command.name] = {"words": self._recorded(command), **vars(outcome), "megapromoe": version}
+            statuses = [done.get(c.name, {}).get("status", "stopped") for c in commands]
+            status = next((s for s in ("failed", "stopped") if s in statuses), "finished")
+            write_json(folder / "stage.json", {"stage": stage, "status": status, "commands": done}, indent=1)
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            print("\n".join(f"    {line}" for line in tail))
+            print(f"{stage}, {command.name}: {outcome.status} after {outcome.seconds / 60:.1f} min", flush=True)
+        return status
+
+    def _recorded(self, command: StageCommand) -> list[str]:
+        """A command line without what may change: the folder can be moved, and the limit is no part of the figures."""
+        words = [word.replace(str(self.out), "OUT") for word in command.words]
+        if "--seconds" in words:
+            place = words.index("--seconds")
+            del words[place : place + 2]
+        return words
+
+    def report(self) -> str:
+        """The machine, and the figures of every stage so far, as Markdown."""
+        facts = ("device", "capability", "gpus", "cuda", "python", "torch", "deepspeed", "megapromoe", "cores")
+        known = [f"{name} {self.machine[name]}" for name in facts if self.machine[name] is not None]
+        lines = ["# GPU run", "", ", ".join(known), ""]
+        for row in self.machine["nvidia_smi"]:
+            lines.append(f"* {', '.join(f'{name} {value}' for name, value in row.items() if name != 'uuid')}")
+        for stage in STAGES:
+            file = self.out / stage / "stage.json"
+            if file.is_file():
+                held = read_json(file)
+                seconds = sum(command["seconds"] for command in held["commands"].values())
+                lines += ["", f"## {stage}: {held['status']}, {seconds / 60:.1f} min", ""]
+                lines += [f"* {line}" for line in stage_figures(stage, file.parent)]
+        return "\n".join(lines) + "\n"
+
+
+def run_process(
+    command: StageCommand, environment: dict[str, str], root: Path, log: Path, limit: float, grace: float
+) -> Outcome:
+    """Runs a process with its output in `log`, which grows.
+
+    Args:
+        limit: seconds after which it gets `command.stop`, to end with what it has.
+        grace: seconds after that until it, and what it has started, are killed.
+    """
+    start = time.monotonic()
+    with open(log, "ab") as output:
+        output.write(f"$ {shlex.join(command.words)}\n".encode())
+        output.flush()
+        # In a process group of its own, so that Ctrl-C reaches it once, and its children can be ended with it.
+        process = subprocess.Popen(
+            [sys.executable, *command.words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=root,
+            env={**environment, **dict(command.settings)},
+            start_new_session=True,
+        )
+        stopped = False
+        try:
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                stopped = True
+                process.send_signal(command.stop)
+                try:
+                    process.wait(grace)
+                except subprocess.TimeoutExpired:
+                    output.write(b"gpu_run: did not end when asked to, killed\n")
+        except KeyboardInterrupt:
+            process.send_signal(command.stop)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+            raise
+        finally:
+            _kill_group(process)
+    code = process.returncode
+    status = "finished" if code == 0 else "stopped" if stopped else "failed"
+    return Outcome(status, code, time.monotonic() - start)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of a process and its children."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
