@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset
+from megapromoe.io import write_bytes
 from megapromoe.nn.dit import DiT
 from megapromoe.routing_analysis.measures import NOBODY
 from megapromoe.routing_analysis.observe import Routing, measure_routing
@@ -39,7 +40,7 @@ def routing_picture(model: DiT, config: Config, dataset: Dataset, path: Path) ->
     """
     routing = measure_routing(model, config, dataset)
     figure = draw(routing, dataset.class_names, config.model.input_size // config.model.patch_size)
-    path.write_bytes(png(figure, dpi=110))
+    write_bytes(path, png(figure, dpi=110))
     return routing.numbers()
 
 
@@ -54,7 +55,7 @@ def draw(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
     heat_rows, layers = math.ceil(L / wide), len(_some_layers(L))
     heights = [heat_rows * 3.4, 0.95 * (1 + layers), 2.6]
     figure = _figure(max(10.5, 3.2 * wide), sum(heights) + 1.2)
-    heat, maps, bars = figure.subfigures(3, 1, height_ratios=heights)
+    heat, maps, bars = _stacked(figure, heights)
     heat.suptitle("Share of each class's tokens that goes to each expert", fontsize=11)
     _draw_shares(heat, routing, class_names)
     maps.suptitle("The expert of each token, images at the middle noise level", fontsize=11)
@@ -94,7 +95,7 @@ def levels_figure(routing: Routing, evenness_ML: np.ndarray) -> Figure:
     width, height = _panels(L, 1.4 + 0.25 * len(levels))
     first_height = 1.3 + 0.3 * len(levels)
     figure = _figure(width, height + first_height)
-    first, rest = figure.subfigures(2, 1, height_ratios=[first_height, height])
+    first, rest = _stacked(figure, [first_height, height])
     ax = first.subplots()
     _heat(first, ax, evenness_ML, routing.blocks, levels, ("block", "noise level"), "evenness", (0, 1), written=L <= 16)
     ax.set_title("Evenness of the load", fontsize=10)
@@ -116,7 +117,7 @@ def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Se
     Args:
         place_LT2: of the tokens, for each of `layers`.
     """
-    tokens, E, C = routing.tokens, routing.rows_MLCE.shape[-1], len(class_names)
+    tokens, E, C = routing.kept_tokens, routing.rows_MLCE.shape[-1], len(class_names)
     figure = _figure(11.5, 5.0 * len(layers))
     axes = figure.subplots(len(layers), 2, squeeze=False)
     experts = [f"expert {e}" for e in range(E)]
@@ -138,7 +139,7 @@ def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray
     figure = _figure(width, 2 * height)
     apart = "Jensen-Shannon divergence, bits"
     parts = ((share_LUE, "load", "viridis"), (apart_LUU, apart, "magma"))
-    for sub, (values, title, colours) in zip(figure.subfigures(2, 1), parts, strict=True):
+    for sub, (values, title, colours) in zip(_stacked(figure, [height, height]), parts, strict=True):
         top = max(np.nanmax(values, initial=0), 1e-9)
         for layer, ax in enumerate(_grid(sub, L)):
             shown = ax.imshow(values[layer], vmin=0, vmax=top, aspect="auto", cmap=colours)
@@ -170,7 +171,9 @@ def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: s
     return figure
 
 
-def lines_figure(routing: Routing, lines: dict[str, Sequence[float]], title: str, flat: dict[str, float]) -> Figure:
+def lines_figure(
+    routing: Routing, lines: Mapping[str, Sequence[float]], title: str, flat: Mapping[str, float]
+) -> Figure:
     """Measures over layers, a line each; `flat` ones are dashed."""
     figure = _figure(8, 3.2)
     ax = figure.subplots()
@@ -198,6 +201,11 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
+    """Parts of a figure, one below the other, of these heights."""
+    return list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+
+
 def _panels(L: int, height: float) -> tuple[float, float]:
     """Size of a figure with a panel for each layer, four a row."""
     return max(3.0 * min(L, 4) + 1.2, 6.0), math.ceil(L / 4) * height
@@ -218,9 +226,9 @@ def _some_layers(L: int) -> np.ndarray:
 
 def _colours(count: int) -> ListedColormap:
     if count <= 10:
-        return ListedColormap(colormaps["tab10"].colors[:count])
+        return ListedColormap(colormaps["tab10"](np.arange(count)))
     if count <= 20:
-        return ListedColormap(colormaps["tab20"].colors[:count])
+        return ListedColormap(colormaps["tab20"](np.arange(count)))
     return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count)))
 
 

@@ -17,7 +17,7 @@ NOBODY = -1  # the group of a token that belongs to none
 
 def definition(measure: Any) -> str:
     """What a measure says of itself: its docstring up to its arguments."""
-    return re.split(r"\n\n(?:Args|Returns|Raises|Source):", inspect.getdoc(measure))[0]
+    return re.split(r"\n\n(?:Args|Returns|Raises|Source):", inspect.getdoc(measure) or "")[0]
 
 
 # ---- load

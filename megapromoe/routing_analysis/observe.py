@@ -1,7 +1,7 @@
 """What the experts learnt: which classes and which parts of an image go to which expert.
 
 Real images are corrupted to a few noise levels and shown to the model under their labels; what its routers
-answer is counted over classes. `analysis.py` says what follows from the counts, `figures.py` draws them.
+answer is counted over classes. `analysis.py` measures what follows from the counts, `figures.py` draws them.
 """
 
 from __future__ import annotations
@@ -69,6 +69,13 @@ class Routing:
         return self.levels[len(self.levels) // 2]
 
     @property
+    def kept_tokens(self) -> Tokens:
+        """`tokens`. Raises ValueError if none were to be kept."""
+        if self.tokens is None:
+            raise ValueError("measure_routing kept no tokens; give it their number")
+        return self.tokens
+
+    @property
     def rows_LCE(self) -> np.ndarray:
         """Rows over all noise levels."""
         return self.rows_MLCE.sum(0)
@@ -108,21 +115,25 @@ class Routing:
         }
 
 
-class Seen(NamedTuple):
-    """What a router got and said."""
+class RouterCall(NamedTuple):
+    """The input of a router, and what it returned."""
 
     x_BSD: Tensor
     routed: Routed
 
 
 @contextmanager
-def recorded(model: DiT) -> Iterator[list[Seen]]:
-    """Within the context each forward pass appends what its routers got and returned, layer by layer."""
-    seen: list[Seen] = []
+def recorded(model: DiT) -> Iterator[list[RouterCall]]:
+    """Within the context each forward pass appends the calls of its routers, layer by layer."""
+    calls: list[RouterCall] = []
+
+    def record(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Routed) -> None:
+        calls.append(RouterCall(inputs[0], output))
+
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_hook(lambda _, got, said: seen.append(Seen(got[0], said))) for router in routers]
+    hooks = [router.register_forward_hook(record) for router in routers]
     try:
-        yield seen
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
@@ -171,7 +182,7 @@ def measure_routing(
     N = min(images, len(dataset))
     picked_N = np.linspace(0, len(dataset) - 1, N).astype(np.int64)
     clean_NCHW, labels_N = dataset.read(picked_N)
-    noise_NCHW = image_noise(config.sample.seed, picked_N, dataset.shape)
+    noise_NCHW = image_noise(config.sample.seed, picked_N.tolist(), dataset.shape)
     objective, device = make_objective(config), model.pos_embed.device
 
     rows_MLCE = np.zeros((len(levels), L, C, E), dtype=np.int64)
@@ -185,10 +196,10 @@ def measure_routing(
             clean, label_B = torch.from_numpy(clean_NCHW[part]), labels_N[part]
             B = len(label_B)
             x_BCHW, t_B = objective.corrupt(clean, noise_NCHW[part], torch.full((B,), level))
-            with recorded(model) as seen:
+            with recorded(model) as calls:
                 model(x_BCHW.to(device), t_B.to(device), torch.from_numpy(label_B).to(device), B)
             here = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
-            for layer, (x_BSD, routed) in enumerate(seen[place] for place in layers):
+            for layer, (x_BSD, routed) in enumerate(calls[place] for place in layers):
                 route = routed.route
                 token_R, expert_R = route.token_R.cpu().numpy(), route.expert_R.cpu().numpy()
                 row_R = label_B[token_R // S] * E + expert_R

@@ -17,8 +17,9 @@ from megapromoe.config.options import ROUTERS
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.routing_analysis import figures, measures, report
+from megapromoe.routing_analysis.analysis import MEASURES, Request, analyse, choose_subsets
 from megapromoe.routing_analysis.observe import Routing, RoutingError, Tokens, measure_routing
-from megapromoe.routing_analysis.report import MEASURES, Request, analyse, choose_subsets, page, plain
+from megapromoe.routing_analysis.report import page, plain
 
 TOOL = Path(__file__).parents[2] / "tools" / "plot_routing.py"
 RNG = np.random.default_rng(0)
