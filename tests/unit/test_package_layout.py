@@ -1,6 +1,8 @@
 """The layout of the package: who may import whom, who imports deepspeed, and who reads the environment."""
 
 import ast
+import re
+from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -11,21 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # One total order, lowest first: each may import itself and those before it.
 ORDER = (
-    *(
-        "errors",
-        "io",
-        "config",
-        "planning",
-        "distributed",
-        "diffusion",
-        "data",
-        "nn",
-        "preflight",
-        "engine",
-        "benchmark",
-    ),
-    *("checkpoint", "training", "conversion", "sampling", "routing_analysis", "evaluation", "studies", "commands"),
-    *("cli", "__main__"),
+    *("errors", "io", "config", "planning", "distributed", "diffusion", "data", "nn", "preflight", "engine"),
+    *("benchmark", "checkpoint", "training", "conversion", "sampling", "routing_analysis", "evaluation", "studies"),
+    *("commands", "cli", "__main__"),
 )
 
 
@@ -121,3 +111,19 @@ def test_the_rules_see_what_they_forbid():
     assert module_name(PACKAGE / "training" / "loop.py") in modules(ast.parse(code))
     assert len(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == 4
     assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_the_readme_shows_this_order_and_every_file():
+    rows = re.findall(r"^\| `([\w/.]+)` \| (.*) \|$", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.M)
+    shown = [name.rstrip("/").removesuffix(".py") for name, _ in rows]
+    assert [name for name in shown if "/" not in name] == [name for name in reversed(ORDER) if name != "__main__"]
+    text = dict(zip(shown, (content for _, content in rows), strict=True))
+    missing = []
+    for file in FILES:
+        package = "/".join(file.relative_to(PACKAGE).parts[:-1])
+        if not package or file.name == "__init__.py" or package == "commands":
+            continue
+        patterns = re.findall(r"`([\w*]+\.py)`", text[package])
+        if not any(fnmatch(file.name, pattern) for pattern in patterns):
+            missing.append(name_of(file))
+    assert not missing
