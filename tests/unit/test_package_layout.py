@@ -14,6 +14,7 @@ ORDER = (
     *(
         "errors",
         "io",
+        "versions",
         "config",
         "planning",
         "distributed",
