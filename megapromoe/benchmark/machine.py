@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megapromoe import __version__
 from megapromoe.benchmark.measure import Work, interleave, make_clock
+from megapromoe.versions import versions
 
 SIDES = {"cpu": (512, 1024, 1536), "cuda": (4096, 8192, 16384)}
 ROUNDS = {"cpu": 5, "cuda": 20}
@@ -67,9 +66,8 @@ def describe(device: torch.device, dtype: torch.dtype, threads: int, kept: bool)
         "memory": "kept when freed" if kept else "as the allocator has it",
         "peak": matmul_peak(device, dtype, threads),
         "python": platform.python_version(),
-        "megapromoe": __version__,
         "torch": torch.__version__,
-        "deepspeed": metadata.version("deepspeed"),
+        **versions(("megapromoe", "deepspeed")),
         "cuda": torch.version.cuda if gpu else None,
     }
 

@@ -30,16 +30,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import megapromoe
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.reader import UnreadableFile, read_yaml
 from megapromoe.config.resolve import to_yaml
 from megapromoe.errors import UserError
 from megapromoe.io import staging_path, write_json, write_text
+from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -237,10 +236,6 @@ def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _environment(config: Config, world: int, launcher: str, changed: dict[str, list[Any]]) -> dict[str, Any]:
     """One entry of environment.json."""
-    versions = {"megapromoe": megapromoe.__version__, "python": platform.python_version()}
-    for package in ("torch", "deepspeed", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -248,8 +243,8 @@ def _environment(config: Config, world: int, launcher: str, changed: dict[str, l
         "pid": os.getpid(),
         "launcher": launcher,
         "layout": asdict(config.layout(world)),
-        "versions": versions,
-        "git": _git_state(Path(megapromoe.__file__).resolve()),
+        "versions": {"python": platform.python_version(), **versions(("megapromoe", "torch", "deepspeed", "numpy"))},
+        "git": _git_state(Path(__file__).resolve()),
         "changed": changed,
     }
 

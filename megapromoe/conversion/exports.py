@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe import __version__
 from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import to_dict
@@ -35,6 +34,7 @@ from megapromoe.conversion.stream import (
     write_safetensors,
 )
 from megapromoe.io import atomic_tree, sync, write_text
+from megapromoe.versions import versions
 
 WEIGHTS = ("ema", "master")
 
@@ -159,7 +159,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "step": state.step,
         "updates": updates,
         "config": to_dict(state.config),
-        "versions": {"megapromoe": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
+        "versions": versions(("megapromoe", "torch", "deepspeed")),
         "shapes": {name: list(shape) for name, shape in state.shapes.items()},
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],

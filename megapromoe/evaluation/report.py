@@ -12,14 +12,12 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megapromoe import __version__
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Digits
@@ -31,6 +29,7 @@ from megapromoe.nn.dit import DiT
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
 from megapromoe.sampling.run_model import load_model
+from megapromoe.versions import versions
 
 FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps
 GRID_SIDE = 10  # classes shown in samples.png, and at most so many images of each
@@ -95,9 +94,8 @@ def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, A
 
 def machine() -> dict[str, Any]:
     """What this process runs on."""
-    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": _cores(), "gpu": gpu, "megapromoe": __version__, **versions}
+    return {"cpu": _cpu_name(), "cores": _cores(), "gpu": gpu, **versions(("megapromoe", "torch", "deepspeed"))}
 
 
 def _cores() -> int:

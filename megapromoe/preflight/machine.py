@@ -13,7 +13,6 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from megapromoe.config.deepspeed_file import find_ds_configs
 from megapromoe.distributed import runtime
 from megapromoe.planning.machines import GIB
 from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
+from megapromoe.versions import versions as package_versions
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 MAY_DIFFER = ("driver",)  # versions: NCCL gets along, but it is worth knowing
@@ -109,12 +109,7 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
 
 def versions() -> dict[str, str]:
     """Versions of all that must be the same everywhere; of megapromoe also a hash of what is installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = {"python": platform.python_version(), **package_versions(PACKAGES)}
     found["CUDA"] = torch.version.cuda or "none"
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     found["megapromoe"] = f"{megapromoe.__version__} {content_hash()}"

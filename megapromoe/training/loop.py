@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, throughput
+from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _train(
             if last or t.save_every and step % t.save_every == 0:
                 watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
                 facts = {"step": step, "updates": progress.updates, "recent_norms": list(progress.recent)}
-                facts |= {"config": to_dict(config), "versions": _versions()}
+                facts |= {"config": to_dict(config), "versions": versions(("megapromoe", "torch", "deepspeed"))}
                 if mesh.rank == 0:
                     facts["run"] = run.identity()
                 with window.paused():
@@ -365,7 +365,3 @@ def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
         images = generate(engine.module, config, labels, list(range(len(labels))))
     shown = images[:, :3] if images.shape[1] == 4 else images  # latents: the first three channels, as colours
     return grid(shown.cpu(), columns=8, scale=picture_scale(config.model.input_size))
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("megapromoe", "torch", "deepspeed")}

@@ -23,7 +23,9 @@ ENV["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def call(script: str, *words: str, code: int = 0, cwd: Path = ROOT, **env: str) -> str:
-    """Runs a launcher; returns stdout, or stderr if an exit code other than 0 is expected."""
+    """Runs a launcher with the Python of the tests, unless `env` chooses one; returns stdout, or if `code` stderr."""
+    if not env.keys() & {"MEGAPROMOE_ENV", "MEGAPROMOE_PYTHON"}:
+        env["MEGAPROMOE_PYTHON"] = sys.executable
     command = ["bash", str(LAUNCHERS / f"{script}.sh"), *words]
     done = subprocess.run(command, env=ENV | env, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
@@ -154,8 +156,28 @@ def test_a_python_can_be_chosen(tmp_path):
     assert "/of/the/container/python" in printed("promoe_b", **container)["train"]
 
 
+def test_without_a_choice_it_is_the_environment_beside_the_launchers_or_what_path_finds(tmp_path):
+    shutil.copytree(LAUNCHERS, tmp_path / "launchers")
+    found, beside = tmp_path / "found" / "bin", tmp_path / ".venv" / "bin"
+    for folder in (found, beside):
+        folder.mkdir(parents=True)
+        (folder / "megapromoe").write_text(f'#!/bin/sh\necho "{folder}: $1" >&2\nexit 2\n')
+        (folder / "megapromoe").chmod(0o755)
+
+    def said(path: str) -> str:
+        command = ["bash", str(tmp_path / "launchers" / "promoe_b.sh"), "--dry-run"]
+        done = subprocess.run(command, env=ENV | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 2
+        return done.stderr
+
+    assert said(f"{found}:/usr/bin:/bin") == f"{beside}: show\n"
+    shutil.rmtree(tmp_path / ".venv")
+    assert said(f"{found}:/usr/bin:/bin") == f"{found}: show\n"
+    assert "megapromoe is not on PATH; set MEGAPROMOE_ENV" in said("/usr/bin:/bin")
+
+
 def test_a_machine_without_slurm_is_told(tmp_path):
-    for name in ("bash", "sed", "realpath", "dirname", "basename", "nproc", "megapromoe"):
+    for name in ("bash", "sed", "realpath", "dirname", "basename", "nproc"):
         (tmp_path / name).symlink_to(shutil.which(name, path=ENV["PATH"]))
     assert "launchers/local.sh" in call("promoe_s", code=2, PATH=str(tmp_path))
     assert "--resv-ports=1" in call("promoe_s", "--dry-run", PATH=str(tmp_path))
@@ -223,10 +245,12 @@ def test_local_layout_follows_the_ranks():
 def test_host_files_say_how_many(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two machines\nhost1 slots=3\nhost2 slots = 1\n")
-    command = shlex.split(call("mpirun", "promoe_b", "--dry-run", HOSTFILE=str(hosts)).splitlines()[-1])
+    (tmp_path / "mpirun").touch(mode=0o755)
+    env = {"PATH": f"{ENV['PATH']}:{tmp_path}"}
+    command = shlex.split(call("mpirun", "promoe_b", "--dry-run", HOSTFILE=str(hosts), **env).splitlines()[-1])
     assert command[:5] == ["mpirun", "-n", "4", "--hostfile", str(hosts)]
     assert command[command.index("--preset") + 1] == "promoe_b" and "parallel.ep=4" in command
-    assert "no.hosts: cannot be read" in call("mpirun", HOSTFILE="no.hosts", code=2)
+    assert "no.hosts: cannot be read" in call("mpirun", HOSTFILE="no.hosts", code=2, **env)
 
 
 TINY = ["train.steps=3", "train.warmup=0", "train.log_every=1", "train.global_batch=32", "model.hidden_size=32"]

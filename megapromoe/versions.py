@@ -1,0 +1,26 @@
+"""Versions of packages, for what a run writes down and what ranks compare."""
+
+from collections.abc import Iterable
+from importlib import metadata
+
+import megapromoe
+
+NOT_INSTALLED = "not installed"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> version.
+
+    megapromoe may be imported from a checkout that is not installed, so its version is that of the imported package.
+    Other packages without metadata, such as a source tree on PYTHONPATH, are "not installed".
+    """
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    if package == megapromoe.__name__:
+        return megapromoe.__version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return NOT_INSTALLED

@@ -1,0 +1,51 @@
+"""The program from a checkout that is not installed: a copy of the package on PYTHONPATH, without metadata."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from support.training_runs import losses
+
+from megapromoe import __version__
+from megapromoe.checkpoint.format import Checkpoint, folder_of
+from megapromoe.versions import versions
+
+ROOT = Path(__file__).parents[2]
+# Imported by Python at its start: this environment's metadata of the package, if it has any, is not found.
+HIDDEN = """
+from importlib import metadata
+real = metadata.distribution
+def distribution(name):
+    if name == "megapromoe":
+        raise metadata.PackageNotFoundError(name)
+    return real(name)
+metadata.distribution = distribution
+"""
+
+
+def test_it_trains_saves_and_goes_on(tmp_path):
+    checkout, run = tmp_path / "checkout", tmp_path / "run"
+    for folder in ("megapromoe", "ds_configs"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "sitecustomize.py").write_text(HIDDEN)
+    settings = ["model.hidden_size=32", "train.warmup=0", "train.log_every=1", "train.global_batch=32"]
+    for steps in (2, 3):
+        command = [sys.executable, "-m", "megapromoe", "train", "--run-dir", str(run), "--preset", "digits"]
+        done = subprocess.run(
+            [*command, *settings, f"train.steps={steps}"],
+            env=os.environ | {"PYTHONPATH": str(checkout)}, cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert Checkpoint(folder_of(run / "checkpoints", steps)).manifest["versions"]["megapromoe"] == __version__
+    assert len(losses(run)) == 3
+    assert json.loads((run / "environment.json").read_text())[0]["versions"]["megapromoe"] == __version__
+
+
+def test_a_package_without_metadata_has_no_version():
+    assert versions(("torch", "no-such-package")) == {
+        "torch": versions(("torch",))["torch"],
+        "no-such-package": "not installed",
+    }
