@@ -23,6 +23,7 @@ test: check
 check: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The tables in docs/, measured anew.
 equality: env

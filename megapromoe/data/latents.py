@@ -95,9 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         unfinished = (Path(folder) / "plan.json").exists()
-        remedy = (
-            "its encoding is not finished: repeat the command" if unfinished else "make it: tools/encode_latents.py"
-        )
+        remedy = "its encoding is not finished: repeat the command" if unfinished else "make it: megapromoe encode"
         raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
     except (OSError, ValueError) as error:
         raise LatentsError(f"{path} cannot be read: {error}") from error

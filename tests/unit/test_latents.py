@@ -202,7 +202,7 @@ def test_a_manifest_that_is_none_is_refused(folder, change, told):
 
 
 def test_a_folder_without_manifest_says_what_to_do(tmp_path, folder):
-    with pytest.raises(LatentsError, match="holds no manifest.json; make it: tools/encode_latents.py"):
+    with pytest.raises(LatentsError, match="holds no manifest.json; make it: megapromoe encode"):
         Latents(tmp_path)
     (folder / "manifest.json").unlink()
     with pytest.raises(LatentsError, match="is not finished: repeat the command"):
