@@ -165,13 +165,15 @@ def _inception(file: Path, device: torch.device) -> Callable[[Tensor], Features]
         reason = str(error).splitlines()[0]
         raise FeatureError(f"{file}: holds no weights that can be read ({reason}); give another file") from error
     network = Inception()
-    own = network.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}  # unused, and often left out
-    if not isinstance(state, dict) or set(own) - counters - set(state) or set(state) - set(own):
-        apart = sorted(set(own) - counters ^ set(state) - counters)[:3] if isinstance(state, dict) else []
+    expected = network.state_dict()
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and often left out
+    if not isinstance(state, dict) or set(expected) - counters - set(state) or set(state) - set(expected):
+        apart = sorted(set(expected) - counters ^ set(state) - counters)[:3] if isinstance(state, dict) else []
         raise FeatureError(f"{file}: are not the weights of this Inception ({', '.join(apart) or 'no names'} ...)")
-    if wrong := [n for n in state if n not in counters and state[n].shape != own[n].shape]:
-        raise FeatureError(f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(own[wrong[0]].shape)}")
+    if wrong := [n for n in state if n not in counters and state[n].shape != expected[n].shape]:
+        raise FeatureError(
+            f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
+        )
     network.load_state_dict(state, strict=False)
     network.eval().to(device)
     return lambda images: Features(*network(_three_channels(images)))

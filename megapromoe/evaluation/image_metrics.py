@@ -254,7 +254,7 @@ def _generate_sets(
     out = request.out / f"step-{checkpoint.step:08d}-{digest}.npz"
     request = replace(request, step=checkpoint.step, out=out, named=True)
     sets = [ImageSet(place) for place in generate_in_session(request, launch, device)]
-    return [(images, _facts(request, own, images)) for (own, _), images in zip(request.outputs(), sets, strict=True)]
+    return [(images, _facts(request, c, images)) for (c, _), images in zip(request.outputs(), sets, strict=True)]
 
 
 def _facts(request: GenerationRequest, config: Config, images: ImageSet) -> dict[str, Any]:

@@ -166,8 +166,8 @@ def _sampled(model: DiT, config: Config, count: int) -> tuple[dict[str, Any], np
     labels = [i % config.model.num_classes for i in range(count)]
     images = generate(model, config, labels, range(count)).cpu().numpy()
     s = config.sample
-    said = {"images": count, "method": s.method, "steps": s.steps, "guidance": s.guidance, "seed": s.seed}
-    return said, images, np.array(labels)
+    settings = {"images": count, "method": s.method, "steps": s.steps, "guidance": s.guidance, "seed": s.seed}
+    return settings, images, np.array(labels)
 
 
 def _picture(images: np.ndarray, labels: np.ndarray) -> np.ndarray:

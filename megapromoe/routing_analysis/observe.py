@@ -141,17 +141,17 @@ def recorded(model: DiT) -> Iterator[list[RouterCall]]:
 
 def chosen_layers(config: Config, blocks: Sequence[int] | None, levels: Sequence[float]) -> list[int]:
     """The places of `blocks` among the model's MoE layers (all: None). Raises RoutingError for what cannot be shown."""
-    there = config.model.moe_blocks
-    if not there:
+    with_experts = config.model.moe_blocks
+    if not with_experts:
         raise RoutingError("model.router = 'dense': a dense model has no experts, hence no routing to show")
     problems = [f"levels: {level} must lie in (0, 1)" for level in levels if not 0 < level < 1]
     problems += ["levels: at least one is needed"] * (not levels)
-    if blocks is not None and (not blocks or not set(blocks) <= set(there)):
-        unknown = ", ".join(str(b) for b in blocks if b not in there) or "none"
-        problems.append(f"layers: {unknown}: must be blocks with experts: {', '.join(map(str, there))}")
+    if blocks is not None and (not blocks or not set(blocks) <= set(with_experts)):
+        unknown = ", ".join(str(b) for b in blocks if b not in with_experts) or "none"
+        problems.append(f"layers: {unknown}: must be blocks with experts: {', '.join(map(str, with_experts))}")
     if problems:
         raise RoutingError("; ".join(problems))
-    return [there.index(block) for block in (there if blocks is None else sorted(set(blocks)))]
+    return [with_experts.index(block) for block in (with_experts if blocks is None else sorted(set(blocks)))]
 
 
 @torch.no_grad()
@@ -198,7 +198,7 @@ def measure_routing(
             x_BCHW, t_B = objective.corrupt(clean, noise_NCHW[part], torch.full((B,), level))
             with recorded(model) as calls:
                 model(x_BCHW.to(device), t_B.to(device), torch.from_numpy(label_B).to(device), B)
-            here = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
+            kept = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
             for layer, (x_BSD, routed) in enumerate(calls[place] for place in layers):
                 route = routed.route
                 token_R, expert_R = route.token_R.cpu().numpy(), route.expert_R.cpu().numpy()
@@ -212,8 +212,8 @@ def measure_routing(
                     map_T[token_R[order_R]] = expert_R[order_R]
                     expert_LNS[layer, part] = map_T.reshape(B, S)
                     x_TD = x_BSD.flatten(0, 1)
-                    x_LTD[layer, here] = x_TD[torch.from_numpy(kept_T[here] - first * S).to(device)].float().cpu()
+                    x_LTD[layer, kept] = x_TD[torch.from_numpy(kept_T[kept] - first * S).to(device)].float().cpu()
             progress(B)
     sample = Tokens(x_LTD, expert_LNS.reshape(L, -1)[:, kept_T], labels_N[kept_T // S]) if tokens else None
-    found = tuple(m.moe_blocks[place] for place in layers)
-    return Routing(found, levels, rows_MLCE, visits_LV, expert_LNS, clean_NCHW, labels_N, sample)
+    blocks = tuple(m.moe_blocks[place] for place in layers)
+    return Routing(blocks, levels, rows_MLCE, visits_LV, expert_LNS, clean_NCHW, labels_N, sample)

@@ -57,6 +57,7 @@ def write_routing_report(
     numbers, sections = analyse(model, config, dataset, routing, subsets, request)
     numbers = facts | numbers
     shots = {section.name: figures.png(section.figure) for section in sections}
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "routing.json", plain(numbers), indent=1)
     write_text(out / "routing.html", page(numbers, sections, shots))
     if pictures:

@@ -85,9 +85,9 @@ def entries(path: Path) -> set[str]:
 
 def open_array(path: Path, name: str) -> np.ndarray:
     """An array of an .npz; where it is not compressed it stays on disk, however large. Raises ImageSetError."""
-    found = entries(path)
-    if name not in found:
-        raise ImageSetError(f"{path}: has no {name} (it holds {', '.join(sorted(found))})")
+    names = entries(path)
+    if name not in names:
+        raise ImageSetError(f"{path}: has no {name} (it holds {', '.join(sorted(names))})")
     try:
         with zipfile.ZipFile(path) as archive:
             entry = archive.getinfo(f"{name}.npy")
