@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from megapromoe.engine.deepspeed_engine import Engine
+from megapromoe.engine.engine import Engine
 from support.processes import WorkerFailed, run
 
 from megapromoe.checkpoint import manager
