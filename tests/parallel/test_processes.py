@@ -10,10 +10,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from megapromoe.engine.engine import Engine
 from support.processes import WorkerFailed, run
 
 from megapromoe.checkpoint import manager
+from megapromoe.engine.engine import Engine
 from megapromoe.nn.moe.layer import ROUTERS
 
 
