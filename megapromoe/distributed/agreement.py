@@ -1,4 +1,7 @@
-"""What the ranks of a sampling or evaluation job do together: join it, agree on errors and values, gather, add up."""
+"""What the ranks of a job do together outside the model: join it, agree on errors and values, gather, add up.
+
+In a process that has joined no job, all of it is what one rank does.
+"""
 
 from __future__ import annotations
 
@@ -33,53 +36,79 @@ def distributed_session(launch: runtime.Launch, timeout: float) -> Iterator[torc
         runtime.stop()
 
 
-def raise_if_any_rank_failed(problem: str | None, launch: runtime.Launch, error: type[UserError]) -> None:
-    """Raises `error` on every rank if any has a problem. Collective."""
-    problems: list[str | None] = [problem]
-    if launch.world > 1:
-        problems = [None] * launch.world
-        dist.all_gather_object(problems, problem)
-    if messages := list(dict.fromkeys(p for p in problems if p)):
+def world_size() -> int:
+    """Ranks of the job that this process has joined; 1 if it has joined none."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    """The rank of this process in the job that it has joined; 0 if it has joined none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def raise_if_any_rank_failed(problem: str | None, error: type[UserError], name_ranks: bool = False) -> None:
+    """Raises `error` on every rank if any has a problem. Collective.
+
+    Args:
+        name_ranks: say which rank has a problem, unless all have the same.
+    """
+    problems = all_gather_values(problem)
+    messages = []
+    for message in dict.fromkeys(p for p in problems if p):
+        everywhere = problems.count(message) == len(problems)
+        messages.append(message if everywhere or not name_ranks else f"rank {problems.index(message)}: {message}")
+    if messages:
         raise error("; ".join(messages))
 
 
 @contextmanager
 def raising_together(
-    launch: runtime.Launch, error: type[UserError], catch: tuple[type[Exception], ...] = (UserError, OSError)
+    error: type[UserError],
+    catch: tuple[type[Exception], ...] = (UserError, OSError),
+    name_ranks: bool = False,
 ) -> Iterator[None]:
     """Runs a block that may fail on some ranks alone; then every rank raises `error` with their messages. Collective.
 
     Args:
         catch: what the block may raise for the user. Any other exception is a bug and leaves the block as it is.
+        name_ranks: see `raise_if_any_rank_failed`.
     """
     problem = None
     try:
         yield
     except catch as caught:
         problem = str(caught)
-    raise_if_any_rank_failed(problem, launch, error)
+    raise_if_any_rank_failed(problem, error, name_ranks)
 
 
-def broadcast_from_rank0(value: T, launch: runtime.Launch) -> T:
+def broadcast_from_rank0(value: T) -> T:
     """Rank 0's value, on every rank. Collective."""
-    if launch.world == 1:
+    if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def gather_to_rank0(value: T, launch: runtime.Launch) -> list[T] | None:
+def all_gather_values(value: T) -> list[T]:
+    """Every rank's value on every rank, in the order of ranks. Collective."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_to_rank0(value: T) -> list[T] | None:
     """Every rank's value on rank 0, in the order of ranks; None on the others. Collective."""
-    if launch.world == 1:
+    if world_size() == 1:
         return [value]
-    values: list[T] | None = [value] * launch.world if launch.rank == 0 else None
+    values: list[T] | None = [value] * world_size() if this_rank() == 0 else None
     dist.gather_object(value, values)
     return values
 
 
-def all_reduce_sum(x: Tensor, launch: runtime.Launch) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of the ranks' tensors, in place. Collective."""
-    if launch.world > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x

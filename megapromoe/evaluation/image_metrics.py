@@ -93,7 +93,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
     with distributed_session(launch, TIMEOUT if config is None else config.train.timeout) as device:
         network = _open_network(evaluation, name, device, launch)
         remedy = "{} images" if request is None else "--num {}"
-        with raising_together(launch, EvaluationError):
+        with raising_together(EvaluationError):
             reference = open_reference(evaluation.reference, evaluation.split, config, network)
             if evaluation.images is not None:
                 sets = [(ImageSet(evaluation.images), {"images": str(evaluation.images)})]
@@ -112,7 +112,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
             real = extract_features(network, reference.images, launch, "reference")
         records = []
         for images, facts in sets:
-            with raising_together(launch, EvaluationError):
+            with raising_together(EvaluationError):
                 reference.check_comparable(network, images.shape, len(images), remedy)
             generated = extract_features(network, images, launch, images.path.name)
             records.append(
@@ -137,7 +137,7 @@ def extract_features(network: Network, images: Images, launch: runtime.Launch, t
 
     Raises EvaluationError on every rank if an image cannot be read, or features are not finite.
     """
-    with raising_together(launch, EvaluationError):
+    with raising_together(EvaluationError):
         example = network(torch.from_numpy(images.read(0, 1)))
         totals = _Totals(example, len(images), network.device)
         starts = range(launch.rank * BATCH, len(images), launch.world * BATCH)
@@ -148,7 +148,7 @@ def extract_features(network: Network, images: Images, launch: runtime.Launch, t
                 numbers = f"{start}..{start + len(batch) - 1}"
                 raise EvaluationError(f"features = {network.name}: not finite at images {numbers} of {title}")
             totals.update(start, features)
-    return totals.reduce(launch)
+    return totals.reduce()
 
 
 class _Totals:
@@ -170,13 +170,13 @@ class _Totals:
         if self.score is not None and features.probabilities_NK is not None:
             self.score.update(start, features.probabilities_NK)
 
-    def reduce(self, launch: runtime.Launch) -> FeatureStatistics:
+    def reduce(self) -> FeatureStatistics:
         """The statistics over all ranks. Collective."""
         return FeatureStatistics(
-            self.pooled.normal(launch),
-            None if self.spatial is None else self.spatial.normal(launch),
-            None if self.score is None else self.score.value(launch),
-            all_reduce_sum(self.features_ND, launch),  # each row is one rank's, zero elsewhere
+            self.pooled.normal(),
+            None if self.spatial is None else self.spatial.normal(),
+            None if self.score is None else self.score.value(),
+            all_reduce_sum(self.features_ND),  # each row is one rank's, zero elsewhere
         )
 
 
@@ -205,9 +205,9 @@ def compare(
         if generated.score is not None:
             figures[title("Inception score", "classifier score")] = generated.score[0]
     if real is not None:
-        precision, recall = precision_recall(real.features_ND, generated.features_ND, launch=launch)
+        precision, recall = precision_recall(real.features_ND, generated.features_ND)
         figures |= {title("precision", "precision"): precision, title("recall", "recall"): recall}
-    return broadcast_from_rank0(figures, launch)
+    return broadcast_from_rank0(figures)
 
 
 def _network_name(evaluation: Evaluation, config: Config | None) -> str:
@@ -224,10 +224,10 @@ def _network_name(evaluation: Evaluation, config: Config | None) -> str:
 
 def _open_network(evaluation: Evaluation, name: str, device: torch.device, launch: runtime.Launch) -> Network:
     """The network. All ranks train the same classifier, to the same bits. Collective."""
-    with raising_together(launch, FeatureError):
+    with raising_together(FeatureError):
         network = open_network(name, device, evaluation.sha256, evaluation.declared_standard)
-    expected = broadcast_from_rank0(network.sha256, launch)
-    with raising_together(launch, FeatureError):
+    expected = broadcast_from_rank0(network.sha256)
+    with raising_together(FeatureError):
         if network.sha256 != expected:
             raise FeatureError(
                 f"features = {name!r}: rank {launch.rank} has another network than rank 0; use machines of one kind"
@@ -240,7 +240,7 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
     if not evaluation.every_step:
         return [request.step]
     steps = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
-    return [*broadcast_from_rank0(steps, launch)] or [None]  # without any, the usual error
+    return [*broadcast_from_rank0(steps)] or [None]  # without any, the usual error
 
 
 def _generate_sets(

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.agreement import all_reduce_sum
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.agreement import all_reduce_sum, this_rank, world_size
 
-SINGLE_RANK = Launch("python")
 SCORE_SPLIT = 5000  # images of one split of the Inception score: 10 splits of the usual 50,000
 NEIGHBOURS = 3
 _ROWS = 512  # rows of a matrix of distances made at once; the same on any number of ranks, hence the same bits
@@ -52,17 +50,17 @@ class Moments:
         self.mean += apart * (len(x_ND) / total)
         self.count = total
 
-    def normal(self, launch: Launch = SINGLE_RANK) -> Normal:
+    def normal(self) -> Normal:
         """The distribution of what all ranks took in, the covariance unbiased. Collective.
 
         Raises ValueError for fewer than two vectors.
         """
-        count = int(all_reduce_sum(torch.tensor(self.count, device=self.mean.device), launch))
+        count = int(all_reduce_sum(torch.tensor(self.count, device=self.mean.device)))
         if count < 2:
             raise ValueError(f"a covariance needs two vectors at least, not {count}")
-        mean = all_reduce_sum(self.mean * self.count, launch) / count
+        mean = all_reduce_sum(self.mean * self.count) / count
         apart = self.mean - mean
-        scatter = all_reduce_sum(self.scatter + torch.outer(apart, apart) * self.count, launch)
+        scatter = all_reduce_sum(self.scatter + torch.outer(apart, apart) * self.count)
         return Normal(mean.cpu(), scatter.cpu() / (count - 1), count)
 
 
@@ -104,18 +102,16 @@ class Score:
         entropy = torch.special.xlogy(p, p).sum(1, keepdim=True)
         self.sums.index_add_(0, number, torch.cat([p, entropy, torch.ones_like(entropy)], 1))
 
-    def value(self, launch: Launch = SINGLE_RANK) -> tuple[float, float]:
+    def value(self) -> tuple[float, float]:
         """Mean and standard deviation over the splits, of what all ranks took in. Collective."""
-        sums = all_reduce_sum(self.sums.clone(), launch)
+        sums = all_reduce_sum(self.sums.clone())
         count, p_K = sums[:, -1:], sums[:, :-2] / sums[:, -1:]
         divergence = sums[:, -2] / count[:, 0] - torch.special.xlogy(p_K, p_K).sum(1)
         scores = divergence.exp()
         return float(scores.mean()), float(scores.std(correction=0))
 
 
-def precision_recall(
-    real_ND: Tensor, drawn_MD: Tensor, neighbours: int = NEIGHBOURS, launch: Launch = SINGLE_RANK
-) -> tuple[float, float]:
+def precision_recall(real_ND: Tensor, drawn_MD: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of drawn images within the manifold of the real ones, and of real ones within that of the drawn.
 
     A manifold is the union of the balls around its images that reach to their `neighbours`-th nearest other image.
@@ -128,32 +124,32 @@ def precision_recall(
     if min(len(real_ND), len(drawn_MD)) <= neighbours:
         raise ValueError(f"sets of {len(real_ND)} and {len(drawn_MD)} images: {neighbours + 1} are needed at least")
     real_ND, drawn_MD = real_ND.double(), drawn_MD.double()
-    precision = _within(drawn_MD, real_ND, _radii(real_ND, neighbours, launch), launch)
-    recall = _within(real_ND, drawn_MD, _radii(drawn_MD, neighbours, launch), launch)
+    precision = _within(drawn_MD, real_ND, _radii(real_ND, neighbours))
+    recall = _within(real_ND, drawn_MD, _radii(drawn_MD, neighbours))
     return precision, recall
 
 
-def _radii(x_ND: Tensor, neighbours: int, launch: Launch) -> Tensor:
+def _radii(x_ND: Tensor, neighbours: int) -> Tensor:
     """Squared distance of each vector to its k-th nearest other one."""
     radius_N = torch.zeros(len(x_ND), dtype=torch.float64, device=x_ND.device)
-    for start in _shares(len(x_ND), launch):
+    for start in _shares(len(x_ND)):
         rows = _squared_distances(x_ND[start : start + _ROWS], x_ND)
         # The nearest is the vector itself.
         radius_N[start : start + len(rows)] = rows.kthvalue(neighbours + 1, dim=1).values
-    return all_reduce_sum(radius_N, launch)
+    return all_reduce_sum(radius_N)
 
 
-def _within(x_ND: Tensor, centre_MD: Tensor, radius_M: Tensor, launch: Launch) -> float:
+def _within(x_ND: Tensor, centre_MD: Tensor, radius_M: Tensor) -> float:
     """Share of the vectors that lie in any of the balls, given by centres and squared radii."""
     inside = torch.zeros((), dtype=torch.float64, device=x_ND.device)
-    for start in _shares(len(x_ND), launch):
+    for start in _shares(len(x_ND)):
         rows = _squared_distances(x_ND[start : start + _ROWS], centre_MD)
         inside += (rows <= radius_M).any(1).sum()
-    return float(all_reduce_sum(inside, launch)) / len(x_ND)
+    return float(all_reduce_sum(inside)) / len(x_ND)
 
 
-def _shares(count: int, launch: Launch) -> range:
-    return range(launch.rank * _ROWS, count, launch.world * _ROWS)
+def _shares(count: int) -> range:
+    return range(this_rank() * _ROWS, count, world_size() * _ROWS)
 
 
 def _squared_distances(x_ND: Tensor, y_MD: Tensor) -> Tensor:

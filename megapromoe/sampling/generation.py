@@ -53,7 +53,7 @@ class ImageWriter(Protocol):
     def write(self, chunk: int, images_BCHW: Tensor) -> None:
         """Keeps the images of a chunk, about [-1, 1]. Called by the one rank that has them. Raises OSError."""
 
-    def finish(self, labels: np.ndarray, launch: runtime.Launch) -> None:
+    def finish(self, labels: np.ndarray) -> None:
         """Makes `out` of all chunks, as a whole. Collective. Raises ImageSetError, perhaps on rank 0 alone."""
 
     def close(self) -> None:
@@ -76,15 +76,15 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
     config = request.checked(launch.world)
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
     request = replace(request, step=checkpoint.step)
-    with raising_together(launch, SampleError):
+    with raising_together(SampleError):
         decoder = _open_decoder(request, config, device)
     outputs = [(c, _make_writer(request, c, place, decoder)) for c, place in request.outputs()]
     try:
         missing: list[list[int] | None] = []
-        with raising_together(launch, ImageSetError):
+        with raising_together(ImageSetError):
             if launch.rank == 0:
                 missing = [writer.open(request.identity_at(checkpoint, c, decoder)) for c, writer in outputs]
-        missing = broadcast_from_rank0(missing, launch)
+        missing = broadcast_from_rank0(missing)
         replica = _load_replica(request, config, decoder, launch, device) if any(missing) else None
         for (config, writer), chunks in zip(outputs, missing, strict=True):
             labels = request.labels(config)
@@ -94,8 +94,8 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
                 continue
             if replica is not None:
                 replica.generate_chunks(config, labels, writer, chunks)
-            with raising_together(launch, ImageSetError):
-                writer.finish(labels, launch)
+            with raising_together(ImageSetError):
+                writer.finish(labels)
             logger.info("%s: %d images of step %d, %s weights", writer.out, len(labels), request.step, request.weights)
     finally:
         for _, writer in outputs:
@@ -150,7 +150,7 @@ class Replica:
                 bar.set_postfix_str(f"step {step}/{steps}")
 
             for chunk, chunks in self.layout.rounds(missing, len(ranges) - 1):
-                with raising_together(self.launch, SampleError, catch=(SampleError,)):
+                with raising_together(SampleError, catch=(SampleError,)):
                     if chunk is not None:
                         numbers = ranges[chunk]
                         classes = labels[numbers.start : numbers.stop].tolist()
@@ -183,7 +183,7 @@ def _load_replica(
     """This rank's part of the model. Collective."""
     expert_tp = config.parallel.expert_tp and request.tp > 1
     mesh = make_mesh(request.tp, request.ep, expert_tp, config.train.timeout) if launch.world > 1 else None
-    with raising_together(launch, SampleError):
+    with raising_together(SampleError):
         model, _, step = load_model(request.run, request.step, request.weights, device, request.overrides, mesh)
     layout = ReplicaLayout.of(launch.rank, launch.world, request.tp, request.ep, request.tp if expert_tp else 1)
     return Replica(model, decoder, layout, launch, f"step {step} of {request.run}")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megapromoe import io
 from megapromoe.diffusion.image_grid import chunk_ranges, to_bytes
-from megapromoe.distributed.runtime import Launch
 from megapromoe.sampling.image_sets import ImageSetError, entries
 
 logger = logging.getLogger(__name__)
@@ -81,9 +80,9 @@ class ImageSetWriter:
             with io.atomic_write(path) as file:
                 Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="png")
 
-    def finish(self, labels: np.ndarray, launch: Launch) -> None:
+    def finish(self, labels: np.ndarray) -> None:
         """Makes `out` of all chunks, as a whole, and removes the folder of chunks. Raises ImageSetError on rank 0."""
-        if launch.rank:
+        if this_rank():
             return
         try:
             if self.archive:

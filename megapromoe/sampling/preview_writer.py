@@ -13,7 +13,6 @@ from torch import Tensor
 from megapromoe import io
 from megapromoe.diffusion.image_grid import grid, picture_scale, write_png
 from megapromoe.distributed.agreement import gather_to_rank0
-from megapromoe.distributed.runtime import Launch
 from megapromoe.sampling.image_sets import ImageSetError
 
 
@@ -52,9 +51,9 @@ class PreviewWriter:
         """Keeps the images of a chunk until `finish`."""
         self._chunks[chunk] = images_BCHW.cpu()
 
-    def finish(self, labels: np.ndarray, launch: Launch) -> None:
+    def finish(self, labels: np.ndarray) -> None:
         """Gathers all chunks on rank 0, which writes `out` as a whole. Collective. Raises ImageSetError on rank 0."""
-        gathered = gather_to_rank0(self._chunks, launch)
+        gathered = gather_to_rank0(self._chunks)
         if gathered is None:
             return
         chunks = {number: images for part in gathered for number, images in part.items()}

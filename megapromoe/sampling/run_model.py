@@ -71,12 +71,12 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
     later than to others. Raises SampleError on every rank.
     """
     identity = CheckpointId(-1, "")
-    with raising_together(launch, SampleError):
+    with raising_together(SampleError):
         if launch.rank == 0:
             checkpoint = find_checkpoint(run, step, weights)
             manifest = sha256_of(checkpoint.folder / "manifest.json")
             identity = CheckpointId(int(checkpoint.manifest["step"]), manifest)
-    return broadcast_from_rank0(identity, launch)
+    return broadcast_from_rank0(identity)
 
 
 def load_model(

@@ -5,9 +5,7 @@ import pytest
 import torch
 from support import processes
 from support.reference_statistics import normal, published_frechet
-from support.sampled_runs import ALONE
 
-from megapromoe.distributed.runtime import Launch
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
 
 
@@ -16,16 +14,16 @@ def vectors(count, dim, seed=0, offset=0.0):
     return generator.standard_normal((count, dim)) @ generator.standard_normal((dim, dim)) + offset
 
 
-def moments_of(x, sizes, launch=ALONE):
+def moments_of(x, sizes):
     moments = Moments(x.shape[1])
     for part in torch.from_numpy(x).split(sizes):
         moments.update(part)
-    return moments.normal(launch)
+    return moments.normal()
 
 
 def moments_of_a_rank(x):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    normal = moments_of(x[rank::world], 7, Launch("t", rank, world))
+    normal = moments_of(x[rank::world], 7)
     return normal.mean.numpy(), normal.covariance.numpy(), normal.count
 
 
@@ -85,8 +83,7 @@ def published_precision_recall(real, drawn, k):
 
 
 def precision_recall_of_a_rank(real, drawn):
-    launch = Launch("t", torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return precision_recall(torch.from_numpy(real), torch.from_numpy(drawn), launch=launch)
+    return precision_recall(torch.from_numpy(real), torch.from_numpy(drawn))
 
 
 def test_precision_and_recall_are_the_published_ones(monkeypatch):

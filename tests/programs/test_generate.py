@@ -116,7 +116,7 @@ def gathered(request: tuple[Path, int], launch: Launch) -> list | None:
             if chunk is not None:
                 numbers = torch.tensor(chunk_ranges(count, 4)[chunk], dtype=torch.float32)
                 writer.write(chunk, numbers[:, None, None, None].expand(-1, 1, 2, 2))
-        writer.finish(np.arange(count), launch)
+        writer.finish(np.arange(count))
     if launch.rank:
         return None
     with np.load(out) as written:
