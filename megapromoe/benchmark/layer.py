@@ -17,15 +17,13 @@ from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import counts, lean, plan
 from megapromoe.config.options import Config, ModelConfig
-from megapromoe.distributed.mesh import SINGLE_RANK, Mesh
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE, fan_out
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
-
-LOCAL = Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK)
 
 
 class BenchmarkError(UserError):
@@ -96,7 +94,7 @@ def measure_layer(config: Config, routing: str, settings: Settings) -> dict:
     return found
 
 
-def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = LOCAL) -> tuple[MoE, Tensor]:
+def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = UNSHARDED) -> tuple[MoE, Tensor]:
     """The first MoE of the model as initialised, and tokens (B, S, D) to run it on, those of null images last."""
     m = config.model
     config = replace(config, model=replace(m, depth=2, moe_every=2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun
 from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
-from megapromoe.benchmark.layer import LOCAL, BenchmarkError, Settings, dense_model, said
+from megapromoe.benchmark.layer import UNSHARDED, BenchmarkError, Settings, dense_model, said
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
 from megapromoe.benchmark.routing_patterns import Raised, counts
 from megapromoe.config.options import Config, TrainConfig
@@ -88,7 +88,7 @@ def _measure(
     flops_per_image: Callable[[bool], int],
 ) -> dict[str, Any]:
     works, dropped, cannot = {}, {}, {}
-    ours = build(config, LOCAL).to(settings.device, settings.dtype)
+    ours = build(config, UNSHARDED).to(settings.device, settings.dtype)
     for name in settings.contenders:
         try:
             model = _model(name, ours, config, routing)
@@ -137,7 +137,7 @@ def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
     """The model with the contender's layers: dense of its own, else one that shares all parameters of `ours`."""
     like = ours.pos_embed
     if name == "dense":
-        return build(replace(config, model=dense_model(config.model)), LOCAL).to(like.device, like.dtype)
+        return build(replace(config, model=dense_model(config.model)), UNSHARDED).to(like.device, like.dtype)
     if name.startswith("deepspeed") and routing != "real":
         raise CannotRun("DeepSpeed's gate cannot be told where tokens go inside of a model")
     shared = {id(t): t for t in chain(ours.parameters(), ours.buffers())}

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megapromoe.benchmark.layer import LOCAL, Settings
+from megapromoe.benchmark.layer import UNSHARDED, Settings
 from megapromoe.benchmark.measure import make_clock
 from megapromoe.benchmark.models import Batch, Update
 from megapromoe.config.options import Config
@@ -106,7 +106,7 @@ def profile_step(config: Config, settings: Settings, steps: int, seconds: float,
 def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
     """A step of the preset's model on random latents, each phase under its name in the profile."""
     torch.manual_seed(settings.seed)
-    model = build(config, LOCAL).to(settings.device, settings.dtype).train()
+    model = build(config, UNSHARDED).to(settings.device, settings.dtype).train()
     if settings.compile:
         compile_dense(model)
     batch, update = Batch(config, settings), Update(model, config.train)

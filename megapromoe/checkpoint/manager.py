@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe.checkpoint.format import (
@@ -31,6 +30,7 @@ from megapromoe.checkpoint.format import (
     steps_in,
     write_rank,
 )
+from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.protocol import Piece
@@ -61,7 +61,7 @@ def snapshot(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers
             if piece not in seen:
                 seen.add(piece)
                 snap.parts.append([piece.name, piece.start, piece.stop, _view(engine, piece.name)])
-    if dist.get_rank() == 0:
+    if this_rank() == 0:
         snap.tensors |= {f"buffer/{name}": b.detach().cpu().clone() for name, b in buffers.items()}
     return snap
 
@@ -111,36 +111,29 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            outcome = [(self._problem, self.figures)]
-            dist.broadcast_object_list(outcome, src=0)
-            problem, figures = outcome[0]
+            problem, self.figures = broadcast_from_rank0((self._problem, self.figures))
             self._count(problem)
-            self.figures = figures
         if last and self.failures:
             raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
 
     def _agree_to_start(self, aside: Path, size: int) -> int | None:
         """Makes the folder if there is room for all ranks' bytes; None, and a failure, if not."""
-        sizes: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(sizes, size)
-        said = [""]
-        if dist.get_rank() == 0:
+        needed, problem = sum(all_gather_values(size)), ""
+        if this_rank() == 0:
             try:
                 shutil.rmtree(aside, ignore_errors=True)
                 for left in self.root.glob(f"step-*{SUFFIX}"):
                     shutil.rmtree(left, ignore_errors=True)
                 free = shutil.disk_usage(self.root).free
-                if free < 1.02 * sum(sizes):
-                    said = [
-                        f"{self.root}: no room, need {sum(sizes):,} bytes, have {free:,}; free some, or train.keep=1"
-                    ]
+                if free < 1.02 * needed:
+                    problem = f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or train.keep=1"
                 else:
                     aside.mkdir(parents=True)
             except OSError as error:
-                said = [f"{error.filename or self.root}: {error.strerror}"]
-        dist.broadcast_object_list(said, src=0)
-        self._count(said[0])
-        return None if said[0] else sum(sizes)
+                problem = f"{error.filename or self.root}: {error.strerror}"
+        problem = broadcast_from_rank0(problem)
+        self._count(problem)
+        return None if problem else needed
 
     def _count(self, problem: str) -> None:
         self._problem = problem
@@ -158,7 +151,7 @@ class Saver:
     def _write(self, aside: Path, final: Path, snap: Snapshot, facts: dict[str, Any]) -> None:
         """In the thread. What goes wrong on any rank is told by its receipt and remembered by rank 0."""
         start = time.perf_counter()
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world = this_rank(), world_size()
         problem = write_rank(aside, rank, snap.tensors, snap.parts, facts["step"])
         if rank == 0:
             try:
@@ -184,9 +177,7 @@ def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Che
     Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
     rank: `step` is not there or damaged, or the checkpoint is of another model; nothing is changed then.
     """
-    found = [steps_in(root)]
-    dist.broadcast_object_list(found, src=0)  # one view of the folder
-    steps = found[0]
+    steps = broadcast_from_rank0(steps_in(root))  # one view of the folder
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{root}: has no complete checkpoint of step {step}; there are {steps or 'none'}")
@@ -196,22 +187,20 @@ def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Che
         try:
             checkpoint = Checkpoint(folder_of(root, candidate))
             check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
-            checkpoint.verify(dist.get_rank(), dist.get_world_size())
+            checkpoint.verify(this_rank(), world_size())
         except OtherModel:
             raise  # every rank reads the same manifest
         except CheckpointError as error:
             problem = str(error)
-        problems: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        told = "; ".join(dict.fromkeys(p for p in problems if p))
-        if not told:
+        damage = "; ".join(dict.fromkeys(p for p in all_gather_values(problem) if p))
+        if not damage:
             assert checkpoint is not None  # no rank had a problem, so this one has read it
             updates = int(checkpoint.manifest["updates"])
             restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates)
             return checkpoint
         if step is not None:
-            raise CheckpointError(told)
-        logger.warning("passing over a damaged checkpoint: %s", told)
+            raise CheckpointError(damage)
+        logger.warning("passing over a damaged checkpoint: %s", damage)
     if steps:
         raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start anew")
     return None

@@ -27,7 +27,7 @@ from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
-from megapromoe.distributed.mesh import Group, Mesh
+from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
 
@@ -271,8 +271,7 @@ def _generator(seed: int, name: str, expert: int) -> torch.Generator:
 
 def _whole_model(state: State, weights: str) -> DiT:
     """The model of a state on this process, in eval mode."""
-    one = Group((0,), 0)
-    model = build(state.config, Mesh(one, one, one, one, one))
+    model = build(state.config, UNSHARDED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(state.read(weights, name))

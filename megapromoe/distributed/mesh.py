@@ -64,6 +64,9 @@ class Mesh:
         return self.tp.size if self.expert_tp else 1
 
 
+UNSHARDED = Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK)  # the whole model on one rank
+
+
 def rank_tables(world: int, tp: int, ep: int, expert_tp: bool) -> dict[str, np.ndarray]:
     """The ranks of every group of a layout: direction -> integer table (groups, members).
 
@@ -89,7 +92,7 @@ def make_mesh(tp: int = 1, ep: int = 1, expert_tp: bool = False, timeout: float 
     Every group gets the time-out (seconds): a hang in any direction ends. Collective: all ranks call it.
     """
     if not dist.is_initialized():
-        return Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK)
+        return UNSHARDED
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
     for direction, table in rank_tables(world, tp, ep, expert_tp).items():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megapromoe import io
 from megapromoe.diffusion.image_grid import chunk_ranges, to_bytes
+from megapromoe.distributed.agreement import this_rank
 from megapromoe.sampling.image_sets import ImageSetError, entries
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import runtime
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together
-from megapromoe.distributed.mesh import Group, Mesh
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
 
@@ -104,8 +104,7 @@ def load_model(
     """
     config = run_config(run, overrides)
     checkpoint = find_checkpoint(run, step, weights)
-    alone = Group((0,), 0)
-    mesh = mesh or Mesh(alone, alone, alone, alone, alone)
+    mesh = mesh or UNSHARDED
     checkpoint.verify(mesh.rank, mesh.world)
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})

@@ -29,6 +29,7 @@ from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime
+from megapromoe.distributed.agreement import raising_together
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.distributed.watchdog import Watchdog
@@ -94,17 +95,11 @@ def train(
 
 def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
     """Rank 0 takes the folder; where it may not, every rank raises what it found."""
-    own, said = None, [""]
-    if launch.rank == 0:
-        try:
-            own = RunDirectory.open(folder, config, launch.world, allow, launcher=launch.launcher)
-        except Exception as error:
-            dist.broadcast_object_list([str(error)], src=0)
-            raise
-    dist.broadcast_object_list(said, src=0)
-    if said[0]:
-        raise RunDirectoryError(said[0])
-    return own
+    run = None
+    with raising_together(RunDirectoryError):
+        if launch.rank == 0:
+            run = RunDirectory.open(folder, config, launch.world, allow, launcher=launch.launcher)
+    return run
 
 
 def _train(
@@ -202,18 +197,8 @@ def _train(
 
 def _open_dataset(config: Config) -> Dataset:
     """The data set; where one rank cannot open it, no rank goes on. Collective."""
-    dataset, problem = None, ""
-    try:
-        dataset = open_dataset(config)
-    except DatasetError as error:
-        problem = str(error)
-    told: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(told, problem)
-    if any(told):  # what all ranks say, one says
-        said = (t if told.count(t) == len(told) else f"rank {told.index(t)}: {t}" for t in dict.fromkeys(told) if t)
-        raise TrainingError("; ".join(said))
-    assert dataset is not None  # no rank had a problem, so this one has opened it
-    return dataset
+    with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True):
+        return open_dataset(config)
 
 
 def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: _Window) -> Tensor:

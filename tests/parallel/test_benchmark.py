@@ -14,6 +14,7 @@ from megapromoe.benchmark import baselines, layer, measure, models, routing_patt
 from megapromoe.benchmark.baseline_wrapper import CannotRun
 from megapromoe.benchmark.baselines import BatchedCapacity, contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
+from megapromoe.distributed import mesh
 from megapromoe.nn.compile import compile_dense
 
 CPU = torch.device("cpu")
@@ -277,7 +278,7 @@ def test_the_rest_of_ours_is_dispatch_and_combine():
 
 def test_models_share_parameters_and_agree():
     """A step of ours and of the loop, from the same weights, ends at the same weights; dense has weights of its own."""
-    ours = models.build(DIGITS, layer.LOCAL)
+    ours = models.build(DIGITS, mesh.UNSHARDED)
     other = models._model("loop", ours, DIGITS, "real")
     assert {id(p) for p in ours.parameters()} == {id(p) for p in other.parameters()}
     assert any(isinstance(m, baselines.Loop) for m in other.modules())

@@ -47,5 +47,5 @@ def test_damage_is_counted_over_all_ranks_and_ends_the_run_at_the_limit(tmp_path
 def test_a_rank_that_cannot_open_the_data_stops_all(tmp_path):
     data = write(tmp_path / "latents0", Arrays(count=64, classes=10, shape=(4, 8, 8)))
     told = run(2, try_to_train, str(tmp_path / "run"), f"{data.parent}/latentsRANK")
-    missing = f"{tmp_path}/latents1 holds no manifest.json; make it: tools/encode_latents.py"
+    missing = f"{tmp_path}/latents1 holds no manifest.json; make it: megapromoe encode"
     assert told == [f"TrainingError True: rank 1: {missing}"] * 2
