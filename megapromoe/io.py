@@ -7,10 +7,11 @@ ends in `.writing`, so that what a killed process left is recognised and removed
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -116,6 +117,17 @@ def atomic_tree(path: Path, overwrite: bool) -> Iterator[Path]:
         sync(path.parent)
     finally:
         _remove(staging)
+
+
+def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits. `progress` is called with the bytes of each block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            if progress:
+                progress(len(block))
+    return digest.hexdigest()
 
 
 def _remove(path: Path) -> None:

@@ -11,7 +11,6 @@ pickle is written or read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megapromoe.errors import UserError
-from megapromoe.io import atomic_write, sync, write_text
+from megapromoe.io import atomic_write, sha256_of, sync, write_text
 from megapromoe.io import commit as commit_staged
 
 FORMAT = 1
@@ -210,12 +209,3 @@ def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience
 
 def _slices(region: list[list[int]]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in region)
-
-
-def sha256_of(file: Path) -> str:
-    """Hash of a file's content, as the manifest has it."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

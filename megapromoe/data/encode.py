@@ -28,9 +28,9 @@ from safetensors.numpy import save
 
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
-from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest, sha256
+from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest
 from megapromoe.errors import UserError
-from megapromoe.io import SUFFIX, atomic_write, write_bytes, write_json, write_text
+from megapromoe.io import SUFFIX, atomic_write, sha256_of, write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _write_shard(
         file.seek(0)
         file.write(npy_header((len(labels), *_record_shape(facts)), facts["dtype"]))
     part: dict[str, Any] = {
-        "sha256": sha256(path),
+        "sha256": sha256_of(path),
         "labels": labels,
         "crc32": crc32,
         "names": names,

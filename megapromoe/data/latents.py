@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megapromoe.data.datasets import DamagedRecords, DatasetError
+from megapromoe.io import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
     """Labels (int64), checksums and ends of names of all records; raises LatentsError."""
     path = folder / INDEX
     try:
-        if sha256(path) != manifest.index_sha256:
+        if sha256_of(path) != manifest.index_sha256:
             raise LatentsError(f"{path} is damaged: its SHA-256 is not the manifest's; take it from a copy")
         with safe_open(path, "np") as file:
             labels, crc32, ends = (file.get_tensor(name) for name in ("labels", "crc32", "name_ends"))
@@ -259,17 +260,6 @@ def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = 
             file.close()
         raise LatentsError("; ".join(problems) + "; take them from a copy, or encode again")
     return files
-
-
-def sha256(path: Path, progress: Callable[[int], Any] | None = None) -> str:
-    """Of a file's content; `progress` is told bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            if progress:
-                progress(len(block))
-    return digest.hexdigest()
 
 
 def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megapromoe.checkpoint.format import sha256_of
 from megapromoe.errors import UserError
 from megapromoe.evaluation.inception import Inception
 from megapromoe.evaluation.pixels import open_pixels
+from megapromoe.io import sha256_of
 from megapromoe.sampling.image_sets import ImageSetError
 
 # The standard network, TensorFlow's inception-2015-12-05, in the files it is published in.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megapromoe.checkpoint.format import Checkpoint, check_model, folder_of, sha256_of, steps_in
+from megapromoe.checkpoint.format import Checkpoint, check_model, folder_of, steps_in
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
@@ -22,6 +22,7 @@ from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import runtime
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
+from megapromoe.io import sha256_of
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
 
