@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,9 @@ def test_latents_have_neither_picture_nor_reader(tmp_path):
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)  # as Python does for a program
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the import changes it; undone after the test
     spec = importlib.util.spec_from_file_location("train_digits", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
