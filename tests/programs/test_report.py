@@ -89,7 +89,8 @@ def test_latents_have_neither_picture_nor_reader(tmp_path):
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(TOOL.parent)  # as for a program that is started by its path
     spec = importlib.util.spec_from_file_location("train_digits", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
