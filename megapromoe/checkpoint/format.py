@@ -152,6 +152,16 @@ def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
         )
 
 
+def choose_checkpoint(root: Path, step: int | None = None) -> Path:
+    """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such."""
+    steps = steps_in(root)
+    if not steps:
+        raise CheckpointError(f"{root}: holds no complete checkpoint; train until train.save_every at least")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
+    return folder_of(root, steps[-1] if step is None else step)
+
+
 def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: list[list], step: int) -> str:
     """Writes one rank's file, and then its receipt; returns what went wrong, or "".
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model, folder_of, steps_in
+from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model, choose_checkpoint
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed, open_published
@@ -143,13 +143,7 @@ def _checkpoint(path: Path, step: int | None) -> _Streamed:
         if step not in (None, checkpoint.manifest["step"]):
             raise ConversionError(f"step = {step}: {path} is of step {checkpoint.manifest['step']}; leave the step out")
         return checkpoint
-    root = RunDirectory(path).checkpoints
-    steps = steps_in(root)
-    if not steps:
-        raise ConversionError(f"{root}: holds no complete checkpoint")
-    if step is not None and step not in steps:
-        raise ConversionError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
-    return _Streamed(folder_of(root, steps[-1] if step is None else step))
+    return _Streamed(choose_checkpoint(RunDirectory(path).checkpoints, step))
 
 
 def _open_ours(path: Path, config: Config | None, step: int | None) -> State:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megapromoe.checkpoint.format import Checkpoint, check_model, folder_of, steps_in
+from megapromoe.checkpoint.format import Checkpoint, check_model, choose_checkpoint
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
@@ -45,16 +45,10 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:
-    """The checkpoint of a step, or the latest. Raises SampleError, or CheckpointError if files are missing."""
+    """The checkpoint of a step, or the newest. Raises SampleError for other `weights`, or CheckpointError."""
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
-    root = RunDirectory(run).checkpoints
-    steps = steps_in(root)
-    if not steps:
-        raise SampleError(f"{root}: holds no complete checkpoint; train until train.save_every at least")
-    if step is not None and step not in steps:
-        raise SampleError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
-    return Checkpoint(folder_of(root, steps[-1] if step is None else step))
+    return Checkpoint(choose_checkpoint(RunDirectory(run).checkpoints, step))
 
 
 @dataclass(frozen=True)
