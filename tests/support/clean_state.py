@@ -108,7 +108,7 @@ def _contents(space) -> tuple[dict, list]:
         found += [value for name, value in values.items() if not name.startswith("__")]
     for value in values.values():
         if type(value) is types.FunctionType:
-            found += inspect.unwrap(value).__defaults__ or ()
+            found += getattr(inspect.unwrap(value), "__defaults__", None) or ()
     return values, [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
 
 

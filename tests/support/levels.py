@@ -28,7 +28,7 @@ def pairwise(cases: Sequence[Mapping[str, Hashable]], cost=lambda number: 1.0) -
 
 
 def full_unless(quick, cases: Sequence[Any]) -> list:
-    """The cases as parameters of a test: those of whose number `quick` holds run at the quick level, all at the full."""
+    """The cases as parameters of a test: those whose numbers `quick` holds run at the quick level, all at the full."""
     return [
         pytest.param(case) if number in quick else pytest.param(case, marks=pytest.mark.full)
         for number, case in enumerate(cases)
