@@ -1,9 +1,11 @@
-# make env | train | test | check | equality | layouts | faults | format | clean
+# make env | train | test | test-all | check | equality | layouts | faults | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
+# Files go to two processes in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: env train test check equality layouts faults format clean
+.PHONY: env train test test-rest test-all check equality layouts faults format clean
 
 env: $(INSTALLED)
 
@@ -17,8 +19,16 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 train: env
 	$(BIN)/python tools/train_digits.py
 
+# The quick level: every feature, in minutes.
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST) -m "not full"
+
+# What the quick level leaves out.
+test-rest: env
+	$(PYTEST) -m full
+
+test-all: check
+	$(PYTEST)
 
 check: env
 	$(BIN)/ruff check .
@@ -40,5 +50,5 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

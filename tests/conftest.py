@@ -1,9 +1,13 @@
-"""What holds for all tests: one thread a process, the package of this checkout, and where to write the tables.
+"""What holds for all tests: folders, two levels, one thread a process, the package of this checkout, tables.
 
 unit/      one process
 parallel/  several ranks in a torch.distributed job of `support.processes`
 programs/  the program, the tools and the launchers as processes of their own
 cluster/   jobs on a real SLURM, where one can be started
+
+Two levels: `make test` runs what has no marker `full`, every feature in a few minutes; `make test-all` runs everything.
+A test is marked by `@pytest.mark.full`, a case by `pytest.param(..., marks=pytest.mark.full)`, the cases of a matrix
+that the quick level leaves out by `support.levels`.
 """
 
 import os
@@ -23,6 +27,14 @@ TABLES = {
     "--layout-table": "the layout-change matrix",
     "--fault-table": "the fault table",
 }
+
+
+# Files of tests are given out in this order: those that take longest, and wait most, first.
+FOLDERS = ("cluster", "programs", "parallel", "unit")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
 
 
 def pytest_addoption(parser):

@@ -2,14 +2,15 @@
 
 `CleanState()` notes the state of a fresh process; `restore()` brings it back. Noted are the environment and working
 directory, the global random generators, warning filters, signal handlers and log handlers; of the modules of `WATCHED`
-every global, the contents of global containers, and the attributes of classes; of the modules that those import by
-name the functions and classes. Caches of functions are emptied.
+every global, the attributes of classes, and the contents of containers that are globals or default arguments; of the
+modules that those import by name the functions and classes. Caches of functions are emptied.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import os
 import random
@@ -98,13 +99,17 @@ def _spaces() -> list:
 
 
 def _contents(space) -> tuple[dict, list]:
-    """The attributes to put back, and of those that are containers the contents."""
+    """The attributes to put back, and the containers in them with their contents."""
     values = dict(vars(space))
-    if not isinstance(space, types.ModuleType):
-        return values, []
-    if not _is_watched(space.__name__):
+    if isinstance(space, types.ModuleType) and not _is_watched(space.__name__):
         return {name: value for name, value in values.items() if callable(value)}, []
-    return values, [(v, v.copy()) for n, v in values.items() if type(v) in _CONTAINERS and not n.startswith("__")]
+    found = []
+    if isinstance(space, types.ModuleType):  # those of classes hold what was loaded once, such as compiled operators
+        found += [value for name, value in values.items() if not name.startswith("__")]
+    for value in values.values():
+        if type(value) is types.FunctionType:
+            found += getattr(inspect.unwrap(value), "__defaults__", None) or ()
+    return values, [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
 
 
 def _put_back(space, values: dict, containers: list) -> None:
