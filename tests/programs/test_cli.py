@@ -174,6 +174,24 @@ def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
     assert said.startswith(f"megapromoe: {tmp_path}/file") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "module, function, line",
+    [
+        ("study", "open_study", ["run", "study"]),
+        ("encode", "_encode", ["--npz", "latents", "--out", "out"]),
+        ("benchmark", "_measure", ["layer", "--device", "cpu", "--sizes", "digits"]),
+    ],
+)
+def test_an_interrupt_says_how_to_continue(module, function, line, monkeypatch, capsys, alone):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.load(module), function, interrupt)
+    assert cli.main([module, *line]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("megapromoe: interrupted") and "repeat the command to go on" in said
+
+
 # ---- tools/, the same commands from a checkout
 
 TOOLS = {
