@@ -123,6 +123,7 @@ def test_two_nodes_train_together(undisturbed, cluster):
     assert cluster.job(undisturbed.number)["Restarts"] == "0"
 
 
+@pytest.mark.full
 def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_saves(cluster):
     job = two_by_two(cluster, "limit", *ENDLESS, options=["--signal=B:USR1@60"])
     job.wait_for(lambda: job.steps() >= 3, "steps before the limit")
@@ -150,6 +151,7 @@ def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_
     assert cluster.job(job.number)["Restarts"] == "1", "a cancelled job is not queued again"
 
 
+@pytest.mark.full
 def test_a_requeued_run_has_the_losses_of_an_undisturbed_one(undisturbed, cluster):
     job = two_by_two(cluster, "requeued")
     job.wait_for(lambda: job.steps() >= 7, "some steps")
@@ -170,6 +172,7 @@ def processes_on(node: str) -> list[int]:
     return found
 
 
+@pytest.mark.full
 def test_a_node_that_dies_is_survived(undisturbed, cluster):
     job = two_by_two(cluster, "node")
     job.wait_for(lambda: job.steps() >= 7, "some steps")
@@ -187,6 +190,7 @@ def test_a_node_that_dies_is_survived(undisturbed, cluster):
     assert job.losses() == undisturbed.losses()
 
 
+@pytest.mark.full
 def test_a_failure_is_tried_again_but_not_for_ever(cluster, tmp_path):
     """What fails the same way each time ends with the exit code of the ranks; the words of a rank are told."""
     environment = fake(tmp_path, 'echo "rank $SLURM_PROCID: no luck" >&2; exit 76')
@@ -216,6 +220,7 @@ def fake(folder: Path, body: str) -> str:
     return str(folder)
 
 
+@pytest.mark.full
 def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
     """One node of four has another DeepSpeed. No ports are reserved on this SLURM: ranks meet at a free one."""
     folder = tmp_path_factory.mktemp("ports")
@@ -238,6 +243,7 @@ def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
         assert (job.run / "logs" / f"{job.number}.1" / "check.json").exists()
 
 
+@pytest.mark.full
 def test_a_study_runs_as_an_array_and_is_collected(cluster, tmp_path):
     """Its last job has the number of the array: only that one may be queued again when it is asked to stop."""
     study = tmp_path / "study"

@@ -75,6 +75,7 @@ def test_evaluation_stays_eager():
         outcome(model.train(), 3, 2)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ on a CPU, and there is no g++")
 @pytest.mark.parametrize("what", [("model.depth=1", "model.router=dense"), ("model.depth=2", "model.moe_every=2")])
 def test_compiled_in_earnest(what):

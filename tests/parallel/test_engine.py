@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.levels import full
 from support.processes import run
 from support.trajectory import deviation, small, stir, train
 
@@ -109,7 +110,7 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("kind", ["nan", full("inf")])
 @pytest.mark.parametrize("file", [*(f"fp32_zero{z}" for z in range(4)), *(f"bf16_zero{z}" for z in range(1, 4))])
 def test_a_loss_that_is_not_finite_on_one_rank_moves_nobody(file, kind):
     for said in run(4, spoiled, file, 2, 2, kind):

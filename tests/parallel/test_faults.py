@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import WorkerFailed, run
 from support.training_runs import losses, state, train
 
@@ -38,7 +39,7 @@ def killed_in(place: str, folder: str, rank: int) -> None:
     train(folder, "parallel.ep=2")
 
 
-@pytest.mark.parametrize("place, rank", [("write", 1), ("write", 0), ("commit", 0)])
+@pytest.mark.parametrize("place, rank", [("write", 1), full("write", 0), full("commit", 0)])
 def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run(2, train, str(straight), "parallel.ep=2")
@@ -162,7 +163,7 @@ def _impatient(real):
     return init
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [full(0), 1])
 def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_path, fault_table):
     run(2, unwritable, str(tmp_path), rank)
     assert steps_in(tmp_path / "checkpoints") == [1, 3, 4]
@@ -233,7 +234,9 @@ def with_allowed(folder: str, allow: tuple[str, ...], *overrides: str) -> None:
     train(folder, "parallel.ep=2", *overrides)
 
 
-@pytest.mark.parametrize("change", ["data.seed=7", "train.seed=7", "data.size=32", "train.global_batch=8"])
+@pytest.mark.parametrize(
+    "change", ["data.seed=7", *map(full, ("train.seed=7", "data.size=32", "train.global_batch=8"))]
+)
 def test_another_stream_is_refused_without_a_flag(change, tmp_path, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2", "train.steps=3")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "run.lock"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from support.training_runs import losses, state, train
 
@@ -19,15 +20,15 @@ LIMIT = 1e-5
 # Layouts: ranks, tp, ep, ZeRO stage, more.
 ONE = (1, 1, 1, 0)
 CASES = [
-    ((2, 1, 2, 1), ONE),
+    full((2, 1, 2, 1), ONE),
     (ONE, (4, 2, 2, 1)),
-    ((4, 2, 2, 1), (2, 2, 1, 2)),
-    ((4, 2, 2, 3), (4, 1, 4, 1)),
-    ((4, 1, 4, 2), (4, 2, 2, 3)),
-    ((4, 4, 2, 2), (2, 1, 2, 0)),  # tp > ep
-    ((2, 1, 2, 2), (8, 2, 4, 1)),
-    ((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
-    ((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
+    full((4, 2, 2, 1), (2, 2, 1, 2)),
+    full((4, 2, 2, 3), (4, 1, 4, 1)),
+    full((4, 1, 4, 2), (4, 2, 2, 3)),
+    full((4, 4, 2, 2), (2, 1, 2, 0)),  # tp > ep
+    full((2, 1, 2, 2), (8, 2, 4, 1)),
+    full((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
+    full((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
     ((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
 ]
 MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")

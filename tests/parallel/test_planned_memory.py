@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -102,7 +103,7 @@ LAYOUTS = (
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32"])
 @pytest.mark.parametrize("world, variants", [(1, MODELS), (2, LAYOUTS)], ids=["models", "layouts"])
-@pytest.mark.parametrize("size, close", [(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
+@pytest.mark.parametrize("size, close", [full(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):
     """After the forward pass within 2 % (where scores and indices weigh as much as tokens, 10 %); the peak of both
     passes within what is planned, and not far below."""

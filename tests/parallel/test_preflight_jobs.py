@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.levels import full
 from support.processes import context, start_server
 
 from megapromoe.checkpoint.run_directory import RunDirectory
@@ -212,8 +213,8 @@ def stuck():
     "fault, stage, how",
     [
         (frozen, "reduce_scatter in whole", "silent"),
-        (killed, "all_to_all in edp", "silent"),
-        (stuck, "data", "not finished"),
+        full(killed, "all_to_all in edp", "silent"),
+        full(stuck, "data", "not finished"),
     ],
 )
 def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):

@@ -4,6 +4,7 @@ from collections import Counter as Tally
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from support.trajectory import small, stir
 
@@ -68,7 +69,9 @@ def planned(overrides: tuple[str, ...], world: int) -> Tally:
     return calls
 
 
-@pytest.mark.parametrize("world, layout", [(1, ()), (4, ("parallel.tp=2", "parallel.ep=2"))], ids=["one", "tp 2 ep 2"])
+@pytest.mark.parametrize(
+    "world, layout", [(1, ()), full(4, ("parallel.tp=2", "parallel.ep=2"))], ids=["one", "tp 2 ep 2"]
+)
 def test_every_policy_is_none_for_every_router(world, layout):
     """The same operators on the same numbers: to the last bit. Statistics over ranks are communicated once."""
     cases = [

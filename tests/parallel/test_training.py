@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import WorkerFailed, run
 from support.training_runs import losses, state, train
 
@@ -15,14 +16,14 @@ from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, fol
 from megapromoe.config.options import TrainConfig
 
 LAYOUTS = [
-    (1, ("train.deepspeed=fp32_zero0",)),
-    (2, ("parallel.ep=2", "train.deepspeed=fp32_zero0")),
+    full(1, ("train.deepspeed=fp32_zero0",)),
+    full(2, ("parallel.ep=2", "train.deepspeed=fp32_zero0")),
     (2, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "train.accumulation=2")),
-    (4, ("parallel.tp=2", "parallel.ep=2")),
+    full(4, ("parallel.tp=2", "parallel.ep=2")),
     (4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero3")),
-    (4, ("parallel.tp=4", "parallel.ep=2", "train.deepspeed=fp32_zero2")),  # tp > ep
-    (4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=bf16_zero1")),
-    (4, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.router=diffmoe")),
+    full(4, ("parallel.tp=4", "parallel.ep=2", "train.deepspeed=fp32_zero2")),  # tp > ep
+    full(4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=bf16_zero1")),
+    full(4, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.router=diffmoe")),
     (2, ("parallel.ep=2", "train.deepspeed=bf16_zero2_offload")),
 ]
 
@@ -43,7 +44,7 @@ def test_resuming_is_bit_exact(world, overrides, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "world, overrides", [(1, ()), (4, ("parallel.tp=2", "parallel.ep=4", "train.deepspeed=fp32_zero3"))]
+    "world, overrides", [full(1, ()), (4, ("parallel.tp=2", "parallel.ep=4", "train.deepspeed=fp32_zero3"))]
 )
 def test_resuming_at_another_layout_is_the_same_training(world, overrides, tmp_path):
     straight, moved = tmp_path / "straight", tmp_path / "moved"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.levels import full
 from support.training_runs import losses
 
 from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
@@ -98,7 +99,7 @@ def test_kill_9_mid_step_and_the_supervisor_brings_it_back(undisturbed, tmp_path
     )
 
 
-@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), (signal.SIGUSR1, "one")])
+@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), full(signal.SIGUSR1, "one")])
 def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder)
@@ -124,7 +125,7 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_pat
     assert losses(folder) == undisturbed
 
 
-@pytest.mark.parametrize("hung", [0, 2])
+@pytest.mark.parametrize("hung", [full(0), 2])
 def test_a_hung_rank_is_named(hung, tmp_path, fault_table):
     """A stopped process; the others say who, where and when within twice the step time-out, and end."""
     limit = 8.0

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.levels import full
 from support.training_runs import losses
 
 from megapromoe.config.resolve import resolve
@@ -55,7 +56,7 @@ def settings(command: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
 @pytest.mark.parametrize("preset", SIZES)
-@pytest.mark.parametrize("nodes", [1, 2, 8, 32])
+@pytest.mark.parametrize("nodes", [1, full(2), full(8), 32])
 def test_every_default_is_a_layout_that_can_run(preset, nodes, gpu):
     train = printed(preset, f"--nodes={nodes}", GPU=gpu)["train"]
     assert train[train.index("--preset") + 1] == preset
@@ -256,20 +257,32 @@ def test_host_files_say_how_many(tmp_path):
 TINY = ["train.steps=3", "train.warmup=0", "train.log_every=1", "train.global_batch=32", "model.hidden_size=32"]
 
 
-def test_local_and_mpirun_train_the_same(tmp_path):
-    """4 processes each, started by the scripts; rank 0 keeps the terminal, the others their logs."""
-    env = {"OMP_NUM_THREADS": "1", "NODE_CACHE": str(tmp_path / "cache")}
-    call("local", "digits", *TINY, NPROC="4", RUN_DIR=str(tmp_path / "local"), **env)
-    assert len(losses(tmp_path / "local")) == 3
-    assert list((tmp_path / "local" / "logs").rglob("3/stderr.log"))
-    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """A folder with a run of 4 processes, started by local.sh, and a cache folder."""
+    folder = tmp_path_factory.mktemp("local")
+    env = {"OMP_NUM_THREADS": "1", "NODE_CACHE": str(folder / "cache")}
+    call("local", "digits", *TINY, NPROC="4", RUN_DIR=str(folder / "run"), **env)
+    return folder
+
+
+def test_local_trains(local):
+    """Rank 0 keeps the terminal, the others their logs."""
+    assert len(losses(local / "run")) == 3
+    assert list((local / "run" / "logs").rglob("3/stderr.log"))
+    assert (local / "cache").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.full
+def test_mpirun_trains_the_same(local, tmp_path):
     if shutil.which("mpirun", path=ENV["PATH"]) is None:
         pytest.skip("mpirun is not installed")
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=4\n")
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    call("mpirun", "digits", *TINY, HOSTFILE=str(hosts), RUN_DIR=str(tmp_path / "mpi"), **root, **env)
-    assert losses(tmp_path / "mpi") == losses(tmp_path / "local")
+    env = {"OMP_NUM_THREADS": "1", "NODE_CACHE": str(local / "cache")}
+    env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    call("mpirun", "digits", *TINY, HOSTFILE=str(hosts), RUN_DIR=str(tmp_path / "mpi"), **env)
+    assert losses(tmp_path / "mpi") == losses(local / "run")
 
 
 def test_a_cache_folder_of_another_user_is_refused(tmp_path):

@@ -1,35 +1,44 @@
-"""Which cases of a matrix the quick level runs: every value of every factor with every value of every other."""
+"""Which cases the quick level runs. Cases that only the full level runs have the marker `full`."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import pytest
 
 
+def full(*values):
+    """A case that only the full level runs."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+def full_unless(quick: Collection[int], cases: Sequence[Any]) -> list:
+    """Cases of one value each: those whose numbers `quick` holds run at both levels."""
+    return [pytest.param(case) if number in quick else full(case) for number, case in enumerate(cases)]
+
+
+def factors_of(overrides: Iterable[str], **more: Hashable) -> dict[str, Hashable]:
+    """Factors of a case: its options, written as section.key=value, and others."""
+    return dict(word.split("=", 1) for word in overrides) | more
+
+
 def pairs_of(factors: Mapping[str, Hashable]) -> set[tuple]:
-    """All pairs of (factor, value) of a case."""
+    """All pairs of two factors with their values."""
     return set(combinations(sorted(factors.items(), key=str), 2))
 
 
-def pairwise(cases: Sequence[Mapping[str, Hashable]], cost=lambda number: 1.0) -> list[int]:
-    """Numbers of cases in which all pairs of (factor, value) that the cases have occur.
+def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Numbers of cases that have every pair of two factors with their values which any case has.
 
-    Greedy: the case with the most new pairs for its cost comes next, of equal ones the first.
+    Greedy: the case with the most pairs that are missing comes next, the first of equal ones. A factor that a case
+    lacks has the value None.
     """
-    left = [pairs_of(factors) for factors in cases]
-    missing: set[tuple] = set().union(*left)
+    names = sorted({name for factors in cases for name in factors})
+    pairs = [pairs_of({name: factors.get(name) for name in names}) for factors in cases]
+    missing: set[tuple] = set().union(*pairs)
     chosen = []
     while missing:
-        best = max(range(len(cases)), key=lambda number: (len(left[number] & missing) / cost(number), -number))
+        best = max(range(len(cases)), key=lambda number: (len(pairs[number] & missing), -number))
         chosen.append(best)
-        missing -= left[best]
+        missing -= pairs[best]
     return sorted(chosen)
-
-
-def full_unless(quick, cases: Sequence[Any]) -> list:
-    """The cases as parameters of a test: those whose numbers `quick` holds run at the quick level, all at the full."""
-    return [
-        pytest.param(case) if number in quick else pytest.param(case, marks=pytest.mark.full)
-        for number, case in enumerate(cases)
-    ]

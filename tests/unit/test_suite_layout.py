@@ -1,7 +1,10 @@
-"""The layout of the tests."""
+"""The tests themselves: their layout, and the choice of cases for the quick level."""
 
 import ast
 from pathlib import Path
+from random import Random
+
+from support.levels import pairwise
 
 TESTS = Path(__file__).parents[1]
 
@@ -23,3 +26,17 @@ def test_no_test_imports_another():
     assert len(tests) == len(list(TESTS.rglob("test_*.py"))) > 50, "two files of tests have one name"
     imports = [(file.name, name) for file in sorted(TESTS.rglob("*.py")) for name in imported(file)]
     assert not [(file, name) for file, name in imports if tests & set(name.split("."))]
+
+
+def test_pairwise_has_every_pair_in_fewer_cases():
+    random = Random(0)
+    cases = [{f"f{i}": random.choice("abc"[: 2 + i % 2]) for i in range(6)} for _ in range(200)]
+    cases.append({"f0": "a", "alone": 1})
+    chosen = pairwise(cases)
+    assert chosen == pairwise(cases) and len(chosen) < 30 and len(cases) - 1 in chosen
+
+    def pairs(numbers) -> set[tuple]:
+        names = [f"f{i}" for i in range(6)] + ["alone"]
+        return {(a, cases[n].get(a), b, cases[n].get(b)) for n in numbers for a in names for b in names if a < b}
+
+    assert pairs(chosen) == pairs(range(len(cases)))
