@@ -11,6 +11,7 @@ that the quick level leaves out by `support.levels`.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ FOLDERS = ("cluster", "programs", "parallel", "unit")
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+
+
+def pytest_sessionfinish():
+    if processes := sys.modules.get("support.processes"):
+        processes.stop_workers()
 
 
 def pytest_addoption(parser):
