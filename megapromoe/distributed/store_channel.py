@@ -43,7 +43,7 @@ class StoreChannel:
     def __init__(self, store: Store, rank: int, world: int, timeout: float, patience: float):
         self.store, self.rank, self.world = store, rank, world
         self.timeout, self.patience = timeout, patience
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._unreachable = ""
         threading.Thread(target=self._run_calls, name="store channel", daemon=True).start()
 
@@ -85,6 +85,10 @@ class StoreChannel:
         self.count(name)
         self._wait(lambda: self.count(name, 0) >= ranks, f"{ranks} ranks at {name!r}")
 
+    def close(self) -> None:
+        """Ends the channel's thread, once a call of the store that is under way returns. No call may follow."""
+        self._calls.put(None)
+
     def _wait(self, condition: Callable[[], bool], purpose: str) -> None:
         deadline = time.monotonic() + self.patience
         while not condition():
@@ -113,8 +117,8 @@ class StoreChannel:
         raise StoreUnreachable(self._unreachable)
 
     def _run_calls(self) -> None:
-        while True:
-            operation, answer = self._calls.get()
+        while (call := self._calls.get()) is not None:
+            operation, answer = call
             try:
                 answer.set_result(operation())
             except BaseException as error:

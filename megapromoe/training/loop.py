@@ -190,6 +190,7 @@ def _train(
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
     finally:
         watchdog.close()
+        channel.close()
         batches.close()
         metrics.close()
     engine.close()

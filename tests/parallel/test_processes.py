@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.processes import WorkerFailed, run
+from support.training_runs import train
 
 from megapromoe.checkpoint import manager
 from megapromoe.engine.engine import Engine
@@ -112,3 +113,9 @@ def test_a_worker_with_a_thread_is_replaced():
 def test_what_cannot_be_pickled_is_told():
     with pytest.raises(WorkerFailed, match="cannot pickle"):
         run(1, threading.Lock)
+
+
+def test_training_leaves_workers_as_they_are(tmp_path):
+    before = run(2, rank_and_process)
+    run(2, train, str(tmp_path), "train.steps=2")
+    assert run(2, rank_and_process) == before

@@ -46,10 +46,12 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def end(self) -> None:
+    def end(self, patience: float) -> None:
+        """Ends the process: as its pipe closes, or after `patience` seconds by force."""
+        self.pipe.close()
+        self.process.join(timeout=patience)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 
 _workers: list[_Worker] = []
@@ -69,17 +71,13 @@ def run(world: int, function, *arguments, limit: float = 240.0) -> list:
                 worker.pipe.send_bytes(pickle.dumps((*job, pickle.dumps((function, arguments)))))
             return _collect(ranks, time.monotonic() + limit)
     except BaseException:
-        _end(ranks)
+        _end(ranks, patience=0)
         raise
 
 
 def stop_workers() -> None:
-    """Lets the workers end as processes do: they return when their pipes close."""
-    for worker in _workers:
-        worker.pipe.close()
-    for worker in _workers:
-        worker.process.join(timeout=10)
-    _workers.clear()
+    """Ends all workers."""
+    _end(list(_workers), patience=10)
 
 
 def start_server() -> None:
@@ -94,10 +92,10 @@ def start_server() -> None:
             os.environ["PYTHONPATH"] = path
 
 
-def _end(workers: list[_Worker]) -> None:
+def _end(workers: list[_Worker], patience: float) -> None:
     for worker in workers:
         _workers.remove(worker)
-        worker.end()
+        worker.end(patience)
 
 
 def _collect(ranks: list[_Worker], deadline: float) -> list:
@@ -118,7 +116,7 @@ def _collect(ranks: list[_Worker], deadline: float) -> list:
             results[rank] = pickle.loads(value)
             if not reusable:
                 used_up.append(worker)
-    _end(used_up)
+    _end(used_up, patience=10)
     return [results[rank] for rank in range(len(ranks))]
 
 

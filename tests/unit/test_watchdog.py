@@ -169,3 +169,13 @@ def test_messages_arrive_whole_or_are_refused():
     with pytest.raises(MessageTimeout, match="2 ranks at 'gate'"):
         channels[1].barrier("gate", 2)
     channels[0].barrier("gate", 2)  # the other one was there
+
+
+def test_a_closed_channel_leaves_no_thread():
+    before = set(threading.enumerate())
+    channel = StoreChannel(HashStore(), 0, 1, 5.0, 1.0)
+    channel.send("x", 1)
+    (thread,) = set(threading.enumerate()) - before
+    channel.close()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
