@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megapromoe.config.options import Config, to_dict
-from megapromoe.config.reader import UnreadableFile, read_yaml
 from megapromoe.config.resolve import to_yaml
+from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import UserError
 from megapromoe.io import staging_path, write_json, write_text
 from megapromoe.versions import versions
