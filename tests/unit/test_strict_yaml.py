@@ -130,4 +130,4 @@ def test_values_on_the_command_line_are_read_so():
     assert "train.steps = '010' (command line): must be a whole number (010 would be read in base 8" in message
     assert "train.lr = '1:30' (command line): must be a finite number (1:30 would be read in base 60" in message
     assert "train.clip" in message and "model.depth" not in message
-    assert resolve("digits", overrides=["train.steps=10", "train.lr=1e-4"]).train.steps == 10
+    assert resolve("digits", overrides=["train.steps=40", "train.lr=1e-4"]).train.steps == 40
