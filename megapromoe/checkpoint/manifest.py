@@ -6,7 +6,6 @@ Format 1 had no such hash; its checkpoints are read with a notice, under the sam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megapromoe.errors import UserError
+from megapromoe.io import sha256_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def seal(content: Mapping[str, Any]) -> str:
     """The text of a manifest of this format, with its hash."""
     content = {**content, "format": FORMAT}
     content.pop("sha256", None)
-    return json.dumps(content | {"sha256": _digest(content)})
+    return json.dumps(content | {"sha256": sha256_of_json(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -91,15 +91,11 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no JSON object; the checkpoint is damaged, use another step")
     said = content.get("format")
     hashed = said == FORMAT or "sha256" in content
-    if hashed and content.get("sha256") != _digest({key: v for key, v in content.items() if key != "sha256"}):
+    if hashed and content.get("sha256") != sha256_of_json({key: v for key, v in content.items() if key != "sha256"}):
         raise CheckpointError(f"{path}: does not match its own hash; the checkpoint is damaged, use another step")
     if said not in (FORMAT, UNHASHED) or type(said) is not int:
         raise CheckpointError(f"{path}: format {said!r}, this version reads {UNHASHED} and {FORMAT}")
     return content
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 # ---- form
