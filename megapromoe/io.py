@@ -130,6 +130,11 @@ def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_json(content: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal digits: the same however the value is laid out as text."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

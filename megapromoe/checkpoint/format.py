@@ -11,9 +11,10 @@ pickle is written or read.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -25,19 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapromoe.errors import UserError
+from megapromoe.checkpoint.manifest import FOLDER, MANIFEST, CheckpointError, is_misnamed, read_manifest, seal
 from megapromoe.io import atomic_write, sha256_of, sync, write_text
 from megapromoe.io import commit as commit_staged
 
-FORMAT = 1
+logger = logging.getLogger(__name__)
+
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
-_FOLDER = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is not there, not whole, or cannot be written."""
-
-    on_all_ranks = True  # all ranks meet it together, so one rank need print it
 
 
 class TensorFile(Protocol):
@@ -56,11 +51,25 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps of the complete checkpoints under `root`, ascending."""
+    """Steps of the complete checkpoints under `root`, ascending. A folder named as another step is left out."""
     if not root.is_dir():
         return []
-    found = (_FOLDER.fullmatch(p.name) for p in root.iterdir() if (p / "manifest.json").is_file())
-    return sorted(int(match[1]) for match in found if match)
+    steps = []
+    for folder in root.iterdir():
+        name, manifest = FOLDER.fullmatch(folder.name), folder / MANIFEST
+        if name and manifest.is_file():
+            status = manifest.stat()
+            if _is_misnamed(folder, status.st_mtime_ns, status.st_size):
+                logger.warning("%s: is a copy of another step, and no checkpoint of this one; remove it", folder)
+            else:
+                steps.append(int(name[1]))
+    return sorted(steps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_misnamed(folder: Path, written: int, size: int) -> bool:
+    """`is_misnamed`, remembered as long as the manifest's time and size stay; a long run asks at every save."""
+    return is_misnamed(folder)
 
 
 class Checkpoint:
@@ -69,21 +78,15 @@ class Checkpoint:
     def __init__(self, folder: Path):
         """Raises CheckpointError, naming the file, if one is missing, has another size, or is not our format."""
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        try:
-            self.manifest = json.loads(path.read_text())
-        except OSError as problem:
-            raise CheckpointError(f"{path}: {problem.strerror}; this is no complete checkpoint") from problem
-        except ValueError as problem:
-            raise CheckpointError(f"{path}: is not JSON; the checkpoint is damaged, use another step") from problem
-        if self.manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format {self.manifest.get('format')!r}, this version reads {FORMAT}")
+        self.manifest = read_manifest(self.folder)
         for one in self.manifest["ranks"]:
             file = self.folder / one["file"]
             size = file.stat().st_size if file.is_file() else None
             if size != one["size"]:
                 said = "is missing" if size is None else f"has {size} bytes, not {one['size']}"
                 raise CheckpointError(f"{file}: {said}; the checkpoint is damaged, use another step")
+            if file.resolve().parent != self.folder.resolve():
+                raise CheckpointError(f"{file}: is a symbolic link out of its folder; put the file itself in its place")
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]
         self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
         for one in self.manifest["ranks"]:
@@ -98,14 +101,18 @@ class Checkpoint:
         """
         for one in self.manifest["ranks"][part::parts]:
             file = self.folder / one["file"]
-            if sha256_of(file) != one["sha256"]:
+            try:
+                intact = sha256_of(file) == one["sha256"]
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror}); use another step") from error
+            if not intact:
                 raise CheckpointError(f"{file}: {self._what_changed(file)}; use another step")
 
     def _what_changed(self, file: Path) -> str:
         try:
             with safe_open(file, framework="pt") as opened:
                 step = (opened.metadata() or {}).get("step")
-        except SafetensorError:
+        except (SafetensorError, OSError):
             step = None
         if step not in (None, str(self.manifest["step"])):
             return f"is of step {step}, not {self.manifest['step']}"
@@ -123,14 +130,24 @@ class Checkpoint:
             local = torch.zeros(local_shape)
             flat = local.view(-1)
             for file, start, stop, _ in parts:
-                flat[start:stop] = self._file(file).get_tensor(f"{kind}/{name}@{start}")
+                flat[start:stop] = self._entry(file, f"{kind}/{name}@{start}", (stop - start,))
             for here, there in pairs:
                 out[_slices(there)] = local[_slices(here)]
         return out
 
     def buffer(self, name: str) -> Tensor:
         """A buffer of the model that is no parameter."""
-        return self._file(self.manifest["ranks"][0]["file"]).get_tensor(f"buffer/{name}")
+        return self._entry(self.manifest["ranks"][0]["file"], f"buffer/{name}")
+
+    def _entry(self, file: str, entry: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor of a file. Raises CheckpointError if it is not in it, or of another shape."""
+        try:
+            tensor = self._file(file).get_tensor(entry)
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: has no {entry}; the checkpoint is damaged") from error
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{self.folder / file}: {entry} has shape {tuple(tensor.shape)}, not {shape}")
+        return tensor
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
@@ -210,9 +227,9 @@ def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience
     for path, receipt in zip(paths, receipts, strict=True):
         del receipt["problem"]
         path.unlink()
-    write_text(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "ranks": receipts}))
+    write_text(aside / MANIFEST, seal({**facts, "ranks": receipts}))
     if final.exists():  # the same step saved again, after a resume from an earlier one
-        (final / "manifest.json").unlink(missing_ok=True)
+        (final / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(final)
     commit_staged(aside, final)
 

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from megapromoe.config.options import Config, to_dict
-from megapromoe.config.reader import UnreadableFile, read_yaml
 from megapromoe.config.resolve import to_yaml
+from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import UserError
 from megapromoe.io import staging_path, write_json, write_text
 from megapromoe.versions import versions
@@ -98,7 +98,8 @@ class RunDirectory:
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run._take_lock()
                 changed = run._compare(config, force)
-                entries = [*run._starts(), _environment(config, world, launcher, changed)]
+                data = run._compare_data(config, force)
+                entries = [*run._starts(), _environment(config, world, launcher, changed, data)]
                 for path in (run.checkpoints, run.samples, run.tensorboard):
                     path.mkdir(exist_ok=True)
                 write_json(run.environment, entries, indent=2)
@@ -118,7 +119,7 @@ class RunDirectory:
                 self._take_lock(look=True)
                 self.close()
             changed = self._compare(config, force)
-            self._starts()
+            self._compare_data(config, force)
         # A complete checkpoint has its manifest. See checkpoint/format.py, which is slow to import.
         saved = sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))
         progress = f"continues from {saved[-1]}" if saved else "has no checkpoint yet, starts from step 0"
@@ -213,6 +214,21 @@ class RunDirectory:
             )
         return changed
 
+    def _compare_data(self, config: Config, force: Iterable[str]) -> str | None:
+        """The identity of the data set, for environment.json; None if it has none, or was not found.
+
+        Raises RunDirectoryError if the run's last start had another one, unless `force` holds "data".
+        """
+        before = next((e["data"] for e in reversed(self._starts()) if e.get("data")), None)
+        now = data_identity(config)
+        if before is not None and now is not None and now != before and "data" not in set(force):
+            raise RunDirectoryError(
+                f"data.path = {config.data.path!r}: holds other data than this run was trained on (SHA-256 of its"
+                f" manifest {now[:12]}, the run's {before[:12]}); give the path of the run's data, or continue on this"
+                " with --allow data"
+            )
+        return now or before
+
     def identity(self) -> str:
         """A name of the run that no other has, the same at every start; for manifests."""
         return hashlib.sha256(json.dumps(self._starts()[0], sort_keys=True).encode()).hexdigest()[:12]
@@ -225,16 +241,33 @@ class RunDirectory:
             return []
         except ValueError as error:
             raise RunDirectoryError(f"{self.environment}: is damaged ({error}); remove it") from error
-        if not isinstance(entries, list):
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); remove it")
         return entries
+
+
+def data_identity(config: Config) -> str | None:
+    """SHA-256 of the manifest of the latents that a run trains on; None for other sources, or if it cannot be read.
+
+    What cannot be read is refused where the data set is opened.
+    """
+    if config.data.source != "latents":
+        return None
+    from megapromoe.data.latents import LatentsError, read_manifest  # imports numpy and safetensors
+
+    try:
+        return read_manifest(Path(config.data.path)).identity
+    except LatentsError:
+        return None
 
 
 def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
 
 
-def _environment(config: Config, world: int, launcher: str, changed: dict[str, list[Any]]) -> dict[str, Any]:
+def _environment(
+    config: Config, world: int, launcher: str, changed: dict[str, list[Any]], data: str | None
+) -> dict[str, Any]:
     """One entry of environment.json."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -246,6 +279,7 @@ def _environment(config: Config, world: int, launcher: str, changed: dict[str, l
         "versions": {"python": platform.python_version(), **versions(("megapromoe", "torch", "deepspeed", "numpy"))},
         "git": _git_state(Path(__file__).resolve()),
         "changed": changed,
+        "data": data,
     }
 
 

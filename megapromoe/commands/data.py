@@ -20,6 +20,7 @@ gives its place on this machine, and "none" shows the first three channels of th
 exit codes: 0 done, nothing wrong, 1 something is wrong with DIR, each told in a line"""
 JOB = False
 
+LOW, HIGH = 0.4, 2.5  # of the deviation after scaling; latents scaled twice by 0.18215 have 0.18
 SHARE = 0.5  # of the peak that a fast trainer may reach: an assumption, on the high side
 
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace, launch) -> int:
 def _check(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megapromoe.data.latents import check, read_manifest
+    from megapromoe.data.latents import check, read_manifest, scaled_deviation
 
     manifest = read_manifest(options.folder)
     total = manifest.records * manifest.record_bytes
@@ -56,6 +57,12 @@ def _check(options: argparse.Namespace) -> int:
         print(problem)
     for line in _facts(options.folder, manifest):
         print(line)
+    deviation, records = scaled_deviation(options.folder)
+    print(f"  scale {_short(manifest.scale)}, shift {_short(manifest.shift)}")
+    print(f"  standard deviation after scaling: {deviation:.3g} ({records:,} records)")
+    if not LOW <= deviation <= HIGH:
+        rule = f"a model expects about 1 ({LOW} to {HIGH})"
+        print(f"  warning: {rule}; is the scale right? Latents that were stored already scaled need scale 1")
     print(f"{len(problems)} problems" if problems else "nothing is wrong")
     return 1 if problems else 0
 
@@ -75,6 +82,11 @@ def _facts(folder: Path, manifest):
     if manifest.skipped:
         yield f"  {len(manifest.skipped)} files left out; the first:"
         yield from (f"    {path}: {reason}" for path, reason in manifest.skipped[:5])
+
+
+def _short(values: tuple[float, ...]) -> str:
+    """A number for all channels, or one for each."""
+    return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
 def _show(options: argparse.Namespace) -> int:

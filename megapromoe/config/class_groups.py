@@ -11,7 +11,7 @@ This module imports no torch.
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megapromoe.config.reader import UnreadableFile, read_yaml
+from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import Violations
 
 CONTIGUOUS, MODULO = "contiguous", "modulo"

@@ -12,12 +12,9 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, field, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megapromoe.errors import UserError
+from megapromoe.config.strict_yaml import UnreadableFile, parse_yaml
 
 ONE_UP, ZERO_UP, POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
 KINDS: dict[type, str] = {
@@ -28,10 +25,6 @@ KINDS: dict[type, str] = {
     list: "a list",
     dict: "a mapping",
 }
-
-
-class UnreadableFile(UserError):
-    """A file that cannot be read as YAML; the message is a reason without the file's name."""
 
 
 class TypedText(str):
@@ -52,16 +45,6 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML or JSON file. Raises UnreadableFile."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnreadableFile(f"cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UnreadableFile(f"is not YAML: {' '.join(str(error).split())}") from error
-
-
 def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
     """The values of a mapping for the fields of a dataclass, and a sentence for each violation.
 
@@ -78,7 +61,7 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
         elif value is not None:
             kind = kind_of(known[name])
             typed = as_kind(value, kind)
-            rule = f"must be {KINDS[kind]}" if typed is None else range_rule(typed, known[name].metadata)
+            rule = kind_rule(value, kind) if typed is None else range_rule(typed, known[name].metadata)
             if rule:
                 problems.append(f"{prefix}{name} = {value!r}: {rule}")
             else:
@@ -104,8 +87,8 @@ def as_kind(value: Any, kind: type) -> Any:
         return str(value) if isinstance(value, str) else None
     if isinstance(value, TypedText):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
+            value = parse_yaml(value)
+        except UnreadableFile:
             return None
     if kind is float and not isinstance(value, bool):
         try:  # YAML reads "1e-4" as text
@@ -114,6 +97,17 @@ def as_kind(value: Any, kind: type) -> Any:
             return None
         return number if math.isfinite(number) else None
     return value if type(value) is kind else None
+
+
+def kind_rule(value: Any, kind: type) -> str:
+    """The rule that a value for which `as_kind` is None breaks; typed text that is refused as such gives the reason."""
+    reason = ""
+    if isinstance(value, TypedText):
+        try:
+            parse_yaml(value)
+        except UnreadableFile as error:
+            reason = f" ({str(error).removeprefix('line 1: ')})"
+    return f"must be {KINDS[kind]}{reason}"
 
 
 def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:

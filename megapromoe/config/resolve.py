@@ -17,17 +17,16 @@ from megapromoe.config.deepspeed_file import read_deepspeed
 from megapromoe.config.options import Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.reader import (
-    KINDS,
     TypedText,
-    UnreadableFile,
     as_kind,
     kind_of,
+    kind_rule,
     range_rule,
-    read_yaml,
     suggest,
     unknown_key,
 )
 from megapromoe.config.rules import rules
+from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 
 
 def resolve(
@@ -69,7 +68,7 @@ def resolve(
         typed = as_kind(value, kind)
         if typed is None:
             refused.add(key)
-            problems.append(f"{key} = {value!r} ({origin}): must be {KINDS[kind]}")
+            problems.append(f"{key} = {value!r} ({origin}): {kind_rule(value, kind)}")
         else:
             refused.discard(key)
             sections[section] = replace(sections[section], **{name: typed})
@@ -161,7 +160,7 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
         for f in fields(values):
             key, value = f"{section.name}.{f.name}", getattr(values, f.name)
             kind = kind_of(f)
-            rule = f"must be {KINDS[kind]}" if as_kind(value, kind) is None else range_rule(value, f.metadata)
+            rule = kind_rule(value, kind) if as_kind(value, kind) is None else range_rule(value, f.metadata)
             if rule:
                 wrong.append(((key,), rule))
             if rule or key in refused:  # the default keeps the arithmetic of the rules below safe

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.checkpoint.format import FORMAT, KINDS, folder_of
+from megapromoe.checkpoint.format import KINDS, folder_of
+from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import to_yaml
@@ -155,7 +156,6 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         whole = [[0, n] for n in shape]
         parts.append([name, 0, math.prod(shape), [list(shape), [[whole, whole]]]])
     manifest = {
-        "format": FORMAT,
         "step": state.step,
         "updates": updates,
         "config": to_dict(state.config),
@@ -164,7 +164,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
-    write_text(checkpoint / "manifest.json", json.dumps(manifest))
+    write_text(checkpoint / MANIFEST, seal(manifest))
     write_text(run.config_file, to_yaml(state.config))
     for place in (checkpoint, run.checkpoints, folder):
         sync(place)

@@ -150,10 +150,10 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
     checkpoint = _checkpoint(path, step)
     checkpoint.verify()
     manifest = checkpoint.manifest
-    config = config or config_from(manifest["config"])
+    config = needed(config or (config_from(manifest["config"]) if "config" in manifest else None), path)
     shapes, _ = model_shapes(config.model)
     check_model(checkpoint, shapes)
-    names = [name.removeprefix("buffer/") for name in manifest["buffers"]]
+    names = [name.removeprefix("buffer/") for name in manifest.get("buffers", [])]
     parts = sum(len(one["parts"]) for one in manifest["ranks"])
     return State(
         checkpoint.folder,

@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from megapromoe.data.datasets import DamagedRecords, DatasetError
-from megapromoe.io import sha256_of
+from megapromoe.io import sha256_of, sha256_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ MANIFEST, INDEX = "manifest.json", "index.safetensors"
 HEADER = 128  # bytes before the first record of a shard: a .npy header, padded
 DTYPES = ("uint8", "float16", "float32")
 MIRRORS = ("stored", "exact", "none")
+_SHARD = re.compile(r"[\w-][\w.-]*")
+_LONGEST_SIDE = 1 << 20
 
 
 class LatentsError(DatasetError):
@@ -85,25 +89,40 @@ class Manifest:
     def record_bytes(self) -> int:
         return int(np.prod(self.record_shape)) * np.dtype(self.dtype).itemsize
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that the manifest holds, and so of the data set: no other one has it."""
+        return sha256_of_json(asdict(self))
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The manifest's text, with its own hash."""
+        return json.dumps(asdict(self) | {"sha256": self.identity}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of latents; raises LatentsError if there is none, or not such a one."""
+    """The manifest of a folder of latents; raises LatentsError if there is none, or not such a one.
+
+    Folders that were written before manifests had a hash are read with a notice.
+    """
     path = Path(folder) / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise LatentsError(f"{path} is no regular file; take it from a copy, or encode again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         unfinished = (Path(folder) / "plan.json").exists()
         remedy = "its encoding is not finished: repeat the command" if unfinished else "make it: megapromoe encode"
         raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
-    except (OSError, ValueError) as error:
-        raise LatentsError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LatentsError(f"{path} cannot be read: {error}; take it from a copy, or encode again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         said = content.get("format") if isinstance(content, dict) else None
         raise LatentsError(f"{path}: format {said!r}, this program reads {FORMAT}; encode again, or use its program")
     try:
+        if "sha256" not in content:
+            logger.info("%s has no hash of its own, as older ones; damage to it may go unseen", path)
+        elif content.pop("sha256") != sha256_of_json(content):
+            raise ValueError("it does not match its own hash")
         known = {field.name for field in fields(Manifest)}
         if set(content) != known:
             raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or too many")
@@ -112,19 +131,33 @@ def read_manifest(folder: Path) -> Manifest:
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         content["skipped"] = tuple(tuple(pair) for pair in content["skipped"])
         manifest = Manifest(**content)
-        channels = manifest.shape[0]
-        if (
-            len(manifest.shape) != 3
-            or manifest.dtype not in DTYPES
-            or manifest.mirror not in MIRRORS
-            or len(manifest.scale) != channels
-            or len(manifest.shift) != channels
-            or any(os.path.basename(shard.file) != shard.file for shard in manifest.shards)
-        ):
-            raise ValueError("shape, dtype, mirror, scale, shift or shards are not of this format")
+        if problem := next(_form_problems(manifest), None):
+            raise ValueError(problem)
     except (TypeError, ValueError, KeyError, IndexError) as error:
         raise LatentsError(f"{path} is damaged: {error}; take it from a copy, or encode again") from error
     return manifest
+
+
+def _form_problems(m: Manifest) -> Iterator[str]:
+    """A sentence for each field that is not of this format."""
+    if len(m.shape) != 3 or not all(type(n) is int and 0 < n <= _LONGEST_SIDE for n in m.shape):
+        yield f"shape {m.shape} is not three whole numbers, 1 to {_LONGEST_SIDE}"
+    if m.dtype not in DTYPES or m.mirror not in MIRRORS or type(m.stochastic) is not bool:
+        yield f"dtype {m.dtype!r}, mirror {m.mirror!r} or stochastic {m.stochastic!r} is not known"
+    for name, values in (("scale", m.scale), ("shift", m.shift)):
+        if len(values) != m.shape[0] or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            yield f"{name} is not a finite number for each of {m.shape[0]} channels"
+    if not all(isinstance(name, str) for name in (*m.class_names, *(text for pair in m.skipped for text in pair))):
+        yield "class_names or skipped are not text"
+    if not isinstance(m.autoencoder, dict) or type(m.resolution) is not int or not isinstance(m.index_sha256, str):
+        yield "autoencoder, resolution or index_sha256 are not of this format"
+    if m.rounding is not None and type(m.rounding) not in (int, float):
+        yield "rounding is no number"
+    files = [shard.file for shard in m.shards]
+    if len(set(files)) < len(files) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
+        yield "shards are not different files of this folder"
+    if not all(type(shard.records) is int and 0 <= shard.records < 1 << 48 for shard in m.shards):
+        yield "the number of a shard's records is not whole"
 
 
 class Latents:
@@ -231,6 +264,8 @@ def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarra
     """Labels (int64), checksums and ends of names of all records; raises LatentsError."""
     path = folder / INDEX
     try:
+        if path.exists() and not path.is_file():
+            raise LatentsError(f"{path} is no regular file; take it from a copy, or encode again")
         if sha256_of(path) != manifest.index_sha256:
             raise LatentsError(f"{path} is damaged: its SHA-256 is not the manifest's; take it from a copy")
         with safe_open(path, "np") as file:
@@ -249,6 +284,9 @@ def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = 
     for shard in manifest.shards if shards is None else shards:
         path = folder / shard.file
         expected = HEADER + shard.records * manifest.record_bytes
+        if path.exists() and not path.is_file():
+            problems.append(f"{path} is no regular file")
+            continue
         try:
             files.append(open(path, "rb"))  # noqa: SIM115, kept open
             if (size := os.fstat(files[-1].fileno()).st_size) != expected:
@@ -295,6 +333,23 @@ def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[st
         if digest.hexdigest() != shard.sha256 and len(problems) == before:
             problems.append(f"{path}: its SHA-256 is not the manifest's")
     return problems
+
+
+def scaled_deviation(folder: Path, records: int = 1024) -> tuple[float, int]:
+    """Standard deviation of the values that a model is given, of at most `records` evenly spaced sound records.
+
+    Returns the deviation, and of how many records. Raises LatentsError if the folder cannot be opened.
+    """
+    data = Latents(folder)
+    count, total, squares, sound = 0, 0.0, 0.0, 0
+    for index in np.unique(np.linspace(0, len(data) - 1, min(records, len(data))).astype(np.int64)):
+        try:
+            values = data.read(np.array([index]))[0].astype(np.float64)
+        except DamagedRecords:
+            continue
+        count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
+        sound += 1
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else math.nan, sound
 
 
 def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megapromoe.config.reader import ONE_UP, POSITIVE, UnreadableFile, option, read_fields, read_yaml, suggest
+from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
+from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import Violations
 
 RECIPES = Path(__file__).resolve().parent / "recipes"

@@ -11,6 +11,7 @@ from support.evaluations import parsed
 from support.sampled_runs import ALONE, as_job, stirred_run
 
 from megapromoe.checkpoint.format import steps_in
+from megapromoe.checkpoint.manifest import seal
 from megapromoe.commands import evaluate as command
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.evaluation import image_metrics, image_metrics_report
@@ -26,7 +27,7 @@ def long_run(run, tmp_path_factory):
     processes.run(1, stirred_run, str(other), "model.num_experts=3", "train.seed=5")
     later = shutil.copytree(other / "checkpoints" / "step-00000003", folder / "checkpoints" / "step-00001200")
     manifest = json.loads((later / "manifest.json").read_text())
-    (later / "manifest.json").write_text(json.dumps(manifest | {"step": 1200}))
+    (later / "manifest.json").write_text(seal(manifest | {"step": 1200}))
     return folder
 
 

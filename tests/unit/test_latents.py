@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 import threading
 import zlib
@@ -12,16 +13,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from support.fuzz import NAMED, SILENT, attempt, flips
 from support.latent_folders import Arrays, damage, write
 
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.data import node_cache
 from megapromoe.data.datasets import DamagedRecords, DatasetError
-from megapromoe.data.latents import HEADER, Latents, LatentsError, check, read_manifest
+from megapromoe.data.latents import HEADER, Latents, LatentsError, check, read_manifest, scaled_deviation
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import autoencoder_identity, open_dataset
 from megapromoe.diffusion.noise import normals
+from megapromoe.io import sha256_of_json
 
 
 @pytest.fixture
@@ -192,11 +197,25 @@ def test_files_that_are_not_right_are_all_named(folder):
         ({"surplus": 1}, "'surplus'. are missing or too many"),
         ({"shards": [{"file": "../../etc/passwd", "records": 1, "sha256": ""}]}, "is damaged"),
         ({"shards": 3}, "is damaged"),
+        ({"shards": [{"file": "..", "records": 1, "sha256": ""}]}, "is damaged: .*files of this folder"),
+        ({"shards": [{"file": 7, "records": 1, "sha256": ""}]}, "is damaged: .*files of this folder"),
+        ({"shards": [{"file": "a.npy", "records": -1, "sha256": ""}]}, "is damaged: .*not whole"),
+        ({"shards": [{"file": "a.npy", "records": 1, "sha256": ""}] * 2}, "is damaged: .*different files"),
+        ({"shape": [2, 4.0, 4]}, "is damaged: shape"),
+        ({"shape": [2, -4, 4]}, "is damaged: shape"),
+        ({"shift": ["0", "0"]}, "is damaged: shift"),
+        ({"scale": [float("nan"), 1.0]}, "is damaged: scale"),
+        ({"stochastic": 1}, "is damaged: .*stochastic"),
+        ({"class_names": [1, 2]}, "is damaged: class_names"),
+        ({"rounding": "0.1"}, "is damaged: rounding"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(folder, change, told):
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_manifest_that_is_none_is_refused(folder, change, told, hashed):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    content = json.loads(path.read_text()) | change
+    del content["sha256"]
+    path.write_text(json.dumps(content | ({"sha256": sha256_of_json(content)} if hashed else {})))
     with pytest.raises(LatentsError, match=told):
         Latents(folder)
 
@@ -244,6 +263,96 @@ def test_the_configuration_is_told_what_is_missing_or_too_much():
     with pytest.raises(ConfigError) as error:
         resolve("digits", overrides=["data.cache=/x", "data.path=/y", "data.test_path=/z"])
     assert len(error.value.violations) == 3 and "must be empty with data.source = 'digits'" in str(error.value)
+
+
+# Hashes
+
+
+def test_a_changed_manifest_is_refused_and_one_without_hash_read_with_a_notice(folder, caplog):
+    path = folder / "manifest.json"
+    caplog.set_level("INFO")
+    text, identity = path.read_text(), read_manifest(folder).identity
+    assert json.loads(text)["sha256"] == identity and "no hash" not in caplog.text
+    path.write_text(json.dumps(json.loads(text), sort_keys=True))
+    assert read_manifest(folder).identity == identity, "another layout of the text"
+    path.write_text(text.replace(" 0.5,", " 1.5,", 1))
+    with pytest.raises(LatentsError, match=r"manifest.json is damaged: it does not match its own hash; take it from a"):
+        Latents(folder)
+    content = json.loads(text)
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    assert read_manifest(folder).identity == identity and "has no hash of its own" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.safetensors", "shard-00001.npy"])
+def test_a_pipe_in_place_of_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(LatentsError, match=f"{name} is no regular file"):
+        Latents(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "\0", ""], ids=range(5))
+def test_a_manifest_of_another_kind_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(LatentsError, match="manifest.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.full)])
+def test_no_flipped_bit_is_silent(tmp_path, count):
+    folder = write(tmp_path / "latents", Arrays(count=6, classes=2, shape=(2, 2, 2)), shard_size=4)
+
+    def state():
+        if problems := check(folder):
+            raise LatentsError("; ".join(problems))
+        data = Latents(folder)
+        records = [(data.raw(index).tolist(), data.name(index)) for index in range(6)]
+        return data.manifest, data.labels.tolist(), records
+
+    expected = state()
+    files = [folder / name for name in ("manifest.json", "index.safetensors", "shard-00000.npy", "shard-00001.npy")]
+    outcomes = flips(files, count, count, lambda: attempt(state, LatentsError, expected))
+    assert outcomes[SILENT] == 0 and outcomes[NAMED] >= 0.8 * count, outcomes
+
+
+def test_the_deviation_after_scaling_is_that_of_what_a_model_is_given(folder):
+    data = Latents(folder)
+    values = data.read(np.arange(40))[0]
+    deviation, records = scaled_deviation(folder)
+    assert records == 40 and deviation == pytest.approx(values.std(), rel=1e-6)
+    damage(folder, 1, 3)
+    assert scaled_deviation(folder)[1] == 39
+
+
+def test_check_prints_the_scale_and_shows_latents_that_were_scaled_before(tmp_path, capsys):
+    source = Arrays(stochastic=False)
+    assert main(["data", "check", str(write(tmp_path / "raw", source))]) == 0
+    shown = capsys.readouterr().out
+    assert "scale 0.5, 1.5, shift 0, 0.25" in shown and "standard deviation after scaling: 1." in shown
+    assert "(40 records)" in shown and "warning" not in shown
+    source.facts |= {"scale": (0.18215, 0.18215), "shift": (0.0, 0.0)}
+    assert main(["data", "check", str(write(tmp_path / "scaled before", source))]) == 0
+    shown = capsys.readouterr().out
+    assert "scale 0.18215, shift 0\n" in shown and "standard deviation after scaling: 0.18" in shown
+    assert "warning: a model expects about 1" in shown and "already scaled need scale 1" in shown
+
+
+def test_a_run_knows_its_data_set(folder, tmp_path):
+    run, settings = tmp_path / "run", config(folder)
+    RunDirectory.open(run, settings, 1).close()
+    RunDirectory.open(run, settings, 1).close()
+    shutil.rmtree(folder)
+    write(folder, Arrays(count=41))
+    for start in (lambda: RunDirectory.open(run, settings, 1), lambda: RunDirectory(run).state(settings)):
+        with pytest.raises(RunDirectoryError, match=r"data.path = .*holds other data than this run .*--allow data"):
+            start()
+    assert "starts from step 0" in RunDirectory(run).state(settings, ["data"])
+    RunDirectory.open(run, settings, 1, ["data"]).close()
+    RunDirectory.open(run, settings, 1).close()
+    entries = json.loads((run / "environment.json").read_text())
+    assert [entry["data"] for entry in entries[2:]] == [read_manifest(folder).identity] * 2
+    assert entries[0]["data"] == entries[1]["data"] != entries[2]["data"]
 
 
 # Checking
