@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         action="append",
         default=[],
-        help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path); may be repeated",
+        help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path); repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, start nothing")
 
