@@ -23,7 +23,8 @@ from megapromoe.conversion.state import (
     place,
     reader,
 )
-from megapromoe.conversion.stream import ConversionError, Stored, read_pickle
+from megapromoe.conversion.stream import ConversionError, Stored
+from megapromoe.conversion.torch_files import read_pickle
 
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 
@@ -38,6 +39,10 @@ def open_published(path: Path, config: Config | None) -> State:
     if not found:
         holds = ", ".join(map(str, list(tree)[:6])) if isinstance(tree, dict) else type(tree).__name__
         raise ConversionError(f"{path}: holds {holds}; a published checkpoint has model_state_dict")
+    for kind, tensors in found.items():
+        _check_tensors(path, sets[kind], tensors)
+    if not isinstance(tree.get("step", 0), (int, Stored)):
+        raise ConversionError(f"{path}: its step is no whole number")
     config = needed(config, path)
     check_published(config, path)
     notes = []
@@ -92,6 +97,14 @@ def open_published(path: Path, config: Config | None) -> State:
     step = int(step.read()) if isinstance(step, Stored) else int(step)
     read = reader(pieces, shapes)
     return State(path, "published", config, step, updates, kinds, shapes, buffers, read, "1 file", notes)
+
+
+def _check_tensors(path: Path, name: str, tensors: Any) -> None:
+    """Raises ConversionError unless `tensors` is a mapping of names to tensors."""
+    if not isinstance(tensors, Mapping) or not all(isinstance(n, str) for n in tensors):
+        raise ConversionError(f"{path}: its {name} is no mapping of names to tensors")
+    if wrong := [n for n, t in tensors.items() if not isinstance(t, Stored)]:
+        raise ConversionError(f"{path}: {name}.{wrong[0]} is no tensor")
 
 
 def _moments(
@@ -176,6 +189,10 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
             f"{folder}: is split by tensor parallelism or ZeRO-3 ({found}); merge it with DeepSpeed first"
         )
     main = read_pickle(files[0])
+    if not isinstance(main, Mapping) or "module" not in main:
+        raise ConversionError(f"{files[0]}: has no module, so it is no checkpoint of DeepSpeed")
+    for key in ("module", "ema_module", "megapromoe_buffers"):
+        _check_tensors(files[0], key, main.get(key) or {})
     said = main.get("megapromoe") or {}
     config = config or (config_from(said["config"]) if "config" in said else None)
     config = needed(config, path)
@@ -183,7 +200,9 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
     tensors = dict(main["module"])
     for file in sorted(folder.glob("layer_*_expert_*_model_states.pt")):
         if EXPERT_FILE.fullmatch(file.name):
-            tensors |= read_pickle(file)
+            experts = read_pickle(file)
+            _check_tensors(file, "content", experts)
+            tensors |= experts
     places = {theirs: (ours, row) for theirs, ours, row in deepspeed_names([*shapes, *buffer_shapes], config.model)}
     both = {**shapes, **buffer_shapes}
     expected = {theirs: both[ours][row is not None :] for theirs, (ours, row) in places.items()}

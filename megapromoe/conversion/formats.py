@@ -24,7 +24,8 @@ from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed, open_published
 from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, reader
-from megapromoe.conversion.stream import ConversionError, Stored, read_pickle, read_safetensors
+from megapromoe.conversion.stream import ConversionError, Stored, read_safetensors
+from megapromoe.conversion.torch_files import read_pickle
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -176,13 +177,18 @@ def _said(path: Path, file: Path, metadata: Mapping[str, str], form: str) -> dic
     """What a safetensors file or a diffusers folder says of itself: config, step, updates, weights."""
     try:
         if form == "safetensors":
-            return json.loads(metadata.get("megapromoe", "{}"))
-        said = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return said.get("megapromoe", {})
+            said = json.loads(metadata.get("megapromoe", "{}"))
+        else:
+            said = json.loads((path / "config.json").read_text(encoding="utf-8")).get("megapromoe", {})
     except OSError as problem:
         raise ConversionError(f"{path / 'config.json'}: {problem.strerror}") from problem
-    except (ValueError, AttributeError) as problem:
+    except (ValueError, AttributeError, RecursionError) as problem:
         raise ConversionError(f"{path}: its description is not the JSON that it should be ({problem})") from problem
+    if not isinstance(said, dict) or any(type(said.get(key, 0)) is not int for key in ("step", "updates")):
+        raise ConversionError(
+            f"{path}: its description is not the JSON that it should be (step and updates: whole numbers)"
+        )
+    return said
 
 
 def _open_safetensors(path: Path, file: Path, config: Config | None, form: str) -> State:

@@ -63,7 +63,12 @@ def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[
 
 
 def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[str] = ()) -> Config:
-    """The checked config of nested values as `to_dict` gives them, under further overrides. Raises ConfigError."""
+    """The checked config of nested values as `to_dict` gives them, under further overrides.
+
+    Raises ConfigError, or ConversionError if it is no mapping of sections.
+    """
+    if not isinstance(sections, Mapping) or not all(isinstance(values, Mapping) for values in sections.values()):
+        raise ConversionError("the config in the checkpoint is no mapping of sections; give --config FILE")
     settings = [
         f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
         for section, values in sections.items()

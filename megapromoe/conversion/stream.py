@@ -11,7 +11,6 @@ import io
 import json
 import math
 import pickle
-import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megapromoe.errors import UserError
 from megapromoe.io import sync
@@ -124,26 +122,58 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a safetensors file, unread, and its metadata. Raises ConversionError naming what is wrong."""
     bad = f"{path}: is no safetensors file, or damaged"
     try:
+        if path.exists() and not path.is_file():
+            raise ConversionError(f"{path}: is no regular file")
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
                 raise ConversionError(f"{bad} (its header does not fit it)")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {})
-        tensors = {}
-        for name, said in header.items():
-            begin, end = said["data_offsets"]
-            one = Stored(path, 8 + length + begin, tuple(said["shape"]), _SAFE_TYPES[said["dtype"]])
-            if begin < 0 or end - begin != one.nbytes or 8 + length + end > size:
-                raise ConversionError(f"{bad} ({name} does not lie within its {size} bytes)")
-            tensors[name] = one
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ must hold text alone")
+        tensors = {name: _described(path, 8 + length, said) for name, said in header.items()}
     except OSError as problem:
         raise ConversionError(f"{path}: {problem.strerror}") from problem
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise ConversionError(f"{bad} (its header cannot be read: {problem!r})") from problem
+    end = 8 + length
+    for name, one in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if one.offset + one.nbytes > size:
+            raise ConversionError(f"{bad} ({name} does not lie within its {size} bytes)")
+        if one.offset != end:
+            what = "overlaps the tensor before it" if one.offset < end else "comes after bytes of no tensor"
+            raise ConversionError(f"{bad} ({name} {what})")
+        end += one.nbytes
+    if end != size:
+        raise ConversionError(f"{bad} ({size - end} bytes at its end are of no tensor)")
     return tensors, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} stands twice")
+    return content
+
+
+def _described(path: Path, start: int, said: Any) -> Stored:
+    """A tensor as a safetensors header describes it; raises ValueError, KeyError or TypeError if that is malformed."""
+    if set(said) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"a tensor has dtype, shape and data_offsets, not {sorted(said)}")
+    numbers = [*said["shape"], *said["data_offsets"]]
+    if len(said["data_offsets"]) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(
+            f"shape {said['shape']} and data_offsets {said['data_offsets']} must be whole numbers, 0 or more"
+        )
+    begin, end = said["data_offsets"]
+    one = Stored(path, start + begin, tuple(said["shape"]), _SAFE_TYPES[said["dtype"]])
+    if end - begin != one.nbytes:
+        raise ValueError(f"data_offsets {said['data_offsets']} do not hold a tensor of shape {said['shape']}")
+    return one
 
 
 def write_safetensors(
@@ -171,49 +201,6 @@ def write_safetensors(
 
 
 # ---- torch.save
-
-
-def read_pickle(path: Path) -> Any:
-    """What a torch.save file holds, with `Stored` for each tensor; none is read, and no code of the file is run.
-
-    Raises ConversionError: no such file, not of torch.save, or it holds more than tensors and plain values.
-
-    Source: torch.load under FakeTensorMode, which keeps the place of each storage as `_checkpoint_offset`.
-    """
-    if not path.is_file():
-        raise ConversionError(f"{path}: there is no such file")
-    if not zipfile.is_zipfile(path):
-        raise ConversionError(
-            f"{path}: is no complete zip archive as torch.save writes it; the file is damaged, or older than torch 1.6"
-            " (then load and save it with a newer torch); nothing of it was executed"
-        )
-    try:
-        with FakeTensorMode():
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        found = re.search(r"GLOBAL (\S+)", str(problem))
-        what = f" ({found[1]})" if found else ""
-        raise ConversionError(
-            f"{path}: refused: it holds Python objects other than tensors and plain values{what}, and opening them"
-            " could run code; nothing of it was executed. Ask its author for a file of tensors alone"
-        ) from problem
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as problem:
-        raise ConversionError(f"{path}: is no file of torch.save, or damaged ({problem})") from problem
-    return _at_rest(tree, path)
-
-
-def _at_rest(tree: Any, path: Path) -> Any:
-    if isinstance(tree, FakeTensor):
-        storage_offset = tree.untyped_storage()._checkpoint_offset
-        assert storage_offset is not None, "torch.load sets it under FakeTensorMode"
-        offset = int(storage_offset + tree.storage_offset() * tree.dtype.itemsize)
-        stride = None if tree.is_contiguous() else tuple(tree.stride())
-        return Stored(path, offset, tuple(tree.shape), tree.dtype, stride)
-    if isinstance(tree, Mapping):
-        return {key: _at_rest(value, path) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_at_rest(value, path) for value in tree]
-    return tree
 
 
 def write_pickle(path: Path, tree: Any, progress: Progress | None = None) -> None:

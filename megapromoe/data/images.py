@@ -15,6 +15,7 @@ from megapromoe.errors import UserError
 
 # Lower case; what Pillow reads without further libraries.
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+LONGEST = 1 << 17  # pixels of the long side of a scaled image: a strip of one row would otherwise take any memory
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -106,6 +107,8 @@ def read_image(path: Path, resolution: int, channels: int = 3) -> np.ndarray:
     Gray, CMYK, palette, 16-bit and transparent images are converted; EXIF turns are not applied, as in the published
     ImageNet latents. Raises ImageError with the reason, if it is damaged or no image.
     """
+    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+        raise ImageError("is no regular file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF data, which is not used
@@ -130,6 +133,8 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
+    if scale * max(image.size) > LONGEST:
+        raise ImageError(f"{image.width}x{image.height}: too long for its other side; crop it")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))

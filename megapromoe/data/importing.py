@@ -6,6 +6,7 @@ parameters of the SD-VAE's posterior, mean above log-variance, unscaled.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 from megapromoe.data.images import ImageError, Item, Scan, scan
 
 SUFFIXES = frozenset((".npz",))
+_LARGEST_ARRAY = 1 << 28  # bytes; a published latent has 16 KiB
 LOGVAR = (-30.0, 20.0)  # diffusers cuts off a posterior's log-variance here when it draws; the files hold it uncut
 VALUES = ("posterior", "latent")
 
@@ -107,7 +109,10 @@ class PublishedLatents:
     def _arrays(self, item: Item) -> list[np.ndarray]:
         """The arrays of a file: of the image, and of its mirror image if it is there."""
         path = self.folder / item.path
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{path}: is no regular file")
         try:
+            _refuse_bombs(path)
             with np.load(path, allow_pickle=False) as content:
                 arrays = [content[name] for name in ("latent", "latent_flip") if name in content.files]
                 if "latent" not in content.files:
@@ -120,3 +125,21 @@ class PublishedLatents:
             found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
             raise ImageError(f"{path}: holds {found}, not floating-point (C, H, W)")
         return arrays
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Raises ValueError for an archive of large arrays, or whose headers promise such: numpy allocates it."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.file_size > _LARGEST_ARRAY:
+                raise ValueError(f"{record.filename} has {record.file_size:,} bytes, more than {_LARGEST_ARRAY:,}")
+            if not record.filename.endswith(".npy"):
+                continue
+            with archive.open(record) as file:
+                version = np.lib.format.read_magic(file)
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = header(file)
+            if not dtype.hasobject and math.prod(shape) * dtype.itemsize > record.file_size:
+                raise ValueError(f"{record.filename} does not hold an array of shape {shape}")

@@ -19,7 +19,7 @@ from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.published_names import constants
 from megapromoe.conversion.state import State
-from megapromoe.conversion.stream import read_pickle
+from megapromoe.conversion.torch_files import read_pickle
 
 
 def assert_same(one: State, other: State, kinds: tuple[str, ...] = KINDS) -> None:
