@@ -30,6 +30,7 @@ from megapromoe.checkpoint.format import (
     steps_in,
     write_rank,
 )
+from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
@@ -225,6 +226,7 @@ def restore(
     for piece, tensors in _held(engine, ema):
         targets.setdefault(piece.name, []).append((piece, tensors))
     for name, held in targets.items():
+        watchdog.touch()
         for kind in KINDS:
             local = engine.layouts[name].take(logical(kind, name), engine.mesh).view(-1)
             for piece, tensors in held:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megapromoe.data.latents import LatentsError, Manifest
+from megapromoe.distributed import watchdog
 from megapromoe.io import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def _copy(source: Path, target: Path, sha256: str, bar: tqdm) -> None:
                 digest.update(block)
                 write.write(block)
                 bar.update(len(block))
+                watchdog.touch()
             if digest.hexdigest() != sha256:
                 raise CacheError(
                     f"{source}: its SHA-256 is not the manifest's; `megapromoe data check {source.parent}` names the"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megapromoe.config.options import Config
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.distributed import watchdog
 from megapromoe.errors import UserError
 from megapromoe.io import atomic_path
 
@@ -67,7 +68,7 @@ def generate(
         labels_B = torch.tensor(labels[chunk.start : chunk.stop], device=device)
         noise = partial(_noise, s.seed, indices[chunk.start : chunk.stop], shape, device)
         predict = guided(model, labels_B, m.null_class, s.guidance, s.guidance_low, s.guidance_high)
-        report = progress and partial(_report, progress, number * s.steps, len(ranges) * s.steps)
+        report = partial(_report, progress, number * s.steps, len(ranges) * s.steps)
         parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, report))
     model.train(training)
     return torch.cat(parts)
@@ -77,8 +78,10 @@ def _noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device: to
     return image_noise(seed, indices, shape, draw).to(device)
 
 
-def _report(progress: Callable[[int, int], None], before: int, total: int, step: int) -> None:
-    progress(before + step, total)
+def _report(progress: Callable[[int, int], None] | None, before: int, total: int, step: int) -> None:
+    watchdog.touch()
+    if progress is not None:
+        progress(before + step, total)
 
 
 def to_bytes(images_BCHW: Tensor | np.ndarray) -> np.ndarray:

@@ -5,35 +5,74 @@ In a process that has joined no job, all of it is what one rank does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapromoe.distributed import runtime
+from megapromoe.distributed import rendezvous, runtime, watchdog
+from megapromoe.distributed.store_channel import StoreChannel
+from megapromoe.distributed.watchdog import LEAVING, Watchdog
 from megapromoe.errors import UserError
 
 T = TypeVar("T")
 
+STEP_TIMEOUT = 300.0  # seconds, where no run's config says it
+
 
 @contextmanager
-def distributed_session(launch: runtime.Launch, timeout: float) -> Iterator[torch.device]:
-    """Joins the job of `launch`, and leaves it at the end; gives this rank's device. Collective.
+def watched_job(
+    launch: runtime.Launch, timeout: float, step_timeout: float = STEP_TIMEOUT, records: Path | None = None
+) -> Iterator[runtime.Job]:
+    """Joins the job of `launch`, and leaves it at the end; a hang meanwhile is named. Collective.
 
     Args:
         timeout: seconds after which a collective that some rank does not join ends the job.
+        step_timeout: seconds without progress that are a hang; in the start-up at least half of `timeout`.
+        records: folder for NCCL's flight records of a hang.
     """
+    if records is not None:
+        runtime.keep_flight_records(records)
+    if launch.world == 1:
+        store: dist.Store = dist.HashStore()
+        connection = store
+    else:
+        store = rendezvous.gather(launch, timeout)
+        connection = rendezvous.own_connection(store, min(timeout, 30.0))
+    channel = StoreChannel(connection, launch.rank, launch.world, min(step_timeout, 30.0), timeout)
+    # Alone, nothing tells how long the start-up may take. Together, half the time for which ranks wait for each other:
+    # a hang is to be named before a collective gives up, which names nobody.
+    extra = math.inf if launch.world == 1 else max(timeout / 2 - step_timeout, 0.0)
+    dog = Watchdog(channel, step_timeout, "train.step_timeout", start_extra=extra)
+    with closing(channel), watchdog.watching(dog):
+        watchdog.starting("joining torch.distributed")
+        job = runtime.start(launch, timeout, store)
+        try:
+            yield job
+        except Exception as error:
+            if getattr(error, "on_all_ranks", False):  # otherwise others may wait in a collective, and so would `stop`
+                watchdog.at(LEAVING)
+                runtime.stop()
+            raise
+        watchdog.at(LEAVING)
+        runtime.stop()
+
+
+@contextmanager
+def distributed_session(
+    launch: runtime.Launch, timeout: float, step_timeout: float = STEP_TIMEOUT
+) -> Iterator[torch.device]:
+    """As `watched_job`; a rank that is alone joins none. Gives this rank's device."""
     if launch.world == 1:
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
-    device = runtime.start(launch, timeout).device
-    try:
-        yield device
-    finally:
-        runtime.stop()
+    with watched_job(launch, timeout, step_timeout) as job:
+        yield job.device
 
 
 def world_size() -> int:

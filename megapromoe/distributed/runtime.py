@@ -6,15 +6,19 @@ A rank learns who it is from whoever started it: torchrun or `deepspeed` (RANK, 
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megapromoe.errors import UserError
@@ -53,8 +57,47 @@ class Launch:
     attempt: int = 0
 
 
+UNSET = (
+    ". If they are left over in the environment of a start without a launcher: env -u RANK -u WORLD_SIZE megapromoe ..."
+)
+"""What to do where RANK and WORLD_SIZE may be of another job."""
+
+
 def detect() -> Launch:
-    """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete or no number."""
+    """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete or wrong."""
+    launch = _read_environment()
+    if launch.rank >= launch.world:
+        raise LaunchError(
+            f"rank {launch.rank} of {launch.world} ({identity_source(launch)}): ranks are 0 to WORLD_SIZE - 1; start"
+            f" with torchrun, mpirun or srun{UNSET if launch.launcher == 'torchrun' else ''}"
+        )
+    return launch
+
+
+def identity_source(launch: Launch) -> str:
+    """Where a rank has its number from, for messages: the variables and their values."""
+    names = {"torchrun": ("RANK", "WORLD_SIZE"), "srun": ("SLURM_PROCID", "SLURM_NTASKS")}.get(launch.launcher, ())
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or launch.launcher
+
+
+def address_source(launch: Launch) -> str:
+    """Where the address and port of the job are from, for messages: the variables and their values."""
+    names = ["MASTER_ADDR", "MASTER_PORT"]
+    if launch.launcher == "srun":
+        nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in os.environ else "SLURM_NODELIST"
+        names = [
+            "MASTER_ADDR" if os.environ.get("MASTER_ADDR") else nodes,
+            "MASTER_PORT" if os.environ.get("MASTER_PORT") else "SLURM_STEP_RESV_PORTS",
+        ]
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or launch.launcher
+
+
+def holds_store(launch: Launch) -> bool:
+    """Whether this rank holds the key-value store of the job: rank 0, unless the launcher does."""
+    return launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+
+def _read_environment() -> Launch:
     env = os.environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS")
     if wrong := [f"{name}={env[name]!r}" for name in names if not env.get(name, "0").isdecimal()]:
@@ -62,7 +105,7 @@ def detect() -> Launch:
     if "RANK" in env:
         need = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if need:
-            raise LaunchError(f"RANK is set but {', '.join(need)} not; start with torchrun, or set them all")
+            raise LaunchError(f"RANK is set but {', '.join(need)} not; start with torchrun, or set them all{UNSET}")
         local_world = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
         return Launch(
             "torchrun",
@@ -213,40 +256,12 @@ def device_of(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
-def meet(launch: Launch, timeout: float, purpose: str) -> Store:
-    """The key-value store of the job, with names of its own for `purpose`, waiting for nobody but its holder.
-
-    Args:
-        timeout: seconds to try for; also of each wait of the store, until `set_timeout`.
-
-    Raises StoreUnreachable if the holder, rank 0 or the launcher, cannot be reached.
-    """
-    import torch.distributed as dist
-
-    holder = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    place, limit = (launch.address, launch.port), timedelta(seconds=timeout)
-    try:
-        store = dist.TCPStore(*place, None, holder, limit, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise StoreUnreachable(
-            f"rank {launch.rank} on {node_name()} does not reach {launch.address}:{launch.port}, where rank 0 or the"
-            f" launcher should answer ({said}); see whether that node lives and lets this one through"
-        ) from error
-    return dist.PrefixStore(f"{purpose} {launch.attempt}", store)
-
-
-def own_connection(store: Store) -> Store:
-    """A second connection to the holder of a store, whose calls do not wait for those of the first."""
-    return store.clone()  # type: ignore[attr-defined]  # torch's annotations lack it
-
-
 def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
 
     Args:
         timeout: seconds after which a collective that some rank does not join ends the run.
-        store: to meet in, if the ranks have `meet` already.
+        store: in which the ranks have met, see `rendezvous.gather`; None of a process that is alone.
     """
     import torch
     import torch.distributed as dist
@@ -260,10 +275,9 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     if store is None:
-        place = f"tcp://{launch.address}:{launch.port or _free_port()}"
-        store, _, _ = next(dist.rendezvous(place, launch.rank, launch.world, timeout=limit))
-        # torchrun keeps the store over restarts; what dead processes wrote there must not be read again.
-        store = dist.PrefixStore(f"attempt {launch.attempt}", store)
+        if launch.world > 1:
+            raise ValueError(f"rank {launch.rank} of {launch.world} has no store to join the others in")
+        store = dist.HashStore()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=store,
@@ -287,10 +301,52 @@ def listen() -> Callable[[], bool]:
     return lambda: bool(asked)
 
 
+_FLIGHT_RECORDS: list[Path] = []  # the folder of NCCL's, once it is known
+_DUMP = 10.0  # seconds that NCCL's flight recorder has to write
+
+
+def keep_flight_records(folder: Path) -> None:
+    """NCCL's flight recorder (its last collectives, their ranks and states) shall write to `folder` if the job hangs.
+
+    Called before the job is joined. Both torch, when a collective times out, and `end` write there; the folder is made
+    then. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
+    """
+    _FLIGHT_RECORDS[:] = [folder]
+    prefix = str(folder / "rank_")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 def end(message: str, code: int) -> NoReturn:
-    """Ends this process at once, from any thread, whatever it waits for."""
+    """Ends this process at once, from any thread, whatever it waits for; leaves what tells why it waited.
+
+    That is the Python stacks of all its threads on stderr, and NCCL's flight record.
+    """
     print(f"megapromoe, {message}", file=sys.stderr, flush=True)
+    if sys.__stderr__ is not None:
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    if _FLIGHT_RECORDS:
+        writer = threading.Thread(target=_write_flight_record, args=(_FLIGHT_RECORDS[0],), daemon=True)
+        writer.start()
+        writer.join(_DUMP)
     os._exit(code)
+
+
+def _write_flight_record(folder: Path) -> None:
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or "nccl" not in dist.get_backend():
+        return
+    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
+
+    rank = dist.get_rank()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank_{rank}").write_bytes(_dump_nccl_trace())
+    except (OSError, RuntimeError) as error:
+        print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
 
 
 def leave(error: BaseException) -> NoReturn:

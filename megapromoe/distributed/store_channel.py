@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer  # its own class before Python 3.11
 from typing import Any, TypeVar
 
 from torch.distributed import Store
@@ -106,7 +107,7 @@ class StoreChannel:
         self._calls.put((operation, answer))
         try:
             return answer.result(self.timeout)
-        except TimeoutError:
+        except NoAnswer:
             problem = f"no answer within {self.timeout:g} s"
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
             problem = str(error).splitlines()[0]

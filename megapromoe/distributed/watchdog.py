@@ -3,7 +3,11 @@
 A rank that hangs (a stopped process, a dead node, a broken disk) leaves the others waiting in a collective, where they
 can report nothing. So each rank has a thread that reports to the job's store where its rank is and for how long. A job
 hangs when no rank that still reports has moved for `limit` seconds. The first rank that sees this reads all reports,
-names the ranks that hold up the job, and leaves the verdict in the store; every rank prints it and ends its process.
+names the ranks that hold up the job, and leaves the verdict in the store; every rank prints it, with the stacks of its
+threads, and ends its process.
+
+One watchdog watches a process from the moment its job has met until it leaves. Whatever runs meanwhile says where it
+is by this module's `at`, `touch`, `starting` and `pause`, which do nothing where nobody watches.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megapromoe.distributed import runtime
@@ -25,6 +29,8 @@ logger = logging.getLogger(__name__)
 HUNG = 76  # exit code
 SILENT_AFTER = 3  # pulses without a report after which a rank counts as silent
 GIVE_UP_AFTER = 8  # pulses without a verdict after which a rank ends without one
+COMPILING = 1800.0  # more seconds that a step may take which compiles the model
+LEAVING = "leaving the job"
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Watchdog:
         on_hang: called on the rank that sees the hang first (rank 0 if it can), in the watchdog's thread; returns
             what all ranks print, and the exit code of all.
         every_place: report each place at once, which costs a message to the store; otherwise once a pulse.
+        start_extra: more seconds that each place of the start-up may take: see `starting`.
+        code: exit code where no rank can judge any more.
     """
 
     def __init__(
@@ -79,11 +87,13 @@ class Watchdog:
         limit_name: str,
         on_hang: Callable[[Hang], tuple[str, int]] = lambda hang: (f"{hang}. Repeat the command to resume.", HUNG),
         every_place: bool = False,
+        start_extra: float = 0.0,
+        code: int = HUNG,
     ):
         self.channel, self.limit, self.limit_name, self.on_hang = channel, limit, limit_name, on_hang
-        self.every_place = every_place
+        self.every_place, self.start_extra, self.code = every_place, start_extra, code
         self.pulse = min(limit / 8, 30.0)
-        self._place, self._position, self._since = "", 0, time.monotonic()
+        self._place, self._position, self._since, self._extra = "", 0, time.monotonic(), 0.0
         self._paused = True
         self._reports = 0
         self._warned = False
@@ -92,13 +102,21 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, place: str) -> None:
-        """This rank comes to the next place; all ranks come to the same ones in the same order."""
-        self._place, self._position, self._since = place, self._position + 1, time.monotonic()
+    def at(self, place: str, extra: float = 0.0) -> None:
+        """This rank comes to the next place; all ranks come to the same ones in the same order.
+
+        Args:
+            extra: seconds that this place may take beyond `limit`.
+        """
+        self._place, self._position, self._since, self._extra = place, self._position + 1, time.monotonic(), extra
         self._paused = False
         if self.every_place or not self._reports:  # a rank can hang before its thread's first pulse
             with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
                 self._report()
+
+    def touch(self) -> None:
+        """This rank moves on within its place; others may do so more often or not at all."""
+        self._since = time.monotonic()
 
     def pause(self) -> None:
         """Nothing is expected of this rank until the next `at`; while any rank pauses, the job does not hang."""
@@ -107,7 +125,7 @@ class Watchdog:
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()
-        self._thread.join(timeout=2 * self.pulse)  # a call of the store may be waiting
+        self._thread.join(timeout=min(2 * self.pulse, 5.0))  # a call of the store may be waiting
 
     def _watch(self) -> None:
         waiting_since, attempt = None, 0
@@ -127,10 +145,10 @@ class Watchdog:
                 if self.channel.count(f"watchdog/judge/{attempt}") == 1:
                     self._judge()
                 elif time.monotonic() - waiting_since > GIVE_UP_AFTER * self.pulse:
-                    self._end("no rank could tell who holds the job up", HUNG)
+                    self._end("no rank could tell who holds the job up", self.code)
             except StoreUnreachable as error:
                 if self._idle() > self.limit and not self._paused and not self._closed.is_set():
-                    self._end(str(error), HUNG)
+                    self._end(str(error), self.code)
             except Exception:
                 if not self._closed.is_set():
                     traceback.print_exc()
@@ -141,7 +159,8 @@ class Watchdog:
         return self.limit if self.channel.rank == 0 else self.limit + 1.5 * self.pulse
 
     def _idle(self) -> float:
-        return time.monotonic() - self._since
+        """Seconds without progress, less what this place may take beyond the limit."""
+        return max(time.monotonic() - self._since - self._extra, 0.0)
 
     def _report(self) -> None:
         with self._sending:
@@ -150,7 +169,7 @@ class Watchdog:
             try:
                 self.channel.send(f"watchdog/{self.channel.rank}", [self._reports, self._position, self._place, idle])
             except StoreUnreachable as error:
-                if not self._warned:
+                if not self._warned and self._place != LEAVING:  # rank 0 may have left with the store
                     logger.warning("rank %d: %s", self.channel.rank, error)
                 self._warned = True
                 raise
@@ -177,8 +196,46 @@ class Watchdog:
 
     def _end(self, sentence: str, code: int) -> None:
         limit = f"{self.limit_name} = {self.limit:g}"
-        stopped = f"no progress for {self._idle():.0f} s ({limit}) in {self._place}"
+        stopped = f"no progress for {time.monotonic() - self._since:.0f} s ({limit}) in {self._place}"
         runtime.end(f"rank {self.channel.rank}: {stopped}; {sentence}", code)
+
+
+_current: list[Watchdog] = []  # that of this process, while its job is watched
+
+
+@contextlib.contextmanager
+def watching(dog: Watchdog) -> Iterator[None]:
+    """Makes a watchdog that of this process until the end of the block, and closes it then."""
+    _current.append(dog)
+    try:
+        yield
+    finally:
+        _current.remove(dog)
+        dog.close()
+
+
+def at(place: str, extra: float = 0.0) -> None:
+    """See `Watchdog.at`."""
+    for dog in _current:
+        dog.at(place, extra)
+
+
+def starting(place: str, extra: float = 0.0) -> None:
+    """As `at`, of a place before the first step, which may take `start_extra` of the watchdog longer."""
+    for dog in _current:
+        dog.at(f"start-up: {place}", dog.start_extra + extra)
+
+
+def touch() -> None:
+    """See `Watchdog.touch`."""
+    for dog in _current:
+        dog.touch()
+
+
+def pause() -> None:
+    """See `Watchdog.pause`."""
+    for dog in _current:
+        dog.pause()
 
 
 def find_hang(before: Mapping[int, _Report], now: Mapping[int, _Report], world: int, limit: float) -> Hang | None:

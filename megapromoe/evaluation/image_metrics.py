@@ -21,8 +21,9 @@ from tqdm import tqdm
 from megapromoe.checkpoint.format import steps_in
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import Config
-from megapromoe.distributed import runtime
+from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
+    STEP_TIMEOUT,
     all_reduce_sum,
     broadcast_from_rank0,
     distributed_session,
@@ -90,9 +91,12 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
     request, sets = evaluation.request, []
     config = None if request is None else request.checked(launch.world)
     name = _network_name(evaluation, config)
-    with distributed_session(launch, TIMEOUT if config is None else config.train.timeout) as device:
+    limits = (TIMEOUT, STEP_TIMEOUT) if config is None else (config.train.timeout, config.train.step_timeout)
+    with distributed_session(launch, *limits) as device:
+        watchdog.starting("opening the network that makes features")
         network = _open_network(evaluation, name, device, launch)
         remedy = "{} images" if request is None else "--num {}"
+        watchdog.starting("opening the reference")
         with raising_together(EvaluationError):
             reference = open_reference(evaluation.reference, evaluation.split, config, network)
             if evaluation.images is not None:
@@ -137,6 +141,7 @@ def extract_features(network: Network, images: Images, launch: runtime.Launch, t
 
     Raises EvaluationError on every rank if an image cannot be read, or features are not finite.
     """
+    watchdog.at(f"features of {title}")
     with raising_together(EvaluationError):
         example = network(torch.from_numpy(images.read(0, 1)))
         totals = _Totals(example, len(images), network.device)
@@ -148,6 +153,9 @@ def extract_features(network: Network, images: Images, launch: runtime.Launch, t
                 numbers = f"{start}..{start + len(batch) - 1}"
                 raise EvaluationError(f"features = {network.name}: not finite at images {numbers} of {title}")
             totals.update(start, features)
+            watchdog.touch()
+        watchdog.at(f"waiting for the other ranks after the features of {title}")
+    watchdog.at(f"sums of the features of {title}")
     return totals.reduce()
 
 
@@ -192,6 +200,7 @@ def compare(
     Args:
         real: of the reference's images; None where it holds statistics alone.
     """
+    watchdog.at("comparing the features", extra=TIMEOUT)  # rank 0 works alone
     title, figures = network.title, {}
     pooled, spatial = reference.statistics.get("pooled"), reference.statistics.get("spatial")
     if real is not None:

@@ -16,7 +16,7 @@ from torch.distributed import Store
 from tqdm import tqdm
 
 from megapromoe.config.options import Config
-from megapromoe.distributed import runtime
+from megapromoe.distributed import rendezvous, runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.store_channel import PAUSE, StoreChannel
 from megapromoe.distributed.watchdog import Hang, Watchdog
@@ -72,7 +72,7 @@ class Preflight:
         """`folder`: of the run, to try its file system, if any; `timeout`: seconds without progress that are a hang."""
         self.config, self.folder, self.launch, self.limits, self.timeout = config, folder, launch, limits, timeout
         self.report, self.bad_nodes = report, bad_nodes
-        self.store = runtime.meet(launch, timeout, "preflight")
+        self.store = rendezvous.meet(launch, timeout, "preflight")
         # The watchdog names what hangs; the limits of the store, its channel and the groups only end what it could not.
         self.store.set_timeout(timedelta(seconds=10 * timeout))
         self.channel = self._channel(self.store)
@@ -91,8 +91,8 @@ class Preflight:
         self.cluster = Cluster(launch.world, node_of, local | runtime.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
-        channel = self._channel(runtime.own_connection(self.store))
-        self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._hung, every_place=True)
+        channel = self._channel(rendezvous.own_connection(self.store, self.timeout))
+        self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._hung, every_place=True, code=1)
         joined = self._examine(node)
         code = self._end()
         self._leave(joined, code)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megapromoe.config.options import Config
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate
-from megapromoe.distributed import runtime
+from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import broadcast_from_rank0, distributed_session, raising_together
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.dit import DiT
@@ -67,18 +67,20 @@ def generate_images(request: GenerationRequest, launch: runtime.Launch) -> list[
     continues with them.
     """
     config = request.checked(launch.world)
-    with distributed_session(launch, config.train.timeout) as device:
+    with distributed_session(launch, config.train.timeout, config.train.step_timeout) as device:
         return generate_in_session(request, launch, device)
 
 
 def generate_in_session(request: GenerationRequest, launch: runtime.Launch, device: torch.device) -> list[Path]:
     """`generate_images` on ranks that have joined the job. Collective."""
     config = request.checked(launch.world)
+    watchdog.starting(f"choosing the checkpoint of {request.run}")
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
     request = replace(request, step=checkpoint.step)
     with raising_together(SampleError):
         decoder = _open_decoder(request, config, device)
     outputs = [(c, _make_writer(request, c, place, decoder)) for c, place in request.outputs()]
+    watchdog.starting("opening the output")
     try:
         missing: list[list[int] | None] = []
         with raising_together(ImageSetError):
@@ -94,6 +96,7 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
                 continue
             if replica is not None:
                 replica.generate_chunks(config, labels, writer, chunks)
+            watchdog.at(f"finishing {writer.out}")
             with raising_together(ImageSetError):
                 writer.finish(labels)
             logger.info("%s: %d images of step %d, %s weights", writer.out, len(labels), request.step, request.weights)
@@ -150,12 +153,14 @@ class Replica:
                 bar.set_postfix_str(f"step {step}/{steps}")
 
             for chunk, chunks in self.layout.rounds(missing, len(ranges) - 1):
+                watchdog.at(f"chunks {', '.join(map(str, chunks))} of {writer.out}")
                 with raising_together(SampleError, catch=(SampleError,)):
                     if chunk is not None:
                         numbers = ranges[chunk]
                         classes = labels[numbers.start : numbers.stop].tolist()
                         images = generate(self.model, config, classes, numbers, progress=show)
                         self._keep(chunk, images, numbers, writer, keep=chunk in chunks)
+                    watchdog.at(f"waiting for the other ranks after chunks {', '.join(map(str, chunks))}")
                 bar.update(sum(len(ranges[c]) for c in chunks))
 
     def _keep(self, chunk: int, images: Tensor, numbers: range, writer: ImageWriter, keep: bool) -> None:
@@ -181,6 +186,7 @@ def _load_replica(
     device: torch.device,
 ) -> Replica:
     """This rank's part of the model. Collective."""
+    watchdog.starting("reading the checkpoint", config.train.timeout)
     expert_tp = config.parallel.expert_tp and request.tp > 1
     mesh = make_mesh(request.tp, request.ep, expert_tp, config.train.timeout) if launch.world > 1 else None
     with raising_together(SampleError):

@@ -28,11 +28,9 @@ from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
 from megapromoe.diffusion.objectives import Objective, make_objective
-from megapromoe.distributed import runtime
-from megapromoe.distributed.agreement import raising_together
+from megapromoe.distributed import runtime, watchdog
+from megapromoe.distributed.agreement import raising_together, watched_job
 from megapromoe.distributed.mesh import Mesh, make_mesh
-from megapromoe.distributed.store_channel import StoreChannel
-from megapromoe.distributed.watchdog import Watchdog
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
@@ -78,19 +76,15 @@ def train(
     RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
     """
     asked_to_stop = runtime.listen()
-    job = runtime.start(launch, config.train.timeout)
-    try:
+    records = folder / "flight_records"
+    with watched_job(launch, config.train.timeout, config.train.step_timeout, records) as job:
+        watchdog.starting("opening the run directory")
         own = _open_run(config, folder, launch, allow)
         try:
             _train(config, RunDirectory(folder), job, from_step, asked_to_stop)
         finally:
             if own:
                 own.close()
-    except Exception as error:
-        if getattr(error, "on_all_ranks", False):  # otherwise other ranks may wait in a collective, and so would stop()
-            runtime.stop()
-        raise
-    runtime.stop()
 
 
 def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
@@ -110,14 +104,18 @@ def _train(
     asked_to_stop: Callable[[], bool],
 ) -> None:
     t, device = config.train, job.device
+    watchdog.starting("making the groups")
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
+    watchdog.starting("opening the data")
     dataset = _open_dataset(config)
     loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema)
     objective = make_objective(config)
 
     saver = Saver(run.checkpoints, engine, ema, patience=t.timeout)
+    watchdog.starting("reading the checkpoint", t.timeout)  # its hashes are of all bytes
     step, updates = 0, 0  # an optimizer step whose gradient is not finite is a step, but no update
     if checkpoint := resume(run.checkpoints, engine, ema, from_step):
         step, updates = checkpoint.manifest["step"], checkpoint.manifest["updates"]
@@ -135,10 +133,7 @@ def _train(
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
     progress = _Progress(t, updates, checkpoint.manifest.get("recent_norms", []) if checkpoint else [])
-    channel = StoreChannel(
-        runtime.own_connection(job.store), mesh.rank, mesh.world, min(t.step_timeout, 30.0), t.timeout
-    )
-    watchdog = Watchdog(channel, t.step_timeout, "train.step_timeout")
+    compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
     try:
         while step < t.steps:
             loss = torch.zeros((), device=device)
@@ -146,11 +141,12 @@ def _train(
                 watchdog.at(f"section 'data' of step {step + 1}")
                 batch = next(batches).to(device)
                 window.damaged += batch.damaged
-                watchdog.at(f"section 'forward and backward' of step {step + 1}")
+                watchdog.at(f"section 'forward and backward' of step {step + 1}", compiling)
                 loss += _micro_step(engine, objective, batch, window)
                 if micro < t.accumulation - 1:
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
+            compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
             result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, progress.recent))
             ema.update(result)
@@ -188,9 +184,8 @@ def _train(
                 )
             if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
+        watchdog.at("the end of the run")
     finally:
-        watchdog.close()
-        channel.close()
         batches.close()
         metrics.close()
     engine.close()

@@ -21,7 +21,8 @@ from megapromoe.commands import check
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import runtime
-from megapromoe.preflight import bandwidth, clocks, groups, job, machine, storage
+from megapromoe.errors import UserError
+from megapromoe.preflight import arrival, bandwidth, clocks, groups, job, machine, storage
 from megapromoe.preflight.verdict import FAIL, WARN
 
 RANKS = 4
@@ -227,6 +228,69 @@ def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):
     assert how in said and f"'{stage}'" in " ".join(said.split())
     assert verdicts(told, "answers") == {"n2": FAIL}
     assert time.monotonic() - began < 90
+
+
+def frozen_at_the_roll_call():
+    real = arrival.roll_call
+
+    def stop(channel, *rest):
+        channel.send(f"here/{channel.rank}", ["n0", 1])  # the store is there: the others come to it
+        while len(channel.receive_from_ranks("here")) < RANKS:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return real(channel, *rest)
+
+    arrival.roll_call = stop
+
+
+def frozen_before_the_verdict():
+    def stop(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    job.Preflight._conclude = stop
+
+
+def work_as_a_program(rank: int, port: int, folder: Path, faults: dict, arguments: list[str]) -> None:
+    """As `work`, and an error is a message and an exit code."""
+    try:
+        work(rank, port, folder, faults, arguments)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+
+@pytest.mark.parametrize(
+    "fault, where",
+    [
+        pytest.param(frozen_at_the_roll_call, "the process that holds the job's store", marks=pytest.mark.full),
+        pytest.param(frozen, "in reduce_scatter in whole", marks=pytest.mark.full),
+        pytest.param(frozen_before_the_verdict, "the process that holds the job's store", marks=pytest.mark.full),
+    ],
+)
+def test_where_the_holder_of_the_store_is_frozen_the_others_end(tmp_path, fault, where):
+    """Rank 0 holds it. Nothing judges then, so the code is that of a check that failed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    start_server()
+    arguments = ["--timeout", "8", "data.source=synthetic", "data.size=1000"]
+    ranks = [
+        context.Process(target=work_as_a_program, args=(r, port, tmp_path, {0: fault}, arguments), daemon=True)
+        for r in range(RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        end = time.monotonic() + 150
+        for rank in ranks[1:]:
+            rank.join(timeout=max(end - time.monotonic(), 0))
+        said = [(tmp_path / f"err-{r}").read_text() for r in range(RANKS)]
+        assert [rank.exitcode for rank in ranks] == [None, 1, 1, 1], said
+        assert all(where in one and "does not answer" in one for one in said[1:]), said
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
 def test_a_run_directory_that_cannot_be_written_is_no_nodes_fault(tmp_path):

@@ -8,7 +8,7 @@ from support.trajectory import small
 
 import megapromoe.training.loop as loop
 from megapromoe.checkpoint.format import KINDS, Checkpoint, folder_of
-from megapromoe.distributed import runtime
+from megapromoe.distributed import rendezvous, runtime
 
 QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
 
@@ -17,7 +17,9 @@ def train(folder: str, *overrides: str) -> None:
     """`loop.train` of the small model (six steps, saved every three) in a job that is already running."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     store = torch.distributed.HashStore()
-    runtime.start = lambda launch, timeout: runtime.Job(torch.device("cpu"), store)
+    rendezvous.gather = lambda launch, timeout: store
+    rendezvous.own_connection = lambda store, timeout: store
+    runtime.start = lambda launch, timeout, store: runtime.Job(torch.device("cpu"), store)
     runtime.stop = lambda: None
     loop.train(small(*QUICK, *overrides), Path(folder), runtime.Launch("test", rank, world))
 

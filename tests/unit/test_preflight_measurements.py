@@ -9,7 +9,7 @@ import torch
 from support.made_up_clusters import change, cluster_of, verdict_of
 
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed import runtime
+from megapromoe.distributed import rendezvous, runtime
 from megapromoe.preflight import machine, storage
 from megapromoe.preflight.storage import checkpoint_bytes
 
@@ -111,4 +111,4 @@ def test_srun_says_how_many_ranks_each_node_has(monkeypatch):
 def test_a_store_that_nobody_holds(capfd):
     launch = runtime.Launch("torchrun", 1, 2, port=1)
     with pytest.raises(runtime.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
-        runtime.meet(launch, 1.0, "preflight")
+        rendezvous.meet(launch, 1.0, "preflight")
