@@ -89,7 +89,7 @@ def _refuse_pickle_bombs(path: Path, data: bytes) -> None:
     for number, (code, argument, _) in enumerate(pickletools.genops(data)):
         if number > _MOST_CODES:
             raise ConversionError(f"{path}: its pickle has more than {_MOST_CODES:,} instructions")
-        if code.name == "GLOBAL" and argument.split(" ")[-1] == "bytearray":  # one number makes it of any size
+        if code.name == "GLOBAL" and str(argument).split(" ")[-1] == "bytearray":  # one number makes it of any size
             raise ConversionError(
                 f"{path}: refused: it holds Python objects other than tensors and plain values (bytearray); nothing of"
                 " it was executed. Ask its author for a file of tensors alone"
