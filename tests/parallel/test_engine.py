@@ -111,7 +111,13 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["nan", full("inf")])
-@pytest.mark.parametrize("file", [*(f"fp32_zero{z}" for z in range(4)), *(f"bf16_zero{z}" for z in range(1, 4))])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(full("fp32_zero0"), "fp32_zero1", full("fp32_zero2"), "fp32_zero3"),
+        *(full("bf16_zero1"), "bf16_zero2", full("bf16_zero3")),
+    ],
+)
 def test_a_loss_that_is_not_finite_on_one_rank_moves_nobody(file, kind):
     for said in run(4, spoiled, file, 2, 2, kind):
         assert said == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}

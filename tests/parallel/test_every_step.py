@@ -38,6 +38,7 @@ def evaluate_where_the_first_sees_more(evaluation, launch):
     return image_metrics.evaluate(evaluation, launch)
 
 
+@pytest.mark.full
 def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monkeypatch):
     request = GenerationRequest(long_run, tmp_path / "drawn", 130, scales=(1.0, 3.0))
     both = as_job(2, tmp_path, evaluate_where_the_first_sees_more, Evaluation(request, None, "data", every_step=True))

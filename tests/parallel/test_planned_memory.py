@@ -101,8 +101,11 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32"])
-@pytest.mark.parametrize("world, variants", [(1, MODELS), (2, LAYOUTS)], ids=["models", "layouts"])
+@pytest.mark.parametrize(
+    "world, variants, kind",
+    [(1, MODELS, "bf16"), full(1, MODELS, "fp32"), full(2, LAYOUTS, "bf16"), (2, LAYOUTS, "fp32")],
+    ids=["models bf16", "models fp32", "layouts bf16", "layouts fp32"],
+)
 @pytest.mark.parametrize("size, close", [full(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):
     """After the forward pass within 2 % (where scores and indices weigh as much as tokens, 10 %); the peak of both

@@ -184,6 +184,7 @@ FORGETFUL = {
 }
 
 
+@pytest.mark.full
 def test_traffic_of_stage_3(tmp_path):
     """Bytes and groups; how many calls they come in is left to DeepSpeed."""
     cases = []

@@ -344,6 +344,7 @@ def test_limits_are_positive_numbers(words, capsys):
     assert "must be a number above 0" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_under_torchrun(tmp_path):
     program = [
         sys.executable,

@@ -45,6 +45,7 @@ def measured(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.full
 def test_every_stage_is_finished_and_in_the_report(measured):
     report = (measured / "report.md").read_text()
     for stage in STAGES:
@@ -55,6 +56,7 @@ def test_every_stage_is_finished_and_in_the_report(measured):
         assert lines and all(f"* {line}" in report for line in lines)
 
 
+@pytest.mark.full
 def test_the_machine_is_described(measured):
     machine = json.loads((measured / "machine.json").read_text())
     assert machine["device"] == "CPU" and machine["gpus"] == 0 and machine["cores"] == os.cpu_count()
@@ -62,12 +64,14 @@ def test_the_machine_is_described(measured):
     assert set(IDENTITY) <= machine.keys() == MACHINE.keys() | {"time"}
 
 
+@pytest.mark.full
 def test_figures_of_the_tests(measured):
     (line,) = stage_figures("tests", measured / "tests")
     passed, failed = int(line.split()[0]), int(line.split()[2])
     assert passed >= 6 and failed == 0  # the golden cases
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stage", ["step", "layer"])
 def test_figures_of_the_benchmark(measured, stage):
     (scene,) = json.loads((measured / stage / "eager" / "benchmark.json").read_text())["scenes"].values()
@@ -76,6 +80,7 @@ def test_figures_of_the_benchmark(measured, stage):
     assert f"eager, {stage} digits E4 B8 real: ours" in line and "× dense); dense" in line
 
 
+@pytest.mark.full
 def test_the_profile_is_a_table_and_a_trace(measured):
     folder = measured / "profile"
     table = (folder / "profile.txt").read_text()
@@ -93,6 +98,7 @@ def test_the_profile_is_a_table_and_a_trace(measured):
     ]
 
 
+@pytest.mark.full
 def test_training_is_that_of_the_package(measured):
     lines = (measured / "train" / "digits" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
@@ -100,6 +106,7 @@ def test_training_is_that_of_the_package(measured):
     assert stage_figures("train", measured / "train")[0].startswith("digits: step 4, loss ")
 
 
+@pytest.mark.full
 def test_a_repeated_command_skips_what_is_finished(measured, capsys):
     files = sorted(measured.rglob("stage.json"))
     before = [(file.stat().st_mtime_ns, file.read_text()) for file in files]
@@ -108,6 +115,7 @@ def test_a_repeated_command_skips_what_is_finished(measured, capsys):
     assert [(file.stat().st_mtime_ns, file.read_text()) for file in files] == before
 
 
+@pytest.mark.full
 def test_other_command_lines_are_not_mixed_in(measured, capsys):
     assert main(["all", "--device", "cpu", "--out", str(measured)], ROOT) == 2
     assert "was measured by other command lines; give another --out, or --again" in capsys.readouterr().err
@@ -257,6 +265,7 @@ def test_the_limit_is_no_part_of_the_figures(tmp_path):
 # ---- refusals
 
 
+@pytest.mark.full
 def test_figures_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys):
     machine = json.loads((measured / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps(machine | {"device": "H100"}))

@@ -26,9 +26,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 STARTED: list[subprocess.Popen] = []
 
 
-def start(folder: Path, *more: str, restarts: int = 0) -> subprocess.Popen:
-    """`megapromoe train` on four processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+def start(folder: Path, ranks: int, *more: str, restarts: int = 0) -> subprocess.Popen:
+    """`megapromoe train` on so many processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["--max-restarts", str(restarts), "-m", "megapromoe", "train", "--run-dir", str(folder), *JOB, *more]
     job = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     STARTED.append(job)
@@ -66,20 +66,25 @@ def wait_for(condition, limit: float = 120.0, launcher: subprocess.Popen | None 
         time.sleep(0.05)
 
 
+@pytest.fixture(scope="module", params=[2, full(4)], ids="{} ranks".format)
+def ranks(request) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[float]:
+def undisturbed(ranks, tmp_path_factory) -> list[float]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = start(folder)
+    job = start(folder, ranks)
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said[-3000:]
     return losses(folder)
 
 
-def test_kill_9_mid_step_and_the_supervisor_brings_it_back(undisturbed, tmp_path, fault_table):
+def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
-    job = start(folder, restarts=1)
+    job = start(folder, ranks, restarts=1)
     wait_for(lambda: logged(folder) >= 12, launcher=job)
-    os.kill(ranks_of(job)[2], signal.SIGKILL)
+    os.kill(ranks_of(job)[ranks // 2], signal.SIGKILL)
     killed = time.monotonic()
 
     def steps_again() -> bool:
@@ -100,15 +105,15 @@ def test_kill_9_mid_step_and_the_supervisor_brings_it_back(undisturbed, tmp_path
 
 
 @pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), full(signal.SIGUSR1, "one")])
-def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_path, fault_table):
+def test_a_signal_saves_and_asks_for_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
-    job = start(folder)
+    job = start(folder, ranks)
     wait_for(lambda: logged(folder) >= 7, launcher=job)
-    ranks = ranks_of(job)
-    for rank in ranks if who == "all twice" else ranks[3:]:
-        os.kill(rank, number)
+    pids = ranks_of(job)
+    for pid in pids if who == "all twice" else pids[-1:]:
+        os.kill(pid, number)
         if who == "all twice":
-            os.kill(rank, number)
+            os.kill(pid, number)
     said, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     step = int(re.search(r"asked to stop: step (\d+) of", said)[1])
@@ -119,25 +124,25 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, who, undisturbed, tmp_pat
     fault_table.append(
         (f"{number.name} to {who}", "agreed step, saved, exit code 75, identical losses after", "nothing")
     )
-    job = start(folder)
+    job = start(folder, ranks)
     said, _ = job.communicate(timeout=240)
     assert job.returncode == 0, said[-3000:]
     assert losses(folder) == undisturbed
 
 
-@pytest.mark.parametrize("hung", [full(0), 2])
-def test_a_hung_rank_is_named(hung, tmp_path, fault_table):
+@pytest.mark.parametrize("ranks, hung", [(2, 1), full(4, 0), full(4, 2)])
+def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
     """A stopped process; the others say who, where and when within twice the step time-out, and end."""
     limit = 8.0
-    job = start(tmp_path / "run", f"train.step_timeout={limit:g}", "train.steps=100000")
+    job = start(tmp_path / "run", ranks, f"train.step_timeout={limit:g}", "train.steps=100000")
     wait_for(lambda: logged(tmp_path / "run") >= 7, launcher=job)
-    ranks = ranks_of(job)
-    os.kill(ranks[hung], signal.SIGSTOP)
+    pids = ranks_of(job)
+    os.kill(pids[hung], signal.SIGSTOP)
     stopped = time.monotonic()
-    others = [r for i, r in enumerate(ranks) if i != hung]
+    others = [pid for rank, pid in enumerate(pids) if rank != hung]
     wait_for(lambda: not any(alive(r) for r in others))
     took = time.monotonic() - stopped
-    os.kill(ranks[hung], signal.SIGKILL)
+    os.kill(pids[hung], signal.SIGKILL)
     said, _ = job.communicate(timeout=120)
     assert re.search(rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+", said), said
     assert took <= 2 * limit

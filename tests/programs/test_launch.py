@@ -50,7 +50,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", full("deepspeed"), "mpirun"])
+@pytest.mark.parametrize("launcher", [full("torchrun"), full("deepspeed"), "mpirun"])
 def test_launchers_start_the_same_run(launcher, alone, tmp_path):
     command = commands(tmp_path / "run")[launcher]
     if shutil.which(command[0], path=ENV["PATH"]) is None:

@@ -303,6 +303,7 @@ time.sleep(60)
 # ---- all of it, for real
 
 
+@pytest.mark.full
 def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
     """plan, run, kill -9 of tool and training, run again, collect, plot; equal to a run that nobody disturbed."""
     folder = tmp_path / "study"
