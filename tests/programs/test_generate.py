@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from support import processes
 from support.sampled_runs import ALONE, as_job, saved_run, tiny
 
-from megapromoe.checkpoint.format import OtherModel
+from megapromoe.checkpoint.format import CheckpointError, OtherModel
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import to_yaml
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate, grid
@@ -159,7 +159,7 @@ def test_the_whole_model_is_read_from_a_sharded_run(run):
 def test_what_cannot_be_loaded_is_said(run, tmp_path):
     with pytest.raises(SampleError, match="no config.yaml"):
         load_model(tmp_path)
-    with pytest.raises(SampleError, match=r"step = 7: .* there are 1, 2"):
+    with pytest.raises(CheckpointError, match=r"step = 7: .* there are 1, 2"):
         load_model(run, step=7)
     with pytest.raises(SampleError, match="weights = 'best': must be ema or master"):
         load_model(run, weights="best")
@@ -168,7 +168,7 @@ def test_what_cannot_be_loaded_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match="sample.stepz"):
         load_model(run, overrides=["sample.stepz=4"])
     (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
-    with pytest.raises(SampleError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load_model(tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(tiny("model.hidden_size=24")))
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
