@@ -58,6 +58,8 @@ def watched_job(
             if getattr(error, "on_all_ranks", False):  # otherwise others may wait in a collective, and so would `stop`
                 watchdog.at(LEAVING)
                 runtime.stop()
+            elif not isinstance(error, UserError):
+                dog.await_verdict(error)
             raise
         watchdog.at(LEAVING)
         runtime.stop()

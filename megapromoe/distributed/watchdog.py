@@ -122,6 +122,16 @@ class Watchdog:
         """Nothing is expected of this rank until the next `at`; while any rank pauses, the job does not hang."""
         self._paused = True
 
+    def await_verdict(self, error: Exception) -> None:
+        """For a rank whose collective has failed: in a hang, others may have ended already, which closes connections.
+
+        If nothing has moved for `limit` seconds, the error's traceback, which tells where this rank waited, is printed,
+        and the rank is given the time to end with the verdict like the others.
+        """
+        if not self._paused and self._idle() > self.limit:
+            traceback.print_exception(error)
+            self._closed.wait(GIVE_UP_AFTER * self.pulse + self.channel.timeout)
+
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()

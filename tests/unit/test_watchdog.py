@@ -179,3 +179,28 @@ def test_a_closed_channel_leaves_no_thread():
     channel.close()
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def test_a_rank_whose_connections_break_in_a_hang_waits_for_the_verdict(monkeypatch, capsys):
+    """Ranks end one after the other; the collectives of those that are left fail, which is not what is to be told."""
+    ended = threading.Event()
+    told = []
+
+    def end(message, code):
+        told.append((message, code))
+        dog._closed.set()
+        ended.set()
+
+    monkeypatch.setattr(watchdog_module.runtime, "end", end)
+    store = HashStore()
+    dog = Watchdog(StoreChannel(store, 1, 2, 5.0, 5.0), 0.8, "--limit")
+    dog.at("all_reduce")
+    start = time.monotonic()
+    dog.await_verdict(RuntimeError("connection closed"))
+    assert time.monotonic() - start < 0.5 and not told, "nothing hangs: the error is told at once"
+    dog._since -= 1.0
+    StoreChannel(store, 0, 2, 5.0, 5.0).send("watchdog/verdict", ["silent: rank 0", 76])
+    dog.await_verdict(RuntimeError("connection closed"))
+    assert capsys.readouterr().err.count("RuntimeError: connection closed") == 1
+    assert ended.wait(10) and "in all_reduce; silent: rank 0" in told[0][0] and told[0][1] == 76
+    dog.close()
