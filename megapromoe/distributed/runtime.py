@@ -308,8 +308,8 @@ _DUMP = 10.0  # seconds that NCCL's flight recorder has to write
 def keep_flight_records(folder: Path) -> None:
     """NCCL's flight recorder (its last collectives, their ranks and states) shall write to `folder` if the job hangs.
 
-    Called before the job is joined. Both torch, when a collective times out, and `end` write there; the folder is made
-    then. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
+    Called before the job is joined. Both torch, when a collective times out, and `end` write there; torch makes no
+    folder. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
     """
     _FLIGHT_RECORDS[:] = [folder]
     prefix = str(folder / "rank_")
@@ -339,13 +339,13 @@ def _write_flight_record(folder: Path) -> None:
 
     if not dist.is_initialized() or "nccl" not in dist.get_backend():
         return
-    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
-
     rank = dist.get_rank()
     try:
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
+
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"rank_{rank}").write_bytes(_dump_nccl_trace())
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
 
 

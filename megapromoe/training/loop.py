@@ -81,6 +81,8 @@ def train(
         watchdog.starting("opening the run directory")
         own = _open_run(config, folder, launch, allow)
         try:
+            if own and job.device.type == "cuda":
+                records.mkdir(exist_ok=True)
             _train(config, RunDirectory(folder), job, from_step, asked_to_stop)
         finally:
             if own:

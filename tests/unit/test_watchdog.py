@@ -204,3 +204,23 @@ def test_a_rank_whose_connections_break_in_a_hang_waits_for_the_verdict(monkeypa
     assert capsys.readouterr().err.count("RuntimeError: connection closed") == 1
     assert ended.wait(10) and "in all_reduce; silent: rank 0" in told[0][0] and told[0][1] == 76
     dog.close()
+
+
+def test_nccl_s_flight_record_lies_in_the_folder_or_is_named_as_missing(tmp_path, monkeypatch, capsys):
+    from torch import distributed
+    from torch._C import _distributed_c10d as c10d
+
+    from megapromoe.distributed import runtime
+
+    folder = tmp_path / "run" / "flight_records"
+    runtime._write_flight_record(folder)
+    assert not folder.exists(), "a process in no job has none"
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(distributed, "get_rank", lambda: 3)
+    monkeypatch.delattr(c10d, "_dump_nccl_trace", raising=False)
+    runtime._write_flight_record(folder)
+    assert "rank 3: no flight record" in capsys.readouterr().err
+    monkeypatch.setattr(c10d, "_dump_nccl_trace", lambda: b"record", raising=False)
+    runtime._write_flight_record(folder)
+    assert (folder / "rank_3").read_bytes() == b"record"
