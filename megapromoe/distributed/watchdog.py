@@ -31,6 +31,7 @@ SILENT_AFTER = 3  # pulses without a report after which a rank counts as silent
 GIVE_UP_AFTER = 8  # pulses without a verdict after which a rank ends without one
 COMPILING = 1800.0  # more seconds that a step may take which compiles the model
 LEAVING = "leaving the job"
+START_UP = "start-up"
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ class Watchdog:
         Args:
             extra: seconds that this place may take beyond `limit`.
         """
+        starts = not self._reports or self._place.startswith(START_UP)
         self._place, self._position, self._since, self._extra = place, self._position + 1, time.monotonic(), extra
         self._paused = False
-        if self.every_place or not self._reports:  # a rank can hang before its thread's first pulse
+        if self.every_place or starts:  # a rank can hang before its thread's next pulse, in its first step
             with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
                 self._report()
 
@@ -233,7 +235,7 @@ def at(place: str, extra: float = 0.0) -> None:
 def starting(place: str, extra: float = 0.0) -> None:
     """As `at`, of a place before the first step, which may take `start_extra` of the watchdog longer."""
     for dog in _current:
-        dog.at(f"start-up: {place}", dog.start_extra + extra)
+        dog.at(f"{START_UP}: {place}", dog.start_extra + extra)
 
 
 def touch() -> None:
