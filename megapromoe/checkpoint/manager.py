@@ -135,8 +135,10 @@ class Saver:
             except OSError as error:
                 problem = f"{error.filename or self.root}: {error.strerror}"
         problem = broadcast_from_rank0(problem)
-        self._count(problem)
-        return None if problem else needed
+        if problem:  # a save that has begun is no success yet
+            self._count(problem)
+            return None
+        return needed
 
     def _count(self, problem: str) -> None:
         self._problem = problem
@@ -207,9 +209,9 @@ def resume(
         problem, checkpoint = "", None
         try:
             checkpoint = Checkpoint(folder_of(root, candidate))
+            check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
             if accept:
                 accept(checkpoint.folder, checkpoint.manifest)
-            check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
             checkpoint.verify(this_rank(), world_size())
         except (OtherModel, OtherRun):
             raise  # every rank reads the same manifest

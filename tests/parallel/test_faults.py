@@ -99,7 +99,7 @@ def test_a_step_that_was_asked_for_is_taken_or_refused(tmp_path):
     before = losses(tmp_path)
     run(2, from_step, str(tmp_path), 3)
     assert losses(tmp_path)[:6] == before and len(losses(tmp_path)) == 9
-    with pytest.raises(WorkerFailed, match=r"no complete checkpoint of step 5; there are \[3, 6, 9\]"):
+    with pytest.raises(WorkerFailed, match=r"no complete checkpoint of step 5; there are 3, 6, 9"):
         run(2, from_step, str(tmp_path), 5)
     spoil(folder_of(tmp_path / "checkpoints", 6) / "rank-00001.safetensors")
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: bytes changed"):
@@ -200,7 +200,7 @@ def failing(folder: str, place: str, kind: type[BaseException]) -> None:
 def test_a_save_that_fails_in_any_way_is_a_failed_save(place, kind, tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match="2 checkpoints in a row were not saved"):
         run(2, failing, str(tmp_path), place, kind)
-    assert steps_in(tmp_path / "checkpoints") == [1] and len(losses(tmp_path)) == 3
+    assert steps_in(tmp_path / "checkpoints") == [1] and len(losses(tmp_path)) == 4
     what = f"{kind.__name__} in the thread that saves"
     fault_table.append((what, "named, training goes on, ends after train.max_failed_saves", "the saves"))
 
@@ -209,7 +209,8 @@ def not_removable(folder: str) -> None:
     import megapromoe.checkpoint.retention as retention
 
     def rmtree(path, ignore_errors=False):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     retention.shutil.rmtree = rmtree
     train(folder, "parallel.ep=2", "train.save_every=1", "train.keep=1")
