@@ -11,13 +11,12 @@ pickle is written or read.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapromoe.checkpoint.manifest import FOLDER, MANIFEST, CheckpointError, is_misnamed, read_manifest, seal
+from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, seal
 from megapromoe.io import atomic_write, sha256_of, sync, write_text
 from megapromoe.io import commit as commit_staged
 
@@ -43,33 +42,6 @@ class TensorFile(Protocol):
 
 class OtherModel(CheckpointError):
     """A whole checkpoint, but of another model."""
-
-
-def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
-
-
-def steps_in(root: Path) -> list[int]:
-    """Steps of the complete checkpoints under `root`, ascending. A folder named as another step is left out."""
-    if not root.is_dir():
-        return []
-    steps = []
-    for folder in root.iterdir():
-        name, manifest = FOLDER.fullmatch(folder.name), folder / MANIFEST
-        if name and manifest.is_file():
-            status = manifest.stat()
-            if _is_misnamed(folder, status.st_mtime_ns, status.st_size):
-                logger.warning("%s: is a copy of another step, and no checkpoint of this one; remove it", folder)
-            else:
-                steps.append(int(name[1]))
-    return sorted(steps)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_misnamed(folder: Path, written: int, size: int) -> bool:
-    """`is_misnamed`, remembered as long as the manifest's time and size stay; a long run asks at every save."""
-    return is_misnamed(folder)
 
 
 class Checkpoint:
@@ -169,16 +141,6 @@ def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
         )
 
 
-def choose_checkpoint(root: Path, step: int | None = None) -> Path:
-    """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such."""
-    steps = steps_in(root)
-    if not steps:
-        raise CheckpointError(f"{root}: holds no complete checkpoint; train until train.save_every at least")
-    if step is not None and step not in steps:
-        raise CheckpointError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
-    return folder_of(root, steps[-1] if step is None else step)
-
-
 def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: list[list], step: int) -> str:
     """Writes one rank's file, and then its receipt; returns what went wrong, or "".
 
@@ -194,8 +156,8 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
         save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
         sync(file)
         receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
-    except (OSError, SafetensorError) as error:
-        problem = f"{file}: {error}"
+    except Exception as error:  # whatever it is, the save has failed, and rank 0 must learn of it
+        problem = f"{file}: {error or type(error).__name__}"
     try:
         with atomic_write(folder / f"rank-{rank:05d}.json") as part:
             part.write(json.dumps(receipt | {"problem": problem}).encode())
@@ -228,10 +190,17 @@ def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience
         del receipt["problem"]
         path.unlink()
     write_text(aside / MANIFEST, seal({**facts, "ranks": receipts}))
-    if final.exists():  # the same step saved again, after a resume from an earlier one
-        (final / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(final)
+    if final.is_symlink() or final.exists():  # whatever it is, it is no checkpoint of this history
+        kept = _free_name(final.with_name(f"{final.name}.replaced"))
+        os.rename(final, kept)
+        logger.warning("%s: was there before this checkpoint was saved, and is now %s", final, kept.name)
     commit_staged(aside, final)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number after it, such that nothing has that name."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.is_symlink() and not name.exists())
 
 
 def _slices(region: list[list[int]]) -> tuple[slice, ...]:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ from megapromoe.checkpoint.format import (
     OtherModel,
     check_model,
     commit,
-    folder_of,
-    steps_in,
     write_rank,
 )
+from megapromoe.checkpoint.retention import remove_leftovers, retire
+from megapromoe.checkpoint.run_directory import OtherRun
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.protocol import Piece
-from megapromoe.io import SUFFIX, staging_path
+from megapromoe.io import staging_path
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Saver:
         """Args: `patience`: seconds that rank 0 waits for the other ranks' files before it gives a save up."""
         t = engine.config.train
         self.root, self.engine, self.ema, self.patience = root, engine, ema, patience
-        self.keep, self.keep_every, self.limit = t.keep, t.keep_every, t.max_failed_saves
+        self.limit = t.max_failed_saves
         self.failures = 0
         self.figures: dict[str, float] = {}  # of the last save that ended: stall ms, save s, bytes
         self._thread: threading.Thread | None = None
@@ -84,7 +85,8 @@ class Saver:
         """Starts the checkpoint of `facts["step"]`; waits for the one before, if it is still being written. Collective.
 
         Args:
-            facts: goes into the manifest: step, updates, config, ... The state of the data is the step.
+            facts: goes into the manifest: step, updates, config, ... The state of the data is the step. Rank 0's are
+                written; of its `run`, the run's identity, checkpoints are removed by `retention.py`.
 
         Raises CheckpointError on every rank when `train.max_failed_saves` saves in a row have failed. A failed save is
         logged, training goes on, and older checkpoints stay.
@@ -96,11 +98,12 @@ class Saver:
         snap = snapshot(engine, _state(engine, self.ema), buffers)
         final = folder_of(self.root, facts["step"])
         aside = staging_path(final)
-        total = self._agree_to_start(aside, snap.bytes)
+        total = self._agree_to_start(aside, snap.bytes, facts)
         if total is None:
             return
         facts = {**facts, "shapes": {n: list(p.shape) for n, p in engine.layouts.items()}, "buffers": sorted(buffers)}
         self.figures = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
+        self._problem = "its thread ended early"  # until the thread says otherwise
         self._thread = threading.Thread(target=self._write, args=(aside, final, snap, facts), name="saver", daemon=True)
         self._thread.start()
 
@@ -117,14 +120,13 @@ class Saver:
         if last and self.failures:
             raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
 
-    def _agree_to_start(self, aside: Path, size: int) -> int | None:
+    def _agree_to_start(self, aside: Path, size: int, facts: Mapping[str, Any]) -> int | None:
         """Makes the folder if there is room for all ranks' bytes; None, and a failure, if not."""
         needed, problem = sum(all_gather_values(size)), ""
         if this_rank() == 0:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                for left in self.root.glob(f"step-*{SUFFIX}"):
-                    shutil.rmtree(left, ignore_errors=True)
+                remove_leftovers(self.root)
+                self._retire(facts)  # what was not proven at the last save may be now
                 free = shutil.disk_usage(self.root).free
                 if free < 1.02 * needed:
                     problem = f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or train.keep=1"
@@ -133,8 +135,10 @@ class Saver:
             except OSError as error:
                 problem = f"{error.filename or self.root}: {error.strerror}"
         problem = broadcast_from_rank0(problem)
-        self._count(problem)
-        return None if problem else needed
+        if problem:  # a save that has begun is no success yet
+            self._count(problem)
+            return None
+        return needed
 
     def _count(self, problem: str) -> None:
         self._problem = problem
@@ -153,43 +157,63 @@ class Saver:
         """In the thread. What goes wrong on any rank is told by its receipt and remembered by rank 0."""
         start = time.perf_counter()
         rank, world = this_rank(), world_size()
-        problem = write_rank(aside, rank, snap.tensors, snap.parts, facts["step"])
-        if rank == 0:
-            try:
+        try:
+            problem = write_rank(aside, rank, snap.tensors, snap.parts, facts["step"])
+            if rank == 0:
                 commit(aside, final, world, facts, self.patience)
-                self._retire()
                 problem = ""
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
-            self.figures["save_seconds"] = time.perf_counter() - start
+                self._retire(facts)
+        except Exception as error:  # of any kind: an exception that ends a thread is seen by nobody
+            unexpected = not isinstance(error, CheckpointError | OSError)
+            logger.debug("the save of step %d failed", facts["step"], exc_info=unexpected)
+            problem = f"{type(error).__name__}: {error}" if unexpected else str(error)
+        self.figures["save_seconds"] = time.perf_counter() - start
         self._problem = problem
 
-    def _retire(self) -> None:
-        for step in steps_in(self.root)[: -self.keep]:
-            if not self.keep_every or step % self.keep_every:
-                old = folder_of(self.root, step)
-                (old / "manifest.json").unlink()  # first, so that what remains of a killed removal is no checkpoint
-                shutil.rmtree(old)
+    def _retire(self, facts: Mapping[str, Any]) -> None:
+        t = self.engine.config.train
+        run, step, updates = facts.get("run"), facts["step"], facts["updates"]
+        retire(self.root, run, step, updates, t.keep, t.keep_every, t.max_bad_steps)
 
 
-def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Checkpoint | None:
+@dataclass
+class Resumed:
+    """The checkpoint that a run was filled from, and the newer ones that were not, each with what is wrong with it."""
+
+    checkpoint: Checkpoint
+    damaged: dict[int, str] = field(default_factory=dict)
+
+
+def resume(
+    root: Path,
+    engine: Engine,
+    ema: EMA,
+    step: int | None = None,
+    accept: Callable[[Path, Mapping[str, Any]], None] | None = None,
+) -> Resumed | None:
     """Loads the newest checkpoint that is whole, or exactly that of `step`; None if there is none. Collective.
 
+    Args:
+        accept: raises OtherRun for the folder and manifest of a whole checkpoint that is not to be used.
+
     Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
-    rank: `step` is not there or damaged, or the checkpoint is of another model; nothing is changed then.
+    rank: `step` is not there or damaged, or the checkpoint is of another model or run; nothing is changed then.
     """
     steps = broadcast_from_rank0(steps_in(root))  # one view of the folder
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{root}: has no complete checkpoint of step {step}; there are {steps or 'none'}")
         steps = [step]
+    damaged: dict[int, str] = {}
     for candidate in reversed(steps):
         problem, checkpoint = "", None
         try:
             checkpoint = Checkpoint(folder_of(root, candidate))
             check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
+            if accept:
+                accept(checkpoint.folder, checkpoint.manifest)
             checkpoint.verify(this_rank(), world_size())
-        except OtherModel:
+        except (OtherModel, OtherRun):
             raise  # every rank reads the same manifest
         except CheckpointError as error:
             problem = str(error)
@@ -198,10 +222,11 @@ def resume(root: Path, engine: Engine, ema: EMA, step: int | None = None) -> Che
             assert checkpoint is not None  # no rank had a problem, so this one has read it
             updates = int(checkpoint.manifest["updates"])
             restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates)
-            return checkpoint
+            return Resumed(checkpoint, damaged)
         if step is not None:
             raise CheckpointError(damage)
         logger.warning("passing over a damaged checkpoint: %s", damage)
+        damaged[candidate] = damage
     if steps:
         raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start anew")
     return None

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def is_misnamed(folder: Path) -> bool:
-    """Whether a folder named as a step holds a sound manifest of another one: a copy, which is no checkpoint."""
-    try:
-        content = _load(folder / MANIFEST)
-    except CheckpointError:
-        return False  # damaged; whoever opens it says so
-    named = FOLDER.fullmatch(folder.name)
-    return named is not None and _is_count(content.get("step")) and content["step"] != int(named[1])
+@dataclass(frozen=True)
+class Summary:
+    """What a manifest says of a checkpoint as a whole. `run` and `branch` are None where it names none."""
+
+    step: int
+    updates: int
+    run: str | None
+    branch: str | None
+
+
+def read_summary(folder: Path) -> Summary:
+    """Of the manifest of a checkpoint folder, without a look at its list of parts. Raises CheckpointError."""
+    path = folder / MANIFEST
+    content = _load(path)
+    problem = next(_summary_problems(content), None)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}; the checkpoint is damaged, use another step")
+    return Summary(content["step"], content["updates"], content.get("run"), content.get("branch"))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -101,10 +112,19 @@ def _load(path: Path) -> dict[str, Any]:
 # ---- form
 
 
+def _summary_problems(content: dict[str, Any]) -> Iterator[str]:
+    if not _is_count(content.get("step")) or not _is_count(content.get("updates")):
+        yield f"step = {content.get('step')!r}, updates = {content.get('updates')!r}: must be whole numbers, 0 or more"
+    for name in ("run", "branch", "data"):
+        if content.get(name) is not None and not isinstance(content[name], str):
+            yield f"{name} = {_short(content[name])}: must be a text"
+
+
 def _problems(content: dict[str, Any]) -> Iterator[str]:
     """A sentence for each thing that a manifest must be and is not; each relies on those before."""
-    if not _is_count(content.get("step")) or not _is_count(content.get("updates", 0)):
-        yield f"step = {content.get('step')!r}, updates = {content.get('updates')!r}: must be whole numbers, 0 or more"
+    yield from _summary_problems(content)
+    if not _is_count(content.get("skipped_in_a_row", 0)):
+        yield f"skipped_in_a_row = {content['skipped_in_a_row']!r}: must be a whole number, 0 or more"
     norms = content.get("recent_norms", [])
     if not isinstance(norms, list) or not all(type(norm) in (int, float) and math.isfinite(norm) for norm in norms):
         yield "recent_norms: must be a list of finite numbers"

@@ -5,6 +5,7 @@ config.yaml         the resolved config of the latest start
 environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
 metrics.jsonl       one line per logged step
 checkpoints/        step-XXXXXXXX/
+branches/           what a start that went back left behind, see `history.py`
 samples/            pictures drawn while training
 tensorboard/        events
 logs/               what each rank said, a folder for each attempt (launchers)
@@ -27,12 +28,13 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
+from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
@@ -55,10 +57,52 @@ FIXED = (
 )
 
 
+class OtherRun(CheckpointError):
+    """A whole checkpoint that another run wrote, or that was trained on other data or with other fixed settings."""
+
+
 class RunDirectoryError(UserError):
     """A folder that cannot be this run's: not a run's, of another run, in use, or not writable."""
 
     on_all_ranks = True  # rank 0 finds it and tells the others, so one rank need print it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint must have in common with the run that resumes it.
+
+    Attributes:
+        run: identity of the run.
+        data: identity of the data set; None where it has none.
+        config: of this start.
+    """
+
+    run: str
+    data: str | None
+    config: Config
+
+    def check(self, path: Path, manifest: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
+        """Raises OtherRun, listing the differences, unless `allow` names them: "run", "data", a setting of `FIXED`.
+
+        What a manifest does not say is not compared: converted checkpoints are of no run.
+        """
+        allowed = set(allow)
+        changed = changed_settings(manifest.get("config", {}), self.config) if manifest.get("config") else {}
+        differences = {key: values for key, values in changed.items() if is_fixed(key)}
+        for key, ours in (("run", self.run), ("data", self.data)):
+            theirs = manifest.get(key)
+            if None not in (theirs, ours) and theirs != ours:
+                differences[key] = [theirs, ours]
+        listed = [
+            f"\n  - {key}: the checkpoint has {theirs!r}, this start {ours!r}; --allow {key}"
+            for key, (theirs, ours) in differences.items()
+            if key not in allowed
+        ]
+        if listed:
+            raise OtherRun(
+                f"{path}: is of another run, or of other settings than this start's; remove it, or use it with the"
+                f" option named:{''.join(listed)}"
+            )
 
 
 class RunDirectory:
@@ -70,6 +114,7 @@ class RunDirectory:
         self.environment = self.folder / "environment.json"
         self.metrics = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
+        self.branches = self.folder / "branches"
         self.samples = self.folder / "samples"
         self.tensorboard = self.folder / "tensorboard"
         self.lock_file = self.folder / "run.lock"
@@ -109,8 +154,12 @@ class RunDirectory:
             raise
         return run
 
-    def state(self, config: Config, force: Iterable[str] = ()) -> str:
-        """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would."""
+    def state(self, config: Config, force: Iterable[str] = (), progress: str = "continues") -> str:
+        """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would.
+
+        Args:
+            progress: where the run would begin, see `history.progress`.
+        """
         with self._clear_errors():
             self._refuse_strangers()
             if not self.config_file.exists():
@@ -120,9 +169,6 @@ class RunDirectory:
                 self.close()
             changed = self._compare(config, force)
             self._compare_data(config, force)
-        # A complete checkpoint has its manifest. See checkpoint/format.py, which is slow to import.
-        saved = sorted(path.parent.name for path in self.checkpoints.glob("step-*/manifest.json"))
-        progress = f"continues from {saved[-1]}" if saved else "has no checkpoint yet, starts from step 0"
         listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         return f"{self.folder}: {progress}" + (f"; changes{listed}" if listed else "")
 
@@ -190,10 +236,7 @@ class RunDirectory:
         self._lock = lock
 
     def _compare(self, config: Config, force: Iterable[str]) -> dict[str, list[Any]]:
-        """Fields that differ from the stored config, name -> [stored, new]; raises if they may not.
-
-        A field the file does not have was stored by an earlier version and had its default.
-        """
+        """Fields that differ from the stored config, name -> [stored, new]; raises if they may not."""
         if not self.config_file.exists():
             return {}
         try:
@@ -202,12 +245,11 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.config_file}: is damaged ({error})") from error
         if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
             raise RunDirectoryError(f"{self.config_file}: is damaged; it must be a mapping of sections")
-        old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))
-        changed = {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
+        changed = changed_settings(stored, config)
         forced = set(force)
-        wrong = [key for key in changed if key not in forced and (key in FIXED or key.split(".")[0] in FIXED)]
+        wrong = [key for key in changed if key not in forced and is_fixed(key)]
         if wrong:
-            listed = "".join(f"\n  - {key}: the run has {old.get(key)!r}, not {new.get(key)!r}" for key in wrong)
+            listed = "".join(f"\n  - {key}: the run has {changed[key][0]!r}, not {changed[key][1]!r}" for key in wrong)
             raise RunDirectoryError(
                 f"{self.config_file}: this folder is of a run with another config; "
                 f"choose another --run, or restore these fields:{listed}"
@@ -229,20 +271,26 @@ class RunDirectory:
             )
         return now or before
 
+    def origin(self, config: Config) -> Origin:
+        """What a checkpoint must have in common with this run, after `open`."""
+        starts = self._starts()
+        return Origin(self.identity(), starts[-1].get("data"), config)
+
     def identity(self) -> str:
         """A name of the run that no other has, the same at every start; for manifests."""
         return hashlib.sha256(json.dumps(self._starts()[0], sort_keys=True).encode()).hexdigest()[:12]
 
     def _starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json."""
+        remedy = "move it away, and continue with --allow run: the run's identity was in it"
         try:
             entries = json.loads(self.environment.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
         except ValueError as error:
-            raise RunDirectoryError(f"{self.environment}: is damaged ({error}); remove it") from error
+            raise RunDirectoryError(f"{self.environment}: is damaged ({error}); {remedy}") from error
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); remove it")
+            raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); {remedy}")
         return entries
 
 
@@ -261,7 +309,21 @@ def data_identity(config: Config) -> str | None:
         return None
 
 
-def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def is_fixed(key: str) -> bool:
+    """Whether a setting, such as "data.seed", must stay as it was at a run's first start."""
+    return key in FIXED or key.split(".")[0] in FIXED
+
+
+def changed_settings(stored: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, list[Any]]:
+    """Settings of `config` that differ from stored sections: dotted name -> [stored, new].
+
+    One that the stored sections do not have is of an earlier version and had its default.
+    """
+    old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))
+    return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
+
+
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
 
 

@@ -21,6 +21,8 @@ diffusers or a DeepSpeed folder; see `megapromoe convert --help`. What does not 
 .pth, is read with --config or --preset, or with what the other says. Kinds: master (the weights), exp_avg and
 exp_avg_sq (AdamW's moments), ema (averaged weights).
 
+Of a run directory, its checkpoints and the branches that it has left are listed too.
+
 With OTHER, each line has the largest absolute difference and the norm of the difference over the norm of PATH's.
 
 examples:
@@ -45,11 +47,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch: None) -> int:
     from tqdm import tqdm
 
+    from megapromoe.checkpoint.run_directory import RunDirectory
     from megapromoe.conversion.compare import differences, norms
 
     with file_errors():
         state, other = _open_both(options, checkpoint_config(options, []))
         report = _facts(state, options.path)
+        if (checkpoints := RunDirectory(options.path).checkpoints).is_dir():
+            report |= _history(checkpoints.parent)
         total = state.nbytes + (other.nbytes if other else 0)
         with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
             if other is None:
@@ -100,6 +105,25 @@ def _facts(state: State, path: Path) -> dict[str, Any]:
     }
 
 
+def _history(folder: Path) -> dict[str, Any]:
+    """The checkpoints of a run, and the branches that it has left."""
+    from megapromoe.checkpoint.history import left_branches
+    from megapromoe.checkpoint.run_directory import RunDirectory
+    from megapromoe.checkpoint.step_folders import step_folders
+
+    run = RunDirectory(folder)
+    checkpoints = [
+        {"step": one.step, "updates": one.updates, "branch": one.branch, "run": one.run}
+        for one in step_folders(run.checkpoints)
+    ]
+    branches = [
+        {"folder": str(one.folder), "name": one.name, "after": one.after, "steps": list(one.steps), "left": one.left}
+        | {"reason": one.reason}
+        for one in left_branches(run)
+    ]
+    return {"checkpoints": checkpoints, "left_branches": branches}
+
+
 def _print_facts(report: dict[str, Any]) -> None:
     size = sum(report["files"].values())
     print(f"{report['path']}: {report['format']}, step {report['step']} ({report['updates']} updates)")
@@ -107,6 +131,15 @@ def _print_facts(report: dict[str, Any]) -> None:
     print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
     for note in report["notes"]:
         print(f"  note: {note}")
+    if checkpoints := report.get("checkpoints"):
+        listed = ", ".join(
+            f"{one['step']}" + ("" if one["updates"] is not None else " (damaged)") for one in checkpoints
+        )
+        print(f"  checkpoints of the run: {listed}; branch {checkpoints[-1]['branch']!r}")
+    for branch in report.get("left_branches", []):
+        steps = ", ".join(map(str, branch["steps"]))
+        print(f"  branch {branch['name']!r} was left after step {branch['after']} ({branch['left']}): steps {steps}")
+        print(f"    in {branch['folder']}: {branch['reason']}")
 
 
 def _print_norms(report: dict[str, Any], kinds: tuple[str, ...]) -> None:

@@ -20,14 +20,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     run_option(parser, "the folder of the run; made if needed")
     parser.add_argument(
-        "--step", metavar="N", type=int, help="resume from this step's checkpoint; default: newest whole"
+        "--step",
+        metavar="N",
+        type=int,
+        help="go back to this step's checkpoint; later ones are moved to branches/. Repeated, the command continues the"
+        " branch that began there. Default: the newest whole checkpoint",
     )
+    parser.add_argument("--fork", metavar="NAME", help="with --step: begin another branch there, of this name")
     parser.add_argument(
         "--allow",
         metavar="KEY",
         action="append",
         default=[],
-        help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path); repeatable",
+        help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path; run: use"
+        " another run's checkpoint); repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, start nothing")
 
@@ -35,9 +41,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     config = resolve_options(options, launch.world)
     if options.dry_run:
+        from megapromoe.checkpoint.history import progress
         from megapromoe.checkpoint.run_directory import RunDirectory
 
-        state = RunDirectory(options.run).state(config, options.allow)
+        directory = RunDirectory(options.run)
+        state = directory.state(config, options.allow, progress(directory, options.step, options.fork))
         if launch.rank == 0:
             print("\n".join(describe(config, launch.world)))
             print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
@@ -47,5 +55,5 @@ def run(options: argparse.Namespace, launch) -> int:
     runtime.prepare()
     from megapromoe.training.loop import train
 
-    train(config, options.run, launch, options.step, tuple(options.allow))
+    train(config, options.run, launch, options.step, tuple(options.allow), options.fork)
     return 0

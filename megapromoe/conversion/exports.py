@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.checkpoint.format import KINDS, folder_of
+from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.foreign import deepspeed_names

@@ -19,8 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model, choose_checkpoint
+from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.step_folders import choose_checkpoint
 from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed, open_published
 from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, reader

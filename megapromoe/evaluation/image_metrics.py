@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megapromoe.checkpoint.format import steps_in
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.step_folders import steps_in
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megapromoe.checkpoint.format import Checkpoint, check_model, choose_checkpoint
+from megapromoe.checkpoint.format import Checkpoint, check_model
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.step_folders import choose_checkpoint
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapromoe.checkpoint.manager import Saver, resume
-from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.history import Start
+from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.run_directory import Origin, RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
@@ -33,18 +33,17 @@ from megapromoe.distributed.agreement import raising_together, watched_job
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.engine.step_result import StepResult
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Auxiliary
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 from megapromoe.training.metrics import Metrics, expert_statistics, memory, throughput
+from megapromoe.training.progress import Progress, largest_norm
+from megapromoe.training.resuming import describe_skipped, fill, plan_start
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
-
-RECENT, ENOUGH = 100, 20  # norms of applied steps that `train.spike` compares with, at most and at least
 
 
 class TrainingError(UserError):
@@ -65,12 +64,15 @@ def train(
     launch: runtime.Launch,
     from_step: int | None = None,
     allow: tuple[str, ...] = (),
+    fork: str | None = None,
 ) -> None:
     """Trains to `train.steps` in the run directory `folder`, from its newest checkpoint if it has any. Collective.
 
     Args:
-        from_step: resume from the checkpoint of this step instead, or not at all.
-        allow: settings, such as "data.seed", that may differ from the run's; see `run_directory.FIXED`.
+        from_step: go back to the checkpoint of this step instead, or not at all; see `history.plan_start`.
+        allow: settings, such as "data.seed", that may differ from the run's, see `run_directory.FIXED`; "data" and
+            "run" too.
+        fork: name of the branch that begins at `from_step`.
 
     SIGTERM or SIGUSR1 to any rank ends the run after a step, with a checkpoint. Raises Interrupted then;
     RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
@@ -83,7 +85,8 @@ def train(
         try:
             if own and job.device.type == "cuda":
                 records.mkdir(exist_ok=True)
-            _train(config, RunDirectory(folder), job, from_step, asked_to_stop)
+            start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
+            _train(config, RunDirectory(folder), job, start, origin, allow, asked_to_stop)
         finally:
             if own:
                 own.close()
@@ -102,7 +105,9 @@ def _train(
     config: Config,
     run: RunDirectory,
     job: runtime.Job,
-    from_step: int | None,
+    start: Start,
+    origin: Origin,
+    allow: tuple[str, ...],
     asked_to_stop: Callable[[], bool],
 ) -> None:
     t, device = config.train, job.device
@@ -118,10 +123,8 @@ def _train(
 
     saver = Saver(run.checkpoints, engine, ema, patience=t.timeout)
     watchdog.starting("reading the checkpoint", t.timeout)  # its hashes are of all bytes
-    step, updates = 0, 0  # an optimizer step whose gradient is not finite is a step, but no update
-    if checkpoint := resume(run.checkpoints, engine, ema, from_step):
-        step, updates = checkpoint.manifest["step"], checkpoint.manifest["updates"]
-        logger.info("continuing from %s", checkpoint.folder)
+    manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
+    step = manifest["step"]
     if step >= t.steps:
         logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
         return
@@ -134,7 +137,7 @@ def _train(
     batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
     window = _Window(config, mesh, device)
-    progress = _Progress(t, updates, checkpoint.manifest.get("recent_norms", []) if checkpoint else [])
+    progress = Progress(t, manifest)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
     try:
         while step < t.steps:
@@ -167,13 +170,12 @@ def _train(
                     if mesh.rank == 0:
                         write_png(run.samples / f"step-{step:08d}.png", picture)
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
-            last = progress.stop or spoilt or step == t.steps
+            last = progress.stop or progress.diverged or spoilt or step == t.steps
             if last or t.save_every and step % t.save_every == 0:
                 watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
-                facts = {"step": step, "updates": progress.updates, "recent_norms": list(progress.recent)}
-                facts |= {"config": to_dict(config), "versions": versions(("megapromoe", "torch", "deepspeed"))}
-                if mesh.rank == 0:
-                    facts["run"] = run.identity()
+                facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
+                facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
+                facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))
                 with window.paused():
                     saver.save(facts)
             if last:
@@ -184,6 +186,8 @@ def _train(
                     f" {config.data.max_bad}), named in the warnings of all ranks; step {step} is saved: see"
                     f" `megapromoe data check {config.data.path}`, mend the files and repeat the command"
                 )
+            if progress.diverged or (step == t.steps and progress.skipped_in_a_row):
+                raise TrainingError(describe_skipped(run, config, step, progress))
             if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
         watchdog.at("the end of the run")
@@ -220,56 +224,6 @@ def learning_rate(t: TrainConfig, step: int) -> float:
         return t.lr
     done = (step - t.warmup) / max(1, t.steps - t.warmup)
     return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def largest_norm(spike: float, recent: Sequence[float]) -> float:
-    """The gradient norm above which a step is skipped: `spike` medians of `recent` norms, once there are enough."""
-    return spike * statistics.median(recent) if spike and len(recent) >= ENOUGH else math.inf
-
-
-class _Progress:
-    """What the host knows of the steps. It looks at each when the next is under way, so that the device never waits."""
-
-    def __init__(self, t: TrainConfig, updates: int, recent_norms: Sequence[float]):
-        self.t, self.updates = t, updates
-        self.recent = deque(recent_norms, maxlen=RECENT)
-        self.stop = False
-        """Did any rank ask to stop?"""
-        self._bad_in_a_row = 0
-        self._behind: deque[tuple[int, StepResult]] = deque()  # not looked at
-
-    def add(self, step: int, result: StepResult) -> None:
-        """Takes in a step, and looks at those before; at this one too if something waits for it.
-
-        Raises TrainingError after `train.max_bad_steps` steps in a row that were not applied.
-        """
-        self._behind.append((step, result))
-        regular = (self.t.log_every, self.t.sample_every, self.t.save_every)
-        wanted = step == self.t.steps or self.t.spike or any(every and step % every == 0 for every in regular)
-        self._look(behind=0 if wanted else 1)
-        if self.stop:
-            self._look(behind=0)
-
-    def _look(self, behind: int) -> None:
-        while len(self._behind) > behind:
-            step, result = self._behind.popleft()
-            self.stop = self.stop or result.stop
-            if result.applied:
-                self.updates, self._bad_in_a_row = self.updates + 1, 0
-                self.recent.append(result.norm)
-                continue
-            self._bad_in_a_row += 1
-            first = (step - 1) * self.t.global_batch
-            logger.warning(
-                "step %d: gradient norm %g is not finite, or a spike; no rank updated; samples %d..%d of the data",
-                *(step, result.norm, first, first + self.t.global_batch - 1),
-            )
-            if self._bad_in_a_row >= self.t.max_bad_steps:
-                raise TrainingError(
-                    f"step {step}: {self._bad_in_a_row} steps in a row without a usable gradient"
-                    f" (train.max_bad_steps = {self.t.max_bad_steps}); lower train.lr or train.clip, and start again"
-                    " from the newest checkpoint by repeating the command"
-                )
 
 
 class _Window:

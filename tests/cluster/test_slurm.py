@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from support import slurm
 
-from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
+from megapromoe.checkpoint.format import Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"

@@ -29,7 +29,7 @@ def resumed(folder: Path) -> dict:
     mesh = make_mesh()
     engine = Engine(build(config(), mesh), config(), mesh)
     ema = EMA(engine, 0.9999)
-    manifest = resume(folder / "checkpoints", engine, ema).manifest
+    manifest = resume(folder / "checkpoints", engine, ema).checkpoint.manifest
     held = {}
     for partition, average in zip(engine.partitions, ema.averages, strict=True):
         flats = {"master": partition.master, "ema": average, **engine.moments(partition)}

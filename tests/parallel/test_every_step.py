@@ -10,8 +10,8 @@ from support import processes
 from support.evaluations import parsed
 from support.sampled_runs import ALONE, as_job, stirred_run
 
-from megapromoe.checkpoint.format import steps_in
 from megapromoe.checkpoint.manifest import seal
+from megapromoe.checkpoint.step_folders import steps_in
 from megapromoe.commands import evaluate as command
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.evaluation import image_metrics, image_metrics_report

@@ -15,7 +15,8 @@ from support.processes import WorkerFailed, run
 from support.training_runs import losses, state, train
 
 import megapromoe.checkpoint.manager as checkpoint_module
-from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
+from megapromoe.checkpoint.format import Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
 # ---- saves that are cut short
 
@@ -98,7 +99,7 @@ def test_a_step_that_was_asked_for_is_taken_or_refused(tmp_path):
     before = losses(tmp_path)
     run(2, from_step, str(tmp_path), 3)
     assert losses(tmp_path)[:6] == before and len(losses(tmp_path)) == 9
-    with pytest.raises(WorkerFailed, match=r"no complete checkpoint of step 5; there are \[3, 6, 9\]"):
+    with pytest.raises(WorkerFailed, match=r"no complete checkpoint of step 5; there are 3, 6, 9"):
         run(2, from_step, str(tmp_path), 5)
     spoil(folder_of(tmp_path / "checkpoints", 6) / "rank-00001.safetensors")
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: bytes changed"):
@@ -175,6 +176,51 @@ def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_pat
     )
 
 
+def failing(folder: str, place: str, kind: type[BaseException]) -> None:
+    """From the second save on, something in the saver's thread raises what nobody expects there."""
+
+    def raises(name: str):
+        real = getattr(checkpoint_module, name)
+
+        def function(*arguments):
+            if steps_in(Path(folder) / "checkpoints"):
+                raise kind("made to fail")
+            return real(*arguments)
+
+        setattr(checkpoint_module, name, function)
+
+    raises(place)
+    checkpoint_module.Saver.__init__ = _impatient(checkpoint_module.Saver.__init__)
+    train(folder, "parallel.ep=2", "train.save_every=1", "train.max_failed_saves=2")
+
+
+@pytest.mark.parametrize(
+    "place, kind", [("commit", TypeError), ("commit", SystemExit), full("write_rank", MemoryError)]
+)
+def test_a_save_that_fails_in_any_way_is_a_failed_save(place, kind, tmp_path, fault_table):
+    with pytest.raises(WorkerFailed, match="2 checkpoints in a row were not saved"):
+        run(2, failing, str(tmp_path), place, kind)
+    assert steps_in(tmp_path / "checkpoints") == [1] and len(losses(tmp_path)) == 4
+    what = f"{kind.__name__} in the thread that saves"
+    fault_table.append((what, "named, training goes on, ends after train.max_failed_saves", "the saves"))
+
+
+def not_removable(folder: str) -> None:
+    import megapromoe.checkpoint.retention as retention
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    retention.shutil.rmtree = rmtree
+    train(folder, "parallel.ep=2", "train.save_every=1", "train.keep=1")
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path):
+    run(2, not_removable, str(tmp_path))
+    assert steps_in(tmp_path / "checkpoints")[-1] == 6
+
+
 def test_a_save_stalls_training_for_a_copy_only(tmp_path):
     run(2, train, str(tmp_path), "parallel.ep=2")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -220,7 +266,7 @@ def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
 
 def test_some_checkpoints_are_kept_for_good(tmp_path):
     run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2", "train.keep_every=3", "train.steps=8")
-    assert steps_in(tmp_path / "checkpoints") == [3, 6, 7, 8]
+    assert steps_in(tmp_path / "checkpoints") == [3, 5, 6, 7, 8]
 
 
 # ---- what may not change unasked

@@ -8,7 +8,7 @@ from support.latent_folders import Arrays, damage, write
 from support.processes import run
 from support.training_runs import losses, train
 
-from megapromoe.checkpoint.format import steps_in
+from megapromoe.checkpoint.step_folders import steps_in
 from megapromoe.training import loop
 
 

@@ -9,7 +9,8 @@ from support.training_runs import losses
 from support.training_runs import train as train_run
 from support.trajectory import small, train
 
-from megapromoe.checkpoint.format import Checkpoint, folder_of
+from megapromoe.checkpoint.format import Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build

@@ -12,7 +12,8 @@ from support.processes import WorkerFailed, run
 from support.training_runs import losses, state, train
 
 import megapromoe.training.loop as loop
-from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, folder_of, steps_in
+from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.config.options import TrainConfig
 
 LAYOUTS = [
@@ -136,8 +137,9 @@ def test_damage_is_named(tmp_path):
 
 def test_old_checkpoints_go(tmp_path):
     run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2")
-    assert steps_in(tmp_path / "checkpoints") == [5, 6]
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step-00000005", "step-00000006"}
+    # The newest two; the newest with train.max_bad_steps = 3 updates after it, and the next that will have them.
+    assert steps_in(tmp_path / "checkpoints") == [3, 4, 5, 6]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-0000000{n}" for n in (3, 4, 5, 6)}
 
 
 def broken(folder: str) -> None:

@@ -258,9 +258,9 @@ def test_train_hands_over_the_resolved_config(trained, tmp_path):
     line = ["train", "train.lr=1e-2", "--run", str(tmp_path), "model.depth=2"]
     assert cli.main(line) == 0
     config = resolve("digits", overrides=["train.lr=1e-2", "model.depth=2"])
-    assert trained == [(config, tmp_path, Launch("python"), None, ())]
+    assert trained == [(config, tmp_path, Launch("python"), None, (), None)]
     assert cli.main([*line, "--step", "7", "--allow", "data.seed", "--allow", "train.seed"]) == 0
-    assert trained[1][3:] == (7, ("data.seed", "train.seed"))
+    assert trained[1][3:] == (7, ("data.seed", "train.seed"), None)
 
 
 def test_the_word_that_the_deepspeed_launcher_adds_is_no_error(trained, tmp_path):

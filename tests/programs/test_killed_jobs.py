@@ -17,7 +17,8 @@ import pytest
 from support.levels import full
 from support.training_runs import losses
 
-from megapromoe.checkpoint.format import Checkpoint, folder_of, steps_in
+from megapromoe.checkpoint.format import Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
 STEPS = 40
 JOB = ["--preset", "digits", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=5", "train.keep=50",

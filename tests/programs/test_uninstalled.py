@@ -10,7 +10,8 @@ from pathlib import Path
 from support.training_runs import losses
 
 from megapromoe import __version__
-from megapromoe.checkpoint.format import Checkpoint, folder_of
+from megapromoe.checkpoint.format import Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.versions import versions
 
 ROOT = Path(__file__).parents[2]

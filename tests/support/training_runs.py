@@ -7,7 +7,8 @@ import torch
 from support.trajectory import small
 
 import megapromoe.training.loop as loop
-from megapromoe.checkpoint.format import KINDS, Checkpoint, folder_of
+from megapromoe.checkpoint.format import KINDS, Checkpoint
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.distributed import rendezvous, runtime
 
 QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megapromoe.checkpoint.format import Checkpoint, commit, folder_of, write_rank
+from megapromoe.checkpoint.format import Checkpoint, commit, write_rank
 from megapromoe.checkpoint.manager import Saver, snapshot
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Synthetic
@@ -108,7 +109,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
             assert not write_rank(aside, dist.get_rank(), snap.tensors, snap.parts, 0)
             if dist.get_rank() == 0:
                 shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
-                commit(aside, place, dist.get_world_size(), {"step": 0, "shapes": shapes}, 60)
+                commit(aside, place, dist.get_world_size(), {"step": 0, "updates": 0, "shapes": shapes}, 60)
         result = engine.step(config.train.lr, total)
         ema.update(result)
         out.norms.append(result.norm)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from support.fuzz import HARMLESS, NAMED, OLDER, SILENT, attempt, flips
 
-from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, commit, folder_of, steps_in, write_rank
+from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, commit, write_rank
 from megapromoe.checkpoint.manifest import FORMAT, read_manifest, seal
+from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
 SHAPES = {"w": [4, 3], "b": [3]}
 

@@ -347,7 +347,7 @@ def test_a_run_knows_its_data_set(folder, tmp_path):
     for start in (lambda: RunDirectory.open(run, settings, 1), lambda: RunDirectory(run).state(settings)):
         with pytest.raises(RunDirectoryError, match=r"data.path = .*holds other data than this run .*--allow data"):
             start()
-    assert "starts from step 0" in RunDirectory(run).state(settings, ["data"])
+    assert RunDirectory(run).state(settings, ["data"]).endswith(": continues")
     RunDirectory.open(run, settings, 1, ["data"]).close()
     RunDirectory.open(run, settings, 1).close()
     entries = json.loads((run / "environment.json").read_text())

@@ -3,7 +3,7 @@
 import pytest
 
 from megapromoe.config.options import TrainConfig
-from megapromoe.training.loop import TrainingError, _Progress
+from megapromoe.training.progress import Progress
 
 
 class Step:
@@ -19,7 +19,7 @@ class Step:
 
 def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
     """Of each step: was the one before it looked at, and it itself, when it was taken in?"""
-    progress, results, seen = _Progress(t, 0, []), [], []
+    progress, results, seen = Progress(t, {}), [], []
     for step in range(1, steps + 1):
         results.append(Step())
         progress.add(step, results[-1])
@@ -44,7 +44,8 @@ def test_spikes_are_judged_by_all_norms_so_far():
 
 
 def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():
-    progress, last = _Progress(TrainConfig(steps=100, log_every=50), 7, [0.5]), Step(norm=3.0)
+    manifest = {"updates": 7, "recent_norms": [0.5]}
+    progress, last = Progress(TrainConfig(steps=100, log_every=50), manifest), Step(norm=3.0)
     progress.add(1, Step(stop=True, norm=2.0))
     assert not progress.stop
     progress.add(2, last)
@@ -54,10 +55,24 @@ def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind()
 
 def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(caplog):
     t = TrainConfig(steps=100, log_every=50, max_bad_steps=2, global_batch=16)
-    progress = _Progress(t, 0, [])
+    progress = Progress(t, {})
     for step, applied in enumerate((False, True, False, False), start=1):
         progress.add(step, Step(applied, norm=float("nan")))
     assert progress.updates == 1 and len(progress.recent) == 1
-    with pytest.raises(TrainingError, match="step 4: 2 steps in a row"):
-        progress.add(5, Step())
+    assert not progress.diverged
+    progress.add(5, Step())
+    assert progress.diverged and progress.updates == 2, "the step that was under way is looked at too"
     assert "step 3: gradient norm nan is not finite, or a spike; no rank updated; samples 32..47" in caplog.text
+
+
+def test_skipped_steps_are_counted_over_a_stop_and_a_new_start():
+    t = TrainConfig(steps=100, log_every=1, max_bad_steps=3)
+    first = Progress(t, {})
+    first.add(1, Step(applied=False, norm=float("inf")))
+    first.add(2, Step(applied=False, norm=float("inf")))
+    second = Progress(t, first.facts())
+    second.add(3, Step(applied=False, norm=float("inf")))
+    assert not first.diverged and second.diverged and second.skipped_in_a_row == 3
+    assert Progress(t, second.facts()).skipped_in_a_row == 0, (
+        "a run that ended so goes on when its user starts it again"
+    )

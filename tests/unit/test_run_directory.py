@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megapromoe.checkpoint.history import progress
+from megapromoe.checkpoint.manifest import seal
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, _git_state
 from megapromoe.config.resolve import resolve
 
@@ -169,15 +171,18 @@ def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
     assert not folder.exists()
     run = start(folder)
     before = files(folder), run.lock_file.read_text()
-    assert "no checkpoint yet" in run.state(CONFIG)
+    assert "no checkpoint yet" in run.state(CONFIG, progress=progress(run))
     assert (files(folder), run.lock_file.read_text()) == before
     for step in ("step-00000500", "step-00001000", "step-00001500.writing"):
         (run.checkpoints / step).mkdir()
     for step in ("step-00000500", "step-00001000"):
         (run.checkpoints / step / "manifest.json").write_text("{}")
-    said = run.state(resolve("digits", overrides=[*FIXED, "train.lr=2e-3"]))
-    assert "continues from step-00001000" in said
-    assert "train.lr: 0.001 -> 0.002" in said
+    copy = run.checkpoints / "step-00009999"  # no checkpoint: its manifest is of another step
+    copy.mkdir()
+    (copy / "manifest.json").write_text(seal({"step": 500, "updates": 500}))
+    state = run.state(resolve("digits", overrides=[*FIXED, "train.lr=2e-3"]), progress=progress(run))
+    assert "continues from step-00001000" in state
+    assert "train.lr: 0.001 -> 0.002" in state
 
 
 def test_git_state_is_of_the_checkout_that_tracks_the_file(tmp_path):
