@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megapromoe.errors import UserError
+from megapromoe.io import write_bytes
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
     import torch
@@ -343,8 +344,7 @@ def _write_flight_record(folder: Path) -> None:
     try:
         from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank_{rank}").write_bytes(_dump_nccl_trace())
+        write_bytes(folder / f"rank_{rank}", _dump_nccl_trace(), parents=True)
     except (ImportError, OSError, RuntimeError) as error:
         print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
 
