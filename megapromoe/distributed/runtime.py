@@ -10,12 +10,11 @@ import contextlib
 import faulthandler
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -288,18 +287,6 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
         device_id=device if cuda else None,
     )
     return Job(device, store)
-
-
-def listen() -> Callable[[], bool]:
-    """From now on SIGTERM and SIGUSR1 ask this rank to stop after a step; returns a function that tells if one did."""
-    asked: list[int] = []
-
-    def hear(number: int, _frame) -> None:
-        asked.append(number)  # a second signal says nothing new
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hear)
-    return lambda: bool(asked)
 
 
 _FLIGHT_RECORDS: list[Path] = []  # the folder of NCCL's, once it is known

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import raising_together, watched_job
 from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.stop_requests import StopRequest, listening
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import UserError
@@ -70,22 +70,30 @@ def train(
             "run" too.
         fork: name of the branch that begins at `from_step`.
 
-    SIGTERM or SIGUSR1 to any rank ends the run after a step, with a checkpoint. Raises Interrupted then;
-    RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
+    A request to stop to any rank (see `stop_requests`) ends the run after a step, with a checkpoint. Raises Interrupted
+    then; RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
     """
-    asked_to_stop = runtime.listen()
     records = folder / "flight_records"
-    with watched_job(launch, config.train.timeout, config.train.step_timeout, records) as job:
+    limits = config.train.timeout, config.train.step_timeout
+    with listening(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
         own = _open_run(config, folder, launch, allow)
         try:
             if own and job.device.type == "cuda":
-                records.mkdir(exist_ok=True)
+                _make_folder(records)
             start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
             _train(config, RunDirectory(folder), job, start, origin, allow, asked_to_stop)
         finally:
             if own:
                 own.close()
+
+
+def _make_folder(records: Path) -> None:
+    """The folder of NCCL's flight records, which a run can do without."""
+    try:
+        records.mkdir(exist_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
 
 
 def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
@@ -104,7 +112,7 @@ def _train(
     start: Start,
     origin: Origin,
     allow: tuple[str, ...],
-    asked_to_stop: Callable[[], bool],
+    asked_to_stop: StopRequest,
 ) -> None:
     t, device = config.train, job.device
     watchdog.starting("making the groups")
@@ -135,6 +143,7 @@ def _train(
     window = MetricAccumulator(config, mesh, device)
     progress = Progress(t, manifest)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
+    asked_to_stop.steps_begin()
     try:
         while step < t.steps:
             loss = torch.zeros((), device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -131,13 +132,17 @@ class Metrics:
             log.close()
         self._folder.close()
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.close()
 
     def _show(self, step: int, values: Mapping[str, float | None]) -> None:
         shown = {name: form.format(values[key]) for key, name, form in SHOWN if values.get(key) is not None}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            try:
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(step - self._bar.n)
+            except OSError:  # the terminal is gone
+                self._bar.disable, self._bar = True, None
         else:
             logger.info("step %d/%d  %s", step, self.total_steps, "  ".join(f"{n} {v}" for n, v in shown.items()))
 
