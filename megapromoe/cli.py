@@ -7,6 +7,7 @@ help and `show` answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import time
@@ -80,11 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = load(options.command)
         return _as_a_rank(command, options) if command.JOB else command.run(options, None)
     except UserError as error:
-        print(f"megapromoe: {error}", file=sys.stderr)
+        _print_error(f"megapromoe: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("megapromoe: interrupted", file=sys.stderr)
+        _print_error("megapromoe: interrupted")
         return 130
+
+
+def _print_error(message: str) -> None:
+    """Prints on stderr; where that is a terminal that is gone, or a file on a full disk, the exit code must do."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -156,7 +163,7 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
     except UserError as error:
         if launch.rank == 0 or not error.on_all_ranks:
             rank = f", rank {launch.rank}" if launch.rank else ""
-            print(f"megapromoe{rank}: {error}", file=sys.stderr, flush=True)
+            _print_error(f"megapromoe{rank}: {error}")
         else:
             time.sleep(GRACE)
         return error.exit_code

@@ -2,6 +2,9 @@
 
 A file is written under a temporary name beside its own (`staging_path`), flushed to the disk, and renamed. The name
 ends in `.writing`, so that what a killed process left is recognised and removed by the next writer.
+
+No symbolic link is followed for writing: where a link lies, it is replaced, or refused where a file is written in place
+(`open_regular`), and what it leads to stays as it is. Folders above a file may be links.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,14 +54,17 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[IO[bytes]]:
 
     Raises OSError.
     """
-    with atomic_path(path, concurrent) as staging, open(staging, "wb") as file:
-        yield file
+    with atomic_path(path, concurrent) as staging:
+        created = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # never through a link
+        with open(created, "wb") as file:
+            yield file
 
 
 @contextmanager
 def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
     """As `atomic_write`, for libraries that write to a name; the block creates the file of that name."""
     staging = staging_path(path, concurrent)
+    staging.unlink(missing_ok=True)
     try:
         yield staging
         commit(staging, path)
@@ -89,6 +96,51 @@ def write_json(
 ) -> None:
     """As `write_text`, for a value as JSON. Raises TypeError for what JSON cannot hold."""
     write_text(path, json.dumps(content, indent=indent) + "\n", parents, concurrent)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Opens a file whose content is changed in place, such as a log or a lock, and returns its descriptor.
+
+    What is written reaches no other file: no link is followed, neither symbolic nor hard, and no pipe is waited for.
+
+    Args:
+        flags: of `os.open`.
+
+    Raises OSError, which says what is in the way.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        reason = f"is a symbolic link to {os.readlink(path)}, which is not followed; remove the link"
+        raise OSError(errno.ELOOP, reason, str(path)) from error
+    status = os.fstat(handle)
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is no regular file; remove it"
+    elif status.st_nlink > 1:
+        problem = (
+            "is a hard link, so that other names of the file would change too; remove it, or put a copy in its place"
+        )
+    if problem:
+        os.close(handle)
+        raise OSError(errno.EINVAL, problem, str(path))
+    return handle
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this is a file that no other name leads to: neither a symbolic nor a hard link. Raises OSError."""
+    status = os.lstat(path)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file, which is made if needed, and flushes it to the disk. Raises OSError."""
+    with open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

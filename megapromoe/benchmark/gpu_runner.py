@@ -17,7 +17,7 @@ from typing import Any
 
 from megapromoe.benchmark.gpu_machine import GpuRunError, read_json
 from megapromoe.benchmark.gpu_stages import STAGES, StageCommand, stage_figures
-from megapromoe.io import write_json
+from megapromoe.io import open_regular, write_json
 
 RUN_SHARE, STOP_SHARE = 0.94, 0.05  # of a stage's limit: for its processes; for them to end once they are asked to
 LOG_LINES = 15  # of a process's log, shown when it ends
@@ -127,7 +127,7 @@ def run_process(
         grace: seconds after that until it, and what it has started, are killed.
     """
     start = time.monotonic()
-    with open(log, "ab") as output:
+    with open(open_regular(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
         output.write(f"$ {shlex.join(command.words)}\n".encode())
         output.flush()
         # In a process group of its own, so that Ctrl-C reaches it once, and its children can be ended with it.

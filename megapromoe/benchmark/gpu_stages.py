@@ -148,9 +148,8 @@ def _training(path: Path) -> list[str]:
     if not lines:
         return []
     last: dict[str, Any] = json.loads(lines[-1])
-    line = (
-        f"{path.parent.name}: step {last['step']}, loss {last['loss']:.4f}, {last['images_per_second']:,.0f} images/s"
-    )
+    loss = "no finite loss" if last["loss"] is None else f"loss {last['loss']:.4f}"
+    line = f"{path.parent.name}: step {last['step']}, {loss}, {last['images_per_second']:,.0f} images/s"
     return [line + (f", {last['mfu']:.1%} of the data sheet's peak" if "mfu" in last else "")]
 
 

@@ -39,7 +39,7 @@ from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import UserError
-from megapromoe.io import staging_path, write_json, write_text
+from megapromoe.io import open_regular, staging_path, write_json, write_text
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -214,7 +214,8 @@ class RunDirectory:
 
         The system gives the lock free when this process ends, however it does.
         """
-        lock = open(self.lock_file, "r" if look else "a+", encoding="utf-8")  # noqa: SIM115, held while we live
+        file = open_regular(self.lock_file, os.O_RDONLY if look else os.O_RDWR | os.O_CREAT)
+        lock = open(file, "r" if look else "r+", encoding="utf-8")  # noqa: SIM115, held while we live
         try:
             fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if look else fcntl.LOCK_EX))
         except BlockingIOError as error:
@@ -230,7 +231,8 @@ class RunDirectory:
                 error.strerror,
             )
         if not look:
-            lock.truncate(0)
+            lock.seek(0)
+            lock.truncate()
             lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
         self._lock = lock

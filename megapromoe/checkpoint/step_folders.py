@@ -47,7 +47,10 @@ def step_folders(root: Path) -> list[StepFolder]:
         name, manifest = FOLDER.fullmatch(folder.name), folder / MANIFEST
         if not name or not manifest.is_file():
             continue
-        status = manifest.stat()
+        try:
+            status = manifest.stat()
+        except FileNotFoundError:
+            continue  # removed by its run since
         described = _describe(folder, status.st_mtime_ns, status.st_size)
         if described is None:
             logger.warning("%s: is a copy of another step, and no checkpoint of this one; remove it", folder)

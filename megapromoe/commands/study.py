@@ -192,17 +192,18 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _run(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
+    from megapromoe.distributed.stop_requests import listening
     from megapromoe.studies.runs import exit_code, run_tasks
 
     study = open_study(options.study)
     tasks = study.tasks if options.task is None else (study.task(options.task),)
     if options.jobs > 1:
         runtime.share_cores(options.jobs)
-    asked_to_stop = runtime.listen()
-    codes = run_tasks(study, tasks, options.jobs, asked_to_stop)
-    code = exit_code(codes)
-    if not asked_to_stop():
-        evaluate(study, tasks)
+    with listening() as asked_to_stop:
+        codes = run_tasks(study, tasks, options.jobs, asked_to_stop)
+        code = exit_code(codes)
+        if not asked_to_stop():
+            evaluate(study, tasks)
     failed = [task for task in tasks if codes[task.name] not in (0, 75)]
     for task in failed:
         print(f"{task.name}: {study.state(task)}: {study.log(task)}", file=sys.stderr)

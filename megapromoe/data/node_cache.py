@@ -6,13 +6,14 @@ import errno
 import fcntl
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megapromoe.data.latents import LatentsError, Manifest
 from megapromoe.distributed import watchdog
-from megapromoe.io import atomic_write
+from megapromoe.io import atomic_write, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
     copies = Path(cache) / manifest.index_sha256[:16]
     try:
         copies.mkdir(parents=True, exist_ok=True)
-        with open(copies / "lock", "w") as lock:
+        with open(open_regular(copies / "lock", os.O_RDWR | os.O_CREAT)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [shard for shard in manifest.shards if not (copies / shard.file).exists()]
             total = sum(shard.records * manifest.record_bytes for shard in missing)

@@ -10,18 +10,18 @@ import contextlib
 import faulthandler
 import os
 import re
-import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megapromoe.errors import UserError
+from megapromoe.io import write_bytes
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
     import torch
@@ -289,18 +289,6 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     return Job(device, store)
 
 
-def listen() -> Callable[[], bool]:
-    """From now on SIGTERM and SIGUSR1 ask this rank to stop after a step; returns a function that tells if one did."""
-    asked: list[int] = []
-
-    def hear(number: int, _frame) -> None:
-        asked.append(number)  # a second signal says nothing new
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hear)
-    return lambda: bool(asked)
-
-
 _FLIGHT_RECORDS: list[Path] = []  # the folder of NCCL's, once it is known
 _DUMP = 10.0  # seconds that NCCL's flight recorder has to write
 
@@ -343,8 +331,7 @@ def _write_flight_record(folder: Path) -> None:
     try:
         from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank_{rank}").write_bytes(_dump_nccl_trace())
+        write_bytes(folder / f"rank_{rank}", _dump_nccl_trace(), parents=True)
     except (ImportError, OSError, RuntimeError) as error:
         print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
 

@@ -11,6 +11,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_dis
 from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import identify_checkpoint
+from megapromoe.sampling.run_model import CheckpointGone, again_while_gone, identify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
             for images, _ in sets:
                 reference.check_comparable(network, images.shape, len(images), remedy)
         if request is not None and config is not None:
-            for step in _steps(evaluation, request, launch):
-                sets += _generate_sets(replace(request, step=step), config, launch, device)
+            sets += _generate_all(evaluation, request, config, launch, device)
         real = None
         if reference.images is not None:
             real = extract_features(network, reference.images, launch, "reference")
@@ -250,6 +250,30 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
         return [request.step]
     steps = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
     return [*broadcast_from_rank0(steps)] or [None]  # without any, the usual error
+
+
+def _generate_all(
+    evaluation: Evaluation,
+    request: GenerationRequest,
+    config: Config,
+    launch: runtime.Launch,
+    device: torch.device,
+) -> list[tuple[ImageSet, dict[str, Any]]]:
+    """The sets of all steps. Of every step that a live run keeps, those that it removes meanwhile are left out."""
+    sets: list[tuple[ImageSet, dict[str, Any]]] = []
+    steps, gone = _steps(evaluation, request, launch), None
+    for step in steps:
+        generate = partial(_generate_sets, replace(request, step=step), config, launch, device)
+        try:
+            sets += again_while_gone(request.run, step, generate)
+        except CheckpointGone as error:
+            if not evaluation.every_step:
+                raise
+            gone = error
+            logger.warning("%s; it is left out", error)
+    if gone is not None and not sets:
+        raise gone
+    return sets
 
 
 def _generate_sets(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megapromoe.evaluation.reference import EvaluationError
-from megapromoe.io import atomic_write
+from megapromoe.io import append_text, atomic_write
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -38,10 +37,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 def append(records: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Adds a line of JSON for each record. Raises EvaluationError."""
     try:
-        with open(file, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-            f.flush()
-            os.fsync(f.fileno())
+        append_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     except OSError as error:
         raise EvaluationError(f"{file}: cannot be written ({error.strerror}); the figures are above") from error
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megapromoe.io import atomic_write
 from megapromoe.planning.machines import GIB, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.search import Plan
@@ -32,7 +33,8 @@ def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, pa
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=150)
+    with atomic_write(path if path.suffix else path.with_suffix(".png")) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".") or "png", dpi=150)
 
 
 def _name(plan: Plan) -> str:

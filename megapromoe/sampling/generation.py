@@ -32,7 +32,14 @@ from megapromoe.sampling.image_sets import ImageSetError
 from megapromoe.sampling.preview_writer import PreviewWriter
 from megapromoe.sampling.replica_layout import ReplicaLayout
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import identify_checkpoint, load_model
+from megapromoe.sampling.run_model import (
+    CheckpointGone,
+    CheckpointId,
+    again_while_gone,
+    identify_checkpoint,
+    is_there,
+    load_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +63,9 @@ class ImageWriter(Protocol):
     def finish(self, labels: np.ndarray) -> None:
         """Makes `out` of all chunks, as a whole. Collective. Raises ImageSetError, perhaps on rank 0 alone."""
 
+    def abandon(self) -> bool:
+        """Removes what `open` has made, unless there are chunks already; returns whether there are none. For rank 0."""
+
     def close(self) -> None:
         """Frees what the writer holds."""
 
@@ -72,7 +82,15 @@ def generate_images(request: GenerationRequest, launch: runtime.Launch) -> list[
 
 
 def generate_in_session(request: GenerationRequest, launch: runtime.Launch, device: torch.device) -> list[Path]:
-    """`generate_images` on ranks that have joined the job. Collective."""
+    """`generate_images` on ranks that have joined the job. Collective.
+
+    Raises CheckpointGone on every rank if `request.step` was removed by its run before it was read. Without a step the
+    latest is looked for again.
+    """
+    return again_while_gone(request.run, request.step, lambda: _generate(request, launch, device))
+
+
+def _generate(request: GenerationRequest, launch: runtime.Launch, device: torch.device) -> list[Path]:
     config = request.checked(launch.world)
     watchdog.starting(f"choosing the checkpoint of {request.run}")
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
@@ -87,7 +105,15 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
             if launch.rank == 0:
                 missing = [writer.open(request.identity_at(checkpoint, c, decoder)) for c, writer in outputs]
         missing = broadcast_from_rank0(missing)
-        replica = _load_replica(request, config, decoder, launch, device) if any(missing) else None
+        replica = None
+        if any(missing):
+            try:
+                replica = _load_replica(request, checkpoint, config, decoder, launch, device)
+            except CheckpointGone as gone:
+                free = launch.rank != 0 or all([writer.abandon() for _, writer in outputs])
+                if not broadcast_from_rank0(free):
+                    raise SampleError(f"{gone}; {request.out} was begun with it, use another --out") from gone
+                raise
         for (config, writer), chunks in zip(outputs, missing, strict=True):
             labels = request.labels(config)
             if chunks is None:
@@ -180,16 +206,22 @@ class Replica:
 
 def _load_replica(
     request: GenerationRequest,
+    checkpoint: CheckpointId,
     config: Config,
     decoder: Autoencoder | None,
     launch: runtime.Launch,
     device: torch.device,
 ) -> Replica:
-    """This rank's part of the model. Collective."""
+    """This rank's part of the model. Collective. Raises SampleError on every rank, CheckpointGone if that is why."""
     watchdog.starting("reading the checkpoint", config.train.timeout)
     expert_tp = config.parallel.expert_tp and request.tp > 1
     mesh = make_mesh(request.tp, request.ep, expert_tp, config.train.timeout) if launch.world > 1 else None
-    with raising_together(SampleError):
-        model, _, step = load_model(request.run, request.step, request.weights, device, request.overrides, mesh)
+    try:
+        with raising_together(SampleError):
+            model, _, step = load_model(request.run, checkpoint.step, request.weights, device, request.overrides, mesh)
+    except SampleError as error:
+        if broadcast_from_rank0(launch.rank == 0 and not is_there(request.run, checkpoint)):
+            raise CheckpointGone(f"step {checkpoint.step} of {request.run} was removed while it was read") from error
+        raise
     layout = ReplicaLayout.of(launch.rank, launch.world, request.tp, request.ep, request.tp if expert_tp else 1)
     return Replica(model, decoder, layout, launch, f"step {step} of {request.run}")

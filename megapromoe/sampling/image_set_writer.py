@@ -95,6 +95,18 @@ class ImageSetWriter:
                 f"{self.out}: cannot be written ({error.strerror}); the chunks are kept in {self.folder}"
             ) from error
 
+    def abandon(self) -> bool:
+        """Removes the folder of chunks if it has none, so that another request may use it; returns whether it did."""
+        if self._lock is None:
+            return True  # the set is finished, and stays
+        try:
+            if any(p.suffix != ".lock" and p.name != f"{REQUEST}.json" for p in self.folder.iterdir()):
+                return False
+            shutil.rmtree(self.folder)
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         """Releases the lock, so that another process may continue the set."""
         if self._lock is not None:
@@ -146,7 +158,8 @@ class ImageSetWriter:
             raise ImageSetError(f"{place}: holds images of another request ({listed}); use another --out, or remove it")
 
     def _take_lock(self) -> None:
-        self._lock = open(self.folder / "parts.lock", "a")  # noqa: SIM115, held until `close`
+        file = io.open_regular(self.folder / "parts.lock", os.O_RDWR | os.O_CREAT)
+        self._lock = open(file)  # noqa: SIM115, held until `close`
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

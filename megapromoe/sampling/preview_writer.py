@@ -41,7 +41,8 @@ class PreviewWriter:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             staging = io.staging_path(self.out)
-            staging.touch()
+            staging.unlink(missing_ok=True)  # perhaps a link, which would be followed
+            staging.touch(exist_ok=False)
             staging.unlink()
         except OSError as error:
             raise self._unwritable(error) from error
@@ -66,6 +67,10 @@ class PreviewWriter:
                 write_png(self.out, grid(images, self.columns, picture_scale(images.shape[-1])))
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def abandon(self) -> bool:
+        """True: `open` leaves nothing."""
+        return True
 
     def close(self) -> None:
         """Frees the images."""

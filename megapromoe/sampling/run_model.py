@@ -8,15 +8,19 @@ How images are generated is in `diffusion/image_grid.py`; how ranks share them o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from megapromoe.checkpoint.format import Checkpoint, check_model
+from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
+from megapromoe.checkpoint.manifest import MANIFEST
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import choose_checkpoint
+from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
@@ -26,6 +30,14 @@ from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.io import sha256_of
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class CheckpointGone(SampleError):
+    """A checkpoint that its run removed while it was read; every rank raises it."""
 
 
 def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
@@ -49,7 +61,8 @@ def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") ->
     """The checkpoint of a step, or the newest. Raises SampleError for other `weights`, or CheckpointError."""
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
-    return Checkpoint(choose_checkpoint(RunDirectory(run).checkpoints, step))
+    root = RunDirectory(run).checkpoints
+    return read_latest(root, step, lambda chosen: Checkpoint(choose_checkpoint(root, chosen)))
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,51 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
     """The checkpoint of a step, or the latest, as rank 0 sees the run's folder. Collective.
 
     Rank 0 decides for all: a live run saves and removes checkpoints, and a file system may show them to some machines
-    later than to others. Raises SampleError on every rank.
+    later than to others. Raises SampleError on every rank, CheckpointGone if the run does not have the step.
     """
     identity = CheckpointId(-1, "")
-    with raising_together(SampleError):
-        if launch.rank == 0:
-            checkpoint = find_checkpoint(run, step, weights)
-            manifest = sha256_of(checkpoint.folder / "manifest.json")
-            identity = CheckpointId(int(checkpoint.manifest["step"]), manifest)
+    root = RunDirectory(run).checkpoints
+    try:
+        with raising_together(SampleError):
+            if launch.rank == 0:
+                identity = read_latest(root, step, lambda chosen: _identify(run, chosen, weights))
+    except SampleError as error:
+        if broadcast_from_rank0(launch.rank == 0 and step is not None and step not in steps_in(root)):
+            raise CheckpointGone(str(error)) from error
+        raise
     return broadcast_from_rank0(identity)
+
+
+def _identify(run: Path, step: int, weights: str) -> CheckpointId:
+    checkpoint = find_checkpoint(run, step, weights)
+    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST))
+
+
+def is_there(run: Path, checkpoint: CheckpointId) -> bool:
+    """Whether a run still has this very checkpoint."""
+    try:
+        return sha256_of(folder_of(RunDirectory(run).checkpoints, checkpoint.step) / MANIFEST) == checkpoint.sha256
+    except OSError:
+        return False
+
+
+def again_while_gone(run: Path, step: int | None, attempt: Callable[[], T]) -> T:
+    """The result of `attempt`, again where it raises CheckpointGone and asked for the latest checkpoint. Collective.
+
+    Args:
+        step: that was asked for; None for the latest.
+        attempt: chooses the checkpoint and uses it, on every rank.
+
+    Raises what `attempt` raises; CheckpointError after `TRIES` latest checkpoints that were removed.
+    """
+    if step is not None:
+        return attempt()
+    for _ in range(TRIES):
+        try:
+            return attempt()
+        except CheckpointGone as error:
+            logger.warning("%s; looking for the latest again", error)
+    raise gone_too_often(RunDirectory(run).checkpoints)
 
 
 def load_model(
@@ -87,7 +136,8 @@ def load_model(
 
     Args:
         run: the run directory.
-        step: of the checkpoint; None takes the latest.
+        step: of the checkpoint; None takes the latest, again if its run removes it meanwhile. Give it with a mesh, so
+            that all ranks read the same.
         weights: "ema", the averaged ones, or "master".
         overrides: `sample.key=value` settings.
         mesh: how the model lies over ranks that all call this. Each keeps its part, and reads its share of the files'
@@ -99,8 +149,17 @@ def load_model(
     Raises SampleError, ConfigError (see `run_config`), or CheckpointError: damaged, or of another model.
     """
     config = run_config(run, overrides)
-    checkpoint = find_checkpoint(run, step, weights)
     mesh = mesh or UNSHARDED
+    if step is None and mesh.world > 1:
+        raise ValueError("step = None: ranks that share a model must be given the step, or they may differ")
+    root = RunDirectory(run).checkpoints
+    return read_latest(root, step, lambda chosen: _load(run, chosen, weights, config, device, mesh))
+
+
+def _load(
+    run: Path, step: int, weights: str, config: Config, device: torch.device | str, mesh: Mesh
+) -> tuple[DiT, Config, int]:
+    checkpoint = find_checkpoint(run, step, weights)
     checkpoint.verify(mesh.rank, mesh.world)
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})

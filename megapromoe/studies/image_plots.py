@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -109,7 +108,7 @@ def _draw_course(
 
 def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all runs logged, and the mean of their losses, smoothed by `SMOOTH`."""
-    losses = [{line["step"]: line["denoising"] for line in run if math.isfinite(line["denoising"])} for run in runs]
+    losses = [{line["step"]: line["denoising"] for line in run if line.get("denoising") is not None} for run in runs]
     steps = np.array(sorted(set.intersection(*map(set, losses))))
     mean = np.array([[loss[step] for step in steps] for loss in losses]).mean(0)
     window = min(SMOOTH, len(steps))

@@ -152,8 +152,9 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
             slots = len(task.config.model.moe_blocks) * task.config.model.num_experts
             shares.append({line["step"]: line["dead_experts"] / slots for line in lines if "dead_experts" in line})
             entropies.append({line["step"]: line["load_entropy"] for line in lines if "load_entropy" in line})
-            tail = [line["expert_load"] for line in lines if line["step"] > (1 - TAIL) * task.config.train.steps]
-            load_LE = np.sum(tail or [lines[-1]["expert_load"]], axis=0)
+            loaded = [line for line in lines if "expert_load" in line]  # missing where no step was applied
+            tail = [line["expert_load"] for line in loaded if line["step"] > (1 - TAIL) * task.config.train.steps]
+            load_LE = np.sum(tail or [loaded[-1]["expert_load"]], axis=0)
             share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1)
             loads.append(-np.sort(-share_LE, axis=1).mean(0) * load_LE.shape[1])
         name = model_name(variant, point)

@@ -20,7 +20,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from megapromoe.io import write_text
+from megapromoe.io import open_regular, write_text
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Study
 
@@ -109,7 +109,8 @@ def _start(study: Study, task: Task) -> _Started:
     path = study.log(task)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = command(study, task)
-    log = open(path, "ab", buffering=0)  # noqa: SIM115, held while the process lives
+    file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
     begin = log.tell()
     log.write(f"$ {' '.join(words)}\n".encode())
     # A session of its own: Ctrl-C reaches this process alone, which then asks the task to save.

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe.checkpoint.history import Start
@@ -26,19 +22,19 @@ from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
-from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
+from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import raising_together, watched_job
-from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.stop_requests import StopRequest, listening
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Auxiliary
 from megapromoe.nn.parallelize import build
-from megapromoe.planning import cost
-from megapromoe.planning.machines import peak_flops
-from megapromoe.training.metrics import Metrics, expert_statistics, memory, throughput
+from megapromoe.training.metric_accumulator import MetricAccumulator
+from megapromoe.training.metrics import Metrics
 from megapromoe.training.progress import Progress, largest_norm
 from megapromoe.training.resuming import describe_skipped, fill, plan_start
 from megapromoe.versions import versions
@@ -74,22 +70,30 @@ def train(
             "run" too.
         fork: name of the branch that begins at `from_step`.
 
-    SIGTERM or SIGUSR1 to any rank ends the run after a step, with a checkpoint. Raises Interrupted then;
-    RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
+    A request to stop to any rank (see `stop_requests`) ends the run after a step, with a checkpoint. Raises Interrupted
+    then; RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
     """
-    asked_to_stop = runtime.listen()
     records = folder / "flight_records"
-    with watched_job(launch, config.train.timeout, config.train.step_timeout, records) as job:
+    limits = config.train.timeout, config.train.step_timeout
+    with listening(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
         own = _open_run(config, folder, launch, allow)
         try:
             if own and job.device.type == "cuda":
-                records.mkdir(exist_ok=True)
+                _make_folder(records)
             start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
             _train(config, RunDirectory(folder), job, start, origin, allow, asked_to_stop)
         finally:
             if own:
                 own.close()
+
+
+def _make_folder(records: Path) -> None:
+    """The folder of NCCL's flight records, which a run can do without."""
+    try:
+        records.mkdir(exist_ok=True)
+    except OSError as error:
+        logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
 
 
 def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
@@ -108,7 +112,7 @@ def _train(
     start: Start,
     origin: Origin,
     allow: tuple[str, ...],
-    asked_to_stop: Callable[[], bool],
+    asked_to_stop: StopRequest,
 ) -> None:
     t, device = config.train, job.device
     watchdog.starting("making the groups")
@@ -136,9 +140,10 @@ def _train(
     )
     batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
-    window = _Window(config, mesh, device)
+    window = MetricAccumulator(config, mesh, device)
     progress = Progress(t, manifest)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
+    asked_to_stop.steps_begin()
     try:
         while step < t.steps:
             loss = torch.zeros((), device=device)
@@ -154,6 +159,7 @@ def _train(
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
             result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, progress.recent))
+            window.end_step(result.applied_on_device)
             ema.update(result)
             step += 1
             progress.add(step, result)
@@ -166,9 +172,7 @@ def _train(
                 watchdog.at(f"section 'sample' of step {step}")
                 with window.paused():
                     picture = _draw(engine, ema, config)
-                    metrics.image(step, "samples", picture)
-                    if mesh.rank == 0:
-                        write_png(run.samples / f"step-{step:08d}.png", picture)
+                    metrics.samples(step, picture)
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
             last = progress.stop or progress.diverged or spoilt or step == t.steps
             if last or t.save_every and step % t.save_every == 0:
@@ -203,7 +207,7 @@ def _open_dataset(config: Config) -> Dataset:
         return open_dataset(config)
 
 
-def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: _Window) -> Tensor:
+def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: MetricAccumulator) -> Tensor:
     """Forward and backward of one micro-batch; returns its loss, detached."""
     x_BCHW, t_B = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
@@ -224,74 +228,6 @@ def learning_rate(t: TrainConfig, step: int) -> float:
         return t.lr
     done = (step - t.warmup) / max(1, t.steps - t.warmup)
     return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-class _Window:
-    """Sums of what happened since the last log line; tensors stay on the device until then."""
-
-    sums: dict[str, Tensor]
-    load: Tensor  # rows of each MoE layer and expert
-    gate: Tensor  # sum of the mean weights of each MoE layer
-    micro: int  # micro-batches
-    damaged: int  # samples with damaged records, of this rank
-
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device):
-        self.config, self.mesh, self.device = config, mesh, device
-        self.flops = cost.flops_per_image(config.model).training
-        self.all_damaged = 0  # samples with damaged records, of all ranks, in closed windows
-        self.peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
-        self._reset()
-
-    def add(self, denoising: Tensor, total: Tensor, auxiliary: Auxiliary) -> None:
-        """Takes in a micro-batch."""
-        self.sums["loss"] += total.detach()
-        self.sums["denoising"] += denoising.detach()
-        for name, loss_L in auxiliary.losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss_L.detach().sum()
-        if auxiliary.dropped_L is not None:
-            self.sums["dropped_rows"] = self.sums.get("dropped_rows", 0) + auxiliary.dropped_L.mean()
-        self.load = self.load + auxiliary.load_LE
-        self.gate = self.gate + auxiliary.gate_L
-        self.micro += 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what is not training out of the clock."""
-        start = time.perf_counter()
-        yield
-        self.excluded += time.perf_counter() - start
-
-    def close(self, norm: float, rate: float) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Means over the window and all data ranks, numbers of each layer; then starts a new window. Collective."""
-        dp = self.mesh.dp
-        packed = torch.stack([torch.as_tensor(v, device=self.device).float() for v in self.sums.values()])
-        damaged = torch.tensor([float(self.damaged)], device=self.device)
-        packed = torch.cat([packed, damaged, self.gate.flatten(), self.load.flatten()])
-        dist.all_reduce(packed, group=dp.handle)
-        sums, damaged, gate, load = packed.split([len(self.sums), 1, self.gate.numel(), self.load.numel()])
-        means = (sums / (self.micro * dp.size)).tolist()
-        values = dict(zip(self.sums, means, strict=True)) | {"gradient_norm": norm, "learning_rate": rate}
-        images = self.micro * self.config.train.global_batch // self.config.train.accumulation
-        seconds = time.perf_counter() - self.start - self.excluded
-        values |= throughput(images, seconds, self.flops, self.mesh.world, self.peak)
-        values |= expert_statistics(load.view_as(self.load)) | {"memory_bytes": memory()}
-        self.all_damaged += int(damaged.item())
-        if self.all_damaged:
-            values["damaged_samples"] = self.all_damaged
-        layers = {}
-        if self.load.numel():
-            layers = {"expert_load": load.view_as(self.load), "gate": gate / (self.micro * dp.size)}
-        self._reset()
-        return values, layers
-
-    def _reset(self) -> None:
-        moe = len(self.config.model.moe_blocks)
-        self.sums = {name: torch.zeros((), device=self.device) for name in ("loss", "denoising")}
-        self.load = torch.zeros(moe, self.config.model.num_experts if moe else 0, device=self.device)
-        self.gate = torch.zeros(moe, device=self.device)
-        self.micro = self.damaged = 0
-        self.start = time.perf_counter()
-        self.excluded = 0.0
 
 
 def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:

@@ -1,10 +1,13 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, and a progress bar or lines of log."""
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, samples, and a progress bar or lines of log."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -17,12 +20,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
-from megapromoe.io import write_text
+from megapromoe.io import is_own_file, write_text
+from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
+from megapromoe.training.tensorboard_events import EventFile
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +44,10 @@ SHOWN = (
 
 
 class Metrics:
-    """Writes the metrics of a run; does nothing unless `enabled`.
+    """Writes the metrics of a run; does nothing unless `enabled`. What cannot be written waits: see `log_files`.
 
     Args:
-        folder: the run directory; metrics.jsonl and tensorboard/ are written there.
+        folder: the run directory; metrics.jsonl, tensorboard/ and samples/ are written there.
         total_steps: optimizer steps of the whole run.
         first_step: steps done before; what was logged of later ones is dropped: they will be done again.
         enabled: true on one rank.
@@ -59,26 +64,30 @@ class Metrics:
         terminal: bool | None = None,
     ):
         self.enabled, self.total_steps = enabled, total_steps
+        self._closed = False
         if not enabled:
             return
         self._blocks = config.model.moe_blocks
         self._heat_map_every = max(1, total_steps // HEAT_MAPS)
         self._next_heat_map = first_step
         path = Path(folder) / "metrics.jsonl"
-        rewind(path, first_step)
-        self._lines = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115, a line at a time, until close
-        self._board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step + 1)
-        self._board.add_text("config", f"```yaml\n{to_yaml(config)}```", first_step)
+        self._folder = log_folder = LogFolder(folder)
+        self._lines = AppendedFile(path, log_folder, prepare=lambda: rewind(path, first_step))
+        self._lines.flush()
+        self._board = EventFile(log_folder, first_step + 1)
+        self._board.add(first_step, summary.text("config", f"```yaml\n{to_yaml(config)}```"))
+        self._pictures = PictureFolder(log_folder.path / "samples", log_folder)
         self._bar = None
         if sys.stderr.isatty() if terminal is None else terminal:
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def log(self, step: int, values: Mapping[str, float], layers: Mapping[str, Any] | None = None) -> None:
+    def log(self, step: int, values: Mapping[str, float | None], layers: Mapping[str, Any] | None = None) -> None:
         """Reports an optimizer step.
 
         Args:
             step: steps done, from 1.
-            values: name -> number. One that is not finite is null in metrics.jsonl: JSON has no word for it.
+            values: name -> number, or None where there is nothing to report. None, and what is not finite, is null in
+                metrics.jsonl: JSON has no word for it.
             layers: name -> array (MoE layers,) or (MoE layers, experts): numbers of each MoE block.
                 TensorBoard shows the first kind as scalars, the second as a heat-map some 20 times a run.
         """
@@ -86,42 +95,54 @@ class Metrics:
             return
         arrays = {name: torch.as_tensor(a).detach().double().cpu().numpy() for name, a in (layers or {}).items()}
         # Seven digits are all of a float32.
-        line = {"step": step} | {name: _json(float(value)) for name, value in values.items()}
+        line = {"step": step} | {n: None if value is None else _json(float(value)) for n, value in values.items()}
         line |= {name: [_json(row) for row in array] for name, array in arrays.items()}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, float(value), step)
+        self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        shown = [summary.scalar(name, float(value)) for name, value in values.items() if value is not None]
         drawn = [name for name, array in arrays.items() if array.ndim == 2 and array.size]
         if drawn and step >= self._next_heat_map:
             self._next_heat_map = step + self._heat_map_every
             for name in drawn:
                 picture = heat_map(arrays[name], f"{name}, step {step}", self._blocks)
-                self._board.add_image(name, picture, step, dataformats="HWC")
+                shown.append(summary.image(name, picture, dataformats="HWC"))
         for name, array in arrays.items():
             if array.ndim == 1:
-                for block, value in zip(self._blocks, array, strict=True):
-                    self._board.add_scalar(f"{name}/block {block}", value, step)
+                blocks = zip(self._blocks, array, strict=True)
+                shown += [summary.scalar(f"{name}/block {block}", value) for block, value in blocks]
+        self._board.add(step, *shown)
         self._show(step, values)
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
         """Puts a picture on TensorBoard: (height, width) or (height, width, 3), uint8, or float in [0, 1]."""
         if self.enabled:
-            self._board.add_image(name, array, step, dataformats="HW" if array.ndim == 2 else "HWC")
+            self._board.add(step, summary.image(name, array, dataformats="HW" if array.ndim == 2 else "HWC"))
+
+    def samples(self, step: int, picture: np.ndarray) -> None:
+        """Writes drawn samples, uint8 (height, width, 3), as a PNG file, and puts them on TensorBoard."""
+        if self.enabled:
+            self._pictures.write((f"step-{step:08d}.png", picture))
+            self.image(step, "samples", picture)
 
     def close(self) -> None:
-        """Writes what is still on its way and ends the progress bar. May be called twice."""
-        if not self.enabled:
+        """Ends the logs and the progress bar. May be called twice."""
+        if not self.enabled or self._closed:
             return
-        self._lines.close()
-        self._board.close()
+        self._closed = True
+        for log in (self._lines, self._board, self._pictures):
+            log.close()
+        self._folder.close()
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.close()
 
-    def _show(self, step: int, values: Mapping[str, float]) -> None:
-        shown = {name: form.format(values[key]) for key, name, form in SHOWN if key in values}
+    def _show(self, step: int, values: Mapping[str, float | None]) -> None:
+        shown = {name: form.format(values[key]) for key, name, form in SHOWN if values.get(key) is not None}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+            try:
+                self._bar.set_postfix(shown, refresh=False)
+                self._bar.update(step - self._bar.n)
+            except OSError:  # the terminal is gone
+                self._bar.disable, self._bar = True, None
         else:
             logger.info("step %d/%d  %s", step, self.total_steps, "  ".join(f"{n} {v}" for n, v in shown.items()))
 
@@ -129,11 +150,14 @@ class Metrics:
 def rewind(path: Path, step: int) -> None:
     """Drops the lines of steps after `step` from a metrics.jsonl, and, with a warning, unreadable ones.
 
-    The file is replaced as a whole, and only where it changes.
+    The file is replaced as a whole, and only where it changes, or is a link: lines are then written to a file of its
+    own, and the one that it leads to stays as it is. Raises OSError.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    before = path.read_text(encoding="utf-8", errors="replace")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file; move it away", str(path))
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     kept, damaged = [], 0
     for line in before.splitlines():
         try:
@@ -144,8 +168,11 @@ def rewind(path: Path, step: int) -> None:
     if damaged:
         logger.warning("%s: dropped %d unreadable lines; a run was killed while it wrote?", path, damaged)
     after = "".join(kept)
-    if after != before:
+    own = is_own_file(path)
+    if after != before or not own:
         write_text(path, after)
+    if not own:
+        logger.warning("%s: was a link; it is a file of its own now, and what it led to is as it was", path)
 
 
 def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Event files for TensorBoard.
+
+tensorboard's own writer cannot be used: once its disk is full, its thread ends and every later call raises.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import socket
+import time
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from megapromoe.training.log_files import AppendedFile, LogFolder
+
+_numbers = itertools.count()  # of the event files of this process
+
+
+class EventFile:
+    """A new event file in the folder `tensorboard/` of a run.
+
+    Args:
+        folder: the run directory.
+        first_step: TensorBoard drops what earlier files have of this step and later ones.
+    """
+
+    def __init__(self, folder: LogFolder, first_step: int):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self._file = AppendedFile(folder.path / "tensorboard" / name, folder)
+        start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._write(Event(file_version="brain.Event:2"), start)
+
+    def add(self, step: int, *summaries: Summary) -> None:
+        """Writes the summaries of a step, which `torch.utils.tensorboard.summary` makes."""
+        self._write(*(Event(step=step, summary=summary) for summary in summaries))
+
+    def close(self) -> None:
+        """See `Log.close`."""
+        self._file.close()
+
+    def _write(self, *events: Event) -> None:
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        self._file.write(records.getvalue())
