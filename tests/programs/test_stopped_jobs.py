@@ -182,6 +182,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_pa
     assert len(ranks) == 2
     direct = "shell" not in launcher
     os.kill(job.pid, signal.SIGKILL)
+    job.wait()
     killed = time.monotonic()
     codes = []
     try:
