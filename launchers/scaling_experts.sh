@@ -49,6 +49,7 @@ if [[ -n $dry_run ]]; then
 fi
 bash "$here/node.sh" "$cache"
 hear_signals
+set_limits
 note "task $task of $study on $SLURM_JOB_NODELIST"
 "${command[@]}" &
 step=$!
