@@ -1,16 +1,35 @@
 #!/usr/bin/env bash
 # Runs once on every node before a step: makes the folder for compiled code. Asked to, the first prints a free port.
+# Exit code 2: repeating the job on these nodes cannot help.
 set -euo pipefail
 
 # What lies in the folder is executed: nobody else may own it.
-mkdir -p "$(dirname "$1")"
+mkdir -p "$(dirname "$1")" || true
 mkdir -m 700 "$1" 2>/dev/null || true
 if [[ ! -d $1 || ! -O $1 || -L $1 ]]; then
     echo "${SLURMD_NODENAME:-$HOSTNAME}: $1 cannot be made, or is of another user; set NODE_CACHE" >&2
-    exit 1
+    exit 2
 fi
 if [[ ${2:-} == ask && ${SLURM_NODEID:-0} == 0 ]]; then
     python=${MEGAPROMOE_PYTHON:-python3}
     [[ -z ${CONTAINER_IMAGE:-} ]] || python=python3 # the other is the container's
-    "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+    # Each job begins at another port: two that ask on one node at the same time must not get the same. Below 30000, since
+    # the kernel gives those above 32767 to outgoing connections.
+    "$python" - "${SLURM_JOB_ID:-$$}" "${SLURM_STEP_ID:-0}" <<'PYTHON'
+import socket
+import sys
+
+job, step = map(int, sys.argv[1:])
+for number in range(10000):
+    port = 20000 + (17 * job + step + number) % 10000
+    with socket.socket() as s:
+        try:
+            s.bind(("", port))
+        except OSError:
+            continue
+    print(port)
+    break
+else:
+    sys.exit("no port of 20000 to 29999 is free; set MASTER_PORT")
+PYTHON
 fi

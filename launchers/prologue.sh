@@ -17,6 +17,10 @@ Variables:
   NODE_CACHE       folder on each node for compiled code; default: megapromoe-UID in TMPDIR or /tmp
   NCCL_*, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF, OMP_NUM_THREADS: left as they are where set'
 
+# Under sbatch --export=NONE, or with a list of variables, steps would get none of the job's variables, not even PATH.
+unset SRUN_EXPORT_ENV
+export SLURM_EXPORT_ENV=ALL
+
 die() { # sentence, exit code
     echo "$(basename "$0"): $1" >&2
     exit "${2:-1}"

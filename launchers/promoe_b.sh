@@ -19,7 +19,7 @@ preset=promoe_b
 here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
 here=${here:-$(dirname "$(realpath "$0")")}
 if [[ ! -f $here/slurm.sh ]]; then
-    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/p;q}')")
+    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')")
 fi
 # shellcheck source-path=SCRIPTDIR source=promoe.sh
 source "$here/promoe.sh"

@@ -22,7 +22,7 @@ set -euo pipefail
 here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
 here=${here:-$(dirname "$(realpath "$0")")}
 if [[ ! -f $here/slurm.sh ]]; then
-    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/p;q}')")
+    here=$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;q}')")
 fi
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 source "$here/slurm.sh"
@@ -49,6 +49,7 @@ if [[ -n $dry_run ]]; then
 fi
 bash "$here/node.sh" "$cache"
 hear_signals
+set_limits
 note "task $task of $study on $SLURM_JOB_NODELIST"
 "${command[@]}" &
 step=$!

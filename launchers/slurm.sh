@@ -17,7 +17,8 @@ Variables for SLURM (sbatch hands them on):
   MASTER_PORT      default: one that SLURM reserves (MpiParams=ports=...), or else one that the first node finds free
 
 Outside a job, options of sbatch, written as --option=value, may be given too: the script submits itself.
-Exit codes: 0 done, 1 failed, 2 wrong configuration, 3 bad nodes, 75 stopped and saved, 76 a rank hung.'
+Exit codes: 0 done, 1 failed, 2 wrong configuration, path or installation (never queued again), 3 bad nodes, 75 stopped and
+saved, 76 a rank hung.'
 
 note() { echo "[$(date '+%F %T')] $1"; }
 
@@ -42,6 +43,9 @@ outside() {
             --nodes=*) nodes=${word#*=} ;;
             --ntasks-per-node=*) tasks=${word#*=} ;;
             --job-name=*) name=${word#*=} ;;
+            --mem-per-gpu=* | --mem-per-cpu=*)
+                die "$word: contradicts --mem=0 of the script, all memory of its nodes; give --mem=SIZE, for a node" 2
+                ;;
             --*=* | --exclusive | --no-requeue | --hold) ;;
             *) die "$word: write options of sbatch as --option=value" 2 ;;
         esac
@@ -64,6 +68,7 @@ outside() {
 # In a job, or in an allocation of salloc.
 inside() {
     hear_signals
+    set_limits
     ((${#others[@]} == 0)) || die "${others[*]}: options of sbatch stand before the script" 2
     nodes=$SLURM_JOB_NUM_NODES ranks=${SLURM_NTASKS:-}
     [[ -n $ranks ]] || die "the allocation names no tasks; ask for --ntasks-per-node=8" 2
@@ -75,7 +80,7 @@ inside() {
     plan_steps
     [[ -z $dry_run ]] || exit 0
 
-    mkdir -p "$logs"
+    mkdir -p "$logs" || die "RUN_DIR=$run: cannot be made or written; choose another" 2
     note "attempt $attempt on $SLURM_JOB_NODELIST, run directory $run"
     if [[ ${PREFLIGHT:-1} != 0 ]]; then
         run_step check "${check_step[@]}"
@@ -84,6 +89,16 @@ inside() {
         run_step rank "${train_step[@]}"
     fi
     conclude
+}
+
+# What a login node or a site has set for its own purposes must not reach the steps.
+set_limits() {
+    # A default of the site beside the job's own is an error of srun. Without any, steps have the memory of the job.
+    unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
+    # SLURM hands on the soft limits of the shell that called sbatch, often 64 KiB of locked memory, with which RDMA does
+    # not work. The hard ones are those of the node.
+    ulimit -S -l hard 2>/dev/null || true
+    ulimit -S -n hard 2>/dev/null || true
 }
 
 # SIGUSR1, which SLURM sends before the time limit, is handed on to the ranks.
@@ -111,14 +126,19 @@ plan_steps() {
     given_port=${MASTER_PORT:-} reserved='' ask=ask
     if [[ -n $given_port ]]; then
         ask=''
-    elif slurm_has_ports; then
+    elif slurm_has '^MpiParams .*ports='; then
         reserved=1 ask='' meet=(--resv-ports=1)
     fi
-    # Neighbouring ranks share a node. An orderly end takes the ranks a moment: the first exit code must not end the
-    # others, but once one is gone the rest have a minute. Ranks need no MPI.
-    local common=(srun --distribution=block --kill-on-bad-exit=0 --wait=60 --mpi=none "--cpus-per-task=$threads")
-    common+=("--nodes=$nodes" "--ntasks=$ranks" --open-mode=append "${meet[@]}" "${container[@]}" "${extra[@]}")
-    node_step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --mpi=none "${extra[@]}")
+    # Neighbouring ranks share a node, and neighbours on a node a socket, as its GPUs do: by default SLURM deals tasks out
+    # over the sockets in turn, and half of them would be far from their GPU. All variables, also under
+    # sbatch --export=NONE. An orderly end takes the ranks a moment: the first exit code must not end the others, but once
+    # one is gone the rest have a minute. Ranks need no MPI.
+    local every_step=(srun --export=ALL --mpi=none) bind=()
+    ! slurm_has '^TaskPlugin .*affinity' || bind=(--cpu-bind=cores) # without that plugin SLURM warns at each step
+    local common=("${every_step[@]}" --distribution=block:block "${bind[@]}" --kill-on-bad-exit=0 --wait=60)
+    common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append)
+    common+=("${meet[@]}" "${container[@]}" "${extra[@]}")
+    node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${extra[@]}")
     node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
     check_step=("${common[@]}" "--output=$logs/check-%4t.log" "${program[@]}" check --preset "$preset" --run-dir "$run")
     check_step+=(--report "$logs/check.json" --bad-nodes "$logs/bad_nodes")
@@ -133,12 +153,12 @@ plan_steps() {
     fi
 }
 
-# Does SLURM hand out ports? A machine without SLURM prints what a SLURM that does would run.
-slurm_has_ports() {
+# Does SLURM's configuration have such a line? A machine without SLURM prints what a SLURM that has it would run.
+slurm_has() { # regular expression
     command -v scontrol >/dev/null || return 0
     local config
     config=$(scontrol show config 2>/dev/null) || return 0
-    grep -q '^MpiParams .*ports=' <<<"$config"
+    grep -q "$1" <<<"$config"
 }
 
 # Runs a step to its end and sets `code`. Rank 0 is heard here; every rank has a log of its own.
@@ -190,7 +210,13 @@ conclude() {
         exit 0
     fi
     last_words
-    ((code != 2)) || exit 2
+    # 13, 126 and 127: the program cannot be started, in the words of srun and bash.
+    case $code in
+        2 | 13 | 126 | 127)
+            note "not queued again: repeating cannot help; the message above says what to correct"
+            exit 2
+            ;;
+    esac
     may_queue_again || exit "$code"
     if ((code != 0 && code != 75)); then
         failures=$(awk -F '\t' -v job="$id." -v newest="$newest" \

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from megapromoe import __version__
-from megapromoe.commands.command_line import SETTING
-from megapromoe.errors import UserError
+from megapromoe.commands.command_line import SETTING, checked_output
+from megapromoe.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from megapromoe.distributed.runtime import Launch
+    from megapromoe.distributed.launch_environment import Launch
 
 # Name and summary of each command, in the order of the help; `megapromoe.commands.NAME` is its module.
 COMMANDS = {
@@ -51,8 +51,9 @@ examples:
   megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
   megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster
 
-exit codes: 0 done, 1 the run failed, 2 the command, the config or the launcher is wrong, 3 `check` found unfit
-nodes, 75 stopped by a signal and saved (repeat the command), 76 a rank hung, 130 interrupted
+exit codes: 0 done, 1 the run failed, 2 the command, the config, a path, the launcher or what is installed is wrong
+(repeating cannot help), 3 `check` found unfit nodes, 75 stopped by a signal and saved (repeat the command), 76 a rank
+hung, 130 interrupted, 141 nobody reads the output
 `megapromoe COMMAND --help` tells more of a command."""
 
 
@@ -77,15 +78,38 @@ def load(name: str) -> Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code, as `--help` lists them."""
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
-        command = load(options.command)
-        return _as_a_rank(command, options) if command.JOB else command.run(options, None)
+        with checked_output():
+            options = parse(sys.argv[1:] if argv is None else argv)
+            command = load(options.command)
+            if not command.JOB:
+                return command.run(options, None)
+        return _as_a_rank(command, options)
     except UserError as error:
-        _print_error(f"megapromoe: {error}")
+        if str(error):
+            _print_error(f"megapromoe: {error}")
         return error.exit_code
+    except ImportError as error:
+        if (message := missing_package(error)) is None:
+            raise
+        _print_error(f"megapromoe: {message}")
+        return ExitCode.MISCONFIGURED
     except KeyboardInterrupt:
         _print_error("megapromoe: interrupted")
-        return 130
+        return ExitCode.INTERRUPTED
+
+
+def missing_package(error: ImportError) -> str | None:
+    """What to install, if an import failed for a package that is not there or not whole; None if it is a bug."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "megapromoe":
+        return None
+    package = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}.get(name, name)
+    where = f"in the environment that this process runs in, {sys.prefix}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {name} is not installed {where}; install it there: pip install {package}"
+    if error.path and error.path.endswith(".so"):  # a library that it needs is missing or of another version
+        return f"{name}, {where}, does not load ({error}); install it there again, or the library that it misses"
+    return None
 
 
 def _print_error(message: str) -> None:
@@ -127,7 +151,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megapromoe {__version__}")
-    # The deepspeed launcher puts it before the command; runtime.py reads the same from the environment.
+    # The deepspeed launcher puts it before the command; launch_environment.py reads the same from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -151,13 +175,21 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
     """Runs a command as one rank of a job; of an error that all ranks raise, rank 0 alone prints the message."""
     import logging
 
+    from megapromoe.distributed import launch_environment
+    from megapromoe.distributed.rank_output import lasting_output
+
+    launch = launch_environment.detect()
+    with lasting_output():
+        log = logging.getLogger("megapromoe")
+        log.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
+        if not log.handlers:
+            log.addHandler(logging.StreamHandler())
+        return _run_rank(command, options, launch)
+
+
+def _run_rank(command: Command, options: argparse.Namespace, launch: Launch) -> int:
     from megapromoe.distributed import runtime
 
-    launch = runtime.detect()
-    log = logging.getLogger("megapromoe")
-    log.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
     try:
         return command.run(options, launch)
     except UserError as error:
@@ -167,6 +199,10 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
         else:
             time.sleep(GRACE)
         return error.exit_code
+    except ImportError as error:
+        if missing_package(error) is None and launch.world > 1:
+            runtime.leave(error)
+        raise  # all ranks have the same packages, and end with the same message
     except Exception as error:
         if launch.world > 1:
             runtime.leave(error)

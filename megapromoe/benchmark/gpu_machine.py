@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import write_json
 
 # What nvidia-smi is asked of each GPU, beside its name and driver.
@@ -24,7 +24,7 @@ IDENTITY = ("device", "gpus", "cuda", "python", "torch", "deepspeed")  # what fi
 class GpuRunError(UserError):
     """A GPU run that cannot start as the command line asks for."""
 
-    exit_code = 2
+    exit_code = ExitCode.MISCONFIGURED
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import open_regular, staging_path, write_json, write_text
 from megapromoe.versions import versions
 
@@ -62,9 +62,16 @@ class OtherRun(CheckpointError):
 
 
 class RunDirectoryError(UserError):
-    """A folder that cannot be this run's: not a run's, of another run, in use, or not writable."""
+    """A folder that cannot be this run's: not a run's, of another run, or not writable."""
 
+    exit_code = ExitCode.MISCONFIGURED
     on_all_ranks = True  # rank 0 finds it and tells the others, so one rank need print it
+
+
+class RunInUse(RunDirectoryError):
+    """A folder that a live run owns; that run may end, or be one that a node failure has left behind."""
+
+    exit_code = ExitCode.FAILED
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ class RunDirectory:
             owner = lock.read().strip() or "another process"
             lock.close()
             remedy = "wait for it or stop it, or choose another --run"
-            raise RunDirectoryError(f"{self.folder}: in use by a live run ({owner}); {remedy}") from error
+            raise RunInUse(f"{self.folder}: in use by a live run ({owner}); {remedy}") from error
         except OSError as error:  # some cluster file systems are mounted without locks
             logger.warning(
                 "%s: this file system has no locks (%s); see to it that only one run uses the folder",

@@ -11,7 +11,7 @@ EPILOG = f"""\
 Start it as the run will be started, with the run's settings; alone it tries this machine.
   megapromoe check
   torchrun --nproc-per-node 8 -m megapromoe check --preset promoe_l --run-dir runs/l parallel.ep=4
-  srun --kill-on-bad-exit=1 --resv-ports=1 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
+  srun --kill-on-bad-exit=1 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
       --preset promoe_xl --run runs/xl --bad-nodes runs/xl/preflight/bad-nodes parallel.ep=8
 (without --kill-on-bad-exit srun itself would wait for a rank that never ends)
 It takes about a minute. Looked at, in this order: do all ranks come; are versions equal; does every GPU
@@ -21,7 +21,8 @@ checkpoints; does every node read the same data; do all collectives give right v
 fast does each pair of nodes talk.
 
 exit codes: 0 passed, perhaps with warnings; 3 the nodes named in --bad-nodes are unfit; 1 something failed
-that no single node is to blame for, or the check itself; 2 the command or the config is wrong.
+that no single node is to blame for, or the check itself; 2 the command or the config is wrong, or what is
+installed: the same would fail on any nodes.
 What started the ranks may end with a code of its own (torchrun with 1, srun with that of a rank it had to
 kill), so a program should go by --bad-nodes: emptied at the start, it holds names exactly if nodes are unfit.
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 
 SETTING = re.compile(r"\w+\.\w+=")
 
@@ -22,7 +24,7 @@ Value = TypeVar("Value")
 class CommandError(UserError):
     """Words of a command line that do not go together."""
 
-    exit_code = 2
+    exit_code = ExitCode.MISCONFIGURED
     on_all_ranks = True  # every rank reads the same words
 
 
@@ -33,7 +35,63 @@ class FileError(UserError):
 class InterruptedCommand(UserError):
     """Ctrl-C in a command that keeps what it has done; the message says how to continue."""
 
-    exit_code = 130
+    exit_code = ExitCode.INTERRUPTED
+
+
+class OutputError(UserError):
+    """Standard output that cannot be written; without a message where nobody reads it, as in `megapromoe | head`."""
+
+
+class CommandOutput:
+    """Standard output of a command, whose own errors are told from those of files: as OutputErrors."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._errors():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._errors():
+            self._stream.flush()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError as error:
+            closed = OutputError()
+            closed.exit_code = ExitCode.OUTPUT_CLOSED
+            raise closed from error
+        except OSError as error:
+            raise OutputError(f"the output cannot be written: {error.strerror}") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Standard output of the block is a `CommandOutput`, flushed at the end. What it could not write is dropped."""
+    stream = sys.stdout
+    if stream is None:  # closed before the start
+        yield
+        return
+    output = CommandOutput(stream)
+    sys.stdout = cast(TextIO, output)
+    try:
+        yield
+        output.flush()
+    except SystemExit:  # of argparse, which has printed
+        output.flush()
+        raise
+    finally:
+        sys.stdout = stream
+        try:
+            output.flush()
+        except OutputError:  # the end of Python would print this error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def _lines(options: argparse.Namespace, config: Config, found: Search, machine: 
 
 
 def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
-    """The line to paste."""
+    """The line to paste. A plain srun starts everywhere: where SLURM reserves no port, steps have one of their own."""
     chosen = settings(best, config)
     words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
     words += [f"{key}={value}" for key, value in chosen.items()]
@@ -130,7 +130,7 @@ def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
     recipe += ["--config", str(options.config)] if options.config else []
     recipe = recipe or ["--preset", DEFAULT_PRESET]
     name, number = options.preset or "planned", str(options.gpus_per_node)
-    start = ["srun", "--resv-ports=1", f"--nodes={options.nodes}"]
+    start = ["srun", f"--nodes={options.nodes}"]
     start += [f"--ntasks-per-node={number}", f"--gpus-per-node={number}"]
     return shlex.join([*start, "megapromoe", "train", *recipe, "--run", f"runs/{name}", *words])
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
-from megapromoe.errors import Violations
+from megapromoe.errors import ExitCode, Violations
 
 CONTIGUOUS, MODULO = "contiguous", "modulo"
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -22,7 +22,7 @@ class ClassGroupError(Violations):
     """Groups of classes that cannot be used; `violations` lists every reason."""
 
     subject = "the groups of classes"
-    exit_code = 2
+    exit_code = ExitCode.MISCONFIGURED
     on_all_ranks = True  # every rank reads the same file
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megapromoe.config import class_groups
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, nearest_divisors, nearest_multiples, option
-from megapromoe.errors import Violations
+from megapromoe.errors import ExitCode, Violations
 
 ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
 PROMOE_ROUTERS = ("promoe", "promoe_ec")  # with prototypes
@@ -29,7 +29,7 @@ class ConfigError(Violations):
     """A configuration that cannot run; `violations` lists every reason, the message holds them all."""
 
     subject = "the configuration"
-    exit_code = 2
+    exit_code = ExitCode.MISCONFIGURED
     on_all_ranks = True  # every rank reads the same options
 
 

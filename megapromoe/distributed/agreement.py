@@ -18,7 +18,7 @@ from torch import Tensor
 from megapromoe.distributed import rendezvous, runtime, watchdog
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.distributed.watchdog import LEAVING, Watchdog
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 
 T = TypeVar("T")
 
@@ -87,19 +87,29 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def raise_if_any_rank_failed(problem: str | None, error: type[UserError], name_ranks: bool = False) -> None:
+def raise_if_any_rank_failed(
+    problem: str | None, error: type[UserError], name_ranks: bool = False, exit_code: int | None = None
+) -> None:
     """Raises `error` on every rank if any has a problem. Collective.
 
     Args:
-        name_ranks: say which rank has a problem, unless all have the same.
+        name_ranks: say which rank has a problem, unless all have the same. Then a problem that some ranks do not have
+            may be that of a node, and the exit code is that of a failure, which is tried again.
+        exit_code: of this rank's problem; None: that of `error`.
     """
-    problems = all_gather_values(problem)
+    problems = all_gather_values((problem, exit_code))
+    said = [message for message, _ in problems]
     messages = []
-    for message in dict.fromkeys(p for p in problems if p):
-        everywhere = problems.count(message) == len(problems)
-        messages.append(message if everywhere or not name_ranks else f"rank {problems.index(message)}: {message}")
-    if messages:
-        raise error("; ".join(messages))
+    for message in dict.fromkeys(message for message in said if message):
+        everywhere = said.count(message) == len(said)
+        messages.append(message if everywhere or not name_ranks else f"rank {said.index(message)}: {message}")
+    if not messages:
+        return
+    raised = error("; ".join(messages))
+    codes = {error.exit_code if code is None else code for message, code in problems if message}
+    common = not name_ranks or all(said)
+    raised.exit_code = codes.pop() if len(codes) == 1 and common else ExitCode.FAILED
+    raise raised
 
 
 @contextmanager
@@ -107,19 +117,25 @@ def raising_together(
     error: type[UserError],
     catch: tuple[type[Exception], ...] = (UserError, OSError),
     name_ranks: bool = False,
+    exit_code: int | None = None,
 ) -> Iterator[None]:
     """Runs a block that may fail on some ranks alone; then every rank raises `error` with their messages. Collective.
+
+    The exit code is that of the errors that were raised, if it is the same on all ranks that raised one.
 
     Args:
         catch: what the block may raise for the user. Any other exception is a bug and leaves the block as it is.
         name_ranks: see `raise_if_any_rank_failed`.
+        exit_code: in place of that of the errors.
     """
-    problem = None
+    problem, code = None, exit_code
     try:
         yield
     except catch as caught:
         problem = str(caught)
-    raise_if_any_rank_failed(problem, error, name_ranks)
+        if code is None:
+            code = getattr(caught, "exit_code", None)  # an OSError has none
+    raise_if_any_rank_failed(problem, error, name_ranks, code)
 
 
 def broadcast_from_rank0(value: T) -> T:

@@ -21,8 +21,17 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import Store
 
-from megapromoe.distributed import runtime
-from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable
+from megapromoe.distributed.launch_environment import (
+    Launch,
+    LaunchError,
+    RanksMissing,
+    StoreUnreachable,
+    address_source,
+    holds_store,
+    identity_source,
+    node_name,
+    unset_hint,
+)
 from megapromoe.distributed.store_channel import StoreChannel
 
 logger = logging.getLogger(__name__)
@@ -44,7 +53,7 @@ def meet(launch: Launch, timeout: float, purpose: str) -> Store:
 
     Raises LaunchError if the address is no known name, StoreUnreachable if the holder cannot be reached.
     """
-    holder = runtime.holds_store(launch)
+    holder = holds_store(launch)
     deadline = time.monotonic() + timeout
     if holder:
         _look_up(launch)
@@ -62,7 +71,7 @@ def meet(launch: Launch, timeout: float, purpose: str) -> Store:
     except (RuntimeError, NoAnswer) as error:
         raise StoreUnreachable(_unreached(launch, str(error) or f"no answer within {limit:.0f} s")) from error
     store.set_timeout(timedelta(seconds=timeout))
-    return dist.PrefixStore(f"{purpose} {launch.attempt}", store)
+    return dist.PrefixStore(f"{purpose} {launch.job} {launch.attempt}", store)
 
 
 def own_connection(store: Store, timeout: float) -> Store:
@@ -80,8 +89,8 @@ def own_connection(store: Store, timeout: float) -> Store:
 def gather(launch: Launch, timeout: float) -> Store:
     """The store of the job, once all ranks have come. Collective.
 
-    Raises LaunchError if a rank comes twice or, naming those that are missing, if not all come within `timeout`
-    seconds; else as `meet`.
+    Raises LaunchError if a rank comes twice; RanksMissing, naming those that are missing, if not all come within
+    `timeout` seconds; else as `meet`.
     """
     start = time.monotonic()
     store = meet(launch, timeout, f"meeting {next(_meetings)}, attempt")
@@ -93,7 +102,7 @@ def gather(launch: Launch, timeout: float) -> Store:
 def _arrive(channel: StoreChannel, launch: Launch, timeout: float, start: float) -> None:
     if channel.count(f"here/{launch.rank}") > 1:
         raise LaunchError(
-            f"rank {launch.rank} came twice ({runtime.identity_source(launch)}); start each rank once, and no second"
+            f"rank {launch.rank} came twice ({identity_source(launch)}); start each rank once, and no second"
             f" job at {launch.address}:{launch.port}"
         )
     channel.count("arrived")
@@ -101,7 +110,7 @@ def _arrive(channel: StoreChannel, launch: Launch, timeout: float, start: float)
     while channel.count("arrived", 0) < launch.world:
         waited = time.monotonic() - start
         if waited > timeout:
-            raise LaunchError(_missing(channel, launch, waited))
+            raise RanksMissing(_missing(channel, launch, waited))
         if waited > NOTICE and not noticed and launch.rank == 0:
             noticed = True
             logger.warning("%s", _missing(channel, launch, waited))
@@ -112,11 +121,11 @@ def _missing(channel: StoreChannel, launch: Launch, waited: float) -> str:
     missing = [rank for rank in range(launch.world) if not channel.count(f"here/{rank}", 0)]
     ranks = f"{', '.join(map(str, missing[:16]))}{', ...' * (len(missing) > 16)}"
     said = (
-        f"rank {launch.rank} on {runtime.node_name()} has waited {waited:.0f} s at {launch.address}:{launch.port} for"
-        f" {len(missing)} of {launch.world} ranks: {ranks} ({runtime.identity_source(launch)});"
+        f"rank {launch.rank} on {node_name()} has waited {waited:.0f} s at {launch.address}:{launch.port} for"
+        f" {len(missing)} of {launch.world} ranks: {ranks} ({identity_source(launch)});"
         " see whether they were started and reach this place"
     )
-    return said + (runtime.UNSET if launch.launcher == "torchrun" else "")
+    return said + unset_hint(launch)
 
 
 def _wait_for_holder(launch: Launch, deadline: float) -> None:
@@ -149,23 +158,23 @@ def _look_up(launch: Launch) -> None:
             again = getattr(error, "errno", None) == socket.EAI_AGAIN and time.monotonic() < deadline
             if not again:
                 raise LaunchError(
-                    f"rank {launch.rank} on {runtime.node_name()} does not know the host {launch.address!r}"
-                    f" ({runtime.address_source(launch)}; {error.strerror or error}); give the name or address of the"
+                    f"rank {launch.rank} on {node_name()} does not know the host {launch.address!r}"
+                    f" ({address_source(launch)}; {error.strerror or error}); give the name or address of the"
                     " node of rank 0"
                 ) from error
         time.sleep(0.5)
 
 
 def _unreached(launch: Launch, said: str) -> str:
-    place, source = f"{launch.address}:{launch.port}", runtime.address_source(launch)
+    place, source = f"{launch.address}:{launch.port}", address_source(launch)
     said = said.splitlines()[0]
-    if runtime.holds_store(launch):
+    if holds_store(launch):
         return (
-            f"rank 0 on {runtime.node_name()} does not reach {place} ({source}), where it should answer itself"
+            f"rank 0 on {node_name()} does not reach {place} ({source}), where it should answer itself"
             f" ({said}); give an address of this node, and a port that nobody uses"
         )
     return (
-        f"rank {launch.rank} on {runtime.node_name()} does not reach {place} ({source}), where rank 0 or the launcher"
+        f"rank {launch.rank} on {node_name()} does not reach {place} ({source}), where rank 0 or the launcher"
         f" should answer ({said}); see whether that node lives and lets this one through"
     )
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.errors import UserError
 
 PAUSE = 0.01  # seconds between two looks at the store

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megapromoe.distributed import runtime
-from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import StoreChannel
 
 logger = logging.getLogger(__name__)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 from megapromoe.nn.dit import DiT
 
 
 class EngineError(UserError):
     """This machine, or what is installed on it, cannot train what the configuration asks for."""
+
+    exit_code = ExitCode.MISCONFIGURED
 
 
 class Piece(NamedTuple):

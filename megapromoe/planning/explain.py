@@ -117,16 +117,17 @@ def limits(plan: Plan) -> str:
 
 
 def experts_in_parallel(found: Search) -> Iterator[str]:
-    """Whether EP pays at this size: tokens of a rank and step against E*F, and the bytes that this code sends."""
+    """Whether EP pays at this size: in bytes, tokens of a rank and step against E*F, and in time."""
     best = found.best
     model, micro = best.config.model, best.config.train.accumulation
     if not model.moe_blocks:
         return
     tokens = micro * routed_rows(model, expected_batch(best.config, best.layout)) / best.layout.tp
     break_even = model.num_experts * model.expert_width
+    fewer = tokens < break_even
     yield (
-        f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; by bytes on the"
-        f" wire EP pays below E*F, so here it {'pays' if tokens < break_even else 'does not pay'} by that rule"
+        f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; EP sends fewer"
+        f" bytes than replicated experts below E*F, so here it {'pays' if fewer else 'does not pay'} in bytes"
     )
     alone = _counterpart(found, lambda p: p.layout.ep == 1)
     spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1)
@@ -143,10 +144,25 @@ def experts_in_parallel(found: Search) -> Iterator[str]:
         f" {many / 1e6:,.0f} MB of these, {(dispatched - sent) / 1e6:,.0f} MB of rows, with"
         " the latency of their exchange and the imbalance of ranks"
     )
-    gain = alone.time.total / spread.time.total
     if alone in found.fitting:
-        word = "pays" if gain > CLOSE else "costs more than it saves" if gain < 1 / CLOSE else "neither pays nor costs"
-        yield f"  by time, EP {word} here"
+        yield f"  {_verdict_in_time(alone, spread, fewer)}"
+
+
+def _verdict_in_time(alone: Plan, spread: Plan, fewer_bytes: bool) -> str:
+    """Whether EP (`spread`) pays in time, and where bytes say otherwise, why."""
+    gain = alone.time.total / spread.time.total
+    difference = f"{1e3 * abs(alone.time.total - spread.time.total):.1f} ms of a step"
+    if gain > CLOSE:
+        why = "" if fewer_bytes else ", although it sends more bytes: they cross faster links or are overlapped"
+        return f"in time EP pays here: it saves {difference}{why}"
+    if gain < 1 / CLOSE:
+        why = ", although it sends fewer bytes: latency and imbalance outweigh them" if fewer_bytes else ""
+        return f"in time EP costs more than it saves here: {difference}{why}"
+    saved = (alone.memory.peak - spread.memory.peak) / GIB
+    return (
+        f"in time EP makes no difference that these estimates can tell: {difference}, less than {CLOSE - 1:.0%};"
+        f" it {'saves' if saved >= 0 else 'needs'} {abs(saved):.1f} GiB{'' if saved >= 0 else ' more'} of each GPU"
+    )
 
 
 def _counterpart(found: Search, wanted: Callable[[Plan], bool]) -> Plan | None:

@@ -170,13 +170,27 @@ def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozense
     fewest = world // max(even, default=1)
     unit = fewest * own
     if even and batch % unit:
-        near = ", ".join(str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n)
+        parts = f"in {own} micro-batch{'es' * (own > 1)}"
+        largest = world // min(even) * own
+        if largest == unit:
+            which = f"at least {fewest} take different images, {parts}, so"
+        else:  # a smaller tp is simpler, and mostly faster: it comes first
+            which = (
+                f"{world // min(even)} take different images at tp {min(even)}, {parts}: a multiple of {largest},"
+                f" nearest: {_near(batch, largest)}; or {fewest} do at tp {max(even)}, which splits each layer over"
+                f" {max(even)} GPUs: then"
+            )
         return (
-            f"train.global_batch = {batch}: of {world} GPUs at least {fewest} take different images, in {own}"
-            f" micro-batch{'es' * (own > 1)}, so it must be a multiple of {unit}; nearest: {near} (--batch)"
+            f"train.global_batch = {batch}: of {world} GPUs {which} it must be a multiple of {unit}; nearest:"
+            f" {_near(batch, unit)} (--batch)"
         )
     check(tried[0], world)
     return f"no layout of {world} GPUs comes out even; try another number of nodes"
+
+
+def _near(batch: int, unit: int) -> str:
+    """The multiples of `unit` next to `batch`."""
+    return ", ".join(str(n) for n in (batch // unit * unit, (batch // unit + 1) * unit) if n)
 
 
 def _too_large(plans: list[Plan], world: int, machine: Machine, assume: Assumptions) -> str:

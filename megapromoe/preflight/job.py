@@ -16,12 +16,12 @@ from torch.distributed import Store
 from tqdm import tqdm
 
 from megapromoe.config.options import Config
-from megapromoe.distributed import rendezvous, runtime
+from megapromoe.distributed import launch_environment, rendezvous, runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.store_channel import PAUSE, StoreChannel
 from megapromoe.distributed.watchdog import Hang, Watchdog
 from megapromoe.io import write_text
-from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, storage
+from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, machine_rules, storage
 from megapromoe.preflight.bandwidth import Network
 from megapromoe.preflight.clocks import Clock
 from megapromoe.preflight.groups import Heard
@@ -33,9 +33,9 @@ from megapromoe.preflight.verdict import Cluster, Limits, PreflightError, judge
 RULES = (
     arrival.judge_arrival,
     arrival.judge_answers,
-    machine.judge_versions,
-    machine.judge_devices,
-    machine.judge_host,
+    machine_rules.judge_versions,
+    machine_rules.judge_devices,
+    machine_rules.judge_host,
     clocks.judge_clocks,
     storage.judge_files,
     storage.judge_data,
@@ -84,11 +84,11 @@ class Preflight:
 
         Raises PreflightError on every rank if a report cannot be written.
         """
-        launch, node = self.launch, runtime.node_name()
+        launch, node = self.launch, launch_environment.node_name()
         if launch.rank == 0 and self.bad_nodes is not None:
             self._forget(self.bad_nodes)
         node_of, local = arrival.roll_call(self.channel, node, launch.local_world, self.timeout)
-        self.cluster = Cluster(launch.world, node_of, local | runtime.expected_nodes(launch))
+        self.cluster = Cluster(launch.world, node_of, local | launch_environment.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
         channel = self._channel(rendezvous.own_connection(self.store, self.timeout))

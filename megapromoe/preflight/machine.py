@@ -10,9 +10,8 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +19,11 @@ import torch
 import megapromoe
 from megapromoe.config.deepspeed_file import find_ds_configs
 from megapromoe.distributed import runtime
-from megapromoe.planning.machines import GIB
-from megapromoe.preflight.verdict import FAIL, PASS, WARN, Cluster, Limits, Row, disagreements, usual
+from megapromoe.preflight import topology
+from megapromoe.preflight.verdict import FAIL, WARN
 from megapromoe.versions import versions as package_versions
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
-MAY_DIFFER = ("driver",)  # versions: NCCL gets along, but it is worth knowing
 
 # What nvidia-smi is asked of each GPU, and the answers that are worth a line: verdict, meaning, remedy.
 _RESET = "drain the node and reset the GPU (nvidia-smi --gpu-reset), or replace it"
@@ -36,21 +34,19 @@ GPU_FACTS = {
     "retired_pages.pending": (WARN, "memory pages to be retired", _RESET),
     "clocks_throttle_reasons.hw_slowdown": (WARN, "slowed down by heat or power", "see to its cooling and power"),
 }
-_NOTHING = ("0", "No", "Not Active", "N/A", "[N/A]", "[Not Supported]", "")
-# Settings that are rarely meant in training, and what they do.
-SLOW_SETTINGS = {
-    "NCCL_P2P_DISABLE": "GPUs of a node no longer talk directly",
-    "NCCL_SHM_DISABLE": "GPUs of a node no longer talk through shared memory",
-    "NCCL_IB_DISABLE": "nodes no longer talk over InfiniBand",
-    "CUDA_LAUNCH_BLOCKING": "the host waits for every kernel",
-}
+# What is wrong with the installation, wherever it runs: parts of `no_gpu`, and of the error of a first product.
+WITHOUT_CUDA = "built without CUDA"
+SETUP_FAULTS = (WITHOUT_CUDA, "driver on your system is too old", "no kernel image is available")
 
 
 @dataclass(frozen=True)
 class Machine:
     """What a rank found. Bytes, except `teraflops` of the device and `wrong`, rows of its product that were not exact.
 
-    `error` is why the device could not be tried. `gpus` is what nvidia-smi says, on the first rank of a node.
+    `error` is why the device could not be tried. `gpus` is what nvidia-smi says, on the first rank of a node. `no_gpu`
+    is why torch uses no GPU. `locked_memory` is a limit, -1 if there is none, and `rdma` whether the node has an
+    adapter that needs such memory. `gpu_numa` is the NUMA node of this rank's GPU, -1 if unknown; `core_numa` are those
+    of the cores that it may use.
     """
 
     versions: dict[str, str]
@@ -69,6 +65,11 @@ class Machine:
     cpus: int
     settings: dict[str, str] = field(default_factory=dict)
     gpus: list[dict[str, str]] = field(default_factory=list)
+    no_gpu: str = ""
+    locked_memory: int = -1
+    rdma: bool = False
+    gpu_numa: int = -1
+    core_numa: list[int] = field(default_factory=list)
 
 
 def examine(launch: runtime.Launch, leader: bool) -> Machine:
@@ -76,7 +77,7 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
     gpus = ask_gpus() if leader else []
     host = _memory_of_host()
     name, uuid, memory, free = platform.machine(), "", host["MemTotal"], host["MemAvailable"]
-    wrong, teraflops, error, kind = 0, 0.0, "", "none"
+    wrong, teraflops, error, kind, gpu_numa = 0, 0.0, "", "none", -1
     try:
         device = runtime.device_of(launch)
         kind = device.type
@@ -84,6 +85,7 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
             properties = torch.cuda.get_device_properties(device)
             free, memory = torch.cuda.mem_get_info(device)
             name, uuid = properties.name, str(properties.uuid)
+            gpu_numa = topology.numa_of_gpu(topology.pci_address(properties))
         wrong, teraflops = try_product(device)
     except RuntimeError as problem:  # what CUDA raises, out of memory included
         error = str(problem).splitlines()[0]
@@ -104,7 +106,25 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
         cpus=os.cpu_count() or 1,
         settings=runtime.settings(),
         gpus=gpus,
+        no_gpu=why_no_gpu(),
+        locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        rdma=topology.has_rdma(),
+        gpu_numa=gpu_numa,
+        core_numa=topology.numa_of_cores(os.sched_getaffinity(0)),
     )
+
+
+def why_no_gpu() -> str:
+    """Why torch uses no GPU, in a sentence; "" if it does."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is {WITHOUT_CUDA}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "no device is visible"
 
 
 def versions() -> dict[str, str]:
@@ -219,164 +239,3 @@ def cannot_join(found: dict[int, Machine], node_of: dict[int, str]) -> str:
         if machine.uuid and (other := owners.setdefault((node_of[rank], machine.uuid), rank)) != rank:
             return f"not tried: ranks {other} and {rank} share a GPU"
     return ""
-
-
-# ---- rules
-
-
-def _labelled(label: str, value: str) -> str:
-    return f"{label} {value}"
-
-
-def judge_versions(cluster: Cluster, limits: Limits) -> Iterator[Row]:
-    """Every version is the same on all nodes, and on the ranks of one node."""
-    found: dict[int, Machine] = cluster.found.get("machine", {})
-    if not found:
-        return
-    rows: list[Row] = []
-    names = list(dict.fromkeys(name for machine in found.values() for name in machine.versions))
-    for name in names:
-        values = {}
-        for node in cluster.nodes:
-            own = {found[r].versions[name] for r in cluster.ranks_on(node) if r in found and name in found[r].versions}
-            if own:
-                values[node] = " and ".join(sorted(own))
-        remedy = f"make {name} the same everywhere: one environment on a shared path, or one image"
-        rows += disagreements("versions", values, partial(_labelled, name), remedy, serious=name not in MAY_DIFFER)
-    yield from rows
-    if not rows:
-        told = ", ".join(f"{name} {version}" for name, version in found[min(found)].versions.items())
-        yield Row("versions", tuple(cluster.nodes), told, "equal", PASS)
-
-
-def judge_devices(cluster: Cluster, limits: Limits) -> Iterator[Row]:
-    """Each rank has a device of its own, like all others, that multiplies rightly, fast enough, and is healthy."""
-    found: dict[int, Machine] = cluster.found.get("machine", {})
-    if not found:
-        return
-    rows = [*_devices_there(cluster, found), *_devices_right(cluster, found, limits), *_gpus_healthy(cluster, found)]
-    yield from rows
-    if not any(row.verdict == FAIL for row in rows):
-        names = " and ".join(sorted({machine.name for machine in found.values()}))
-        speeds = [machine.teraflops for machine in found.values()]
-        cuda = any(machine.device == "cuda" for machine in found.values())
-        of_what = "" if cuda else "no GPU: CPU run; "
-        told = f"{of_what}{len(found)} x {names}, products exact, {min(speeds):.3g} to {max(speeds):.3g} TFLOP/s"
-        yield Row("devices", tuple(cluster.nodes), told, f"{limits.device_share:.0%} of the usual speed", PASS)
-
-
-def _devices_there(cluster: Cluster, found: dict[int, Machine]) -> Iterator[Row]:
-    kinds = {node: found[rank].device for node, rank in cluster.leaders().items() if rank in found}
-    if len(set(kinds.values())) > 1:
-        without = tuple(node for node, kind in kinds.items() if kind != "cuda")
-        remedy = "is the driver loaded there (nvidia-smi), is torch a CUDA build, did the job ask for GPUs?"
-        yield Row("devices", without, "no GPU visible", "GPUs, as on the others", FAIL, remedy, without)
-        return
-    for node, rank in cluster.leaders().items():
-        if rank in found and found[rank].gpus and found[rank].device == "cpu":
-            said = f"nvidia-smi lists {len(found[rank].gpus)} GPUs, torch sees none"
-            remedy = "install a CUDA build of torch that the driver supports; see CUDA_VISIBLE_DEVICES"
-            yield Row("devices", (node,), said, "the same", FAIL, remedy, (node,))
-    for node in cluster.nodes:
-        uuids = [found[rank].uuid for rank in cluster.ranks_on(node) if rank in found and found[rank].uuid]
-        if len(set(uuids)) < len(uuids):
-            said = f"{len(uuids)} ranks share {len(set(uuids))} visible GPUs"
-            remedy = "start as many ranks as the node has GPUs; if it has more, some have dropped off the bus"
-            yield Row("devices", (node,), said, "one GPU a rank", FAIL, remedy, (node,))
-    for what, value in (("name", "{0.name}"), ("memory", "{0.memory}")):
-        if "cuda" in kinds.values():
-            values = {
-                node: " and ".join(sorted({value.format(found[r]) for r in cluster.ranks_on(node) if r in found}))
-                for node in cluster.nodes
-            }
-            remedy = "ask for one kind of GPU (a constraint or partition); an unlike one holds up all others"
-            yield from disagreements("devices", values, partial(_labelled, what), remedy, serious=False)
-
-
-def _devices_right(cluster: Cluster, found: dict[int, Machine], limits: Limits) -> Iterator[Row]:
-    speeds = [machine.teraflops for machine in found.values() if not machine.error]
-    for rank, machine in sorted(found.items()):
-        node = (cluster.node_of[rank],)
-        which = f"rank {rank} ({machine.uuid})" if machine.uuid else f"rank {rank}"
-        if machine.error:
-            remedy = "see nvidia-smi and the kernel's log (Xid) of that node; drain it"
-            yield Row("devices", node, f"{which}: {machine.error}", "a product", FAIL, remedy, node)
-            continue
-        if machine.wrong:
-            remedy = "the device computes wrongly: drain the node and replace it"
-            yield Row("devices", node, f"{which}: {machine.wrong} rows wrong", "exact", FAIL, remedy, node)
-        if machine.teraflops < limits.device_share * usual(speeds):
-            gpu = machine.device == "cuda"
-            said = f"{which}: {machine.teraflops:.3g} TFLOP/s"
-            limit = f"{limits.device_share:.0%} of {usual(speeds):.3g}, the usual"
-            remedy = "look for heat, a power cap, lowered clocks or another job on it"
-            # A CPU shares its machine with others; nobody trains at scale on it.
-            yield Row("devices", node, said, limit, FAIL if gpu else WARN, remedy, node if gpu else ())
-        if machine.device == "cuda" and machine.free < 0.9 * machine.memory:
-            said = f"{which}: {machine.free / GIB:.1f} of {machine.memory / GIB:.1f} GiB free"
-            yield Row("devices", node, said, "90 % free", WARN, "end the process that holds the rest (nvidia-smi)")
-
-
-def _gpus_healthy(cluster: Cluster, found: dict[int, Machine]) -> Iterator[Row]:
-    for rank, machine in sorted(found.items()):
-        node = (cluster.node_of[rank],)
-        for gpu in machine.gpus:
-            for name, (verdict, meaning, remedy) in GPU_FACTS.items():
-                if (value := gpu.get(name, "")) not in _NOTHING:
-                    said = f"GPU {gpu['index']} ({gpu['uuid']}): {meaning}: {value}"
-                    yield Row("devices", node, said, "none", verdict, remedy, node if verdict == FAIL else ())
-
-
-def judge_host(cluster: Cluster, limits: Limits) -> Iterator[Row]:
-    """Memory for what the ranks keep on the host, /dev/shm and open files for NCCL and the loader, sane settings."""
-    found: dict[int, Machine] = cluster.found.get("machine", {})
-    if not found:
-        return
-    rows: list[Row] = []
-    files = max(1024, 8 * cluster.world)
-    for node, rank in cluster.leaders().items():
-        if (machine := found.get(rank)) is None:
-            continue
-        if machine.host_available < limits.host_bytes:
-            said = f"{machine.host_available / GIB:.1f} GiB of host memory available"
-            limit = f"{limits.host_bytes / GIB:.1f} GiB of states"
-            remedy = "free memory, take fewer ranks a node, or offload less"
-            rows.append(Row("host", (node,), said, limit, FAIL, remedy, (node,)))
-        if machine.shared_memory < GIB:
-            said = f"/dev/shm of {machine.shared_memory / GIB:.2f} GiB"
-            rows.append(Row("host", (node,), said, "1 GiB", WARN, "give the container more (--shm-size, --ipc=host)"))
-        if machine.open_files < files:
-            said = f"{machine.open_files} open files allowed"
-            rows.append(Row("host", (node,), said, f"{files}", WARN, f"ulimit -n {files}, in the launcher"))
-        for name, effect in SLOW_SETTINGS.items():
-            if machine.settings.get(name, "0") != "0":
-                said = f"{name}={machine.settings[name]}"
-                rows.append(Row("host", (node,), said, "unset", WARN, f"unset it unless it is meant: {effect}"))
-        threads = machine.settings.get("OMP_NUM_THREADS", "")
-        local = len(cluster.ranks_on(node))
-        if threads.isdecimal() and int(threads) * local > max(machine.cpus, local):
-            said = f"OMP_NUM_THREADS={threads} x {local} ranks on {machine.cpus} cores"
-            rows.append(Row("host", (node,), said, "the cores", WARN, "lower OMP_NUM_THREADS"))
-    own = {node: found[rank] for node, rank in cluster.leaders().items() if rank in found}
-    sets = {node: _shared_settings(machine) for node, machine in own.items()}
-    remedy = "export the same on every node; the environment comes from each node's shell start-up or module files"
-    rows += disagreements("host", sets, _show_settings, remedy, serious=False)
-    memory = usual(machine.host_memory for machine in own.values())
-    for node, machine in own.items():
-        if machine.host_memory < 0.8 * memory:
-            said, limit = f"{machine.host_memory / GIB:.1f} GiB of memory", f"80 % of {memory / GIB:.1f} GiB, the usual"
-            rows.append(Row("host", (node,), said, limit, WARN, "a memory module may have failed"))
-    yield from rows
-    if not any(row.verdict == FAIL for row in rows):
-        least = min(own.values(), key=lambda machine: machine.host_available)
-        told = f"at least {least.host_available / GIB:.1f} GiB available, {least.cpus} cores"
-        yield Row("host", tuple(own), told, f"{limits.host_bytes / GIB:.1f} GiB of states", PASS)
-
-
-def _shared_settings(machine: Machine) -> tuple[str, ...]:
-    """Settings that have no reason to differ; which devices a rank sees is its own affair."""
-    return tuple(f"{k}={v}" for k, v in machine.settings.items() if not k.startswith("CUDA_VISIBLE"))
-
-
-def _show_settings(settings: tuple[str, ...]) -> str:
-    return " ".join(settings) or "no settings of NCCL, CUDA or OpenMP"

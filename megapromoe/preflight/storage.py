@@ -140,14 +140,16 @@ def judge_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     common = len(failed) == len(found)  # then the path is to blame
     for node, error in failed.items():
         remedy = "choose a folder that can be written" if common else "is it mounted there, and writable?"
-        rows.append(Row("files", (node,), error, "writable", FAIL, remedy, () if common else (node,)))
+        rows.append(Row("files", (node,), error, "writable", FAIL, remedy, () if common else (node,), setup=common))
     tried = [(reader, other) for reader, files in found.items() for other in files.seen if reader != other]
     unseen = [(reader, other) for reader, other in tried if found[reader].seen[other] < 0]
     if unseen:
         blame = culprits(unseen, nodes) if len(unseen) < len(tried) else ()
         said = "; ".join(f"{reader} does not see what {other} wrote" for reader, other in unseen[:4])
         remedy = "see the mounts of these nodes" if blame else "choose a run directory on a shared file system"
-        rows.append(Row("files", blame or nodes, said, f"seen within {VISIBLE:g} s", FAIL, remedy, blame))
+        rows.append(
+            Row("files", blame or nodes, said, f"seen within {VISIBLE:g} s", FAIL, remedy, blame, setup=not blame)
+        )
     for node, files in found.items():
         if (late := max(files.seen.values(), default=0.0)) > limits.seen_after:
             remedy = "expect slow starts: the file system caches folders"
@@ -160,7 +162,7 @@ def judge_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
         remedy = "make room, lower train.keep, or choose another --run"
         # On a shared file system all nodes lack the same room; if some have it, theirs is another one.
         blame = () if len(short) == len(written) else short
-        rows.append(Row("free space", short, said, limit, FAIL, remedy, blame))
+        rows.append(Row("free space", short, said, limit, FAIL, remedy, blame, setup=not blame))
     elif written:
         rows.append(Row("free space", tuple(written), f"{min(written.values()) / GIB:.1f} GiB free", limit, PASS))
     yield from rows
@@ -180,7 +182,7 @@ def judge_data(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     common = len(failed) == len(found)
     for node, error in failed.items():
         remedy = "correct the data's path or settings" if common else "is the data's file system mounted there?"
-        yield Row("data", (node,), error, "readable", FAIL, remedy, () if common else (node,))
+        yield Row("data", (node,), error, "readable", FAIL, remedy, () if common else (node,), setup=common)
     values = {node: (data.records, data.digest) for node, data in found.items() if not data.error}
     apart = list(
         disagreements(

@@ -9,10 +9,10 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 
 if TYPE_CHECKING:  # it imports torch
     from megapromoe.distributed.watchdog import Hang
@@ -87,7 +87,12 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `blame`: the nodes that a launcher should leave out for it."""
+    """One line of the table.
+
+    Attributes:
+        blame: the nodes that a launcher should leave out for it.
+        setup: the configuration or the installation is to blame: it fails in the same way on any nodes.
+    """
 
     check: str
     nodes: tuple[str, ...]
@@ -96,6 +101,7 @@ class Row:
     verdict: str
     remedy: str = ""
     blame: tuple[str, ...] = ()
+    setup: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,11 @@ Rule = Callable[[Cluster, Limits], Iterator[Row]]
 
 
 def judge(cluster: Cluster, limits: Limits, rules: Iterable[Rule]) -> Verdict:
-    """Applies the rules: exit code 0 without a failure, 3 if some node is to blame, 1 if a failure is nobody's."""
+    """Applies the rules.
+
+    Exit codes: 0 without a failure; 2 if the setup fails on any nodes, so that neither repeating nor leaving nodes out
+    can help; else 3 if some node is to blame, 1 if a failure is nobody's.
+    """
     rows = tuple(row for rule in rules for row in rule(cluster, limits))
     why: dict[str, list[str]] = {}
     for row in rows:
@@ -120,10 +130,15 @@ def judge(cluster: Cluster, limits: Limits, rules: Iterable[Rule]) -> Verdict:
     warned = list(dict.fromkeys(row.check for row in rows if row.verdict == WARN))
     warnings = f"; warnings: {', '.join(warned)}" if warned else ""
     where = f"{_count(len({*cluster.nodes, *cluster.expected}), 'node')}, {_count(cluster.world, 'rank')}"
+    setup = list(dict.fromkeys(row.check for row in rows if row.verdict == FAIL and row.setup))
+    listed = ", ".join(f"{node} ({', '.join(dict.fromkeys(checks))})" for node, checks in sorted(why.items()))
+    if setup:
+        sentence = f"FAILED ({where}) on any nodes, by its configuration or installation: {', '.join(setup)}"
+        others = f"; bad nodes: {listed}" if why else ""
+        return Verdict(rows, tuple(sorted(why)), ExitCode.MISCONFIGURED, f"{sentence}{others}{warnings}")
     if why:
-        listed = ", ".join(f"{node} ({', '.join(dict.fromkeys(checks))})" for node, checks in sorted(why.items()))
         sentence = f"FAILED: {_count(len(why), 'bad node')} ({where}): {listed}{warnings}"
-        return Verdict(rows, tuple(sorted(why)), 3, sentence)
+        return Verdict(rows, tuple(sorted(why)), ExitCode.BAD_NODES, sentence)
     if failed:
         return Verdict(rows, (), 1, f"FAILED ({where}), and no single node is to blame: {', '.join(failed)}{warnings}")
     return Verdict(rows, (), 0, f"passed ({where}){warnings}")
@@ -134,6 +149,14 @@ def _count(number: int, thing: str) -> str:
 
 
 # ---- who is it?
+
+
+def shared_by_all(cluster: Cluster, rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of one fault, each of one node. If every node of several has it, none is to blame, but what they share."""
+    found = list(rows)
+    everywhere = len(cluster.nodes) > 1 and {node for row in found for node in row.nodes} >= set(cluster.nodes)
+    for row in found:
+        yield replace(row, blame=(), setup=True) if everywhere else row
 
 
 def culprits(pairs: Iterable[tuple[str, str]], nodes: Iterable[str]) -> tuple[str, ...]:

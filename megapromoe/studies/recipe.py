@@ -32,7 +32,7 @@ from typing import Any
 
 from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
-from megapromoe.errors import Violations
+from megapromoe.errors import ExitCode, Violations
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 WEIGHTS = ("ema", "master")
@@ -43,7 +43,7 @@ class StudyError(Violations):
     """A study that cannot be made as asked; `violations` lists every reason."""
 
     subject = "the study"
-    exit_code = 2
+    exit_code = ExitCode.MISCONFIGURED
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megapromoe.checkpoint.history import Start
 from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import Origin, RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.data.datasets import Dataset, DatasetError
@@ -30,7 +31,7 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.stop_requests import StopRequest, listening
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
 from megapromoe.nn.dit import Auxiliary
 from megapromoe.nn.parallelize import build
 from megapromoe.training.metric_accumulator import MetricAccumulator
@@ -51,7 +52,7 @@ class TrainingError(UserError):
 class Interrupted(TrainingError):
     """A run that was asked to stop by a signal, and has saved."""
 
-    exit_code = 75  # EX_TEMPFAIL: try again; launchers requeue on it
+    exit_code = ExitCode.STOPPED
 
 
 def train(
@@ -81,7 +82,8 @@ def train(
         try:
             if own and job.device.type == "cuda":
                 _make_folder(records)
-            start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
+            with repeating_cannot_help(CheckpointError):
+                start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
             _train(config, RunDirectory(folder), job, start, origin, allow, asked_to_stop)
         finally:
             if own:
@@ -127,7 +129,8 @@ def _train(
 
     saver = Saver(run.checkpoints, engine, ema, patience=t.timeout)
     watchdog.starting("reading the checkpoint", t.timeout)  # its hashes are of all bytes
-    manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
+    with repeating_cannot_help(CheckpointError):
+        manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
     step = manifest["step"]
     if step >= t.steps:
         logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
@@ -202,8 +205,12 @@ def _train(
 
 
 def _open_dataset(config: Config) -> Dataset:
-    """The data set; where one rank cannot open it, no rank goes on. Collective."""
-    with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True):
+    """The data set; where one rank cannot open it, no rank goes on. Collective.
+
+    Where no rank can, the path or the settings are wrong; where some cannot, their nodes may be.
+    """
+    wrong = ExitCode.MISCONFIGURED
+    with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True, exit_code=wrong):
         return open_dataset(config)
 
 

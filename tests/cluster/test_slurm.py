@@ -4,11 +4,14 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import slurm
@@ -32,7 +35,8 @@ pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
 class Job:
     """A submitted job: its number, its log and its run directory."""
 
-    def __init__(self, cluster: slurm.Cluster, script: str, *words: str, name: str, options=(), **env: str):
+    def __init__(self, cluster: slurm.Cluster, script: str, *words: str, name: str, options=(), before=(), **env: str):
+        """`before`: words of bash that stand before sbatch."""
         self.cluster, self.where = cluster, cluster.folder / "work"
         self.where.mkdir(exist_ok=True)
         env = {"PRESET": "digits", "PREFLIGHT": "0", "OMP_NUM_THREADS": "1", **env}
@@ -41,6 +45,8 @@ class Job:
             env["MEGAPROMOE_PYTHON"] = sys.executable
         options = [f"--job-name={name}", "--time=60", *options]
         command = ["sbatch", "--parsable", *options, str(LAUNCHERS / script), *words]
+        if before:
+            command = ["bash", "-c", f"{' '.join(before)} {shlex.join(command)}"]
         self.number = cluster.command(*command, env=env, cwd=self.where).strip()
         self.log = self.where / f"{name}-{self.number}.log"
         self.run = self.where / "runs" / f"{name}-{self.number}"
@@ -85,7 +91,7 @@ def cluster(tmp_path_factory):
         yield made
 
 
-def two_by_two(cluster: slurm.Cluster, name: str, *words: str, options=(), **env: str) -> Job:
+def two_by_two(cluster: slurm.Cluster, name: str, *words: str, options=(), **env: Any) -> Job:
     """`digits` on 2 nodes x 2 tasks."""
     shape = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", *options]
     return Job(cluster, "promoe_s.sh", *SETTINGS, *words, name=name, options=shape, **env)
@@ -209,6 +215,58 @@ def test_a_wrong_configuration_is_told_once(cluster):
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
     assert job.said().count("train.lr") == 1 and "parallel.ep = 3" in job.said()
     assert not job.run.exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("preflight", ["1", "0"])
+def test_data_that_no_node_can_read_costs_one_allocation(preflight, cluster, tmp_path, fault_table):
+    """The check says so, or without it the ranks; on other nodes and at other times it would be the same."""
+    where = ["data.source=latents", f"data.path={tmp_path}/nowhere"]
+    job = two_by_two(cluster, f"nodata{preflight}", *where, PREFLIGHT=preflight)
+    job.finish("FAILED")
+    assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
+    assert [attempt[1:3] for attempt in job.attempts()] == [["none", "2"]]
+    assert "not queued again: repeating cannot help" in job.said()
+    logs = job.run / "logs" / f"{job.number}.0"
+    if preflight == "0":
+        assert f"{tmp_path}/nowhere" in job.said()
+    else:
+        assert "on any nodes, by its configuration or installation: data" in job.said()
+        assert (logs / "bad_nodes").read_text() == ""
+        assert f"{tmp_path}/nowhere" in (logs / "check.json").read_text()  # its table wraps the long path
+        fault_table.append(("a data path that no node can read", "named, exit code 2, not queued again", "one start"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variables", ["NONE", "PREFLIGHT=0"])
+def test_a_job_that_inherits_no_variables_runs(variables, cluster, tmp_path):
+    """sbatch --export=NONE and --export=VAR=...: srun would hand on as little, not even PATH. No words for train."""
+    shutil.copytree(LAUNCHERS, tmp_path / "launchers")
+    (tmp_path / ".venv").mkdir()
+    fake(
+        tmp_path / ".venv", 'echo "$1 of rank $SLURM_PROCID finds $(command -v bash srun megapromoe | wc -l) programs"'
+    )
+    options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", f"--export={variables}"]
+    job = Job(cluster, str(tmp_path / "launchers" / "promoe_s.sh"), name="bare", options=options)
+    job.finish()
+    logs = job.run / "logs" / f"{job.number}.0"
+    for name in ("check", "rank") if variables == "NONE" else ("rank",):
+        for rank in range(4):
+            command = {"check": "check", "rank": "train"}[name]
+            assert (logs / f"{name}-{rank:04d}.log").read_text() == f"{command} of rank {rank} finds 3 programs\n"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("code", ["2", "13", "127"])
+def test_what_repeating_cannot_mend_is_not_queued_again(code, cluster, tmp_path):
+    """A package that is missing, or a program that cannot be started. The step has the limits of the node."""
+    environment = fake(tmp_path, f'echo "rank $SLURM_PROCID: $(ulimit -S -l) $(ulimit -H -l)" >&2; exit {code}')
+    job = two_by_two(cluster, f"broken{code}", MEGAPROMOE_ENV=environment, before=["ulimit", "-S", "-l", "64;"])
+    job.finish("FAILED")
+    assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
+    assert len(job.attempts()) == 1 and "not queued again: repeating cannot help" in job.said()
+    soft, hard = (job.run / "logs" / f"{job.number}.0" / "rank-0003.log").read_text().split()[2:]
+    assert soft == hard != "64", "the shell that called sbatch has 64 KiB of locked memory"
 
 
 def fake(folder: Path, body: str) -> str:

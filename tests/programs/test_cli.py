@@ -1,5 +1,6 @@
 """The command line: what it prints, what it hands on, and its exit codes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.levels import full
 
 from megapromoe import cli
-from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, RunInUse
 from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
-from megapromoe.distributed import runtime
-from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable
+from megapromoe.distributed import launch_environment
+from megapromoe.distributed.launch_environment import Launch, LaunchError, RanksMissing, StoreUnreachable
 from megapromoe.sampling.request import GenerationRequest
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def alone(monkeypatch):
     """One process, whatever launched the tests."""
-    monkeypatch.setattr(runtime, "detect", lambda: Launch("python"))
+    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("python"))
 
 
 @pytest.fixture
@@ -251,6 +253,76 @@ def test_an_early_reader_is_no_error():
     assert done.stdout.startswith("model:") and done.stderr == ""
 
 
+def with_output(line: list[str], output, **more) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megapromoe", *line]
+    return subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, **more)
+
+
+@pytest.fixture
+def unread():
+    """A pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+OUTPUTS = {  # of each command that prints without a run: words that print much
+    "show": ["show", "--keys"],
+    "plan": ["plan", "--preset", "promoe_s", "--gpus-per-node", "2", "--top", "40"],
+    "launchers": ["launchers", "scripts"],
+}
+
+
+@pytest.mark.parametrize(
+    "line", [*OUTPUTS.values(), ["--help"], ["--version"], ["data", "check", "--help"]], ids=" ".join
+)
+@pytest.mark.parametrize("unbuffered", ["", full("1")], ids=["buffered", "unbuffered"])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(line, unbuffered, unread, tmp_path):
+    done = with_output(line, unread, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_that_nobody_reads_ends_without_a_word(name, unread):
+    done = with_output([name, "--help"], unread)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_output_to_a_full_disk_is_a_sentence():
+    with open("/dev/full", "w") as disk:
+        done = with_output(["show", "--keys"], disk)
+    assert done.returncode == 1
+    assert done.stderr == "megapromoe: the output cannot be written: No space left on device\n"
+
+
+def test_an_error_of_a_pipe_that_is_not_the_output_is_a_bug(monkeypatch):
+    def run(options, launch):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli.load("show"), "run", run)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["show"])
+
+
+@pytest.mark.parametrize("where", ["unread", "/dev/full"])
+def test_a_rank_goes_on_where_its_output_cannot_be_written(where, unread, tmp_path):
+    """It ends as if somebody had read; an error there would leave the other ranks waiting."""
+    code = (
+        "import sys; from megapromoe import cli\n"
+        "def run(options, launch):\n"
+        "    for i in range(20000): print('x' * 80); print('x' * 80, file=sys.stderr)\n"
+        "    sys.stdout.flush(); open(options.run / 'end', 'w').close(); return 0\n"
+        "cli.load('train').run = run; sys.exit(cli.main(['train', '--run', '.']))"
+    )
+    with contextlib.ExitStack() as stack:
+        output = unread if where == "unread" else stack.enter_context(open(where, "w"))
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=output, stderr=output, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "end").exists()
+
+
 # ---- train
 
 
@@ -276,7 +348,7 @@ def test_a_config_file_replaces_the_default_preset(trained, tmp_path):
 
 
 def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", world=3))
+    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", world=3))
     assert cli.main(["train", "--run", "x", "parallel.tp=2"]) == 2
     said = capsys.readouterr().err
     assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run" not in said
@@ -286,7 +358,7 @@ def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
 def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", rank=1, world=2))
     assert cli.main(["train", "--run", "x", "model.dept=2"]) == 2
     assert capsys.readouterr().err == ""
     assert waited == [cli.GRACE]
@@ -296,7 +368,7 @@ def test_a_wrong_launch_exits_with_2(trained, monkeypatch, capsys):
     def detect():
         raise LaunchError("RANK is set but WORLD_SIZE not")
 
-    monkeypatch.setattr(runtime, "detect", detect)
+    monkeypatch.setattr(launch_environment, "detect", detect)
     assert cli.main(["train", "--run", "x"]) == 2
     assert capsys.readouterr().err == "megapromoe: RANK is set but WORLD_SIZE not\n"
 
@@ -312,12 +384,12 @@ def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
 
 def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys):
     RunDirectory.open(tmp_path, resolve("digits"), 1).close()
-    assert cli.main(["train", "--run", str(tmp_path), "--dry-run", "model.depth=6"]) == 1
+    assert cli.main(["train", "--run", str(tmp_path), "--dry-run", "model.depth=6"]) == 2
     assert "model.depth: the run has 4, not 6" in capsys.readouterr().err
 
 
 def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
-    fails_with(monkeypatch, trained, RunDirectoryError("runs/a: in use"))
+    fails_with(monkeypatch, trained, RunInUse("runs/a: in use"))
     assert cli.main(["train", "--run", "x"]) == 1
     assert capsys.readouterr().err == "megapromoe: runs/a: in use\n"
 
@@ -325,14 +397,16 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "error, said, code",
     [
-        (RunDirectoryError, "", 1),
+        (RunInUse, "", 1),
+        (RunDirectoryError, "", 2),
+        (RanksMissing, "megapromoe, rank 1: why\n", 1),
         (StoreUnreachable, "megapromoe, rank 1: why\n", 1),
         (LaunchError, "megapromoe, rank 1: why\n", 2),
     ],
 )
 def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said, code):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(runtime, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
     assert cli.main(["train", "--run", "x"]) == code
     assert capsys.readouterr().err == said
@@ -351,6 +425,25 @@ def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained,
     fails_with(monkeypatch, trained, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", "--run", "x"])
+
+
+def test_a_package_that_is_missing_is_named_with_the_environment_and_is_not_tried_again(trained, monkeypatch, capsys):
+    fails_with(monkeypatch, trained, ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.ops"))
+    assert cli.main(["train", "--run", "x"]) == 2
+    said = capsys.readouterr().err
+    assert f"deepspeed is not installed in the environment that this process runs in, {sys.prefix}; install" in said
+    wheel = ImportError("libcudart.so.12: cannot open shared object file", name="torch._C", path="/x/torch/_C.so")
+    fails_with(monkeypatch, trained, wheel)
+    assert cli.main(["train", "--run", "x"]) == 2
+    assert "torch, in the environment" in capsys.readouterr().err
+    for bug in (
+        ModuleNotFoundError("no", name="megapromoe.nothing"),
+        ImportError("cannot import name 'x' from 'torch'", name="torch", path="/x/torch/__init__.py"),
+        ImportError("no name"),
+    ):
+        fails_with(monkeypatch, trained, bug)
+        with pytest.raises(ImportError):
+            cli.main(["train", "--run", "x"])
 
 
 def test_an_interrupt_exits_with_130(trained, monkeypatch, capsys):

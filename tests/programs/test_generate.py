@@ -16,7 +16,7 @@ from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import to_yaml
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate, grid
 from megapromoe.distributed.agreement import distributed_session
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.launch_environment import Launch
 from megapromoe.nn.parallelize import build
 from megapromoe.sampling.generation import generate_images
 from megapromoe.sampling.image_sets import ImageSetError

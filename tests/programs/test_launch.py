@@ -12,7 +12,8 @@ import pytest
 from support.levels import full
 from support.training_runs import losses
 
-from megapromoe.distributed.runtime import LaunchError, detect, first_host
+from megapromoe.distributed.launch_environment import LaunchError, detect
+from megapromoe.distributed.slurm_lists import first_host
 
 RUN = ["train", "--preset", "digits", "train.steps=2", "train.warmup=0", "train.log_every=1", "train.save_every=0"]
 TWO = ["parallel.ep=2"]

@@ -113,6 +113,22 @@ def test_what_is_set_in_the_environment_stays():
     )
 
 
+def test_steps_have_all_variables_and_neighbours_a_socket():
+    """And no size of memory of their own: that of the job, whatever a site has set for srun."""
+    commands = printed("promoe_s")
+    for name in ("check", "train"):
+        assert {"--export=ALL", "--distribution=block:block", "--cpu-bind=cores"} <= set(commands[name])
+    assert "--export=ALL" in commands["node"]
+    assert not [word for name in ("node", "check", "train") for word in commands[name] if word.startswith("--mem")]
+
+
+def test_a_run_directory_that_cannot_be_made_is_a_wrong_configuration():
+    """Every attempt would fail at the same place."""
+    job = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "NTASKS": "8", "JOB_NAME": "x", "JOB_NODELIST": "n1"}
+    said = call("promoe_s", code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
+    assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in said
+
+
 def test_ranks_meet_where_slurm_or_the_user_says():
     commands = printed("promoe_s")
     assert "--resv-ports=1" in commands["train"] and commands["node"][-1] != "ask"
@@ -127,6 +143,7 @@ def test_ranks_meet_where_slurm_or_the_user_says():
         (["--nodes=few"], {}, "--nodes=few"),
         (["--partition", "gpu"], {}, "as --option=value"),
         (["-N2"], {}, "as --option=value"),
+        (["--mem-per-gpu=100G"], {}, "--mem-per-gpu=100G: contradicts --mem=0 of the script"),
         (["eight"], {}, "'eight': must be section.key=value"),
         ([], {"GPU": "tpu"}, "GPU=tpu: no layout is known for it"),
         ([], {"MEGAPROMOE_ENV": "/nowhere"}, "MEGAPROMOE_ENV=/nowhere: has no bin/megapromoe"),
@@ -293,6 +310,6 @@ def test_mpirun_trains_the_same(local, ranks, tmp_path):
 def test_a_cache_folder_of_another_user_is_refused(tmp_path):
     (tmp_path / "cache").symlink_to(tmp_path)
     said = call(
-        "local", "digits", *TINY, NPROC="1", RUN_DIR=str(tmp_path / "run"), NODE_CACHE=str(tmp_path / "cache"), code=1
+        "local", "digits", *TINY, NPROC="1", RUN_DIR=str(tmp_path / "run"), NODE_CACHE=str(tmp_path / "cache"), code=2
     )
     assert "set NODE_CACHE" in said and not list((tmp_path / "run").glob("config.yaml"))

@@ -10,8 +10,8 @@ from support import processes
 from megapromoe.checkpoint.manager import Saver
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.distributed.launch_environment import Launch
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.runtime import Launch
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import UserError

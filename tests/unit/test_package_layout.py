@@ -88,7 +88,9 @@ def test_only_the_engine_imports_deepspeed():
 
 
 def test_only_the_runtime_reads_the_environment():
-    assert [f for f in FILES if reads_environment(tree_of(f))] == [PACKAGE / "distributed" / "runtime.py"]
+    """The files of `distributed` that start a rank."""
+    readers = [f for f in FILES if reads_environment(tree_of(f))]
+    assert readers == [PACKAGE / "distributed" / name for name in ("launch_environment.py", "runtime.py")]
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=name_of)

@@ -11,6 +11,7 @@ from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import check, resolve
 from megapromoe.distributed.mesh import rank_tables
+from megapromoe.planning import explain
 from megapromoe.planning.cost import flat_shards, flops_per_image
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
@@ -90,6 +91,21 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
         find("promoe_xl", 4096)
     with pytest.raises(PlanError, match=r"global_batch = 100: .* multiple of 8; nearest: 96, 104"):
         find("promoe_xl", 64, "train.global_batch=100")
+
+
+def test_the_sizes_offered_first_need_no_tensor_parallelism():
+    """Those of tp 8 alone come after them, and say so. What is offered can run."""
+    with pytest.raises(PlanError) as said:
+        find("promoe_xl", 64, "train.global_batch=100")
+    before, after = str(said.value).split("; or ")
+    assert "64 take different images at tp 1" in before and before.endswith("nearest: 64, 128")
+    assert after.startswith("8 do at tp 8, which splits each layer over 8 GPUs") and after.endswith("96, 104 (--batch)")
+    for tp, sizes in ((1, (64, 128)), (8, (96, 104))):
+        for size in sizes:
+            check(resolve("promoe_xl", overrides=[f"train.global_batch={size}", f"parallel.tp={tp}"]), 64)
+    with pytest.raises(PlanError, match="at least 64 take different images") as said:
+        find("promoe_xl", 64, "train.global_batch=100", "parallel.tp=1", fixed=frozenset({"parallel.tp"}))
+    assert "tp 8" not in str(said.value)
 
 
 def test_what_fits_nowhere_says_the_smallest_and_a_remedy():
@@ -198,6 +214,22 @@ def test_expert_parallelism_pays_below_the_break_even_and_not_above():
     assert "here it pays" in few and "here it does not pay" in many
 
 
+def test_the_verdicts_in_bytes_and_in_time_do_not_contradict_each_other():
+    """Where bytes pay and time does not tell, neither sentence says that EP pays, full stop."""
+    found = find("promoe_xl", 8)
+    rule, *_, verdict = experts_in_parallel(found)
+    assert rule.endswith("here it pays in bytes")
+    assert verdict.startswith("  in time EP makes no difference that these estimates can tell: ")
+    plans = sorted(found.fitting, key=lambda p: p.time.total)
+    fast, slow = plans[0], plans[-1]
+    assert slow.time.total > CLOSE * fast.time.total
+    assert "EP pays here: it saves" in explain._verdict_in_time(slow, fast, True)
+    assert "although it sends more bytes" in explain._verdict_in_time(slow, fast, False)
+    assert "although it sends fewer bytes" in explain._verdict_in_time(fast, slow, True)
+    assert "although" not in explain._verdict_in_time(fast, slow, False)
+    assert "no difference that these estimates can tell" in explain._verdict_in_time(fast, fast, True)
+
+
 @pytest.mark.parametrize("preset", ["promoe_xl", "digits", "dit_b"])
 def test_the_settings_make_the_plan(preset):
     base = resolve(preset)
@@ -240,7 +272,7 @@ def test_the_command_ends_with_a_line_to_paste(capsys):
 def test_the_command_of_other_presets_is_a_whole_one(capsys):
     code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--batch", "64", "train.lr=3e-4")
     words = shlex.split(out.strip().splitlines()[-1])
-    assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words
+    assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words and "--resv-ports=1" not in words
     overrides = [w for w in words if "=" in w and not w.startswith("--")]
     config = resolve("dit_b", overrides=overrides, world=4)
     assert config.train.global_batch == 64 and config.train.lr == 3e-4

@@ -171,15 +171,6 @@ NOBODYS = {
         "versions",
         lambda c: [change(c, "machine", r, versions=GOOD.versions | {"torch": "2.12"}) for r in range(32)],
     ),
-    "a full disk": ("free space", lambda c: [change(c, "files", r, free=GIB) for r in range(0, 64, 8)]),
-    "no such data": ("data", lambda c: [change(c, "data", r, error="no file") for r in range(0, 64, 8)]),
-    "a folder on no shared disk": (
-        "files",
-        lambda c: [
-            change(c, "files", r, seen={other: 0.1 if other == c.node_of[r] else -1.0 for other in f.seen})
-            for r, f in list(c.found["files"].items())
-        ],
-    ),
     "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in whole", (), tuple(range(64))))),
     "a rank nobody places": ("arrival", lambda c: (c.node_of.pop(29), c.expected.clear(), c.found.clear())),
 }
@@ -196,7 +187,88 @@ def test_a_common_cause_is_no_nodes_fault(fault):
     assert all(row.remedy for row in verdict.rows if row.verdict == FAIL)
 
 
+def no_gpu(cluster, reason: str) -> None:
+    """nvidia-smi lists GPUs everywhere, and torch uses none."""
+    for rank in cluster.node_of:
+        gpus = [{"index": "0", "uuid": "g"}] if rank in cluster.leaders().values() else []
+        change(cluster, "machine", rank, device="cpu", uuid="", gpus=gpus, no_gpu=reason)
+
+
+def every_rank(**fields):
+    return lambda c: [change(c, "machine", rank, **fields) for rank in c.node_of]
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+SETUP = {  # fault -> check, whether it is certain also where there is no other node, what makes it
+    "a full disk": ("free space", True, lambda c: [change(c, "files", r, free=GIB) for r in c.found["files"]]),
+    "no such data": ("data", True, lambda c: [change(c, "data", r, error="no file") for r in c.found["data"]]),
+    "a folder nobody may write": (
+        "files",
+        True,
+        lambda c: [change(c, "files", r, error="/runs: Permission denied") for r in c.found["files"]],
+    ),
+    "a folder on no shared disk": (
+        "files",
+        False,
+        lambda c: [
+            change(c, "files", r, seen={other: 0.1 if other == c.node_of[r] else -1.0 for other in f.seen})
+            for r, f in list(c.found["files"].items())
+        ],
+    ),
+    "a torch for CPUs": ("devices", True, lambda c: no_gpu(c, "torch 2.13.0+cpu is built without CUDA")),
+    "a driver older than CUDA": ("devices", True, lambda c: no_gpu(c, TOO_OLD)),
+    "no visible device": ("devices", False, lambda c: no_gpu(c, "no device is visible")),
+    "a torch without kernels for this GPU": (
+        "devices",
+        True,
+        every_rank(error="CUDA error: no kernel image is available for execution on the device"),
+    ),
+    "the same error everywhere": ("devices", False, every_rank(error="CUDA error: system not yet initialized")),
+    "more ranks than GPUs": ("devices", False, lambda c: [change(c, "machine", r, uuid="GPU-0") for r in c.node_of]),
+    "states larger than any node": ("host", True, every_rank(host_memory=GIB, host_available=GIB)),
+    "states larger than what is free": ("host", False, every_rank(host_available=GIB)),
+}
+
+
+@pytest.mark.parametrize("nodes", [8, 2, 1])
+@pytest.mark.parametrize("fault", SETUP)
+def test_what_all_nodes_share_is_a_wrong_setup_and_leaves_no_node_out(fault, nodes):
+    """Otherwise a launcher would leave out one node after the other, until there are none."""
+    what, alone, make = SETUP[fault]
+    cluster = cluster_of(nodes)
+    make(cluster)
+    verdict = verdict_of(cluster, host_bytes=2 * GIB)
+    if nodes == 1 and not alone:
+        assert verdict.exit_code in (0, 3)  # nothing to compare with: another node may do better
+        return
+    assert (verdict.exit_code, verdict.bad_nodes) == (2, ())
+    assert what in serious(verdict) and "on any nodes, by its configuration or installation: " in verdict.sentence
+    assert all(row.remedy for row in verdict.rows if row.verdict == FAIL)
+
+
+def test_a_wrong_setup_outweighs_a_bad_node_which_is_named_too():
+    """Without the bad node the next attempt would fail as well."""
+    cluster = cluster_of()
+    SETUP["no such data"][2](cluster)
+    change(cluster, "machine", 24, wrong=1)
+    verdict = verdict_of(cluster)
+    assert (verdict.exit_code, verdict.bad_nodes) == (
+        2,
+        ("node3",),
+    ) and "bad nodes: node3 (devices)" in verdict.sentence
+
+
+def test_an_error_of_some_nodes_is_theirs():
+    cluster = cluster_of()
+    for rank in range(32):
+        change(cluster, "machine", rank, error="CUDA error: unspecified launch failure")
+    verdict = verdict_of(cluster)
+    assert (verdict.exit_code, verdict.bad_nodes) == (3, ("node0", "node1", "node2", "node3"))
+
+
 WORTH_A_WARNING = {
+    "cores far from the GPU": ("devices", lambda c: change(c, "machine", 25, gpu_numa=1, core_numa=[0])),
+    "little locked memory": ("host", lambda c: change(c, "machine", 24, rdma=True, locked_memory=65536)),
     "a skewed clock": ("clock", lambda c: change(c, "clock", 24, offset=-3.0)),
     "another driver": ("versions", lambda c: change(c, "machine", 24, versions=GOOD.versions | {"driver": "560"})),
     "another GPU": ("devices", lambda c: [change(c, "machine", r, name="A100") for r in range(24, 32)]),
@@ -289,6 +361,13 @@ def test_of_two_gpus_the_slower_is_slow():
     cluster = cluster_of(2, 1)
     change(cluster, "machine", 1, teraflops=0.7 * GOOD.teraflops)
     assert verdict_of(cluster).bad_nodes == ("node1",)
+
+
+def test_locked_memory_without_rdma_and_cores_of_all_nodes_are_no_warning():
+    cluster = cluster_of()
+    change(cluster, "machine", 24, locked_memory=65536, gpu_numa=1, core_numa=[0, 1])
+    verdict = verdict_of(cluster)
+    assert not warned(verdict) and any("ulimit -l unlimited" in row.result for row in verdict.rows)
 
 
 def test_gpus_that_torch_does_not_see():

@@ -3,14 +3,16 @@
 import socket
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.made_up_clusters import change, cluster_of, verdict_of
 
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed import rendezvous, runtime
-from megapromoe.preflight import machine, storage
+from megapromoe.distributed import launch_environment, rendezvous
+from megapromoe.distributed.slurm_lists import all_hosts
+from megapromoe.preflight import machine, storage, topology
 from megapromoe.preflight.storage import checkpoint_bytes
 
 
@@ -76,6 +78,41 @@ def test_the_content_hash_tells_one_changed_byte(tmp_path, monkeypatch):
     assert machine.content_hash() != before
 
 
+def test_topology_is_that_of_the_kernel(tmp_path):
+    device = tmp_path / "bus" / "pci" / "devices" / "0000:1b:00.0"
+    device.mkdir(parents=True)
+    (device / "numa_node").write_text("1\n")
+    for node, cores in ((0, "0-3,8-11"), (1, "4-7,12-15")):
+        folder = tmp_path / "devices" / "system" / "node" / f"node{node}"
+        folder.mkdir(parents=True)
+        (folder / "cpulist").write_text(f"{cores}\n")
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    assert topology.pci_address(properties) == "0000:1b:00.0" and topology.pci_address(object()) == ""
+    assert topology.numa_of_gpu("0000:1b:00.0", tmp_path) == 1
+    assert topology.numa_of_gpu("0000:2b:00.0", tmp_path) == topology.numa_of_gpu("", tmp_path) == -1
+    assert topology.numa_of_cores({5, 13}, tmp_path) == [1]
+    assert topology.numa_of_cores({0, 5}, tmp_path) == [0, 1] and topology.numa_of_cores({0}, tmp_path / "x") == []
+    assert not topology.has_rdma(tmp_path)
+    (tmp_path / "class" / "infiniband" / "mlx5_0").mkdir(parents=True)
+    assert topology.has_rdma(tmp_path)
+
+
+def test_a_torch_for_cpus_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert machine.why_no_gpu() == f"torch {torch.__version__} is built without CUDA"
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert machine.why_no_gpu().endswith("is too old (found version 11040).")
+    assert any(fault in machine.why_no_gpu() for fault in machine.SETUP_FAULTS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine.why_no_gpu() == ""
+
+
 def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
     config = resolve("digits")
     good = storage.try_data(config)
@@ -92,23 +129,23 @@ def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
 
 
 def test_hosts_of_a_node_list():
-    assert runtime.all_hosts("gpu[03-05,9],x") == ["gpu03", "gpu04", "gpu05", "gpu9", "x"]
-    assert runtime.all_hosts("rack[1-2]-gpu[8-9]") == ["rack1-gpu8", "rack1-gpu9", "rack2-gpu8", "rack2-gpu9"]
-    assert runtime.all_hosts("localhost") == ["localhost"]
+    assert all_hosts("gpu[03-05,9],x") == ["gpu03", "gpu04", "gpu05", "gpu9", "x"]
+    assert all_hosts("rack[1-2]-gpu[8-9]") == ["rack1-gpu8", "rack1-gpu9", "rack2-gpu8", "rack2-gpu9"]
+    assert all_hosts("localhost") == ["localhost"]
 
 
 def test_srun_says_how_many_ranks_each_node_has(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3],m")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    assert runtime.expected_nodes(runtime.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
-    assert runtime.expected_nodes(runtime.Launch("torchrun")) == {}
+    assert launch_environment.expected_nodes(launch_environment.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
+    assert launch_environment.expected_nodes(launch_environment.Launch("torchrun")) == {}
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
-    assert runtime.node_name() == "n2"
+    assert launch_environment.node_name() == "n2"
     monkeypatch.delenv("SLURMD_NODENAME")
-    assert runtime.node_name() == socket.gethostname()
+    assert launch_environment.node_name() == socket.gethostname()
 
 
 def test_a_store_that_nobody_holds(capfd):
-    launch = runtime.Launch("torchrun", 1, 2, port=1)
-    with pytest.raises(runtime.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
+    launch = launch_environment.Launch("torchrun", 1, 2, port=1)
+    with pytest.raises(launch_environment.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
         rendezvous.meet(launch, 1.0, "preflight")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from megapromoe.distributed import rendezvous, runtime
-from megapromoe.distributed.runtime import Launch, LaunchError, StoreUnreachable, detect
+from megapromoe.distributed import rendezvous
+from megapromoe.distributed.launch_environment import Launch, LaunchError, StoreUnreachable, detect, holds_store
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -132,4 +132,4 @@ def test_a_rank_that_comes_twice_is_refused(started, monkeypatch):
     with pytest.raises(LaunchError, match=r"rank 0 came twice \(RANK=0, WORLD_SIZE=1\)"):
         rendezvous.gather(launch, 30.0)
     del kept
-    assert runtime.holds_store(launch)
+    assert holds_store(launch)

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from megapromoe.distributed import watchdog as watchdog_module
-from megapromoe.distributed.runtime import StoreUnreachable
+from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import MAX_BYTES, MessageTimeout, StoreChannel
 from megapromoe.distributed.watchdog import Watchdog, find_hang
 
