@@ -217,6 +217,10 @@ conclude() {
             exit 2
             ;;
     esac
+    if ((code == 1)) && [[ -e $run/diverged.txt ]]; then
+        note "not queued again: the run diverged, see $run/diverged.txt"
+        exit "$code"
+    fi
     may_queue_again || exit "$code"
     if ((code != 0 && code != 75)); then
         failures=$(awk -F '\t' -v job="$id." -v newest="$newest" \

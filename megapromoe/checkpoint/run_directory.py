@@ -9,6 +9,7 @@ branches/           what a start that went back left behind, see `history.py`
 samples/            pictures drawn while training
 tensorboard/        events
 logs/               what each rank said, a folder for each attempt (launchers)
+diverged.txt        why the latest start ended, if its last steps were skipped; launchers do not repeat it
 run.lock            locked by the run that lives; its text says who
 ==================  =================================================================================
 
@@ -124,6 +125,7 @@ class RunDirectory:
         self.branches = self.folder / "branches"
         self.samples = self.folder / "samples"
         self.tensorboard = self.folder / "tensorboard"
+        self.diverged = self.folder / "diverged.txt"
         self.lock_file = self.folder / "run.lock"
         self._lock: IO[str] | None = None
 
@@ -156,6 +158,7 @@ class RunDirectory:
                     path.mkdir(exist_ok=True)
                 write_json(run.environment, entries, indent=2)
                 write_text(run.config_file, to_yaml(config))
+                run.diverged.unlink(missing_ok=True)
         except BaseException:
             run.close()
             raise

@@ -37,7 +37,7 @@ from megapromoe.nn.parallelize import build
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.progress import Progress, largest_norm
-from megapromoe.training.resuming import describe_skipped, fill, plan_start
+from megapromoe.training.resuming import fill, note_skipped, plan_start
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def _train(
                     f" `megapromoe data check {config.data.path}`, mend the files and repeat the command"
                 )
             if progress.diverged or (step == t.steps and progress.skipped_in_a_row):
-                raise TrainingError(describe_skipped(run, config, step, progress))
+                raise TrainingError(note_skipped(run, config, step, progress))
             if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
         watchdog.at("the end of the run")

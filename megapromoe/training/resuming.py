@@ -18,6 +18,7 @@ from megapromoe.config.options import Config
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
+from megapromoe.io import write_text
 from megapromoe.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -68,30 +69,40 @@ def fill(
     return {**manifest, "branch": start.branch or manifest.get("branch") or MAIN}
 
 
-def describe_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:
-    """Why a run whose last steps were skipped ends at `step`, which is saved, and how to go on. Collective."""
+def note_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:
+    """Why a run whose last steps were skipped ends at `step`, which is saved, and how to go on. Collective.
+
+    It is written to the run directory too, so that launchers do not repeat what cannot go well.
+    """
+    message = broadcast_from_rank0(_describe_skipped(run, config, step, progress) if this_rank() == 0 else "")
+    if this_rank() == 0:
+        try:
+            write_text(run.diverged, message + "\n")
+        except OSError as error:
+            logger.warning("%s: cannot be written: %s", run.diverged, error.strerror)
+    return message
+
+
+def _describe_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:
     t, count = config.train, progress.skipped_in_a_row
     saved = f"what is saved as step {step} is the state after the last of {progress.updates} updates"
     if not progress.diverged:
         last = "the last step" if count == 1 else f"the last {count} steps"
         return f"step {step}: the run is at its end, but {last} had no usable gradient and changed nothing; {saved}"
-    advice = ""
-    if this_rank() == 0:
-        own = [one for one in step_folders(run.checkpoints) if one.run == run.identity()]
-        proven = newest_proven(own, progress.updates, t.max_bad_steps)
-        if proven:
-            folder = shlex.quote(str(run.folder))
-            command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run {folder}"
-            advice = (
-                f"After the checkpoint of step {proven.step} further updates went well. Go back to it with a lower"
-                f" train.lr or train.clip:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
-            )
-        else:
-            advice = (
-                f"No checkpoint has {t.max_bad_steps} applied updates after it, so none is known to be good: start a"
-                " new run, with another --run and a lower train.lr or train.clip"
-            )
-    advice = broadcast_from_rank0(advice)
+    own = [one for one in step_folders(run.checkpoints) if one.run == run.identity()]
+    proven = newest_proven(own, progress.updates, t.max_bad_steps)
+    if proven:
+        folder = shlex.quote(str(run.folder))
+        command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run {folder}"
+        advice = (
+            f"After the checkpoint of step {proven.step} further updates went well. Go back to it with a lower"
+            f" train.lr or train.clip:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
+        )
+    else:
+        advice = (
+            f"No checkpoint has {t.max_bad_steps} applied updates after it, so none is known to be good: start a"
+            " new run, with another --run and a lower train.lr or train.clip"
+        )
     return (
         f"step {step}: {t.max_bad_steps} steps in a row without a usable gradient (train.max_bad_steps); {saved}, from"
         f" which repeating the command goes on, behind the samples named in the warnings. {advice}"

@@ -131,6 +131,17 @@ def test_two_nodes_train_together(undisturbed, cluster):
 
 
 @pytest.mark.full
+def test_a_run_that_diverges_is_not_queued_again(cluster):
+    job = two_by_two(cluster, "diverges", "train.lr=1e30")
+    job.finish("FAILED")
+    ((_, newest, code, _),) = job.attempts()
+    assert code == "1" and newest != "none", "the last applied state is saved"
+    assert cluster.job(job.number)["Restarts"] == "0"
+    assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.said()
+    assert "start a new run, with another --run and a lower train.lr" in (job.run / "diverged.txt").read_text()
+
+
+@pytest.mark.full
 def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_saves(cluster):
     job = two_by_two(cluster, "limit", *ENDLESS, options=["--signal=B:USR1@60"])
     job.wait_for(lambda: job.steps() >= 3, "steps before the limit")

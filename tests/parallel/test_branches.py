@@ -176,11 +176,12 @@ def test_a_run_that_diverges_names_a_proven_checkpoint_and_the_command(tmp_path)
         run(2, diverging, str(tmp_path), ("parallel.ep=2", "train.steps=30"), 21)
     command = re.search(r"megapromoe train --config \S+ --run \S+ --step (\d+) train.lr=(\S+)", str(failed.value))
     assert command and command[1] == "17", "three updates came after it: 18, 19, 20"
+    assert command[0] in (tmp_path / "diverged.txt").read_text(), "launchers see that repeating cannot help"
     assert steps_in(tmp_path / "checkpoints")[0] == 17
     run(2, start, str(tmp_path), ("parallel.ep=2", "train.steps=30", f"train.lr={command[2]}"), 0, dict(from_step=17))
     assert steps_logged(tmp_path) == list(range(1, 31))
     (left,) = left_branches(RunDirectory(tmp_path))
-    assert 23 in left.steps
+    assert 23 in left.steps and not (tmp_path / "diverged.txt").exists()
 
 
 def test_a_run_that_ends_with_skipped_steps_fails(tmp_path):
