@@ -52,8 +52,8 @@ examples:
   megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster
 
 exit codes: 0 done, 1 the run failed, 2 the command, the config, a path, the launcher or what is installed is wrong
-(repeating cannot help), 3 `check` found unfit nodes, 75 stopped by a signal and saved (repeat the command), 76 a rank
-hung, 130 interrupted, 141 nobody reads the output
+(repeating cannot help), 3 `check` found unfit nodes, 75 stopped by a signal or Ctrl-C and saved (repeat the command),
+76 a rank hung, 130 interrupted and not saved, 141 nobody reads the output
 `megapromoe COMMAND --help` tells more of a command."""
 
 

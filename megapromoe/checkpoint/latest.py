@@ -34,17 +34,21 @@ def read_latest(root: Path, step: int | None, read: Callable[[int], T]) -> T:
     """
     if step is not None:
         return read(step)
-    for _ in range(TRIES):
-        folder = before = None
+    for attempt in range(1, TRIES + 1):
         try:
             folder = choose_checkpoint(root)
-            before = _identity(folder)
+        except (UserError, OSError):
+            # A listing can miss the new checkpoint and have the old one, which is gone when it is looked at.
+            if attempt < TRIES and root.is_dir() and any(FOLDER.fullmatch(path.name) for path in root.iterdir()):
+                continue
+            raise
+        before = _identity(folder)
+        try:
             return read(_step_of(folder))
-        except (UserError, OSError) as error:
-            # Without a folder: there is none, or one went while they were listed.
-            if isinstance(error, UserError) if folder is None else before is not None and _identity(folder) == before:
+        except (UserError, OSError):
+            if before is not None and _identity(folder) == before:
                 raise
-            logger.warning("%s: was removed by its run while it was read; looking for the latest again", folder or root)
+            logger.warning("%s: was removed by its run while it was read; looking for the latest again", folder)
     raise gone_too_often(root)
 
 

@@ -71,12 +71,17 @@ def _convert(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from megapromoe.conversion.exports import export
-    from megapromoe.conversion.formats import open_state
+    from megapromoe.conversion.formats import open_state, with_latest
+    from megapromoe.conversion.state import State
 
     config = checkpoint_config(options, options.overrides)
-    state = open_state(options.source, options.form, config, options.step)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc=options.to) as bar:
-        notes = export(state, options.dest, options.to, options.weights, options.overwrite, bar.update)
+
+    def convert(step: int | None) -> tuple[State, list[str]]:
+        state = open_state(options.source, options.form, config, step)
+        with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc=options.to) as bar:
+            return state, export(state, options.dest, options.to, options.weights, options.overwrite, bar.update)
+
+    state, notes = with_latest(options.source, options.step, convert)
     for note in (*state.notes, *notes):
         print(f"note: {note}")
     print(f"{options.dest}: {options.to}, step {state.step}, from {state.where} ({state.format})")
@@ -84,9 +89,9 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from megapromoe.conversion.formats import list_tensors
+    from megapromoe.conversion.formats import list_tensors, with_latest
 
-    facts, tensors = list_tensors(options.source, options.step)
+    facts, tensors = with_latest(options.source, options.step, lambda step: list_tensors(options.source, step))
     for key, value in facts.items():
         print(f"{key}: {value}")
     width = max((len(name) for name in tensors), default=0)

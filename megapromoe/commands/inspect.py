@@ -45,48 +45,63 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
-    from tqdm import tqdm
+    from megapromoe.conversion.formats import with_latest
 
-    from megapromoe.checkpoint.run_directory import RunDirectory
-    from megapromoe.conversion.compare import differences, norms
+    def report_with(step: int | None) -> tuple[dict[str, Any], State]:
+        if options.other is None:
+            return _report(options, step, None)
+        return with_latest(options.other, None, lambda other_step: _report(options, step, other_step))
 
     with file_errors():
-        state, other = _open_both(options, checkpoint_config(options, []))
-        report = _facts(state, options.path)
-        if (checkpoints := RunDirectory(options.path).checkpoints).is_dir():
-            report |= _history(checkpoints.parent)
-        total = state.nbytes + (other.nbytes if other else 0)
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
-            if other is None:
-                report["tensors"] = {
-                    name: {"shape": list(state.shapes[name]), "norm": norm}
-                    for name, norm in norms(state, bar.update).items()
-                }
-            else:
-                tensors, apart = differences(state, other, bar.update)
-                report |= {"other": _facts(other, options.other), "apart": apart}
-                report["differences"] = [vars(tensor) for tensor in tensors]
+        report, state = with_latest(options.path, options.step, report_with)
     if options.json:
         print(json.dumps(report))
-    elif other is None:
+    elif options.other is None:
         _print_norms(report, state.kinds)
     else:
         _print_differences(report)
     return 0
 
 
-def _open_both(options: argparse.Namespace, config: Config | None) -> tuple[State, State | None]:
+def _report(options: argparse.Namespace, step: int | None, other_step: int | None) -> tuple[dict[str, Any], State]:
+    """What is shown, and the state at PATH."""
+    from tqdm import tqdm
+
+    from megapromoe.checkpoint.run_directory import RunDirectory
+    from megapromoe.conversion.compare import differences, norms
+
+    state, other = _open_both(options, checkpoint_config(options, []), step, other_step)
+    report = _facts(state, options.path)
+    if (checkpoints := RunDirectory(options.path).checkpoints).is_dir():
+        report |= _history(checkpoints.parent)
+    total = state.nbytes + (other.nbytes if other else 0)
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+        if other is None:
+            report["tensors"] = {
+                name: {"shape": list(state.shapes[name]), "norm": norm}
+                for name, norm in norms(state, bar.update).items()
+            }
+        else:
+            tensors, apart = differences(state, other, bar.update)
+            report |= {"other": _facts(other, options.other), "apart": apart}
+            report["differences"] = [vars(tensor) for tensor in tensors]
+    return report, state
+
+
+def _open_both(
+    options: argparse.Namespace, config: Config | None, step: int | None, other_step: int | None
+) -> tuple[State, State | None]:
     """The two states; the second is None without OTHER. Each may lend the other its config."""
     from megapromoe.conversion.formats import detect, open_state
 
     if options.other is None:
-        return open_state(options.path, config=config, step=options.step), None
+        return open_state(options.path, config=config, step=step), None
     if config is None and detect(options.path) == "published":
-        other = open_state(options.other)
-        return open_state(options.path, config=other.config, step=options.step), other
-    state = open_state(options.path, config=config, step=options.step)
+        other = open_state(options.other, step=other_step)
+        return open_state(options.path, config=other.config, step=step), other
+    state = open_state(options.path, config=config, step=step)
     lent = state.config if detect(options.other) == "published" else None
-    return state, open_state(options.other, config=config or lent)
+    return state, open_state(options.other, config=config or lent, step=other_step)
 
 
 def _facts(state: State, path: Path) -> dict[str, Any]:

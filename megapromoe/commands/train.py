@@ -7,7 +7,8 @@ from megapromoe.commands.show import describe
 
 EPILOG = f"""\
 Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
-command to continue a run from its last checkpoint, on as many ranks as you like. Without --preset and
+command to continue a run from its last checkpoint, on as many ranks as you like. Ctrl-C saves and ends (exit
+code 75), a second one ends at once (130). Without --preset and
 --config the preset is {DEFAULT_PRESET}.
 
 {OVERRIDES}

@@ -53,10 +53,17 @@ def run(options: argparse.Namespace, launch: None) -> int:
         if not value >= 0:
             raise CommandError(f"--{name} {value}: must be at least 0")
     with file_errors():
-        return _upcycle(options)
+        from megapromoe.conversion.formats import with_latest
+
+        notes = with_latest(options.source, options.step, lambda step: _upcycle(options, step))
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{options.dest}: step 0; megapromoe train --run {options.dest} --config {options.dest / 'config.yaml'}")
+    return 0
 
 
-def _upcycle(options: argparse.Namespace) -> int:
+def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
+    """Writes the new run; returns what a reader should know of it."""
     from tqdm import tqdm
 
     from megapromoe.config.options import to_dict
@@ -65,7 +72,7 @@ def _upcycle(options: argparse.Namespace) -> int:
     from megapromoe.conversion.state import config_from
     from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
 
-    source = open_state(options.source, config=checkpoint_config(options, []), step=options.step)
+    source = open_state(options.source, config=checkpoint_config(options, []), step=step)
     dense = source.config.model.router == "dense"
     router = ["model.router=promoe"] if dense else []
     config = config_from(to_dict(source.config), [*router, *options.overrides])
@@ -79,7 +86,4 @@ def _upcycle(options: argparse.Namespace) -> int:
         state = grow(source, config, options.noise, options.spread, options.weights, options.seed)
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc="writing") as bar:
         notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=bar.update)
-    for note in (*state.notes, *notes):
-        print(f"note: {note}")
-    print(f"{options.dest}: step 0; megapromoe train --run {options.dest} --config {options.dest / 'config.yaml'}")
-    return 0
+    return [*state.notes, *notes]

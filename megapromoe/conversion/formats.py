@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
+from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import choose_checkpoint
 from megapromoe.config.options import Config
@@ -30,6 +31,8 @@ from megapromoe.conversion.torch_files import read_pickle
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+
+T = TypeVar("T")
 
 
 def detect(path: Path) -> str:
@@ -80,6 +83,18 @@ def open_state(path: Path, form: str = "auto", config: Config | None = None, ste
         return open_published(path, config)
     file = path / DIFFUSERS_FILE if form == "diffusers" else path
     return _open_safetensors(path, file, config, form)
+
+
+def with_latest(path: Path, step: int | None, use: Callable[[int | None], T]) -> T:
+    """`use(step)`; without a step, of a run directory, with that of its newest checkpoint.
+
+    A state is read as it is used, so that a live run may remove its checkpoint meanwhile; then `use` is called again
+    with what is newest then. See `read_latest`.
+    """
+    path = Path(path)
+    if step is None and (path / "config.yaml").is_file() and not (path / "manifest.json").is_file():
+        return read_latest(RunDirectory(path).checkpoints, None, use)
+    return use(step)
 
 
 def list_tensors(path: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.launch_environment import Launch
+from megapromoe.errors import ExitCode
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130  # exit code
 ECHO = 1.0  # seconds in which a launcher passes on a Ctrl-C that the terminal has sent to the rank too
 MAX_ANCESTORS = 8  # between a rank and its launcher: shells, numactl, containers
 
@@ -80,7 +80,7 @@ class StopRequest:
         elif now - self._first_interrupt >= echo:
             with contextlib.suppress(OSError):
                 print(f"megapromoe, rank {self._launch.rank}: interrupted twice", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
+            os._exit(ExitCode.INTERRUPTED)
 
 
 @contextlib.contextmanager

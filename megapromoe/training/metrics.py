@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -132,17 +131,13 @@ class Metrics:
             log.close()
         self._folder.close()
         if self._bar is not None:
-            with contextlib.suppress(OSError):  # the terminal is gone
-                self._bar.close()
+            self._bar.close()
 
     def _show(self, step: int, values: Mapping[str, float | None]) -> None:
         shown = {name: form.format(values[key]) for key, name, form in SHOWN if values.get(key) is not None}
         if self._bar is not None:
-            try:
-                self._bar.set_postfix(shown, refresh=False)
-                self._bar.update(step - self._bar.n)
-            except OSError:  # the terminal is gone
-                self._bar.disable, self._bar = True, None
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
         else:
             logger.info("step %d/%d  %s", step, self.total_steps, "  ".join(f"{n} {v}" for n, v in shown.items()))
 

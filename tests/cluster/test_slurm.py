@@ -209,6 +209,27 @@ def test_a_node_that_dies_is_survived(undisturbed, cluster):
 
 
 @pytest.mark.full
+def test_ranks_whose_step_daemon_is_killed_save(cluster):
+    """SLURM's daemon of the step starts the ranks of a node; on the other node it lives."""
+    job = two_by_two(cluster, "daemon", *ENDLESS)
+    job.wait_for(lambda: job.steps() >= 3, "some steps")
+    *_, node = [f"n{number}" for number in re.findall(r"\d+", cluster.job(job.number)["NodeList"])]
+    ranks = [pid for pid in processes_on(node) if b"\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    daemons = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+    assert {Path(f"/proc/{pid}/comm").read_text().strip() for pid in daemons} == {"slurmstepd"}
+    for pid in daemons:
+        os.kill(pid, signal.SIGKILL)
+    try:
+        cluster.wait(lambda: steps_in(job.run / "checkpoints"), "a checkpoint", 120)
+        newest = steps_in(job.run / "checkpoints")[-1]
+        Checkpoint(folder_of(job.run / "checkpoints", newest)).verify()
+        cluster.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), "the end of the ranks", 60)
+    finally:
+        cluster.command("scancel", "--signal=KILL", "--full", job.number, check=False)
+        cluster.command("scancel", job.number, check=False)
+
+
+@pytest.mark.full
 def test_a_failure_is_tried_again_but_not_for_ever(cluster, tmp_path):
     """What fails the same way each time ends with the exit code of the ranks; the words of a rank are told."""
     environment = fake(tmp_path, 'echo "rank $SLURM_PROCID: no luck" >&2; exit 76')

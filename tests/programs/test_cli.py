@@ -452,6 +452,15 @@ def test_an_interrupt_exits_with_130(trained, monkeypatch, capsys):
     assert capsys.readouterr().err == "megapromoe: interrupted\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_exit_code_needs_no_place_for_the_message():
+    """stderr is a file on a full disk, or a terminal that is gone."""
+    with open("/dev/full", "w") as full:
+        words = ["train", "--run", "x", "train.steps=none"]
+        done = subprocess.run([sys.executable, "-m", "megapromoe", *words], stderr=full, timeout=60)
+    assert done.returncode == 2
+
+
 def test_torchrun_passes_the_command_on_and_one_rank_tells_what_is_wrong(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "megapromoe", "train", "--run-dir", str(tmp_path / "run"), "trian.lr=1", "parallel.tp=4"]

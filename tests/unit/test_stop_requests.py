@@ -11,12 +11,12 @@ import pytest
 from support.levels import full
 
 from megapromoe.distributed import stop_requests
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.launch_environment import Launch
 from megapromoe.distributed.stop_requests import find_launcher
 
 START = """
 import hashlib, os, signal, sys, time
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.launch_environment import Launch
 from megapromoe.distributed.stop_requests import listening
 """
 # In C++, where no handler of Python runs, for longer than any test.
@@ -153,7 +153,7 @@ with listening(Launch("python")) as asked_to_stop:
 def child_of(words: list[str], tmp_path: Path, launcher: str) -> str:
     """A program that is started as `words` say, whose child prints what it takes for its launcher."""
     code = (
-        "import sys; from megapromoe.distributed.runtime import Launch;"
+        "import sys; from megapromoe.distributed.launch_environment import Launch;"
         "from megapromoe.distributed.stop_requests import find_launcher;"
         f"found = find_launcher(Launch({launcher!r})); print(found and found.name)"
     )
