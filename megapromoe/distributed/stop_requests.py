@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed.launch_environment import Launch
 
 logger = logging.getLogger(__name__)
 
