@@ -1,4 +1,4 @@
-"""Start-up and the outside world: devices, threads, signals, and the end of a process.
+"""Start-up and the outside world: devices, threads, and the end of a process.
 
 This file and `launch_environment.py` are the only ones that read environment variables.
 """

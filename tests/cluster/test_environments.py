@@ -119,7 +119,7 @@ def test_the_line_of_a_plan_starts_where_slurm_reserves_no_ports(cluster, tmp_pa
     (folder / "megapromoe").write_text(f'#!/bin/sh\nexec {sys.executable} -m megapromoe "$@"\n')
     (folder / "megapromoe").chmod(0o755)
     env = {"PATH": f"{folder}:{cluster.env['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name, start in (("login", []), ("allocation", ["salloc", *ALLOCATION])):
+    for name, start in (("login", []), ("allocation", ["salloc", *ALLOCATION, "--gpus-per-node=2"])):
         (tmp_path / name).mkdir()
         done = subprocess.run(
             [*start, *line[:program], *line[program:]], env=cluster.env | env, cwd=tmp_path / name,
