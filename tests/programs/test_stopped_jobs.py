@@ -73,7 +73,7 @@ def steps(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def wait_for(condition, job: subprocess.Popen | None = None, limit: float = 120.0) -> None:
+def wait_for(condition, job: subprocess.Popen | None = None, limit: float = 300.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
