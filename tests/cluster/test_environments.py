@@ -53,7 +53,7 @@ def batch(cluster: slurm.Cluster, folder: Path, body: str, *options: str, **env:
     cluster.command(*command, env=env, check=False)
 
 
-def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path):
+def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path, fault_table):
     """One allocation, in which srun starts fewer tasks than it has, a step in a step, and an interactive step."""
     script = tmp_path / "all.sh"
     script.write_text(
@@ -76,6 +76,9 @@ def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path
         assert lines == [f"srun {rank} of {tasks} at {place}" for rank in range(tasks)], name
         assert place.startswith("127.0.0.1:"), "the names of these nodes mean nothing to the resolver"
     assert said(tmp_path / "torchrun") == [f"torchrun {rank} of 2 at n1:7" for rank in range(2)]
+    fault_table.append(
+        ("a start without srun in a shell of an allocation of 4 tasks", "one process, which trains", "nothing")
+    )
 
 
 def test_a_batch_script_is_alone_also_if_a_task_of_another_job_submitted_it(cluster, who, tmp_path):
@@ -93,12 +96,16 @@ HYDRA = shutil.which("mpiexec.hydra")
 
 @pytest.mark.skipif(HYDRA is None, reason="mpiexec.hydra of MPICH is not installed")
 @pytest.mark.parametrize("words", [["-n", "4"], ["-launcher", "fork", "-hosts", "localhost", "-n", "2"]], ids=" ".join)
-def test_mpich_in_a_batch_script_does_not_train_alone(words, cluster, who, tmp_path):
+def test_mpich_in_a_batch_script_does_not_train_alone(words, cluster, who, tmp_path, fault_table):
     """The mpi4py of the tests is for Open MPI: each process would take itself for the only one."""
     batch(cluster, tmp_path, shlex.join([HYDRA, *words, *shlex.split(who), str(tmp_path / "who")]))
     assert not (tmp_path / "who").exists()
     text = (tmp_path / "job.log").read_text()
     assert f"the launcher says rank 1 of {words[-1]}" in text and "start with the mpirun of that MPI" in text
+    if len(words) == 2:
+        fault_table.append(
+            ("mpirun of MPICH in a batch script, mpi4py of Open MPI", "refused on every rank, exit code 2", "nothing")
+        )
 
 
 def planned(*words: str) -> list[str]:

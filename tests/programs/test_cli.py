@@ -290,6 +290,12 @@ def test_help_that_nobody_reads_ends_without_a_word(name, unread):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.full
+def test_a_dry_run_of_a_rank_shown_to_nobody_ends_without_a_word(unread, tmp_path):
+    done = with_output(["train", "--run", str(tmp_path / "run"), "--dry-run"], unread)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_output_to_a_full_disk_is_a_sentence():
     with open("/dev/full", "w") as disk:
         done = with_output(["show", "--keys"], disk)
