@@ -105,6 +105,7 @@ example:
 _SUBMIT_EXAMPLE = """\
 Options that follow STUDY and are not listed go to sbatch:
   megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
+A task gets a GPU for each of its ranks. Ranks over several nodes need srun: plan --ranks 16 --launcher "srun python".
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
 
 
