@@ -118,7 +118,7 @@ def progress(run: RunDirectory, step: int | None = None, fork: str | None = None
 
 
 def first_step(run: RunDirectory, step: int | None = None, fork: str | None = None) -> int:
-    """The step of the checkpoint that a start would begin from, 0 without one. Raises CheckpointError as `plan_start`."""
+    """The step of the checkpoint that a start would begin from, 0 without one. Raises as `plan_start`."""
     start = plan_start(run, step, fork)
     folders = step_folders(run.checkpoints)
     return folders[-1].step if start.step is None and folders else start.step or 0
