@@ -94,9 +94,14 @@ def _sample(words: list[str], ranks: int) -> Small:
 def _evaluate(words: list[str], ranks: int) -> Small:
     if "--images" in words:
         return Small([*words, "--sha256", "HASH"], 1)
-    hashed = ["--sha256", "HASH"] if "inception.pth" in words else []
+    few = [] if "--steps" in words else ["sample.steps=2"]
+    if "inception.pth" in words:
+        return Small([*words, "--sha256", "HASH", "sample.batch=12", *few], min(ranks, 2))
+    # A classifier of digits has 128 features, and their covariance needs more images than that.
+    words = ["130" if words[i - 1] == "--num" else word for i, word in enumerate(words)]
+    words = ["digits" if word == "fashion_mnist" else word for word in words]
     return Small(
-        [*words, *hashed, "sample.batch=4", *([] if "--steps" in words else ["sample.steps=2"])], min(ranks, 2)
+        [*[word for word in words if word not in ("--split", "test")], "sample.batch=130", *few], min(ranks, 2)
     )
 
 
