@@ -23,8 +23,8 @@ from support.small_autoencoders import write_autoencoders
 from support.small_studies import TINY
 
 from megapromoe import cli
-from megapromoe.distributed import runtime
-from megapromoe.distributed.runtime import Launch
+from megapromoe.distributed import launch_environment
+from megapromoe.distributed.launch_environment import Launch
 
 COMMANDS = documented()
 
@@ -106,7 +106,7 @@ def test_documented_trainings_can_start(text, tmp_path, monkeypatch):
     words = [word for word in words[words.index("train") :] if word not in ("--config", "x/config.yaml")]
     monkeypatch.chdir(tmp_path)
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
-    monkeypatch.setattr(runtime, "detect", lambda: Launch("test", world=world))
+    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
 
 
@@ -215,7 +215,7 @@ def as_rank(folder: str, port: int, words: list[str]) -> int:
     leave_job()
     os.chdir(folder)
     launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port) if world > 1 else Launch("python")
-    runtime.detect = lambda: launch
+    launch_environment.detect = lambda: launch
     return cli.main(words)
 
 

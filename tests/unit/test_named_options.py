@@ -20,11 +20,13 @@ NO_SETTINGS = {"sample.key", "data.pkl", "model.null_class", "model.layouts"}
 # Flags of other programs that our documents and messages name.
 OTHERS = {
     "SLURM": "--account --array --batch --cpus-per-task --exclude --gpus-per-node --job-name --kill-on-bad-exit --nodes"
-    " --no-requeue --ntasks-per-node --nodelist --option --partition --requeue --resv-ports --signal --time",
-    "torchrun": "--max-restarts --nproc-per-node --standalone",
+    " --no-requeue --ntasks-per-node --nodelist --option --partition --requeue --cpu-bind --distribution --export --mem"
+    " --mem-per-cpu --mem-per-gpu --mpi --pty --resv-ports --signal --time",
+    "torchrun": "--max-restarts --nproc-per-node --shutdown-timeout --standalone",
     "deepspeed": "--module",
     "tensorboard": "--logdir",
     "Open MPI": "--prefix",
+    "pip": "--force-reinstall --no-binary",
     "docker": "--ipc --shm-size",
     "nvidia-smi": "--gpu-reset",
 }
