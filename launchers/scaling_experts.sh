@@ -41,13 +41,23 @@ done
 task=${SLURM_ARRAY_TASK_ID:-}
 [[ -n $task || -n $dry_run ]] || die "is a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2
 find_program
-set_environment "${SLURM_CPUS_PER_TASK:-12}"
+# A launcher such as torchrun starts a rank for each GPU in one task of the job; srun starts a task for each.
+ranks_of_task=$((${SLURM_GPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))
+threads=$((${SLURM_CPUS_PER_TASK:-12} / (ranks_of_task > 1 ? ranks_of_task : 1)))
+set_environment $((threads > 1 ? threads : 1))
 command=("${program[@]}" study run "$study" --task "${task:-TASK}")
 if [[ -n $dry_run ]]; then
     show "${command[@]}"
     exit 0
 fi
-bash "$here/node.sh" "$cache"
+if ((${SLURM_NTASKS:-1} > 1)); then # the ranks of a task may lie on several nodes, and meet at the first
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-12}
+    port=$(srun "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --mpi=none \
+        bash "$here/node.sh" "$cache" ask)
+    export MASTER_PORT=${MASTER_PORT:-$port} MASTER_ADDR=${MASTER_ADDR:-$(first_address)}
+else
+    bash "$here/node.sh" "$cache"
+fi
 hear_signals
 set_limits
 note "task $task of $study on $SLURM_JOB_NODELIST"

@@ -117,6 +117,13 @@ def progress(run: RunDirectory, step: int | None = None, fork: str | None = None
     return f"begins branch {start.branch!r} at {folder_of(run.checkpoints, start.step).name}{moved}"
 
 
+def first_step(run: RunDirectory, step: int | None = None, fork: str | None = None) -> int:
+    """The step of the checkpoint that a start would begin from, 0 without one. Raises as `plan_start`."""
+    start = plan_start(run, step, fork)
+    folders = step_folders(run.checkpoints)
+    return folders[-1].step if start.step is None and folders else start.step or 0
+
+
 def left_branches(run: RunDirectory) -> list[LeftBranch]:
     """The branches that a run has left, oldest first; a folder whose branch.json cannot be read is passed over."""
     branches = []

@@ -38,6 +38,7 @@ from typing import IO, Any
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
+from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import open_regular, staging_path, write_json, write_text
@@ -127,6 +128,8 @@ class RunDirectory:
         self.tensorboard = self.folder / "tensorboard"
         self.diverged = self.folder / "diverged.txt"
         self.lock_file = self.folder / "run.lock"
+        self.changed: dict[str, list[Any]] = {}
+        """Settings that differ from the last start's, name -> [then, now]; known to who has opened the folder."""
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -151,7 +154,7 @@ class RunDirectory:
                 run._refuse_strangers()
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run._take_lock()
-                changed = run._compare(config, force)
+                changed = run.changed = run._compare(config, force)
                 data = run._compare_data(config, force)
                 entries = [*run._starts(), _environment(config, world, launcher, changed, data)]
                 for path in (run.checkpoints, run.samples, run.tensorboard):
@@ -164,11 +167,12 @@ class RunDirectory:
             raise
         return run
 
-    def state(self, config: Config, force: Iterable[str] = (), progress: str = "continues") -> str:
+    def state(self, config: Config, force: Iterable[str] = (), progress: str = "continues", step: int = 0) -> str:
         """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would.
 
         Args:
             progress: where the run would begin, see `history.progress`.
+            step: of the checkpoint that it would begin from, 0 without one; for the learning rate.
         """
         with self._clear_errors():
             self._refuse_strangers()
@@ -179,8 +183,19 @@ class RunDirectory:
                 self.close()
             changed = self._compare(config, force)
             self._compare_data(config, force)
-        listed = "".join(f"\n  {key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        listed = "".join(f"\n  {line}" for line in describe_changes(config, changed, step))
         return f"{self.folder}: {progress}" + (f"; changes{listed}" if listed else "")
+
+    def owner(self) -> str | None:
+        """Who trains in the folder now, as run.lock says; None if nobody does."""
+        try:
+            self._take_lock(look=True)
+        except FileNotFoundError:
+            return None
+        except RunDirectoryError:
+            return self.lock_file.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        self.close()
+        return None
 
     def close(self) -> None:
         """Gives the folder free for another run."""

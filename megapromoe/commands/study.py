@@ -27,6 +27,7 @@ from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.study import names, open_study, plan
+from megapromoe.studies.submission import resources
 
 EPILOG = f"""\
   megapromoe study plan STUDY --recipe digits --measure    # what it is and costs
@@ -104,6 +105,7 @@ example:
 _SUBMIT_EXAMPLE = """\
 Options that follow STUDY and are not listed go to sbatch:
   megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
+A task gets a GPU for each of its ranks. Ranks over several nodes need srun: plan --ranks 16 --launcher "srun python".
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
 
 
@@ -222,7 +224,8 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     array = f"--array={_ranges(missing)}" + (f"%{options.at_once}" if options.at_once else "")
     script = launchers_folder() / LAUNCHER
-    words = ["sbatch", array, *options.passed_on, str(script), str(study.folder.resolve())]
+    words = ["sbatch", array, *resources(study.recipe, options.passed_on), *options.passed_on]
+    words += [str(script), str(study.folder.resolve())]
     print(shlex.join(words), flush=True)
     if options.dry_run:
         return 0

@@ -42,11 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     config = resolve_options(options, launch.world)
     if options.dry_run:
-        from megapromoe.checkpoint.history import progress
+        from megapromoe.checkpoint.history import first_step, progress
         from megapromoe.checkpoint.run_directory import RunDirectory
 
         directory = RunDirectory(options.run)
-        state = directory.state(config, options.allow, progress(directory, options.step, options.fork))
+        begins = progress(directory, options.step, options.fork)
+        state = directory.state(config, options.allow, begins, first_step(directory, options.step, options.fork))
         if launch.rank == 0:
             print("\n".join(describe(config, launch.world)))
             print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))

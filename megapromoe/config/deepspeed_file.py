@@ -5,19 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megapromoe.config.deepspeed_keys import OFFLOAD, OURS, REFUSED, SUPPORTED, ZERO, Key, has_no_effect, names_in
 from megapromoe.config.options import Config, ConfigError
 from megapromoe.config.reader import suggest
-
-_OURS = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.global_batch and train.accumulation",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clip",
-    "optimizer": "train.optimizer, train.lr, ...",
-    "scheduler": "train.schedule, train.warmup, ...",
-    "expert_parallel": "parallel.ep",
-    "tensor_parallel": "parallel.tp",
-}
 
 
 def find_ds_configs() -> Path:
@@ -36,7 +26,10 @@ def load_deepspeed(config: Config) -> dict[str, Any]:
 
 
 def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """What the file of `train.deepspeed` holds, and a sentence for each thing that is wrong with it."""
+    """What the file of `train.deepspeed` holds, and a sentence for each thing that is wrong with it.
+
+    Keys whose values have no effect are left out, and whole floats are ints, so that every reader sees one spelling.
+    """
     name = config.train.deepspeed
     path = Path(name) if name.endswith(".json") else find_ds_configs() / f"{name}.json"
     try:
@@ -49,8 +42,13 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"train.deepspeed = {name!r}: {reason}"]
     except ValueError as error:  # also undecodable text and what the two hooks refuse
         return {}, [f"train.deepspeed = {name!r}: {path} is not strict JSON: {error}"]
-    problems = [f"train.deepspeed = {name!r}: {problem}" for problem in _deepspeed_rules(content)]
-    if not problems and config.train.compile and content.get("zero_optimization", {}).get("stage") == 3:
+    if not isinstance(content, dict):
+        return {}, [f"train.deepspeed = {name!r}: the file must hold an object, not a {type(content).__name__}"]
+    wrong: list[str] = []
+    content = _read_block("", content, wrong)
+    wrong += _combinations(content)
+    problems = [f"train.deepspeed = {name!r}: the file's {problem}" for problem in wrong]
+    if not problems and config.train.compile and content.get(ZERO, {}).get("stage") == 3:
         rule = f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not there when"
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
     return content, problems
@@ -68,51 +66,84 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON number")
 
 
-def _deepspeed_rules(content: Any) -> Iterator[str]:
-    if not isinstance(content, dict):
-        yield f"the file must hold an object, not a {type(content).__name__}"
-        return
-    for key in (key for key in content if key in _OURS):
-        yield f"the file's {key!r} is not DeepSpeed's to set here; remove it and set {_OURS[key]}"
-    for precision in ("fp16", "bf16"):
-        block = content.get(precision, {})
-        if not isinstance(block, dict) or type(block.get("enabled", False)) is not bool:
-            yield f"the file's {precision!r} must be an object such as {{'enabled': true}}"
-        elif precision == "fp16" and block.get("enabled"):
-            yield "the file's 'fp16' is not supported, nor is its loss scaling; use bf16, or neither for fp32"
-    zero = content.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield "the file's 'zero_optimization' must be an object such as {'stage': 1}"
-        return
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or not 0 <= stage <= 3:
-        yield f"the file's zero_optimization.stage = {stage!r} must be 0, 1, 2 or 3"
-        return
-    for key, stages in (("reduce_scatter", (1, 2, 3)), ("contiguous_gradients", (2,))):
+def _read_block(block: str, content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The keys of a block that are right and have an effect; sentences about the others are added to `problems`.
+
+    Args:
+        block: dotted name of the block, "" for the top of the file.
+    """
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{block}.{name}" if block else name
+        shown = repr(key) if isinstance(value, (dict, list)) else f"{key} = {value!r}"
+        if key in SUPPORTED:
+            kind = SUPPORTED[key].kind
+            if kind is dict and isinstance(value, dict):
+                values[name] = _read_block(key, value, problems)
+            elif rule := _value_rule(value, SUPPORTED[key]):
+                problems.append(f"{repr(key) if kind is dict else shown} must be {rule}")
+            elif value is not None:
+                values[name] = int(value) if kind is int else value
+        elif key in OURS:
+            problems.append(f"{key!r} is not DeepSpeed's to set here; remove it and set {OURS[key]}")
+        elif key not in REFUSED:
+            where = f"of {block!r}" if block else "of DeepSpeed's"
+            problems.append(f"{shown} is refused: {name!r} is no key {where}; {suggest(name, names_in(block))}")
+        elif not has_no_effect(key, value):
+            problems.append(f"{shown} is not supported: {REFUSED[key].reason}; {REFUSED[key].remedy}")
+    if block == ZERO and values.get("offload_optimizer", {}).get("device", "none") == "none":  # DeepSpeed's default
+        values.pop("offload_optimizer", None)
+    return values
+
+
+def _value_rule(value: Any, expected: Key) -> str | None:
+    """The rule that a value of a supported key breaks, to follow "must be"; None if it breaks none."""
+    if value is None and expected.optional:
+        return None
+    if expected.kind is dict:
+        return "an object such as {'enabled': true} or {'stage': 1}"
+    if expected.kind is bool:
+        return None if type(value) is bool else "true or false"
+    if expected.choices:
+        valid = type(value) is expected.kind and value in expected.choices
+        *first, last = map(str, expected.choices)
+        return None if valid else f"{', '.join(first)} or {last}"
+    if expected.kind is str:
+        return None if type(value) is str else "text"
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    if whole and value >= expected.low:
+        return None
+    return f"a whole number, {expected.low} or more; without the key DeepSpeed takes its default"
+
+
+def _combinations(content: dict[str, Any]) -> Iterator[str]:
+    """Combinations of supported keys that fail, or that train wrongly."""
+    zero = content.get(ZERO, {})
+    stage, bf16 = zero.get("stage", 0), content.get("bf16", {}).get("enabled", False)
+    # At stage 1 without contiguous gradients 0.19.8 trains, but gradients of several micro-batches come out wrong.
+    for key, stages in (("reduce_scatter", (1, 2, 3)), ("contiguous_gradients", (1, 2))):
         if stage in stages and zero.get(key, True) is not True:
-            yield f"the file's zero_optimization.{key} must be true at stage {stage}: experts need it"
-    yield from _stage_rules(content, zero, stage)
-
-
-def _stage_rules(content: dict[str, Any], zero: dict[str, Any], stage: int) -> Iterator[str]:
-    """Combinations that DeepSpeed accepts and that train wrongly, or along a path that is not supported."""
-    block = content.get("bf16", {})
-    bf16 = isinstance(block, dict) and block.get("enabled") is True
+            yield f"{ZERO}.{key} must be true at stage {stage}: experts need it"
     if bf16 and stage == 0:
         yield (
-            "the file's 'bf16' is not supported with zero_optimization.stage 0: DeepSpeed leaves experts out of its"
-            " fp32 masters' norm there; use stage 1, which costs nothing more on one data-parallel rank"
+            f"'bf16' is not supported with {ZERO}.stage 0: DeepSpeed leaves experts out of its fp32 masters' norm"
+            " there; use stage 1, which costs nothing more on one data-parallel rank"
         )
-    types = content.get("data_types", {})
-    if not isinstance(types, dict):
-        yield "the file's 'data_types' must be an object such as {'grad_accum_dtype': 'bf16'}"
-    elif bf16 and stage == 1 and types.get("grad_accum_dtype") == "fp32":
+    if bf16 and stage == 1 and content.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         yield (
-            "the file's data_types.grad_accum_dtype = 'fp32' is not supported with 'bf16' at stage 1, where it takes"
-            " another optimizer path; use stage 2"
+            "data_types.grad_accum_dtype = 'fp32' is not supported with 'bf16' at stage 1, where it takes another"
+            " optimizer path; use stage 2"
         )
-    if stage == 3 and (zero.get("offload_optimizer") or zero.get("offload_param")):
-        yield (
-            "the file's offload is not supported at stage 3: its gradient norm cannot be put right;"
-            " use stage 2 with offload_optimizer"
-        )
+    if "offload_optimizer" in zero:
+        if stage == 3:
+            yield (
+                f"{OFFLOAD} is not supported at stage 3: its gradient norm cannot be put right;"
+                " use stage 2 with offload_optimizer"
+            )
+        if stage == 0:
+            yield f"{OFFLOAD} is not supported at stage 0, which has no optimizer states to offload; use stage 1 or 2"
+        if stage in (1, 2) and content.get("zero_force_ds_cpu_optimizer", True):
+            yield (
+                f"zero_force_ds_cpu_optimizer must be false with {OFFLOAD}: the optimizer is that of train.optimizer;"
+                " set it to false"
+            )

@@ -7,8 +7,10 @@ refuses to start where one is missing. The comments give the reason for each use
 from __future__ import annotations
 
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -126,25 +128,21 @@ class DeepSpeedAdapter:
             ds: the file of `train.deepspeed`.
             clip: the norm to which `step` clips gradients by `reported_norm`; 0: it does not.
 
-        Raises EngineError where the optimizer cannot run on this machine, or DeepSpeed lacks one of `INTERNALS`.
+        Raises EngineError where the optimizer cannot run on this machine, DeepSpeed refuses `ds`, or it lacks one of
+        `INTERNALS`.
         """
         join_job()
         _register_groups(mesh)
         _mark_experts(model, mesh)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self.optimizer = _make_optimizer(config, model)  # DeepSpeed steps this very object, whatever it wraps around it
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config={
-                **ds,
-                "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
-                "gradient_accumulation_steps": config.train.accumulation,
-                "gradient_clipping": clip,  # always given: 0.19.8 takes 1.0 where the key is absent
-            },
-            mpu=ModelParallelUnit(mesh),
-            dist_init_required=False,
-        )
+        settings = {
+            **ds,
+            "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
+            "gradient_accumulation_steps": config.train.accumulation,
+            "gradient_clipping": clip,  # always given: 0.19.8 takes 1.0 where the key is absent
+        }
+        self._engine = _start_engine(config, model, self.optimizer, mesh, settings)
         self._stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         if missing := self.missing_internals():
             raise EngineError(
@@ -264,6 +262,31 @@ class DeepSpeedAdapter:
                     if start < stop:
                         pieces.append(Piece(self._names[id(p)], start, stop, begin + start - first))
                 yield Partition(master, tuple(pieces), optimized=master)
+
+
+def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, mesh: Mesh, settings: dict[str, Any]):
+    """DeepSpeed's engine. Raises EngineError with the reason where DeepSpeed refuses its settings.
+
+    It checks them in many places, by assertions and errors of every class, so all of them are taken for a refusal
+    except those of memory and communication.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(mesh), dist_init_required=False
+        )
+    except (torch.OutOfMemoryError, MemoryError, dist.DistError):
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if "/deepspeed/" in frame.filename), frames[-1])
+        place = f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
+        reason = " ".join(str(error).split())[:500] or "no reason given"
+        raise EngineError(
+            f"train.deepspeed = {config.train.deepspeed!r}: DeepSpeed {deepspeed.__version__} does not start with this"
+            f" file: {type(error).__name__}: {reason} ({place}); remove the key that it"
+            " names, or start from a file of ds_configs/"
+        ) from error
+    return engine
 
 
 def join_job() -> None:

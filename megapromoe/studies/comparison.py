@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megapromoe.config.options import ROUTERS
+from megapromoe.config.options import ROUTERS, Config, ConfigError, to_dict
+from megapromoe.config.resolve import resolve
+from megapromoe.studies.grid import setting_text
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe
 
 DEFAULT_SEEDS = (0, 1, 2)
@@ -39,12 +41,20 @@ def compare(
         launcher: words that start `ranks` processes, before `-m megapromoe train`.
         settings: over the preset, for all tasks.
 
+    A setting that only some of the routers can take, such as parallel.ep of a dense model, is that of the preset in the
+    variants of the others.
+
     Raises StudyError.
     """
     if wrong := [f"--routers {name}: must be one of {', '.join(ROUTERS)}" for name in routers if name not in ROUTERS]:
         raise StudyError(wrong)
     axes: dict[str, list] = {"preset": list(sizes), "model.num_experts": list(experts), "train.steps": list(steps)}
     variants = {router: _variant(router, axes) for router in routers}
+    point = {"model.num_experts": max(experts)} if experts else {}
+    models = {"": point, **{router: {**point, **variant["settings"]} for router, variant in variants.items()}}
+    fallbacks = _fallbacks(preset, settings or {}, models, routers, ranks)
+    for router in routers:
+        variants[router]["settings"] |= fallbacks.get(router, {})
     content: dict[str, Any] = {
         "preset": preset,
         "settings": dict(settings or {}),
@@ -55,7 +65,8 @@ def compare(
         "launcher": list(launcher),
     }
     if len(routers) > 1:
-        like = {"model.num_experts": sorted(experts)[len(experts) // 2]} if experts else {}
+        like: dict[str, Any] = {"model.num_experts": sorted(experts)[len(experts) // 2]} if experts else {}
+        like |= fallbacks.get("", {})  # the preset's own router may be one that cannot take a setting
         content["active_parameters"] = {"like": like}
         content["baseline"] = "dense" if "dense" in routers else routers[0]
     else:
@@ -69,3 +80,47 @@ def _variant(router: str, axes: Mapping[str, list]) -> dict[str, Any]:
     if "without" in variant:
         variant["without"] = [axis for axis in variant["without"] if axes.get(axis)]
     return variant
+
+
+def _fallbacks(
+    preset: str,
+    settings: Mapping[str, str],
+    models: Mapping[str, Mapping[str, Any]],
+    routers: Sequence[str],
+    ranks: int,
+) -> dict[str, dict[str, Any]]:
+    """For each model the values of the preset, or else the defaults, in place of settings that it cannot take.
+
+    Args:
+        models: settings of each over `settings`.
+        routers: names of those that are compared. A setting that none of them can take is left to be refused.
+    """
+    refused = {name: _refused(preset, {**settings, **model}, settings, ranks) for name, model in models.items()}
+    for_all = set.intersection(*(refused[router] for router in routers))
+    values: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        for key in sorted(refused[name] - for_all):
+            section, _, field = key.partition(".")
+            for source in (resolve(preset), Config()):
+                value = to_dict(source)[section][field]
+                if key not in _refused(preset, {**settings, **model, key: value}, [key], ranks):
+                    values.setdefault(name, {})[key] = value
+                    break
+    return values
+
+
+def _refused(preset: str, layer: Mapping[str, Any], keys: Iterable[str], ranks: int) -> set[str]:
+    """Which of `keys` have values that the configuration refuses: without them, fewer things are wrong with it."""
+    problems = _problems(preset, layer, ranks)
+    if not problems:
+        return set()
+    without = {key: {k: value for k, value in layer.items() if k != key} for key in keys}
+    return {key for key, less in without.items() if len(_problems(preset, less, ranks)) < len(problems)}
+
+
+def _problems(preset: str, layer: Mapping[str, Any], ranks: int) -> tuple[str, ...]:
+    try:
+        resolve(preset, overrides=[f"{key}={setting_text(value)}" for key, value in layer.items()], world=ranks)
+    except ConfigError as error:
+        return error.violations
+    return ()

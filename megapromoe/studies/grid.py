@@ -66,7 +66,7 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
             else:
                 tasks.append(Task(len(tasks), name, variant.name, seed, point, config))
     if problems:
-        raise StudyError(f"{line} [{_names(names)}]" for line, names in problems.items())
+        raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
     return tuple(tasks)
 
 
@@ -121,10 +121,11 @@ def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         settings |= layer
     preset = settings.pop("preset", recipe.preset)
-    return resolve(preset, overrides=[f"{key}={_text(v)}" for key, v in settings.items()], world=recipe.ranks)
+    return resolve(preset, overrides=[f"{key}={setting_text(v)}" for key, v in settings.items()], world=recipe.ranks)
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """A value as it stands behind `section.key=`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -134,11 +135,18 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _label(key: str, value: Any) -> str:
-    return f"{SHORT.get(key, key.partition('.')[2] or key)}{re.sub(r'[^A-Za-z0-9_.]', '_', _text(value))}"
+    return f"{SHORT.get(key, key.partition('.')[2] or key)}{re.sub(r'[^A-Za-z0-9_.]', '_', setting_text(value))}"
 
 
 def _names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _remedy(problem: str, tasks: list[Task]) -> str:
+    """What to do about a setting that some models of a study can take, and others not."""
+    if not tasks or problem.startswith(("active_parameters", "match")):
+        return ""
+    return "; other tasks can take it: set the value of these in the `settings` of their variants, which win"
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import IO
 
 from tqdm import tqdm
 
 from megapromoe.io import open_regular, write_text
 from megapromoe.studies.grid import Task
-from megapromoe.studies.study import Study
+from megapromoe.studies.study import Study, failure
 
 STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
 POLL = 0.5  # seconds between looks at the running tasks
@@ -39,6 +40,7 @@ def command(study: Study, task: Task) -> list[str]:
 @dataclass
 class _Started:
     task: Task
+    launcher: str
     process: subprocess.Popen
     log: IO
     from_byte: int
@@ -109,6 +111,7 @@ def _start(study: Study, task: Task) -> _Started:
     path = study.log(task)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = command(study, task)
+    study.outcome_file(task).unlink(missing_ok=True)  # of an earlier start
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
     begin = log.tell()
@@ -119,14 +122,20 @@ def _start(study: Study, task: Task) -> _Started:
     except OSError as error:
         log.write(f"{words[0]}: {error.strerror}\n".encode())
         process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
-    return _Started(task, process, log, begin, time.monotonic())
+    return _Started(task, Path(words[0]).name, process, log, begin, time.monotonic())
 
 
 def _ask(running: list[_Started]) -> None:
-    """SIGTERM to the tasks and all their processes: `megapromoe train` saves and ends."""
+    """Asks the tasks to save and end, as `megapromoe train` does: SIGTERM to all their processes.
+
+    srun alone gets SIGUSR1, which it hands on to the ranks on all nodes; at SIGTERM it would kill them.
+    """
     for one in running:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGTERM)
+            if one.launcher == "srun":
+                one.process.send_signal(signal.SIGUSR1)
+            else:
+                os.killpg(one.process.pid, signal.SIGTERM)
 
 
 def _finish(study: Study, one: _Started, told: bool) -> int:
@@ -166,7 +175,8 @@ def _words(code: int, study: Study, one: _Started) -> str:
         return f"stopped after {seconds}, saved; repeat the command to go on"
     outcome = study.outcome(one.task)
     assert outcome is not None, "written when the task ended"
-    return f"failed with exit code {code} after {seconds}; {study.log(one.task)} ends with: {outcome['said']}"
+    ended = f"failed with exit code {code}" if code > 0 else failure(code)
+    return f"{ended} after {seconds}; {study.log(one.task)} ends with: {outcome['said']}"
 
 
 def _tell(bar: tqdm, line: str) -> None:

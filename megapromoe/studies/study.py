@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.io import write_text
@@ -86,14 +88,19 @@ class Study:
         return self.steps_saved(task) >= task.config.train.steps
 
     def state(self, task: Task) -> str:
-        """One word, or a few."""
+        """In a few words: done, in training, how its last start ended, how far it is."""
         if self.done(task):
             return "done"
         saved, outcome = self.steps_saved(task), self.outcome(task)
-        progress = f"{saved} of {task.config.train.steps} steps saved" if saved else "not started"
-        if outcome and outcome["code"] not in (0, 75):
-            return f"failed (exit code {outcome['code']}), {progress}"
-        return progress
+        if not (outcome or self.log(task).exists() or self.run(task).exists()):
+            return "not started"
+        progress = f"{saved or 'none'} of {task.config.train.steps} steps saved"
+        logged = f"{self.steps_logged(task)} logged"
+        if owner := RunDirectory(self.run(task)).owner():
+            return f"in training ({owner}), {progress}, {logged}"
+        if outcome is None:  # whoever starts a task removes the outcome of the start before, and writes that of its own
+            return f"killed together with what had started it, or only just started, {progress}, {logged}"
+        return progress if outcome["code"] in (0, 75) else f"{failure(outcome['code'])}, {progress}"
 
     def missing(self) -> tuple[Task, ...]:
         return tuple(task for task in self.tasks if not self.done(task))
@@ -151,6 +158,16 @@ def open_study(folder: Path) -> Study:
     if problems:
         raise StudyError(problems)
     return study
+
+
+def failure(code: int) -> str:
+    """How a process ended, from its exit code; negative: of the signal that killed it."""
+    if code >= 0:
+        return f"failed (exit code {code})"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ state of the data is the number of steps done.
 from __future__ import annotations
 
 import logging
-import math
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from megapromoe.checkpoint.history import Start
 from megapromoe.checkpoint.manager import Saver
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import Origin, RunDirectory, RunDirectoryError
-from megapromoe.config.options import Config, TrainConfig, to_dict
+from megapromoe.config.options import Config, to_dict
+from megapromoe.config.schedule import describe_changes, learning_rate
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.loader import Batch, Loader, prefetch
 from megapromoe.data.sources import open_dataset
@@ -84,7 +84,7 @@ def train(
                 _make_folder(records)
             with repeating_cannot_help(CheckpointError):
                 start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
-            _train(config, RunDirectory(folder), job, start, origin, allow, asked_to_stop)
+            _train(config, own or RunDirectory(folder), job, start, origin, allow, asked_to_stop)
         finally:
             if own:
                 own.close()
@@ -132,6 +132,8 @@ def _train(
     with repeating_cannot_help(CheckpointError):
         manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
     step = manifest["step"]
+    for line in describe_changes(config, run.changed, step):  # rank 0 alone knows them, and it alone logs
+        logger.info("changed since the last start: %s", line)
     if step >= t.steps:
         logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
         return
@@ -225,16 +227,6 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: Metr
         return total, total.detach()
 
     return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.conditional, loss=loss)
-
-
-def learning_rate(t: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps: linear warm-up from lr/warmup to lr, then constant or a cosine to min_lr."""
-    if step < t.warmup:
-        return t.lr * (step + 1) / t.warmup
-    if t.schedule == "constant":
-        return t.lr
-    done = (step - t.warmup) / max(1, t.steps - t.warmup)
-    return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:

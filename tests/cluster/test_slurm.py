@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support import slurm
+from support.documented_commands import documented
 
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
@@ -333,6 +334,39 @@ def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
         assert "queued again without n2" in job.said()
         assert (job.run / "logs" / f"{job.number}.0" / "bad_nodes").read_text() == "n2\n"
         assert (job.run / "logs" / f"{job.number}.1" / "check.json").exists()
+
+
+def test_sbatch_would_take_every_documented_command(cluster):
+    commands = [command.text for command in documented() if command.text.startswith("sbatch ")]
+    assert len(commands) >= 3
+    for text in commands:
+        words = shlex.split(re.sub(r"\[.*?\]", "", text))[1:]
+        words = [str(ROOT / word) if word.startswith("launchers/") else word for word in words]
+        said = cluster.command("sbatch", "--test-only", *words)
+        assert re.search(r"to start at .* using \d+ processors on nodes n", said), f"{text}: {said}"
+
+
+@pytest.mark.full
+def test_the_ranks_of_a_study_lie_over_nodes(cluster, tmp_path):
+    """Two ranks on two nodes by srun, with the options of sbatch that `submit` finds itself."""
+    study = tmp_path / "study"
+    tool = [sys.executable, str(ROOT / "tools" / "scaling_study.py")]
+    env = {**cluster.env, "NODE_CACHE": str(tmp_path / "cache")}
+    tiny = ["train.steps=3", "train.warmup=0", "model.hidden_size=32", "train.global_batch=8", "parallel.ep=2"]
+    tiny += ["train.deepspeed=fp32_zero1"]
+    made = ["--preset", "digits", "--seeds", "0", "--ranks", "2", "--launcher", f"srun {sys.executable}", *tiny]
+    output = f"--output={tmp_path}/%a.log"
+    for words in (["plan", str(study), *made], ["submit", str(study), "--nodes=2", "--cpus-per-task=1", output]):
+        done = subprocess.run([*tool, *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --gpus-per-node=1" in done.stdout
+    number = re.search(r"\d+$", done.stdout.strip())[0]
+    cluster.wait(lambda: number not in cluster.command("squeue", "-h", "-o", "%F"), "the study", 400)
+    log = (tmp_path / "0.log").read_text() + "".join(path.read_text() for path in (study / "logs").glob("*.log"))
+    (run,) = (study / "runs").iterdir()
+    assert (run / "checkpoints" / "step-00000003" / "manifest.json").exists(), log
+    (start,) = json.loads((run / "environment.json").read_text())
+    assert (start["launcher"], start["layout"]["world"]) == ("srun", 2)
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """The training loop and its checkpoints: resuming changes nothing, and what cannot be resumed is refused."""
 
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -169,3 +170,38 @@ def test_learning_rate_schedules():
     cosine = TrainConfig(lr=2.0, warmup=4, steps=12, schedule="cosine", min_lr=1.0)
     assert loop.learning_rate(cosine, 4) == 2.0
     assert math.isclose(loop.learning_rate(cosine, 8), 1.5) and math.isclose(loop.learning_rate(cosine, 12), 1.0)
+
+
+class Heard(logging.Handler):
+    """The messages of a logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def heard_in_training(folder: str, *overrides: str) -> list[str]:
+    """What the training loop logs on this rank of what changed since the last start."""
+    heard = Heard()
+    loop.logger.addHandler(heard)
+    loop.logger.setLevel(logging.INFO)
+    train(folder, *overrides)
+    return [line for line in heard.lines if line.startswith("changed since")]
+
+
+def test_a_resume_logs_what_changed_and_what_the_learning_rate_becomes(tmp_path):
+    cosine = ("train.schedule=cosine", "train.lr=0.01", "train.log_every=1")
+    first, others = run(2, heard_in_training, str(tmp_path), *cosine, "train.steps=3")
+    assert first == others == []
+    first, others = run(2, heard_in_training, str(tmp_path), *cosine, "train.steps=6", "parallel.ep=2")
+    assert first == [
+        "changed since the last start: parallel.ep: 1 -> 2",
+        "changed since the last start: train.steps: 3 -> 6",
+        "changed since the last start: learning rate: 0.0025 at step 3 -> 0.005 at step 4 (0 without these changes)",
+    ]
+    assert others == [], "rank 0 speaks for all"
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates[2:4] == pytest.approx([0.0025, 0.005])

@@ -402,3 +402,178 @@ def test_options_make_a_recipe(tmp_path, capsys):
     assert {task.config.train.steps for task in study.tasks} == {7}
     active = [parameters(task.config.model).active for task in study.tasks]
     assert max(active) / min(active) < 1.02
+
+
+# ---- settings that only some of the models can take
+
+
+def planned(folder, capsys, *words: str, code: int = 0) -> str:
+    """What `study plan` says of ProMoE, token choice and dense."""
+    routers = [] if "--routers" in words else ["--routers", "promoe", "tc", "dense"]
+    assert main(["study", "plan", str(folder), "--preset", "promoe_b", "--seeds", "0", *routers, *words]) == code
+    said = capsys.readouterr()
+    return said.err if code else said.out
+
+
+def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, capsys):
+    words = ["--experts", "4", "64", "--ranks", "8", "--launcher", "torchrun --standalone --nproc-per-node 8"]
+    planned(tmp_path, capsys, *words, "parallel.ep=4")
+    tasks = {task.name: task.config.parallel.ep for task in open_study(tmp_path).tasks}
+    assert tasks == {f"{name}-seed0": 1 if name == "dense" else 4 for name in
+                     ("promoe-e4", "tc-e4", "dense", "promoe-e64", "tc-e64")}  # fmt: skip
+    dense = yaml.safe_load((tmp_path / "study.yaml").read_text())["variants"]["dense"]
+    assert dense["settings"] == {"model.router": "dense", "parallel.ep": 1}, "it can be read in the recipe"
+
+
+@pytest.mark.parametrize(
+    "routers, setting, expected",
+    [
+        ("promoe dense", "parallel.recompute=moe", {"promoe": "moe", "dense": "none"}),
+        ("promoe dense", "model.capacity_factor=1.5", {"promoe": 1.5, "dense": 0.0}),
+        ("tc ec", "model.capacity_factor=1.5", {"tc": 1.5, "ec": 0.0}),
+        ("promoe kmeans", "model.batch_scope=rank", {"promoe": "rank", "kmeans": "global"}),
+        ("promoe kmeans", "model.balance_weight=0.1", {"promoe": 0.1, "kmeans": 0.0}),
+        ("dense tc", "parallel.ep=4", {"dense": 1, "tc": 4}),
+    ],
+)
+def test_a_setting_that_a_model_cannot_take_is_that_of_the_preset_there(routers, setting, expected, tmp_path, capsys):
+    planned(tmp_path, capsys, "--routers", *routers.split(), "--ranks", "8", "--launcher", "srun python", setting)
+    section, _, name = setting.partition("=")[0].partition(".")
+    found = {task.variant: getattr(getattr(task.config, section), name) for task in open_study(tmp_path).tasks}
+    assert found == expected
+
+
+def test_a_preset_whose_own_router_cannot_take_a_setting_is_no_hindrance(tmp_path, capsys):
+    words = ["--routers", "dense", "tc", "--ranks", "4", "--launcher", "srun python"]
+    assert main(["study", "plan", str(tmp_path), "--preset", "dit_b", "--seeds", "0", *words, "parallel.ep=4"]) == 0
+    assert {task.variant: task.config.parallel.ep for task in open_study(tmp_path).tasks} == {"dense": 1, "tc": 4}
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--routers", "dense", "parallel.ep=4"], "parallel.ep"),
+        (["train.lr=-1"], "train.lr = -1.0: must lie in"),
+        (["model.hidden=3"], "did you mean hidden_size"),
+        (["--routers", "promoe", "kmeans", "train.lr=-1"], "train.lr = -1.0: must lie in"),
+    ],
+)
+def test_a_setting_that_no_model_can_take_is_still_refused(words, reason, tmp_path, capsys):
+    assert reason in planned(tmp_path / "s", capsys, *words, code=2)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_recipe_with_such_a_setting_is_refused_with_the_remedy():
+    made = recipe(
+        settings=TINY | {"parallel.ep": 2},
+        variants={
+            "promoe": {},
+            "dense": {"settings": {"model.router": "dense"}, "without": ["model.num_experts"]},
+        },
+        ranks=2,
+        launcher=["srun", "python"],
+    )
+    with pytest.raises(StudyError, match=r"parallel.ep = 2.*\[dense-seed0.*; other tasks can take it: set the value"):
+        expand(made)
+    content = recipe_dict(made)
+    content["variants"]["dense"]["settings"]["parallel.ep"] = 1
+    assert {task.variant: task.config.parallel.ep for task in expand(make_recipe(content))} == {"promoe": 2, "dense": 1}
+
+
+# ---- jobs of several ranks
+
+
+def submitted(folder, launcher: str, ranks: int, capsys, *words: str, code: int = 0) -> str:
+    """The options of sbatch that `study submit` prints, or why it prints none."""
+    if not folder.exists():
+        plan(folder, recipe(seeds=[0], ranks=ranks, launcher=launcher.split()))
+    assert main(["study", "submit", str(folder), "--dry-run", *words]) == code
+    said = capsys.readouterr()
+    return said.err if code else said.out.split("--array=0-1 ")[1].split(str(ROOT))[0].strip()
+
+
+@pytest.mark.parametrize(
+    "launcher, ranks, words, expected",
+    [
+        ("torchrun --nproc-per-node 8", 8, [], "--nodes=1 --ntasks=1 --gpus-per-node=8 --cpus-per-task=96"),
+        ("torchrun --nproc-per-node 4", 4, [], "--nodes=1 --ntasks=1 --gpus-per-node=4 --cpus-per-task=48"),
+        ("srun python", 4, [], "--nodes=1 --ntasks=4 --ntasks-per-node=4 --gpus-per-node=4"),
+        ("srun python", 16, [], "--nodes=2 --ntasks=16 --ntasks-per-node=8 --gpus-per-node=8"),
+        ("srun python", 16, ["--gpus-per-node=a100:4"], "--nodes=4 --ntasks=16 --ntasks-per-node=4 --gpus-per-node=4"
+         " --gpus-per-node=a100:4"),
+        ("/usr/bin/srun python", 8, ["--nodes", "4"], "--nodes=4 --ntasks=8 --ntasks-per-node=2 --gpus-per-node=2"
+         " --nodes 4"),
+        ("srun python", 8, ["-N4"], "--nodes=4 --ntasks=8 --ntasks-per-node=2 --gpus-per-node=2 -N4"),
+        ("srun python", 8, ["--nodelist=n1"], "--nodes=1 --ntasks=8 --ntasks-per-node=8 --gpus-per-node=8"
+         " --nodelist=n1"),
+    ],
+)  # fmt: skip
+def test_submit_asks_for_what_the_ranks_need(launcher, ranks, words, expected, tmp_path, capsys):
+    assert submitted(tmp_path / "s", launcher, ranks, capsys, *words) == expected
+
+
+def test_ranks_that_the_launcher_cannot_reach_are_refused(tmp_path, capsys):
+    said = submitted(tmp_path / "s", "torchrun --standalone --nproc-per-node 16", 16, capsys, code=2)
+    assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in said
+    assert submitted(tmp_path / "s", "", 16, capsys, "--gpus-per-node=16").startswith("--nodes=1 --ntasks=1 ")
+    said = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
+    assert "ranks = 8: do not spread evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in said
+
+
+def test_srun_is_asked_to_save_by_the_signal_that_it_hands_on(tmp_path):
+    """It would kill the ranks at SIGTERM."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\ntrap \'echo USR1 > "$0.heard"; exit 75\' USR1\n: > "$0.started"\n'
+                    "while :; do sleep 0.1; done\n")  # fmt: skip
+    srun.chmod(0o755)
+    study = plan(tmp_path / "s", recipe(seeds=[0], ranks=2, launcher=[str(srun), "python"]))
+    codes = runs.run_tasks(study, study.tasks[:1], 1, lambda: (tmp_path / "srun.started").exists())
+    assert set(codes.values()) == {75} and (tmp_path / "srun.heard").read_text() == "USR1\n"
+
+
+# ---- states
+
+
+def test_a_task_that_a_signal_killed_says_so(tmp_path, capfd):
+    code = "os.kill(os.getpid(), signal.SIGKILL)"
+    study = plan(tmp_path / "s", recipe(seeds=[0], launcher=stand_in(tmp_path, code)))
+    runs.run_tasks(study, study.tasks[:1])
+    first, second = study.tasks
+    assert study.state(first) == "killed by SIGKILL, none of 3 steps saved"
+    assert study.state(second) == "not started"
+    assert "promoe-e2-seed0: killed by SIGKILL after" in capfd.readouterr().err
+
+
+def test_a_task_killed_together_with_the_program_that_started_it_says_so(tmp_path):
+    code = """
+(run.parent.parent / "started").write_text(str(saved))
+run.mkdir(parents=True, exist_ok=True)
+(run / "metrics.jsonl").write_text('{"step": 2}\\n')
+time.sleep(60)
+"""
+    study = plan(tmp_path / "s", recipe(seeds=[0], launcher=stand_in(tmp_path, code)))
+    study.outcome_file(study.tasks[0]).parent.mkdir()
+    study.outcome_file(study.tasks[0]).write_text('{"code": 75, "said": ""}')  # of an earlier start
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megapromoe", "study", "run", str(study.folder), "--task", "0"],
+        start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until((study.folder / "started").exists, process)
+    process.kill()
+    process.wait()
+    for pid in [
+        pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if str(study.folder) in command_of(pid)
+    ]:
+        os.kill(pid, signal.SIGKILL)
+    assert study.state(study.tasks[0]).startswith("killed together with what had started it")
+    assert study.state(study.tasks[0]).endswith("none of 3 steps saved, 2 logged")
+
+
+def test_a_task_in_training_says_so(tmp_path):
+    from megapromoe.checkpoint.run_directory import RunDirectory
+
+    study = plan(tmp_path / "s", recipe(seeds=[0]))
+    task = study.tasks[0]
+    with RunDirectory.open(study.run(task), task.config, 1):
+        assert study.state(task).startswith(f"in training (pid {os.getpid()} on ")
+    assert "in training" not in study.state(task)

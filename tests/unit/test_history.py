@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megapromoe.checkpoint import history
-from megapromoe.checkpoint.history import complete_moves, leave_branch, left_branches, plan_start, progress
+from megapromoe.checkpoint.history import complete_moves, first_step, leave_branch, left_branches, plan_start, progress
 from megapromoe.checkpoint.manifest import CheckpointError, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
@@ -155,3 +155,11 @@ def test_a_dry_run_says_where_a_start_would_begin(run):
     saved(run, 28, "step-20")
     assert progress(run, 20).startswith("continues from step-00000028, branch 'step-20' (--step 20: branch 'step-20'")
     assert progress(RunDirectory(run.folder / "none")) == "has no checkpoint yet, starts from step 0"
+
+
+def test_the_step_where_a_start_would_begin(run):
+    assert first_step(run) == 40 and first_step(run, 20) == 20
+    leave_branch(run, 20, "why")
+    saved(run, 28, "step-20")
+    assert first_step(run, 20) == 28, "the branch has begun there"
+    assert first_step(RunDirectory(run.folder / "none")) == 0

@@ -1,0 +1,52 @@
+"""The learning rate of each step, and what the settings that changed since a run's last start do to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.reader import as_kind, kind_of
+
+
+def learning_rate(t: TrainConfig, step: int) -> float:
+    """Of the step after `step` steps: linear warm-up from lr/warmup to lr, then constant or a cosine to min_lr."""
+    if step < t.warmup:
+        return t.lr * (step + 1) / t.warmup
+    if t.schedule == "constant":
+        return t.lr
+    done = (step - t.warmup) / max(1, t.steps - t.warmup)
+    return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def describe_changes(config: Config, changed: Mapping[str, Sequence[Any]], step: int) -> list[str]:
+    """A line for each setting that changed, then one for the learning rate if they change that of the next step.
+
+    Args:
+        config: of this start.
+        changed: dotted name -> [value at the last start, value now].
+        step: steps done, 0 for a run that starts at the first.
+    """
+    lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+    before = _train_before(config.train, changed)
+    if 0 < step < config.train.steps and before is not None:
+        expected, now = learning_rate(before, step), learning_rate(config.train, step)
+        if now != expected:
+            last = learning_rate(before, step - 1)
+            lines.append(
+                f"learning rate: {last:.4g} at step {step} -> {now:.4g} at step {step + 1}"
+                f" ({expected:.4g} without these changes)"
+            )
+    return lines
+
+
+def _train_before(train: TrainConfig, changed: Mapping[str, Sequence[Any]]) -> TrainConfig | None:
+    """`train` with the values of the last start; None where one of them is no value of its field."""
+    old = {}
+    for field in fields(TrainConfig):
+        key = f"train.{field.name}"
+        if key in changed:
+            old[field.name] = as_kind(changed[key][0], kind_of(field))
+    return None if None in old.values() else replace(train, **old)

@@ -1,0 +1,87 @@
+"""The learning rate of each step, and what is said of settings that changed between two starts of a run."""
+
+import pytest
+
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.resolve import resolve
+from megapromoe.config.schedule import describe_changes, learning_rate
+
+COSINE = ("train.lr=1e-3", "train.min_lr=0", "train.schedule=cosine", "train.warmup=0", "train.steps=100")
+
+
+def config(*overrides: str):
+    return resolve("digits", overrides=[*COSINE, *overrides])
+
+
+def test_a_cosine_that_is_extended_raises_the_learning_rate_and_says_so():
+    lines = describe_changes(config("train.steps=200"), {"train.steps": [100, 200]}, 100)
+    last, now = learning_rate(config().train, 99), learning_rate(config("train.steps=200").train, 100)
+    assert now > 1000 * last
+    assert lines == [
+        "train.steps: 100 -> 200",
+        f"learning rate: {last:.4g} at step 100 -> {now:.4g} at step 101 (0 without these changes)",
+    ]
+    assert now == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    "changed, now",
+    [
+        ({"train.lr": [1e-3, 2e-3]}, ("train.lr=2e-3",)),
+        ({"train.schedule": ["cosine", "constant"]}, ("train.schedule=constant",)),
+        ({"train.warmup": [0, 80]}, ("train.warmup=80",)),
+        ({"train.min_lr": [0.0, 1e-4]}, ("train.min_lr=1e-4",)),
+    ],
+)
+def test_every_setting_of_the_schedule_is_heard_of(changed, now):
+    before = learning_rate(config().train, 50)
+    after = learning_rate(config(*now).train, 50)
+    (setting, rate) = describe_changes(config(*now), changed, 50)
+    assert before != after and f"-> {after:.4g} at step 51 ({before:.4g} without" in rate
+    (key, (old, new)) = next(iter(changed.items()))
+    assert setting == f"{key}: {old!r} -> {new!r}"
+
+
+def test_changes_that_leave_the_learning_rate_are_a_line_each():
+    changed = {"parallel.ep": [1, 2], "sample.steps": [50, 7], "train.log_every": [10, 1]}
+    assert describe_changes(config(), changed, 50) == [
+        "parallel.ep: 1 -> 2",
+        "sample.steps: 50 -> 7",
+        "train.log_every: 10 -> 1",
+    ]
+    assert describe_changes(config(), {}, 50) == []
+
+
+def test_no_learning_rate_is_named_where_no_step_follows_or_preceded():
+    shorter = config("train.steps=40")
+    assert len(describe_changes(shorter, {"train.steps": [100, 40]}, 50)) == 1
+    assert len(describe_changes(config("train.lr=2e-3"), {"train.lr": [1e-3, 2e-3]}, 0)) == 1
+
+
+def test_values_of_other_versions_and_hands_do_no_harm():
+    changed = {"train.lr": ["fast", 1e-3], "train.gone": [3, None], "train.steps": [None, 100]}
+    assert describe_changes(config(), changed, 50) == [
+        "train.lr: 'fast' -> 0.001",
+        "train.gone: 3 -> None",
+        "train.steps: None -> 100",
+    ]
+
+
+def opened(folder) -> RunDirectory:
+    run = RunDirectory.open(folder, config(), 1)
+    run.close()
+    return run
+
+
+def test_a_dry_run_says_what_the_learning_rate_becomes(tmp_path):
+    said = opened(tmp_path).state(config("train.steps=200"), progress="continues from step-00000100", step=100)
+    assert "continues from step-00000100; changes\n  train.steps: 100 -> 200\n  learning rate: " in said
+    assert said.endswith("-> 0.0005 at step 101 (0 without these changes)")
+
+
+def test_open_notes_what_changed_for_the_log(tmp_path):
+    opened(tmp_path)
+    with RunDirectory.open(tmp_path, config("train.steps=200"), 1) as run:
+        assert run.changed == {"train.steps": [100, 200]}
+    with RunDirectory.open(tmp_path, config("train.steps=200"), 1) as run:
+        assert run.changed == {}
