@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,7 @@ def why_not() -> str:
 
 @pytest.fixture
 def two_nodes():
-    """Names of two namespaces with an interface `link` each, addresses 10.213.7.1 and 10.213.7.2."""
+    """Names of two namespaces with an interface `node` each, addresses 10.213.7.1 and 10.213.7.2."""
     if reason := why_not():
         pytest.skip(reason)
     number = next(NUMBERS)
@@ -46,10 +47,10 @@ def two_nodes():
         for name in names:
             ip("netns", "add", name)
             ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "link", "netns", names[0], "type", "veth", "peer", "name", "link", "netns", names[1])
+        ip("link", "add", "node", "netns", names[0], "type", "veth", "peer", "name", "node", "netns", names[1])
         for place, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.213.7.{place}/24", "dev", "link")
-            ip("-n", name, "link", "set", "link", "up")
+            ip("-n", name, "addr", "add", f"10.213.7.{place}/24", "dev", "node")
+            ip("-n", name, "link", "set", "node", "up")
         yield names
     finally:
         for name in names:
@@ -60,10 +61,12 @@ def two_nodes():
 @pytest.mark.parametrize("cut", [0, 1], ids=["the side with the store", "the other side"])
 def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_path, fault_table):
     run = tmp_path / "run"
-    words = ["-m", "megapromoe", "train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; patient_start()"
+    words = ["-c", f"{program}; sys.exit(main())", str(Path(__file__).parents[1])]
+    words += ["train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
     words += [f"train.step_timeout={LIMIT:g}", "train.timeout=60"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-    clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "link"}
+    clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "node"}
     jobs: list[subprocess.Popen] = []
 
     def said(rank: int) -> str:
@@ -88,7 +91,7 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
                 jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
         wait_until(lambda: steps() >= 5 or any(job.poll() is not None for job in jobs), 300)
         assert [job.poll() for job in jobs] == [None, None], said(0)[-3000:] + said(1)[-3000:]
-        ip("-n", two_nodes[cut], "link", "set", "link", "down")
+        ip("-n", two_nodes[cut], "link", "set", "node", "down")
         broken = time.monotonic()
         wait_until(lambda: all(job.poll() is not None for job in jobs), BOUND)
         took = time.monotonic() - broken

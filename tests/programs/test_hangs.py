@@ -146,19 +146,18 @@ WRITE = "megapromoe.checkpoint.manager:write_rank"
 @pytest.mark.parametrize("last", [False, True], ids=["on the way", "the last"])
 def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table):
     """Between two steps as well as at the end, where all the others wait for its file."""
-    settings = ["train.save_every=3", f"train.steps={3 if last else 1000}", "train.step_timeout=4", "train.timeout=48"]
-    call = f"hang_in(1, {WRITE!r}, freeze)"
+    settings = ["train.save_every=3", f"train.steps={3 if last else 1000}", "train.step_timeout=4", "train.timeout=24"]
+    call = f"patient_start(); hang_in(1, {WRITE!r}, freeze)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
     started = time.monotonic()
-    assert end_of(jobs, tmp_path, frozen=1) == [1 if last else 76], said(tmp_path, 0)
-    named = "the run's last checkpoint could not be saved: .*rank-00001 did not write within 24 s"
-    assert re.search(named if last else "silent: rank 1, last in ", said(tmp_path, 0)), said(tmp_path, 0)
-    assert time.monotonic() - started < 150
+    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
+    assert "silent: rank 1, last in " in said(tmp_path, 0), said(tmp_path, 0)
+    assert time.monotonic() - started < 200
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")), "a checkpoint without that rank's file"
     fault_table.append(
         (
             f"a rank freezes while it writes {'the last' if last else 'a'} checkpoint",
-            f"named by the others, exit code {1 if last else 76}, no half checkpoint",
+            "named by the others, exit code 76, no half checkpoint",
             "the steps since the last save",
         )
     )
@@ -166,8 +165,8 @@ def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table
 
 def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_the_next(tmp_path, fault_table):
     """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training goes on."""
-    settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=48"]
-    call = f"hang_in(1, {WRITE!r})"
+    settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=24"]
+    call = f"patient_start(); hang_in(1, {WRITE!r})"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
     assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
     for rank in (0, 1):
@@ -207,7 +206,14 @@ def trained(tmp_path_factory) -> Path:
 )
 def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, trained, tmp_path, fault_table):
     words = [word if word != "OUT" else str(tmp_path / "out") for word in command]
-    jobs = start(tmp_path, *words, "--run-dir", str(trained), world=2, program=hanging(f"hang_in(1, {target!r})"))
+    jobs = start(
+        tmp_path,
+        *words,
+        "--run-dir",
+        str(trained),
+        world=2,
+        program=hanging(f"patient_start(); hang_in(1, {target!r})"),
+    )
     assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
     for rank in (0, 1):
         text = said(tmp_path, rank)
@@ -218,7 +224,7 @@ def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, t
 def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
     """It takes three times the limit."""
     settings = ["train.steps=2", "train.sample_every=2", "train.step_timeout=4", "sample.steps=24", "sample.batch=64"]
-    call = "slow_sampler(0.5)"
+    call = "patient_start(); slow_sampler(0.5)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
     assert end_of(jobs, tmp_path) == [0, 0], said(tmp_path, 0)
     assert list((tmp_path / "run" / "samples").glob("step-*2.png"))
@@ -231,7 +237,7 @@ def test_a_first_step_that_compiles_may_take_longer(tmp_path):
     """The same pause is a hang in any other step."""
     settings = ["train.steps=3", "train.step_timeout=3", "train.timeout=60"]
     for name, call, codes in (("first", 1, [0, 0]), ("second", 2, [76, 76])):
-        program = f"compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {call})"
+        program = f"patient_start(); compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {call})"
         folder = tmp_path / name
         folder.mkdir()
         words = training(folder, *settings, "train.compile=true")
@@ -240,12 +246,12 @@ def test_a_first_step_that_compiles_may_take_longer(tmp_path):
 
 def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fault_table):
     """Before the collectives of the others give up, which name nobody."""
-    settings = ["train.step_timeout=4", "train.timeout=48", "train.compile=true"]
-    program = f"compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
+    settings = ["train.step_timeout=4", "train.timeout=24", "train.compile=true"]
+    program = f"patient_start(); compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(program))
     assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
     text = said(tmp_path, 0)
-    assert "silent: rank 1, last in section 'forward and backward' of step 1" in text and "41 s more for this" in text
+    assert "silent: rank 1, last in section 'forward and backward' of step 1" in text and "17 s more for this" in text
     fault_table.append(("a rank freezes in the first, compiling step", "named with its place, exit code 76", "nothing"))
 
 
@@ -275,7 +281,7 @@ def test_a_rank_that_freezes_in_encode_is_named_and_the_command_repeated_goes_on
     source, out = images(tmp_path / "images"), tmp_path / "latents"
     words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
     words += ["--shard-size", "4", "--step-timeout", "4"]
-    call = f"hang_in({frozen}, 'megapromoe.data.encode:_write_shard', freeze, 2)"
+    call = f"patient_start(); hang_in({frozen}, 'megapromoe.data.encode:_write_shard', freeze, 2)"
     jobs = start(tmp_path, *words, world=2, program=hanging(call))
     assert end_of(jobs, tmp_path, frozen=frozen) == [76], said(tmp_path, 1 - frozen)
     text = said(tmp_path, 1 - frozen)

@@ -89,3 +89,10 @@ def compile_by_graph() -> None:
 
     real = parallelize.compile_dense
     parallelize.compile_dense = lambda model: real(model, "aot_eager")
+
+
+def patient_start() -> None:
+    """The start-up is not watched, in which a busy machine may need any time for imports and compilers."""
+    from megapromoe.distributed import watchdog
+
+    watchdog.starting = lambda *arguments, **options: watchdog.pause()
