@@ -18,6 +18,7 @@ from megapromoe.data.contact_sheet import MARGIN, contact_sheet
 from megapromoe.data.encode import EncodedImages, EncodeError
 from megapromoe.data.images import ImageError, read_image, scan
 from megapromoe.data.latents import Latents, check, read_manifest
+from megapromoe.distributed import watchdog
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -101,6 +102,27 @@ def interrupted(folder):
     with pytest.raises(KeyboardInterrupt):
         encode.encode(Interrupted(), folder, shard_size=16)
     return folder
+
+
+def test_the_watchdog_is_told_of_each_shard_and_of_each_record(tmp_path):
+    class Recorder:
+        places, touches = [], 0
+
+        def at(self, place, extra=0.0):
+            self.places.append(place)
+
+        def touch(self):
+            self.touches += 1
+
+        def close(self):
+            pass
+
+    recorder, folder = Recorder(), tmp_path / "l"
+    with watchdog.watching(recorder):
+        encode.encode(Arrays(), folder, shard_size=16)
+    shards = [f"shard {number} of 3 of {folder}" for number in (1, 2, 3)]
+    ends = [f"waiting for the other ranks' shards of {folder}", f"writing the index of {folder}"]
+    assert recorder.places == shards + ends and recorder.touches == 40
 
 
 def test_a_damaged_part_is_named_and_its_shard_made_again(tmp_path, caplog):

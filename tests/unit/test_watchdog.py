@@ -8,6 +8,7 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from megapromoe.distributed import watchdog as watchdog_module
+from megapromoe.distributed.agreement import MetRanks
 from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import MAX_BYTES, MessageTimeout, StoreChannel
 from megapromoe.distributed.watchdog import Watchdog, find_hang
@@ -268,3 +269,38 @@ def test_places_go_to_the_watchdogs_of_this_job_alone(three):
     watchdog_module.at("after")
     assert [dog._place for dog in three] == ["outer", "inner", ""]
     assert [dog._closed.is_set() for dog in three] == [True, True, False]
+
+
+def test_ranks_that_met_leave_together_and_rank_0_last(three):
+    store = HashStore()
+    ranks = [MetRanks(store, StoreChannel(store, rank, 3, 5.0, 5.0), three[rank]) for rank in range(3)]
+    left = []
+
+    def leave(rank):
+        ranks[rank].wait_for_all()
+        left.append(rank)
+
+    threads = [threading.Thread(target=leave, args=(rank,)) for rank in range(3)]
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(timeout=0.6)
+    assert threads[0].is_alive() and not left, "one rank has not finished"
+    threads[2].start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(left) == [0, 1, 2] and left[2] == 0
+
+
+def test_a_rank_whose_store_does_not_answer_waits_for_its_watchdog(three, monkeypatch):
+    channel = StoreChannel(Frozen(), 1, 3, timeout=0.1, patience=60.0)
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megapromoe.distributed.agreement.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        MetRanks(HashStore(), channel, three[1]).wait_for_all()
+    assert len(looks) == 3, "neither an error nor a return"
