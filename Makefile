@@ -1,11 +1,11 @@
-# make env | train | test | test-all | check | equality | layouts | faults | format | clean
+# make env | train | test | test-all | check | equality | layouts | faults | fuzz | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Files go to two processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: env train test test-rest test-all check equality layouts faults format clean
+.PHONY: env train test test-rest test-all check equality layouts faults fuzz format clean
 
 env: $(INSTALLED)
 
@@ -43,7 +43,10 @@ layouts: env
 	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md
 
 faults: env
-	$(BIN)/python -m pytest -q tests/programs/test_killed_jobs.py tests/parallel/test_faults.py --fault-table docs/faults.md
+	$(BIN)/python -m pytest -q --fault-table docs/faults.md
+
+fuzz: env
+	$(BIN)/python tools/fuzz.py --out docs/damage.md
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -188,7 +188,7 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
 
 
 def _run_rank(command: Command, options: argparse.Namespace, launch: Launch) -> int:
-    from megapromoe.distributed import runtime
+    from megapromoe.distributed import process_end
 
     try:
         return command.run(options, launch)
@@ -201,9 +201,9 @@ def _run_rank(command: Command, options: argparse.Namespace, launch: Launch) -> 
         return error.exit_code
     except ImportError as error:
         if missing_package(error) is None and launch.world > 1:
-            runtime.leave(error)
+            process_end.leave(error)
         raise  # all ranks have the same packages, and end with the same message
     except Exception as error:
         if launch.world > 1:
-            runtime.leave(error)
+            process_end.leave(error)
         raise

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.fault_table import FaultTable, Rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +35,11 @@ TABLES = {
 FOLDERS = ("cluster", "programs", "parallel", "unit")
 
 
+def pytest_configure(config):
+    if file := config.getoption("--fault-table"):
+        config.pluginmanager.register(FaultTable(Path(file)))
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
 
@@ -43,25 +49,12 @@ def pytest_sessionfinish():
         processes.stop_workers()
 
 
+@pytest.fixture
+def fault_table(request):
+    """Takes rows (fault, what happened, what was lost) for the fault table; a test that asks for it is in the table."""
+    return Rows(request.node)
+
+
 def pytest_addoption(parser):
     for option, what in TABLES.items():
         parser.addoption(option, metavar="FILE", help=f"write {what} to FILE (Markdown)")
-
-
-@pytest.fixture(scope="session")
-def fault_table(request):
-    """Rows (fault, what happened, what was lost) of the fault table."""
-    rows = []
-    yield rows
-    if file := request.config.getoption("--fault-table"):
-        lines = [
-            "# Faults",
-            "",
-            "What was done to small runs of 2 or 4 gloo processes, what happened, and what it cost.",
-            "Written by `make faults`.",
-            "",
-            "| fault | what happened | lost |",
-            "|---|---|---|",
-            *(f"| {' | '.join(row)} |" for row in rows),
-        ]
-        Path(file).write_text("\n".join(lines) + "\n")

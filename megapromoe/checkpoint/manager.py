@@ -8,6 +8,7 @@ leaves a folder named ``.writing``, which is no checkpoint and is removed by the
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -28,6 +29,7 @@ from megapromoe.checkpoint.format import (
     commit,
     write_rank,
 )
+from megapromoe.checkpoint.manifest import FOLDER, MANIFEST
 from megapromoe.checkpoint.retention import remove_leftovers, retire
 from megapromoe.checkpoint.run_directory import OtherRun
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
@@ -79,6 +81,7 @@ class Saver:
         self.failures = 0
         self.figures: dict[str, float] = {}  # of the last save that ended: stall ms, save s, bytes
         self._thread: threading.Thread | None = None
+        self._step = 0  # of the save in flight
         self._problem = ""
 
     def save(self, facts: dict[str, Any]) -> None:
@@ -102,6 +105,7 @@ class Saver:
         if total is None:
             return
         facts = {**facts, "shapes": {n: list(p.shape) for n, p in engine.layouts.items()}, "buffers": sorted(buffers)}
+        self._step = facts["step"]
         self.figures = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
         self._problem = "its thread ended early"  # until the thread says otherwise
         self._thread = threading.Thread(target=self._write, args=(aside, final, snap, facts), name="saver", daemon=True)
@@ -113,8 +117,11 @@ class Saver:
         Raises CheckpointError as `save` does; with `last`, for any failure.
         """
         if self._thread is not None:
+            step = self._step
+            watchdog.at(f"writing this rank's file of the checkpoint of step {step}", math.inf)
             self._thread.join()
             self._thread = None
+            watchdog.at(f"waiting for the other ranks' files of the checkpoint of step {step}", math.inf)
             problem, self.figures = broadcast_from_rank0((self._problem, self.figures))
             self._count(problem)
         if last and self.failures:
@@ -199,7 +206,9 @@ def resume(
     Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
     rank: `step` is not there or damaged, or the checkpoint is of another model or run; nothing is changed then.
     """
-    steps = broadcast_from_rank0(steps_in(root))  # one view of the folder
+    steps, incomplete = broadcast_from_rank0((steps_in(root), _incomplete_in(root)))  # one view of the folder
+    for folder in incomplete:
+        logger.warning("%s: has no manifest.json, so it is no checkpoint; bring the file back, or remove it", folder)
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{root}: has no complete checkpoint of step {step}; there are {steps or 'none'}")
@@ -229,7 +238,23 @@ def resume(
         damaged[candidate] = damage
     if steps:
         raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start anew")
+    if folders := broadcast_from_rank0(_step_folders(root)):
+        names = ", ".join(folder.name for folder in folders[:8])
+        raise CheckpointError(
+            f"{root}: holds {names}, none a whole checkpoint of its step; move them away to start anew"
+        )
     return None
+
+
+def _step_folders(root: Path) -> list[Path]:
+    """The folders under `root` that are named as checkpoints."""
+    folders = root.iterdir() if root.is_dir() else ()
+    return sorted(folder for folder in folders if FOLDER.fullmatch(folder.name))
+
+
+def _incomplete_in(root: Path) -> list[Path]:
+    """Those without a manifest. A save makes none: its folder has another name until the manifest is in it."""
+    return [folder for folder in _step_folders(root) if not (folder / MANIFEST).exists()]
 
 
 @torch.no_grad()

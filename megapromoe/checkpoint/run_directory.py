@@ -240,7 +240,7 @@ class RunDirectory:
         The system gives the lock free when this process ends, however it does.
         """
         file = open_regular(self.lock_file, os.O_RDONLY if look else os.O_RDWR | os.O_CREAT)
-        lock = open(file, "r" if look else "r+", encoding="utf-8")  # noqa: SIM115, held while we live
+        lock = open(file, "r" if look else "r+", encoding="utf-8", errors="replace")  # noqa: SIM115, held while we live
         try:
             fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if look else fcntl.LOCK_EX))
         except BlockingIOError as error:
@@ -314,7 +314,7 @@ class RunDirectory:
             entries = json.loads(self.environment.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunDirectoryError(f"{self.environment}: is damaged ({error}); {remedy}") from error
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); {remedy}")

@@ -34,8 +34,9 @@ examples:
   megapromoe encode --images photos --autoencoder none --resolution 64 --out pixels
   megapromoe train --preset promoe_b --run runs/b data.source=latents data.path=latents/train
 
-exit codes: 0 done, 1 it failed, 2 the command is wrong"""
+exit codes: 0 done, 1 it failed, 2 the command is wrong, 76 a rank hung (repeat the command)"""
 JOB = True
+MEETING = 3600.0  # seconds in which all ranks must have come; listing the files of each may take half of it
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,19 +59,33 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
     parser.add_argument("--workers", type=positive, metavar="N", default=2, help="threads that read; default 2")
     parser.add_argument("--shard-size", type=positive, metavar="N", default=32768, help="files a shard; default 32768")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--step-timeout",
+        type=positive,
+        metavar="SECONDS",
+        default=900,
+        help="over several ranks: seconds without a finished batch on any of them that are a hang; default 900",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
 def run(options: argparse.Namespace, launch: Launch) -> int:
     if options.images and not options.autoencoder:
         raise CommandError('--images needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
+    from megapromoe.distributed.agreement import met_ranks
+
     log = logging.getLogger("megapromoe")
     log.setLevel(logging.INFO)  # every rank reports its shards, with the time
     for handler in log.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     try:
         with file_errors():
-            return _encode(options, launch)
+            if launch.world == 1:
+                return _encode(options, launch)
+            with met_ranks(launch, MEETING, options.step_timeout, "--step-timeout") as ranks:
+                code = _encode(options, launch)
+                ranks.wait_for_all()  # whoever hangs meanwhile is named
+                return code
     except KeyboardInterrupt as error:
         raise InterruptedCommand("interrupted; repeat the command to go on") from error
 
@@ -79,7 +94,9 @@ def _encode(options: argparse.Namespace, launch: Launch) -> int:
     from tqdm import tqdm
 
     from megapromoe.data.encode import encode
+    from megapromoe.distributed import watchdog
 
+    watchdog.starting("listing the files and opening the autoencoder")
     source = _open_source(options, launch.local_rank)
     total = len(source.scan.items)
     if launch.rank == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,8 +42,7 @@ def open_published(path: Path, config: Config | None) -> State:
         raise ConversionError(f"{path}: holds {holds}; a published checkpoint has model_state_dict")
     for kind, tensors in found.items():
         _check_tensors(path, sets[kind], tensors)
-    if not isinstance(tree.get("step", 0), (int, Stored)):
-        raise ConversionError(f"{path}: its step is no whole number")
+    step = _steps(path, "step", tree.get("step", 0))
     config = needed(config, path)
     check_published(config, path)
     notes = []
@@ -93,8 +93,6 @@ def open_published(path: Path, config: Config | None) -> State:
         kinds = KINDS
     else:
         notes.append("it has no optimizer state: moments start at zero")
-    step = tree.get("step", 0)
-    step = int(step.read()) if isinstance(step, Stored) else int(step)
     read = reader(pieces, shapes)
     return State(path, "published", config, step, updates, kinds, shapes, buffers, read, "1 file", notes)
 
@@ -117,9 +115,7 @@ def _moments(
     config: Config,
 ) -> int:
     """Adds AdamW's moments to `pieces`; returns its steps. `names`: parameters in the optimizer's order."""
-    if not isinstance(optimizer, Mapping) or not {"param_groups", "state"} <= optimizer.keys():
-        raise ConversionError(f"{path}: its optimizer state is not that of torch.optim.AdamW")
-    groups, states = optimizer["param_groups"], optimizer["state"]
+    groups, states = _groups_and_states(path, optimizer)
     indices = [index for group in groups for index in group["params"]]
     listed = [name for group in groups for name in group.get("param_names", [])]
     if listed:
@@ -141,11 +137,11 @@ def _moments(
         if state is None:
             missing.append(name)
         else:
-            step = state["step"]
-            steps.add(int(step.read()) if isinstance(step, Stored) else int(step))
+            steps.add(_steps(path, f"optimizer's step of {name}", state.get("step")))
         for kind in ("exp_avg", "exp_avg_sq"):
             stored = None if state is None else state.get(kind)
-            if state is not None and (stored is None or stored.shape != shapes[ours][row is not None :]):
+            shape = shapes[ours][row is not None :]
+            if state is not None and (not isinstance(stored, Stored) or stored.shape != shape):
                 raise ConversionError(f"{path}: the {kind} of {name} is missing or of another shape; it is no AdamW's")
             place(pieces, (kind, ours), row, stored)
     if missing:
@@ -159,6 +155,33 @@ def _moments(
         if stored_value != value:
             notes.append(f"its AdamW has {key} = {stored_value}, the config {value}, which will be used")
     return max(steps, default=0)
+
+
+def _groups_and_states(path: Path, optimizer: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Mapping[str, Any]]]:
+    """The parameter groups and the states of a torch.optim.AdamW. Raises ConversionError if they are malformed."""
+    bad = f"{path}: its optimizer state is not that of torch.optim.AdamW"
+    if not isinstance(optimizer, Mapping) or not {"param_groups", "state"} <= optimizer.keys():
+        raise ConversionError(f"{bad} (it has no param_groups, or no state)")
+    groups, states = optimizer["param_groups"], optimizer["state"]
+    if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
+        raise ConversionError(f"{bad} (its param_groups are no list of mappings)")
+    for group in groups:
+        for key, kind, default in (("params", int, None), ("param_names", str, [])):
+            values = group.get(key, default)
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+                raise ConversionError(f"{bad} ({key} of a group are not a list of {kind.__name__})")
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise ConversionError(f"{bad} (its state is no mapping of mappings)")
+    return groups, states
+
+
+def _steps(path: Path, name: str, value: Any) -> int:
+    """A number of steps, stored as a number or as a tensor of one element. Raises ConversionError."""
+    if isinstance(value, Stored):
+        value = value.read().item() if math.prod(value.shape) == 1 else None
+    if type(value) not in (int, float) or not 0 <= value < 1 << 53 or value != int(value):
+        raise ConversionError(f"{path}: its {name} is no whole number, 0 or more")
+    return int(value)
 
 
 # ---- DeepSpeed
@@ -192,8 +215,10 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
     if not isinstance(main, Mapping) or "module" not in main:
         raise ConversionError(f"{files[0]}: has no module, so it is no checkpoint of DeepSpeed")
     for key in ("module", "ema_module", "megapromoe_buffers"):
-        _check_tensors(files[0], key, main.get(key) or {})
+        _check_tensors(files[0], key, main[key] if main.get(key) is not None or key == "module" else {})
     said = main.get("megapromoe") or {}
+    if not isinstance(said, Mapping):
+        raise ConversionError(f"{files[0]}: its megapromoe is no mapping")
     config = config or (config_from(said["config"]) if "config" in said else None)
     config = needed(config, path)
     shapes, buffer_shapes = model_shapes(config.model)
@@ -220,8 +245,17 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
     kinds: tuple[str, ...] = ("master", "ema")
     updates = 0
     states = folder / "expp_rank_0_mp_rank_00_optim_states.pt"
-    optimizer = read_pickle(states)["optimizer"] if states.is_file() else main.get("optimizer")
-    if optimizer and all("param_names" in group for group in optimizer["param_groups"]):
+    optimizer = main.get("optimizer")
+    if states.is_file():
+        content = read_pickle(states)
+        if not isinstance(content, Mapping) or "optimizer" not in content:
+            raise ConversionError(f"{states}: has no optimizer, so it is no optimizer state of DeepSpeed")
+        optimizer = content["optimizer"]
+    if (
+        isinstance(optimizer, Mapping)
+        and {"param_groups", "state"} <= optimizer.keys()
+        and all("param_names" in group for group in _groups_and_states(folder, optimizer)[0])
+    ):
         updates = _moments(folder, optimizer, [], places, pieces, notes, config)
         kinds = KINDS
     else:
@@ -231,7 +265,7 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None) -> State
         folder,
         "deepspeed",
         config,
-        int(main.get("global_steps", 0)),
+        _steps(files[0], "global_steps", main.get("global_steps", 0)),
         updates,
         kinds,
         shapes,

@@ -69,11 +69,14 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[s
     """
     if not isinstance(sections, Mapping) or not all(isinstance(values, Mapping) for values in sections.values()):
         raise ConversionError("the config in the checkpoint is no mapping of sections; give --config FILE")
-    settings = [
-        f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for section, values in sections.items()
-        for name, value in values.items()
-    ]
+    try:
+        settings = [
+            f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for section, values in sections.items()
+            for name, value in values.items()
+        ]
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"the config in the checkpoint holds what is no setting ({error})") from error
     return resolve(overrides=[*settings, *overrides])
 
 

@@ -29,12 +29,15 @@ from safetensors.numpy import save
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest
+from megapromoe.distributed import watchdog
 from megapromoe.errors import UserError
-from megapromoe.io import SUFFIX, atomic_write, sha256_of, write_bytes, write_json, write_text
+from megapromoe.io import SUFFIX, atomic_write, sha256_of, sha256_of_json, write_bytes, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"
+PART_HASH = "part_sha256"  # in a part: the hash of all the rest of it; earlier versions wrote none
+PART = {"sha256", "labels", "crc32", "names", "skipped", "error_squares", "noise_squares"}  # keys of that rest
 SHARD_SIZE = 32768  # files: 1.07 GB of the SD-VAE's latents at 256 x 256
 POLL = 0.5  # seconds between looks at what other ranks have finished
 
@@ -149,6 +152,7 @@ def encode(
         told = _Told(folder, source, shard_size, shards, progress if rank == 0 else None)
         for number in range(rank, shards, world):
             items = source.scan.items[number * shard_size : (number + 1) * shard_size]
+            watchdog.at(f"shard {number + 1} of {shards} of {folder}")
             if _part(folder, number) is None:
                 _write_shard(source, folder, number, items, told.own if rank == 0 else progress)
                 logger.info("%s: shard %d of %d", folder, number + 1, shards)
@@ -157,7 +161,9 @@ def encode(
             told.others()
         if rank:
             return None
+        watchdog.at(f"waiting for the other ranks' shards of {folder}")
         _wait(folder, shards, patience, told)
+        watchdog.at(f"writing the index of {folder}")
         return _merge(source, folder, shards)
 
 
@@ -186,7 +192,12 @@ def _owned(folder: Path, plan: dict[str, Any], rank: int, patience: float) -> It
         if time.monotonic() > deadline:
             raise EncodeError(f"{path}: rank 0 has not begun in {patience:g} s; start all ranks on one shared folder")
         time.sleep(POLL)
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_bytes())
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise EncodeError(f"{path} is damaged: {error}; take it from a copy, or encode into a new folder") from error
     if different := sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)):
         told = ", ".join(f"{key} was {_short(before.get(key))}, is {_short(plan.get(key))}" for key in different)
         raise EncodeError(
@@ -235,6 +246,7 @@ def _write_shard(
                 crc32.append(zlib.crc32(data))
                 names.append(item.path)
             progress(1)
+            watchdog.touch()
         file.seek(0)
         file.write(npy_header((len(labels), *_record_shape(facts)), facts["dtype"]))
     part: dict[str, Any] = {
@@ -245,7 +257,7 @@ def _write_shard(
         "skipped": skipped,
     }
     part |= {"error_squares": error_squares, "noise_squares": noise_squares}
-    write_json(folder / _part_name(number), part)
+    write_json(folder / _part_name(number), part | {PART_HASH: sha256_of_json(part)})
 
 
 def record_bytes(facts: dict[str, Any]) -> int:
@@ -266,13 +278,20 @@ def _part_name(number: int) -> str:
 
 
 def _part(folder: Path, number: int) -> dict[str, Any] | None:
-    """What a rank left of a finished shard; None before that."""
-    if not (folder / _shard_name(number)).exists():
+    """What a rank left of a finished shard; None before that, and, with a warning, if it is damaged."""
+    path = folder / _part_name(number)
+    if not (folder / _shard_name(number)).exists() or not path.exists():
         return None
     try:
-        return json.loads((folder / _part_name(number)).read_text())
-    except FileNotFoundError:
-        return None
+        part = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        part = None
+    if isinstance(part, dict):
+        digest = part.pop(PART_HASH, None)
+        if part.keys() == PART and digest in (None, sha256_of_json(part)):
+            return part
+    logger.warning("%s is damaged; its shard is made again", path)
+    return None
 
 
 class _Told:
@@ -325,7 +344,7 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     for number in range(shards):
         part = _part(folder, number)
         if part is None:
-            raise EncodeError(f"{folder / _shard_name(number)} is gone; repeat the command")
+            raise EncodeError(f"{folder / _shard_name(number)} or its part is gone or damaged; repeat the command")
         parts.append(part)
     skipped = [*source.scan.skipped, *(tuple(pair) for part in parts for pair in part["skipped"])]
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))

@@ -6,8 +6,10 @@ In a process that has joined no job, all of it is what one rank does.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe.distributed import rendezvous, runtime, watchdog
+from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.distributed.watchdog import LEAVING, Watchdog
 from megapromoe.errors import ExitCode, UserError
@@ -23,6 +26,8 @@ from megapromoe.errors import ExitCode, UserError
 T = TypeVar("T")
 
 STEP_TIMEOUT = 300.0  # seconds, where no run's config says it
+POLL = 0.2  # seconds between two looks at how many ranks have finished
+LAST_LOOK = 10.0  # seconds that rank 0 keeps the store for the others, once all have finished
 
 
 @contextmanager
@@ -37,21 +42,13 @@ def watched_job(
         records: folder for NCCL's flight records of a hang.
     """
     if records is not None:
-        runtime.keep_flight_records(records)
-    if launch.world == 1:
-        store: dist.Store = dist.HashStore()
-        connection = store
-    else:
-        store = rendezvous.gather(launch, timeout)
-        connection = rendezvous.own_connection(store, min(timeout, 30.0))
-    channel = StoreChannel(connection, launch.rank, launch.world, min(step_timeout, 30.0), timeout)
-    # Alone, nothing tells how long the start-up may take. Together, half the time for which ranks wait for each other:
-    # a hang is to be named before a collective gives up, which names nobody.
-    extra = math.inf if launch.world == 1 else max(timeout / 2 - step_timeout, 0.0)
-    dog = Watchdog(channel, step_timeout, "train.step_timeout", start_extra=extra)
-    with closing(channel), watchdog.watching(dog):
+        runtime.enable_flight_records(records)
+    # Alone, nothing tells how long anything but a step may take. Together, a hang is to be named before a collective
+    # gives up, which names nobody.
+    longest = math.inf if launch.world == 1 else max(timeout - watchdog.verdict_time(step_timeout), timeout / 2)
+    with met_ranks(launch, timeout, step_timeout, "train.step_timeout", longest, records) as ranks:
         watchdog.starting("joining torch.distributed")
-        job = runtime.start(launch, timeout, store)
+        job = runtime.start(launch, timeout, ranks.store)
         try:
             yield job
         except Exception as error:
@@ -59,10 +56,68 @@ def watched_job(
                 watchdog.at(LEAVING)
                 runtime.stop()
             elif not isinstance(error, UserError):
-                dog.await_verdict(error)
+                ranks.watchdog.await_verdict(error)
             raise
         watchdog.at(LEAVING)
         runtime.stop()
+
+
+@dataclass(frozen=True)
+class MetRanks:
+    """Ranks that have met in the job's store, and watch each other; they need no process group."""
+
+    store: dist.Store
+    channel: StoreChannel
+    watchdog: Watchdog
+
+    def wait_for_all(self) -> None:
+        """Returns once every rank has called it. The watchdog limits the wait. Collective."""
+        watchdog.at("waiting for the other ranks")
+        # Where the store does not answer, the watchdog ends this process after its limit, with a sentence.
+        with suppress(StoreUnreachable):
+            self.channel.count("finished")
+        while not self._all_counted("finished"):
+            time.sleep(POLL)
+        with suppress(StoreUnreachable):
+            self.channel.count("left")
+        deadline = time.monotonic() + LAST_LOOK
+        while self.channel.rank == 0 and not self._all_counted("left") and time.monotonic() < deadline:
+            time.sleep(POLL)  # rank 0 may hold the store, which the others still ask
+
+    def _all_counted(self, name: str) -> bool:
+        with suppress(StoreUnreachable):
+            return self.channel.count(name, 0) >= self.channel.world
+        return False
+
+
+@contextmanager
+def met_ranks(
+    launch: runtime.Launch,
+    timeout: float,
+    step_timeout: float,
+    limit_name: str,
+    longest: float = math.inf,
+    records: Path | None = None,
+) -> Iterator[MetRanks]:
+    """Meets the ranks of `launch`, under one watchdog until the end of the block. Collective.
+
+    Args:
+        timeout: seconds to wait for the other ranks.
+        step_timeout: seconds without progress that are a hang; in the start-up at least half of `timeout`, alone any.
+        limit_name: the option that sets `step_timeout`, for the message.
+        longest, records: see `Watchdog`.
+    """
+    if launch.world == 1:
+        store: dist.Store = dist.HashStore()
+        connection = store
+    else:
+        store = rendezvous.gather(launch, timeout)
+        connection = rendezvous.own_connection(store, min(timeout, 30.0))
+    channel = StoreChannel(connection, launch.rank, launch.world, min(step_timeout, 30.0), timeout)
+    extra = math.inf if launch.world == 1 else max(timeout / 2 - step_timeout, 0.0)
+    dog = Watchdog(channel, step_timeout, limit_name, start_extra=extra, longest=longest, flight_records=records)
+    with closing(channel), watchdog.watching(dog):
+        yield MetRanks(store, channel, dog)
 
 
 @contextmanager

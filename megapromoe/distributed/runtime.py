@@ -1,23 +1,18 @@
-"""Start-up and the outside world: devices, threads, and the end of a process.
+"""Start-up and the outside world: devices, threads, torch.distributed.
 
 This file and `launch_environment.py` are the only ones that read environment variables.
 """
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import os
 import sys
-import threading
-import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from megapromoe.distributed.launch_environment import Launch
-from megapromoe.io import write_bytes
 
 if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
     import torch
@@ -99,62 +94,16 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     return Job(device, store)
 
 
-_FLIGHT_RECORDS: list[Path] = []  # the folder of NCCL's, once it is known
-_DUMP = 10.0  # seconds that NCCL's flight recorder has to write
-
-
-def keep_flight_records(folder: Path) -> None:
+def enable_flight_records(folder: Path) -> None:
     """NCCL's flight recorder (its last collectives, their ranks and states) shall write to `folder` if the job hangs.
 
-    Called before the job is joined. Both torch, when a collective times out, and `end` write there; torch makes no
-    folder. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
+    Called before the job is joined. Both torch, when a collective times out, and `process_end.end` write there; torch
+    makes no folder. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
     """
-    _FLIGHT_RECORDS[:] = [folder]
     prefix = str(folder / "rank_")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-
-
-def end(message: str, code: int) -> NoReturn:
-    """Ends this process at once, from any thread, whatever it waits for; leaves what tells why it waited.
-
-    That is the Python stacks of all its threads on stderr, and NCCL's flight record.
-    """
-    print(f"megapromoe, {message}", file=sys.stderr, flush=True)
-    if sys.__stderr__ is not None:
-        with contextlib.suppress(OSError, ValueError):  # a closed stderr
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
-    if _FLIGHT_RECORDS:
-        writer = threading.Thread(target=_write_flight_record, args=(_FLIGHT_RECORDS[0],), daemon=True)
-        writer.start()
-        writer.join(_DUMP)
-    os._exit(code)
-
-
-def _write_flight_record(folder: Path) -> None:
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or "nccl" not in dist.get_backend():
-        return
-    rank = dist.get_rank()
-    try:
-        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
-
-        write_bytes(folder / f"rank_{rank}", _dump_nccl_trace(), parents=True)
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
-
-
-def leave(error: BaseException) -> NoReturn:
-    """Ends this process at once, with its traceback and exit code 1.
-
-    An orderly end would wait for threads that wait for other ranks; leaving closes the connections, and those notice.
-    """
-    traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def stop() -> None:

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from megapromoe.distributed import runtime
+from megapromoe.distributed import process_end
 from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import StoreChannel
 
@@ -78,6 +81,9 @@ class Watchdog:
             what all ranks print, and the exit code of all.
         every_place: report each place at once, which costs a message to the store; otherwise once a pulse.
         start_extra: more seconds that each place of the start-up may take: see `starting`.
+        longest: seconds after which any place is a hang, whatever more it may take. Where ranks wait for each other in
+            collectives, these fail after some time and name nobody: a hang must be named before.
+        flight_records: folder for NCCL's flight record of a hang.
         code: exit code where no rank can judge any more.
     """
 
@@ -90,10 +96,13 @@ class Watchdog:
         every_place: bool = False,
         start_extra: float = 0.0,
         code: int = HUNG,
+        longest: float = math.inf,
+        flight_records: Path | None = None,
     ):
         self.channel, self.limit, self.limit_name, self.on_hang = channel, limit, limit_name, on_hang
         self.every_place, self.start_extra, self.code = every_place, start_extra, code
-        self.pulse = min(limit / 8, 30.0)
+        self.longest, self.flight_records = longest, flight_records
+        self.pulse = pulse_of(limit)
         self._place, self._position, self._since, self._extra = "", 0, time.monotonic(), 0.0
         self._paused = True
         self._reports = 0
@@ -107,10 +116,11 @@ class Watchdog:
         """This rank comes to the next place; all ranks come to the same ones in the same order.
 
         Args:
-            extra: seconds that this place may take beyond `limit`.
+            extra: seconds that this place may take beyond `limit`, `longest` in all at most.
         """
         starts = not self._reports or self._place.startswith(START_UP)
-        self._place, self._position, self._since, self._extra = place, self._position + 1, time.monotonic(), extra
+        self._extra = min(extra, max(self.longest - self.limit, 0.0))
+        self._place, self._position, self._since = place, self._position + 1, time.monotonic()
         self._paused = False
         if self.every_place or starts:  # a rank can hang before its thread's next pulse, in its first step
             with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
@@ -164,7 +174,7 @@ class Watchdog:
             except Exception:
                 if not self._closed.is_set():
                     traceback.print_exc()
-                    runtime.end(f"rank {self.channel.rank}: its watchdog failed", 1)
+                    process_end.end(f"rank {self.channel.rank}: its watchdog failed", 1)
 
     def _limit_here(self) -> float:
         """Rank 0 looks first, since `on_hang` may know most there; the others once it should have."""
@@ -207,46 +217,56 @@ class Watchdog:
         return {rank: _Report(*report) for rank, report in reports.items()}
 
     def _end(self, sentence: str, code: int) -> None:
-        limit = f"{self.limit_name} = {self.limit:g}"
+        limit = f"{self.limit_name} = {self.limit:g}" + (f", {self._extra:g} s more for this" if self._extra else "")
         stopped = f"no progress for {time.monotonic() - self._since:.0f} s ({limit}) in {self._place}"
-        runtime.end(f"rank {self.channel.rank}: {stopped}; {sentence}", code)
+        process_end.end(f"rank {self.channel.rank}: {stopped}; {sentence}", code, self.flight_records)
 
 
-_current: list[Watchdog] = []  # that of this process, while its job is watched
+def pulse_of(limit: float) -> float:
+    """Seconds between two reports of a watchdog with this limit."""
+    return min(limit / 8, 30.0)
+
+
+def verdict_time(limit: float) -> float:
+    """Seconds that pass between a watchdog's limit and the end of every rank, at most."""
+    return 6 * pulse_of(limit)
+
+
+_watching: ContextVar[tuple[Watchdog, ...]] = ContextVar("watching", default=())  # of this thread's job
 
 
 @contextlib.contextmanager
 def watching(dog: Watchdog) -> Iterator[None]:
     """Makes a watchdog that of this process until the end of the block, and closes it then."""
-    _current.append(dog)
+    before = _watching.set((*_watching.get(), dog))
     try:
         yield
     finally:
-        _current.remove(dog)
+        _watching.reset(before)
         dog.close()
 
 
 def at(place: str, extra: float = 0.0) -> None:
     """See `Watchdog.at`."""
-    for dog in _current:
+    for dog in _watching.get():
         dog.at(place, extra)
 
 
 def starting(place: str, extra: float = 0.0) -> None:
     """As `at`, of a place before the first step, which may take `start_extra` of the watchdog longer."""
-    for dog in _current:
+    for dog in _watching.get():
         dog.at(f"{START_UP}: {place}", dog.start_extra + extra)
 
 
 def touch() -> None:
     """See `Watchdog.touch`."""
-    for dog in _current:
+    for dog in _watching.get():
         dog.touch()
 
 
 def pause() -> None:
     """See `Watchdog.pause`."""
-    for dog in _current:
+    for dog in _watching.get():
         dog.pause()
 
 

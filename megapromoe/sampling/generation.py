@@ -213,7 +213,7 @@ def _load_replica(
     device: torch.device,
 ) -> Replica:
     """This rank's part of the model. Collective. Raises SampleError on every rank, CheckpointGone if that is why."""
-    watchdog.starting("reading the checkpoint", config.train.timeout)
+    watchdog.starting("reading the checkpoint", math.inf)
     expert_tp = config.parallel.expert_tp and request.tp > 1
     mesh = make_mesh(request.tp, request.ep, expert_tp, config.train.timeout) if launch.world > 1 else None
     try:

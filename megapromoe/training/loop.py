@@ -127,8 +127,8 @@ def _train(
     ema = EMA(engine, t.ema)
     objective = make_objective(config)
 
-    saver = Saver(run.checkpoints, engine, ema, patience=t.timeout)
-    watchdog.starting("reading the checkpoint", t.timeout)  # its hashes are of all bytes
+    saver = Saver(run.checkpoints, engine, ema, patience=t.timeout / 2)  # the others wait for rank 0 in a collective
+    watchdog.starting("reading the checkpoint", math.inf)  # its hashes are of all bytes
     with repeating_cannot_help(CheckpointError):
         manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
     step = manifest["step"]
@@ -181,7 +181,7 @@ def _train(
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
             last = progress.stop or progress.diverged or spoilt or step == t.steps
             if last or t.save_every and step % t.save_every == 0:
-                watchdog.pause()  # how long a save takes is the disk's affair; it has a time-out of its own
+                watchdog.at(f"section 'save' of step {step}", math.inf)  # as long as ranks wait in collectives
                 facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
                 facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
                 facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))

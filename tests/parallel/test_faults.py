@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.fuzz import warnings_of
 from support.levels import full
 from support.processes import WorkerFailed, run
-from support.training_runs import losses, state, train
+from support.training_runs import QUICK, losses, state, train
+from support.trajectory import small
 
 import megapromoe.checkpoint.manager as checkpoint_module
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
+from megapromoe.distributed.mesh import make_mesh
+from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.engine import Engine
+from megapromoe.nn.parallelize import build
 
 # ---- saves that are cut short
 
@@ -84,6 +90,33 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
         spoil(folder_of(spoilt / "checkpoints", step) / "rank-00000.safetensors")
     with pytest.raises(WorkerFailed, match=r"none of the checkpoints \[3, 6, 9\] is whole"):
         run(2, train, str(spoilt), "parallel.ep=2", "train.steps=12")
+
+
+def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_anew(tmp_path, fault_table):
+    run(2, train, str(tmp_path), "parallel.ep=2")
+    checkpoints = tmp_path / "checkpoints"
+    old, new = (folder_of(checkpoints, step) for step in (3, 6))
+    lines = losses(tmp_path)
+    (new / "manifest.json").rename(tmp_path / "kept.json")
+    (said,) = run(1, resumed_with_warnings, str(checkpoints))
+    assert said[0] == 3 and f"{new}: has no manifest.json" in said[1]
+    (old / "manifest.json").unlink()
+    with pytest.raises(WorkerFailed, match="holds step-00000003, step-00000006, none a whole checkpoint of its step"):
+        run(2, train, str(tmp_path), "parallel.ep=2")
+    assert losses(tmp_path) == lines and old.is_dir() and new.is_dir()
+    fault_table.append(
+        ("the manifests of all checkpoints are lost", "named, refused, nothing is begun anew or removed", "nothing")
+    )
+
+
+def resumed_with_warnings(root: str):
+    """The step that a run would go on from, and what was said on the way."""
+    with warnings_of() as messages:
+        config = small(*QUICK)
+        mesh = make_mesh(1, 1, False, 60)
+        engine = Engine(build(config, mesh), config, mesh)
+        resumed = checkpoint_module.resume(Path(root), engine, EMA(engine, 0.5))
+    return resumed.checkpoint.manifest["step"], "\n".join(messages)
 
 
 def from_step(folder: str, step: int) -> None:

@@ -52,6 +52,11 @@ def nothing_is_left_running():
         job.wait()
 
 
+def hanging(call: str) -> str:
+    """The program of `start` that calls a function of `support.hanging`."""
+    return f"import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; {call}"
+
+
 def said(folder: Path, rank: int) -> str:
     return (folder / f"said-{rank}").read_text()
 
@@ -59,7 +64,7 @@ def said(folder: Path, rank: int) -> str:
 def wait_until(condition, folder: Path, limit: float = 240.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, "\n".join(said(folder, r)[-3000:] for r in range(RANKS))
+        assert time.monotonic() < deadline, "\n".join(file.read_text()[-3000:] for file in folder.glob("said-*"))
         time.sleep(0.05)
 
 
@@ -100,7 +105,7 @@ def test_a_hung_job_leaves_the_stacks_of_every_rank_that_runs(tmp_path):
     """One rank waits for its data; all say where each of their threads is, and the one to blame is named."""
     jobs = start(
         tmp_path, "train", "--run-dir", str(tmp_path / "run"), *TINY, "train.steps=100000", "train.step_timeout=4",
-        program="import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import hang_at; hang_at(2, 4)",
+        program=hanging("hang_at(2, 4)"),
     )  # fmt: skip
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     assert [job.returncode for job in jobs] == [76] * RANKS
@@ -114,9 +119,62 @@ def test_a_hung_job_leaves_the_stacks_of_every_rank_that_runs(tmp_path):
 def test_a_rank_that_hangs_before_the_first_step_is_named(tmp_path):
     jobs = start(
         tmp_path, "train", "--run-dir", str(tmp_path / "run"), *TINY, "train.step_timeout=4", "train.timeout=30",
-        program="import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import hang_at; hang_at(1, 0)",
+        program=hanging("hang_at(1, 0)"),
     )  # fmt: skip
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     for rank in range(RANKS):
         text = said(tmp_path, rank)
         assert jobs[rank].returncode == 76 and "rank 1, last in start-up: opening the data" in text, text
+
+
+def end_of(jobs: list[subprocess.Popen], folder: Path, limit: float = 240.0, frozen: int | None = None) -> list[int]:
+    """Exit codes, once all ranks have ended but the frozen one, which is then killed."""
+    waiting = [job for rank, job in enumerate(jobs) if rank != frozen]
+    wait_until(lambda: all(job.poll() is not None for job in waiting), folder, limit)
+    return [job.returncode for job in waiting]
+
+
+def training(folder: Path, *settings: str) -> list[str]:
+    return ["train", "--run-dir", str(folder / "run"), *TINY, "train.warmup=0", *settings]
+
+
+WRITE = "megapromoe.checkpoint.manager:write_rank"
+
+
+@pytest.mark.parametrize("last", [False], ids=["on the way"])
+def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table):
+    """Between two steps as well as at the end, where all the others wait for its file."""
+    settings = ["train.save_every=3", f"train.steps={3 if last else 1000}", "train.step_timeout=4", "train.timeout=24"]
+    call = f"patient_start(); hang_in(1, {WRITE!r}, freeze)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    started = time.monotonic()
+    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
+    assert "silent: rank 1, last in " in said(tmp_path, 0), said(tmp_path, 0)
+    assert time.monotonic() - started < 200
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")), "a checkpoint without that rank's file"
+    fault_table.append(
+        (
+            f"a rank freezes while it writes {'the last' if last else 'a'} checkpoint",
+            "named by the others, exit code 76, no half checkpoint",
+            "the steps since the last save",
+        )
+    )
+
+
+def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_the_next(tmp_path, fault_table):
+    """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training goes on."""
+    settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=24"]
+    call = f"patient_start(); hang_in(1, {WRITE!r})"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
+    for rank in (0, 1):
+        text = said(tmp_path, rank)
+        assert "furthest behind: rank 1, last in writing this rank's file of the checkpoint of step 100" in text, text
+        assert "s more for this" in text
+    fault_table.append(
+        (
+            "a rank's disk hangs while it writes a checkpoint",
+            "the save fails; at the next one the rank is named, exit code 76",
+            "the steps since the last save",
+        )
+    )

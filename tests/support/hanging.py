@@ -1,14 +1,28 @@
-"""`megapromoe` with a rank that hangs at a known place."""
+"""`megapromoe` with a rank that hangs at a known place: it waits for ever, its process stops, or it is slow."""
 
+import importlib
 import os
+import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 
+# Imported before the ranks meet: on a busy machine it may take longer than these tests let a start-up last.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+import megapromoe.engine.deepspeed_adapter
+import megapromoe.training.loop  # noqa: F401
 from megapromoe.cli import main
 
 
 def wait_for_ever(*_, **__) -> None:
     threading.Event().wait()
+
+
+def freeze(*_, **__) -> None:
+    """Stops this process, as SIGSTOP from outside would; it says no word any more."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def hang_at(rank: int, step: int) -> None:
@@ -29,3 +43,56 @@ def hang_at(rank: int, step: int) -> None:
 
             loop.prefetch = batches
     sys.exit(main())
+
+
+def hang_in(rank: int | None, target: str, what: Callable[[], None] = wait_for_ever, call: int = 1) -> None:
+    """Runs the command line; `rank`, or each, does `what` before its call number `call` of a function.
+
+    Args:
+        target: as "package.module:function" or "package.module:Class.method".
+    """
+    if rank is None or int(os.environ["RANK"]) == rank:
+        module, _, path = target.partition(":")
+        *owners, name = path.split(".")
+        owner = importlib.import_module(module)
+        for attribute in owners:
+            owner = getattr(owner, attribute)
+        real, calls = getattr(owner, name), []
+
+        def replacement(*arguments, **options):
+            calls.append(1)
+            if len(calls) == call:
+                what()
+            return real(*arguments, **options)
+
+        setattr(owner, name, replacement)
+    sys.exit(main())
+
+
+def slow(seconds: float) -> Callable[[], None]:
+    """For `hang_in`: goes on after a while."""
+    return lambda: time.sleep(seconds)
+
+
+def slow_sampler(seconds: float) -> None:
+    """Runs the command line; each step of a drawing while training takes so many seconds."""
+    import megapromoe.training.loop as loop
+
+    real = loop.generate
+    loop.generate = lambda *arguments: real(*arguments, progress=lambda step, steps: time.sleep(seconds))
+    sys.exit(main())
+
+
+def compile_by_graph() -> None:
+    """Models are compiled without a C++ compiler, which takes seconds instead of minutes."""
+    from megapromoe.nn import parallelize
+
+    real = parallelize.compile_dense
+    parallelize.compile_dense = lambda model: real(model, "aot_eager")
+
+
+def patient_start() -> None:
+    """The start-up is not watched, in which a busy machine may need any time for imports and compilers."""
+    from megapromoe.distributed import watchdog
+
+    watchdog.starting = lambda *arguments, **options: watchdog.pause()

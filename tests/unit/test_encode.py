@@ -18,6 +18,7 @@ from megapromoe.data.contact_sheet import MARGIN, contact_sheet
 from megapromoe.data.encode import EncodedImages, EncodeError
 from megapromoe.data.images import ImageError, read_image, scan
 from megapromoe.data.latents import Latents, check, read_manifest
+from megapromoe.distributed import watchdog
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -87,6 +88,79 @@ def test_a_killed_job_goes_on_with_the_first_unfinished_shard(tmp_path):
     (tmp_path / "killed" / "part-00001.json").write_text("")  # a stray file changes nothing
     done = Arrays()
     assert encode.encode(done, tmp_path / "killed", shard_size=16).records == 40 and not done.asked
+
+
+def interrupted(folder):
+    """Leaves the first of three shards finished."""
+
+    class Interrupted(Arrays):
+        def records(self, items):
+            if items[0] != self.scan.items[0]:
+                raise KeyboardInterrupt
+            yield from super().records(items)
+
+    with pytest.raises(KeyboardInterrupt):
+        encode.encode(Interrupted(), folder, shard_size=16)
+    return folder
+
+
+def test_the_watchdog_is_told_of_each_shard_and_of_each_record(tmp_path):
+    class Recorder:
+        places, touches = [], 0
+
+        def at(self, place, extra=0.0):
+            self.places.append(place)
+
+        def touch(self):
+            self.touches += 1
+
+        def close(self):
+            pass
+
+    recorder, folder = Recorder(), tmp_path / "l"
+    with watchdog.watching(recorder):
+        encode.encode(Arrays(), folder, shard_size=16)
+    shards = [f"shard {number} of 3 of {folder}" for number in (1, 2, 3)]
+    ends = [f"waiting for the other ranks' shards of {folder}", f"writing the index of {folder}"]
+    assert recorder.places == shards + ends and recorder.touches == 40
+
+
+def test_a_damaged_part_is_named_and_its_shard_made_again(tmp_path, caplog):
+    whole = files(write(tmp_path / "whole"))
+    for number, change in enumerate((
+        lambda text: text.replace('"labels": [0, 1', '"labels": [1, 1'),
+        lambda text: text.replace('"names"', '"namez"'),
+        lambda text: text[:100],
+        lambda text: "[]",
+    )):  # fmt: skip
+        folder = interrupted(tmp_path / str(number))
+        part = folder / "part-00000.json"
+        text = part.read_text()
+        assert change(text) != text
+        part.write_text(change(text))
+        caplog.clear()
+        source = Arrays()
+        encode.encode(source, folder, shard_size=16)
+        assert len(source.asked) == 40 and f"{part} is damaged; its shard is made again" in caplog.text
+        assert files(folder) == whole
+
+
+def test_a_part_of_the_version_without_hashes_is_used(tmp_path):
+    part = interrupted(tmp_path / "l") / "part-00000.json"
+    content = json.loads(part.read_text())
+    del content["part_sha256"]
+    part.write_text(json.dumps(content))
+    source = Arrays()
+    encode.encode(source, tmp_path / "l", shard_size=16)
+    assert len(source.asked) == 24 and files(tmp_path / "l") == files(write(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\x00"], ids=range(4))
+def test_a_damaged_plan_is_named(text, tmp_path):
+    plan = interrupted(tmp_path / "l") / "plan.json"
+    plan.write_text(text)
+    with pytest.raises(EncodeError, match="plan.json is damaged: .*encode into a new folder"):
+        write(tmp_path / "l")
 
 
 def test_the_bar_of_rank_0_is_told_of_every_file_once(tmp_path):

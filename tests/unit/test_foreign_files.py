@@ -1,9 +1,11 @@
 """Files of strangers, made to mislead or to take any time or memory: one sentence each."""
 
+import copy
 import io
 import json
 import os
 import pickle
+import random
 import zipfile
 from collections import OrderedDict
 
@@ -11,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.golden_states import config_that_runs
+from support.golden_states import PUBLISHED, config_that_runs, state_of
 
+from megapromoe.config.options import ConfigError
+from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.stream import ConversionError, read_safetensors
 from megapromoe.conversion.torch_files import read_pickle
@@ -173,3 +177,89 @@ def test_published_latents_that_promise_more_than_they_hold_are_refused(tmp_path
         file.writestr("latent.npy", header.getvalue())
     with pytest.raises(ImageError, match="latent.npy does not hold an array of shape"):
         PublishedLatents(tmp_path, one_class=True)
+
+
+def places_of(tree, path=()):
+    """Where the values of a tree of mappings and lists are."""
+    yield path
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from places_of(value, (*path, key))
+
+
+JUNK = (
+    None,
+    7,
+    -1,
+    2.5,
+    float("nan"),
+    "text",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    [1, "a", None],
+    torch.zeros(0),
+    torch.ones(2, 2),
+)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["published", "deepspeed"])
+def test_a_tree_of_another_form_is_a_sentence_and_never_a_traceback(tmp_path, kind, count):
+    """Each mapping, list and value of a sound file in turn is something else, or gone."""
+    chosen = random.Random(0)
+    if kind == "published":
+        sound, path = torch.load(PUBLISHED, weights_only=True), tmp_path / "a.pth"
+        opened, config = path, config_that_runs()
+    else:
+        opened, config = tmp_path / "deep", None
+        export(state_of("promoe_tc"), opened, "deepspeed")
+        path = next(opened.glob("*/mp_rank_00_model_states.pt"))
+        sound = torch.load(path, weights_only=True)
+    plain = {key: value for key, value in sound.items() if key not in ("model_state_dict", "ema_model_state_dict")}
+    places = [place for place in places_of(plain) if place]
+    short = [place for place in places if len(place) <= 3]
+    read = refused = 0
+    for place in [*chosen.sample(short, min(count, len(short))), *chosen.sample(places, count)]:
+        tree = copy.deepcopy(sound)
+        owner = tree
+        for key in place[:-1]:
+            owner = owner[key]
+        if chosen.random() < 0.15:
+            del owner[place[-1]]
+        else:
+            owner[place[-1]] = chosen.choice(JUNK)
+        torch.save(tree, path)
+        try:
+            open_state(opened, config=config)
+            read += 1
+        except (ConversionError, ConfigError) as error:
+            refused += 1
+            assert str(tmp_path) in str(error) or "config" in str(error), error
+    assert refused > 0.2 * count, (read, refused)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda o: o.update(param_groups=3), "its param_groups are no list"),
+        (lambda o: o.update(param_groups=[]), "its param_groups are no list"),
+        (lambda o: o["param_groups"][0].update(params=None), "params of a group are not a list of int"),
+        (lambda o: o["param_groups"][0].update(params=[[0]]), "params of a group are not a list of int"),
+        (lambda o: o["param_groups"][0].update(param_names=[1]), "param_names of a group are not a list of str"),
+        (lambda o: o.update(state=[]), "its state is no mapping of mappings"),
+        (lambda o: o["state"].update({1: 3}), "its state is no mapping of mappings"),
+        (lambda o: o["state"][1].pop("step"), "optimizer's step of .* is no whole number"),
+        (lambda o: o["state"][1].update(step=float("nan")), "optimizer's step of .* is no whole number"),
+        (lambda o: o["state"][1].update(step=torch.ones(2)), "optimizer's step of .* is no whole number"),
+        (lambda o: o["state"][1].update(exp_avg=3), "the exp_avg of .* is missing or of another shape"),
+    ],
+    ids=range(11),
+)
+def test_a_malformed_optimizer_is_named(tmp_path, change, named):
+    tree = torch.load(PUBLISHED, weights_only=True)
+    change(tree["optimizer_state_dict"])
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=named):
+        open_state(tmp_path / "a.pth", config=config_that_runs())

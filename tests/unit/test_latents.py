@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from support.fuzz import NAMED, SILENT, attempt, flips
+from support.fuzz import NAMED, SILENT, Target, outcome_of
+from support.fuzz import damage as fuzz
 from support.latent_folders import Arrays, damage, write
 
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
@@ -312,8 +313,9 @@ def test_no_flipped_bit_is_silent(tmp_path, count):
 
     expected = state()
     files = [folder / name for name in ("manifest.json", "index.safetensors", "shard-00000.npy", "shard-00001.npy")]
-    outcomes = flips(files, count, count, lambda: attempt(state, LatentsError, expected))
-    assert outcomes[SILENT] == 0 and outcomes[NAMED] >= 0.8 * count, outcomes
+    tally = fuzz(Target("latents", files, lambda _: outcome_of(state, LatentsError, expected)), count, count)
+    assert tally.outcomes[SILENT] == 0 and tally.outcomes[NAMED] >= 0.8 * tally.total, tally
+    assert tally.flips == count < tally.total
 
 
 def test_the_deviation_after_scaling_is_that_of_what_a_model_is_given(folder):

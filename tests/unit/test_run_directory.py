@@ -151,6 +151,14 @@ def test_one_live_run_owns_the_folder_and_a_dead_one_does_not(tmp_path):
     start(tmp_path)
 
 
+def test_text_of_a_lock_that_is_none_is_quoted_as_well_as_can_be(tmp_path):
+    run = RunDirectory.open(tmp_path, CONFIG, 1)
+    run.lock_file.write_bytes(b"pid \xff\x00 on host")
+    assert "in use by a live run (pid \ufffd\x00 on host)" in refusal(tmp_path)
+    run.close()
+    start(tmp_path)
+
+
 def test_close_frees_the_folder_in_the_same_process(tmp_path):
     run = RunDirectory.open(tmp_path, CONFIG, 1)
     refusal(tmp_path)

@@ -1,5 +1,6 @@
 """Who is named for a hang, from what ranks reported. With real processes: test_killed_jobs, test_preflight_jobs."""
 
+import math
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 from megapromoe.distributed import watchdog as watchdog_module
+from megapromoe.distributed.agreement import MetRanks
 from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.distributed.store_channel import MAX_BYTES, MessageTimeout, StoreChannel
 from megapromoe.distributed.watchdog import Watchdog, find_hang
@@ -84,11 +86,11 @@ def test_a_place_is_reported_at_once_where_asked_for():
 def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
     ended = {}
 
-    def end(message, code):
+    def end(message, code, records):
         ended[int(message.split(":")[0].removeprefix("rank "))] = (message, code)
         raise SystemExit
 
-    monkeypatch.setattr(watchdog_module.runtime, "end", end)
+    monkeypatch.setattr(watchdog_module.process_end, "end", end)
     store, judged = HashStore(), []
 
     def on_hang(hang):
@@ -142,14 +144,14 @@ def test_a_store_that_does_not_answer_ends_every_call_in_time():
 
 def test_a_rank_whose_store_does_not_answer_ends_after_the_limit(monkeypatch):
     ended = []
-    monkeypatch.setattr(watchdog_module.runtime, "end", lambda *a: ended.append(a))
+    monkeypatch.setattr(watchdog_module.process_end, "end", lambda *a: ended.append(a))
     dog = Watchdog(StoreChannel(Frozen(), 1, 2, timeout=0.2, patience=60.0), 0.8, "train.step_timeout")
     dog.at(section("data", 1))
     deadline = time.monotonic() + 30
     while not ended and time.monotonic() < deadline:
         time.sleep(0.05)
     dog.close()
-    message, code = ended[0]
+    message, code, _ = ended[0]
     assert code == 76 and "in section 'data' of step 1; the process that holds the job's store" in message
 
 
@@ -186,12 +188,12 @@ def test_a_rank_whose_connections_break_in_a_hang_waits_for_the_verdict(monkeypa
     ended = threading.Event()
     told = []
 
-    def end(message, code):
+    def end(message, code, records):
         told.append((message, code))
         dog._closed.set()
         ended.set()
 
-    monkeypatch.setattr(watchdog_module.runtime, "end", end)
+    monkeypatch.setattr(watchdog_module.process_end, "end", end)
     store = HashStore()
     dog = Watchdog(StoreChannel(store, 1, 2, 5.0, 5.0), 0.8, "--limit")
     dog.at("all_reduce")
@@ -210,17 +212,95 @@ def test_nccl_s_flight_record_lies_in_the_folder_or_is_named_as_missing(tmp_path
     from torch import distributed
     from torch._C import _distributed_c10d as c10d
 
-    from megapromoe.distributed import runtime
+    from megapromoe.distributed.process_end import write_flight_record
 
     folder = tmp_path / "run" / "flight_records"
-    runtime._write_flight_record(folder)
+    write_flight_record(folder)
     assert not folder.exists(), "a process in no job has none"
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_backend", lambda: "nccl")
     monkeypatch.setattr(distributed, "get_rank", lambda: 3)
     monkeypatch.delattr(c10d, "_dump_nccl_trace", raising=False)
-    runtime._write_flight_record(folder)
+    write_flight_record(folder)
     assert "rank 3: no flight record" in capsys.readouterr().err
     monkeypatch.setattr(c10d, "_dump_nccl_trace", lambda: b"record", raising=False)
-    runtime._write_flight_record(folder)
+    write_flight_record(folder)
     assert (folder / "rank_3").read_bytes() == b"record"
+
+
+def test_no_place_may_take_longer_than_collectives_wait(monkeypatch):
+    """However much more time it is given; and the message says how much that was."""
+    ended = threading.Event()
+    messages = []
+
+    def end(message, code, records):
+        messages.append(message)
+        ended.set()
+
+    monkeypatch.setattr(watchdog_module.process_end, "end", end)
+    dog = Watchdog(StoreChannel(HashStore(), 0, 1, 5.0, 5.0), 0.8, "train.step_timeout", longest=2.0)
+    start = time.monotonic()
+    dog.at("saving", extra=math.inf)
+    assert ended.wait(30) and time.monotonic() - start > 2.0
+    dog.close()
+    assert "(train.step_timeout = 0.8, 1.2 s more for this) in saving; furthest behind: rank 0" in messages[0]
+
+
+def test_a_place_that_may_take_any_time_is_no_hang_of_a_process_that_is_alone(monkeypatch):
+    monkeypatch.setattr(watchdog_module.process_end, "end", lambda *a: pytest.fail(str(a)))
+    dog = Watchdog(StoreChannel(HashStore(), 0, 1, 5.0, 5.0), 0.4, "--limit")
+    dog.at("saving", extra=math.inf)
+    dog._since -= 1e6
+    assert dog._idle() == 0
+    dog.at("a step")
+    dog._since -= 1.0
+    assert dog._idle() > 0.4
+    dog.pause()
+    dog.close()
+
+
+def test_places_go_to_the_watchdogs_of_this_job_alone(three):
+    watchdog_module.at("before")
+    with watchdog_module.watching(three[0]):
+        watchdog_module.at("data")
+        with watchdog_module.watching(three[1]):
+            watchdog_module.at("inner")
+        watchdog_module.at("outer")
+    watchdog_module.at("after")
+    assert [dog._place for dog in three] == ["outer", "inner", ""]
+    assert [dog._closed.is_set() for dog in three] == [True, True, False]
+
+
+def test_ranks_that_met_leave_together_and_rank_0_last(three):
+    store = HashStore()
+    ranks = [MetRanks(store, StoreChannel(store, rank, 3, 5.0, 5.0), three[rank]) for rank in range(3)]
+    left = []
+
+    def leave(rank):
+        ranks[rank].wait_for_all()
+        left.append(rank)
+
+    threads = [threading.Thread(target=leave, args=(rank,)) for rank in range(3)]
+    for thread in threads[:2]:
+        thread.start()
+    threads[0].join(timeout=0.6)
+    assert threads[0].is_alive() and not left, "one rank has not finished"
+    threads[2].start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(left) == [0, 1, 2] and left[2] == 0
+
+
+def test_a_rank_whose_store_does_not_answer_waits_for_its_watchdog(three, monkeypatch):
+    channel = StoreChannel(Frozen(), 1, 3, timeout=0.1, patience=60.0)
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("megapromoe.distributed.agreement.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        MetRanks(HashStore(), channel, three[1]).wait_for_all()
+    assert len(looks) == 3, "neither an error nor a return"

@@ -1,0 +1,12 @@
+"""Damages every file that the trainer reads back and reports what became of each, from a checkout; see `--help`."""
+
+import sys
+from pathlib import Path
+
+import checkout
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(checkout.ROOT) / "tests"))
+    from support.fuzz_program import main  # type: ignore[import-not-found]  # of the tests
+
+    sys.exit(main(sys.argv[1:]))
