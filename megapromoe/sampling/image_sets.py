@@ -47,9 +47,10 @@ class ImageSet:
             self.shape = self._picture(self._files[0]).shape
         else:
             self._images = open_array(self.path, "arr_0")
-            if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
+            shape = self._images.shape
+            if self._images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
                 raise ImageSetError(
-                    f"{path}: arr_0 is {self._images.dtype} {self._images.shape}; images are uint8 (N, H, W, 1 or 3)"
+                    f"{path}: arr_0 is {self._images.dtype} {shape}; images are uint8 (N, H, W, 1 or 3), one at least"
                 )
             self.shape = self._images.shape[1:]
 
@@ -106,7 +107,9 @@ def open_array(path: Path, name: str) -> np.ndarray:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file)
             if dtype.hasobject:
-                raise ImageSetError(f"{path}: {name} holds Python objects, which only pickle could read")
+                raise ImageSetError(
+                    f"{path}: {name} holds Python objects, which only pickle could read; write it as numbers"
+                )
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         raise ImageSetError(f"{path}: {name} cannot be read ({error}); write it again") from error
