@@ -107,9 +107,7 @@ def open_array(path: Path, name: str) -> np.ndarray:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file)
             if dtype.hasobject:
-                raise ImageSetError(
-                    f"{path}: {name} holds Python objects, which only pickle could read; write it as numbers"
-                )
+                raise ImageSetError(f"{path}: {name} holds objects, which only pickle could read; write it as numbers")
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         raise ImageSetError(f"{path}: {name} cannot be read ({error}); write it again") from error

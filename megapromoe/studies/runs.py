@@ -21,7 +21,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from megapromoe.io import open_regular, write_text
+from megapromoe.io import naming_errors, open_regular, write_text
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Study, failure
 
@@ -115,7 +115,8 @@ def _start(study: Study, task: Task) -> _Started:
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
     begin = log.tell()
-    log.write(f"$ {' '.join(words)}\n".encode())
+    with naming_errors(path):
+        log.write(f"$ {' '.join(words)}\n".encode())
     # A session of its own: Ctrl-C reaches this process alone, which then asks the task to save.
     try:
         process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
