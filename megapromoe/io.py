@@ -165,7 +165,8 @@ def is_own_file(path: Path) -> bool:
 
 def append_text(path: Path, text: str) -> None:
     """Adds text to the end of a file, which is made if needed, and flushes it to the disk. Raises OSError."""
-    with open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with naming_errors(path, any_error=True), open(open_regular(path, flags), "a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

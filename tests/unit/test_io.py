@@ -154,6 +154,11 @@ def test_an_error_of_a_disk_without_room_names_the_file(library, file, no_room):
     assert file.read_text() == "old" and os.listdir(file.parent) == ["file"]
 
 
+def test_an_error_of_a_log_names_it(file, no_room):
+    with pytest.raises(OSError, match=f"File too large: '{file}'"):
+        io.append_text(file, "x" * 100_000)
+
+
 def test_an_error_of_flushing_names_the_file(file, monkeypatch):
     def fails(handle):
         raise OSError(5, "Input/output error")
