@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 SUFFIX = ".writing"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing has these
+_FULL = 1 << 20  # bytes that are free where a disk counts as full
 
 
 def staging_path(path: Path, concurrent: bool = False) -> Path:
@@ -28,11 +30,36 @@ def staging_path(path: Path, concurrent: bool = False) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}{SUFFIX}" if concurrent else f"{path.name}{SUFFIX}")
 
 
+@contextmanager
+def naming_errors(path: Path, any_error: bool = False) -> Iterator[None]:
+    """Gives an OSError that names no file, such as that of a full disk, the name of the file that the block writes.
+
+    Args:
+        any_error: the block does nothing but write this file; else errors that other files may have keep their text.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is not None:
+            if any_error or error.errno in _NO_ROOM:
+                error.filename = str(path)
+            raise
+        if type(error) is not OSError:
+            raise
+        # numpy and Pillow write through C and report a text alone.
+        full = shutil.disk_usage(path.parent).free < _FULL
+        code, reason = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
+        raise OSError(code, reason, str(path)) from error
+
+
 def sync(path: Path) -> None:
-    """Flushes a file's, or a folder's, content to the disk. Raises OSError."""
+    """Flushes a file's, or a folder's, content to the disk. Raises OSError, which names it."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming_errors(path, any_error=True):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -52,7 +79,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[IO[bytes]]:
         path: the file to write; its folder exists.
         concurrent: see `staging_path`.
 
-    Raises OSError.
+    Raises OSError, which names the file.
     """
     with atomic_path(path, concurrent) as staging:
         created = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # never through a link
@@ -66,7 +93,8 @@ def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
     staging = staging_path(path, concurrent)
     staging.unlink(missing_ok=True)
     try:
-        yield staging
+        with naming_errors(path):
+            yield staging
         commit(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
@@ -137,7 +165,8 @@ def is_own_file(path: Path) -> bool:
 
 def append_text(path: Path, text: str) -> None:
     """Adds text to the end of a file, which is made if needed, and flushes it to the disk. Raises OSError."""
-    with open(open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with naming_errors(path, any_error=True), open(open_regular(path, flags), "a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -155,7 +184,8 @@ def atomic_tree(path: Path, overwrite: bool) -> Iterator[Path]:
     _remove(staging)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield staging
+        with naming_errors(path):
+            yield staging
         if overwrite:
             _remove(replaced)
             if path.exists():

@@ -52,7 +52,8 @@ def main(argv: Sequence[str], root: Path) -> int:
         print(f"gpu_run: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"gpu_run: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"gpu_run: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("gpu_run: interrupted; repeat the command to go on", file=sys.stderr)

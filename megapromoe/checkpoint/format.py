@@ -164,7 +164,7 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
             if file.exists():  # safetensors makes files that only their owner may read
                 os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
-        problem = problem or f"{error.filename}: {error.strerror}"
+        problem = problem or f"{error.filename or folder}: {error.strerror}"
     return problem
 
 

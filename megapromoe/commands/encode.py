@@ -55,6 +55,12 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
     parser.add_argument("--values", choices=("posterior", "latent"), default="posterior", help="what --npz holds")
     parser.add_argument("--scale", type=float, default=0.18215, help="of --npz: latents = raw * scale; default SD's")
     parser.add_argument("--one-class", action="store_true", help="all files are of one class")
+    parser.add_argument(
+        "--class-order",
+        choices=("name", "number"),
+        default="name",
+        help="class folders are numbered from 0 by their names as text, or as numbers (0 1 2 10, not 0 1 10 2)",
+    )
     parser.add_argument("--batch", type=positive, metavar="N", default=32, help="images encoded at once; default 32")
     parser.add_argument("--workers", type=positive, metavar="N", default=2, help="threads that read; default 2")
     parser.add_argument("--shard-size", type=positive, metavar="N", default=32768, help="files a shard; default 32768")
@@ -72,6 +78,8 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
 def run(options: argparse.Namespace, launch: Launch) -> int:
     if options.images and not options.autoencoder:
         raise CommandError('--images needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
+    if options.one_class and options.class_order == "number":
+        raise CommandError("--class-order number: with --one-class there are no classes to order; give one of them")
     from megapromoe.distributed.agreement import met_ranks
 
     log = logging.getLogger("megapromoe")
@@ -125,7 +133,7 @@ def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages 
         count = torch.cuda.device_count()
         device = f"cuda:{local_rank % count}" if count else "cpu"
     if options.images:
-        files = scan(options.images, one_class=options.one_class)
+        files = scan(options.images, one_class=options.one_class, class_order=options.class_order)
         autoencoder = open_autoencoder(options.autoencoder, device, options.channels)
         return EncodedImages(
             options.images, files, autoencoder, options.resolution, options.batch, options.workers, options.dtype
@@ -137,6 +145,7 @@ def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages 
         workers=options.workers,
         dtype=options.dtype,
         one_class=options.one_class,
+        class_order=options.class_order,
     )
     if options.autoencoder:  # only its identity: the files do not name their autoencoder
         autoencoder = open_autoencoder(options.autoencoder, device)
@@ -160,6 +169,8 @@ def _print_plan(source: EncodedImages | PublishedLatents, files: int, shard_size
 
     from megapromoe.data.encode import record_bytes
 
+    for note in source.scan.notes:
+        print(f"note: {note}", file=sys.stderr)
     size = record_bytes(source.facts)
     shards = -(-files // shard_size)
     facts, skipped = source.facts, source.scan.skipped

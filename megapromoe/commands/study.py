@@ -71,7 +71,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _plan_options(command("plan", _plan, summary, _PLAN_EXAMPLE))
 
     summary = "Trains what is missing, resumes what is partial, and evaluates what is done."
-    run_parser = command("run", _run, summary)
+    note = "Several may run at once: a task that another command trains is left to it, and its end is waited for."
+    run_parser = command("run", _run, summary, note)
     run_parser.add_argument("--task", type=int, metavar="I", help="only this one, as an array job does")
     run_parser.add_argument("--jobs", type=positive, default=1, metavar="J", help="tasks at a time; default: 1")
 

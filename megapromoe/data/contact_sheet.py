@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from megapromoe.data.autoencoder import Autoencoder, AutoencoderError
 from megapromoe.data.latents import Latents, LatentsError
+from megapromoe.plot_text import font_file, legible
 
 MARGIN, GAP = 120, 2  # pixels: of the class names, between images
+TEXT = 11  # pixels: size of the class names
 SMALLEST = 32  # pixels: smaller images are enlarged by a whole factor
 NOTHING = 40  # gray where a class has no more records
 
@@ -36,15 +38,24 @@ def contact_sheet(data: Latents, classes: Sequence[int], count: int, autoencoder
     height, width = height * scale, width * scale
     size = (MARGIN + count * views * (width + GAP), len(rows) * (height + GAP) + GAP)
     sheet = Image.new("RGB", size, (NOTHING,) * 3)
-    write = ImageDraw.Draw(sheet)
+    write, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_file(), TEXT)
     for number, (label, row) in enumerate(zip(classes, rows, strict=True)):
         top = number * (height + GAP) + GAP
-        name = data.class_names[label].encode("ascii", "replace").decode()
-        write.text((4, top + 4), f"{label} {name}"[:18], fill="white")
+        text = _shortened(f"{label} {legible(data.class_names[label])}", font)
+        write.text((4, top + 4), text, fill="white", font=font)
         for place, picture in enumerate(picture for index in row for picture in pictures[index]):
             image = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (MARGIN + place * (width + GAP), top))
     return sheet
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text, or as much of its beginning as the margin holds, and three dots."""
+    if font.getlength(text) <= MARGIN - 8:
+        return text
+    while font.getlength(f"{text}...") > MARGIN - 8:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def _pictures(data: Latents, index: int, both: bool, autoencoder: Autoencoder | None) -> np.ndarray:

@@ -32,6 +32,7 @@ class PublishedLatents:
         name: of the autoencoder that made them, as `autoencoder.open_autoencoder` takes it; `sha256` of its weights,
             "" where they are not at hand.
         factor: side of an image over that of its latent.
+        one_class, class_order: see `images.scan`.
 
     Raises ImageError: as `images.scan`, or no file is such a one.
     """
@@ -48,9 +49,10 @@ class PublishedLatents:
         workers: int = 1,
         dtype: str = "float16",
         one_class: bool = False,
+        class_order: str = "name",
     ):
         self.folder, self.stochastic, self.workers = Path(folder), values == "posterior", workers
-        self.scan: Scan = scan(self.folder, SUFFIXES, one_class)
+        self.scan: Scan = scan(self.folder, SUFFIXES, one_class, class_order)
         example, first = self._first()
         channels, height, width = first[0].shape
         if self.stochastic and channels % 2:

@@ -40,7 +40,7 @@ def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "give a larger disk" if full else "see to it"
         raise CacheError(
-            f"data.cache = {str(cache)!r}: {error.strerror}: {error.filename}; {remedy}, or leave it out"
+            f"data.cache = {str(cache)!r}: {error.strerror}: {error.filename or copies}; {remedy}, or leave it out"
         ) from error
     return copies
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -195,10 +196,12 @@ def compare(
     real: FeatureStatistics | None,
     launch: runtime.Launch,
 ) -> dict[str, float]:
-    """Figures by name. Collective.
+    """Figures by name, all finite. Collective.
 
     Args:
         real: of the reference's images; None where it holds statistics alone.
+
+    Raises EvaluationError on every rank for a figure that is not finite.
     """
     watchdog.at("comparing the features", extra=TIMEOUT)  # rank 0 works alone
     title, figures = network.title, {}
@@ -207,12 +210,18 @@ def compare(
         pooled, spatial = pooled or real.pooled, spatial or real.spatial
     if pooled is None:
         raise ValueError(f"reference {reference.name}: holds neither images nor statistics of pooled features")
-    if launch.rank == 0:
-        figures[title("FID", "Fréchet distance")] = frechet_distance(generated.pooled, pooled)
-        if generated.spatial is not None and spatial is not None:
-            figures[title("sFID", "spatial Fréchet distance")] = frechet_distance(generated.spatial, spatial)
-        if generated.score is not None:
-            figures[title("Inception score", "classifier score")] = generated.score[0]
+    with raising_together(EvaluationError, catch=(EvaluationError,)):
+        if launch.rank == 0:
+            figures[title("FID", "Fréchet distance")] = frechet_distance(generated.pooled, pooled)
+            if generated.spatial is not None and spatial is not None:
+                figures[title("sFID", "spatial Fréchet distance")] = frechet_distance(generated.spatial, spatial)
+            if generated.score is not None:
+                figures[title("Inception score", "classifier score")] = generated.score[0]
+            if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
+                raise EvaluationError(
+                    f"features = {network.name}: {wrong[0]} is {figures[wrong[0]]}, so that what the network returns"
+                    " are no class probabilities, or no features that can be compared; use another network"
+                )
     if real is not None:
         precision, recall = precision_recall(real.features_ND, generated.features_ND)
         figures |= {title("precision", "precision"): precision, title("recall", "recall"): recall}

@@ -9,6 +9,7 @@ from typing import Any
 
 from megapromoe.evaluation.reference import EvaluationError
 from megapromoe.io import append_text, atomic_write
+from megapromoe.plot_text import literal
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -59,10 +60,10 @@ def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{other} {value:g}")
     count = f"{records[0]['count']:,} images"
     if len(steps) > 1:
-        axes.set(xlabel="step", ylabel=name, title=f"{count} of each step")
+        axes.set(xlabel="step", ylabel=literal(name), title=f"{count} of each step")
         axes.legend(frameon=False)
     else:
-        axes.set(xlabel="guidance scale", ylabel=name, title=f"step {steps[0]:,}, {count}")
+        axes.set(xlabel="guidance scale", ylabel=literal(name), title=f"step {steps[0]:,}, {count}")
     axes.grid(alpha=0.3)
     try:
         with atomic_write(file) as picture:

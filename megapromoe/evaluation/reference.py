@@ -19,6 +19,8 @@ from megapromoe.sampling.image_sets import ImageSet, entries, open_array
 
 DATA = "data"  # the reference that is what the run trains on
 _STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # entries of guided-diffusion's files
+_LARGEST = 1e30  # of their values; squares stay far below the largest float64
+_ASYMMETRY = 1e-3  # of a covariance, over its largest entry: far above the rounding of float32
 
 
 class EvaluationError(UserError):
@@ -138,8 +140,7 @@ def open_reference(name: str, split: str, config: Config | None, network: Networ
     statistics = {}
     for kind, (mean, covariance) in _STATISTICS.items():
         if network.standard and {mean, covariance} <= names:
-            arrays = [torch.from_numpy(np.array(open_array(path, n), dtype=np.float64)) for n in (mean, covariance)]
-            statistics[kind] = Normal(arrays[0], arrays[1], count=0)
+            statistics[kind] = _normal(path, mean, covariance)
     if "arr_0" in names:
         return Reference(name, ImageSet(path), statistics)
     if "pooled" not in statistics:
@@ -148,6 +149,33 @@ def open_reference(name: str, split: str, config: Config | None, network: Networ
             " standard network"
         )
     return Reference(name, None, statistics)
+
+
+def _normal(path: Path, mean: str, covariance: str) -> Normal:
+    """The distribution of two arrays of an .npz. Raises EvaluationError unless they are mean and covariance of one."""
+    mean_D, covariance_DD = (np.asarray(open_array(path, name)) for name in (mean, covariance))
+    arrays, problem = {mean: mean_D, covariance: covariance_DD}, ""
+    wrong = [name for name, array in arrays.items() if array.dtype.kind not in "fiu"]
+    if wrong:
+        problem = f"{wrong[0]} holds {arrays[wrong[0]].dtype} values, not real numbers"
+    elif mean_D.ndim != 1 or not mean_D.size or covariance_DD.shape != 2 * mean_D.shape:
+        shapes = f"{mean} {mean_D.shape}, {covariance} {covariance_DD.shape}"
+        problem = f"{shapes}: a mean has the shape (D,), its covariance (D, D), D the number of features"
+    elif wrong := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        count = int((~np.isfinite(arrays[wrong[0]])).sum())
+        problem = f"{count:,} of the {arrays[wrong[0]].size:,} values of {wrong[0]} are not finite"
+    elif wrong := [name for name, array in arrays.items() if np.abs(array).max() > _LARGEST]:
+        problem = f"{wrong[0]} has values up to {np.abs(arrays[wrong[0]]).max():.3g}, which are of no features"
+    if not problem:
+        mean_D, covariance_DD = mean_D.astype(np.float64), covariance_DD.astype(np.float64)
+        largest = np.abs(covariance_DD).max()
+        if np.abs(covariance_DD - covariance_DD.T).max() > _ASYMMETRY * largest:
+            problem = f"{covariance} is not symmetric, so that it is no covariance"
+        elif covariance_DD.diagonal().min() < -_ASYMMETRY * largest:
+            problem = f"{covariance} has a variance below 0, so that it is no covariance"
+        else:
+            return Normal(torch.from_numpy(mean_D), torch.from_numpy(covariance_DD), count=0)
+    raise EvaluationError(f"reference = {path}: {problem}; compute the statistics again, or give the images")
 
 
 def _size(shape: Sequence[int]) -> str:

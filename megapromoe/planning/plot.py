@@ -6,6 +6,7 @@ from megapromoe.io import atomic_write
 from megapromoe.planning.machines import GIB, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.search import Plan
+from megapromoe.plot_text import literal
 
 # Paul Tol's "muted", which colour-blind readers can tell apart.
 COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
@@ -30,7 +31,7 @@ def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, pa
     axes.invert_yaxis()
     axes.set_xlim(0, 1.02 * max(machine.memory / GIB, *left))
     axes.set_xlabel("GiB on the fullest GPU, estimated")
-    axes.set_title(title)
+    axes.set_title(literal(title))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
     with atomic_write(path if path.suffix else path.with_suffix(".png")) as file:
@@ -39,6 +40,6 @@ def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, pa
 
 def _name(plan: Plan) -> str:
     parallel = plan.config.parallel
-    words = [f"tp {parallel.tp} ep {parallel.ep}", plan.config.train.deepspeed]
+    words = [f"tp {parallel.tp} ep {parallel.ep}", literal(plan.config.train.deepspeed)]
     words += ["split"] * parallel.expert_tp + [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
     return f"{' '.join(words)}\n{1e3 * plan.time.total:.0f} ms"

@@ -18,6 +18,7 @@ from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset
 from megapromoe.io import write_bytes
 from megapromoe.nn.dit import DiT
+from megapromoe.plot_text import literal
 from megapromoe.routing_analysis.measures import NOBODY
 from megapromoe.routing_analysis.observe import Routing, measure_routing
 
@@ -134,6 +135,7 @@ def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Se
 def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray, apart_LUU: np.ndarray) -> Figure:
     """For each layer the load of the experts over each subset of classes, above how far subsets are apart."""
     L, U, _ = share_LUE.shape
+    labels = [literal(name) for name in names]
     tall = 1.3 + 0.15 * U if U <= NAMED else 3.0
     width, height = _panels(L, tall)
     figure = _figure(width, 2 * height)
@@ -147,9 +149,9 @@ def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray
             if title == "load":
                 _expert_axis(ax, values.shape[-1])
             elif U <= NAMED:
-                ax.set_xticks(range(U), names, fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0)
+                ax.set_xticks(range(U), labels, fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0)
             if U <= NAMED:
-                ax.set_yticks(range(U), names if layer % 4 == 0 else [], fontsize=7)
+                ax.set_yticks(range(U), labels if layer % 4 == 0 else [], fontsize=7)
         _bar(sub, shown, sub.axes, title)
     return figure
 
@@ -270,7 +272,7 @@ def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str]
     ax.scatter(*place_T2[~nobody].T, s=5, color=colours(group_T[~nobody]), linewidths=0)
     ax.set(xticks=[], yticks=[])
     if last and len(names) <= NAMED:
-        shown = [ax.scatter([], [], s=20, color=colours(n), label=name[:14]) for n, name in enumerate(names)]
+        shown = [ax.scatter([], [], s=20, color=colours(n), label=literal(name[:14])) for n, name in enumerate(names)]
         if nobody.any():
             shown.append(ax.scatter([], [], s=20, color=GREY, label="nobody"))
         ax.legend(handles=shown, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
@@ -285,7 +287,7 @@ def _draw_shares(figure, routing: Routing, class_names: Sequence[str]) -> None:
         ax.set_title(f"block {routing.blocks[layer]}: {bits:.2f} bits about the class", fontsize=9)
         _expert_axis(ax, E)
         if C <= NAMED:
-            ax.set_yticks(range(C), [name[:14] for name in class_names], fontsize=7)
+            ax.set_yticks(range(C), [literal(name[:14]) for name in class_names], fontsize=7)
         if layer % 4 == 0:
             ax.set_ylabel("class", fontsize=8)
     _bar(figure, shown, figure.axes, "share of tokens")
@@ -300,7 +302,7 @@ def _draw_maps(figure, routing: Routing, class_names: Sequence[str], side: int) 
     for column, number in enumerate(examples):
         image = _viewable(routing.images[number])
         axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)  # the map is of images without colour
-        axes[0, column].set_title(class_names[routing.labels[number]][:12], fontsize=8)
+        axes[0, column].set_title(literal(class_names[routing.labels[number]][:12]), fontsize=8)
         for row, layer in enumerate(layers, start=1):
             axes[row, column].imshow(_overlay(image, routing.expert_LNS[layer, number], side, colours))
     for ax in axes.flatten():

@@ -5,16 +5,17 @@ The .npz holds `arr_0`, uint8 (N, H, W, C), and `arr_1`, int64 labels (N,). Sour
 
 from __future__ import annotations
 
+import logging
 import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from megapromoe.data.images import SUFFIXES, ImageError, hidden_note, is_hidden, open_image
 from megapromoe.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+logger = logging.getLogger(__name__)
 
 
 class ImageSetError(UserError):
@@ -27,7 +28,8 @@ class ImageSet:
     """A finished set of images, read in stretches.
 
     Args:
-        path: an .npz with `arr_0`, or a folder of pictures (their order is that of their names).
+        path: an .npz with `arr_0`, or a folder of pictures, read by `data.images.open_image`; their order is that of
+            their names, and hidden ones are passed over.
 
     Raises ImageSetError: it is not there, or no such thing.
     """
@@ -35,16 +37,20 @@ class ImageSet:
     def __init__(self, path: Path):
         self.path = Path(path)
         if self.path.is_dir():
-            self._files = sorted(f for f in self.path.iterdir() if f.suffix.lower() in PICTURES)
+            pictures = [file for file in self.path.iterdir() if file.suffix.lower() in SUFFIXES]
+            self._files = sorted(file for file in pictures if not is_hidden(file.name))
             if not self._files:
-                raise ImageSetError(f"{path}: holds no picture ({', '.join(PICTURES)})")
+                raise ImageSetError(f"{path}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+            if hidden := [file.name for file in pictures if is_hidden(file.name)]:
+                logger.info("%s: %s", path, hidden_note(hidden))
             self._images = None
             self.shape = self._picture(self._files[0]).shape
         else:
             self._images = open_array(self.path, "arr_0")
-            if self._images.dtype != np.uint8 or self._images.ndim != 4 or self._images.shape[3] not in (1, 3):
+            shape = self._images.shape
+            if self._images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
                 raise ImageSetError(
-                    f"{path}: arr_0 is {self._images.dtype} {self._images.shape}; images are uint8 (N, H, W, 1 or 3)"
+                    f"{path}: arr_0 is {self._images.dtype} {shape}; images are uint8 (N, H, W, 1 or 3), one at least"
                 )
             self.shape = self._images.shape[1:]
 
@@ -67,9 +73,8 @@ class ImageSet:
 
     def _picture(self, file: Path) -> np.ndarray:
         try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            pixels = np.asarray(open_image(file))
+        except ImageError as error:
             raise ImageSetError(f"{file}: cannot be read ({error}); remove it, or write it again") from error
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -102,7 +107,7 @@ def open_array(path: Path, name: str) -> np.ndarray:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file)
             if dtype.hasobject:
-                raise ImageSetError(f"{path}: {name} holds Python objects, which only pickle could read")
+                raise ImageSetError(f"{path}: {name} holds objects, which only pickle could read; write it as numbers")
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         raise ImageSetError(f"{path}: {name} cannot be read ({error}); write it again") from error

@@ -47,6 +47,8 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
     for task in tqdm(lacking, desc="loss on fixed draws", unit="run", disable=None):
+        if evaluated(study, task, draws):  # another command has computed it meanwhile
+            continue
         try:
             model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
             dataset, split = open_held_out(config)
@@ -62,7 +64,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
             "loss": mean,
             "standard_error": error,
         }
-        write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True)
+        write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True, concurrent=True)
     if problems:
         raise StudyError(problems)
 

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from megapromoe.plot_text import literal
 from megapromoe.studies.collect import EVALUATED
 from megapromoe.studies.curves import Curves, curves_of, figures
 from megapromoe.studies.study import Study, metrics
@@ -65,8 +66,8 @@ def _draw_losses(ax, study: Study, everything: Groups, styles: Styles) -> None:
     )
     for key, curve in curves.items():
         points = [(step, loss / base.get(step, 1.0)) for step, loss in zip(*curve, strict=True)]
-        ax.plot(*zip(*points, strict=True), linewidth=1.2, label=model_name(*key), **styles[key])
-    ax.set(xlabel="step", ylabel=f"denoising loss{f' / that of {study.recipe.baseline}' if base else ''}")
+        ax.plot(*zip(*points, strict=True), linewidth=1.2, label=plot_label(*key), **styles[key])
+    ax.set(xlabel="step", ylabel=f"denoising loss{f' / that of {_name(study.recipe.baseline)}' if base else ''}")
     ax.set_title(f"training, mean of the seeds and of {SMOOTH} logged values", fontsize=9)
 
 
@@ -77,8 +78,8 @@ def _draw_ends(ax, rows: Rows, first: str, everything: Groups, styles: Styles) -
             values = [row[name] for row in group if row.get(name) is not None]
             place = [i + (k - (len(scales) - 1) / 2) * 0.25] * len(values)
             ax.plot(place, values, SHAPES[k % 4][0], color=styles[key]["color"], markersize=5, alpha=0.8)
-    ax.set_xticks(range(len(everything)), [model_name(*key) for key in everything], rotation=40, ha="right")
-    ax.set_ylabel(first, fontsize=8)
+    ax.set_xticks(range(len(everything)), [plot_label(*key) for key in everything], rotation=40, ha="right")
+    ax.set_ylabel(literal(first), fontsize=8)
     shown = ", ".join(f"{SHAPES[k % 4][1]} {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
     ax.set_title(f"each mark a seed; guidance: {shown}", fontsize=9)
     ax.tick_params(axis="x", labelsize=8)
@@ -94,16 +95,25 @@ def _draw_course(
             ax.plot(list(points), list(points.values()), linewidth=1.2, marker="o", markersize=3, **styles[key])
     title = f"over training, mean of the seeds; guidance {curves.guidance:g}"
     if base:  # figures fall by several times, and models differ by little of that
-        ax.set_ylabel(f"{curves.figure}\n/ that of {baseline}", fontsize=8)
-        title += f"; {baseline}: {', '.join(f'{value:.3g}' for value in base.values())}"
+        ax.set_ylabel(f"{literal(curves.figure)}\n/ that of {_name(baseline)}", fontsize=8)
+        title += f"; {_name(baseline)}: {', '.join(f'{value:.3g}' for value in base.values())}"
     else:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(PLAIN)
         ax.yaxis.set_minor_formatter(PLAIN)
         ax.tick_params(axis="y", which="minor", labelsize=7)
-        ax.set_ylabel(curves.figure, fontsize=8)
+        ax.set_ylabel(literal(curves.figure), fontsize=8)
     ax.set_xlabel("step")
     ax.set_title(title, fontsize=9)
+
+
+def plot_label(variant: str, point: tuple | None) -> str:
+    """A group in words, for a plot."""
+    return literal(model_name(variant, point))
+
+
+def _name(variant: str | None) -> str:
+    return "" if variant is None else literal(variant)
 
 
 def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:

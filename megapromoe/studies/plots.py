@@ -11,11 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megapromoe.io import atomic_write
+from megapromoe.plot_text import literal
 from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
-from megapromoe.studies.image_plots import COLOURS, PLAIN, draw_images
+from megapromoe.studies.image_plots import COLOURS, PLAIN, draw_images, plot_label
 from megapromoe.studies.study import Study, metrics
-from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of, model_name
+from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of
 
 MARKERS = "osD^vP*X<>"
 LOSS_LABEL = "loss on fixed draws"
@@ -54,7 +55,7 @@ def draw_experts(study: Study, rows: Rows) -> Figure | None:
     labels = []
     for i, ((variant, rest), points) in enumerate(lines.items()):
         style = {"color": COLOURS[i % 10]}
-        name = model_name(variant, rest)
+        name = plot_label(variant, rest)
         if points[0][0] is None:  # no experts: a level, across all
             mean = mean_of(points[0][1])
             ax.axhline(mean.mean, label=name, linestyle="--", **style)
@@ -98,7 +99,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
             curves.append({line["step"] * per_step: line["denoising"] for line in lines})
         at = sorted(set.intersection(*(set(curve) for curve in curves)))
         mean = [float(np.mean([curve[x] for curve in curves])) for x in at]
-        left.plot(at, mean, linewidth=1.1, label=model_name(variant, point), **shades[variant, point])
+        left.plot(at, mean, linewidth=1.1, label=plot_label(variant, point), **shades[variant, point])
     left.set_xscale("log")
     left.set_yscale("log")
     left.set(xlabel="training operations so far (FLOPs)", ylabel="training loss (mean over seeds)")
@@ -120,7 +121,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
         shade = [shades[key]["color"] for key in shades if key[0] == variant and set(rest) <= set(key[1])][-1]
         aside = 1.04 ** (i - (len(families) - 1) / 2)  # side by side, so that intervals do not hide each other
         points = [(x * aside, losses) for x, losses in sorted(points)]
-        _points(right, points, model_name(variant, rest), MARKERS[i % 10], {"color": shade})
+        _points(right, points, plot_label(variant, rest), MARKERS[i % 10], {"color": shade})
         law = laws[variant, "training_flops", rest]
         if isinstance(law, PowerLaw) and not law.doubts:
             _law(right, law, points[0][0], points[-1][0], {"color": shade})
@@ -157,7 +158,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
             load_LE = np.sum(tail or [loaded[-1]["expert_load"]], axis=0)
             share_LE = load_LE / np.maximum(load_LE.sum(1, keepdims=True), 1)
             loads.append(-np.sort(-share_LE, axis=1).mean(0) * load_LE.shape[1])
-        name = model_name(variant, point)
+        name = plot_label(variant, point)
         for ax, curves in ((dead, shares), (even, entropies)):
             at = sorted(set.intersection(*(set(curve) for curve in curves)))
             ax.plot(at, [np.mean([curve[x] for curve in curves]) for x in at], linewidth=1.1, label=name, **style)
@@ -179,7 +180,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
     if not rows:
         return None
     everything = groups(rows, study.recipe)
-    names = [model_name(variant, point) for variant, point in everything]
+    names = [plot_label(variant, point) for variant, point in everything]
     figure, axes = _figure(3, 1.6 + 0.3 * len(names))
     shades = _shades(study, everything)
     colours = [shades[key]["color"] for key in everything]
@@ -205,7 +206,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         ax.set_xlabel(label)
         ax.set_title(title, fontsize=10)
     if note:
-        figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7, color="0.35")
+        figure.text(0.995, 0.005, literal(note), ha="right", va="bottom", fontsize=7, color="0.35")
         figure.set_layout_engine("constrained", rect=(0, 0.035, 1, 0.965))
     return figure
 

@@ -1,6 +1,7 @@
 """Trains the tasks of a study: `megapromoe train` in processes of their own, some at a time.
 
 A task that fails is written down and the others go on. Repeating resumes what is not done, from its last checkpoint.
+Several commands may train one study at once: each task has a lock, and who finds it taken waits for its end.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from megapromoe.io import open_regular, write_text
+from megapromoe.io import naming_errors, open_regular, write_text
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Study, failure
+from megapromoe.studies.task_locks import lock_task, owner
 
 STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
 POLL = 0.5  # seconds between looks at the running tasks
@@ -42,6 +44,7 @@ class _Started:
     task: Task
     launcher: str
     process: subprocess.Popen
+    lock: IO[str]
     log: IO
     from_byte: int
     since: float
@@ -56,12 +59,16 @@ def run_tasks(
         asked_to_stop: once it is true, the running ones are asked to save and stop, and no other is started; these,
             and those that had no turn, have code 75.
 
+    A task that another command trains is left to it. When that has ended, what it reports holds, and a task that it
+    stopped, or that it left when it was killed, is trained here.
+
     A bar tells of the steps of all tasks; where stderr is no terminal, a line for each task that ends.
     """
     tasks = list(tasks)
     codes = {task.name: 0 for task in tasks if study.done(task)}
     waiting = [task for task in tasks if task.name not in codes]
     running: list[_Started] = []
+    left_to_others: dict[str, dict[str, Any] | None] = {}  # tasks, and their outcome when they were found locked
     told = False
     total = sum(task.config.train.steps for task in tasks)
     with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05) as bar:
@@ -73,8 +80,25 @@ def run_tasks(
                 if asked_to_stop() and not told:
                     told = True
                     _ask(running)
-                while waiting and len(running) < jobs and not told:
-                    running.append(_start(study, waiting.pop(0)))
+                for task in list(waiting):
+                    if told or len(running) >= jobs:
+                        break
+                    lock = lock_task(study, task)
+                    if lock is None:
+                        if task.name not in left_to_others:
+                            left_to_others[task.name] = study.outcome(task)
+                            _tell(bar, f"{task.name}: is trained by another command ({owner(study, task)}); left to it")
+                        continue
+                    waiting.remove(task)
+                    code = _code_of_others(study, task, left_to_others)
+                    if code is None:
+                        running.append(_start(study, task, lock))
+                        continue
+                    lock.close()
+                    codes[task.name] = code
+                    ended += study.steps_logged(task)
+                    how = "done" if code == 0 else "failed"
+                    _tell(bar, f"{task.name}: {how} by another command ({len(codes)} of {len(tasks)})")
                 if told and not running:
                     break
                 time.sleep(POLL)
@@ -107,7 +131,19 @@ def exit_code(codes: dict[str, int]) -> int:
     return int(any(codes.values()))
 
 
-def _start(study: Study, task: Task) -> _Started:
+def _code_of_others(study: Study, task: Task, left_to_others: dict[str, dict[str, Any] | None]) -> int | None:
+    """The exit code of a task that another command has trained since this one began; None: it is to be trained here."""
+    if study.done(task):
+        return 0
+    if task.name not in left_to_others:
+        return None
+    outcome = study.outcome(task)
+    if outcome is None or outcome == left_to_others[task.name] or outcome["code"] in (0, STOPPED):
+        return None
+    return outcome["code"]
+
+
+def _start(study: Study, task: Task, lock: IO[str]) -> _Started:
     path = study.log(task)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = command(study, task)
@@ -115,14 +151,22 @@ def _start(study: Study, task: Task) -> _Started:
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
     begin = log.tell()
-    log.write(f"$ {' '.join(words)}\n".encode())
+    with naming_errors(path):
+        log.write(f"$ {' '.join(words)}\n".encode())
     # A session of its own: Ctrl-C reaches this process alone, which then asks the task to save.
     try:
-        process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),  # the task stays locked while it is trained, whatever becomes of this process
+        )
     except OSError as error:
         log.write(f"{words[0]}: {error.strerror}\n".encode())
         process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
-    return _Started(task, Path(words[0]).name, process, log, begin, time.monotonic())
+    return _Started(task, Path(words[0]).name, process, lock, log, begin, time.monotonic())
 
 
 def _ask(running: list[_Started]) -> None:
@@ -155,6 +199,7 @@ def _finish(study: Study, one: _Started, told: bool) -> int:
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n", parents=True)
+    one.lock.close()
     return code
 
 

@@ -7,6 +7,7 @@ tasks/NAME.yaml     the whole config of each task, as it was planned
 runs/NAME/          the run directory of each task
 logs/NAME.log       what its training printed
 outcomes/NAME.json  how its last start ended
+locks/NAME.lock     locked while a command trains the task; its text says which
 losses/NAME.json    the loss of its last checkpoint on fixed draws
 results.csv, .md    what `collect` found; *.png what `plot` drew
 ==================  =================================================================================
@@ -54,6 +55,9 @@ class Study:
 
     def log(self, task: Task) -> Path:
         return self.folder / "logs" / f"{task.name}.log"
+
+    def lock_file(self, task: Task) -> Path:
+        return self.folder / "locks" / f"{task.name}.lock"
 
     def outcome_file(self, task: Task) -> Path:
         return self.folder / "outcomes" / f"{task.name}.json"

@@ -21,6 +21,7 @@ from megapromoe.studies.estimate import Speed, seconds
 from megapromoe.studies.grid import expand
 from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read_recipe, recipe_dict, recipe_names
 from megapromoe.studies.study import open_study, plan
+from megapromoe.studies.task_locks import lock_task
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [find_recipe(name) for name in recipe_names()]
@@ -300,7 +301,112 @@ time.sleep(60)
     assert study.state(study.tasks[0]) == "1 of 3 steps saved"
 
 
+# ---- several commands at once
+
+
+ONE_COMMAND = """
+import sys
+from pathlib import Path
+from megapromoe.studies.runs import run_tasks
+from megapromoe.studies.study import open_study
+study = open_study(Path(sys.argv[1]))
+print(sorted(set(run_tasks(study, study.tasks, jobs=2).values())))
+"""
+# As `megapromoe train`, it fails while another process trains in its run directory; it notes each start.
+ALONE = """
+import fcntl
+run.mkdir(parents=True, exist_ok=True)
+lock = open(run / "run.lock", "a")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+with open(run.parent.parent / "starts", "a") as file:
+    file.write(run.name + "\\n")
+time.sleep(1)
+save(3)
+"""
+
+
+def starts(study):
+    return sorted((study.folder / "starts").read_text().split())
+
+
+def test_two_commands_at_once_train_each_task_once_and_report_no_failure(tmp_path):
+    study = plan(tmp_path / "s", recipe(launcher=stand_in(tmp_path, ALONE)))
+    words = [sys.executable, "-c", ONE_COMMAND, str(study.folder)]
+    commands = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [command.communicate(timeout=120) for command in commands]
+    assert [out for out, _ in ends] == ["[0]\n", "[0]\n"], ends
+    assert starts(study) == sorted(task.name for task in study.tasks)
+    assert "is trained by another command (pid" in ends[0][1] + ends[1][1]
+
+
+@pytest.mark.parametrize("code, result, count", [(3, 3, 0), (75, 0, 1), (None, 0, 1)])
+def test_what_another_command_reports_of_its_task_holds(code, result, count, tmp_path, capsys):
+    """It failed: that is the task's end. It was stopped, or killed before it could say anything: trained here."""
+    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
+    (task,) = study.tasks
+    study.outcome_file(task).parent.mkdir()
+    study.outcome_file(task).write_text(json.dumps({"code": 9, "said": "of an earlier start"}))
+    lock, calls = lock_task(study, task), []
+
+    def asked():
+        calls.append(None)
+        if len(calls) == 3:
+            if code is not None:
+                study.outcome_file(task).write_text(json.dumps({"code": code, "said": "of another command"}))
+            lock.close()
+        return False
+
+    assert runs.run_tasks(study, study.tasks, 1, asked) == {task.name: result}
+    assert capsys.readouterr().err.count("left to it") == 1
+    assert (len(starts(study)) if (study.folder / "starts").exists() else 0) == count
+
+
+def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path):
+    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
+    first = subprocess.Popen([sys.executable, "-c", ONE_COMMAND, str(study.folder)], stderr=subprocess.DEVNULL)
+    wait_until(lambda: (study.folder / "starts").exists(), first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not study.done(study.tasks[0])
+    assert set(runs.run_tasks(study, study.tasks).values()) == {0}
+    assert len(starts(study)) == 1
+
+
+def test_asked_to_stop_a_command_does_not_wait_for_others(tmp_path):
+    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
+    with lock_task(study, study.tasks[0]):
+        assert runs.run_tasks(study, study.tasks, 1, lambda: True) == {study.tasks[0].name: 75}
+    assert not (study.folder / "starts").exists()
+
+
+def test_tasks_are_trained_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("megapromoe.studies.task_locks.fcntl.flock", none)
+    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, "save(3)\n")))
+    assert set(runs.run_tasks(study, study.tasks).values()) == {0}
+    assert "no locks here (No locks available); let only one command train this task" in caplog.text
+
+
 # ---- all of it, for real
+
+
+@pytest.mark.full
+def test_two_real_commands_at_once_train_and_evaluate_one_study(tmp_path):
+    study = plan(tmp_path / "s", recipe(seeds=[0]))
+    words = [sys.executable, "-m", "megapromoe", "study", "run", str(study.folder)]
+    commands = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        said = [command.communicate(timeout=600)[1] for command in commands]
+    finally:
+        for command in commands:
+            command.kill()
+    assert [command.returncode for command in commands] == [0, 0], said
+    assert all("2 of 2 done, 0 failed" in text for text in said)
+    for task in study.tasks:
+        steps = [json.loads(line)["step"] for line in (study.run(task) / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3] and study.loss_file(task).exists()
 
 
 @pytest.mark.full

@@ -14,7 +14,7 @@ from support.latent_folders import Arrays, published, write
 from megapromoe.cli import main
 from megapromoe.data import encode
 from megapromoe.data.autoencoder import open_autoencoder
-from megapromoe.data.contact_sheet import MARGIN, contact_sheet
+from megapromoe.data.contact_sheet import GAP, MARGIN, contact_sheet
 from megapromoe.data.encode import EncodedImages, EncodeError
 from megapromoe.data.images import ImageError, read_image, scan
 from megapromoe.data.latents import Latents, check, read_manifest
@@ -267,6 +267,31 @@ def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_p
     assert code == 1 and "holds no manifest.json" in out
 
 
+def test_the_numbers_of_classes_and_hidden_folders_are_mentioned_before_anything_is_written(tmp_path, capsys):
+    for name in map(str, range(11)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / name / "x.png")
+        np.savez(tmp_path / "images" / name / "x.npz", latent=np.zeros((8, 4, 4), np.float32))
+    (tmp_path / "images" / ".snapshot").mkdir()
+    out = tmp_path / "l"
+    for call in (("--images", tmp_path / "images", "--autoencoder", "none"), ("--npz", tmp_path / "images")):
+        assert tool(*call, "--out", out, "--dry-run") == 0 and not out.exists()
+        told = capsys.readouterr().err
+        assert "note: 1 hidden or system files and folders are passed over, such as .snapshot" in told
+        assert "note: the 11 class folders have numbers as names, and folder '10' is class 2" in told
+        assert tool(*call, "--out", out, "--dry-run", "--class-order", "number") == 0
+        assert "numbers as names" not in capsys.readouterr().err
+    call = ("--images", tmp_path / "images", "--autoencoder", "none", "--resolution", 8, "--out", out)
+    assert tool(*call, "--class-order", "number") == 0
+    data = Latents(out)
+    assert [data.name(i).split("/")[0] for i in range(11)] == ["0", "1", "10", *"23456789"]
+    assert data.labels.tolist() == [0, 1, 10, *range(2, 10)] and data.class_names == tuple(map(str, range(11)))
+    assert tool(*call) == 1
+    assert "begun from something else: class_names was" in capsys.readouterr().err
+    assert tool(*call, "--class-order", "number", "--one-class") == 2
+    assert "there are no classes to order" in capsys.readouterr().err
+
+
 def test_speed_says_how_many_images(tmp_path, capsys):
     folder = write(tmp_path / "l")
     code, out = command(
@@ -296,3 +321,20 @@ def test_the_sheet_shows_each_image_beside_its_mirror_image(images, tmp_path):
     shown = sheet[2:34:2, MARGIN : MARGIN + 32 : 2]
     assert np.array_equal(shown, image)
     assert np.array_equal(sheet[2:34, MARGIN + 34 : MARGIN + 66], sheet[2:34, MARGIN : MARGIN + 32][:, ::-1])
+
+
+def test_the_sheet_shows_the_names_of_classes_as_they_are(tmp_path):
+    """Names of other scripts are legible, and whatever they are, no two classes look alike or reach into the images."""
+    names = ("Жуки", "naïve", "日本", "猫", "_x", "a\nb", "W" * 40)
+    for number, name in enumerate(names):
+        (tmp_path / "images" / f"{number}{name}").mkdir(parents=True)
+        Image.new("L", (32, 32), 10 * number).save(tmp_path / "images" / f"{number}{name}" / "x.png")
+    source = EncodedImages(tmp_path / "images", scan(tmp_path / "images"), open_autoencoder("none", channels=1), 32)
+    data = Latents(write(tmp_path / "l", source))
+    sheet = np.asarray(contact_sheet(data, range(len(names)), 1, open_autoencoder("none", channels=1)))
+    rows = [sheet[GAP + i * (32 + GAP) : (i + 1) * (32 + GAP), :MARGIN] for i in range(len(names))]
+    assert all((row.max(axis=(1, 2)) > 200).any() for row in rows)
+    assert len({row[:, 24:].tobytes() for row in rows}) == len(names)  # without the numbers
+    for number, row in enumerate(rows):
+        assert (sheet[GAP + number * (32 + GAP) :][:32, MARGIN : MARGIN + 32] == 10 * number).all()
+        assert (row[:, MARGIN - 4 :] == 40).all()

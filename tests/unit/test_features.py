@@ -14,6 +14,7 @@ from megapromoe.evaluation.image_metrics import Evaluation, EvaluationError
 from megapromoe.evaluation.inception import CLASSES, Inception, resize
 from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.evaluation.statistics import Normal, frechet_distance
+from megapromoe.sampling.image_sets import ImageSet, ImageSetError
 
 
 def test_the_classifier_of_digits_is_the_same_each_time():
@@ -186,3 +187,63 @@ def test_statistics_of_spatial_features_alone_are_no_reference(tmp_path, monkeyp
     paths = tmp_path / "drawn.npz", str(tmp_path / "real.npz")
     with pytest.raises(EvaluationError, match="holds mu_s, sigma_s; images .arr_0. are needed, or mu and sigma"):
         image_metrics.evaluate(Evaluation(None, *paths, features=str(tmp_path / "detector.pt")), ALONE)
+
+
+GOOD = {"mu": np.zeros(3), "sigma": np.eye(3)}
+NAN, TEXT = np.array([1.0, np.nan, np.inf]), np.array(["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    "arrays, match",
+    [
+        ({"mu": NAN}, "2 of the 3 values of mu are not finite"),
+        ({"sigma": np.full((3, 3), np.nan)}, "9 of the 9 values of sigma are not finite"),
+        (
+            {"mu": np.zeros((1, 3))},
+            r"mu \(1, 3\), sigma \(3, 3\): a mean has the shape \(D,\), its covariance \(D, D\)",
+        ),
+        ({"mu": np.array(0.0)}, r"mu \(\), sigma \(3, 3\): a mean"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu \(0,\), sigma \(0, 0\): a mean"),
+        ({"sigma": np.ones(3)}, r"mu \(3,\), sigma \(3,\): a mean"),
+        ({"sigma": np.eye(4)}, r"mu \(3,\), sigma \(4, 4\): a mean"),
+        ({"sigma": np.zeros((3, 4))}, r"sigma \(3, 4\): a mean"),
+        ({"mu": TEXT}, "mu holds <U1 values, not real numbers"),
+        ({"sigma": np.eye(3, dtype=complex)}, "sigma holds complex128 values, not real numbers"),
+        ({"mu": np.array([{}, {}, {}])}, "mu .*pickle"),
+        ({"sigma": np.tri(3)}, "sigma is not symmetric"),
+        ({"sigma": -np.eye(3)}, "sigma has a variance below 0"),
+        ({"sigma": np.eye(3) * 1e308}, r"sigma has values up to 1e\+308, which are of no features"),
+        ({"mu_s": NAN, "sigma_s": np.eye(3)}, "2 of the 3 values of mu_s are not finite"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(arrays, match, tmp_path, monkeypatch):
+    np.savez(tmp_path / "drawn.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8))
+    np.savez(tmp_path / "real.npz", **GOOD | arrays)
+    file = tmp_path / "detector.pt"
+    monkeypatch.setitem(features.STANDARD, scripted(file, Detector()), "inception")
+    paths = tmp_path / "drawn.npz", str(tmp_path / "real.npz")
+    with pytest.raises(EvaluationError, match=match) as error:
+        image_metrics.evaluate(Evaluation(None, *paths, features=str(file)), ALONE)
+    assert "real.npz" in str(error.value) and ";" in str(error.value)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    np.savez(tmp_path / "empty.npz", arr_0=np.zeros((0, 4, 4, 3), dtype=np.uint8))
+    with pytest.raises(ImageSetError, match=r"arr_0 is uint8 \(0, 4, 4, 3\); images are .*, one at least"):
+        ImageSet(tmp_path / "empty.npz")
+
+
+class Logits(torch.nn.Module):
+    """Returns what are no probabilities."""
+
+    def forward(self, x: torch.Tensor):
+        y = x.float().mean(dim=(2, 3))
+        return y, y[:, :1], y - 128
+
+
+def test_a_figure_that_is_not_finite_is_no_result(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8))
+    sha = scripted(tmp_path / "logits.pt", Logits())
+    wrong = Evaluation(None, tmp_path / "x.npz", str(tmp_path / "x.npz"), "train", str(tmp_path / "logits.pt"), sha)
+    with pytest.raises(EvaluationError, match=r"features = logits: classifier score \(logits\) is nan, so that"):
+        image_metrics.evaluate(wrong, ALONE)

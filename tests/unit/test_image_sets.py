@@ -1,9 +1,12 @@
 """Sets of images: read from where they lie, and refused with the reason."""
 
+import logging
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from megapromoe.data.images import SUFFIXES, ImageError, centre_crop, read_image
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError, open_array
 
 
@@ -43,3 +46,47 @@ def test_a_folder_of_pictures_is_a_set(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageSetError, match="holds no picture"):
         ImageSet(tmp_path / "empty")
+
+
+def test_pictures_of_a_set_are_read_as_encoding_reads_them(images, tmp_path):
+    """Every mode, size, and way in which a file may be damaged: the same pixels, or the same reason."""
+    gray = np.linspace(0, 65535, 20 * 20).reshape(20, 20)
+    Image.fromarray(gray.astype(np.uint16)).save(images / "16_bits.png")
+    Image.fromarray(gray.astype(np.uint16)).save(images / "16_bits.tif")
+    Image.fromarray(gray.astype(np.float32)).save(images / "floats.tif")
+    Image.new("LAB", (20, 20)).save(images / "lab.tif")
+    Image.new("1", (20000, 10000)).save(images / "large.png")
+    compared = {"read": 0, "refused": 0}
+    for number, file in enumerate(sorted(f for f in images.rglob("*") if f.suffix.lower() in SUFFIXES)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / file.name).write_bytes(file.read_bytes())
+        try:
+            pictures = ImageSet(folder)
+        except ImageSetError as error:
+            with pytest.raises(ImageError) as reason:
+                read_image(file, 20)
+            assert str(error) == f"{folder / file.name}: cannot be read ({reason.value}); remove it, or write it again"
+            compared["refused"] += 1
+        else:
+            pixels = pictures.read(0, 1)[0]
+            cropped = np.asarray(centre_crop(Image.fromarray(pixels.squeeze()), 20)).reshape(20, 20, -1)
+            np.testing.assert_array_equal(cropped.transpose(2, 0, 1), read_image(file, 20, pixels.shape[2]))
+            compared["read"] += 1
+    assert compared == {"read": 17, "refused": 4}
+
+
+def test_16_bit_pictures_keep_their_grays(tmp_path):
+    values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    (pixels,) = ImageSet(tmp_path).read(0, 1)
+    assert pixels.shape == (256, 256, 1) and (np.bincount(pixels.ravel(), minlength=256)[1:255] == 257).all()
+
+
+def test_hidden_pictures_are_passed_over(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "megapromoe")
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"._{name}.png").write_bytes(b"AppleDouble")
+    assert ImageSet(tmp_path).read(0, 2).shape == (2, 4, 4, 3)
+    assert f"{tmp_path}: 2 hidden or system files and folders are passed over, such as ._a.png" in caplog.text

@@ -1,12 +1,17 @@
 """Images: the crop against its definition, every mode, and the scan of a folder of classes."""
 
 import os
+import subprocess
+import sys
+import threading
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from megapromoe.data.images import ImageError, Item, centre_crop, read_image, scan
+from megapromoe.data import images as reader
+from megapromoe.data.images import MOST_PIXELS, ImageError, Item, centre_crop, open_image, read_image, scan
 
 
 def resampled(array, size, kernel, support):
@@ -105,3 +110,175 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):
     (images / "class0" / "im00.png").rename(images / "loose.png")
     with pytest.raises(ImageError, match="1 images, such as loose.png, .*; 1 class folders without .*'void'"):
         scan(images)
+
+
+# ---- what is not the user's own, and the numbers of classes
+
+SYSTEM = (".ipynb_checkpoints", ".snapshot", "__MACOSX", "@eaDir", "lost+found", "#recycle", "$RECYCLE.BIN")
+
+
+def test_hidden_and_system_folders_are_passed_over_with_a_note(images):
+    before = scan(images)
+    assert before.notes == ()
+    for name in SYSTEM:
+        for folder in (images / name, images / name / "class0", images / "class1" / "deep" / name):
+            folder.mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(folder / "copy.png")
+    (images / ".empty").mkdir()
+    (images / "class2" / "._im02.png").write_bytes(b"AppleDouble")
+    (images / ".DS_Store").write_bytes(b"")
+    after = scan(images)
+    assert (after.items, after.class_names, after.skipped) == (before.items, before.class_names, before.skipped)
+    (note,) = after.notes
+    assert note == "17 hidden or system files and folders are passed over, such as #recycle"
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_a_folder_of_a_system_is_no_second_class(name, images):
+    (images / name).mkdir()
+    for other in ("class1", "class2"):
+        (images / other).rename(images.parent / other)
+    with pytest.raises(ImageError, match="one class, 'class0'"):
+        scan(images)
+
+
+def classes(folder, names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(folder / name / "x.png")
+    return folder
+
+
+def test_numbers_as_names_are_ordered_as_text_and_the_note_says_so(tmp_path):
+    folder = classes(tmp_path / "images", map(str, range(12)))
+    found = scan(folder)
+    assert found.class_names == ("0", "1", "10", "11", *"23456789")
+    (note,) = found.notes
+    assert "the 12 class folders have numbers as names, and folder '10' is class 2" in note
+    assert "--class-order number takes their value" in note
+    ordered = scan(folder, class_order="number")
+    assert ordered.class_names == tuple(map(str, range(12))) and ordered.notes == ()
+    assert {item.path.split("/")[0]: item.label for item in ordered.items} == {str(i): i for i in range(12)}
+    assert [item.path for item in ordered.items] == [item.path for item in found.items]
+
+
+def test_no_note_where_the_order_cannot_surprise(tmp_path):
+    assert scan(classes(tmp_path / "padded", ("00", "01", "02"))).notes == ()
+    assert scan(classes(tmp_path / "words", ("1a", "10", "9"))).notes == ()
+    (note,) = scan(classes(tmp_path / "from_one", ("1", "2", "3"))).notes
+    assert "folder '1' is class 0" in note and "--class-order" not in note
+    (note,) = scan(tmp_path / "from_one", class_order="number").notes
+    assert "folder '1' is class 0: classes are numbered from 0, without gaps" in note
+
+
+def test_only_numbers_are_ordered_by_number(tmp_path):
+    with pytest.raises(ImageError, match="--class-order number: 2 names of classes are no whole numbers, such as '1a'"):
+        scan(classes(tmp_path / "words", ("1a", "10", "²")), class_order="number")
+    with pytest.raises(ImageError, match="the classes '01' and '1' have one number"):
+        scan(classes(tmp_path / "twice", ("01", "1", "2")), class_order="number")
+
+
+# ---- values, sizes, warnings
+
+
+def test_all_values_of_16_bits_are_rounded_to_8(tmp_path, monkeypatch):
+    values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    monkeypatch.setattr(reader, "_BLOCK", 1000)  # several blocks, the last one shorter
+    image = open_image(tmp_path / "gray.png")
+    assert image.mode == "L"
+    np.testing.assert_array_equal(np.asarray(image), (values / 257).round())
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match="floating-point pixels, of which neither black nor white is defined; save it"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1 << 24), (-5, 255)])
+def test_values_beyond_16_bits_are_refused(low, high, tmp_path):
+    Image.fromarray(np.linspace(low, high, 64).reshape(8, 8).astype(np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(ImageError, match=f"holds values from {low:,} to {high:,}, where 16 bits have 0 to 65,535"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+LARGEST_MEMORY = """
+import resource, sys
+from pathlib import Path
+from megapromoe.data.images import ImageError, read_image
+try:
+    print(read_image(Path(sys.argv[1]), int(sys.argv[2])).shape)
+except ImageError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("size, side", [((20000, 1), 256), ((1, 20000), 256), ((511, 1), 256), ((40, 1), 4096)])
+def test_a_strip_takes_little_memory(size, side, tmp_path):
+    """20000x1 at 256 would be 5 million times 256 pixels, 5.3 GB; strips at the limit are read."""
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    command = [sys.executable, "-c", LARGEST_MEMORY, str(tmp_path / "strip.png"), str(side)]
+    result, memory = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    if max(size) == 511:
+        assert result == "(3, 256, 256)"
+    else:
+        name = f"{size[0]}x{size[1]}"
+        assert f"{name}: too long for its other side; scaled so that the short side has {side} pixels" in result
+    assert int(memory) < 800  # MiB
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_size(tmp_path, monkeypatch):
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    with pytest.raises(ImageError, match=rf"more than {MOST_PIXELS:,} pixels \(.*200000000 .*; scale it down"):
+        read_image(tmp_path / "large.png", 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library may switch Pillow's own limit off
+    with pytest.raises(ImageError, match=r"more than 178,956,970 pixels \(20000x10000\)"):
+        read_image(tmp_path / "large.png", 8)
+
+
+def test_threads_leave_the_warnings_of_the_process_as_they_are(tmp_path, monkeypatch):
+    """Two threads whose reading overlaps: the first ends first."""
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+    inside, left, opened = [threading.Event(), threading.Event()], threading.Event(), Image.open
+
+    def meeting(path):
+        number = int(threading.current_thread().name)
+        inside[number].set()
+        assert inside[1].wait(10) and (number == 0 or left.wait(10))
+        return opened(path)
+
+    monkeypatch.setattr(Image, "open", meeting)
+    before = list(warnings.filters)
+    first, second = (
+        threading.Thread(target=read_image, args=(tmp_path / "x.png", 4), name=str(number)) for number in (0, 1)
+    )
+    first.start()
+    assert inside[0].wait(10)
+    second.start()
+    first.join()
+    left.set()
+    second.join()
+    assert warnings.filters == before
+
+
+WARNS = """
+import sys, warnings
+from pathlib import Path
+from megapromoe.data.images import read_image
+print(read_image(Path(sys.argv[1]), 8).shape)
+warnings.warn("of another module", UserWarning)
+"""
+
+
+def test_warnings_of_damaged_exif_data_are_not_shown_and_others_are(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg", exif=exif.tobytes()[:-6])
+    command = [sys.executable, "-c", WARNS, str(tmp_path / "x.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "(3, 8, 8)\n" and "of another module" in done.stderr and "EXIF" not in done.stderr
+    with pytest.warns(UserWarning), warnings.catch_warnings():  # the picture does make Pillow warn
+        warnings.simplefilter("default")
+        Image.open(tmp_path / "x.jpg").load()

@@ -2,13 +2,19 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from megapromoe import io
+from megapromoe.cli import main
 
 DIES_WHILE_IT_WRITES = """
 import os, signal, sys
@@ -101,3 +107,79 @@ def test_a_tree_is_replaced_as_a_whole_or_not_at_all(tmp_path, kind):
     with io.atomic_tree(target, overwrite=True) as staging:
         make(staging, "fourth")
     assert content() == "fourth" and os.listdir(tmp_path) == ["target"]
+
+
+# ---- errors name the file
+
+
+@pytest.fixture
+def no_room():
+    """No file of this process may have more than 4 KiB, an error that the system reports as it does a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+
+
+def write_with(library, file: Path):
+    if library == "text":
+        io.write_text(file, "x" * 100_000)
+    elif library == "tree":
+        with io.atomic_tree(file, overwrite=True) as staging:
+            staging.mkdir()
+            (staging / "inner").write_bytes(NOISE.tobytes())
+    elif library == "path":
+        with io.atomic_path(file) as staging:
+            staging.write_bytes(NOISE.tobytes())
+    else:
+        with io.atomic_write(file) as opened:
+            if library == "numpy":
+                np.save(opened, NOISE)
+            elif library == "npz":
+                np.savez(opened, NOISE)
+            elif library == "pillow":
+                Image.fromarray(NOISE).save(opened, format="png")
+            else:
+                Figure().savefig(opened, format="png", dpi=300)
+
+
+@pytest.mark.parametrize("library", ["text", "tree", "path", "numpy", "npz", "pillow", "matplotlib"])
+def test_an_error_of_a_disk_without_room_names_the_file(library, file, no_room):
+    with pytest.raises(OSError) as error:
+        write_with(library, file)
+    assert error.value.filename == str(file) and error.value.strerror and str(file) in str(error.value)
+    assert file.read_text() == "old" and os.listdir(file.parent) == ["file"]
+
+
+def test_an_error_of_a_log_names_it(file, no_room):
+    with pytest.raises(OSError, match=f"File too large: '{file}'"):
+        io.append_text(file, "x" * 100_000)
+
+
+def test_an_error_of_flushing_names_the_file(file, monkeypatch):
+    def fails(handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(io.os, "fsync", fails)
+    with pytest.raises(OSError, match=rf"\[Errno 5\] Input/output error: '{file}"):
+        io.write_text(file, "new")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), BlockingIOError(), OSError(28, "full", "other")])
+def test_errors_of_other_files_keep_their_text(error, file):
+    text = str(error)
+    with pytest.raises(OSError) as raised, io.atomic_write(file):
+        raise error
+    assert raised.value is error and str(error) == text
+
+
+def test_a_command_names_the_file_of_a_disk_without_room(tmp_path, capsys, no_room):
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / name / "x.png")
+    words = ["--images", str(tmp_path / "images"), "--autoencoder", "none", "--resolution", "64"]
+    assert main(["encode", *words, "--out", str(tmp_path / "l")]) == 1
+    assert f"megapromoe: {tmp_path}/l/shard-00000.npy: File too large\n" in capsys.readouterr().err

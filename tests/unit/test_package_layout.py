@@ -13,9 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # One total order, lowest first: each may import itself and those before it.
 ORDER = (
-    *("errors", "io", "versions", "config", "planning", "distributed", "diffusion", "data", "nn", "preflight"),
-    *("engine", "benchmark", "checkpoint", "training", "conversion", "sampling", "routing_analysis", "evaluation"),
-    *("studies", "commands", "cli", "__main__"),
+    *("errors", "io", "versions", "plot_text", "config", "planning", "distributed", "diffusion", "data", "nn"),
+    *("preflight", "engine", "benchmark", "checkpoint", "training", "conversion", "sampling", "routing_analysis"),
+    *("evaluation", "studies", "commands", "cli", "__main__"),
 )
 
 
