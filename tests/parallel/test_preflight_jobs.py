@@ -297,7 +297,7 @@ def test_a_run_directory_that_cannot_be_written_is_no_nodes_fault(tmp_path):
     """And where the report cannot be written either, every rank says so."""
     (tmp_path / "file").write_text("")
     codes, said, told, bad = preflight(tmp_path, "--run", str(tmp_path / "file" / "run"))
-    assert codes == [1] * 4 and bad == []
+    assert codes == [2] * 4 and bad == []
     assert verdicts(told, "files") and "Not a directory" in " ".join(said.split())
 
 
@@ -327,7 +327,7 @@ def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
         check.run(options, runtime.Launch("python"))
     runtime.stop()
     said = capsys.readouterr().out
-    assert "1e+09 GiB" in said and "no single node is to blame: free space" in said
+    assert "1e+09 GiB" in said and "on any nodes, by its configuration or installation: free space" in said
 
 
 def test_a_wrong_config_is_told_before_anything_starts(tmp_path):
