@@ -7,6 +7,7 @@ state of the data is the number of steps done.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
