@@ -5,6 +5,7 @@ Processes are real and started one by one, so that nothing but the watchdog ends
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.full
 
@@ -141,7 +143,7 @@ def training(folder: Path, *settings: str) -> list[str]:
 WRITE = "megapromoe.checkpoint.manager:write_rank"
 
 
-@pytest.mark.parametrize("last", [False], ids=["on the way"])
+@pytest.mark.parametrize("last", [False, True], ids=["on the way", "the last"])
 def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table):
     """Between two steps as well as at the end, where all the others wait for its file."""
     settings = ["train.save_every=3", f"train.steps={3 if last else 1000}", "train.step_timeout=4", "train.timeout=24"]
@@ -178,3 +180,141 @@ def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_t
             "the steps since the last save",
         )
     )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run with one checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = ["train.steps=1", "train.step_timeout=6", "train.timeout=120", "sample.steps=4", "sample.batch=4"]
+    (job,) = start(folder, *training(folder, *settings), world=1)
+    assert job.wait(timeout=240) == 0, said(folder, 0)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    "command, target, place",
+    [
+        (["sample", "--num-images", "32", "--out", "OUT"], "megapromoe.sampling.generation:generate", "chunks"),
+        (
+            ["evaluate", "--num-images", "32", "--samples", "OUT"],
+            "megapromoe.evaluation.image_metrics:_Totals.update",
+            "features of",
+        ),
+    ],
+    ids=["sample", "evaluate"],
+)
+def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, trained, tmp_path, fault_table):
+    words = [word if word != "OUT" else str(tmp_path / "out") for word in command]
+    jobs = start(
+        tmp_path,
+        *words,
+        "--run-dir",
+        str(trained),
+        world=2,
+        program=hanging(f"patient_start(); hang_in(1, {target!r})"),
+    )
+    assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
+    for rank in (0, 1):
+        text = said(tmp_path, rank)
+        assert re.search(rf"furthest behind: rank 1, last in {place} .*Repeat the command to resume", text), text
+    fault_table.append((f"a rank hangs in `{command[0]}`", "named with its place, exit code 76", "nothing"))
+
+
+def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
+    """It takes three times the limit."""
+    settings = ["train.steps=2", "train.sample_every=2", "train.step_timeout=4", "sample.steps=24", "sample.batch=64"]
+    call = "patient_start(); slow_sampler(0.5)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    assert end_of(jobs, tmp_path) == [0, 0], said(tmp_path, 0)
+    assert list((tmp_path / "run" / "samples").glob("step-*2.png"))
+
+
+MICRO_STEP = "megapromoe.engine.engine:Engine.micro_step"
+
+
+def test_a_first_step_that_compiles_may_take_longer(tmp_path):
+    """The same pause is a hang in any other step."""
+    settings = ["train.steps=3", "train.step_timeout=3", "train.timeout=60"]
+    for name, call, codes in (("first", 1, [0, 0]), ("second", 2, [76, 76])):
+        program = f"patient_start(); compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {call})"
+        folder = tmp_path / name
+        folder.mkdir()
+        words = training(folder, *settings, "train.compile=true")
+        assert end_of(start(folder, *words, world=2, program=hanging(program)), folder) == codes, said(folder, 0)
+
+
+def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fault_table):
+    """Before the collectives of the others give up, which name nobody."""
+    settings = ["train.step_timeout=4", "train.timeout=24", "train.compile=true"]
+    program = f"patient_start(); compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(program))
+    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
+    text = said(tmp_path, 0)
+    assert "silent: rank 1, last in section 'forward and backward' of step 1" in text and "17 s more for this" in text
+    fault_table.append(("a rank freezes in the first, compiling step", "named with its place, exit code 76", "nothing"))
+
+
+def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp_path, fault_table):
+    shutil.copytree(trained, tmp_path / "run")
+    settings = ["train.steps=100", "train.step_timeout=4", "train.timeout=48", "sample.steps=4", "sample.batch=4"]
+    call = "hang_in(1, 'megapromoe.checkpoint.format:Checkpoint.verify', freeze)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
+    assert "silent: rank 1, last in start-up: reading the checkpoint" in said(tmp_path, 0), said(tmp_path, 0)
+    fault_table.append(
+        ("a rank freezes while it reads the checkpoint", "named with its place, exit code 76", "nothing")
+    )
+
+
+def images(folder: Path, count: int = 24) -> Path:
+    for number in range(count):
+        path = folder / f"class{number % 2}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 10), (number, 2 * number, 3 * number)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_rank_that_freezes_in_encode_is_named_and_the_command_repeated_goes_on(frozen, tmp_path, fault_table):
+    """Rank 0 holds the store; the others have nothing to do any more, and wait for it."""
+    source, out = images(tmp_path / "images"), tmp_path / "latents"
+    words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
+    words += ["--shard-size", "4", "--step-timeout", "4"]
+    call = f"patient_start(); hang_in({frozen}, 'megapromoe.data.encode:_write_shard', freeze, 2)"
+    jobs = start(tmp_path, *words, world=2, program=hanging(call))
+    assert end_of(jobs, tmp_path, frozen=frozen) == [76], said(tmp_path, 1 - frozen)
+    text = said(tmp_path, 1 - frozen)
+    blamed = "the process that holds the job's store" if frozen == 0 else "silent: rank 1, last in shard"
+    assert blamed in text and "(--step-timeout = 4)" in text, text
+    jobs[frozen].kill()
+    again = tmp_path / "again"
+    assert end_of(start(again, *words, world=2), again) == [0, 0], said(again, 0)
+    assert f"{out}: 24 records" in said(again, 0)
+    fault_table.append(
+        (
+            f"rank {frozen} freezes in `encode`",
+            f"{'the holder of the store' if frozen == 0 else 'the rank'} is named, exit code 76; repeated, it goes on",
+            "the shard in work",
+        )
+    )
+
+
+def test_a_rank_that_freezes_in_encode_under_torchrun_is_named(tmp_path):
+    """There the launcher keeps the store, and ends the frozen rank."""
+    source, out = images(tmp_path / "images"), tmp_path / "latents"
+    words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
+    words += ["--shard-size", "4", "--step-timeout", "4"]
+    program = hanging("hang_in(1, 'megapromoe.data.encode:_write_shard', freeze, 2)")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [sys.executable, "-c", program, str(Path(__file__).parents[1]), *words]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
+    with open(tmp_path / "said-0", "wb") as output:
+        job = subprocess.Popen(command, env=clean, stdout=output, stderr=subprocess.STDOUT)
+    STARTED.append(job)
+    assert end_of([job], tmp_path) == [1]
+    text = said(tmp_path, 0)
+    assert re.search(
+        r"no progress for \d+ s \(--step-timeout = 4\) in .*; silent: rank 1, last in shard [24] of 6", text
+    )
+    assert re.search(r"exitcode\s*:\s*76", text), text

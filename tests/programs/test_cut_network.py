@@ -1,0 +1,113 @@
+"""A network that breaks between two nodes: network namespaces of this machine, whose link is taken down in training."""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LIMIT = 4.0  # train.step_timeout, seconds
+BOUND = 90.0  # seconds within which both sides must have ended: on a busy machine, and the store's own wait of 4 s
+PORT = 29511
+TINY = ["--preset", "digits", "train.log_every=1", "train.global_batch=8", "model.hidden_size=32", "model.depth=2"]
+NUMBERS = itertools.count()
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
+
+
+def why_not() -> str:
+    """Why no namespaces can be made here, or ""."""
+    if not shutil.which("ip"):
+        return "there is no `ip`"
+    name = f"megapromoe-{os.getpid()}-try"
+    try:
+        ip("netns", "add", name)
+        ip("netns", "del", name)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no network namespace can be made: {getattr(error, 'stderr', None) or error}".strip()
+    return ""
+
+
+@pytest.fixture
+def two_nodes():
+    """Names of two namespaces with an interface `node` each, addresses 10.213.7.1 and 10.213.7.2."""
+    if reason := why_not():
+        pytest.skip(reason)
+    number = next(NUMBERS)
+    names = [f"megapromoe-{os.getpid()}-{number}-{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("link", "add", "node", "netns", names[0], "type", "veth", "peer", "name", "node", "netns", names[1])
+        for place, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.213.7.{place}/24", "dev", "node")
+            ip("-n", name, "link", "set", "node", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cut", [0, 1], ids=["the side with the store", "the other side"])
+def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_path, fault_table):
+    run = tmp_path / "run"
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; patient_start()"
+    words = ["-c", f"{program}; sys.exit(main())", str(Path(__file__).parents[1])]
+    words += ["train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
+    words += [f"train.step_timeout={LIMIT:g}", "train.timeout=60"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
+    clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "node"}
+    jobs: list[subprocess.Popen] = []
+
+    def said(rank: int) -> str:
+        return (tmp_path / f"said-{rank}").read_text()
+
+    def wait_until(condition, limit: float) -> None:
+        deadline = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < deadline, said(0)[-3000:] + said(1)[-3000:]
+            time.sleep(0.05)
+
+    def steps() -> int:
+        file = run / "metrics.jsonl"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    try:
+        for rank, name in enumerate(two_nodes):
+            who = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            env = clean | {key: str(value) for key, value in who.items()} | {"OMP_NUM_THREADS": "1"}
+            command = ["ip", "netns", "exec", name, sys.executable, *words]
+            with open(tmp_path / f"said-{rank}", "wb") as out:
+                jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
+        wait_until(lambda: steps() >= 5 or any(job.poll() is not None for job in jobs), 300)
+        assert [job.poll() for job in jobs] == [None, None], said(0)[-3000:] + said(1)[-3000:]
+        ip("-n", two_nodes[cut], "link", "set", "node", "down")
+        broken = time.monotonic()
+        wait_until(lambda: all(job.poll() is not None for job in jobs), BOUND)
+        took = time.monotonic() - broken
+    finally:
+        for job in jobs:
+            if job.poll() is None:
+                job.send_signal(signal.SIGKILL)
+            job.wait()
+    assert [job.returncode for job in jobs] == [76, 76], said(0)[-3000:] + said(1)[-3000:]
+    place = r"no progress for \d+ s \(train.step_timeout = 4\) in section '[a-z ]+' of step \d+; "
+    assert re.search(rf"rank 0: {place}silent: rank 1, last in section", said(0)), said(0)[-3000:]
+    assert re.search(rf"rank 1: {place}the process that holds the job's store", said(1)), said(1)[-3000:]
+    fault_table.append(
+        (
+            f"the network between two nodes is cut, on {('the side with the store', 'the other side')[cut]}",
+            "rank 0 names the other rank, the other rank the holder of the store; both end with code 76",
+            f"{took:.0f} s, and the steps since the last save",
+        )
+    )
