@@ -18,10 +18,10 @@ import torch
 
 from megapromoe.checkpoint.format import Checkpoint, check_model
 from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
-from megapromoe.checkpoint.manifest import MANIFEST
-from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
+from megapromoe.checkpoint.run_directory import RunDirectory, changed_settings
 from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
-from megapromoe.config.options import Config
+from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import runtime
@@ -163,6 +163,7 @@ def _load(
     checkpoint.verify(mesh.rank, mesh.world)
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
+    _check_config(run, checkpoint, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.layouts[name].take(checkpoint.logical(weights, name), mesh))
@@ -170,3 +171,18 @@ def _load(
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))
     return model.eval().requires_grad_(False), config, int(checkpoint.manifest["step"])
+
+
+def _check_config(run: Path, checkpoint: Checkpoint, config: Config) -> None:
+    """Raises CheckpointError if the weights were trained with another model or diffusion than config.yaml has."""
+    changed = changed_settings(checkpoint.manifest.get("config") or to_dict(config), config)
+    listed = [
+        f"\n  - {key}: {old!r} in the checkpoint, {new!r} in the file"
+        for key, (old, new) in sorted(changed.items())
+        if key.split(".")[0] in ("model", "diffusion")
+    ]
+    if listed:
+        raise CheckpointError(
+            f"{RunDirectory(run).config_file}: is not the config that {checkpoint.folder.name} was trained with;"
+            f" restore these fields in the file:{''.join(listed)}"
+        )

@@ -1,6 +1,8 @@
 """Sampling a run: the same images on any number of ranks, what is written, and what is refused."""
 
+import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from support import processes
 from support.sampled_runs import ALONE, as_job, saved_run, tiny
 
 from megapromoe.checkpoint.format import CheckpointError, OtherModel
-from megapromoe.config.options import ConfigError
+from megapromoe.checkpoint.manifest import seal
+from megapromoe.config.options import ConfigError, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate, grid
 from megapromoe.distributed.agreement import distributed_session
@@ -154,6 +157,20 @@ def test_the_whole_model_is_read_from_a_sharded_run(run):
         assert torch.equal(value, fresh[name]), name
     for name, value in averaged.named_parameters():
         assert torch.equal(value, 2 * fresh[name] + 0.01), name
+
+
+def test_weights_are_not_used_with_another_config_than_theirs(run, tmp_path):
+    """As when config.yaml was edited, or its checkpoints came from elsewhere."""
+    other = shutil.copytree(run, tmp_path / "run")
+    manifest = other / "checkpoints" / "step-00000002" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    trained = to_dict(tiny("diffusion.shift=2.0", "train.lr=1e-3"))
+    manifest.write_text(seal({**content, "config": trained}))
+    with pytest.raises(CheckpointError, match=r"config.yaml: .*\n  - diffusion.shift: 2.0 in the checkpoint"):
+        load_model(other)
+    config = other / "config.yaml"
+    config.write_text(to_yaml(tiny("diffusion.shift=2.0")))
+    assert load_model(other)[2] == 2, "the learning rate is free"
 
 
 def test_what_cannot_be_loaded_is_said(run, tmp_path):
