@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.backends import grouped
 from support.processes import run
 from support.trajectory import deviations, small, stir, train
 from torch._dynamo.utils import counters
 
 from megapromoe.config.options import ConfigError
+from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.parallelize import build
@@ -49,6 +51,35 @@ def test_training_is_the_same_and_nothing_is_compiled_twice(overrides, tmp_path)
         if plain:
             off = {kind: found for kind, found in deviations(compiled, plain).items() if not found[0] <= 1}
             assert not off
+
+
+def collective_gradients(compiled: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Result and gradients of x and w (3, 4) of each collective between two products, as in a layer. Collective."""
+    group = make_mesh(tp=dist.get_world_size(), timeout=60).tp
+    outcomes = {}
+    for operation in (collectives.copy_to, collectives.reduce_from, collectives.sum_over, collectives.gather_last):
+
+        def layer(x, w, operation=operation):
+            y = operation(x * w, group)
+            return y + 0.5 * y.square()
+
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x, w = (torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(2))
+        run_layer = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run_layer(x, w)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        outcomes[operation.__name__] = (y.detach(), x.grad, w.grad)
+    return outcomes
+
+
+def test_collectives_have_the_same_gradients_compiled():
+    """Torch 2.11 loses the gradient of a tensor that a compiled autograd.Function changed in place and returned."""
+    plain, compiled = (run(2, collective_gradients, flag) for flag in (False, True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        for name, tensors in theirs.items():
+            assert all(tensor.norm() > 0.1 for tensor in tensors), name
+            for tensor, expected in zip(ours[name], tensors, strict=True):
+                torch.testing.assert_close(tensor, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def outcome(model, images: int, conditional: int):
