@@ -123,6 +123,24 @@ def test_compiled_in_earnest(what):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "input_size, backend, options",
+    [
+        (128, "inductor", {"triton.mix_order_reduction": False}),
+        (126, "inductor", None),
+        (128, "aot_eager", None),
+    ],
+)
+def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backend, options, monkeypatch):
+    """GPUs alone have this fusion; here only that inductor gets, and knows, the option."""
+    from torch._inductor import list_options
+
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: asked.append(settings.get("options")) or f)
+    compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
+    assert len(asked) > 5 and asked[0] == options and set(options or ()) <= set(list_options())
+
+
 def test_stage_3_is_refused():
     with pytest.raises(ConfigError, match="train.compile = True: must be false with train.deepspeed = 'fp32_zero3'"):
         small("train.compile=true", "train.deepspeed=fp32_zero3")
