@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.compatibility import Compatibility
 from support.fault_table import FaultTable, Rows
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,7 @@ TABLES = {
     "--equality-table": "the equality matrix",
     "--layout-table": "the layout-change matrix",
     "--fault-table": "the fault table",
+    "--compatibility-table": "the row of this environment",
 }
 
 
@@ -38,6 +40,8 @@ FOLDERS = ("cluster", "programs", "parallel", "unit")
 def pytest_configure(config):
     if file := config.getoption("--fault-table"):
         config.pluginmanager.register(FaultTable(Path(file)))
+    if file := config.getoption("--compatibility-table"):
+        config.pluginmanager.register(Compatibility(config, Path(file)))
 
 
 def pytest_collection_modifyitems(items):

@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ def leave_branch(run: RunDirectory, after: int, reason: str) -> LeftBranch | Non
         write_text(folder / run.metrics.name, "".join(_lines_after(run.metrics, after)))
     if run.tensorboard.exists():
         shutil.copytree(run.tensorboard, folder / run.tensorboard.name)
-    steps, left = tuple(one.step for one in later), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    steps, left = tuple(one.step for one in later), datetime.now(UTC).isoformat(timespec="seconds")
     branch = LeftBranch(folder, name, after, steps, reason, left)
     write_json(folder / FACTS, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2)
     _move(run, branch)

@@ -13,10 +13,15 @@ from megapromoe.distributed.mesh import Group
 
 
 def _all_reduced(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum over the group, in memory of its own."""
+    """The sum over the group, in memory of its own.
+
+    A view of what was reduced in place, and not that tensor itself: torch.compile of torch 2.11 gives the gradient of
+    an autograd.Function to the wrong output where its forward returns a tensor that it changed in place, without an
+    error. Source: pytorch issue 180642.
+    """
     out = x.contiguous().clone()
     dist.all_reduce(out, group=group.handle)
-    return out
+    return out.view_as(out)
 
 
 class _CopyTo(torch.autograd.Function):

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +122,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
             generated = extract_features(network, images, launch, images.path.name)
             records.append(
                 {
-                    "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     **facts,
                     "count": len(images),
                     "reference": reference.name,

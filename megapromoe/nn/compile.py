@@ -9,6 +9,7 @@ unconditional expert and the routers. So does evaluation, which has batches of o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.expert_linear import ExpertLinear
 from megapromoe.nn.moe.layer import MoE
+
+# Tokens of an image from which the fused reductions of `_options` can occur.
+_LONG_SEQUENCE = 4096
 
 
 def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
@@ -34,15 +38,29 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
         if isinstance(module, MoE) and module.shared is not None:
             stretches.append((module.shared, "hidden"))
     for owner, name in stretches:
-        setattr(owner, name, _in_training(model, getattr(owner, name), backend))
+        setattr(owner, name, _in_training(model, getattr(owner, name), backend, _options(model, backend)))
     for module in model.modules():
         if isinstance(module, ExpertLinear):
             module.finish = _any_rows(model, module.finish, backend)
 
 
-def _in_training(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
+def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
+    """Options of torch.compile that keep gradients right.
+
+    On GPUs, inductor of torch 2.10 to 2.14 fuses the reductions of a LayerNorm's backward with those of the shift and
+    scale after it, where a micro-batch is one image of at least 4096 tokens, and leaves the gradients of some slices of
+    the modulation unwritten, without an error. Without that fusion they are right. Source: pytorch issue 193061.
+    """
+    if backend != "inductor" or model.config.tokens < _LONG_SEQUENCE:
+        return None
+    return {"triton.mix_order_reduction": False}
+
+
+def _in_training(
+    model: nn.Module, eager: Callable, backend: str | Callable, options: dict[str, Any] | None
+) -> Callable:
     # Shapes that change raise instead of compiling again and again.
-    fast = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False)
+    fast = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     def stretch(*arguments):
         return (fast if model.training else eager)(*arguments)

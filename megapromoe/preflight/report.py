@@ -6,7 +6,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any
         stage: {str(rank): _plain(one) for rank, one in by_rank.items()} for stage, by_rank in cluster.found.items()
     }
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "exit_code": verdict.exit_code,
         "verdict": verdict.sentence,
         "bad_nodes": list(verdict.bad_nodes),

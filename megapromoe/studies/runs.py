@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -196,7 +196,7 @@ def _finish(study: Study, one: _Started, told: bool) -> int:
         "code": code,
         "said": _last_words(study, one) if code else "",
         "seconds": round(time.monotonic() - one.since, 1),
-        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n", parents=True)
     one.lock.close()

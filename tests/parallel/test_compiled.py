@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.backends import grouped
 from support.processes import run
 from support.trajectory import deviations, small, stir, train
 from torch._dynamo.utils import counters
 
 from megapromoe.config.options import ConfigError
+from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.parallelize import build
@@ -51,6 +53,35 @@ def test_training_is_the_same_and_nothing_is_compiled_twice(overrides, tmp_path)
             assert not off
 
 
+def collective_gradients(compiled: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Result and gradients of x and w (3, 4) of each collective between two products, as in a layer. Collective."""
+    group = make_mesh(tp=dist.get_world_size(), timeout=60).tp
+    outcomes = {}
+    for operation in (collectives.copy_to, collectives.reduce_from, collectives.sum_over, collectives.gather_last):
+
+        def layer(x, w, operation=operation):
+            y = operation(x * w, group)
+            return y + 0.5 * y.square()
+
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x, w = (torch.randn(3, 4, generator=generator).requires_grad_() for _ in range(2))
+        run_layer = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        y = run_layer(x, w)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        outcomes[operation.__name__] = (y.detach(), x.grad, w.grad)
+    return outcomes
+
+
+def test_collectives_have_the_same_gradients_compiled():
+    """Torch 2.11 loses the gradient of a tensor that a compiled autograd.Function changed in place and returned."""
+    plain, compiled = (run(2, collective_gradients, flag) for flag in (False, True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        for name, tensors in theirs.items():
+            assert all(tensor.norm() > 0.1 for tensor in tensors), name
+            for tensor, expected in zip(ours[name], tensors, strict=True):
+                torch.testing.assert_close(tensor, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def outcome(model, images: int, conditional: int):
     x = torch.randn(images, 4, 8, 8, generator=torch.Generator().manual_seed(conditional))
     y = torch.arange(images)
@@ -90,6 +121,24 @@ def test_compiled_in_earnest(what):
         torch.testing.assert_close(y, y_plain, rtol=1e-4, atol=1e-5)
         for ours, theirs in zip(gradients, gradients_plain, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "input_size, backend, options",
+    [
+        (128, "inductor", {"triton.mix_order_reduction": False}),
+        (126, "inductor", None),
+        (128, "aot_eager", None),
+    ],
+)
+def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backend, options, monkeypatch):
+    """GPUs alone have this fusion; here only that inductor gets, and knows, the option."""
+    from torch._inductor import list_options
+
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: asked.append(settings.get("options")) or f)
+    compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
+    assert len(asked) > 5 and asked[0] == options and set(options or ()) <= set(list_options())
 
 
 def test_stage_3_is_refused():

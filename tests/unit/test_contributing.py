@@ -33,6 +33,7 @@ def test_hooks_are_the_checks_of_make():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert local["repo"] == "local"
     assert [hook["entry"] for hook in local["hooks"]] == checks
+    assert all(re.search(hook["files"], name) for hook in local["hooks"] for name in ("a/b.py", "pyproject.toml"))
 
 
 def test_the_workflow_only_calls_the_test_command():
