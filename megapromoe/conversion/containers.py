@@ -101,7 +101,7 @@ def unpack(path: Path, tree: Any) -> Container:
         _the_optimizer(content.get(keys.get("optimizer", ""))),
         content.get(keys.get("step", "")),
         arguments if isinstance(arguments := content.get(keys.get("arguments", "")), Mapping) else {},
-        not is_bare and set(sets.values()) <= set(_RELEASE) and "step" in content,
+        {*_RELEASE, "step"} <= content.keys(),
         notes,
     )
 
