@@ -10,20 +10,27 @@ from megapromoe.commands.options import checkpoint_config, checkpoint_config_opt
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 EPILOG = """\
-A checkpoint is converted tensor by tensor, bit by bit.
+A checkpoint is converted tensor by tensor, bit by bit. What is read how, and what is refused why: docs/convert.md.
 
 formats:
   ours         a run directory (SOURCE may also be one of its checkpoints/step-XXXXXXXX); as DEST, a run that
                `megapromoe train --config DEST/config.yaml --run DEST` continues
-  published    a .pth of the ProMoE release, with EMA and optimizer: ProMoE (TC, EC), DiT, TC-DiT, EC-DiT, DiffMoE
-  safetensors  one file with all state, or weights alone (--weights)
-  diffusers    a folder of config.json and diffusion_pytorch_model.safetensors; weights alone
-  deepspeed    a folder of latest and global_stepN/ with mp_rank_* and layer_*_expert_* files
+  published    a .pth of the ProMoE release, with EMA and optimizer: ProMoE (TC, EC), DiT, TC-DiT, EC-DiT, DiffMoE; as
+               SOURCE also what training of DiT, SiT, REPA and DiffMoE saves (model, ema, opt, args), or a state_dict
+  safetensors  one file with all state, or weights alone (--weights); as SOURCE also several and their index
+               (*.safetensors.index.json)
+  diffusers    as SOURCE, a folder of diffusers' DiTTransformer2DModel; as DEST, a folder of config.json and
+               diffusion_pytorch_model.safetensors in our names, weights alone: its _class_name, DiT, is no class of
+               diffusers, whose from_pretrained cannot load it
+  deepspeed    a folder of latest and global_stepN/ with mp_rank_* and layer_*_expert_* files; as SOURCE also with the
+               float32 shards of ZeRO-1 and ZeRO-2
 
-A published .pth does not say which model it is of: give the config.
+A published .pth does not say which model it is of: give the config, unless args of DiT, SiT or REPA are in it. Nor does
+it say what it was trained to predict: give --objective. Weights of SiT become a run with model.time_input=sit.
 
 examples:
   megapromoe convert promoe_l.pth runs/promoe_l --to ours --preset promoe_l
+  megapromoe convert SiT-XL-2-256.pt runs/sit_xl --to ours --preset dit_xl --objective sit
   megapromoe convert runs/promoe_l promoe_l.pth --to published --step 500000
   megapromoe convert runs/promoe_l promoe_l.safetensors --to safetensors --weights ema
   megapromoe convert unknown.pth --what
@@ -44,6 +51,7 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
     parser.add_argument("--weights", choices=("ema", "master"), help="which, where a file holds weights alone")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of several; default: the latest")
     parser.add_argument("--overwrite", action="store_true", help="replace a DEST that is a checkpoint")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinity too, with a note")
     parser.add_argument("--what", action="store_true", help="list what SOURCE holds; nothing is loaded or written")
 
 
@@ -63,6 +71,8 @@ def _check(options: argparse.Namespace) -> None:
         raise CommandError("give DEST and --to FORMAT, or --what to list what SOURCE holds")
     if options.what and (options.dest or options.to):
         raise CommandError("--what writes nothing: leave DEST and --to out")
+    if options.what and (options.objective or options.allow_nonfinite):
+        raise CommandError("--what reads no tensors: leave --objective and --allow-nonfinite out")
     if options.overrides and not (options.config or options.preset):
         raise CommandError(f"{options.overrides[0]}: settings go over --config or --preset; give one")
 
@@ -77,9 +87,10 @@ def _convert(options: argparse.Namespace) -> int:
     config = checkpoint_config(options, options.overrides)
 
     def convert(step: int | None) -> tuple[State, list[str]]:
-        state = open_state(options.source, options.form, config, step)
+        state = open_state(options.source, options.form, config, step, options.objective)
+        weights, again, nonfinite = options.weights, options.overwrite, options.allow_nonfinite
         with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc=options.to) as bar:
-            return state, export(state, options.dest, options.to, options.weights, options.overwrite, bar.update)
+            return state, export(state, options.dest, options.to, weights, again, bar.update, nonfinite)
 
     state, notes = with_latest(options.source, options.step, convert)
     for note in (*state.notes, *notes):

@@ -94,14 +94,20 @@ def _open_both(
     """The two states; the second is None without OTHER. Each may lend the other its config."""
     from megapromoe.conversion.formats import detect, open_state
 
+    def opened(path: Path, config: Config | None, step: int | None = None) -> State:
+        # A run of ours says itself what it was trained for.
+        return open_state(
+            path, config=config, step=step, objective=None if detect(path) == "ours" else options.objective
+        )
+
     if options.other is None:
-        return open_state(options.path, config=config, step=step), None
+        return opened(options.path, config, step), None
     if config is None and detect(options.path) == "published":
-        other = open_state(options.other, step=other_step)
-        return open_state(options.path, config=other.config, step=step), other
-    state = open_state(options.path, config=config, step=step)
+        other = opened(options.other, None, other_step)
+        return opened(options.path, other.config, step), other
+    state = opened(options.path, config, step)
     lent = state.config if detect(options.other) == "published" else None
-    return state, open_state(options.other, config=config or lent, step=other_step)
+    return state, opened(options.other, config or lent, other_step)
 
 
 def _facts(state: State, path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
+from megapromoe.conversion.conventions import OBJECTIVES
 
 DEFAULT_PRESET = "digits"
 
@@ -24,9 +25,15 @@ def config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_config_options(parser: argparse.ArgumentParser, text: str) -> None:
-    """Adds --config and --preset, for a checkpoint that does not hold its configuration."""
+    """Adds --config, --preset and --objective, for a checkpoint that does not hold its configuration."""
     parser.add_argument("--config", type=Path, metavar="FILE", help=text)
     parser.add_argument("--preset", metavar="NAME", help="a recipe instead; `megapromoe show` lists them")
+    parser.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        help="what a foreign model was trained to predict: rf (ours, ProMoE), ddpm (DiT), repa, or sit (SiT and"
+        " DiffMoE's flow, whose time runs the other way)",
+    )
 
 
 def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Config | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from megapromoe.commands.command_line import CommandError, file_errors, positive, refuse_other_words
@@ -50,8 +51,8 @@ def run(options: argparse.Namespace, launch: None) -> int:
     refuse_other_words(options, "SOURCE and DEST are the only paths")
     for name in ("noise", "spread"):
         value = getattr(options, name)
-        if not value >= 0:
-            raise CommandError(f"--{name} {value}: must be at least 0")
+        if not 0 <= value < math.inf:
+            raise CommandError(f"--{name} {value}: must be a finite number, 0 or more")
     with file_errors():
         from megapromoe.conversion.formats import with_latest
 
@@ -69,10 +70,11 @@ def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     from megapromoe.config.options import to_dict
     from megapromoe.conversion.exports import export
     from megapromoe.conversion.formats import open_state
-    from megapromoe.conversion.state import config_from
+    from megapromoe.conversion.state import checked, config_from
     from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
 
-    source = open_state(options.source, config=checkpoint_config(options, []), step=step)
+    config = checkpoint_config(options, [])
+    source = checked(open_state(options.source, config=config, step=step, objective=options.objective))
     dense = source.config.model.router == "dense"
     router = ["model.router=promoe"] if dense else []
     config = config_from(to_dict(source.config), [*router, *options.overrides])

@@ -21,6 +21,7 @@ TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # where a balance loss can be asked for
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
+TIME_INPUTS = ("dit", "repa", "sit")
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
 FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
 
@@ -50,6 +51,13 @@ class ModelConfig:
     mlp_ratio: float = option(4.0, "width of a dense MLP over hidden_size", within=POSITIVE)
     qk_norm: bool = option(False, "LayerNorm on the queries and keys of each head")
     learn_sigma: bool = option(True, "double the output channels (DDPM's learned variance)")
+    time_input: str = option(
+        "dit", "what is embedded of model time t in [0, 1000]: dit t, repa t/1000, sit 1 - t/1000", TIME_INPUTS
+    )
+    time_frequency_shift: int = option(
+        0, "time embedding: frequencies 10000^(-i / (128 - shift)); 1 as in diffusers", within="[0, 1]"
+    )
+    mlp_norm_eps: float = option(1e-6, "epsilon of the LayerNorm before an MLP or MoE; diffusers 1e-5", within=POSITIVE)
     num_experts: int = option(12, "routed experts E of an MoE block", within=ONE_UP)
     # Of a token under token choice; under expert choice each expert takes int(S / E * top_k) tokens an image.
     top_k: int = option(1, "experts K of a token; by expert choice: of a token on average", within=ONE_UP)

@@ -12,7 +12,7 @@ from typing import Any
 Preset = dict[str, dict[str, Any]]
 
 # DiT's sizes. Source: Peebles and Xie, arXiv 2212.09748, table 1.
-_SIZES = {
+SIZES = {
     "s": {"hidden_size": 384, "depth": 12, "heads": 6},
     "b": {"hidden_size": 768, "depth": 12, "heads": 12},
     "l": {"hidden_size": 1024, "depth": 24, "heads": 16},
@@ -24,7 +24,7 @@ _BASELINE = {"num_experts": 8, "expert_ratio": 4.0, "shared_expert": False, "unc
 
 def _published(size: str, router: str, **model: Any) -> Preset:
     return {
-        "model": {"router": router, **_SIZES[size], **model},
+        "model": {"router": router, **SIZES[size], **model},
         "data": {"source": "synthetic", "flip": True},
     }
 

@@ -21,12 +21,14 @@ from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
-from megapromoe.config.options import to_dict
+from megapromoe.config.options import ModelConfig, to_dict
 from megapromoe.config.resolve import to_yaml
+from megapromoe.conversion.conventions import in_our_sign
 from megapromoe.conversion.foreign import deepspeed_names
-from megapromoe.conversion.formats import DIFFUSERS_FILE, detect
+from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
-from megapromoe.conversion.state import State, check_published
+from megapromoe.conversion.safe_files import DIFFUSERS_FILE
+from megapromoe.conversion.state import State, check_published, checked
 from megapromoe.conversion.stream import (
     ConversionError,
     Entry,
@@ -48,6 +50,7 @@ def export(
     weights: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    allow_nonfinite: bool = False,
 ) -> list[str]:
     """Writes `state` to `destination`; returns what a reader should know of it.
 
@@ -56,8 +59,9 @@ def export(
         weights: "ema" or "master", the one that a file of weights alone holds. diffusers: "ema" unless said;
             safetensors: all state unless said; other formats hold both.
         overwrite: replace a destination that is a checkpoint.
+        allow_nonfinite: write NaN and infinity too, with a note, instead of refusing them.
 
-    Raises ConversionError if the destination is taken, or does not go with the format.
+    Raises ConversionError if the destination is taken, or does not go with the format, or if a tensor is not finite.
     """
     destination = Path(destination)
     if weights is not None and form not in ("safetensors", "diffusers"):
@@ -65,6 +69,7 @@ def export(
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
+    state = checked(state, notes if allow_nonfinite else None)
     with atomic_tree(destination, overwrite) as aside:
         if form == "ours":
             _write_ours(state, aside, notes, progress)
@@ -212,8 +217,16 @@ def _write_diffusers(state: State, folder: Path, weights: str, progress: Progres
 
 def _published_tree(state: State, notes: list[str]) -> dict[str, Any]:
     model = state.config.model
+    usual = ModelConfig()
+    for setting in ("time_frequency_shift", "mlp_norm_eps"):
+        if (value := getattr(model, setting)) != getattr(usual, setting):
+            notes.append(
+                f"the model computes with model.{setting} = {value}, programs that read the file with DiT's own"
+            )
     names = published_names([*state.shapes, *(n for n in state.buffers if n.startswith("blocks."))], model)
-    fixed, read = constants(model), _remembering(state)
+    fixed = constants(model)
+    # Who reads published names expects the sign of their convention.
+    read = lru_cache(maxsize=1)(in_our_sign(state.read, state.config))
     place = {name: i for i, name in enumerate(state.shapes)}
 
     def tensors(kind: str) -> dict[str, Entry]:

@@ -2,18 +2,19 @@
 
 ==============  ==================================================================================================
 ours            a run directory, or one of its checkpoints/step-XXXXXXXX
-published       a .pth of the ProMoE release: step, model_state_dict, ema_model_state_dict, optimizer_state_dict
-safetensors     one file; all state as KIND/NAME, or weights alone as NAME; the config in its metadata
-diffusers       config.json and diffusion_pytorch_model.safetensors: weights alone
-deepspeed       latest and global_stepN/ with mp_rank_*, layer_*_expert_* and expp_rank_* files
+published       a .pth of the ProMoE release: step, model_state_dict, ema_model_state_dict, optimizer_state_dict;
+                and what else torch.save wrote: see `containers`
+safetensors     one file, or several and their index; all state as KIND/NAME, or weights alone as NAME; the config in
+                its metadata
+diffusers       a folder of config.json and weights alone, of ours or of diffusers' DiTTransformer2DModel
+deepspeed       latest and global_stepN/ with mp_rank_*, layer_*_expert_*, expp_rank_* and zero_pp_rank_* files
 ==============  ==================================================================================================
 """
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +25,15 @@ from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import choose_checkpoint
 from megapromoe.config.options import Config
-from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed, open_published
-from megapromoe.conversion.state import State, check_same, config_from, model_shapes, needed, reader
+from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
+from megapromoe.conversion.published import open_published
+from megapromoe.conversion.safe_files import DIFFUSERS_FILE, description, open_safetensors, read_weights, weights_file
+from megapromoe.conversion.sharded import INDEX, is_index
+from megapromoe.conversion.state import State, config_from, model_shapes, needed
 from megapromoe.conversion.stream import ConversionError, Stored, read_safetensors
 from megapromoe.conversion.torch_files import read_pickle
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
-DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 T = TypeVar("T")
 
@@ -39,32 +42,42 @@ def detect(path: Path) -> str:
     """The format of what lies at `path`. Raises ConversionError if there is nothing, or nothing known."""
     path = Path(path)
     if path.is_file():
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_index(path):
             return "safetensors"
         if path.suffix in (".pth", ".pt", ".ckpt", ".bin") or zipfile.is_zipfile(path):
             return "published"
     elif path.is_dir():
         if (path / "manifest.json").is_file() or (path / "config.yaml").is_file():
             return "ours"
-        if (path / DIFFUSERS_FILE).is_file():
+        if weights_file(path):
             return "diffusers"
+        if (path / "model_index.json").is_file():
+            raise ConversionError(f"{path}: is a pipeline of diffusers; give its model, {path / 'transformer'}")
         if (path / "latest").is_file() or list(path.glob("*mp_rank_*_model_states.pt")):
             return "deepspeed"
     else:
         raise ConversionError(f"{path}: there is no such file or folder")
     raise ConversionError(
         f"{path}: is no checkpoint of a known format: a run directory or step folder of ours, a published .pth,"
-        f" .safetensors, a folder with {DIFFUSERS_FILE}, or one of DeepSpeed with mp_rank_* files"
+        f" .safetensors or its index (*{INDEX}), a folder with {DIFFUSERS_FILE}, or one of DeepSpeed with"
+        " mp_rank_* files"
     )
 
 
-def open_state(path: Path, form: str = "auto", config: Config | None = None, step: int | None = None) -> State:
+def open_state(
+    path: Path,
+    form: str = "auto",
+    config: Config | None = None,
+    step: int | None = None,
+    objective: str | None = None,
+) -> State:
     """Opens a checkpoint; of its tensors only buffers are read.
 
     Args:
         form: one of FORMATS, or "auto".
         config: of the run; goes before what the checkpoint says of itself. A published .pth says nothing.
         step: which of several, in a run directory or a DeepSpeed folder; None takes the latest.
+        objective: one of `conventions.OBJECTIVES`, of a checkpoint that does not say what it was trained to predict.
 
     Raises ConversionError, CheckpointError or ConfigError, each saying what is wrong and what to do.
     """
@@ -76,13 +89,14 @@ def open_state(path: Path, form: str = "auto", config: Config | None = None, ste
     if step is not None and form not in ("ours", "deepspeed"):
         raise ConversionError(f"step = {step}: {path} holds a single state; leave the step out")
     if form == "ours":
+        if objective:
+            raise ConversionError(f"--objective {objective}: {path} says itself what it was trained for; leave it out")
         return _open_ours(path, config, step)
     if form == "deepspeed":
-        return open_deepspeed(path, config, step)
+        return open_deepspeed(path, config, step, objective)
     if form == "published":
-        return open_published(path, config)
-    file = path / DIFFUSERS_FILE if form == "diffusers" else path
-    return _open_safetensors(path, file, config, form)
+        return open_published(path, config, objective)
+    return open_safetensors(path, form, config, objective)
 
 
 def with_latest(path: Path, step: int | None, use: Callable[[int | None], T]) -> T:
@@ -112,9 +126,8 @@ def list_tensors(path: Path, step: int | None = None) -> tuple[dict[str, Any], d
         }
         return facts | {"files": len(files), "config": "in the manifest"}, tensors
     if form in ("safetensors", "diffusers"):
-        file = path / DIFFUSERS_FILE if form == "diffusers" else path
-        tensors, metadata = read_safetensors(file)
-        said = _said(path, file, metadata, form)
+        tensors, metadata = read_weights(path)
+        said = description(path, metadata, form)
         facts |= {k: said[k] for k in ("step", "updates", "weights") if k in said}
         return facts | {"config": "included" if "config" in said else "none"}, tensors
     if form == "published":
@@ -183,62 +196,4 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         {name: checkpoint.buffer(name) for name in names},
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
-    )
-
-
-# ---- safetensors, diffusers
-
-
-def _said(path: Path, file: Path, metadata: Mapping[str, str], form: str) -> dict[str, Any]:
-    """What a safetensors file or a diffusers folder says of itself: config, step, updates, weights."""
-    try:
-        if form == "safetensors":
-            said = json.loads(metadata.get("megapromoe", "{}"))
-        else:
-            said = json.loads((path / "config.json").read_text(encoding="utf-8")).get("megapromoe", {})
-    except OSError as problem:
-        raise ConversionError(f"{path / 'config.json'}: {problem.strerror}") from problem
-    except (ValueError, AttributeError, RecursionError) as problem:
-        raise ConversionError(f"{path}: its description is not the JSON that it should be ({problem})") from problem
-    if not isinstance(said, dict) or any(type(said.get(key, 0)) is not int for key in ("step", "updates")):
-        raise ConversionError(
-            f"{path}: its description is not the JSON that it should be (step and updates: whole numbers)"
-        )
-    return said
-
-
-def _open_safetensors(path: Path, file: Path, config: Config | None, form: str) -> State:
-    tensors, metadata = read_safetensors(file)
-    said = _said(path, file, metadata, form)
-    config = config or (config_from(said["config"]) if "config" in said else None)
-    config = needed(config, path)
-    shapes, buffer_shapes = model_shapes(config.model)
-    kinds = tuple(kind for kind in KINDS if any(name.startswith(f"{kind}/") for name in tensors))
-    notes: list[str] = []
-    if kinds:
-        pieces = {(kind, name): tensors.get(f"{kind}/{name}") for kind in kinds for name in shapes}
-        expected = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
-        expected |= {f"buffer/{name}": shape for name, shape in buffer_shapes.items()}
-        buffers = {n.removeprefix("buffer/"): t for n, t in tensors.items() if n.startswith("buffer/")}
-        extra = {f"buffer/{name}" for name in buffers if name == "pos_embed" or name.startswith("ema.")}
-    else:
-        kinds, extra = ("master", "ema"), {"pos_embed"} & set(tensors)
-        notes.append("it holds weights alone, which stand for the masters and for their average")
-        pieces = {(kind, name): tensors.get(name) for kind in kinds for name in shapes}
-        expected = {**shapes, **buffer_shapes}
-        buffers = {name: t for name, t in tensors.items() if name in buffer_shapes or name in extra}
-    check_same(path, {n: t.shape for n, t in tensors.items() if n not in extra}, expected)
-    step = int(said.get("step", 0))
-    return State(
-        path,
-        form,
-        config,
-        step,
-        int(said.get("updates", 0)) if "exp_avg" in kinds else 0,
-        kinds,
-        shapes,
-        {name: stored.read() for name, stored in buffers.items()},
-        reader(pieces, shapes),
-        layout="1 file",
-        notes=notes,
     )

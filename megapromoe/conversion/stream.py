@@ -130,7 +130,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
                 raise ConversionError(f"{bad} (its header does not fit it)")
-            header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+            header = json.loads(f.read(length), object_pairs_hook=without_duplicates)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ must hold text alone")
@@ -152,7 +152,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     return tensors, metadata
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

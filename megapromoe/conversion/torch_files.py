@@ -25,9 +25,36 @@ _MOST_CODES = 5_000_000  # instructions of it: a tensor takes some 30
 _MOST_VALUES = 2_000_000
 _DEEPEST = 50
 
+# What training scripts and DeepSpeed put beside tensors. Objects of these names are read as a `StandIn`: nothing of
+# the class that they name is imported or run.
+_STAND_INS = (
+    "argparse.Namespace",
+    *(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    "pathlib._local.PosixPath",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class StandIn:
+    """Takes the place of an object of `_STAND_INS`: keeps the arguments and attributes that it was pickled with."""
+
+    def __init__(self, *arguments: Any):
+        self._arguments = arguments
+
+    def content(self) -> Any:
+        """Its attributes, or without any the arguments that it was made from."""
+        attributes = {name: value for name, value in vars(self).items() if name != "_arguments"}
+        return attributes or list(getattr(self, "_arguments", ()))
+
 
 def read_pickle(path: Path) -> Any:
     """What a torch.save file holds, with `Stored` for each tensor; none is read, and no code of the file is run.
+
+    An `argparse.Namespace` and a few other objects (`_STAND_INS`) come as a mapping of their attributes, or as the list
+    of the arguments that they were made from.
 
     Raises ConversionError: no such file, not of torch.save, or it holds more than tensors and plain values.
 
@@ -42,7 +69,7 @@ def read_pickle(path: Path) -> Any:
         )
     _refuse_bombs(path)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), torch.serialization.safe_globals([(StandIn, name) for name in _STAND_INS]):
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         found = re.search(r"GLOBAL (\S+)", str(problem))
@@ -118,6 +145,8 @@ class _AtRest:
                 where = f"does not lie within its {self.size} bytes"
                 raise ConversionError(f"{self.path}: a tensor of shape {stored.shape} {where}; the file is damaged")
             return stored
+        if isinstance(tree, StandIn):
+            return self.convert(tree.content(), depth + 1)
         if isinstance(tree, Mapping):
             return {key: self.convert(value, depth + 1) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megapromoe.config.options import PROMOE_ROUTERS, Config
-from megapromoe.conversion.state import State, model_shapes
+from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
 from megapromoe.data.sources import open_dataset
@@ -84,7 +84,8 @@ def check_fit(dense: State, config: Config, how: str) -> None:
     if new.router not in PROMOE_ROUTERS:
         problems.append(f"model.router = {new.router}: must be promoe or promoe_ec")
     same = ("hidden_size", "depth", "heads", "patch_size", "input_size", "in_channels", "num_classes")
-    for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma"):
+    computed = ("time_input", "time_frequency_shift", "mlp_norm_eps")
+    for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")
     if how == "copy" and new.expert_width != old.mlp_width:
@@ -188,6 +189,11 @@ def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
     experts, top_k = config.model.num_experts, config.model.top_k
     if len(x_TD) < experts:
         raise ConversionError(f"{len(x_TD)} tokens for {experts} prototypes: use more images")
+    if not is_finite(x_TD):
+        raise ConversionError(
+            "tokens of the source hold NaN or infinity: its weights, or the data, are not finite or far too large; use"
+            " an earlier checkpoint"
+        )
     unit_TD = F.normalize(x_TD.float(), dim=-1)
     found = KMeans(experts, n_init=1, random_state=seed).fit(unit_TD.numpy())
     prototype_ED = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)

@@ -58,7 +58,7 @@ class Block(nn.Module):
         D = config.hidden_size
         self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(D, config.heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=config.mlp_norm_eps)
         self.mlp: MoE | Mlp = MoE(config) if moe else Mlp(D, int(D * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
         self.recompute = "none"
@@ -135,7 +135,7 @@ class DiT(nn.Module):
         self.config = config
         D = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, D)
-        self.t_embedder = TimeEmbed(D)
+        self.t_embedder = TimeEmbed(D, config.time_input, config.time_frequency_shift)
         self.y_embedder = LabelEmbed(config.num_classes, D)
         self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_blocks) for i in range(config.depth))
         self.channels = config.in_channels * (2 if config.learn_sigma else 1)

@@ -45,18 +45,30 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Model time (B,) in [0, 1000] to (B, D): 256 sinusoids (cosines first, longest period 10000) and an MLP."""
+    """Model time (B,) in [0, 1000] to (B, D): 256 sinusoids (cosines first, longest period 10000) and an MLP.
+
+    Args:
+        width: D.
+        time_input: what the sinusoids see of model time t: "dit" t, "repa" t / 1000, "sit" 1 - t / 1000. SiT's time
+            is 1 at the data, ours and REPA's at the noise.
+        frequency_shift: frequency i of N is 10000^(-i / (N - shift)); diffusers computes DiT with 1.
+    """
 
     SINUSOIDS = 256
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, time_input: str = "dit", frequency_shift: int = 0):
         super().__init__()
+        self.time_input = time_input
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(self.SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = self.SINUSOIDS // 2
         steps = torch.arange(half, dtype=torch.float32, device=t_B.device)
-        angle = t_B.float()[:, None] * torch.exp(-math.log(10000) * steps / half)[None]
+        t_B = t_B.float()
+        if self.time_input != "dit":
+            t_B = t_B / 1000 if self.time_input == "repa" else 1 - t_B / 1000
+        angle = t_B[:, None] * torch.exp(-math.log(10000) * steps / (half - self.frequency_shift))[None]
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
         first = self.mlp[0]
         assert isinstance(first, nn.Linear)

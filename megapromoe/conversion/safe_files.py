@@ -1,0 +1,163 @@
+"""Opens safetensors: a file, several with an index, and folders with a config.json, of ours or of diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megapromoe.checkpoint.format import KINDS
+from megapromoe.config.options import Config
+from megapromoe.conversion import diffusers_dit
+from megapromoe.conversion.containers import check_tensors
+from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective
+from megapromoe.conversion.sharded import INDEX, files_of, is_index, read_tensors
+from megapromoe.conversion.state import (
+    State,
+    check_floats,
+    check_positions,
+    check_same,
+    config_from,
+    model_shapes,
+    needed,
+    reader,
+)
+from megapromoe.conversion.stream import ConversionError, Stored
+from megapromoe.conversion.torch_files import read_pickle
+
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+_STEM = DIFFUSERS_FILE.removesuffix(".safetensors")
+_WEIGHTS = (
+    DIFFUSERS_FILE,
+    f"{_STEM}{INDEX}",
+    f"{_STEM}.fp16.safetensors",
+    "model.safetensors",
+    f"model{INDEX}",
+    f"{_STEM}.bin",
+)
+_LONGEST_CONFIG = 10_000_000  # bytes of a config.json
+
+
+def weights_file(path: Path) -> Path | None:
+    """The weights in a folder, or their index; None if it has none, or `path` is no folder."""
+    return next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors, unread, and the metadata of the weights in a folder, or of a safetensors file or its index."""
+    file = weights_file(path) or path
+    if file.suffix == ".bin":  # of torch.save, by older versions of diffusers
+        return dict(check_tensors(file, "content", read_pickle(file))), {}
+    return read_tensors(file)
+
+
+def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str, Any]:
+    """What a safetensors file or a folder says of itself: config, step, updates, weights; nothing if not of ours."""
+    try:
+        if form == "safetensors":
+            said = json.loads(metadata.get("megapromoe", "{}"))
+        else:
+            said = _config_json(path).get("megapromoe", {})
+    except (ValueError, AttributeError, RecursionError) as problem:
+        raise ConversionError(f"{path}: its description is not the JSON that it should be ({problem})") from problem
+    if not isinstance(said, dict) or any(type(said.get(key, 0)) is not int for key in ("step", "updates")):
+        raise ConversionError(
+            f"{path}: its description is not the JSON that it should be (step and updates: whole numbers)"
+        )
+    return said
+
+
+def _config_json(path: Path) -> Any:
+    file = path / "config.json"
+    try:
+        if file.exists() and file.stat().st_size > _LONGEST_CONFIG:
+            raise ConversionError(f"{file}: has more than {_LONGEST_CONFIG:,} bytes, and is no config of a model")
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConversionError(f"{file}: {problem.strerror}") from problem
+
+
+def open_safetensors(path: Path, form: str, config: Config | None, objective: str | None) -> State:
+    """See `formats.open_state`; `form` is "safetensors" or "diffusers"."""
+    file = weights_file(path) or path
+    tensors, metadata = read_weights(path)
+    said = description(path, metadata, form)
+    if said and objective:
+        raise ConversionError(f"--objective {objective}: {path} says itself what it was trained for; leave it out")
+    if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
+        return _open_native(path, content, tensors, config, objective)
+    config = config or (config_from(said["config"]) if "config" in said else None)
+    config = needed(config, path)
+    notes: list[str] = []
+    if objective:
+        config = with_objective(config, objective)
+    elif not said:
+        notes.append(ASK.format(config=describe(config)))
+    shapes, buffer_shapes = model_shapes(config.model)
+    kinds = tuple(kind for kind in KINDS if any(name.startswith(f"{kind}/") for name in tensors))
+    prefix = "buffer/" if kinds else ""
+    tables = {name for name in tensors if name in (f"{prefix}pos_embed", f"{prefix}ema.pos_embed")}
+    if kinds:
+        parameters = {f"{kind}/{name}": shape for kind in kinds for name, shape in shapes.items()}
+        pieces: dict[tuple[str, str], Any] = {(k, n): tensors.get(f"{k}/{n}") for k in kinds for n in shapes}
+        extra = {name for name in tensors if name.startswith("buffer/ema.")} | tables
+    else:
+        kinds, extra = ("master", "ema"), tables
+        notes.append("it holds weights alone, which stand for the masters and for their average")
+        parameters = dict(shapes)
+        pieces = {(kind, name): tensors.get(name) for kind in kinds for name in shapes}
+    expected = parameters | {f"{prefix}{name}": shape for name, shape in buffer_shapes.items()}
+    check_same(path, {n: t.shape for n, t in tensors.items() if n not in extra}, expected)
+    notes += check_floats(path, {name: tensors[name] for name in parameters})
+    buffers = {}
+    for name in (*(f"{prefix}{n}" for n in buffer_shapes), *extra):
+        if name not in tables:
+            buffers[name.removeprefix(prefix)] = tensors[name].read()
+        elif (value := check_positions(path, name, tensors[name], config.model)) is not None:
+            buffers[name.removeprefix(prefix)] = value
+    read = reader(pieces, shapes)
+    return State(
+        path,
+        form,
+        config,
+        int(said.get("step", 0)),
+        int(said.get("updates", 0)) if "exp_avg" in kinds else 0,
+        kinds,
+        shapes,
+        buffers,
+        read if said else in_our_sign(read, config),
+        layout=_layout(file),
+        notes=notes,
+    )
+
+
+def _open_native(
+    path: Path, content: Mapping[str, Any], tensors: Mapping[str, Stored], given: Config | None, objective: str | None
+) -> State:
+    """A folder of diffusers' own DiT."""
+    notes = ["it holds weights alone, which stand for the masters and for their average"]
+    config = diffusers_dit.config_of(path, content, given, notes)
+    if objective is None and given is None:
+        if not config.model.learn_sigma:
+            raise ConversionError(
+                f"{path}: predicts no variance, as DDPM here does; say what it was trained to predict: --objective rf,"
+                " repa or sit"
+            )
+        objective = "ddpm"
+        notes.append("diffusers' DiT pipeline is DDPM's: --objective ddpm is taken; give --objective for another")
+    if objective:
+        config = with_objective(config, objective)
+    check_positions(path, diffusers_dit.POSITIONS, tensors.get(diffusers_dit.POSITIONS), config.model)
+    notes += check_floats(path, tensors)
+    ours = diffusers_dit.our_names(path, tensors, config)
+    shapes, _ = model_shapes(config.model)
+    pieces = {(kind, name): ours[name] for kind in ("master", "ema") for name in shapes}
+    read = in_our_sign(reader(pieces, shapes), config)
+    layout = _layout(weights_file(path) or path)
+    return State(path, "diffusers", config, 0, 0, ("master", "ema"), shapes, {}, read, layout, notes)
+
+
+def _layout(file: Path) -> str:
+    count = len(files_of(file)) if is_index(file) else 1
+    return "1 file" if count == 1 else f"{count} files"

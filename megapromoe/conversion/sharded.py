@@ -1,0 +1,80 @@
+"""Safetensors in one file or in several, which an index names: `*.safetensors.index.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megapromoe.conversion.stream import ConversionError, Stored, read_safetensors, without_duplicates
+
+INDEX = ".safetensors.index.json"
+_LONGEST_INDEX = 100_000_000  # bytes: a tensor takes some 100
+
+
+def is_index(path: Path) -> bool:
+    """Whether a path is named like an index of sharded safetensors."""
+    return path.name.endswith(INDEX)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors, unread, of a safetensors file or of all files that an index names, and their metadata.
+
+    Raises ConversionError: see `read_safetensors`; an index must name each tensor of its files once, in plain file
+    names of its own folder.
+    """
+    return _read_index(path) if is_index(path) else read_safetensors(path)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file, or all files that an index names, in the order of their names."""
+    return sorted({path.parent / name for name in _weight_map(path).values()}) if is_index(path) else [path]
+
+
+def _weight_map(path: Path) -> Mapping[str, str]:
+    bad = f"{path}: is no index of sharded safetensors"
+    try:
+        if not path.is_file():
+            raise ConversionError(f"{path}: there is no such file")
+        if path.stat().st_size > _LONGEST_INDEX:
+            raise ConversionError(f"{bad} (it has more than {_LONGEST_INDEX:,} bytes)")
+        index: Any = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except OSError as problem:
+        raise ConversionError(f"{path}: {problem.strerror}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise ConversionError(f"{bad} ({problem})") from problem
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise ConversionError(f"{bad} (it has no weight_map)")
+    for name, file in names.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ConversionError(
+                f"{bad} (weight_map.{name} = {file!r} is no plain name of a .safetensors file in its folder)"
+            )
+    return names
+
+
+def _read_index(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    names = _weight_map(path)
+    tensors: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
+    for file in files_of(path):
+        if not file.exists():
+            raise ConversionError(f"{file}: is missing; {path.name} says that it holds tensors: download it too")
+        content, more = read_safetensors(file)
+        metadata |= more
+        for name, stored in content.items():
+            if name in tensors:
+                raise ConversionError(
+                    f"{file}: holds {name}, and so does {tensors[name].file.name}; download both again"
+                )
+            if names.get(name) != file.name:
+                where = f"in {names[name]}" if name in names else "in no file"
+                raise ConversionError(f"{file}: holds {name}, which {path.name} says is {where}; download both again")
+            tensors[name] = stored
+    if lacking := [name for name in names if name not in tensors]:
+        raise ConversionError(
+            f"{path.parent / names[lacking[0]]}: does not hold {lacking[0]}, as {path.name} says; download both again"
+        )
+    return {name: tensors[name] for name in names}, metadata
