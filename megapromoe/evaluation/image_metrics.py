@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -32,7 +31,7 @@ from megapromoe.distributed.agreement import (
     raising_together,
 )
 from megapromoe.evaluation.features import CLASSIFIERS, FeatureError, Features, Network, open_network
-from megapromoe.evaluation.reference import DATA, EvaluationError, Images, Reference, open_reference
+from megapromoe.evaluation.reference import DATA, EvaluationError, Images, Reference, check_finite, open_reference
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
 from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet
@@ -217,11 +216,7 @@ def compare(
                 figures[title("sFID", "spatial Fréchet distance")] = frechet_distance(generated.spatial, spatial)
             if generated.score is not None:
                 figures[title("Inception score", "classifier score")] = generated.score[0]
-            if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
-                raise EvaluationError(
-                    f"features = {network.name}: {wrong[0]} is {figures[wrong[0]]}, so that what the network returns"
-                    " are no class probabilities, or no features that can be compared; use another network"
-                )
+            check_finite(figures, network)
     if real is not None:
         precision, recall = precision_recall(real.features_ND, generated.features_ND)
         figures |= {title("precision", "precision"): precision, title("recall", "recall"): recall}

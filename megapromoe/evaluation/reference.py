@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,15 @@ def open_reference(name: str, split: str, config: Config | None, network: Networ
             " standard network"
         )
     return Reference(name, None, statistics)
+
+
+def check_finite(figures: Mapping[str, float], network: Network) -> None:
+    """Raises EvaluationError for a figure that is not finite, which is none."""
+    if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise EvaluationError(
+            f"features = {network.name}: {wrong[0]} is {figures[wrong[0]]}, so that what the network returns are no"
+            " class probabilities, or no features that can be compared; use another network"
+        )
 
 
 def _normal(path: Path, mean: str, covariance: str) -> Normal:

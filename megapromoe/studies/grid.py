@@ -42,22 +42,28 @@ class Task:
 def expand(recipe: Recipe) -> tuple[Task, ...]:
     """All tasks: seed by seed, so that an unfinished study holds whole comparisons; the order never changes.
 
-    Raises StudyError with everything wrong: keys that do not exist, configurations that cannot run, variants whose
-    active parameters cannot be made equal.
+    Raises StudyError with everything wrong: keys that do not exist, values that files cannot tell apart by their names,
+    configurations that cannot run, variants whose active parameters cannot be made equal.
     """
     problems: dict[str, list[str]] = {}  # what is wrong -> tasks that have it
     if known := _unknown_names(recipe):
         raise StudyError(known)
     tasks: list[Task] = []
-    taken: set[str] = set()
+    same: list[str] = []  # different values of which files would have one name
+    taken: dict[str, dict] = {}  # name of a task -> its point
     for seed, values in itertools.product(recipe.seeds, itertools.product(*recipe.axes.values())):
         whole_point = dict(zip(recipe.axes, values, strict=True))
         for variant in recipe.variants:
             point = {key: value for key, value in whole_point.items() if key not in variant.without}
             name = "-".join([variant.name, *(_label(k, v) for k, v in point.items()), f"seed{seed}"])
-            if name in taken:
+            if name in taken:  # a variant without one of the axes stands once; anything else would be left out silently
+                if taken[name] != point:
+                    values_of_both = [
+                        f"{k} = {taken[name][k]!r} and {v!r}" for k, v in point.items() if taken[name][k] != v
+                    ]
+                    same.append(f"{'; '.join(values_of_both)}: both are named {name} in files; rename one of them")
                 continue
-            taken.add(name)
+            taken[name] = point
             try:
                 config = _config(recipe, variant, point, whole_point, seed)
             except ConfigError as error:
@@ -65,6 +71,8 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
                     problems.setdefault(line, []).append(name)
             else:
                 tasks.append(Task(len(tasks), name, variant.name, seed, point, config))
+    if same:
+        raise StudyError(dict.fromkeys(same))
     if problems:
         raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
     return tuple(tasks)

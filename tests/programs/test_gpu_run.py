@@ -252,6 +252,23 @@ def test_ctrl_c_ends_the_process_and_keeps_the_rest(tmp_path, monkeypatch, descr
     assert held["status"] == "stopped" and held["commands"].keys() == {"first"}
 
 
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (OSError(28, "No space left on device"), "gpu_run: No space left on device\n"),
+        (OSError(28, "No space left on device", "report.json"), "gpu_run: report.json: No space left on device\n"),
+        (OSError("4096 requested and 0 written"), "gpu_run: 4096 requested and 0 written\n"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(error, text, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(gpu_program, "_run", fails)
+    assert main(["step", "--device", "cpu", "--out", str(tmp_path)], ROOT) == 1
+    assert capsys.readouterr().err == text
+
+
 def test_the_limit_is_no_part_of_the_figures(tmp_path):
     run = GpuRun(tmp_path, ROOT, 540.0, {}, MACHINE)
     for seconds in (100.0, 500.0):

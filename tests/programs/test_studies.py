@@ -139,6 +139,13 @@ def test_configs_that_cannot_run_are_told_with_the_tasks_that_have_them():
         expand(recipe(variants={"promoe": {"settings": {"model.num_experts": 3}}}))
 
 
+def test_values_that_files_cannot_tell_apart_are_refused():
+    """The second would never be trained."""
+    made = recipe(preset="fashion", axes={"data.path": ["a/b", "a_b", "c"]}, seeds=[0])
+    with pytest.raises(StudyError, match="data.path = 'a/b' and 'a_b': both are named promoe-patha_b-seed0 in files"):
+        expand(made)
+
+
 def test_active_parameters_that_cannot_be_equal_are_refused():
     variants = {
         "dense": {"settings": {"model.router": "dense", "model.mlp_ratio": 1.0}, "without": ["model.num_experts"]}

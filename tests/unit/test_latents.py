@@ -431,6 +431,15 @@ def test_a_copy_that_differs_does_not_take_its_name(folder, tmp_path):
         node_cache.fill(folder, tmp_path / "file", read_manifest(folder))
 
 
+def test_a_cache_without_locks_is_named(folder, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(node_cache.fcntl, "flock", none)
+    with pytest.raises(LatentsError, match=f"No locks available: {tmp_path}/c/.*; see to it, or leave it out"):
+        node_cache.fill(folder, tmp_path / "c", read_manifest(folder))
+
+
 def test_the_cache_of_the_configuration_is_read(folder, tmp_path):
     data = open_dataset(config(folder, f"data.cache={tmp_path / 'c'}"))
     path = tmp_path / "c" / data.manifest.index_sha256[:16] / "shard-00000.npy"
