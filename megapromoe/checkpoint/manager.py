@@ -30,8 +30,8 @@ from megapromoe.checkpoint.format import (
     write_rank,
 )
 from megapromoe.checkpoint.manifest import FOLDER, MANIFEST
+from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.retention import remove_leftovers, retire
-from megapromoe.checkpoint.run_directory import OtherRun
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size

@@ -13,7 +13,7 @@ diverged.txt        why the latest start ended, if its last steps were skipped; 
 run.lock            locked by the run that lives; its text says who
 ==================  =================================================================================
 
-A second start in the same folder continues the run. What would make it another run is refused; see `FIXED`.
+A second start in the same folder continues the run. What would make it another run is refused; see `origin.FIXED`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from megapromoe.checkpoint.manifest import CheckpointError
-from megapromoe.config.options import Config, to_dict
+from megapromoe.checkpoint.origin import Origin, changed_settings, is_fixed
+from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
@@ -45,22 +45,6 @@ from megapromoe.io import open_regular, staging_path, write_json, write_text
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
-
-# Sections and fields that make a run what it is: the network, what it sees, what it learns, AdamW's update.
-# They must stay as they were. All else may change between starts: how the work lies over ranks, how images
-# are drawn, how long it runs, how it is logged and saved; and what one tunes along the way: the learning rate
-# and its schedule, clipping and the decay of the average.
-FIXED = (
-    "model",
-    *(f"data.{name}" for name in ("source", "path", "size", "label_drop", "flip", "seed")),
-    "diffusion",
-    *(f"train.{name}" for name in ("seed", "global_batch", "accumulation")),
-    *(f"train.{name}" for name in ("beta1", "beta2", "eps", "weight_decay")),
-)
-
-
-class OtherRun(CheckpointError):
-    """A whole checkpoint that another run wrote, or that was trained on other data or with other fixed settings."""
 
 
 class RunDirectoryError(UserError):
@@ -74,44 +58,6 @@ class RunInUse(RunDirectoryError):
     """A folder that a live run owns; that run may end, or be one that a node failure has left behind."""
 
     exit_code = ExitCode.FAILED
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint must have in common with the run that resumes it.
-
-    Attributes:
-        run: identity of the run.
-        data: identity of the data set; None where it has none.
-        config: of this start.
-    """
-
-    run: str
-    data: str | None
-    config: Config
-
-    def check(self, path: Path, manifest: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
-        """Raises OtherRun, listing the differences, unless `allow` names them: "run", "data", a setting of `FIXED`.
-
-        What a manifest does not say is not compared: converted checkpoints are of no run.
-        """
-        allowed = set(allow)
-        changed = changed_settings(manifest.get("config", {}), self.config) if manifest.get("config") else {}
-        differences = {key: values for key, values in changed.items() if is_fixed(key)}
-        for key, ours in (("run", self.run), ("data", self.data)):
-            theirs = manifest.get(key)
-            if None not in (theirs, ours) and theirs != ours:
-                differences[key] = [theirs, ours]
-        listed = [
-            f"\n  - {key}: the checkpoint has {theirs!r}, this start {ours!r}; --allow {key}"
-            for key, (theirs, ours) in differences.items()
-            if key not in allowed
-        ]
-        if listed:
-            raise OtherRun(
-                f"{path}: is of another run, or of other settings than this start's; remove it, or use it with the"
-                f" option named:{''.join(listed)}"
-            )
 
 
 class RunDirectory:
@@ -334,24 +280,6 @@ def data_identity(config: Config) -> str | None:
         return read_manifest(Path(config.data.path)).identity
     except LatentsError:
         return None
-
-
-def is_fixed(key: str) -> bool:
-    """Whether a setting, such as "data.seed", must stay as it was at a run's first start."""
-    return key in FIXED or key.split(".")[0] in FIXED
-
-
-def changed_settings(stored: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, list[Any]]:
-    """Settings of `config` that differ from stored sections: dotted name -> [stored, new].
-
-    One that the stored sections do not have is of an earlier version and had its default.
-    """
-    old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))
-    return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}
-
-
-def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
 
 
 def _environment(

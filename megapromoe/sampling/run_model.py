@@ -19,7 +19,8 @@ import torch
 from megapromoe.checkpoint.format import Checkpoint, check_model
 from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
-from megapromoe.checkpoint.run_directory import RunDirectory, changed_settings
+from megapromoe.checkpoint.origin import changed_settings
+from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve

@@ -18,7 +18,8 @@ from torch import Tensor
 from megapromoe.checkpoint.history import Start
 from megapromoe.checkpoint.manager import Saver
 from megapromoe.checkpoint.manifest import CheckpointError
-from megapromoe.checkpoint.run_directory import Origin, RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.origin import Origin
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
 from megapromoe.data.datasets import Dataset, DatasetError
@@ -68,7 +69,7 @@ def train(
 
     Args:
         from_step: go back to the checkpoint of this step instead, or not at all; see `history.plan_start`.
-        allow: settings, such as "data.seed", that may differ from the run's, see `run_directory.FIXED`; "data" and
+        allow: settings, such as "data.seed", that may differ from the run's, see `origin.FIXED`; "data" and
             "run" too.
         fork: name of the branch that begins at `from_step`.
 

@@ -11,8 +11,9 @@ from typing import Any
 from megapromoe.checkpoint import history
 from megapromoe.checkpoint.manager import resume
 from megapromoe.checkpoint.manifest import CheckpointError
+from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.retention import newest_proven
-from megapromoe.checkpoint.run_directory import Origin, RunDirectory
+from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import MAIN, step_folders
 from megapromoe.config.options import Config
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank

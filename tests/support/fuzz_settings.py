@@ -10,7 +10,8 @@ from support.fuzz import HARMLESS, NAMED, SILENT, Damage, Tally, Target, damage,
 from support.fuzz_data import latents_config, write
 
 from megapromoe.checkpoint import run_directory
-from megapromoe.checkpoint.run_directory import OtherRun, RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.origin import OtherRun
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.class_groups import ClassGroupError, read_groups
 from megapromoe.config.deepspeed_file import find_ds_configs, load_deepspeed
 from megapromoe.config.options import ConfigError, to_dict
