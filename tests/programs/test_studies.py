@@ -312,11 +312,14 @@ time.sleep(60)
 
 
 ONE_COMMAND = """
-import sys
+import os, sys, time
 from pathlib import Path
 from megapromoe.studies.runs import run_tasks
 from megapromoe.studies.study import open_study
 study = open_study(Path(sys.argv[1]))
+(study.folder / f"ready-{os.getpid()}").touch()
+while len(list(study.folder.glob("ready-*"))) < int(sys.argv[2]):  # all begin together
+    time.sleep(0.01)
 print(sorted(set(run_tasks(study, study.tasks, jobs=2).values())))
 """
 # As `megapromoe train`, it fails while another process trains in its run directory; it notes each start.
@@ -327,9 +330,10 @@ lock = open(run / "run.lock", "a")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 with open(run.parent.parent / "starts", "a") as file:
     file.write(run.name + "\\n")
-time.sleep(1)
+time.sleep(0.5)
 save(3)
 """
+HELD = ALONE.replace("time.sleep(0.5)", 'while not (run.parent.parent / "go").exists(): time.sleep(0.01)')
 
 
 def starts(study):
@@ -338,7 +342,7 @@ def starts(study):
 
 def test_two_commands_at_once_train_each_task_once_and_report_no_failure(tmp_path):
     study = plan(tmp_path / "s", recipe(launcher=stand_in(tmp_path, ALONE)))
-    words = [sys.executable, "-c", ONE_COMMAND, str(study.folder)]
+    words = [sys.executable, "-c", ONE_COMMAND, str(study.folder), "2"]
     commands = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [command.communicate(timeout=120) for command in commands]
     assert [out for out, _ in ends] == ["[0]\n", "[0]\n"], ends
@@ -347,8 +351,9 @@ def test_two_commands_at_once_train_each_task_once_and_report_no_failure(tmp_pat
 
 
 @pytest.mark.parametrize("code, result, count", [(3, 3, 0), (75, 0, 1), (None, 0, 1)])
-def test_what_another_command_reports_of_its_task_holds(code, result, count, tmp_path, capsys):
+def test_what_another_command_reports_of_its_task_holds(code, result, count, tmp_path, capsys, monkeypatch):
     """It failed: that is the task's end. It was stopped, or killed before it could say anything: trained here."""
+    monkeypatch.setattr(runs, "POLL", 0.02)
     study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
     (task,) = study.tasks
     study.outcome_file(task).parent.mkdir()
@@ -368,15 +373,25 @@ def test_what_another_command_reports_of_its_task_holds(code, result, count, tmp
     assert (len(starts(study)) if (study.folder / "starts").exists() else 0) == count
 
 
-def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path):
-    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
-    first = subprocess.Popen([sys.executable, "-c", ONE_COMMAND, str(study.folder)], stderr=subprocess.DEVNULL)
+def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path, monkeypatch):
+    study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, HELD)))
+    words = [sys.executable, "-c", ONE_COMMAND, str(study.folder), "1"]
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     wait_until(lambda: (study.folder / "starts").exists(), first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert not study.done(study.tasks[0])
-    assert set(runs.run_tasks(study, study.tasks).values()) == {0}
-    assert len(starts(study)) == 1
+    calls = []
+
+    def asked():
+        calls.append(None)
+        if len(calls) == 3:
+            assert not study.done(study.tasks[0]) and starts(study) == [study.tasks[0].name]
+            (study.folder / "go").touch()
+        return False
+
+    monkeypatch.setattr(runs, "POLL", 0.02)
+    assert set(runs.run_tasks(study, study.tasks, 1, asked).values()) == {0}
+    assert len(starts(study)) == 1 and len(calls) >= 3
 
 
 def test_asked_to_stop_a_command_does_not_wait_for_others(tmp_path):
