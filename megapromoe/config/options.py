@@ -121,6 +121,15 @@ class ModelConfig:
         return int(self.tokens / self.num_experts * self.top_k)
 
     @property
+    def images_depend_on_batch(self) -> bool:
+        """Whether the output for an image depends on the other images of a call, outside of training too.
+
+        DiffMoE chooses among the tokens of a whole batch; with limited room for rows, which rows are dropped depends on
+        the other rows.
+        """
+        return self.router == "diffmoe" or (self.router != "dense" and self.capacity_factor > 0)
+
+    @property
     def superclass_of(self) -> tuple[int, ...]:
         """The super-class, and so the expert, of each class under router=classification."""
         return class_groups.superclass_table(self.superclasses, self.num_classes, self.num_experts)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapromoe.config.options import PROMOE_ROUTERS, Config
+from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
@@ -178,7 +178,9 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
 
 
 def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
-    """Prototypes of a layer from its tokens: spherical k-means, as routing goes by cosine.
+    """Prototypes of a layer from its tokens (T, D): spherical k-means, as routing goes by cosine.
+
+    The softmax gate of expert choice is over an image's tokens: there the T tokens are those of whole images, in order.
 
     Raises ConversionError if there are fewer tokens than experts.
 
@@ -198,10 +200,22 @@ def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
     found = KMeans(experts, n_init=1, random_state=seed).fit(unit_TD.numpy())
     prototype_ED = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
     score_TE = unit_TD @ prototype_ED.T
-    gate = {"identity": lambda s: s, "sigmoid": torch.sigmoid, "softmax": lambda s: s.softmax(-1)}[config.model.gate]
+    weight_TE = _weights(score_TE, config.model)
     chosen_TK = score_TE.topk(top_k, dim=-1).indices
-    mean = float(gate(score_TE).gather(-1, chosen_TK).sum(-1).mean())
-    return Prototypes(prototype_ED, max(mean, 0.05))  # tokens all ways round would ask for endless scales
+    mean = float(weight_TE.gather(-1, chosen_TK).sum(-1).mean())
+    # Cosines of tokens in all directions would ask for endless scales; the other gates have a positive lower bound.
+    return Prototypes(prototype_ED, max(mean, 0.05) if config.model.gate == "identity" else mean)
+
+
+def _weights(score_TE: Tensor, model: ModelConfig) -> Tensor:
+    """The weight (T, E) of each expert's output for each token, from the scores of whole images."""
+    if model.gate == "identity":
+        return score_TE
+    if model.gate == "sigmoid":
+        return score_TE.sigmoid()
+    if model.router == "promoe":
+        return score_TE.softmax(-1)
+    return score_TE.unflatten(0, (-1, model.tokens)).softmax(1).flatten(0, 1)
 
 
 # ---- more experts
@@ -244,8 +258,8 @@ def grow(
             ])  # fmt: skip
         if ".mlp.experts." not in name:
             return whole
-        if old.gate == "softmax" and ".fc2." in name:
-            whole = whole * times  # the same scores over so many times the experts
+        if old.gate == "softmax" and old.router == "promoe" and ".fc2." in name:
+            whole = whole * times  # the same scores over so many times the experts; by expert choice: over tokens
         return torch.stack([
             _noisy(whole[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)
         ])  # fmt: skip

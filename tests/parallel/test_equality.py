@@ -111,6 +111,9 @@ CASES = [
     *(Case(4, tp=2, ep=2, zero=z, what=NO_NULL) for z in (1, 3)),
     # Other routers and options under the same dispatch.
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_ec", "ec", "diffmoe")),
+    *(Case(4, tp=2, ep=2, zero=z, expert_tp=x, what=("model.router=promoe_ec", "model.gate=softmax"))
+      for z, x in ((1, False), (3, False), (2, True))),
+    Case(4, ep=4, what=("model.router=promoe_ec", "model.gate=softmax", *TWICE)),
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_linear", "classification", "kmeans")),
     Case(2, ep=2, what=("model.router=classification", "model.unconditional_expert=false")),
     Case(4, ep=2, what=("model.router=kmeans", "model.kmeans_decay=0", *TWICE)),

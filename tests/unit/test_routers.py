@@ -1,6 +1,7 @@
 """Routers and the MoE layer against the formulas, token by token: any K, every gate, every loss, every ablation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,13 +138,19 @@ def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["promoe", "promoe_linear", "tc"])
+@pytest.mark.parametrize(
+    "router, gate",
+    [("promoe", "identity"), ("promoe", "sigmoid"), ("promoe", "softmax"), ("promoe_linear", ""), ("tc", "")],
+)
 @pytest.mark.parametrize("form", ["batch", "sequence"])
-def test_balance_losses_by_hand(router, form):
+def test_balance_losses_by_hand(router, gate, form):
+    """P is the gate's own output where that is a softmax, else the softmax of the gate's output."""
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
+    config = replace(config, gate=gate or config.gate)
     module, x = filled(ROUTERS[router](config)).train(), tokens(4)
     routed = module(x)
     raw = module.similarity(x)[0] if router == "promoe" else F.linear(x, module.gate)
+    raw = raw.sigmoid() if gate == "sigmoid" else raw
     p, chosen = raw.softmax(-1), routed.route.expert_R.view(4, S, 2)
 
     def balance(p, chosen):
@@ -169,6 +176,20 @@ def test_expert_choice_takes_the_best_tokens_of_each_image(router):
         for t in sorted(range(S), key=lambda t: -scores[b, t, e].item())[:capacity]
     }
     assert taken == expected and len(route.token_R) == len(expected)
+
+
+@pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
+def test_the_weights_of_prototype_expert_choice(gate):
+    """A softmax is over the tokens of the image, among which an expert chooses, and not over experts."""
+    module = filled(ROUTERS["promoe_ec"](config_of(router="promoe_ec", gate=gate, top_k=2)))
+    x = tokens(3)
+    route = module(x).route
+    rows = zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R.tolist(), strict=True)
+    for token, expert, weight in rows:
+        image, place = divmod(token, S)
+        over_tokens = [cosine(other, module.prototypes[expert].detach()) for other in x[image]]
+        assert weight == pytest.approx(gate_of(gate, over_tokens, place), rel=1e-5)
+    assert module(x[:0]).route.weight_R.shape == (0,)
 
 
 def test_diffmoe_follows_its_thresholds():

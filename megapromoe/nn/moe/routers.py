@@ -68,18 +68,30 @@ class Router(nn.Module):
             gate = route.weight_R.sum(dtype=torch.float32) / max(route.weight_R.shape[0], 1)
         return Routed(route, losses, load_E, gate, contrast)
 
-    def gates(self, score: Tensor) -> Tensor:
-        """Weights (..., E) from scores; never renormalised over the chosen ones."""
+    def gates(self, score: Tensor, competitors: int = -1) -> Tensor:
+        """Weights from scores, of the same shape; never renormalised over the chosen ones.
+
+        `competitors`: the dimension that a softmax gate adds up to one over. What competes is what is chosen from:
+        experts under token choice, the image's tokens under expert choice.
+        """
         if self.config.gate == "identity":
             return score
-        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(-1)
+        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(competitors)
+
+    def probabilities(self, weight: Tensor) -> Tensor:
+        """Each token's distribution over experts for the balance loss, from its weights (..., E) of all experts.
+
+        Those of a softmax gate are one; those of another gate pass through a softmax. Source: the ProMoE release.
+        """
+        return weight if self.config.gate == "softmax" else weight.softmax(-1)
 
     def capacity(self, tokens: int) -> int:
         """How many of `tokens` each expert takes under expert choice."""
         return int(tokens / self.experts * self.config.top_k)
 
     def balance(self, p_BSE: Tensor, chosen_BSK: Tensor, decided: Decisions) -> Tensor:
-        """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments."""
+        """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments, P_e the mean of
+        the probabilities `p_BSE`."""
         one = torch.ones_like(chosen_BSK, dtype=torch.float32)
         hits_BSE = torch.zeros_like(p_BSE).scatter_add_(-1, chosen_BSK, one)
         if self.config.balance_form == "batch":
@@ -128,13 +140,14 @@ class PrototypeRouter(Router):
 
         score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
         chosen_BSK = choose(score_BSE)
-        route = rows_of_tokens(chosen_BSK, self.gates(score_BSE).gather(-1, chosen_BSK))
+        weight_BSE = self.gates(score_BSE)
+        route = rows_of_tokens(chosen_BSK, weight_BSE.gather(-1, chosen_BSK))
         contrast = None
         if sum_ED is not None and count_E is not None:
             contrast = Contrast(self.prototypes.double(), sum_ED, count_E)
         losses = {}
         if self.training and self.config.balance_weight:
-            losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
+            losses["balance"] = self.balance(self.probabilities(weight_BSE), chosen_BSK, decided)
         return self.result(route, losses, count_E if counted == K else None, contrast)
 
     def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
@@ -149,7 +162,8 @@ class PrototypeRouter(Router):
 class PrototypeExpertChoiceRouter(PrototypeRouter):
     """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens that resemble it most.
 
-    The contrastive loss is per image, averaged over images. Source: ProMoE, arXiv 2510.24711, expert-choice variant.
+    The contrastive loss is per image, averaged over images; a softmax gate is over the image's tokens.
+    Source: ProMoE, arXiv 2510.24711, expert-choice variant.
     """
 
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
@@ -158,7 +172,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         score_BSE, _, _ = self.similarity(x_BSD)
         score_BES = score_BSE.detach().transpose(1, 2)
         chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.capacity(S), dim=-1).indices)
-        weight_BEC = self.gates(score_BSE).transpose(1, 2).gather(-1, chosen_BEC)
+        weight_BEC = self.gates(score_BSE, competitors=1).transpose(1, 2).gather(-1, chosen_BEC)
         route = rows_of_choice(chosen_BEC, weight_BEC, S)
         losses = {}
         if self.training and self.config.rcl_weight:
