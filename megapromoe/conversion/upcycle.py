@@ -65,7 +65,7 @@ def from_dense(
     check_fit(dense, config, how)
     old, new = dense.config.model, config.model
     shapes, _ = model_shapes(new)
-    make = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.expert_width)
+    make = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.moe_width)
 
     def read(kind: str, name: str) -> Tensor:
         if name in dense.shapes:
@@ -88,10 +88,18 @@ def check_fit(dense: State, config: Config, how: str) -> None:
     for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")
-    if how == "copy" and new.expert_width != old.mlp_width:
-        problems.append(f"model.expert_ratio = {new.expert_ratio}: copies need the MLP's {old.mlp_ratio}; or slice")
-    if old.mlp_width % new.expert_width:
-        problems.append(f"model.expert_ratio = {new.expert_ratio}: must divide the MLP's {old.mlp_ratio}")
+    said, whole = f"model.expert_ratio = {new.expert_ratio}", f"{old.mlp_ratio}"
+    if new.expert_width:
+        said, whole = f"model.expert_width = {new.expert_width}", f"{old.mlp_width}"
+    if how == "copy" and new.moe_width != old.mlp_width:
+        problems.append(f"{said}: copies need the MLP's {whole}; or slice")
+    if old.mlp_width % new.moe_width:
+        problems.append(f"{said}: must divide the MLP's {whole}")
+    for name in ("num_shared_experts", "num_unconditional_experts"):
+        if getattr(new, name) > 1:
+            problems.append(f"model.{name} = {getattr(new, name)}: must be 1, since an MLP is dealt out to one of each")
+    if new.shared_width != new.moe_width:
+        problems.append(f"model.shared_expert_width = {new.shared_expert_width}: must be 0, the other experts' width")
     if problems:
         raise ConversionError(f"{dense.where}: cannot become this ProMoE:\n  " + "\n  ".join(problems))
 
@@ -118,7 +126,7 @@ def _from_mlp(
 
     def part_of(index: int, scale: float) -> Tensor:
         """The tensor of an expert that holds the index-th part of the hidden units, its output scaled."""
-        width = model.expert_width
+        width = model.moe_width
         units = slice(index * width, (index + 1) * width)
         if projection == "fc1":
             return whole[units]

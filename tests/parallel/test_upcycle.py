@@ -136,6 +136,17 @@ def test_what_does_not_fit_is_told_at_once():
     config = resolve("digits", overrides=[*SMALL, *PROMOE, "model.depth=4", "model.expert_ratio=1.5"])
     with pytest.raises(ConversionError, match="model.depth = 4.*\n.*model.expert_ratio = 1.5"):
         from_dense(dense, config, {})
+    several = ["model.num_shared_experts=2", "model.num_unconditional_experts=2", "model.expert_width=48"]
+    config = resolve("digits", overrides=[*SMALL, *PROMOE, *several, "model.shared_expert_width=64"])
+    with pytest.raises(ConversionError) as error:
+        from_dense(dense, config, {})
+    for part in (
+        "model.expert_width = 48: must divide the MLP's 128",
+        "model.num_shared_experts = 2: must be 1",
+        "model.num_unconditional_experts = 2: must be 1",
+        "model.shared_expert_width = 64: must be 0",
+    ):
+        assert part in str(error.value)
     small = state_of(*PROMOE)
     six = replace(small.config, model=replace(small.config.model, num_experts=6))
     with pytest.raises(ConversionError, match="num_experts = 6: must be a multiple of the source's 4"):

@@ -91,6 +91,16 @@ def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
             assert torch.equal(local, model.layouts[name].take(whole[name], mesh)), name
 
 
+def test_dense_experts_of_a_layer_start_different():
+    several = build(small("model.num_shared_experts=2", "model.num_unconditional_experts=2"))
+    weights = dict(several.named_parameters())
+    for kind in ("shared", "unconditional"):
+        assert not torch.equal(*(weights[f"blocks.1.mlp.{kind}.{i}.fc1.weight"] for i in (0, 1)))
+    one = dict(build(small()).named_parameters())
+    for name in ("shared.fc1.weight", "unconditional.fc2.bias"):  # as in checkpoints from before there could be several
+        assert f"blocks.1.mlp.{name}" in one
+
+
 def test_experts_start_different_and_seeds_matter():
     first, other = (dict(build(small(f"train.seed={s}")).named_parameters()) for s in (0, 1))
     weight = first["blocks.1.mlp.experts.fc1.weight"]

@@ -9,7 +9,7 @@ from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
-from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out
+from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out, mlps_of
 from megapromoe.nn.moe.prototypes import contrastive_loss, resemblance
 from megapromoe.nn.moe.routers import top_counts
 
@@ -178,6 +178,27 @@ def test_expert_choice_takes_the_best_tokens_of_each_image(router):
     assert taken == expected and len(route.token_R) == len(expected)
 
 
+@pytest.mark.parametrize("experts", [12, 40])
+def test_expert_choice_with_fewer_tokens_than_experts(experts):
+    """As published, each expert then takes the one token of an image that is most like its prototype."""
+    config = config_of(router="promoe_ec", num_experts=experts)
+    module, x = filled(ROUTERS["promoe_ec"](config)).train(), tokens(3)
+    routed = module(x)
+    best_BE = F.cosine_similarity(x.unsqueeze(2), module.prototypes, dim=-1).argmax(1)
+    assert routed.route.token_R.view(3, experts).sub(torch.arange(3)[:, None] * S).tolist() == best_BE.tolist()
+    assert routed.losses["rcl"].isfinite() and routed.load_E.tolist() == [3] * experts
+
+
+@pytest.mark.parametrize("experts", [20, 80])
+def test_diffmoe_with_fewer_tokens_than_experts(experts):
+    """It chooses over the batch, here of 4 · 9 tokens: one for each of 20 experts, and at least one for each of 80."""
+    config = config_of(router="diffmoe", num_experts=experts)
+    module, x = filled(ROUTERS["diffmoe"](config)).train(), tokens(4)
+    assert module(x).load_E.tolist() == [1] * experts
+    kth = module.predictor(x.view(-1, D)).sigmoid().max(0).values
+    torch.testing.assert_close(module.threshold, 0.05 * kth.detach())
+
+
 @pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
 def test_the_weights_of_prototype_expert_choice(gate):
     """A softmax is over the tokens of the image, among which an expert chooses, and not over experts."""
@@ -226,10 +247,11 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
     for b in range(x.shape[0]):
         for s in range(S):
             token = x[b, s]
-            if moe.shared is not None:
-                out[b, s] += mlp(moe.shared, token)
+            for shared in mlps_of(moe.shared):
+                out[b, s] += mlp(shared, token)
             if b >= conditional and moe.unconditional is not None:
-                out[b, s] += mlp(moe.unconditional, token)
+                for unconditional in mlps_of(moe.unconditional):
+                    out[b, s] += mlp(unconditional, token)
                 continue
             score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
             gate_E = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}[config.gate]
@@ -241,11 +263,18 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
 
 
 @pytest.mark.parametrize("conditional", [0, 2, 3])
-@pytest.mark.parametrize("shared, unconditional", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shared, unconditional", [(1, 1), (1, 0), (0, 1), (0, 0), (3, 2), (0, 2), (2, 0)])
 @pytest.mark.parametrize("K", [1, 2])
 def test_moe_layer_by_hand(K, shared, unconditional, conditional):
-    """Output, and every gradient, the tokens fanned out as a block does it."""
-    config = config_of(top_k=K, shared_expert=shared, unconditional_expert=unconditional)
+    """Output, and every gradient, the tokens fanned out as a block does it; of several experts the sum."""
+    config = config_of(
+        top_k=K,
+        shared_expert=shared > 0,
+        num_shared_experts=max(shared, 1),
+        shared_expert_width=7 if shared == 3 else 0,
+        unconditional_expert=unconditional > 0,
+        num_unconditional_experts=max(unconditional, 1),
+    )
     moe, x = filled(MoE(config)), tokens(3).requires_grad_()
     leaves = [x, *moe.parameters()]
     all_BSD, routable_BSD, _ = fan_out(x, moe.routable(x, conditional))

@@ -85,10 +85,6 @@ class Router(nn.Module):
         """
         return weight if self.config.gate == "softmax" else weight.softmax(-1)
 
-    def capacity(self, tokens: int) -> int:
-        """How many of `tokens` each expert takes under expert choice."""
-        return int(tokens / self.experts * self.config.top_k)
-
     def balance(self, p_BSE: Tensor, chosen_BSK: Tensor, decided: Decisions) -> Tensor:
         """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments, P_e the mean of
         the probabilities `p_BSE`."""
@@ -160,7 +156,7 @@ class PrototypeRouter(Router):
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):
-    """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens that resemble it most.
+    """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens (at least one) most like it.
 
     The contrastive loss is per image, averaged over images; a softmax gate is over the image's tokens.
     Source: ProMoE, arXiv 2510.24711, expert-choice variant.
@@ -171,7 +167,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         B, S, D = x_BSD.shape
         score_BSE, _, _ = self.similarity(x_BSD)
         score_BES = score_BSE.detach().transpose(1, 2)
-        chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.capacity(S), dim=-1).indices)
+        chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.config.tokens_per_expert(S), dim=-1).indices)
         weight_BEC = self.gates(score_BSE, competitors=1).transpose(1, 2).gather(-1, chosen_BEC)
         route = rows_of_choice(chosen_BEC, weight_BEC, S)
         losses = {}
@@ -216,7 +212,7 @@ class ExpertChoiceRouter(GateRouter):
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
         score_BES = self.scores(x_BSD).transpose(1, 2)
-        capacity = self.capacity(x_BSD.shape[1])
+        capacity = self.config.tokens_per_expert(x_BSD.shape[1])
         chosen_BEC = decided.once("chosen", lambda: score_BES.detach().topk(capacity, dim=-1).indices)
         weight_BEC = score_BES.gather(-1, chosen_BEC)
         return self.result(rows_of_choice(chosen_BEC, weight_BEC, x_BSD.shape[1]), {})
@@ -245,7 +241,9 @@ class DiffMoERouter(GateRouter):
             taken_TE = top_counts(score_TE, (predicted_TE.sigmoid() > self.threshold).sum(0))
             return self.result(rows_of_mask(taken_TE, score_TE), {})
         tokens = score_TE.shape[0] * self.scope.size
-        taken_TE = decided.once("taken", lambda: self.best_of_scope(score_TE.detach(), self.capacity(tokens)))
+        taken_TE = decided.once(
+            "taken", lambda: self.best_of_scope(score_TE.detach(), self.config.tokens_per_expert(tokens))
+        )
         decided.run_once("followed", lambda: self.follow(predicted_TE.detach().sigmoid()))
         loss = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE.float())
         losses = {"capacity": self.config.capacity_weight * loss}
@@ -265,7 +263,7 @@ class DiffMoERouter(GateRouter):
 
     def follow(self, predicted_TE: Tensor) -> None:
         """Moves each threshold towards the capacity-th largest prediction, averaged over the scope's ranks."""
-        kth_E = predicted_TE.topk(max(self.capacity(predicted_TE.shape[0]), 1), dim=0).values[-1]
+        kth_E = predicted_TE.topk(self.config.tokens_per_expert(predicted_TE.shape[0]), dim=0).values[-1]
         if self.scope.size > 1:
             dist.all_reduce(kth_E, group=self.scope.handle)
         decay = self.config.capacity_decay
