@@ -12,7 +12,7 @@ from megapromoe.conversion.published_names import from_published
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CASES = ("promoe_tc", "promoe_ec", "promoe_ec_softmax", "dense", "tc", "ec", "diffmoe")
-ROUTER = {"promoe_tc": "promoe", "promoe_ec_softmax": "promoe_ec", "published_run": "promoe"}
+ROUTER = {"promoe_tc": "promoe", "promoe_ec_softmax": "promoe_ec", "published_run": "promoe", "long_run": "promoe"}
 
 
 def config_of(case: str) -> Config:
