@@ -1,11 +1,11 @@
-# make env | train | test | test-all | check | compat | equality | layouts | faults | fuzz | format | clean
+# make env | train | test | test-all | check | compat | equality | fidelity | layouts | faults | fuzz | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Files go to two processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: env train test test-rest test-all check compat equality layouts faults fuzz format clean
+.PHONY: env train test test-rest test-all check compat equality fidelity layouts faults fuzz format clean
 
 env: $(INSTALLED)
 
@@ -38,6 +38,9 @@ check: env
 # The tables in docs/, measured anew.
 equality: env
 	$(BIN)/python -m pytest -q tests/parallel/test_equality.py --equality-table docs/equality.md
+
+fidelity: env
+	$(BIN)/python -m pytest -q tests/unit/test_golden.py tests/parallel/test_long_run.py --fidelity-table docs/fidelity.md
 
 layouts: env
 	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md

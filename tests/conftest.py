@@ -30,6 +30,7 @@ TABLES = {
     "--layout-table": "the layout-change matrix",
     "--fault-table": "the fault table",
     "--compatibility-table": "the row of this environment",
+    "--fidelity-table": "the page on fidelity to the published models",
 }
 
 
@@ -62,3 +63,14 @@ def fault_table(request):
 def pytest_addoption(parser):
     for option, what in TABLES.items():
         parser.addoption(option, metavar="FILE", help=f"write {what} to FILE (Markdown)")
+
+
+@pytest.fixture(scope="session")
+def fidelity(request):
+    """What the page on fidelity tells: `cases`, comparisons with golden cases by name, and the `long run`."""
+    results = {"cases": {}, "long run": None}
+    yield results
+    if file := request.config.getoption("--fidelity-table"):
+        from support.fidelity import write_page
+
+        write_page(Path(file), results["cases"], results["long run"])

@@ -22,9 +22,11 @@ class CannotRun(UserError):
 
 
 def dense_experts(moe: MoE) -> tuple[Mlp, Mlp]:
-    """The shared and the unconditional expert. Raises CannotRun for a layer that lacks one."""
+    """The shared and the unconditional expert. Raises CannotRun for a layer that lacks one, or has several."""
     if moe.shared is None or moe.unconditional is None:
         raise CannotRun("needs model.shared_expert=true and model.unconditional_expert=true")
+    if not isinstance(moe.shared, Mlp) or not isinstance(moe.unconditional, Mlp):
+        raise CannotRun("needs model.num_shared_experts=1 and model.num_unconditional_experts=1")
     return moe.shared, moe.unconditional
 
 

@@ -55,7 +55,8 @@ def contender(name: str, moe: MoE) -> Layer:
 def dense(moe: MoE) -> Mlp:
     """An MLP as wide as all the experts that a token meets: shared and routed, or shared and unconditional."""
     config, like = moe.router.config, moe.experts.fc1.weight
-    mlp = Mlp(config.hidden_size, config.expert_width * (config.top_k + config.shared_expert))
+    width = config.top_k * config.moe_width + config.shared_experts * config.shared_width
+    mlp = Mlp(config.hidden_size, width)
     mlp = mlp.to(like.device, like.dtype)
     for name, p in mlp.named_parameters():
         nn.init.xavier_uniform_(p) if name.endswith("weight") else nn.init.zeros_(p)

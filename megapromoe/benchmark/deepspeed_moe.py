@@ -47,7 +47,7 @@ class DeepSpeedLayer(BaselineWrapper):
         join_job()
 
         experts, like = moe.experts, moe.experts.fc1.weight
-        one = Mlp(config.hidden_size, config.expert_width).to(like.device, like.dtype)
+        one = Mlp(config.hidden_size, config.moe_width).to(like.device, like.dtype)
         self.routed = DeepSpeedMoE(
             config.hidden_size,
             one,

@@ -16,7 +16,7 @@ from megapromoe.benchmark.baselines import contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import counts, lean, plan
-from megapromoe.config.options import Config, ModelConfig
+from megapromoe.config.options import Config, ModelConfig, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
@@ -219,7 +219,8 @@ def layer_flops(model: ModelConfig, dense: bool) -> int:
 
 def dense_model(model: ModelConfig) -> ModelConfig:
     """The dense DiT whose MLPs do per token what our experts do."""
-    return replace(model, router="dense", mlp_ratio=model.expert_ratio * (model.top_k + model.shared_expert))
+    width = model.top_k * model.moe_width + model.shared_experts * model.shared_width
+    return replace(model, router="dense", mlp_ratio=ratio_of(width, model.hidden_size))
 
 
 def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -> int:
@@ -231,7 +232,7 @@ def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -
     of its rows, which is made before any of the above can go; counted for the routed rows. With `capacity_factor`
     there are as many rows as there is room for.
     """
-    D, F, S = model.hidden_size, model.expert_width, model.tokens
+    D, F, S = model.hidden_size, model.moe_width, model.tokens
     T, R = settings.images * S, settings.conditional * S * model.top_k
     if dense:
         F = dense_model(model).mlp_width
@@ -239,7 +240,8 @@ def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -
     null = T - settings.conditional * S
     if model.capacity_factor:
         R = model.num_experts * math.ceil(model.capacity_factor * T * model.top_k / model.num_experts)
-    return width * (T * D + 2 * (T + null) * F + R * (2 * D + 3 * F))
+    dense_hidden = T * model.shared_experts * model.shared_width + null * model.unconditional_experts * F
+    return width * (T * D + 2 * dense_hidden + R * (2 * D + 3 * F))
 
 
 def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[str, Work]:

@@ -69,7 +69,7 @@ def measure_sample(config: Config, routing: str, settings: Settings) -> dict:
         model.eval()
 
         def run() -> None:
-            predict = guided(model, labels_B, m.null_class, settings.guidance)
+            predict = guided(model, labels_B, m.null_class, settings.guidance, two_calls=m.images_depend_on_batch)
             sample(predict, noise, "euler", settings.sample_steps)
 
         return Work({"sample": run})

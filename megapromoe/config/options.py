@@ -4,6 +4,7 @@ Frozen and typed, and without torch. How they are read is `resolve.py`, what the
 layout over ranks, with its rules, stands here because a config knows its own.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,9 +63,17 @@ class ModelConfig:
     # Of a token under token choice; under expert choice each expert takes int(S / E * top_k) tokens an image.
     top_k: int = option(1, "experts K of a token; by expert choice: of a token on average", within=ONE_UP)
     expert_ratio: float = option(2.0, "width F of an expert over hidden_size", within=POSITIVE)
+    expert_width: int = option(
+        0, "width F of an expert itself; 0: hidden_size * expert_ratio, rounded down", within=ZERO_UP
+    )
     moe_every: int = option(2, "block i is MoE when (i+1) % moe_every == 0: 2 odd, 1 all", within=ONE_UP)
     shared_expert: bool = option(True, "ProMoE, guided: one expert that every token visits")
+    num_shared_experts: int = option(1, "with shared_expert: how many; their outputs are summed", within=ONE_UP)
+    shared_expert_width: int = option(0, "width of a shared expert; 0: that of the other experts", within=ZERO_UP)
     unconditional_expert: bool = option(True, "ProMoE, guided: one expert for all tokens of null-class images")
+    num_unconditional_experts: int = option(
+        1, "with unconditional_expert: how many; their outputs are summed", within=ONE_UP
+    )
     gate: str = option(
         "identity", "ProMoE, kmeans: an expert's weight from its score", ("identity", "sigmoid", "softmax")
     )
@@ -101,9 +110,24 @@ class ModelConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
     @property
-    def expert_width(self) -> int:
-        """Hidden width F of one expert."""
-        return int(self.hidden_size * self.expert_ratio)
+    def moe_width(self) -> int:
+        """Hidden width F of one routed or unconditional expert."""
+        return self.expert_width or int(self.hidden_size * self.expert_ratio)
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of one shared expert."""
+        return self.shared_expert_width or self.moe_width
+
+    @property
+    def shared_experts(self) -> int:
+        """Shared experts of an MoE layer; none without the two-step router."""
+        return self.num_shared_experts if self.router in TWO_STEP_ROUTERS and self.shared_expert else 0
+
+    @property
+    def unconditional_experts(self) -> int:
+        """Experts that all tokens of null-class images visit; none without the two-step router."""
+        return self.num_unconditional_experts if self.router in TWO_STEP_ROUTERS and self.unconditional_expert else 0
 
     @property
     def out_channels(self) -> int:
@@ -115,10 +139,40 @@ class ModelConfig:
         """The label that stands for "no class"."""
         return self.num_classes
 
+    def tokens_per_expert(self, tokens: int) -> int:
+        """How many of `tokens` tokens each expert takes under expert choice: int(tokens / E * top_k).
+
+        At least one of any for ProMoE, as published, and for DiffMoE, whose thresholds follow the last one taken. EC as
+        published takes none, and is refused where that is so.
+        """
+        count = int(tokens / self.num_experts * self.top_k)
+        return count if self.router == "ec" else max(count, min(tokens, 1))
+
     @property
     def expert_capacity(self) -> int:
-        """Tokens an expert takes from one image under expert choice: int(S / E * top_k)."""
-        return int(self.tokens / self.num_experts * self.top_k)
+        """Tokens an expert takes from one image under expert choice."""
+        return self.tokens_per_expert(self.tokens)
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that an image's tokens send to routed experts in one MoE layer; DiffMoE: on average over a large batch.
+
+        Where DiffMoE's average is no whole number for each expert, it counts as if it chose per image.
+        """
+        if self.router == "diffmoe" and self.tokens * self.top_k < self.num_experts:
+            return self.tokens * self.top_k
+        if self.router in EXPERT_CHOICE_ROUTERS:
+            return self.num_experts * self.expert_capacity
+        return self.tokens * self.top_k
+
+    @property
+    def images_depend_on_batch(self) -> bool:
+        """Whether the output for an image depends on the other images of a call, outside of training too.
+
+        DiffMoE chooses among the tokens of a whole batch; with limited room for rows, which rows are dropped depends on
+        the other rows.
+        """
+        return self.router == "diffmoe" or (self.router != "dense" and self.capacity_factor > 0)
 
     @property
     def superclass_of(self) -> tuple[int, ...]:
@@ -262,6 +316,12 @@ class Config:
         dp = world // tp
         micro_batch = self.train.global_batch // (dp * self.train.accumulation)
         return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch)
+
+
+def ratio_of(width: int, size: int) -> float:
+    """The ratio whose width, int(size · ratio), is `width`: division alone may round below it."""
+    ratio = width / size
+    return ratio if int(size * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

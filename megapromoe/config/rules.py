@@ -37,20 +37,26 @@ def rules(config: Config) -> Iterator[Rule]:
         rule = f"must divide model.input_size = {model.input_size}; nearest: {near}"
         yield ("model.patch_size", "model.input_size"), rule
 
-    for name, width in (("mlp_ratio", model.mlp_width), ("expert_ratio", model.expert_width)):
+    for name, width in (("mlp_ratio", model.mlp_width), ("expert_ratio", model.moe_width)):
         if width < 1:
             rule = f"times model.hidden_size = {size} must be at least 1; use {1 / size:.3g} or more"
             yield (f"model.{name}", "model.hidden_size"), rule
-    # The shared and the unconditional expert are split like a dense MLP, the routed ones with expert_tp.
-    kept_whole = model.router not in TWO_STEP_ROUTERS or not (model.shared_expert or model.unconditional_expert)
     keys: tuple[str, ...]
     split: list[tuple[str, int, tuple[str, ...]]] = [("model.heads", model.heads, ("model.heads",))]
     if len(model.moe_blocks) < model.depth:
         keys = ("model.hidden_size", "model.mlp_ratio")
         split.append(("hidden_size * mlp_ratio", model.mlp_width, keys))
-    if model.moe_blocks and (parallel.expert_tp or not kept_whole):
-        keys = ("model.hidden_size", "model.expert_ratio")
-        split.append(("hidden_size * expert_ratio", model.expert_width, keys))
+    if model.moe_blocks:
+        # The shared and the unconditional experts are split like a dense MLP, the routed ones with expert_tp.
+        inherited = model.shared_experts and not model.shared_expert_width
+        if parallel.expert_tp or model.unconditional_experts or inherited:
+            if model.expert_width:
+                split.append(("model.expert_width", model.moe_width, ("model.expert_width",)))
+            else:
+                keys = ("model.hidden_size", "model.expert_ratio")
+                split.append(("hidden_size * expert_ratio", model.moe_width, keys))
+        if model.shared_experts and model.shared_expert_width:
+            split.append(("model.shared_expert_width", model.shared_width, ("model.shared_expert_width",)))
     for name, width, keys in split:
         if width % tp:
             yield (
@@ -76,10 +82,11 @@ def rules(config: Config) -> Iterator[Rule]:
             rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
             yield ("model.moe_every", "model.depth", "model.router"), rule
     yield from _guided_rules(model)
+    yield from _dense_expert_rules(model)
     if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
         rule = f"must be 0 with model.router = {model.router!r}, where no expert gets more than its share"
         yield ("model.capacity_factor", "model.router"), rule
-    if model.router in EXPERT_CHOICE_ROUTERS and model.expert_capacity < 1:
+    if model.router == "ec" and model.expert_capacity < 1:
         most = model.tokens * model.top_k
         rule = f"must be at most {most} = tokens * top_k, or no expert may choose a token of an image"
         fields = ("num_experts", "top_k", "input_size", "patch_size", "router")
@@ -123,6 +130,28 @@ def rules(config: Config) -> Iterator[Rule]:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
     if train.schedule == "cosine" and train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
+
+
+def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
+    """The rules of options of shared and unconditional experts, where the model has none."""
+    if model.router == "dense":  # ignores all options of experts
+        return
+    for kind, count, others in (
+        ("shared", model.shared_experts, [("shared_expert_width", 0)]),
+        ("unconditional", model.unconditional_experts, []),
+    ):
+        if count:
+            continue
+        two_step = model.router in TWO_STEP_ROUTERS
+        why = (
+            f"model.{kind}_expert = false"
+            if two_step
+            else f"model.router = {model.router!r}, which has no {kind} expert"
+        )
+        for name, neutral in [(f"num_{kind}_experts", 1), *others]:
+            if getattr(model, name) != neutral:
+                keys = (f"model.{name}", f"model.{kind}_expert" if two_step else "model.router")
+                yield keys, f"must be {neutral} with {why}"
 
 
 def _guided_rules(model: ModelConfig) -> Iterator[Rule]:

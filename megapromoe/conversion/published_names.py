@@ -1,7 +1,8 @@
 """Names of the published checkpoints (ProMoE, TC-DiT, EC-DiT, DiffMoE, DiT) and ours.
 
 Ours differ only inside an MoE layer: routed experts are stacked, and the unconditional expert, published as the last of
-`experts`, stands alone.
+`experts`, stands alone. The release has one shared expert, `shared_expert`, and one unconditional one. The names of
+several are ours, made like its own: `shared_experts.0`, `shared_experts.1`, ..., and the last ones of `experts`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megapromoe.nn.layers import position_table
 
 _LAYER = re.compile(r"(blocks\.\d+\.mlp)\.(.+)")
 _EXPERT = re.compile(r"experts\.(\d+)\.(fc1|fc2|up_proj|down_proj)\.(weight|bias)")
+_SHARED = re.compile(r"(?:shared_expert|shared_experts(\.\d+))\.(up_proj|down_proj)\.(weight|bias)")
 _PLAIN = {
     "cluster_centers": "router.prototypes",
     "gate.weight": "router.gate",
@@ -36,12 +38,13 @@ def locate(name: str, config: ModelConfig) -> tuple[str, int | None]:
         return f"{prefix}.{_PLAIN[rest]}", None
     if expert := _EXPERT.fullmatch(rest):
         number, projection, kind = int(expert[1]), _PROJECTION[expert[2]], expert[3]
-        if number == config.num_experts and config.unconditional_expert:
-            return f"{prefix}.unconditional.{projection}.{kind}", None
+        unconditional = number - config.num_experts
+        if 0 <= unconditional < config.unconditional_experts:
+            several = f".{unconditional}" if config.unconditional_experts > 1 else ""
+            return f"{prefix}.unconditional{several}.{projection}.{kind}", None
         return f"{prefix}.experts.{projection}.{kind}", number
-    if rest.startswith("shared_expert."):
-        _, projection, kind = rest.split(".")
-        return f"{prefix}.shared.{_PROJECTION[projection]}.{kind}", None
+    if shared := _SHARED.fullmatch(rest):
+        return f"{prefix}.shared{shared[1] or ''}.{_PROJECTION[shared[2]]}.{shared[3]}", None
     if rest.startswith("capacity_predictor."):
         return f"{prefix}.router.{rest.replace('capacity_predictor', 'predictor')}", None
     return name, None
@@ -91,13 +94,14 @@ def _layer_names(prefix: str, has: set[str], config: ModelConfig) -> Iterator[tu
         yield one("ema_decay", None)
     for expert in range(config.num_experts):
         yield from (one(f"experts.{expert}.{theirs}", f"experts.{ours}", expert) for ours, theirs in parts)
-    if "unconditional.fc1.weight" in has:
-        last = config.num_experts
-        yield from (one(f"experts.{last}.{theirs}", f"unconditional.{ours}") for ours, theirs in parts)
+    for number in range(config.unconditional_experts):
+        last, several = config.num_experts + number, f".{number}" if config.unconditional_experts > 1 else ""
+        yield from (one(f"experts.{last}.{theirs}", f"unconditional{several}.{ours}") for ours, theirs in parts)
     if config.router == "tc":
         yield one("gate.weight", "router.gate")
-    if "shared.fc1.weight" in has:
-        yield from (one(f"shared_expert.{theirs}", f"shared.{ours}") for ours, theirs in parts)
+    for number in range(config.shared_experts):
+        published, several = ("shared_expert", "") if config.shared_experts == 1 else ("shared_experts", f".{number}")
+        yield from (one(f"{published}{several}.{theirs}", f"shared{several}.{ours}") for ours, theirs in parts)
     for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
         if f"router.predictor.{name}" in has:
             yield one(f"capacity_predictor.{name}", f"router.predictor.{name}")

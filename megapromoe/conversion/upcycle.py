@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapromoe.config.options import PROMOE_ROUTERS, Config
+from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.loader import Loader
@@ -65,7 +65,7 @@ def from_dense(
     check_fit(dense, config, how)
     old, new = dense.config.model, config.model
     shapes, _ = model_shapes(new)
-    make = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.expert_width)
+    make = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.moe_width)
 
     def read(kind: str, name: str) -> Tensor:
         if name in dense.shapes:
@@ -88,10 +88,18 @@ def check_fit(dense: State, config: Config, how: str) -> None:
     for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")
-    if how == "copy" and new.expert_width != old.mlp_width:
-        problems.append(f"model.expert_ratio = {new.expert_ratio}: copies need the MLP's {old.mlp_ratio}; or slice")
-    if old.mlp_width % new.expert_width:
-        problems.append(f"model.expert_ratio = {new.expert_ratio}: must divide the MLP's {old.mlp_ratio}")
+    said, whole = f"model.expert_ratio = {new.expert_ratio}", f"{old.mlp_ratio}"
+    if new.expert_width:
+        said, whole = f"model.expert_width = {new.expert_width}", f"{old.mlp_width}"
+    if how == "copy" and new.moe_width != old.mlp_width:
+        problems.append(f"{said}: copies need the MLP's {whole}; or slice")
+    if old.mlp_width % new.moe_width:
+        problems.append(f"{said}: must divide the MLP's {whole}")
+    for name in ("num_shared_experts", "num_unconditional_experts"):
+        if getattr(new, name) > 1:
+            problems.append(f"model.{name} = {getattr(new, name)}: must be 1, since an MLP is dealt out to one of each")
+    if new.shared_width != new.moe_width:
+        problems.append(f"model.shared_expert_width = {new.shared_expert_width}: must be 0, the other experts' width")
     if problems:
         raise ConversionError(f"{dense.where}: cannot become this ProMoE:\n  " + "\n  ".join(problems))
 
@@ -118,7 +126,7 @@ def _from_mlp(
 
     def part_of(index: int, scale: float) -> Tensor:
         """The tensor of an expert that holds the index-th part of the hidden units, its output scaled."""
-        width = model.expert_width
+        width = model.moe_width
         units = slice(index * width, (index + 1) * width)
         if projection == "fc1":
             return whole[units]
@@ -178,7 +186,9 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
 
 
 def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
-    """Prototypes of a layer from its tokens: spherical k-means, as routing goes by cosine.
+    """Prototypes of a layer from its tokens (T, D): spherical k-means, as routing goes by cosine.
+
+    The softmax gate of expert choice is over an image's tokens: there the T tokens are those of whole images, in order.
 
     Raises ConversionError if there are fewer tokens than experts.
 
@@ -198,10 +208,22 @@ def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
     found = KMeans(experts, n_init=1, random_state=seed).fit(unit_TD.numpy())
     prototype_ED = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
     score_TE = unit_TD @ prototype_ED.T
-    gate = {"identity": lambda s: s, "sigmoid": torch.sigmoid, "softmax": lambda s: s.softmax(-1)}[config.model.gate]
+    weight_TE = _weights(score_TE, config.model)
     chosen_TK = score_TE.topk(top_k, dim=-1).indices
-    mean = float(gate(score_TE).gather(-1, chosen_TK).sum(-1).mean())
-    return Prototypes(prototype_ED, max(mean, 0.05))  # tokens all ways round would ask for endless scales
+    mean = float(weight_TE.gather(-1, chosen_TK).sum(-1).mean())
+    # Cosines of tokens in all directions would ask for endless scales; the other gates have a positive lower bound.
+    return Prototypes(prototype_ED, max(mean, 0.05) if config.model.gate == "identity" else mean)
+
+
+def _weights(score_TE: Tensor, model: ModelConfig) -> Tensor:
+    """The weight (T, E) of each expert's output for each token, from the scores of whole images."""
+    if model.gate == "identity":
+        return score_TE
+    if model.gate == "sigmoid":
+        return score_TE.sigmoid()
+    if model.router == "promoe":
+        return score_TE.softmax(-1)
+    return score_TE.unflatten(0, (-1, model.tokens)).softmax(1).flatten(0, 1)
 
 
 # ---- more experts
@@ -244,8 +266,8 @@ def grow(
             ])  # fmt: skip
         if ".mlp.experts." not in name:
             return whole
-        if old.gate == "softmax" and ".fc2." in name:
-            whole = whole * times  # the same scores over so many times the experts
+        if old.gate == "softmax" and old.router == "promoe" and ".fc2." in name:
+            whole = whole * times  # the same scores over so many times the experts; by expert choice: over tokens
         return torch.stack([
             _noisy(whole[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)
         ])  # fmt: skip

@@ -1,7 +1,8 @@
 """Numbered images from a model, and the grid that shows them.
 
-Image i is fixed by (sample.seed, i, label). Images are generated in chunks of `sample.batch`, which are the same at any
-number of ranks, so that the images do not depend on the number of ranks.
+Image i is fixed by (sample.seed, i, label), and, where the model's output depends on its batch as DiffMoE's does, by
+the other images of its chunk. Chunks of `sample.batch` images are the same at any number of ranks, so that the images
+do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def generate(
     for number, chunk in enumerate(ranges):
         labels_B = torch.tensor(labels[chunk.start : chunk.stop], device=device)
         noise = partial(_noise, s.seed, indices[chunk.start : chunk.stop], shape, device)
-        predict = guided(model, labels_B, m.null_class, s.guidance, s.guidance_low, s.guidance_high)
+        apart = m.images_depend_on_batch
+        predict = guided(model, labels_B, m.null_class, s.guidance, s.guidance_low, s.guidance_high, two_calls=apart)
         report = partial(_report, progress, number * s.steps, len(ranges) * s.steps)
         parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, report))
     model.train(training)

@@ -4,8 +4,9 @@
     images_BCHW = sample(predict, image_noise(seed, indices, shape), "heun", steps=50)
 
 A sampler has no randomness of its own: the caller gives the initial noise and, for ancestral sampling, the
-noise of each step, drawn per image, so that an image does not depend on its batch. All images of a step share
-one time, which is a Python number: what depends on it is decided on the host, without waiting for the device.
+noise of each step, drawn per image. So an image depends on its batch only through a model whose output does: see
+`ModelConfig.images_depend_on_batch`. All images of a step share one time, which is a Python number: what depends on it
+is decided on the host, without waiting for the device.
 """
 
 from collections.abc import Callable
@@ -38,13 +39,14 @@ def guided(
     scale: float = 1.0,
     low: float = 0.0,
     high: float = 1.0,
+    two_calls: bool = False,
 ) -> Predict:
     """The model as a function of (x, time) for fixed labels, with classifier-free guidance.
 
     Guidance is v_null + scale · (v_cond - v_null) on all C channels of the prediction; a learned variance
-    stays the conditional's. Both passes are one model call, ordered [conditional | null]. Where guidance does
-    not act (scale 1, or a time outside of the interval) only the label's own pass is made. Images whose label
-    is the null class get the null pass.
+    stays the conditional's. Both passes are one model call, ordered [conditional | null], or `two_calls`. Where
+    guidance does not act (scale 1, or a time outside of the interval) only the label's own pass is made. Images
+    whose label is the null class get the null pass.
 
     Args:
         model: called as model(x, t_B, labels, conditional=n) -> (raw output, aux), the first n images being
@@ -53,8 +55,12 @@ def guided(
         null_class: the label that means "no class".
         scale: 1 is no guidance.
         low, high: normalised times, model time / 1000, between which guidance acts, both included.
+        two_calls: for a model whose output depends on its batch (`ModelConfig.images_depend_on_batch`): the conditional
+            images are one batch and all images under the null class another. Their number of calls depends on scale and
+            time alone, not on the labels, so that the ranks of an expert-parallel group make the same calls.
 
-    Source: Ho and Salimans 2022; Kynkäänniemi et al. 2024 (guidance interval).
+    Source: Ho and Salimans 2022; Kynkäänniemi et al. 2024 (guidance interval); two calls: sample.py of the ProMoE
+    release.
     """
     is_null_B = labels_B == null_class
     conditional_N = torch.nonzero(~is_null_B)[:, 0]
@@ -62,21 +68,30 @@ def guided(
     everyone_B = torch.arange(len(labels_B), device=labels_B.device)
     n = len(conditional_N)
 
-    def call(x_BCHW: Tensor, time: float, rows: Tensor) -> Tensor:
-        """Raw output of images `rows`: the first n under their labels, the others under the null class."""
+    def call(x_BCHW: Tensor, time: float, rows: Tensor, conditional: int) -> Tensor:
+        """Raw output of images `rows`: the first `conditional` under their labels, the others under the null class."""
         y = labels_B[rows].clone()
-        y[n:] = null_class
+        y[conditional:] = null_class
         t = torch.full((len(rows),), time, dtype=torch.float32, device=x_BCHW.device)
-        return model(x_BCHW[rows], t, y, conditional=n)[0].float()
+        return model(x_BCHW[rows], t, y, conditional=conditional)[0].float()
+
+    def both_passes(x_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
+        """Raw outputs of the n conditional images, and of all images under the null class."""
+        if not two_calls:
+            both = call(x_BCHW, time, torch.cat([conditional_N, everyone_B]), n)
+            return both[:n], both[n:].clone()
+        # Without conditional images the first call is of one null image, whose output is dropped.
+        first = call(x_BCHW, time, conditional_N if n else everyone_B[:1], n)
+        return first[:n], call(x_BCHW, time, everyone_B, 0)
 
     def predict(x_BCHW: Tensor, time: float) -> Tensor:
-        if scale == 1 or n == 0 or not low <= time / TIME_SCALE <= high:
+        acts = scale != 1 and low <= time / TIME_SCALE <= high
+        if not acts or (n == 0 and not two_calls):
             rows_B = torch.cat([conditional_N, null_M])
-            out = call(x_BCHW, time, rows_B)
+            out = call(x_BCHW, time, rows_B, n)
             return torch.empty_like(out).index_copy_(0, rows_B, out)
         C = x_BCHW.shape[1]
-        both = call(x_BCHW, time, torch.cat([conditional_N, everyone_B]))
-        conditional, result = both[:n], both[n:].clone()
+        conditional, result = both_passes(x_BCHW, time)
         null = result[conditional_N, :C]
         steered = torch.cat([null + scale * (conditional[:, :C] - null), conditional[:, C:]], dim=1)
         return result.index_copy_(0, conditional_N, steered)

@@ -41,7 +41,8 @@ def objective_loss(
     that are distributions, such as latents, are taken at their mean. Times are spread evenly over the training's
     distribution: quantile (n + 1/2) / draws, shuffled against the records. All depends on (seed, n) alone: two models
     see the same draws, so their difference is known far better than either loss. The standard error is that of
-    independent draws, hence rather too large.
+    independent draws, hence rather too large. Where a model's output depends on its batch, as DiffMoE's does, the loss
+    also depends on `sample.batch`.
 
     Args:
         model: whole, in eval mode.

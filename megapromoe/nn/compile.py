@@ -17,7 +17,7 @@ from torch import nn
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.expert_linear import ExpertLinear
-from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.layer import MoE, mlps_of
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
 _LONG_SEQUENCE = 4096
@@ -35,8 +35,8 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
         if isinstance(block.mlp, Mlp):
             stretches.append((block.mlp, "forward"))
     for module in model.modules():
-        if isinstance(module, MoE) and module.shared is not None:
-            stretches.append((module.shared, "hidden"))
+        if isinstance(module, MoE):
+            stretches += [(mlp, "hidden") for mlp in mlps_of(module.shared)]
     for owner, name in stretches:
         setattr(owner, name, _in_training(model, getattr(owner, name), backend, _options(model, backend)))
     for module in model.modules():

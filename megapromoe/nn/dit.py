@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -195,12 +196,14 @@ class DiT(nn.Module):
         linear
         biases                                  0
         label table, the time MLP, prototypes   normal, σ 0.02
-        other matrices (experts one by one,     Xavier uniform; the patch convolution like a linear
-        gates of the baselines too)
+        gate of TC                              uniform within ±1/√D (Kaiming, a = √5)
+        gates of EC and DiffMoE                 normal, σ 0.006
+        other matrices (experts one by one)     Xavier uniform; the patch convolution like a linear
         qk_norm weight                          1
         ======================================  ==================================================
 
-        Source: DiT's initialize_weights; ProMoE for the prototypes.
+        Source: DiT's initialize_weights; the ProMoE release for prototypes and gates. ProMoE with a linear gate
+        ("promoe_linear") is not published; its gate is one of the other matrices.
         """
         if name.endswith("_norm.weight"):
             return torch.ones(shape)
@@ -209,6 +212,10 @@ class DiT(nn.Module):
         if name.startswith(("y_embedder.", "t_embedder.")) or name.endswith(".prototypes"):
             return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
         matrix = torch.empty(shape)
+        if name.endswith(".router.gate") and self.config.router == "tc":
+            return nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        if name.endswith(".router.gate") and self.config.router in ("ec", "diffmoe"):
+            return nn.init.normal_(matrix, std=0.006, generator=generator)
         nn.init.xavier_uniform_(matrix.view(shape[0], -1), generator=generator)
         return matrix
 

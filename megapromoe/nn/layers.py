@@ -143,6 +143,14 @@ class Mlp(nn.Module):
         return self.fc2(hidden, partial=True)
 
 
+class SummedMlps(nn.ModuleList):
+    """Several MLPs, one after the other over the same tokens; their outputs are summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = (mlp(x) for mlp in self)
+        return sum(others, start=first)
+
+
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x·(1 + scale) + shift, one shift and scale per image. Source: DiT, adaLN."""
     return torch.addcmul(shift_BD.unsqueeze(1), x_BSD, 1 + scale_BD.unsqueeze(1))

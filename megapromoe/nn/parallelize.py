@@ -33,8 +33,8 @@ SPLITS = [
     (r"\.attn\.proj\.weight", Split(1)),
     (r"\.mlp\.experts\.fc1\.(weight|bias)", Split(1)),
     (r"\.mlp\.experts\.fc2\.weight", Split(2)),
-    (r"\.mlp(\.shared|\.unconditional)?\.fc1\.(weight|bias)", Split(0)),
-    (r"\.mlp(\.shared|\.unconditional)?\.fc2\.weight", Split(1)),
+    (r"\.mlp(\.(shared|unconditional)(\.\d+)?)?\.fc1\.(weight|bias)", Split(0)),
+    (r"\.mlp(\.(shared|unconditional)(\.\d+)?)?\.fc2\.weight", Split(1)),
     (r"blocks\.\d+\.adaLN_modulation\.1\.(weight|bias)", Split(0)),
 ]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapromoe.config.deepspeed_file import load_deepspeed
-from megapromoe.config.options import EXPERT_CHOICE_ROUTERS, TWO_STEP_ROUTERS, Config, Layout, ModelConfig
+from megapromoe.config.options import Config, Layout, ModelConfig
 
 TIME_SINUSOIDS = 256
 # Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
@@ -70,8 +70,7 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
         yield Linear("attention", 1, model.head_dim, 2 * L, 0)
     yield from _mlp("MLP", D, model.mlp_width, dense, dense * S)
     if moe:
-        F, E = model.expert_width, model.num_experts
-        visits = E * model.expert_capacity if model.router in EXPERT_CHOICE_ROUTERS else S * model.top_k
+        F, E = model.moe_width, model.num_experts
         if model.router == "classification":
             yield Linear("router", D, E, moe, moe)  # one row, the mean token of the image
         else:  # prototypes, gate, or centroids, which are no parameters
@@ -79,11 +78,11 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
         if model.router == "diffmoe":
             yield Linear("capacity predictor", D, D, moe, moe * S)
             yield Linear("capacity predictor", D, E, moe, moe * S)
-        yield from _mlp("routed experts", D, F, moe * E, moe * visits)
-        if model.router in TWO_STEP_ROUTERS and model.shared_expert:
-            yield from _mlp("shared expert", D, F, moe, moe * S)
-        if model.router in TWO_STEP_ROUTERS and model.unconditional_expert:
-            yield from _mlp("unconditional expert", D, F, moe, 0)
+        yield from _mlp("routed experts", D, F, moe * E, moe * model.rows_per_image)
+        if shared := moe * model.shared_experts:
+            yield from _mlp("shared expert", D, model.shared_width, shared, shared * S)
+        if model.unconditional_experts:
+            yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0)
     yield Linear("final layer", D, 2 * D, 1, 1)
     yield Linear("final layer", D, patch * model.out_channels, 1, S)
 

@@ -123,7 +123,7 @@ def experts_in_parallel(found: Search) -> Iterator[str]:
     if not model.moe_blocks:
         return
     tokens = micro * routed_rows(model, expected_batch(best.config, best.layout)) / best.layout.tp
-    break_even = model.num_experts * model.expert_width
+    break_even = model.num_experts * model.moe_width
     fewer = tokens < break_even
     yield (
         f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; EP sends fewer"

@@ -14,7 +14,6 @@ from megapromoe.config.options import (
     BALANCED_ROUTERS,
     GATE_ROUTERS,
     PROMOE_ROUTERS,
-    TWO_STEP_ROUTERS,
     Config,
     Layout,
     ModelConfig,
@@ -102,8 +101,11 @@ def _input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
 
 def _moe_keeps_input(model: ModelConfig, b: int) -> bool:
     """Or is it gathered into rows, and copied by the router, and then done with?"""
-    dense_experts = model.router in TWO_STEP_ROUTERS and (model.shared_expert or model.unconditional_expert)
-    return dense_experts or model.router in (*PROMOE_ROUTERS, "diffmoe") or b == 4
+    return (
+        bool(model.shared_experts or model.unconditional_experts)
+        or model.router in (*PROMOE_ROUTERS, "diffmoe")
+        or b == 4
+    )
 
 
 def _attend(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
@@ -133,15 +135,15 @@ def _mlp(part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]
 def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
     """Shared, unconditional and routed experts with the dispatch; the input is norm2's."""
     model, tp = config.model, layout.tp
-    F, D = model.expert_width, model.hidden_size
+    F, D = model.moe_width, model.hidden_size
     T = batch.images * model.tokens
     null = T - routed_images(model, batch) * model.tokens
     R = routed_rows(model, batch)  # of all ranks of a region, who share them out or split every expert
     mine, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
-    if model.router in TWO_STEP_ROUTERS and model.shared_expert:
-        yield from _mlp("shared expert", F, T, tp, b)
+    if model.shared_experts:
+        yield from _mlp("shared expert", model.shared_experts * model.shared_width, T, tp, b)
     if null:
-        yield from _mlp("unconditional expert", F, null, tp, b)
+        yield from _mlp("unconditional expert", model.unconditional_experts * F, null, tp, b)
     yield Saved("routed experts", "rows", mine * D * b, rows=True)
     yield Saved("routed experts", "before the GELU", mine * width * b, rows=True)
     yield Saved("routed experts", "after the GELU", mine * width * b, rows=True)
@@ -216,8 +218,8 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
     attend = (2 * T * D + 6 * T * D / tp) * b
     dense = (2 * T * D + 2 * T * model.mlp_width / tp) * b
     router = 2 * routed_images(model, batch) * model.tokens * D * 4  # float32 tokens and their gradient
-    rows = 2 * R * (D + model.expert_width / layout.etp)
-    beside = T * model.expert_width / tp if model.router in TWO_STEP_ROUTERS and model.shared_expert else 0
+    rows = 2 * R * (D + model.moe_width / layout.etp)
+    beside = T * model.shared_experts * model.shared_width / tp
     halves = [(attend, [*_attend(config, layout, batch, b), *_input(model, batch, b)])]
     if moe < model.depth:
         halves.append((dense, list(_mlp("MLP", model.mlp_width, T, tp, b))))
@@ -278,7 +280,7 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
     saved = saved_tensors(config, layout, batch)
     model = config.model
     mine = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
-    widest = 2 * mine * (model.hidden_size + model.expert_width / layout.etp) * b
+    widest = 2 * mine * (model.hidden_size + model.moe_width / layout.etp) * b
     buckets, update = _deepspeed_buffers(config, layout, b)
     return Budget(
         parameters=states.parameters,

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from megapromoe.config.options import (
     BALANCED_ROUTERS,
-    EXPERT_CHOICE_ROUTERS,
-    TWO_STEP_ROUTERS,
     Config,
     Layout,
     ModelConfig,
@@ -65,7 +63,7 @@ def expected_batch(config: Config, layout: Layout) -> Batch:
 
 
 def has_unconditional(model: ModelConfig) -> bool:
-    return model.router in TWO_STEP_ROUTERS and model.unconditional_expert
+    return model.unconditional_experts > 0
 
 
 def routed_images(model: ModelConfig, batch: Batch) -> float:
@@ -75,10 +73,7 @@ def routed_images(model: ModelConfig, batch: Batch) -> float:
 
 def routed_rows(model: ModelConfig, batch: Batch) -> float:
     """Rows that one data rank's tokens send to routed experts in one MoE layer; DiffMoE: on average over ranks."""
-    images = routed_images(model, batch)
-    if model.router in EXPERT_CHOICE_ROUTERS:
-        return images * model.num_experts * model.expert_capacity
-    return images * model.tokens * model.top_k
+    return routed_images(model, batch) * model.rows_per_image
 
 
 def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> tuple[Collective, ...]:

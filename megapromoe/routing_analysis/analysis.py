@@ -59,7 +59,7 @@ class Section:
 
 def check_top_k(config: Config, top_k: int) -> None:
     """Raises RoutingError if experts have no `top_k` singular vectors (0: as many as is usual)."""
-    most = min(config.model.hidden_size, config.model.expert_width)
+    most = min(config.model.hidden_size, config.model.moe_width)
     if not 0 <= top_k <= most:
         raise RoutingError(f"top_k = {top_k}: must be in 1..{most}, the channels and hidden units of an expert")
 
@@ -96,9 +96,9 @@ def analyse(
     js_LUU = np.stack([measures.between(measures.jensen_shannon, share_UE) for share_UE in share_LUE])
     kl_LUU = np.stack([measures.between(measures.kullback_leibler, share_UE) for share_UE in share_LUE])
     cosine_LEE = [measures.cosine_matrix(router_vectors(moe)) for moe in layers]
-    k = request.top_k or max(1, min(m.hidden_size, m.expert_width) // 8)
+    k = request.top_k or max(1, min(m.hidden_size, m.moe_width) // 8)
     overlaps = expert_overlaps(layers, routing.blocks, k)
-    baselines = {"channels": k / m.hidden_size, "hidden units": k / m.expert_width}
+    baselines = {"channels": k / m.hidden_size, "hidden units": k / m.moe_width}
     ratios = ratios_of(routing)
     mean_LUU = [measures.off_diagonal_mean(js_UU) for js_UU in js_LUU]
     mean_cosine = [measures.off_diagonal_mean(cosine_EE) for cosine_EE in cosine_LEE]

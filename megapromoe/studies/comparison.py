@@ -13,7 +13,13 @@ from megapromoe.studies.recipe import Recipe, StudyError, make_recipe
 DEFAULT_SEEDS = (0, 1, 2)
 # Settings of a baseline over the base, which is a ProMoE: the baselines have neither a shared nor an unconditional
 # expert. `match` names the ratio that is solved for equal active parameters, `without` the axes that it does not have.
-_WITHOUT_PROMOE_EXPERTS = {"model.shared_expert": False, "model.unconditional_expert": False}
+_WITHOUT_PROMOE_EXPERTS = {
+    "model.shared_expert": False,
+    "model.num_shared_experts": 1,
+    "model.shared_expert_width": 0,
+    "model.unconditional_expert": False,
+    "model.num_unconditional_experts": 1,
+}
 _BASELINES: dict[str, dict[str, Any]] = {
     "dense": {"settings": {}, "match": "model.mlp_ratio", "without": ["model.num_experts"]},
     "tc": {"settings": {**_WITHOUT_PROMOE_EXPERTS, "model.balance_weight": 0.01}, "match": "model.expert_ratio"},

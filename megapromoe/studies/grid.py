@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megapromoe.config.options import Config, ConfigError
+from megapromoe.config.options import Config, ConfigError, ratio_of
 from megapromoe.config.resolve import resolve
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
@@ -112,16 +111,13 @@ def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: 
     one, two = active(multiple), active(2 * multiple)
     if one == two:
         raise ConfigError(
-            [f"match = {key}: does not change the active parameters of this variant; name the other ratio"]
+            [
+                f"match = {key}: does not change the active parameters of this variant; name the other ratio, or leave"
+                " model.expert_width at 0"
+            ]
         )
     steps = max(1, round(1 + (target - one) / (two - one)))
     return ratio_of(steps * multiple, size)
-
-
-def ratio_of(width: int, size: int) -> float:
-    """The ratio whose width, int(size · ratio), is `width`: division alone may round below it."""
-    ratio = width / size
-    return ratio if int(size * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:

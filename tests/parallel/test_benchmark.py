@@ -121,6 +121,13 @@ def test_deepspeed_in_whole_models():
         assert figures["deepspeed-nodrop"]["dropped"] == 0
 
 
+@pytest.mark.parametrize("number", ["num_shared_experts", "num_unconditional_experts"])
+def test_baselines_have_one_shared_and_one_unconditional_expert(number):
+    moe, x_BSD = first_layer(replace(DIGITS, model=replace(DIGITS.model, **{number: 2})), "real", SETTINGS)
+    with pytest.raises(CannotRun, match="model.num_shared_experts=1 and model.num_unconditional_experts=1"):
+        outcome(contender("loop", moe).train(), x_BSD, 3)
+
+
 def test_deepspeed_says_why_it_cannot():
     moe, _ = first_layer(DIGITS, "real", SETTINGS)
     with pytest.raises(CannotRun, match="needs a torch.distributed job"):

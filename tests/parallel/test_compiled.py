@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.backends import grouped
+from support.levels import full
 from support.processes import run
 from support.trajectory import deviations, small, stir, train
 from torch._dynamo.utils import counters
@@ -38,6 +39,7 @@ def pair(overrides: tuple[str, ...], folder: str):
     [
         ("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe"),
         ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=true"),
+        full(("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")),
     ],
     ids=" ".join,
 )

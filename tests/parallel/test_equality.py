@@ -81,6 +81,12 @@ TWELVE = ("model.num_experts=12",)
 EIGHT = ("model.num_experts=8",)
 ODD = ("train.global_batch=18",)
 TWICE = ("train.accumulation=2",)
+SEVERAL = (
+    "model.num_shared_experts=3",
+    "model.shared_expert_width=20",
+    "model.num_unconditional_experts=2",
+    "model.expert_width=44",
+)
 
 CASES = [
     *(Case(1, zero=z) for z in (1, 2, 3)),
@@ -111,6 +117,9 @@ CASES = [
     *(Case(4, tp=2, ep=2, zero=z, what=NO_NULL) for z in (1, 3)),
     # Other routers and options under the same dispatch.
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_ec", "ec", "diffmoe")),
+    *(Case(4, tp=2, ep=2, zero=z, expert_tp=x, what=("model.router=promoe_ec", "model.gate=softmax"))
+      for z, x in ((1, False), (3, False), (2, True))),
+    Case(4, ep=4, what=("model.router=promoe_ec", "model.gate=softmax", *TWICE)),
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_linear", "classification", "kmeans")),
     Case(2, ep=2, what=("model.router=classification", "model.unconditional_expert=false")),
     Case(4, ep=2, what=("model.router=kmeans", "model.kmeans_decay=0", *TWICE)),
@@ -121,6 +130,13 @@ CASES = [
     Case(4, tp=2, ep=2, what=("model.top_k=2", "model.gate=softmax", "model.qk_norm=true")),
     Case(4, tp=2, ep=2, expert_tp=True, what=("model.top_k=2", "model.gate=sigmoid", "model.rcl_tokens=first")),
     Case(4, tp=2, ep=2, what=("model.shared_expert=false", "model.unconditional_expert=false")),
+    # Several shared and unconditional experts, widths of their own, fewer tokens than experts.
+    *(Case(w, tp=t, ep=e, zero=z, expert_tp=x, what=SEVERAL) for w, t, e, z, x in
+      [(2, 1, 2, 0, False), (4, 2, 2, 1, False), (4, 2, 2, 2, True), (4, 4, 2, 3, False)]),
+    Case(4, tp=2, ep=2, zero=3, what=(*SEVERAL, *ALL_NULL)),
+    Case(4, tp=2, ep=2, what=(*SEVERAL, "model.router=kmeans", *TWICE), recompute="all"),
+    *(Case(4, tp=2, ep=2, zero=z, what=("model.num_experts=20", f"model.router={r}")) for z, r in
+      ((1, "promoe_ec"), (2, "diffmoe"))),
     Case(4, tp=2, ep=2, what=("model.balance_weight=0.1", "model.balance_form=sequence")),
     Case(4, tp=2, ep=2, what=("model.balance_weight=0.1", "model.balance_form=batch")),
     Case(4, tp=2, ep=2, what=("diffusion.objective=ddpm", "sample.method=ddim")),

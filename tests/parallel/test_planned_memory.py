@@ -90,6 +90,7 @@ MODELS = (
     ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=classification",),
     ("model.top_k=2", "model.gate=sigmoid"),
+    ("model.num_shared_experts=3", "model.shared_expert_width=40", "model.num_unconditional_experts=2"),
 )
 LAYOUTS = (
     ("parallel.tp=2",),
@@ -98,6 +99,7 @@ LAYOUTS = (
     ("parallel.tp=2", "parallel.expert_tp=true"),
     ("parallel.ep=2", "train.global_batch=8"),
     ("parallel.tp=2", "model.router=ec"),
+    ("parallel.tp=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2", "model.expert_width=96"),
 )
 
 

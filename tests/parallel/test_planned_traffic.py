@@ -167,6 +167,7 @@ def test_traffic_of_models():
         ("parallel.recompute=moe", "model.capacity_factor=1.5"),
         ("parallel.recompute=all", "model.balance_weight=0.1"),
         ("parallel.recompute=all", "model.router=kmeans"),
+        ("model.num_shared_experts=3", "model.shared_expert_width=20", "model.num_unconditional_experts=2"),
     )
     compare(4, [(*TWO, "parallel.tp=2", "parallel.ep=2", *more) for more in what])
 

@@ -90,6 +90,35 @@ def test_prototypes_are_the_clusters_of_tokens():
         cluster(tokens[:3], resolve("digits", overrides=[*SMALL, *PROMOE]))
 
 
+@pytest.mark.parametrize("router", ["promoe", "promoe_ec"])
+def test_the_mean_weight_of_a_softmax_gate_is_that_of_the_router(router):
+    """Over experts by token choice, over the 16 tokens of an image by expert choice; however small it is."""
+    tokens = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
+    config = resolve(
+        "digits", overrides=[*SMALL, f"model.router={router}", "model.num_experts=4", "model.gate=softmax"]
+    )
+    found = cluster(tokens, config)
+    score_TE = torch.nn.functional.normalize(tokens, dim=-1) @ found.prototype_ED.T
+    best_T = score_TE.argmax(-1)
+    weights = [
+        (score_TE[t] if router == "promoe" else score_TE[t // 16 * 16 : t // 16 * 16 + 16, e]).exp()
+        for t, e in enumerate(best_T.tolist())
+    ]
+    expected = sum(
+        float(w[e if router == "promoe" else t % 16] / w.sum())
+        for (t, e), w in zip(enumerate(best_T.tolist()), weights, strict=True)
+    )
+    assert found.gate == pytest.approx(expected / 64, rel=1e-5)
+
+
+def test_a_softmax_over_tokens_does_not_change_with_the_number_of_experts():
+    """So that the experts of a grown expert-choice model need no larger outputs."""
+    small = state_of("model.router=promoe_ec", "model.num_experts=4", "model.gate=softmax")
+    big = grow(small, replace(small.config, model=replace(small.config.model, num_experts=8)), noise=0, spread=0)
+    name = "blocks.1.mlp.experts.fc2.weight"
+    assert torch.equal(big.read("ema", name), small.read("ema", name).repeat(2, 1, 1))
+
+
 @pytest.mark.parametrize("gate", ["identity", "softmax"])
 def test_twice_the_experts_without_noise_compute_the_same(gate):
     small = state_of(*PROMOE, f"model.gate={gate}")
@@ -107,6 +136,17 @@ def test_what_does_not_fit_is_told_at_once():
     config = resolve("digits", overrides=[*SMALL, *PROMOE, "model.depth=4", "model.expert_ratio=1.5"])
     with pytest.raises(ConversionError, match="model.depth = 4.*\n.*model.expert_ratio = 1.5"):
         from_dense(dense, config, {})
+    several = ["model.num_shared_experts=2", "model.num_unconditional_experts=2", "model.expert_width=48"]
+    config = resolve("digits", overrides=[*SMALL, *PROMOE, *several, "model.shared_expert_width=64"])
+    with pytest.raises(ConversionError) as error:
+        from_dense(dense, config, {})
+    for part in (
+        "model.expert_width = 48: must divide the MLP's 128",
+        "model.num_shared_experts = 2: must be 1",
+        "model.num_unconditional_experts = 2: must be 1",
+        "model.shared_expert_width = 64: must be 0",
+    ):
+        assert part in str(error.value)
     small = state_of(*PROMOE)
     six = replace(small.config, model=replace(small.config.model, num_experts=6))
     with pytest.raises(ConversionError, match="num_experts = 6: must be a multiple of the source's 4"):

@@ -11,8 +11,8 @@ from megapromoe.config.options import Config, ModelConfig
 from megapromoe.conversion.published_names import from_published
 
 FOLDER = Path(__file__).parents[1] / "golden"
-CASES = ("promoe_tc", "promoe_ec", "dense", "tc", "ec", "diffmoe")
-ROUTER = {"promoe_tc": "promoe", "published_run": "promoe"}
+CASES = ("promoe_tc", "promoe_ec", "promoe_ec_softmax", "dense", "tc", "ec", "diffmoe")
+ROUTER = {"promoe_tc": "promoe", "promoe_ec_softmax": "promoe_ec", "published_run": "promoe", "long_run": "promoe"}
 
 
 def config_of(case: str) -> Config:
@@ -30,7 +30,9 @@ def config_of(case: str) -> Config:
         num_classes=said["num_classes"],
         num_experts=moe.get("num_routed_experts", moe.get("num_experts", 1)),
         top_k=moe.get("top_k", moe.get("capacity", 1)),
-        expert_ratio=moe.get("moe_intermediate_size", 4 * said["hidden_size"]) / said["hidden_size"],
+        expert_width=moe.get("moe_intermediate_size", 4 * said["hidden_size"]),
+        shared_expert_width=moe.get("shared_expert_intermediate_size", 0),
+        gate=moe.get("router_weight_mode", "identity"),
         rcl_weight=moe.get("routing_contrastive_lam", 0.0),
         rcl_temperature=moe.get("routing_contrastive_temperature", 0.07),
         balance_weight=0.01 if case == "tc" else moe.get("load_balance_loss_coef", 0.0),

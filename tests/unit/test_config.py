@@ -52,11 +52,35 @@ def test_frozen_and_every_field_is_explained():
 
 def test_derived_values():
     model = resolve("promoe_l").model
-    assert (model.tokens, model.expert_width, model.null_class, model.out_channels) == (256, 2048, 1000, 8)
+    assert (model.tokens, model.moe_width, model.null_class, model.out_channels) == (256, 2048, 1000, 8)
     assert model.moe_blocks == tuple(range(1, 24, 2))
     assert replace(model, moe_every=1).moe_blocks == tuple(range(24))
     assert replace(model, router="dense").moe_blocks == ()
     assert replace(model, top_k=2).expert_capacity == 42
+
+
+def test_widths_and_numbers_of_experts():
+    model = replace(resolve("promoe_l").model, hidden_size=960, expert_ratio=245 / 960)
+    assert model.moe_width == 244  # a ratio is rounded down, which a width is not
+    model = replace(model, expert_width=245)
+    assert (model.moe_width, model.shared_width) == (245, 245)
+    assert (model.shared_experts, model.unconditional_experts) == (1, 1)
+    model = replace(model, shared_expert_width=100, num_shared_experts=3, num_unconditional_experts=2)
+    assert (model.moe_width, model.shared_width) == (245, 100)
+    assert (model.shared_experts, model.unconditional_experts) == (3, 2)
+    for without in ({"router": "tc"}, {"shared_expert": False, "unconditional_expert": False}):
+        bare = replace(model, **without)
+        assert (bare.shared_experts, bare.unconditional_experts) == (0, 0)
+
+
+@pytest.mark.parametrize("router, top_k, tokens, count", [
+    ("promoe_ec", 1, 256, 21), ("promoe_ec", 2, 5, 1), ("promoe_ec", 1, 5, 1), ("promoe_ec", 12, 5, 5),
+    ("ec", 1, 5, 0), ("diffmoe", 1, 5, 1), ("diffmoe", 1, 0, 0), ("diffmoe", 1, 1000, 83),
+])  # fmt: skip
+def test_tokens_of_an_expert(router, top_k, tokens, count):
+    """As published: int(tokens / E · K), and for ProMoE at least one; where there are any."""
+    model = replace(resolve("promoe_l").model, router=router, top_k=top_k)
+    assert model.tokens_per_expert(tokens) == count
 
 
 @pytest.mark.parametrize(
@@ -150,6 +174,24 @@ def test_one_wrong_value_is_one_violation(override, expected):
             "must divide hidden_size * mlp_ratio = 98; nearest: 1, 2, 7, 14",
         ),
         (["model.expert_ratio=1.025", "parallel.tp=4"], "must divide hidden_size * expert_ratio = 98"),
+        (["model.expert_width=98", "parallel.tp=4"], "must divide model.expert_width = 98; nearest: 1, 2, 7, 14"),
+        (["model.shared_expert_width=98", "parallel.tp=4"], "must divide model.shared_expert_width = 98"),
+        (
+            ["model.num_shared_experts=2", "model.shared_expert=false"],
+            "model.num_shared_experts = 2: must be 1 with model.shared_expert = false",
+        ),
+        (
+            ["model.shared_expert_width=64", "model.shared_expert=false"],
+            "model.shared_expert_width = 64: must be 0 with model.shared_expert = false",
+        ),
+        (
+            ["model.num_unconditional_experts=2", "model.unconditional_expert=false"],
+            "model.num_unconditional_experts = 2: must be 1 with model.unconditional_expert = false",
+        ),
+        (
+            ["model.num_unconditional_experts=2", "model.router=tc"],
+            "must be 1 with model.router = 'tc', which has no unconditional expert",
+        ),
         (["diffusion.objective=ddpm"], "sample.method = 'euler': must be ddpm or ddim"),
         (
             ["diffusion.objective=ddpm", "sample.method=ddim", "model.learn_sigma=false"],

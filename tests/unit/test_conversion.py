@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.golden_cases import CASES, tensors_of
-from support.golden_states import NAMES, PUBLISHED, config_that_runs, state_of
+from support.golden_states import NAMES, PUBLISHED, config_that_runs, random_state, state_of
 
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.cli import main
@@ -66,6 +66,33 @@ def test_published_names_are_those_of_the_release(tmp_path, case):
     assert model.keys() - computed == theirs.keys()
     assert all(torch.equal(model[name], theirs[name]) for name in theirs)
     assert len(computed) == (4 if case == "diffmoe" else 0)
+
+
+@pytest.mark.parametrize("form", ["ours", "published", "safetensors", "deepspeed"])
+@pytest.mark.parametrize("unconditional", [1, 2])
+def test_several_dense_experts_come_back_to_the_bit(tmp_path, form, unconditional):
+    """Also of widths of their own; in published files under names made like those of the release."""
+    config = config_that_runs("promoe_tc")
+    several = {"num_shared_experts": 3, "shared_expert_width": 20, "num_unconditional_experts": unconditional}
+    state = random_state(replace(config, model=replace(config.model, **several)))
+    there = tmp_path / NAMES[form]
+    assert export(state, there, form) == []
+    back = open_state(there, config=state.config if form == "published" else None)
+    assert back.updates == 10 and back.notes == []
+    assert_same(state, back)
+    if form == "published":
+        tree = torch.load(there, weights_only=True)
+        shapes = {
+            name: tuple(t.shape) for name, t in tree["model_state_dict"].items() if name.startswith("blocks.3.mlp")
+        }
+        assert [n for n in shapes if "shared" in n] == [
+            f"blocks.3.mlp.shared_experts.{i}.{projection}_proj.{kind}"
+            for i in range(3) for projection in ("up", "down") for kind in ("weight", "bias")
+        ]  # fmt: skip
+        assert shapes["blocks.3.mlp.shared_experts.2.up_proj.weight"] == (20, 32)
+        last = state.read("master", "blocks.3.mlp.unconditional" + (".1" if unconditional == 2 else "") + ".fc2.bias")
+        assert torch.equal(tree["model_state_dict"][f"blocks.3.mlp.experts.{3 + unconditional}.down_proj.bias"], last)
+        assert f"blocks.3.mlp.experts.{4 + unconditional}.down_proj.bias" not in shapes
 
 
 def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):

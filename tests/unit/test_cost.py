@@ -1,5 +1,6 @@
 """Parameter, FLOP and memory formulas against published figures, the built model and torch's own counter."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,9 @@ def test_published_sweep_over_experts(experts, millions):
         {"router": "promoe_linear"},
         {"router": "ec", "top_k": 2},
         {"router": "diffmoe", "qk_norm": True, "mlp_ratio": 3.0},
+        {"num_shared_experts": 3, "shared_expert_width": 20, "num_unconditional_experts": 2},
+        {"expert_width": 13, "num_shared_experts": 2, "unconditional_expert": False},
+        {"router": "kmeans", "num_unconditional_experts": 4, "shared_expert": False, "expert_width": 31},
     ],
 )
 def test_parameters_of_the_built_model(change):
@@ -81,10 +85,49 @@ def test_operations_that_torch_counts(change):
     assert counter.get_total_flops() == images * flops_per_image(config.model).forward
 
 
+def products_of_experts(config):
+    """Operations that torch counts in the shared and unconditional experts for one labelled image."""
+    model = build(config).eval()
+    counter = FlopCounterMode(display=False)
+    m = config.model
+    x = torch.zeros(1, m.in_channels, m.input_size, m.input_size)
+    with torch.no_grad(), counter:
+        model(x, torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1)
+    counts = counter.get_flop_counts()
+    return sum(
+        sum(table.values())
+        for name, table in counts.items()
+        if re.fullmatch(r"DiT\.blocks\.\d+\.mlp\.(shared|uncon).*fc.", name)
+    )
+
+
+def test_operations_of_several_shared_experts_that_torch_counts():
+    settings = ["model.num_shared_experts=3", "model.shared_expert_width=20", "model.num_unconditional_experts=2"]
+    config = resolve("digits", overrides=settings)
+    counted = flops_per_image(config.model).by_part
+    assert "unconditional expert" not in counted
+    assert products_of_experts(config) == counted["shared expert"] == 2 * 3 * 2 * 2 * 64 * 20 * 16
+
+
+def test_active_parameters_have_all_shared_and_no_unconditional_expert():
+    one = parameters(SMALL)
+    several = parameters(replace(SMALL, num_shared_experts=3, num_unconditional_experts=2))
+    per_expert = one.by_part["shared expert"]
+    assert several.active - one.active == 2 * per_expert
+    assert several.total - one.total == 3 * per_expert
+
+
 @pytest.mark.parametrize("router, top_k, rows", [("promoe", 2, 32), ("promoe_ec", 2, 30), ("ec", 1, 12), ("tc", 1, 16)])
 def test_rows_of_the_routed_experts(router, top_k, rows):
     """16 tokens and 6 experts: token choice visits 16 K, expert choice 6 int(16 / 6 K)."""
     model = replace(SMALL, router=router, top_k=top_k, moe_every=4)
+    assert flops_per_image(model).by_part["routed experts"] == rows * 2 * 2 * 32 * 48
+
+
+@pytest.mark.parametrize("router, rows", [("promoe_ec", 40), ("diffmoe", 16)])
+def test_rows_where_tokens_are_fewer_than_experts(router, rows):
+    """16 tokens, 40 experts: by expert choice one token an expert; DiffMoE chooses over a batch, on average 16."""
+    model = replace(SMALL, router=router, num_experts=40, moe_every=4)
     assert flops_per_image(model).by_part["routed experts"] == rows * 2 * 2 * 32 * 48
 
 
@@ -102,6 +145,8 @@ def first_rank(layout):
         ["parallel.ep=8", "model.num_experts=12"],
         ["parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true"],
         ["model.router=diffmoe", "parallel.tp=4", "parallel.ep=2"],
+        ["parallel.tp=2", "model.num_shared_experts=3", "model.shared_expert_width=24", "model.expert_width=40"],
+        ["parallel.tp=4", "parallel.ep=2", "model.num_unconditional_experts=2", "parallel.expert_tp=true"],
     ],
 )
 def test_parameter_bytes_are_those_of_the_rank(overrides):

@@ -91,6 +91,16 @@ def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
             assert torch.equal(local, model.layouts[name].take(whole[name], mesh)), name
 
 
+def test_dense_experts_of_a_layer_start_different():
+    several = build(small("model.num_shared_experts=2", "model.num_unconditional_experts=2"))
+    weights = dict(several.named_parameters())
+    for kind in ("shared", "unconditional"):
+        assert not torch.equal(*(weights[f"blocks.1.mlp.{kind}.{i}.fc1.weight"] for i in (0, 1)))
+    one = dict(build(small()).named_parameters())
+    for name in ("shared.fc1.weight", "unconditional.fc2.bias"):  # as in checkpoints from before there could be several
+        assert f"blocks.1.mlp.{name}" in one
+
+
 def test_experts_start_different_and_seeds_matter():
     first, other = (dict(build(small(f"train.seed={s}")).named_parameters()) for s in (0, 1))
     weight = first["blocks.1.mlp.experts.fc1.weight"]
@@ -98,6 +108,26 @@ def test_experts_start_different_and_seeds_matter():
     assert not torch.equal(weight, other["blocks.1.mlp.experts.fc1.weight"])
     zeros = {n for n, p in first.items() if not p.any()}
     assert zeros == {n for n in first if n.endswith("bias") or "adaLN" in n or n.startswith("final_layer.linear")}
+
+
+@pytest.mark.parametrize(
+    "router, low, high, spread",
+    [
+        ("tc", 0.98 / 16, 1 / 16, 1 / 16 / 3**0.5),  # Kaiming-uniform, a = √5: within ±1/√D of D = 256
+        ("ec", 0.006 * 2.5, 0.006 * 5, 0.006),
+        ("diffmoe", 0.006 * 2.5, 0.006 * 5, 0.006),
+        ("promoe_linear", 0.9 * (6 / 272) ** 0.5, (6 / 272) ** 0.5, (2 / 272) ** 0.5),  # Xavier
+    ],
+)
+def test_gates_start_as_published(router, low, high, spread):
+    config = small(f"model.router={router}", "model.hidden_size=256", "model.num_experts=16", "model.depth=2")
+    model = build(config).requires_grad_(False)
+    gate = dict(model.named_parameters())["blocks.1.mlp.router.gate"]
+    assert low < gate.abs().max() <= high
+    assert float(gate.std()) == pytest.approx(spread, rel=0.03) and abs(gate.mean()) < 0.05 * spread
+    # The other matrices of the layer are as they were: Xavier-uniform.
+    fc1 = dict(model.named_parameters())["blocks.1.mlp.experts.fc1.weight"]
+    assert float(fc1.abs().max()) == pytest.approx((6 / (256 + 512)) ** 0.5, rel=0.01)
 
 
 def test_every_published_size_has_a_layout_on_eight_ranks():

@@ -1,6 +1,7 @@
 """Routers and the MoE layer against the formulas, token by token: any K, every gate, every loss, every ablation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
-from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out
+from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out, mlps_of
 from megapromoe.nn.moe.prototypes import contrastive_loss, resemblance
 from megapromoe.nn.moe.routers import top_counts
 
@@ -137,13 +138,19 @@ def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", ["promoe", "promoe_linear", "tc"])
+@pytest.mark.parametrize(
+    "router, gate",
+    [("promoe", "identity"), ("promoe", "sigmoid"), ("promoe", "softmax"), ("promoe_linear", ""), ("tc", "")],
+)
 @pytest.mark.parametrize("form", ["batch", "sequence"])
-def test_balance_losses_by_hand(router, form):
+def test_balance_losses_by_hand(router, gate, form):
+    """P is the gate's own output where that is a softmax, else the softmax of the gate's output."""
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
+    config = replace(config, gate=gate or config.gate)
     module, x = filled(ROUTERS[router](config)).train(), tokens(4)
     routed = module(x)
     raw = module.similarity(x)[0] if router == "promoe" else F.linear(x, module.gate)
+    raw = raw.sigmoid() if gate == "sigmoid" else raw
     p, chosen = raw.softmax(-1), routed.route.expert_R.view(4, S, 2)
 
     def balance(p, chosen):
@@ -169,6 +176,41 @@ def test_expert_choice_takes_the_best_tokens_of_each_image(router):
         for t in sorted(range(S), key=lambda t: -scores[b, t, e].item())[:capacity]
     }
     assert taken == expected and len(route.token_R) == len(expected)
+
+
+@pytest.mark.parametrize("experts", [12, 40])
+def test_expert_choice_with_fewer_tokens_than_experts(experts):
+    """As published, each expert then takes the one token of an image that is most like its prototype."""
+    config = config_of(router="promoe_ec", num_experts=experts)
+    module, x = filled(ROUTERS["promoe_ec"](config)).train(), tokens(3)
+    routed = module(x)
+    best_BE = F.cosine_similarity(x.unsqueeze(2), module.prototypes, dim=-1).argmax(1)
+    assert routed.route.token_R.view(3, experts).sub(torch.arange(3)[:, None] * S).tolist() == best_BE.tolist()
+    assert routed.losses["rcl"].isfinite() and routed.load_E.tolist() == [3] * experts
+
+
+@pytest.mark.parametrize("experts", [20, 80])
+def test_diffmoe_with_fewer_tokens_than_experts(experts):
+    """It chooses over the batch, here of 4 · 9 tokens: one for each of 20 experts, and at least one for each of 80."""
+    config = config_of(router="diffmoe", num_experts=experts)
+    module, x = filled(ROUTERS["diffmoe"](config)).train(), tokens(4)
+    assert module(x).load_E.tolist() == [1] * experts
+    kth = module.predictor(x.view(-1, D)).sigmoid().max(0).values
+    torch.testing.assert_close(module.threshold, 0.05 * kth.detach())
+
+
+@pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
+def test_the_weights_of_prototype_expert_choice(gate):
+    """A softmax is over the tokens of the image, among which an expert chooses, and not over experts."""
+    module = filled(ROUTERS["promoe_ec"](config_of(router="promoe_ec", gate=gate, top_k=2)))
+    x = tokens(3)
+    route = module(x).route
+    rows = zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R.tolist(), strict=True)
+    for token, expert, weight in rows:
+        image, place = divmod(token, S)
+        over_tokens = [cosine(other, module.prototypes[expert].detach()) for other in x[image]]
+        assert weight == pytest.approx(gate_of(gate, over_tokens, place), rel=1e-5)
+    assert module(x[:0]).route.weight_R.shape == (0,)
 
 
 def test_diffmoe_follows_its_thresholds():
@@ -205,10 +247,11 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
     for b in range(x.shape[0]):
         for s in range(S):
             token = x[b, s]
-            if moe.shared is not None:
-                out[b, s] += mlp(moe.shared, token)
+            for shared in mlps_of(moe.shared):
+                out[b, s] += mlp(shared, token)
             if b >= conditional and moe.unconditional is not None:
-                out[b, s] += mlp(moe.unconditional, token)
+                for unconditional in mlps_of(moe.unconditional):
+                    out[b, s] += mlp(unconditional, token)
                 continue
             score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
             gate_E = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}[config.gate]
@@ -220,11 +263,18 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
 
 
 @pytest.mark.parametrize("conditional", [0, 2, 3])
-@pytest.mark.parametrize("shared, unconditional", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("shared, unconditional", [(1, 1), (1, 0), (0, 1), (0, 0), (3, 2), (0, 2), (2, 0)])
 @pytest.mark.parametrize("K", [1, 2])
 def test_moe_layer_by_hand(K, shared, unconditional, conditional):
-    """Output, and every gradient, the tokens fanned out as a block does it."""
-    config = config_of(top_k=K, shared_expert=shared, unconditional_expert=unconditional)
+    """Output, and every gradient, the tokens fanned out as a block does it; of several experts the sum."""
+    config = config_of(
+        top_k=K,
+        shared_expert=shared > 0,
+        num_shared_experts=max(shared, 1),
+        shared_expert_width=7 if shared == 3 else 0,
+        unconditional_expert=unconditional > 0,
+        num_unconditional_experts=max(unconditional, 1),
+    )
     moe, x = filled(MoE(config)), tokens(3).requires_grad_()
     leaves = [x, *moe.parameters()]
     all_BSD, routable_BSD, _ = fan_out(x, moe.routable(x, conditional))

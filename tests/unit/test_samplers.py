@@ -1,15 +1,19 @@
 """Samplers against the exact solution for normal data, and guidance against two separate passes."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from megapromoe.config.resolve import resolve
+from megapromoe.diffusion.image_grid import generate
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.objectives import DDPMSchedule
 from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.nn.parallelize import build
 
 MEAN, STD = 0.4, 0.6  # of the data in the exact cases
 
@@ -145,7 +149,7 @@ def test_ddpm_asks_for_each_noise_once_and_none_at_the_end():
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "ddpm", "ddim"])
-def test_an_image_does_not_depend_on_its_batch(method):
+def test_a_sampler_adds_no_dependence_on_the_batch(method):
     def predict(x, time):
         return torch.cat([torch.tanh(x) * time / 1000, torch.cos(x)], dim=1)
 
@@ -215,6 +219,69 @@ def test_guidance_is_two_separate_passes(labels, scale):
     named = int((labels != NULL).sum())
     both = scale != 1 and named
     assert model.calls == [(named + len(labels) if both else len(labels), named)]
+
+
+@pytest.mark.parametrize("labels", [[3, 1, 4, 1], [NULL, 3, NULL, 2], [NULL, NULL]])
+def test_two_calls_give_the_same_and_their_number_does_not_depend_on_the_labels(labels):
+    """Else ranks that share experts would wait for each other."""
+    labels = torch.tensor(labels)
+    x, named = start(len(labels)), int((labels != NULL).sum())
+    model, other = Model(), Model()
+    predict = guided(model, labels, NULL, 2.5, high=0.7, two_calls=True)
+    torch.testing.assert_close(predict(x, 600.0), guided(other, labels, NULL, 2.5)(x, 600.0), rtol=1e-6, atol=1e-6)
+    assert model.calls == [(named or 1, named), (len(labels), 0)]
+    predict(x, 800.0)
+    assert model.calls[2:] == [(len(labels), named)]
+
+
+def diffmoe():
+    """A DiffMoE on digits, in eval mode, whose experts want about half of the tokens of a batch."""
+    config = resolve("digits", overrides=["model.router=diffmoe", "sample.steps=2", "sample.guidance=2.5"])
+    model = build(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("threshold"):
+            buffer.fill_(0.5)
+    return model, config
+
+
+def test_diffmoe_sees_conditional_and_null_images_apart():
+    """As published sampling does: its choice looks at all tokens of a call."""
+    model, config = diffmoe()
+    labels, null = torch.tensor([3, 1, 4, 1]), torch.full((4,), config.model.null_class)
+    x = image_noise(0, range(4), (1, 8, 8))
+    calls = []
+
+    def counted(*given, **named):
+        calls.append(len(given[0]))
+        return model(*given, **named)
+
+    t = torch.full((4,), 600.0)
+    conditional, uncond = model(x, t, labels, 4)[0], model(x, t, null, 0)[0]
+    expected = uncond[:, :1] + 2.5 * (conditional[:, :1] - uncond[:, :1])
+    arguments = (counted, labels, config.model.null_class, 2.5)
+    apart, joined = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
+    torch.testing.assert_close(apart, expected, rtol=1e-5, atol=1e-6)
+    assert calls == [4, 4, 8] and (joined - expected).norm() > 1e-4 * expected.norm()
+
+    # So do generated images, which depend on their chunk; other models' do not.
+    class Recorder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("pos_embed", torch.zeros(1))
+
+        def forward(self, *given, **named):
+            return counted(*given, **named)
+
+    calls.clear()
+    generate(Recorder(), config, [3, 1, 4], range(3))
+    assert calls == [3, 3] * 2
+    assert config.model.images_depend_on_batch
+    for other in ("dense", "promoe", "promoe_ec", "tc", "ec", "kmeans"):
+        assert not replace(config.model, router=other).images_depend_on_batch
+    assert replace(config.model, router="promoe", capacity_factor=2.0).images_depend_on_batch
 
 
 def test_guidance_acts_in_its_interval_only():

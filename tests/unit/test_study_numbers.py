@@ -14,9 +14,12 @@ from megapromoe.cli import main
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.evaluation.heldout import objective_loss
+from megapromoe.planning.cost import parameters
 from megapromoe.studies.collect import evaluated, row
+from megapromoe.studies.comparison import compare
 from megapromoe.studies.curves import Curves, curves_of
 from megapromoe.studies.fit import FitError, fit_power_law
+from megapromoe.studies.grid import expand
 from megapromoe.studies.image_plots import _draw_course, draw_images
 from megapromoe.studies.plots import draw_all
 from megapromoe.studies.recipe import StudyError
@@ -50,6 +53,21 @@ def test_a_loss_of_another_checkpoint_does_not_count(tmp_path, capsys):
         row(study, one)
     assert main(["study", "plot", str(tmp_path)]) == 0
     assert f"not computed yet (`collect` does): {one.name}" in capsys.readouterr().err
+
+
+def test_baselines_leave_out_what_belongs_to_promoe_experts():
+    """A base with several shared and unconditional experts, and a width of the shared ones."""
+    settings = {
+        "model.num_shared_experts": "2",
+        "model.shared_expert_width": "32",
+        "model.num_unconditional_experts": "3",
+    }
+    made = compare("digits", routers=("promoe", "tc", "ec", "diffmoe", "dense"), seeds=(0,), settings=settings)
+    tasks = {task.variant: task.config.model for task in expand(made)}
+    assert (tasks["promoe"].shared_experts, tasks["promoe"].unconditional_experts) == (2, 3)
+    assert all(tasks[name].shared_experts == 0 for name in ("tc", "ec", "diffmoe", "dense"))
+    active = {name: parameters(model).active for name, model in tasks.items()}
+    assert max(active.values()) < 1.02 * min(active.values())
 
 
 def test_differences_pair_the_seeds(tmp_path):

@@ -1,8 +1,8 @@
 """The mixture-of-experts layer that replaces a block's MLP.
 
-Output = shared(x) + Σ weight·expert(x) for conditional tokens, shared(x) + unconditional(x) for null ones. Which images
-are null is known on the host and they come last, so the unconditional expert works on a slice and its tokens never
-travel. Source: ProMoE, arXiv 2510.24711, "Two-step router".
+Output = shared(x) + Σ weight·expert(x) for conditional tokens, shared(x) + unconditional(x) for null ones; of several
+shared or unconditional experts the sum. Which images are null is known on the host and they come last, so the
+unconditional expert works on a slice and its tokens never travel. Source: ProMoE, arXiv 2510.24711, "Two-step router".
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config.options import TWO_STEP_ROUTERS, ModelConfig
-from megapromoe.nn.layers import Mlp
+from megapromoe.config.options import ModelConfig
+from megapromoe.nn.layers import Mlp, SummedMlps
 from megapromoe.nn.moe.dispatcher import Dispatcher
 from megapromoe.nn.moe.expert_linear import ExpertLinear, Segments
 from megapromoe.nn.moe.guided_routers import GUIDED
@@ -45,12 +45,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, width = config.hidden_size, config.expert_width
-        two_step = config.router in TWO_STEP_ROUTERS
+        D, width = config.hidden_size, config.moe_width
         self.router = ROUTERS[config.router](config)
         self.experts = Experts(config.num_experts, D, width)
-        self.shared = Mlp(D, width) if two_step and config.shared_expert else None
-        self.unconditional = Mlp(D, width) if two_step and config.unconditional_expert else None
+        self.shared = _dense_experts(config.shared_experts, D, config.shared_width)
+        self.unconditional = _dense_experts(config.unconditional_experts, D, width)
         self.dispatcher = Dispatcher(config.num_experts)
 
     def route(
@@ -81,16 +80,17 @@ class MoE(nn.Module):
 
         begun = self.dispatcher.begin(routed_TD, routed.route, B * S)
         # What needs no routing stands between the stages of the dispatch, and covers what travels.
-        hidden_TF = self.shared.hidden(x_TD) if self.shared is not None else None
-        null_hidden_TF = self.unconditional.hidden(null_TD) if self.unconditional is not None else None
+        shared, unconditional = mlps_of(self.shared), mlps_of(self.unconditional)
+        hidden = [mlp.hidden(x_TD) for mlp in shared]
+        null_hidden = [mlp.hidden(null_TD) for mlp in unconditional]
         computed = self.dispatcher.compute(begun, self.experts)
         bias, null_bias = None, None
-        if self.shared is not None and hidden_TF is not None:
-            y_TD, bias = self.shared.partial(hidden_TF)
+        if shared:
+            y_TD, bias = _partial_sum(shared, hidden)
         else:
             y_TD = torch.zeros_like(x_TD)
-        if self.unconditional is not None and null_hidden_TF is not None:
-            null_TD, null_bias = self.unconditional.partial(null_hidden_TF)
+        if unconditional:
+            null_TD, null_bias = _partial_sum(unconditional, null_hidden)
             y_TD = _AddAfter.apply(y_TD, null_TD, cut)
         y_TD = self.region.leave(self.dispatcher.finish(computed, y_TD))
         if bias is not None:
@@ -98,6 +98,30 @@ class MoE(nn.Module):
         if null_bias is not None:
             y_TD = torch.cat([y_TD[:cut], y_TD[cut:] + null_bias])
         return y_TD.view(B, S, D)
+
+
+def _dense_experts(count: int, hidden: int, width: int) -> Mlp | SummedMlps | None:
+    """Experts that all their tokens visit. One alone has the parameter names it had before there could be several."""
+    if count > 1:
+        return SummedMlps(Mlp(hidden, width) for _ in range(count))
+    return Mlp(hidden, width) if count else None
+
+
+def mlps_of(experts: Mlp | SummedMlps | None) -> list[Mlp]:
+    """The MLPs of `MoE.shared` or `MoE.unconditional`."""
+    if experts is None:
+        return []
+    return [experts] if isinstance(experts, Mlp) else [mlp for mlp in experts if isinstance(mlp, Mlp)]
+
+
+def _partial_sum(mlps: list[Mlp], hidden: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The sum of the partial outputs of MLPs, from their hidden values, and of the biases still to be added."""
+    y, bias = mlps[0].partial(hidden[0])
+    for mlp, one in zip(mlps[1:], hidden[1:], strict=True):
+        more, more_bias = mlp.partial(one)
+        y = y + more
+        bias = more_bias if bias is None or more_bias is None else bias + more_bias
+    return y, bias
 
 
 def fan_out(x: Tensor, cut: int) -> tuple[Tensor, Tensor, Tensor]:

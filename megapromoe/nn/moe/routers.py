@@ -68,18 +68,26 @@ class Router(nn.Module):
             gate = route.weight_R.sum(dtype=torch.float32) / max(route.weight_R.shape[0], 1)
         return Routed(route, losses, load_E, gate, contrast)
 
-    def gates(self, score: Tensor) -> Tensor:
-        """Weights (..., E) from scores; never renormalised over the chosen ones."""
+    def gates(self, score: Tensor, competitors: int = -1) -> Tensor:
+        """Weights from scores, of the same shape; never renormalised over the chosen ones.
+
+        `competitors`: the dimension that a softmax gate adds up to one over. What competes is what is chosen from:
+        experts under token choice, the image's tokens under expert choice.
+        """
         if self.config.gate == "identity":
             return score
-        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(-1)
+        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(competitors)
 
-    def capacity(self, tokens: int) -> int:
-        """How many of `tokens` each expert takes under expert choice."""
-        return int(tokens / self.experts * self.config.top_k)
+    def probabilities(self, weight: Tensor) -> Tensor:
+        """Each token's distribution over experts for the balance loss, from its weights (..., E) of all experts.
+
+        Those of a softmax gate are one; those of another gate pass through a softmax. Source: the ProMoE release.
+        """
+        return weight if self.config.gate == "softmax" else weight.softmax(-1)
 
     def balance(self, p_BSE: Tensor, chosen_BSK: Tensor, decided: Decisions) -> Tensor:
-        """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments."""
+        """α·Σ_e P_e·f_e over the batch, or per image and averaged; f_e = E · fraction of assignments, P_e the mean of
+        the probabilities `p_BSE`."""
         one = torch.ones_like(chosen_BSK, dtype=torch.float32)
         hits_BSE = torch.zeros_like(p_BSE).scatter_add_(-1, chosen_BSK, one)
         if self.config.balance_form == "batch":
@@ -128,13 +136,14 @@ class PrototypeRouter(Router):
 
         score_BSE, sum_ED, count_E = self.similarity(x_BSD, counted_ones if contrasts else None)
         chosen_BSK = choose(score_BSE)
-        route = rows_of_tokens(chosen_BSK, self.gates(score_BSE).gather(-1, chosen_BSK))
+        weight_BSE = self.gates(score_BSE)
+        route = rows_of_tokens(chosen_BSK, weight_BSE.gather(-1, chosen_BSK))
         contrast = None
         if sum_ED is not None and count_E is not None:
             contrast = Contrast(self.prototypes.double(), sum_ED, count_E)
         losses = {}
         if self.training and self.config.balance_weight:
-            losses["balance"] = self.balance(score_BSE.softmax(-1), chosen_BSK, decided)
+            losses["balance"] = self.balance(self.probabilities(weight_BSE), chosen_BSK, decided)
         return self.result(route, losses, count_E if counted == K else None, contrast)
 
     def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
@@ -147,9 +156,10 @@ class PrototypeRouter(Router):
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):
-    """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens that resemble it most.
+    """ProMoE with expert choice: of each image every expert takes the int(S/E·K) tokens (at least one) most like it.
 
-    The contrastive loss is per image, averaged over images. Source: ProMoE, arXiv 2510.24711, expert-choice variant.
+    The contrastive loss is per image, averaged over images; a softmax gate is over the image's tokens.
+    Source: ProMoE, arXiv 2510.24711, expert-choice variant.
     """
 
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
@@ -157,8 +167,8 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         B, S, D = x_BSD.shape
         score_BSE, _, _ = self.similarity(x_BSD)
         score_BES = score_BSE.detach().transpose(1, 2)
-        chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.capacity(S), dim=-1).indices)
-        weight_BEC = self.gates(score_BSE).transpose(1, 2).gather(-1, chosen_BEC)
+        chosen_BEC = decided.once("chosen", lambda: score_BES.topk(self.config.tokens_per_expert(S), dim=-1).indices)
+        weight_BEC = self.gates(score_BSE, competitors=1).transpose(1, 2).gather(-1, chosen_BEC)
         route = rows_of_choice(chosen_BEC, weight_BEC, S)
         losses = {}
         if self.training and self.config.rcl_weight:
@@ -202,7 +212,7 @@ class ExpertChoiceRouter(GateRouter):
     def forward(self, x_BSD: Tensor, y_B: Tensor | None = None, decided: Decisions | None = None) -> Routed:
         decided = decided or Decisions()
         score_BES = self.scores(x_BSD).transpose(1, 2)
-        capacity = self.capacity(x_BSD.shape[1])
+        capacity = self.config.tokens_per_expert(x_BSD.shape[1])
         chosen_BEC = decided.once("chosen", lambda: score_BES.detach().topk(capacity, dim=-1).indices)
         weight_BEC = score_BES.gather(-1, chosen_BEC)
         return self.result(rows_of_choice(chosen_BEC, weight_BEC, x_BSD.shape[1]), {})
@@ -231,7 +241,9 @@ class DiffMoERouter(GateRouter):
             taken_TE = top_counts(score_TE, (predicted_TE.sigmoid() > self.threshold).sum(0))
             return self.result(rows_of_mask(taken_TE, score_TE), {})
         tokens = score_TE.shape[0] * self.scope.size
-        taken_TE = decided.once("taken", lambda: self.best_of_scope(score_TE.detach(), self.capacity(tokens)))
+        taken_TE = decided.once(
+            "taken", lambda: self.best_of_scope(score_TE.detach(), self.config.tokens_per_expert(tokens))
+        )
         decided.run_once("followed", lambda: self.follow(predicted_TE.detach().sigmoid()))
         loss = F.binary_cross_entropy_with_logits(predicted_TE, taken_TE.float())
         losses = {"capacity": self.config.capacity_weight * loss}
@@ -251,7 +263,7 @@ class DiffMoERouter(GateRouter):
 
     def follow(self, predicted_TE: Tensor) -> None:
         """Moves each threshold towards the capacity-th largest prediction, averaged over the scope's ranks."""
-        kth_E = predicted_TE.topk(max(self.capacity(predicted_TE.shape[0]), 1), dim=0).values[-1]
+        kth_E = predicted_TE.topk(self.config.tokens_per_expert(predicted_TE.shape[0]), dim=0).values[-1]
         if self.scope.size > 1:
             dist.all_reduce(kth_E, group=self.scope.handle)
         decay = self.config.capacity_decay
