@@ -192,7 +192,7 @@ COMMANDS: dict[str, Callable[[list[str], int], Small]] = {
 TOOLS = {"tools/benchmark.py": "benchmark"}
 # Commands of others, which no test of ours can run; what they name is checked where something can be.
 ELSEWHERE = {
-    r"make (\w[\w-]*)$": "target",
+    r"make (\w[\w-]*)(?: TORCH=\S+)?$": "target",
     r"(\.venv/bin/)?pip install -e \. -c (\S+)$": "file",
     r"(\.venv/bin/)?pip install (torch|pre-commit)$": "a package of PyPI",
     r"\.venv/bin/pre-commit install$": "file:.pre-commit-config.yaml",
