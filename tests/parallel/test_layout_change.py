@@ -29,7 +29,7 @@ CASES = [
     full((2, 1, 2, 2), (8, 2, 4, 1)),
     full((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
     full((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
-    ((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
+    full((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
 ]
 MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
 

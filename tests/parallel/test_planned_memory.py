@@ -105,7 +105,7 @@ LAYOUTS = (
 
 @pytest.mark.parametrize(
     "world, variants, kind",
-    [(1, MODELS, "bf16"), full(1, MODELS, "fp32"), full(2, LAYOUTS, "bf16"), (2, LAYOUTS, "fp32")],
+    [(1, MODELS, "bf16"), full(1, MODELS, "fp32"), full(2, LAYOUTS, "bf16"), full(2, LAYOUTS, "fp32")],
     ids=["models bf16", "models fp32", "layouts bf16", "layouts fp32"],
 )
 @pytest.mark.parametrize("size, close", [full(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])

@@ -22,7 +22,7 @@ LAYOUTS = [
     full(2, ("parallel.ep=2", "train.deepspeed=fp32_zero0")),
     (2, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "train.accumulation=2")),
     full(4, ("parallel.tp=2", "parallel.ep=2")),
-    (4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero3")),
+    full(4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero3")),
     full(4, ("parallel.tp=4", "parallel.ep=2", "train.deepspeed=fp32_zero2")),  # tp > ep
     full(4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=bf16_zero1")),
     full(4, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.router=diffmoe")),

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from support.golden_states import NAMES, config_that_runs, state_of
 
@@ -39,6 +40,7 @@ def growth(tiny: Path, source: Path, target: Path, form: str, *more: str) -> int
     return int(done.stdout.split("GROWTH")[1])
 
 
+@pytest.mark.full
 def test_memory_stays_far_below_one_copy_of_the_model(tmp_path):
     config = config_that_runs("promoe_tc")
     model = replace(config.model, hidden_size=192, depth=12, num_experts=4)

@@ -194,7 +194,7 @@ TOOLS = {"tools/benchmark.py": "benchmark"}
 ELSEWHERE = {
     r"make (\w[\w-]*)(?: TORCH=\S+)?$": "target",
     r"(\.venv/bin/)?pip install -e \. -c (\S+)$": "file",
-    r"(\.venv/bin/)?pip install (torch|pre-commit)$": "a package of PyPI",
+    r"(\.venv/bin/)?pip install (torch(?:==[\d.]+)?|pre-commit)$": "a package of PyPI",
     r"\.venv/bin/pre-commit install$": "file:.pre-commit-config.yaml",
     r"\.venv/bin/python -m pytest -q (\S+)$": "file",
     r"tensorboard --logdir \S+$": "a program of a package that we need",

@@ -220,6 +220,7 @@ def test_subsets_to_compare(tmp_path):
     assert len(first) == len(second) == 200 and not set(first) & set(second) and max(first + second) < 1000
 
 
+@pytest.mark.full
 def test_many_of_everything_fits_the_pictures():
     rng, L, C, E = np.random.default_rng(1), 6, 100, 48
     tokens = Tokens(rng.normal(size=(L, 40, 8)), rng.integers(-1, E, (L, 40)), rng.integers(0, C, 40))
