@@ -29,6 +29,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -102,7 +103,9 @@ class RunDirectory:
                 run._take_lock()
                 changed = run.changed = run._compare(config, force)
                 data = run._compare_data(config, force)
-                entries = [*run._starts(), _environment(config, world, launcher, changed, data)]
+                entries = run._starts()
+                first = {} if entries else {"run": uuid.uuid4().hex[:12]}
+                entries.append(first | _environment(config, world, launcher, changed, data))
                 for path in (run.checkpoints, run.samples, run.tensorboard):
                     path.mkdir(exist_ok=True)
                 write_json(run.environment, entries, indent=2)
@@ -251,7 +254,11 @@ class RunDirectory:
 
     def identity(self) -> str:
         """A name of the run that no other has, the same at every start; for manifests."""
-        return hashlib.sha256(json.dumps(self._starts()[0], sort_keys=True).encode()).hexdigest()[:12]
+        first = self._starts()[0]
+        if "run" in first:
+            return str(first["run"])
+        # Of an earlier version, which had the hash of all that stands in the entry of the first start.
+        return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
     def _starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json."""

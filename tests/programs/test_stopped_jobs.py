@@ -205,7 +205,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_pa
     )
 
 
-@pytest.mark.parametrize("by_hand", [False, full(True)])
+@pytest.mark.parametrize("by_hand", [full(False), full(True)])
 def test_a_process_in_the_background_outlives_the_shell_that_started_it(by_hand, jobs, tmp_path):
     """With nohup, and no launcher; variables that are set by hand are no launcher either."""
     folder = tmp_path / "run"

@@ -62,6 +62,7 @@ def routing():
     )
 
 
+@pytest.mark.full
 def test_names_of_classes_in_pictures_of_routing():
     observed = routing()
     shares, apart = np.ones((2, 10, 3)), np.zeros((2, 10, 10))
@@ -77,6 +78,7 @@ def test_names_of_classes_in_pictures_of_routing():
         assert {literal(one) for one in NAMES} <= set(shown), name
 
 
+@pytest.mark.full
 def test_names_of_models_values_and_networks_in_the_pictures_of_a_study(tmp_path):
     made = recipe(
         preset="fashion",

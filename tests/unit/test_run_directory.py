@@ -173,6 +173,18 @@ def test_a_refused_start_frees_the_lock_it_took(tmp_path):
     start(tmp_path)
 
 
+def test_every_run_has_an_identity_of_its_own_which_stays(tmp_path):
+    identities = [start(tmp_path / name).identity() for name in "abc"]  # within a second, by the same process
+    assert len(set(identities)) == 3
+    for name, identity in zip("abc", identities, strict=True):
+        RunDirectory(tmp_path / name).close()
+        assert RunDirectory(tmp_path / name).identity() == identity
+    entries = json.loads((tmp_path / "a" / "environment.json").read_text())
+    del entries[0]["run"]  # as an earlier version wrote it
+    (tmp_path / "a" / "environment.json").write_text(json.dumps(entries))
+    assert len(RunDirectory(tmp_path / "a").identity()) == 12
+
+
 def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
     folder = tmp_path / "run"
     assert "new run" in RunDirectory(folder).state(CONFIG)
