@@ -26,7 +26,8 @@ examples:
   megapromoe sample --run runs/digits --num 1000 --guidance 1 1.5 2 --out samples.npz
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --out samples.npz \\
       --autoencoder models/sd-vae-ft-ema
-  torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set
+  torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set \\
+      --autoencoder models/sd-vae-ft-ema
                                                   the model split over 4 ranks, 2 of such groups
 
 Overrides: section `sample` only."""

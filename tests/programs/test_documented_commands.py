@@ -165,6 +165,8 @@ def make_workspace(folder: str) -> None:
         shutil.copytree(autoencoders / "kl", name)
     write_images(Path("imagenet/train"))
     write_images(Path("photos"))
+    for number, picture in enumerate(sorted(Path("photos").glob("*/*.png"))):  # a set has no folders of classes
+        shutil.copy(picture, f"photos/{number}.png")
     encoded = Arrays(classes=3, shape=(2, 8, 8))
     encoded.facts["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
     write(Path("latents/train"), encoded)

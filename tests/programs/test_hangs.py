@@ -197,7 +197,7 @@ def trained(tmp_path_factory) -> Path:
     [
         (["sample", "--num-images", "32", "--out", "OUT"], "megapromoe.sampling.generation:generate", "chunks"),
         (
-            ["evaluate", "--num-images", "32", "--samples", "OUT"],
+            ["evaluate", "--num-images", "130", "--samples", "OUT"],
             "megapromoe.evaluation.image_metrics:_Totals.update",
             "features of",
         ),

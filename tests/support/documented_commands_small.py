@@ -6,6 +6,7 @@ matches raises `NoRule`: whoever documents a new kind of command writes the rule
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from collections.abc import Callable
@@ -76,7 +77,9 @@ def _train(words: list[str], ranks: int) -> Small:
     ]
     digits = "digits" in words or "--preset" not in words
     source = [] if digits or "data.source=latents" in words else ["data.source=synthetic", "data.size=64"]
-    latents = ["model.in_channels=2", "model.num_classes=3"] if "data.source=latents" in words else []
+    latents = (
+        ["model.in_channels=2", "model.num_classes=3", "model.input_size=8"] if "data.source=latents" in words else []
+    )
     more = [word for word in TRAIN.split() if not (latents and "input_size" in word)]
     words = [word for word in words if word != "train.steps=300"]
     return Small([*words, *more, *source, *latents], ranks)
@@ -88,6 +91,9 @@ def _shown(words: list[str], ranks: int) -> Small:
 
 def _sample(words: list[str], ranks: int) -> Small:
     ranks = 4 if "--ep" in words else min(ranks, 2)
+    place = words.index("--out") + 1
+    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # documents name one file for several requests
+    words = [*words[:place], f"new/{digest}-{words[place]}", *words[place + 1 :]]
     if words[-1].endswith(".png"):  # a picture of pixels; the run of promoe_xl draws latents
         words = [word.replace("runs/promoe_xl", "runs/digits") for word in words]
     return Small([*words, "sample.batch=4", *([] if "--steps" in words else ["sample.steps=2"])], ranks)
