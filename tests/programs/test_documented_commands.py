@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from support import processes
 from support.documented_commands import ROOT, documented
 from support.documented_commands_small import TINY as TINY_MODEL
@@ -165,8 +166,6 @@ def make_workspace(folder: str) -> None:
         shutil.copytree(autoencoders / "kl", name)
     write_images(Path("imagenet/train"))
     write_images(Path("photos"))
-    for number, picture in enumerate(sorted(Path("photos").glob("*/*.png"))):  # a set has no folders of classes
-        shutil.copy(picture, f"photos/{number}.png")
     encoded = Arrays(classes=3, shape=(2, 8, 8))
     encoded.facts["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
     write(Path("latents/train"), encoded)
@@ -194,6 +193,9 @@ def make_workspace(folder: str) -> None:
     for name in ("study", "digits_study", "fashion"):
         assert cli.main(["study", "plan", f"studies/{name}", "--recipe", "study.yaml"]) == 0
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    Path("pictures").mkdir()
+    for number, image in enumerate(images[::-1]):
+        Image.fromarray(image).save(f"pictures/{number}.png")
     for name in ("samples.npz", "VIRTUAL_imagenet256_labeled.npz"):
         np.savez(name, arr_0=images)
     torch.jit.script(Network()).save("inception.pth")
