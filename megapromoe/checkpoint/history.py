@@ -11,12 +11,14 @@ samples/              its pictures of later steps
 tensorboard/          a copy of all events up to then
 ====================  ===============================================================
 
-branch.json is written before anything is moved, so whatever a kill interrupts, the next start completes.
+A branch folder with its branch.json gets its name before anything is moved to it, so whatever a kill interrupts, the
+next start completes. Only what is named `.writing`, and holds copies alone, is removed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,7 +30,9 @@ from typing import Any
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import MAIN, folder_of, step_folders
-from megapromoe.io import write_json, write_text
+from megapromoe.io import SUFFIX, staging_path, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 FACTS = "branch.json"
 MOVED = ".moved"  # a file: all of the branch was moved, and what is in `checkpoints/` now came later
@@ -125,14 +129,16 @@ def first_step(run: RunDirectory, step: int | None = None, fork: str | None = No
 
 
 def left_branches(run: RunDirectory) -> list[LeftBranch]:
-    """The branches that a run has left, oldest first; a folder whose branch.json cannot be read is passed over."""
+    """The branches that a run has left, oldest first; one whose branch.json cannot be read is named in the log."""
     branches = []
     for file in run.branches.glob(f"*/{FACTS}"):
+        if file.parent.name.endswith(SUFFIX):
+            continue  # not finished, and nothing was moved
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
             branches.append(LeftBranch(**{**facts, "folder": file.parent, "steps": tuple(facts["steps"])}))
         except (OSError, ValueError, TypeError, KeyError):
-            continue
+            logger.warning("%s: is damaged; the branch is not listed, what its folder holds stays", file)
     return sorted(branches, key=lambda one: (one.left, one.folder.name))
 
 
@@ -146,23 +152,25 @@ def leave_branch(run: RunDirectory, after: int, reason: str) -> LeftBranch | Non
         return None
     name = next((one.branch for one in reversed(later) if one.updates is not None), MAIN)
     folder = _free_folder(run.branches, f"{name}-after-{after}")
-    folder.mkdir(parents=True)
+    staging = staging_path(folder)
+    staging.mkdir(parents=True)
     if run.metrics.exists():
-        write_text(folder / run.metrics.name, "".join(_lines_after(run.metrics, after)))
+        write_text(staging / run.metrics.name, "".join(_lines_after(run.metrics, after)))
     if run.tensorboard.exists():
-        shutil.copytree(run.tensorboard, folder / run.tensorboard.name)
+        shutil.copytree(run.tensorboard, staging / run.tensorboard.name)
     steps, left = tuple(one.step for one in later), datetime.now(UTC).isoformat(timespec="seconds")
     branch = LeftBranch(folder, name, after, steps, reason, left)
-    write_json(folder / FACTS, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2)
+    write_json(staging / FACTS, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2)
+    os.rename(staging, folder)
     _move(run, branch)
     return branch
 
 
 def complete_moves(run: RunDirectory) -> None:
     """Completes what a kill interrupted in `leave_branch`. Raises OSError."""
-    for folder in run.branches.glob("*"):
-        if folder.is_dir() and not (folder / FACTS).exists():
-            shutil.rmtree(folder)  # copies; nothing was moved yet
+    for staging in run.branches.glob(f"*{SUFFIX}"):
+        if not staging.is_symlink():
+            shutil.rmtree(staging)  # copies; nothing was moved yet
     for branch in left_branches(run):
         _move(run, branch)
 

@@ -109,7 +109,22 @@ def contents(run: RunDirectory) -> dict[str, int]:
     return count
 
 
-@pytest.mark.parametrize("killed_at", range(14))
+def test_a_branch_folder_that_is_damaged_or_somebody_s_own_is_never_removed(run, caplog):
+    left = leave_branch(run, 20, "why")
+    (left.folder / "branch.json").write_text("{")
+    kept = leave_branch(run, 10, "why")
+    (kept.folder / "branch.json").unlink()
+    own = run.branches / "notes"
+    own.mkdir()
+    complete_moves(run)
+    assert steps_in(left.folder / "checkpoints") == [25, 30, 35, 40] and steps_in(kept.folder / "checkpoints") == [
+        15,
+        20,
+    ]
+    assert own.is_dir() and left_branches(run) == [] and "main-after-20/branch.json: is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("killed_at", range(16))
 def test_a_kill_at_any_instant_loses_nothing_and_is_completed(run, killed_at, monkeypatch):
     expected = {name: 1 for name in contents(run)}
     calls = []
