@@ -109,7 +109,7 @@ def contents(run: RunDirectory) -> dict[str, int]:
     return count
 
 
-def test_a_branch_folder_that_is_damaged_or_somebody_s_own_is_never_removed(run, caplog):
+def test_a_branch_folder_that_is_damaged_or_of_another_kind_is_never_removed(run, caplog):
     left = leave_branch(run, 20, "why")
     (left.folder / "branch.json").write_text("{")
     kept = leave_branch(run, 10, "why")
