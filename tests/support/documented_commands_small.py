@@ -169,7 +169,7 @@ def _check(words: list[str], ranks: int) -> Small:
 def _convert(words: list[str], ranks: int) -> Small:
     if "--preset" in words:
         words = [*words, *TINY.split(), "model.input_size=8", "model.patch_size=2", "model.in_channels=1",
-                 "model.num_classes=10", "model.num_experts=4", "data.source=digits"]  # fmt: skip
+                 "model.num_classes=10", "model.num_experts=4", "data.source=digits", "data.flip=false"]  # fmt: skip
     if "--what" in words or "--to" not in words:
         return Small(words)
     dest = next(i for i, word in enumerate(words) if i > 1 and not word.startswith("-"))
