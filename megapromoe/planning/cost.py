@@ -96,6 +96,9 @@ def _mlp(part: str, D: int, width: int, copies: int, rows: int) -> Iterator[Line
 class Parameters:
     """Counts of parameters. `total` includes the fixed positions, `by_part` sums to it.
 
+    `total` is the number that all commands show as the model's parameters. `trainable` leaves out the table of
+    positions, which is a constant and stands in no optimizer state.
+
     `active` are those that a token of a labelled image meets: all prototypes, but neither the routed experts
     it does not visit (under expert choice: on average) nor the unconditional expert.
     """
@@ -104,6 +107,14 @@ class Parameters:
     trainable: int
     active: int
     by_part: dict[str, int]
+
+    @property
+    def in_words(self) -> str:
+        """The three counts, with what the total has beyond the trained ones."""
+        return (
+            f"{self.total:,} parameters, {self.active:,} active; {self.trainable:,} trained, the other"
+            f" {self.total - self.trainable:,} are the constant table of positions"
+        )
 
 
 def parameters(model: ModelConfig) -> Parameters:

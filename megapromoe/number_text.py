@@ -1,0 +1,31 @@
+"""Numbers as text: three significant digits, durations, and counts that name what they are out of."""
+
+from __future__ import annotations
+
+import math
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with at least so many significant digits, without an exponent: 4,321, 43.2, 0.317."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    # 9.999 has rounded up to 10.00: one digit fewer is enough.
+    return (
+        text
+        if decimals == 0 or abs(float(text.replace(",", ""))) < 10 ** (digits - decimals)
+        else text[:-1].rstrip(".")
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def share_of(part: float, whole: int) -> str:
+    """How many of how many: "17 of 96"."""
+    return f"{part:,.0f} of {whole:,}"

@@ -1,0 +1,109 @@
+"""What a run is, in a few lines: the head of a training log, and of a dry run. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.options import Config
+from megapromoe.number_text import significant
+from megapromoe.planning.cost import flops_per_image, parameters
+
+if TYPE_CHECKING:
+    from megapromoe.data.datasets import Dataset
+
+
+def summary(
+    config: Config,
+    world: int,
+    folder: Path,
+    begins: str,
+    dataset: Dataset | None = None,
+    device: str = "",
+) -> list[str]:
+    """Lines of a name and what it is: model, parameters, data, steps, batch, layout, precision, optimizer, device, run.
+
+    Args:
+        world: ranks of the job.
+        folder: the run directory.
+        begins: where the run begins in words, such as "begins at step 0".
+        dataset: the opened data; None where it is not known, then its size is left out.
+        device: what each rank computes on; "" leaves the line out.
+
+    Raises ConfigError where the layout does not come out even, or for a refused `train.deepspeed`.
+    """
+    rows = {
+        "model": _model(config),
+        "parameters": parameters(config.model).in_words,
+        "data": _data(config, dataset),
+        "steps": _steps(config, dataset),
+        "batch": _batch(config, world),
+        "layout": _layout(config, world),
+        "precision": _precision(config),
+        "optimizer": _optimizer(config),
+        "device": device,
+        "run": f"{folder}: {begins}",
+    }
+    return [f"{name:10} {text}" for name, text in rows.items() if text]
+
+
+def _model(config: Config) -> str:
+    m = config.model
+    blocks = f"{m.depth} blocks of width {m.hidden_size}"
+    if m.moe_blocks:
+        blocks += f", {len(m.moe_blocks)} of them with {m.num_experts} experts, {m.top_k} for a token"
+    flops = significant(flops_per_image(m).training / 1e9)
+    return f"{m.router}, {blocks}; {flops} GFLOP to train on an image"
+
+
+def _data(config: Config, dataset: Dataset | None) -> str:
+    data, m = config.data, config.model
+    where = f"{data.source} at {data.path}" if data.path else data.source
+    if data.source == "synthetic":
+        where += " (random numbers, nothing can be learnt from them)"
+    if dataset is None:
+        return f"{where}: records of {m.in_channels}x{m.input_size}x{m.input_size}, {m.num_classes:,} classes"
+    shape = "x".join(map(str, dataset.shape))
+    return f"{where}: {len(dataset):,} records of {shape}, {dataset.num_classes:,} classes"
+
+
+def _steps(config: Config, dataset: Dataset | None) -> str:
+    t = config.train
+    images = t.steps * t.global_batch
+    text = f"{t.steps:,} of {t.global_batch:,} images, {images:,} in all"
+    return text if dataset is None else f"{text}, {significant(images / len(dataset))} passes over the data"
+
+
+def _batch(config: Config, world: int) -> str:
+    layout, t = config.layout(world), config.train
+    return (
+        f"{t.global_batch:,} images = {layout.micro_batch:,} for a rank x data parallel {layout.dp}"
+        f" x accumulation {t.accumulation}"
+    )
+
+
+def _layout(config: Config, world: int) -> str:
+    stage = load_deepspeed(config).get("zero_optimization", {}).get("stage", 0)
+    return f"{world} rank{'s' * (world > 1)}: {', '.join(_degrees(config, world))}; ZeRO {stage}"
+
+
+def _degrees(config: Config, world: int) -> Iterator[str]:
+    layout = config.layout(world)
+    yield f"tensor parallel tp {layout.tp}"
+    if config.model.moe_blocks:
+        yield f"expert parallel ep {layout.ep}" + (f" with expert_tp {layout.etp}" if layout.etp > 1 else "")
+    yield f"data parallel dp {layout.dp}"
+
+
+def _precision(config: Config) -> str:
+    bf16 = load_deepspeed(config).get("bf16", {}).get("enabled", False)
+    return f"{'bf16 with fp32 master weights' if bf16 else 'fp32'} ({config.train.deepspeed})"
+
+
+def _optimizer(config: Config) -> str:
+    t = config.train
+    rate = f"learning rate {t.lr:g}, {t.schedule}" + (f" after {t.warmup:,} steps of warm-up" if t.warmup else "")
+    clip = f"gradient norm clipped to {t.clip:g}" if t.clip else "gradient norm not clipped"
+    return f"AdamW ({t.optimizer}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
