@@ -35,7 +35,7 @@ def test_no_damage_to_latents_is_silent(flips, tmp_path):
     assert encoded.outcomes[SILENT] == 0 and encoded.outcomes[NAMED] >= 0.8 * OTHERS
 
 
-@pytest.mark.parametrize("flips", [8, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("flips", [8, pytest.param(400, marks=pytest.mark.full)])
 def test_damage_to_text_files_is_a_sentence_or_a_setting(flips, tmp_path):
     tallies = {tally.name: tally for tally in settings_tallies(tmp_path, flips, flips)}
     for name in ("run folder: run.lock", "run folder: run.lock of a live run", "run folder: config.yaml"):
