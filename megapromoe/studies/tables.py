@@ -158,8 +158,8 @@ def sections(
         return
     yield (
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
-        f" (split: {splits}). Training loss: mean over the last tenth of the steps. ± is half of the 95 % interval"
-        " over seeds (Student's t)."
+        f" (split: {splits}). Training loss: the denoising loss without auxiliary losses, mean over the last tenth of"
+        " the steps. ± is half of the 95 % interval over seeds (Student's t)."
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
