@@ -166,7 +166,6 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     if config.model.moe_blocks:
         start = time.perf_counter()
         report["routing"] = routing_picture(model, config, dataset, directory.folder / "routing.png")
-        report["routing"]["experts"] = config.model.num_experts
         seconds["routing"] = time.perf_counter() - start
     write_json(directory.folder / "report.json", report, indent=2)
     write_text(directory.folder / "report.md", markdown(report))
