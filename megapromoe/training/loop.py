@@ -209,12 +209,13 @@ def _train(
                 )
             if progress.diverged or (step == t.steps and progress.skipped_in_a_row):
                 raise TrainingError(note_skipped(run, config, step, progress))
+            if last:
+                metrics.finish_bar()
+                for line in closing_lines(config, run.folder, step, metrics.last, clock):
+                    logger.info("%s", line)
             if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
         watchdog.at("the end of the run")
-        metrics.finish_bar()
-        for line in closing_lines(config, run.folder, metrics.last, clock):
-            logger.info("%s", line)
     finally:
         batches.close()
         metrics.close()

@@ -118,21 +118,23 @@ PREVIEWED = 10  # classes that the command for samples draws
 
 
 def closing_lines(
-    config: Config, folder: Path, last: Mapping[str, float | None] | None, clock: RunClock
+    config: Config, folder: Path, step: int, last: Mapping[str, float | None] | None, clock: RunClock
 ) -> Iterator[str]:
-    """Lines for the end of a log: what was reached, where it is saved, and the command that shows it.
+    """Lines for the end of a log: what was reached, where it is saved, and of a finished run the command that shows it.
 
     Args:
         folder: the run directory.
+        step: that was done and saved last.
         last: the values of the last logged step, see `Metrics.last`.
     """
     t = config.train
     loss = (last or {}).get(DENOISING_LOSS)
     reached = "" if loss is None else f"; denoising loss {loss:.4f} over the last logged steps"
-    yield f"done: {t.steps:,} steps of {t.global_batch:,} images{reached}"
+    yield f"{'done' if step >= t.steps else 'stopped'}: step {step:,} of {t.steps:,}{reached}"
     yield f"trained for {duration(clock.elapsed)}, of which {duration(clock.of_this_start)} since the last start"
-    yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, t.steps)}"
-    yield f"next: {sample_command(config, folder)}"
+    yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, step)}"
+    if step >= t.steps:
+        yield f"next: {sample_command(config, folder)}"
 
 
 def sample_command(config: Config, folder: Path) -> str:
