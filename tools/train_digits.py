@@ -3,7 +3,7 @@
     python tools/train_digits.py [--run runs/digits] [--ranks 4] [section.key=value ...]
 
 Trains the `digits` preset with tensor parallelism 2, expert parallelism 2 and ZeRO-1, and writes samples.png,
-routing.png, report.json and report.md into the run directory. Repeat the command to continue, or to write the
+loss.png, routing.png, report.json and report.md into the run directory. Repeat the command to continue, or to write the
 report of a finished run anew. Exits with 1 if training fails, or if too few digits are read as their class.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
     report = write_report(options.run, SAMPLES, {"the last training command": trained})
     print()
     print((options.run / "report.md").read_text(encoding="utf-8"))
-    for name in ("samples.png", "routing.png", "report.md", "report.json"):
+    for name in ("samples.png", "loss.png", "routing.png", "report.md", "report.json"):
         print(options.run / name)
     print(f"all of it took {time.perf_counter() - start:.0f} s")
     if report["accuracy"] < REQUIRED_ACCURACY:

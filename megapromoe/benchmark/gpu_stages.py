@@ -16,7 +16,9 @@ import signal
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from megapromoe.number_text import significant
+from megapromoe.run_lines import DENOISING_LOSS, current_names
 
 STAGES = ("tests", "step", "profile", "layer", "train")  # by what is worth most on a machine that is lent for a while
 TESTS = ("tests/unit/test_gpu.py", "tests/unit/test_golden.py", "tests/parallel/test_published_run.py")
@@ -147,9 +149,10 @@ def _training(path: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     if not lines:
         return []
-    last: dict[str, Any] = json.loads(lines[-1])
-    loss = "no finite loss" if last["loss"] is None else f"loss {last['loss']:.4f}"
-    line = f"{path.parent.name}: step {last['step']}, {loss}, {last['images_per_second']:,.0f} images/s"
+    last = current_names(json.loads(lines[-1]))
+    loss = last.get(DENOISING_LOSS)
+    text = "no finite loss" if loss is None else f"denoising loss {loss:.4f}"
+    line = f"{path.parent.name}: step {last['step']}, {text}, {significant(last['images_per_second'])} images/s"
     return [line + (f", {last['mfu']:.1%} of the data sheet's peak" if "mfu" in last else "")]
 
 

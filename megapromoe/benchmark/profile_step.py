@@ -27,6 +27,7 @@ from megapromoe.errors import UserError
 from megapromoe.io import atomic_path, write_json, write_text
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.parallelize import build
+from megapromoe.number_text import significant
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"profile_step: {error}", file=sys.stderr)
         return error.exit_code
     print((options.out / "profile.txt").read_text(encoding="utf-8"))
-    print(f"{1000 * figures['seconds']:.4g} ms a step, {figures['images_per_second']:.4g} images/s")
+    print(f"{1000 * figures['seconds']:.4g} ms a step, {significant(figures['images_per_second'])} images/s")
     return 0
 
 

@@ -125,6 +125,9 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
     yield from _summary_problems(content)
     if not _is_count(content.get("skipped_in_a_row", 0)):
         yield f"skipped_in_a_row = {content['skipped_in_a_row']!r}: must be a whole number, 0 or more"
+    elapsed = content.get("elapsed_seconds", 0)
+    if type(elapsed) not in (int, float) or not math.isfinite(elapsed) or elapsed < 0:
+        yield f"elapsed_seconds = {_short(elapsed)}: must be a finite number, 0 or more"
     norms = content.get("recent_norms", [])
     if not isinstance(norms, list) or not all(type(norm) in (int, float) and math.isfinite(norm) for norm in norms):
         yield "recent_norms: must be a list of finite numbers"

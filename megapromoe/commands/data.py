@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 from megapromoe.commands.command_line import positive, takes_no_settings
+from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
+from megapromoe.number_text import significant
 from megapromoe.planning import cost
 from megapromoe.planning.machines import MACHINES
 
@@ -138,11 +140,21 @@ def _speed(options: argparse.Namespace) -> int:
     finally:
         batches.close()
     rate = count / seconds
+    shape = "x".join(map(str, data.shape))
+    print(f"{significant(rate)} images/s in {options.workers} threads, {shape}, batches of {size}")
+    print(f"{significant(count / used)} images per second of CPU time: what a core makes that nothing else uses")
+    if (preset := preset_of_shape(data.shape)) is None:
+        return 0  # without a model of this shape there is nothing to compare with
     peak = MACHINES["h100"].peak
-    need = SHARE * peak / cost.flops_per_image(resolve("promoe_xl").model).training
-    print(f"{rate:,.0f} images/s in {options.workers} threads, {'x'.join(map(str, data.shape))}, batches of {size}")
-    print(f"{count / used:,.0f} images per second of CPU time: what a core makes that nothing else uses")
+    need = SHARE * peak / cost.flops_per_image(resolve(preset).model).training
     estimate = f"estimate: {SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"
-    print(f"promoe_xl at 4x32x32 on one H100 takes at most {need:,.0f} images/s ({estimate})")
+    print(f"{preset} at {shape} on one H100 takes at most {significant(need)} images/s ({estimate})")
     print(f"so these threads, beside each of 8 GPUs, make {rate / need:.2g} times what 8 H100 can take")
     return 0
+
+
+def preset_of_shape(shape: tuple[int, int, int]) -> str | None:
+    """The preset that is compared with data of this shape, promoe_xl or the first that takes it; None if none does."""
+    models = {name: resolve(name).model for name in ("promoe_xl", *PRESETS)}
+    fits = (name for name, m in models.items() if (m.in_channels, m.input_size, m.input_size) == shape)
+    return next(fits, None)

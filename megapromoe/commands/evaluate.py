@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from megapromoe.commands.options import run_option
@@ -96,7 +97,9 @@ def run(options: argparse.Namespace, launch) -> int:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         print("\n".join(lines) if options.json else image_metrics_report.table(records), flush=True)
         if options.run is not None:
-            image_metrics_report.append(records, options.run / "evaluation.jsonl")
+            file = options.run / "evaluation.jsonl"
+            if image_metrics_report.append(records, file) < len(records):
+                logging.getLogger(__name__).info("%s: had these figures of the same request already", file)
         if options.plot is not None:
             image_metrics_report.plot(records, options.plot)
     return 0

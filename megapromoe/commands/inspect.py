@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megapromoe.commands.command_line import file_errors, takes_no_settings
 from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
 from megapromoe.config.options import Config
+from megapromoe.planning.cost import parameters
 
 if TYPE_CHECKING:
     from megapromoe.conversion.state import State
@@ -111,14 +112,16 @@ def _open_both(
 
 
 def _facts(state: State, path: Path) -> dict[str, Any]:
+    count = parameters(state.config.model)
     files = [state.where] if state.where.is_file() else sorted(p for p in state.where.rglob("*") if p.is_file())
     return {
         "path": str(path),
         "format": state.format,
         "step": state.step,
-        "updates": state.updates,
+        "updates": state.known_updates,
         "kinds": list(state.kinds),
-        "parameters": sum(math.prod(shape) for shape in state.shapes.values()),
+        "parameters": count.total,
+        "trained_parameters": count.trainable,
         "buffers": len(state.buffers),
         "layout": state.layout,
         "files": {file.name: file.stat().st_size for file in files},
@@ -147,8 +150,17 @@ def _history(folder: Path) -> dict[str, Any]:
 
 def _print_facts(report: dict[str, Any]) -> None:
     size = sum(report["files"].values())
-    print(f"{report['path']}: {report['format']}, step {report['step']} ({report['updates']} updates)")
-    print(f"  {report['parameters']:,} parameters, {report['buffers']} buffers; kinds: {', '.join(report['kinds'])}")
+    if report["updates"] is not None:
+        updates = f"{report['updates']:,} updates"
+    elif "exp_avg" in report["kinds"]:
+        updates = "converted, with moments that start at zero: updates not known"
+    else:
+        updates = "weights without moments: updates not known"
+    print(f"{report['path']}: {report['format']}, step {report['step']} ({updates})")
+    fixed = report["parameters"] - report["trained_parameters"]
+    table = f"{report['trained_parameters']:,} trained, {fixed:,} the constant table of positions"
+    kinds = ", ".join(report["kinds"])
+    print(f"  {report['parameters']:,} parameters ({table}), {report['buffers']} buffers; kinds: {kinds}")
     print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
     for note in report["notes"]:
         print(f"  note: {note}")

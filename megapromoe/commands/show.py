@@ -53,8 +53,8 @@ def _presets() -> Iterator[str]:
             f" {count.active:13,} {flops:12.4g}  {config.data.source}, {config.train.steps:,} steps"
         )
     yield ""
-    yield "D hidden size, L blocks, E routed experts, K of them per token; active: what a token meets;"
-    yield "GFLOP of a forward pass."
+    yield "D hidden size, L blocks, E routed experts, K of them per token; parameters with the constant table of"
+    yield "positions; active: what a token meets; GFLOP of a forward pass."
     yield "megapromoe show --preset NAME prints one in full, --keys what can be set."
 
 
@@ -79,6 +79,7 @@ def describe(config: Config, world: int) -> Iterator[str]:
     yield to_yaml(config)
     yield "# size"
     yield f"# parameters: total {count.total:,}  trainable {count.trainable:,}  active {count.active:,}"
+    yield "#   (total and active have the table of positions, a constant)"
     yield f"# FLOPs per image: forward {flops.forward:,}  training step {flops.training:,}"
     yield f"#   {'part':22} {'parameters':>15} {'forward FLOPs':>19}"
     for part, number in count.by_part.items():

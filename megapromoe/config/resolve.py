@@ -85,6 +85,19 @@ def check(config: Config, world: int | None = None) -> None:
         raise ConfigError(problems)
 
 
+def typed_value(key: str, value: Any) -> Any:
+    """The value of a setting as its field has it: a number written as text becomes a number.
+
+    What is no text, or no value of the field, and the value of an unknown key, is returned as it is.
+    """
+    section, _, name = key.partition(".")
+    known = {f.name: f for f in fields(getattr(Config(), section))} if section in vars(Config()) else {}
+    if not isinstance(value, str) or name not in known:
+        return value
+    typed = as_kind(TypedText(value), kind_of(known[name]))
+    return value if typed is None else typed
+
+
 def to_yaml(config: Config) -> str:
     """YAML that `resolve(file=...)` reads back to an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -196,4 +196,5 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         {name: checkpoint.buffer(name) for name in names},
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
+        converted="run" not in manifest,  # training gives each checkpoint the identity of its run
     )

@@ -28,7 +28,7 @@ class State:
     Attributes:
         where, format: what was opened.
         config: of the run.
-        step, updates: optimizer steps done, and those behind AdamW's moments.
+        step, updates: optimizer steps done, and those behind AdamW's moments; 0 where they are not known.
         kinds: those of `KINDS` that it has.
         shapes: of every parameter, by our name, in the order of our model.
         buffers: the model's persistent buffers; also what a published file holds at other values than we would
@@ -36,6 +36,7 @@ class State:
         read: (kind, parameter) -> the whole tensor, float32.
         layout: how it lies in files, in words.
         notes: what a reader should know that was not as expected.
+        converted: of our format, but written by a conversion and not by training.
     """
 
     where: Path
@@ -49,6 +50,13 @@ class State:
     read: Callable[[str, str], Tensor]
     layout: str = ""
     notes: list[str] = field(default_factory=list)
+    converted: bool = False
+
+    @property
+    def known_updates(self) -> int | None:
+        """`updates`; None of weights without moments, and of converted ones whose moments start at zero."""
+        unknown = "exp_avg" not in self.kinds or (self.converted and self.updates == 0)
+        return None if unknown else self.updates
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,16 @@ def device_of(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
+def describe_device(device: torch.device) -> str:
+    """What a rank computes on, in words: the name of its GPU, or the CPU and its threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)} of each rank"
+
+
 def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
 

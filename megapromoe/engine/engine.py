@@ -108,7 +108,7 @@ class Engine:
 
         Args:
             lr: learning rate of the update.
-            loss: scalar on this rank, checked for being finite.
+            loss: the total on this rank, with auxiliary losses, checked for being finite.
             stop: this rank would like to end after the step. The result says whether any rank does; it travels with the
                 norm, in the same collective.
             largest: norm above which the step counts as a spike and is skipped.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megapromoe.evaluation.reference import EvaluationError
-from megapromoe.io import append_text, atomic_write
+from megapromoe.io import append_text, atomic_write, open_regular
 from megapromoe.plot_text import literal
+from megapromoe.run_lines import lines_of
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
@@ -35,12 +37,38 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def append(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Adds a line of JSON for each record. Raises EvaluationError."""
+def append(records: Sequence[Mapping[str, Any]], file: Path) -> int:
+    """Adds a line of JSON for each record, and returns how many it added. Raises EvaluationError.
+
+    A repeated evaluation adds none where the newest line of the same request has the same figures.
+    """
+    added = []
     try:
-        append_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        before = b""
+        if os.path.lexists(file):
+            os.close(open_regular(file, os.O_RDONLY))  # links and pipes are refused before they are read
+            before = file.read_bytes()
+        newest = {_request(line): _text(line.get("figures")) for line in lines_of(file)}
+        for record in records:
+            request, figures = _request(record), _text(record.get("figures"))
+            if newest.get(request) != figures:
+                newest[request] = figures
+                added.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if added:
+            ends_a_torn_line = "\n" if before and not before.endswith(b"\n") else ""
+            append_text(file, ends_a_torn_line + "".join(added))
     except OSError as error:
         raise EvaluationError(f"{file}: cannot be written ({error.strerror}); the figures are above") from error
+    return len(added)
+
+
+def _request(record: Mapping[str, Any]) -> str:
+    """All of a record but its figures and its time."""
+    return _text({name: value for name, value in record.items() if name not in ("figures", "time")})
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # as text NaN equals itself
 
 
 def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:

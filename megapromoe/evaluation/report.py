@@ -24,10 +24,13 @@ from megapromoe.data.datasets import Digits
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale, write_png
 from megapromoe.errors import UserError
+from megapromoe.evaluation.loss_plot import draw_losses
 from megapromoe.io import write_json, write_text
 from megapromoe.nn.dit import DiT
+from megapromoe.number_text import duration, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
+from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS, elapsed_seconds, metrics_of
 from megapromoe.sampling.run_model import load_model
 from megapromoe.versions import versions
 
@@ -69,26 +72,32 @@ def classifier_own_accuracy() -> float:
 
 
 def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """Final loss, speed and time from the lines of metrics.jsonl.
+    """Final losses, speed and time from the lines of metrics.jsonl, as `run_lines.metrics_of` reads them.
 
     Returns:
-        `steps`; `final_loss`, the mean over the last 100 steps; `images_per_second`, the median;
-        `training_seconds`, images over the speed of their time, hence without start-up and saving.
+        `steps`; `final_loss`, the denoising loss, and `final_losses`, it, each auxiliary loss and the total, means over
+        the last 100 steps; `images_per_second`, the median; `training_seconds`, images over the speed of their time,
+        hence without start-up and saving; `elapsed_seconds`, with saving and sampling.
 
     Raises ReportError without a line.
     """
     if not lines:
         raise ReportError("metrics.jsonl holds no line; train until train.log_every at least")
     last = lines[-1]["step"]
-    final = [line["loss"] for line in lines if line["step"] > last - FINAL_STEPS]
-    losses = [loss for loss in final if loss is not None]  # null: it was not finite
+    final = [line for line in lines if line["step"] > last - FINAL_STEPS]
+    losses = {}
+    for name in (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS):
+        if values := [line[name] for line in final if line.get(name) is not None]:  # null: it was not finite
+            losses[name] = float(np.mean(values))
     steps = np.diff([0, *(line["step"] for line in lines)])
     speeds = np.array([line["images_per_second"] for line in lines])
     return {
         "steps": last,
-        "final_loss": float(np.mean(losses)) if losses else None,
+        "final_loss": losses.get(DENOISING_LOSS),
+        "final_losses": losses,
         "images_per_second": float(np.median(speeds)),
         "training_seconds": float((steps * config.train.global_batch / speeds).sum()),
+        "elapsed_seconds": elapsed_seconds(lines, config.train.global_batch)[-1],
     }
 
 
@@ -114,7 +123,7 @@ def _cpu_name() -> str:
 def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | None = None) -> dict[str, Any]:
     """Samples the run's latest averaged weights, looks at its experts, and writes what was measured.
 
-    Writes samples.png, routing.png (not for a dense model), report.json and report.md into the run directory.
+    Writes samples.png, loss.png, routing.png (not for a dense model), report.json and report.md into the run directory.
 
     Args:
         samples: digits to draw and have read, classes in turn. Runs on other data have a grid, but no reader.
@@ -129,7 +138,7 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     model, config, step = load_model(run, device="cuda" if torch.cuda.is_available() else "cpu")
     if not directory.metrics.is_file():
         raise ReportError(f"{directory.metrics}: is missing; the folder is no run's, or it was moved in part")
-    lines = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics_of(directory.metrics)
     dataset = open_dataset(config)
     count = parameters(config.model)
     seconds = dict(timings or {})
@@ -146,6 +155,8 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     start = time.perf_counter()
     report["sampling"], images, labels = _sampled(model, config, samples)
     seconds["sampling"] = time.perf_counter() - start
+    if draw_losses(lines, config, directory.folder / "loss.png"):
+        report["loss_picture"] = "loss.png"
     if config.model.in_channels in (1, 3):
         report["picture"] = "samples.png"
         write_png(directory.folder / report["picture"], _picture(images, labels))
@@ -189,13 +200,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report as a page; what was not measured is not mentioned."""
     how, size, host = report["sampling"], report["parameters"], report["machine"]
     rows = [("steps", f"{report['steps']:,} (sampled at {report['checkpoint_step']:,})")]
-    if report["final_loss"] is not None:
-        rows.append((f"loss, mean of the last {FINAL_STEPS} steps", f"{report['final_loss']:.4f}"))
+    if losses := report["final_losses"]:
+        if len(losses) == 2 and {DENOISING_LOSS, TOTAL_LOSS} <= losses.keys():
+            losses = {DENOISING_LOSS: losses[DENOISING_LOSS]}  # the total has no other part
+        words = [name.replace("_", " ") for name in losses]
+        heading = f"{', '.join(words)}, mean{'s' * (len(words) > 1)} of the last {FINAL_STEPS} steps"
+        rows.append((heading, ", ".join(f"{loss:.4f}" for loss in losses.values())))
     rows += [
-        ("training speed, median", f"{report['images_per_second']:,.0f} images/s"),
+        ("training speed, median", f"{significant(report['images_per_second'])} images/s"),
         ("training time, without start-up and saving", f"{report['training_seconds']:.0f} s"),
+        ("training time of all starts, with saving", duration(report["elapsed_seconds"])),
         *((f"time of {name}", f"{seconds:.0f} s") for name, seconds in report["seconds"].items()),
-        ("parameters", f"{size['total']:,}, of which a token meets {size['active']:,}"),
+        ("parameters", f"{size['total']:,}, of which a token meets {size['active']:,}; {size['trainable']:,} trained"),
     ]
     if layout := report["layout"]:
         spread = f"tensor {layout['tp']}, expert {layout['ep']}, data {layout['dp']}"
@@ -211,13 +227,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows.append(("machine", f"{device}; torch {host['torch']}, deepspeed {host['deepspeed']}"))
     page = [f"# Report of {report['run']}", "", "| | |", "|---|---|"]
     page += [f"| {name} | {value} |" for name, value in rows]
+    if "loss_picture" in report:
+        page += ["", "## Training", "", f"![denoising loss over steps and over hours]({report['loss_picture']})"]
     if "picture" in report:
         page += ["", "## Samples", "", f"![a row of samples for each class]({report['picture']})"]
     if routing := report.get("routing"):
         page += ["", "## Experts", "", "![what the experts take](routing.png)", ""]
-        page += ["| block | largest load over mean | load entropy, 1: even | dead | bits about the class |"]
+        page += ["| block | largest load over mean | load entropy, 1: even | dead experts | bits about the class |"]
         page += ["|---|---|---|---|---|"]
         names = ("blocks", "load_max_over_mean", "load_entropy", "dead_experts", "class_information_bits")
         for block, ratio, entropy, dead, bits in zip(*(routing[name] for name in names), strict=True):
-            page.append(f"| {block} | {ratio:.2f} | {entropy:.3f} | {dead} | {bits:.2f} |")
+            page.append(
+                f"| {block} | {ratio:.2f} | {entropy:.3f} | {share_of(dead, routing['experts'])} | {bits:.2f} |"
+            )
     return "\n".join(page) + "\n"

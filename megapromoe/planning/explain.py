@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from megapromoe.config.options import Config
+from megapromoe.number_text import significant
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.roofline import collective_time, nodes_of
@@ -30,7 +31,7 @@ def table(plans: tuple[Plan, ...], top: int) -> Iterator[str]:
         yield (
             f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11} {split:5}"
             f" {parallel.recompute:9} {p.layout.micro_batch:7} x {accumulation:<4}"
-            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {rate:10,.0f} {p.mfu:6.1%} {share:8.1%}"
+            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%} {share:8.1%}"
         )
 
 

@@ -109,6 +109,7 @@ class Routing:
             "load": self.load_LE.round(4).tolist(),
             "load_max_over_mean": (self.load_LE.max(1) * experts).round(4).tolist(),
             "load_entropy": evenness(self.load_LE).round(4).tolist(),
+            "experts": experts,
             "dead_experts": (self.load_LE == 0).sum(1).tolist(),
             "class_information_bits": self.information_L.round(4).tolist(),
             "class_share": self.share_LCE.round(4).tolist(),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megapromoe.data.sources import open_dataset
 from megapromoe.io import write_bytes, write_json, write_text
+from megapromoe.number_text import share_of
 from megapromoe.routing_analysis import figures
 from megapromoe.routing_analysis.analysis import Request, Section, analyse, check_top_k, choose_subsets
 from megapromoe.routing_analysis.observe import chosen_layers, measure_routing
@@ -126,6 +127,8 @@ def layer_table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     for title, (key, *inside) in COLUMNS.items():
         if key in numbers:
             columns[title] = numbers[key][inside[0]] if inside else numbers[key]
+            if key == "dead_experts":
+                columns[title] = [share_of(count, numbers["experts"]) for count in numbers[key]]
     rows = [
         [f"block {block}", *(_cell(values[layer]) for values in columns.values())]
         for layer, block in enumerate(numbers["blocks"])
@@ -133,8 +136,8 @@ def layer_table(numbers: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return ["", *columns], rows
 
 
-def _cell(value: float) -> str:
-    if isinstance(value, (int, np.integer)):
+def _cell(value: float | str) -> str:
+    if isinstance(value, (int, np.integer, str)):
         return str(value)
     return f"{value:.3f}" if math.isfinite(value) else "undefined"
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megapromoe.io import write_text
 from megapromoe.planning.cost import flops_per_image, parameters
+from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import StudyError
@@ -110,7 +111,7 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "fixed_loss_error": found["standard_error"],
         "split": found["split"],
         "weights": found["weights"],
-        TRAINING_LOSS: _mean(tail, "denoising"),
+        TRAINING_LOSS: _mean(tail, DENOISING_LOSS),
         **{name: _mean(tail, name) for name in ROUTING},
         "dead_share": dead / slots if slots and dead is not None else None,
         "images_per_second": _median(lines, "images_per_second"),

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megapromoe.run_lines import lines_of
 from megapromoe.studies.grid import Task
-from megapromoe.studies.study import Study, lines_of
+from megapromoe.studies.study import Study
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megapromoe.plot_text import literal
+from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import EVALUATED
 from megapromoe.studies.curves import Curves, curves_of, figures
 from megapromoe.studies.study import Study, metrics
@@ -118,7 +119,9 @@ def _name(variant: str | None) -> str:
 
 def _curve(runs: Iterable[list[dict]]) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all runs logged, and the mean of their losses, smoothed by `SMOOTH`."""
-    losses = [{line["step"]: line["denoising"] for line in run if line.get("denoising") is not None} for run in runs]
+    losses = [
+        {line["step"]: line[DENOISING_LOSS] for line in run if line.get(DENOISING_LOSS) is not None} for run in runs
+    ]
     steps = np.array(sorted(set.intersection(*map(set, losses))))
     mean = np.array([[loss[step] for step in steps] for loss in losses]).mean(0)
     window = min(SMOOTH, len(steps))

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from megapromoe.io import atomic_write
 from megapromoe.plot_text import literal
+from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.fit import SPAN, PowerLaw
 from megapromoe.studies.image_plots import COLOURS, PLAIN, draw_images, plot_label
@@ -94,15 +95,15 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
         curves = []
         for row in group:
             task = tasks[row["task"]]
-            lines = [line for line in metrics(study.run(task)) if line.get("denoising") is not None]
+            lines = [line for line in metrics(study.run(task)) if line.get(DENOISING_LOSS) is not None]
             per_step = task.flops / task.config.train.steps
-            curves.append({line["step"] * per_step: line["denoising"] for line in lines})
+            curves.append({line["step"] * per_step: line[DENOISING_LOSS] for line in lines})
         at = sorted(set.intersection(*(set(curve) for curve in curves)))
         mean = [float(np.mean([curve[x] for curve in curves])) for x in at]
         left.plot(at, mean, linewidth=1.1, label=plot_label(variant, point), **shades[variant, point])
     left.set_xscale("log")
     left.set_yscale("log")
-    left.set(xlabel="training operations so far (FLOPs)", ylabel="training loss (mean over seeds)")
+    left.set(xlabel="training operations so far (FLOPs)", ylabel="denoising loss in training (mean over seeds)")
     left.yaxis.set_major_formatter(PLAIN)
     left.yaxis.set_minor_formatter(PLAIN)
     left.tick_params(axis="y", which="minor", labelsize=7)

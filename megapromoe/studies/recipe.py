@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
+from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, Violations
 
@@ -125,7 +126,8 @@ def make_recipe(content: Any) -> Recipe:
             problems.append(f"{where}: a name is letters, digits, _ and ., since it names folders")
         variant, wrong = read_fields(Variant, settings or {}, f"{where}.")
         problems += wrong
-        variants.append(Variant(str(name), **variant | {"without": tuple(variant.get("without", ()))}))
+        variant |= {"without": tuple(variant.get("without", ())), "settings": _typed(variant.get("settings", {}))}
+        variants.append(Variant(str(name), **variant))
     values["variants"] = tuple(variants)
     for key, axis in values.get("axes", {}).items():
         if not isinstance(axis, list) or not axis or len(set(map(str, axis))) < len(axis):
@@ -135,7 +137,7 @@ def make_recipe(content: Any) -> Recipe:
     if "active_parameters" in values:
         equal, wrong = read_fields(Equal, values["active_parameters"], "active_parameters.")
         problems += wrong
-        values["active_parameters"] = Equal(**equal)
+        values["active_parameters"] = Equal(**equal | {"like": _typed(equal.get("like", {}))})
     seeds = values.get("seeds", [0])
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
@@ -145,7 +147,16 @@ def make_recipe(content: Any) -> Recipe:
         raise StudyError(problems)
     values |= {key: tuple(values[key]) for key in ("seeds", "seed_settings") if key in values}
     values["launcher"] = tuple(map(str, values.get("launcher", ())))
+    values["settings"] = _typed(values.get("settings", {}))
     return Recipe(**values)
+
+
+def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with numbers where they stand as text: on a command line, and in studies of earlier versions.
+
+    Values of axes stay as they are written, since they name the folders of tasks.
+    """
+    return {key: typed_value(str(key), value) for key, value in settings.items()}
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:

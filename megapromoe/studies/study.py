@@ -31,6 +31,7 @@ from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.io import write_text
+from megapromoe.run_lines import metrics_of
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
@@ -176,20 +177,7 @@ def failure(code: int) -> str:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, in order."""
-    return lines_of(run / "metrics.jsonl")
-
-
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if there is one; what a killed run left of a line is passed over."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+    return metrics_of(run / "metrics.jsonl")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -6,13 +6,14 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
+from megapromoe.number_text import significant
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
@@ -158,8 +159,8 @@ def sections(
         return
     yield (
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
-        f" (split: {splits}). Training loss: mean over the last tenth of the steps. ± is half of the 95 % interval"
-        " over seeds (Student's t)."
+        f" (split: {splits}). Training loss: the denoising loss without auxiliary losses, mean over the last tenth of"
+        " the steps. ± is half of the 95 % interval over seeds (Student's t)."
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
@@ -261,15 +262,16 @@ def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:
         first = group[0]
         sizes = [f"{first['parameters']:,}", f"{first['active_parameters']:,}", f"{first['training_flops']:.3g}"]
         losses = [mean_of(row[key] for row in group) for key in (LOSS, TRAINING_LOSS)]
-        shares = [_average(group, "load_entropy", "{:.3f}"), _average(group, "dead_share", "{:.1%}")]
-        cost = [_average(group, "images_per_second", "{:,.0f}"), _average(group, "memory_bytes", "{:,.0f} MiB", 2**20)]
+        shares = [_average(group, "load_entropy", "{:.3f}".format), _average(group, "dead_share", "{:.1%}".format)]
+        memory = _average(group, "memory_bytes", "{:,.0f} MiB".format, 2**20)
+        cost = [_average(group, "images_per_second", significant), memory]
         lines.append([model_name(variant, point), len(group), *sizes, *losses, *shares, *cost])
     return lines
 
 
-def _average(group: list[dict], key: str, form: str, unit: float = 1) -> str:
+def _average(group: list[dict], key: str, text: Callable[[float], str], unit: float = 1) -> str:
     values = [row[key] for row in group if row[key] is not None]
-    return form.format(statistics.fmean(values) / unit) if values else "-"
+    return text(statistics.fmean(values) / unit) if values else "-"
 
 
 def _table(lines: list[list]) -> str:

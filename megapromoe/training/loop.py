@@ -40,6 +40,8 @@ from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.progress import Progress, largest_norm
 from megapromoe.training.resuming import fill, note_skipped, plan_start
+from megapromoe.training.run_clock import RunClock, elapsed_before
+from megapromoe.training.summary import closing_lines, sample_command, summary
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -134,10 +136,14 @@ def _train(
     with repeating_cannot_help(CheckpointError):
         manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
     step = manifest["step"]
+    begins = f"resumes from step {step:,}" if step else "begins at step 0"
+    for line in summary(config, mesh.world, run.folder, begins, dataset, runtime.describe_device(device)):
+        logger.info("%s", line)
     for line in describe_changes(config, run.changed, step):  # rank 0 alone knows them, and it alone logs
         logger.info("changed since the last start: %s", line)
     if step >= t.steps:
         logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
+        logger.info("next: %s", sample_command(config, run.folder))
         return
 
     stretches = (
@@ -146,7 +152,10 @@ def _train(
         for stretch in loader.micro_batches(s, mesh.dp.size, mesh.dp.rank, t.accumulation, t.global_batch)
     )
     batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
-    metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0)
+    # Rank 0 alone logs, and its facts are those that are saved.
+    before = elapsed_before(manifest, run.metrics, t.global_batch) if mesh.rank == 0 else 0.0
+    clock = RunClock(before, step, t.steps)
+    metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     window = MetricAccumulator(config, mesh, device)
     progress = Progress(t, manifest)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
@@ -185,6 +194,7 @@ def _train(
             if last or t.save_every and step % t.save_every == 0:
                 watchdog.at(f"section 'save' of step {step}", math.inf)  # as long as ranks wait in collectives
                 facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
+                facts["elapsed_seconds"] = round(clock.elapsed, 3)
                 facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
                 facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))
                 with window.paused():
@@ -199,6 +209,10 @@ def _train(
                 )
             if progress.diverged or (step == t.steps and progress.skipped_in_a_row):
                 raise TrainingError(note_skipped(run, config, step, progress))
+            if last:
+                metrics.finish_bar()
+                for line in closing_lines(config, run.folder, step, metrics.last, clock):
+                    logger.info("%s", line)
             if progress.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
         watchdog.at("the end of the run")

@@ -16,6 +16,7 @@ from megapromoe.distributed.mesh import Mesh
 from megapromoe.nn.dit import Auxiliary
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
+from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS
 from megapromoe.training.metrics import expert_statistics, memory, throughput
 
 LOAD, GATE, APPLIED = "expert_load", "gate", "applied"
@@ -48,8 +49,9 @@ class MetricAccumulator:
 
     def add(self, denoising: Tensor, total: Tensor, auxiliary: Auxiliary) -> None:
         """Takes in a micro-batch."""
-        values = {"loss": total.detach(), "denoising": denoising.detach()}
-        values |= {name: loss_L.detach().sum() for name, loss_L in auxiliary.losses.items()}
+        values = {DENOISING_LOSS: denoising.detach()}
+        values |= {AUXILIARY_LOSSES[name]: loss_L.detach().sum() for name, loss_L in auxiliary.losses.items()}
+        values[TOTAL_LOSS] = total.detach()
         if auxiliary.dropped_L is not None:
             values["dropped_rows"] = auxiliary.dropped_L.mean()
         values |= {GATE: auxiliary.gate_L, LOAD: auxiliary.load_LE}

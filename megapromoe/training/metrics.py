@@ -9,7 +9,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,24 @@ from tqdm import tqdm
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.io import is_own_file, write_text
+from megapromoe.number_text import duration, share_of, significant
+from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS
 from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
+from megapromoe.training.run_clock import RunClock
 from megapromoe.training.tensorboard_events import EventFile
 
 logger = logging.getLogger(__name__)
 
 HEAT_MAPS = 20  # of a run: one takes as long as some steps of a small model
 
-# What progress shows, where it is logged: key, name, format.
-SHOWN = (
-    ("loss", "loss", "{:.4f}"),
-    ("gradient_norm", "grad", "{:.3g}"),
-    ("images_per_second", "img/s", "{:,.0f}"),
-    ("mfu", "mfu", "{:.1%}"),
-    ("dead_experts", "dead experts", "{:.0f}"),
+# What progress shows, where it is logged: key, name, text of the value. The total is shown where it has other parts.
+SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    (DENOISING_LOSS, "denoising loss", "{:.4f}".format),
+    *((name, name.removesuffix("_loss"), "{:.4g}".format) for name in AUXILIARY_LOSSES.values()),
+    (TOTAL_LOSS, "total", "{:.4g}".format),
+    ("gradient_norm", "grad", "{:.3g}".format),
+    ("images_per_second", "img/s", significant),
+    ("mfu", "mfu", "{:.1%}".format),
 )
 
 
@@ -51,6 +56,13 @@ class Metrics:
         first_step: steps done before; what was logged of later ones is dropped: they will be done again.
         enabled: true on one rank.
         terminal: show a progress bar, or else lines of log; None asks whether stderr is a terminal.
+        clock: of the run; None: one that begins now.
+
+    Attributes:
+        last: the values of the last logged step; None before, and unless `enabled`.
+
+    Each line of metrics.jsonl has `wall_time`, seconds since 1970 as in TensorBoard's events, and `elapsed_seconds`,
+    how long the run has trained over all of its starts, which never falls from line to line.
     """
 
     def __init__(
@@ -61,12 +73,16 @@ class Metrics:
         first_step: int = 0,
         enabled: bool = True,
         terminal: bool | None = None,
+        clock: RunClock | None = None,
     ):
         self.enabled, self.total_steps = enabled, total_steps
+        self.clock = clock or RunClock(0.0, first_step, total_steps)
+        self.last: Mapping[str, float | None] | None = None
         self._closed = False
         if not enabled:
             return
         self._blocks = config.model.moe_blocks
+        self._experts = len(self._blocks) * config.model.num_experts
         self._heat_map_every = max(1, total_steps // HEAT_MAPS)
         self._next_heat_map = first_step
         path = Path(folder) / "metrics.jsonl"
@@ -92,9 +108,12 @@ class Metrics:
         """
         if not self.enabled:
             return
+        self.last = values
         arrays = {name: torch.as_tensor(a).detach().double().cpu().numpy() for name, a in (layers or {}).items()}
         # Seven digits are all of a float32.
-        line = {"step": step} | {n: None if value is None else _json(float(value)) for n, value in values.items()}
+        line: dict[str, Any] = {"step": step, "wall_time": round(time.time(), 3)}
+        line["elapsed_seconds"] = round(self.clock.elapsed, 3)
+        line |= {n: None if value is None else _json(float(value)) for n, value in values.items()}
         line |= {name: [_json(row) for row in array] for name, array in arrays.items()}
         self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
         shown = [summary.scalar(name, float(value)) for name, value in values.items() if value is not None]
@@ -122,6 +141,11 @@ class Metrics:
             self._pictures.write((f"step-{step:08d}.png", picture))
             self.image(step, "samples", picture)
 
+    def finish_bar(self) -> None:
+        """Ends the progress bar, so that lines of log come below it."""
+        if self.enabled and self._bar is not None:
+            self._bar.close()
+
     def close(self) -> None:
         """Ends the logs and the progress bar. May be called twice."""
         if not self.enabled or self._closed:
@@ -130,16 +154,22 @@ class Metrics:
         for log in (self._lines, self._board, self._pictures):
             log.close()
         self._folder.close()
-        if self._bar is not None:
-            self._bar.close()
+        self.finish_bar()
 
     def _show(self, step: int, values: Mapping[str, float | None]) -> None:
-        shown = {name: form.format(values[key]) for key, name, form in SHOWN if values.get(key) is not None}
+        numbers = {key: value for key, value in values.items() if value is not None}
+        if not numbers.keys() & set(AUXILIARY_LOSSES.values()):
+            numbers.pop(TOTAL_LOSS, None)
+        shown = {name: text(numbers[key]) for key, name, text in SHOWN if key in numbers}
+        if "dead_experts" in numbers:
+            shown["dead experts"] = share_of(numbers["dead_experts"], self._experts)
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
-            logger.info("step %d/%d  %s", step, self.total_steps, "  ".join(f"{n} {v}" for n, v in shown.items()))
+            times = f"{duration(self.clock.elapsed)} ({duration(self.clock.left(step))} left)"
+            values_in_words = "  ".join(f"{n} {v}" for n, v in shown.items())
+            logger.info("step %d/%d  %s  %s", step, self.total_steps, times, values_in_words)
 
 
 def rewind(path: Path, step: int) -> None:

@@ -75,13 +75,14 @@ def note_skipped(run: RunDirectory, config: Config, step: int, progress: Progres
 
     It is written to the run directory too, so that launchers do not repeat what cannot go well.
     """
-    message = broadcast_from_rank0(_describe_skipped(run, config, step, progress) if this_rank() == 0 else "")
+    message = ""
     if this_rank() == 0:
+        message = _describe_skipped(run, config, step, progress)
         try:
             write_text(run.diverged, message + "\n")
         except OSError as error:
             logger.warning("%s: cannot be written: %s", run.diverged, error.strerror)
-    return message
+    return broadcast_from_rank0(message)  # after the file: the first rank that ends may end the job
 
 
 def _describe_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:

@@ -1,18 +1,23 @@
-"""What a run is, in a few lines: the head of a training log, and of a dry run. Imports no torch."""
+"""What a run is, in a few lines: the head of a training log, and of a dry run; and its end. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import Config
-from megapromoe.number_text import significant
+from megapromoe.number_text import duration, significant
 from megapromoe.planning.cost import flops_per_image, parameters
+from megapromoe.run_lines import DENOISING_LOSS
 
 if TYPE_CHECKING:
     from megapromoe.data.datasets import Dataset
+    from megapromoe.training.run_clock import RunClock
 
 
 def summary(
@@ -107,3 +112,36 @@ def _optimizer(config: Config) -> str:
     rate = f"learning rate {t.lr:g}, {t.schedule}" + (f" after {t.warmup:,} steps of warm-up" if t.warmup else "")
     clip = f"gradient norm clipped to {t.clip:g}" if t.clip else "gradient norm not clipped"
     return f"AdamW ({t.optimizer}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
+
+
+PREVIEWED = 10  # classes that the command for samples draws
+
+
+def closing_lines(
+    config: Config, folder: Path, step: int, last: Mapping[str, float | None] | None, clock: RunClock
+) -> Iterator[str]:
+    """Lines for the end of a log: what was reached, where it is saved, and of a finished run the command that shows it.
+
+    Args:
+        folder: the run directory.
+        step: that was done and saved last.
+        last: the values of the last logged step, see `Metrics.last`.
+    """
+    t = config.train
+    loss = (last or {}).get(DENOISING_LOSS)
+    reached = "" if loss is None else f"; denoising loss {loss:.4f} over the last logged steps"
+    yield f"{'done' if step >= t.steps else 'stopped'}: step {step:,} of {t.steps:,}{reached}"
+    yield f"trained for {duration(clock.elapsed)}, of which {duration(clock.of_this_start)} since the last start"
+    yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, step)}"
+    if step >= t.steps:
+        yield f"next: {sample_command(config, folder)}"
+
+
+def sample_command(config: Config, folder: Path) -> str:
+    """The command that draws some images of a run, for a shell: a picture, or arrays where these are latents."""
+    model = config.model
+    ending = "png" if model.in_channels in (1, 3) else "npz"
+    words = ["megapromoe", "sample", "--run", str(folder), "--out", str(folder / f"samples.{ending}")]
+    if model.num_classes > PREVIEWED:  # of a thousand classes, ten images of each would take long
+        words += ["--class", *map(str, range(PREVIEWED)), "--count", "4"]
+    return shlex.join(words)

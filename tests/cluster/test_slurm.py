@@ -64,7 +64,7 @@ class Job:
         return len(file.read_text().splitlines()) if file.exists() else 0
 
     def losses(self) -> list[float]:
-        return [json.loads(line)["loss"] for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line)["total_loss"] for line in (self.run / "metrics.jsonl").read_text().splitlines()]
 
     def attempts(self) -> list[list[str]]:
         """Of each attempt: its name, the newest checkpoint, the exit code, the nodes."""

@@ -42,7 +42,7 @@ def board(folder) -> dict[int, float]:
     """The losses that TensorBoard shows of a run, by step."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss")}
+    return {event.step: event.value for event in events.Scalars("total_loss")}
 
 
 def test_a_branch_is_stopped_and_resumed_by_the_same_command(tmp_path):

@@ -48,7 +48,11 @@ def check(folder: Path, warnings: list[str]) -> list[str]:
     """All steps are in all logs, the last checkpoint is whole; returns what the saves said."""
     assert len(losses(folder)) == 8 and None not in losses(folder)
     board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [e.step for e in board.Scalars("loss")] == [e.step for e in board.Images("samples")] == list(range(1, 9))
+    assert (
+        [e.step for e in board.Scalars("denoising_loss")]
+        == [e.step for e in board.Images("samples")]
+        == list(range(1, 9))
+    )
     assert len(list((folder / "samples").iterdir())) == 8
     assert 8 in steps_in(folder / "checkpoints")
     Checkpoint(folder_of(folder / "checkpoints", 8)).verify()

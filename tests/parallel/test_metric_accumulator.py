@@ -41,18 +41,21 @@ def test_means_are_over_the_applied_steps_of_all_ranks():
     losses = [[1.0, 2.0], [NAN, 3.0], [5.0, 6.0], [1e30, math.inf]]
     results = run(2, windows, losses, [True, False, True, False], 1)
     for values, layers, damaged in results:
-        assert values["denoising"] == (1 + 2 + 5 + 6) / 4 + 0.5
-        assert values["loss"] == 2 * values["denoising"] and values["rcl"] == 1.5 * values["denoising"]
+        assert values["denoising_loss"] == (1 + 2 + 5 + 6) / 4 + 0.5
+        assert (
+            values["total_loss"] == 2 * values["denoising_loss"]
+            and values["contrastive_loss"] == 1.5 * values["denoising_loss"]
+        )
         assert (values["steps_averaged"], values["gradient_norm"], values["learning_rate"]) == (2, 7.0, 0.1)
         assert torch.equal(layers["expert_load"], 8 * LOAD_LE) and values["dead_experts"] == 1
-        assert layers["gate"].tolist() == pytest.approx([0.5 * values["denoising"], values["denoising"]])
+        assert layers["gate"].tolist() == pytest.approx([0.5 * values["denoising_loss"], values["denoising_loss"]])
         assert damaged == values["damaged_samples"] == 8, "records are damaged whatever becomes of the step"
 
 
 def test_a_window_without_an_applied_step_has_no_means():
     for values, layers, _ in run(2, windows, [[NAN], [2.0]], [False, False]):
-        assert {name: values[name] for name in ("loss", "denoising", "rcl")} == dict.fromkeys(
-            values.keys() & {"loss", "denoising", "rcl"}
+        assert {name: values[name] for name in ("total_loss", "denoising_loss", "contrastive_loss")} == dict.fromkeys(
+            values.keys() & {"total_loss", "denoising_loss", "contrastive_loss"}
         )
         assert values["steps_averaged"] == 0 and not layers
         assert "dead_experts" not in values and values["images_per_second"] > 0
@@ -84,7 +87,7 @@ def changed_metrics() -> bool:
     micro_batch(window, 1.0)
     window.end_step(torch.tensor(True))
     window.add(torch.tensor(1.0), torch.tensor(1.0), Auxiliary({}, LOAD_LE, torch.ones(2)))
-    with pytest.raises(ValueError, match="rcl"):
+    with pytest.raises(ValueError, match="contrastive_loss"):
         window.end_step(torch.tensor(True))
     return True
 
@@ -118,11 +121,11 @@ def test_a_loss_that_is_not_finite_leaves_the_means_of_its_window(tmp_path, faul
     run(2, spoilt, str(window), (2, 4, 5, 6), "train.steps=7", "train.log_every=3")
     steps = lines(each)
     assert [line["steps_averaged"] for line in steps] == [1, 0, 1, 0, 0, 0, 1]
-    assert [line["loss"] is None for line in steps] == [False, True, False, True, True, True, False]
+    assert [line["total_loss"] is None for line in steps] == [False, True, False, True, True, True, False]
     first, last, _ = lines(window)
-    assert first["loss"] == pytest.approx((steps[0]["loss"] + steps[2]["loss"]) / 2, rel=1e-6)
+    assert first["total_loss"] == pytest.approx((steps[0]["total_loss"] + steps[2]["total_loss"]) / 2, rel=1e-6)
     assert first["steps_averaged"] == 2 and first["expert_load"]
-    assert last["steps_averaged"] == 0 and last["loss"] is last["denoising"] is None
+    assert last["steps_averaged"] == 0 and last["total_loss"] is last["denoising_loss"] is None
     fault_table.append(
         (
             "a loss that is not finite",

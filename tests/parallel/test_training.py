@@ -68,12 +68,20 @@ def test_the_run_directory_explains_itself(tmp_path):
     names = {p.name for p in folder.iterdir()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard"} <= names
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    needed = {"step", "loss", "denoising", "rcl", "gradient_norm", "learning_rate", "images_per_second"}
+    needed = {
+        "step",
+        "total_loss",
+        "denoising_loss",
+        "contrastive_loss",
+        "gradient_norm",
+        "learning_rate",
+        "images_per_second",
+    }
     needed |= {"flops_per_second", "memory_bytes", "dead_experts", "expert_load", "gate"}
     assert needed <= set(line) and line["step"] == 6
     conditional_rows = sum(map(sum, line["expert_load"]))
     assert conditional_rows % 16 == 0 and 0 < conditional_rows <= 2 * 16 * 16
-    assert line["loss"] == pytest.approx(line["denoising"] + line["rcl"], rel=1e-5)
+    assert line["total_loss"] == pytest.approx(line["denoising_loss"] + line["contrastive_loss"], rel=1e-5)
     assert (folder / "samples" / "step-00000006.png").stat().st_size > 100
     place = folder_of(folder / "checkpoints", 6)
     assert len({p.stat().st_mode for p in place.iterdir()}) == 1, "some files are private, some are not"

@@ -104,7 +104,7 @@ def test_training_is_that_of_the_package(measured):
     lines = (measured / "train" / "digits" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
     assert (measured / "train" / "digits" / "checkpoints" / "step-00000004").is_dir()
-    assert stage_figures("train", measured / "train")[0].startswith("digits: step 4, loss ")
+    assert stage_figures("train", measured / "train")[0].startswith("digits: step 4, denoising loss ")
 
 
 @pytest.mark.full

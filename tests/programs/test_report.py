@@ -40,23 +40,29 @@ def test_the_classifier_is_good_on_digits_it_has_not_seen():
 def test_figures_of_known_lines():
     config = resolve("digits", overrides=["train.global_batch=100"])
     lines = [
-        {"step": 50, "loss": 9.0, "images_per_second": 500.0},  # 10 s
-        {"step": 100, "loss": 4.0, "images_per_second": 1000.0},  # 5 s
-        {"step": 150, "loss": None, "images_per_second": 1000.0},  # 5 s
-        {"step": 200, "loss": 1.0, "images_per_second": 250.0},  # 20 s
+        {"step": 50, "denoising_loss": 9.0, "total_loss": 9.5, "images_per_second": 500.0},  # 10 s
+        {"step": 100, "denoising_loss": 4.0, "total_loss": 4.5, "images_per_second": 1000.0},  # 5 s
+        {"step": 150, "denoising_loss": None, "total_loss": None, "images_per_second": 1000.0},  # 5 s
+        {"step": 200, "denoising_loss": 1.0, "total_loss": 1.5, "images_per_second": 250.0},  # 20 s
     ]
     figures = training_figures(lines, config)
     assert figures["steps"] == 200
     assert figures["final_loss"] == 1.0  # of steps 101..200 that have one
+    assert figures["final_losses"] == {"denoising_loss": 1.0, "total_loss": 1.5}
     assert figures["images_per_second"] == 750.0
-    assert figures["training_seconds"] == pytest.approx(40.0)
+    assert figures["training_seconds"] == figures["elapsed_seconds"] == pytest.approx(40.0)
+    timed = [line | {"elapsed_seconds": 3.0 * line["step"]} for line in lines]
+    assert training_figures(timed, config)["elapsed_seconds"] == 600.0
     assert training_figures(lines[:2], config)["final_loss"] == 6.5
     with pytest.raises(ReportError, match="no line"):
         training_figures([], config)
 
 
 def write_metrics(run):
-    (run / "metrics.jsonl").write_text('{"step": 2, "loss": 1.5, "images_per_second": 8.0}\n')
+    """Of an earlier version, whose `loss` is the total, and of this one."""
+    former = {"step": 1, "loss": 9.0, "denoising": 1.0, "rcl": 8.0, "images_per_second": 8.0}
+    line = {"step": 2, "total_loss": 10.0, "denoising_loss": 2.0, "contrastive_loss": 8.0, "images_per_second": 8.0}
+    (run / "metrics.jsonl").write_text(f"{json.dumps(former)}\n{json.dumps(line)}\n{{torn")
 
 
 @pytest.mark.parametrize("router", ["promoe", "dense"])
@@ -71,11 +77,13 @@ def test_the_report_of_a_run(router, tmp_path):
     assert report["training_seconds"] == 2.0  # two steps of 8 images
     assert 0 <= report["accuracy"] <= 1 and report["sampling"]["images"] == 20
     page = (tmp_path / "report.md").read_text()
-    assert "| time of waiting | 7 s |" in page and "samples.png" in page
+    assert "| time of waiting | 7 s |" in page and "samples.png" in page and "(loss.png)" in page
+    means = "denoising loss, contrastive loss, total loss, means of the last 100 steps"
+    assert f"| {means} | 1.5000, 8.0000, 9.5000 |" in page
     assert f"**{report['accuracy']:.1%}** of 20" in page
     assert ("routing" in report) == ("routing.png" in page) == (tmp_path / "routing.png").exists()
     assert ("routing" in report) == (router == "promoe")
-    assert (tmp_path / "samples.png").exists()
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "loss.png").exists()
 
 
 def test_latents_have_neither_picture_nor_reader(tmp_path):

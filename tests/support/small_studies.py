@@ -41,7 +41,10 @@ def compared(**changes):
 
 
 def finished(tmp_path, made, loss=lambda task: 0.5):
-    """A study whose every task looks done, with metrics whose means are known."""
+    """A study whose every task looks done, with metrics whose means are known.
+
+    Half of the lines have the names of earlier versions, as in runs that were resumed by this one.
+    """
     study = plan(tmp_path, made)
     for task in study.tasks:
         saved = study.run(task) / "checkpoints" / f"step-{task.config.train.steps:08d}"
@@ -50,7 +53,10 @@ def finished(tmp_path, made, loss=lambda task: 0.5):
         lines = []
         moe = len(task.config.model.moe_blocks)
         for step in range(1, task.config.train.steps + 1):
-            line = {"step": step, "loss": 9.0, "denoising": 1.0 + step, "images_per_second": 100.0 + step**2}
+            names = ("total_loss", "denoising_loss") if (task.index + step) % 2 else ("loss", "denoising")
+            line = {"step": step, "images_per_second": 100.0 + step**2} | dict(
+                zip(names, (9.0, 1.0 + step), strict=True)
+            )
             line |= {"flops_per_second": 5.0, "memory_bytes": 1000 - step}
             if moe:
                 experts = task.config.model.num_experts

@@ -32,5 +32,5 @@ def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def losses(folder: Path) -> list[float]:
-    """The losses that a run logged, in order."""
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The total losses that a run logged, in order."""
+    return [json.loads(line)["total_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

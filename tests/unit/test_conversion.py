@@ -1,6 +1,7 @@
 """Checkpoints of every format: converted there and back to the bit, streamed, inspected."""
 
 import json
+import math
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.published_names import constants
 from megapromoe.conversion.state import State
 from megapromoe.conversion.torch_files import read_pickle
+from megapromoe.planning.cost import parameters
 
 
 def assert_same(one: State, other: State, kinds: tuple[str, ...] = KINDS) -> None:
@@ -185,6 +187,21 @@ def test_views_and_strides_of_a_saved_tensor_are_read_as_they_are(tmp_path):
         assert torch.equal(out, tensor.double()), name
 
 
+def test_inspection_does_not_claim_updates_of_converted_weights(tmp_path, capsys):
+    state = state_of("promoe_tc")
+    weights, run = tmp_path / "w.safetensors", tmp_path / "run"
+    export(state, weights, "safetensors", "ema")
+    export(open_state(weights), run, "ours")
+    for path, text in ((weights, "weights without moments"), (run, "converted, with moments that start at zero")):
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert f"{text}: updates not known" in out and "0 updates" not in out
+        assert main(["inspect", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["updates"] is None
+    count = parameters(state.config.model)
+    assert f"{count.total:,} parameters ({count.trainable:,} trained" in out
+
+
 def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
     state = state_of("promoe_tc")
     export(state, tmp_path / "run", "ours")
@@ -210,6 +227,8 @@ def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["layout"].startswith("1 rank files") and said["step"] == 12
+    assert said["updates"] == 10 and said["parameters"] == parameters(state.config.model).total
+    assert said["trained_parameters"] == sum(math.prod(shape) for shape in state.shapes.values())
     for name in state.shapes:
         for kind in KINDS:
             assert said["tensors"][name]["norm"][kind] == pytest.approx(float(state.read(kind, name).norm()), rel=1e-5)

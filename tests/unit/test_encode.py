@@ -12,6 +12,7 @@ from PIL import Image
 from support.latent_folders import Arrays, published, write
 
 from megapromoe.cli import main
+from megapromoe.commands.data import preset_of_shape
 from megapromoe.data import encode
 from megapromoe.data.autoencoder import open_autoencoder
 from megapromoe.data.contact_sheet import GAP, MARGIN, contact_sheet
@@ -292,12 +293,20 @@ def test_the_numbers_of_classes_and_hidden_folders_are_mentioned_before_anything
     assert "there are no classes to order" in capsys.readouterr().err
 
 
+def test_speed_compares_with_a_preset_of_the_same_shape(tmp_path, capsys):
+    assert [preset_of_shape(shape) for shape in ((4, 32, 32), (1, 8, 8), (4, 8, 8))] == ["promoe_xl", "digits", None]
+    folder = write(tmp_path / "l", Arrays(count=16, shape=(1, 8, 8)))
+    code, out = command(capsys, "speed", folder, "--seconds", 1, "--batch", 8)
+    assert code == 0 and "\ndigits at 1x8x8 on one H100 takes at most" in out and "promoe_xl" not in out
+
+
 def test_speed_says_how_many_images(tmp_path, capsys):
     folder = write(tmp_path / "l")
     code, out = command(
         capsys, "speed", folder, "--seconds", 1, "--workers", 2, "--batch", 8, "--cache", tmp_path / "c"
     )
-    assert code == 0 and "images/s in 2 threads, 2x4x4" in out and "promoe_xl" in out
+    assert code == 0 and "images/s in 2 threads, 2x4x4" in out
+    assert "promoe" not in out and "H100" not in out, "no preset takes this shape"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from unittest.mock import ANY
 
 import matplotlib
 import numpy as np
@@ -21,6 +23,7 @@ from megapromoe.training.metrics import (
 )
 
 CONFIG = resolve("digits")  # MoE blocks 1 and 3, 4 experts
+TIMES = {"wall_time": ANY, "elapsed_seconds": ANY}
 LOAD_LE = torch.tensor([[4, 2, 2, 0], [2, 2, 2, 2]])
 
 
@@ -32,7 +35,7 @@ def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
     log = Metrics(tmp_path, CONFIG, total_steps=100, terminal=False)
     log.log(10, {"loss": 0.5, "images_per_second": 1234.5}, {"load": LOAD_LE, "gate": torch.tensor([0.25, 0.5])})
     assert lines(tmp_path) == [
-        {"step": 10, "loss": 0.5, "images_per_second": 1234.5, "load": LOAD_LE.tolist(), "gate": [0.25, 0.5]}
+        {"step": 10, "loss": 0.5, "images_per_second": 1234.5, "load": LOAD_LE.tolist(), "gate": [0.25, 0.5]} | TIMES
     ]
     log.close()
 
@@ -41,7 +44,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     log = Metrics(tmp_path, CONFIG, total_steps=100, terminal=False)
     log.log(1, {"loss": float("nan"), "gradient_norm": float("inf")}, {"gate": [float("nan"), 1.0]})
     log.close()
-    assert lines(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "gate": [None, 1]}]
+    assert lines(tmp_path) == [{"step": 1, "loss": None, "gradient_norm": None, "gate": [None, 1]} | TIMES]
 
 
 def test_resuming_drops_what_will_be_done_again(tmp_path):
@@ -101,12 +104,14 @@ def test_a_disabled_one_writes_nothing(tmp_path, capsys):
 
 def test_progress_is_a_line_of_log_or_a_bar(tmp_path, capsys, caplog):
     caplog.set_level(logging.INFO)
-    values = {"loss": 0.51234, "images_per_second": 4321.0, "dead_experts": 0.0}
+    values = {"denoising_loss": 0.51234, "total_loss": 0.51234, "images_per_second": 4321.0, "dead_experts": 3.0}
     (tmp_path / "plain").mkdir()
     plain = Metrics(tmp_path / "plain", CONFIG, total_steps=2500, terminal=False)
     plain.log(100, values)
     plain.close()
-    assert caplog.messages == ["step 100/2500  loss 0.5123  img/s 4,321  dead experts 0"]
+    (line,) = caplog.messages
+    assert re.fullmatch(r"step 100/2500  0:00:0\d \(0:\d\d:\d\d left\)  denoising loss .*", line)
+    assert line.endswith("denoising loss 0.5123  img/s 4,321  dead experts 3 of 8")
     caplog.clear()
     (tmp_path / "bar").mkdir()
     bar = Metrics(tmp_path / "bar", CONFIG, total_steps=2500, first_step=50, terminal=True)
@@ -114,7 +119,7 @@ def test_progress_is_a_line_of_log_or_a_bar(tmp_path, capsys, caplog):
     bar.close()
     bar.close()
     shown = capsys.readouterr().err
-    assert "100/2500" in shown and "loss=0.5123" in shown and "img/s=4,321" in shown
+    assert "100/2500" in shown and "denoising loss=0.5123" in shown and "img/s=4,321" in shown
     assert not caplog.messages
 
 

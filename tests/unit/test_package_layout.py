@@ -19,6 +19,7 @@ ORDER = (
         "versions",
         "plot_text",
         "number_text",
+        "run_lines",
         "config",
         "planning",
         "distributed",

@@ -1,17 +1,22 @@
 """What a run is, in a few lines; numbers as text."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megapromoe.cli import parse
+from megapromoe.commands.sample import generation_request
 from megapromoe.config.presets import PRESETS
-from megapromoe.config.resolve import resolve
+from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.data.sources import open_dataset
+from megapromoe.io import write_text
 from megapromoe.number_text import duration, share_of, significant
 from megapromoe.planning.cost import parameters
-from megapromoe.training.summary import summary
+from megapromoe.training.run_clock import RunClock
+from megapromoe.training.summary import closing_lines, sample_command, summary
 
 RUN = Path("runs/x")
 
@@ -45,6 +50,30 @@ def test_every_preset_has_a_summary(name):
 def test_the_summary_needs_no_torch():
     code = "import sys, megapromoe.training.summary; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_next_command_is_one_that_sample_takes(name, tmp_path):
+    folder = tmp_path / "a run"
+    write_text(folder / "config.yaml", to_yaml(resolve(name)), parents=True)
+    words = shlex.split(sample_command(resolve(name), folder))
+    assert words[0] == "megapromoe"
+    options = parse(words[1:])
+    assert options.command == "sample" and options.run == folder
+    generation_request(options, options.out).checked(world=1)
+
+
+def test_a_log_ends_with_what_was_reached():
+    clock = RunClock(3600.0, first_step=20, total_steps=500)
+    lines = list(closing_lines(resolve("digits"), RUN, 500, {"denoising_loss": 0.51234, "total_loss": 9.0}, clock))
+    assert lines[0] == "done: step 500 of 500; denoising loss 0.5123 over the last logged steps"
+    assert lines[1] == "trained for 1:00:00, of which 0:00:00 since the last start"
+    assert lines[2:] == [
+        "checkpoint: runs/x/checkpoints/step-00000500",
+        "next: megapromoe sample --run runs/x --out runs/x/samples.png",
+    ]
+    stopped = list(closing_lines(resolve("digits"), RUN, 28, None, clock))
+    assert stopped[0] == "stopped: step 28 of 500" and stopped[-1].endswith("step-00000028")
 
 
 @pytest.mark.parametrize(
