@@ -55,14 +55,15 @@ def run(options: argparse.Namespace, launch) -> int:
         raise CommandError("--yaml: is for --dry-run; `megapromoe show` prints a configuration as well")
     config = resolve_options(options, launch.world)
     if options.dry_run:
-        from megapromoe.training.dry_run import examine_start, summary
+        from megapromoe.training.dry_run import examine_start
+        from megapromoe.training.summary import summary
 
         state, dataset, refused = examine_start(config, options.run, options.allow, options.step, options.fork)
         if launch.rank == 0 and options.yaml:
             print("\n".join(describe(config, launch.world)))
-            print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
+            print(f"#\n# run directory\n# {options.run}: {state}".replace("\n  ", "\n#   "))
         elif launch.rank == 0:
-            print("\n".join(summary(config, launch.world, dataset, state)))
+            print("\n".join(summary(config, launch.world, options.run, state, dataset)))
         if refused:
             sys.stdout.flush()  # before the error, which is printed elsewhere
             raise refused
