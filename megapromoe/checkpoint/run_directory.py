@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megapromoe.checkpoint.environment import describe_start
-from megapromoe.checkpoint.origin import Origin, changed_settings, is_fixed
+from megapromoe.checkpoint.origin import Origin, changed_settings, fixed_changes
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
@@ -297,7 +297,7 @@ class RunDirectory:
         changed, forced = self._changed_settings(config), set(force)
         before = next((e["data"] for e in reversed(self._starts()) if e.get("data")), None)
         now = data_identity(config)
-        fixed = [key for key in changed if key not in forced and is_fixed(key)]
+        fixed = fixed_changes(changed, forced)
         other_data = before is not None and now is not None and now != before and "data" not in forced
         if not fixed and not other_data:
             return _Comparison(changed, now or before)

@@ -6,6 +6,7 @@ import sys
 from megapromoe.commands.command_line import CommandError
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options, run_option
 from megapromoe.commands.show import describe
+from megapromoe.config.resolve import check_trainable
 
 EPILOG = f"""\
 Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace, launch) -> int:
             sys.stdout.flush()  # before the error, which is printed elsewhere
             raise refused
         return 0
+    check_trainable(config)
     from megapromoe.distributed import runtime
 
     runtime.prepare()

@@ -14,7 +14,7 @@ import yaml
 
 from megapromoe.config import class_groups
 from megapromoe.config.deepspeed_file import read_deepspeed
-from megapromoe.config.options import Config, ConfigError, Rule, sentences, to_dict, world_rules
+from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.reader import (
     TypedText,
@@ -83,6 +83,12 @@ def check(config: Config, world: int | None = None) -> None:
     """Raise ConfigError, listing everything, unless `config` can run (over `world` ranks, where given)."""
     if problems := _violations(config, world, set()):
         raise ConfigError(problems)
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError unless `config` says what to train on, which no preset of a large model does."""
+    if config.data.source == UNSET:
+        raise ConfigError([f"data.source = {UNSET!r}: {NO_DATA}"])
 
 
 def to_yaml(config: Config) -> str:

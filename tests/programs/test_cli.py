@@ -435,6 +435,44 @@ def test_dry_run_opens_the_data(trained, tmp_path, capsys):
     assert not trained and sorted(p.name for p in tmp_path.iterdir()) == ["latents"]
 
 
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("digits", "fashion")])
+def test_a_large_preset_trains_on_nothing_that_was_not_chosen(preset, trained, tmp_path, capsys):
+    line = ["train", "--preset", preset, "--run", str(tmp_path / "run")]
+    remedies = ["data.source=latents data.path=DIR", "data.source=synthetic"]
+    for words in ([], ["--dry-run"]):
+        assert cli.main([*line, *words]) == 2
+        said = capsys.readouterr().err
+        assert "data.source = 'unset': nothing is chosen to train on" in said and all(r in said for r in remedies)
+    assert not trained and not (tmp_path / "run").exists()
+    assert cli.main([*line, "data.path=latents"]) == 2
+    assert "data.path = 'latents': is for data.source = latents or fashion_mnist: set that" in capsys.readouterr().err
+    assert cli.main([*line, "data.source=synthetic"]) == 0 and trained[0][0].data.source == "synthetic"
+    assert cli.main([*line, "data.source=latents", "data.path=DIR"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "--preset", "promoe_l"],
+        ["plan", "--preset", "promoe_xl", "--nodes", "1"],
+        ["study", "plan", "study", "--preset", "promoe_b"],
+        ["benchmark", "all", "--quick", "--dry-run"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_reads_no_data_needs_none(words, alone, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 0
+    if words[0] == "show":
+        assert "source: unset" in capsys.readouterr().out
+        assert cli.main([*words, "--to-train"]) == 2
+    if words[0] == "study":
+        assert "cannot be trained yet: data.source = 'unset'" in capsys.readouterr().out
+        for action in (["run"], ["submit", "--dry-run"]):
+            assert cli.main(["study", action[0], "study", *action[1:]]) == 2
+            assert "data.source=synthetic" in capsys.readouterr().err
+
+
 def test_dry_run_of_a_run_in_use_may_be_tried_again(trained, tmp_path, capsys):
     with RunDirectory.claim(tmp_path, resolve("digits"), 1):
         assert cli.main(["train", "--run", str(tmp_path), "--dry-run"]) == 1

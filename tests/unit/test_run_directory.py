@@ -12,7 +12,9 @@ import pytest
 from megapromoe.checkpoint.environment import git_state
 from megapromoe.checkpoint.history import progress
 from megapromoe.checkpoint.manifest import seal
+from megapromoe.checkpoint.origin import Origin, OtherRun
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import resolve
 
 FIXED = ("train.steps=2500", "train.lr=1e-3", "sample.steps=50")  # the preset is tuned now and then
@@ -118,6 +120,28 @@ def test_a_start_that_was_killed_early_does_not_block_the_next(tmp_path):
         (tmp_path / "config.yaml").unlink()
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
     assert "checkpoints" in refusal(tmp_path)
+
+
+def test_a_checkpoint_of_unknown_data_can_be_trained_on_any(tmp_path):
+    """As of a converted checkpoint, whose configuration says nothing about its data."""
+    unknown = resolve("promoe_s", overrides=["data.flip=false"])
+    start(tmp_path, unknown)
+    chosen = resolve("promoe_s", overrides=["data.source=synthetic", "data.size=99", "data.flip=true"])
+    manifest = {"config": to_dict(unknown)}
+    Origin("run", None, chosen).check(tmp_path, manifest)
+    assert "changes" in RunDirectory(tmp_path).state(chosen)
+    start(tmp_path, chosen)
+    assert "data.size: the run has 99, not 98" in refusal(tmp_path, resolve(file=write_config(tmp_path, 98)))
+    other = resolve("promoe_s", overrides=["data.source=synthetic", "model.depth=10"])
+    with pytest.raises(OtherRun, match="model.depth") as told:
+        Origin("run", None, other).check(tmp_path, manifest)
+    assert "data." not in str(told.value)
+
+
+def write_config(folder: Path, size: int) -> Path:
+    file = folder.with_suffix(".yaml")
+    file.write_text((folder / "config.yaml").read_text().replace("size: 99", f"size: {size}"))
+    return file
 
 
 # ---- a start that takes no step
