@@ -2,7 +2,7 @@
 ## Trains on this machine: on its GPUs, or on 4 CPU processes.
 ##
 ##   launchers/local.sh [PRESET] [section.key=value ...]            the preset is digits unless named
-##   launchers/local.sh promoe_b parallel.ep=2 train.steps=1000
+##   launchers/local.sh promoe_b parallel.ep=2 data.source=latents data.path=latents/train
 ##   NPROC=2 launchers/local.sh digits --dry-run
 ##
 ## Repeat the command to continue. Ranks other than 0 write to RUN_DIR/logs.

@@ -2,7 +2,8 @@
 ## Trains with mpirun: on this machine, on the hosts of a file, or in an allocation of SLURM that it knows.
 ##
 ##   launchers/mpirun.sh [PRESET] [section.key=value ...]           the preset is digits unless named
-##   HOSTFILE=hosts launchers/mpirun.sh promoe_l parallel.ep=8      lines such as: gpu01 slots=8
+##   HOSTFILE=hosts launchers/mpirun.sh promoe_l data.source=latents data.path=latents/train
+##                                                                  lines such as: gpu01 slots=8
 ##   launchers/mpirun.sh promoe_l --dry-run
 ##
 ## Needs megapromoe[mpi] and an MPI. Repeat the command to continue.

@@ -101,7 +101,12 @@ check_settings() { # ranks
             chosen+=("$word") takes=1
         fi
     done
-    "${program[@]}" show --ranks "$1" "${chosen[@]}" "${settings[@]}" >/dev/null || exit 2
+    chosen+=("${settings[@]}")
+    if "${program[@]}" show --to-train --ranks "$1" "${chosen[@]}" >/dev/null; then
+        return 0
+    fi
+    # A dry run needs no data, and has printed what a start would be refused for.
+    [[ -n $dry_run ]] && "${program[@]}" show --ranks "$1" "${chosen[@]}" >/dev/null 2>&1 || exit 2
 }
 
 # The environment of the ranks. What is set already stays.

@@ -7,7 +7,8 @@ source "$here/slurm.sh"
 size=$preset # stays that of the script: PRESET names another model for the same resources
 HELP="
   sbatch launchers/$size.sh [section.key=value ...]
-  sbatch --nodes=4 launchers/$size.sh train.steps=1000
+  sbatch --nodes=4 launchers/$size.sh data.source=latents data.path=latents/train
+  sbatch launchers/$size.sh data.source=synthetic train.steps=1000       random latents, for timing
   bash launchers/$size.sh --dry-run [--nodes=4] [section.key=value ...]
 $HELP"
 

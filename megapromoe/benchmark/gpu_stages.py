@@ -94,6 +94,7 @@ def _trainings(folder: Path, device: str, quick: bool) -> list[StageCommand]:
     if not quick:
         large = ["--preset", "promoe_l", "--run", str(folder / "promoe_l"), f"train.deepspeed={precision}_zero1"]
         large += ["train.steps=50", "train.log_every=5", "train.global_batch=64", "train.save_every=0"]
+        large += ["data.source=synthetic"]
         commands.append(StageCommand("promoe_l", (*base, *large), signal.SIGTERM))
     return commands
 

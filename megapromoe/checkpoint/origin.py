@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint.manifest import CheckpointError
-from megapromoe.config.options import Config, to_dict
+from megapromoe.config.options import UNSET, Config, to_dict
 
 # Sections and fields that make a run what it is: the network, what it sees, what it learns, AdamW's update.
 # They must stay as they were. All else may change between starts: how the work lies over ranks, how images
@@ -48,7 +48,7 @@ class Origin:
         """
         allowed = set(allow)
         changed = changed_settings(manifest.get("config", {}), self.config) if manifest.get("config") else {}
-        differences = {key: values for key, values in changed.items() if is_fixed(key)}
+        differences = {key: changed[key] for key in fixed_changes(changed)}
         for key, ours in (("run", self.run), ("data", self.data)):
             theirs = manifest.get(key)
             if None not in (theirs, ours) and theirs != ours:
@@ -68,6 +68,16 @@ class Origin:
 def is_fixed(key: str) -> bool:
     """Whether a setting, such as "data.seed", must stay as it was at a run's first start."""
     return key in FIXED or key.split(".")[0] in FIXED
+
+
+def fixed_changes(changed: Mapping[str, list[Any]], allow: Iterable[str] = ()) -> list[str]:
+    """Those of changed settings (dotted name -> [stored, new]) that make another run, unless `allow` names them.
+
+    What converted checkpoints were trained on is not known: with a stored data.source of "unset" any may be chosen.
+    """
+    allowed, free = set(allow), changed.get("data.source", [None])[0] == UNSET
+    fixed = [key for key in changed if is_fixed(key) and key not in allowed]
+    return [key for key in fixed if not (free and key.startswith("data."))]
 
 
 def changed_settings(stored: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, list[Any]]:

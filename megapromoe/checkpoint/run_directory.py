@@ -6,7 +6,7 @@ environment.json    a list, one entry per start: versions, host, ranks, command 
 metrics.jsonl       one line per logged step
 checkpoints/        step-XXXXXXXX/
 branches/           what a start that went back left behind, see `history.py`
-samples/            pictures drawn while training
+samples/            pictures drawn while training, and by `megapromoe sample`
 tensorboard/        events
 logs/               what each rank said, a folder for each attempt (launchers)
 diverged.txt        why the latest start ended, if its last steps were skipped; launchers do not repeat it
@@ -14,6 +14,7 @@ run.lock            locked by the run that lives; its text says who
 ==================  =================================================================================
 
 A second start in the same folder continues the run. What would make it another run is refused; see `origin.FIXED`.
+A start that fails before its first step, because of its data for example, leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -24,28 +25,25 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import shlex
 import socket
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megapromoe.checkpoint.origin import Origin, changed_settings, is_fixed
+from megapromoe.checkpoint.environment import describe_start
+from megapromoe.checkpoint.origin import Origin, changed_settings, fixed_changes
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import open_regular, staging_path, write_json, write_text
-from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
+
+_LOCK_ATTEMPTS = 20
 
 
 class RunDirectoryError(UserError):
@@ -61,8 +59,23 @@ class RunInUse(RunDirectoryError):
     exit_code = ExitCode.FAILED
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """A start beside the run in its folder.
+
+    Attributes:
+        changed: settings that differ, name -> [stored, new].
+        data: identity of the data set, for environment.json; None if it has none, or cannot be read.
+        anew: why the folder is configured anew, if it is.
+    """
+
+    changed: dict[str, list[Any]]
+    data: str | None
+    anew: str = ""
+
+
 class RunDirectory:
-    """The paths of a run. Any process may make one to read; `open` makes one that owns the folder."""
+    """The paths of a run. Any process may make one to read; `claim` and `open` make one that owns the folder."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -78,43 +91,71 @@ class RunDirectory:
         self.changed: dict[str, list[Any]] = {}
         """Settings that differ from the last start's, name -> [then, now]; known to who has opened the folder."""
         self._lock: IO[str] | None = None
+        self._start: tuple[list[dict[str, Any]], Config] | None = None  # claimed, and not recorded yet
+        self._made_folder = self._made_lock = False
 
     @classmethod
     def open(
         cls, folder: Path, config: Config, world: int, force: Iterable[str] = (), *, launcher: str = "python"
     ) -> RunDirectory:
-        """Makes the folder, or takes it up again, and owns it until `close` or the end of the process.
+        """`claim`, and `record` at once: for a start that nothing can refuse any more."""
+        run = cls.claim(folder, config, world, force, launcher=launcher)
+        try:
+            run.record()
+        except BaseException:
+            run.close()
+            raise
+        return run
 
-        Called by one process of a job, rank 0. Other processes read the paths from `RunDirectory(folder)`.
+    @classmethod
+    def claim(
+        cls, folder: Path, config: Config, world: int, force: Iterable[str] = (), *, launcher: str = "python"
+    ) -> RunDirectory:
+        """Owns the folder, which is made if needed, until `close` or the end of the process.
+
+        Of the start nothing is written before `record`: if it fails until then, `close` leaves the folder as it was,
+        and another start may be of another config. A run that took no step may be configured anew, and is then a new
+        run. Called by one process of a job, rank 0. Other processes read the paths from `RunDirectory(folder)`.
 
         Args:
             world: ranks of the job.
             force: dotted names of `FIXED` fields that may differ from the stored config nonetheless.
             launcher: who started the job, for environment.json.
 
-        Raises RunDirectoryError, leaving all but run.lock as it was, if a live run owns the folder, if it
-        holds other things than a run, if its config differs in a `FIXED` field, or if it cannot be written.
+        Raises RunDirectoryError if a live run owns the folder, if it holds other things than a run, if the run in it
+        took steps and its config differs in a `FIXED` field, or if it cannot be written.
         """
         run = cls(folder)
         try:
             with run._clear_errors():
                 run._refuse_strangers()
-                run.folder.mkdir(parents=True, exist_ok=True)
-                run._take_lock()
-                changed = run.changed = run._compare(config, force)
-                data = run._compare_data(config, force)
-                entries = run._starts()
+                run._make_and_lock()
+                comparison = run._compare(config, force)
+                run.changed = comparison.changed
+                entries = [] if comparison.anew else run._starts()
                 first = {} if entries else {"run": uuid.uuid4().hex[:12]}
-                entries.append(first | _environment(config, world, launcher, changed, data))
-                for path in (run.checkpoints, run.samples, run.tensorboard):
-                    path.mkdir(exist_ok=True)
-                write_json(run.environment, entries, indent=2)
-                write_text(run.config_file, to_yaml(config))
+                entry = first | describe_start(config, world, launcher, comparison.changed, comparison.data)
+                run._start = [*entries, entry], config
                 run.diverged.unlink(missing_ok=True)
         except BaseException:
             run.close()
             raise
+        if comparison.anew:
+            logger.info("%s: %s", run.folder, comparison.anew)
         return run
+
+    def record(self) -> None:
+        """Writes what `claim` has prepared: config.yaml, and the start's entry in environment.json.
+
+        Raises RunDirectoryError if the folder cannot be written.
+        """
+        assert self._start is not None, "of a run that was claimed"
+        entries, config = self._start
+        with self._clear_errors():
+            self.checkpoints.mkdir(exist_ok=True)
+            write_json(self.environment, entries, indent=2)
+            write_text(self.config_file, to_yaml(config))
+        self._start = None
 
     def state(self, config: Config, force: Iterable[str] = (), progress: str = "continues", step: int = 0) -> str:
         """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would.
@@ -125,15 +166,27 @@ class RunDirectory:
         """
         with self._clear_errors():
             self._refuse_strangers()
-            if not self.config_file.exists():
-                return f"{self.folder}: a new run"
             if self.lock_file.exists():
                 self._take_lock(look=True)
                 self.close()
-            changed = self._compare(config, force)
-            self._compare_data(config, force)
-        listed = "".join(f"\n  {line}" for line in describe_changes(config, changed, step))
+            if not self.config_file.exists():
+                return f"{self.folder}: a new run"
+            comparison = self._compare(config, force)
+        if comparison.anew:
+            return f"{self.folder}: {comparison.anew}"
+        listed = "".join(f"\n  {line}" for line in describe_changes(config, comparison.changed, step))
         return f"{self.folder}: {progress}" + (f"; changes{listed}" if listed else "")
+
+    def took_steps(self) -> bool:
+        """Whether anything is left of a step: a checkpoint, whole or not, a logged line, a picture, a branch.
+
+        A folder that no start has recorded in environment.json counts as one that did: it is not ours to rewrite.
+        """
+        if not self.environment.is_file():
+            return True
+        if os.path.lexists(self.metrics) and not (self.metrics.is_file() and self.metrics.stat().st_size == 0):
+            return True
+        return any(any(folder.glob("*")) for folder in (self.checkpoints, self.samples, self.branches))
 
     def owner(self) -> str | None:
         """Who trains in the folder now, as run.lock says; None if nobody does."""
@@ -147,10 +200,16 @@ class RunDirectory:
         return None
 
     def close(self) -> None:
-        """Gives the folder free for another run."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Frees the folder for another run. Of a start that was not recorded, nothing is left that it has made."""
+        if self._lock is None:
+            return
+        if self._made_lock and not self.config_file.exists():
+            with contextlib.suppress(OSError):
+                self.lock_file.unlink()  # while it is locked: whoever waits for it sees that it is gone
+                if self._made_folder:
+                    self.folder.rmdir()  # fails where it holds something, such as a launcher's logs
+        self._lock.close()
+        self._lock = None
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -175,13 +234,35 @@ class RunDirectory:
             return
         # A start that was killed early leaves these; a launcher makes logs first.
         ours = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
-        ours |= {"logs", "preflight"}
+        ours |= {"logs", "preflight", "flight_records"}
         ours |= {self.environment.name, *(staging_path(p).name for p in (self.environment, self.config_file))}
         others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
         if others or any(self.checkpoints.glob("*")):
             found = ", ".join(others[:3]) or self.checkpoints.name
             rule = f"is not empty (holds {found}) and has no config.yaml, so it is no run"
             raise RunDirectoryError(f"{self.folder}: {rule}; choose another --run, or an empty folder")
+
+    def _make_and_lock(self) -> None:
+        """Makes the folder if needed, and locks it. A start that failed meanwhile may have removed it: then again."""
+        for _ in range(_LOCK_ATTEMPTS):
+            self._made_folder = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._made_lock = not os.path.lexists(self.lock_file)
+            try:
+                self._take_lock()
+            except FileNotFoundError:
+                if self.folder.exists():
+                    raise
+                continue
+            assert self._lock is not None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.lock_file)):
+                    return
+            self._lock.close()
+            self._lock = None
+        raise RunInUse(
+            f"{self.folder}: other starts make and remove it all the time; try again, or choose another --run"
+        )
 
     def _take_lock(self, look: bool = False) -> None:
         """Locks run.lock, or only sees whether it could (`look`).
@@ -211,54 +292,63 @@ class RunDirectory:
             lock.flush()
         self._lock = lock
 
-    def _compare(self, config: Config, force: Iterable[str]) -> dict[str, list[Any]]:
-        """Fields that differ from the stored config, name -> [stored, new]; raises if they may not."""
+    def _compare(self, config: Config, force: Iterable[str]) -> _Comparison:
+        """What a start with `config` means for the folder. Raises RunDirectoryError if it may not be."""
+        changed, forced = self._changed_settings(config), set(force)
+        before = next((e["data"] for e in reversed(self._starts()) if e.get("data")), None)
+        now = data_identity(config)
+        fixed = fixed_changes(changed, forced)
+        other_data = before is not None and now is not None and now != before and "data" not in forced
+        if not fixed and not other_data:
+            return _Comparison(changed, now or before)
+        if not self.took_steps():
+            what = ", ".join(fixed) or "the data"
+            return _Comparison({}, now, f"its run took no step and is configured anew, as a new run (other: {what})")
+        if fixed:
+            listed = "".join(f"\n  - {key}: the run has {changed[key][0]!r}, not {changed[key][1]!r}" for key in fixed)
+            raise RunDirectoryError(
+                f"{self.config_file}: this folder is of a run with another config; "
+                f"choose another --run, or restore these fields:{listed}"
+            )
+        assert before is not None and now is not None
+        raise RunDirectoryError(
+            f"data.path = {config.data.path!r}: holds other data than this run was trained on (SHA-256 of its"
+            f" manifest {now[:12]}, the run's {before[:12]}); give the path of the run's data, or continue on this"
+            " with --allow data"
+        )
+
+    def _changed_settings(self, config: Config) -> dict[str, list[Any]]:
+        """Fields that differ from the stored config, name -> [stored, new]. Raises RunDirectoryError."""
+        stored = self.stored_settings()
+        return {} if stored is None else changed_settings(stored, config)
+
+    def stored_settings(self) -> dict[str, dict[str, Any]] | None:
+        """The sections of config.yaml; None without one. Raises RunDirectoryError if it is damaged."""
         if not self.config_file.exists():
-            return {}
+            return None
         try:
             stored = read_yaml(self.config_file)
         except UnreadableFile as error:
             raise RunDirectoryError(f"{self.config_file}: is damaged ({error})") from error
         if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
             raise RunDirectoryError(f"{self.config_file}: is damaged; it must be a mapping of sections")
-        changed = changed_settings(stored, config)
-        forced = set(force)
-        wrong = [key for key in changed if key not in forced and is_fixed(key)]
-        if wrong:
-            listed = "".join(f"\n  - {key}: the run has {changed[key][0]!r}, not {changed[key][1]!r}" for key in wrong)
-            raise RunDirectoryError(
-                f"{self.config_file}: this folder is of a run with another config; "
-                f"choose another --run, or restore these fields:{listed}"
-            )
-        return changed
-
-    def _compare_data(self, config: Config, force: Iterable[str]) -> str | None:
-        """The identity of the data set, for environment.json; None if it has none, or was not found.
-
-        Raises RunDirectoryError if the run's last start had another one, unless `force` holds "data".
-        """
-        before = next((e["data"] for e in reversed(self._starts()) if e.get("data")), None)
-        now = data_identity(config)
-        if before is not None and now is not None and now != before and "data" not in set(force):
-            raise RunDirectoryError(
-                f"data.path = {config.data.path!r}: holds other data than this run was trained on (SHA-256 of its"
-                f" manifest {now[:12]}, the run's {before[:12]}); give the path of the run's data, or continue on this"
-                " with --allow data"
-            )
-        return now or before
+        return stored
 
     def origin(self, config: Config) -> Origin:
-        """What a checkpoint must have in common with this run, after `open`."""
-        starts = self._starts()
-        return Origin(self.identity(), starts[-1].get("data"), config)
+        """What a checkpoint must have in common with this run, after `claim`."""
+        return Origin(self.identity(), self._starts_with_this()[-1].get("data"), config)
 
     def identity(self) -> str:
         """A name of the run that no other has, the same at every start; for manifests."""
-        first = self._starts()[0]
+        first = self._starts_with_this()[0]
         if "run" in first:
             return str(first["run"])
         # Of an earlier version, which had the hash of all that stands in the entry of the first start.
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
+
+    def _starts_with_this(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, and that of the start which has claimed the folder, recorded or not."""
+        return self._starts() if self._start is None else self._start[0]
 
     def _starts(self) -> list[dict[str, Any]]:
         """The entries of environment.json."""
@@ -286,36 +376,4 @@ def data_identity(config: Config) -> str | None:
     try:
         return read_manifest(Path(config.data.path)).identity
     except LatentsError:
-        return None
-
-
-def _environment(
-    config: Config, world: int, launcher: str, changed: dict[str, list[Any]], data: str | None
-) -> dict[str, Any]:
-    """One entry of environment.json."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "launcher": launcher,
-        "layout": asdict(config.layout(world)),
-        "versions": {"python": platform.python_version(), **versions(("megapromoe", "torch", "deepspeed", "numpy"))},
-        "git": _git_state(Path(__file__).resolve()),
-        "changed": changed,
-        "data": data,
-    }
-
-
-def _git_state(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that tracks `file`, and whether tracked files differ from it; or None."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(file.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)  # a package installed inside another project's checkout is not
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
         return None

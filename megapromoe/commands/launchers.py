@@ -15,7 +15,7 @@ never overwritten.
 
 example:
   megapromoe launchers launchers
-  sbatch --nodes=4 launchers/promoe_xl.sh parallel.ep=4
+  sbatch --nodes=4 launchers/promoe_xl.sh data.source=latents data.path=latents/train
 
 exit codes: 0 written, 1 a file of another content is there, or the folder cannot be written, 2 the command is wrong"""
 JOB = False

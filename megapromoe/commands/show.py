@@ -7,9 +7,9 @@ from dataclasses import fields
 
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import OVERRIDES, config_options, resolve_options
-from megapromoe.config.options import Config
+from megapromoe.config.options import UNSET, Config
 from megapromoe.config.presets import PRESETS
-from megapromoe.config.resolve import check, resolve, to_yaml
+from megapromoe.config.resolve import check, check_trainable, resolve, to_yaml
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
 EPILOG = OVERRIDES
@@ -19,18 +19,28 @@ JOB = False
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
     parser.add_argument("--ranks", metavar="N", type=positive, help="ranks; default: the fewest that tp and ep allow")
+    parser.add_argument(
+        "--to-train", action="store_true", help="also refuse what training alone needs: data.source that is not chosen"
+    )
     parser.add_argument("--keys", action="store_true", help="list every config key with its default and meaning")
 
 
 def run(options: argparse.Namespace, launch) -> int:
     if options.keys:
         lines = _keys()
-    elif options.preset is None and options.config is None and options.ranks is None and not options.overrides:
+    elif (
+        options.preset is None
+        and options.config is None
+        and options.ranks is None
+        and not (options.overrides or options.to_train)
+    ):
         lines = _presets()
     else:
         config = resolve_options(options, options.ranks)
         world = options.ranks or _fewest_ranks(config)
         check(config, world)
+        if options.to_train:
+            check_trainable(config)
         lines = describe(config, world)
     print("\n".join(lines))
     return 0
@@ -48,13 +58,15 @@ def _presets() -> Iterator[str]:
         model, count = config.model, parameters(config.model)
         experts = f"{model.num_experts:4} {model.top_k}" if model.moe_blocks else "   - -"
         flops = flops_per_image(model).forward / 1e9
+        source = "yours" if config.data.source == UNSET else config.data.source
         yield (
             f"{name:15} {model.router:10} {model.hidden_size:5} {model.depth:3}  {experts} {count.total:13,}"
-            f" {count.active:13,} {flops:12.4g}  {config.data.source}, {config.train.steps:,} steps"
+            f" {count.active:13,} {flops:12.4g}  {source}, {config.train.steps:,} steps"
         )
     yield ""
     yield "D hidden size, L blocks, E routed experts, K of them per token; parameters with the constant table of"
     yield "positions; active: what a token meets; GFLOP of a forward pass."
+    yield "data yours: data.source=latents data.path=DIR, or data.source=synthetic for timing."
     yield "megapromoe show --preset NAME prints one in full, --keys what can be set."
 
 

@@ -26,7 +26,7 @@ from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
-from megapromoe.studies.study import names, open_study, plan
+from megapromoe.studies.study import Study, missing_data, names, open_study, plan
 from megapromoe.studies.submission import resources
 
 EPILOG = f"""\
@@ -102,7 +102,8 @@ _PLAN_EXAMPLE = """\
 example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
     --routers promoe tc dense --ranks 8 \\
-    --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000"""
+    --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000 \\
+    data.source=latents data.path=latents/train"""
 _SUBMIT_EXAMPLE = """\
 Options that follow STUDY and are not listed go to sbatch:
   megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
@@ -165,7 +166,10 @@ def _plan(options: argparse.Namespace) -> int:
         print(f"estimate: {duration(seconds(study, speeds))} one task after another, on ranks: {study.recipe.ranks}")
     else:
         print("hours: not estimated; add --measure, or --throughput FLOPS")
-    print(f"to train: megapromoe study run {study.folder}")
+    if missing := missing_data(study):
+        print(f"cannot be trained yet: {missing}")
+    else:
+        print(f"to train: megapromoe study run {study.folder}")
     return 0
 
 
@@ -199,6 +203,7 @@ def _run(options: argparse.Namespace) -> int:
     from megapromoe.studies.runs import exit_code, run_tasks
 
     study = open_study(options.study)
+    _refuse_without_data(study)
     tasks = study.tasks if options.task is None else (study.task(options.task),)
     if options.jobs > 1:
         runtime.share_cores(options.jobs)
@@ -215,10 +220,16 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
+def _refuse_without_data(study: Study) -> None:
+    if missing := missing_data(study):
+        raise StudyError([missing])
+
+
 def _submit(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
 
     study = open_study(options.study)
+    _refuse_without_data(study)
     missing = [task.index for task in study.missing()]
     if not missing:
         print(f"{study.folder}: all {len(study.tasks)} tasks are done")

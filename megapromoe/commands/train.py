@@ -1,9 +1,12 @@
 """`megapromoe train`: trains a model, or continues a run."""
 
 import argparse
+import sys
 
+from megapromoe.commands.command_line import CommandError
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options, run_option
 from megapromoe.commands.show import describe
+from megapromoe.config.resolve import check_trainable
 
 EPILOG = f"""\
 Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
@@ -36,22 +39,37 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path; run: use"
         " another run's checkpoint); repeatable",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="open the data and the folder, print a summary and whatever would be refused, and start and write nothing",
+    )
+    parser.add_argument(
+        "--yaml",
+        action="store_true",
+        help="with --dry-run: the whole configuration, as a file that --config reads, instead of the summary",
+    )
 
 
 def run(options: argparse.Namespace, launch) -> int:
+    if options.yaml and not options.dry_run:
+        raise CommandError("--yaml: is for --dry-run; `megapromoe show` prints a configuration as well")
     config = resolve_options(options, launch.world)
     if options.dry_run:
-        from megapromoe.checkpoint.history import first_step, progress
-        from megapromoe.checkpoint.run_directory import RunDirectory
+        from megapromoe.training.dry_run import examine_start
+        from megapromoe.training.summary import summary
 
-        directory = RunDirectory(options.run)
-        begins = progress(directory, options.step, options.fork)
-        state = directory.state(config, options.allow, begins, first_step(directory, options.step, options.fork))
-        if launch.rank == 0:
+        state, dataset, refused = examine_start(config, options.run, options.allow, options.step, options.fork)
+        if launch.rank == 0 and options.yaml:
             print("\n".join(describe(config, launch.world)))
-            print(f"#\n# run directory\n# {state}".replace("\n  ", "\n#   "))
+            print(f"#\n# run directory\n# {options.run}: {state}".replace("\n  ", "\n#   "))
+        elif launch.rank == 0:
+            print("\n".join(summary(config, launch.world, options.run, state, dataset)))
+        if refused:
+            sys.stdout.flush()  # before the error, which is printed elsewhere
+            raise refused
         return 0
+    check_trainable(config)
     from megapromoe.distributed import runtime
 
     runtime.prepare()

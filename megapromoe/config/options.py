@@ -23,7 +23,12 @@ PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # where a balance loss can be asked for
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 TIME_INPUTS = ("dit", "repa", "sit")
-SOURCES = ("digits", "fashion_mnist", "latents", "synthetic")
+UNSET = "unset"  # of data.source: nothing is chosen, and training is refused
+SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
+NO_DATA = (
+    "nothing is chosen to train on: give data.source=latents data.path=DIR (latents of your images, docs/data.md), or"
+    " data.source=synthetic (random latents, for timing)"
+)
 FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
 
 
@@ -205,7 +210,7 @@ class ParallelConfig:
 class DataConfig:
     """What is trained on."""
 
-    source: str = option("digits", "what to train on; latents: see docs/data.md", SOURCES)
+    source: str = option("digits", "what to train on; latents: see docs/data.md; unset: to be chosen", SOURCES)
     path: str = option("", "folder of the latents, or of fashion_mnist (empty: of its Debian package)")
     test_path: str = option("", "folder of latents of images that are not trained on, for evaluation")
     size: int = option(65536, "images of the synthetic source", within=ONE_UP)

@@ -3,11 +3,13 @@
 `*_s`, `*_b`, `*_l` and `*_xl` are DiT's sizes over patches of 2 of the 4x32x32 latents of 256x256 images,
 with the published recipe: batch 256, AdamW at 1e-4 without weight decay or warm-up, clipping at 0.5, EMA
 0.9999, horizontal flips, 500K steps of rectified flow, sampled with 250 Euler steps. What they share are the
-defaults of `config`. Comments give the trainable and the active parameters, and the published
-FID-50K after 500K steps at guidance 1.5.
+defaults of `config`; what they train on is for the user to choose. Comments give the trainable and the active
+parameters, and the published FID-50K after 500K steps at guidance 1.5.
 """
 
 from typing import Any
+
+from megapromoe.config.options import UNSET
 
 Preset = dict[str, dict[str, Any]]
 
@@ -25,7 +27,7 @@ _BASELINE = {"num_experts": 8, "expert_ratio": 4.0, "shared_expert": False, "unc
 def _published(size: str, router: str, **model: Any) -> Preset:
     return {
         "model": {"router": router, **SIZES[size], **model},
-        "data": {"source": "synthetic", "flip": True},
+        "data": {"source": UNSET, "flip": True},
     }
 
 

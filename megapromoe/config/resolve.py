@@ -14,7 +14,7 @@ import yaml
 
 from megapromoe.config import class_groups
 from megapromoe.config.deepspeed_file import read_deepspeed
-from megapromoe.config.options import Config, ConfigError, Rule, sentences, to_dict, world_rules
+from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.reader import (
     TypedText,
@@ -96,6 +96,12 @@ def typed_value(key: str, value: Any) -> Any:
         return value
     typed = as_kind(TypedText(value), kind_of(known[name]))
     return value if typed is None else typed
+
+
+def check_trainable(config: Config) -> None:
+    """Raise ConfigError unless `config` says what to train on, which no preset of a large model does."""
+    if config.data.source == UNSET:
+        raise ConfigError([f"data.source = {UNSET!r}: {NO_DATA}"])
 
 
 def to_yaml(config: Config) -> str:

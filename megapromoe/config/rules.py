@@ -8,6 +8,7 @@ from megapromoe.config.options import (
     FIXED_SIZES,
     GUIDED_ROUTERS,
     TWO_STEP_ROUTERS,
+    UNSET,
     Config,
     ModelConfig,
     Rule,
@@ -122,6 +123,8 @@ def rules(config: Config) -> Iterator[Rule]:
     for name, sources in (("path", ("latents", "fashion_mnist")), ("test_path", ("latents",)), ("cache", ("latents",))):
         if getattr(data, name) and data.source not in sources:
             rule = f"must be empty with data.source = {data.source!r}; it is for {' and '.join(sources)}"
+            if data.source == UNSET:
+                rule = f"is for data.source = {' or '.join(sources)}: set that as well"
             yield (f"data.{name}", "data.source"), rule
     if data.source == "digits" and data.flip:
         yield ("data.flip", "data.source"), "must be false with data.source = 'digits': they read one way"

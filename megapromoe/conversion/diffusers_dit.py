@@ -97,7 +97,7 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         "mlp_norm_eps": has["norm_eps"],
     }
     settings = [f"model.{key}={value}" for key, value in model.items()]
-    described = resolve(overrides=[*settings, "data.source=synthetic"])
+    described = resolve(overrides=[*settings, "data.source=unset"])
     if given is None:
         notes.append(
             "the model computes as diffusers does (model.time_frequency_shift=1,"

@@ -39,7 +39,7 @@ def objective_of(path: Path, arguments: Mapping[str, Any]) -> str | None:
 def config_of(path: Path, arguments: Mapping[str, Any]) -> Config | None:
     """The config of a model that DiT's, SiT's or REPA's arguments name; None where they name none of them.
 
-    Its data are synthetic, and its optimizer settings are the defaults. Raises ConversionError or ConfigError.
+    Its data are not chosen, and its optimizer settings are the defaults. Raises ConversionError or ConfigError.
     """
     name = _NAME.fullmatch(str(arguments.get("model", "")))
     objective = objective_of(path, arguments)
@@ -57,4 +57,4 @@ def config_of(path: Path, arguments: Mapping[str, Any]) -> Config | None:
         "learn_sigma": str(objective != "repa").lower(),
     }
     settings = [f"model.{key}={value}" for key, value in model.items()]
-    return with_objective(resolve(overrides=[*settings, "data.source=synthetic", "data.flip=true"]), objective)
+    return with_objective(resolve(overrides=[*settings, "data.source=unset", "data.flip=true"]), objective)

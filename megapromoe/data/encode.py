@@ -144,7 +144,7 @@ def encode(
     """
     folder, progress = Path(folder), progress or (lambda _: None)
     plan = _plan(source, shard_size)
-    with _owned(folder, plan, rank, patience) as done:
+    with _owned(folder, plan, rank, world, patience) as done:
         if done:
             progress(len(source.scan.items))
             return read_manifest(folder) if rank == 0 else None
@@ -178,8 +178,12 @@ def _plan(source: Source, shard_size: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _owned(folder: Path, plan: dict[str, Any], rank: int, patience: float) -> Iterator[bool]:
-    """While this job may write; yields whether all is done already. Rank 0 puts the plan there, others find it."""
+def _owned(folder: Path, plan: dict[str, Any], rank: int, world: int, patience: float) -> Iterator[bool]:
+    """While this job may write; yields whether all is done already. Rank 0 puts the plan there, others find it.
+
+    A job of one rank that fails before its first shard is finished leaves nothing. Of several ranks others may still be
+    writing, so that the plan stays.
+    """
     path = folder / PLAN
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,8 +204,9 @@ def _owned(folder: Path, plan: dict[str, Any], rank: int, patience: float) -> It
         raise EncodeError(f"{path} is damaged: {error}; take it from a copy, or encode into a new folder") from error
     if different := sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)):
         told = ", ".join(f"{key} was {_short(before.get(key))}, is {_short(plan.get(key))}" for key in different)
+        unused = ", or remove this one, of which no shard is finished" if _is_unused(folder) else ""
         raise EncodeError(
-            f"{folder} was begun from something else: {told}; repeat that command, or give another folder"
+            f"{folder} was begun from something else: {told}; repeat that command, or give another folder{unused}"
         )
     with open(path) as file:
         if rank == 0:
@@ -209,7 +214,19 @@ def _owned(folder: Path, plan: dict[str, Any], rank: int, patience: float) -> It
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise EncodeError(f"{folder}: another job is writing here; wait for it, or stop it") from error
-        yield (folder / MANIFEST).exists()
+        try:
+            yield (folder / MANIFEST).exists()
+        except Exception:
+            if world == 1 and _is_unused(folder):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether no job has finished a shard in the folder."""
+    return not (folder / MANIFEST).exists() and not any(folder.glob("part-*.json"))
 
 
 def _short(value: Any) -> str:
@@ -350,6 +367,10 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))
     if not labels:
         first, reason = skipped[-1]
+        for number in range(shards):  # another try is to read the files again
+            (folder / _part_name(number)).unlink()
+            (folder / _shard_name(number)).unlink()
+        (folder / PLAN).unlink(missing_ok=True)
         raise ImageError(f"none of {len(source.scan.items)} files could be read; {first}: {reason}")
     encoded = [os.fsencode(name) for name in names]
     index: dict[str, np.ndarray] = {

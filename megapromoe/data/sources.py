@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megapromoe.config.options import Config
+from megapromoe.config.options import NO_DATA, UNSET, Config
 from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
@@ -27,6 +27,8 @@ def open_dataset(config: Config, split: str = "train") -> Dataset:
     dataset: Dataset
     if split not in SPLITS:
         raise DatasetError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+    if data.source == UNSET:
+        raise DatasetError(f"data.source = {UNSET!r}: {NO_DATA}; of a run, its config.yaml may say so too")
     if data.source == "latents":
         dataset = _open_latents(config, split)
     elif data.source == "fashion_mnist":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megapromoe.config.options import Config
+from megapromoe.config.options import UNSET, Config
 from megapromoe.data.sources import open_dataset
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
@@ -108,8 +108,10 @@ def _seen_after(file: Path, digest: str) -> float:
     return -1.0
 
 
-def try_data(config: Config) -> Data:
-    """Opens the data set and reads records spread over it."""
+def try_data(config: Config) -> Data | None:
+    """Opens the data set and reads records spread over it; None if none is chosen."""
+    if config.data.source == UNSET:
+        return None
     try:
         dataset = open_dataset(config)
         indices = np.unique(np.linspace(0, len(dataset) - 1, RECORDS).astype(np.int64))
@@ -176,7 +178,10 @@ def judge_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
 def judge_data(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     """Every node reads the same records."""
     found: dict[str, Data] = {cluster.node_of[r]: data for r, data in cluster.found.get("data", {}).items()}
+    if "data" not in cluster.found:
+        return
     if not found:
+        yield Row("data", (), "not tried", "", SKIP, "give data.source, which training needs, to try reading")
         return
     failed = {node: data.error for node, data in found.items() if data.error}
     common = len(failed) == len(found)

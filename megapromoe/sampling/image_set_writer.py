@@ -58,13 +58,13 @@ class ImageSetWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             file = self.folder / f"{REQUEST}.json"
-            if file.exists():
+            if file.exists() and not self._is_empty():
                 self._compare(json.loads(file.read_text()), identity, self.folder)
-            elif others := [p.name for p in self.folder.iterdir() if p.suffix not in (".lock", io.SUFFIX)]:
+            elif others := [p.name for p in self.folder.iterdir() if not self._is_overhead(p)]:
                 raise ImageSetError(
                     f"{self.folder}: holds {others[0]}, which is not of this command; use another --out"
                 )
-            else:
+            else:  # a request that failed before its first chunk does not hold the place
                 io.write_text(file, json.dumps(identity, indent=2))
             return [chunk for chunk in range(len(self.ranges)) if not self._is_whole(chunk)]
         except (OSError, ValueError) as error:
@@ -100,7 +100,7 @@ class ImageSetWriter:
         if self._lock is None:
             return True  # the set is finished, and stays
         try:
-            if any(p.suffix != ".lock" and p.name != f"{REQUEST}.json" for p in self.folder.iterdir()):
+            if not self._is_empty():
                 return False
             shutil.rmtree(self.folder)
         except OSError:
@@ -151,6 +151,15 @@ class ImageSetWriter:
         if self.out.exists() and self.archive == self.out.is_dir():
             raise ImageSetError(f"{self.out}: is a {'folder' if self.archive else 'file'}; use another --out")
         return None
+
+    def _is_empty(self) -> bool:
+        """Whether the folder of chunks holds no image yet."""
+        return all(map(self._is_overhead, self.folder.iterdir()))
+
+    @staticmethod
+    def _is_overhead(path: Path) -> bool:
+        """Whether a file of the folder of chunks is no image: the lock, the request, one that is being written."""
+        return path.suffix in (".lock", io.SUFFIX) or path.name == f"{REQUEST}.json"
 
     def _compare(self, stored: Mapping[str, Any], identity: Mapping[str, Any], place: Path) -> None:
         if differing := [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]:

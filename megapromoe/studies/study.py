@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.config.options import ConfigError
+from megapromoe.config.options import NO_DATA, UNSET, ConfigError
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.io import write_text
 from megapromoe.run_lines import metrics_of
@@ -137,6 +137,13 @@ def plan(folder: Path, recipe: Recipe) -> Study:
         write_text(study.config(task), to_yaml(task.config), parents=True)
     write_text(file, _text(recipe), parents=True)  # last: a study that has it is whole
     return study
+
+
+def missing_data(study: Study) -> str:
+    """Why a study cannot be trained, if its tasks do not say on what; else ""."""
+    if all(task.config.data.source != UNSET for task in study.tasks):
+        return ""
+    return f"data.source = {UNSET!r}: {NO_DATA}; plan the study with it in another folder, or remove {study.folder}"
 
 
 def _text(recipe: Recipe) -> str:

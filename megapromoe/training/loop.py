@@ -6,6 +6,7 @@ state of the data is the number of steps done.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from functools import partial
@@ -28,7 +29,7 @@ from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
-from megapromoe.distributed.agreement import raising_together, watched_job
+from megapromoe.distributed.agreement import raise_if_any_rank_failed, raising_together, this_rank, watched_job
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.stop_requests import StopRequest, listening
 from megapromoe.engine.averaged_weights import EMA
@@ -82,15 +83,18 @@ def train(
     limits = config.train.timeout, config.train.step_timeout
     with listening(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
-        own = _open_run(config, folder, launch, allow)
+        own = _claim_folder(config, folder, launch, allow)
+        run = own or RunDirectory(folder)
         try:
             if own and job.device.type == "cuda":
                 _make_folder(records)
             with repeating_cannot_help(CheckpointError):
-                start, origin = plan_start(config, RunDirectory(folder), from_step, fork)
-            _train(config, own or RunDirectory(folder), job, start, origin, allow, asked_to_stop)
+                start, origin = plan_start(config, run, from_step, fork)
+            _train(config, run, job, start, origin, allow, asked_to_stop)
         finally:
             if own:
+                with contextlib.suppress(OSError):
+                    records.rmdir()  # nothing hung, so it is empty
                 own.close()
 
 
@@ -102,13 +106,21 @@ def _make_folder(records: Path) -> None:
         logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
 
 
-def _open_run(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
-    """Rank 0 takes the folder; where it may not, every rank raises what it found."""
+def _claim_folder(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
+    """Rank 0 claims the folder, and returns it; where it may not, every rank raises the reason."""
     run = None
     with raising_together(RunDirectoryError):
         if launch.rank == 0:
-            run = RunDirectory.open(folder, config, launch.world, allow, launcher=launch.launcher)
+            run = RunDirectory.claim(folder, config, launch.world, allow, launcher=launch.launcher)
     return run
+
+
+def _record_start(run: RunDirectory) -> None:
+    """Rank 0 writes config.yaml and the start's entry, once no rank can refuse the start any more. Collective."""
+    raise_if_any_rank_failed(None, RunDirectoryError)  # a rank that failed before does not come here
+    with raising_together(RunDirectoryError):
+        if this_rank() == 0:
+            run.record()
 
 
 def _train(
@@ -135,6 +147,8 @@ def _train(
     watchdog.starting("reading the checkpoint", math.inf)  # its hashes are of all bytes
     with repeating_cannot_help(CheckpointError):
         manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
+    watchdog.starting("recording the start")
+    _record_start(run)
     step = manifest["step"]
     begins = f"resumes from step {step:,}" if step else "begins at step 0"
     for line in summary(config, mesh.world, run.folder, begins, dataset, runtime.describe_device(device)):

@@ -101,12 +101,21 @@ def test_options_of_all_other_commands_exist(text, capsys):
     assert options.command == form.words[0]
 
 
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """A folder `latents` as documents name it, whose `train` has a batch of records in the shape of ImageNet's."""
+    folder = tmp_path_factory.mktemp("documented") / "latents"
+    write(folder / "train", Arrays(count=256, classes=1000, shape=(4, 32, 32), dtype="float16"), shard_size=256)
+    return folder
+
+
 @pytest.mark.parametrize("text", [text for text in forms("run") if re.search(r"(?<![\w/])train(?: |$)", text)])
-def test_documented_trainings_can_start(text, tmp_path, monkeypatch):
-    """Their whole configuration at the documented number of ranks, except that data need not be there."""
+def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
+    """Their whole configuration at the documented number of ranks, and their data."""
     words = [re.sub("JOBID|DEST", "x", word) for word in text.split()]
     words = [word for word in words[words.index("train") :] if word not in ("--config", "x/config.yaml")]
     monkeypatch.chdir(tmp_path)
+    Path("latents").symlink_to(latents)
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
     monkeypatch.setattr(launch_environment, "detect", lambda: Launch("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
@@ -143,6 +152,8 @@ def test_launchers_print_what_they_would_run(text, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "megapromoe" in done.stdout
+    starts = "--dry-run" not in text and "PRESET" not in text and "settings" not in text
+    assert not (starts and "nothing is chosen to train on" in done.stderr), "the command itself would be refused"
 
 
 # ---- in full

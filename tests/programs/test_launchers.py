@@ -157,6 +157,19 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
     assert said in call("promoe_b", *words, code=2, **env)
 
 
+@pytest.mark.parametrize("script, words", [("promoe_l", ()), ("local", ("promoe_b", "parallel.ep=1"))])
+def test_a_large_preset_without_data_is_refused_before_it_is_submitted(script, words):
+    """A dry run needs no data: it prints the commands, and what a start would be refused for."""
+    assert "data.source = 'unset': nothing is chosen to train on" in call(script, *words, code=2, NPROC="1")
+    command = ["bash", str(LAUNCHERS / f"{script}.sh"), *words, "--dry-run"]
+    env = ENV | {"MEGAPROMOE_PYTHON": sys.executable, "NPROC": "1"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "megapromoe train" in done.stdout
+    assert "data.source=latents data.path=DIR" in done.stderr
+    done = subprocess.run([*command, "data.source=synthetic"], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_a_python_can_be_chosen(tmp_path):
     """Every step, and the check before it, uses that Python, although PATH has no megapromoe."""
     env = {"MEGAPROMOE_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
@@ -205,8 +218,8 @@ def test_outside_a_job_the_script_submits_itself(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     sbatch.chmod(0o755)
-    said = call("promoe_l", "--hold", "train.steps=9", PATH=f"{tmp_path}:{ENV['PATH']}")
-    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), "train.steps=9"]
+    said = call("promoe_l", "--hold", "data.source=synthetic", PATH=f"{tmp_path}:{ENV['PATH']}")
+    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), "data.source=synthetic"]
 
 
 # ---- as text

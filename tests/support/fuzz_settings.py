@@ -9,7 +9,7 @@ from typing import Any
 from support.fuzz import HARMLESS, NAMED, SILENT, Damage, Tally, Target, damage, outcome_of, snapshot, warnings_of
 from support.fuzz_data import latents_config, write
 
-from megapromoe.checkpoint import run_directory
+from megapromoe.checkpoint import environment
 from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.class_groups import ClassGroupError, read_groups
@@ -31,7 +31,7 @@ def fuzz_run_folder(root: Path, flips: int, seed: int) -> list[Tally]:
         RunDirectory.open(folder, config, 1).close()
     write_text(folder / "checkpoints" / "step-00000003" / "manifest.json", "{}", parents=True)
     restore = snapshot(folder)
-    git_state, run_directory._git_state = run_directory._git_state, lambda file: None  # three processes a start
+    git_state, environment.git_state = environment.git_state, lambda file: None  # three processes a start
 
     origin = RunDirectory(folder).origin(config)
     manifest = {"run": origin.run, "data": origin.data, "config": to_dict(config)}  # of the run's checkpoints
@@ -63,7 +63,7 @@ def fuzz_run_folder(root: Path, flips: int, seed: int) -> list[Tally]:
         targets = [Target(f"run folder: {name}", [folder / name], classify, reset=restore) for name in names]
         return [damage(target, flips, seed) for target in targets] + [_held_lock(folder, flips, seed)]
     finally:
-        run_directory._git_state = git_state
+        environment.git_state = git_state
 
 
 def _held_lock(folder: Path, flips: int, seed: int) -> Tally:

@@ -216,7 +216,23 @@ def test_a_latent_that_is_not_finite_ends_the_job(value, told, tmp_path):
 
     with pytest.raises(EncodeError, match=f"class1/0005.png: its latent is not finite as {told}"):
         write(tmp_path / "l", Wrong(dtype="float16"))
-    assert not (tmp_path / "l" / "manifest.json").exists()
+    assert not (tmp_path / "l").exists(), "nothing holds the folder: the remedy works in it"
+    if np.isfinite(value):
+        write(tmp_path / "l", Wrong(dtype="float32"))
+        assert (tmp_path / "l" / "manifest.json").exists()
+
+
+def test_a_failed_job_of_several_ranks_says_that_its_folder_may_be_removed(tmp_path):
+    """One rank failed; the other may still be writing."""
+
+    class Failing(Arrays):
+        def records(self, items):
+            raise EncodeError("why")
+
+    with pytest.raises(EncodeError, match="why"):
+        encode.encode(Failing(), tmp_path / "l", 0, 2, 20)
+    with pytest.raises(EncodeError, match="something else: dtype was .* or remove this one, of which no shard is"):
+        encode.encode(Arrays(dtype="float16"), tmp_path / "l", 0, 2, 20)
 
 
 def test_no_readable_file_is_an_error(tmp_path):
@@ -226,6 +242,11 @@ def test_no_readable_file_is_an_error(tmp_path):
     source = EncodedImages(tmp_path / "images", scan(tmp_path / "images"), open_autoencoder("none"), 8)
     with pytest.raises(ImageError, match="none of 2 files could be read; b/x.png: Unidentified"):
         write(tmp_path / "l", source)
+    assert not (tmp_path / "l").exists()
+    for label in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / label / "x.png")
+    source = EncodedImages(tmp_path / "images", scan(tmp_path / "images"), open_autoencoder("none"), 8)
+    assert len(read_manifest(write(tmp_path / "l", source)).shards) == 1
 
 
 # The tool and the command

@@ -4,9 +4,11 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megapromoe.data.images import SUFFIXES, ImageError, centre_crop, read_image
+from megapromoe.sampling.image_set_writer import ImageSetWriter
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError, open_array
 
 
@@ -90,3 +92,20 @@ def test_hidden_pictures_are_passed_over(tmp_path, caplog):
         (tmp_path / f"._{name}.png").write_bytes(b"AppleDouble")
     assert ImageSet(tmp_path).read(0, 2).shape == (2, 4, 4, 3)
     assert f"{tmp_path}: 2 hidden or system files and folders are passed over, such as ._a.png" in caplog.text
+
+
+@pytest.mark.parametrize("out", ["set", "set.npz"])
+def test_a_request_that_failed_before_its_first_image_does_not_hold_the_place(out, tmp_path):
+    writer = ImageSetWriter(tmp_path / out, 4, 2, (8, 8, 1))
+    assert writer.open({"steps": 2}) == [0, 1]
+    writer.close()
+    assert writer.open({"steps": 3}) == [0, 1], "the corrected request"
+    writer.write(0, torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ImageSetError, match="another process draws these images"):
+        ImageSetWriter(tmp_path / out, 4, 2, (8, 8, 1)).open({"steps": 4})
+    writer.close()
+    with pytest.raises(ImageSetError, match="images of another request .steps: 3 there, 4 asked"):
+        writer.open({"steps": 4})
+    writer.close()
+    assert writer.open({"steps": 3}) == [1]
+    writer.close()

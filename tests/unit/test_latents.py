@@ -17,7 +17,7 @@ from support.fuzz import NAMED, SILENT, Target, outcome_of
 from support.fuzz import damage as fuzz
 from support.latent_folders import Arrays, damage, write
 
-from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, data_identity
 from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
@@ -344,12 +344,18 @@ def test_a_run_knows_its_data_set(folder, tmp_path):
     run, settings = tmp_path / "run", config(folder)
     RunDirectory.open(run, settings, 1).close()
     RunDirectory.open(run, settings, 1).close()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
     shutil.rmtree(folder)
     write(folder, Arrays(count=41))
     for start in (lambda: RunDirectory.open(run, settings, 1), lambda: RunDirectory(run).state(settings)):
         with pytest.raises(RunDirectoryError, match=r"data.path = .*holds other data than this run .*--allow data"):
             start()
     assert RunDirectory(run).state(settings, ["data"]).endswith(": continues")
+    shutil.copytree(run, tmp_path / "no step")
+    (tmp_path / "no step" / "metrics.jsonl").unlink()
+    assert "configured anew, as a new run (other: the data)" in RunDirectory(tmp_path / "no step").state(settings)
+    with RunDirectory.open(tmp_path / "no step", settings, 1) as anew:
+        assert anew.origin(settings).data == data_identity(settings)
     RunDirectory.open(run, settings, 1, ["data"]).close()
     RunDirectory.open(run, settings, 1).close()
     entries = json.loads((run / "environment.json").read_text())

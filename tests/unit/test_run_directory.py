@@ -1,5 +1,6 @@
 """The run directory: what it records, whom it refuses, and that a refusal changes nothing."""
 
+import fcntl
 import json
 import re
 import subprocess
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megapromoe.checkpoint.environment import git_state
 from megapromoe.checkpoint.history import progress
 from megapromoe.checkpoint.manifest import seal
-from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, _git_state
+from megapromoe.checkpoint.origin import Origin, OtherRun
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import resolve
 
 FIXED = ("train.steps=2500", "train.lr=1e-3", "sample.steps=50")  # the preset is tuned now and then
@@ -27,8 +31,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def start(folder: Path, config=CONFIG, world: int = 1, **options) -> RunDirectory:
-    """Opens and closes."""
+    """Opens, logs a step and closes."""
     with RunDirectory.open(folder, config, world, **options) as run:
+        run.metrics.write_text('{"step": 1}\n')
         return run
 
 
@@ -46,7 +51,8 @@ def refusal(folder: Path, config=CONFIG) -> str:
 def test_a_new_run_explains_itself(tmp_path):
     run = start(tmp_path / "runs" / "a", resolve("digits", overrides=[*FIXED, "parallel.tp=2"]), 4, launcher="torchrun")
     assert resolve(file=run.config_file) == resolve("digits", overrides=[*FIXED, "parallel.tp=2"])
-    assert run.checkpoints.is_dir() and run.samples.is_dir() and run.tensorboard.is_dir()
+    assert run.checkpoints.is_dir()
+    assert not run.samples.exists() and not run.tensorboard.exists(), "whoever writes to them makes them"
     (entry,) = json.loads(run.environment.read_text())
     assert entry["launcher"] == "torchrun"
     assert (entry["layout"]["world"], entry["layout"]["tp"], entry["layout"]["dp"]) == (4, 2, 2)
@@ -109,12 +115,133 @@ def test_a_strangers_folder_is_refused(tmp_path):
 
 
 def test_a_start_that_was_killed_early_does_not_block_the_next(tmp_path):
-    start(tmp_path)
-    (tmp_path / "config.yaml").unlink()
-    start(tmp_path)
-    (tmp_path / "config.yaml").unlink()
+    for _ in range(2):
+        RunDirectory.open(tmp_path, CONFIG, 1).close()
+        (tmp_path / "config.yaml").unlink()
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
     assert "checkpoints" in refusal(tmp_path)
+
+
+def test_a_checkpoint_of_unknown_data_can_be_trained_on_any(tmp_path):
+    """As of a converted checkpoint, whose configuration says nothing about its data."""
+    unknown = resolve("promoe_s", overrides=["data.flip=false"])
+    start(tmp_path, unknown)
+    chosen = resolve("promoe_s", overrides=["data.source=synthetic", "data.size=99", "data.flip=true"])
+    manifest = {"config": to_dict(unknown)}
+    Origin("run", None, chosen).check(tmp_path, manifest)
+    assert "changes" in RunDirectory(tmp_path).state(chosen)
+    start(tmp_path, chosen)
+    assert "data.size: the run has 99, not 98" in refusal(tmp_path, resolve(file=write_config(tmp_path, 98)))
+    other = resolve("promoe_s", overrides=["data.source=synthetic", "model.depth=10"])
+    with pytest.raises(OtherRun, match="model.depth") as told:
+        Origin("run", None, other).check(tmp_path, manifest)
+    assert "data." not in str(told.value)
+
+
+def write_config(folder: Path, size: int) -> Path:
+    file = folder.with_suffix(".yaml")
+    file.write_text((folder / "config.yaml").read_text().replace("size: 99", f"size: {size}"))
+    return file
+
+
+# ---- a start that takes no step
+
+OTHER = {
+    "model": ["model.depth=6"],
+    "batch": ["train.global_batch=64"],
+    "objective": ["diffusion.shift=3"],
+    "layout": ["parallel.ep=2"],
+}
+
+
+@pytest.mark.parametrize("fault", ["before it is recorded", "after it is recorded"])
+@pytest.mark.parametrize("other", OTHER)
+def test_a_start_that_took_no_step_does_not_claim_the_folder(tmp_path, other, fault, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "run"
+    run = RunDirectory.claim(folder, CONFIG, 2)
+    if fault.startswith("after"):
+        run.record()
+        failed = run.identity()
+    run.close()
+    assert folder.exists() == fault.startswith("after")
+    config = resolve("digits", overrides=[*FIXED, *OTHER[other]])
+    state = RunDirectory(folder).state(config, progress="continues")
+    with RunDirectory.open(folder, config, 2) as corrected:
+        assert resolve(file=corrected.config_file) == config
+        entries = json.loads(corrected.environment.read_text())
+    if fault.startswith("before"):
+        assert state == f"{folder}: a new run" and len(entries) == 1
+    elif other == "layout":
+        assert len(entries) == 2, "the same run, which goes on"
+    else:
+        key = OTHER[other][0].partition("=")[0]
+        said = f"its run took no step and is configured anew, as a new run (other: {key})"
+        assert said in state and said in caplog.text
+        assert len(entries) == 1 and corrected.identity() != failed and entries[0]["changed"] == {}
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "metrics.jsonl",
+        "samples/step-00000010.png",
+        "checkpoints/step-00000010/manifest.json",
+        "checkpoints/step-00000010.writing/part",
+        "branches/main-after-5/branch.json",
+    ],
+)
+def test_a_run_that_left_anything_of_a_step_is_still_refused(tmp_path, left):
+    RunDirectory.open(tmp_path, CONFIG, 1).close()
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("{}")
+    assert "model.depth: the run has 4, not 6" in refusal(tmp_path, resolve("digits", overrides=["model.depth=6"]))
+
+
+def test_a_config_that_no_start_has_recorded_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {depth: 6}\n")
+    assert "model.depth: the run has 6, not 4" in refusal(tmp_path)
+
+
+def test_a_claim_writes_nothing_but_its_lock(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with RunDirectory.claim(tmp_path, CONFIG, 1):
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "run.lock"]
+        assert "live run" in refusal(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+    run = start(tmp_path / "run")
+    before = files(run.folder)
+    with RunDirectory.claim(run.folder, resolve("digits", overrides=[*FIXED, "train.lr=3e-3"]), 2):
+        assert files(run.folder) == before
+    assert files(run.folder) == before and run.lock_file.exists()
+
+
+def test_a_folder_that_was_there_stays(tmp_path):
+    RunDirectory.claim(tmp_path, CONFIG, 1).close()
+    assert tmp_path.is_dir() and not any(tmp_path.iterdir())
+
+
+def test_whoever_opened_a_lock_that_was_removed_meanwhile_takes_the_new_one(tmp_path, monkeypatch):
+    """The first start fails between the second one's opening and locking of run.lock."""
+    folder, taken = tmp_path / "run", []
+    first = RunDirectory.claim(folder, CONFIG, 1)
+    take = RunDirectory._take_lock
+
+    def slowly(run: RunDirectory, look: bool = False) -> None:
+        if not taken:
+            stale = run.lock_file.open("r+")
+            first.close()
+            fcntl.flock(stale, fcntl.LOCK_EX)
+            run._lock = stale
+        else:
+            take(run, look)
+        taken.append(run)
+
+    monkeypatch.setattr(RunDirectory, "_take_lock", slowly)
+    with RunDirectory.claim(folder, CONFIG, 1):
+        assert len(taken) == 2
+        monkeypatch.setattr(RunDirectory, "_take_lock", take)
+        assert "live run" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
@@ -214,11 +341,11 @@ def test_git_state_is_of_the_checkout_that_tracks_the_file(tmp_path):
     tracked, stranger = tmp_path / "tracked.py", tmp_path / "stranger.py"
     tracked.write_text("")
     stranger.write_text("")
-    assert _git_state(tracked) is None
+    assert git_state(tracked) is None
     git("init", "-q")
     git("add", "tracked.py")
     git("commit", "-q", "-m", "first")
-    assert _git_state(tracked) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
-    assert _git_state(stranger) is None
+    assert git_state(tracked) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert git_state(stranger) is None
     tracked.write_text("changed")
-    assert _git_state(tracked)["dirty"]
+    assert git_state(tracked)["dirty"]

@@ -1,0 +1,49 @@
+"""What environment.json records of each start of a run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megapromoe.config.options import Config
+from megapromoe.versions import versions
+
+
+def describe_start(
+    config: Config, world: int, launcher: str, changed: dict[str, list[Any]], data: str | None
+) -> dict[str, Any]:
+    """An entry of environment.json: what started a run, where, over which ranks and with which versions."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "launcher": launcher,
+        "layout": asdict(config.layout(world)),
+        "versions": {"python": platform.python_version(), **versions(("megapromoe", "torch", "deepspeed", "numpy"))},
+        "git": git_state(Path(__file__).resolve()),
+        "changed": changed,
+        "data": data,
+    }
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that tracks `file`, and whether tracked files differ from it; or None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # a package installed inside another project's checkout is not
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

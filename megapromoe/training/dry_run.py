@@ -1,0 +1,60 @@
+"""What a start of training would do, and what it would be refused for, found without starting: `train --dry-run`.
+
+It opens the data as a start does, but copies none to `data.cache`, and it writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from megapromoe.checkpoint.history import first_step, progress
+from megapromoe.checkpoint.manifest import CheckpointError
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, RunInUse
+from megapromoe.config.options import Config
+from megapromoe.data.datasets import Dataset, DatasetError
+from megapromoe.data.sources import open_dataset
+from megapromoe.errors import ExitCode, UserError, Violations
+
+
+class StartRefused(Violations):
+    """A start that would be refused; `violations` lists every reason that a dry run can find."""
+
+    subject = "this start"
+    exit_code = ExitCode.MISCONFIGURED
+
+
+def examine_start(
+    config: Config,
+    folder: Path,
+    allow: Iterable[str] = (),
+    from_step: int | None = None,
+    fork: str | None = None,
+) -> tuple[str, Dataset | None, StartRefused | None]:
+    """What a start would find in its folder and in its data; changes nothing.
+
+    Args:
+        allow, from_step, fork: see `loop.train`.
+
+    Returns what the start would do with the folder, its data set, or None if it cannot be used, and why the start would
+    be refused, if it would be.
+    """
+    problems: list[UserError] = []
+    run, dataset, state = RunDirectory(folder), None, "refused, see below"
+    try:
+        begins = progress(run, from_step, fork)
+        state = run.state(config, allow, begins, first_step(run, from_step, fork)).removeprefix(f"{folder}: ")
+    except (RunDirectoryError, CheckpointError) as error:
+        problems.append(error)
+    try:
+        dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
+    except DatasetError as error:
+        problems.append(error)
+    if not problems:
+        return state, dataset, None
+    refused = StartRefused(map(str, problems))
+    refused.on_all_ranks = all(error.on_all_ranks for error in problems)
+    if all(isinstance(error, RunInUse) for error in problems):
+        refused.exit_code = ExitCode.FAILED  # the folder may be free at another time
+    return state, dataset, refused
