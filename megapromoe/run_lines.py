@@ -20,15 +20,21 @@ AUXILIARY_LOSSES = {
     "classification": "classification_loss",
     "capacity": "capacity_loss",
 }
+LOSSES = (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS)
 # Names in metrics.jsonl until version 0.1: `loss` was the total.
 _FORMER_NAMES = {"loss": TOTAL_LOSS, "denoising": DENOISING_LOSS, **AUXILIARY_LOSSES}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if there is one; what a killed run left of a line is passed over."""
+    """The objects of a file of JSON lines, if there is one; what a killed run left of a line is passed over.
+
+    A pipe, or a folder of that name, has no lines. Raises OSError if the file cannot be read.
+    """
+    if not path.is_file():
+        return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    except FileNotFoundError:  # removed meanwhile
         return []
     lines = []
     for line in text.splitlines():
@@ -42,6 +48,12 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def metrics_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order, under the names of today whatever version wrote each."""
     return [current_names(line) for line in lines_of(path)]
+
+
+def former_lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, under the names of today, if an earlier version wrote all of them; else none."""
+    lines = lines_of(path)
+    return [current_names(line) for line in lines] if all("loss" in line for line in lines) else []
 
 
 def current_names(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from megapromoe.nn.dit import DiT
 from megapromoe.number_text import duration, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
-from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS, elapsed_seconds, metrics_of
+from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_seconds, metrics_of
 from megapromoe.sampling.run_model import load_model
 from megapromoe.versions import versions
 
@@ -86,7 +86,7 @@ def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, A
     last = lines[-1]["step"]
     final = [line for line in lines if line["step"] > last - FINAL_STEPS]
     losses = {}
-    for name in (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS):
+    for name in LOSSES:
         if values := [line[name] for line in final if line.get(name) is not None]:  # null: it was not finite
             losses[name] = float(np.mean(values))
     steps = np.diff([0, *(line["step"] for line in lines)])

@@ -27,7 +27,7 @@ from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.io import is_own_file, write_text
 from megapromoe.number_text import duration, share_of, significant
-from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS
+from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, LOSSES, TOTAL_LOSS, former_lines_of
 from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
 from megapromoe.training.run_clock import RunClock
 from megapromoe.training.tensorboard_events import EventFile
@@ -91,6 +91,7 @@ class Metrics:
         self._lines.flush()
         self._board = EventFile(log_folder, first_step + 1)
         self._board.add(first_step, summary.text("config", f"```yaml\n{to_yaml(config)}```"))
+        self._continue_former_curves(path)
         self._pictures = PictureFolder(log_folder.path / "samples", log_folder)
         self._bar = None
         if sys.stderr.isatty() if terminal is None else terminal:
@@ -129,6 +130,16 @@ class Metrics:
                 shown += [summary.scalar(f"{name}/block {block}", value) for block, value in blocks]
         self._board.add(step, *shown)
         self._show(step, values)
+
+    def _continue_former_curves(self, path: Path) -> None:
+        """Puts the losses that an earlier version logged on TensorBoard under the names of today, once."""
+        try:
+            lines = former_lines_of(path)
+        except OSError:  # the log of lines has named it
+            return
+        for line in lines:
+            losses = {name: line[name] for name in LOSSES if line.get(name) is not None}
+            self._board.add(line["step"], *(summary.scalar(name, value) for name, value in losses.items()))
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
         """Puts a picture on TensorBoard: (height, width) or (height, width, 3), uint8, or float in [0, 1]."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megapromoe.run_lines import elapsed_seconds, metrics_of
+
+logger = logging.getLogger(__name__)
 
 
 def elapsed_before(manifest: Mapping[str, Any], metrics: Path, global_batch: int) -> float:
@@ -17,7 +20,11 @@ def elapsed_before(manifest: Mapping[str, Any], metrics: Path, global_batch: int
     """
     if "elapsed_seconds" in manifest:
         return float(manifest["elapsed_seconds"])
-    lines = [line for line in metrics_of(metrics) if line.get("step", 0) <= manifest["step"]]
+    try:
+        lines = [line for line in metrics_of(metrics) if line.get("step", 0) <= manifest["step"]]
+    except OSError as error:
+        logger.warning("%s: cannot be read (%s); the run's clock begins at 0", metrics, error.strerror)
+        return 0.0
     return max(elapsed_seconds(lines, global_batch), default=0.0)
 
 

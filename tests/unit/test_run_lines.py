@@ -1,14 +1,17 @@
 """The lines of a run read back: names of losses whatever version wrote them, and the time of training."""
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapromoe.config.resolve import resolve
 from megapromoe.evaluation.loss_plot import draw_losses, loss_curve
-from megapromoe.run_lines import AUXILIARY_LOSSES, current_names, elapsed_seconds, metrics_of
+from megapromoe.run_lines import AUXILIARY_LOSSES, current_names, elapsed_seconds, lines_of, metrics_of
+from megapromoe.training.metrics import Metrics
 from megapromoe.training.run_clock import RunClock, elapsed_before
 
 FORMER = {"step": 10, "loss": 10.5, "denoising": 2.99, "rcl": 7.51, "images_per_second": 128.0, "gate": [0.5]}
@@ -80,3 +83,22 @@ def test_every_auxiliary_loss_of_every_router_has_a_name():
         for name in re.findall(r'losses\["(\w+)"\]|losses = \{"(\w+)"', file.read_text())
     }
     assert {name for pair in named for name in pair if name} == set(AUXILIARY_LOSSES)
+
+
+def test_tensorboard_shows_the_curves_of_a_resumed_run_whole(tmp_path):
+    lines = [FORMER | {"step": step, "denoising": step / 10} for step in (10, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for first in (20, 30):  # the second start of this version does not repeat them
+        log = Metrics(tmp_path, CONFIG, total_steps=100, first_step=first, terminal=False)
+        log.log(first + 10, {"denoising_loss": 9.0, "total_loss": 9.0})
+        log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("denoising_loss")] == [(10, 1), (20, 2), (30, 9), (40, 9)]
+    assert [e.value for e in board.Scalars("contrastive_loss")] == pytest.approx([7.51, 7.51])
+    assert [e.step for e in board.Scalars("total_loss")] == [10, 20, 30, 40]
+
+
+def test_what_is_no_file_has_no_lines(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert lines_of(tmp_path / "metrics.jsonl") == lines_of(tmp_path) == lines_of(tmp_path / "none") == []
+    assert elapsed_before({"step": 3}, tmp_path / "metrics.jsonl", 8) == 0.0, "and nobody waits for the pipe"
