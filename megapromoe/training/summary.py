@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.deepspeed_file import load_deepspeed
-from megapromoe.config.options import Config
+from megapromoe.config.options import UNSET, Config
 from megapromoe.number_text import duration, significant
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.run_lines import DENOISING_LOSS
@@ -66,6 +66,8 @@ def _model(config: Config) -> str:
 def _data(config: Config, dataset: Dataset | None) -> str:
     data, m = config.data, config.model
     where = f"{data.source} at {data.path}" if data.path else data.source
+    if data.source == UNSET:
+        where = "not chosen yet (data.source)"
     if data.source == "synthetic":
         where += " (random numbers, nothing can be learnt from them)"
     if dataset is None:

@@ -9,6 +9,7 @@ import pytest
 
 from megapromoe.cli import parse
 from megapromoe.commands.sample import generation_request
+from megapromoe.config.options import UNSET
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.data.sources import open_dataset
@@ -43,7 +44,9 @@ def test_every_preset_has_a_summary(name):
     config = resolve(name)
     found = rows(config)
     assert f"{parameters(config.model).total:,} parameters" in found["parameters"]
-    assert "device" not in found and ("random numbers" in found["data"]) == (config.data.source == "synthetic")
+    assert "device" not in found and ("not chosen yet" in found["data"]) == (config.data.source == UNSET)
+    synthetic = rows(resolve(name, overrides=["data.source=synthetic"]))
+    assert "random numbers" in synthetic["data"] and "random numbers" not in found["data"]
     assert ("experts" in found["model"]) == bool(config.model.moe_blocks)
 
 
