@@ -327,7 +327,7 @@ def test_speed_says_how_many_images(tmp_path, capsys):
         capsys, "speed", folder, "--seconds", 1, "--workers", 2, "--batch", 8, "--cache", tmp_path / "c"
     )
     assert code == 0 and "images/s in 2 threads, 2x4x4" in out
-    assert "promoe" not in out and "H100" not in out, "no preset takes this shape"
+    assert "takes at most" not in out and "H100" not in out, "no preset takes this shape"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
