@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = "branch.json"
 MOVED = ".moved"  # a file: all of the branch was moved, and what is in `checkpoints/` now came later
+_PICTURE = re.compile(r"step-(\d+)(?:-[0-9a-f]+)?\.png")  # of the training, or of `megapromoe sample`
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -186,8 +187,8 @@ def _move(run: RunDirectory, branch: LeftBranch) -> None:
         if source.exists() and not target.exists():
             os.rename(source, target)
     for picture in run.samples.glob("step-*.png"):
-        number = picture.stem.removeprefix("step-")
-        if number.isdecimal() and int(number) > branch.after:
+        number = _PICTURE.match(picture.name)
+        if number and int(number[1]) > branch.after:
             samples.mkdir(exist_ok=True)
             os.rename(picture, samples / picture.name)
     (branch.folder / MOVED).touch()

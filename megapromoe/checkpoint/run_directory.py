@@ -317,6 +317,15 @@ class RunDirectory:
             " with --allow data"
         )
 
+    def warmup(self) -> int | None:
+        """`train.warmup` of the run in the folder, if it took steps; None if there is none, or it cannot be read."""
+        try:
+            stored = self.stored_settings() if self.took_steps() else None
+        except (RunDirectoryError, OSError):
+            return None  # whoever opens the folder reports it
+        warmup = (stored or {}).get("train", {}).get("warmup")
+        return warmup if type(warmup) is int else None
+
     def _changed_settings(self, config: Config) -> dict[str, list[Any]]:
         """Fields that differ from the stored config, name -> [stored, new]. Raises RunDirectoryError."""
         stored = self.stored_settings()

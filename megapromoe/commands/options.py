@@ -50,9 +50,9 @@ def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True
     parser.add_argument("--run", "--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
 
 
-def resolve_options(options: argparse.Namespace, world: int | None) -> Config:
-    """The config that --preset, --config and the overrides make; raises ConfigError."""
+def resolve_options(options: argparse.Namespace, world: int | None, run_warmup: int | None = None) -> Config:
+    """The config that --preset, --config and the overrides make; raises ConfigError. See `resolve` for `run_warmup`."""
     preset = options.preset
     if preset is None and options.config is None:
         preset = DEFAULT_PRESET
-    return resolve(preset, options.config, options.overrides, world)
+    return resolve(preset, options.config, options.overrides, world, run_warmup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ With --num: a set of so many images, as a folder of PNG files or one .npz in the
 are the same at any number of ranks. Repeat the command to continue where it was stopped.
 
 examples:
+  megapromoe sample --run runs/digits
   megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
   megapromoe sample --run runs/digits --num 1000 --guidance 1 1.5 2 --out samples.npz
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --out samples.npz \\
@@ -40,8 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="PATH",
         type=Path,
-        required=True,
-        help="a .png of a grid or .npz of arrays; with --num: a folder, for PNG files, or .npz",
+        help="a .png of a grid or .npz of arrays; with --num: a folder, for PNG files, or .npz. Default: a .png, with"
+        " --num a folder, in RUN/samples, named by its step and by a digest of the request, so that requests which"
+        " differ are kept apart",
     )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
@@ -132,7 +135,8 @@ def run(options: argparse.Namespace, launch: Launch) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    request = generation_request(options, options.out)
+    place = options.out or options.run / "samples" / ("step.png" if options.num is None else "step")
+    request = replace(generation_request(options, place), complete_name=options.out is None)
     if request.preview:
         needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
         needed["--guidance with several scales"] = len(options.guidance) > 1

@@ -54,7 +54,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     if options.yaml and not options.dry_run:
         raise CommandError("--yaml: is for --dry-run; `megapromoe show` prints a configuration as well")
-    config = resolve_options(options, launch.world)
+    from megapromoe.checkpoint.run_directory import RunDirectory
+
+    config = resolve_options(options, launch.world, RunDirectory(options.run).warmup())
     if options.dry_run:
         from megapromoe.training.dry_run import examine_start
         from megapromoe.training.summary import summary

@@ -263,7 +263,7 @@ class TrainConfig:
     beta2: float = option(0.999, "AdamW: decay of the second moment", within="[0, 1)")
     eps: float = option(1e-8, "AdamW: epsilon", within=POSITIVE)
     weight_decay: float = option(0.0, "AdamW: weight decay", within=ZERO_UP)
-    warmup: int = option(0, "steps of linear warm-up", within=ZERO_UP)
+    warmup: int = option(0, "steps of linear warm-up; a preset's own is at most a tenth of train.steps", within=ZERO_UP)
     schedule: str = option("constant", "learning rate after the warm-up", ("constant", "cosine"))
     min_lr: float = option(0.0, "learning rate at the end of the cosine", within=ZERO_UP)
     clip: float = option(0.5, "largest gradient norm; 0 turns clipping off", within=ZERO_UP)

@@ -28,20 +28,27 @@ from megapromoe.config.reader import (
 from megapromoe.config.rules import rules
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 
+SHORTEST_WARMUPS = 10  # a training is at least so many times as long as its warm-up, if that is the preset's
+
 
 def resolve(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Iterable[str] = (),
     world: int | None = None,
+    run_warmup: int | None = None,
 ) -> Config:
     """The checked config of defaults <- preset <- YAML file <- `section.key=value` overrides.
+
+    A preset's warm-up is for a training of the preset's length: of a shorter one it is at most a tenth. One that the
+    file or an override sets is taken as it is.
 
     Args:
         preset: a name in `presets.PRESETS`.
         file: YAML of sections, each a mapping of keys to values.
         overrides: arguments such as "model.depth=4".
         world: number of ranks; without it the rules on ranks are left for later.
+        run_warmup: `train.warmup` of the run that is continued, in place of the preset's.
 
     Raises ConfigError, listing everything that is wrong.
     """
@@ -59,6 +66,7 @@ def resolve(
     settings += _parse(overrides, problems)
 
     sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
+    origins: dict[str, str] = {}
     for key, value, origin in settings:
         section, _, name = key.partition(".")
         if problem := _unknown(section, name, sections):
@@ -72,6 +80,11 @@ def resolve(
         else:
             refused.discard(key)
             sections[section] = replace(sections[section], **{name: typed})
+            origins[key] = origin
+    if origins.get("train.warmup") == f"preset {preset}" and "train.steps" not in refused:
+        train = sections["train"]
+        warmup = min(train.warmup, train.steps // SHORTEST_WARMUPS) if run_warmup is None else run_warmup
+        sections["train"] = replace(train, warmup=warmup)
     config = _with_superclasses(Config(**sections), problems, refused)
     problems += _violations(config, world, refused)
     if problems:

@@ -98,6 +98,8 @@ def _generate(request: GenerationRequest, launch: runtime.Launch, device: torch.
     request = replace(request, step=checkpoint.step)
     with raising_together(SampleError):
         decoder = _open_decoder(request, config, device)
+    if request.complete_name:
+        request = request.with_complete_name(config, decoder)
     outputs = [(c, _make_writer(request, c, place, decoder)) for c, place in request.outputs()]
     watchdog.starting("opening the output")
     try:

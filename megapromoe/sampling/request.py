@@ -14,6 +14,7 @@ from megapromoe.config.resolve import check
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.diffusion.image_grid import SampleError, check_channels
 from megapromoe.diffusion.noise import uniforms
+from megapromoe.io import sha256_of_json
 from megapromoe.sampling.run_model import CheckpointId, run_config
 
 CLASSES = ("balanced", "random")
@@ -40,6 +41,8 @@ class GenerationRequest:
         tp, ep: ranks over which a model too large for one is split.
         named: put the scale into the name even if there is only one.
         preview: a preview, no set.
+        complete_name: add the step, and a digest of all else that the images depend on, to the name of `out`, so that
+            requests which differ have different names.
     """
 
     run: Path
@@ -56,6 +59,7 @@ class GenerationRequest:
     ep: int = 1
     named: bool = False
     preview: bool = False
+    complete_name: bool = False
 
     def outputs(self) -> list[tuple[Config, Path]]:
         """The run's config for each guidance scale, and where its images go. Raises SampleError or ConfigError."""
@@ -143,6 +147,12 @@ class GenerationRequest:
             "sample": asdict(config.sample),
             "autoencoder": None if decoder is None else decoder.identity["sha256"],
         }
+
+    def with_complete_name(self, config: Config, decoder: Autoencoder | None) -> GenerationRequest:
+        """The request with the `out` that `complete_name` asks for: step-00000300-1a2b3c.png. Its step is known."""
+        facts = [self.step, self.preview, [str(scale) for scale in self.scales], self.identity(config, decoder)]
+        name = f"{self.out.stem}-{self.step:08d}-{sha256_of_json(facts)[:6]}{self.out.suffix}"
+        return replace(self, out=self.out.with_name(name))
 
     def identity_at(self, checkpoint: CheckpointId, config: Config, decoder: Autoencoder | None) -> dict[str, Any]:
         """`identity` with the checkpoint; kept with an unfinished set, and in a finished one."""

@@ -21,7 +21,7 @@ import os
 import re
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import yaml
 
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config.options import NO_DATA, UNSET, ConfigError
+from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.io import write_text
 from megapromoe.run_lines import metrics_of
@@ -36,6 +37,7 @@ from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
 _WHOLE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
+_PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
 LAST_BYTES = 1 << 18  # of a metrics.jsonl: more than its longest line
 
 
@@ -157,19 +159,23 @@ def open_study(folder: Path) -> Study:
     if not file.is_file():
         raise StudyError([f"{folder}: holds no study.yaml; make a study with `plan {folder} --recipe FILE`"])
     study = Study(folder, read_recipe(file), ())
-    study = Study(folder, study.recipe, expand(study.recipe))
-    problems = []
-    for task in study.tasks:
+    problems, tasks = [], []
+    for task in expand(study.recipe):
         try:
             planned = resolve(file=study.config(task), world=study.recipe.ranks)
         except ConfigError as error:
             problems.append(f"{study.config(task)}: {error.violations[0]}")
         else:
+            if planned.train.warmup in _PRESET_WARMUPS:
+                # An earlier version planned short trainings with the preset's whole warm-up: they go on with it.
+                train = replace(task.config.train, warmup=planned.train.warmup)
+                task = replace(task, config=replace(task.config, train=train))
+            tasks.append(task)
             if planned != task.config:
                 problems.append(f"{study.config(task)}: is not what {file} means to this version; plan a new study")
     if problems:
         raise StudyError(problems)
-    return study
+    return Study(folder, study.recipe, tuple(tasks))
 
 
 def failure(code: int) -> str:

@@ -473,6 +473,21 @@ def test_what_reads_no_data_needs_none(words, alone, tmp_path, monkeypatch, caps
             assert "data.source=synthetic" in capsys.readouterr().err
 
 
+def test_changing_the_steps_of_a_run_does_not_change_its_warm_up(trained, tmp_path, capsys):
+    def warmup(*words: str) -> int:
+        assert cli.main(["train", "--run", str(tmp_path), *words]) == 0
+        return trained[-1][0].train.warmup
+
+    with RunDirectory.open(tmp_path, resolve("digits", overrides=["train.steps=20"]), 1) as run:
+        assert warmup() == 30, "of a run that took no step nothing is kept"
+        run.metrics.write_text('{"step": 1}\n')
+    assert warmup("train.steps=20") == warmup() == warmup("train.steps=9000") == 2
+    assert warmup("train.warmup=7") == 7
+    assert cli.main(["train", "--run", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "train.steps: 20 -> 500" in said and "train.warmup" not in said
+
+
 def test_dry_run_of_a_run_in_use_may_be_tried_again(trained, tmp_path, capsys):
     with RunDirectory.claim(tmp_path, resolve("digits"), 1):
         assert cli.main(["train", "--run", str(tmp_path), "--dry-run"]) == 1
@@ -603,6 +618,15 @@ def test_sample_draws_all_classes_by_default(sampled, tmp_path):
     assert cli.main(["sample", "--run", "r", "--out", "o.png", "--per-class", "2"]) == 0
     assert sampled[0][0] == GenerationRequest(Path("r"), Path("o.png"), 2, preview=True)
     assert (sampled[0][0].step, sampled[0][0].weights, sampled[0][0].overrides) == (None, "ema", ())
+
+
+def test_sample_writes_into_the_run_by_default(sampled):
+    assert cli.main(["sample", "--run", "r"]) == 0
+    assert sampled[0][0] == GenerationRequest(
+        Path("r"), Path("r/samples/step.png"), 10, preview=True, complete_name=True
+    )
+    assert cli.main(["sample", "--run", "r", "--num", "8"]) == 0
+    assert sampled[1][0] == GenerationRequest(Path("r"), Path("r/samples/step"), 8, complete_name=True)
 
 
 def test_sample_changes_only_how_images_are_drawn(sampled, capsys):

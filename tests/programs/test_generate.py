@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,20 @@ def test_a_preview_is_replaced(run, tmp_path):
     with np.load(out) as stored:
         assert stored["seed"] == 1 and not np.array_equal(stored["images"], before)
     assert os.listdir(tmp_path) == ["few.npz"]
+
+
+def test_requests_that_differ_have_default_places_that_differ(run, tmp_path):
+    """And one that is repeated has the same."""
+    folder = tmp_path / "samples"
+    first = GenerationRequest(run, folder / "step.png", 1, only=(3,), preview=True, complete_name=True)
+    others = [replace(first, num=2), replace(first, only=(4,)), replace(first, overrides=("sample.seed=1",))]
+    places = [generate_images(request, ALONE) for request in (first, *others, first)]
+    assert places[0] == places[-1] and len(set(map(str, places))) == 4
+    sets = [replace(first, out=folder / "step", preview=False, scales=scales) for scales in ((1.0, 2.0), (1.0,))]
+    places += [generate_images(request, ALONE) for request in sets]
+    assert len({path.parent.name for path in places[-2]}) == 1, "the sets of one request beside each other"
+    names = sorted(p.name for p in folder.iterdir())
+    assert len(names) == 6 and all(re.fullmatch(r"step-00000002-[0-9a-f]{6}(\.png)?", name) for name in names)
 
 
 def test_three_ranks_write_the_images_of_one(run, tmp_path):

@@ -17,6 +17,7 @@ from megapromoe.config.resolve import resolve
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
 SIZES = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")
+DATA = "data.source=synthetic"  # the presets of these sizes train on nothing that was not chosen
 OURS = ("PRESET", "GPU", "RUN_DIR", "PREFLIGHT", "RETRIES", "MEGAPROMOE", "CONTAINER", "SRUN", "MASTER", "NODE_CACHE")
 THEIRS = ("SLURM", "SBATCH", "OMPI", "PMI", "NPROC", "HOSTFILE", "MPI_ARGS", "NCCL", "OMP_NUM", "PYTORCH_", "CUDA_")
 ENV = {k: v for k, v in os.environ.items() if not k.startswith((*OURS, *THEIRS))}
@@ -125,7 +126,7 @@ def test_steps_have_all_variables_and_neighbours_a_socket():
 def test_a_run_directory_that_cannot_be_made_is_a_wrong_configuration():
     """Every attempt would fail at the same place."""
     job = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "NTASKS": "8", "JOB_NAME": "x", "JOB_NODELIST": "n1"}
-    said = call("promoe_s", code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
+    said = call("promoe_s", DATA, code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
     assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in said
 
 
@@ -210,7 +211,7 @@ def test_without_a_choice_it_is_the_environment_beside_the_launchers_or_what_pat
 def test_a_machine_without_slurm_is_told(tmp_path):
     for name in ("bash", "sed", "realpath", "dirname", "basename", "nproc"):
         (tmp_path / name).symlink_to(shutil.which(name, path=ENV["PATH"]))
-    assert "launchers/local.sh" in call("promoe_s", code=2, PATH=str(tmp_path))
+    assert "launchers/local.sh" in call("promoe_s", DATA, code=2, PATH=str(tmp_path))
     assert "--resv-ports=1" in call("promoe_s", "--dry-run", PATH=str(tmp_path))
 
 
@@ -218,8 +219,8 @@ def test_outside_a_job_the_script_submits_itself(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     sbatch.chmod(0o755)
-    said = call("promoe_l", "--hold", "data.source=synthetic", PATH=f"{tmp_path}:{ENV['PATH']}")
-    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), "data.source=synthetic"]
+    said = call("promoe_l", "--hold", DATA, PATH=f"{tmp_path}:{ENV['PATH']}")
+    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), DATA]
 
 
 # ---- as text

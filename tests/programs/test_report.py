@@ -126,6 +126,25 @@ def test_the_main_job_starts_a_layout_that_its_ranks_allow(tool, monkeypatch, ra
     assert resolve("digits", overrides=overrides, world=int(ranks)).parallel.tp == side
 
 
+@pytest.mark.parametrize(
+    ("steps", "accuracy", "code"), [(500, 0.96, 0), (500, 0.94, 1), (100, 0.5, 0), (499, 0.94, 0), (2000, 0.94, 0)]
+)
+def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_path, capsys, steps, accuracy, code):
+    assert resolve("digits").train.steps == 500
+    (tmp_path / "report.md").write_text("the page")
+    monkeypatch.setattr(tool, "train", lambda *arguments: 0)
+    monkeypatch.setattr(
+        "megapromoe.evaluation.report.write_report", lambda *arguments: {"accuracy": accuracy, "steps": steps}
+    )
+    monkeypatch.setattr("sys.argv", ["train_digits.py", "--run", str(tmp_path)])
+    assert tool.main() == code
+    said = capsys.readouterr()
+    assert ("95% are required after the default of 500 steps alone" in said.out) == (steps != 500)
+    assert ("is below 95%" in said.err) == bool(code)
+    if steps != 500:
+        assert f"accuracy {accuracy:.1%} after {steps} steps" in said.out
+
+
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["steps=3"], ["--rank", "2"]])
 def test_the_main_job_refuses_what_it_does_not_know(tool, monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["train_digits.py", *arguments])

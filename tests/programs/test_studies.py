@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,21 @@ def test_plan_refuses_another_study_and_strangers(tmp_path):
         plan(tmp_path / "full", recipe())
     with pytest.raises(StudyError, match="no study.yaml"):
         open_study(tmp_path / "nowhere")
+
+
+def test_a_study_of_an_earlier_version_keeps_its_warm_up(tmp_path):
+    """It planned short trainings with the preset's whole warm-up."""
+    short = replace(recipe(), settings={k: v for k, v in recipe().settings.items() if k != "train.warmup"})
+    short.settings["train.steps"] = 40
+    study = plan(tmp_path, short)
+    assert {task.config.train.warmup for task in study.tasks} == {4}
+    for task in study.tasks:
+        study.config(task).write_text(study.config(task).read_text().replace("warmup: 4", "warmup: 30"))
+    assert {task.config.train.warmup for task in open_study(tmp_path).tasks} == {30}
+    file = study.config(study.tasks[1])
+    file.write_text(file.read_text().replace("warmup: 30", "warmup: 29"))
+    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: is not what"):
+        open_study(tmp_path)
 
 
 def test_a_recipe_that_has_come_to_mean_something_else_is_refused(tmp_path):

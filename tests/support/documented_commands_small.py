@@ -91,9 +91,10 @@ def _shown(words: list[str], ranks: int) -> Small:
 
 def _sample(words: list[str], ranks: int) -> Small:
     ranks = 4 if "--ep" in words else min(ranks, 2)
-    place = words.index("--out") + 1
-    digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # documents name one file for several requests
-    words = [*words[:place], f"new/{digest}-{words[place]}", *words[place + 1 :]]
+    if "--out" in words:
+        place = words.index("--out") + 1
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]  # documents name a file for several requests
+        words = [*words[:place], f"new/{digest}-{words[place]}", *words[place + 1 :]]
     if words[-1].endswith(".png"):  # a picture of pixels; the run of promoe_xl draws latents
         words = [word.replace("runs/promoe_xl", "runs/digits") for word in words]
     return Small([*words, "sample.batch=4", *([] if "--steps" in words else ["sample.steps=2"])], ranks)

@@ -8,6 +8,7 @@ import yaml
 
 from megapromoe.config.deepspeed_file import find_ds_configs, load_deepspeed
 from megapromoe.config.options import Config, ConfigError, Layout, to_dict
+from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import check, resolve, to_yaml
 
 FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
@@ -385,3 +386,32 @@ def test_loading_a_wrong_deepspeed_file_raises():
     config = replace(Config(), train=replace(Config().train, deepspeed="none"))
     with pytest.raises(ConfigError, match="known: bf16_zero1, bf16_zero2"):
         load_deepspeed(config)
+
+
+@pytest.mark.parametrize("preset", ["digits", "fashion"])
+def test_the_preset_s_warm_up_shrinks_with_the_training(preset, tmp_path):
+    own = PRESETS[preset]["train"]["warmup"]
+    assert resolve(preset).train.warmup == own, "the preset's own length"
+    for steps, warmup in ((10 * own, own), (10 * own - 1, own - 1), (50, 5), (5, 0), (1, 0), (10**6, own)):
+        assert resolve(preset, overrides=[f"train.steps={steps}"]).train.warmup == warmup
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {steps: 50}")
+    assert resolve(preset, file).train.warmup == 5
+
+
+def test_a_warm_up_that_the_user_wrote_stays_or_is_refused(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("train: {warmup: 30}")
+    assert resolve("digits", file, ["train.steps=30"]).train.warmup == 30
+    assert resolve("digits", overrides=["train.steps=40", "train.warmup=30"]).train.warmup == 30
+    for settings in (("digits", file, ["train.steps=5"]), ("digits", None, ["train.steps=5", "train.warmup=30"])):
+        with pytest.raises(ConfigError, match="train.warmup = 30: must be at most train.steps = 5"):
+            resolve(*settings)
+
+
+def test_a_run_keeps_its_warm_up_unless_another_is_written():
+    assert resolve("digits", overrides=["train.steps=9000"], run_warmup=2).train.warmup == 2
+    assert resolve("digits", overrides=["train.warmup=7"], run_warmup=2).train.warmup == 7
+    assert resolve("promoe_s", run_warmup=2).train.warmup == 0, "no preset's"
+    with pytest.raises(ConfigError, match="train.warmup = 30: must be at most train.steps = 5"):
+        resolve("digits", overrides=["train.steps=5"], run_warmup=30)

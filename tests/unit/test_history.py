@@ -99,6 +99,15 @@ def test_what_is_moved_back_stays(run):
     assert steps_in(run.checkpoints) == [5, 10, 15, 20, 25]
 
 
+def test_pictures_of_sample_go_with_their_step(run):
+    for name in ("step-00000010-0a1b2c.png", "step-00000030-0a1b2c.png", "step-later.png"):
+        (run.samples / name).write_bytes(b"picture")
+    left = leave_branch(run, 20, "why")
+    assert (left.folder / "samples" / "step-00000030-0a1b2c.png").exists()
+    stay = {"step-00000010.png", "step-00000010-0a1b2c.png", "step-00000020.png", "step-later.png"}
+    assert set(os.listdir(run.samples)) == stay
+
+
 def contents(run: RunDirectory) -> dict[str, int]:
     """How often each step's checkpoint, picture and log line are in the run and its complete branches."""
     count: dict[str, int] = {}
