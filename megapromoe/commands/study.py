@@ -114,9 +114,9 @@ _RUN_NOTE = """\
 Several may run at once: a task that another command trains is left to it, and its end is waited for.
 A recipe with a section `evaluate` has an evaluation for each task, which follows its training: images are drawn
 from its checkpoints and judged, by `megapromoe evaluate`. What is known already is not evaluated again.
-  megapromoe study run STUDY                     # trainings, and each one's evaluation when it is done
-  megapromoe study run STUDY --task 3            # the training of one task
-  megapromoe study run STUDY --task 3 --evaluate # its evaluation"""
+  megapromoe study run STUDY                      # trainings, and each one's evaluation when it is done
+  megapromoe study run STUDY --task 1             # the training of one task
+  megapromoe study run STUDY --task 1 --evaluate  # its evaluation"""
 _STATUS_NOTE = f"""\
 Read from the files in STUDY alone, so it may be asked at any time and on any machine that sees the folder.
   running   some process holds the task's lock; on file systems that do not show the locks of other machines,

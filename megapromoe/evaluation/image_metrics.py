@@ -127,7 +127,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
                     "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     **facts,
                     "count": len(images),
-                    "asked": {"reference": evaluation.reference, "features": evaluation.features},
+                    "asked": {name: getattr(evaluation, name) for name in ("reference", "split", "features")},
                     "reference": reference.name,
                     "reference_count": None if reference.images is None else len(reference.images),
                     "features": {

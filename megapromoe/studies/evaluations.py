@@ -52,7 +52,8 @@ class Evaluation:
         """Whether a line of `evaluation.jsonl` is what this evaluation asks for, at any step and scale."""
         section = self.section
         wanted = {"count": section.num, "weights": self.weights, "autoencoder": section.autoencoder}
-        wanted |= {"asked": {"reference": section.reference, "features": section.features}}
+        asked = {"reference": section.reference, "split": section.split, "features": section.features}
+        wanted |= {"asked": asked}
         wanted |= {"classes": "balanced", "only": None}
         sampler = record.get("sample", {}).get("steps")
         return wanted.items() <= record.items() and sampler == section.sampler_steps(self.task.config)
@@ -72,6 +73,7 @@ class Evaluation:
         words = ["evaluate", "--run-dir", str(run), "--num-images", str(section.num), "--weights", self.weights]
         words += ["--guidance", *(f"{scale:.12g}" for scale in self.scales)]
         words += ["--steps", str(section.sampler_steps(self.task.config)), "--reference", section.reference]
+        words += ["--split", section.split]
         words += ["--features", section.features] if section.features else []
         words += ["--autoencoder", section.autoencoder] if section.autoencoder else []
         return [*words, "--step", *map(str, self.missing_steps(run))]

@@ -6,6 +6,7 @@
       steps: 15               # of the sampler; without it, the task's `sample.steps`
       every: 100              # training steps between the checkpoints; without it, the last checkpoint alone
       reference: data         # as `megapromoe evaluate --reference`: what the run trains on, a file, or a folder
+      split: train            # as --split, of a reference that is a data set: train or test
       features: digits        # as --features: a classifier's name, or the Inception's file; without it, the data's
       autoencoder: DIR        # as --autoencoder, for models of latents
 
@@ -35,6 +36,7 @@ class ImageEvaluation:
     steps: int = option(0, "of the sampler; 0: as the task's sample.steps", within=ZERO_UP)
     every: int = option(0, "training steps between the evaluated checkpoints; 0: the last alone", within=ZERO_UP)
     reference: str = option(DATA, "real images")
+    split: str = option("train", "of a reference that is a data set", ("train", "test"))
     features: str | None = option(None, "the network that judges", kind=str)
     autoencoder: str | None = option(None, "decodes latents", kind=str)
 
