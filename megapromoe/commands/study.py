@@ -25,7 +25,7 @@ from megapromoe.config.options import ROUTERS
 from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
-from megapromoe.studies.estimate import Speed, measure, seconds, table
+from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.status import QUIET, job_state
 from megapromoe.studies.status import table as status_table
@@ -187,6 +187,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(tasks)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
+    if evaluations := evaluations_in_words(study):
+        print(evaluations)
     if options.throughput or options.measure:
         speeds = dict.fromkeys((task.variant for task in study.tasks), Speed(options.throughput or 0))
         if options.measure:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megapromoe.config.options import UNSET
 from megapromoe.planning.cost import memory_per_rank, parameters
+from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.job_processes import command
 from megapromoe.studies.json_files import metrics
@@ -64,8 +65,24 @@ def measure(study: Study) -> dict[str, Speed]:
 
 
 def seconds(study: Study, speeds: Mapping[str, Speed]) -> float:
-    """Of the tasks that are not done, one after another."""
-    return sum(speeds[task.variant].seconds(task) for task in study.missing())
+    """Of the tasks that are not done, one after another; images are drawn at the speed of the training."""
+    trainings = sum(speeds[task.variant].seconds(task) for task in study.missing())
+    drawing = ((job, speeds[job.task.variant]) for job in study.missing_evaluations())
+    return trainings + sum(s.start + job.flops(len(job.steps)) / s.flops_per_second for job, s in drawing)
+
+
+def evaluations_in_words(study: Study) -> str:
+    """What is evaluated after the trainings, and its cost; empty for a study that evaluates nothing."""
+    evaluations = [job for job in study.jobs() if isinstance(job, Evaluation)]
+    if not evaluations:
+        return ""
+    flops = sum(job.flops(len(job.steps)) for job in evaluations)
+    checkpoints = sum(len(job.steps) for job in evaluations)
+    images = sum(job.section.num * len(job.scales) * len(job.steps) for job in evaluations)
+    return (
+        f"evaluations: {len(evaluations)}, one after each training; {images:,} images of {checkpoints:,} checkpoints,"
+        f" {flops:.3g} FLOPs of drawing; not done: {len(study.missing_evaluations())}"
+    )
 
 
 def table(study: Study) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megapromoe.plot_text import literal
 from megapromoe.studies.curves import figures, titled
@@ -49,8 +50,14 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
         ax.yaxis.set_minor_formatter(PLAIN)
         ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.set_xlabel("training step")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"guidance {scale:g}", fontsize=10)
         ax.grid(alpha=0.3)
+    # Intervals of two seeds are wide: the means, not they, set what is shown.
+    shown = [row["mean"] for scale in scales for points in curves[scale].values() for row in points]
+    if min(shown) > 0:
+        margin = max(1.05, (max(shown) / min(shown)) ** 0.1)
+        panels[0].set_ylim(min(shown) / margin, max(shown) * margin)
     panels[0].set_ylabel(literal(first), fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
@@ -65,8 +72,8 @@ def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: dict[str, A
     ax.plot(steps, means, linewidth=1.4, markersize=4, label=label, **style)
     halves = [row["half_interval"] or 0.0 for row in points]
     if any(halves):
-        # A distance is above 0, and so is what the logarithmic axis can show of an interval.
-        low = [max(mean - half, 0.05 * mean) for mean, half in zip(means, halves, strict=True)]
+        # A distance is above 0, and so is what a logarithmic axis can show of an interval.
+        low = [max(mean - half, 1e-3 * mean) for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
         ax.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
 

@@ -64,14 +64,15 @@ class Evaluation:
         Args:
             run: the run directory.
         """
-        known = {(record["step"], record["guidance"]) for record in lines_of(run / RECORDS) if self.is_of(record)}
+        own = (record for record in lines_of(run / RECORDS) if self.is_of(record))
+        known = {(record.get("step"), record.get("guidance")) for record in own}
         return tuple(step for step in self.steps if any((step, scale) not in known for scale in self.scales))
 
     def words(self, run: Path) -> list[str]:
         """The words behind `megapromoe` that evaluate what is missing, in the spelling that torchrun passes on."""
         section = self.section
         words = ["evaluate", "--run-dir", str(run), "--num-images", str(section.num), "--weights", self.weights]
-        words += ["--guidance", *(f"{scale:.12g}" for scale in self.scales)]
+        words += ["--guidance", *map(repr, self.scales)]
         words += ["--steps", str(section.sampler_steps(self.task.config)), "--reference", section.reference]
         words += ["--split", section.split]
         words += ["--features", section.features] if section.features else []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from megapromoe.io import naming_errors, open_regular, write_text
-from megapromoe.studies.evaluations import Evaluation
+from megapromoe.studies.evaluations import RECORDS, Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Job, Study, failure
 
@@ -105,16 +105,16 @@ def finish(study: Study, one: RunningJob, stopped: bool) -> int:
         stopped: it was asked to stop.
     """
     one.log.close()
-    code = one.process.returncode
+    code, said = one.process.returncode, ""
     if study.done(one.job):
         code = 0
     elif stopped:  # launchers have codes of their own for a job that was asked to stop
         code = STOPPED
     elif code == 0:
-        code = 1  # it says all is well, and has not saved its last step
+        code, said = 1, f"exit code 0, but {_lack(study, one.job)}"
     outcome = {
         "code": code,
-        "said": _last_words(study, one) if code else "",
+        "said": said or (_last_words(study, one) if code else ""),
         "seconds": round(time.monotonic() - one.since, 1),
         "flops": flops_of(one.job, units_done(study, one.job) - one.done_before),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,6 +122,14 @@ def finish(study: Study, one: RunningJob, stopped: bool) -> int:
     write_text(study.outcome_file(one.job), json.dumps(outcome) + "\n", parents=True)
     one.lock.close()
     return code
+
+
+def _lack(study: Study, job: Job) -> str:
+    """What a job that is not done has not left."""
+    if isinstance(job, Evaluation):
+        steps = ", ".join(map(str, job.missing_steps(study.run(job.task))))
+        return f"{study.run(job.task) / RECORDS} lacks figures of step {steps} as the recipe asks for them"
+    return f"step {job.config.train.steps} is not saved in {study.run(job)}"
 
 
 def units(job: Job) -> int:

@@ -2,6 +2,10 @@
 
 import sys
 
+from support.small_studies import TINY, recipe
+
+from megapromoe.studies.study import plan
+
 BOTH = """\
 import json, os, pathlib, signal, sys, time, yaml
 def word(name): return sys.argv[sys.argv.index(name) + 1]
@@ -44,3 +48,12 @@ def starts(study) -> list[str]:
     """What was started, in order: "train NAME" and "evaluate NAME"."""
     file = study.folder / "starts"
     return file.read_text().splitlines() if file.exists() else []
+
+
+SECTION = {"num": 200, "guidance": [1.0, 2.0], "steps": 4, "every": 2, "features": "digits"}
+FOUR = {key: value for key, value in TINY.items() if key != "train.save_every"} | {"train.steps": 4}
+
+
+def evaluating_study(tmp_path, code="train() if sys.argv[3] == 'train' else evaluate()", **changes):
+    made = {"settings": FOUR, "axes": {}, "evaluate": SECTION, "launcher": stand_in(tmp_path, code)}
+    return plan(tmp_path / "s", recipe(**(made | changes)))
