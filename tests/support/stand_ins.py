@@ -1,6 +1,8 @@
 """Programs that stand for the training and the evaluation of a study's tasks: they only leave the files of both."""
 
 import sys
+import time
+from pathlib import Path
 
 from support.small_studies import TINY, recipe
 
@@ -57,3 +59,33 @@ FOUR = {key: value for key, value in TINY.items() if key != "train.save_every"} 
 def evaluating_study(tmp_path, code="train() if sys.argv[3] == 'train' else evaluate()", **changes):
     made = {"settings": FOUR, "axes": {}, "evaluate": SECTION, "launcher": stand_in(tmp_path, code)}
     return plan(tmp_path / "s", recipe(**(made | changes)))
+
+
+def training_stand_in(tmp_path, code: str) -> list[str]:
+    """A launcher that runs `code` in place of the training; it finds the task's config and folder as `c` and `run`."""
+    script = tmp_path / "stand_in.py"
+    head = """\
+import json, os, pathlib, signal, sys, time, yaml
+def words(name): return pathlib.Path(sys.argv[sys.argv.index(name) + 1])
+c, run = yaml.safe_load(words("--config").read_text()), words("--run-dir")
+def save(step):
+    (run / f"checkpoints/step-{step:08d}").mkdir(parents=True, exist_ok=True)
+    (run / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+saved = max((int(p.name[5:]) for p in run.glob("checkpoints/step-*")), default=0)
+"""
+    script.write_text(head + code)
+    return [sys.executable, str(script)]
+
+
+def wait_until(condition, process, limit=120):
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
