@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_reci
 from megapromoe.studies.status import QUIET, job_state
 from megapromoe.studies.status import table as status_table
 from megapromoe.studies.study import Study, missing_data, names, open_study, plan
-from megapromoe.studies.submission import array_jobs, job_number
+from megapromoe.studies.submission import array_jobs, submit
 from megapromoe.work_progress import duration
 
 EPILOG = f"""\
@@ -275,24 +274,11 @@ def _submit(options: argparse.Namespace) -> int:
     if not arrays:
         print(f"{study.folder}: all {len(study.tasks)} tasks are done")
         return 0
-    logs, trainings = study.folder / "logs", "JOBID"
-    for array in arrays:
-        words = [*array.sbatch(study, options.passed_on, options.at_once, trainings)]
-        words += [str(launchers_folder() / LAUNCHER), str(study.folder.resolve()), *array.words]
-        print(shlex.join(words), flush=True)
-        if options.dry_run:
-            continue
-        logs.mkdir(exist_ok=True)
-        try:  # the jobs' own output goes into the folder of logs
-            done = subprocess.run(words, cwd=logs, env=runtime.job_environment(), stdout=subprocess.PIPE, text=True)
-        except FileNotFoundError as error:
-            raise FileError("sbatch is not here; submit from a login node, or use `run`") from error
-        print(done.stdout, end="", flush=True)
-        if done.returncode:
-            return done.returncode
-        if not array.evaluates:
-            trainings = job_number(done.stdout, arrays)
-    return 0
+    script, environment = launchers_folder() / LAUNCHER, runtime.job_environment()
+    try:
+        return submit(study, arrays, script, options.passed_on, options.at_once, environment, options.dry_run)
+    except FileNotFoundError as error:
+        raise FileError("sbatch is not here; submit from a login node, or use `run`") from error
 
 
 def _collect(options: argparse.Namespace) -> int:

@@ -8,7 +8,9 @@ ended well, and removes it where that failed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +66,42 @@ def array_jobs(study: Study) -> list[ArrayJob]:
         ArrayJob(tuple(sorted(evaluations & trainings)), evaluates=True, waits=True),
     ]
     return [array for array in arrays if array.indices]
+
+
+def submit(
+    study: Study,
+    arrays: Sequence[ArrayJob],
+    script: Path,
+    options: Sequence[str],
+    at_once: int | None,
+    environment: Mapping[str, str],
+    dry_run: bool,
+) -> int:
+    """Prints the commands of sbatch and calls them; returns 0, or the exit code of the one that failed.
+
+    Args:
+        script: of the jobs.
+        options, at_once: see `ArrayJob.sbatch`.
+        environment: of sbatch, and so of the jobs.
+        dry_run: print alone.
+
+    Raises FileNotFoundError where there is no sbatch; StudyError.
+    """
+    logs, trainings = study.folder / "logs", "JOBID"
+    for array in arrays:
+        words = array.sbatch(study, options, at_once, trainings)
+        words += [str(script), str(study.folder.resolve()), *array.words]
+        print(shlex.join(words), flush=True)
+        if dry_run:
+            continue
+        logs.mkdir(exist_ok=True)  # the jobs' own output goes there
+        done = subprocess.run(words, cwd=logs, env=environment, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            return done.returncode
+        if not array.evaluates:
+            trainings = job_number(done.stdout, arrays)
+    return 0
 
 
 def job_number(output: str, arrays: Sequence[ArrayJob]) -> str:

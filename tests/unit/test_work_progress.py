@@ -149,6 +149,31 @@ def test_items_are_tracked(clock, capsys):
     ]
 
 
+def test_a_large_checkpoint_is_checked_with_lines(tmp_path, clock, capsys, monkeypatch):
+    """Reading 205 GB for their hashes takes minutes before a conversion or a generation writes its first byte."""
+    import functools
+    import hashlib
+
+    from megapromoe.checkpoint import format
+
+    blocks = bytes(3 << 20)
+    (tmp_path / "rank").write_bytes(blocks)
+    checkpoint = object.__new__(format.Checkpoint)
+    one = {"file": "rank", "size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}
+    checkpoint.folder, checkpoint.manifest = tmp_path, {"ranks": [one, one | {"size": 0, "file": "of rank 1"}]}
+
+    def slow():
+        clock.now += 4.0
+        return clock.now
+
+    monkeypatch.setattr(format, "Progress", functools.partial(Progress, terminal=False, clock=slow))
+    checkpoint.verify(0, 2)
+    first, *_, last = lines(capsys)
+    assert first.startswith(f"checking {tmp_path}: 2 MiB of 3 MiB (67 %)") and last.startswith(
+        f"checking {tmp_path}: 3 MiB in"
+    )
+
+
 def test_all_commands_show_progress_by_this_class():
     """Training's log has more figures in a line; everything else that shows a bar would be silent in a job."""
     users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if imports_tqdm(file)}
