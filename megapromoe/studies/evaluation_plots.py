@@ -17,11 +17,13 @@ from megapromoe.studies.tables import Rows, first_figure, groups
 
 MARKERS = "osD^vPX<>*"
 LINES = ("-", "--", ":", "-.")
+BANDS = 6  # curves of a panel that have their intervals; of more, nobody could tell them apart
 PANELS = 3  # guidance scales that are drawn; of more, the first, the middle and the last
 
 
 def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
-    """The first figure against steps, a panel for each guidance scale: mean over seeds with its 95 % interval.
+    """The first figure against steps, a panel for each guidance scale: mean over seeds, of a few models
+    with its 95 % interval.
 
     None where no model was evaluated at two steps. The baseline is black.
     """
@@ -44,7 +46,7 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     styles = _styles(list(groups(found, study.recipe)), study.recipe.baseline)
     for ax, scale in zip(panels, scales, strict=True):
         for key, points in curves[scale].items():
-            _draw_curve(ax, points, plot_label(*key), styles[key])
+            _draw_curve(ax, points, plot_label(*key), styles[key], len(curves[scale]) <= BANDS)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(PLAIN)
         ax.yaxis.set_minor_formatter(PLAIN)
@@ -61,17 +63,17 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     panels[0].set_ylabel(literal(first), fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
-    seeds = {row["seeds"] for row in means}
-    band = "; bands: 95 % intervals over seeds" if max(seeds) > 1 else ""
-    figure.suptitle(f"Drawn images over training, {study.recipe.weights} weights, lower is better{band}", fontsize=10)
+    bands = any(ax.collections for ax in panels)
+    seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
+    figure.suptitle(f"Drawn images over training, {study.recipe.weights} weights, lower is better{seeds}", fontsize=10)
     return figure
 
 
-def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: dict[str, Any]) -> None:
+def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: dict[str, Any], has_band: bool) -> None:
     steps, means = [row["step"] for row in points], [row["mean"] for row in points]
     ax.plot(steps, means, linewidth=1.4, markersize=4, label=label, **style)
     halves = [row["half_interval"] or 0.0 for row in points]
-    if any(halves):
+    if has_band and any(halves):
         # A distance is above 0, and so is what a logarithmic axis can show of an interval.
         low = [max(mean - half, 1e-3 * mean) for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
