@@ -16,6 +16,8 @@
 ##   megapromoe study collect STUDY_DIR
 ##
 ##   sbatch --array=0-11%4 launchers/scaling_experts.sh STUDY_DIR      the same by hand: tasks 0 to 11, 4 at a time
+## With --evaluate behind STUDY_DIR, the images of those tasks are evaluated, which are trained by then; `submit` does so
+## for a recipe with a section `evaluate`.
 set -euo pipefail
 
 # sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
@@ -27,11 +29,12 @@ fi
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 source "$here/slurm.sh"
 
-dry_run='' study=''
+dry_run='' study='' evaluate=()
 for word in "$@"; do
     case $word in
         --help | -h) usage && exit 0 ;;
         --dry-run) dry_run=1 ;;
+        --evaluate) evaluate=(--evaluate) ;;
         -*) die "$word: options of sbatch stand before the script" 2 ;;
         *) [[ -z $study ]] || die "$word: one STUDY_DIR only" 2; study=$word ;;
     esac
@@ -45,7 +48,7 @@ find_program
 ranks_of_task=$((${SLURM_GPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))
 threads=$((${SLURM_CPUS_PER_TASK:-12} / (ranks_of_task > 1 ? ranks_of_task : 1)))
 set_environment $((threads > 1 ? threads : 1))
-command=("${program[@]}" study run "$study" --task "${task:-TASK}")
+command=("${program[@]}" study run "$study" --task "${task:-TASK}" ${evaluate[@]+"${evaluate[@]}"})
 if [[ -n $dry_run ]]; then
     show "${command[@]}"
     exit 0

@@ -28,6 +28,7 @@ from torch import Tensor
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, seal
 from megapromoe.io import atomic_write, sha256_of, sync, write_text
 from megapromoe.io import commit as commit_staged
+from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,17 @@ class Checkpoint:
 
         Raises CheckpointError naming a file whose hash is not the manifest's: bytes changed, or it is of another save.
         """
-        for one in self.manifest["ranks"][part::parts]:
-            file = self.folder / one["file"]
-            try:
-                intact = sha256_of(file) == one["sha256"]
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror}); use another step") from error
-            if not intact:
-                raise CheckpointError(f"{file}: {self._what_changed(file)}; use another step")
+        files = self.manifest["ranks"][part::parts]
+        total = sum(one["size"] for one in files)
+        with Progress(total, "B", f"checking {self.folder}", enabled=part == 0, leave=False) as progress:
+            for one in files:
+                file = self.folder / one["file"]
+                try:
+                    intact = sha256_of(file, progress.update) == one["sha256"]
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read ({error.strerror}); use another step") from error
+                if not intact:
+                    raise CheckpointError(f"{file}: {self._what_changed(file)}; use another step")
 
     def _what_changed(self, file: Path) -> str:
         try:

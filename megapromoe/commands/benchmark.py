@@ -125,17 +125,16 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 
 def _measure(options: argparse.Namespace, wanted: Sequence[Scene], settings: Settings) -> None:
-    from tqdm import tqdm
-
     from megapromoe.benchmark import suite
     from megapromoe.benchmark.report import fill, write_report
+    from megapromoe.work_progress import Progress
 
     command = shlex.join(["megapromoe", *options.words])
-    with tqdm(unit="scene", disable=None) as bar:
+    with Progress(None, "case", "measuring") as progress:
 
         def starts(scene: Scene) -> None:
-            bar.set_description(scene.key)
-            bar.update()
+            progress.note(scene.key)
+            progress.update()
 
         document = suite.run(wanted, settings, options.out, command, options.again, starts)
     files = write_report(document, options.out)

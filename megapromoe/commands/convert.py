@@ -78,19 +78,19 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from megapromoe.conversion.exports import export
+    from megapromoe.conversion.exports import export, exported_bytes
     from megapromoe.conversion.formats import open_state, with_latest
     from megapromoe.conversion.state import State
+    from megapromoe.work_progress import Progress
 
     config = checkpoint_config(options, options.overrides)
 
     def convert(step: int | None) -> tuple[State, list[str]]:
         state = open_state(options.source, options.form, config, step, options.objective)
         weights, again, nonfinite = options.weights, options.overwrite, options.allow_nonfinite
-        with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc=options.to) as bar:
-            return state, export(state, options.dest, options.to, weights, again, bar.update, nonfinite)
+        total = exported_bytes(state, options.to, weights)
+        with Progress(total, "B", f"writing {options.dest}") as progress:
+            return state, export(state, options.dest, options.to, weights, again, progress.update, nonfinite)
 
     state, notes = with_latest(options.source, options.step, convert)
     for note in (*state.notes, *notes):

@@ -47,14 +47,13 @@ def run(options: argparse.Namespace, launch) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from megapromoe.data.latents import check, read_manifest, scaled_deviation
+    from megapromoe.work_progress import Progress
 
     manifest = read_manifest(options.folder)
     total = manifest.records * manifest.record_bytes
-    with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
-        problems = check(options.folder, bar.update)
+    with Progress(total, "B", "checking") as progress:
+        problems = check(options.folder, progress.update)
     for problem in problems:
         print(problem)
     for line in _facts(options.folder, manifest):

@@ -99,10 +99,9 @@ def run(options: argparse.Namespace, launch: Launch) -> int:
 
 
 def _encode(options: argparse.Namespace, launch: Launch) -> int:
-    from tqdm import tqdm
-
     from megapromoe.data.encode import encode
     from megapromoe.distributed import watchdog
+    from megapromoe.work_progress import Progress
 
     watchdog.starting("listing the files and opening the autoencoder")
     source = _open_source(options, launch.local_rank)
@@ -111,9 +110,8 @@ def _encode(options: argparse.Namespace, launch: Launch) -> int:
         _print_plan(source, total, options.shard_size, launch.world)
     if options.dry_run:
         return 0
-    hidden = None if launch.rank == 0 else True
-    with tqdm(total=total, unit="image", desc="encoding", smoothing=0.05, disable=hidden) as bar:
-        manifest = encode(source, options.out, launch.rank, launch.world, options.shard_size, progress=bar.update)
+    with Progress(total, "image", "encoding", enabled=launch.rank == 0) as progress:
+        manifest = encode(source, options.out, launch.rank, launch.world, options.shard_size, progress=progress.update)
     if manifest:
         left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
         print(f"{options.out}: {manifest.records:,} records{left_out}")

@@ -64,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="with --run: a PNG of the distance over guidance, or over the steps",
     )
-    drawing_options(parser)
+    drawing_options(parser, several_steps=True)
     parser.add_argument(
         "--every-step",
         action="store_true",
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace, launch) -> int:
     runtime.prepare()
     from megapromoe.evaluation import image_metrics, image_metrics_report
 
+    steps, options.step = tuple(options.step or ()), None  # a request has one step, or the last
     request = None
     if options.run is not None:
         request = generation_request(options, options.samples or options.run / "evaluation")
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace, launch) -> int:
         sha256=options.sha256,
         declared_standard=options.standard_inception,
         every_step=options.every_step,
+        steps=steps,
     )
     records = image_metrics.evaluate(evaluation, launch)
     if launch.rank == 0:
@@ -123,6 +125,9 @@ def _check(options: argparse.Namespace) -> None:
         if options.reference is None:
             wrong.append("--reference: is needed with --images, the real ones to compare with")
     if options.every_step and options.step is not None:
-        wrong.append(f"--every-step, --step {options.step}: give one of them, all checkpoints that are kept or one")
+        wrong.append(
+            f"--every-step, --step {' '.join(map(str, options.step))}: give one of them, all checkpoints that are kept"
+            " or some"
+        )
     if wrong:
         raise ConfigError(wrong)

@@ -66,24 +66,23 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 def _report(options: argparse.Namespace, step: int | None, other_step: int | None) -> tuple[dict[str, Any], State]:
     """What is shown, and the state at PATH."""
-    from tqdm import tqdm
-
     from megapromoe.checkpoint.run_directory import RunDirectory
     from megapromoe.conversion.compare import differences, norms
+    from megapromoe.work_progress import Progress
 
     state, other = _open_both(options, checkpoint_config(options, []), step, other_step)
     report = _facts(state, options.path)
     if (checkpoints := RunDirectory(options.path).checkpoints).is_dir():
         report |= _history(checkpoints.parent)
     total = state.nbytes + (other.nbytes if other else 0)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+    with Progress(total, "B", "reading") as progress:
         if other is None:
             report["tensors"] = {
                 name: {"shape": list(state.shapes[name]), "norm": norm}
-                for name, norm in norms(state, bar.update).items()
+                for name, norm in norms(state, progress.update).items()
             }
         else:
-            tensors, apart = differences(state, other, bar.update)
+            tensors, apart = differences(state, other, progress.update)
             report |= {"other": _facts(other, options.other), "apart": apart}
             report["differences"] = [vars(tensor) for tensor in tensors]
     return report, state

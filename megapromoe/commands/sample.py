@@ -61,15 +61,20 @@ def num_option(parser: argparse._ActionsContainer, text: str) -> None:
     parser.add_argument("--num", "--num-images", metavar="N", type=positive, dest="num", help=text)
 
 
-def drawing_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says how images are drawn, for `generation_request`."""
+def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False) -> None:
+    """Adds what says how images are drawn, for `generation_request`; `several_steps`: --step takes a list."""
     parser.add_argument("--class", metavar="C", dest="only", type=int, nargs="+", help="classes; default: all")
     parser.add_argument(
         "--classes",
         choices=("balanced", "random"),
         help="with --num: the classes take turns (default), or are drawn for each image",
     )
-    parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step; default: the last")
+    if several_steps:
+        parser.add_argument(
+            "--step", metavar="N", type=int, nargs="+", help="the checkpoints of these steps; default: the last"
+        )
+    else:
+        parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step; default: the last")
     parser.add_argument(
         "--weights", choices=("ema", "master"), default="ema", help="averaged weights (default) or as trained"
     )

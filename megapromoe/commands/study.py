@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megapromoe.commands.command_line import (
@@ -24,17 +24,21 @@ from megapromoe.config.options import ROUTERS
 from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
-from megapromoe.studies.estimate import Speed, duration, measure, seconds, table
+from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
+from megapromoe.studies.status import QUIET, job_state
+from megapromoe.studies.status import table as status_table
 from megapromoe.studies.study import Study, missing_data, names, open_study, plan
-from megapromoe.studies.submission import resources
+from megapromoe.studies.submission import array_jobs, submit
+from megapromoe.work_progress import duration
 
 EPILOG = f"""\
   megapromoe study plan STUDY --recipe digits --measure    # what it is and costs
   megapromoe study run STUDY --jobs 2                      # trains what is missing; repeat to go on
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
-  megapromoe study collect STUDY                           # results.csv, results.md, curves.csv
-  megapromoe study plot STUDY                              # pictures of loss, routing and cost
+  megapromoe study status STUDY                            # what is done, running, waiting, stopped, failed
+  megapromoe study collect STUDY                           # results.csv, results.md, curves.csv, evaluations.csv
+  megapromoe study plot STUDY                              # pictures of loss, routing, cost and drawn images
 
 STUDY is a folder. A recipe says what varies, what is compared and what is held equal: one of
 {", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without a recipe, options of `plan`
@@ -47,7 +51,7 @@ LAUNCHER = "scaling_experts.sh"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe study plan|run|submit|collect|plot STUDY [options]"
+    parser.usage = "megapromoe study plan|run|submit|status|collect|plot STUDY [options]"
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -71,12 +75,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _plan_options(command("plan", _plan, summary, _PLAN_EXAMPLE))
 
     summary = "Trains what is missing, resumes what is partial, and evaluates what is done."
-    note = "Several may run at once: a task that another command trains is left to it, and its end is waited for."
-    run_parser = command("run", _run, summary, note)
-    run_parser.add_argument("--task", type=int, metavar="I", help="only this one, as an array job does")
+    run_parser = command("run", _run, summary, _RUN_NOTE)
+    run_parser.add_argument("--task", type=int, metavar="I", help="only the training of this one, as an array job does")
+    run_parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="no training: evaluate images of what is trained, as the recipe asks",
+    )
     run_parser.add_argument("--jobs", type=positive, default=1, metavar="J", help="tasks at a time; default: 1")
 
-    summary = "Submits what is missing as an array of SLURM jobs, each `run STUDY --task I`."
+    summary = "Shows for each task what is done, running, waiting, stopped or failed; starts and changes nothing."
+    command("status", _status, summary, _STATUS_NOTE)
+
+    summary = "Submits what is missing as an array of SLURM jobs, each `run STUDY --task I`; evaluations follow them."
     submit = command("submit", _submit, summary, _SUBMIT_EXAMPLE)
     submit.set_defaults(passes_on=True)
     submit.add_argument(
@@ -98,6 +109,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+_RUN_NOTE = """\
+Several may run at once: a task that another command trains is left to it, and its end is waited for.
+A recipe with a section `evaluate` has an evaluation for each task, which follows its training: images are drawn
+from its checkpoints and judged, by `megapromoe evaluate`. What is known already is not evaluated again.
+  megapromoe study run STUDY                      # trainings, and each one's evaluation when it is done
+  megapromoe study run STUDY --task 1             # the training of one task
+  megapromoe study run STUDY --task 1 --evaluate  # its evaluation"""
+_STATUS_NOTE = f"""\
+Read from the files in STUDY alone, so it may be asked at any time and on any machine that sees the folder.
+  running   some process holds the task's lock; on file systems that do not show the locks of other machines,
+            its last line is younger than {QUIET / 60:.0f} minutes
+  done      its last step is saved; of an evaluation, all its figures are known
+  waiting   it has not been started, or its training is not done
+  stopped   it was asked to stop, and has saved; `run` goes on with it
+  failed    it ended with an error, or was killed; the remark is the reason, logs/NAME.log has the rest, and `run` tries
+            again
+The exit code is 0, whatever the states."""
 _PLAN_EXAMPLE = """\
 example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
@@ -108,6 +136,7 @@ _SUBMIT_EXAMPLE = """\
 Options that follow STUDY and are not listed go to sbatch:
   megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
 A task gets a GPU for each of its ranks. Ranks over several nodes need srun: plan --ranks 16 --launcher "srun python".
+Evaluations are an array of their own, whose jobs each wait for the training of the same task (aftercorr).
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
 
 
@@ -157,6 +186,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(tasks)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
+    if evaluations := evaluations_in_words(study):
+        print(evaluations)
     if options.throughput or options.measure:
         speeds = dict.fromkeys((task.variant for task in study.tasks), Speed(options.throughput or 0))
         if options.measure:
@@ -200,23 +231,25 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _run(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
     from megapromoe.distributed.stop_requests import listening
-    from megapromoe.studies.runs import exit_code, run_tasks
+    from megapromoe.studies.runs import exit_code, jobs_to_run, run_tasks
 
     study = open_study(options.study)
     _refuse_without_data(study)
     tasks = study.tasks if options.task is None else (study.task(options.task),)
+    jobs = jobs_to_run(study, tasks, options.evaluate, alone=options.task is not None)
     if options.jobs > 1:
         runtime.share_cores(options.jobs)
     with listening() as asked_to_stop:
-        codes = run_tasks(study, tasks, options.jobs, asked_to_stop)
+        codes = run_tasks(study, jobs, options.jobs, asked_to_stop)
         code = exit_code(codes)
-        if not asked_to_stop():
+        if not asked_to_stop() and not options.evaluate:
             evaluate(study, tasks)
-    failed = [task for task in tasks if codes[task.name] not in (0, 75)]
-    for task in failed:
-        print(f"{task.name}: {study.state(task)}: {study.log(task)}", file=sys.stderr)
-    left = [task for task in tasks if not study.done(task)]
-    print(f"{len(tasks) - len(left)} of {len(tasks)} done, {len(failed)} failed", file=sys.stderr)
+    failed = [job for job in jobs if codes.get(job.name, 0) not in (0, 75)]
+    for job in failed:
+        state = job_state(study, job, time.time())
+        print(f"{job.name}: failed, {state.remark}: {study.log(job)}", file=sys.stderr)
+    left = [job for job in jobs if not study.done(job)]
+    print(f"{len(jobs) - len(left)} of {len(jobs)} done, {len(failed)} failed", file=sys.stderr)
     return code
 
 
@@ -225,44 +258,31 @@ def _refuse_without_data(study: Study) -> None:
         raise StudyError([missing])
 
 
+def _status(options: argparse.Namespace) -> int:
+    study = open_study(options.study)
+    now = time.time()
+    print(status_table(study, [job_state(study, job, now) for job in study.jobs()]))
+    return 0
+
+
 def _submit(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
 
     study = open_study(options.study)
     _refuse_without_data(study)
-    missing = [task.index for task in study.missing()]
-    if not missing:
+    arrays = array_jobs(study)
+    if not arrays:
         print(f"{study.folder}: all {len(study.tasks)} tasks are done")
         return 0
-    array = f"--array={_ranges(missing)}" + (f"%{options.at_once}" if options.at_once else "")
-    script = launchers_folder() / LAUNCHER
-    words = ["sbatch", array, *resources(study.recipe, options.passed_on), *options.passed_on]
-    words += [str(script), str(study.folder.resolve())]
-    print(shlex.join(words), flush=True)
-    if options.dry_run:
-        return 0
-    logs = study.folder / "logs"
-    logs.mkdir(exist_ok=True)
-    try:  # the jobs' own output goes into the folder of logs
-        return subprocess.run(words, cwd=logs, env=runtime.job_environment()).returncode
+    script, environment = launchers_folder() / LAUNCHER, runtime.job_environment()
+    try:
+        return submit(study, arrays, script, options.passed_on, options.at_once, environment, options.dry_run)
     except FileNotFoundError as error:
         raise FileError("sbatch is not here; submit from a login node, or use `run`") from error
 
 
-def _ranges(indices: Sequence[int]) -> str:
-    """Indices as SLURM writes them: [0, 1, 2, 5] -> "0-2,5"."""
-    ranges: list[list[int]] = []
-    for index in sorted(indices):
-        if ranges and index == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], index]
-        else:
-            ranges.append([index])
-    return ",".join("-".join(map(str, ends)) for ends in ranges)
-
-
 def _collect(options: argparse.Namespace) -> int:
-    from megapromoe.studies.curves import figures, several_steps
-    from megapromoe.studies.tables import to_csv, to_markdown
+    from megapromoe.studies.results import write_results
 
     study = open_study(options.study)
     variants = [variant.name for variant in study.recipe.variants]
@@ -271,20 +291,15 @@ def _collect(options: argparse.Namespace) -> int:
         raise StudyError([f"--against {', '.join(wrong)}: the variants are {', '.join(variants)}"])
     done = [task for task in study.tasks if study.done(task)]  # those of now: some may be training
     evaluate(study, done, options.draws)
-    rows = [row(study, task, options.draws) for task in done]
-    missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
-    write_text(study.folder / "results.csv", to_csv(rows), parents=True)
-    evaluations = [figure for task in done for figure in figures(study, task)]
-    if several_steps(evaluations):
-        write_text(study.folder / "curves.csv", to_csv(evaluations), parents=True)
-    text = to_markdown(rows, study.recipe, missing, against, evaluations)
-    write_text(study.folder / "results.md", text, parents=True)
+    text, files = write_results(study, done, options.draws, against)
     print(text)
-    return 0 if rows else 1
+    print("\n".join(files))
+    return 0 if done else 1
 
 
 def _plot(options: argparse.Namespace) -> int:
     from megapromoe.studies.plots import draw_all
+    from megapromoe.studies.results import report_pictures
 
     study = open_study(options.study)
     done = [task for task in study.tasks if study.done(task)]
@@ -292,6 +307,5 @@ def _plot(options: argparse.Namespace) -> int:
     if left := names([task for task in done if task not in known]):
         print(f"not shown, their loss on fixed draws is not computed yet (`collect` does): {left}", file=sys.stderr)
     rows = [row(study, task, options.draws) for task in known]
-    for path in draw_all(study, rows, options.note):
-        print(path)
+    print("\n".join(report_pictures(study, rows, draw_all(study, rows, options.note))))
     return 0 if rows else 1

@@ -65,13 +65,12 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     """Writes the new run; returns what a reader should know of it."""
-    from tqdm import tqdm
-
     from megapromoe.config.options import to_dict
-    from megapromoe.conversion.exports import export
+    from megapromoe.conversion.exports import export, exported_bytes
     from megapromoe.conversion.formats import open_state
     from megapromoe.conversion.state import checked, config_from
     from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
+    from megapromoe.work_progress import Progress, track
 
     config = checkpoint_config(options, [])
     source = checked(open_state(options.source, config=config, step=step, objective=options.objective))
@@ -81,11 +80,11 @@ def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     if dense:
         check_fit(source, config, options.how)
         tokens = moe_inputs(source, config, options.images, options.weights)
-        layers = tqdm(tokens.items(), unit="layer", disable=None, desc="k-means")
+        layers = track(tokens.items(), "layer", "k-means")
         prototypes = {block: cluster(x_TD, config, options.seed) for block, x_TD in layers}
         state = from_dense(source, config, prototypes, options.how, options.noise, options.weights, options.seed)
     else:
         state = grow(source, config, options.noise, options.spread, options.weights, options.seed)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc="writing") as bar:
-        notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=bar.update)
+    with Progress(exported_bytes(state, "ours"), "B", f"writing {options.dest}") as progress:
+        notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=progress.update)
     return [*state.notes, *notes]

@@ -109,13 +109,18 @@ def _check_destination(state: State, destination: Path, form: str, overwrite: bo
         detect(destination)  # raises if it is no checkpoint: --overwrite is not for other folders
 
 
-def _check_room(state: State, destination: Path, form: str, weights: str | None) -> None:
-    one = state.nbytes // len(state.kinds)
+def exported_bytes(state: State, form: str, weights: str | None = None) -> int:
+    """How many bytes of parameters `export` writes, with the same arguments; names and buffers add very little."""
     kinds = 4 if form == "ours" else 1 if weights or form == "diffusers" else len(state.kinds)
+    return kinds * (state.nbytes // len(state.kinds))
+
+
+def _check_room(state: State, destination: Path, form: str, weights: str | None) -> None:
+    needed = exported_bytes(state, form, weights)
     parent = next(p for p in destination.resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
-    if free < 1.01 * kinds * one:
-        raise ConversionError(f"{destination}: no room, need {kinds * one:,} bytes, have {free:,}; choose another disk")
+    if free < 1.01 * needed:
+        raise ConversionError(f"{destination}: no room, need {needed:,} bytes, have {free:,}; choose another disk")
 
 
 def _entry(state: State, read: Any, kind: str, name: str, row: int | None = None, place: int = 0) -> Entry:

@@ -9,11 +9,10 @@ import logging
 import os
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megapromoe.data.latents import LatentsError, Manifest
 from megapromoe.distributed import watchdog
 from megapromoe.io import atomic_write, open_regular
+from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +32,9 @@ def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             missing = [shard for shard in manifest.shards if not (copies / shard.file).exists()]
             total = sum(shard.records * manifest.record_bytes for shard in missing)
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"copying to {cache}", disable=None) as bar:
+            with Progress(total, "B", f"copying to {cache}") as progress:
                 for shard in missing:
-                    _copy(folder / shard.file, copies / shard.file, shard.sha256, bar)
+                    _copy(folder / shard.file, copies / shard.file, shard.sha256, progress)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "give a larger disk" if full else "see to it"
@@ -49,14 +48,14 @@ class CacheError(LatentsError):
     """A copy that cannot be made, on this node."""
 
 
-def _copy(source: Path, target: Path, sha256: str, bar: tqdm) -> None:
+def _copy(source: Path, target: Path, sha256: str, progress: Progress) -> None:
     digest = hashlib.sha256()
     try:
         with open(source, "rb") as read, atomic_write(target) as write:
             while block := read.read(1 << 20):
                 digest.update(block)
                 write.write(block)
-                bar.update(len(block))
+                progress.update(len(block))
                 watchdog.touch()
             if digest.hexdigest() != sha256:
                 raise CacheError(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megapromoe.errors import UserError
 from megapromoe.evaluation.inception import Inception
+from megapromoe.evaluation.names import CLASSIFIERS
 from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.io import sha256_of
 from megapromoe.sampling.image_sets import ImageSetError
@@ -32,7 +33,6 @@ STANDARD = {
     # A state: pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity's weights-inception-... of that name
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": "inception-2015-12-05",
 }
-CLASSIFIERS = ("digits", "fashion_mnist")
 _STEPS, _BATCH, _RATE = 300, 128, 2e-3  # of a classifier's training: a second for digits, some for Fashion-MNIST
 
 

@@ -8,6 +8,7 @@ mean, error = objective_loss(model, config, dataset)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -33,7 +34,12 @@ def open_held_out(config: Config) -> tuple[Dataset, str]:
 
 @torch.no_grad()
 def objective_loss(
-    model: nn.Module, config: Config, dataset: Dataset, draws: int = 4096, seed: int = 0
+    model: nn.Module,
+    config: Config,
+    dataset: Dataset,
+    draws: int = 4096,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, float]:
     """Mean loss over fixed draws of (record, noise, time), each under its label, and its standard error.
 
@@ -48,6 +54,7 @@ def objective_loss(
         model: whole, in eval mode.
         draws: number of draws.
         seed: of the draws; they share nothing with the training's of the same seed.
+        progress: called after each batch with its draws.
 
     Raises ValueError unless `draws` is at least 2; FloatingPointError if a loss is not finite.
     """
@@ -67,6 +74,7 @@ def objective_loss(
         x_BCHW, t_B = objective.corrupt(clean_BCHW, noise_BCHW, u_B)
         prediction, _ = model(x_BCHW, t_B, labels_B, len(n_B))
         losses.append(objective.losses_B(prediction, clean_BCHW, noise_BCHW, u_B).double().cpu())
+        progress(len(n_B))
     loss_N = torch.cat(losses)
     if not loss_N.isfinite().all():
         raise FloatingPointError(f"{int((~loss_N.isfinite()).sum())} of {draws} held-out losses are not finite")

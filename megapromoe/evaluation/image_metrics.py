@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import steps_in
@@ -30,13 +29,15 @@ from megapromoe.distributed.agreement import (
     distributed_session,
     raising_together,
 )
-from megapromoe.evaluation.features import CLASSIFIERS, FeatureError, Features, Network, open_network
-from megapromoe.evaluation.reference import DATA, EvaluationError, Images, Reference, check_finite, open_reference
+from megapromoe.evaluation.features import FeatureError, Features, Network, open_network
+from megapromoe.evaluation.names import CLASSIFIERS, DATA
+from megapromoe.evaluation.reference import EvaluationError, Images, Reference, check_finite, open_reference
 from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_distance, precision_recall
 from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet
 from megapromoe.sampling.request import GenerationRequest
 from megapromoe.sampling.run_model import CheckpointGone, again_while_gone, identify_checkpoint
+from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Evaluation:
         reference, split: see `reference.open_reference`.
         features, sha256, declared_standard: see `features.open_network`; None: the classifier of the data.
         every_step: generate from each checkpoint that the run keeps; the request's own `step` is not used.
+        steps: or from those of these steps, of which each must be there.
     """
 
     request: GenerationRequest | None
@@ -65,6 +67,7 @@ class Evaluation:
     sha256: str | None = None
     declared_standard: bool = False
     every_step: bool = False
+    steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.request is None) == (self.images is None) or self.request is not None and self.request.preview:
@@ -124,6 +127,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
                     "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     **facts,
                     "count": len(images),
+                    "asked": {name: getattr(evaluation, name) for name in ("reference", "split", "features")},
                     "reference": reference.name,
                     "reference_count": None if reference.images is None else len(reference.images),
                     "features": {
@@ -146,14 +150,16 @@ def extract_features(network: Network, images: Images, launch: runtime.Launch, t
         example = network(torch.from_numpy(images.read(0, 1)))
         totals = _Totals(example, len(images), network.device)
         starts = range(launch.rank * BATCH, len(images), launch.world * BATCH)
-        for start in tqdm(starts, disable=launch.rank != 0 or None, unit="batch", desc=title):
-            batch = images.read(start, min(start + BATCH, len(images)))
-            features = network(torch.from_numpy(batch))
-            if not all(f.isfinite().all() for f in features if f is not None):
-                numbers = f"{start}..{start + len(batch) - 1}"
-                raise EvaluationError(f"features = {network.name}: not finite at images {numbers} of {title}")
-            totals.update(start, features)
-            watchdog.touch()
+        with Progress(len(images), "image", f"features of {title}", enabled=launch.rank == 0) as progress:
+            for start in starts:
+                batch = images.read(start, min(start + BATCH, len(images)))
+                features = network(torch.from_numpy(batch))
+                if not all(f.isfinite().all() for f in features if f is not None):
+                    numbers = f"{start}..{start + len(batch) - 1}"
+                    raise EvaluationError(f"features = {network.name}: not finite at images {numbers} of {title}")
+                totals.update(start, features)
+                progress.update(min(launch.world * BATCH, len(images) - start))  # the other ranks are about as far
+                watchdog.touch()
         watchdog.at(f"waiting for the other ranks after the features of {title}")
     watchdog.at(f"sums of the features of {title}")
     return totals.reduce()
@@ -251,7 +257,7 @@ def _open_network(evaluation: Evaluation, name: str, device: torch.device, launc
 def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.Launch) -> list[int | None]:
     """The steps to generate from; None: the last. Rank 0 decides: a live run saves and removes steps. Collective."""
     if not evaluation.every_step:
-        return [request.step]
+        return [*evaluation.steps] or [request.step]
     steps = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
     return [*broadcast_from_rank0(steps)] or [None]  # without any, the usual error
 

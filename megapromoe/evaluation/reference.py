@@ -14,11 +14,11 @@ import torch
 from megapromoe.config.options import Config
 from megapromoe.errors import UserError
 from megapromoe.evaluation.features import Network
+from megapromoe.evaluation.names import DATA
 from megapromoe.evaluation.pixels import BUILT_IN, data_of_run, open_pixels
 from megapromoe.evaluation.statistics import NEIGHBOURS, Normal
 from megapromoe.sampling.image_sets import ImageSet, entries, open_array
 
-DATA = "data"  # the reference that is what the run trains on
 _STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # entries of guided-diffusion's files
 _LARGEST = 1e30  # of their values; squares stay far below the largest float64
 _ASYMMETRY = 1e-3  # of a covariance, over its largest entry: far above the rounding of float32

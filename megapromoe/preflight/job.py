@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.distributed import Store
-from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.distributed import launch_environment, rendezvous, runtime
@@ -29,6 +28,7 @@ from megapromoe.preflight.machine import Machine
 from megapromoe.preflight.report import table, write_reports
 from megapromoe.preflight.storage import Data, Files
 from megapromoe.preflight.verdict import Cluster, Limits, PreflightError, judge
+from megapromoe.work_progress import Progress
 
 RULES = (
     arrival.judge_arrival,
@@ -77,7 +77,7 @@ class Preflight:
         self.store.set_timeout(timedelta(seconds=10 * timeout))
         self.channel = self._channel(self.store)
         self.watchdog: Watchdog | None = None
-        self.bar = tqdm(total=len(STAGES), disable=True if launch.rank else None, leave=False)
+        self.progress = Progress(len(STAGES), "stage", "check", enabled=launch.rank == 0, leave=False)
 
     def run(self) -> int:
         """Exit code: 0 passed, 3 some node is to blame, 1 something failed that no node is to blame for.
@@ -146,13 +146,13 @@ class Preflight:
     def _stage(self, name: str, find: Callable[[], Any]) -> Any:
         """Finds, tells the others, and on rank 0 waits for what all found."""
         self._at(name)
-        self.bar.set_description(name)
+        self.progress.note(name)
         value = find()
         self.channel.send(f"found/{name}/{self.launch.rank}", None if value is None else asdict(value))
         self._at(f"{name} of the other ranks")
         if self.launch.rank == 0:
             self._keep(name, {rank: self.channel.receive(f"found/{name}/{rank}") for rank in range(self.launch.world)})
-        self.bar.update()
+        self.progress.update()
         return value
 
     def _keep(self, stage: str, said: dict[int, Any]) -> None:
@@ -202,7 +202,7 @@ class Preflight:
 
     def _conclude(self) -> tuple[int, list[str]]:
         """Judges, prints and writes; the exit code, and what could not be written."""
-        self.bar.close()
+        self.progress.close()
         verdict = judge(self.cluster, self.limits, RULES)
         print(table(verdict), flush=True)
         return verdict.exit_code, write_reports(self.cluster, self.limits, verdict, self.report, self.bad_nodes)

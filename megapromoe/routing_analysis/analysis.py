@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from megapromoe.config.class_groups import read_groups
 from megapromoe.config.options import Config
@@ -22,6 +21,7 @@ from megapromoe.nn.moe.layer import MoE
 from megapromoe.routing_analysis import figures, measures
 from megapromoe.routing_analysis.measures import definition
 from megapromoe.routing_analysis.observe import LEVELS, Routing, RoutingError
+from megapromoe.work_progress import track
 
 EACH_CLASS = 20  # up to so many classes each is a subset of its own
 RANDOM_SUBSET = 200  # classes of each of the two subsets else, as in the paper
@@ -130,8 +130,7 @@ def analyse(
         numbers["superclass_accuracy"] = (routing.rows_LCE * right_CE).sum((1, 2)) / np.maximum(rows_L, 1)
 
     shown = sorted({int(i) for i in np.linspace(0, len(layers) - 1, min(SCATTERED, len(layers))).round()})
-    bar = tqdm(shown, desc="t-SNE", unit="layer", disable=None)
-    places = [measures.t_sne(tokens.x_LTD[layer]) for layer in bar]
+    places = [measures.t_sne(tokens.x_LTD[layer]) for layer in track(shown, "layer", "t-SNE")]
     side = m.input_size // m.patch_size
     noise = f"noise level {routing.middle:g}, a quantile of the levels of training"
     nobody = routing.visits_LV[:, 0].sum() / routing.visits_LV.sum()
@@ -236,7 +235,7 @@ def router_vectors(moe: MoE) -> np.ndarray:
 def expert_overlaps(layers: Sequence[MoE], blocks: Sequence[int], k: int) -> dict[str, list[np.ndarray]]:
     """Overlaps (E, E) of each layer's experts: of what they read, of what they write, and of their hidden units."""
     out: dict[str, list[np.ndarray]] = {"input": [], "output": [], "hidden": []}
-    for moe in tqdm(layers, desc="SVD", unit="layer", disable=None):
+    for moe in track(layers, "layer", "overlap of the experts"):
         first, second = (layer.weight.detach().float().cpu().numpy() for layer in (moe.experts.fc1, moe.experts.fc2))
         for name, weight in (("input", first.swapaxes(1, 2)), ("output", second), ("hidden", first)):
             out[name].append(measures.subspace_overlap(weight, k))

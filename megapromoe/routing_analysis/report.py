@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megapromoe.data.sources import open_dataset
 from megapromoe.io import write_bytes, write_json, write_text
@@ -23,6 +22,7 @@ from megapromoe.routing_analysis import figures
 from megapromoe.routing_analysis.analysis import Request, Section, analyse, check_top_k, choose_subsets
 from megapromoe.routing_analysis.observe import chosen_layers, measure_routing
 from megapromoe.sampling.run_model import load_model
+from megapromoe.work_progress import Progress
 
 
 def write_routing_report(
@@ -50,9 +50,9 @@ def write_routing_report(
     dataset = open_dataset(config)
     subsets = choose_subsets(config, dataset, request.subsets)
     passes = len(request.levels) * min(request.images, len(dataset))
-    with tqdm(total=passes, desc="routing", unit="image", disable=None) as bar:
+    with Progress(passes, "image", "routing") as progress:
         routing = measure_routing(
-            model, config, dataset, request.images, request.levels, request.layers, request.tokens, bar.update
+            model, config, dataset, request.images, request.levels, request.layers, request.tokens, progress.update
         )
     facts = {"run": run.name, "step": step, "weights": weights, "router": config.model.router}
     numbers, sections = analyse(model, config, dataset, routing, subsets, request)

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.data.autoencoder import Autoencoder
@@ -41,6 +40,7 @@ from megapromoe.sampling.run_model import (
     is_there,
     load_model,
 )
+from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +175,11 @@ class Replica:
         """
         ranges = chunk_ranges(len(labels), config.sample.batch)
         done = len(labels) - sum(len(ranges[c]) for c in missing)
-        hidden = self.launch.rank != 0 or None
-        with tqdm(total=len(labels), initial=done, disable=hidden, unit="image", desc=writer.out.name) as bar:
+        shown = self.launch.rank == 0
+        with Progress(len(labels), "image", writer.out.name, done=done, enabled=shown) as progress:
 
             def show(step: int, steps: int) -> None:
-                bar.set_postfix_str(f"step {step}/{steps}")
+                progress.note(f"step {step}/{steps}")
 
             for chunk, chunks in self.layout.rounds(missing, len(ranges) - 1):
                 watchdog.at(f"chunks {', '.join(map(str, chunks))} of {writer.out}")
@@ -190,7 +190,7 @@ class Replica:
                         images = generate(self.model, config, classes, numbers, progress=show)
                         self._keep(chunk, images, numbers, writer, keep=chunk in chunks)
                     watchdog.at(f"waiting for the other ranks after chunks {', '.join(map(str, chunks))}")
-                bar.update(sum(len(ranges[c]) for c in chunks))
+                progress.update(sum(len(ranges[c]) for c in chunks))
 
     def _keep(self, chunk: int, images: Tensor, numbers: range, writer: ImageWriter, keep: bool) -> None:
         if not images.isfinite().all():

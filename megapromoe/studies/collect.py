@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
-
 from megapromoe.io import write_text
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
+from megapromoe.studies.json_files import metrics, read_json
 from megapromoe.studies.recipe import StudyError
-from megapromoe.studies.study import Study, metrics, read_json
+from megapromoe.studies.study import Study
+from megapromoe.work_progress import Progress
 
 DRAWS = 8192
 EVALUATED = "evaluated: "  # begins the name of a figure that `megapromoe evaluate` found
@@ -47,25 +47,22 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
-    for task in tqdm(lacking, desc="loss on fixed draws", unit="run", disable=None):
-        if evaluated(study, task, draws):  # another command has computed it meanwhile
-            continue
-        try:
-            model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
-            dataset, split = open_held_out(config)
-            mean, error = objective_loss(model, config, dataset, draws)
-        except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
-            problems.append(f"{task.name}: {problem}")
-            continue
-        found = {
-            "step": step,
-            "weights": study.recipe.weights,
-            "split": split,
-            "draws": draws,
-            "loss": mean,
-            "standard_error": error,
-        }
-        write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True, concurrent=True)
+    with Progress(len(lacking) * draws, "draw", "loss on fixed draws") as progress:
+        for number, task in enumerate(lacking):
+            progress.update(number * draws - progress.done)  # what failed, or was known, is behind too
+            progress.note(task.name)
+            if evaluated(study, task, draws):  # another command has computed it meanwhile
+                continue
+            try:
+                model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
+                dataset, split = open_held_out(config)
+                mean, error = objective_loss(model, config, dataset, draws, progress=progress.update)
+            except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
+                problems.append(f"{task.name}: {problem}")
+                continue
+            facts = {"step": step, "weights": study.recipe.weights, "split": split, "draws": draws}
+            found = facts | {"loss": mean, "standard_error": error}
+            write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True, concurrent=True)
     if problems:
         raise StudyError(problems)
 

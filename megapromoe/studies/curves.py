@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megapromoe.run_lines import lines_of
+from megapromoe.studies.evaluations import RECORDS, evaluation_of
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Study
 
@@ -39,11 +40,13 @@ class Curves:
 def figures(study: Study, task: Task) -> list[dict[str, Any]]:
     """What was found of a task's checkpoints: a row for each figure, step, guidance scale and number of images.
 
-    Of several records of the same the newest counts. Drawing images costs as much as a short training, so a study
-    does not begin it, and takes in what there is.
+    Of several records of the same the newest counts, but one that the recipe asks for before those made by hand, such
+    as of other weights.
     """
-    found = {}
-    for record in lines_of(study.run(task) / "evaluation.jsonl"):
+    found, records = {}, lines_of(study.run(task) / RECORDS)
+    if (evaluation := evaluation_of(study.recipe, task)) is not None:
+        records.sort(key=evaluation.is_of)  # stable: the oldest of others first, the newest of its own last
+    for record in records:
         for name, value in record["figures"].items():
             found[record["step"], record["guidance"], record["count"], name] = value
     who = {"task": task.name, "variant": task.variant, "seed": task.seed, **task.point}

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megapromoe.config.options import UNSET
 from megapromoe.planning.cost import memory_per_rank, parameters
+from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.grid import Task
+from megapromoe.studies.job_processes import command
+from megapromoe.studies.json_files import metrics
 from megapromoe.studies.recipe import StudyError
-from megapromoe.studies.runs import command
-from megapromoe.studies.study import Study, metrics
+from megapromoe.studies.study import Study
+from megapromoe.work_progress import size, track
 
 MEASURED_STEPS = 20  # of which the first half warms up
 
@@ -44,7 +45,7 @@ def measure(study: Study) -> dict[str, Speed]:
             dearest[task.variant] = task
     found, half = {}, MEASURED_STEPS // 2
     short = [f"train.steps={MEASURED_STEPS}", "train.warmup=0", "train.save_every=0", f"train.log_every={half}"]
-    for variant, task in tqdm(dearest.items(), desc="measuring", unit="model", disable=None):
+    for variant, task in track(dearest.items(), "model", "measuring"):
         with tempfile.TemporaryDirectory(prefix="megapromoe-measure-") as folder:
             words = command(study, task)
             if task.config.data.source == UNSET:
@@ -64,8 +65,24 @@ def measure(study: Study) -> dict[str, Speed]:
 
 
 def seconds(study: Study, speeds: Mapping[str, Speed]) -> float:
-    """Of the tasks that are not done, one after another."""
-    return sum(speeds[task.variant].seconds(task) for task in study.missing())
+    """Of the tasks that are not done, one after another; images are drawn at the speed of the training."""
+    trainings = sum(speeds[task.variant].seconds(task) for task in study.missing())
+    drawing = ((job, speeds[job.task.variant]) for job in study.missing_evaluations())
+    return trainings + sum(s.start + job.flops(len(job.steps)) / s.flops_per_second for job, s in drawing)
+
+
+def evaluations_in_words(study: Study) -> str:
+    """What is evaluated after the trainings, and its cost; empty for a study that evaluates nothing."""
+    evaluations = [job for job in study.jobs() if isinstance(job, Evaluation)]
+    if not evaluations:
+        return ""
+    flops = sum(job.flops(len(job.steps)) for job in evaluations)
+    checkpoints = sum(len(job.steps) for job in evaluations)
+    images = sum(job.section.num * len(job.scales) * len(job.steps) for job in evaluations)
+    return (
+        f"evaluations: {len(evaluations)}, one after each training; {images:,} images of {checkpoints:,} checkpoints,"
+        f" {flops:.3g} FLOPs of drawing; not done: {len(study.missing_evaluations())}"
+    )
 
 
 def table(study: Study) -> str:
@@ -77,21 +94,3 @@ def table(study: Study) -> str:
         cells = [task.index, task.name, f"{count.total:,}", f"{count.active:,}", f"{task.flops:.3g}", size(held)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.1f} h"

@@ -12,6 +12,7 @@ from typing import Any
 from megapromoe.config.options import Config, ConfigError, ratio_of
 from megapromoe.config.resolve import resolve
 from megapromoe.planning.cost import flops_per_image, parameters
+from megapromoe.studies.image_evaluation import problems_of
 from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}
@@ -72,6 +73,11 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
                 tasks.append(Task(len(tasks), name, variant.name, seed, point, config))
     if same:
         raise StudyError(dict.fromkeys(same))
+    if (evaluate := recipe.evaluate) is not None and tasks and not problems:
+        longest = max(task.config.train.steps for task in tasks)
+        if evaluate.every >= longest:
+            rule = f"the longest task has {longest} steps, so that only the last checkpoint is evaluated"
+            raise StudyError([f"evaluate.every = {evaluate.every}: {rule}; give fewer, or leave it out for that"])
     if problems:
         raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
     return tuple(tasks)
@@ -79,8 +85,12 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
 
 def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int) -> Config:
     seeds = dict.fromkeys(recipe.seed_settings, seed)
-    layers = (recipe.settings, variant.settings, point, seeds)
+    layers: tuple[Mapping[str, Any], ...] = (recipe.settings, variant.settings, point, seeds)
+    if recipe.evaluate is not None:
+        layers = (*layers, _checkpoint_settings(recipe, layers))
     config = _resolve(recipe, *layers)
+    if recipe.evaluate is not None and (problems := problems_of(recipe.evaluate, config)):
+        raise ConfigError(problems)
     equal = recipe.active_parameters
     if equal is None:
         return config
@@ -96,6 +106,25 @@ def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, se
         off = f"has {active:,}, {active / target - 1:+.2%} off the {target:,} asked for"
         raise ConfigError([f"active_parameters: {variant.name} {off}{how}; {remedy}"])
     return config
+
+
+def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
+    """Settings by which a task keeps the checkpoints to evaluate. Raises ConfigError if the recipe forbids it."""
+    every = recipe.evaluate.every if recipe.evaluate is not None else 0
+    if not every:
+        return {}
+    train = _resolve(recipe, *layers).train
+    settings, problems = {}, []
+    for key, value in (("train.save_every", train.save_every), ("train.keep_every", train.keep_every)):
+        if value and every % value == 0:
+            continue
+        if any(key in layer for layer in layers):
+            remedy = f"let it divide {every}, or leave it out of the recipe"
+            problems.append(f"evaluate.every = {every}: {key} = {value} does not keep the checkpoints; {remedy}")
+        settings[key] = every
+    if problems:
+        raise ConfigError(problems)
+    return settings
 
 
 def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: int) -> float:
@@ -148,7 +177,7 @@ def _names(names: list[str]) -> str:
 
 def _remedy(problem: str, tasks: list[Task]) -> str:
     """What to do about a setting that some models of a study can take, and others not."""
-    if not tasks or problem.startswith(("active_parameters", "match")):
+    if not tasks or problem.startswith(("active_parameters", "match", "evaluate")):
         return ""
     return "; other tasks can take it: set the value of these in the `settings` of their variants, which win"
 

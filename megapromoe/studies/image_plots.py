@@ -16,7 +16,8 @@ from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import EVALUATED
 from megapromoe.studies.curves import Curves, curves_of, figures
-from megapromoe.studies.study import Study, metrics
+from megapromoe.studies.json_files import metrics
+from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, evaluated, first_figure, groups, model_name
 
 COLOURS = [to_rgb(colour) for colour in color_sequences["tab10"]]

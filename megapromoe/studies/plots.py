@@ -14,9 +14,11 @@ from megapromoe.io import atomic_write
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import LOSS, TAIL
+from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.fit import SPAN, PowerLaw
 from megapromoe.studies.image_plots import COLOURS, PLAIN, draw_images, plot_label
-from megapromoe.studies.study import Study, metrics
+from megapromoe.studies.json_files import metrics
+from megapromoe.studies.study import Study
 from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of
 
 MARKERS = "osD^vP*X<>"
@@ -31,7 +33,7 @@ def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
     """
     pictures = {"loss_experts": draw_experts(study, rows), "loss_compute": draw_compute(study, rows)}
     pictures |= {"routing": draw_routing(study, rows), "cost": draw_cost(study, rows, note)}
-    pictures |= {"images": draw_images(study, rows)}
+    pictures |= {"images": draw_images(study, rows), "evaluations": draw_evaluations(study, rows)}
     paths = []
     for name, figure in pictures.items():
         if figure is not None:

@@ -15,6 +15,7 @@ A recipe is YAML:
     active_parameters: {like: {model.num_experts: 16}, tolerance: 0.01, multiple: 8}
     baseline: dense                      # differences are told against this variant
     weights: ema                         # or master: what is evaluated; in short runs the average lags behind
+    evaluate: {num: 500, every: 100}     # images that the checkpoints draw are judged: see `image_evaluation.py`
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]
 
@@ -34,6 +35,7 @@ from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, sugg
 from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, Violations
+from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_evaluation
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 WEIGHTS = ("ema", "master")
@@ -81,6 +83,7 @@ class Recipe:
     active_parameters: Equal | None = option(None, "how they are held equal", kind=dict)
     baseline: str | None = option(None, "differences are taken against this variant", kind=str)
     weights: str = option("ema", "what is evaluated", WEIGHTS)
+    evaluate: ImageEvaluation | None = option(None, "images that are drawn and judged", kind=dict)
     ranks: int = option(1, "processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
 
@@ -138,6 +141,9 @@ def make_recipe(content: Any) -> Recipe:
         equal, wrong = read_fields(Equal, values["active_parameters"], "active_parameters.")
         problems += wrong
         values["active_parameters"] = Equal(**equal | {"like": _typed(equal.get("like", {}))})
+    if "evaluate" in values:
+        values["evaluate"], wrong = read_image_evaluation(values["evaluate"])
+        problems += wrong
     seeds = values.get("seeds", [0])
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
@@ -170,6 +176,9 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
         said["variants"][variant.name] = {key: value for key, value in told.items() if value}
     if recipe.active_parameters is not None:
         said["active_parameters"] = dict(vars(recipe.active_parameters))
+    if recipe.evaluate is not None:
+        section = {key: value for key, value in vars(recipe.evaluate).items() if value}
+        said["evaluate"] = {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
     said |= {
         "baseline": recipe.baseline,
         "weights": recipe.weights,

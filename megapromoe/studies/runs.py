@@ -1,124 +1,184 @@
-"""Trains the tasks of a study: `megapromoe train` in processes of their own, some at a time.
+"""Runs the jobs of a study in processes of their own, some at a time: trainings, and the evaluations that follow them.
 
-A task that fails is written down and the others go on. Repeating resumes what is not done, from its last checkpoint.
-Several commands may train one study at once: each task has a lock, and who finds it taken waits for its end.
+A job that fails is written down and the others go on. Repeating resumes what is not done: a training from its last
+checkpoint, an evaluation with the checkpoints of which figures are missing. Several commands may run one study at once:
+each job has a lock, and who finds it taken waits for its end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from typing import Any
 
-from tqdm import tqdm
-
-from megapromoe.io import naming_errors, open_regular, write_text
+from megapromoe.studies.evaluations import Evaluation
+from megapromoe.studies.forecast import Forecast, in_words
 from megapromoe.studies.grid import Task
-from megapromoe.studies.study import Study, failure
+from megapromoe.studies.job_processes import (
+    STOPPED,
+    RunningJob,
+    ask_to_stop,
+    end_in_words,
+    finish,
+    is_training,
+    start,
+    start_in_words,
+)
+from megapromoe.studies.recipe import StudyError
+from megapromoe.studies.study import Job, Study
 from megapromoe.studies.task_locks import lock_task, owner
+from megapromoe.work_progress import Progress
 
-STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
-POLL = 0.5  # seconds between looks at the running tasks
-
-
-def command(study: Study, task: Task) -> list[str]:
-    """What trains a task: the launcher, or this Python, and `-m megapromoe train`."""
-    start = list(study.recipe.launcher) or [sys.executable]
-    # --run-dir: torchrun would take --run for an option of its own.
-    words = ["--config", str(study.config(task)), "--run-dir", str(study.run(task))]
-    return [*start, "-m", "megapromoe", "train", *words]
-
-
-@dataclass
-class _Started:
-    task: Task
-    launcher: str
-    process: subprocess.Popen
-    lock: IO[str]
-    log: IO
-    from_byte: int
-    since: float
+POLL = 0.5  # seconds between looks at the running jobs
 
 
 def run_tasks(
-    study: Study, tasks: Iterable[Task], jobs: int = 1, asked_to_stop: Callable[[], bool] = lambda: False
+    study: Study, tasks: Iterable[Job], jobs: int = 1, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, int]:
-    """Trains those of `tasks` that are not done, `jobs` at a time; returns the exit code of each, 0 for those done.
+    """Runs those of `tasks` that are not done, `jobs` at a time; returns the exit code of each, 0 for those done.
 
     Args:
+        tasks: trainings, and evaluations; an evaluation starts when its training is done. One whose training failed, or
+            is neither done nor among the tasks, is left out, without a code.
         asked_to_stop: once it is true, the running ones are asked to save and stop, and no other is started; these,
             and those that had no turn, have code 75.
 
-    A task that another command trains is left to it. When that has ended, what it reports holds, and a task that it
-    stopped, or that it left when it was killed, is trained here.
+    A job that another command runs is left to it. When that has ended, what it reports holds, and a job that it
+    stopped, or that it left when it was killed, is run by this command.
 
-    A bar tells of the steps of all tasks; where stderr is no terminal, a line for each task that ends.
+    A bar shows the steps of all trainings; where stderr is no terminal, a line once a minute. A line for each job that
+    starts or ends says when it and all jobs should end.
     """
-    tasks = list(tasks)
-    codes = {task.name: 0 for task in tasks if study.done(task)}
-    waiting = [task for task in tasks if task.name not in codes]
-    running: list[_Started] = []
-    left_to_others: dict[str, dict[str, Any] | None] = {}  # tasks, and their outcome when they were found locked
-    told = False
-    total = sum(task.config.train.steps for task in tasks)
-    with tqdm(total=total, unit="step", disable=None, dynamic_ncols=True, smoothing=0.05) as bar:
-        ended = sum(task.config.train.steps for task in tasks if task.name in codes)
-        bar.update(ended)
-        bar.unpause()
-        try:
-            while waiting or running:
-                if asked_to_stop() and not told:
-                    told = True
-                    _ask(running)
-                for task in list(waiting):
-                    if told or len(running) >= jobs:
+    return _Runner(study, tuple(tasks), jobs).run(asked_to_stop)
+
+
+class _Runner:
+    def __init__(self, study: Study, jobs: tuple[Job, ...], at_once: int):
+        self.study, self.jobs, self.at_once = study, jobs, at_once
+        self.codes = {job.name: 0 for job in jobs if study.done(job)}
+        self.waiting = [job for job in jobs if job.name not in self.codes]
+        self.running: list[RunningJob] = []
+        self.left_to_others: dict[
+            str, dict[str, Any] | None
+        ] = {}  # jobs, and their outcome when they were found locked
+        self.stopping = False
+        self.forecast = Forecast(study, at_once)
+        trainings = [job for job in jobs if not isinstance(job, Evaluation)]
+        total = sum(job.config.train.steps for job in trainings)
+        self.ended_steps = sum(job.config.train.steps for job in trainings if job.name in self.codes)
+        self.progress = Progress(total, "step", f"study {study.folder}", done=self.ended_steps, left=self._left)
+
+    def run(self, asked_to_stop: Callable[[], bool]) -> dict[str, int]:
+        with self.progress:
+            try:
+                while self.waiting or self.running:
+                    if asked_to_stop() and not self.stopping:
+                        self.stopping = True
+                        ask_to_stop(self.running)
+                    self._start_ready()
+                    if self.stopping and not self.running:
                         break
-                    lock = lock_task(study, task)
-                    if lock is None:
-                        if task.name not in left_to_others:
-                            left_to_others[task.name] = study.outcome(task)
-                            _tell(bar, f"{task.name}: is trained by another command ({owner(study, task)}); left to it")
-                        continue
-                    waiting.remove(task)
-                    code = _code_of_others(study, task, left_to_others)
-                    if code is None:
-                        running.append(_start(study, task, lock))
-                        continue
-                    lock.close()
-                    codes[task.name] = code
-                    ended += study.steps_logged(task)
-                    how = "done" if code == 0 else "failed"
-                    _tell(bar, f"{task.name}: {how} by another command ({len(codes)} of {len(tasks)})")
-                if told and not running:
-                    break
-                time.sleep(POLL)
-                for one in [one for one in running if one.process.poll() is not None]:
-                    running.remove(one)
-                    code = _finish(study, one, told)
-                    codes[one.task.name] = code
-                    ended += study.steps_logged(one.task)
-                    _tell(bar, f"{one.task.name}: {_words(code, study, one)} ({len(codes)} of {len(tasks)})")
-                steps = ended + sum(study.steps_logged(one.task) for one in running)
-                bar.set_postfix_str(" ".join(one.task.name for one in running), refresh=False)
-                bar.update(max(0, steps - bar.n))
-        except BaseException:  # Ctrl-C among them: nothing goes on training behind the back of who stopped it
-            _ask(running)
-            for one in running:
-                with contextlib.suppress(KeyboardInterrupt):
-                    one.process.wait()
-                _finish(study, one, True)
-            raise
-    return codes | {task.name: STOPPED for task in waiting}
+                    if not self.waiting and not self.running:
+                        break
+                    time.sleep(POLL)
+                    for one in [one for one in self.running if one.process.poll() is not None]:
+                        self.running.remove(one)
+                        code = finish(self.study, one, self.stopping)
+                        self.forecast.add(one.job)
+                        self._ended(one.job, code, end_in_words(code, self.study, one))
+                    self._show()
+            except BaseException:  # Ctrl-C among them: nothing goes on training behind the back of who stopped it
+                ask_to_stop(self.running)
+                for one in self.running:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        one.process.wait()
+                    finish(self.study, one, True)
+                raise
+        return self.codes | {job.name: STOPPED for job in self.waiting}
+
+    def _start_ready(self) -> None:
+        """Starts waiting jobs while there is room, and drops those that cannot start any more."""
+        for job in list(self.waiting):
+            if self.stopping or len(self.running) >= self.at_once:
+                return
+            if isinstance(job, Evaluation) and not self._is_ready(job):
+                continue
+            lock = lock_task(self.study, job)
+            if lock is None:
+                if job.name not in self.left_to_others:
+                    self.left_to_others[job.name] = self.study.outcome(job)
+                    verb = "trained" if is_training(job) else "evaluated"
+                    by = f"is {verb} by another command ({owner(self.study, job)}); left to it"
+                    self.progress.write(f"{job.name}: {by}")
+                continue
+            self.waiting.remove(job)
+            code = _code_of_others(self.study, job, self.left_to_others)
+            if code is None:
+                one = start(self.study, job, lock)
+                self.running.append(one)
+                number = len(self.codes) + len(self.running)
+                ends = in_words(self.forecast.job_left(one, self.running), datetime.now())
+                self.progress.write(
+                    f"{number} of {len(self.jobs)}: {start_in_words(self.study, one)}; it should end {ends},"
+                    f" the study {in_words(self._left(), datetime.now())}"
+                )
+                continue
+            lock.close()
+            how = "done" if code == 0 else "failed"
+            self._ended(job, code, f"{how} by another command")
+
+    def _is_ready(self, job: Evaluation) -> bool:
+        """Whether its training is done. Drops it where that will not be."""
+        if self.study.done(job.task):
+            return True
+        comes = job.task in self.waiting or any(one.job == job.task for one in self.running)
+        if not comes:
+            self.waiting.remove(job)
+            why = f"its training is not done ({self.study.state(job.task)})"
+            self.progress.write(f"{job.name}: not started, {why}")
+        return False
+
+    def _ended(self, job: Job, code: int, words: str) -> None:
+        self.codes[job.name] = code
+        if not isinstance(job, Evaluation):
+            self.ended_steps += self.study.steps_logged(job)
+        line = f"{job.name}: {words} ({len(self.codes)} of {len(self.jobs)})"
+        if (self.waiting or self.running) and not self.stopping:
+            line += f"; the study should end {in_words(self._left(), datetime.now())}"
+        self.progress.write(line)
+
+    def _left(self) -> float | None:
+        return self.forecast.all_left(self.running, self.waiting)
+
+    def _show(self) -> None:
+        trainings = (one.job for one in self.running if not isinstance(one.job, Evaluation))
+        logged = sum(self.study.steps_logged(job) for job in trainings)
+        self.progress.update(max(0, self.ended_steps + logged - self.progress.done))
+        self.progress.note(", ".join(one.job.name for one in self.running))
+
+
+def jobs_to_run(study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool) -> tuple[Job, ...]:
+    """What `study run` is asked to run.
+
+    Args:
+        tasks: those of the command.
+        evaluate: their evaluations alone.
+        alone: it is one task, of which a job of an array trains or evaluates; else trainings are evaluated too.
+
+    Raises StudyError for an evaluation that cannot be.
+    """
+    if not evaluate:
+        return tuple(tasks) if alone else study.jobs(tasks)
+    jobs = tuple(job for job in study.jobs(tasks) if isinstance(job, Evaluation))
+    if not jobs:
+        rule = "the recipe has no section `evaluate`; plan a study in another folder, from a recipe with one"
+        raise StudyError([f"--evaluate: {study.folder / 'study.yaml'}: {rule}"])
+    if alone and not study.done(tasks[0]):
+        first = f"train it first: megapromoe study run {study.folder} --task {tasks[0].index}"
+        raise StudyError([f"--evaluate: {tasks[0].name} is not trained ({study.state(tasks[0])}); {first}"])
+    return jobs
 
 
 def exit_code(codes: dict[str, int]) -> int:
@@ -131,98 +191,13 @@ def exit_code(codes: dict[str, int]) -> int:
     return int(any(codes.values()))
 
 
-def _code_of_others(study: Study, task: Task, left_to_others: dict[str, dict[str, Any] | None]) -> int | None:
-    """The exit code of a task that another command has trained since this one began; None: it is to be trained here."""
-    if study.done(task):
+def _code_of_others(study: Study, job: Job, left_to_others: dict[str, dict[str, Any] | None]) -> int | None:
+    """The exit code of a job that another command has run since this one began; None: this command is to run it."""
+    if study.done(job):
         return 0
-    if task.name not in left_to_others:
+    if job.name not in left_to_others:
         return None
-    outcome = study.outcome(task)
-    if outcome is None or outcome == left_to_others[task.name] or outcome["code"] in (0, STOPPED):
+    outcome = study.outcome(job)
+    if outcome is None or outcome == left_to_others[job.name] or outcome["code"] in (0, STOPPED):
         return None
     return outcome["code"]
-
-
-def _start(study: Study, task: Task, lock: IO[str]) -> _Started:
-    path = study.log(task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    words = command(study, task)
-    study.outcome_file(task).unlink(missing_ok=True)  # of an earlier start
-    file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
-    begin = log.tell()
-    with naming_errors(path):
-        log.write(f"$ {' '.join(words)}\n".encode())
-    # A session of its own: Ctrl-C reaches this process alone, which then asks the task to save.
-    try:
-        process = subprocess.Popen(
-            words,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=(lock.fileno(),),  # the task stays locked while it is trained, whatever becomes of this process
-        )
-    except OSError as error:
-        log.write(f"{words[0]}: {error.strerror}\n".encode())
-        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
-    return _Started(task, Path(words[0]).name, process, lock, log, begin, time.monotonic())
-
-
-def _ask(running: list[_Started]) -> None:
-    """Asks the tasks to save and end, as `megapromoe train` does: SIGTERM to all their processes.
-
-    srun alone gets SIGUSR1, which it hands on to the ranks on all nodes; at SIGTERM it would kill them.
-    """
-    for one in running:
-        with contextlib.suppress(ProcessLookupError):
-            if one.launcher == "srun":
-                one.process.send_signal(signal.SIGUSR1)
-            else:
-                os.killpg(one.process.pid, signal.SIGTERM)
-
-
-def _finish(study: Study, one: _Started, told: bool) -> int:
-    """Writes down how a task ended; returns its code."""
-    one.log.close()
-    code = one.process.returncode
-    if study.done(one.task):
-        code = 0
-    elif told:  # launchers have codes of their own for a job that was asked to stop
-        code = STOPPED
-    elif code == 0:
-        code = 1  # it says all is well, and has not saved its last step
-    outcome = {
-        "code": code,
-        "said": _last_words(study, one) if code else "",
-        "seconds": round(time.monotonic() - one.since, 1),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_text(study.outcome_file(one.task), json.dumps(outcome) + "\n", parents=True)
-    one.lock.close()
-    return code
-
-
-def _last_words(study: Study, one: _Started) -> str:
-    """What the log of this start says went wrong: from the last line of `megapromoe:` on, else its last line."""
-    with open(study.log(one.task), "rb") as file:
-        file.seek(max(one.from_byte, file.seek(0, os.SEEK_END) - 65536))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    ours = [i for i, line in enumerate(lines) if re.match(r"megapromoe[:,] ", line)]
-    return "\n".join(lines[ours[-1] :] if ours else lines[-1:])[:2000]
-
-
-def _words(code: int, study: Study, one: _Started) -> str:
-    seconds = f"{time.monotonic() - one.since:.0f} s"
-    if code == 0:
-        return f"done in {seconds}"
-    if code == STOPPED:
-        return f"stopped after {seconds}, saved; repeat the command to go on"
-    outcome = study.outcome(one.task)
-    assert outcome is not None, "written when the task ended"
-    ended = f"failed with exit code {code}" if code > 0 else failure(code)
-    return f"{ended} after {seconds}; {study.log(one.task)} ends with: {outcome['said']}"
-
-
-def _tell(bar: tqdm, line: str) -> None:
-    bar.write(line, file=sys.stderr) if not bar.disable else print(line, file=sys.stderr, flush=True)

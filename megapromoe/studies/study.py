@@ -5,11 +5,11 @@ study.yaml          the recipe
 tasks.md            the tasks and what they cost
 tasks/NAME.yaml     the whole config of each task, as it was planned
 runs/NAME/          the run directory of each task
-logs/NAME.log       what its training printed
-outcomes/NAME.json  how its last start ended
-locks/NAME.lock     locked while a command trains the task; its text says which
+logs/NAME.log       what its training printed; NAME-evaluation.log, what its evaluation did
+outcomes/NAME.json  how its last start ended, and that of NAME-evaluation
+locks/NAME.lock     locked while a command trains the task; its text says which; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
-results.csv, .md    what `collect` found; *.png what `plot` drew
+results.csv, .md    what `collect` found, with curves.csv, evaluations.csv; *.png what `plot` drew
 ==================  =================================================================================
 """
 
@@ -32,13 +32,16 @@ from megapromoe.config.options import NO_DATA, UNSET, ConfigError
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.io import write_text
-from megapromoe.run_lines import metrics_of
+from megapromoe.studies.evaluations import Evaluation, evaluation_of
 from megapromoe.studies.grid import Task, expand
+from megapromoe.studies.json_files import read_json
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
 _WHOLE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
 _PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
 LAST_BYTES = 1 << 18  # of a metrics.jsonl: more than its longest line
+
+Job = Task | Evaluation  # what `run` runs in processes of its own: a training, or what follows it
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,47 @@ class Study:
     def config(self, task: Task) -> Path:
         return self.folder / "tasks" / f"{task.name}.yaml"
 
-    def log(self, task: Task) -> Path:
-        return self.folder / "logs" / f"{task.name}.log"
+    def log(self, job: Job) -> Path:
+        return self.folder / "logs" / f"{job.name}.log"
 
-    def lock_file(self, task: Task) -> Path:
-        return self.folder / "locks" / f"{task.name}.lock"
+    def lock_file(self, job: Job) -> Path:
+        return self.folder / "locks" / f"{job.name}.lock"
 
-    def outcome_file(self, task: Task) -> Path:
-        return self.folder / "outcomes" / f"{task.name}.json"
+    def outcome_file(self, job: Job) -> Path:
+        return self.folder / "outcomes" / f"{job.name}.json"
 
     def loss_file(self, task: Task) -> Path:
         return self.folder / "losses" / f"{task.name}.json"
 
-    def outcome(self, task: Task) -> dict[str, Any] | None:
+    def outcome(self, job: Job) -> dict[str, Any] | None:
         """How the last start ended, `code` and `said`; None before the first."""
-        return read_json(self.outcome_file(task))
+        return read_json(self.outcome_file(job))
+
+    def jobs(self, tasks: Iterable[Task] | None = None) -> tuple[Job, ...]:
+        """All that is run for the tasks, by default all of them: each training, and behind it its evaluation."""
+        jobs: list[Job] = []
+        for task in self.tasks if tasks is None else tasks:
+            evaluation = evaluation_of(self.recipe, task)
+            jobs += [task] if evaluation is None else [task, evaluation]
+        return tuple(jobs)
 
     def steps_saved(self, task: Task) -> int:
         """Steps of the newest complete checkpoint, 0 without one."""
         manifests = (self.run(task) / "checkpoints").glob("step-*/manifest.json")
         found = (_WHOLE.fullmatch(path.parent.name) for path in manifests)
         return max((int(match[1]) for match in found if match), default=0)
+
+    def last_line(self, job: Job) -> tuple[int, float | None]:
+        """The last step that a training has logged, and when (seconds since 1970); None where it has logged nothing.
+
+        Of an evaluation, when its log last grew; its steps are 0.
+        """
+        file = self.log(job) if isinstance(job, Evaluation) else self.run(job) / "metrics.jsonl"
+        try:
+            when = file.stat().st_mtime
+        except OSError:
+            return 0, None
+        return 0 if isinstance(job, Evaluation) else self.steps_logged(job), when
 
     def steps_logged(self, task: Task) -> int:
         """Steps of the last whole line of its metrics; 0 without one."""
@@ -90,9 +113,11 @@ class Study:
             return json.loads(lines[-1])["step"]
         return 0
 
-    def done(self, task: Task) -> bool:
-        """Is the training complete? Then its last step is saved."""
-        return self.steps_saved(task) >= task.config.train.steps
+    def done(self, job: Job) -> bool:
+        """Is the training complete, its last step saved? Of an evaluation: are the figures of all its steps known?"""
+        if isinstance(job, Evaluation):
+            return not job.missing_steps(self.run(job.task))
+        return self.steps_saved(job) >= job.config.train.steps
 
     def state(self, task: Task) -> str:
         """In a few words: done, in training, how its last start ended, how far it is."""
@@ -110,7 +135,11 @@ class Study:
         return progress if outcome["code"] in (0, 75) else f"{failure(outcome['code'])}, {progress}"
 
     def missing(self) -> tuple[Task, ...]:
+        """Those whose training is not done."""
         return tuple(task for task in self.tasks if not self.done(task))
+
+    def missing_evaluations(self) -> tuple[Evaluation, ...]:
+        return tuple(job for job in self.jobs() if isinstance(job, Evaluation) and not self.done(job))
 
     def task(self, index: int) -> Task:
         """The task of a number; raises StudyError."""
@@ -188,22 +217,7 @@ def failure(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order."""
-    return metrics_of(run / "metrics.jsonl")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None where there is none. Raises StudyError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StudyError([f"{path}: is damaged ({error}); remove it and repeat the command"]) from error
-
-
-def names(tasks: Iterable[Task], most: int = 5) -> str:
+def names(tasks: Iterable[Job], most: int = 5) -> str:
     """Names in a sentence."""
     all_names = [task.name for task in tasks]
     more = f" and {len(all_names) - most} more" if len(all_names) > most else ""

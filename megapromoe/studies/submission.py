@@ -1,18 +1,128 @@
-"""What `study submit` asks SLURM for: the resources of one task, from its ranks and the launcher that starts them."""
+"""What `study submit` asks SLURM for: arrays of jobs, and the resources of each from its ranks and their launcher.
+
+Trainings are one array. Evaluations of trainings that are done are another; those of trainings that are submitted now
+are a third, with the same numbers as the first: SLURM's `aftercorr` lets job I of it wait until job I of the first has
+ended well, and removes it where that failed.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from megapromoe.studies.recipe import Recipe, StudyError
+from megapromoe.studies.study import Study
 
 GPUS_PER_NODE = 8  # where the options of sbatch say nothing else
 CPUS_PER_RANK = 12  # as in launchers/scaling_experts.sh
 # Launchers that start one process for each task of the job, on all its nodes; others start theirs on the first node.
 _STARTS_TASKS = ("srun", "mpirun", "mpiexec")
+
+
+@dataclass(frozen=True)
+class ArrayJob:
+    """An array of jobs for tasks of a study.
+
+    Attributes:
+        indices: of the tasks, ascending.
+        evaluates: evaluations, else trainings.
+        waits: each job waits for the training of the same task.
+    """
+
+    indices: tuple[int, ...]
+    evaluates: bool = False
+    waits: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """Words behind the study's folder, for the job script."""
+        return ["--evaluate"] if self.evaluates else []
+
+    def sbatch(self, study: Study, options: Sequence[str], at_once: int | None, trainings: str) -> list[str]:
+        """The command that submits it, up to the job script.
+
+        Args:
+            options: of sbatch, from the user.
+            at_once: jobs of an array that run at a time; None: all.
+            trainings: number of the job whose trainings are waited for.
+        """
+        array = f"--array={ranges(self.indices)}" + (f"%{at_once}" if at_once else "")
+        words = ["sbatch", array, *resources(study.recipe, options), *options]
+        return [*words, f"--dependency=aftercorr:{trainings}", "--kill-on-invalid-dep=yes"] if self.waits else words
+
+
+def array_jobs(study: Study) -> list[ArrayJob]:
+    """What is to be submitted, trainings first; nothing where all is done."""
+    trainings = {task.index for task in study.missing()}
+    evaluations = {evaluation.task.index for evaluation in study.missing_evaluations()}
+    arrays = [
+        ArrayJob(tuple(sorted(trainings))),
+        ArrayJob(tuple(sorted(evaluations - trainings)), evaluates=True),
+        ArrayJob(tuple(sorted(evaluations & trainings)), evaluates=True, waits=True),
+    ]
+    return [array for array in arrays if array.indices]
+
+
+def submit(
+    study: Study,
+    arrays: Sequence[ArrayJob],
+    script: Path,
+    options: Sequence[str],
+    at_once: int | None,
+    environment: Mapping[str, str],
+    dry_run: bool,
+) -> int:
+    """Prints the commands of sbatch and calls them; returns 0, or the exit code of the one that failed.
+
+    Args:
+        script: of the jobs.
+        options, at_once: see `ArrayJob.sbatch`.
+        environment: of sbatch, and so of the jobs.
+        dry_run: print alone.
+
+    Raises FileNotFoundError where there is no sbatch; StudyError.
+    """
+    logs, trainings = study.folder / "logs", "JOBID"
+    for array in arrays:
+        words = array.sbatch(study, options, at_once, trainings)
+        words += [str(script), str(study.folder.resolve()), *array.words]
+        print(shlex.join(words), flush=True)
+        if dry_run:
+            continue
+        logs.mkdir(exist_ok=True)  # the jobs' own output goes there
+        done = subprocess.run(words, cwd=logs, env=environment, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, end="", flush=True)
+        if done.returncode:
+            return done.returncode
+        if not array.evaluates:
+            trainings = job_number(done.stdout, arrays)
+    return 0
+
+
+def job_number(output: str, arrays: Sequence[ArrayJob]) -> str:
+    """The number of the job that sbatch has submitted. Raises StudyError if an array is to wait for it, and none is."""
+    match = re.search(r"\d+", output)
+    if match is None and any(array.waits for array in arrays):
+        raise StudyError(
+            ["sbatch: printed no number of a job for evaluations to wait for; submit again when the trainings are done"]
+        )
+    return match[0] if match else ""
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """Indices as SLURM writes them: [0, 1, 2, 5] -> "0-2,5"."""
+    found: list[list[int]] = []
+    for index in sorted(indices):
+        if found and index == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], index]
+        else:
+            found.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in found)
 
 
 def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:

@@ -144,13 +144,25 @@ def to_csv(rows: Rows) -> str:
     return text.getvalue()
 
 
-def to_markdown(rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str], found: Rows = ()) -> str:
-    """The study in tables; `found`: the `figures` of its tasks."""
-    return "\n\n".join(sections(rows, recipe, missing, against, found)) + "\n"
+def to_markdown(
+    rows: Rows,
+    recipe: Recipe,
+    missing: Sequence[str],
+    against: Sequence[str],
+    found: Rows = (),
+    means: Iterable[str] = (),
+) -> str:
+    """The study in tables; `found`: the `figures` of its tasks; `means`: sections about their means over seeds."""
+    return "\n\n".join(sections(rows, recipe, missing, against, found, means)) + "\n"
 
 
 def sections(
-    rows: Rows, recipe: Recipe, missing: Sequence[str], against: Sequence[str], found: Rows = ()
+    rows: Rows,
+    recipe: Recipe,
+    missing: Sequence[str],
+    against: Sequence[str],
+    found: Rows = (),
+    means: Iterable[str] = (),
 ) -> Iterable[str]:
     splits = ", ".join(sorted({row["split"] for row in rows}))
     yield "# Results"
@@ -165,6 +177,7 @@ def sections(
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
     yield from _over_training(rows, recipe, found)
+    yield from means
     for name in against:
         lines: list[list[Any]] = [["model", "loss minus that of " + name, "seeds", "differs"]]
         for (variant, point), d in differences(rows, recipe, name).items():

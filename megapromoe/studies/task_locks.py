@@ -13,19 +13,18 @@ import socket
 from typing import IO
 
 from megapromoe.io import open_regular
-from megapromoe.studies.grid import Task
-from megapromoe.studies.study import Study
+from megapromoe.studies.study import Job, Study
 
 logger = logging.getLogger(__name__)
 
 
-def lock_task(study: Study, task: Task) -> IO[str] | None:
+def lock_task(study: Study, job: Job) -> IO[str] | None:
     """The open lock of a task, to be closed when it has ended; None while another process trains it.
 
     The lock is given free by the system when all processes that have it open end, however they do. On a file system
     without locks, a warning is logged, and the task counts as locked by this process. Raises OSError.
     """
-    path = study.lock_file(task)
+    path = study.lock_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_regular(path, os.O_RDWR | os.O_CREAT)
     lock = open(file, "r+", encoding="utf-8")  # noqa: SIM115, held while the task is trained
@@ -42,10 +41,22 @@ def lock_task(study: Study, task: Task) -> IO[str] | None:
     return lock
 
 
-def owner(study: Study, task: Task) -> str:
-    """Who has locked a task, in words."""
+def is_locked(study: Study, job: Job) -> bool:
+    """Whether a process holds the lock of a job, as far as this machine sees; changes no file."""
     try:
-        text = study.lock_file(task).read_text(encoding="utf-8", errors="replace").strip()
+        with open(study.lock_file(job), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False
+
+
+def owner(study: Study, job: Job) -> str:
+    """Who has locked a job, in words."""
+    try:
+        text = study.lock_file(job).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         text = ""
     return text or "another process"

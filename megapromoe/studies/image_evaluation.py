@@ -1,0 +1,114 @@
+"""The section `evaluate` of a recipe: images that each training's checkpoints draw, and how they are judged.
+
+    evaluate:
+      num: 500                # images for each guidance scale
+      guidance: [1.0, 1.5]    # the scales; without it, the scale of the task's `sample.guidance`
+      steps: 15               # of the sampler; without it, the task's `sample.steps`
+      every: 100              # training steps between the checkpoints; without it, the last checkpoint alone
+      reference: data         # as `megapromoe evaluate --reference`: what the run trains on, a file, or a folder
+      split: train            # as --split, of a reference that is a data set: train or test
+      features: digits        # as --features: a classifier's name, or the Inception's file; without it, the data's
+      autoencoder: DIR        # as --autoencoder, for models of latents
+
+Each is an option of `megapromoe evaluate`, which the study starts for each training that has ended. `weights` of the
+recipe are those that are evaluated.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapromoe.config.options import Config
+from megapromoe.config.reader import ONE_UP, ZERO_UP, option, read_fields, suggest
+from megapromoe.evaluation.names import CLASSIFIER_FEATURES, CLASSIFIERS, DATA
+
+PUBLISHED = 50_000  # images of published figures
+
+
+@dataclass(frozen=True)
+class ImageEvaluation:
+    """What a recipe's section `evaluate` holds; see the module's text."""
+
+    num: int = option(0, "images for each guidance scale", within=ONE_UP)
+    guidance: tuple[float, ...] = option((), "guidance scales", kind=list)
+    steps: int = option(0, "of the sampler; 0: as the task's sample.steps", within=ZERO_UP)
+    every: int = option(0, "training steps between the evaluated checkpoints; 0: the last alone", within=ZERO_UP)
+    reference: str = option(DATA, "real images")
+    split: str = option("train", "of a reference that is a data set", ("train", "test"))
+    features: str | None = option(None, "the network that judges", kind=str)
+    autoencoder: str | None = option(None, "decodes latents", kind=str)
+
+    def scales(self, config: Config) -> tuple[float, ...]:
+        """The guidance scales at which a task of this configuration is evaluated."""
+        return self.guidance or (config.sample.guidance,)
+
+    def sampler_steps(self, config: Config) -> int:
+        """Steps of the sampler for a task of this configuration."""
+        return self.steps or config.sample.steps
+
+    def training_steps(self, config: Config) -> tuple[int, ...]:
+        """The steps whose checkpoints are evaluated, ascending; the last step is always one of them."""
+        last = config.train.steps
+        return (*range(self.every, last, self.every), last) if self.every else (last,)
+
+
+def read_image_evaluation(content: Mapping[str, Any]) -> tuple[ImageEvaluation, list[str]]:
+    """The section of plain values, and a sentence for each violation of its form."""
+    values, problems = read_fields(ImageEvaluation, content, "evaluate.")
+    if content.get("num") is None:
+        problems.append(
+            f"evaluate.num: is missing; give the number of images for each guidance scale, such as 500"
+            f" (published figures are of {PUBLISHED:,})"
+        )
+    scales = [as_scale(scale) for scale in values.get("guidance", ())]
+    if None in scales or len(set(scales)) < len(scales) or ("guidance" in values and not scales):
+        rule = "must be a list of different numbers, 0 or more, such as [1.0, 1.5]; 1 is no guidance"
+        problems.append(f"evaluate.guidance = {values['guidance']!r}: {rule}")
+    values["guidance"] = tuple(scale for scale in scales if scale is not None)
+    for name, known in (("features", CLASSIFIERS), ("reference", (DATA, *CLASSIFIERS))):
+        value = values.get(name)
+        if value is not None and value not in known and not _looks_like_a_path(value):
+            problems.append(f"evaluate.{name} = {value!r}: is neither a file nor a name; {suggest(value, known)}")
+        elif value is not None and value not in known and Path(value).exists():
+            values[name] = str(Path(value).resolve())  # jobs run in other folders
+    if values.get("autoencoder") and Path(values["autoencoder"]).is_dir():  # else a name of a hub
+        values["autoencoder"] = str(Path(values["autoencoder"]).resolve())
+    return ImageEvaluation(**values), problems
+
+
+def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
+    """What keeps a task of this configuration from being evaluated: a sentence each, with the remedy."""
+    problems = []
+    source, reference = config.data.source, evaluation.reference
+    judge = evaluation.features or (source if reference == DATA else reference)
+    if judge not in CLASSIFIERS and evaluation.features is None:
+        problems.append(
+            f"evaluate.features: no classifier is made for {judge!r}; give the file of the standard Inception, or"
+            f" {' or '.join(CLASSIFIERS)}"
+        )
+    if judge in CLASSIFIERS and evaluation.num <= CLASSIFIER_FEATURES:
+        problems.append(
+            f"evaluate.num = {evaluation.num}: too few for the covariance of the {CLASSIFIER_FEATURES} features of the"
+            f" classifier {judge}; give {CLASSIFIER_FEATURES + 1} or more"
+        )
+    if source == "latents" and evaluation.autoencoder is None:
+        problems.append("evaluate.autoencoder: is missing; models of latents need the one that decodes them")
+    if source == "latents" and reference == DATA:
+        problems.append(
+            "evaluate.reference = 'data': the runs train on latents, which are no images to compare with; give an .npz"
+            " or a folder of pictures"
+        )
+    return problems
+
+
+def as_scale(value: Any) -> float | None:
+    """A guidance scale; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _looks_like_a_path(value: str) -> bool:
+    return bool(value) and ("/" in value or bool(Path(value).suffix) or Path(value).exists())

@@ -1,0 +1,187 @@
+"""The process of a job of a study, a training or an evaluation: its start, how it is asked to stop, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO
+
+from megapromoe.io import naming_errors, open_regular, write_text
+from megapromoe.studies.evaluations import RECORDS, Evaluation
+from megapromoe.studies.grid import Task
+from megapromoe.studies.study import Job, Study, failure
+
+STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
+
+
+def command(study: Study, job: Job) -> list[str]:
+    """What runs a job: the launcher, or this Python, and `-m megapromoe train` or `evaluate`."""
+    start = list(study.recipe.launcher) or [sys.executable]
+    if isinstance(job, Evaluation):
+        return [*start, "-m", "megapromoe", *job.words(study.run(job.task))]
+    # --run-dir: torchrun would take --run for an option of its own.
+    words = ["--config", str(study.config(job)), "--run-dir", str(study.run(job))]
+    return [*start, "-m", "megapromoe", "train", *words]
+
+
+@dataclass
+class RunningJob:
+    """A job that this process has started.
+
+    Attributes:
+        lock: held until it has ended.
+        from_byte: where its lines begin in `log`.
+        since: seconds of the monotonic clock at its start.
+        since_epoch: the same moment in seconds since 1970, as files have them.
+        done_before: steps that an earlier start had saved; of an evaluation, the checkpoints that it had evaluated.
+    """
+
+    job: Job
+    launcher: str
+    process: subprocess.Popen
+    lock: IO[str]
+    log: IO
+    from_byte: int
+    since: float
+    since_epoch: float
+    done_before: int
+
+
+def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
+    """Starts a job whose lock is held; a launcher that does not exist is a process that ends at once."""
+    path = study.log(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = command(study, job)
+    study.outcome_file(job).unlink(missing_ok=True)  # of an earlier start
+    file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
+    begin, done_before = log.tell(), units_done(study, job)
+    with naming_errors(path):
+        log.write(f"$ {' '.join(words)}\n".encode())
+    # A session of its own: Ctrl-C reaches this process alone, which then asks the job to save.
+    try:
+        process = subprocess.Popen(
+            words,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),  # the job stays locked while it runs, whatever becomes of this process
+        )
+    except OSError as error:
+        log.write(f"{words[0]}: {error.strerror}\n".encode())
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
+    launcher = Path(words[0]).name
+    return RunningJob(job, launcher, process, lock, log, begin, time.monotonic(), time.time(), done_before)
+
+
+def ask_to_stop(running: Iterable[RunningJob]) -> None:
+    """Asks the jobs to save and end, as `megapromoe train` does: SIGTERM to all their processes.
+
+    srun alone gets SIGUSR1, which it hands on to the ranks on all nodes; at SIGTERM it would kill them.
+    """
+    for one in running:
+        with contextlib.suppress(ProcessLookupError):
+            if one.launcher == "srun":
+                one.process.send_signal(signal.SIGUSR1)
+            else:
+                os.killpg(one.process.pid, signal.SIGTERM)
+
+
+def finish(study: Study, one: RunningJob, stopped: bool) -> int:
+    """Writes down how a job ended, whose process has; returns its code.
+
+    Args:
+        stopped: it was asked to stop.
+    """
+    one.log.close()
+    code, said = one.process.returncode, ""
+    if study.done(one.job):
+        code = 0
+    elif stopped:  # launchers have codes of their own for a job that was asked to stop
+        code = STOPPED
+    elif code == 0:
+        code, said = 1, f"exit code 0, but {_lack(study, one.job)}"
+    outcome = {
+        "code": code,
+        "said": said or (_last_words(study, one) if code else ""),
+        "seconds": round(time.monotonic() - one.since, 1),
+        "flops": flops_of(one.job, units_done(study, one.job) - one.done_before),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_text(study.outcome_file(one.job), json.dumps(outcome) + "\n", parents=True)
+    one.lock.close()
+    return code
+
+
+def _lack(study: Study, job: Job) -> str:
+    """What a job that is not done has not left."""
+    if isinstance(job, Evaluation):
+        steps = ", ".join(map(str, job.missing_steps(study.run(job.task))))
+        return f"{study.run(job.task) / RECORDS} lacks figures of step {steps} as the recipe asks for them"
+    return f"step {job.config.train.steps} is not saved in {study.run(job)}"
+
+
+def units(job: Job) -> int:
+    """What a job consists of: training steps, or checkpoints to evaluate."""
+    return len(job.steps) if isinstance(job, Evaluation) else job.config.train.steps
+
+
+def units_done(study: Study, job: Job) -> int:
+    """How many of its units are done for good, by the files."""
+    if isinstance(job, Evaluation):
+        return len(job.steps) - len(job.missing_steps(study.run(job.task)))
+    return min(study.steps_saved(job), job.config.train.steps)
+
+
+def flops_of(job: Job, count: int) -> int:
+    """Operations of so many of its units."""
+    return job.flops(count) if isinstance(job, Evaluation) else job.flops // job.config.train.steps * count
+
+
+def end_in_words(code: int, study: Study, one: RunningJob) -> str:
+    """How a job ended, for a line of `study run`."""
+    seconds = f"{time.monotonic() - one.since:.0f} s"
+    if code == 0:
+        return f"done in {seconds}"
+    if code == STOPPED:
+        return f"stopped after {seconds}, saved; repeat the command to go on"
+    outcome = study.outcome(one.job)
+    assert outcome is not None, "written when the job ended"
+    ended = f"failed with exit code {code}" if code > 0 else failure(code)
+    return f"{ended} after {seconds}; {study.log(one.job)} ends with: {outcome['said']}"
+
+
+def start_in_words(study: Study, one: RunningJob) -> str:
+    """What starts: of which variant and seed, how much, where."""
+    job = one.job
+    if isinstance(job, Evaluation):
+        rest = f", {one.done_before} of them known" if one.done_before else ""
+        return f"evaluation of {job.task.name} starts ({job.in_words()}{rest}; {study.run(job.task)})"
+    steps = job.config.train.steps
+    how_far = f"steps {one.done_before + 1:,} to {steps:,}" if one.done_before else f"{steps:,} steps"
+    return f"training {job.name} starts (variant {job.variant}, seed {job.seed}, {how_far}, {study.run(job)})"
+
+
+def _last_words(study: Study, one: RunningJob) -> str:
+    """What the log of this start says went wrong: from the last line of `megapromoe:` on, else its last line."""
+    with open(study.log(one.job), "rb") as file:
+        file.seek(max(one.from_byte, file.seek(0, os.SEEK_END) - 65536))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    ours = [i for i, line in enumerate(lines) if re.match(r"megapromoe[:,] ", line)]
+    return "\n".join(lines[ours[-1] :] if ours else lines[-1:])[:2000]
+
+
+def is_training(job: Job) -> bool:
+    """Whether a job is a training, not an evaluation."""
+    return isinstance(job, Task)

@@ -1,0 +1,93 @@
+"""The files of a study's results, and why one that is promised is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megapromoe.io import write_text
+from megapromoe.studies.collect import row
+from megapromoe.studies.curves import figures, several_steps
+from megapromoe.studies.figure_tables import mean_figures, mean_sections
+from megapromoe.studies.grid import Task
+from megapromoe.studies.study import Study
+from megapromoe.studies.tables import Rows, to_csv, to_markdown
+
+PICTURES = ("loss_experts", "loss_compute", "routing", "cost", "images", "evaluations")
+
+
+def write_results(study: Study, done: Sequence[Task], draws: int, against: Sequence[str]) -> tuple[str, list[str]]:
+    """Writes the tables of the tasks that are done; returns results.md, and a line for each promised file.
+
+    Args:
+        draws: of the loss on fixed draws, which is known for each.
+        against: variants to compare with.
+    """
+    rows = [row(study, task, draws) for task in done]
+    found = [figure for task in done for figure in figures(study, task)]
+    missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
+    text = to_markdown(rows, study.recipe, missing, against, found, mean_sections(rows, study.recipe, found))
+    contents = {"results.csv": to_csv(rows), "results.md": text}
+    if found:
+        contents["evaluations.csv"] = to_csv(mean_figures(found, study.recipe))
+    if several_steps(found):
+        contents["curves.csv"] = to_csv(found)
+    for name, content in contents.items():
+        write_text(study.folder / name, content, parents=True)
+    no_figures = why_no_figures(study, rows, found)
+    reasons = {"evaluations.csv": no_figures, "curves.csv": no_figures or why_no_curves(study)}
+    return text, report_files(study, [study.folder / name for name in contents], reasons)
+
+
+def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str]:
+    """A line for each picture that `plot` promises: its path, or why it is not drawn."""
+    done = {row["task"] for row in rows}
+    found = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
+    no_figures = why_no_figures(study, rows, found)
+    nothing = "no task is done and collected" if not rows else None
+    no_routing = "no task that is done has experts" if not any(row["experts"] for row in rows) else None
+    counts = len({row["experts"] for row in rows if row["experts"]})
+    reasons = {
+        "loss_experts": nothing or f"it needs tasks of two numbers of experts, and there {_are(counts)}",
+        "routing": nothing or no_routing,
+        "images": no_figures,
+        "evaluations": no_figures or why_no_curves(study),
+    }
+    return report_files(study, drawn, {f"{name}.png": reasons.get(name) or nothing for name in PICTURES})
+
+
+def why_no_figures(study: Study, rows: Rows, found: Rows) -> str | None:
+    """Why there is no figure of drawn images; None where there is one."""
+    if found:
+        return None
+    if not rows:
+        return "no task is done and collected"
+    if study.recipe.evaluate is not None:
+        return f"no evaluation is done; `megapromoe study run {study.folder}` does them"
+    task = f"{study.folder / 'runs' / rows[0]['task']}"
+    by_hand = f"evaluate runs by hand: megapromoe evaluate --run {task} --num N"
+    return f"no images were evaluated; let the recipe have a section `evaluate`, or {by_hand}"
+
+
+def why_no_curves(study: Study) -> str:
+    """Why figures of drawn images make no curve over training."""
+    if study.recipe.evaluate is None:
+        return "no task was evaluated at two steps; `evaluate: {every: N}` in a recipe does that"
+    if not study.recipe.evaluate.every:
+        return "the recipe evaluates the last checkpoint alone; `evaluate: {every: N}` makes it several"
+    return "no task is evaluated at two steps yet"
+
+
+def report_files(study: Study, written: Sequence[Path], reasons: Mapping[str, str | None]) -> list[str]:
+    """A line for each file: that it is written, or the reason that it is not."""
+    lines = [str(path) for path in written]
+    for name, reason in reasons.items():
+        path = study.folder / name
+        if path not in written:
+            older = "; the file that is there is older" if path.exists() else ""
+            lines.append(f"{path}: not written: {reason or 'there is nothing to show'}{older}")
+    return lines
+
+
+def _are(count: int) -> str:
+    return "is one" if count == 1 else "are none"

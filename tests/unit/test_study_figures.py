@@ -1,0 +1,118 @@
+"""Figures of drawn images in a study: means over seeds, curves, and why a file that is promised is not there."""
+
+import csv
+
+import pytest
+from support.image_evaluations import evaluated, record, write
+from support.small_studies import finished, recipe, rows
+
+from megapromoe.cli import main
+from megapromoe.studies.evaluation_plots import draw_evaluations
+from megapromoe.studies.figure_tables import mean_figures
+
+# ---- what is made of them
+
+
+def value_of(task, step, guidance):
+    """Falls over the steps; more experts are better; seeds differ by 2."""
+    return 100.0 / step - task.config.model.num_experts + 2 * task.seed + guidance
+
+
+@pytest.fixture
+def study(tmp_path):
+    variants = {"promoe": {}, "dense": {"settings": {"model.router": "dense"}, "without": ["model.num_experts"]}}
+    study = finished(tmp_path / "s", evaluated(variants=variants, baseline="dense"))
+    for task in study.tasks:
+        write(study.run(task), [record(s, g, value_of(task, s, g)) for s in (2, 4, 6) for g in (1.0, 1.5)])
+    return study
+
+
+def test_figures_are_gathered_with_intervals_over_seeds(study, capsys):
+    assert main(["study", "collect", str(study.folder)]) == 0
+    lines = list(csv.DictReader((study.folder / "evaluations.csv").read_text().splitlines()))
+    assert len(lines) == 3 * 3 * 2
+    line = next(x for x in lines if x["model.num_experts"] == "4" and x["step"] == "6" and x["guidance"] == "1.5")
+    assert float(line["mean"]) == pytest.approx(100 / 6 - 4 + 1 + 1.5) and line["seeds"] == "2"
+    # Two values that differ by 2: half the interval is t(0.975, 1) · √2 / √2 = 12.706.
+    assert float(line["half_interval"]) == pytest.approx(12.7062, abs=1e-3)
+    text = (study.folder / "results.md").read_text()
+    section = text.partition("## Drawn images, mean over seeds")[2].partition("\n## ")[0]
+    assert "| model | guidance 1 | minus dense | guidance 1.5 | minus dense |" in section
+    assert "| promoe num_experts=4 | 14.67 ± 13 | +0 ± 0 |" in section, "dense has four experts in its config"
+    assert "At guidance 1.5, of the checkpoint of each step:" in section
+    assert "| model | step 2 | step 4 | step 6 |" in section
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    study = finished(tmp_path, evaluated(seeds=[0], axes={}))
+    write(study.run(study.tasks[0]), [record(6, 1.0, 9.0)])
+    from megapromoe.studies.curves import figures
+
+    (mean,) = mean_figures(figures(study, study.tasks[0]), study.recipe)
+    assert mean["mean"] == 9.0 and mean["half_interval"] is None and mean["seeds"] == 1
+
+
+def test_the_curves_are_drawn_with_their_intervals(study):
+    figure = draw_evaluations(study, rows(study))
+    assert [ax.get_title() for ax in figure.axes] == ["guidance 1", "guidance 1.5"]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    assert list(lines) == ["promoe num_experts=2", "promoe num_experts=4", "dense"]
+    expected = [[step, 100 / step - 4 + 1 + 1.5] for step in (2, 4, 6)]
+    assert lines["promoe num_experts=4"].get_xydata().tolist() == [pytest.approx(point) for point in expected]
+    assert lines["dense"].get_color() == (0.0, 0.0, 0.0) and len({line.get_color() for line in lines.values()}) == 3
+    assert len(figure.axes[1].collections) == 3 and figure.axes[0].get_ylabel() == "Fréchet distance (X), 200 images"
+
+
+def test_one_step_makes_no_picture_of_curves(tmp_path):
+    study = finished(tmp_path, evaluated({"num": 200, "steps": 4, "features": "digits", "guidance": [1.0]}))
+    for task in study.tasks:
+        write(study.run(task), [record(6, 1.0)])
+    assert draw_evaluations(study, rows(study)) is None
+
+
+# ---- why a promised file is not there
+
+
+def told(command, study, capsys) -> list[str]:
+    main(["study", command, str(study.folder)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_collect_says_why_a_file_is_not_written(tmp_path, capsys):
+    study = finished(tmp_path / "s", recipe())
+    lines = told("collect", study, capsys)
+    for name in ("curves.csv", "evaluations.csv"):
+        (line,) = [line for line in lines if line.startswith(f"{study.folder / name}: not written: ")]
+        assert "no images were evaluated; let the recipe have a section `evaluate`" in line
+    assert str(study.folder / "results.csv") in lines
+    for made, reason in (
+        (evaluated(), "no evaluation is done; `megapromoe study run"),
+        (evaluated({"num": 200, "steps": 4, "features": "digits"}), "the recipe evaluates the last checkpoint alone"),
+    ):
+        other = finished(tmp_path / reason[:9], made)
+        if "alone" in reason:
+            for task in other.tasks:
+                write(other.run(task), [record(6, 1.5)])
+        lines = told("collect", other, capsys)
+        assert any(line.startswith(f"{other.folder / 'curves.csv'}: not written: {reason}") for line in lines)
+
+
+def test_a_file_of_an_earlier_collect_is_called_older(study, capsys):
+    assert str(study.folder / "curves.csv") in told("collect", study, capsys)
+    for task in study.tasks:
+        (study.run(task) / "evaluation.jsonl").unlink()
+    (line,) = [line for line in told("collect", study, capsys) if "curves.csv" in line]
+    assert line.endswith("; the file that is there is older")
+
+
+def test_plot_says_why_a_picture_is_not_drawn(tmp_path, capsys):
+    study = finished(tmp_path / "s", recipe(axes={}))
+    lines = told("plot", study, capsys)
+    assert any(
+        "loss_experts.png: not written: it needs tasks of two numbers of experts, and there is one" in x for x in lines
+    )
+    assert any("images.png: not written: no images were evaluated" in line for line in lines)
+    for name in ("loss_compute", "routing", "cost"):
+        assert str(study.folder / f"{name}.png") in lines
+    for name in ("loss_experts", "images", "evaluations"):
+        assert not (study.folder / f"{name}.png").exists()
