@@ -121,10 +121,10 @@ def test_ddpm_lands_on_the_data_with_exact_reverse_variance(steps):
 
 def test_ddpm_step_adds_noise_of_the_learned_deviation():
     """With eps = 0 and v = 0: clean is x rescaled, and the variance is half-way between its bounds."""
-    seen = []
+    inputs = []
 
     def predict(x, time):
-        seen.append(x)
+        inputs.append(x)
         return torch.cat([torch.zeros_like(x), torch.zeros_like(x)], dim=1)
 
     noise, fresh = start(), start(draw=1)
@@ -132,7 +132,7 @@ def test_ddpm_step_adds_noise_of_the_learned_deviation():
     at = dict(zip(DDPMSchedule.ROWS, DDPMSchedule(2).table[:, 1].tolist(), strict=True))
     mean = (at["mean_clean"] / at["sqrt_alpha_bar"] + at["mean_x"]) * noise
     std = math.exp((at["log_var_min"] + at["log_var_max"]) / 4)
-    torch.testing.assert_close(seen[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
 
 
 def test_ddpm_asks_for_each_noise_once_and_none_at_the_end():
@@ -159,9 +159,9 @@ def test_a_sampler_adds_no_dependence_on_the_batch(method):
 
         return sample(predict, noise(0), method, 6, noise_at=noise)
 
-    whole = images([0, 1, 2, 3, 4])
-    assert torch.equal(whole, torch.cat([images([0, 1, 2]), images([3, 4])]))
-    assert torch.equal(whole[[4, 0, 2]], images([4, 0, 2]))
+    batch = images([0, 1, 2, 3, 4])
+    assert torch.equal(batch, torch.cat([images([0, 1, 2]), images([3, 4])]))
+    assert torch.equal(batch[[4, 0, 2]], images([4, 0, 2]))
 
 
 def test_sample_refuses_what_it_cannot_do():
@@ -188,10 +188,10 @@ class Model:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x, t, y, conditional):
-        assert (y[:conditional] != NULL).all() and (y[conditional:] == NULL).all()
+    def __call__(self, x, t, y, num_conditional):
+        assert (y[:num_conditional] != NULL).all() and (y[num_conditional:] == NULL).all()
         assert t.dtype == torch.float32 and t.shape == y.shape
-        self.calls.append((len(x), conditional))
+        self.calls.append((len(x), num_conditional))
         per_image = (y + 1.0 + t / 1000)[:, None, None, None]
         return torch.cat([torch.sin(per_image * x), per_image * x], dim=1).bfloat16(), "aux"
 
@@ -199,7 +199,7 @@ class Model:
 def pass_of(x, labels, time):
     """One pass of the model over images under given labels, each on its own."""
     rows = [
-        Model()(x[[i]], torch.tensor([float(time)]), y.view(1), conditional=int(y != NULL))[0]
+        Model()(x[[i]], torch.tensor([float(time)]), y.view(1), num_conditional=int(y != NULL))[0]
         for i, y in enumerate(labels)
     ]
     return torch.cat(rows).float()
