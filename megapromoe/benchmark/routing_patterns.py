@@ -7,7 +7,7 @@ skewed     half of the tokens go to expert 0, none to the last, the others share
 =========  ==============================================================================================
 
 Balanced and skewed routing need no change of the measured layer: its input tokens are moved towards the prototype of
-their planned expert (`bias_tokens_towards`), so that each router chooses by itself and its time is measured. In a whole
+their planned expert (`bias_tokens_towards`), so that each router chooses as usual and its time is measured. In a whole
 model, where other blocks compute the tokens, the scores of the planned experts are raised instead (`PlannedChoice`).
 """
 

@@ -183,7 +183,7 @@ def test_prototypes_stay_equal_over_data_and_tensor_ranks(zero):
             assert torch.equal(a, b)
 
 
-# ---- gradients travel while others are still computed
+# ---- gradients are reduced while others are computed
 
 
 def small_buckets(folder, stage: int, overlap: bool) -> str:
@@ -274,7 +274,7 @@ def test_deepspeeds_optimizer_needs_a_gpu():
 
 
 def test_the_engine_is_imported_without_deepspeed():
-    """Our rules are over the protocol; DeepSpeed comes with the adapter, when an engine starts."""
+    """The engine imports only the protocol; DeepSpeed is imported with the adapter, when an engine starts."""
     code = "import sys, megapromoe.engine.engine, megapromoe.checkpoint.manager; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -291,7 +291,7 @@ def test_supported_versions_of_deepspeed_are_accepted():
 
 
 def start_with_version(version: str) -> None:
-    """An engine in a process where another version of DeepSpeed is installed, as far as can be seen."""
+    """An engine in a process in which DeepSpeed claims to be another version."""
     import deepspeed
 
     deepspeed.__version__ = version

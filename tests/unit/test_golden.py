@@ -8,7 +8,7 @@ from support.golden_cases import CASES
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_losses_gradients(case, fidelity):
-    """Each tensor by itself; of stacked experts each expert, of attention's queries, keys and values each."""
+    """Each tensor is compared separately: also each expert, and queries, keys and values of attention."""
     comparison = fidelity["cases"][case] = compare(case)
     assert not comparison.unexpected
     assert {"positions", "eval", "train"} == comparison.outputs.keys() and "mse" in comparison.losses

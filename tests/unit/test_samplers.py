@@ -235,7 +235,7 @@ def test_two_calls_give_the_same_and_their_number_does_not_depend_on_the_labels(
 
 
 def diffmoe():
-    """A DiffMoE on digits, in eval mode, whose experts want about half of the tokens of a batch."""
+    """A DiffMoE on digits, in eval mode, whose experts take about half of the tokens of a batch."""
     config = resolve("digits", overrides=["model.router=diffmoe", "sample.steps=2", "sample.guidance=2.5"])
     model = build(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +248,7 @@ def diffmoe():
 
 
 def test_diffmoe_sees_conditional_and_null_images_apart():
-    """As published sampling does: its choice looks at all tokens of a call."""
+    """As in published sampling: experts choose among all tokens of a call."""
     model, config = diffmoe()
     labels, null = torch.tensor([3, 1, 4, 1]), torch.full((4,), config.model.null_class)
     x = image_noise(0, range(4), (1, 8, 8))
@@ -262,9 +262,9 @@ def test_diffmoe_sees_conditional_and_null_images_apart():
     conditional, uncond = model(x, t, labels, 4)[0], model(x, t, null, 0)[0]
     expected = uncond[:, :1] + 2.5 * (conditional[:, :1] - uncond[:, :1])
     arguments = (counted, labels, config.model.null_class, 2.5)
-    apart, joined = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
-    torch.testing.assert_close(apart, expected, rtol=1e-5, atol=1e-6)
-    assert calls == [4, 4, 8] and (joined - expected).norm() > 1e-4 * expected.norm()
+    two_calls, one_call = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
+    torch.testing.assert_close(two_calls, expected, rtol=1e-5, atol=1e-6)
+    assert calls == [4, 4, 8] and (one_call - expected).norm() > 1e-4 * expected.norm()
 
     # So do generated images, which depend on their chunk; other models' do not.
     class Recorder(torch.nn.Module):

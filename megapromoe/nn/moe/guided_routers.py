@@ -27,7 +27,7 @@ NO_TOKEN_COSINE = 2.0  # larger than any cosine: there is no token
 class ClassificationRouter(Router):
     """Explicit guidance: all tokens of an image go to the expert of its super-class, which a classifier predicts.
 
-    There is one expert for each super-class (`model.superclasses`). The classifier sees the mean token of the image. In
+    There is one expert for each super-class (`model.superclasses`). Its input is the mean token of the image. In
     training it learns from the labels by cross-entropy; routing always uses its prediction, never the label.
 
     The paper does not define three details: the classifier, here linear with a bias; the routing weight, here the

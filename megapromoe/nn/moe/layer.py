@@ -160,9 +160,9 @@ def _partial_sum(mlps: list[Mlp], hidden: list[Tensor]) -> tuple[Tensor, Tensor 
 def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x, its first `count` rows and its other rows, with a cheaper backward than slicing has.
 
-    Backward adds the gradients of the two parts in place to the gradient of x; autograd would first write each part
-    into zeros of the size of x. So nothing else may use the gradient of x in place: for example, it may come from a
-    linear layer, which makes a new tensor.
+    Backward adds the gradients of the two parts in place to that of x. Autograd would first write each part into zeros
+    of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
+    whole must compute a new one, as linear layers do.
     """
     return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
 
