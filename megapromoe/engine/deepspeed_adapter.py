@@ -95,7 +95,7 @@ class ModelParallelUnit:
         self.mesh = mesh
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.tp.handle
+        return self.mesh.tp.process_group
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.tp.rank
@@ -108,7 +108,7 @@ class ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.dp.handle
+        return self.mesh.dp.process_group
 
     def get_data_parallel_rank(self) -> int:
         return self.mesh.dp.rank
@@ -310,9 +310,9 @@ def _register_groups(mesh: Mesh) -> None:
     name = f"ep_size_{mesh.ep.size}"
     for table in _GROUP_TABLES:
         getattr(deepspeed_groups, table).clear()
-    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.handle
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.process_group
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ep.ranks)
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.handle
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.process_group
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
 
 

@@ -170,7 +170,7 @@ class Engine:
         norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
         total += torch.stack(norms).square() @ self._replica_weights
         squares_and_stops = torch.stack([total, torch.full_like(total, float(stop))])
-        dist.all_reduce(squares_and_stops, group=self.mesh.whole.handle)
+        dist.all_reduce(squares_and_stops, group=self.mesh.whole.process_group)
         return squares_and_stops
 
     def reduced_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
@@ -187,12 +187,12 @@ class Engine:
         """How many ranks have the same piece of a parameter's gradient, master and moments."""
         layout = self.layouts[name]
         unsharded = layout.gradient_group(self.mesh).size if self.stage == 0 else 1
-        return layout.replicas(self.mesh) * unsharded
+        return layout.replica_count(self.mesh) * unsharded
 
     def is_writer(self, name: str) -> bool:
         """Whether this rank saves its pieces of a parameter, among the ranks that have the same pieces."""
         layout = self.layouts[name]
-        first_copy = self.mesh.tp.rank == 0 or layout.replicas(self.mesh) == 1
+        first_copy = self.mesh.tp.rank == 0 or layout.replica_count(self.mesh) == 1
         return first_copy and (self.stage > 0 or layout.gradient_group(self.mesh).rank == 0)
 
     def moments(self, partition: Partition) -> dict[str, Tensor]:

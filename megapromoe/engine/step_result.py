@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from megapromoe.distributed.host_copy import OnTheWay
+from megapromoe.distributed.host_copy import AsyncHostCopy
 
 
 class StepResult:
@@ -23,7 +23,7 @@ class StepResult:
             squares_and_stops: the sum of squares of the gradient and the number of stop requests, (2,) float64.
             max_norm: the largest norm that is not a spike.
         """
-        self._on_device, self._host_copy = squares_and_stops, OnTheWay(squares_and_stops)
+        self._on_device, self._host_copy = squares_and_stops, AsyncHostCopy(squares_and_stops)
         self._max_norm = max_norm
 
     @cached_property
@@ -38,7 +38,7 @@ class StepResult:
 
     @cached_property
     def _norm_and_stops(self) -> tuple[float, float]:
-        total, stops = self._host_copy.on_host()
+        total, stops = self._host_copy.result()
         return math.sqrt(total), stops
 
     @property

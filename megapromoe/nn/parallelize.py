@@ -102,14 +102,14 @@ def initialize_parameter(parameter: Tensor, model: DiT, layout: ParameterLayout,
     if not layout.expert:
         generator = _generator(seed, layout.name)
         value = model.initial_value(layout.name, torch.Size(layout.shape), generator)
-        parameter.copy_(layout.take(value, mesh))
+        parameter.copy_(layout.local_shard(value, mesh))
         return
     parameter.zero_()
     expert_layout = ParameterLayout(layout.name, (1, *layout.shape[1:]), layout.split, expert=False)
     for slot, expert in enumerate(layout.placement(mesh).owned(mesh.ep.rank)):
         generator = _generator(seed, layout.name, expert)
         value = model.initial_value(layout.name, torch.Size(layout.shape[1:]), generator)[None]
-        parameter[slot] = (expert_layout.take(value, mesh) if mesh.expert_tp else value)[0]
+        parameter[slot] = (expert_layout.local_shard(value, mesh) if mesh.expert_tp else value)[0]
 
 
 def _generator(seed: int, *key: str | int) -> torch.Generator:

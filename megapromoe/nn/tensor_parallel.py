@@ -16,7 +16,7 @@ from typing import Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.distributed.collectives import copy_to, gather_last, reduce_from
+from megapromoe.distributed.collectives import copy_to_group, gather_last_dim, reduce_from_group
 from megapromoe.distributed.mesh import SINGLE_RANK, Group
 
 
@@ -43,15 +43,15 @@ class Region:
 
     def copy_to_region(self, x: Tensor) -> Tensor:
         """The input, which is equal on all ranks; backward sums its gradient over the ranks."""
-        return copy_to(x, self.group)
+        return copy_to_group(x, self.group)
 
     def reduce_from_region(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' partial outputs; backward is the identity."""
-        return reduce_from(partial, self.group)
+        return reduce_from_group(partial, self.group)
 
     def gather_from_region(self, x: Tensor) -> Tensor:
         """Concatenates the ranks' slices (..., n/size) of the last dimension to (..., n)."""
-        return gather_last(x, self.group)
+        return gather_last_dim(x, self.group)
 
 
 NO_TENSOR_PARALLEL = Region()

@@ -96,7 +96,7 @@ class MetricAccumulator:
         assert self._sums is not None, "a window has at least one step"
         data_ranks = self.mesh.dp.size
         packed = torch.cat([self._sums, torch.tensor([float(self.damaged)], device=self.device)])
-        dist.all_reduce(packed, group=self.mesh.dp.handle)
+        dist.all_reduce(packed, group=self.mesh.dp.process_group)
         *sums, count, damaged = packed.cpu().split([*(math.prod(s) for s in self._shapes.values()), 1, 1])
         named = {name: total.view(shape) for (name, shape), total in zip(self._shapes.items(), sums, strict=True)}
         load, gate = named.pop(LOAD), named.pop(GATE)

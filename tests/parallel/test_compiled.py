@@ -59,7 +59,12 @@ def collective_gradients(compiled: bool) -> dict[str, tuple[torch.Tensor, torch.
     """Result and gradients of x and w (3, 4) of each collective between two products, as in a layer. Collective."""
     group = make_mesh(tp=dist.get_world_size(), timeout=60).tp
     outcomes = {}
-    for operation in (collectives.copy_to, collectives.reduce_from, collectives.sum_over, collectives.gather_last):
+    for operation in (
+        collectives.copy_to_group,
+        collectives.reduce_from_group,
+        collectives.differentiable_all_reduce,
+        collectives.gather_last_dim,
+    ):
 
         def layer(x, w, operation=operation):
             y = operation(x * w, group)

@@ -210,7 +210,7 @@ def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
 def reductions_before(deepspeed: str) -> tuple[int, int]:
     """All-reduces of expert gradients: those called before the third block's gradients were there, and all."""
     engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed)
-    group, real, called, first = engine.mesh.edp.handle, dist.all_reduce, [0], []
+    group, real, called, first = engine.mesh.edp.process_group, dist.all_reduce, [0], []
 
     def counted(tensor, *arguments, **named):
         called[0] += named.get("group") is group

@@ -35,12 +35,12 @@ def no_reduction_of_centroids(model, mesh) -> None:
     """The contrastive loss of each rank uses the centroids of its own tokens only."""
     import megapromoe.nn.moe.prototypes as prototypes
 
-    prototypes.sum_over = lambda x, group: x
+    prototypes.differentiable_all_reduce = lambda x, group: x
 
 
 def no_gradient_through_the_sum(model, mesh) -> None:
     """Centroids are summed over ranks, but a token gets gradients from the loss of its own rank only."""
-    collectives._SumOver.backward = staticmethod(lambda ctx, grad: (grad, None))
+    collectives._DifferentiableAllReduce.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
 def weight_gradient_stays_partial(model, mesh) -> None:

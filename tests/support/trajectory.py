@@ -98,7 +98,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
             total += engine.micro_step(x, t, batch.labels_B, batch.conditional, loss=loss)
             if number < len(ranges) - 1:
                 engine.finish_micro_step()
-        dist.all_reduce(total, group=mesh.dp.handle)
+        dist.all_reduce(total, group=mesh.dp.process_group)
         out.losses.append(float(total) / mesh.dp.size / config.train.accumulation)
         if step == 0:
             staging, place = Path(folder) / "gradient.writing", Path(folder) / "gradient"
@@ -139,7 +139,7 @@ def stir(model, mesh) -> None:
             seed = int.from_bytes(name.encode(), "little") % (2**31)
             scale = 1.0 if name.endswith("adaLN_modulation.1.bias") else 0.2
             value = np.random.default_rng(seed).standard_normal(layout.shape) * scale
-            parameter.add_(layout.take(torch.from_numpy(value).float(), mesh))
+            parameter.add_(layout.local_shard(torch.from_numpy(value).float(), mesh))
 
 
 def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:

@@ -61,13 +61,13 @@ def test_slices_of_all_ranks_make_the_logical_tensor(world, tp, ep, expert_tp):
         copies, weights = torch.zeros(layout.shape), torch.zeros(layout.shape)
         for rank in range(world):
             mesh = mesh_of(rank, world, tp, ep, expert_tp)
-            local = layout.take(logical, mesh)
+            local = layout.local_shard(logical, mesh)
             assert local.shape == layout.local_shape(mesh)
             partitions = layout.gradient_group(mesh).size
-            for local_slice, logical_slice in layout.pieces(mesh):
+            for local_slice, logical_slice in layout.shard_slices(mesh):
                 assert torch.equal(local[local_slice], logical[logical_slice])
                 copies[logical_slice] += 1
-                weights[logical_slice] += 1 / (layout.replicas(mesh) * partitions)
+                weights[logical_slice] += 1 / (layout.replica_count(mesh) * partitions)
         assert copies.min() > 0, layout.name
         # The rule of the clip norm: every logical element counts once.
         torch.testing.assert_close(weights, torch.ones(layout.shape), msg=layout.name)
@@ -88,7 +88,7 @@ def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
         mesh = mesh_of(rank, world, tp, ep, expert_tp)
         model = build(config, mesh)
         for name, local in model.named_parameters():
-            assert torch.equal(local, model.layouts[name].take(logical[name], mesh)), name
+            assert torch.equal(local, model.layouts[name].local_shard(logical[name], mesh)), name
 
 
 def test_dense_experts_of_a_layer_start_different():

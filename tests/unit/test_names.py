@@ -24,7 +24,7 @@ CLEAN = (
     "tools",
 )
 
-SHAPE = re.compile(r"_[A-Z0-9]*[A-Z][A-Za-z0-9]*$")  # the suffix of `x_BSD`
+SHAPE = re.compile(r"(?<=[a-z])_[A-Z0-9]*[A-Z][A-Za-z0-9]*$")  # the suffix of `x_BSD`
 
 
 def names_of(source: str) -> Iterator[tuple[int, str]]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.collectives import Flight
+from megapromoe.distributed.collectives import AsyncAllToAll
 from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import rows_per_expert
@@ -74,14 +74,14 @@ class CapacityDispatcher(Dispatcher):
         self.dropped = (rank_R >= size).float().sum() / max(slot_R.shape[0], 1)
         slots = _ScatterToSlots.apply(rows_RD, slot_R, ep * experts * size)
         equal_parts = [experts * size] * ep
-        all_to_all = Flight(self.group, (equal_parts, equal_parts))
-        return _SlotRows(all_to_all, all_to_all.depart(slots), slot_R, experts, size)
+        all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
+        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts, size)
 
 
 class _SlotRows(NamedTuple):
     """Rows in slots that are being sent to the experts."""
 
-    dispatch_all_to_all: Flight
+    dispatch_all_to_all: AsyncAllToAll
     slots: Tensor
     """(ep · experts_per_rank · tokens_per_expert, D)."""
     slot_R: Tensor
@@ -93,7 +93,7 @@ class _SlotRows(NamedTuple):
     def run_experts(self, experts: Experts) -> _SlotOutputs:
         group, num_experts, size = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert
         ep, D = group.size, self.slots.shape[1]
-        received = self.dispatch_all_to_all.arrive(self.slots)
+        received = self.dispatch_all_to_all.wait(self.slots)
         # (source rank, expert, slot) -> (expert, source rank, slot), and back.
         by_expert = received.view(ep, num_experts, size, D).transpose(0, 1).reshape(-1, D)
         expert_E = torch.arange(num_experts, device=received.device)
@@ -101,19 +101,19 @@ class _SlotRows(NamedTuple):
         host_end_E = [(expert + 1) * ep * size for expert in range(num_experts)]
         y = experts(by_expert, ExpertOffsets(expert_E.repeat_interleave(ep * size), end_E, host_end_E))
         y = y.view(num_experts, ep, size, D).transpose(0, 1).reshape(-1, D)
-        combine_all_to_all = Flight(group, self.dispatch_all_to_all.sizes)
-        return _SlotOutputs(combine_all_to_all, combine_all_to_all.depart(y), self.slot_R)
+        combine_all_to_all = AsyncAllToAll(group, self.dispatch_all_to_all.sizes)
+        return _SlotOutputs(combine_all_to_all, combine_all_to_all.start(y), self.slot_R)
 
 
 class _SlotOutputs(NamedTuple):
     """The same slots with the experts' outputs, which are being sent back."""
 
-    combine_all_to_all: Flight
+    combine_all_to_all: AsyncAllToAll
     slots: Tensor
     slot_R: Tensor
 
     def combine_rows(self) -> Tensor:
-        return _GatherFromSlots.apply(self.combine_all_to_all.arrive(self.slots), self.slot_R)
+        return _GatherFromSlots.apply(self.combine_all_to_all.wait(self.slots), self.slot_R)
 
 
 # Each function is the backward of the other. Autograd's backward would copy all slots to append the one that is not

@@ -57,7 +57,7 @@ class DiffMoERouter(LinearRouter):
         parts = [score_TE]
         if group.size > 1:
             parts = [torch.empty_like(score_TE) for _ in range(group.size)]
-            dist.all_gather(parts, score_TE.contiguous(), group=group.handle)
+            dist.all_gather(parts, score_TE.contiguous(), group=group.process_group)
         group_TE = torch.cat(parts)
         is_chosen_TE = torch.zeros_like(group_TE, dtype=torch.bool)
         is_chosen_TE.scatter_(0, group_TE.topk(count, dim=0).indices, True)
@@ -71,6 +71,6 @@ class DiffMoERouter(LinearRouter):
         """
         nth_E = predicted_TE.topk(self.config.tokens_per_expert(predicted_TE.shape[0]), dim=0).values[-1]
         if self.statistics_group.size > 1:
-            dist.all_reduce(nth_E, group=self.statistics_group.handle)
+            dist.all_reduce(nth_E, group=self.statistics_group.process_group)
         decay = self.config.capacity_decay
         self.threshold.mul_(decay).add_(nth_E / self.statistics_group.size, alpha=1 - decay)

@@ -26,8 +26,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.collectives import Flight, exchange_counts
-from megapromoe.distributed.host_copy import OnTheWay
+from megapromoe.distributed.collectives import AsyncAllToAll, exchange_counts
+from megapromoe.distributed.host_copy import AsyncHostCopy
 from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import TokenAssignment, rows_per_expert
@@ -151,7 +151,7 @@ class Dispatcher:
             max_rows: the largest R of any rank.
         """
         end_E = end_offsets(slot_R, self.placement.slots)
-        host_copy = None if has_grouped_mm_kernel(rows_RD) else OnTheWay(end_E)
+        host_copy = None if has_grouped_mm_kernel(rows_RD) else AsyncHostCopy(end_E)
         return _LocalRows(rows_RD, slot_R, end_E, host_copy)
 
 
@@ -161,7 +161,7 @@ class _LocalRows(NamedTuple):
     rows_RD: Tensor
     slot_R: Tensor
     end_E: Tensor
-    host_copy: OnTheWay | None
+    host_copy: AsyncHostCopy | None
 
     def run_experts(self, experts: Experts) -> _LocalOutputs:
         return _LocalOutputs(self, experts)
@@ -179,7 +179,7 @@ class _LocalOutputs(NamedTuple):
 
     def combine_rows(self) -> Tensor:
         rows_RD, slot_R, end_E, host_copy = self.dispatched
-        host_end_E = None if host_copy is None else host_copy.on_host()
+        host_end_E = None if host_copy is None else host_copy.result()
         return self.experts(rows_RD, ExpertOffsets(slot_R, end_E, host_end_E))
 
 
@@ -197,29 +197,29 @@ class ExpertParallelDispatcher(Dispatcher):
         ep, slots = self.group.size, self.placement.slots
         send_counts = rows_per_expert(slot_R, ep * slots).view(ep, slots)
         receive_counts = exchange_counts(send_counts, self.group)
-        host_counts = OnTheWay(torch.cat([send_counts.sum(1, keepdim=True), receive_counts], dim=1))
-        all_to_all = Flight(self.group)
-        return _RemoteRows(all_to_all, all_to_all.depart(rows_RD), receive_counts, host_counts)
+        host_counts = AsyncHostCopy(torch.cat([send_counts.sum(1, keepdim=True), receive_counts], dim=1))
+        all_to_all = AsyncAllToAll(self.group)
+        return _RemoteRows(all_to_all, all_to_all.start(rows_RD), receive_counts, host_counts)
 
 
 class _RemoteRows(NamedTuple):
     """Rows for experts on all ranks of the ep group."""
 
-    dispatch_all_to_all: Flight
+    dispatch_all_to_all: AsyncAllToAll
     rows_RD: Tensor
     receive_counts: Tensor
     """Rows that this rank receives, (source rank, expert)."""
-    host_counts: OnTheWay
+    host_counts: AsyncHostCopy
     """For each rank: rows to it, and rows from it for each expert."""
 
     def run_experts(self, experts: Experts) -> _RemoteOutputs:
         group = self.dispatch_all_to_all.group
         # Waiting for these numbers is the only time in a layer that the host waits for the GPU.
-        rank_counts = self.host_counts.on_host()
+        rank_counts = self.host_counts.result()
         send = [to_rank for to_rank, *_ in rank_counts]
         receive = [sum(from_rank_E) for _, *from_rank_E in rank_counts]
         count_E = [sum(counts) for counts in zip(*(from_rank_E for _, *from_rank_E in rank_counts), strict=True)]
-        received_RD = self.dispatch_all_to_all.arrive(self.rows_RD, (send, receive))
+        received_RD = self.dispatch_all_to_all.wait(self.rows_RD, (send, receive))
 
         # Rows are received in the order (source rank, expert); experts need them sorted by expert.
         ep, slots = self.receive_counts.shape
@@ -229,18 +229,18 @@ class _RemoteRows(NamedTuple):
         inverse_R = inverse_permutation(order_R)
         offsets = ExpertOffsets(expert_R, end_offsets(expert_R, slots), list(accumulate(count_E)))
         y_RD = experts(Permute.apply(received_RD, order_R, inverse_R), offsets)
-        combine_all_to_all = Flight(group, (receive, send))
-        return _RemoteOutputs(combine_all_to_all, combine_all_to_all.depart(Permute.apply(y_RD, inverse_R, order_R)))
+        combine_all_to_all = AsyncAllToAll(group, (receive, send))
+        return _RemoteOutputs(combine_all_to_all, combine_all_to_all.start(Permute.apply(y_RD, inverse_R, order_R)))
 
 
 class _RemoteOutputs(NamedTuple):
     """Outputs of experts for tokens of all ranks of the ep group."""
 
-    combine_all_to_all: Flight
+    combine_all_to_all: AsyncAllToAll
     y_RD: Tensor
 
     def combine_rows(self) -> Tensor:
-        return self.combine_all_to_all.arrive(self.y_RD)
+        return self.combine_all_to_all.wait(self.y_RD)
 
 
 def end_offsets(expert_R: Tensor, num_experts: int) -> Tensor:

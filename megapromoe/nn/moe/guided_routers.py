@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
-from megapromoe.distributed.collectives import sum_over
+from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.nn.moe.assignment import token_choice
 from megapromoe.nn.moe.routers import Router, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
@@ -128,7 +128,7 @@ class KMeansRouter(Router):
         # A product, since index_add is not reproducible on GPUs, and tp ranks must compute the same centroids.
         is_chosen_ET = (torch.arange(self.num_experts, device=chosen_T.device)[:, None] == chosen_T).to(unit_TD)
         packed = torch.cat([is_chosen_ET @ unit_TD, is_chosen_ET.sum(1, keepdim=True)], dim=1)
-        packed = sum_over(packed, self.statistics_group)
+        packed = differentiable_all_reduce(packed, self.statistics_group)
         sum_ED, count_E = packed[:, :-1], packed[:, -1]
         mean_ED = sum_ED / count_E.clamp(min=1)[:, None]
         usable_E = (count_E > 0) & mean_ED.isfinite().all(-1)
@@ -157,7 +157,7 @@ class KMeansRouter(Router):
         group = self.statistics_group
         if group.size > 1:
             parts = [torch.empty_like(packed) for _ in range(group.size)]
-            dist.all_gather(parts, packed.contiguous(), group=group.handle)
+            dist.all_gather(parts, packed.contiguous(), group=group.process_group)
             ranks = torch.stack(parts)
             packed = ranks.index_select(0, ranks[:, 0].argmin(0, keepdim=True))[0]
         return packed[0], packed[1:]

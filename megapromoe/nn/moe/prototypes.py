@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.collectives import sum_over
+from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.distributed.mesh import Group
 
 
@@ -98,7 +98,7 @@ def contrastive_losses(layers: Sequence[ContrastiveInputs], temperature: float, 
     """
     sum_MED, count_ME = torch.stack([c.sum_ED for c in layers]), torch.stack([c.count_E for c in layers])
     if group.size > 1:
-        packed = sum_over(torch.cat([sum_MED, count_ME.unsqueeze(-1)], dim=-1), group)
+        packed = differentiable_all_reduce(torch.cat([sum_MED, count_ME.unsqueeze(-1)], dim=-1), group)
         sum_MED, count_ME = packed[..., :-1], packed[..., -1]
     return contrastive_loss(torch.stack([c.prototype_ED for c in layers]), sum_MED, count_ME, temperature)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
-from megapromoe.distributed.collectives import sum_over
+from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.distributed.mesh import SINGLE_RANK, Group
 from megapromoe.nn.moe.assignment import (
     TokenAssignment,
@@ -138,7 +138,7 @@ class Router(nn.Module):
 
     def sum_over_group(self, name: str, x: Tensor, routing_cache: RoutingCache) -> Tensor:
         """Differentiable sum over the statistics group, communicated once for a batch under this name."""
-        return routing_cache.get_or_compute(name, lambda: sum_over(x, self.statistics_group))
+        return routing_cache.get_or_compute(name, lambda: differentiable_all_reduce(x, self.statistics_group))
 
 
 class PrototypeRouter(Router):
