@@ -64,18 +64,20 @@ class CapacityDispatcher(Dispatcher):
         """
         return max(1, math.ceil(self.capacity_factor * max_rows / self.placement.experts))
 
-    def dispatch_rows(self, rows_RD: Tensor, slot_R: Tensor, max_rows: int) -> DispatchedRows:
-        ep, experts, size = self.group.size, self.placement.slots, self.tokens_per_expert(max_rows)
-        device, expert_slot_R = rows_RD.device, slot_R
-        count_E = rows_per_expert(expert_slot_R, ep * experts)
-        rank_R = torch.arange(slot_R.shape[0], device=device) - (count_E.cumsum(0) - count_E)[expert_slot_R]
+    def dispatch_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> DispatchedRows:
+        ep, experts_per_rank, Q = self.group.size, self.placement.slots, self.tokens_per_expert(max_rows)
+        num_slots = ep * experts_per_rank * Q
+        count_E = rows_per_expert(expert_slot_R, ep * experts_per_rank)
+        first_E = count_E.cumsum(0) - count_E
+        # Rows are sorted by expert: the rank of a row is its number among the rows of its expert.
+        rank_R = torch.arange(expert_slot_R.shape[0], device=rows_RD.device) - first_E[expert_slot_R]
         # All dropped rows get the same extra slot at the end, which is not sent.
-        slot_R = torch.where(rank_R < size, expert_slot_R * size + rank_R, ep * experts * size)
-        self.dropped = (rank_R >= size).float().sum() / max(slot_R.shape[0], 1)
-        slots = _ScatterToSlots.apply(rows_RD, slot_R, ep * experts * size)
-        equal_parts = [experts * size] * ep
+        slot_R = torch.where(rank_R < Q, expert_slot_R * Q + rank_R, num_slots)
+        self.dropped = (rank_R >= Q).float().sum() / max(expert_slot_R.shape[0], 1)
+        slots = _ScatterToSlots.apply(rows_RD, slot_R, num_slots)
+        equal_parts = [experts_per_rank * Q] * ep
         all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
-        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts, size)
+        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts_per_rank, Q)
 
 
 class _SlotRows(NamedTuple):
@@ -91,16 +93,16 @@ class _SlotRows(NamedTuple):
     """Slots for the rows of one rank for one expert."""
 
     def run_experts(self, experts: Experts) -> _SlotOutputs:
-        group, num_experts, size = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert
+        group, num_experts, Q = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert
         ep, D = group.size, self.slots.shape[1]
         received = self.dispatch_all_to_all.wait(self.slots)
         # (source rank, expert, slot) -> (expert, source rank, slot), and back.
-        by_expert = received.view(ep, num_experts, size, D).transpose(0, 1).reshape(-1, D)
+        by_expert = received.view(ep, num_experts, Q, D).transpose(0, 1).reshape(-1, D)
         expert_E = torch.arange(num_experts, device=received.device)
-        end_E = ((expert_E + 1) * ep * size).to(torch.int32)
-        host_end_E = [(expert + 1) * ep * size for expert in range(num_experts)]
-        y = experts(by_expert, ExpertOffsets(expert_E.repeat_interleave(ep * size), end_E, host_end_E))
-        y = y.view(num_experts, ep, size, D).transpose(0, 1).reshape(-1, D)
+        end_E = ((expert_E + 1) * ep * Q).to(torch.int32)
+        host_end_E = [(expert + 1) * ep * Q for expert in range(num_experts)]
+        y = experts(by_expert, ExpertOffsets(expert_E.repeat_interleave(ep * Q), end_E, host_end_E))
+        y = y.view(num_experts, ep, Q, D).transpose(0, 1).reshape(-1, D)
         combine_all_to_all = AsyncAllToAll(group, self.dispatch_all_to_all.sizes)
         return _SlotOutputs(combine_all_to_all, combine_all_to_all.start(y), self.slot_R)
 

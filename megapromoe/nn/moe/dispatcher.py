@@ -112,7 +112,7 @@ class Dispatcher:
             assignment = assignment.shard(self.region, x_TD.shape[0])
         shards = 1 if self.expert_tp else self.region.size
         max_rows = -(-max_tokens // shards) * max(assignment.top_k, 1)
-        slot_R, order_R = torch.sort(self.placement.slot_of(assignment.expert_R), stable=True)
+        expert_slot_R, order_R = torch.sort(self.placement.slot_of(assignment.expert_R), stable=True)
         token_R = assignment.tokens_of(order_R)
         if assignment.top_k:
             inverse_R = inverse_permutation(order_R)
@@ -120,7 +120,7 @@ class Dispatcher:
         else:
             rows_RD, inverse_R = x_TD.index_select(0, token_R), None
         metadata = DispatchMetadata(assignment, token_R, order_R, inverse_R)
-        return Dispatched(metadata, self.dispatch_rows(rows_RD, slot_R, max_rows))
+        return Dispatched(metadata, self.dispatch_rows(rows_RD, expert_slot_R, max_rows))
 
     def run_experts(self, dispatched: Dispatched, experts: Experts) -> ExpertOutputs:
         """Applies the experts to their rows and starts to send the outputs back."""
@@ -142,24 +142,24 @@ class Dispatcher:
             return AddToTokens.apply(base_TD, y_RD, weight_R, metadata)
         return base_TD.index_add(0, metadata.token_R, y_RD * weight_R[metadata.order_R].to(y_RD.dtype).unsqueeze(1))
 
-    def dispatch_rows(self, rows_RD: Tensor, slot_R: Tensor, max_rows: int) -> DispatchedRows:
+    def dispatch_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> DispatchedRows:
         """Starts to send rows that are sorted by expert slot.
 
         Args:
             rows_RD: rows (R, D).
-            slot_R: the slot of each row's expert, see `ExpertPlacement`; int64 (R,).
+            expert_slot_R: the slot of each row's expert, see `ExpertPlacement`; int64 (R,).
             max_rows: the largest R of any rank.
         """
-        end_E = end_offsets(slot_R, self.placement.slots)
+        end_E = end_offsets(expert_slot_R, self.placement.slots)
         host_copy = None if has_grouped_mm_kernel(rows_RD) else AsyncHostCopy(end_E)
-        return _LocalRows(rows_RD, slot_R, end_E, host_copy)
+        return _LocalRows(rows_RD, expert_slot_R, end_E, host_copy)
 
 
 class _LocalRows(NamedTuple):
     """Rows for experts on this rank; nothing is sent."""
 
     rows_RD: Tensor
-    slot_R: Tensor
+    expert_slot_R: Tensor
     end_E: Tensor
     host_copy: AsyncHostCopy | None
 
@@ -178,9 +178,9 @@ class _LocalOutputs(NamedTuple):
     experts: Experts
 
     def combine_rows(self) -> Tensor:
-        rows_RD, slot_R, end_E, host_copy = self.dispatched
+        rows_RD, expert_slot_R, end_E, host_copy = self.dispatched
         host_end_E = None if host_copy is None else host_copy.result()
-        return self.experts(rows_RD, ExpertOffsets(slot_R, end_E, host_end_E))
+        return self.experts(rows_RD, ExpertOffsets(expert_slot_R, end_E, host_end_E))
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -193,9 +193,9 @@ class ExpertParallelDispatcher(Dispatcher):
         self.placement = ExpertPlacement(num_experts, group.size)
         self.group = group
 
-    def dispatch_rows(self, rows_RD: Tensor, slot_R: Tensor, max_rows: int) -> DispatchedRows:
-        ep, slots = self.group.size, self.placement.slots
-        send_counts = rows_per_expert(slot_R, ep * slots).view(ep, slots)
+    def dispatch_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> DispatchedRows:
+        ep, experts_per_rank = self.group.size, self.placement.slots
+        send_counts = rows_per_expert(expert_slot_R, ep * experts_per_rank).view(ep, experts_per_rank)
         receive_counts = exchange_counts(send_counts, self.group)
         host_counts = AsyncHostCopy(torch.cat([send_counts.sum(1, keepdim=True), receive_counts], dim=1))
         all_to_all = AsyncAllToAll(self.group)
@@ -222,12 +222,12 @@ class _RemoteRows(NamedTuple):
         received_RD = self.dispatch_all_to_all.wait(self.rows_RD, (send, receive))
 
         # Rows are received in the order (source rank, expert); experts need them sorted by expert.
-        ep, slots = self.receive_counts.shape
-        expert_of_cell = torch.arange(slots, device=received_RD.device).repeat(ep)
+        ep, experts_per_rank = self.receive_counts.shape
+        expert_of_cell = torch.arange(experts_per_rank, device=received_RD.device).repeat(ep)
         unsorted_R = torch.repeat_interleave(expert_of_cell, self.receive_counts.flatten(), output_size=sum(receive))
         expert_R, order_R = torch.sort(unsorted_R, stable=True)
         inverse_R = inverse_permutation(order_R)
-        offsets = ExpertOffsets(expert_R, end_offsets(expert_R, slots), list(accumulate(count_E)))
+        offsets = ExpertOffsets(expert_R, end_offsets(expert_R, experts_per_rank), list(accumulate(count_E)))
         y_RD = experts(Permute.apply(received_RD, order_R, inverse_R), offsets)
         combine_all_to_all = AsyncAllToAll(group, (receive, send))
         return _RemoteOutputs(combine_all_to_all, combine_all_to_all.start(Permute.apply(y_RD, inverse_R, order_R)))
