@@ -1,1 +1,1 @@
-"""What our layer, training step and sampling cost beside other ways to do the same."""
+"""Benchmarks of the MoE layer, the training step and sampling, compared with other implementations."""

@@ -1,4 +1,4 @@
-"""What all baselines with our parameters share: the router and the dense experts of our layer."""
+"""Base class of the baselines that use our parameters: they keep the router and the dense experts of our layer."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from megapromoe.errors import UserError
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import PrototypeRouter, Routed
+from megapromoe.nn.moe.routers import PrototypeRouter, RouterOutput
 
-# Slots of an expert, as a multiple of its even share of the tokens; the usual choice of GShard and Switch.
-CAPACITY = 1.25
+# Slots of an expert over its even share of the tokens; the usual choice of GShard and Switch.
+CAPACITY_FACTOR = 1.25
 
 
 class CannotRun(UserError):
-    """A baseline that does not run on this machine, or not with these sizes; the message gives the reason."""
+    """A baseline cannot run on this machine or with these sizes; the message gives the reason."""
 
 
 def dense_experts(moe: MoE) -> tuple[Mlp, Mlp]:
-    """The shared and the unconditional expert. Raises CannotRun for a layer that lacks one, or has several."""
+    """The shared and the unconditional expert. Raises CannotRun for a layer without one, or with several."""
     if moe.shared is None or moe.unconditional is None:
         raise CannotRun("needs model.shared_expert=true and model.unconditional_expert=true")
     if not isinstance(moe.shared, Mlp) or not isinstance(moe.unconditional, Mlp):
@@ -31,14 +31,14 @@ def dense_experts(moe: MoE) -> tuple[Mlp, Mlp]:
 
 
 def prototypes_of(moe: MoE) -> Tensor:
-    """The router's prototypes, (E, D). Raises CannotRun for a router without."""
+    """The prototypes of the router, (E, D). Raises CannotRun for a router without prototypes."""
     if not isinstance(moe.router, PrototypeRouter):
         raise CannotRun(f"model.router = {moe.router.config.router!r}: needs one with prototypes, such as promoe_tc")
     return moe.router.prototypes
 
 
 class BaselineWrapper(nn.Module):
-    """A layer around ours that keeps its router, its shared and its unconditional expert."""
+    """A layer that runs the routed experts of an `MoE` in another way, with the same methods and parameters."""
 
     def __init__(self, moe: MoE):
         super().__init__()
@@ -46,24 +46,24 @@ class BaselineWrapper(nn.Module):
 
     @property
     def dropped(self) -> float:
-        """Share of the last call's rows that no expert computed."""
+        """Share of the rows of the last call that were dropped, 0 to 1."""
         return 0.0
 
-    def route(self, *arguments: Any) -> Routed:
+    def route(self, *arguments: Any) -> RouterOutput:
         return self.moe.route(*arguments)
 
-    def routable(self, *arguments: Any) -> int:
-        return self.moe.routable(*arguments)
+    def num_routed_images(self, *arguments: Any) -> int:
+        return self.moe.num_routed_images(*arguments)
 
-    def losses_of(self, all_routed: Sequence[Routed]) -> dict[str, Tensor]:
-        return self.moe.losses_of(all_routed)
+    def auxiliary_losses(self, router_outputs: Sequence[RouterOutput]) -> dict[str, Tensor]:
+        return self.moe.auxiliary_losses(router_outputs)
 
-    def beside(self, x_TD: Tensor, cut: int) -> Tensor:
-        """Output of the shared and the unconditional expert for tokens (T, D), those from `cut` on being null."""
+    def dense_output(self, x_TD: Tensor, num_conditional_tokens: int) -> Tensor:
+        """Output (T, D) of the shared and the unconditional expert; tokens after the conditional ones are null."""
         shared, unconditional = dense_experts(self.moe)
-        y_TD = shared(x_TD)
-        return torch.cat([y_TD[:cut], y_TD[cut:] + unconditional(x_TD[cut:])])
+        y_TD, n = shared(x_TD), num_conditional_tokens
+        return torch.cat([y_TD[:n], y_TD[n:] + unconditional(x_TD[n:])])
 
 
 Layer = MoE | BaselineWrapper | Mlp
-"""What takes the place of a block's MLP in a comparison."""
+"""A layer that replaces the MLP of a block in a comparison."""

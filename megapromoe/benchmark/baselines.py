@@ -1,15 +1,15 @@
-"""Other ways to run a mixture-of-experts layer, with the parameters and the interface of ours.
+"""Other implementations of the MoE layer, with the parameters and the methods of ours.
 
-Each takes the place of an `MoE` in a block: `route` says who visits whom and `forward` runs the experts.
+Each can replace an `MoE` in a block: `route` assigns experts to tokens and `forward` runs the experts.
 
 =====================  ====================================================================================
-ours                   `models.moe.MoE`: rows sorted by expert, in one product or expert by expert
-joined                 ours, but null tokens pass the shared and the unconditional expert as one MLP, twice as wide
-loop                   the published way: for each expert a boolean mask over all tokens, and its own MLP
-bmm                    every expert gets a buffer of equal capacity, one batched product; too many are dropped
-deepspeed-capacity     DeepSpeed's `MoE`, the same capacity, shared and unconditional expert beside it
-deepspeed-nodrop       the same with the capacity of the fullest expert, so that nothing is dropped
-dense                  one MLP of the same products per token
+ours                   `nn.moe.layer.MoE`: rows sorted by expert, with grouped or looped experts
+joined                 ours, but shared and unconditional expert are one MLP of twice the width for null tokens
+loop                   as published: for each expert a boolean mask over all tokens, and its own MLP
+bmm                    equal slots for every expert, one batched product; rows without a slot are dropped
+deepspeed-capacity     DeepSpeed's `MoE` with the same capacity factor, and our shared and unconditional expert
+deepspeed-nodrop       the same with as many slots as the fullest expert needs, so that no row is dropped
+dense                  one MLP with as many FLOPs per token
 =====================  ====================================================================================
 """
 
@@ -23,18 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, Layer, dense_experts
+from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, Layer, dense_experts
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import Routed
+from megapromoe.nn.moe.routers import RouterOutput
 
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 
 
-def contender(name: str, moe: MoE) -> Layer:
-    """The layer `name` around our layer, whose parameters it uses; "dense" has its own.
+def make_contender(name: str, moe: MoE) -> Layer:
+    """Makes the layer `name` with the parameters of our layer; "dense" has its own.
 
-    Raises CannotRun where this machine cannot run it.
+    Raises CannotRun if it cannot run on this machine.
     """
     if name == "ours":
         return moe
@@ -46,43 +46,46 @@ def contender(name: str, moe: MoE) -> Layer:
         return BatchedCapacity(moe)
     if name == "dense":
         return dense(moe)
-    # DeepSpeed takes seconds to import, and only two contenders are its.
+    # Only two contenders need DeepSpeed, which takes seconds to import.
     from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer
 
     return DeepSpeedLayer(moe, drops=name == "deepspeed-capacity")
 
 
 def dense(moe: MoE) -> Mlp:
-    """An MLP as wide as all the experts that a token meets: shared and routed, or shared and unconditional."""
-    config, like = moe.router.config, moe.experts.fc1.weight
+    """An MLP as wide as all experts of a token together: shared and routed, or shared and unconditional."""
+    config, weight = moe.router.config, moe.experts.fc1.weight
     width = config.top_k * config.moe_width + config.shared_experts * config.shared_width
     mlp = Mlp(config.hidden_size, width)
-    mlp = mlp.to(like.device, like.dtype)
+    mlp = mlp.to(weight.device, weight.dtype)
     for name, p in mlp.named_parameters():
         nn.init.xavier_uniform_(p) if name.endswith("weight") else nn.init.zeros_(p)
     return mlp
 
 
 class Loop(BaselineWrapper):
-    """Expert after expert, each on the tokens that a mask picks: the unconditional expert is the last of them.
+    """A loop over experts, each on the tokens that a mask selects; the unconditional expert is the last.
 
-    Asks the device for the number of tokens of each expert. The oracle of tests: it is what the formula says.
+    The host waits for the number of tokens of each expert. Tests compare other layers with it, since it follows the
+    formula.
     """
 
-    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
-        x_TD, moe, route = x_BSD.reshape(B * S, D), self.moe, routed.route
+        x_TD, moe, assignment = x_BSD.reshape(B * S, D), self.moe, routed.assignment
         shared, unconditional = dense_experts(moe)
-        E, K = moe.router.experts, route.top_k
-        cut = conditional * S
+        E, K = moe.router.num_experts, assignment.top_k
+        num_conditional_tokens = num_conditional * S
         expert_TK = torch.full((B * S, K), E, device=x_TD.device)
-        expert_TK[:cut] = route.expert_R.view(-1, K)
-        weight_TK = torch.cat([route.weight_R.view(-1, K), route.weight_R.new_ones(B * S - cut, K)]).to(x_TD.dtype)
+        expert_TK[:num_conditional_tokens] = assignment.expert_R.view(-1, K)
+        weight_TK = assignment.weight_R.view(-1, K)
+        null_weight_TK = weight_TK.new_ones(B * S - num_conditional_tokens, K)
+        weight_TK = torch.cat([weight_TK, null_weight_TK]).to(x_TD.dtype)
         y_TD = torch.zeros_like(x_TD)
-        # Unbound once: indexing the stack expert by expert would make a gradient of its whole size for each.
+        # Unbound once: indexing the stacked parameters would make a gradient of their whole size for each expert.
         fc1, fc2 = moe.experts.fc1, moe.experts.fc2
-        own = zip(*(p.unbind() for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)), strict=True)
-        experts: list[Callable[[Tensor], Tensor]] = [partial(_mlp, *parameters) for parameters in own]
+        parameters_E = zip(*(p.unbind() for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias)), strict=True)
+        experts: list[Callable[[Tensor], Tensor]] = [partial(_mlp, *parameters) for parameters in parameters_E]
         experts.append(unconditional)
         for e, expert in enumerate(experts):
             for k in range(K if e < E else 1):
@@ -97,33 +100,34 @@ def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tenso
 
 
 class Joined(BaselineWrapper):
-    """Ours, with one product for both experts of null tokens, whose weights are laid side by side for it.
+    """Ours, with the shared and the unconditional expert concatenated to one MLP for null tokens.
 
-    The products stay the same; it saves passes over null tokens and pays with a copy of the weights.
+    It has the same FLOPs and fewer passes over null tokens, but copies the weights.
     """
 
-    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
-        x_TD, moe, cut = x_BSD.reshape(B * S, D), self.moe, conditional * S
-        begun = moe.dispatcher.begin(x_TD[:cut], routed.route, B * S)
+        x_TD, moe, n = x_BSD.reshape(B * S, D), self.moe, num_conditional * S
+        dispatched = moe.dispatcher.dispatch(x_TD[:n], routed.assignment, B * S)
         shared, unconditional = dense_experts(moe)
         weight1_FD = torch.cat([shared.fc1.weight, unconditional.fc1.weight])
         bias1_F = torch.cat([shared.fc1.bias, unconditional.fc1.bias])
         weight2_DF = torch.cat([shared.fc2.weight, unconditional.fc2.weight], dim=1)
-        null_TD = _mlp(weight1_FD, bias1_F, weight2_DF, shared.fc2.bias + unconditional.fc2.bias, x_TD[cut:])
-        y_TD = torch.cat([shared(x_TD[:cut]), null_TD])
-        return moe.dispatcher.finish(moe.dispatcher.compute(begun, moe.experts), y_TD).view(B, S, D)
+        null_TD = _mlp(weight1_FD, bias1_F, weight2_DF, shared.fc2.bias + unconditional.fc2.bias, x_TD[n:])
+        y_TD = torch.cat([shared(x_TD[:n]), null_TD])
+        expert_outputs = moe.dispatcher.run_experts(dispatched, moe.experts)
+        return moe.dispatcher.combine(expert_outputs, y_TD).view(B, S, D)
 
 
 class BatchedCapacity(BaselineWrapper):
-    """Each expert takes the first C = ceil(1.25·R/E) of its rows, in one batched product; later rows are dropped.
+    """Each expert takes the first ceil(1.25·R/E) of its rows, in one batched product; other rows are dropped.
 
-    `dropped` is the share of the last call's rows that were. Asks the device for nothing.
+    The host does not wait for the GPU.
     """
 
-    def __init__(self, moe: MoE, capacity: float = CAPACITY):
+    def __init__(self, moe: MoE, capacity_factor: float = CAPACITY_FACTOR):
         super().__init__(moe)
-        self.capacity = capacity
+        self.capacity_factor = capacity_factor
         self.kept_R: Tensor | None = None
 
     @property
@@ -132,23 +136,23 @@ class BatchedCapacity(BaselineWrapper):
             return 0.0
         return 1 - float(self.kept_R.float().mean())
 
-    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
-        x_TD, cut = x_BSD.reshape(B * S, D), conditional * S
-        token_R, expert_R, weight_R = routed.route[:3]
-        E, R = self.moe.router.experts, token_R.shape[0]
-        C = math.ceil(self.capacity * R / E)
+        x_TD = x_BSD.reshape(B * S, D)
+        token_R, expert_R, weight_R = routed.assignment[:3]
+        E, R = self.moe.router.num_experts, token_R.shape[0]
+        Q = math.ceil(self.capacity_factor * R / E)  # slots of an expert
         hits_RE = (expert_R.unsqueeze(1) == torch.arange(E, device=expert_R.device)).long()
-        place_R = (hits_RE.cumsum(0) * hits_RE).sum(1) - 1  # which of its expert's rows
-        kept_R = place_R < C
+        rank_R = (hits_RE.cumsum(0) * hits_RE).sum(1) - 1  # among the rows of its expert
+        kept_R = rank_R < Q
         self.kept_R = kept_R
-        slot_R = torch.where(kept_R, expert_R * C + place_R, E * C)  # the dropped share one row at the end
+        slot_R = torch.where(kept_R, expert_R * Q + rank_R, E * Q)  # dropped rows share one slot at the end
 
-        rows = x_TD.new_zeros(E * C + 1, D).index_copy(0, slot_R, x_TD.index_select(0, token_R))
+        rows = x_TD.new_zeros(E * Q + 1, D).index_copy(0, slot_R, x_TD.index_select(0, token_R))
         fc1, fc2 = self.moe.experts.fc1, self.moe.experts.fc2
-        x_ECD = rows[: E * C].view(E, C, D)
-        hidden_ECF = F.gelu(torch.baddbmm(fc1.bias[:, None], x_ECD, fc1.weight.mT), approximate="tanh")
-        y_ECD = torch.baddbmm(fc2.bias[:, None], hidden_ECF, fc2.weight.mT)
-        y = torch.cat([y_ECD.view(E * C, D), y_ECD.new_zeros(1, D)]).index_select(0, slot_R)
-        y_TD = self.beside(x_TD, cut).index_add(0, token_R, y * weight_R.to(y.dtype).unsqueeze(1))
+        x_EQD = rows[: E * Q].view(E, Q, D)
+        hidden_EQF = F.gelu(torch.baddbmm(fc1.bias[:, None], x_EQD, fc1.weight.mT), approximate="tanh")
+        y_EQD = torch.baddbmm(fc2.bias[:, None], hidden_EQF, fc2.weight.mT)
+        y = torch.cat([y_EQD.view(E * Q, D), y_EQD.new_zeros(1, D)]).index_select(0, slot_R)
+        y_TD = self.dense_output(x_TD, num_conditional * S).index_add(0, token_R, y * weight_R.to(y.dtype).unsqueeze(1))
         return y_TD.view(B, S, D)

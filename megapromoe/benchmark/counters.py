@@ -1,4 +1,4 @@
-"""Counts what a stretch of torch code does: kernels, waits for the device, allocations, memory, messages, products.
+"""Counts what torch code does: kernels, waits for the device, allocations, memory, messages, FLOPs.
 
     with Counter() as counter:
         y = layer(x)
@@ -6,8 +6,9 @@
         y.backward(g)
     counter.phases["forward"].kernels
 
-Counts do not depend on the machine's speed, so a test can fix them. They are taken below autograd, so backward counts
-too. What an operator does inside of its C++ is not seen: one operator is one kernel here, though some launch several.
+Counts do not depend on the speed of the machine, so tests can compare them with expectations. They are taken below
+autograd, so backward is counted too. What an operator does in C++ is not visible: each operator counts as one kernel,
+although some launch several.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from megapromoe.errors import UserError
 
-# Operators that make the host wait for a GPU, because a value or a size comes from the device. On a CPU they are
-# counted as what they would be.
+# Operators for which the host waits for a GPU, because it needs a value or a size from the device. They are counted on
+# a CPU too.
 WAITS = {
     *("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "is_nonzero"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
 }
-# Views without a mark in their schema, and memory that is not written to.
+# Views that the schema does not mark as such, and allocations that write nothing.
 NO_KERNEL = {
     *("_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "set_", "resize_", "_local_scalar_dense"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
 }
-# What a rank sends in each collective over n ranks, as a share of what it puts in: the least of any algorithm.
+# The bytes that a rank sends in a collective over n ranks, over the bytes of its input, for the best algorithm.
 SHARES = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
     "allgather_": lambda n: n - 1,
@@ -55,17 +56,23 @@ SHARES = {
 
 
 class CounterError(UserError):
-    """Something that cannot be counted."""
+    """An operation that cannot be counted."""
 
 
 @dataclass
 class Counts:
-    """What one phase did.
+    """The counts of one phase.
 
-    `kernels` operators that compute or copy; `waits` operator -> times the host waits for it; `gpu_waits` those that
-    CUDA itself reported (0 on a CPU); `allocations` new pieces of memory and `allocated` their bytes; `collectives`
-    name -> calls and `sent` name -> bytes that leave this rank; `flops` of products, 2·m·n·k each; `compiled`
-    graphs that torch.compile made.
+    Attributes:
+        kernels: operators that compute or copy.
+        waits: operator -> how often the host waits for it.
+        gpu_waits: waits that CUDA reported; 0 on a CPU.
+        allocations: new blocks of memory.
+        allocated: their bytes.
+        collectives: name -> calls.
+        sent: name -> bytes that this rank sends.
+        flops: of matrix products, 2·m·n·k each.
+        compiled: graphs that torch.compile made.
     """
 
     kernels: int = 0
@@ -83,23 +90,23 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """Counts from `with` on; `phase(name)` starts the next phase, the first is "forward"."""
+    """Context that counts; `phase(name)` starts the next phase, the first is "forward"."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phases: dict[str, Counts] = {}
-        self._log: list[tuple[int, int]] = []  # (storage's number, bytes more or less), in order
+        self._log: list[tuple[int, int]] = []  # (number of a storage, bytes allocated or, negative, freed), in order
         self._numbers: dict[int, int] = {}  # address of a live storage -> its number
-        self._made = 0
-        self._around = ExitStack()
+        self._num_storages = 0
+        self._contexts = ExitStack()
 
     def __enter__(self):
-        self._around.enter_context(_Reads(self))
+        self._contexts.enter_context(_HostReads(self))
         self._warned = []
         if torch.cuda.is_available():
-            self._warned = self._around.enter_context(warnings.catch_warnings(record=True))
+            self._warned = self._contexts.enter_context(warnings.catch_warnings(record=True))
             warnings.simplefilter("always")
-            self._around.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
+            self._contexts.callback(torch.cuda.set_sync_debug_mode, torch.cuda.get_sync_debug_mode())
             torch.cuda.set_sync_debug_mode("warn")
         self._compiled = _graphs()
         self.phase("forward")
@@ -108,64 +115,67 @@ class Counter(TorchDispatchMode):
     def __exit__(self, *error):
         super().__exit__(*error)
         self._close()
-        self._around.close()
+        self._contexts.close()
 
     def phase(self, name: str) -> None:
-        """What follows is counted under `name`."""
+        """Starts the phase `name`."""
         if self.phases:
             self._close()
         self.now = self.phases[name] = Counts()
 
     @property
     def total(self) -> Counts:
+        """The counts of all phases together."""
         return sum(self.phases.values(), Counts())
 
     def mark(self) -> int:
-        """A moment, for `live`."""
+        """A point in time, for `live`."""
         return len(self._log)
 
     def live(self, at: int | None = None, without: Iterable[Tensor] = ()) -> int:
-        """Bytes that were made since the start and live at a moment (`mark`; None: at the most at any moment).
+        """Bytes allocated within the context and not freed.
 
-        `without`: tensors whose memory is left out, such as the gradients of parameters.
+        Args:
+            at: a point in time from `mark`; None: the maximum over time.
+            without: tensors whose memory is excluded, such as the gradients of parameters.
         """
-        left_out = {self._numbers.get(t.untyped_storage()._cdata) for t in without}
-        now = most = 0
+        excluded = {self._numbers.get(t.untyped_storage()._cdata) for t in without}
+        current = peak = 0
         for number, size in self._log[:at]:
-            if number not in left_out:
-                now += size
-                most = max(most, now)
-        return most if at is None else now
+            if number not in excluded:
+                current += size
+                peak = max(peak, current)
+        return peak if at is None else current
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        known = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         if func.namespace == "c10d":
             self._collective(name, args)
             return out
-        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        self._memory(known, made)
-        if _waits(func, name, args, kwargs, made):
+        outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self._memory(inputs, outputs)
+        if _waits(func, name, args, kwargs, outputs):
             self.now.waits[name] += 1
         returns = func._schema.returns
         view = bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
-        if not view and name not in NO_KERNEL and (not made or any(t.numel() for t in made)):
+        if not view and name not in NO_KERNEL and (not outputs or any(t.numel() for t in outputs)):
             self.now.kernels += 1
         if flops := FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket):
             self.now.flops += int(flops(*args, **kwargs, out_val=out))
         return out
 
-    def _memory(self, known: list[Tensor], made: list[Tensor]) -> None:
-        old = {t.untyped_storage()._cdata for t in known}
-        for t in made:
+    def _memory(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        old = {t.untyped_storage()._cdata for t in inputs}
+        for t in outputs:
             storage = t.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key in old or key in self._numbers or not size:
                 continue
-            number = self._numbers[key] = self._made
-            self._made += 1
+            number = self._numbers[key] = self._num_storages
+            self._num_storages += 1
             self.now.allocations += 1
             self.now.allocated += size
             self._log.append((number, size))
@@ -178,15 +188,15 @@ class Counter(TorchDispatchMode):
 
     def _collective(self, name: str, args: tuple) -> None:
         if name not in SHARES:
-            raise CounterError(f"collective {name}: how much it sends is not known here; add it to counters.SHARES")
+            raise CounterError(f"collective {name}: the bytes that it sends are not defined; add it to counters.SHARES")
         self.now.collectives[name] += 1
         group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
-        # Of the arguments (output, input, ...) or (tensors, ...) what this rank puts in.
+        # This rank's input, from arguments (output, input, ...) or (tensors, ...).
         second = name in ("allgather_", "reduce_scatter_", "_allgather_base_", "_reduce_scatter_base_")
-        put_in = [t for t in tree_leaves(args[1 if second or name == "alltoall_base_" else 0]) if isinstance(t, Tensor)]
-        size = sum(t.numel() * t.element_size() for t in put_in)
+        inputs = [t for t in tree_leaves(args[1 if second or name == "alltoall_base_" else 0]) if isinstance(t, Tensor)]
+        size = sum(t.numel() * t.element_size() for t in inputs)
         splits = args[4] if name == "alltoall_base_" else []
-        if splits:  # uneven: what a rank keeps does not travel
+        if splits:  # uneven: a rank sends nothing to itself
             self.now.sent[name] += size * (sum(splits) - splits[group.rank()]) // max(sum(splits), 1)
         else:
             self.now.sent[name] += int(SHARES[name](group.size()) * size)
@@ -198,8 +208,8 @@ class Counter(TorchDispatchMode):
         self.now.compiled, self._compiled = graphs - self._compiled, graphs
 
 
-class _Reads(TorchFunctionMode):
-    """Sees reads of CPU tensors that leave no operator behind: tolist and numpy."""
+class _HostReads(TorchFunctionMode):
+    """Counts reads of CPU tensors that call no operator: tolist and numpy."""
 
     def __init__(self, counter: Counter):
         super().__init__()
@@ -212,28 +222,34 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(func, name: str, args: tuple, kwargs: dict, made: list[Tensor]) -> bool:
+def _waits(func, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> bool:
+    """Whether the host waits for the device in this call of an operator."""
     if name in WAITS:
         return True
-    if name == "repeat_interleave":  # without its size it asks for the sum
+    if name == "repeat_interleave":  # without output_size the host reads the sum
         return kwargs.get("output_size") is None
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):  # a mask becomes indices, as many as it has
+    if name in (
+        "index",
+        "index_put",
+        "index_put_",
+        "_index_put_impl_",
+    ):  # the host reads the number of set elements of a mask
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if name in ("_to_copy", "copy_") and made:
+    if name in ("_to_copy", "copy_") and outputs:
         source = args[1] if name == "copy_" else args[0]
-        return source.is_cuda and made[0].device.type == "cpu" and not kwargs.get("non_blocking", False)
+        return source.is_cuda and outputs[0].device.type == "cpu" and not kwargs.get("non_blocking", False)
     return False
 
 
 def _graphs() -> int:
-    """Graphs that torch.compile has made in this process. Without importing it."""
+    """Graphs that torch.compile has made in this process; does not import it."""
     compiler = sys.modules.get("torch._dynamo.utils")
     return compiler.counters["stats"]["unique_graphs"] if compiler else 0
 
 
 def _grouped_flops(a: Tensor, b: Tensor, *_, out_val, **__) -> int:
-    """A product of each group of rows, none empty or padded: 2·(rows)·(inputs)·(outputs)."""
-    if a.dim() == b.dim() == 2:  # groups of the inner dimension: a matrix for each
+    """FLOPs of the products of all groups of rows: 2·(rows)·(inputs)·(outputs)."""
+    if a.dim() == b.dim() == 2:  # groups of the inner dimension give one matrix each
         return 2 * a.shape[0] * a.shape[1] * b.shape[1]
     return 2 * out_val.numel() * a.shape[-1]
 
@@ -246,7 +262,7 @@ def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_,
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-# Those that torch's own table leaves out.
+# Operators that are missing in torch's table.
 FLOPS = {
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten._grouped_mm: _grouped_flops,

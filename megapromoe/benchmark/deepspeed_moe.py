@@ -1,4 +1,4 @@
-"""DeepSpeed's own MoE layer as a contender, beside our shared and unconditional expert."""
+"""DeepSpeed's own MoE layer as a contender, with our shared and unconditional expert."""
 
 from __future__ import annotations
 
@@ -9,55 +9,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megapromoe.benchmark.baseline_wrapper import CAPACITY, BaselineWrapper, CannotRun, prototypes_of
+from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, CannotRun, prototypes_of
 from megapromoe.nn.layers import Mlp
-from megapromoe.nn.moe.dispatcher import Route
+from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import Routed
+from megapromoe.nn.moe.routers import RouterOutput
 
-BALANCE = 0.01  # weight of its balance loss, which takes the place of our contrastive loss
+BALANCE_WEIGHT = 0.01  # of its balance loss, which replaces our contrastive loss
 
 
 class DeepSpeedLayer(BaselineWrapper):
-    """DeepSpeed's `MoE`, top-1, with copies of our experts; its gate is linear, on our unit prototypes.
+    """DeepSpeed's `MoE`, top-1, with copies of our experts; its linear gate has our normalised prototypes.
 
     Args:
-        moe: ours, on one rank or one of an ep group.
-        drops: with the capacity of `baseline_wrapper.CAPACITY`; otherwise with that of the fullest expert.
-        ep: expert-parallel size, of consecutive ranks of the running torch.distributed job.
+        moe: our layer, whole or this rank's part of an ep group.
+        drops: drop rows beyond `baseline_wrapper.CAPACITY_FACTOR`; otherwise slots for the fullest expert.
+        ep: expert-parallel size, over consecutive ranks of the running torch.distributed job.
 
-    Raises CannotRun without a running job, with more than one expert a token, or if DeepSpeed does not import.
+    Raises CannotRun without a running job, with more than one expert per token, or if DeepSpeed cannot be imported.
     """
 
     def __init__(self, moe: MoE, drops: bool, ep: int = 1):
         super().__init__(moe)
         config = moe.router.config
         if config.top_k != 1:
-            raise CannotRun(f"model.top_k = {config.top_k}: compared at top_k 1 alone, its other gates renormalise")
+            raise CannotRun(
+                f"model.top_k = {config.top_k}: needs model.top_k=1, since DeepSpeed renormalises the weights of more"
+            )
         if not dist.is_initialized():
-            raise CannotRun("DeepSpeed's MoE needs a torch.distributed job; start one, of one rank, before it")
+            raise CannotRun("DeepSpeed's MoE needs a torch.distributed job; start one of one rank first")
         if config.num_experts % ep:
             raise CannotRun(f"model.num_experts = {config.num_experts}: DeepSpeed needs a multiple of ep {ep}")
         try:
             from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
             from megapromoe.engine.deepspeed_adapter import join_job
-        except Exception as error:  # it looks for a GPU and compilers while it is imported
-            raise CannotRun(f"deepspeed does not import: {error}") from error
+        except Exception as error:  # its import tests for GPUs and compilers, and can fail in many ways
+            raise CannotRun(f"DeepSpeed cannot be imported: {error}") from error
         join_job()
 
-        experts, like = moe.experts, moe.experts.fc1.weight
-        one = Mlp(config.hidden_size, config.moe_width).to(like.device, like.dtype)
+        experts, weight = moe.experts, moe.experts.fc1.weight
+        expert = Mlp(config.hidden_size, config.moe_width).to(weight.device, weight.dtype)
         self.routed = DeepSpeedMoE(
             config.hidden_size,
-            one,
+            expert,
             num_experts=config.num_experts,
             ep_size=ep,
-            capacity_factor=CAPACITY,
-            eval_capacity_factor=CAPACITY,
+            capacity_factor=CAPACITY_FACTOR,
+            eval_capacity_factor=CAPACITY_FACTOR,
             drop_tokens=drops,
-        ).to(like.device)
-        with redirect_stdout(StringIO()):  # it prints that it makes a group
+        ).to(weight.device)
+        with redirect_stdout(StringIO()):  # it prints each group that it makes
             self.routed.set_deepspeed_parallelism()
         with torch.no_grad():
             gate = self.routed.deepspeed_moe.gate.wg
@@ -70,32 +72,33 @@ class DeepSpeedLayer(BaselineWrapper):
 
     @property
     def load_E(self) -> Tensor:
-        """Rows that chose each expert in the last call."""
+        """Rows of each expert in the last call, dropped ones included, (E,)."""
         return self.routed.deepspeed_moe.exp_counts
 
     @property
     def dropped(self) -> float:
-        """Share of the last call's rows that found no room."""
+        """Share of the rows of the last call that were dropped, 0 to 1."""
         if not self.drops:
             return 0.0
         rows = int(self.load_E.sum())
-        room = -(-rows * CAPACITY // self.moe.router.experts)
-        return 1 - float(self.load_E.clamp(max=max(room, 4)).sum()) / max(rows, 1)  # 4: its min_capacity
+        slots = -(-rows * CAPACITY_FACTOR // self.moe.router.num_experts)
+        return 1 - float(self.load_E.clamp(max=max(slots, 4)).sum()) / max(rows, 1)  # 4: its min_capacity
 
-    def route(self, x_BSD: Tensor, *_) -> Routed:
-        """Nothing yet: its gate decides inside of `forward`, which adds its loss to what is returned here."""
+    def route(self, x_BSD: Tensor, *_) -> RouterOutput:
+        """Returns an empty assignment; DeepSpeed's gate chooses in `forward`, which also sets the balance loss."""
         none_R = torch.zeros(0, dtype=torch.long, device=x_BSD.device)
         zero = x_BSD.new_zeros((), dtype=torch.float32)
         losses = {"balance": zero} if self.training else {}
-        return Routed(Route(none_R, none_R, none_R.float()), losses, zero.new_zeros(self.moe.router.experts), zero)
+        load_E = zero.new_zeros(self.moe.router.num_experts)
+        return RouterOutput(TokenAssignment(none_R, none_R, none_R.float()), losses, load_E, zero)
 
-    def forward(self, x_BSD: Tensor, routed: Routed, conditional: int) -> Tensor:
+    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
         B, S, D = x_BSD.shape
-        x_TD, cut = x_BSD.reshape(B * S, D), conditional * S
-        y_TD = self.beside(x_TD, cut)
-        if cut:
-            rows_TD, loss, load_E = self.routed(x_TD[:cut])
+        x_TD, n = x_BSD.reshape(B * S, D), num_conditional * S
+        y_TD = self.dense_output(x_TD, n)
+        if n:
+            routed_TD, loss, _ = self.routed(x_TD[:n])
             if self.training:
-                routed.losses["balance"] = BALANCE * loss
-            y_TD = torch.cat([y_TD[:cut] + rows_TD, y_TD[cut:]])
+                routed.losses["balance"] = BALANCE_WEIGHT * loss
+            y_TD = torch.cat([y_TD[:n] + routed_TD, y_TD[n:]])
         return y_TD.view(B, S, D)

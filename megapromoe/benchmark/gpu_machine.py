@@ -1,4 +1,4 @@
-"""The machine of a GPU run, described by a process of its own, which leaves nothing on the GPU.
+"""Describes the machine of a GPU run in a separate process, so that no memory of the GPU stays allocated.
 
 python -m megapromoe.benchmark.gpu_machine cuda
 """
@@ -16,21 +16,24 @@ from typing import Any
 from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import write_json
 
-# What nvidia-smi is asked of each GPU, beside its name and driver.
+# Fields that nvidia-smi reports for each GPU besides its name and driver.
 GPU_FACTS = ("memory.total", "clocks.max.sm", "clocks.sm", "power.limit", "power.draw", "temperature.gpu")
-IDENTITY = ("device", "gpus", "cuda", "python", "torch", "deepspeed")  # what figures of one folder have in common
+IDENTITY = ("device", "gpus", "cuda", "python", "torch", "deepspeed")  # equal for all results of one folder
 
 
 class GpuRunError(UserError):
-    """A GPU run that cannot start as the command line asks for."""
+    """The GPU run cannot start with this command line."""
 
     exit_code = ExitCode.MISCONFIGURED
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Device, versions, and what nvidia-smi reports of driver, clock and power, where there is one.
+    """Device, versions, and nvidia-smi's report of driver, clock and power if it is installed.
 
-    Raises GpuRunError where torch finds no GPU, or DeepSpeed is not installed.
+    Args:
+        device: cuda or cpu.
+
+    Raises GpuRunError if torch finds no GPU, or if DeepSpeed is not installed.
     """
     import torch  # takes seconds to import
 
@@ -38,16 +41,16 @@ def describe(device: str) -> dict[str, Any]:
 
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
-        raise GpuRunError("--device cuda: torch finds no GPU here; try the program with --device cpu --quick")
-    found = versions()
-    if found["deepspeed"] == "not installed":
-        raise GpuRunError("DeepSpeed is not installed; collect it by `gpu_run.py wheels`, and give --wheels")
+        raise GpuRunError("--device cuda: torch finds no GPU here; to test the program use --device cpu --quick")
+    installed = versions()
+    if installed["deepspeed"] == "not installed":
+        raise GpuRunError("DeepSpeed is not installed; collect wheels by `gpu_run.py wheels` and pass --wheels DIR")
     return {
         "device": torch.cuda.get_device_name() if gpu else "CPU",
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if gpu else None,
         "gpus": torch.cuda.device_count() if gpu else 0,
         "cuda": torch.version.cuda if gpu else None,
-        **{name: found[name] for name in ("python", "torch", "deepspeed", "megapromoe")},
+        **{name: installed[name] for name in ("python", "torch", "deepspeed", "megapromoe")},
         "cores": os.cpu_count(),
         "nvidia_smi": ask_gpus(GPU_FACTS),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -57,7 +60,7 @@ def describe(device: str) -> dict[str, Any]:
 def check_machine(out: Path, device: str, environment: dict[str, str]) -> dict[str, Any]:
     """Describes the machine, and writes machine.json into the folder of the run.
 
-    Raises GpuRunError where the machine cannot run the stages, or the folder holds figures of another machine.
+    Raises GpuRunError if the machine cannot run the stages, or if the folder has results of another machine.
     """
     words = [sys.executable, "-m", __name__, device]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
@@ -66,22 +69,22 @@ def check_machine(out: Path, device: str, environment: dict[str, str]) -> dict[s
         raise GpuRunError(lines[-1])
     machine, file = json.loads(done.stdout), out / "machine.json"
     if file.is_file():
-        held = read_json(file)
-        differ = [f"{k}: {held.get(k)!r}, now {machine[k]!r}" for k in IDENTITY if held.get(k) != machine[k]]
-        if differ:
-            raise GpuRunError(f"{out}: holds figures of another machine ({'; '.join(differ)}); give another --out")
+        saved = read_json(file)
+        changes = [f"{k}: {saved.get(k)!r}, now {machine[k]!r}" for k in IDENTITY if saved.get(k) != machine[k]]
+        if changes:
+            raise GpuRunError(f"{out}: has results of another machine ({'; '.join(changes)}); use another --out")
     write_json(file, machine, indent=1)
     return machine
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object in a JSON file of a run's folder. Raises GpuRunError if it is damaged."""
+    """The object in a JSON file of a run. Raises GpuRunError if the file is damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except ValueError as error:
-        raise GpuRunError(f"{file}: is damaged ({error}); remove it, or give another --out") from error
+        raise GpuRunError(f"{file}: is damaged ({error}); remove it, or use another --out") from error
     return content
 
 

@@ -1,7 +1,7 @@
-"""Measures on a GPU that is at hand for half an hour: one stage at a time, each within a time limit.
+"""Runs measurements on a GPU that is available for a short time: stages one after the other, each with a time limit.
 
-The folder --out gets machine.json, report.md with the figures, and a folder for each stage with its logs. A stage that
-is finished is skipped; one that was stopped by its limit, or failed, goes on when the command is repeated.
+The folder --out gets machine.json, report.md with the results, and a folder for each stage with its logs. If the
+command is repeated, finished stages are skipped, and stages that failed or reached their limit are continued.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from megapromoe.io import write_text
 
 _EPILOG = """\
 examples:
-  gpu_run.py all --minutes 5 --out runs/gpu                   all stages, most valuable first
-  gpu_run.py step --out runs/gpu --again                      once more, after a change
-  gpu_run.py all --device cpu --quick --out runs/gpu-quick    a look without a GPU
-  gpu_run.py wheels --into .whl --python 3.12                 on a machine with a network
+  gpu_run.py all --minutes 5 --out runs/gpu                   all stages, the most important first
+  gpu_run.py step --out runs/gpu --again                      again, after a change
+  gpu_run.py all --device cpu --quick --out runs/gpu-quick    test without a GPU
+  gpu_run.py wheels --into .whl --python 3.12                 on a machine with internet access
   gpu_run.py tests --wheels .whl --out runs/gpu               on one without
 
-exit codes: 0 finished, or stopped by the limit with what it has, 1 a stage failed, 2 the command is wrong,
+exit codes: 0 finished, or stopped by the time limit, 1 a stage failed, 2 the command line is invalid,
 130 interrupted"""
 
 
 def main(argv: Sequence[str], root: Path) -> int:
-    """Runs a command line in the checkout `root`; returns its exit code."""
+    """Runs a command line in the checkout `root`; returns the exit code."""
     options = _parser().parse_args(argv)
-    # A shell's background job ignores SIGINT, and so would the stages, which it ends when their time is over.
+    # Background jobs of a shell ignore SIGINT, and their child processes too; but stages are ended with SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if options.action == "wheels":
@@ -56,7 +56,7 @@ def main(argv: Sequence[str], root: Path) -> int:
         print(f"gpu_run: {place}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gpu_run: interrupted; repeat the command to go on", file=sys.stderr)
+        print("gpu_run: interrupted; repeat the command to continue", file=sys.stderr)
         return 130
 
 
@@ -71,19 +71,21 @@ def _parser() -> argparse.ArgumentParser:
         stage_parser = actions.add_parser(stage, help=summary, description=summary, allow_abbrev=False)
         add = stage_parser.add_argument
         add("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="default: runs/gpu")
-        add("--minutes", type=float, default=9.0, metavar="M", help="limit of each stage; default: 9")
+        add("--minutes", type=float, default=9.0, metavar="M", help="time limit of each stage in minutes; default: 9")
         add("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-        add("--quick", action="store_true", help="the smallest model and few steps: see that everything runs")
-        add("--again", action="store_true", help="begin the stage anew, also if it is finished")
-        add("--wheels", type=Path, metavar="DIR", help="install the wheels of this folder first, into --out/site")
-        add("--dry-run", action="store_true", help="print the command lines and end")
-    wheels = actions.add_parser("wheels", help="collect wheels for a machine without a network", allow_abbrev=False)
+        add("--quick", action="store_true", help="the smallest model and few steps, to test that everything runs")
+        add("--again", action="store_true", help="remove the results of the stage and start again")
+        add("--wheels", type=Path, metavar="DIR", help="first install the wheels of this folder into --out/site")
+        add("--dry-run", action="store_true", help="only print the command lines")
+    wheels = actions.add_parser(
+        "wheels", help="collect wheels for a machine without internet access", allow_abbrev=False
+    )
     add = wheels.add_argument
-    add("--into", type=Path, default=Path(".whl"), metavar="DIR", help="the folder to fill; default: .whl")
-    add("--python", default="3.12", metavar="VERSION", help="of the other machine; default: 3.12")
-    add("--torch", metavar="VERSION+TAG", help="bring torch too, such as 2.13.0+cu130; default: the machine has it")
+    add("--into", type=Path, default=Path(".whl"), metavar="DIR", help="the folder for the wheels; default: .whl")
+    add("--python", default="3.12", metavar="VERSION", help="Python of the other machine; default: 3.12")
+    add("--torch", metavar="VERSION+TAG", help="also collect torch, such as 2.13.0+cu130; default: do not")
     add("--packages", nargs="*", default=list(LACKING), metavar="NAME", help=f"default: {' '.join(LACKING)}")
-    add("--dry-run", action="store_true", help="print the command lines and end")
+    add("--dry-run", action="store_true", help="only print the command lines")
     return parser
 
 
@@ -91,7 +93,7 @@ def _run(options: argparse.Namespace, root: Path) -> int:
     if not 0 < options.minutes < math.inf:
         raise GpuRunError(f"--minutes {options.minutes}: must be a number above 0")
     if missing := [name for name in TESTS if not (root / name).is_file()]:
-        raise GpuRunError(f"{root}: holds no {', '.join(missing)}; run this from a whole checkout")
+        raise GpuRunError(f"{root}: has no {', '.join(missing)}; run this from a complete checkout")
     out = options.out.resolve()
     stages = STAGES if options.action == "all" else (options.action,)
     seconds = 60 * options.minutes
@@ -108,10 +110,10 @@ def _run(options: argparse.Namespace, root: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     environment = _environment(root, site, options.device)
     if install is not None and subprocess.run([sys.executable, *install]).returncode:
-        raise GpuRunError(f"--wheels {options.wheels}: pip could not install them; its message stands above")
+        raise GpuRunError(f"--wheels {options.wheels}: pip could not install them; see its message above")
     machine = check_machine(out, options.device, environment)
     gpu_run = GpuRun(out, root, seconds, environment, machine)
-    for stage, commands in planned.items():  # nothing is run, or removed, unless every stage can be
+    for stage, commands in planned.items():  # check all stages before anything is run or removed
         if not options.again:
             gpu_run.commands_done(stage, commands)
     failed = []
@@ -123,14 +125,14 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         write_text(out / "report.md", gpu_run.report())
         for line in stage_figures(stage, out / stage):
             print(f"  {line}", flush=True)
-    print(f"figures: {out / 'report.md'}")
+    print(f"results: {out / 'report.md'}")
     if failed:
         print(f"gpu_run: failed: {', '.join(failed)}; see the logs in {out}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _environment(root: Path, site: Path | None, device: str) -> dict[str, str]:
-    """Of the stages' processes: this checkout, the wheels, and the device."""
+    """The environment of the stages' processes, which selects this checkout, the wheels, and the device."""
     environment = {**runtime.job_environment(), "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
     paths = [str(root), *([str(site)] if site else []), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

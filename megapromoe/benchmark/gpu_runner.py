@@ -1,4 +1,4 @@
-"""Runs the stages of a GPU run: each process within its share of the time, with its output in a log of its own."""
+"""Runs the stages of a GPU run: each process with its share of the time limit and its own log."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megapromoe.benchmark.gpu_machine import GpuRunError, read_json
 from megapromoe.benchmark.gpu_stages import STAGES, StageCommand, stage_figures
 from megapromoe.io import open_regular, write_json
 
-RUN_SHARE, STOP_SHARE = 0.94, 0.05  # of a stage's limit: for its processes; for them to end once they are asked to
-LOG_LINES = 15  # of a process's log, shown when it ends
+RUN_SHARE, STOP_SHARE = 0.94, 0.05  # of the limit of a stage: for its processes, and for them to end after the signal
+LOG_LINES = 15  # last lines of a log, shown when its process ends
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: `finished`, `stopped` by its limit, or `failed`."""
+    """How a process ended: status `finished`, `stopped` by its limit, or `failed`; exit code; duration in seconds."""
 
     status: str
     exit_code: int
@@ -34,14 +34,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GpuRun:
-    """A run of stages into one folder.
+    """A run of stages with its results in one folder.
 
     Args:
-        out: the folder; `out / stage` is a stage's.
+        out: the folder; `out / stage` is that of a stage.
         root: the checkout.
-        seconds: limit of each stage.
+        seconds: time limit of each stage.
         environment: of the stages' processes.
-        machine: what `gpu_machine.describe` returns.
+        machine: result of `gpu_machine.describe`.
     """
 
     out: Path
@@ -51,35 +51,36 @@ class GpuRun:
     machine: dict[str, Any]
 
     def commands_done(self, stage: str, commands: Sequence[StageCommand]) -> dict[str, Any]:
-        """How the processes of a stage ended before, by name.
+        """The recorded outcomes of the processes of a stage: name -> outcome.
 
-        Raises GpuRunError where the folder holds figures of other command lines.
+        Raises GpuRunError if the folder has results of other command lines.
         """
         file = self.out / stage / "stage.json"
         done = read_json(file)["commands"] if file.is_file() else {}
         words = {command.name: self._recorded(command) for command in commands}
         if any(done[name]["words"] != words.get(name) for name in done):
             raise GpuRunError(
-                f"{self.out / stage}: was measured by other command lines; give another --out, or --again to begin anew"
+                f"{self.out / stage}: has results of other command lines; use another --out, or --again to remove them"
             )
         return done
 
     def discard(self, stage: str) -> None:
-        """Removes the folder of a stage, if it is one."""
+        """Removes the folder of a stage, if it has results."""
         if (self.out / stage / "stage.json").is_file():
             shutil.rmtree(self.out / stage)
 
     def run_stage(self, stage: str, commands: Sequence[StageCommand]) -> str:
-        """Runs what a stage has not finished, and writes stage.json after each process; returns the stage's status."""
+        """Runs the unfinished processes of a stage, writes stage.json after each, and returns the stage's status."""
         folder, done, status = self.out / stage, self.commands_done(stage, commands), "finished"
-        left = [c for c in commands if done.get(c.name, {}).get("status") != "finished"]
-        if not left:
-            print(f"{stage}: finished before, skipped; --again begins anew", flush=True)
+        remaining = [c for c in commands if done.get(c.name, {}).get("status") != "finished"]
+        if not remaining:
+            print(f"{stage}: finished before, skipped; use --again to repeat it", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + RUN_SHARE * self.seconds
-        for number, command in enumerate(left):
-            limit = max(deadline - time.monotonic(), 0.0) / (len(left) - number)  # what one leaves, the next has
-            log, grace = folder / f"{command.name}.log", STOP_SHARE * self.seconds / len(left)
+        for number, command in enumerate(remaining):
+            # Time that a process does not use is divided among the next.
+            limit = max(deadline - time.monotonic(), 0.0) / (len(remaining) - number)
+            log, grace = folder / f"{command.name}.log", STOP_SHARE * self.seconds / len(remaining)
             print(f"{stage}, {command.name}: at most {limit / 60:.1f} min, log in {log}", flush=True)
             outcome = run_process(command, self.environment, self.root, log, limit, grace)
             version = self.machine["megapromoe"]
@@ -93,26 +94,26 @@ class GpuRun:
         return status
 
     def _recorded(self, command: StageCommand) -> list[str]:
-        """A command line without what may change: the folder can be moved, and the limit is no part of the figures."""
+        """A command line without its variable parts: the folder, which may be moved, and the time limit."""
         words = [word.replace(str(self.out), "OUT") for word in command.words]
         if "--seconds" in words:
-            place = words.index("--seconds")
-            del words[place : place + 2]
+            index = words.index("--seconds")
+            del words[index : index + 2]
         return words
 
     def report(self) -> str:
-        """The machine, and the figures of every stage so far, as Markdown."""
+        """The machine and the results of all stages so far, as Markdown."""
         facts = ("device", "capability", "gpus", "cuda", "python", "torch", "deepspeed", "megapromoe", "cores")
-        known = [f"{name} {self.machine[name]}" for name in facts if self.machine[name] is not None]
-        lines = ["# GPU run", "", ", ".join(known), ""]
+        machine = [f"{name} {self.machine[name]}" for name in facts if self.machine[name] is not None]
+        lines = ["# GPU run", "", ", ".join(machine), ""]
         for row in self.machine["nvidia_smi"]:
             lines.append(f"* {', '.join(f'{name} {value}' for name, value in row.items() if name != 'uuid')}")
         for stage in STAGES:
             file = self.out / stage / "stage.json"
             if file.is_file():
-                held = read_json(file)
-                seconds = sum(command["seconds"] for command in held["commands"].values())
-                lines += ["", f"## {stage}: {held['status']}, {seconds / 60:.1f} min", ""]
+                saved = read_json(file)
+                seconds = sum(command["seconds"] for command in saved["commands"].values())
+                lines += ["", f"## {stage}: {saved['status']}, {seconds / 60:.1f} min", ""]
                 lines += [f"* {line}" for line in stage_figures(stage, file.parent)]
         return "\n".join(lines) + "\n"
 
@@ -120,17 +121,21 @@ class GpuRun:
 def run_process(
     command: StageCommand, environment: dict[str, str], root: Path, log: Path, limit: float, grace: float
 ) -> Outcome:
-    """Runs a process with its output in `log`, which grows.
+    """Runs a process, and appends its output to `log`.
 
     Args:
-        limit: seconds after which it gets `command.stop`, to end with what it has.
-        grace: seconds after that until it, and what it has started, are killed.
+        command: the process.
+        environment: of the process.
+        root: its working folder.
+        log: file for its output.
+        limit: seconds after which it gets the signal `command.stop`, on which it saves its results and ends.
+        grace: seconds between that signal and killing the process and its children.
     """
     start = time.monotonic()
     with open(open_regular(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
         output.write(f"$ {shlex.join(command.words)}\n".encode())
         output.flush()
-        # In a process group of its own, so that Ctrl-C reaches it once, and its children can be ended with it.
+        # A new session, so that Ctrl-C is not delivered to it twice and its children can be killed with it.
         process = subprocess.Popen(
             [sys.executable, *command.words],
             stdin=subprocess.DEVNULL,
@@ -150,7 +155,7 @@ def run_process(
                 try:
                     process.wait(grace)
                 except subprocess.TimeoutExpired:
-                    output.write(b"gpu_run: did not end when asked to, killed\n")
+                    output.write(b"gpu_run: did not end after the signal, killed\n")
         except KeyboardInterrupt:
             process.send_signal(command.stop)
             with suppress(subprocess.TimeoutExpired):
@@ -164,7 +169,7 @@ def run_process(
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a process and its children."""
+    """Kills a process and its children, if they still run."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,10 +1,10 @@
-"""The stages of a GPU run as command lines, and what each stage measured in a few lines.
+"""The stages of a GPU run as command lines, and a summary of the results of each stage.
 
 =======  ==========================================================================================
-tests    tests of what only a GPU shows, and the golden cases on the GPU's torch
-step     training step of L and XL beside a loop over experts and a dense model, eager and compiled
-profile  steps of L under torch's profiler: the longest kernels, and how long the device is idle
-layer    the MoE layer of S, L and XL beside a loop over experts and a dense one
+tests    tests that need a GPU, and the golden cases with the torch of that machine
+step     training step of L and XL compared with a loop over experts and a dense model, eager and compiled
+profile  steps of L with torch's profiler: the longest kernels, and the time in which the device is idle
+layer    the MoE layer of S, L and XL compared with a loop over experts and a dense layer
 train    200 steps of digits and 50 of L by `megapromoe train`, through DeepSpeed in bf16
 =======  ==========================================================================================
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from megapromoe.number_text import significant
 from megapromoe.run_lines import DENOISING_LOSS, current_names
 
-STAGES = ("tests", "step", "profile", "layer", "train")  # by what is worth most on a machine that is lent for a while
+STAGES = ("tests", "step", "profile", "layer", "train")  # the most important first
 TESTS = ("tests/unit/test_gpu.py", "tests/unit/test_golden.py", "tests/parallel/test_published_run.py")
 QUICK_TESTS = TESTS[:2]
 
@@ -30,9 +30,9 @@ class StageCommand:
     """A process of a stage.
 
     Args:
-        name: of its log.
+        name: of the process and its log.
         words: of its command line, after the Python interpreter.
-        stop: the signal on which it ends early and keeps what it has.
+        stop: the signal on which it saves its results and ends early.
         settings: variables of its environment.
     """
 
@@ -46,23 +46,24 @@ def stage_commands(stage: str, out: Path, device: str, quick: bool, seconds: flo
     """The processes of a stage, in order. They run in the root of the checkout.
 
     Args:
+        stage: one of `STAGES`.
         out: the folder of the run; the stage writes into `out / stage`.
         device: cuda or cpu.
-        quick: the smallest model and few steps, to see that everything runs.
-        seconds: that the stage may take.
+        quick: the smallest model and few steps, to test that everything runs.
+        seconds: time limit of the stage.
     """
     folder = out / stage
     if stage == "tests":
         report = ("-q", "-rs", "-p", "no:cacheprovider", f"--junitxml={folder / 'report.xml'}")
         words = ("-m", "pytest", *report, *(QUICK_TESTS if quick else TESTS))
-        # Tests that train do so in gloo processes on the CPU, so DeepSpeed is not to look for the GPU.
+        # Tests that train use gloo processes on the CPU, so DeepSpeed must not use the GPU.
         return [StageCommand("pytest", words, settings=(("DS_ACCELERATOR", "cpu"),))]
     if stage in ("step", "layer"):
         return _benchmarks(stage, folder, device, quick)
     if stage == "profile":
-        what = ("--preset", "digits", "--images", "8", "--steps", "2") if quick else ("--preset", "promoe_l")
+        model = ("--preset", "digits", "--images", "8", "--steps", "2") if quick else ("--preset", "promoe_l")
         limit = ("--seconds", f"{seconds / 2:.0f}")  # the table and the trace take time too
-        words = ("-m", "megapromoe.benchmark.profile_step", *what, *limit, "--device", device, "--out", str(folder))
+        words = ("-m", "megapromoe.benchmark.profile_step", *model, *limit, "--device", device, "--out", str(folder))
         return [StageCommand("profile", words)]
     return _trainings(folder, device, quick)
 
@@ -99,11 +100,11 @@ def _trainings(folder: Path, device: str, quick: bool) -> list[StageCommand]:
     return commands
 
 
-# ---- figures
+# ---- summaries of results
 
 
 def stage_figures(stage: str, folder: Path) -> list[str]:
-    """What a stage has measured so far, a line each; nothing where its files are not there yet."""
+    """The results of a stage so far, a line each; empty if it has no files yet."""
     lines: list[str] = []
     for path in sorted(folder.rglob(_FIGURES[stage][0])):
         lines += _FIGURES[stage][1](path)
@@ -120,9 +121,9 @@ def _tests(path: Path) -> list[str]:
 
 def _benchmark(path: Path) -> list[str]:
     lines = []
-    for key, scene in json.loads(path.read_text(encoding="utf-8"))["scenes"].items():
+    for key, case in json.loads(path.read_text(encoding="utf-8"))["scenes"].items():
         cells = []
-        for name, figures in scene["contenders"].items():
+        for name, figures in case["contenders"].items():
             if "cannot" in figures:
                 cells.append(f"{name} did not run ({figures['cannot']})")
                 continue
@@ -134,9 +135,9 @@ def _benchmark(path: Path) -> list[str]:
 
 def _profile(path: Path) -> list[str]:
     figures = json.loads(path.read_text(encoding="utf-8"))
-    line = f"{1000 * figures['seconds']:.4g} ms a step of {figures['images']} images, {figures['dtype']}"
+    line = f"{1000 * figures['seconds']:.4g} ms for a step of {figures['images']} images, {figures['dtype']}"
     if figures["mfu"] is not None:
-        line += f", {figures['mfu']:.1%} of the data sheet's peak"
+        line += f", {figures['mfu']:.1%} of the peak in the data sheet"
     if figures["device_busy"] is not None:
         line += f"; the device is busy {figures['device_busy']:.0%} of the step"
     kernels = [
@@ -154,7 +155,7 @@ def _training(path: Path) -> list[str]:
     loss = last.get(DENOISING_LOSS)
     text = "no finite loss" if loss is None else f"denoising loss {loss:.4f}"
     line = f"{path.parent.name}: step {last['step']}, {text}, {significant(last['images_per_second'])} images/s"
-    return [line + (f", {last['mfu']:.1%} of the data sheet's peak" if "mfu" in last else "")]
+    return [line + (f", {last['mfu']:.1%} of the peak in the data sheet" if "mfu" in last else "")]
 
 
 _FIGURES = {

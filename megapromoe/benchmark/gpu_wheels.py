@@ -1,4 +1,4 @@
-"""Wheels for a machine without a network: what a usual GPU image with torch lacks to run this package."""
+"""Wheels for a machine without internet access: the packages that a common GPU image with torch lacks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from megapromoe.distributed import runtime
 from megapromoe.errors import UserError
 
-# What images with torch, numpy and the usual scientific packages do not have. DeepSpeed comes from source, see below.
+# Packages that images with torch, numpy and the common scientific packages lack. DeepSpeed is built from source.
 LACKING = ("pydantic", "pydantic_core", "typing-inspection", "annotated-types", "hjson", "py-cpuinfo")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
 
 class WheelsError(UserError):
-    """Wheels that cannot be collected, or installed."""
+    """Wheels cannot be collected or installed."""
 
 
 def wheel_commands(
     into: Path, python: str, torch: str | None, packages: Sequence[str], constraints: Path
 ) -> list[tuple[str, ...]]:
-    """The command lines of pip that fill the folder `into`, after the Python interpreter.
+    """The command lines of pip, without the Python interpreter, that collect wheels in the folder `into`.
 
     Args:
         python: version of the other machine, such as "3.12".
-        torch: "VERSION+TAG" such as "2.13.0+cu130" to bring torch and what it depends on; None: the machine has it.
-        packages: names of packages to bring, at the versions of `constraints` and without their dependencies.
-        constraints: the checkout's constraints.txt.
+        torch: "VERSION+TAG" such as "2.13.0+cu130" to collect torch with its dependencies; None: without torch.
+        packages: names of packages, collected in the versions of `constraints` without their dependencies.
+        constraints: constraints.txt of the checkout.
 
-    Raises WheelsError for a version that cannot be, or a package that `constraints` does not pin.
+    Raises WheelsError for an invalid version, or a package that `constraints` does not pin.
     """
     if not re.fullmatch(r"3\.\d+", python):
         raise WheelsError(f"--python {python}: must be a version such as 3.12")
@@ -47,11 +47,11 @@ def wheel_commands(
         "cp",
     )
     download += tuple(word for platform in PLATFORMS for word in ("--platform", platform))
-    # The index has no wheel of DeepSpeed. Without its operators it is pure Python, so one built here runs anywhere.
+    # PyPI has no wheel of DeepSpeed. Without its compiled operators it is pure Python, so this wheel runs anywhere.
     built = ("--no-deps", "--no-build-isolation", "--wheel-dir", str(into), pinned("deepspeed", constraints))
     commands: list[tuple[str, ...]] = [("-m", "pip", "wheel", *built)]
     if packages:
-        # One call, so that pip sees a conflict between them.
+        # One call, so that pip detects conflicts between packages.
         names = (pinned(name, constraints) for name in packages)
         commands.append((*download, "--no-deps", "--dest", str(into), *names))
     if torch is not None:
@@ -64,21 +64,21 @@ def wheel_commands(
 
 
 def pinned(name: str, constraints: Path) -> str:
-    """The requirement "name==version" of a constraints file. Raises WheelsError where it has none."""
+    """The requirement "name==version" of a constraints file. Raises WheelsError if it has none."""
     try:
         lines = constraints.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise WheelsError(f"{constraints}: {error.strerror}; run this from a checkout") from error
-    found = [line for line in lines if line.lower().startswith(f"{name.lower()}==")]
-    if not found:
+    matches = [line for line in lines if line.lower().startswith(f"{name.lower()}==")]
+    if not matches:
         raise WheelsError(f"{name}: {constraints} pins no version of it; add a line {name}==VERSION")
-    return found[0]
+    return matches[0]
 
 
 def collect(into: Path, commands: Sequence[tuple[str, ...]], dry_run: bool) -> None:
-    """Runs the command lines and prints them and the wheels; with `dry_run` prints the command lines alone.
+    """Prints and runs the command lines, then lists the wheels; with `dry_run` only prints.
 
-    Raises WheelsError where pip fails.
+    Raises WheelsError if pip fails.
     """
     environment = {**runtime.job_environment(), "DS_BUILD_OPS": "0"}
     for words in commands:
@@ -87,18 +87,18 @@ def collect(into: Path, commands: Sequence[tuple[str, ...]], dry_run: bool) -> N
             into.mkdir(parents=True, exist_ok=True)
             code = subprocess.run([sys.executable, *words], env=environment).returncode
             if code:
-                raise WheelsError(f"pip ended with exit code {code}; its message stands above")
+                raise WheelsError(f"pip failed with exit code {code}; see its message above")
     if not dry_run:
         for wheel in sorted(into.glob("*.whl")):
             print(f"{wheel.stat().st_size / 2**20:8.1f} MiB  {wheel.name}")
 
 
 def install_command(wheels: Path, site: Path) -> tuple[str, ...]:
-    """The words of pip that install a folder's wheels into the folder `site`, without a network."""
-    found = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
-    if not found:
+    """The command line of pip, without the Python interpreter, that installs wheels into the folder `site`, offline."""
+    files = sorted(str(wheel) for wheel in wheels.glob("*.whl"))
+    if not files:
         raise WheelsError(
-            f"--wheels {wheels}: holds no wheels; fill it with `gpu_run.py wheels` where there is a network"
+            f"--wheels {wheels}: has no wheels; run `gpu_run.py wheels` on a machine with internet access"
         )
     options = ("--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(site))
-    return ("-m", "pip", "install", "--quiet", *options, *found)
+    return ("-m", "pip", "install", "--quiet", *options, *files)

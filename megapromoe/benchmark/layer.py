@@ -1,4 +1,4 @@
-"""The MoE layer alone, forward and backward, in training mode: time, products, memory, and what its parts cost."""
+"""Measures one MoE layer, forward and backward in training mode: time, FLOPs, memory, and the time of its parts."""
 
 from __future__ import annotations
 
@@ -12,31 +12,39 @@ import torch
 from torch import Tensor
 
 from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun, Layer, dense_experts, prototypes_of
-from megapromoe.benchmark.baselines import contender
+from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
-from megapromoe.benchmark.routing_patterns import counts, lean, plan
+from megapromoe.benchmark.routing_patterns import bias_tokens_towards, planned_counts, planned_experts
 from megapromoe.config.options import Config, ModelConfig, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.layers import Mlp
-from megapromoe.nn.moe.layer import MoE, fan_out
+from megapromoe.nn.moe.expert_linear import ExpertOffsets
+from megapromoe.nn.moe.layer import MoE, split_conditional
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 
 
 class BenchmarkError(UserError):
-    """A measurement that would not be of what it says."""
+    """A measurement that would be wrong, or could not be compared with those of the same folder."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is measured.
+    """How all cases are measured.
 
-    `images` a micro-batch, of which the share `null` has no class (rounded); `contenders` names of
-    `baselines.CONTENDERS`; `sample_steps` and `guidance` are the sampler's; `compile`: torch.compile of the dense
-    stretches of all models in training; what is counted is counted without.
+    Attributes:
+        device, dtype: of models and tokens.
+        threads: of the CPU.
+        rounds: timed runs of each contender.
+        images: of a micro-batch.
+        contenders: names of `baselines.CONTENDERS`.
+        null: share of the images without a class, 0 to 1; their number is rounded.
+        seed: of weights and tokens.
+        sample_steps, guidance: of the sampler.
+        compile: torch.compile of the dense regions of all models in training. Counts are taken without it.
     """
 
     device: torch.device
@@ -52,100 +60,108 @@ class Settings:
     compile: bool = False
 
     @property
-    def conditional(self) -> int:
+    def num_conditional(self) -> int:
+        """Images with a class."""
         return self.images - round(self.images * self.null)
 
 
 def measure_layer(config: Config, routing: str, settings: Settings) -> dict:
-    """One scene: every contender on the same tokens under one routing, and the parts of ours.
+    """Measures one case: every contender on the same tokens with one routing, and the parts of our layer.
 
     Args:
-        config: of a ProMoE by token choice; its size and number of experts are taken.
+        config: of a ProMoE by token choice, which determines size and number of experts.
+        routing: one of `routing_patterns.ROUTINGS`.
+        settings: how to measure.
 
-    Returns JSON: "contenders" name -> figures, or {"cannot": reason}; "parts" of ours, see `parts`; "load".
-    Raises BenchmarkError if the tokens do not go where the routing says.
+    Returns JSON: "contenders" name -> figures, or {"cannot": reason}; "parts" of our layer, see `parts_summary`; "load"
+    tokens of each expert; "tokens" of the batch. Raises BenchmarkError if the load is not the planned one.
     """
     torch.manual_seed(settings.seed)
     moe, x_BSD = first_layer(config, routing, settings)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     grad_BSD = torch.randn(x_BSD.shape, generator=generator).to(x_BSD)
-    turns, cannot = {}, {}
+    timed, cannot = {}, {}
     for name in settings.contenders:
         try:
-            turns[name] = Turn(contender(name, moe).train(), x_BSD, grad_BSD, settings.conditional)
-            turns[name].once()
+            layer = make_contender(name, moe).train()
+            timed[name] = TimedCase(layer, x_BSD, grad_BSD, settings.num_conditional)
+            timed[name].run_untimed()
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
-            turns.pop(name, None)
-    load = check_load(moe, x_BSD, routing, settings.conditional)
-    works = {name: turn.work for name, turn in turns.items()}
-    if "ours" in turns:
-        works |= _parts(moe, x_BSD, grad_BSD, settings.conditional)
+            timed.pop(name, None)
+    load = check_load(moe, x_BSD, routing, settings.num_conditional)
+    works = {name: case.work for name, case in timed.items()}
+    if "ours" in timed:
+        works |= _parts(moe, x_BSD, grad_BSD, settings.num_conditional)
     samples = interleave(works, settings.rounds, make_clock(settings.device, settings.threads))
 
-    figures = summary({name: samples[name] for name in turns}, reference="dense")
-    for name, turn in turns.items():
+    figures = summary({name: samples[name] for name in timed}, reference="dense")
+    for name, case in timed.items():
         useful = layer_flops(config.model, dense=name == "dense") * settings.images
-        figures[name] |= {"flops": {"useful": 3 * useful}, "dropped": turn.dropped}
-        figures[name] |= turn.counted(necessary(config.model, settings, x_BSD.element_size(), dense=name == "dense"))
-    found: dict[str, Any] = {"contenders": figures | cannot, "load": load, "tokens": x_BSD[..., 0].numel()}
-    if "ours" in turns:
-        found["parts"] = parts(samples)
-    return found
+        figures[name] |= {"flops": {"useful": 3 * useful}, "dropped": case.dropped}
+        memory = necessary_bytes(config.model, settings, x_BSD.element_size(), dense=name == "dense")
+        figures[name] |= case.counted(memory)
+    result: dict[str, Any] = {"contenders": figures | cannot, "load": load, "tokens": x_BSD[..., 0].numel()}
+    if "ours" in timed:
+        result["parts"] = parts_summary(samples)
+    return result
 
 
 def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = UNSHARDED) -> tuple[MoE, Tensor]:
-    """The first MoE of the model as initialised, and tokens (B, S, D) to run it on, those of null images last."""
+    """The first MoE layer of an initialised model, and input tokens (B, S, D) for it, those of null images last."""
     m = config.model
     config = replace(config, model=replace(m, depth=2, moe_every=2))
     model = build(config, mesh)
     moe = model.get_submodule("blocks.1.mlp")
     if not isinstance(moe, MoE):
-        raise BenchmarkError(f"model.router = {m.router!r}: has no experts to measure; use promoe_tc")
+        raise BenchmarkError(f"model.router = {m.router!r}: has no experts to measure; use a model with experts")
     generator = torch.Generator().manual_seed(settings.seed)
     latents = torch.randn(settings.images, m.in_channels, m.input_size, m.input_size, generator=generator)
     labels_B = torch.randint(m.num_classes, (settings.images,), generator=generator)
-    x_BSD = _entering(model, latents, labels_B)
+    x_BSD = _moe_input(model, latents, labels_B)
 
     moe.to(settings.device, settings.dtype)
     x_BSD = x_BSD.to(settings.device, settings.dtype)
     if routing != "real":
-        cut = settings.conditional
-        expert_T = plan(routing, cut * m.tokens, m.num_experts, settings.seed).to(settings.device)
-        x_BSD[:cut] = lean(x_BSD[:cut].flatten(0, 1), expert_T, prototypes_of(moe).detach()).view_as(x_BSD[:cut])
+        x_conditional = x_BSD[: settings.num_conditional]
+        expert_T = planned_experts(routing, len(x_conditional) * m.tokens, m.num_experts, settings.seed)
+        expert_T, prototype_ED = expert_T.to(settings.device), prototypes_of(moe).detach()
+        x_conditional.copy_(
+            bias_tokens_towards(x_conditional.flatten(0, 1), expert_T, prototype_ED).view_as(x_conditional)
+        )
     return moe, x_BSD.requires_grad_()
 
 
-def _entering(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
-    """What enters the MoE of a model's second block."""
+def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
+    """The input (B, S, D) of the MoE layer in the second block of a model."""
     first, second = cast(tuple[Block, Block], tuple(model.blocks))
     with torch.no_grad():
         condition = model.t_embedder(torch.full((len(latents),), 1000.0)) + model.y_embedder(labels_B)
-        x_BSD, h_BSD, gate_BD = first.attend(model.x_embedder(latents) + model.pos_embed, condition)
+        x_BSD, h_BSD, gate_BD = first.attention_half(model.x_embedder(latents) + model.pos_embed, condition)
         x_BSD = x_BSD + gate_BD.unsqueeze(1) * first.mlp(h_BSD)
-        return second.attend(x_BSD, condition)[1].clone()
+        return second.attention_half(x_BSD, condition)[1].clone()
 
 
-def check_load(moe: MoE, x_BSD: Tensor, routing: str, conditional: int) -> list[int]:
-    """Tokens of each expert. Raises BenchmarkError if they are not the planned ones."""
+def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> list[int]:
+    """Tokens of each expert. Raises BenchmarkError if they are not as planned."""
     with torch.no_grad():
-        load_E = [int(rows) for rows in moe.route(x_BSD, conditional).load_E]
-    if routing != "real" and load_E != (planned := counts(routing, sum(load_E), len(load_E))):
+        load_E = [int(rows) for rows in moe.route(x_BSD, num_conditional).load_E]
+    if routing != "real" and load_E != (planned := planned_counts(routing, sum(load_E), len(load_E))):
         raise BenchmarkError(f"{routing} routing: experts got {load_E} tokens, planned were {planned}")
     return load_E
 
 
-class Turn:
-    """Forward and backward of a layer, on the same tokens and output gradient each time."""
+class TimedCase:
+    """Forward and backward of a layer, with the same tokens and output gradient each time."""
 
-    def __init__(self, layer: Layer, x_BSD: Tensor, grad_BSD: Tensor, conditional: int):
-        self.layer, self.x_BSD, self.grad_BSD, self.conditional = layer, x_BSD, grad_BSD, conditional
+    def __init__(self, layer: Layer, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int):
+        self.layer, self.x_BSD, self.grad_BSD, self.num_conditional = layer, x_BSD, grad_BSD, num_conditional
         self.work = Work({"forward": self.forward, "backward": self.backward}, self.prepare)
         self.outputs: list[Tensor] = []
 
     @property
     def dropped(self) -> float:
-        """Share of the last turn's rows that no expert computed."""
+        """Share of the rows of the last run that were dropped, 0 to 1."""
         return self.layer.dropped if isinstance(self.layer, BaselineWrapper) else 0.0
 
     def prepare(self) -> None:
@@ -157,24 +173,24 @@ class Turn:
         if isinstance(self.layer, Mlp):
             self.outputs = [self.layer(self.x_BSD)]
             return
-        # As a block does it; contenders route all but the null images.
-        x_BSD, routable_BSD, _ = fan_out(self.x_BSD, self.conditional)
-        routed = self.layer.route(routable_BSD, self.conditional)
-        y_BSD = self.layer(x_BSD, routed, self.conditional)
-        self.outputs = [y_BSD, *self.layer.losses_of([routed]).values()]
+        # As in `nn.dit.Block`. All contenders route the conditional images only.
+        x_BSD, routed_BSD, _ = split_conditional(self.x_BSD, self.num_conditional)
+        routed = self.layer.route(routed_BSD, self.num_conditional)
+        y_BSD = self.layer(x_BSD, routed, self.num_conditional)
+        self.outputs = [y_BSD, *self.layer.auxiliary_losses([routed]).values()]
 
     def backward(self) -> None:
         backward(self.outputs, [self.grad_BSD])
 
-    def once(self) -> None:
-        """A turn that is not timed."""
+    def run_untimed(self) -> None:
+        """Runs forward and backward once."""
         self.prepare()
         self.forward()
         self.backward()
         self.prepare()
 
-    def counted(self, necessary_bytes: int) -> dict[str, Any]:
-        """A turn that is counted: see `counters`; memory in bytes, without the gradients of parameters."""
+    def counted(self, necessary: int) -> dict[str, Any]:
+        """Runs once and counts: "counts" by `counts_as_json`, "memory" in bytes without gradients of parameters."""
         self.prepare()
         if on_gpu := self.x_BSD.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -187,79 +203,82 @@ class Turn:
         gradients = [p.grad for p in self.layer.parameters() if p.grad is not None]
         memory = {"kept": counter.live(at=kept_at), "peak": counter.live(without=gradients)}
         if on_gpu:
-            of_gradients = sum(g.numel() * g.element_size() for g in gradients)
-            memory["allocator_peak"] = torch.cuda.max_memory_allocated() - before - of_gradients
-        memory["necessary"] = necessary_bytes
+            gradient_bytes = sum(g.numel() * g.element_size() for g in gradients)
+            memory["allocator_peak"] = torch.cuda.max_memory_allocated() - before - gradient_bytes
+        memory["necessary"] = necessary
         self.prepare()
-        return {"counts": said(counter), "memory": memory}
+        return {"counts": counts_as_json(counter), "memory": memory}
 
 
 def backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
-    """Backward of outputs, the first with the given gradients, the others (losses) with 1."""
+    """Runs the backward of outputs: the first with the given gradients, the others, which are losses, with ones."""
     gradients = gradients + [torch.ones_like(loss) for loss in outputs[len(gradients) :]]
     pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
     torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
 
 
-def said(counter: Counter) -> dict[str, Any]:
-    """All counts of a counter as JSON: phase -> name -> number."""
+def counts_as_json(counter: Counter) -> dict[str, Any]:
+    """All counts of a counter: phase -> name -> number."""
     phases = counter.phases | {"total": counter.total}
     return {
-        phase: {name: dict(value) if isinstance(value, Tally) else value for name, value in vars(one).items()}
-        for phase, one in phases.items()
+        phase: {name: dict(value) if isinstance(value, Tally) else value for name, value in vars(counts).items()}
+        for phase, counts in phases.items()
     }
 
 
 def layer_flops(model: ModelConfig, dense: bool) -> int:
-    """Products of one image in one layer's forward pass, 2·m·n·k each, from the cost table; the router's included."""
+    """FLOPs of one layer's forward pass for one image, from the cost table, router included; a product has 2·m·n·k."""
     parts = ("MLP",) if dense else ("router", "routed experts", "shared expert")
     model = replace(dense_model(model), depth=1) if dense else replace(model, depth=1, moe_every=1)
     return sum(layer.flops for layer in cost.layers(model) if layer.part in parts)
 
 
 def dense_model(model: ModelConfig) -> ModelConfig:
-    """The dense DiT whose MLPs do per token what our experts do."""
+    """The dense DiT whose MLPs have as many FLOPs per token as our experts."""
     width = model.top_k * model.moe_width + model.shared_experts * model.shared_width
     return replace(model, router="dense", mlp_ratio=ratio_of(width, model.hidden_size))
 
 
-def necessary(model: ModelConfig, settings: Settings, width: int, dense: bool) -> int:
-    """Bytes that a layer cannot do without, beside its input and parameters, if backward recomputes nothing.
+def necessary_bytes(model: ModelConfig, settings: Settings, width: int, dense: bool) -> int:
+    """The memory that a layer needs besides its input and parameters, if backward recomputes nothing; in bytes.
 
-    Kept for backward, per token: the output D; for each dense path (shared, unconditional, or the one MLP) its hidden
-    values before and after the activation, 2·F; for each routed row the sorted row D, its output D (the gradient of
-    its weight needs it) and 2·F. In backward, on top: the gradient of the hidden values of the first path, F for each
-    of its rows, which is made before any of the above can go; counted for the routed rows. With `capacity_factor`
-    there are as many rows as there is room for.
+    Kept for backward, per token: the output D, and 2·F for each dense expert or MLP, its hidden values before and after
+    the activation. Per routed row: the sorted row D, its output D (for the gradient of its routing weight), and 2·F. In
+    backward F more for each routed row: the gradient of its hidden values is made before any of the above is freed.
+    With `capacity_factor` there are as many rows as slots.
+
+    Args:
+        width: bytes of an element.
+        dense: for the dense contender.
     """
     D, F, S = model.hidden_size, model.moe_width, model.tokens
-    T, R = settings.images * S, settings.conditional * S * model.top_k
+    T, R = settings.images * S, settings.num_conditional * S * model.top_k
     if dense:
         F = dense_model(model).mlp_width
         return width * (T * D + 3 * T * F)
-    null = T - settings.conditional * S
+    null = T - settings.num_conditional * S
     if model.capacity_factor:
         R = model.num_experts * math.ceil(model.capacity_factor * T * model.top_k / model.num_experts)
     dense_hidden = T * model.shared_experts * model.shared_width + null * model.unconditional_experts * F
     return width * (T * D + 2 * dense_hidden + R * (2 * D + 3 * F))
 
 
-def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[str, Work]:
-    """The parts of our layer as work of their own: router, routed experts on sorted rows, dense experts."""
-    seen: list[tuple] = []
-    handle = moe.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int) -> dict[str, Work]:
+    """The parts of our layer, each timed separately: router, routed experts on sorted rows, dense experts."""
+    calls: list[tuple[Tensor, ExpertOffsets]] = []
+    handle = moe.experts.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
     try:
         with torch.no_grad():
-            routed = moe.route(x_BSD, conditional)
-            moe(x_BSD, routed, conditional)
+            routed = moe.route(x_BSD, num_conditional)
+            moe(x_BSD, routed, num_conditional)
     finally:
         handle.remove()
-    if len(seen) != 1:
-        raise BenchmarkError(f"the routed experts were called {len(seen)} times, expected once: parts cannot be told")
-    rows_RD, *rest = seen[0]
+    if len(calls) != 1:
+        raise BenchmarkError(f"the routed experts were called {len(calls)} times, not once: parts cannot be timed")
+    rows_RD, offsets = calls[0]
     rows_RD = rows_RD.detach().clone().requires_grad_()
     shared, unconditional = dense_experts(moe)
-    grad_RD, grad_R = torch.ones_like(rows_RD), torch.ones_like(routed.route.weight_R)
+    grad_RD, grad_R = torch.ones_like(rows_RD), torch.ones_like(routed.assignment.weight_R)
     outputs: list[Tensor] = []
 
     def prepare() -> None:
@@ -268,33 +287,33 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, conditional: int) -> dict[
         outputs.clear()
 
     def route() -> None:
-        routed = moe.route(x_BSD, conditional)
-        outputs.extend([routed.route.weight_R, *moe.losses_of([routed]).values()])
+        routed = moe.route(x_BSD, num_conditional)
+        outputs.extend([routed.assignment.weight_R, *moe.auxiliary_losses([routed]).values()])
 
-    def beside() -> None:
-        outputs.extend([shared(x_BSD), unconditional(x_BSD[conditional:])])
+    def dense() -> None:
+        outputs.extend([shared(x_BSD), unconditional(x_BSD[num_conditional:])])
 
     def work(forward: Callable[[], None], gradients: list[Tensor]) -> Work:
         return Work({"forward": forward, "backward": lambda: backward(outputs, gradients)}, prepare)
 
     return {
         "part router": work(route, [grad_R]),
-        "part routed experts": work(lambda: outputs.append(moe.experts(rows_RD, *rest)), [grad_RD]),
-        "part dense experts": work(beside, [grad_BSD, grad_BSD[conditional:]]),
+        "part routed experts": work(lambda: outputs.append(moe.experts(rows_RD, offsets)), [grad_RD]),
+        "part dense experts": work(dense, [grad_BSD, grad_BSD[num_conditional:]]),
     }
 
 
-def parts(samples: Samples) -> dict[str, Mapping]:
-    """Seconds of the parts of ours, and of the rest, which is dispatch and combine: round by round ours less its parts.
+def parts_summary(samples: Samples) -> dict[str, Mapping]:
+    """Seconds of the parts of our layer: part -> phase -> spread.
 
-    Returns part -> phase -> spread; the rest is called "dispatch and combine".
+    "dispatch and combine" is the rest: in each round the time of the layer minus the times of its parts.
     """
     names = [name for name in samples if name.startswith("part ")]
-    told = {}
+    summaries = {}
     for name in names:
-        told[name.removeprefix("part ")] = {phase: asdict(spread(v)) for phase, v in samples[name].items()}
+        summaries[name.removeprefix("part ")] = {phase: asdict(spread(v)) for phase, v in samples[name].items()}
     rest = {}
     for phase, values in samples["ours"].items():
-        taken = zip(*(samples[name][phase] for name in names), strict=True)
-        rest[phase] = asdict(spread([ours - sum(one) for ours, one in zip(values, taken, strict=True)]))
-    return told | {"dispatch and combine": rest}
+        part_seconds = zip(*(samples[name][phase] for name in names), strict=True)
+        rest[phase] = asdict(spread([ours - sum(parts) for ours, parts in zip(values, part_seconds, strict=True)]))
+    return summaries | {"dispatch and combine": rest}

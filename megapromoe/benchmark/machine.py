@@ -1,4 +1,4 @@
-"""The machine of a measurement, and how fast it multiplies matrices: the peak that shares refer to."""
+"""The machine of a measurement, and its measured peak of matrix products, to which shares of the peak refer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, threads: int) -> dict[str, Any]:
-    """FLOP/s of the fastest of a few square products, best round: what the machine gives, not what it promises.
+    """The measured FLOP/s of the fastest of a few square matrix products, best round.
 
     Returns `flop_per_second` and the `side` of the matrices.
     """
@@ -40,10 +40,10 @@ def _product(side: int, device: torch.device, dtype: torch.dtype) -> Work:
 
 
 def keep_memory() -> bool:
-    """Has the C library keep what is freed, for the rest of this process; returns whether it does.
+    """Makes the C library keep freed memory until this process ends; returns whether it does.
 
-    By default glibc gives large pieces back to the system, and takes them from there again page by page: by turns, and
-    for as much time as a small layer's products take. Source: mallopt(3).
+    By default glibc returns large blocks to the system and gets them back page by page, at irregular times. That can
+    take as long as the products of a small layer. Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, 2**31 - 1))
@@ -52,7 +52,7 @@ def keep_memory() -> bool:
 def describe(device: torch.device, dtype: torch.dtype, threads: int, kept: bool) -> dict[str, Any]:
     """Device, versions, threads, load of the machine before the measurement, and the measured peak.
 
-    `kept`: what `keep_memory` said.
+    `kept`: the result of `keep_memory`.
     """
     gpu = device.type == "cuda"
     return {

@@ -1,7 +1,7 @@
-"""Timing that compares: contenders take turns, so that whatever else the machine does meets all of them alike.
+"""Paired timing: contenders run interleaved, so that other load on the machine affects all of them equally.
 
-Every round runs each contender once, in an order shuffled anew. Ratios are taken within a round and only then
-summarised, with a bootstrap interval of their median. Warm-up rounds are run and forgotten.
+Every round runs each contender once, in a new random order. Ratios are computed within a round; their median has a
+bootstrap interval. Warm-up rounds are not recorded.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class Work:
-    """One contender's turn: `prepare` is not timed, the phases (name -> function) are, one after the other."""
+    """What a contender runs in a round: `prepare`, which is not timed, and then the timed phases (name -> function)."""
 
     phases: Mapping[str, Callable[[], None]]
     prepare: Callable[[], None] = lambda: None
 
 
 class Clock(Protocol):
-    """Times the phases of one turn."""
+    """Times the phases of a `Work`."""
 
     def time(self, phases: Mapping[str, Callable[[], None]]) -> dict[str, float]:
-        """Seconds of each phase, which are run in order."""
+        """Runs the phases in order; returns the seconds of each."""
 
 
 class CpuClock:
-    """Seconds of this process (`process`: of all its threads together, whoever else uses the machine) or of the wall.
+    """CPU time of this process (`process`), summed over its threads, or wall-clock time; in seconds.
 
-    Time of the process is the fair one on a shared machine, but only with one thread.
+    CPU time does not include that of other programs, but it equals the duration only with one thread.
     """
 
     def __init__(self, process: bool):
@@ -52,7 +52,7 @@ class CpuClock:
 
 
 class GpuClock:
-    """Seconds between events on the GPU's stream; the host waits for it before and after, never in between."""
+    """Seconds between events on the GPU's stream; the host waits for the GPU only before the first and after all."""
 
     def time(self, phases: Mapping[str, Callable[[], None]]) -> dict[str, float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
@@ -69,7 +69,7 @@ class GpuClock:
 
 
 def make_clock(device: torch.device, threads: int) -> Clock:
-    """Events on a GPU; on a CPU the process's time with one thread, the wall's with more."""
+    """CUDA events on a GPU; on a CPU the CPU time of the process with one thread, wall-clock time with more."""
     return GpuClock() if device.type == "cuda" else CpuClock(process=threads == 1)
 
 
@@ -102,7 +102,7 @@ def interleave(
     warmup: int = 1,
     seed: int = 0,
 ) -> Samples:
-    """Runs every contender once in each round, in a random order; returns the seconds of all but the warm-up rounds."""
+    """Runs every contender once in each round, in random order; returns the seconds without the warm-up rounds."""
     if rounds < 1:
         raise ValueError(f"rounds: {rounds} is below 1")
     shuffle = random.Random(seed)
@@ -117,32 +117,33 @@ def interleave(
     return samples
 
 
-def whole(phases: Mapping[str, Sequence[float]]) -> list[float]:
-    """Seconds of each round's phases together."""
+def total_seconds(phases: Mapping[str, Sequence[float]]) -> list[float]:
+    """Seconds of all phases together, for each round."""
     return [sum(values) for values in zip(*phases.values(), strict=True)]
 
 
 def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of the values."""
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
     return Spread(float(median), float(low), float(high))
 
 
 def paired_ratio(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> Ratio:
-    """`values` over `reference`, round by round."""
+    """The median of `values` over `reference`, round by round, with its 95 % bootstrap interval."""
     ratios = np.asarray(values) / np.asarray(reference)
-    drawn = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(ratios[drawn], axis=1), [0.025, 0.975])
+    resampled = np.random.default_rng(seed).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[resampled], axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def summary(samples: Samples, reference: str | None) -> dict[str, dict]:
-    """Per contender: spread of each phase and of the whole, and the ratio of the whole to the reference's."""
-    totals = {name: whole(phases) for name, phases in samples.items()}
-    said: dict[str, dict[str, Any]] = {}
+    """For each contender: spread of each phase and of their total, and the ratio of the total to the reference's."""
+    totals = {name: total_seconds(phases) for name, phases in samples.items()}
+    result: dict[str, dict[str, Any]] = {}
     for name, phases in samples.items():
-        said[name] = {"seconds": {phase: asdict(spread(values)) for phase, values in phases.items()}}
-        said[name]["total"] = asdict(spread(totals[name]))
-        said[name]["rounds"] = {phase: list(values) for phase, values in phases.items()}
+        result[name] = {"seconds": {phase: asdict(spread(values)) for phase, values in phases.items()}}
+        result[name]["total"] = asdict(spread(totals[name]))
+        result[name]["rounds"] = {phase: list(values) for phase, values in phases.items()}
         if reference in totals:
-            said[name]["ratio"] = asdict(paired_ratio(totals[name], totals[reference]))
-    return said
+            result[name]["ratio"] = asdict(paired_ratio(totals[name], totals[reference]))
+    return result

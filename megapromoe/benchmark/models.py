@@ -1,4 +1,4 @@
-"""Whole models: a training step, and sampling with guidance."""
+"""Measures whole models: a training step, and sampling with guidance."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun
-from megapromoe.benchmark.baselines import contender
+from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.counters import Counter
-from megapromoe.benchmark.layer import UNSHARDED, BenchmarkError, Settings, dense_model, said
+from megapromoe.benchmark.layer import BenchmarkError, Settings, counts_as_json, dense_model
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
-from megapromoe.benchmark.routing_patterns import Raised, counts
+from megapromoe.benchmark.routing_patterns import PlannedChoice, planned_counts
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import PrototypeRouter, Routed
+from megapromoe.nn.moe.routers import PrototypeRouter, RouterOutput
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 
 
 def measure_step(config: Config, routing: str, settings: Settings) -> dict:
-    """A training step (forward with loss, backward, clipped AdamW) of each contender's whole model on one batch.
+    """Measures a training step (forward with loss, backward, clipped AdamW) of each contender's model on one batch.
 
-    A plain loop in this process: no engine, no ZeRO. In bf16 the optimizer updates fp32 masters. The contenders with
-    our parameters share one copy of them, of their gradients and of the optimizer's states. Returns JSON as
-    `layer.measure_layer` does, without parts.
+    It is a plain loop in this process, without engine and ZeRO. In bf16 the optimizer updates fp32 masters. Contenders
+    with our parameters share one copy of them, of their gradients and of the optimizer's states. Returns JSON like
+    `layer.measure_layer`, without parts.
     """
     batch = Batch(config, settings)
     updates: dict[frozenset, Update] = {}
@@ -53,19 +54,19 @@ def measure_step(config: Config, routing: str, settings: Settings) -> dict:
         )
 
     per_image = {True: cost.flops_per_image(dense_model(config.model)), False: cost.flops_per_image(config.model)}
-    found = _measure(config, routing, settings, step, lambda dense: per_image[dense].training)
-    return found | {"images": settings.images}
+    figures = _measure(config, routing, settings, step, lambda dense: per_image[dense].training)
+    return figures | {"images": settings.images}
 
 
 def measure_sample(config: Config, routing: str, settings: Settings) -> dict:
-    """Drawing images by Euler's method with guidance, so that half of the rows are null. Returns JSON as above."""
+    """Measures sampling by Euler's method with guidance, where half of the images are null. Returns JSON as above."""
     m = config.model
     generator = torch.Generator().manual_seed(settings.seed)
     labels_B = torch.randint(m.num_classes, (settings.images,), generator=generator).to(settings.device)
     noise = torch.randn(settings.images, m.in_channels, m.input_size, m.input_size, generator=generator)
     noise = noise.to(settings.device)
 
-    def draw(model: DiT) -> Work:
+    def sampling(model: DiT) -> Work:
         model.eval()
 
         def run() -> None:
@@ -76,8 +77,8 @@ def measure_sample(config: Config, routing: str, settings: Settings) -> dict:
 
     passes = settings.sample_steps * (1 if settings.guidance == 1 else 2)
     per_image = {True: cost.flops_per_image(dense_model(m)), False: cost.flops_per_image(m)}
-    found = _measure(config, routing, settings, draw, lambda dense: passes * per_image[dense].forward)
-    return found | {"images": settings.images, "sample_steps": settings.sample_steps, "guidance": settings.guidance}
+    figures = _measure(config, routing, settings, sampling, lambda dense: passes * per_image[dense].forward)
+    return figures | {"images": settings.images, "sample_steps": settings.sample_steps, "guidance": settings.guidance}
 
 
 def _measure(
@@ -94,10 +95,10 @@ def _measure(
             model = _model(name, ours, config, routing)
             if settings.compile:
                 compile_dense(model)
-            directed = _Directed(model, routing)
+            planned = _PlannedRouting(model, routing)
             works[name] = make(model)
-            _run(works[name])  # what it cannot do shows here
-            directed.check()
+            _run(works[name])  # raises if the contender cannot run
+            planned.check()
             dropped[name] = [m.dropped for m in model.modules() if isinstance(m, BaselineWrapper)]
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
@@ -121,7 +122,7 @@ def _counted(work: Work, device: torch.device) -> dict[str, Any]:
     work.prepare()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    # What is compiled cannot be counted, and is run as it was before.
+    # Compiled code cannot be counted, so this run is eager.
     with torch.compiler.set_stance("force_eager"), Counter() as counter:
         for name, run in work.phases.items():
             counter.phase(name)
@@ -130,47 +131,47 @@ def _counted(work: Work, device: torch.device) -> dict[str, Any]:
     memory = {"peak": counter.live()}
     if device.type == "cuda":
         memory["allocator_peak"] = torch.cuda.max_memory_allocated()
-    return {"counts": said(counter), "memory": memory}
+    return {"counts": counts_as_json(counter), "memory": memory}
 
 
 def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
-    """The model with the contender's layers: dense of its own, else one that shares all parameters of `ours`."""
-    like = ours.pos_embed
+    """The model with the contender's layers. "dense" is a new model, others share all parameters of `ours`."""
+    device, dtype = ours.pos_embed.device, ours.pos_embed.dtype
     if name == "dense":
-        return build(replace(config, model=dense_model(config.model)), UNSHARDED).to(like.device, like.dtype)
+        return build(replace(config, model=dense_model(config.model)), UNSHARDED).to(device, dtype)
     if name.startswith("deepspeed") and routing != "real":
-        raise CannotRun("DeepSpeed's gate cannot be told where tokens go inside of a model")
+        raise CannotRun("DeepSpeed's gate cannot follow a planned routing inside a model; use --routing real")
     shared = {id(t): t for t in chain(ours.parameters(), ours.buffers())}
     model = copy.deepcopy(ours, shared)  # new modules around the same tensors
     for block in model.blocks:
         if isinstance(block.mlp, MoE):
-            block.mlp = contender(name, block.mlp)
+            block.mlp = make_contender(name, block.mlp)
     return model
 
 
-class _Directed:
-    """A model whose routers follow a planned routing; listens to the loads that they tell."""
+class _PlannedRouting:
+    """Makes the routers of a model follow a planned routing, and records the loads of their experts."""
 
     def __init__(self, model: DiT, routing: str):
         self.routing = routing
-        self.told: dict[nn.Module, list[int]] = {}
+        self.loads: dict[nn.Module, list[int]] = {}
         self.handles = []
         if routing != "real":
             for module in model.modules():
                 if isinstance(module, PrototypeRouter):
-                    router: Any = module  # an instance's method, replaced
-                    router.similarity = Raised(module, routing)
-                    self.handles.append(module.register_forward_hook(self._listen))
+                    router: Any = module  # a method of the instance is replaced
+                    router.choose = PlannedChoice(module, routing)
+                    self.handles.append(module.register_forward_hook(self._record))
 
-    def _listen(self, router: nn.Module, _args: tuple, routed: Routed) -> None:
-        self.told[router] = [int(rows) for rows in routed.load_E]
+    def _record(self, router: nn.Module, _args: tuple, routed: RouterOutput) -> None:
+        self.loads[router] = [int(rows) for rows in routed.load_E]
 
     def check(self) -> None:
-        """Stops listening. Raises BenchmarkError if the loads were not the planned ones."""
+        """Stops recording. Raises BenchmarkError if the loads were not as planned."""
         for handle in self.handles:
             handle.remove()
-        for load in self.told.values():
-            if load != (planned := counts(self.routing, sum(load), len(load))):
+        for load in self.loads.values():
+            if load != (planned := planned_counts(self.routing, sum(load), len(load))):
                 raise BenchmarkError(f"{self.routing} routing: experts got {load} tokens, planned were {planned}")
 
 
@@ -184,20 +185,20 @@ class Batch:
         self.clean, self.noise = (torch.randn(shape, generator=generator).to(settings.device) for _ in range(2))
         self.u_B = torch.rand(B, generator=generator).clamp(1e-3, 1 - 1e-3).to(settings.device)
         labels_B = torch.randint(m.num_classes, (B,), generator=generator)
-        labels_B[settings.conditional :] = m.null_class
+        labels_B[settings.num_conditional :] = m.null_class
         self.labels_B = labels_B.to(settings.device)
-        self.conditional = settings.conditional
+        self.num_conditional = settings.num_conditional
         self.objective = make_objective(config)
 
     def loss(self, model: DiT) -> Tensor:
         """The training loss, as in `training.loop`."""
         x_BCHW, t_B = self.objective.corrupt(self.clean, self.noise, self.u_B)
-        prediction, auxiliary = model(x_BCHW, t_B, self.labels_B, self.conditional)
+        prediction, auxiliary = model(x_BCHW, t_B, self.labels_B, self.num_conditional)
         return self.objective.loss(prediction, self.clean, self.noise, self.u_B) + auxiliary.total()
 
 
 class Update:
-    """Clipping and fused AdamW, over fp32 masters if the parameters are not fp32 themselves."""
+    """Clips gradients and applies fused AdamW, with fp32 masters if the parameters are not fp32."""
 
     def __init__(self, model: nn.Module, t: TrainConfig):
         self.parameters = list(model.parameters())

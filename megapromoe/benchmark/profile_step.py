@@ -1,8 +1,8 @@
-"""Training steps under torch's profiler: the kernels that take longest, and how long the device is idle.
+"""Profiles training steps with torch's profiler: the longest kernels, and the time in which the device is idle.
 
     python -m megapromoe.benchmark.profile_step --preset promoe_l --images 64 --device cuda --out DIR
 
-The folder gets `profile.txt`, a table by kernel; `trace.json.gz` for https://ui.perfetto.dev; and `profile.json`.
+Writes `profile.txt`, a table of kernels; `trace.json.gz` for https://ui.perfetto.dev; and `profile.json`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megapromoe.benchmark.layer import UNSHARDED, Settings
+from megapromoe.benchmark.layer import Settings
 from megapromoe.benchmark.measure import make_clock
 from megapromoe.benchmark.models import Batch, Update
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
+from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.errors import UserError
 from megapromoe.io import atomic_path, write_json, write_text
 from megapromoe.nn.compile import compile_dense
@@ -31,7 +32,7 @@ from megapromoe.number_text import significant
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 
-WARMUP = 3
+WARMUP = 3  # steps
 ROWS = 40  # of the table
 TOP = 10  # kernels in profile.json
 
@@ -39,12 +40,16 @@ TOP = 10  # kernels in profile.json
 def profile_step(config: Config, settings: Settings, steps: int, seconds: float, out: Path) -> dict[str, Any]:
     """Profiles up to `steps` training steps (forward with loss, backward, clipped AdamW) of one model on one batch.
 
-    Args:
-        settings: `images` of the micro-batch, device, dtype, `compile`; contenders and rounds are not used.
-        seconds: after which no further step begins; one is always profiled.
-        out: the folder, which is made if needed.
+    The duration of a step is measured without the profiler, which slows down the host.
 
-    Returns what `profile.json` holds. Seconds of a step are measured without the profiler, which slows the host down.
+    Args:
+        config: of the model and the optimizer.
+        settings: images, device, dtype, seed and compile; contenders and rounds are not used.
+        steps: at most so many, at least one.
+        seconds: no step starts after so many.
+        out: folder for the files, made if needed.
+
+    Returns the content of `profile.json`.
     """
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
@@ -68,15 +73,15 @@ def profile_step(config: Config, settings: Settings, steps: int, seconds: float,
     events = profiler.key_averages()
     table = events.table(sort_by=f"self_{settings.device.type}_time_total", row_limit=ROWS)
     write_text(out / "profile.txt", table + "\n")
-    # The suffix makes torch compress it, so the temporary name has it too.
+    # Torch compresses a file whose name ends with .gz, so the temporary name must end with it too.
     with atomic_path(out / "trace.json.gz") as staging:
-        named = staging.with_name("trace.writing.json.gz")
-        profiler.export_chrome_trace(str(named))
-        named.replace(staging)
+        compressed = staging.with_name("trace.writing.json.gz")
+        profiler.export_chrome_trace(str(compressed))
+        compressed.replace(staging)
 
-    wanted = DeviceType.CUDA if gpu else DeviceType.CPU
+    device_type = DeviceType.CUDA if gpu else DeviceType.CPU
     kernels = [
-        (e.self_device_time_total if gpu else e.self_cpu_time_total, e) for e in events if e.device_type == wanted
+        (e.self_device_time_total if gpu else e.self_cpu_time_total, e) for e in events if e.device_type == device_type
     ]
     kernels = sorted(((t, e) for t, e in kernels if not e.is_user_annotation), key=lambda pair: -pair[0])
     busy = sum(t for t, _ in kernels) / 1e6 / profiled
@@ -93,7 +98,7 @@ def profile_step(config: Config, settings: Settings, steps: int, seconds: float,
         "images_per_second": settings.images / seconds_of_step,
         "flop_per_second": flops / seconds_of_step,
         "mfu": flops / seconds_of_step / peak if peak else None,
-        # Kernels of one stream do not overlap; the rest of the step the device waits for the host.
+        # Kernels of one stream do not overlap; in the rest of the step the device waits for the host.
         "device_seconds": busy if gpu else None,
         "device_busy": min(busy / seconds_of_step, 1.0) if gpu else None,
         "kernels": [
@@ -105,7 +110,7 @@ def profile_step(config: Config, settings: Settings, steps: int, seconds: float,
 
 
 def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
-    """A step of the preset's model on random latents, each phase under its name in the profile."""
+    """A training step on random latents, whose phases have their names in the profile."""
     torch.manual_seed(settings.seed)
     model = build(config, UNSHARDED).to(settings.device, settings.dtype).train()
     if settings.compile:
@@ -125,17 +130,17 @@ def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Profiles by command line; returns its exit code."""
+    """Runs a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="profile_step", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--preset", default="promoe_l", help="default: promoe_l")
-    add("--images", type=int, default=64, metavar="B", help="of a micro-batch; default: 64")
-    add("--steps", type=int, default=5, metavar="N", help="to profile; default: 5")
-    add("--seconds", type=float, default=300.0, metavar="S", help="after which no step begins; default: 300")
+    add("--images", type=int, default=64, metavar="B", help="images of a micro-batch; default: 64")
+    add("--steps", type=int, default=5, metavar="N", help="steps to profile; default: 5")
+    add("--seconds", type=float, default=300.0, metavar="S", help="no step starts after so many seconds; default: 300")
     add("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
     add("--compile", action="store_true", help="train.compile=true")
-    add("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
     options = parser.parse_args(argv)
     gpu = options.device == "cuda"
     settings = Settings(
@@ -153,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"profile_step: {error}", file=sys.stderr)
         return error.exit_code
     print((options.out / "profile.txt").read_text(encoding="utf-8"))
-    print(f"{1000 * figures['seconds']:.4g} ms a step, {significant(figures['images_per_second'])} images/s")
+    print(f"{1000 * figures['seconds']:.4g} ms per step, {significant(figures['images_per_second'])} images/s")
     return 0
 
 

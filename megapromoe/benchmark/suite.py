@@ -1,7 +1,7 @@
-"""Many scenes in one run: measured one by one, each written down at once, so that an interrupted run goes on.
+"""Measures many cases in one run and saves each as soon as it is measured, so that an interrupted run can be continued.
 
-A scene is one experiment at one size, number of experts, micro-batch and routing. The figures of a run lie in
-`benchmark.json` in its folder; a repeated command measures what is missing.
+A case is one experiment with one size, number of experts, micro-batch and routing. The results of a run are in
+`benchmark.json` in its folder; repeating the command measures what is missing.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from megapromoe.io import write_json
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
 FILE = "benchmark.json"
-# Images of a micro-batch where none are asked for: on a GPU enough to fill it, on a CPU few enough to wait for.
+# Default micro-batches: on a GPU large enough to use all of it, on a CPU small enough to take little time.
 IMAGES = {
     "cuda": {"layer": 64, "step": 64, "sample": 64, "traffic": 2},
     "cpu": {"layer": 8, "step": 2, "sample": 1, "traffic": 2},
 }
 DIGITS_IMAGES = 128  # of 16 tokens each
-# Where none are asked for. In whole models all those that share our parameters would tell the layer's story again.
+# Defaults. In whole models the other contenders with our parameters would only repeat the results of the layer.
 CONTENDERS = {
     "layer": baselines.CONTENDERS,
     "step": baselines.CONTENDERS[:3],
     "sample": baselines.CONTENDERS[:3],
     "traffic": baselines.CONTENDERS,
 }
-UNTIMED = ("load", "peak")  # facts of a machine that differ from run to run
+VARYING_FACTS = ("load", "peak")  # of a machine, different in each run
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is measured: an experiment at a size, with E experts (None: the preset's), B images and a routing."""
+class BenchmarkCase:
+    """What is measured: an experiment with a size, a number of experts, of images and of ranks, and a routing."""
 
     experiment: str
     size: str
@@ -57,21 +57,23 @@ class Scene:
 
     @property
     def key(self) -> str:
+        """Identifies the case in `benchmark.json`."""
         ranks = f" on {self.ranks} ranks" if self.experiment == "traffic" else ""
         return f"{self.experiment} {self.size} E{self.experts} B{self.images} {self.routing}{ranks}"
 
     @property
     def config(self) -> Config:
+        """The configuration of the model."""
         return config_of(self.size, self.experts)
 
 
 def config_of(size: str, experts: int | None = None) -> Config:
-    """The preset of a size, with another number of experts. Raises ConfigError for a number that cannot be."""
+    """The preset of a size, with another number of experts. Raises ConfigError for an impossible number."""
     preset = "digits" if size == "digits" else f"promoe_{size}"
     return resolve(preset, overrides=() if experts is None else [f"model.num_experts={experts}"])
 
 
-def scenes(
+def cases(
     experiments: Sequence[str],
     sizes: Sequence[str],
     experts: Sequence[int],
@@ -79,37 +81,41 @@ def scenes(
     routings: Sequence[str],
     ranks: Sequence[int],
     device: str,
-) -> list[Scene]:
-    """All combinations; without experts the preset's, without images those of `IMAGES`."""
-    found = []
+) -> list[BenchmarkCase]:
+    """All combinations; if `experts` is empty, the preset's number; if `images` is empty, those of `IMAGES`."""
+    combinations = []
     for experiment in experiments:
         for size in sizes:
-            usual = DIGITS_IMAGES if size == "digits" and experiment != "traffic" else IMAGES[device][experiment]
+            default = DIGITS_IMAGES if size == "digits" and experiment != "traffic" else IMAGES[device][experiment]
             for E in experts or [config_of(size).model.num_experts]:
-                for B in images or [usual]:
+                for B in images or [default]:
                     for routing in routings:
-                        found += [
-                            Scene(experiment, size, E, B, routing, n)
+                        combinations += [
+                            BenchmarkCase(experiment, size, E, B, routing, n)
                             for n in (ranks if experiment == "traffic" else (1,))
                         ]
-    return found
+    return combinations
 
 
 def run(
-    wanted: Sequence[Scene],
+    wanted: Sequence[BenchmarkCase],
     settings: Settings,
     out: Path,
     command: str,
     again: bool = False,
-    starts: Callable[[Scene], None] = lambda scene: None,
+    starts: Callable[[BenchmarkCase], None] = lambda case: None,
 ) -> dict[str, Any]:
-    """Measures the scenes that `out` does not hold yet (`again`: all of them), and returns all that it holds then.
+    """Measures cases and saves them in the folder `out`; returns the content of its `benchmark.json`.
 
     Args:
-        settings: for all scenes; `images` is the scene's, and without contenders they are the experiment's usual.
-        starts: called before each scene.
+        wanted: the cases. Those that `out` has already are skipped.
+        settings: of all cases; `images` is replaced by that of the case, empty `contenders` by the default.
+        out: the folder, made if needed.
+        command: the command line, which is saved too.
+        again: measure the cases that `out` has already too.
+        starts: called before each case.
 
-    Figures of another machine or with other settings are not mixed in: BenchmarkError, or with `again` they go.
+    Raises BenchmarkError if `out` has results of another machine or of other settings; with `again` they are removed.
     """
     file = out / FILE
     torch.set_num_threads(settings.threads)
@@ -118,61 +124,61 @@ def run(
     facts = {"machine": machine, "settings": _plain(settings)}
     document: dict[str, Any] = {**facts, "commands": [], "scenes": {}}
     if file.is_file():
-        held, differ = _opened(file, facts)
-        if differ and not again:
+        saved, differences = _open(file, facts)
+        if differences and not again:
             raise BenchmarkError(
-                f"{file}: its figures were measured otherwise ({'; '.join(differ)});"
-                " give another --out, or --again to begin anew"
+                f"{file}: has results of another machine or with other settings ({'; '.join(differences)});"
+                " use another --out, or --again to remove them and start again"
             )
-        document = document if differ else held
+        document = document if differences else saved
     if command not in document["commands"]:
         document["commands"].append(command)
-    missing = [scene for scene in wanted if again or scene.key not in document["scenes"]]
+    missing = [case for case in wanted if again or case.key not in document["scenes"]]
     with _job(missing, settings):
-        for scene in missing:
-            starts(scene)
-            document["scenes"][scene.key] = {**vars(scene), **_measure(scene, settings)}
+        for case in missing:
+            starts(case)
+            document["scenes"][case.key] = {**vars(case), **_measure(case, settings)}
             write_json(file, document, indent=1, parents=True, concurrent=True)
     return document
 
 
-def _contenders(scene: Scene, settings: Settings) -> tuple[str, ...]:
-    return settings.contenders or CONTENDERS[scene.experiment]
+def _contenders(case: BenchmarkCase, settings: Settings) -> tuple[str, ...]:
+    return settings.contenders or CONTENDERS[case.experiment]
 
 
-def _measure(scene: Scene, settings: Settings) -> dict[str, Any]:
-    settings = replace(settings, images=scene.images, contenders=_contenders(scene, settings))
-    if scene.experiment == "traffic":
-        return measure_traffic(scene.config, scene.routing, settings, scene.ranks)
-    measure = {"layer": measure_layer, "step": measure_step, "sample": measure_sample}[scene.experiment]
-    return measure(scene.config, scene.routing, settings)
+def _measure(case: BenchmarkCase, settings: Settings) -> dict[str, Any]:
+    settings = replace(settings, images=case.images, contenders=_contenders(case, settings))
+    if case.experiment == "traffic":
+        return measure_traffic(case.config, case.routing, settings, case.ranks)
+    measure = {"layer": measure_layer, "step": measure_step, "sample": measure_sample}[case.experiment]
+    return measure(case.config, case.routing, settings)
 
 
 def _plain(settings: Settings) -> dict[str, Any]:
-    """The settings that all scenes share, as JSON."""
-    said = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "images"}
-    return said | {"device": str(settings.device), "dtype": str(settings.dtype), "contenders": [*settings.contenders]}
+    """The settings that are the same for all cases, as JSON."""
+    plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "images"}
+    return plain | {"device": str(settings.device), "dtype": str(settings.dtype), "contenders": [*settings.contenders]}
 
 
-def _opened(file: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a file holds, and in which facts it differs. Raises BenchmarkError if it is damaged."""
+def _open(file: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The content of a file, and its differences from `facts`. Raises BenchmarkError if it is damaged."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        there = {**document["machine"], **document["settings"]}
+        saved = {**document["machine"], **document["settings"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{file}: is damaged ({error!r}); remove it, or give another --out") from error
-    here = {**facts["machine"], **facts["settings"]}
+        raise BenchmarkError(f"{file}: is damaged ({error!r}); remove it, or use another --out") from error
+    current = {**facts["machine"], **facts["settings"]}
     return document, [
-        f"{name}: {there.get(name)!r} there, {value!r} now"
-        for name, value in here.items()
-        if name not in UNTIMED and there.get(name) != value
+        f"{name}: {saved.get(name)!r} in the file, {value!r} now"
+        for name, value in current.items()
+        if name not in VARYING_FACTS and saved.get(name) != value
     ]
 
 
 @contextmanager
-def _job(scenes: Sequence[Scene], settings: Settings) -> Iterator[None]:
-    """A torch.distributed job of this process alone, if a scene has DeepSpeed's layer, which wants one."""
-    names = {name for s in scenes if s.experiment != "traffic" for name in _contenders(s, settings)}
+def _job(cases: Sequence[BenchmarkCase], settings: Settings) -> Iterator[None]:
+    """Within it a torch.distributed job of one process runs, if a case has DeepSpeed's layer, which needs one."""
+    names = {name for case in cases if case.experiment != "traffic" for name in _contenders(case, settings)}
     if not any(name.startswith("deepspeed") for name in names):
         yield
         return

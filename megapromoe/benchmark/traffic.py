@@ -1,7 +1,7 @@
-"""What travels between ranks for one MoE layer, counted in a small job of gloo processes and compared with the bound.
+"""Counts the bytes that ranks send for one MoE layer, in a small gloo job, and compares them with the bound.
 
-Messages are the same on every machine, so they are counted on CPU processes, whatever the timings are taken on. The
-bound is exact: each row whose expert lives on another rank goes there and comes back, and so does its gradient.
+Messages do not depend on the machine, so they are counted in CPU processes also if timings are taken on a GPU. The
+bound is exact: each row whose expert is on another rank is sent there and back, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -26,43 +26,47 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.layer import MoE
 
-CONTENDERS = ("ours", "deepspeed-capacity", "deepspeed-nodrop")  # those that can spread experts over ranks
+CONTENDERS = ("ours", "deepspeed-capacity", "deepspeed-nodrop")  # those that have expert parallelism
 MINUTES = 5
 
 
 def measure_traffic(config: Config, routing: str, settings: Settings, ranks: int) -> dict:
-    """Counts one layer's forward and backward on `ranks` expert-parallel processes, each with a batch of its own.
+    """Counts the messages of one layer, forward and backward, of `ranks` expert-parallel processes.
 
-    Returns JSON: "contenders" name -> {"collectives", "sent", "bound"} by phase ("route": the router with its
-    statistics over all ranks; "forward", "backward"), bytes summed over the ranks; or {"cannot": reason}.
+    Returns JSON: "contenders" name -> phase -> {"collectives", "sent", "bound"}, with bytes summed over the ranks, or
+    {"cannot": reason}. Phases are "route" (the router and its statistics), "forward", "losses" and "backward".
     """
     names = [name for name in settings.contenders if name in CONTENDERS]
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, folder, config, routing, settings, names)
         multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method="spawn")
-        told = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    return {"contenders": {name: merged([one[name] for one in told]) for name in names}, "ranks": ranks}
+        ranks_counts = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    merged = {name: merge_ranks([counts[name] for counts in ranks_counts]) for name in names}
+    return {"contenders": merged, "ranks": ranks}
 
 
 def _rank(rank: int, ranks: int, folder: str, config: Config, routing: str, settings: Settings, names: list) -> None:
     torch.set_num_threads(1)
     runtime.prepare()
-    meet, limit = f"file://{folder}/store", timedelta(minutes=MINUTES)
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks, timeout=limit)
+    store, timeout = f"file://{folder}/store", timedelta(minutes=MINUTES)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
     try:
-        told = {name: count(name, config, routing, settings) for name in names}
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(told))
+        counts = {name: count_messages(name, config, routing, settings) for name in names}
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(counts))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
-    """This rank's messages; collective, all ranks of the running job call it."""
+def count_messages(name: str, config: Config, routing: str, settings: Settings) -> dict:
+    """This rank's messages: phase -> "collectives" (name -> calls), "sent" (name -> bytes), "bound" (bytes).
+
+    Collective.
+    """
     mesh = make_mesh(ep=dist.get_world_size())
     settings = replace(settings, device=torch.device("cpu"), seed=settings.seed + 1000 * mesh.rank)
     moe, x_BSD = first_layer(config, routing, settings, mesh)
-    check_load(moe, x_BSD, routing, settings.conditional)
+    check_load(moe, x_BSD, routing, settings.num_conditional)
     layer: MoE | BaselineWrapper = moe
     if name != "ours":
         from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer  # slow to import
@@ -74,37 +78,37 @@ def count(name: str, config: Config, routing: str, settings: Settings) -> dict:
     layer.train()
     with Counter() as counter:
         counter.phase("route")
-        routed = layer.route(x_BSD, settings.conditional)
+        routed = layer.route(x_BSD, settings.num_conditional)
         counter.phase("forward")
-        y_BSD = layer(x_BSD, routed, settings.conditional)
+        y_BSD = layer(x_BSD, routed, settings.num_conditional)
         counter.phase("losses")
-        losses = layer.losses_of([routed]).values()
+        losses = layer.auxiliary_losses([routed]).values()
         counter.phase("backward")
         (y_BSD.sum() + sum(loss.sum() for loss in losses)).backward()
     with torch.no_grad():
-        expert_R = moe.route(x_BSD, settings.conditional).route.expert_R
+        expert_R = moe.route(x_BSD, settings.num_conditional).assignment.expert_R
     owner_R = (
         ExpertPlacement(config.model.num_experts, mesh.world).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
     )
-    away = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
-    said: dict[str, dict[str, Any]] = {}
+    bound = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
+    messages: dict[str, dict[str, Any]] = {}
     for phase, counts in counter.phases.items():
-        said[phase] = {"collectives": dict(counts.collectives), "sent": dict(counts.sent)}
-        said[phase]["bound"] = away if phase in ("forward", "backward") else 0
-    return said
+        messages[phase] = {"collectives": dict(counts.collectives), "sent": dict(counts.sent)}
+        messages[phase]["bound"] = bound if phase in ("forward", "backward") else 0
+    return messages
 
 
-def merged(told: list[dict]) -> dict:
-    """The ranks' counts as one: bytes added up; collectives are the same on all."""
-    if "cannot" in told[0]:
-        return told[0]
-    said = {}
-    for phase, first in told[0].items():
-        ranks = [one[phase] for one in told]
+def merge_ranks(ranks_counts: list[dict]) -> dict:
+    """The counts of all ranks together: bytes are added up, collectives are the same on every rank."""
+    if "cannot" in ranks_counts[0]:
+        return ranks_counts[0]
+    merged = {}
+    for phase, first in ranks_counts[0].items():
+        ranks = [counts[phase] for counts in ranks_counts]
         kinds = sorted({kind for rank in ranks for kind in rank["sent"]})
-        said[phase] = {
+        merged[phase] = {
             "collectives": first["collectives"],
             "sent": {kind: sum(rank["sent"].get(kind, 0) for rank in ranks) for kind in kinds},
             "bound": sum(rank["bound"] for rank in ranks),
         }
-    return said
+    return merged

@@ -278,7 +278,7 @@ def restore(
     for name, held in targets.items():
         watchdog.touch()
         for kind in KINDS:
-            local = engine.layouts[name].take(logical(kind, name), engine.mesh).view(-1)
+            local = engine.layouts[name].local_shard(logical(kind, name), engine.mesh).view(-1)
             for piece, tensors in held:
                 tensors[kind].copy_(local[piece.start : piece.stop])
     for name, tensor in engine.module.state_dict().items():
@@ -306,5 +306,5 @@ def _held(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]
 def _view(engine: Engine, name: str) -> list:
     """JSON of how this rank's slice lies in the logical tensor: [local shape, [[local, logical], ...]]."""
     layout = engine.layouts[name]
-    pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.pieces(engine.mesh)]
+    pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.shard_slices(engine.mesh)]
     return [list(layout.local_shape(engine.mesh)), pairs]

@@ -19,14 +19,14 @@ from megapromoe.commands.command_line import (
 
 if TYPE_CHECKING:
     from megapromoe.benchmark.layer import Settings
-    from megapromoe.benchmark.suite import Scene
+    from megapromoe.benchmark.suite import BenchmarkCase
 
 EPILOG = """\
 Contenders take turns in random order, so that a busy machine is unfair to none: ours; a loop over experts with boolean
 masks; a dense model of equal FLOPs; batched products of equal capacity; DeepSpeed's MoE with capacity and without
 drops. `traffic` starts a few CPU processes and counts messages and bytes against the bound; nothing in it is timed.
 
-The folder --out gets benchmark.json (all rounds), benchmark.md and pictures. A scene is written as soon as it is
+The folder --out gets benchmark.json (all rounds), benchmark.md and pictures. A case is written as soon as it is
 measured: repeat the command to go on after an interrupt. On a CPU one thread is the default, timed by the time that
 the process itself gets; more threads are timed by the wall.
 
@@ -79,7 +79,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--fill", type=Path, metavar="PAGE", help="also put the tables into this Markdown page, between its marks")
     add("--again", action="store_true", help="measure also what --out holds; figures of other settings go")
     add("--quick", action="store_true", help="digits, 8 images, 2 rounds: see that all runs; the figures mean little")
-    add("--dry-run", action="store_true", help="list the scenes and end")
+    add("--dry-run", action="store_true", help="list the cases and end")
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
     import torch  # takes seconds to import
 
     from megapromoe.benchmark.layer import Settings
-    from megapromoe.benchmark.suite import scenes
+    from megapromoe.benchmark.suite import cases
 
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
@@ -110,11 +110,11 @@ def run(options: argparse.Namespace, launch: None) -> int:
         compile=options.compile,
     )
     experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
-    wanted = scenes(experiments, options.sizes, options.experts, options.images, options.routing, options.ranks, device)
-    for scene in wanted:
-        scene.config.layout(1)  # every size and number of experts is checked before the first is measured
+    wanted = cases(experiments, options.sizes, options.experts, options.images, options.routing, options.ranks, device)
+    for case in wanted:
+        case.config.layout(1)  # every size and number of experts is checked before the first is measured
     if options.dry_run:
-        print("\n".join(scene.key for scene in wanted))
+        print("\n".join(case.key for case in wanted))
         return 0
     try:
         with file_errors():
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, wanted: Sequence[Scene], settings: Settings) -> None:
+def _measure(options: argparse.Namespace, wanted: Sequence[BenchmarkCase], settings: Settings) -> None:
     from megapromoe.benchmark import suite
     from megapromoe.benchmark.report import fill, write_report
     from megapromoe.work_progress import Progress
@@ -132,8 +132,8 @@ def _measure(options: argparse.Namespace, wanted: Sequence[Scene], settings: Set
     command = shlex.join(["megapromoe", *options.words])
     with Progress(None, "case", "measuring") as progress:
 
-        def starts(scene: Scene) -> None:
-            progress.note(scene.key)
+        def starts(case: BenchmarkCase) -> None:
+            progress.note(case.key)
             progress.update()
 
         document = suite.run(wanted, settings, options.out, command, options.again, starts)

@@ -1,1 +1,1 @@
-"""What the model learns to undo, how images are drawn from it, and the noise of both."""
+"""Diffusion: training objectives, samplers, random numbers, and generation of numbered images."""

@@ -1,8 +1,8 @@
-"""Numbered images from a model, and the grid that shows them.
+"""Generates numbered images from a model, and arranges images in a grid.
 
-Image i is fixed by (sample.seed, i, label), and, where the model's output depends on its batch as DiffMoE's does, by
-the other images of its chunk. Chunks of `sample.batch` images are the same at any number of ranks, so that the images
-do not depend on the number of ranks.
+Image i is determined by (sample.seed, i, label) and, if the output of the model depends on its batch as that of
+DiffMoE, by the other images of its chunk. Chunks of `sample.batch` images are the same at any number of ranks, so
+images do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from megapromoe.distributed import watchdog
 from megapromoe.errors import UserError
 from megapromoe.io import atomic_path
 
-PICTURE_SIDE = 64  # pixels of an image in a grid: smaller ones are enlarged by a whole factor
+PICTURE_SIDE = 64  # pixels; smaller images of a grid are enlarged by an integer factor to about this side
 
 
 class SampleError(UserError):
-    """Images that cannot be generated as requested; every rank raises it."""
+    """The requested images cannot be generated; every rank raises it."""
 
     on_all_ranks = True
 
 
 def chunk_ranges(count: int, batch: int) -> list[range]:
-    """The numbers of the images of each chunk: `batch` of 0..count-1 each, the last one perhaps fewer."""
+    """The image numbers of each chunk: 0..count-1 in chunks of `batch`, of which the last may be smaller."""
     return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
 
 
@@ -46,17 +46,17 @@ def generate(
     indices: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images (N, C, H, W) float32 on the model's device, generated in chunks of `sample.batch`.
+    """Generates images (N, C, H, W), float32 on the device of the model, in chunks of `sample.batch`.
 
-    Equal bits on every rank that computes alike: on a CPU, with the same number of threads.
+    The result is the same to the bit on all ranks with the same hardware and number of threads.
 
     Args:
-        model: whole, or sharded if the ranks of its tensor-parallel group call this with the same arguments, and those
-            of its expert-parallel group at the same time.
-        config: of the run; `sample`, and of `diffusion` the shift, define the sampler.
-        labels: class of each image; model.null_class generates without a class.
-        indices: number of each image, which fixes its noise.
-        progress: called after each step of the sampler with (steps done, steps of all chunks).
+        model: unsharded; or sharded, if the ranks of its tensor-parallel group call this with the same arguments, and
+            those of its expert-parallel group call it at the same time.
+        config: of the run; `sample` and `diffusion.shift` define the sampler.
+        labels: class of each image; model.null_class generates an image without a class.
+        indices: number of each image, which determines its noise.
+        progress: called after each step of the sampler with (finished steps, steps of all chunks).
     """
     s, m = config.sample, config.model
     shape = (m.in_channels, m.input_size, m.input_size)
@@ -68,8 +68,9 @@ def generate(
     for number, chunk in enumerate(ranges):
         labels_B = torch.tensor(labels[chunk.start : chunk.stop], device=device)
         noise = partial(_noise, s.seed, indices[chunk.start : chunk.stop], shape, device)
-        apart = m.images_depend_on_batch
-        predict = guided(model, labels_B, m.null_class, s.guidance, s.guidance_low, s.guidance_high, two_calls=apart)
+        two_calls = m.images_depend_on_batch
+        interval = s.guidance_low, s.guidance_high
+        predict = guided(model, labels_B, m.null_class, s.guidance, *interval, two_calls=two_calls)
         report = partial(_report, progress, number * s.steps, len(ranges) * s.steps)
         parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, report))
     model.train(training)
@@ -87,17 +88,18 @@ def _report(progress: Callable[[int, int], None] | None, before: int, total: int
 
 
 def to_bytes(images_BCHW: Tensor | np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] (others are clipped) as uint8 (B, H, W, C)."""
+    """Converts images (B, C, H, W) in [-1, 1], clipped, to uint8 (B, H, W, C)."""
     images = torch.as_tensor(images_BCHW).float().clamp(-1, 1)
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def grid(images_BCHW: Tensor | np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
-    """A picture of images in rows of `columns`: uint8 (height, width, 3), dark lines between.
+    """Arranges images in rows of `columns`, with dark lines between: uint8 (height, width, 3).
 
     Args:
-        images_BCHW: in [-1, 1] (others are clipped), of 1 or 3 channels.
-        scale: each pixel becomes scale x scale.
+        images_BCHW: in [-1, 1], clipped, with 1 or 3 channels.
+        columns: images in a row.
+        scale: each pixel becomes scale x scale pixels.
 
     Raises SampleError for any other number of channels.
     """
@@ -114,20 +116,20 @@ def grid(images_BCHW: Tensor | np.ndarray, columns: int, scale: int = 1) -> np.n
 
 
 def check_channels(channels: int) -> None:
-    """Raises SampleError unless images of so many channels can be shown."""
+    """Raises SampleError unless images with so many channels can be shown."""
     if channels not in (1, 3):
         raise SampleError(
-            f"model.in_channels = {channels}: a picture shows 1 or 3 channels, and latents need their"
-            " autoencoder, which the run does not hold; write them with --out FILE.npz"
+            f"model.in_channels = {channels}: a picture has 1 or 3 channels, and latents must be decoded by their"
+            " autoencoder, which is not part of the run; write them with --out FILE.npz"
         )
 
 
 def picture_scale(side: int) -> int:
-    """How much to enlarge images of so many pixels so that one sees them."""
+    """The factor by which images of `side` pixels are enlarged in a grid."""
     return max(1, PICTURE_SIDE // side)
 
 
 def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes a uint8 (height, width, 3) picture as a PNG file, as a whole. Raises OSError."""
+    """Writes a picture, uint8 (height, width, 3), as a PNG file; atomically. Raises OSError."""
     with atomic_path(path) as staging:
         imsave(staging, picture, format="png")

@@ -1,13 +1,13 @@
-"""Training objectives: how clean images are corrupted, and what the model's raw output is scored against.
+"""Training objectives: how clean images are corrupted, and the loss of the model's raw output.
 
     objective = make_objective(config)
     x_BCHW, t_B = objective.corrupt(clean_BCHW, noise_BCHW, u_B)
     loss = objective.loss(model(x_BCHW, t_B, ...), clean_BCHW, noise_BCHW, u_B)
 
-Pure functions of their arguments: `u_B`, uniform in (0, 1), is the only randomness of time. Everything is
-float32.
+The functions are pure: time depends only on `u_B`, which the caller draws uniformly from (0, 1). Everything is computed
+in float32.
 
-B images, C channels, H height, W width. `t_B` is the model's time input, float32 in [0, 1000].
+Shape letters: B images, C channels, H height, W width. `t_B` is the model's time input, float32 in [0, 1000].
 """
 
 import itertools
@@ -25,16 +25,16 @@ TIME_SCALE = 1000.0  # model time of pure noise; also the number of DDPM steps
 
 
 class Objective(Protocol):
-    """What the trainer needs from an objective."""
+    """The interface of an objective."""
 
     def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy images x_BCHW and model time t_B."""
+        """Returns noisy images x_BCHW and model times t_B."""
 
     def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Loss of each image, averaged over its elements."""
+        """The loss of each image, averaged over its elements, (B,)."""
 
     def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Scalar: mean of `losses_B`."""
+        """The mean of `losses_B`, scalar."""
 
 
 def make_objective(config: Config) -> Objective:
@@ -52,12 +52,12 @@ def make_objective(config: Config) -> Objective:
 
 
 def mean_of_image(x_BCHW: Tensor) -> Tensor:
-    """Mean over all but the first axis."""
+    """Mean over all dimensions but the first, (B,)."""
     return x_BCHW.flatten(1).mean(1)
 
 
 def per_image(x_B: Tensor) -> Tensor:
-    """(B) as (B, 1, 1, 1), to multiply images with."""
+    """Reshapes (B,) to (B, 1, 1, 1), which broadcasts over images."""
     return x_B[:, None, None, None]
 
 
@@ -68,7 +68,7 @@ Level = TypeVar("Level", float, Tensor)
 
 
 def shifted(sigma: Level, shift: float) -> Level:
-    """Noise level moved towards 1 for shift > 1; a tensor or a number in [0, 1].
+    """Moves a noise level in [0, 1], a tensor or a number, towards 1 if shift > 1.
 
     Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
     """
@@ -77,15 +77,15 @@ def shifted(sigma: Level, shift: float) -> Level:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """Straight paths from data to noise; the model predicts their velocity, noise - clean.
+    """Rectified flow: straight paths from data to noise, whose velocity, noise - clean, the model predicts.
 
     x = (1 - sigma) clean + sigma noise, and model time is 1000 sigma.
 
     Args:
         time: density of sigma: "logit_normal", "mode" or "uniform".
-        logit_mean, logit_std: of the normal whose sigmoid is sigma.
-        mode_scale: s of mode sampling; 0 is uniform.
-        shift: > 1 spends more time at high noise; 1 is none.
+        logit_mean, logit_std: of the normal distribution whose sigmoid is sigma ("logit_normal").
+        mode_scale: s of mode sampling ("mode"); 0 is uniform.
+        shift: > 1 samples high noise levels more often; 1 does not shift.
 
     Raises:
         ValueError: `time` is unknown.
@@ -104,7 +104,7 @@ class RectifiedFlow:
             raise ValueError(f"time: {self.time!r} is not known; use 'logit_normal', 'mode' or 'uniform'")
 
     def sigma(self, u_B: Tensor) -> Tensor:
-        """Noise level in [0, 1] of uniform draws, by the inverse of its distribution function."""
+        """Noise levels in [0, 1] from uniform numbers, by the inverse of the distribution function."""
         u_B = u_B.float()
         if self.time == "logit_normal":
             sigma_B = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u_B))
@@ -115,18 +115,18 @@ class RectifiedFlow:
         return shifted(sigma_B, self.shift)
 
     def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy images x_BCHW and model time t_B = 1000 sigma."""
+        """Returns noisy images x_BCHW and model times t_B = 1000 sigma."""
         sigma_B = self.sigma(u_B)
         x_BCHW = torch.lerp(clean_BCHW.float(), noise_BCHW.float(), per_image(sigma_B))
         return x_BCHW, TIME_SCALE * sigma_B
 
     def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Mean squared error of the velocity per image; a learned variance, channels C and on, is ignored."""
+        """Mean squared error of the velocity of each image; a learned variance, channels from C on, is ignored."""
         velocity_BCHW = out_BCHW[:, : clean_BCHW.shape[1]].float()
         return mean_of_image((velocity_BCHW - (noise_BCHW.float() - clean_BCHW.float())) ** 2)
 
     def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Scalar: mean of `losses_B`."""
+        """The mean of `losses_B`, scalar."""
         return self.losses_B(out_BCHW, clean_BCHW, noise_BCHW, u_B).mean()
 
 
@@ -137,11 +137,11 @@ class DDPMSchedule:
     """Coefficients of a diffusion over some of the 1000 training steps; index 0 is the least noise.
 
     Args:
-        steps: how many to keep, evenly spaced, first and last included; one step alone is the last.
+        steps: number of steps, evenly spaced and including the first and last; a single step is the last.
 
     Attributes:
-        times: list of the kept training steps (model times), ascending.
-        table: the rows below as one float64 tensor (rows, steps), so that one copy takes them to a device.
+        times: the training steps (model times) that are used, ascending.
+        table: the coefficients `ROWS` as one float64 tensor (rows, steps), which needs one copy to a device.
 
     Raises:
         ValueError: steps is not within 1..1000.
@@ -153,12 +153,12 @@ class DDPMSchedule:
     ROWS = (
         "sqrt_alpha_bar",  # x_t = sqrt_alpha_bar · clean + sqrt_one_minus · noise
         "sqrt_one_minus",
-        "sqrt_alpha_bar_prev",  # the same two, one step nearer to the data
+        "sqrt_alpha_bar_prev",  # the same two at the step before, which has less noise
         "sqrt_one_minus_prev",
         "mean_clean",  # posterior mean of x_{t-1} = mean_clean · clean + mean_x · x_t
         "mean_x",
-        "log_var_min",  # posterior variance: the least a step can have
-        "log_var_max",  # beta: the most
+        "log_var_min",  # posterior variance: the lower bound of a learned variance
+        "log_var_max",  # beta: the upper bound
     )
 
     def __init__(self, steps: int = 1000):
@@ -192,13 +192,13 @@ class DDPMSchedule:
         self._table_on = lru_cache(maxsize=None)(lambda device: self.table.float().to(device))
 
     def at(self, step_B: Tensor) -> dict[str, Tensor]:
-        """The coefficients of each image's step, by name: (B, 1, 1, 1) float32 on the device of `step_B`."""
+        """The coefficients of the step of each image: name -> (B, 1, 1, 1), float32 on the device of `step_B`."""
         columns = self._table_on(step_B.device)[:, step_B]
         return {name: per_image(column_B) for name, column_B in zip(self.ROWS, columns, strict=True)}
 
 
 def clean_from_noise(at: dict, x_BCHW: Tensor, eps_BCHW: Tensor) -> Tensor:
-    """The clean images that x and the noise in it imply."""
+    """The clean images, from noisy images x and their noise."""
     return (x_BCHW - at["sqrt_one_minus"] * eps_BCHW) / at["sqrt_alpha_bar"]
 
 
@@ -208,7 +208,7 @@ def posterior_mean(at: dict, clean_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
 
 
 def learned_log_variance(at: dict, v_BCHW: Tensor) -> Tensor:
-    """Log-variance from the model's second half: -1 gives the posterior's, +1 beta's.
+    """Log-variance from the second half of the model's output: -1 gives that of the posterior, +1 that of beta.
 
     Source: Nichol and Dhariwal 2021, eq. 15.
     """
@@ -217,7 +217,7 @@ def learned_log_variance(at: dict, v_BCHW: Tensor) -> Tensor:
 
 
 def split_output(out_BCHW: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Noise and variance halves of a raw output, float32.
+    """Splits a raw output into predicted noise and variance (B, C, H, W), float32.
 
     Raises:
         ValueError: the output does not have 2C channels.
@@ -238,10 +238,10 @@ def normal_kl(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_var_q: Tens
 
 
 def pixel_nll(x_BCHW: Tensor, mean_BCHW: Tensor, log_var_BCHW: Tensor) -> Tensor:
-    """Negative log-probability under a normal, elementwise in nats, of values in [-1, 1] of 256 levels.
+    """Negative log-likelihood of values in [-1, 1] with 256 levels under a normal, elementwise in nats.
 
-    The outermost bins reach to infinity. The normal's distribution function is the tanh approximation that
-    the published objective uses, and probabilities are floored at 1e-12.
+    The outermost bins extend to infinity. The distribution function of the normal is the tanh approximation of the
+    published objective, and probabilities are at least 1e-12.
 
     Source: Ho et al. 2020, eq. 13.
     """
@@ -257,33 +257,34 @@ def pixel_nll(x_BCHW: Tensor, mean_BCHW: Tensor, log_var_BCHW: Tensor) -> Tensor
 
 
 class DDPM:
-    """Noise prediction with a learned variance range, over 1000 steps with linear betas.
+    """DDPM: noise prediction with a learned variance, over 1000 steps with linear betas.
 
-    The loss is the mean squared error of the noise plus the variational term in bits, which trains the
-    variance alone: its gradient does not reach the predicted noise.
+    The loss is the mean squared error of the noise plus the variational term in bits. The variational term trains only
+    the variance: the predicted noise in it is detached.
 
-    Source: Peebles and Xie 2023 (DiT), after Nichol and Dhariwal 2021, eq. 16 (with lambda 1, one step's term
-    per image).
+    Source: Peebles and Xie 2023 (DiT), after Nichol and Dhariwal 2021, eq. 16 (with lambda 1, and the term of one step
+    for each image).
     """
 
     def __init__(self) -> None:
         self.schedule = DDPMSchedule()
 
     def step(self, u_B: Tensor) -> Tensor:
-        """Step of each image, int64 in 0..999; the largest float32 below 1 is still step 999."""
+        """Step of each image, int64 in 0..999; the largest float32 below 1 gives step 999."""
         return (u_B.float() * TIME_SCALE).long()
 
     def corrupt(self, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy images x_BCHW and model time t_B, the step number."""
+        """Returns noisy images x_BCHW and model times t_B, which are step numbers."""
         step_B = self.step(u_B)
         at = self.schedule.at(step_B)
         x_BCHW = at["sqrt_alpha_bar"] * clean_BCHW.float() + at["sqrt_one_minus"] * noise_BCHW.float()
         return x_BCHW, step_B.float()
 
     def variational_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Variational term of each image, bits per element.
+        """Variational term of each image, in bits per element.
 
-        The KL divergence from the true posterior to the model's; at step 0 the likelihood of the data.
+        The KL divergence from the true posterior to that of the model; at step 0 the negative log-likelihood of the
+        data.
         """
         clean_BCHW = clean_BCHW.float()
         step_B = self.step(u_B)
@@ -298,16 +299,16 @@ class DDPM:
         return torch.where(step_B == 0, nll_B, kl_B) / math.log(2)
 
     def losses_B(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Squared error of the noise plus the variational term, per image.
+        """Mean squared error of the noise plus the variational term, for each image.
 
         Raises:
             ValueError: the output does not have 2C channels.
         """
         eps_BCHW, v_BCHW = split_output(out_BCHW, clean_BCHW.shape[1])
-        frozen_mean = torch.cat([eps_BCHW.detach(), v_BCHW], dim=1)
+        detached_mean = torch.cat([eps_BCHW.detach(), v_BCHW], dim=1)
         squared_B = mean_of_image((eps_BCHW - noise_BCHW.float()) ** 2)
-        return squared_B + self.variational_B(frozen_mean, clean_BCHW, noise_BCHW, u_B)
+        return squared_B + self.variational_B(detached_mean, clean_BCHW, noise_BCHW, u_B)
 
     def loss(self, out_BCHW: Tensor, clean_BCHW: Tensor, noise_BCHW: Tensor, u_B: Tensor) -> Tensor:
-        """Scalar: mean of `losses_B`."""
+        """The mean of `losses_B`, scalar."""
         return self.losses_B(out_BCHW, clean_BCHW, noise_BCHW, u_B).mean()

@@ -1,12 +1,12 @@
-"""Samplers: from noise to images, with classifier-free guidance.
+"""Samplers, which turn noise into images with classifier-free guidance.
 
     predict = guided(model, labels_B, null_class, scale=1.5)
     images_BCHW = sample(predict, image_noise(seed, indices, shape), "heun", steps=50)
 
-A sampler has no randomness of its own: the caller gives the initial noise and, for ancestral sampling, the
-noise of each step, drawn per image. So an image depends on its batch only through a model whose output does: see
-`ModelConfig.images_depend_on_batch`. All images of a step share one time, which is a Python number: what depends on it
-is decided on the host, without waiting for the device.
+Samplers draw no random numbers: the caller passes the initial noise and, for ancestral sampling, the noise of each
+step, drawn for each image. So an image depends on the others of its batch only if the output of the model does, see
+`ModelConfig.images_depend_on_batch`. All images have the same time in a step. It is a Python number, so decisions that
+depend on it need not wait for the device.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from megapromoe.diffusion.objectives import (
 )
 
 Predict = Callable[[Tensor, float], Tensor]
-"""(x_BCHW, model time in [0, 1000]) -> raw output, (B, C or 2C, H, W)."""
+"""(x_BCHW, model time in [0, 1000]) -> raw output (B, C or 2C, H, W)."""
 NoiseAt = Callable[[int], Tensor]
 """Step k = 1 .. steps-1 -> unit normal (B, C, H, W)."""
 Progress = Callable[[int], None]
-"""Called with the number of steps done."""
+"""Called with the number of finished steps."""
 
 
 def guided(
@@ -41,60 +41,60 @@ def guided(
     high: float = 1.0,
     two_calls: bool = False,
 ) -> Predict:
-    """The model as a function of (x, time) for fixed labels, with classifier-free guidance.
+    """Returns the model as a function of (x, time) for fixed labels, with classifier-free guidance.
 
-    Guidance is v_null + scale · (v_cond - v_null) on all C channels of the prediction; a learned variance
-    stays the conditional's. Both passes are one model call, ordered [conditional | null], or `two_calls`. Where
-    guidance does not act (scale 1, or a time outside of the interval) only the label's own pass is made. Images
-    whose label is the null class get the null pass.
+    The guided prediction is v_null + scale · (v_cond - v_null) on all C channels; a learned variance is that of the
+    conditional pass. Both passes are one model call with the images ordered [conditional | null], or `two_calls`. If
+    guidance is not active (scale 1, or a time outside of the interval), only the conditional pass is run. Images with
+    the null class as their label get the null pass.
 
     Args:
-        model: called as model(x, t_B, labels, conditional=n) -> (raw output, aux), the first n images being
-            conditional.
-        labels_B: int64 class of each image, on the model's device.
-        null_class: the label that means "no class".
-        scale: 1 is no guidance.
-        low, high: normalised times, model time / 1000, between which guidance acts, both included.
-        two_calls: for a model whose output depends on its batch (`ModelConfig.images_depend_on_batch`): the conditional
-            images are one batch and all images under the null class another. Their number of calls depends on scale and
-            time alone, not on the labels, so that the ranks of an expert-parallel group make the same calls.
+        model: called as model(x, t_B, labels, num_conditional=n) -> (raw output, auxiliary output); the first n
+            images are conditional.
+        labels_B: class of each image, int64, on the device of the model.
+        null_class: the label of images without a class.
+        scale: guidance scale; 1 is no guidance.
+        low, high: guidance is active at times (model time / 1000) from low to high, both included.
+        two_calls: for a model whose output depends on its batch (`ModelConfig.images_depend_on_batch`): one call with
+            the conditional images and one with all images under the null class. The number of calls depends only on
+            scale and time, not on labels, so that all ranks of an expert-parallel group make the same calls.
 
     Source: Ho and Salimans 2022; Kynkäänniemi et al. 2024 (guidance interval); two calls: sample.py of the ProMoE
     release.
     """
     is_null_B = labels_B == null_class
     conditional_N = torch.nonzero(~is_null_B)[:, 0]
-    null_M = torch.nonzero(is_null_B)[:, 0]
-    everyone_B = torch.arange(len(labels_B), device=labels_B.device)
+    null_N = torch.nonzero(is_null_B)[:, 0]
+    all_B = torch.arange(len(labels_B), device=labels_B.device)
     n = len(conditional_N)
 
-    def call(x_BCHW: Tensor, time: float, rows: Tensor, conditional: int) -> Tensor:
-        """Raw output of images `rows`: the first `conditional` under their labels, the others under the null class."""
+    def call(x_BCHW: Tensor, time: float, rows: Tensor, num_conditional: int) -> Tensor:
+        """Raw output for images `rows`, the first `num_conditional` with their labels, others with the null class."""
         y = labels_B[rows].clone()
-        y[conditional:] = null_class
+        y[num_conditional:] = null_class
         t = torch.full((len(rows),), time, dtype=torch.float32, device=x_BCHW.device)
-        return model(x_BCHW[rows], t, y, conditional=conditional)[0].float()
+        return model(x_BCHW[rows], t, y, num_conditional=num_conditional)[0].float()
 
     def both_passes(x_BCHW: Tensor, time: float) -> tuple[Tensor, Tensor]:
-        """Raw outputs of the n conditional images, and of all images under the null class."""
+        """Raw outputs for the n conditional images, and for all images under the null class."""
         if not two_calls:
-            both = call(x_BCHW, time, torch.cat([conditional_N, everyone_B]), n)
+            both = call(x_BCHW, time, torch.cat([conditional_N, all_B]), n)
             return both[:n], both[n:].clone()
-        # Without conditional images the first call is of one null image, whose output is dropped.
-        first = call(x_BCHW, time, conditional_N if n else everyone_B[:1], n)
-        return first[:n], call(x_BCHW, time, everyone_B, 0)
+        # Without conditional images the first call has one null image, and its output is not used.
+        first = call(x_BCHW, time, conditional_N if n else all_B[:1], n)
+        return first[:n], call(x_BCHW, time, all_B, 0)
 
     def predict(x_BCHW: Tensor, time: float) -> Tensor:
-        acts = scale != 1 and low <= time / TIME_SCALE <= high
-        if not acts or (n == 0 and not two_calls):
-            rows_B = torch.cat([conditional_N, null_M])
+        is_active = scale != 1 and low <= time / TIME_SCALE <= high
+        if not is_active or (n == 0 and not two_calls):
+            rows_B = torch.cat([conditional_N, null_N])
             out = call(x_BCHW, time, rows_B, n)
             return torch.empty_like(out).index_copy_(0, rows_B, out)
         C = x_BCHW.shape[1]
         conditional, result = both_passes(x_BCHW, time)
         null = result[conditional_N, :C]
-        steered = torch.cat([null + scale * (conditional[:, :C] - null), conditional[:, C:]], dim=1)
-        return result.index_copy_(0, conditional_N, steered)
+        guided_N = torch.cat([null + scale * (conditional[:, :C] - null), conditional[:, C:]], dim=1)
+        return result.index_copy_(0, conditional_N, guided_N)
 
     return predict
 
@@ -109,16 +109,16 @@ def sample(
     noise_at: NoiseAt | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Images (B, C, H, W), float32, drawn by `steps` steps of a method.
+    """Returns images (B, C, H, W), float32, after `steps` steps of a method.
 
     Args:
         predict: raw output of the model, see `guided`.
-        noise_BCHW: unit normal, on the model's device.
+        noise_BCHW: unit normal, on the device of the model.
         method: "euler" or "heun" for rectified flow, "ddpm" or "ddim" for DDPM.
-        steps: number of steps; Heun calls the model twice in each but the last.
-        shift: of the noise levels, rectified flow only: the training's.
-        noise_at: "ddpm" only: unit normal of step k = 1 .. steps-1, like `noise_BCHW`.
-        progress: called after each step with the number of steps done.
+        steps: number of steps; Heun calls the model twice in each except the last.
+        shift: of the noise levels, as in training; only for rectified flow.
+        noise_at: unit normal of step k = 1 .. steps-1, like `noise_BCHW`; only for "ddpm".
+        progress: called after each step with the number of finished steps.
 
     Raises:
         ValueError: unknown method, steps out of range, or "ddpm" without `noise_at`.
@@ -154,7 +154,7 @@ def _euler(
 def _heun(
     predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
 ) -> Tensor:
-    """Heun's second-order method; the last step is Euler's, for the model learnt little at noise level 0.
+    """Heun's second-order method; the last step is Euler's, because the model is hardly trained at noise level 0.
 
     Source: Karras et al. 2022 (EDM), algorithm 1.
     """

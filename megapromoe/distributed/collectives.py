@@ -1,7 +1,6 @@
-"""Collectives that know their gradient.
+"""Differentiable collectives.
 
-A group of one costs nothing: every function returns its input untouched. Tensors must be contiguous in memory for
-the wire; the functions see to it.
+With a group of one rank every function returns its input. Inputs need not be contiguous.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from megapromoe.distributed.mesh import Group
 
 
 def _all_reduced(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum over the group, in memory of its own.
+    """The sum over the group, in a new tensor.
 
-    A view of what was reduced in place, and not that tensor itself: torch.compile of torch 2.11 gives the gradient of
-    an autograd.Function to the wrong output where its forward returns a tensor that it changed in place, without an
-    error. Source: pytorch issue 180642.
+    It returns a view of the tensor that was reduced in place. If the forward of an autograd.Function returns a tensor
+    that it changed in place, torch.compile of torch 2.11 gives the gradient to the wrong output, without an error.
+    Source: pytorch issue 180642.
     """
     out = x.contiguous().clone()
-    dist.all_reduce(out, group=group.handle)
+    dist.all_reduce(out, group=group.process_group)
     return out.view_as(out)
 
 
@@ -45,7 +44,7 @@ class _ReduceFrom(torch.autograd.Function):
         return grad, None
 
 
-class _SumOver(torch.autograd.Function):
+class _DifferentiableAllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -61,7 +60,7 @@ class _GatherLast(torch.autograd.Function):
     def forward(ctx, x, group):
         ctx.group, ctx.width = group, x.shape[-1]
         parts = [torch.empty_like(x) for _ in range(group.size)]
-        dist.all_gather(parts, x.contiguous(), group=group.handle)
+        dist.all_gather(parts, x.contiguous(), group=group.process_group)
         return torch.cat(parts, dim=-1)
 
     @staticmethod
@@ -69,109 +68,126 @@ class _GatherLast(torch.autograd.Function):
         return grad.narrow(-1, ctx.group.rank * ctx.width, ctx.width).contiguous(), None
 
 
-class Flight:
-    """An all-to-all of rows in two halves, so that other work can be enqueued between them, in both directions.
+class AsyncAllToAll:
+    """An all-to-all of rows in two calls, `start` and `wait`, between which other work is enqueued; differentiable.
 
-    Forward, the rows leave in `depart` if it is known by then how many go where, else in `arrive`; they are there when
-    `arrive` returns. Backward the gradients leave in `arrive` and are waited for in `depart`: autograd runs last what
-    was recorded first, so what the forward pass does between the two calls, its backward does while they travel.
+    Forward, `start` sends the rows if the counts are known by then, otherwise `wait` does; `wait` returns the received
+    rows. Backward runs in reverse order: the gradients are sent by the backward of `wait` and received by that of
+    `start`. So work that forward enqueues between the calls overlaps communication in both directions.
     """
 
     def __init__(self, group: Group, sizes: tuple[list[int], list[int]] | None = None):
-        """Args: `sizes`: rows to and from each rank of the group, if known already."""
+        """Prepares the all-to-all.
+
+        Args:
+            group: the ranks.
+            sizes: the number of rows to send to, and to receive from, each rank; None if not known yet.
+        """
         self.group, self.sizes = group, sizes
-        self.under_way: list[tuple[dist.Work, torch.Tensor, torch.Tensor]] = []  # at most one: what leaves, what comes
+        self._pending: list[tuple[dist.Work, torch.Tensor, torch.Tensor]] = []  # at most one: work, input, output
 
-    def depart(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (sum(send), ...). The result is for `arrive` alone."""
-        return x if self.group.size == 1 else _Depart.apply(x, self)
+    def start(self, x: torch.Tensor) -> torch.Tensor:
+        """Starts with rows (sum of rows to send, ...). The result may only be passed to `wait`."""
+        return x if self.group.size == 1 else _Start.apply(x, self)
 
-    def arrive(self, x: torch.Tensor, sizes: tuple[list[int], list[int]] | None = None) -> torch.Tensor:
-        """Rows (sum(receive), ...) of what departed, those of rank 0 first; `sizes` if they were not known before."""
+    def wait(self, x: torch.Tensor, sizes: tuple[list[int], list[int]] | None = None) -> torch.Tensor:
+        """The received rows (sum of rows to receive, ...), those of rank 0 first.
+
+        Args:
+            x: the result of `start`.
+            sizes: see `__init__`, if they were not known there.
+        """
         self.sizes = sizes or self.sizes
-        return x if self.group.size == 1 else _Arrive.apply(x, self)
+        return x if self.group.size == 1 else _Wait.apply(x, self)
 
-    def launch(self, x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """Sends rows, or gradients back. Returns what comes; it is complete after `wait`.
+    @property
+    def is_pending(self) -> bool:
+        """Whether rows have been sent and not been waited for."""
+        return bool(self._pending)
 
-        Args: `send`, `receive`: rows of `x` to, and rows of the result from, each rank of the group.
+    def send(self, x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Sends rows, or gradients. Returns the output tensor, which is complete after `receive`.
+
+        Args:
+            send: the number of rows of `x` for each rank.
+            receive: the number of rows of the output from each rank.
         """
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
-        work = dist.all_to_all_single(out, x, receive, send, group=self.group.handle, async_op=True)
-        self.under_way.append((work, x, out))
+        work = dist.all_to_all_single(out, x, receive, send, group=self.group.process_group, async_op=True)
+        self._pending.append((work, x, out))
         return out
 
-    def wait(self) -> torch.Tensor:
-        """For what was launched, which is returned; on a GPU the stream waits, not the host."""
-        work, _, out = self.under_way.pop()
+    def receive(self) -> torch.Tensor:
+        """Waits for the output of `send` and returns it; with a GPU the stream waits, not the host."""
+        work, _, out = self._pending.pop()
         work.wait()
         return out
 
 
-# Between the two, autograd is shown what leaves and not what comes: a gradient must have the shape of its tensor, and
-# back and forth travel other numbers of rows.
+# Between `start` and `wait`, autograd gets the tensor that is sent, not the one that is received: a gradient must have
+# the shape of its tensor, and the numbers of rows differ in the two directions.
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, flight):
-        ctx.flight = flight
-        if flight.sizes is not None:
-            flight.launch(x, *flight.sizes)
+    def forward(ctx, x, all_to_all):
+        ctx.all_to_all = all_to_all
+        if all_to_all.sizes is not None:
+            all_to_all.send(x, *all_to_all.sizes)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.flight.wait(), None
+        return ctx.all_to_all.receive(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, flight):
-        ctx.flight = flight
-        if not flight.under_way:
-            flight.launch(x, *flight.sizes)
-        return flight.wait()
+    def forward(ctx, x, all_to_all):
+        ctx.all_to_all = all_to_all
+        if not all_to_all.is_pending:
+            all_to_all.send(x, *all_to_all.sizes)
+        return all_to_all.receive()
 
     @staticmethod
     def backward(ctx, grad):
-        send, receive = ctx.flight.sizes
-        return ctx.flight.launch(grad, receive, send), None
+        send, receive = ctx.all_to_all.sizes
+        return ctx.all_to_all.send(grad, receive, send), None
 
 
-def copy_to(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Enters a region whose ranks each do a part of the work on the same x: identity, backward sums over the group.
+def copy_to_group(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Copies the input, equal on all ranks, to a region that divides the work: identity; backward sums over the group.
 
     Source: Megatron-LM's conjugate operator f (arXiv 1909.08053, section 3).
     """
     return x if group.size == 1 else _CopyTo.apply(x, group)
 
 
-def reduce_from(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Leaves such a region: sums the parts over the group, backward is the identity.
+def reduce_from_group(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sums the partial outputs of such a region over the group; backward is the identity.
 
     Source: Megatron-LM's conjugate operator g (arXiv 1909.08053, section 3).
     """
     return x if group.size == 1 else _ReduceFrom.apply(x, group)
 
 
-def sum_over(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sums statistics of different samples over the group; backward sums the gradients of all ranks' losses."""
-    return x if group.size == 1 else _SumOver.apply(x, group)
+def differentiable_all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Sums statistics of different samples over the group; backward sums the gradients of the losses of all ranks."""
+    return x if group.size == 1 else _DifferentiableAllReduce.apply(x, group)
 
 
-def gather_last(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Joins equal slices (..., n/size) to (..., n) on every rank; backward keeps the own slice.
+def gather_last_dim(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Concatenates equal slices (..., n/size) to (..., n) on every rank; backward returns this rank's slice.
 
-    The gradient of the whole must already be the same on every rank of the group.
+    The gradient of the result must be the same on every rank of the group.
     """
     return x if group.size == 1 else _GatherLast.apply(x, group)
 
 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
-    """Tells every rank how many rows it will get: counts (size, n) by destination -> (size, n) by source."""
+    """Exchanges numbers of rows: counts (size, n) by destination -> (size, n) by source. No gradient."""
     if group.size == 1:
         return counts
     out = torch.empty_like(counts)
-    dist.all_to_all_single(out, counts.contiguous(), group=group.handle)
+    dist.all_to_all_single(out, counts.contiguous(), group=group.process_group)
     return out

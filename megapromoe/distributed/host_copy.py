@@ -1,4 +1,4 @@
-"""Numbers that come to the host without stopping the device, or the host before it wants them."""
+"""Copies numbers to the host without stopping the device, and without the host waiting before it needs them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 
-class OnTheWay:
-    """Numbers that are copied to the host while the device, and the host, go on."""
+class AsyncHostCopy:
+    """Numbers that are copied to the host while device and host continue."""
 
     def __init__(self, numbers: Tensor):
-        self.host, self.copied = numbers, None
+        """Starts the copy of a tensor of any shape."""
+        self._host, self._copied = numbers, None
         if numbers.is_cuda:
-            self.host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self.host.copy_(numbers, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    def on_host(self) -> list:
-        """The numbers; waits for them alone, not for what was enqueued after them."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.host.tolist()
+    def result(self) -> list:
+        """The numbers as nested lists. Waits only for the copy, not for work that was enqueued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.tolist()

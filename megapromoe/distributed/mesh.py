@@ -1,7 +1,7 @@
-"""The process groups of a run, as one value.
+"""The process groups of a run.
 
-Ranks are laid out so that the most talkative neighbours are closest: tensor parallelism varies fastest, expert
-parallelism next, so both stay inside a node whenever they fit::
+Tensor parallelism varies fastest over ranks and expert parallelism next, so that the groups that communicate most are
+within a node if they fit::
 
     data × tensor      arange(world).reshape(dp, tp)
     expert             arange(world).reshape(edp, ep, etp)        etp = tp if experts are split over tp, else 1
@@ -18,14 +18,17 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks that talk to each other.
+    """Ranks that communicate with each other.
 
-    `handle` is the torch process group, or None for a group of one in a run without torch.distributed.
+    Attributes:
+        ranks: global ranks of the members.
+        rank: this rank's position in `ranks`.
+        process_group: of torch.distributed; None for a group of one rank without a job.
     """
 
     ranks: tuple[int, ...]
     rank: int
-    handle: dist.ProcessGroup | None = field(default=None, compare=False)
+    process_group: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -37,10 +40,15 @@ SINGLE_RANK = Group((0,), 0)
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where one rank stands: its groups in every direction of the layout.
+    """The groups of one rank, in every direction of the layout.
 
-    `tp` shares the matrices of a layer, `dp` holds the same matrices for other samples, `ep` holds the other
-    experts, `edp` holds the same experts for other tokens, `whole` is everyone.
+    Attributes:
+        whole: all ranks.
+        tp: tensor parallel: ranks that share the matrices of a layer.
+        dp: data parallel: ranks that have the same matrices and other samples.
+        ep: expert parallel: ranks that have other experts.
+        edp: expert data parallel: ranks that have the same experts and other tokens.
+        expert_tp: experts are split over `tp` too.
     """
 
     whole: Group
@@ -60,7 +68,7 @@ class Mesh:
 
     @property
     def etp(self) -> int:
-        """Over how many ranks each expert's width is split."""
+        """Number of ranks over which each expert is split (ETP)."""
         return self.tp.size if self.expert_tp else 1
 
 
@@ -68,9 +76,9 @@ UNSHARDED = Mesh(SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK, SINGLE_RANK
 
 
 def rank_tables(world: int, tp: int, ep: int, expert_tp: bool) -> dict[str, np.ndarray]:
-    """The ranks of every group of a layout: direction -> integer table (groups, members).
+    """The ranks of every group of a layout: direction -> integers (groups, members).
 
-    Raises ValueError if the sizes do not divide; `config.resolve` reports the same for users.
+    Raises ValueError if the sizes do not divide; `config.resolve` checks that for users.
     """
     etp = tp if expert_tp else 1
     if world % tp or world % (ep * etp):
@@ -87,18 +95,18 @@ def rank_tables(world: int, tp: int, ep: int, expert_tp: bool) -> dict[str, np.n
 
 
 def make_mesh(tp: int = 1, ep: int = 1, expert_tp: bool = False, timeout: float = 600.0) -> Mesh:
-    """Creates the groups of the running torch.distributed job, or a mesh of one without it.
+    """Creates the groups of the running torch.distributed job; without a job, a mesh of one rank. Collective.
 
-    Every group gets the time-out (seconds): a hang in any direction ends. Collective: all ranks call it.
+    Every group gets the timeout, in seconds, so that a hang in any direction ends.
     """
     if not dist.is_initialized():
         return UNSHARDED
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = {}
+    groups = {}
     for direction, table in rank_tables(world, tp, ep, expert_tp).items():
         for row in table:
             ranks = tuple(int(r) for r in row)
-            handle = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
+            process_group = dist.new_group(ranks, timeout=timedelta(seconds=timeout))
             if rank in ranks:
-                mine[direction] = Group(ranks, ranks.index(rank), handle)
-    return Mesh(**mine, expert_tp=expert_tp)
+                groups[direction] = Group(ranks, ranks.index(rank), process_group)
+    return Mesh(**groups, expert_tp=expert_tp)

@@ -1,6 +1,6 @@
-"""How a logical parameter is sliced over ranks, and what that means for its gradient and for the clip norm.
+"""How a logical parameter is sharded over ranks, and what follows for its gradient and for the clip norm.
 
-The one gradient rule table. A parameter has a logical full tensor; each rank holds a view of it:
+This is the only table of these rules. A parameter is a logical full tensor, of which each rank has a part:
 
 =====================  =====================================  =======================  ==================
 parameter              a rank holds                           gradient is summed over  then divided by
@@ -11,9 +11,9 @@ routed experts         its experts (padded to ceil(E/ep))     edp               
 routed, split over tp  its experts, 1/tp of one dimension     edp                      dp (not edp)
 =====================  =====================================  =======================  ==================
 
-The divisor is always dp: the loss is the mean over dp ranks, and an expert's rows from all of them meet on its owner.
-Gradients of replicated parameters are complete and identical on the ranks of a tp group (the regions in
-`nn/tensor_parallel.py` see to it), so a norm counts each logical element once by weighting it with 1/`replicas`.
+The divisor is always dp, because the loss is the mean over dp ranks, and the rank of an expert computes its rows of all
+of them. Gradients of replicated parameters are complete and equal on the ranks of a tp group, thanks to the regions of
+`nn/tensor_parallel.py`. So a norm counts each logical element once if it is weighted with 1/`replica_count`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from megapromoe.distributed.mesh import Group, Mesh
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Which rank of an ep group owns which of E experts: consecutive, as even as can be.
+    """Which of E experts each rank of an ep group has: consecutive ones, as evenly as possible.
 
-    E need not divide: the first E % ep ranks own one expert more. Every rank stores `slots` = ceil(E/ep) experts so
-    that all ranks run the same collectives on the same shapes; a spare slot is zero, gets no token and no gradient.
+    E need not be a multiple of ep: the first E % ep ranks have one expert more. Every rank stores `slots` = ceil(E/ep)
+    experts, so that all ranks run the same collectives with the same shapes. A spare slot is zero and gets neither
+    tokens nor a gradient.
     """
 
     experts: int
@@ -42,17 +43,17 @@ class ExpertPlacement:
         return -(-self.experts // self.ep)
 
     def owned(self, rank: int) -> range:
-        """The logical experts of the ep group's rank."""
+        """The logical experts of a rank of the ep group."""
         base, extra = divmod(self.experts, self.ep)
         start = rank * base + min(rank, extra)
         return range(start, start + base + (rank < extra))
 
     def slot_E(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Global slot (rank·slots + place) of each logical expert, int64 (E,). Copied to a device once."""
+        """Global slot (rank·slots + index) of each logical expert, int64 (E,). It is copied to a device once."""
         return _slots(self, torch.device(device))
 
     def slot_of(self, expert_R: torch.Tensor) -> torch.Tensor:
-        """Global slots of logical experts (int64): the same numbers, unless there are spare slots."""
+        """Global slots of logical experts, int64: the same numbers, unless there are spare slots."""
         return expert_R if self.experts == self.ep * self.slots else self.slot_E(expert_R.device)[expert_R]
 
 
@@ -64,7 +65,7 @@ def _slots(placement: ExpertPlacement, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Slicing of one dimension over tp. `blocks` > 1: it is that many equal blocks, each sliced (q, k, v)."""
+    """Splits one dimension over tp. With `blocks` > 1 it has so many equal blocks, each of which is split (q, k, v)."""
 
     dim: int
     blocks: int = 1
@@ -72,9 +73,13 @@ class Split:
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """How the logical parameter `name` of `shape` lives on the ranks.
+    """How the logical parameter `name` with `shape` is sharded.
 
-    `split` says what tp slices (None: nothing); `expert` says that dimension 0 is the routed experts.
+    Attributes:
+        name: of the parameter.
+        shape: of the logical tensor.
+        split: over tp; None for a parameter that tp does not split.
+        expert: dimension 0 is the routed experts.
     """
 
     name: str
@@ -82,10 +87,10 @@ class ParameterLayout:
     split: Split | None = None
     expert: bool = False
 
-    def pieces(self, mesh: Mesh) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Where this rank's tensor lies in the logical one: pairs (local region, logical region), disjoint.
+    def shard_slices(self, mesh: Mesh) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """The parts of this rank's tensor: disjoint pairs of slices, (in the local tensor, in the logical tensor).
 
-        Slots without an expert appear in no pair.
+        Spare expert slots are in no pair.
         """
         shape = self.shape
         local, logical = [slice(0, n) for n in shape], [slice(0, n) for n in shape]
@@ -99,11 +104,11 @@ class ParameterLayout:
         block, part = shape[dim] // blocks, shape[dim] // blocks // tp.size
         pairs = []
         for b in range(blocks):
-            here, there = list(local), list(logical)
-            here[dim] = slice(b * part, (b + 1) * part)
+            local_slice, logical_slice = list(local), list(logical)
+            local_slice[dim] = slice(b * part, (b + 1) * part)
             start = b * block + tp.rank * part
-            there[dim] = slice(start, start + part)
-            pairs.append((tuple(here), tuple(there)))
+            logical_slice[dim] = slice(start, start + part)
+            pairs.append((tuple(local_slice), tuple(logical_slice)))
         return pairs
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
@@ -113,35 +118,36 @@ class ParameterLayout:
             shape[0] = self.placement(mesh).slots
         split = self._split_over(mesh)
         if split is not None:
-            ways = split.blocks * mesh.tp.size
-            if shape[split.dim] % ways:
+            divisor = split.blocks * mesh.tp.size
+            if shape[split.dim] % divisor:
                 raise ValueError(
-                    f"{self.name}: dimension {split.dim} of {self.shape} does not divide by {ways}"
+                    f"{self.name}: dimension {split.dim} of {self.shape} does not divide by {divisor}"
                     f" (tp {mesh.tp.size} × {split.blocks} blocks); choose another parallel.tp"
                 )
             shape[split.dim] //= mesh.tp.size
         return tuple(shape)
 
     def placement(self, mesh: Mesh) -> ExpertPlacement:
+        """Which ranks have which experts."""
         return ExpertPlacement(self.shape[0], mesh.ep.size)
 
-    def take(self, logical: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-        """This rank's view of a logical tensor, as a new tensor; spare expert slots are zero."""
+    def local_shard(self, logical: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+        """This rank's part of a logical tensor, as a new tensor; spare expert slots are zero."""
         out = logical.new_zeros(self.local_shape(mesh))
-        for here, there in self.pieces(mesh):
-            out[here] = logical[there]
+        for local_slice, logical_slice in self.shard_slices(mesh):
+            out[local_slice] = logical[logical_slice]
         return out
 
-    def replicas(self, mesh: Mesh) -> int:
-        """How many ranks hold the same complete gradient element after the reduction over dp or edp."""
+    def replica_count(self, mesh: Mesh) -> int:
+        """How many ranks have the same complete gradient element after the reduction over dp or edp."""
         if self.expert:
             return 1 if self.split or not mesh.expert_tp else mesh.tp.size
         return 1 if self.split else mesh.tp.size
 
     def gradient_group(self, mesh: Mesh) -> Group:
-        """The ranks over which the gradient is summed (then divided by dp, see the table above)."""
+        """The ranks over which the gradient is summed; it is then divided by dp, see the table of the module."""
         return mesh.edp if self.expert else mesh.dp
 
     def _split_over(self, mesh: Mesh) -> Split | None:
-        """What the tp group of `mesh` slices, or None if every rank holds the tensor unsliced."""
+        """`split` if the tp group of `mesh` splits the tensor, else None."""
         return self.split if mesh.tp.size > 1 and (mesh.expert_tp or not self.expert) else None

@@ -1,1 +1,1 @@
-"""The optimizer side of training: one step over sharded weights, averaged weights, and DeepSpeed behind a protocol."""
+"""The optimizer step over sharded weights, averaged weights, and DeepSpeed behind an interface."""

@@ -1,8 +1,8 @@
-"""Averaged weights, sharded like the optimizer.
+"""Exponential moving average (EMA) of the weights, sharded like the optimizer.
 
-One flat fp32 tensor stands beside each of the engine's master partitions; a step is one lerp over each, without any
-traffic. At stage 0, whose partitions are the parameters, one fused lerp runs over all.
-Source: the paper's recipe, decay 0.9999.
+Each master partition of the engine has a flat fp32 tensor of averages. An update is one lerp for each partition and
+needs no communication. At stage 0, where every parameter is a partition, it is a single fused lerp. Source: the paper's
+recipe, decay 0.9999.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ class EMA:
     """ema ← decay·ema + (1 - decay)·weights after every step."""
 
     def __init__(self, engine: Engine, decay: float):
-        """Starts from the engine's current weights."""
+        """Starts with the current weights of the engine.
+
+        Args:
+            decay: per optimizer step, 0 to 1.
+        """
         self.engine, self.decay = engine, decay
         self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
 
     @torch.no_grad()
     def update(self, result: StepResult) -> None:
-        """Moves the averages towards the weights if the step was applied. Waits only where the host decides that."""
+        """Updates the averages if the step was applied. The host waits for the GPU only if it decides on clipping."""
         masters = [p.master.detach() for p in self.engine.partitions]
         if self.engine.clips_on_device:
             weight = (result.applied_on_device * (1 - self.decay)).float()
@@ -38,7 +42,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within it the model computes with the averages, not the weights. Collective; do not train within it."""
+        """Context in which the model has the averages as its weights. Collective; do not train within it."""
         self._swap()
         try:
             yield

@@ -1,7 +1,7 @@
 """DeepSpeed as a `ShardedBackend`. Everything that depends on DeepSpeed's internals is in this file.
 
-It was written against DeepSpeed 0.19.8; `INTERNALS` lists the names without a promise that it uses, and the adapter
-refuses to start where one is missing. The comments give the reason for each use.
+It was written for DeepSpeed 0.19.8. `INTERNALS` lists the undocumented names that it uses; the adapter refuses to start
+if one is missing. The comments give the reason for each use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUPPORTED = "deepspeed>=0.19.8,<0.20"
 
 
 def check_version(version: str) -> None:
-    """Raises EngineError for a version of DeepSpeed whose internals this file does not know."""
+    """Raises EngineError for a version of DeepSpeed with other internals than this file needs."""
     if not Version("0.19.8") <= Version(version) < Version("0.20.dev0"):
         raise EngineError(
             f"DeepSpeed {version} is installed, but training relies on internals of 0.19.8 to 0.19.x;"
@@ -74,28 +74,28 @@ PARAMETER_INTERNALS = ("ds_numel", "ds_process_group", "partition_numel")  # of 
 
 
 class ExpertMarker(AutoEPMoELayer):
-    """A module without weights by which DeepSpeed's engine recognises a model with expert parameters.
+    """A module without weights that makes DeepSpeed treat the model as one with expert parameters.
 
-    0.19.8 looks for instances of this class (`DeepSpeedEngine._configure_distributed_model`) and from then on goes by
-    the attributes that `_mark_experts` sets on parameters.
+    0.19.8 searches the model for an instance of its base class (`DeepSpeedEngine._configure_distributed_model`). It
+    then uses the attributes that `_mark_experts` sets on parameters.
     """
 
     def __init__(self, num_experts: int):
-        nn.Module.__init__(self)  # not the base's __init__, which builds a router and experts
+        nn.Module.__init__(self)  # skips the __init__ of the base class, which makes a router and experts
         self.num_experts = num_experts
 
     def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
-        """Does nothing: our groups are registered before the engine starts."""
+        """Does nothing: the groups are registered before the engine starts."""
 
 
 class ModelParallelUnit:
-    """The `mpu` of `deepspeed.initialize`: the groups of a model that brings its own tensor parallelism."""
+    """The `mpu` argument of `deepspeed.initialize`: the groups of a model with its own tensor parallelism."""
 
     def __init__(self, mesh: Mesh):
         self.mesh = mesh
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.tp.handle
+        return self.mesh.tp.process_group
 
     def get_model_parallel_rank(self) -> int:
         return self.mesh.tp.rank
@@ -108,7 +108,7 @@ class ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.dp.handle
+        return self.mesh.dp.process_group
 
     def get_data_parallel_rank(self) -> int:
         return self.mesh.dp.rank
@@ -118,29 +118,29 @@ class ModelParallelUnit:
 
 
 class DeepSpeedAdapter:
-    """`ShardedBackend` by DeepSpeed's engine and its ZeRO optimizers."""
+    """Implements `ShardedBackend` with DeepSpeed's engine and its ZeRO optimizers."""
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh, ds: dict[str, Any], clip: float):
         """Starts DeepSpeed's engine. Collective.
 
         Args:
             model: float32, this rank's part, with `model.layouts`.
-            ds: the file of `train.deepspeed`.
-            clip: the norm to which `step` clips gradients by `reported_norm`; 0: it does not.
+            ds: content of the file that `train.deepspeed` names.
+            clip: the norm to which `step` clips gradients, measured by `reported_norm`; 0 to not clip.
 
-        Raises EngineError where the optimizer cannot run on this machine, DeepSpeed refuses `ds`, or it lacks one of
+        Raises EngineError if the optimizer cannot run on this machine, if DeepSpeed refuses `ds`, or if it lacks one of
         `INTERNALS`.
         """
         join_job()
         _register_groups(mesh)
         _mark_experts(model, mesh)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self.optimizer = _make_optimizer(config, model)  # DeepSpeed steps this very object, whatever it wraps around it
+        self.optimizer = _make_optimizer(config, model)  # DeepSpeed wraps this object and calls its step
         settings = {
             **ds,
             "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
             "gradient_accumulation_steps": config.train.accumulation,
-            "gradient_clipping": clip,  # always given: 0.19.8 takes 1.0 where the key is absent
+            "gradient_clipping": clip,  # always set, because the default of 0.19.8 is 1.0
         }
         self._engine = _start_engine(config, model, self.optimizer, mesh, settings)
         self._stage: int = ds.get("zero_optimization", {}).get("stage", 0)
@@ -154,7 +154,7 @@ class DeepSpeedAdapter:
         self.partitions = tuple(self._make_partitions())
 
     def missing_internals(self) -> list[str]:
-        """Which of the names that this file relies on this DeepSpeed does not have; needs a running engine."""
+        """The names that this file needs and the installed DeepSpeed does not have; needs a running engine."""
         zero = self._engine.optimizer
         parameter = next(iter(self.module.parameters()))
         expected: list[tuple[Any, str, tuple[str, ...]]] = [
@@ -187,10 +187,10 @@ class DeepSpeedAdapter:
         zero = self._engine.optimizer
         if self._stage == 0:
             gradient = self.partitions[partition].optimized.grad
-            assert gradient is not None, f"no gradient of {pieces[0].name}: every parameter takes part in every step"
+            assert gradient is not None, f"no gradient of {pieces[0].name}: every parameter must be used in every step"
             return [gradient.view(-1)]
         if self._stage < 3 and zero.cpu_offload:
-            # 0.19.8 has copied them into the gradient of the master partition, which is on the host.
+            # 0.19.8 has copied the gradients into that of the master partition, on the host.
             flat = self.partitions[partition].master.grad
             assert flat is not None, "DeepSpeed made no gradient of an offloaded partition"
             return [flat[p.offset : p.offset + p.stop - p.start] for p in pieces]
@@ -205,13 +205,13 @@ class DeepSpeedAdapter:
         if self._stage == 0:
             return
         if self._stage == 3:
-            # What `step` of 0.19.8 does after the optimizer: small parameters stay gathered and are gathered again.
+            # As `step` of 0.19.8 does after the optimizer. Small parameters are kept gathered, so gather them again.
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
             return
-        # The bit16 parameters of a group are views of one flat tensor; these are its parts by data-parallel rank.
+        # The bf16 parameters of a group are views of one flat tensor; `shards` are its parts by data-parallel rank.
         for number, partition in enumerate(self.partitions):
             group = zero.real_dp_process_group[number]
             shards = zero.parallel_partitioned_bit16_groups[number]
@@ -223,10 +223,11 @@ class DeepSpeedAdapter:
         self._engine.destroy()
 
     def _replace_norm(self) -> None:
-        """Puts `reported_norm` in the place of DeepSpeed's norm, and drops its search for overflow.
+        """Replaces DeepSpeed's gradient norm by `reported_norm`, and turns off its overflow scan.
 
-        0.19.8's `step` clips by what these methods return, and skips the update where it is -1. Its own norm
-        miscounts experts under tensor parallelism, and its search reads every gradient once more.
+        `step` of 0.19.8 clips by the value that these methods return, and skips the update if it is -1. Its own norm
+        counts experts wrongly with tensor parallelism. Its overflow scan reads every gradient again, and would skip the
+        norm after an overflow.
         """
         zero = self._engine.optimizer
         if self._stage == 3:
@@ -241,7 +242,8 @@ class DeepSpeedAdapter:
             for name, p in self.module.named_parameters():
                 yield Partition(p.data.view(-1), (Piece(name, 0, p.numel(), 0),), optimized=p)
         elif self._stage == 3:
-            # Each parameter is padded to a multiple of the ranks and cut by itself; a sub-group's parts lie end to end.
+            # Each parameter is padded to a multiple of the number of ranks and sharded; the shards of a sub-group are
+            # contiguous in its partition.
             for group, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
                 pieces, offset = [], 0
                 for p in group:
@@ -251,7 +253,7 @@ class DeepSpeedAdapter:
                     offset += width
                 yield Partition(master, tuple(pieces), optimized=master)
         else:
-            # The parameters of a group lie end to end, padded for alignment; the whole is cut into equal partitions.
+            # The parameters of a group are contiguous, with padding for alignment, and split into equal partitions.
             for number, master in enumerate(zero.single_partition_of_fp32_groups):
                 width = zero.partition_size[number]
                 first = dist.get_rank(zero.real_dp_process_group[number]) * width
@@ -265,10 +267,10 @@ class DeepSpeedAdapter:
 
 
 def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, mesh: Mesh, settings: dict[str, Any]):
-    """DeepSpeed's engine. Raises EngineError with the reason where DeepSpeed refuses its settings.
+    """Starts DeepSpeed's engine. Raises EngineError with the reason if DeepSpeed refuses its settings.
 
-    It checks them in many places, by assertions and errors of every class, so all of them are taken for a refusal
-    except those of memory and communication.
+    DeepSpeed checks them in many places, with assertions and errors of every class. So every error except those of
+    memory and communication is reported as a refusal.
     """
     try:
         engine, *_ = deepspeed.initialize(
@@ -290,31 +292,34 @@ def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, 
 
 
 def join_job() -> None:
-    """Lets DeepSpeed's wrappers join the running torch.distributed job."""
+    """Makes DeepSpeed use the running torch.distributed job."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # 0.19.8 compiles its shared-memory collectives at every start on a CPU, and crashes without a compiler.
+    # 0.19.8 would compile its shared-memory collectives at every start on a CPU, and crash without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    # 0.19.8 calls collectives by deprecated names, hundreds of times a start.
+    # 0.19.8 calls collectives by deprecated names, which would print hundreds of warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def _register_groups(mesh: Mesh) -> None:
-    """Registers our expert groups. 0.19.8 would make groups of other ranks, without time-outs; it takes those that it
-    finds in these tables under the name of an expert-parallel size."""
+    """Registers the expert groups of the mesh in DeepSpeed's tables.
+
+    Otherwise 0.19.8 would make groups with other ranks and without timeouts. It uses the groups that these tables have
+    under the name of the expert-parallel size.
+    """
     name = f"ep_size_{mesh.ep.size}"
     for table in _GROUP_TABLES:
         getattr(deepspeed_groups, table).clear()
-    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.handle
+    deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.process_group
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ep.ranks)
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.handle
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.process_group
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
 
 
 def _mark_experts(model: DiT, mesh: Mesh) -> None:
-    """Marks routed experts, so that they are reduced and sharded over the expert-data-parallel group.
+    """Marks routed experts, so that DeepSpeed reduces and shards them over the expert-data-parallel group.
 
-    `allreduce` and `group_name` are read at stages 1 and 2, the two others at stage 3.
+    It reads `allreduce` and `group_name` at stages 1 and 2, the two other attributes at stage 3.
     """
     name = f"ep_size_{mesh.ep.size}"
     marks = {
@@ -332,9 +337,9 @@ def _mark_experts(model: DiT, mesh: Mesh) -> None:
 
 
 def _make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
-    """AdamW over parameter groups that keep experts apart, as 0.19.8 requires of a model with experts.
+    """AdamW with parameter groups of their own for experts, which 0.19.8 requires for a model with experts.
 
-    Raises EngineError where `train.optimizer` cannot run on this machine.
+    Raises EngineError if `train.optimizer` cannot run on this machine.
     """
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "dense"})
     t = config.train

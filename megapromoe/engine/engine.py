@@ -1,16 +1,16 @@
-"""Our model, its optimizer and its shards, driven one optimizer step at a time.
+"""Runs optimizer steps of a model whose gradients, optimizer states and parameters are sharded.
 
-DeepSpeed, behind `ShardedBackend`, shards gradients, optimizer states and (stage 3) parameters. It reduces gradients
-over the data-parallel group, and over the expert-data-parallel group for routed experts, both divided by the
-data-parallel size. What it does not get right for experts and tensor parallelism together is done here:
+DeepSpeed, behind `ShardedBackend`, shards gradients, optimizer states and (at stage 3) parameters. It sums gradients
+over the data-parallel group, or over the expert-data-parallel group for routed experts, and divides both by the
+data-parallel size. This module replaces what DeepSpeed computes wrongly or slowly with experts and tensor parallelism:
 
-* **The norm.** One formula for every stage (`_reduce_gradient_norm`) replaces DeepSpeed's, which miscounts experts at
-  stage 0 and under tensor parallelism. Where it is not finite, all ranks skip the update.
-* **Clipping and skipping** happen on the device where torch's fused AdamW updates ZeRO's shards there: its kernel takes
-  both as tensors, so the host does not wait during a step, and reads what it did later (`StepResult`). At stage 0, with
-  other optimizers and with offloaded ones the host decides, and waits for the norm.
-* **Masters.** In bf16, DeepSpeed would start its fp32 masters from values rounded to bf16; they get the exact ones.
-  Buffers keep their values in fp32.
+* **Gradient norm.** One formula for every stage (`_reduce_gradient_norm`) replaces DeepSpeed's, which counts experts
+  wrongly at stage 0 and with tensor parallelism. If the norm is not finite, all ranks skip the update.
+* **Clipping and skipping** are decided on the device if torch's fused AdamW updates ZeRO's shards. Its
+  kernel takes both decisions as tensors, so the host does not wait during a step and reads the result later
+  (`StepResult`). At stage 0, with other optimizers and with offloading, the host waits for the norm and decides.
+* **Masters.** In bf16, DeepSpeed would initialise its fp32 masters with values that are rounded to bf16. This module
+  sets the exact values, and keeps buffers in fp32.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from megapromoe.engine.protocol import Partition, Piece, ShardedBackend
 from megapromoe.engine.step_result import StepResult
 from megapromoe.nn.dit import DiT
 
-# What the loss of a micro-step is made of: (prediction, auxiliary output) -> (scalar to differentiate, report).
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+"""(prediction, auxiliary output) -> (scalar to differentiate, what `Engine.micro_step` returns)."""
 
 
 class Engine:
@@ -40,16 +40,21 @@ class Engine:
 
     Attributes:
         stage: the ZeRO stage, 0 to 3.
-        layouts: of every parameter, by name.
-        clips_on_device: clipping and skipping are decided on the device, without the host.
+        layouts: parameter name -> layout.
+        clips_on_device: whether clipping and skipping are decided on the device, without waiting.
     """
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh):
-        """Wraps `model` (fp32, this rank's part, with `model.layouts`). Collective.
+        """Wraps a model. Collective.
 
-        Raises ConfigError for a refused `train.deepspeed`, and EngineError where this machine cannot run it.
+        Args:
+            model: float32, this rank's part, with `model.layouts`.
+            config: of the run.
+            mesh: of the run.
+
+        Raises ConfigError for an invalid `train.deepspeed`, and EngineError if this machine cannot run it.
         """
-        # It takes seconds to import, so whoever needs only the types of this file is spared it.
+        # Imported late: it takes seconds, and other modules need only the types of this one.
         from megapromoe.engine.deepspeed_adapter import DeepSpeedAdapter
 
         ds = load_deepspeed(config)
@@ -65,7 +70,7 @@ class Engine:
 
         clip = config.train.clip if backend_clips else 0.0
         self._backend: ShardedBackend = DeepSpeedAdapter(model, config, mesh, ds, clip)
-        for name, buffer in buffers.items():  # rounded to bf16, a running mean would stand still
+        for name, buffer in buffers.items():  # in bf16 a running mean would not change any more
             owner, _, attribute = name.rpartition(".")
             self.module.get_submodule(owner)._buffers[attribute] = buffer
         pieces = [piece for partition in self.partitions for piece in partition.pieces]
@@ -78,18 +83,25 @@ class Engine:
 
     @property
     def module(self) -> DiT:
-        """The model; under stage 3 its parameters are empty outside of its own forward."""
+        """The model; at stage 3 its parameters are empty outside of its forward and backward."""
         return self._backend.module
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
-        """This rank's part of the fp32 weights. Whoever writes to them calls `sync_parameters_from_masters`."""
+        """This rank's part of the fp32 weights. After writing to them, call `sync_parameters_from_masters`."""
         return self._backend.partitions
 
     def micro_step(self, *inputs: Any, loss: Loss) -> Tensor:
-        """Forward, `loss(prediction, auxiliary) -> (scalar, report)`, backward; returns the report.
+        """Runs forward, loss and backward of a micro-batch.
 
-        Gradients add up over `train.accumulation` calls; each counts as 1/accumulation.
+        Gradients are accumulated over `train.accumulation` calls, each weighted with 1/accumulation.
+
+        Args:
+            inputs: of the model.
+            loss: (prediction, auxiliary output) -> (scalar to differentiate, report).
+
+        Returns:
+            the report.
         """
         prediction, auxiliary = self._backend.forward(*inputs)
         total, report = loss(prediction, auxiliary)
@@ -97,25 +109,25 @@ class Engine:
         return report
 
     def finish_micro_step(self) -> None:
-        """Ends a micro-step before the last of an update; `step` ends the last."""
+        """Ends a micro-step that is not the last of an update; `step` ends the last."""
         self._backend.step()
 
-    def step(self, lr: float, loss: Tensor | None = None, stop: bool = False, largest: float = math.inf) -> StepResult:
-        """One AdamW update after the last micro-step, with the gradient clipped to `train.clip`. Collective.
+    def step(self, lr: float, loss: Tensor | None = None, stop: bool = False, max_norm: float = math.inf) -> StepResult:
+        """Applies one AdamW update after the last micro-step, with the gradient clipped to `train.clip`. Collective.
 
-        Where the gradient's norm is not finite, or larger than `largest`, or `loss` is not finite on any rank, no rank
-        changes anything.
+        All ranks skip the update if the gradient norm is not finite or larger than `max_norm`, or if `loss` is not
+        finite on any rank.
 
         Args:
-            lr: learning rate of the update.
-            loss: the total on this rank, with auxiliary losses, checked for being finite.
-            stop: this rank would like to end after the step. The result says whether any rank does; it travels with the
-                norm, in the same collective.
-            largest: norm above which the step counts as a spike and is skipped.
+            lr: learning rate.
+            loss: total loss of this rank with auxiliary losses, scalar; the update is skipped if it is not finite.
+            stop: this rank requests to end the run after the step. `StepResult.stop` is true if any rank does. It is
+                reduced with the norm, in the same collective.
+            max_norm: a step with a larger gradient norm is a spike and is skipped.
         """
         for group in self._backend.optimizer.param_groups:
             group["lr"] = lr
-        result = StepResult(self._reduce_gradient_norm(loss, stop), largest)
+        result = StepResult(self._reduce_gradient_norm(loss, stop), max_norm)
         if self.clips_on_device:
             self._clip_on_device(result)
         else:
@@ -124,20 +136,22 @@ class Engine:
         return result
 
     def _clip_on_device(self, result: StepResult) -> None:
-        """Sets what torch's fused AdamW divides gradients by, and whether it skips the update."""
+        """Sets the divisor of the gradients in torch's fused AdamW, and whether it skips the update."""
         clip = self.config.train.clip
         norm = result.norm_on_device
         scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
-        optimizer: Any = self._backend.optimizer  # attributes that torch's GradScaler sets, not declared by the class
+        optimizer: Any = (
+            self._backend.optimizer
+        )  # torch's GradScaler sets these attributes, which the class does not declare
         optimizer.grad_scale = scale.float()
         optimizer.found_inf = (~result.applied_on_device).float()
 
     def _clip_on_host(self, result: StepResult) -> None:
-        """Clips at stage 0; at others the backend does, by the norm that it is given."""
+        """Clips at stage 0; at other stages sets the norm by which the backend clips."""
         self._backend.reported_norm = torch.tensor(result.norm if result.applied else -1.0)
         if self.stage:
             return
-        if not result.applied:  # AdamW passes over parameters without a gradient
+        if not result.applied:  # AdamW skips parameters without a gradient
             for p in self.module.parameters():
                 p.grad = None
         elif self.config.train.clip:
@@ -145,44 +159,44 @@ class Engine:
             torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], scale)
 
     def _reduce_gradient_norm(self, loss: Tensor | None, stop: bool) -> Tensor:
-        """The sum of squares of the whole averaged gradient, and the votes to stop: (2,) float64. Collective.
+        """The sum of squares of the averaged gradient, and the number of stop requests: (2,) float64. Collective.
 
-        Every logical element counts once, at every stage and layout: squares are summed over all ranks' parts, each
-        divided by the number of ranks that hold the same part. Not finite if any rank's loss is not.
+        Every logical element counts once at every stage and layout: the squares of all ranks' pieces are summed, each
+        divided by the number of ranks that have the same piece. Not finite if the loss of any rank is not.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._backend.device)
         if loss is not None:
             total += 0.0 * loss
         norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
         total += torch.stack(norms).square() @ self._replica_weights
-        squares_and_votes = torch.stack([total, torch.full_like(total, float(stop))])
-        dist.all_reduce(squares_and_votes, group=self.mesh.whole.handle)
-        return squares_and_votes
+        squares_and_stops = torch.stack([total, torch.full_like(total, float(stop))])
+        dist.all_reduce(squares_and_stops, group=self.mesh.whole.process_group)
+        return squares_and_stops
 
     def reduced_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """This rank's part of the averaged gradients, between the last micro-step and the step.
+        """This rank's part of the averaged gradients; call it between the last micro-step and the step.
 
         Yields:
-            a piece and its gradient, flat (stop - start,).
+            pieces with their gradients, flat (stop - start,).
         """
         for number, partition in enumerate(self.partitions):
             for piece, gradient in zip(partition.pieces, self._backend.gradients(number), strict=True):
                 yield piece, gradient[: piece.stop - piece.start]
 
     def replica_count(self, name: str) -> int:
-        """How many ranks hold the same piece of a parameter's gradient, master and moments."""
+        """How many ranks have the same piece of a parameter's gradient, master and moments."""
         layout = self.layouts[name]
         unsharded = layout.gradient_group(self.mesh).size if self.stage == 0 else 1
-        return layout.replicas(self.mesh) * unsharded
+        return layout.replica_count(self.mesh) * unsharded
 
     def is_writer(self, name: str) -> bool:
-        """Whether this rank, of those that hold the same piece of a parameter, is the one that saves it."""
+        """Whether this rank saves its pieces of a parameter, among the ranks that have the same pieces."""
         layout = self.layouts[name]
-        first_copy = self.mesh.tp.rank == 0 or layout.replicas(self.mesh) == 1
+        first_copy = self.mesh.tp.rank == 0 or layout.replica_count(self.mesh) == 1
         return first_copy and (self.stage > 0 or layout.gradient_group(self.mesh).rank == 0)
 
     def moments(self, partition: Partition) -> dict[str, Tensor]:
-        """AdamW's `exp_avg` and `exp_avg_sq` of a partition, flat; made (zero) if there was no step yet."""
+        """AdamW's `exp_avg` and `exp_avg_sq` of a partition, flat; initialised with zeros before the first step."""
         key = partition.optimized
         state = self._backend.optimizer.state[key]
         for name in ("exp_avg", "exp_avg_sq"):
@@ -193,7 +207,7 @@ class Engine:
         return {name: state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")}
 
     def set_optimizer_step(self, step: int) -> None:
-        """Sets AdamW's step count, on which its bias correction depends."""
+        """Sets the step count of AdamW, which determines its bias correction."""
         optimizer = self._backend.optimizer
         for partition in self.partitions:
             self.moments(partition)
@@ -204,16 +218,16 @@ class Engine:
                 group["step"] = step
 
     def sync_parameters_from_masters(self) -> None:
-        """Copies masters that were written to into the parameters that the model computes with. Collective."""
+        """Copies the masters into the parameters of the model, after writing to the masters. Collective."""
         self._backend.sync_parameters_from_masters()
 
     def close(self) -> None:
-        """Frees the backend's hooks and buffers."""
+        """Frees the hooks and buffers of the backend."""
         self._backend.close()
 
     @torch.no_grad()
     def _write_masters(self, name: str, value: Tensor) -> None:
-        """Writes this rank's whole parameter `name` into the pieces of it that its partitions hold."""
+        """Writes this rank's parameter `name` into those pieces of it that its partitions have."""
         for partition in self.partitions:
             for piece in partition.pieces:
                 if piece.name == name:
@@ -221,5 +235,5 @@ class Engine:
                     target.copy_(value.view(-1)[piece.start : piece.stop])
 
     def _counts_steps_by_group(self) -> bool:
-        """Whether the optimizer keeps its step count in the parameter group, as apex and DeepSpeed do."""
+        """Whether the optimizer has its step count in the parameter group, as those of apex and DeepSpeed."""
         return self.config.train.optimizer != "torch"

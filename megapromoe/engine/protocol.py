@@ -1,6 +1,6 @@
-"""What the engine needs of the library that shards it: partitions of the optimizer, and the few calls of a step.
+"""The interface of the library that shards the model: the partitions of the optimizer and the calls of a step.
 
-`deepspeed_adapter.py` implements `ShardedBackend` by DeepSpeed. The rest of the package sees partitions alone.
+`deepspeed_adapter.py` implements `ShardedBackend` with DeepSpeed. The rest of the package uses partitions only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megapromoe.nn.dit import DiT
 
 
 class EngineError(UserError):
-    """This machine, or what is installed on it, cannot train what the configuration asks for."""
+    """The configuration cannot be trained on this machine or with the installed packages."""
 
     exit_code = ExitCode.MISCONFIGURED
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of this rank's flattened parameter `name`, at [offset, ...) of a partition."""
+    """Elements [start, stop) of this rank's flattened parameter `name`, which begin at `offset` in a partition."""
 
     name: str
     start: int
@@ -32,12 +32,12 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Partition:
-    """A flat fp32 tensor that this rank's optimizer updates, and which parameters lie where in it.
+    """A flat fp32 tensor that this rank's optimizer updates, and the parameters that it consists of.
 
     Args:
         master: the fp32 weights, (elements,). At ZeRO stage 0 a view of a parameter.
-        pieces: parts of parameters in `master`, by ascending offset; what lies between and after them is padding.
-        optimized: the tensor that the optimizer holds, by which its state is keyed: `master` or what it is a view of.
+        pieces: parts of parameters in `master`, by ascending offset; elements between and after them are padding.
+        optimized: the key of the optimizer's state: `master`, or the parameter that it is a view of.
     """
 
     master: Tensor
@@ -60,30 +60,30 @@ class ShardedBackend(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the model."""
 
     @property
     def module(self) -> DiT:
-        """The model; at stage 3 its parameters are empty outside of its own forward and backward."""
+        """The model; at stage 3 its parameters are empty outside of its forward and backward."""
 
     def forward(self, *inputs: Any) -> Any:
-        """What the model returns for `inputs`."""
+        """Runs the model on `inputs` and returns its result."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds up gradients, averaged over data-parallel ranks and micro-steps, and reduces them in the last one."""
+        """Accumulates gradients, averaged over data-parallel ranks and micro-steps; reduces them in the last one."""
 
     def step(self) -> None:
-        """Ends a micro-step; the last one of an update also clips, and runs the optimizer."""
+        """Ends a micro-step; after the last one of an update also clips and runs the optimizer."""
 
     def gradients(self, partition: int) -> list[Tensor]:
         """The averaged gradients of a partition's pieces after the last micro-step.
 
         Returns:
-            a flat tensor for each piece, of its elements or, if the piece ends in padding, more.
+            a flat tensor for each piece; it has more elements than the piece if padding follows.
         """
 
     def sync_parameters_from_masters(self) -> None:
-        """Copies changed masters to the parameters that the model computes with. Collective."""
+        """Copies changed masters into the parameters of the model. Collective."""
 
     def close(self) -> None:
         """Frees hooks and buffers."""

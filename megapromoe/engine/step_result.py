@@ -7,44 +7,51 @@ from functools import cached_property
 
 from torch import Tensor
 
-from megapromoe.distributed.host_copy import OnTheWay
+from megapromoe.distributed.host_copy import AsyncHostCopy
 
 
 class StepResult:
-    """What a step did, the same on every rank. The first read of `norm`, `applied` or `stop` waits for the device."""
+    """The result of a step, the same on every rank.
 
-    def __init__(self, squares_and_votes: Tensor, largest: float):
-        """Args: the sum of squares of the whole gradient and the number of ranks that ask to stop, (2,) float64;
-        the largest norm that is not a spike."""
-        self._on_device, self._copy = squares_and_votes, OnTheWay(squares_and_votes)
-        self._largest = largest
+    The first read of `norm`, `applied` or `stop` waits for the device.
+    """
+
+    def __init__(self, squares_and_stops: Tensor, max_norm: float):
+        """Starts the copy to the host.
+
+        Args:
+            squares_and_stops: the sum of squares of the gradient and the number of stop requests, (2,) float64.
+            max_norm: the largest norm that is not a spike.
+        """
+        self._on_device, self._host_copy = squares_and_stops, AsyncHostCopy(squares_and_stops)
+        self._max_norm = max_norm
 
     @cached_property
     def norm_on_device(self) -> Tensor:
-        """`norm`, on the device."""
+        """`norm` as a tensor on the device."""
         return self._on_device[0].sqrt()
 
     @cached_property
     def applied_on_device(self) -> Tensor:
-        """`applied`, on the device."""
-        return self.norm_on_device.isfinite() & (self.norm_on_device <= self._largest)
+        """`applied` as a tensor on the device."""
+        return self.norm_on_device.isfinite() & (self.norm_on_device <= self._max_norm)
 
     @cached_property
-    def _norm_and_votes(self) -> tuple[float, float]:
-        total, votes = self._copy.on_host()
-        return math.sqrt(total), votes
+    def _norm_and_stops(self) -> tuple[float, float]:
+        total, stops = self._host_copy.result()
+        return math.sqrt(total), stops
 
     @property
     def norm(self) -> float:
-        """Of the whole gradient before clipping."""
-        return self._norm_and_votes[0]
+        """The norm of the gradient before clipping."""
+        return self._norm_and_stops[0]
 
     @property
     def applied(self) -> bool:
-        """False where the norm was not finite, or too large: then nothing changed."""
-        return math.isfinite(self.norm) and self.norm <= self._largest
+        """Whether the weights were updated: the norm was finite and not a spike."""
+        return math.isfinite(self.norm) and self.norm <= self._max_norm
 
     @property
     def stop(self) -> bool:
-        """Whether any rank asked to stop."""
-        return self._norm_and_votes[1] > 0
+        """Whether any rank requested to stop."""
+        return self._norm_and_stops[1] > 0

@@ -1,1 +1,1 @@
-"""The network: DiT, its layers, tensor parallelism, and how a model is built for a mesh."""
+"""The network: DiT, its layers, tensor parallelism, and building a model for a mesh."""

@@ -1,9 +1,9 @@
-"""torch.compile of what is dense: everything but the routers and the dispatch, whose sizes follow the data.
+"""Applies torch.compile to the parts of the model whose shapes do not depend on the routing.
 
-The compiled stretches are functions of their own, so graphs break between them, at the dispatch, and nowhere else. Each
-sees shapes that are the same in every step: a whole micro-batch. But one: what follows a grouped product of the routed
-experts, bias and GELU, is compiled for any number of rows. What else sees only some of the images stays eager: the
-unconditional expert and the routers. So does evaluation, which has batches of other sizes.
+Each compiled region is a function of its own, so the graph breaks only between them: at the routers and at the
+dispatch. All but one have the same shapes in every step, those of a whole micro-batch. The exception is the epilogue of
+the routed experts' grouped products (bias and GELU), which is compiled for any number of rows. Code that runs on a part
+of the images stays eager: the routers and the unconditional expert. So does evaluation, whose batches have other sizes.
 """
 
 from __future__ import annotations
@@ -24,32 +24,38 @@ _LONG_SEQUENCE = 4096
 
 
 def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
-    """Replaces the model's dense stretches by compiled ones, in training mode.
+    """Replaces the dense functions of the model by compiled ones, which are used in training mode.
 
-    Compilation happens at the first step; blocks of one kind share what is compiled. Raises, at the first step, torch's
-    error where a stretch cannot be compiled whole. `backend`: of torch.compile.
+    They are compiled in the first step; blocks of the same kind share the compiled code.
+
+    Args:
+        model: eager.
+        backend: of torch.compile.
+
+    Raises, in the first step, torch's error if a function cannot be compiled as a whole.
     """
-    stretches: list[tuple[nn.Module, str]] = [(model, "embed"), (model.final_layer, "forward")]
+    regions: list[tuple[nn.Module, str]] = [(model, "embed"), (model.final_layer, "forward")]
     for block in model.blocks:
-        stretches += [(block, "attend"), (block, "add")]
+        regions += [(block, "attention_half"), (block, "residual")]
         if isinstance(block.mlp, Mlp):
-            stretches.append((block.mlp, "forward"))
+            regions.append((block.mlp, "forward"))
     for module in model.modules():
         if isinstance(module, MoE):
-            stretches += [(mlp, "hidden") for mlp in mlps_of(module.shared)]
-    for owner, name in stretches:
-        setattr(owner, name, _in_training(model, getattr(owner, name), backend, _options(model, backend)))
+            regions += [(mlp, "hidden") for mlp in mlps_of(module.shared)]
+    for module, name in regions:
+        setattr(module, name, _in_training(model, getattr(module, name), backend, _options(model, backend)))
     for module in model.modules():
         if isinstance(module, ExpertLinear):
-            module.finish = _any_rows(model, module.finish, backend)
+            module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
 
 
 def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
-    """Options of torch.compile that keep gradients right.
+    """Options of torch.compile that avoid wrong gradients.
 
-    On GPUs, inductor of torch 2.10 to 2.14 fuses the reductions of a LayerNorm's backward with those of the shift and
-    scale after it, where a micro-batch is one image of at least 4096 tokens, and leaves the gradients of some slices of
-    the modulation unwritten, without an error. Without that fusion they are right. Source: pytorch issue 193061.
+    On GPUs, inductor of torch 2.10 to 2.14 fuses the reductions in the backward of a LayerNorm with those of the shift
+    and scale after it, if a micro-batch is one image of at least 4096 tokens. It then leaves the gradients of some
+    slices of the modulation unwritten, without an error. The option turns this fusion off. Source: pytorch issue
+    193061.
     """
     if backend != "inductor" or model.config.tokens < _LONG_SEQUENCE:
         return None
@@ -59,23 +65,23 @@ def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
 def _in_training(
     model: nn.Module, eager: Callable, backend: str | Callable, options: dict[str, Any] | None
 ) -> Callable:
-    # Shapes that change raise instead of compiling again and again.
-    fast = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False, options=options)
+    # With dynamic=False a change of shape raises an error instead of compiling again and again.
+    compiled = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False, options=options)
 
-    def stretch(*arguments):
-        return (fast if model.training else eager)(*arguments)
+    def region(*arguments):
+        return (compiled if model.training else eager)(*arguments)
 
-    return stretch
+    return region
 
 
-def _any_rows(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
-    fast = torch.compile(eager, backend=backend, fullgraph=True)
+def _any_number_of_rows(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
+    compiled = torch.compile(eager, backend=backend, fullgraph=True)
 
-    def finish(y_RF, bias_EF, expert_R):
-        if not model.training or y_RF.shape[0] < 2:  # torch compiles anew for a size of 1
+    def epilogue(y_RF, bias_EF, expert_R):
+        if not model.training or y_RF.shape[0] < 2:  # torch compiles a second time for a size of 1
             return eager(y_RF, bias_EF, expert_R)
         torch._dynamo.mark_dynamic(y_RF, 0)
         torch._dynamo.mark_dynamic(expert_R, 0)
-        return fast(y_RF, bias_EF, expert_R)
+        return compiled(y_RF, bias_EF, expert_R)
 
-    return finish
+    return epilogue

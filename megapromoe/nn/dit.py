@@ -1,7 +1,7 @@
-"""DiT with experts: one model for ProMoE, its ablations, its baselines and dense DiT; the config says which.
+"""DiT with experts: one model for ProMoE, its ablations, its baselines and dense DiT, selected by the configuration.
 
-`DiT(config)` describes the whole model at its logical shapes; build it under `torch.device("meta")` and let
-`parallelize.build` make this rank's part of it.
+`DiT(config)` makes the whole model at its logical shapes, usually on the meta device; `parallelize.build` then
+allocates this rank's part of it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from megapromoe.nn.layers import (
     position_table,
 )
 from megapromoe.nn.moe.guided_routers import NO_SUPERCLASS
-from megapromoe.nn.moe.layer import MoE, fan_out
-from megapromoe.nn.moe.routers import Routed
-from megapromoe.nn.moe.routing_cache import Decisions
+from megapromoe.nn.moe.layer import MoE, split_conditional
+from megapromoe.nn.moe.routers import RouterOutput
+from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.tensor_parallel import GatheredLinear
 
 
-class Auxiliary(NamedTuple):
-    """What a forward pass says beside its prediction.
+class AuxiliaryOutput(NamedTuple):
+    """What a forward pass returns besides the prediction, for M MoE layers.
 
-    `losses` name -> (MoE layers,), weighted, to be summed into the training loss; empty in eval mode.
-    `load` rows per expert and MoE layer, `gate` mean weight per MoE layer, `dropped` share of this rank's rows that
-    found no room (None: nothing is ever dropped); all without gradient, for logs.
+    `losses`: name -> weighted losses (M,), to be added to the training loss; empty in eval mode. For logs, without
+    gradients: `load_ME` rows of each expert; `weight_M` mean routing weight; `dropped_M` share of this rank's rows that
+    were dropped, None for dispatchers that drop none.
     """
 
     losses: dict[str, Tensor]
-    load_LE: Tensor
-    gate_L: Tensor
-    dropped_L: Tensor | None = None
+    load_ME: Tensor
+    weight_M: Tensor
+    dropped_M: Tensor | None = None
 
     def total(self) -> Tensor | float:
         """The sum of all auxiliary losses."""
@@ -52,7 +52,7 @@ class Auxiliary(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and an MLP or MoE, each normalised, modulated by the condition and gated (adaLN-Zero)."""
+    """Attention and an MLP or MoE layer, each with normalisation, modulation and a residual gate (adaLN-Zero)."""
 
     def __init__(self, config: ModelConfig, moe: bool):
         super().__init__()
@@ -64,54 +64,59 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), GatheredLinear(D, 6 * D))
         self.recompute = "none"
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: int) -> tuple[Tensor, Routed | None]:
-        """Tokens (B, S, D), condition (B, D), labels -> tokens, and what the router said (None for a dense block).
+    def forward(
+        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """Applies the block to tokens (B, S, D) with conditions (B, D).
 
-        `recompute` says which activations are dropped and made again in backward: of "moe" layers, of both halves of
-        "blocks" but not the router's, or "all", so that a block keeps its input and what its router decided.
+        Returns the tokens, and the output of the router (None for a dense block).
+
+        In training, `recompute` selects what is freed after forward and computed again in backward: "moe" the MoE
+        layer; "blocks" both halves of the block, but not its router; "all" the block, which keeps its input and the
+        decisions of its router.
         """
-        run = self._checkpointed if self._again("all") else self._plain
-        return run(self.run, x_BSD, c_BD, y_B, conditional, Decisions())
+        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache()
+        return self._call(self.forward_with_cache, *arguments, recompute=self._recomputes("all"))
 
-    def run(
-        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: int, decided: Decisions
-    ) -> tuple[Tensor, Routed | None]:
-        """`forward`; a second pass over a batch with the same `decided` routes as the first did."""
-        halves = self._checkpointed if self._again("blocks") else self._plain
-        x_BSD, h_BSD, gate_BD = halves(self.attend, x_BSD, c_BD)
+    def forward_with_cache(
+        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, routing_cache: RoutingCache
+    ) -> tuple[Tensor, RouterOutput | None]:
+        """`forward`; a second pass with the same cache uses the routing decisions of the first."""
+        recompute = self._recomputes("blocks")
+        x_BSD, h_BSD, gate_BD = self._call(self.attention_half, x_BSD, c_BD, recompute=recompute)
         if isinstance(self.mlp, Mlp):
-            return self.add(x_BSD, gate_BD, halves(self.mlp, h_BSD)), None
-        h_BSD, routable_BSD, _ = fan_out(h_BSD, self.mlp.routable(h_BSD, conditional))
-        routed = self.mlp.route(routable_BSD, conditional, y_B, decided)
-        moe = self._checkpointed if self._again("moe", "blocks") else self._plain
-        # Without what the experts do not look at, for a checkpoint keeps all it is given.
-        y_BSD = moe(self.mlp, h_BSD, routed._replace(contrast=None), conditional)
-        return self.add(x_BSD, gate_BD, y_BSD), routed
+            return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute)), None
+        num_routed = self.mlp.num_routed_images(h_BSD, num_conditional)
+        h_BSD, routed_BSD, _ = split_conditional(h_BSD, num_routed)
+        routed = self.mlp.route(routed_BSD, num_conditional, y_B, routing_cache)
+        # Without the inputs of the contrastive loss, which a checkpoint would keep although the experts do not use
+        # them.
+        arguments = h_BSD, routed._replace(contrastive_inputs=None), num_conditional
+        y_BSD = self._call(self.mlp, *arguments, recompute=self._recomputes("moe", "blocks"))
+        return self.residual(x_BSD, gate_BD, y_BSD), routed
 
-    def _again(self, *policies: str) -> bool:
-        return self.training and self.recompute in policies
-
-    def attend(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The block up to its MLP: tokens so far, the MLP's input, the MLP's output gate."""
+    def attention_half(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block up to its MLP: the residual stream, the MLP's input, and the MLP's residual gate (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
         return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2
 
-    def add(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
-        """The residual connection around the MLP or MoE."""
+    def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
+        """The residual connection around the MLP or MoE layer, with its residual gate."""
         return x_BSD + gate_BD.unsqueeze(1) * y_BSD
 
-    @staticmethod
-    def _plain(f: Callable, *args: Any) -> Any:
-        return f(*args)
+    def _recomputes(self, *policies: str) -> bool:
+        return self.training and self.recompute in policies
 
     @staticmethod
-    def _checkpointed(f: Callable, *args: Any) -> Any:
-        return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+    def _call(function: Callable, *arguments: Any, recompute: bool) -> Any:
+        if recompute:
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
 
 
 class FinalLayer(nn.Module):
-    """Normalise, modulate, project each token to its patch: (B, S, D) -> (B, S, p·p·channels)."""
+    """Normalises, modulates, and projects each token to its patch: (B, S, D) -> (B, S, p·p·channels)."""
 
     def __init__(self, width: int, patch: int, channels: int):
         super().__init__()
@@ -129,7 +134,7 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
     layouts: dict[str, ParameterLayout]
-    """Of every parameter, by its name; set by `parallelize.build`."""
+    """Parameter name -> layout; set by `parallelize.build`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -143,43 +148,45 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(D, config.patch_size, self.channels)
         self.register_buffer("pos_embed", torch.empty(1, config.tokens, D), persistent=False)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, conditional: int) -> tuple[Tensor, Auxiliary]:
-        """Predicts.
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, num_conditional: int) -> tuple[Tensor, AuxiliaryOutput]:
+        """Predicts noise or velocity for a batch, conditional images first.
 
         Args:
             x_BCHW: noisy images or latents.
             t_B: model time in [0, 1000], float32.
-            y_B: labels int64; the first `conditional` are classes, the rest is the null class (num_classes).
-            conditional: how many images are not null; known on the host, so that nothing has to ask the device.
+            y_B: labels, int64; the first `num_conditional` are classes, the others the null class (num_classes).
+            num_conditional: how many images are not null; a Python number, so that the host need not wait for the GPU.
 
         Returns:
-            the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `Auxiliary`.
+            the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `AuxiliaryOutput`.
         """
         x_BSD, c_BD = self.embed(x_BCHW, t_B, y_B)
-        all_routed = []
+        router_outputs = []
         for block in self.blocks:
-            x_BSD, routed = block(x_BSD, c_BD, y_B, conditional)
+            x_BSD, routed = block(x_BSD, c_BD, y_B, num_conditional)
             if routed is not None:
-                all_routed.append(routed)
-        return self.unpatchify(self.final_layer(x_BSD, c_BD)), self.auxiliary(all_routed)
+                router_outputs.append(routed)
+        return self.unpatchify(self.final_layer(x_BSD, c_BD)), self.auxiliary(router_outputs)
 
     def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, S, D) and condition (B, D), in the model's type."""
+        """Tokens (B, S, D) and condition (B, D), in the dtype of the model."""
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
         return x_BSD, self.t_embedder(t_B) + self.y_embedder(y_B)
 
-    def auxiliary(self, all_routed: list[Routed]) -> Auxiliary:
-        if not all_routed:
+    def auxiliary(self, router_outputs: list[RouterOutput]) -> AuxiliaryOutput:
+        """Collects the losses and statistics of all MoE layers."""
+        if not router_outputs:
             empty = self.pos_embed.new_zeros(0)
-            return Auxiliary({}, empty.view(0, 0), empty)
-        # MoE layers, or layers that others have put in their place and that answer like one.
+            return AuxiliaryOutput({}, empty.view(0, 0), empty)
+        # MoE layers, or the benchmark's baselines, which have the same methods.
         layers: list[Any] = [block.mlp for block in self.blocks if not isinstance(block.mlp, Mlp)]
-        losses = layers[0].losses_of(all_routed)
-        load_LE = torch.stack([r.load_E for r in all_routed])
-        static = self.config.capacity_factor > 0
-        dropped_L = torch.stack([moe.dispatcher.dropped for moe in layers]) if static else None
-        return Auxiliary(losses, load_LE, torch.stack([r.gate for r in all_routed]), dropped_L)
+        losses = layers[0].auxiliary_losses(router_outputs)
+        load_ME = torch.stack([output.load_E for output in router_outputs])
+        weight_M = torch.stack([output.mean_weight for output in router_outputs])
+        can_drop = self.config.capacity_factor > 0
+        dropped_M = torch.stack([moe.dispatcher.dropped for moe in layers]) if can_drop else None
+        return AuxiliaryOutput(losses, load_ME, weight_M, dropped_M)
 
     def unpatchify(self, x_BSP: Tensor) -> Tensor:
         """Patches (B, S, p·p·c), row-major within a patch, channels last -> images (B, c, H, W)."""
@@ -189,21 +196,21 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.channels, side * p, side * p)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The logical initial value of a parameter, float32.
+        """The initial value of a parameter at its logical shape, float32.
 
         ======================================  ==================================================
         adaLN of blocks and final layer, final  0
         linear
         biases                                  0
         label table, the time MLP, prototypes   normal, σ 0.02
-        gate of TC                              uniform within ±1/√D (Kaiming, a = √5)
-        gates of EC and DiffMoE                 normal, σ 0.006
-        other matrices (experts one by one)     Xavier uniform; the patch convolution like a linear
+        router of TC                            uniform within ±1/√D (Kaiming, a = √5)
+        routers of EC and DiffMoE               normal, σ 0.006
+        other matrices (each expert separately) Xavier uniform; the patch convolution as linear
         qk_norm weight                          1
         ======================================  ==================================================
 
-        Source: DiT's initialize_weights; the ProMoE release for prototypes and gates. ProMoE with a linear gate
-        ("promoe_linear") is not published; its gate is one of the other matrices.
+        Source: DiT's initialize_weights; the ProMoE release for prototypes and routers. ProMoE with a linear router
+        ("promoe_linear") is not published; its router is one of the other matrices.
         """
         if name.endswith("_norm.weight"):
             return torch.ones(shape)
@@ -220,11 +227,11 @@ class DiT(nn.Module):
         return matrix
 
     def initial_buffer(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """What a buffer starts with: positions, super-classes; centroids in random directions, with even shares."""
+        """The initial value of a buffer: positions, super-classes, random directions of centroids, even shares."""
         if name == "pos_embed":
             side = self.config.input_size // self.config.patch_size
             return position_table(side, self.config.hidden_size)[None]
-        if name.endswith(".superclass_C"):
+        if name.endswith(".superclass_of_class"):
             return torch.tensor([*self.config.superclass_of, NO_SUPERCLASS])
         if name.endswith(".centroids"):
             return F.normalize(torch.randn(shape, generator=generator), dim=-1)

@@ -1,6 +1,6 @@
-"""What every DiT is made of: embeddings, attention, the MLP, modulation.
+"""Layers of a DiT: embeddings, attention, the MLP, modulation.
 
-Shape letters: B images, S tokens per image, D hidden size, F expert or MLP width, H heads.
+Shape letters: B images, S tokens per image, D hidden size, F expert or MLP width; in attention, H heads of width d.
 
 Source: DiT (Peebles & Xie, arXiv 2212.09748).
 """
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.nn.tensor_parallel import WHOLE, ColumnLinear, Region, RowLinear
+from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, ColumnLinear, Region, RowLinear
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions, float32 (S, D): first half of the channels encodes the column, second the row.
+    """Fixed 2-D sine-cosine positions, float32 (S, D): the first half of D encodes the column, the second the row.
 
-    Source: MAE's get_2d_sincos_pos_embed, computed in float64 as there.
+    Source: MAE's get_2d_sincos_pos_embed, in float64 as in the original.
     """
     omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
     row, column = np.divmod(np.arange(tokens_per_side**2), tokens_per_side)
@@ -40,7 +40,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # In order, for all that follows inherits the layout, and each LayerNorm would copy its input into order.
+        # Contiguous, because the following layers keep this memory layout, and each LayerNorm would copy its input.
         return self.proj(x_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
@@ -49,9 +49,9 @@ class TimeEmbed(nn.Module):
 
     Args:
         width: D.
-        time_input: what the sinusoids see of model time t: "dit" t, "repa" t / 1000, "sit" 1 - t / 1000. SiT's time
-            is 1 at the data, ours and REPA's at the noise.
-        frequency_shift: frequency i of N is 10000^(-i / (N - shift)); diffusers computes DiT with 1.
+        time_input: the input of the sinusoids at model time t: "dit" t, "repa" t / 1000, "sit" 1 - t / 1000. Time 1
+            is the data in SiT; in REPA, and here, it is the noise.
+        frequency_shift: frequency i of N is 10000^(-i / (N - shift)); diffusers uses 1 for DiT.
     """
 
     SINUSOIDS = 256
@@ -80,7 +80,7 @@ class LabelEmbed(nn.Module):
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
-        # An empty table: on the meta device its default initialisation would import torch's compiler.
+        # An uninitialised table: the default initialisation would import torch's compiler on the meta device.
         table = torch.empty(num_classes + 1, width)
         self.embedding_table = nn.Embedding(num_classes + 1, width, _weight=table)
 
@@ -89,19 +89,19 @@ class LabelEmbed(nn.Module):
 
 
 class HeadNorm(nn.LayerNorm):
-    """LayerNorm over one head's channels, the same weights for every head; heads may be shared out over tp."""
+    """LayerNorm over the channels of one head, with the same weights for every head; tp divides the heads."""
 
-    region: Region = WHOLE
+    region: Region = NO_TENSOR_PARALLEL
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.region.enter(self.weight), self.region.enter(self.bias)
+        weight, bias = self.region.copy_to_region(self.weight), self.region.copy_to_region(self.bias)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over an image's tokens, x (B, S, D) -> (B, S, D). A region: heads are shared out."""
+    """Multi-head self-attention over an image's tokens, x (B, S, D) -> (B, S, D). A region: tp divides the heads."""
 
-    region: Region = WHOLE
+    region: Region = NO_TENSOR_PARALLEL
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
@@ -113,16 +113,16 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         B, S, _ = x_BSD.shape
-        qkv = self.qkv(self.region.enter(x_BSD)).view(B, S, 3, -1, self.head_width)
+        qkv = self.qkv(self.region.copy_to_region(x_BSD)).view(B, S, 3, -1, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y_BHSd = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
 
 
 class Mlp(nn.Module):
-    """Linear(D→F) · tanh-GELU · Linear(F→D). A region: columns of the first, rows of the second are shared out."""
+    """Linear(D→F) · tanh-GELU · Linear(F→D). A region: tp divides F."""
 
-    region: Region = WHOLE
+    region: Region = NO_TENSOR_PARALLEL
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -130,21 +130,21 @@ class Mlp(nn.Module):
         self.fc2 = RowLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden(self.region.enter(x)))
+        return self.fc2(self.hidden(self.region.copy_to_region(x)))
 
-    # In two halves, for callers inside a region.
+    # `forward` in two halves, for callers inside a region.
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden values (..., F/tp) of x (..., D), after the GELU."""
         return F.gelu(self.fc1(x), approximate="tanh")
 
     def partial(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of hidden values the partial output, and the bias still to be added after the sum (or None)."""
+        """The partial output for hidden values, and the bias to add after the sum over ranks (or None)."""
         return self.fc2(hidden, partial=True)
 
 
 class SummedMlps(nn.ModuleList):
-    """Several MLPs, one after the other over the same tokens; their outputs are summed."""
+    """Several MLPs that are applied to the same tokens; their outputs are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = (mlp(x) for mlp in self)

@@ -1,9 +1,11 @@
-"""Linear layers and the region they live in: what tensor parallelism needs from a model, and nothing more.
+"""Linear layers for tensor parallelism, and the regions of a model in which ranks divide the work.
 
-A *region* is a stretch of the model whose ranks each do a part of the work on the same input: heads of the attention,
-columns of an MLP, rows of the MoE. `enter` copies the input in (backward sums the parts' gradients), `leave` sums the
-partial outputs. Without tensor parallelism both are the identity, so the model is written once. `parallelize.py` hands
-out the regions.
+A *region* is a part of the model whose ranks all have the same input and each compute a part of the result: heads of an
+attention, columns of an MLP, rows of an MoE layer. `copy_to_region` marks the input (its backward sums the gradients of
+all ranks), `reduce_from_region` sums the partial outputs. Without tensor parallelism both are the identity, so the
+model is the same code. `parallelize.py` sets the regions.
+
+Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -14,57 +16,59 @@ from typing import Literal, overload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.distributed.collectives import copy_to, gather_last, reduce_from
+from megapromoe.distributed.collectives import copy_to_group, gather_last_dim, reduce_from_group
 from megapromoe.distributed.mesh import SINGLE_RANK, Group
 
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of the model shared out over `group` (of one rank: not shared out).
-
-    Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
-    """
+    """A part of the model whose work is divided over the ranks of `group`; a group of one rank does all of it."""
 
     group: Group = SINGLE_RANK
 
     @property
-    def shared(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Whether the work is divided at all."""
         return self.group.size > 1
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self.group.size
 
     @property
     def rank(self) -> int:
+        """This rank's number in the group."""
         return self.group.rank
 
-    def enter(self, x: Tensor) -> Tensor:
-        return copy_to(x, self.group)
+    def copy_to_region(self, x: Tensor) -> Tensor:
+        """The input, which is equal on all ranks; backward sums its gradient over the ranks."""
+        return copy_to_group(x, self.group)
 
-    def leave(self, partial: Tensor) -> Tensor:
-        return reduce_from(partial, self.group)
+    def reduce_from_region(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' partial outputs; backward is the identity."""
+        return reduce_from_group(partial, self.group)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Joins slices of the last dimension."""
-        return gather_last(x, self.group)
+    def gather_from_region(self, x: Tensor) -> Tensor:
+        """Concatenates the ranks' slices (..., n/size) of the last dimension to (..., n)."""
+        return gather_last_dim(x, self.group)
 
 
-WHOLE = Region()
+NO_TENSOR_PARALLEL = Region()
 
 
 class ColumnLinear(nn.Linear):
-    """Linear whose output features are shared out: x (..., in) -> (..., out/tp). Inside a region."""
+    """Linear layer inside a region, with the output features divided: x (..., in) -> (..., out/tp)."""
 
 
 class RowLinear(nn.Linear):
-    """Linear whose input features are shared out. Ends a region.
+    """Linear layer with the input features divided: x (..., in/tp) -> (..., out), summed over ranks, ends a region.
 
-    `forward(x (..., in/tp))` returns the whole output (..., out). `partial` leaves the sum over ranks, and the bias, to
-    the caller, who merges several layers into one sum.
+    With `partial` it returns the partial output and the bias: the caller adds up several layers before one sum over
+    ranks, and adds the bias after it. The bias is None if it is in the output already.
     """
 
-    region: Region = WHOLE
+    region: Region = NO_TENSOR_PARALLEL
 
     @overload
     def forward(self, x: Tensor, partial: Literal[False] = False) -> Tensor: ...
@@ -72,18 +76,18 @@ class RowLinear(nn.Linear):
     def forward(self, x: Tensor, partial: Literal[True]) -> tuple[Tensor, Tensor | None]: ...
 
     def forward(self, x: Tensor, partial: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
-        if not self.region.shared:
+        if not self.region.is_sharded:
             y = F.linear(x, self.weight, self.bias)
             return (y, None) if partial else y
         y = F.linear(x, self.weight)
-        # A clone, because ZeRO-3 takes a parameter away when its module's forward returns.
-        return (y, self.bias.clone()) if partial else self.region.leave(y) + self.bias
+        # A clone, because ZeRO-3 frees a parameter when the forward of its module returns.
+        return (y, self.bias.clone()) if partial else self.region.reduce_from_region(y) + self.bias
 
 
 class GatheredLinear(nn.Linear):
-    """Linear whose output features are computed in slices and joined: x (..., in) -> (..., out) on every rank."""
+    """Linear layer whose output features are computed in slices and concatenated: x (..., in) -> (..., out)."""
 
-    region: Region = WHOLE
+    region: Region = NO_TENSOR_PARALLEL
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.region.gather(F.linear(self.region.enter(x), self.weight, self.bias))
+        return self.region.gather_from_region(F.linear(self.region.copy_to_region(x), self.weight, self.bias))

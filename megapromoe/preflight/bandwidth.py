@@ -115,7 +115,7 @@ def try_exchange(group: Group, device: torch.device) -> float:
     size, repeats = (64 * 2**20, 10) if device.type == "cuda" else (4 * 2**20, 4)
     sent = torch.zeros(size // group.size * group.size, dtype=torch.uint8, device=device)
     got = torch.empty_like(sent)
-    seconds = _seconds(lambda: dist.all_to_all_single(got, sent, group=group.handle), repeats, device)
+    seconds = _seconds(lambda: dist.all_to_all_single(got, sent, group=group.process_group), repeats, device)
     return len(sent) * (group.size - 1) / group.size * repeats / seconds / 1e9
 
 

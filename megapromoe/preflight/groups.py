@@ -54,23 +54,23 @@ def try_operation(operation: str, group: Group, device: torch.device) -> tuple[b
     me, ranks, size, n = group.ranks[group.rank], group.ranks, group.size, ELEMENTS
     if operation == "all_reduce":
         x = contribution(me, n, device)
-        dist.all_reduce(x, group=group.handle)
+        dist.all_reduce(x, group=group.process_group)
         return not torch.equal(x.cpu(), sum((values(rank, n) for rank in ranks), torch.zeros(n))), []
     if operation == "all_gather":
         x = torch.empty(size * n, device=device)
-        _all_gather(x, contribution(me, n, device), group=group.handle)
+        _all_gather(x, contribution(me, n, device), group=group.process_group)
         parts = x.cpu().split(n)
         return False, [r for r, part in zip(ranks, parts, strict=True) if not torch.equal(part, values(r, n))]
     if operation == "reduce_scatter":
         x = torch.empty(n, device=device)
-        _reduce_scatter(x, contribution(me, size * n, device), group=group.handle)
+        _reduce_scatter(x, contribution(me, size * n, device), group=group.process_group)
         start = group.rank * n
         expected = sum((values(rank, size * n)[start : start + n] for rank in ranks), torch.zeros(n))
         return not torch.equal(x.cpu(), expected), []
     send = [rows_between(group.rank, other) for other in range(size)]
     receive = [rows_between(other, group.rank) for other in range(size)]
     x = torch.empty(sum(receive), device=device)
-    dist.all_to_all_single(x, contribution(me, sum(send), device), receive, send, group=group.handle)
+    dist.all_to_all_single(x, contribution(me, sum(send), device), receive, send, group=group.process_group)
     wrong = []
     for other, (rank, part) in enumerate(zip(ranks, x.cpu().split(receive), strict=True)):
         start = sum(rows_between(other, before) for before in range(group.rank))

@@ -21,7 +21,7 @@ from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.moe.routers import Routed, Router
+from megapromoe.nn.moe.routers import Router, RouterOutput
 from megapromoe.routing_analysis.measures import NOBODY, evenness, information, load
 
 LEVELS = (0.1, 0.5, 0.9)  # quantiles of the training's noise levels
@@ -120,7 +120,7 @@ class RouterCall(NamedTuple):
     """The input of a router, and what it returned."""
 
     x_BSD: Tensor
-    routed: Routed
+    routed: RouterOutput
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def recorded(model: DiT) -> Iterator[list[RouterCall]]:
     """Within the context each forward pass appends the calls of its routers, layer by layer."""
     calls: list[RouterCall] = []
 
-    def record(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: Routed) -> None:
+    def record(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
         calls.append(RouterCall(inputs[0], output))
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
@@ -201,7 +201,7 @@ def measure_routing(
                 model(x_BCHW.to(device), t_B.to(device), torch.from_numpy(label_B).to(device), B)
             kept = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
             for layer, (x_BSD, routed) in enumerate(calls[place] for place in layers):
-                route = routed.route
+                route = routed.assignment
                 token_R, expert_R = route.token_R.cpu().numpy(), route.expert_R.cpu().numpy()
                 row_R = label_B[token_R // S] * E + expert_R
                 rows_MLCE[number, layer] += np.bincount(row_R, minlength=C * E).reshape(C, E)

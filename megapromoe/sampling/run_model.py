@@ -167,7 +167,7 @@ def _load(
     _check_config(run, checkpoint, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(model.layouts[name].take(checkpoint.logical(weights, name), mesh))
+            parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(weights, name), mesh))
         for name, tensor in model.state_dict().items():
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))

@@ -35,7 +35,7 @@ from megapromoe.distributed.stop_requests import StopRequest, listening
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
-from megapromoe.nn.dit import Auxiliary
+from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.parallelize import build
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
@@ -251,7 +251,7 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: Metr
     """Forward and backward of one micro-batch; returns its loss, detached."""
     x_BCHW, t_B = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
-    def loss(prediction: Tensor, auxiliary: Auxiliary) -> tuple[Tensor, Tensor]:
+    def loss(prediction: Tensor, auxiliary: AuxiliaryOutput) -> tuple[Tensor, Tensor]:
         denoising = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
         total = denoising + auxiliary.total()
         window.add(denoising, total, auxiliary)

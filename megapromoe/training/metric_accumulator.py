@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh
-from megapromoe.nn.dit import Auxiliary
+from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS
@@ -47,14 +47,14 @@ class MetricAccumulator:
         self._one = torch.ones(1, device=device)
         self._reset()
 
-    def add(self, denoising: Tensor, total: Tensor, auxiliary: Auxiliary) -> None:
+    def add(self, denoising: Tensor, total: Tensor, auxiliary: AuxiliaryOutput) -> None:
         """Takes in a micro-batch."""
         values = {DENOISING_LOSS: denoising.detach()}
         values |= {AUXILIARY_LOSSES[name]: loss_L.detach().sum() for name, loss_L in auxiliary.losses.items()}
         values[TOTAL_LOSS] = total.detach()
-        if auxiliary.dropped_L is not None:
-            values["dropped_rows"] = auxiliary.dropped_L.mean()
-        values |= {GATE: auxiliary.gate_L, LOAD: auxiliary.load_LE}
+        if auxiliary.dropped_M is not None:
+            values["dropped_rows"] = auxiliary.dropped_M.mean()
+        values |= {GATE: auxiliary.weight_M, LOAD: auxiliary.load_ME}
         self._step = {n: self._step[n] + value if n in self._step else value for n, value in values.items()}
 
     def end_step(self, applied: Tensor) -> None:
@@ -96,7 +96,7 @@ class MetricAccumulator:
         assert self._sums is not None, "a window has at least one step"
         data_ranks = self.mesh.dp.size
         packed = torch.cat([self._sums, torch.tensor([float(self.damaged)], device=self.device)])
-        dist.all_reduce(packed, group=self.mesh.dp.handle)
+        dist.all_reduce(packed, group=self.mesh.dp.process_group)
         *sums, count, damaged = packed.cpu().split([*(math.prod(s) for s in self._shapes.values()), 1, 1])
         named = {name: total.view(shape) for (name, shape), total in zip(self._shapes.items(), sums, strict=True)}
         load, gate = named.pop(LOAD), named.pop(GATE)

@@ -1,4 +1,4 @@
-"""The benchmark: contenders do the same sums, what visits and travels is as planned, the arithmetic of comparing."""
+"""The benchmark: contenders have equal results, loads and messages are as planned, and paired statistics."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from megapromoe.benchmark import baselines, layer, measure, models, routing_patterns, suite, traffic
 from megapromoe.benchmark.baseline_wrapper import CannotRun
-from megapromoe.benchmark.baselines import BatchedCapacity, contender
-from megapromoe.benchmark.layer import BenchmarkError, Settings, Turn, first_layer
+from megapromoe.benchmark.baselines import BatchedCapacity, make_contender
+from megapromoe.benchmark.layer import BenchmarkError, Settings, TimedCase, first_layer
 from megapromoe.distributed import mesh
 from megapromoe.nn.compile import compile_dense
 
@@ -29,14 +29,14 @@ def settings(**changes) -> Settings:
 def outcome(module, x_BSD, conditional: int) -> dict:
     """Output, and gradients of the tokens and of every parameter, with all losses."""
     x_BSD = x_BSD.detach().clone().requires_grad_()
-    turn = Turn(module, x_BSD, torch.linspace(-1, 1, x_BSD.numel()).view_as(x_BSD), conditional)
-    turn.prepare()
-    turn.forward()
-    turn.backward()
-    found = {"output": turn.outputs[0].detach(), "x": x_BSD.grad}
+    case = TimedCase(module, x_BSD, torch.linspace(-1, 1, x_BSD.numel()).view_as(x_BSD), conditional)
+    case.prepare()
+    case.forward()
+    case.backward()
+    tensors = {"output": case.outputs[0].detach(), "x": x_BSD.grad}
     for name, p in module.named_parameters():
-        found[name.removeprefix("moe.")] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-    return found
+        tensors[name.removeprefix("moe.")] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    return tensors
 
 
 # ---- contenders
@@ -48,11 +48,13 @@ def outcome(module, x_BSD, conditional: int) -> dict:
 def test_contenders_are_ours(name, routing, null):
     some = settings(null=null)
     moe, x_BSD = first_layer(DIGITS, routing, some)
-    other = BatchedCapacity(moe, capacity=4.0) if name == "bmm" else contender(name, moe)  # 4: room for all of them
-    expected, found = (outcome(module.train(), x_BSD, some.conditional) for module in (moe, other))
-    assert expected.keys() == found.keys() and expected["x"].any()
+    other = (
+        BatchedCapacity(moe, capacity_factor=4.0) if name == "bmm" else make_contender(name, moe)
+    )  # 4: slots for all rows
+    expected, actual = (outcome(module.train(), x_BSD, some.num_conditional) for module in (moe, other))
+    assert expected.keys() == actual.keys() and expected["x"].any()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert null == 1.0 or expected["experts.fc1.weight"].any()
 
 
@@ -60,51 +62,52 @@ def test_the_loop_is_ours_with_two_experts_a_token():
     config = suite.config_of("digits")
     config = replace(config, model=replace(config.model, top_k=2))
     moe, x_BSD = first_layer(config, "real", SETTINGS)
-    expected, found = (outcome(m.train(), x_BSD, 3) for m in (moe, contender("loop", moe)))
+    expected, actual = (outcome(m.train(), x_BSD, 3) for m in (moe, make_contender("loop", moe)))
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_batched_capacity_drops_what_has_no_room():
+def test_batched_capacity_drops_rows_without_a_slot():
     moe, x_BSD = first_layer(DIGITS, "skewed", settings(null=0.0))
-    other = contender("bmm", moe)
+    other = make_contender("bmm", moe)
     outcome(other, x_BSD, 4)
-    load = routing_patterns.counts("skewed", 64, 4)
+    load = routing_patterns.planned_counts("skewed", 64, 4)
     assert other.dropped == pytest.approx(1 - sum(min(rows, 20) for rows in load) / 64)  # 20 = 1.25 · 64 / 4
     assert other.dropped > 0.1
 
 
 def deepspeed(drops: bool) -> tuple:
-    """DeepSpeed's layer beside its formula, written out; and the share of rows that it dropped, by two counts."""
+    """Output of DeepSpeed's layer, its formula, and the share of rows that it dropped, counted in two ways."""
     moe, x_BSD = first_layer(DIGITS, "skewed", SETTINGS)
-    other = contender("deepspeed-capacity" if drops else "deepspeed-nodrop", moe).train()
+    other = make_contender("deepspeed-capacity" if drops else "deepspeed-nodrop", moe).train()
     routed = other.route(x_BSD, 3)
     y_TD = other(x_BSD, routed, 3).flatten(0, 1)
-    x_TD, cut = x_BSD.flatten(0, 1), 3 * 16
+    x_TD, n = x_BSD.flatten(0, 1), 3 * 16
     unit_ED = F.normalize(moe.router.prototypes.float(), dim=-1)
-    p_TE = (x_TD[:cut] @ unit_ED.T).softmax(-1)
+    p_TE = (x_TD[:n] @ unit_ED.T).softmax(-1)
     fc1, fc2, rows = moe.experts.fc1, moe.experts.fc2, []
-    for x, p_E in zip(x_TD[:cut], p_TE, strict=True):
+    for x, p_E in zip(x_TD[:n], p_TE, strict=True):
         e = int(p_E.argmax())
         hidden = F.gelu(fc1.weight[e] @ x + fc1.bias[e], approximate="tanh")
         rows.append(p_E[e] * (fc2.weight[e] @ hidden + fc2.bias[e]))
-    expected = moe.shared(x_TD) + torch.cat([torch.stack(rows), moe.unconditional(x_TD[cut:])])
-    alone = (y_TD[:cut] - moe.shared(x_TD)[:cut]).abs().amax(1) < 1e-6
-    (loss,) = other.losses_of([routed]).values()
+    expected = moe.shared(x_TD) + torch.cat([torch.stack(rows), moe.unconditional(x_TD[n:])])
+    without_expert = (y_TD[:n] - moe.shared(x_TD)[:n]).abs().amax(1) < 1e-6
+    (loss,) = other.auxiliary_losses([routed]).values()
     (y_TD.sum() + loss).backward()
-    return y_TD.detach(), expected.detach(), other.dropped, float(alone.float().mean()), float(loss), other.load_E
+    share = float(without_expert.float().mean())
+    return y_TD.detach(), expected.detach(), other.dropped, share, float(loss), other.load_E
 
 
 def test_deepspeed_is_its_formula():
-    ((y, expected, dropped, alone, loss, load_E),) = run(1, deepspeed, False)
+    ((y, expected, dropped, without_expert, loss, load_E),) = run(1, deepspeed, False)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    assert dropped == alone == 0 and loss > 0
-    assert load_E.tolist() == routing_patterns.counts("skewed", 48, 4)
+    assert dropped == without_expert == 0 and loss > 0
+    assert load_E.tolist() == routing_patterns.planned_counts("skewed", 48, 4)
 
 
-def test_deepspeed_drops_what_has_no_room():
-    ((y, expected, dropped, alone, _, _),) = run(1, deepspeed, True)
-    assert dropped == pytest.approx(alone) and dropped > 0.1
+def test_deepspeed_drops_rows_without_a_slot():
+    ((y, expected, dropped, without_expert, _, _),) = run(1, deepspeed, True)
+    assert dropped == pytest.approx(without_expert) and dropped > 0.1
     assert not torch.allclose(y, expected, atol=1e-3)
 
 
@@ -125,50 +128,52 @@ def test_deepspeed_in_whole_models():
 def test_baselines_have_one_shared_and_one_unconditional_expert(number):
     moe, x_BSD = first_layer(replace(DIGITS, model=replace(DIGITS.model, **{number: 2})), "real", SETTINGS)
     with pytest.raises(CannotRun, match="model.num_shared_experts=1 and model.num_unconditional_experts=1"):
-        outcome(contender("loop", moe).train(), x_BSD, 3)
+        outcome(make_contender("loop", moe).train(), x_BSD, 3)
 
 
 def test_deepspeed_says_why_it_cannot():
     moe, _ = first_layer(DIGITS, "real", SETTINGS)
     with pytest.raises(CannotRun, match="needs a torch.distributed job"):
-        contender("deepspeed-nodrop", moe)
+        make_contender("deepspeed-nodrop", moe)
 
 
 def test_equal_products_of_dense_and_experts():
-    """By the cost table and by counting; beside the experts are the router and the contrastive loss with its sums of
-    tokens."""
-    found = layer.measure_layer(DIGITS, "skewed", settings(contenders=("ours", "dense", "bmm")))["contenders"]
+    """By the cost table and by counting. The router and the contrastive loss with its sums of tokens are extra."""
+    figures = layer.measure_layer(DIGITS, "skewed", settings(contenders=("ours", "dense", "bmm")))["contenders"]
     m = DIGITS.model
     router = 3 * 2 * m.tokens * m.hidden_size * m.num_experts  # of one image, forward and backward
     contrast = 3 * 2 * m.num_experts**2 * m.hidden_size
     sums = 2 * 3 * m.tokens * m.hidden_size * m.num_experts  # of the images with a class
-    ours, dense = found["ours"], found["dense"]
+    ours, dense = figures["ours"], figures["dense"]
     products = ours["counts"]["total"]["flops"]
     assert dense["counts"]["total"]["flops"] == dense["flops"]["useful"]
     assert products == ours["flops"]["useful"] - router + contrast + sums  # one null image
     assert ours["flops"]["useful"] - 4 * router == dense["flops"]["useful"]
-    assert found["bmm"]["counts"]["total"]["flops"] > products  # it multiplies empty places
+    assert figures["bmm"]["counts"]["total"]["flops"] > products  # it multiplies empty slots
     assert dense["memory"]["peak"] == dense["memory"]["necessary"]
-    assert ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums  # which backward takes twice, but the sums
+    assert (
+        ours["counts"]["forward"]["flops"] * 3 == products + 2 * sums
+    )  # backward has twice the FLOPs, except of the sums
 
 
 def test_kept_memory_is_not_fetched_page_by_page():
-    """In a process of its own, for it holds for all of it."""
+    """In another process, because the setting holds for the rest of a process."""
     program = (
         "import resource, torch\n"
         "from megapromoe.benchmark.machine import keep_memory\n"
-        "kept, seen = keep_memory(), []\n"
+        "kept, faults = keep_memory(), []\n"
         "for _ in range(24):\n"
         "    torch.ones(16, 2**20)\n"
-        "    seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
-        "print(kept, seen[-1] - seen[-4])"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "print(kept, faults[-1] - faults[-4])"
     )
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert said[0] == "False" or int(said[1]) < 50, said
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    kept, faults = result.stdout.split()
+    assert kept == "False" or int(faults) < 50, result.stdout
 
 
 def test_whole_models_are_compiled_alike(monkeypatch):
-    """With `compile`: each contender's, before it is measured."""
+    """With `compile` the model of each contender is compiled before it is measured."""
     compiled, before = [], counters["stats"]["unique_graphs"]
 
     def by_graph(model):
@@ -176,24 +181,24 @@ def test_whole_models_are_compiled_alike(monkeypatch):
         compile_dense(model, "aot_eager")
 
     monkeypatch.setattr(models, "compile_dense", by_graph)
-    found = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
+    figures = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
     assert compiled == ["MoE", "Loop", "Mlp"]
-    assert all(f["counts"]["total"]["kernels"] > 300 for f in found.values())  # counted without
+    assert all(f["counts"]["total"]["kernels"] > 300 for f in figures.values())  # counted in eager mode
     assert counters["stats"]["unique_graphs"] - before >= 5  # each model's embedding, attention, residual, ...
 
 
-# ---- who visits whom
+# ---- routing patterns
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 4, 12, 256])
-def test_plans_share_out_all_tokens(experts):
+def test_planned_counts_sum_to_all_tokens(experts):
     for kind in ("balanced", "skewed"):
-        load = routing_patterns.counts(kind, 1000, experts)
+        load = routing_patterns.planned_counts(kind, 1000, experts)
         assert sum(load) == 1000 and len(load) == experts and min(load) >= 0
-        assert torch.bincount(routing_patterns.plan(kind, 1000, experts), minlength=experts).tolist() == load
+        assert torch.bincount(routing_patterns.planned_experts(kind, 1000, experts), minlength=experts).tolist() == load
     balanced, skewed = (
-        routing_patterns.counts("balanced", 1000, experts),
-        routing_patterns.counts("skewed", 1000, experts),
+        routing_patterns.planned_counts("balanced", 1000, experts),
+        routing_patterns.planned_counts("skewed", 1000, experts),
     )
     assert max(balanced) - min(balanced) <= 1
     if experts > 2:
@@ -201,68 +206,68 @@ def test_plans_share_out_all_tokens(experts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_lean_to_their_expert(dtype):
+def test_biased_tokens_go_to_their_expert(dtype):
     config = suite.config_of("digits", 64)  # as many as channels
     moe, x_BSD = first_layer(config, "skewed", settings(dtype=dtype, images=64))
     load = layer.check_load(moe, x_BSD, "skewed", 48)
-    assert load == routing_patterns.counts("skewed", 48 * 16, 64)
+    assert load == routing_patterns.planned_counts("skewed", 48 * 16, 64)
 
 
-def test_parallel_prototypes_cannot_be_told_apart():
+def test_no_bias_separates_parallel_prototypes():
     with pytest.raises(ValueError, match="prototypes are parallel"):
-        routing_patterns.lean(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]), torch.ones(2, 8))
+        routing_patterns.bias_tokens_towards(torch.randn(4, 8), torch.tensor([0, 1, 0, 1]), torch.ones(2, 8))
 
 
 def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
-    monkeypatch.setattr(layer, "lean", lambda x_TD, *_: x_TD)
+    monkeypatch.setattr(layer, "bias_tokens_towards", lambda x_TD, *_: x_TD)
     with pytest.raises(BenchmarkError, match="balanced routing: experts got"):
         layer.measure_layer(DIGITS, "balanced", SETTINGS)
-    monkeypatch.setattr(models.Raised, "__call__", lambda self, *said: self.similarity(self.router, *said))
+    monkeypatch.setattr(models.PlannedChoice, "__call__", lambda self, score: score.argmax(-1, keepdim=True))
     with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
         models.measure_step(DIGITS, "skewed", SETTINGS)
 
 
-# ---- comparing
+# ---- paired statistics
 
 
 class FakeClock:
-    """Tells the seconds that each turn announces."""
+    """Returns the seconds that the running contender has set."""
 
     def __init__(self):
         self.seconds = 0.0
 
     def time(self, phases):
-        told = {}
+        seconds = {}
         for name, work in phases.items():
             work()
-            told[name] = self.seconds
-        return told
+            seconds[name] = self.seconds
+        return seconds
 
 
-def test_contenders_take_turns():
-    clock, turns = FakeClock(), []
+def test_contenders_run_interleaved():
+    clock, order = FakeClock(), []
 
     def work(name, seconds):
         def go():
-            turns.append(name)
-            clock.seconds = seconds * (1 + len(turns) // 3)  # the machine gets slower from round to round
+            order.append(name)
+            clock.seconds = seconds * (1 + len(order) // 3)  # the machine gets slower from round to round
 
-        return measure.Work({"forward": go, "backward": lambda: None}, lambda: turns.append(f"prepare {name}"))
+        return measure.Work({"forward": go, "backward": lambda: None}, lambda: order.append(f"prepare {name}"))
 
     works = {"a": work("a", 1.0), "b": work("b", 2.0), "c": work("c", 4.0)}
     samples = measure.interleave(works, rounds=20, clock=clock, warmup=2, seed=1)
     assert all(len(values) == 20 for phases in samples.values() for values in phases.values())
-    orders = [tuple(turns[i + 1 : i + 6 : 2]) for i in range(0, len(turns), 6)]
-    assert len(orders) == 22 and all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert len(set(orders)) > 3, "the order is shuffled"
-    assert turns[0::2] == [f"prepare {name}" for name in turns[1::2]]
+    rounds = [tuple(order[i + 1 : i + 6 : 2]) for i in range(0, len(order), 6)]
+    assert len(rounds) == 22 and all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 3, "the order is the same in each round"
+    assert order[0::2] == [f"prepare {name}" for name in order[1::2]]
     assert measure.interleave(works, 1, clock).keys() == works.keys()
     with pytest.raises(ValueError, match="rounds: 0"):
         measure.interleave(works, 0, clock)
 
 
 def test_ratios_are_paired():
-    slow = [1.0, 10.0, 2.0, 40.0, 3.0]  # the machine's moods
+    slow = [1.0, 10.0, 2.0, 40.0, 3.0]  # a machine of varying speed
     ratio = measure.paired_ratio([1.5 * s for s in slow], slow)
     assert (ratio.median, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
     noisy = measure.paired_ratio([1.0, 1.2, 1.4, 1.6, 1.8], [1.0] * 5)
@@ -275,9 +280,9 @@ def test_ratios_are_paired():
 
 def test_the_rest_of_ours_is_dispatch_and_combine():
     parts = {f"part {n}": {"forward": [1.0, 2.0], "backward": [1.0, 1.0]} for n in ("router", "experts")}
-    told = layer.parts({"ours": {"forward": [5.0, 6.0], "backward": [2.0, 3.0]}, **parts})
-    assert told["dispatch and combine"]["forward"]["median"] == 2.5
-    assert told["dispatch and combine"]["backward"]["median"] == 0.5
+    summary = layer.parts_summary({"ours": {"forward": [5.0, 6.0], "backward": [2.0, 3.0]}, **parts})
+    assert summary["dispatch and combine"]["forward"]["median"] == 2.5
+    assert summary["dispatch and combine"]["backward"]["median"] == 0.5
 
 
 # ---- models
@@ -315,23 +320,23 @@ def test_the_update_keeps_fp32_masters():
     assert torch.equal(model.weight, update.masters[0].bfloat16())
 
 
-# ---- what travels
+# ---- messages
 
 
-def travel(name: str, routing: str) -> dict:
-    return traffic.count(name, DIGITS, routing, SETTINGS)
+def messages(name: str, routing: str) -> dict:
+    return traffic.count_messages(name, DIGITS, routing, SETTINGS)
 
 
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
-def test_our_rows_travel_at_the_bound(routing):
-    told = traffic.merged(run(2, travel, "ours", routing))
-    counts = 2 * 2 * 8  # the counts of 2 experts to the other rank, int64
-    assert told["forward"]["collectives"] == {"alltoall_base_": 3}
-    assert told["backward"]["collectives"]["alltoall_base_"] == 2
-    assert told["forward"]["sent"]["alltoall_base_"] == told["forward"]["bound"] + counts
-    assert told["backward"]["sent"]["alltoall_base_"] == told["backward"]["bound"] > 0
+def test_our_messages_are_the_bound(routing):
+    counts = traffic.merge_ranks(run(2, messages, "ours", routing))
+    count_bytes = 2 * 2 * 8  # each rank sends the row counts of 2 experts to the other, int64
+    assert counts["forward"]["collectives"] == {"alltoall_base_": 3}
+    assert counts["backward"]["collectives"]["alltoall_base_"] == 2
+    assert counts["forward"]["sent"]["alltoall_base_"] == counts["forward"]["bound"] + count_bytes
+    assert counts["backward"]["sent"]["alltoall_base_"] == counts["backward"]["bound"] > 0
 
 
-def test_deepspeed_sends_empty_places_too():
-    told = traffic.merged(run(2, travel, "deepspeed-nodrop", "skewed"))
-    assert told["forward"]["sent"]["alltoall_base_"] > 1.5 * told["forward"]["bound"]
+def test_deepspeed_sends_empty_slots_too():
+    counts = traffic.merge_ranks(run(2, messages, "deepspeed-nodrop", "skewed"))
+    assert counts["forward"]["sent"]["alltoall_base_"] > 1.5 * counts["forward"]["bound"]

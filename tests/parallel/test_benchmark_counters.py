@@ -1,4 +1,4 @@
-"""The benchmark's counters: products, kernels, memory, waits of the host and messages of known programs."""
+"""The benchmark's counters: FLOPs, kernels, memory, host waits and messages of known programs."""
 
 import pytest
 import torch
@@ -96,8 +96,8 @@ def messages() -> dict:
 
 
 def test_messages_are_counted():
-    for rank, told in enumerate(run(2, messages)):
-        assert told["forward"] == (1, 48)  # 2·(n-1)/n of 12 floats
-        assert told["gather"] == (1, 20)
-        assert told["even"] == (1, 24)  # half of 4 rows of 3 floats
-        assert told["uneven"] == (1, (2 if rank == 0 else 1) * 12)
+    for rank, counts in enumerate(run(2, messages)):
+        assert counts["forward"] == (1, 48)  # 2·(n-1)/n of 12 floats
+        assert counts["gather"] == (1, 20)
+        assert counts["even"] == (1, 24)  # half of 4 rows of 3 floats
+        assert counts["uneven"] == (1, (2 if rank == 0 else 1) * 12)

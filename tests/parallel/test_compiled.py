@@ -1,4 +1,4 @@
-"""torch.compile of the dense stretches: the same training, each stretch compiled whole and once."""
+"""torch.compile of the dense regions: the same training, each region compiled as a whole and once."""
 
 import shutil
 
@@ -17,17 +17,17 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.parallelize import build
 
-# Embed, attend, add, MLP, shared expert, final layer, and the ends of two grouped products: blocks of a kind share one.
-STRETCHES = 8
+# Embedding, attention half, residual, MLP, shared expert, final layer, and the epilogues of two grouped products.
+COMPILED_REGIONS = 8
 
 
 def by_graph(model, mesh) -> None:
-    """Compiled as for the real backend, then run operator by operator: no C++ compiler takes part."""
+    """Compiles graphs as for inductor but runs them operator by operator, without a C++ compiler."""
     compile_dense(model, "aot_eager")
 
 
 def pair(overrides: tuple[str, ...], folder: str):
-    """The same training, eagerly expert by expert and compiled in groups, and what was compiled. Collective."""
+    """The same training eager (looped experts) and compiled (grouped experts), and what was compiled. Collective."""
     plain = train(overrides, f"{folder}/plain", prepare=None)
     with grouped():
         compiled = train(overrides, f"{folder}/compiled", prepare=by_graph)
@@ -44,22 +44,27 @@ def pair(overrides: tuple[str, ...], folder: str):
     ids=" ".join,
 )
 def test_training_is_the_same_and_nothing_is_compiled_twice(overrides, tmp_path):
-    """Over five steps with other numbers of null images in each, and deeper than what one stretch may recompile."""
+    """Over five steps with different numbers of null images, and more blocks than torch's limit of recompilations."""
     for name in ("plain", "compiled"):
         (tmp_path / name).mkdir()
     overrides = ("model.depth=10", "train.global_batch=8", *overrides)
     for plain, compiled, graphs, breaks in run(2, pair, overrides, str(tmp_path)):
-        assert (graphs, breaks) == (STRETCHES, {})
+        assert (graphs, breaks) == (COMPILED_REGIONS, {})
         if plain:
-            off = {kind: found for kind, found in deviations(compiled, plain).items() if not found[0] <= 1}
-            assert not off
+            too_large = {kind: value for kind, value in deviations(compiled, plain).items() if not value[0] <= 1}
+            assert not too_large
 
 
 def collective_gradients(compiled: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Result and gradients of x and w (3, 4) of each collective between two products, as in a layer. Collective."""
     group = make_mesh(tp=dist.get_world_size(), timeout=60).tp
     outcomes = {}
-    for operation in (collectives.copy_to, collectives.reduce_from, collectives.sum_over, collectives.gather_last):
+    for operation in (
+        collectives.copy_to_group,
+        collectives.reduce_from_group,
+        collectives.differentiable_all_reduce,
+        collectives.gather_last_dim,
+    ):
 
         def layer(x, w, operation=operation):
             y = operation(x * w, group)
@@ -96,7 +101,7 @@ def outcome(model, images: int, conditional: int):
 
 
 def test_evaluation_stays_eager():
-    """Samples come in batches of any size: neither compiled nor refused."""
+    """Batches of samples may have any size, so they must be neither compiled nor refused."""
 
     def refuse(graph, inputs):
         raise RuntimeError("asked to compile")
@@ -111,7 +116,7 @@ def test_evaluation_stays_eager():
 @pytest.mark.full
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ on a CPU, and there is no g++")
 @pytest.mark.parametrize("what", [("model.depth=1", "model.router=dense"), ("model.depth=2", "model.moe_every=2")])
-def test_compiled_in_earnest(what):
+def test_compiled_by_inductor(what):
     """As `train.compile` does it, by inductor."""
     what += ("model.hidden_size=32",)
     plain, compiled = build(small(*what)).train(), build(small(*what, "train.compile=true")).train()
@@ -134,7 +139,7 @@ def test_compiled_in_earnest(what):
     ],
 )
 def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backend, options, monkeypatch):
-    """GPUs alone have this fusion; here only that inductor gets, and knows, the option."""
+    """Only GPUs have this fusion; this test checks that inductor gets the option and that torch has it."""
     from torch._inductor import list_options
 
     asked = []

@@ -1,36 +1,37 @@
-"""The dispatchers against a plain loop over rows: outputs and gradients, on skewed, empty and odd routes."""
+"""The dispatchers against a plain loop over rows: outputs and gradients, for skewed, empty and odd assignments."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.backends import WAYS
-from support.dispatch_cases import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
+from support.backends import BACKENDS
+from support.dispatch_cases import KINDS, D, E, F, T, assignment_of, experts_of, onto_zeros, outcome, plain
 from support.processes import run
 
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe import expert_linear
-from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
-from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher, Route
+from megapromoe.nn.moe.assignment import TokenAssignment
+from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
 from megapromoe.nn.moe.layer import Experts
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [T, 1, 0])
-def test_local_dispatcher_is_the_loop(kind, tokens, way):
+def test_local_dispatcher_is_the_loop(kind, tokens, backend):
     if kind == "any rows" and tokens == 0:
         pytest.skip("rows of no token")
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(0))
-    route, bank = route_of(kind, tokens, 1), experts_of(2)
-    with WAYS[way]():
-        ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
+    assignment, bank = assignment_of(kind, tokens, 1), experts_of(2)
+    with BACKENDS[backend]():
+        ours = outcome(onto_zeros(Dispatcher(E)), x, assignment, bank)
     if kind == "empty" or tokens == 0:
         assert not ours[0].any() and all(not g.any() for g in ours[1:])
         return
-    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+    for a, b in zip(ours, outcome(plain, x, assignment, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -47,12 +48,12 @@ def test_local_dispatcher_is_the_loop(kind, tokens, way):
 def test_which_gpus_have_the_grouped_kernel(capability, dtype, one_kernel, leaves, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     rows = SimpleNamespace(is_cuda=True, is_meta=False, dtype=dtype, device=torch.device("cuda"))
-    assert expert_linear.in_one_kernel(rows) is one_kernel
-    assert expert_linear.leaves_empty_groups(rows) is leaves
+    assert expert_linear.has_grouped_mm_kernel(rows) is one_kernel
+    assert expert_linear.grouped_mm_skips_empty_groups(rows) is leaves
 
 
 def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monkeypatch):
-    """As on GPUs of compute capability 10: a gradient that nobody wrote is whatever was there."""
+    """As on GPUs of compute capability 10, where a gradient without rows is uninitialised memory."""
     grouped_mm = torch.nn.functional.grouped_mm
 
     def leaves(a, b, offs):
@@ -63,31 +64,31 @@ def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monk
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
-    route, bank = route_of("one expert", T, 1), experts_of(2)
-    with WAYS["grouped"]():
-        assert all(g.isnan().any() for g in outcome(onto_zeros(Dispatcher(E)), x, route, bank)[3:])
-        monkeypatch.setattr(expert_linear, "leaves_empty_groups", lambda x: True)
-        ours = outcome(onto_zeros(Dispatcher(E)), x, route, bank)
-    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+    assignment, bank = assignment_of("one expert", T, 1), experts_of(2)
+    with BACKENDS["grouped"]():
+        assert all(g.isnan().any() for g in outcome(onto_zeros(Dispatcher(E)), x, assignment, bank)[3:])
+        monkeypatch.setattr(expert_linear, "grouped_mm_skips_empty_groups", lambda x: True)
+        ours = outcome(onto_zeros(Dispatcher(E)), x, assignment, bank)
+    for a, b in zip(ours, outcome(plain, x, assignment, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def distributed(kinds: tuple[str, ...], way: str) -> list:
-    """Every rank routes its own tokens its own way; owners' gradients are sums over all ranks."""
+def distributed(kinds: tuple[str, ...], backend: str) -> list:
+    """Each rank has other tokens and another assignment; gradients of an expert are sums over all ranks. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
     rank, placement = mesh.rank, ExpertPlacement(E, mesh.ep.size)
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank))
-    route, whole = route_of(kinds[rank], T, 10 + rank), experts_of(2)
-    mine = Experts(placement.slots, D, F)
-    for local, logical in zip(mine.parameters(), whole.parameters(), strict=True):
+    assignment, logical_experts = assignment_of(kinds[rank], T, 10 + rank), experts_of(2)
+    local_experts = Experts(placement.slots, D, F)
+    for local, logical in zip(local_experts.parameters(), logical_experts.parameters(), strict=True):
         local.data.zero_()
         local.data[: len(placement.owned(rank))] = logical.data[
             placement.owned(rank).start : placement.owned(rank).stop
         ]
-    with WAYS[way]():
-        ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, route, mine)
-    expected = outcome(plain, x, route, whole) if kinds[rank] != "empty" else None
-    sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in whole.parameters()]
+    with BACKENDS[backend]():
+        ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, assignment, local_experts)
+    expected = outcome(plain, x, assignment, logical_experts) if kinds[rank] != "empty" else None
+    sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in logical_experts.parameters()]
     for g in sums:
         dist.all_reduce(g)
     out = []
@@ -110,16 +111,16 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
-def test_expert_parallel_dispatcher_is_the_loop(kinds, way):
-    for pairs in run(len(kinds), distributed, kinds, way):
+def test_expert_parallel_dispatcher_is_the_loop(kinds, backend):
+    for pairs in run(len(kinds), distributed, kinds, backend):
         for ours, expected in pairs:
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def traffic(tokens: int) -> dict:
-    """Counts collectives and bytes of one layer's forward and backward, top 1."""
+    """The number of collectives and bytes of one layer's forward and backward, top 1. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
     bank = Experts(ExpertPlacement(E, mesh.ep.size).slots, D, F)
     for p in bank.parameters():
@@ -136,9 +137,9 @@ def traffic(tokens: int) -> dict:
 
     dist.all_to_all_single = counted
     x = torch.randn(tokens, D).requires_grad_()
-    # Balanced: every rank's rows go to each expert alike.
-    route = Route(torch.arange(tokens), torch.arange(tokens) % E, torch.ones(tokens).requires_grad_(), 1)
-    y = onto_zeros(ExpertParallelDispatcher(E, mesh.ep))(x, route, bank)
+    # Balanced: each expert gets as many rows of every rank.
+    assignment = TokenAssignment(torch.arange(tokens), torch.arange(tokens) % E, torch.ones(tokens).requires_grad_(), 1)
+    y = onto_zeros(ExpertParallelDispatcher(E, mesh.ep))(x, assignment, bank)
     forward = (len(calls), sent[0])
     y.sum().backward()
     return {"forward": forward, "backward": (len(calls) - forward[0], sent[0] - forward[1])}
@@ -148,75 +149,75 @@ def traffic(tokens: int) -> dict:
 def test_traffic_is_the_lower_bound(world):
     tokens = 6 * E
     bound = 2 * tokens * D * 4 * (world - 1) // world
-    for said in run(world, traffic, tokens):
-        assert said["forward"] == (3, bound)  # counts, rows out, rows back; weights never travel
-        assert said["backward"] == (2, bound)
+    for counts in run(world, traffic, tokens):
+        assert counts["forward"] == (3, bound)  # counts, dispatch, combine; routing weights are not sent
+        assert counts["backward"] == (2, bound)
 
 
-class Beside(torch.autograd.Function):
-    """Work that stands between the stages of a dispatch; says when it runs."""
+class RecordedWork(torch.autograd.Function):
+    """Work between the calls of a dispatcher that records when it runs."""
 
     @staticmethod
-    def forward(ctx, x, name, said):
-        ctx.said, ctx.name = said, name
-        said.append(name)
+    def forward(ctx, x, name, events):
+        ctx.events, ctx.name = events, name
+        events.append(name)
         return x * 2
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.said.append(ctx.name)
+        ctx.events.append(ctx.name)
         return grad * 2, None, None
 
 
 def order_of_events(static: bool) -> tuple[list[str], list[str]]:
-    """What happens in a layer's forward and backward pass, in order: who is sent, who waits, what runs meanwhile."""
+    """The events of a layer's forward and backward pass, in order: collectives, waits, other work. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
     placement = ExpertPlacement(E, mesh.ep.size)
-    said, real = [], dist.all_to_all_single
+    events, real = [], dist.all_to_all_single
 
-    class Seen:
+    class RecordedWait:
         def __init__(self, work):
             self.work = work
 
         def wait(self):
-            said.append("wait")
+            events.append("wait")
             self.work.wait()
 
-    def seen(out, x, *arguments, async_op=False, **options):
-        said.append("rows" if x.is_floating_point() else "counts")
+    def recorded(out, x, *arguments, async_op=False, **options):
+        events.append("rows" if x.is_floating_point() else "counts")
         work = real(out, x, *arguments, async_op=async_op, **options)
-        return Seen(work) if async_op else work
+        return RecordedWait(work) if async_op else work
 
-    dispatcher = StaticDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
-    x, route = torch.randn(T, D).requires_grad_(), route_of("top 1", T, 1)
-    mine = Experts(placement.slots, D, F)
-    for p in mine.parameters():
+    dispatcher = CapacityDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
+    x, assignment = torch.randn(T, D).requires_grad_(), assignment_of("top 1", T, 1)
+    experts = Experts(placement.slots, D, F)
+    for p in experts.parameters():
         p.data.fill_(0.01)
-    dist.all_to_all_single = seen
+    dist.all_to_all_single = recorded
     try:
-        begun = dispatcher.begin(x, route, T)
-        hidden = Beside.apply(x, "first half", said)
-        computed = dispatcher.compute(begun, mine)
-        y = dispatcher.finish(computed, Beside.apply(hidden, "second half", said))
-        forward = said.copy()
-        said.clear()
+        dispatched = dispatcher.dispatch(x, assignment, T)
+        hidden = RecordedWork.apply(x, "first half", events)
+        outputs = dispatcher.run_experts(dispatched, experts)
+        y = dispatcher.combine(outputs, RecordedWork.apply(hidden, "second half", events))
+        forward = events.copy()
+        events.clear()
         y.sum().backward()
     finally:
         dist.all_to_all_single = real
-    return forward, said
+    return forward, events
 
 
 BACKWARD = ["rows", "second half", "wait", "rows", "first half", "wait"]
 
 
-def test_other_work_runs_while_counts_rows_and_gradients_travel():
-    """Nobody waits for what has just left, but for the rows' way out, which is known when the counts are."""
+def test_other_work_overlaps_counts_rows_and_gradients():
+    """Only the dispatch all-to-all is waited for at once: it cannot start before the counts are known."""
     for forward, backward in run(2, order_of_events, False):
         assert forward == ["counts", "first half", "rows", "wait", "rows", "second half", "wait"]
         assert backward == BACKWARD
 
 
-def test_boxes_of_one_size_travel_while_other_work_runs_both_ways():
+def test_other_work_overlaps_the_equal_parts_of_capacity_dispatch():
     for forward, backward in run(2, order_of_events, True):
         assert forward == ["rows", "first half", "wait", "rows", "second half", "wait"]
         assert backward == BACKWARD

@@ -60,9 +60,11 @@ def test_accumulation_does_not_change_losses_of_single_samples(tmp_path):
     for name, more in (("one", ()), ("two", ("train.accumulation=2",))):
         (tmp_path / name).mkdir()
         results.append(run(2, train, (*what, *more, "parallel.ep=2"), str(tmp_path / name), 3)[0])
-    one, two = results
-    assert two.losses == pytest.approx(one.losses, rel=1e-5) and two.norms == pytest.approx(one.norms, rel=1e-5)
-    assert deviation(two.gradients, one.gradients)[0] <= 1 and deviation(two.parameters, one.parameters)[0] <= 1
+    first, second = results
+    assert second.losses == pytest.approx(first.losses, rel=1e-5)
+    assert second.norms == pytest.approx(first.norms, rel=1e-5)
+    assert deviation(second.gradients, first.gradients)[0] <= 1
+    assert deviation(second.parameters, first.parameters)[0] <= 1
 
 
 def test_scope_rank_takes_the_statistics_of_one_rank(tmp_path):
@@ -118,9 +120,9 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
         *(full("bf16_zero1"), "bf16_zero2", full("bf16_zero3")),
     ],
 )
-def test_a_loss_that_is_not_finite_on_one_rank_moves_nobody(file, kind):
-    for said in run(4, spoiled, file, 2, 2, kind):
-        assert said == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(file, kind):
+    for result in run(4, spoiled, file, 2, 2, kind):
+        assert result == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}
 
 
 # ---- bf16
@@ -145,10 +147,10 @@ def bf16_start(zero: int) -> dict:
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_keeps_exact_masters_and_learns(zero):
-    for said in run(4, bf16_start, zero):
-        assert said["exact"], "masters were rounded to bf16"
-        assert said["dtypes"] == {torch.bfloat16}
-        assert said["losses"][-1] < 0.9 * said["losses"][0]
+    for result in run(4, bf16_start, zero):
+        assert result["exact"], "masters were rounded to bf16"
+        assert result["dtypes"] == {torch.bfloat16}
+        assert result["losses"][-1] < 0.9 * result["losses"][0]
 
 
 def test_bf16_follows_fp32(tmp_path):
@@ -181,7 +183,7 @@ def test_prototypes_stay_equal_over_data_and_tensor_ranks(zero):
             assert torch.equal(a, b)
 
 
-# ---- gradients travel while others are still computed
+# ---- gradients are reduced while others are computed
 
 
 def small_buckets(folder, stage: int, overlap: bool) -> str:
@@ -196,19 +198,19 @@ def small_buckets(folder, stage: int, overlap: bool) -> str:
 @pytest.mark.parametrize("zero", [1, 2])
 def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
     layout = ("parallel.ep=2", "model.num_experts=8")
-    for name in ("whole", "pieces"):
+    for name in ("large", "split"):
         (tmp_path / name).mkdir()
-    whole = run(4, train, (*layout, f"train.deepspeed=fp32_zero{zero}"), str(tmp_path / "whole"), 3)[0]
-    pieces = run(4, train, (*layout, small_buckets(tmp_path, zero, overlap)), str(tmp_path / "pieces"), 3)[0]
-    assert pieces.losses == pytest.approx(whole.losses, rel=1e-6)
-    for name, gradient in whole.gradients.items():
-        torch.testing.assert_close(pieces.gradients[name], gradient, rtol=1e-5, atol=1e-7)
+    large = run(4, train, (*layout, f"train.deepspeed=fp32_zero{zero}"), str(tmp_path / "large"), 3)[0]
+    split = run(4, train, (*layout, small_buckets(tmp_path, zero, overlap)), str(tmp_path / "split"), 3)[0]
+    assert split.losses == pytest.approx(large.losses, rel=1e-6)
+    for name, gradient in large.gradients.items():
+        torch.testing.assert_close(split.gradients[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def reductions_before(deepspeed: str) -> tuple[int, int]:
     """All-reduces of expert gradients: those called before the third block's gradients were there, and all."""
     engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed)
-    group, real, called, first = engine.mesh.edp.handle, dist.all_reduce, [0], []
+    group, real, called, first = engine.mesh.edp.process_group, dist.all_reduce, [0], []
 
     def counted(tensor, *arguments, **named):
         called[0] += named.get("group") is group
@@ -272,7 +274,7 @@ def test_deepspeeds_optimizer_needs_a_gpu():
 
 
 def test_the_engine_is_imported_without_deepspeed():
-    """Our rules are over the protocol; DeepSpeed comes with the adapter, when an engine starts."""
+    """The engine imports only the protocol; DeepSpeed is imported with the adapter, when an engine starts."""
     code = "import sys, megapromoe.engine.engine, megapromoe.checkpoint.manager; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -289,7 +291,7 @@ def test_supported_versions_of_deepspeed_are_accepted():
 
 
 def start_with_version(version: str) -> None:
-    """An engine in a process where another version of DeepSpeed is installed, as far as can be seen."""
+    """An engine in a process in which DeepSpeed claims to be another version."""
     import deepspeed
 
     deepspeed.__version__ = version

@@ -71,7 +71,7 @@ def one_expert(model, mesh) -> None:
         if name.startswith("blocks.") and name.endswith("adaLN_modulation.1.bias"):
             logical = torch.zeros(6 * width)
             logical[3 * width : 4 * width] = 5.0 * direction  # the shift of the MLP's input
-            parameter.data.add_(layout.take(logical, mesh))
+            parameter.data.add_(layout.local_shard(logical, mesh))
 
 
 PREPARE = {"": None, "one_expert": one_expert}

@@ -12,7 +12,7 @@ from support.trajectory import small
 from megapromoe.benchmark.counters import Counter
 from megapromoe.distributed.agreement import this_rank
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.nn.dit import Auxiliary
+from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.training.metric_accumulator import MetricAccumulator
 
 NAN = math.nan
@@ -21,7 +21,9 @@ LOAD_LE = torch.tensor([[4.0, 2, 2, 0], [2, 2, 2, 2]])
 
 def micro_batch(window: MetricAccumulator, loss: float, load: float = 1.0) -> None:
     rcl_L = torch.tensor([0.5, 1.0]) * loss
-    window.add(torch.tensor(loss), torch.tensor(2 * loss), Auxiliary({"rcl": rcl_L}, load * LOAD_LE, load * rcl_L))
+    window.add(
+        torch.tensor(loss), torch.tensor(2 * loss), AuxiliaryOutput({"rcl": rcl_L}, load * LOAD_LE, load * rcl_L)
+    )
 
 
 def windows(losses: list[list[float]], applied: list[bool], damaged: int = 0) -> tuple[dict, dict, int]:
@@ -63,15 +65,15 @@ def test_a_window_without_an_applied_step_has_no_means():
 
 def waits_of_a_step() -> list[dict]:
     window = MetricAccumulator(small(), make_mesh(1, 1, timeout=60), torch.device("cpu"))
-    found = []
+    counts = []
     for _ in range(2):
         applied = torch.tensor(True)
         with Counter() as counter:
             micro_batch(window, 1.0)
             micro_batch(window, 1.0)
             window.end_step(applied)
-        found.append({"waits": dict(counter.total.waits), "sent": dict(counter.total.collectives)})
-    return found
+        counts.append({"waits": dict(counter.total.waits), "sent": dict(counter.total.collectives)})
+    return counts
 
 
 def test_a_step_is_taken_in_without_a_wait_or_a_message():
@@ -86,7 +88,7 @@ def changed_metrics() -> bool:
     window = MetricAccumulator(small(), make_mesh(1, 1, timeout=60), torch.device("cpu"))
     micro_batch(window, 1.0)
     window.end_step(torch.tensor(True))
-    window.add(torch.tensor(1.0), torch.tensor(1.0), Auxiliary({}, LOAD_LE, torch.ones(2)))
+    window.add(torch.tensor(1.0), torch.tensor(1.0), AuxiliaryOutput({}, LOAD_LE, torch.ones(2)))
     with pytest.raises(ValueError, match="contrastive_loss"):
         window.end_step(torch.tensor(True))
     return True

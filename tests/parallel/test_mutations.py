@@ -1,4 +1,4 @@
-"""The equality matrix can fail: each rule, broken on purpose, is seen."""
+"""The equality matrix can fail: it detects each rule that is broken on purpose."""
 
 import pytest
 from support.processes import run
@@ -9,19 +9,19 @@ from megapromoe.engine.engine import Engine
 
 
 def divide_by_edp(model, mesh) -> None:
-    """Expert gradients divided by the ranks they are summed over, instead of by dp."""
+    """Expert gradients are divided by the number of ranks that sum them, instead of by dp."""
     for name, parameter in model.named_parameters():
         if model.layouts[name].expert:
             parameter.register_hook(lambda g: g * (mesh.dp.size / mesh.edp.size))
 
 
 def count_every_copy(model, mesh) -> None:
-    """A clip norm that counts replicated parameters once for each tp rank."""
+    """The clip norm counts replicated parameters once for each tp rank."""
     Engine.replica_count = lambda self, name: 1
 
 
 def count_rank_zero_only(model, mesh) -> None:
-    """DeepSpeed's own clip norm under tp: experts count on tp rank 0 alone."""
+    """DeepSpeed's own clip norm with tp: experts count on tp rank 0 only."""
     right = Engine.replica_count
 
     def wrong(self, name):
@@ -32,28 +32,29 @@ def count_rank_zero_only(model, mesh) -> None:
 
 
 def no_reduction_of_centroids(model, mesh) -> None:
-    """Each rank contrasts prototypes with the centroids of its own tokens."""
+    """The contrastive loss of each rank uses the centroids of its own tokens only."""
     import megapromoe.nn.moe.prototypes as prototypes
 
-    prototypes.sum_over = lambda x, group: x
+    prototypes.differentiable_all_reduce = lambda x, group: x
 
 
 def no_gradient_through_the_sum(model, mesh) -> None:
-    """Centroids are summed over ranks, but each rank's tokens learn from its own loss alone."""
-    collectives._SumOver.backward = staticmethod(lambda ctx, grad: (grad, None))
+    """Centroids are summed over ranks, but a token gets gradients from the loss of its own rank only."""
+    collectives._DifferentiableAllReduce.backward = staticmethod(lambda ctx, grad: (grad, None))
 
 
-def gate_gradient_stays_partial(model, mesh) -> None:
-    """The weights of rows that other tp ranks compute get no gradient."""
-    import megapromoe.nn.moe.dispatcher as dispatch
+def weight_gradient_stays_partial(model, mesh) -> None:
+    """The routing weights of rows that other tp ranks compute get no gradient."""
+    from megapromoe.nn.moe.assignment import TokenAssignment
 
-    def share(self, region, tokens):
-        part = SHARE(self._replace(weight_R=self.weight_R.detach()), region, tokens)
-        start = tokens * region.rank // region.size
+    right = TokenAssignment.shard
+
+    def wrong(self, region, num_tokens):
+        part = right(self._replace(weight_R=self.weight_R.detach()), region, num_tokens)
+        start = num_tokens * region.rank // region.size
         return part._replace(weight_R=self.weight_R[start : start + part.token_R.shape[0]])
 
-    SHARE = dispatch.Route.share
-    dispatch.Route.share = share
+    TokenAssignment.shard = wrong
 
 
 LAYOUTS = {
@@ -62,18 +63,20 @@ LAYOUTS = {
     count_rank_zero_only: ("parallel.tp=2", "parallel.ep=2"),
     no_reduction_of_centroids: (),
     no_gradient_through_the_sum: (),
-    gate_gradient_stays_partial: ("parallel.tp=2", "parallel.ep=2"),
+    weight_gradient_stays_partial: ("parallel.tp=2", "parallel.ep=2"),
 }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return run(1, train, (), str(tmp_path_factory.mktemp("alone")), 2)[0]
+def one_process(tmp_path_factory):
+    return run(1, train, (), str(tmp_path_factory.mktemp("one_process")), 2)[0]
 
 
 @pytest.mark.parametrize("mutation", LAYOUTS, ids=lambda f: f.__name__)
-def test_a_broken_rule_is_seen(mutation, alone, tmp_path):
+def test_a_broken_rule_is_detected(mutation, one_process, tmp_path):
     ours = run(4, train, LAYOUTS[mutation], str(tmp_path), 2, mutation)[0]
-    norms = max(abs(a - b) / (1e-5 * b) for a, b in zip(ours.norms, alone.norms, strict=True))
-    tensors = max(deviation(ours.gradients, alone.gradients)[0], deviation(ours.parameters, alone.parameters)[0])
-    assert max(norms, tensors) > 10, "nothing moved"
+    norms = max(abs(a - b) / (1e-5 * b) for a, b in zip(ours.norms, one_process.norms, strict=True))
+    tensors = max(
+        deviation(ours.gradients, one_process.gradients)[0], deviation(ours.parameters, one_process.parameters)[0]
+    )
+    assert max(norms, tensors) > 10, "no difference from one process"

@@ -1,4 +1,4 @@
-"""Activation recompute: every policy computes what none does, and decides, communicates and moves states once."""
+"""Recomputed activations: every policy has the same results, and decides, communicates and updates states once."""
 
 from collections import Counter as Tally
 
@@ -32,7 +32,7 @@ NULL = 1
 
 
 def outcome(overrides: tuple[str, ...]) -> dict:
-    """Everything that a forward and a backward pass leave behind, and what they communicated. Collective."""
+    """The results and states after a forward and a backward pass, and their collectives. Collective."""
     config = small("model.depth=2", "model.moe_every=1", *overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
     model = build(config, mesh).train()
@@ -46,7 +46,7 @@ def outcome(overrides: tuple[str, ...]) -> dict:
         loss = prediction.square().mean() + auxiliary.total()
         counter.phase("backward")
         loss.backward()
-    left = {"loss": loss.detach(), "prediction": prediction.detach(), "load": auxiliary.load_LE}
+    left = {"loss": loss.detach(), "prediction": prediction.detach(), "load": auxiliary.load_ME}
     left |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
     left |= {f"buffer {n}": b.clone() for n, b in model.named_buffers()}
     return {"left": left, "collectives": {n: dict(c.collectives) for n, c in counter.phases.items()}}
@@ -73,43 +73,43 @@ def planned(overrides: tuple[str, ...], world: int) -> Tally:
     "world, layout", [(1, ()), full(4, ("parallel.tp=2", "parallel.ep=2"))], ids=["one", "tp 2 ep 2"]
 )
 def test_every_policy_is_none_for_every_router(world, layout):
-    """The same operators on the same numbers: to the last bit. Statistics over ranks are communicated once."""
+    """Results are equal to the last bit. Statistics over ranks are communicated once."""
     cases = [
         (*router, *(layout if "dense" not in router[0] else layout[:1]), f"parallel.recompute={policy}")
         for router in ROUTERS
         for policy in ("none", *POLICIES)
         if not (policy == "moe" and "dense" in router[0])
     ]
-    for rank, found in enumerate(run(world, outcomes, cases)):
-        for overrides, ours in zip(cases, found, strict=True):
+    for rank, results in enumerate(run(world, outcomes, cases)):
+        for overrides, ours in zip(cases, results, strict=True):
             if overrides[-1].endswith("none"):
                 plain = ours
             for name, value in plain["left"].items():
                 assert torch.equal(ours["left"][name], value), (rank, overrides, name)
             assert ours["collectives"]["forward"] == plain["collectives"]["forward"], overrides
-            seen = sum((Tally(c) for c in ours["collectives"].values()), Tally())
-            assert seen == planned(overrides, world), overrides
+            calls = sum((Tally(c) for c in ours["collectives"].values()), Tally())
+            assert calls == planned(overrides, world), overrides
 
 
 @pytest.mark.parametrize("router", ROUTERS[:-1], ids=" ".join)
 def test_a_second_pass_routes_as_the_first(router, monkeypatch):
-    """Even where rounding would have it otherwise: here the second pass sees other tokens altogether."""
+    """Even if rounding would choose other experts: in this test the second pass gets different tokens."""
     model = build(small("model.depth=2", *router, "parallel.recompute=all")).train()
     stir(model, make_mesh())
-    moe, seen, states = model.blocks[1].mlp, [], []
+    moe, assignments, states = model.blocks[1].mlp, [], []
     forward, route = moe.forward, moe.route
     buffers = list(moe.router.buffers())
 
     def recorded(x_BSD, routed, conditional):
-        seen.append((routed.route.token_R.clone(), routed.route.expert_R.clone()))
+        assignments.append((routed.assignment.token_R.clone(), routed.assignment.expert_R.clone()))
         states.append([b.clone() for b in buffers])
         return forward(x_BSD, routed, conditional)
 
     monkeypatch.setattr(moe, "forward", recorded)
-    monkeypatch.setattr(moe, "route", lambda x, *more: route(-x if seen else x, *more))
+    monkeypatch.setattr(moe, "route", lambda x, *more: route(-x if assignments else x, *more))
     prediction, auxiliary = model(torch.randn(4, 4, 8, 8), torch.ones(4), torch.tensor([1, 2, 3, 10]), 3)
     (prediction.square().mean() + auxiliary.total()).backward()
-    (token, expert), (token_again, expert_again) = seen
+    (token, expert), (token_again, expert_again) = assignments
     assert torch.equal(token, token_again) and torch.equal(expert, expert_again)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 

@@ -1,4 +1,4 @@
-"""Running centroids at any layout: the same on all ranks, in float32, saved and restored."""
+"""Running centroids at any layout: equal on all ranks, in float32, saved and restored."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def buffers(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def same_everywhere(overrides: tuple[str, ...], folder: str) -> dict[str, torch.Tensor]:
-    """Trains, and returns what this rank's running statistics are in the end."""
+    """Trains, and returns this rank's running statistics after the last step. Collective."""
     kept = []
     train((*overrides, "model.router=kmeans"), folder, 4, lambda model, mesh: kept.append(model))
     return {n: b.clone() for n, b in kept[0].named_buffers() if "router" in n}
@@ -34,10 +34,10 @@ def test_centroids_of_all_ranks_are_the_same_and_saved(tmp_path):
         folder.mkdir()
     run(1, same_everywhere, (), str(folders[0]))
     ranks = run(4, same_everywhere, ("parallel.tp=2", "parallel.ep=2"), str(folders[1]))
-    alone, four = (buffers(folder, 4) for folder in folders)
+    one_rank, four = (buffers(folder, 4) for folder in folders)
     start = {n: b for n, b in build(small("model.router=kmeans")).named_buffers() if "router" in n}
-    assert set(alone) == set(start) and len(alone) == 4
-    for name, value in alone.items():
+    assert set(one_rank) == set(start) and len(one_rank) == 4
+    for name, value in one_rank.items():
         assert not torch.equal(value, start[name])
         torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-5)
         assert all(torch.equal(rank[name], four[name]) for rank in ranks)
@@ -62,14 +62,14 @@ def test_running_statistics_stay_in_float32_under_bf16():
     assert run(1, bf16_statistics) == [({torch.float32}, True)]
 
 
-def test_a_run_goes_on_with_its_centroids_at_another_layout(tmp_path):
+def test_a_run_is_continued_with_its_centroids_at_another_layout(tmp_path):
     settings = ("model.router=kmeans", "model.kmeans_decay=0.5", "train.save_every=0", "train.log_every=1")
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     run(1, train_run, str(straight), *settings, "train.steps=6")
     run(2, train_run, str(moved), *settings, "train.steps=3", "parallel.ep=2")
     run(2, train_run, str(moved), *settings, "train.steps=6", "parallel.tp=2")
-    expected, found = buffers(straight / "checkpoints", 6), buffers(moved / "checkpoints", 6)
-    assert expected.keys() == found.keys() and len(found) == 4
+    expected, resumed = buffers(straight / "checkpoints", 6), buffers(moved / "checkpoints", 6)
+    assert expected.keys() == resumed.keys() and len(resumed) == 4
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
     assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)

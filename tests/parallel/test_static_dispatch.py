@@ -1,10 +1,10 @@
-"""Static dispatch: with room for all it is the dropless one; without, the first rows of each expert; no sync, ever."""
+"""Capacity dispatch: with slots for all rows it equals the dropless one, else it keeps the first rows; no host sync."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.backends import WAYS
-from support.dispatch_cases import KINDS, D, E, F, T, experts_of, onto_zeros, outcome, plain, route_of
+from support.backends import BACKENDS
+from support.dispatch_cases import KINDS, D, E, F, T, assignment_of, experts_of, onto_zeros, outcome, plain
 from support.processes import run
 from support.trajectory import small
 
@@ -13,69 +13,71 @@ from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import Group, make_mesh
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.moe.capacity_dispatcher import StaticDispatcher
+from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
 from megapromoe.nn.moe.dispatcher import Dispatcher
 from megapromoe.nn.moe.layer import Experts
-from megapromoe.nn.parallelize import build, connect
+from megapromoe.nn.parallelize import apply_parallelism, build
 
-ALONE = Group((0,), 0)
-ROOM = 2.0 * E  # for all rows, also where they all go to one expert and a token has two
+ONE_RANK = Group((0,), 0)
+SLOTS_FOR_ALL = 2.0 * E  # capacity factor: no row is dropped even if all go to one expert and a token has two
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_room_for_all_it_is_the_loop(kind, way):
+def test_with_slots_for_all_rows_it_is_the_loop(kind, backend):
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
-    route, bank = route_of(kind, T, 1), experts_of(2)
-    dispatcher = StaticDispatcher(E, ALONE, ROOM)
-    with WAYS[way]():
-        ours = outcome(onto_zeros(dispatcher), x, route, bank)
+    assignment, bank = assignment_of(kind, T, 1), experts_of(2)
+    dispatcher = CapacityDispatcher(E, ONE_RANK, SLOTS_FOR_ALL)
+    with BACKENDS[backend]():
+        ours = outcome(onto_zeros(dispatcher), x, assignment, bank)
     assert dispatcher.dropped == 0
     if kind == "empty":
         assert all(not g.any() for g in ours)
         return
-    for a, b in zip(ours, outcome(plain, x, route, bank), strict=True):
+    for a, b in zip(ours, outcome(plain, x, assignment, bank), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def first_rows(route, capacity: int):
-    """The route without the rows past each expert's first `capacity`."""
-    seen, kept = [0] * E, []
-    for row, expert in enumerate(route.expert_R.tolist()):
-        kept += [row] if seen[expert] < capacity else []
-        seen[expert] += 1
-    return route._replace(**{k: getattr(route, k)[kept] for k in ("token_R", "expert_R", "weight_R")}, top_k=0)
+def first_rows(assignment, tokens_per_expert: int):
+    """The assignment without the rows after the first `tokens_per_expert` of each expert."""
+    count_E, kept = [0] * E, []
+    for row, expert in enumerate(assignment.expert_R.tolist()):
+        kept += [row] if count_E[expert] < tokens_per_expert else []
+        count_E[expert] += 1
+    return assignment._replace(
+        **{k: getattr(assignment, k)[kept] for k in ("token_R", "expert_R", "weight_R")}, top_k=0
+    )
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 1.5])
 @pytest.mark.parametrize("kind", ["top 1", "top 2", "one expert", "any rows"])
 def test_rows_past_the_capacity_are_dropped(kind, factor):
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
-    route, bank = route_of(kind, T, 1), experts_of(2)
-    dispatcher = StaticDispatcher(E, ALONE, factor)
-    kept = first_rows(route, dispatcher.capacity(T * max(route.top_k, 1)))
-    ours = outcome(onto_zeros(dispatcher), x, route, bank)
-    assert dispatcher.dropped.item() == pytest.approx(1 - len(kept.token_R) / len(route.token_R))
+    assignment, bank = assignment_of(kind, T, 1), experts_of(2)
+    dispatcher = CapacityDispatcher(E, ONE_RANK, factor)
+    kept = first_rows(assignment, dispatcher.tokens_per_expert(T * max(assignment.top_k, 1)))
+    ours = outcome(onto_zeros(dispatcher), x, assignment, bank)
+    assert dispatcher.dropped.item() == pytest.approx(1 - len(kept.token_R) / len(assignment.token_R))
     if factor < 1:
         assert dispatcher.dropped > 0
     theirs = outcome(plain, x, kept, bank)
-    for a, b in zip(ours[:2] + ours[3:], theirs[:2] + theirs[3:], strict=True):  # weights: only the kept ones' are told
+    for a, b in zip(ours[:2] + ours[3:], theirs[:2] + theirs[3:], strict=True):  # weights only of rows that are kept
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def traffic() -> list:
-    """Ranks with other numbers of rows; what the wire carried."""
+    """What ranks with different numbers of rows send. Collective."""
     mesh = make_mesh(1, dist.get_world_size(), timeout=60)
     bank, rank = experts_of(2), dist.get_rank()
     placement = ExpertPlacement(E, mesh.ep.size)
-    mine = Experts(placement.slots, D, F)
-    for p, whole in zip(mine.parameters(), bank.parameters(), strict=True):
+    experts = Experts(placement.slots, D, F)
+    for p, logical in zip(experts.parameters(), bank.parameters(), strict=True):
         p.data.zero_()
         owned = placement.owned(rank)
-        p.data[: len(owned)] = whole.data[owned.start : owned.stop]
+        p.data[: len(owned)] = logical.data[owned.start : owned.stop]
     tokens = T - 5 * rank  # null images take the rest of the micro-batch
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(rank))
-    route = route_of("top 1", tokens, rank)
+    assignment = assignment_of("top 1", tokens, rank)
     sent, real = [], dist.all_to_all_single
 
     def recorded(out, source, *splits, **options):
@@ -84,18 +86,18 @@ def traffic() -> list:
 
     dist.all_to_all_single = recorded
     try:
-        dispatcher = StaticDispatcher(E, mesh.ep, ROOM)
+        dispatcher = CapacityDispatcher(E, mesh.ep, SLOTS_FOR_ALL)
         base = torch.zeros(T, D)
         x.requires_grad_()
-        y = dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, T), mine), base)
+        y = dispatcher.combine(dispatcher.run_experts(dispatcher.dispatch(x, assignment, T), experts), base)
         forward = len(sent)
         (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     finally:
         dist.all_to_all_single = real
-    expected = plain(x.detach(), route, bank)
+    expected = plain(x.detach(), assignment, bank)
     torch.testing.assert_close(y[:tokens].detach(), expected, rtol=1e-5, atol=1e-5)
     assert not y[tokens:].any()
-    return [forward, len(sent) - forward, {n for n, _, _ in sent}, placement.slots * dispatcher.capacity(T)]
+    return [forward, len(sent) - forward, {n for n, _, _ in sent}, placement.slots * dispatcher.tokens_per_expert(T)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -108,11 +110,11 @@ def test_ranks_exchange_equal_parts_and_no_counts(world):
 @pytest.mark.parametrize("factor", [0.0, 1.25])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_on_one_device_nothing_is_read_back(factor, top_k):
-    """Tensors without values: whatever asks for one, as a sync with a GPU would, raises."""
+    """On meta tensors, which have no values, every operation that would read one from a GPU raises."""
     config = resolve("promoe_s", overrides=[f"model.top_k={top_k}", f"model.capacity_factor={factor}"])
     with torch.device("meta"):
-        model = DiT(config.model).train().bfloat16()  # of grouped_mm without values, torch knows bf16 alone
-        connect(model, config, make_mesh(1, 1, timeout=60))
+        model = DiT(config.model).train().bfloat16()  # torch has grouped_mm of meta tensors only in bf16
+        apply_parallelism(model, config, make_mesh(1, 1, timeout=60))
         images, labels = torch.zeros(4, 4, 32, 32), torch.zeros(4, dtype=torch.long)
         prediction, auxiliary = model(images, torch.zeros(4), labels, 3)
         (prediction.sum() + auxiliary.total()).backward()
@@ -129,8 +131,8 @@ def test_capacity_is_for_token_choice():
         small("model.router=ec", "model.capacity_factor=1.0")
 
 
-def test_dropless_and_static_are_told_apart():
+def test_the_capacity_factor_selects_the_dispatcher():
     assert type(build(small()).blocks[1].mlp.dispatcher) is Dispatcher
     model = build(small("model.capacity_factor=1.0")).eval()
     images, labels = torch.randn(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)
-    assert model(images, torch.ones(4), labels, 4)[1].dropped_L.shape == (2,)
+    assert model(images, torch.ones(4), labels, 4)[1].dropped_M.shape == (2,)

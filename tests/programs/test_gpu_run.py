@@ -1,4 +1,4 @@
-"""The program for a GPU at hand: every stage runs on the CPU, within its limit, and goes on where it was stopped."""
+"""The program for short access to a GPU: stages run on the CPU, within their limits, and are continued after a stop."""
 
 import gzip
 import json
@@ -50,9 +50,9 @@ def measured(tmp_path_factory) -> Path:
 def test_every_stage_is_finished_and_in_the_report(measured):
     report = (measured / "report.md").read_text()
     for stage in STAGES:
-        held = json.loads((measured / stage / "stage.json").read_text())
-        assert held["status"] == "finished" and f"## {stage}: finished" in report
-        assert all(command["exit_code"] == 0 and command["megapromoe"] for command in held["commands"].values())
+        saved = json.loads((measured / stage / "stage.json").read_text())
+        assert saved["status"] == "finished" and f"## {stage}: finished" in report
+        assert all(command["exit_code"] == 0 and command["megapromoe"] for command in saved["commands"].values())
         lines = stage_figures(stage, measured / stage)
         assert lines and all(f"* {line}" in report for line in lines)
 
@@ -75,8 +75,8 @@ def test_figures_of_the_tests(measured):
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["step", "layer"])
 def test_figures_of_the_benchmark(measured, stage):
-    (scene,) = json.loads((measured / stage / "eager" / "benchmark.json").read_text())["scenes"].values()
-    assert scene["experiment"] == stage and [*scene["contenders"]] == ["ours", "dense"]
+    (case,) = json.loads((measured / stage / "eager" / "benchmark.json").read_text())["scenes"].values()
+    assert case["experiment"] == stage and [*case["contenders"]] == ["ours", "dense"]
     (line,) = stage_figures(stage, measured / stage)
     assert f"eager, {stage} digits E4 B8 real: ours" in line and "× dense); dense" in line
 
@@ -112,14 +112,14 @@ def test_a_repeated_command_skips_what_is_finished(measured, capsys):
     files = sorted(measured.rglob("stage.json"))
     before = [(file.stat().st_mtime_ns, file.read_text()) for file in files]
     assert main(["all", "--device", "cpu", "--quick", "--out", str(measured)], ROOT) == 0
-    assert capsys.readouterr().out.count("finished before, skipped; --again begins anew") == len(STAGES)
+    assert capsys.readouterr().out.count("finished before, skipped; use --again to repeat it") == len(STAGES)
     assert [(file.stat().st_mtime_ns, file.read_text()) for file in files] == before
 
 
 @pytest.mark.full
 def test_other_command_lines_are_not_mixed_in(measured, capsys):
     assert main(["all", "--device", "cpu", "--out", str(measured)], ROOT) == 2
-    assert "was measured by other command lines; give another --out, or --again" in capsys.readouterr().err
+    assert "has results of other command lines; use another --out, or --again" in capsys.readouterr().err
 
 
 # ---- the command lines of a GPU
@@ -197,7 +197,7 @@ time.sleep(60)
 """
     outcome = process(python("x", code), tmp_path, limit=2.0, grace=0.5)
     assert (outcome.status, outcome.exit_code) == ("stopped", -signal.SIGKILL) and outcome.seconds < 20
-    assert "did not end when asked to, killed" in (tmp_path / "log").read_text()
+    assert "did not end after the signal, killed" in (tmp_path / "log").read_text()
     deadline = time.monotonic() + 10  # the kernel ends a killed process a moment later
     while runs(int((tmp_path / "child").read_text())):
         assert time.monotonic() < deadline, "the child lives on"
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_process_and_keeps_the_rest(tmp_path, monkeypatch, descr
     ends = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)"
     monkeypatch.setattr(gpu_program, "stage_commands", stage_of(python("first", ""), python("second", ends)))
     assert main(["step", "--device", "cpu", "--out", str(tmp_path)], ROOT) == 130
-    assert "interrupted; repeat the command to go on" in capsys.readouterr().err
+    assert "interrupted; repeat the command to continue" in capsys.readouterr().err
     held = json.loads((tmp_path / "step" / "stage.json").read_text())
     assert held["status"] == "stopped" and held["commands"].keys() == {"first"}
 
@@ -297,7 +297,7 @@ def test_figures_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys)
     machine = json.loads((measured / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps(machine | {"device": "H100"}))
     assert main(["tests", "--device", "cpu", "--quick", "--out", str(tmp_path)], ROOT) == 2
-    assert "figures of another machine (device: 'H100', now 'CPU'); give another --out" in capsys.readouterr().err
+    assert "has results of another machine (device: 'H100', now 'CPU'); use another --out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -309,8 +309,8 @@ def test_a_missing_gpu_is_named(tmp_path, capsys):
 WRONG = {
     "no time": (["tests", "--minutes", "0"], "--minutes 0.0: must be a number above 0"),
     "endless": (["tests", "--minutes", "inf"], "--minutes inf: must be a number above 0"),
-    "no wheels": (["tests", "--wheels", "/nowhere"], "--wheels /nowhere: holds no wheels"),
-    "a Python of its own": (["wheels", "--python", "py3"], "--python py3: must be a version such as 3.12"),
+    "no wheels": (["tests", "--wheels", "/nowhere"], "--wheels /nowhere: has no wheels"),
+    "an invalid Python": (["wheels", "--python", "py3"], "--python py3: must be a version such as 3.12"),
     "torch without a tag": (["wheels", "--torch", "2.13"], "--torch 2.13: must be VERSION+TAG"),
     "an unknown package": (["wheels", "--packages", "nobody"], "nobody: "),
 }
@@ -325,7 +325,7 @@ def test_wrong_words_are_refused_with_the_rule(name, capsys):
 
 def test_it_runs_from_a_whole_checkout_alone(tmp_path, capsys):
     assert main(["tests", "--dry-run"], tmp_path) == 2
-    assert "run this from a whole checkout" in capsys.readouterr().err
+    assert "run this from a complete checkout" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_named(tmp_path):

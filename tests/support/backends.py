@@ -1,4 +1,4 @@
-"""The two ways to run experts, on a CPU: left alone it goes expert by expert, as GPUs without a grouped product do."""
+"""Both implementations of experts on a CPU, which loops over them by default, like GPUs without grouped products."""
 
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
@@ -8,12 +8,13 @@ from megapromoe.nn.moe import dispatcher, expert_linear
 
 @contextmanager
 def grouped():
-    """By grouped products, as bf16 on a GPU of compute capability 9 or 10. Torch has them on CPUs too."""
+    """Within it experts use grouped products, like bf16 on a GPU of compute capability 9 or 10; CPUs have them too."""
     with (
-        patch.object(expert_linear, "in_one_kernel", lambda x: True),
-        patch.object(dispatcher, "in_one_kernel", lambda x: True),
+        patch.object(expert_linear, "has_grouped_mm_kernel", lambda x: True),
+        patch.object(dispatcher, "has_grouped_mm_kernel", lambda x: True),
     ):
         yield
 
 
-WAYS = {"expert by expert": nullcontext, "grouped": grouped}
+BACKENDS = {"looped": nullcontext, "grouped": grouped}
+"""name -> context in which experts use this implementation."""

@@ -1,8 +1,9 @@
-"""Routes, experts and the plain loop over rows that tests hold dispatchers against."""
+"""Assignments, experts, and the plain loop over rows with which tests compare dispatchers."""
 
 import torch
 
-from megapromoe.nn.moe.dispatcher import Dispatcher, Route
+from megapromoe.nn.moe.assignment import TokenAssignment
+from megapromoe.nn.moe.dispatcher import Dispatcher
 from megapromoe.nn.moe.layer import Experts
 
 T, D, F, E = 24, 16, 32, 6
@@ -16,45 +17,47 @@ def experts_of(seed: int) -> Experts:
     return bank
 
 
-def plain(x_TD, route: Route, bank: Experts):
-    """Row by row, as the formula says: Σ weight · W2·gelu(W1·x + b1) + b2."""
+def plain(x_TD, assignment: TokenAssignment, bank: Experts):
+    """Row by row, by the formula: Σ weight · W2·gelu(W1·x + b1) + b2."""
     rows = [torch.zeros(D) for _ in range(x_TD.shape[0])]
-    for token, expert, weight in zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R, strict=True):
+    token_R, expert_R, weight_R = assignment[:3]
+    for token, expert, weight in zip(token_R.tolist(), expert_R.tolist(), weight_R, strict=True):
         hidden = bank.fc1.weight[expert] @ x_TD[token] + bank.fc1.bias[expert]
         hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
         rows[token] = rows[token] + weight * (bank.fc2.weight[expert] @ hidden + bank.fc2.bias[expert])
     return torch.stack(rows) if rows else x_TD.new_zeros(0, D)
 
 
-def route_of(kind: str, tokens: int, seed: int) -> Route:
+def assignment_of(kind: str, tokens: int, seed: int) -> TokenAssignment:
     g = torch.Generator().manual_seed(seed)
     if kind == "empty":
-        return Route(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0), 0)
+        return TokenAssignment(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0), 0)
     if kind == "any rows":  # tokens without a row, tokens with several
         token_R = torch.randint(tokens, (31,), generator=g)
-        return Route(token_R, torch.randint(E, (31,), generator=g), torch.rand(31, generator=g), 0)
+        return TokenAssignment(token_R, torch.randint(E, (31,), generator=g), torch.rand(31, generator=g), 0)
     K = 2 if kind == "top 2" else 1
     expert_TK = torch.rand(tokens, E, generator=g).topk(K, dim=1).indices
     if kind == "one expert":
         expert_TK = torch.full((tokens, 1), 4)
     weight = torch.rand(tokens * K, generator=g)
-    return Route(torch.arange(tokens).repeat_interleave(K), expert_TK.flatten(), weight, K)
+    return TokenAssignment(torch.arange(tokens).repeat_interleave(K), expert_TK.flatten(), weight, K)
 
 
-def outcome(function, x, route: Route, bank: Experts):
+def outcome(function, x, assignment: TokenAssignment, bank: Experts):
     """Output, and gradients of x, of the weights and of every parameter, for one fixed loss."""
     x = x.clone().requires_grad_()
-    weight_R = route.weight_R.clone().requires_grad_()
+    weight_R = assignment.weight_R.clone().requires_grad_()
     bank.zero_grad()
-    y = function(x, route._replace(weight_R=weight_R), bank)
+    y = function(x, assignment._replace(weight_R=weight_R), bank)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
     assert x.grad is not None and weight_R.grad is not None, "the graph was cut"
     return [y.detach(), x.grad, weight_R.grad, *(p.grad for p in bank.parameters())]
 
 
 def onto_zeros(dispatcher: Dispatcher):
-    def outputs(x, route, bank):
-        return dispatcher.finish(dispatcher.compute(dispatcher.begin(x, route, len(x)), bank), torch.zeros_like(x))
+    def outputs(x, assignment, bank):
+        dispatched = dispatcher.dispatch(x, assignment, len(x))
+        return dispatcher.combine(dispatcher.run_experts(dispatched, bank), torch.zeros_like(x))
 
     return outputs
 

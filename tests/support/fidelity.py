@@ -44,9 +44,9 @@ def relative(ours: Tensor, published: Tensor) -> float:
 def parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What of a logical tensor is compared by itself: each expert, and queries, keys and values."""
     if ".mlp.experts." in name or name.endswith((".router.prototypes", ".router.gate")):
-        yield from ((f"{name}[{expert}]", one) for expert, one in enumerate(tensor))
+        yield from ((f"{name}[{expert}]", part) for expert, part in enumerate(tensor))
     elif ".attn.qkv." in name:
-        yield from ((f"{name}[{which}]", one) for which, one in zip("qkv", tensor.chunk(3), strict=True))
+        yield from ((f"{name}[{which}]", part) for which, part in zip("qkv", tensor.chunk(3), strict=True))
     else:
         yield name, tensor
 
@@ -58,12 +58,12 @@ def is_zero(name: str, config: ModelConfig) -> bool:
 
 def compare(case: str) -> Comparison:
     """Runs a golden case by our model, in evaluation and in training mode."""
-    config, found = config_of(case), Comparison()
+    config, comparison = config_of(case), Comparison()
     model = build(config)
     missing, unexpected = model.load_state_dict(parameters_of(case), strict=False)
-    found.unexpected += sorted(set(missing) - {n for n, _ in model.named_buffers()}) + unexpected
+    comparison.unexpected += sorted(set(missing) - {n for n, _ in model.named_buffers()}) + unexpected
     if "pos_embed" in (published := tensors_of(case, "param")):
-        found.outputs["positions"] = relative(model.pos_embed, published["pos_embed"])
+        comparison.outputs["positions"] = relative(model.pos_embed, published["pos_embed"])
     given, out, loss = (tensors_of(case, kind) for kind in ("in", "out", "loss"))
     order, conditional = null_last(given["y"], config.model.null_class)
     x, t, y, noise = (given[name][order] for name in ("x", "t", "y", "noise"))
@@ -71,42 +71,42 @@ def compare(case: str) -> Comparison:
     model.eval()
     with torch.no_grad():
         prediction, auxiliary = model(x, t, y, conditional)
-    found.outputs["eval"] = relative(prediction, out["eval"][order])
-    found.unexpected += [f"loss {name} in evaluation" for name in auxiliary.losses]
+    comparison.outputs["eval"] = relative(prediction, out["eval"][order])
+    comparison.unexpected += [f"loss {name} in evaluation" for name in auxiliary.losses]
 
     model.train()
     prediction, auxiliary = model(x, t, y, conditional)
-    found.outputs["train"] = relative(prediction, out["train"][order])
+    comparison.outputs["train"] = relative(prediction, out["train"][order])
     mse = (prediction[:, : config.model.in_channels] - (noise - x)).square().mean()
-    found.losses["mse"] = relative(mse.detach(), loss["mse"])
+    comparison.losses["mse"] = relative(mse.detach(), loss["mse"])
     (mse + auxiliary.total()).backward()
     per_layer = {name: value.detach() for name, value in auxiliary.losses.items()}
     layers = {name: value for name, value in loss.items() if name.startswith("aux")}
     for name, value in layers.items():
-        found.losses[name] = relative(sum(per_layer.values())[int(name.split(".")[1])], value)
+        comparison.losses[name] = relative(sum(per_layer.values())[int(name.split(".")[1])], value)
     if "capacity_pred" in loss:
         unweighted = per_layer["capacity"].sum() / config.model.capacity_weight
-        found.losses["capacity_pred"] = relative(unweighted, loss["capacity_pred"])
+        comparison.losses["capacity_pred"] = relative(unweighted, loss["capacity_pred"])
     elif not layers:
-        found.unexpected += [f"loss {name}" for name in per_layer]
+        comparison.unexpected += [f"loss {name}" for name in per_layer]
 
     gradients = from_published(tensors_of(case, "grad"), config.model)
-    whole = torch.stack([g.double().norm() for g in gradients.values()]).norm()
+    norm_of_all = torch.stack([g.double().norm() for g in gradients.values()]).norm()
     ours = {name: p.grad for name, p in model.named_parameters()}
     for name, published_gradient in gradients.items():
         pairs = zip(parts(name, ours.pop(name)), parts(name, published_gradient), strict=True)
-        for (part, one), (_, other) in pairs:
+        for (part, gradient), (_, other) in pairs:
             if is_zero(part, config.model):
-                found.zeros[part] = float(max(one.double().norm(), other.double().norm()) / whole)
+                comparison.zeros[part] = float(max(gradient.double().norm(), other.double().norm()) / norm_of_all)
             else:
-                found.gradients[part] = relative(one, other)
-    found.unexpected += [f"gradient {name}" for name, g in ours.items() if g.abs().max() > 0]
-    return found
+                comparison.gradients[part] = relative(gradient, other)
+    comparison.unexpected += [f"gradient {name}" for name, g in ours.items() if g.abs().max() > 0]
+    return comparison
 
 
 def worst(deviations: dict[str, float]) -> tuple[float, str]:
     """The largest deviation, and whose it is."""
-    name = max(deviations, key=lambda one: deviations[one])
+    name = max(deviations, key=lambda name: deviations[name])
     return deviations[name], name
 
 
@@ -171,11 +171,16 @@ TAIL = """
 def write_page(file: Path, cases: dict[str, Comparison], long_run: tuple[dict, dict] | None) -> None:
     """Writes docs/fidelity.md."""
     text = HEAD
-    for case, found in cases.items():
-        gradient, name = worst(found.gradients)
+    for case, comparison in cases.items():
+        gradient, name = worst(comparison.gradients)
         cells = [MODELS[case], f"`{case}`"]
-        cells += [f"{worst(kind)[0]:.1e}" for kind in (found.outputs, found.losses)]
-        cells += [f"{gradient:.1e}", f"`{name}`", str(len(found.gradients)), f"{max(found.zeros.values()):.0e}"]
+        cells += [f"{worst(kind)[0]:.1e}" for kind in (comparison.outputs, comparison.losses)]
+        cells += [
+            f"{gradient:.1e}",
+            f"`{name}`",
+            str(len(comparison.gradients)),
+            f"{max(comparison.zeros.values()):.0e}",
+        ]
         text += f"| {' | '.join(cells)} |\n"
     if long_run:
         text += _long_table(*long_run)
@@ -195,8 +200,8 @@ def _long_table(ours: dict, published: dict) -> str:
         steps = slice(first - 1, last)
         mse, rcl = (off[steps] for off in long_run_deviations(ours, published))
         cells = [f"{max(mse):.1e}", f"{sum(mse) / len(mse):.1e}", f"{max(rcl):.1e}"]
-        theirs, mine = (sum(one["loss"][steps]) / (last - first + 1) for one in (published, ours))
-        cells += [f"{theirs:.6f}", f"{mine:.6f}", f"{abs(mine - theirs) / theirs:.1e}"]
+        theirs, mean = (sum(run["loss"][steps]) / (last - first + 1) for run in (published, ours))
+        cells += [f"{theirs:.6f}", f"{mean:.6f}", f"{abs(mean - theirs) / theirs:.1e}"]
         text += f"| {first}–{last} | {' | '.join(cells)} |\n"
     off = abs(ours["fixed"] - published["fixed"]) / published["fixed"]
     return text + (

@@ -17,20 +17,20 @@ ROUTER = {"promoe_tc": "promoe", "promoe_ec_softmax": "promoe_ec", "published_ru
 
 def config_of(case: str) -> Config:
     """The config that describes a golden case."""
-    said = json.loads((FOLDER / f"{case}.json").read_text())
-    moe = said["moe"] or {}
+    arguments = json.loads((FOLDER / f"{case}.json").read_text())
+    moe = arguments["moe"] or {}
     model = ModelConfig(
         router=ROUTER.get(case, case),
-        hidden_size=said["hidden_size"],
-        depth=said["depth"],
-        heads=said["num_heads"],
-        patch_size=said["patch_size"],
-        input_size=said["input_size"],
-        in_channels=said["in_channels"],
-        num_classes=said["num_classes"],
+        hidden_size=arguments["hidden_size"],
+        depth=arguments["depth"],
+        heads=arguments["num_heads"],
+        patch_size=arguments["patch_size"],
+        input_size=arguments["input_size"],
+        in_channels=arguments["in_channels"],
+        num_classes=arguments["num_classes"],
         num_experts=moe.get("num_routed_experts", moe.get("num_experts", 1)),
         top_k=moe.get("top_k", moe.get("capacity", 1)),
-        expert_width=moe.get("moe_intermediate_size", 4 * said["hidden_size"]),
+        expert_width=moe.get("moe_intermediate_size", 4 * arguments["hidden_size"]),
         shared_expert_width=moe.get("shared_expert_intermediate_size", 0),
         gate=moe.get("router_weight_mode", "identity"),
         rcl_weight=moe.get("routing_contrastive_lam", 0.0),

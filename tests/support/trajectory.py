@@ -86,30 +86,30 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
         ranges = loader.micro_batches(
             step, mesh.dp.size, mesh.dp.rank, config.train.accumulation, config.train.global_batch
         )
-        for number, stretch in enumerate(ranges):
-            batch = loader.batch(stretch.start, len(stretch))
+        for number, positions in enumerate(ranges):
+            batch = loader.batch(positions.start, len(positions))
             x, t = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
             def loss(prediction, auxiliary, batch=batch):
                 mse = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
-                whole = mse + auxiliary.total()
-                return whole, whole.detach()
+                total_loss = mse + auxiliary.total()
+                return total_loss, total_loss.detach()
 
             total += engine.micro_step(x, t, batch.labels_B, batch.conditional, loss=loss)
             if number < len(ranges) - 1:
                 engine.finish_micro_step()
-        dist.all_reduce(total, group=mesh.dp.handle)
+        dist.all_reduce(total, group=mesh.dp.process_group)
         out.losses.append(float(total) / mesh.dp.size / config.train.accumulation)
         if step == 0:
-            aside, place = Path(folder) / "gradient.writing", Path(folder) / "gradient"
-            aside.mkdir(exist_ok=True)
+            staging, place = Path(folder) / "gradient.writing", Path(folder) / "gradient"
+            staging.mkdir(exist_ok=True)
             dist.barrier()
             items = [("gradient", piece, g) for piece, g in engine.reduced_gradients()]
             snap = snapshot(engine, items, {})
-            assert not write_rank(aside, dist.get_rank(), snap.tensors, snap.parts, 0)
+            assert not write_rank(staging, dist.get_rank(), snap.tensors, snap.parts, 0)
             if dist.get_rank() == 0:
                 shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
-                commit(aside, place, dist.get_world_size(), {"step": 0, "updates": 0, "shapes": shapes}, 60)
+                commit(staging, place, dist.get_world_size(), {"step": 0, "updates": 0, "shapes": shapes}, 60)
         result = engine.step(config.train.lr, total)
         ema.update(result)
         out.norms.append(result.norm)
@@ -139,16 +139,16 @@ def stir(model, mesh) -> None:
             seed = int.from_bytes(name.encode(), "little") % (2**31)
             scale = 1.0 if name.endswith("adaLN_modulation.1.bias") else 0.2
             value = np.random.default_rng(seed).standard_normal(layout.shape) * scale
-            parameter.add_(layout.take(torch.from_numpy(value).float(), mesh))
+            parameter.add_(layout.local_shard(torch.from_numpy(value).float(), mesh))
 
 
 def deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest ‖a-b‖ / (1e-5·‖b‖ + 1e-6·‖all of b‖) over tensors, and whose: 1.0 is the limit."""
-    whole = torch.stack([b.double().norm() for b in theirs.values()]).norm()
+    norm_of_all = torch.stack([b.double().norm() for b in theirs.values()]).norm()
     worst = (0.0, "")
     assert ours.keys() == theirs.keys()
     for name, b in theirs.items():
-        off = float((ours[name].double() - b.double()).norm() / (1e-5 * b.double().norm() + 1e-6 * whole))
+        off = float((ours[name].double() - b.double()).norm() / (1e-5 * b.double().norm() + 1e-6 * norm_of_all))
         worst = max(worst, (off, name))
     return worst
 

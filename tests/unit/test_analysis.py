@@ -135,7 +135,7 @@ def test_tokens_are_what_the_router_saw():
     found = measure_routing(model, config, Digits(), images=20, levels=(0.2, 0.8), tokens=50)
     assert found.levels == (0.2, 0.8) and found.middle == 0.8 and found.rows_MLCE.shape[0] == 2
     router = model.blocks[1].mlp.router
-    again = router(torch.from_numpy(found.tokens.x_LTD[0])[:, None]).route.expert_R
+    again = router(torch.from_numpy(found.tokens.x_LTD[0])[:, None]).assignment.expert_R
     np.testing.assert_array_equal(again.numpy(), found.tokens.expert_LT[0])
     whole = measure_routing(model, config, Digits(), images=20, levels=(0.8,), tokens=20 * 16).tokens
     np.testing.assert_array_equal(whole.class_T.reshape(20, 16)[:, 0], found.labels)

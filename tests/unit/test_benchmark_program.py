@@ -29,14 +29,16 @@ def measured(tmp_path_factory) -> Path:
 def test_the_program_from_end_to_end(measured):
     document = json.loads((measured / "benchmark.json").read_text())
     assert [s["experiment"] for s in document["scenes"].values()] == ["layer"] * 2 + ["step"] * 2 + ["sample"] * 2
-    for scene in document["scenes"].values():
-        assert [*scene["contenders"]] == ["ours", "loop", "dense", "bmm"]
-        for f in scene["contenders"].values():
+    for case in document["scenes"].values():
+        assert [*case["contenders"]] == ["ours", "loop", "dense", "bmm"]
+        for f in case["contenders"].values():
             assert f["total"]["median"] > 0 and f["counts"]["total"]["kernels"] > 0 and f["ratio"]["median"] > 0
             assert all(len(values) == 2 for values in f["rounds"].values())
     skewed = document["scenes"]["step digits E4 B4 skewed"]["contenders"]
     waits = {name: skewed[name]["counts"]["total"]["waits"] for name in ("ours", "loop")}
-    assert waits["ours"] == {"tolist": 2} and sum(waits["loop"].values()) > 20  # ours: once a layer, on a CPU
+    assert (
+        waits["ours"] == {"tolist": 2} and sum(waits["loop"].values()) > 20
+    )  # ours: once for each of 2 layers, on a CPU
     page = (measured / "benchmark.md").read_text()
     for heading in ("The MoE layer", "Parts of ours", "The training step", "Sampling"):
         assert heading in page
@@ -45,7 +47,7 @@ def test_the_program_from_end_to_end(measured):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.name in page
 
 
-def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
+def test_a_repeated_command_measures_nothing(measured, monkeypatch):
     monkeypatch.setattr(suite, "_measure", None)  # a call would raise
     before = json.loads((measured / "benchmark.json").read_text())["scenes"]
     names = ["ours", "loop", "dense", "bmm"]
@@ -55,11 +57,12 @@ def test_a_repeated_command_measures_nothing_anew(measured, monkeypatch):
 
 def test_other_settings_are_not_mixed_in(measured, capsys):
     assert main(["benchmark", "step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
-    said = capsys.readouterr().err
-    assert "contenders: ['ours', 'loop', 'dense', 'bmm'] there, ['ours', 'dense'] now" in said and "--again" in said
+    message = capsys.readouterr().err
+    assert "contenders: ['ours', 'loop', 'dense', 'bmm'] in the file, ['ours', 'dense'] now" in message
+    assert "use another --out, or --again" in message
 
 
-def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
+def test_again_measures_again_and_keeps_other_cases(measured, tmp_path):
     held = json.loads((measured / "benchmark.json").read_text())
     (tmp_path / "benchmark.json").write_text(json.dumps(held))
     names = ["ours", "loop", "dense", "bmm"]
@@ -68,7 +71,7 @@ def test_again_measures_anew_and_keeps_the_rest(measured, tmp_path):
     now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
     assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
     more[3:-1] = ["ours"]
-    assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 0  # other settings: what was there goes
+    assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 0  # other settings: previous cases are removed
     assert [*json.loads((tmp_path / "benchmark.json").read_text())["scenes"]] == ["sample digits E4 B4 real"]
     (tmp_path / "benchmark.json").write_text("{")
     assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 1
@@ -88,7 +91,7 @@ def test_a_page_is_filled_between_its_marks(measured, tmp_path):
         report.fill(page, document, measured)
 
 
-def test_who_cannot_run_is_told_with_the_reason(measured):
+def test_contenders_that_cannot_run_are_listed_with_the_reason(measured):
     document = json.loads((measured / "benchmark.json").read_text())
     document["scenes"]["layer digits E4 B4 real"]["contenders"]["loop"] = {"cannot": "no luck"}
     page = report.markdown(document, {})
@@ -110,7 +113,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_words_get_a_sentence(what, capsys):
+def test_wrong_words_get_a_message(what, capsys):
     argv, sentence = WRONG[what]
     with pytest.raises(SystemExit) as error:
         main(["benchmark", *argv])
@@ -128,10 +131,10 @@ def test_what_is_not_compiled_gets_a_sentence(capsys):
     assert "--compile all: only `step` is compiled" in capsys.readouterr().err
 
 
-def test_a_dry_run_lists_the_scenes(capsys):
+def test_a_dry_run_lists_the_cases(capsys):
     assert main(["benchmark", "all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 3 * 2 + 2 * 2 and any("E256" in line for line in told)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 2 + 2 * 2 and any("E256" in line for line in lines)
 
 
 def test_the_program_knows_what_the_library_has():

@@ -8,18 +8,18 @@ from support.golden_cases import CASES
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_losses_gradients(case, fidelity):
-    """Each tensor by itself; of stacked experts each expert, of attention's queries, keys and values each."""
-    found = fidelity["cases"][case] = compare(case)
-    assert not found.unexpected
-    assert {"positions", "eval", "train"} == found.outputs.keys() and "mse" in found.losses
-    for kind in (found.outputs, found.losses, found.gradients):
+    """Each tensor is compared separately: also each expert, and queries, keys and values of attention."""
+    comparison = fidelity["cases"][case] = compare(case)
+    assert not comparison.unexpected
+    assert {"positions", "eval", "train"} == comparison.outputs.keys() and "mse" in comparison.losses
+    for kind in (comparison.outputs, comparison.losses, comparison.gradients):
         assert kind and not {name: value for name, value in kind.items() if not value <= LIMIT}
     # An attention key's bias of each block, which adds the same to all scores of a query.
-    assert len(found.zeros) == 4 and max(found.zeros.values()) <= ZERO_LIMIT
+    assert len(comparison.zeros) == 4 and max(comparison.zeros.values()) <= ZERO_LIMIT
     if case != "dense":
         for layer in (1, 3):
             for expert in range(4):
-                assert f"blocks.{layer}.mlp.experts.fc1.weight[{expert}]" in found.gradients
+                assert f"blocks.{layer}.mlp.experts.fc1.weight[{expert}]" in comparison.gradients
 
 
 def test_an_error_in_one_small_expert_is_not_hidden_by_the_others():
@@ -28,8 +28,8 @@ def test_an_error_in_one_small_expert_is_not_hidden_by_the_others():
     ours[3] *= 1.001
     assert relative(ours, published) < LIMIT
     name = "blocks.1.mlp.experts.fc1.weight"
-    apart = [relative(a, b) for (_, a), (_, b) in zip(parts(name, ours), parts(name, published), strict=True)]
-    assert apart[:3] == [0, 0, 0] and apart[3] == pytest.approx(1e-3, rel=1e-3)
+    deviations = [relative(a, b) for (_, a), (_, b) in zip(parts(name, ours), parts(name, published), strict=True)]
+    assert deviations[:3] == [0, 0, 0] and deviations[3] == pytest.approx(1e-3, rel=1e-3)
     qkv = torch.cat([torch.ones(2, 2), 1e-4 * torch.ones(2, 2), torch.ones(2, 2)])
     assert [part for part, _ in parts("blocks.0.attn.qkv.weight", qkv)] == [
         f"blocks.0.attn.qkv.weight[{which}]" for which in "qkv"

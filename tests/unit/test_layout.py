@@ -12,11 +12,11 @@ from megapromoe.nn.parallelize import build, layouts
 
 def mesh_of(rank: int, world: int, tp: int, ep: int, expert_tp: bool = False) -> Mesh:
     """The mesh a rank would have, without a job."""
-    mine = {}
+    groups = {}
     for direction, table in rank_tables(world, tp, ep, expert_tp).items():
         row = next(tuple(int(r) for r in row) for row in table if rank in row)
-        mine[direction] = Group(row, row.index(rank))
-    return Mesh(**mine, expert_tp=expert_tp)
+        groups[direction] = Group(row, row.index(rank))
+    return Mesh(**groups, expert_tp=expert_tp)
 
 
 @pytest.mark.parametrize("experts, ep", [(4, 1), (4, 4), (12, 8), (5, 3), (8, 8)])
@@ -61,13 +61,13 @@ def test_slices_of_all_ranks_make_the_logical_tensor(world, tp, ep, expert_tp):
         copies, weights = torch.zeros(layout.shape), torch.zeros(layout.shape)
         for rank in range(world):
             mesh = mesh_of(rank, world, tp, ep, expert_tp)
-            local = layout.take(logical, mesh)
+            local = layout.local_shard(logical, mesh)
             assert local.shape == layout.local_shape(mesh)
             partitions = layout.gradient_group(mesh).size
-            for here, there in layout.pieces(mesh):
-                assert torch.equal(local[here], logical[there])
-                copies[there] += 1
-                weights[there] += 1 / (layout.replicas(mesh) * partitions)
+            for local_slice, logical_slice in layout.shard_slices(mesh):
+                assert torch.equal(local[local_slice], logical[logical_slice])
+                copies[logical_slice] += 1
+                weights[logical_slice] += 1 / (layout.replica_count(mesh) * partitions)
         assert copies.min() > 0, layout.name
         # The rule of the clip norm: every logical element counts once.
         torch.testing.assert_close(weights, torch.ones(layout.shape), msg=layout.name)
@@ -83,12 +83,12 @@ def test_a_dimension_that_does_not_divide_is_named():
 def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
     config = small("model.num_experts=6" if ep == 4 else "model.num_experts=12", f"parallel.tp={tp}",
                    f"parallel.ep={ep}", f"parallel.expert_tp={str(expert_tp).lower()}")  # fmt: skip
-    whole = dict(build(config).named_parameters())
+    logical = dict(build(config).named_parameters())
     for rank in (0, world - 1):
         mesh = mesh_of(rank, world, tp, ep, expert_tp)
         model = build(config, mesh)
         for name, local in model.named_parameters():
-            assert torch.equal(local, model.layouts[name].take(whole[name], mesh)), name
+            assert torch.equal(local, model.layouts[name].local_shard(logical[name], mesh)), name
 
 
 def test_dense_experts_of_a_layer_start_different():
@@ -96,9 +96,9 @@ def test_dense_experts_of_a_layer_start_different():
     weights = dict(several.named_parameters())
     for kind in ("shared", "unconditional"):
         assert not torch.equal(*(weights[f"blocks.1.mlp.{kind}.{i}.fc1.weight"] for i in (0, 1)))
-    one = dict(build(small()).named_parameters())
+    single = dict(build(small()).named_parameters())
     for name in ("shared.fc1.weight", "unconditional.fc2.bias"):  # as in checkpoints from before there could be several
-        assert f"blocks.1.mlp.{name}" in one
+        assert f"blocks.1.mlp.{name}" in single
 
 
 def test_experts_start_different_and_seeds_matter():

@@ -1,4 +1,4 @@
-"""Routers and the MoE layer against the formulas, token by token: any K, every gate, every loss, every ablation."""
+"""Routers and the MoE layer against the formulas, token by token: any K, each `model.gate`, each loss and ablation."""
 
 import math
 from dataclasses import replace
@@ -9,19 +9,19 @@ from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
-from megapromoe.nn.moe.layer import ROUTERS, MoE, fan_out, mlps_of
-from megapromoe.nn.moe.prototypes import contrastive_loss, resemblance
-from megapromoe.nn.moe.routers import top_counts
+from megapromoe.nn.moe.assignment import top_counts
+from megapromoe.nn.moe.layer import ROUTERS, MoE, mlps_of, split_conditional
+from megapromoe.nn.moe.prototypes import contrastive_loss, cosine_scores, differentiable
 
 
 def cosine(a, b) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def gate_of(kind: str, scores: list[float], expert: int) -> float:
-    if kind == "identity":
+def weight_of(gate: str, scores: list[float], expert: int) -> float:
+    if gate == "identity":
         return scores[expert]
-    if kind == "sigmoid":
+    if gate == "sigmoid":
         return 1 / (1 + math.exp(-scores[expert]))
     return math.exp(scores[expert]) / sum(map(math.exp, scores))
 
@@ -30,40 +30,40 @@ def gate_of(kind: str, scores: list[float], expert: int) -> float:
 @pytest.mark.parametrize("K", [1, 2, E])
 def test_prototype_routing(gate, K):
     router, x = filled(ROUTERS["promoe"](config_of(gate=gate, top_k=K))), tokens(3)
-    route = router(x).route
-    rows = list(zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R.tolist(), strict=True))
+    assignment = router(x).assignment
+    rows = list(zip(*(tensor.tolist() for tensor in assignment[:3]), strict=True))
     expected = []
     for t, token in enumerate(x.view(-1, D)):
         scores = [cosine(token, p) for p in router.prototypes.detach()]
         best = sorted(range(E), key=lambda e: -scores[e])[:K]
-        expected += [(t, e, gate_of(gate, scores, e)) for e in best]
+        expected += [(t, e, weight_of(gate, scores, e)) for e in best]
     assert [r[:2] for r in rows] == [r[:2] for r in expected]
     torch.testing.assert_close(torch.tensor([r[2] for r in rows]), torch.tensor([r[2] for r in expected]))
     # Not renormalised: a token's weights do not add up to one.
     if gate == "softmax" and K < E:
-        assert route.weight_R.view(-1, K).sum(1).max() < 0.999
+        assert assignment.weight_R.view(-1, K).sum(1).max() < 0.999
 
 
-@pytest.mark.parametrize("which", ["all", "first"])
+@pytest.mark.parametrize("rcl_tokens", ["all", "first"])
 @pytest.mark.parametrize("K", [1, 3])
-def test_contrastive_loss_by_hand(which, K):
-    config = config_of(top_k=K, rcl_tokens=which, rcl_weight=2.0, rcl_temperature=0.3)
+def test_contrastive_loss_by_hand(rcl_tokens, K):
+    config = config_of(top_k=K, rcl_tokens=rcl_tokens, rcl_weight=2.0, rcl_temperature=0.3)
     router, x = filled(ROUTERS["promoe"](config)), tokens(2)
     routed = router.train()(x)
-    chosen = routed.route.expert_R.view(-1, K)
-    counted = chosen if which == "all" else chosen[:, :1]
+    chosen = routed.assignment.expert_R.view(-1, K)
+    counted = chosen if rcl_tokens == "all" else chosen[:, :1]
     means = {}
     for e in range(E):
-        mine = [x.view(-1, D)[t] for t in range(len(counted)) if e in counted[t].tolist()]
-        if mine:
-            means[e] = torch.stack(mine).mean(0)
+        chosen_by = [x.view(-1, D)[t] for t in range(len(counted)) if e in counted[t].tolist()]
+        if chosen_by:
+            means[e] = torch.stack(chosen_by).mean(0)
     used = sorted(means)
     assert len(used) >= 2
     logits = torch.stack(
         [torch.stack([F.cosine_similarity(router.prototypes[i], means[j], dim=0) for j in used]) for i in used]
     )
     expected = 2.0 * F.cross_entropy(logits / 0.3, torch.arange(len(used)))
-    (loss,) = router.losses_of([routed])["rcl"]
+    (loss,) = router.auxiliary_losses([routed])["rcl"]
     torch.testing.assert_close(loss, expected)
     ours = torch.autograd.grad(loss, router.prototypes, retain_graph=True)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, router.prototypes)[0])
@@ -89,38 +89,35 @@ def test_contrastive_loss_leaves_unused_experts_out():
 @pytest.mark.parametrize("K", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [4, 0])
-def test_resemblance_and_its_gradients_are_the_formula(K, dtype, count):
-    """Against autograd over cosine_similarity and index_add, of tokens that chose some prototypes and left others."""
+def test_cosine_scores_and_their_gradients_are_the_formula(K, dtype, count):
+    """Against autograd of cosine_similarity and index_add, for tokens that chose some prototypes and not others."""
     x = tokens(count).to(dtype).requires_grad_()
     prototypes = torch.randn(E, D, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
-    leaves, seen = (x, prototypes), {}
-
-    def choose(score):
-        seen["chosen"] = score[..., :-1].topk(K, dim=-1).indices  # nobody takes the last
-        return seen["chosen"]
-
-    score, sums, numbers = resemblance(x, prototypes, choose if K else None)
+    leaves, scores = (x, prototypes), cosine_scores(x, prototypes)
+    chosen = scores.score[..., :-1].topk(K, dim=-1).indices if K else None  # no token chooses the last prototype
+    score, sums, numbers = differentiable(x, prototypes, scores, chosen)
+    assert not scores.score.requires_grad and score.requires_grad
     expected = F.cosine_similarity(x.float().unsqueeze(-2), prototypes.float(), dim=-1)
     weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
     ours, theirs = (score * weights).sum(), (expected * weights).sum()
     if K:
-        chosen = seen["chosen"].flatten()
+        chosen = chosen.flatten()
         rows = x.float().flatten(0, 1).repeat_interleave(K, 0)
         sums_expected = torch.zeros(E, D).index_add(0, chosen, rows)
         torch.testing.assert_close(sums, sums_expected, rtol=1e-5, atol=1e-5)
         assert numbers.tolist() == chosen.bincount(minlength=E).tolist()
         ours, theirs = ours + (sums**2).sum(), theirs + (sums_expected**2).sum()
     torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(ours, leaves)
+    gradients = torch.autograd.grad(ours, leaves)
     limit = {"rtol": 1e-2, "atol": 1e-2} if dtype is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    for a, b in zip(found, torch.autograd.grad(theirs, leaves), strict=True):
+    for a, b in zip(gradients, torch.autograd.grad(theirs, leaves), strict=True):
         assert a.dtype is dtype
         torch.testing.assert_close(a, b, **limit)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 2, 5], [1, 1, 1, 1], [0, 0, 4, 0], [0, 0, 0, 0]])
 def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
-    """Of several images at once, each with experts used or not, against autograd over the used ones."""
+    """Of several images at once, with used and unused experts, against autograd of the used ones."""
     g = torch.Generator().manual_seed(4)
     prototypes = torch.randn(4, D, generator=g).requires_grad_()
     count_BE = torch.tensor([counts, [2, 1, 0, 1]]).float()
@@ -133,8 +130,8 @@ def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
             expected = expected.index_put((torch.tensor(b),), F.cross_entropy(logits, torch.arange(len(used))))
     ours, pull = contrastive_loss(prototypes, sums, count_BE, 0.1), torch.tensor([1.0, -2.0])
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(ours @ pull, (prototypes, sums))
-    for a, b in zip(found, torch.autograd.grad(expected @ pull, (prototypes, sums)), strict=True):
+    gradients = torch.autograd.grad(ours @ pull, (prototypes, sums))
+    for a, b in zip(gradients, torch.autograd.grad(expected @ pull, (prototypes, sums)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -144,14 +141,14 @@ def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
 )
 @pytest.mark.parametrize("form", ["batch", "sequence"])
 def test_balance_losses_by_hand(router, gate, form):
-    """P is the gate's own output where that is a softmax, else the softmax of the gate's output."""
+    """P is the routing weight if that is a softmax, otherwise the softmax of the routing weights."""
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
     config = replace(config, gate=gate or config.gate)
     module, x = filled(ROUTERS[router](config)).train(), tokens(4)
     routed = module(x)
-    raw = module.similarity(x)[0] if router == "promoe" else F.linear(x, module.gate)
+    raw = module.scores(x).score if router == "promoe" else F.linear(x, module.gate)
     raw = raw.sigmoid() if gate == "sigmoid" else raw
-    p, chosen = raw.softmax(-1), routed.route.expert_R.view(4, S, 2)
+    p, chosen = raw.softmax(-1), routed.assignment.expert_R.view(4, S, 2)
 
     def balance(p, chosen):
         f = torch.tensor([E * float((chosen == e).sum()) / chosen.numel() for e in range(E)])
@@ -165,17 +162,17 @@ def test_balance_losses_by_hand(router, gate, form):
 @pytest.mark.parametrize("router", ["promoe_ec", "ec"])
 def test_expert_choice_takes_the_best_tokens_of_each_image(router):
     module, x = filled(ROUTERS[router](config_of(router=router, top_k=2))), tokens(3)
-    route = module(x).route
-    scores = module.similarity(x)[0] if router == "promoe_ec" else F.linear(x, module.gate).softmax(-1)
-    capacity = int(S / E * 2)
-    taken = set(zip(route.token_R.tolist(), route.expert_R.tolist(), strict=True))
+    assignment = module(x).assignment
+    scores = module.scores(x).score if router == "promoe_ec" else F.linear(x, module.gate).softmax(-1)
+    tokens_per_expert = int(S / E * 2)
+    taken = set(zip(assignment.token_R.tolist(), assignment.expert_R.tolist(), strict=True))
     expected = {
         (b * S + t, e)
         for b in range(3)
         for e in range(E)
-        for t in sorted(range(S), key=lambda t: -scores[b, t, e].item())[:capacity]
+        for t in sorted(range(S), key=lambda t: -scores[b, t, e].item())[:tokens_per_expert]
     }
-    assert taken == expected and len(route.token_R) == len(expected)
+    assert taken == expected and len(assignment.token_R) == len(expected)
 
 
 @pytest.mark.parametrize("experts", [12, 40])
@@ -185,13 +182,13 @@ def test_expert_choice_with_fewer_tokens_than_experts(experts):
     module, x = filled(ROUTERS["promoe_ec"](config)).train(), tokens(3)
     routed = module(x)
     best_BE = F.cosine_similarity(x.unsqueeze(2), module.prototypes, dim=-1).argmax(1)
-    assert routed.route.token_R.view(3, experts).sub(torch.arange(3)[:, None] * S).tolist() == best_BE.tolist()
+    assert routed.assignment.token_R.view(3, experts).sub(torch.arange(3)[:, None] * S).tolist() == best_BE.tolist()
     assert routed.losses["rcl"].isfinite() and routed.load_E.tolist() == [3] * experts
 
 
 @pytest.mark.parametrize("experts", [20, 80])
 def test_diffmoe_with_fewer_tokens_than_experts(experts):
-    """It chooses over the batch, here of 4 · 9 tokens: one for each of 20 experts, and at least one for each of 80."""
+    """It chooses over the batch, which has 4 · 9 tokens: each of 20 experts takes one, each of 80 at least one."""
     config = config_of(router="diffmoe", num_experts=experts)
     module, x = filled(ROUTERS["diffmoe"](config)).train(), tokens(4)
     assert module(x).load_E.tolist() == [1] * experts
@@ -201,19 +198,18 @@ def test_diffmoe_with_fewer_tokens_than_experts(experts):
 
 @pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
 def test_the_weights_of_prototype_expert_choice(gate):
-    """A softmax is over the tokens of the image, among which an expert chooses, and not over experts."""
+    """A softmax is over the tokens of the image, from which an expert chooses, not over experts."""
     module = filled(ROUTERS["promoe_ec"](config_of(router="promoe_ec", gate=gate, top_k=2)))
     x = tokens(3)
-    route = module(x).route
-    rows = zip(route.token_R.tolist(), route.expert_R.tolist(), route.weight_R.tolist(), strict=True)
+    rows = zip(*(tensor.tolist() for tensor in module(x).assignment[:3]), strict=True)
     for token, expert, weight in rows:
         image, place = divmod(token, S)
         over_tokens = [cosine(other, module.prototypes[expert].detach()) for other in x[image]]
-        assert weight == pytest.approx(gate_of(gate, over_tokens, place), rel=1e-5)
-    assert module(x[:0]).route.weight_R.shape == (0,)
+        assert weight == pytest.approx(weight_of(gate, over_tokens, place), rel=1e-5)
+    assert module(x[:0]).assignment.weight_R.shape == (0,)
 
 
-def test_diffmoe_follows_its_thresholds():
+def test_diffmoe_updates_its_thresholds():
     module, x = filled(ROUTERS["diffmoe"](config_of(router="diffmoe"))), tokens(4)
     routed = module.train()(x)
     count = int(4 * S / E)
@@ -223,7 +219,7 @@ def test_diffmoe_follows_its_thresholds():
     for _ in range(200):
         module(x)
     torch.testing.assert_close(module.threshold, kth.detach(), rtol=1e-3, atol=1e-4)
-    # Inference takes as many as the predictor expects, here about as many as in training.
+    # At inference an expert takes as many tokens as predicted, in this test about as many as in training.
     assert (module.eval()(x).load_E - count).abs().max() <= 1
 
 
@@ -254,11 +250,12 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
                     out[b, s] += mlp(unconditional, token)
                 continue
             score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
-            gate_E = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}[config.gate]
+            weights = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}
+            weight_E = weights[config.gate]
             for e in score_E.argsort(descending=True).tolist()[: config.top_k]:
                 hidden = F.linear(token, moe.experts.fc1.weight[e], moe.experts.fc1.bias[e])
                 y = F.linear(F.gelu(hidden, approximate="tanh"), moe.experts.fc2.weight[e], moe.experts.fc2.bias[e])
-                out[b, s] += gate_E[e] * y
+                out[b, s] += weight_E[e] * y
     return out
 
 
@@ -266,7 +263,7 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
 @pytest.mark.parametrize("shared, unconditional", [(1, 1), (1, 0), (0, 1), (0, 0), (3, 2), (0, 2), (2, 0)])
 @pytest.mark.parametrize("K", [1, 2])
 def test_moe_layer_by_hand(K, shared, unconditional, conditional):
-    """Output, and every gradient, the tokens fanned out as a block does it; of several experts the sum."""
+    """Output and every gradient, with tokens split as in a block; the outputs of several experts are summed."""
     config = config_of(
         top_k=K,
         shared_expert=shared > 0,
@@ -277,8 +274,8 @@ def test_moe_layer_by_hand(K, shared, unconditional, conditional):
     )
     moe, x = filled(MoE(config)), tokens(3).requires_grad_()
     leaves = [x, *moe.parameters()]
-    all_BSD, routable_BSD, _ = fan_out(x, moe.routable(x, conditional))
-    y = moe(all_BSD, moe.route(routable_BSD, conditional), conditional)
+    all_BSD, routed_BSD, _ = split_conditional(x, moe.num_routed_images(x, conditional))
+    y = moe(all_BSD, moe.route(routed_BSD, conditional), conditional)
     expected = by_hand(moe, x, conditional, config)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     grad = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -291,13 +288,13 @@ def test_moe_layer_by_hand(K, shared, unconditional, conditional):
 @pytest.mark.parametrize("router", list(ROUTERS))
 @pytest.mark.parametrize("conditional", [0, 3])
 def test_every_parameter_stays_in_the_graph(router, conditional):
-    """An all-null batch, or one without null samples, leaves no gradient missing: a missing one would hang ZeRO."""
+    """All parameters get a gradient from a batch of null images only, or without any: ZeRO would hang without one."""
     config = config_of(router=router, balance_weight=0.1)
     moe, x = filled(MoE(config)).train(), tokens(3)
     for buffer in moe.buffers():
-        buffer.zero_()  # the layer alone is not built, hence uninitialised
+        buffer.zero_()  # buffers of a layer that `build` did not make are uninitialised
     routed = moe.route(x, conditional, torch.tensor([0, 1, config.null_class]))
-    loss = moe(x, routed, conditional).sum() + sum(loss.sum() for loss in moe.losses_of([routed]).values())
+    loss = moe(x, routed, conditional).sum() + sum(loss.sum() for loss in moe.auxiliary_losses([routed]).values())
     loss.backward()
     missing = [name for name, p in moe.named_parameters() if p.grad is None]
     assert not missing

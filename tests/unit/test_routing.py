@@ -65,7 +65,7 @@ def test_token_maps_and_classes_follow_the_router():
     def known(module, arguments, routed):
         expert_BS = (seen_labels[-1] % 4)[:, None].repeat(1, config.model.tokens)
         expert_BS[:, 0] = 3
-        return routed._replace(route=routed.route._replace(expert_R=expert_BS.flatten()))
+        return routed._replace(assignment=routed.assignment._replace(expert_R=expert_BS.flatten()))
 
     router.register_forward_hook(known)
     found = measure_routing(model, config, Digits(), images=40)

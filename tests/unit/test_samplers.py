@@ -121,10 +121,10 @@ def test_ddpm_lands_on_the_data_with_exact_reverse_variance(steps):
 
 def test_ddpm_step_adds_noise_of_the_learned_deviation():
     """With eps = 0 and v = 0: clean is x rescaled, and the variance is half-way between its bounds."""
-    seen = []
+    inputs = []
 
     def predict(x, time):
-        seen.append(x)
+        inputs.append(x)
         return torch.cat([torch.zeros_like(x), torch.zeros_like(x)], dim=1)
 
     noise, fresh = start(), start(draw=1)
@@ -132,7 +132,7 @@ def test_ddpm_step_adds_noise_of_the_learned_deviation():
     at = dict(zip(DDPMSchedule.ROWS, DDPMSchedule(2).table[:, 1].tolist(), strict=True))
     mean = (at["mean_clean"] / at["sqrt_alpha_bar"] + at["mean_x"]) * noise
     std = math.exp((at["log_var_min"] + at["log_var_max"]) / 4)
-    torch.testing.assert_close(seen[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
 
 
 def test_ddpm_asks_for_each_noise_once_and_none_at_the_end():
@@ -159,9 +159,9 @@ def test_a_sampler_adds_no_dependence_on_the_batch(method):
 
         return sample(predict, noise(0), method, 6, noise_at=noise)
 
-    whole = images([0, 1, 2, 3, 4])
-    assert torch.equal(whole, torch.cat([images([0, 1, 2]), images([3, 4])]))
-    assert torch.equal(whole[[4, 0, 2]], images([4, 0, 2]))
+    batch = images([0, 1, 2, 3, 4])
+    assert torch.equal(batch, torch.cat([images([0, 1, 2]), images([3, 4])]))
+    assert torch.equal(batch[[4, 0, 2]], images([4, 0, 2]))
 
 
 def test_sample_refuses_what_it_cannot_do():
@@ -188,10 +188,10 @@ class Model:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, x, t, y, conditional):
-        assert (y[:conditional] != NULL).all() and (y[conditional:] == NULL).all()
+    def __call__(self, x, t, y, num_conditional):
+        assert (y[:num_conditional] != NULL).all() and (y[num_conditional:] == NULL).all()
         assert t.dtype == torch.float32 and t.shape == y.shape
-        self.calls.append((len(x), conditional))
+        self.calls.append((len(x), num_conditional))
         per_image = (y + 1.0 + t / 1000)[:, None, None, None]
         return torch.cat([torch.sin(per_image * x), per_image * x], dim=1).bfloat16(), "aux"
 
@@ -199,7 +199,7 @@ class Model:
 def pass_of(x, labels, time):
     """One pass of the model over images under given labels, each on its own."""
     rows = [
-        Model()(x[[i]], torch.tensor([float(time)]), y.view(1), conditional=int(y != NULL))[0]
+        Model()(x[[i]], torch.tensor([float(time)]), y.view(1), num_conditional=int(y != NULL))[0]
         for i, y in enumerate(labels)
     ]
     return torch.cat(rows).float()
@@ -235,7 +235,7 @@ def test_two_calls_give_the_same_and_their_number_does_not_depend_on_the_labels(
 
 
 def diffmoe():
-    """A DiffMoE on digits, in eval mode, whose experts want about half of the tokens of a batch."""
+    """A DiffMoE on digits, in eval mode, whose experts take about half of the tokens of a batch."""
     config = resolve("digits", overrides=["model.router=diffmoe", "sample.steps=2", "sample.guidance=2.5"])
     model = build(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -248,7 +248,7 @@ def diffmoe():
 
 
 def test_diffmoe_sees_conditional_and_null_images_apart():
-    """As published sampling does: its choice looks at all tokens of a call."""
+    """As in published sampling: experts choose among all tokens of a call."""
     model, config = diffmoe()
     labels, null = torch.tensor([3, 1, 4, 1]), torch.full((4,), config.model.null_class)
     x = image_noise(0, range(4), (1, 8, 8))
@@ -262,9 +262,9 @@ def test_diffmoe_sees_conditional_and_null_images_apart():
     conditional, uncond = model(x, t, labels, 4)[0], model(x, t, null, 0)[0]
     expected = uncond[:, :1] + 2.5 * (conditional[:, :1] - uncond[:, :1])
     arguments = (counted, labels, config.model.null_class, 2.5)
-    apart, joined = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
-    torch.testing.assert_close(apart, expected, rtol=1e-5, atol=1e-6)
-    assert calls == [4, 4, 8] and (joined - expected).norm() > 1e-4 * expected.norm()
+    two_calls, one_call = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
+    torch.testing.assert_close(two_calls, expected, rtol=1e-5, atol=1e-6)
+    assert calls == [4, 4, 8] and (one_call - expected).norm() > 1e-4 * expected.norm()
 
     # So do generated images, which depend on their chunk; other models' do not.
     class Recorder(torch.nn.Module):

@@ -1,11 +1,13 @@
-"""Rows travel in boxes of one size: nothing waits for counts, and all shapes are known before a step.
+"""Dispatch with a fixed number of slots for each expert: all tensor shapes are known before the step.
 
-Each rank has room for `capacity` rows for each expert, so many of them whatever the routing: rows past it are dropped
-(their tokens keep the shared expert's output), room that is left travels as zeros. In exchange no count is exchanged or
-copied to the host: two collectives forward, two backward, of equal parts, which a CUDA graph can capture.
+Each rank has `tokens_per_expert` slots for the rows of each expert. Rows beyond them are dropped, so that their tokens
+keep only the output of the shared experts; unused slots are sent as zeros. In return no row counts are exchanged or
+copied to the host: a layer needs two collectives of equal parts forward and two backward, which a CUDA graph can
+capture.
 
-Which rows are dropped depends on what a rank holds, so training is no longer one function of the configuration at every
-layout. Source: GShard, arXiv 2006.16668, and Switch Transformer, arXiv 2101.03961, "expert capacity".
+Which rows are dropped depends on the rows of each rank, so the result of training depends on the layout.
+
+Source: GShard, arXiv 2006.16668, and Switch Transformer, arXiv 2101.03961, "expert capacity".
 """
 
 from __future__ import annotations
@@ -16,119 +18,142 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.collectives import Flight
+from megapromoe.distributed.collectives import AsyncAllToAll
 from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
-from megapromoe.nn.moe.dispatcher import Dispatcher, Experts, SentRows, counts
-from megapromoe.nn.moe.expert_linear import Segments
-from megapromoe.nn.tensor_parallel import WHOLE, Region
+from megapromoe.nn.moe.assignment import rows_per_expert
+from megapromoe.nn.moe.dispatcher import DispatchedRows, Dispatcher, Experts
+from megapromoe.nn.moe.expert_linear import ExpertOffsets
+from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
-class StaticDispatcher(Dispatcher):
-    """Runs rows through experts spread over an ep group (of one rank or more), `capacity` rows from each rank."""
+class CapacityDispatcher(Dispatcher):
+    """Runs rows through experts of an ep group of one or more ranks, with a fixed number of rows from each rank.
+
+    Attributes:
+        dropped: share of this rank's rows that the last call dropped, a scalar tensor.
+    """
 
     def __init__(
-        self, experts: int, group: Group, factor: float, region: Region = WHOLE, expert_tp: bool = False
+        self,
+        num_experts: int,
+        group: Group,
+        capacity_factor: float,
+        region: Region = NO_TENSOR_PARALLEL,
+        expert_tp: bool = False,
     ) -> None:
-        """Args: `factor`: room for rows over an even share of them; 1 has room for all only if routing is even."""
-        super().__init__(experts, region, expert_tp)
-        self.placement = ExpertPlacement(experts, group.size)
-        self.group, self.factor = group, factor
+        """Makes the dispatcher of one MoE layer.
+
+        Args:
+            num_experts: routed experts E of the whole model.
+            group: the ep group.
+            capacity_factor: slots of an expert over its even share of the rows. At 1 no row is dropped only if all
+                experts get equally many.
+            region: see `Dispatcher`.
+            expert_tp: see `Dispatcher`.
+        """
+        super().__init__(num_experts, region, expert_tp)
+        self.placement = ExpertPlacement(num_experts, group.size)
+        self.group, self.capacity_factor = group, capacity_factor
         self.dropped = torch.zeros(())
-        """Share of the rows of the last call that were dropped."""
 
-    def capacity(self, most: int) -> int:
-        """Rows of one rank for one expert: factor·most/E, where no rank has more than `most` rows."""
-        return max(1, math.ceil(self.factor * most / self.placement.experts))
+    def tokens_per_expert(self, max_rows: int) -> int:
+        """Slots for the rows of one rank for one expert: capacity_factor·max_rows/E, rounded up, at least 1.
 
-    def send(self, rows_RD: Tensor, slot_R: Tensor, most: int) -> SentRows:
-        ep, slots, C = self.group.size, self.placement.slots, self.capacity(most)
-        device = rows_RD.device
-        count = counts(slot_R, ep * slots)
-        place_R = torch.arange(slot_R.shape[0], device=device) - (count.cumsum(0) - count)[slot_R]
-        # Rows without room share one last place, which does not travel.
-        box_R = torch.where(place_R < C, slot_R * C + place_R, ep * slots * C)
-        self.dropped = (place_R >= C).float().sum() / max(slot_R.shape[0], 1)
-        boxes = _IntoBoxes.apply(rows_RD, box_R, ep * slots * C)
-        even = [slots * C] * ep
-        flight = Flight(self.group, (even, even))
-        return _Boxes(flight, flight.depart(boxes), box_R, slots, C)
+        `max_rows`: the largest number of rows of any rank.
+        """
+        return max(1, math.ceil(self.capacity_factor * max_rows / self.placement.experts))
 
-
-class _Boxes(NamedTuple):
-    """Places for rows on their way to the experts."""
-
-    flight: Flight
-    boxes: Tensor
-    """(ep · slots · capacity, D)."""
-    box_R: Tensor
-    """The place of each row."""
-    slots: int
-    """Experts of a rank."""
-    capacity: int
-    """Places for the rows of one rank for one expert."""
-
-    def run(self, experts: Experts) -> _ReturningBoxes:
-        flight, boxes, box_R, slots, C = self
-        ep, D = flight.group.size, boxes.shape[1]
-        arrived = flight.arrive(boxes)
-        # (source rank, expert, row) -> (expert, source rank, row), and back.
-        by_expert = arrived.view(ep, slots, C, D).transpose(0, 1).reshape(-1, D)
-        slot_E = torch.arange(slots, device=boxes.device)
-        offs_E = ((slot_E + 1) * ep * C).to(torch.int32)
-        ends_E = [(slot + 1) * ep * C for slot in range(slots)]
-        y = experts(by_expert, Segments(slot_E.repeat_interleave(ep * C), offs_E, ends_E))
-        y = y.view(slots, ep, C, D).transpose(0, 1).reshape(-1, D)
-        home = Flight(flight.group, flight.sizes)
-        return _ReturningBoxes(home, home.depart(y), box_R)
+    def dispatch_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> DispatchedRows:
+        ep, experts_per_rank, Q = self.group.size, self.placement.slots, self.tokens_per_expert(max_rows)
+        num_slots = ep * experts_per_rank * Q
+        count_E = rows_per_expert(expert_slot_R, ep * experts_per_rank)
+        first_E = count_E.cumsum(0) - count_E
+        # Rows are sorted by expert: the rank of a row is its number among the rows of its expert.
+        rank_R = torch.arange(expert_slot_R.shape[0], device=rows_RD.device) - first_E[expert_slot_R]
+        # All dropped rows get the same extra slot at the end, which is not sent.
+        slot_R = torch.where(rank_R < Q, expert_slot_R * Q + rank_R, num_slots)
+        self.dropped = (rank_R >= Q).float().sum() / max(expert_slot_R.shape[0], 1)
+        slots = _ScatterToSlots.apply(rows_RD, slot_R, num_slots)
+        equal_parts = [experts_per_rank * Q] * ep
+        all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
+        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts_per_rank, Q)
 
 
-class _ReturningBoxes(NamedTuple):
-    """The same places, with the experts' outputs, on their way back."""
+class _SlotRows(NamedTuple):
+    """Rows in slots that are being sent to the experts."""
 
-    flight: Flight
-    boxes: Tensor
-    box_R: Tensor
+    dispatch_all_to_all: AsyncAllToAll
+    slots: Tensor
+    """(ep · experts_per_rank · tokens_per_expert, D)."""
+    slot_R: Tensor
+    """The slot of each row."""
+    experts_per_rank: int
+    tokens_per_expert: int
+    """Slots for the rows of one rank for one expert."""
 
-    def receive(self) -> Tensor:
-        return _OutOfBoxes.apply(self.flight.arrive(self.boxes), self.box_R)
+    def run_experts(self, experts: Experts) -> _SlotOutputs:
+        group, num_experts, Q = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert
+        ep, D = group.size, self.slots.shape[1]
+        received = self.dispatch_all_to_all.wait(self.slots)
+        # (source rank, expert, slot) -> (expert, source rank, slot), and back.
+        by_expert = received.view(ep, num_experts, Q, D).transpose(0, 1).reshape(-1, D)
+        expert_E = torch.arange(num_experts, device=received.device)
+        end_E = ((expert_E + 1) * ep * Q).to(torch.int32)
+        host_end_E = [(expert + 1) * ep * Q for expert in range(num_experts)]
+        y = experts(by_expert, ExpertOffsets(expert_E.repeat_interleave(ep * Q), end_E, host_end_E))
+        y = y.view(num_experts, ep, Q, D).transpose(0, 1).reshape(-1, D)
+        combine_all_to_all = AsyncAllToAll(group, self.dispatch_all_to_all.sizes)
+        return _SlotOutputs(combine_all_to_all, combine_all_to_all.start(y), self.slot_R)
 
 
-# Each is the other's backward; autograd's would copy all boxes for the sake of the one place that does not travel.
+class _SlotOutputs(NamedTuple):
+    """The same slots with the experts' outputs, which are being sent back."""
+
+    combine_all_to_all: AsyncAllToAll
+    slots: Tensor
+    slot_R: Tensor
+
+    def combine_rows(self) -> Tensor:
+        return _GatherFromSlots.apply(self.combine_all_to_all.wait(self.slots), self.slot_R)
 
 
-class _IntoBoxes(torch.autograd.Function):
-    """Rows (R, D) to their places (places, D); those of place `places` are dropped, and empty places are zero."""
+# Each function is the backward of the other. Autograd's backward would copy all slots to append the one that is not
+# sent.
+
+
+class _ScatterToSlots(torch.autograd.Function):
+    """Rows (R, D) in their slots (num_slots, D). Rows of slot `num_slots` are dropped, empty slots are zero."""
 
     @staticmethod
-    def forward(ctx, rows_RD, box_R, places):
-        ctx.save_for_backward(box_R)
-        return _fill(rows_RD, box_R, places)
+    def forward(ctx, rows_RD, slot_R, num_slots):
+        ctx.save_for_backward(slot_R)
+        return _scatter(rows_RD, slot_R, num_slots)
 
     @staticmethod
     def backward(ctx, grad):
-        return _take(grad, *ctx.saved_tensors), None, None
+        return _gather(grad, *ctx.saved_tensors), None, None
 
 
-class _OutOfBoxes(torch.autograd.Function):
-    """The rows of these places, zero for dropped ones."""
+class _GatherFromSlots(torch.autograd.Function):
+    """The rows (R, D) in the given slots, zero for dropped rows."""
 
     @staticmethod
-    def forward(ctx, boxes, box_R):
-        ctx.save_for_backward(box_R)
-        ctx.places = boxes.shape[0]
-        return _take(boxes, box_R)
+    def forward(ctx, slots, slot_R):
+        ctx.save_for_backward(slot_R)
+        ctx.num_slots = slots.shape[0]
+        return _gather(slots, slot_R)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        return _fill(grad_RD, *ctx.saved_tensors, ctx.places), None
+        return _scatter(grad_RD, *ctx.saved_tensors, ctx.num_slots), None
 
 
-def _fill(rows_RD: Tensor, box_R: Tensor, places: int) -> Tensor:
-    return rows_RD.new_zeros(places + 1, rows_RD.shape[1]).index_copy_(0, box_R, rows_RD)[:-1]
+def _scatter(rows_RD: Tensor, slot_R: Tensor, num_slots: int) -> Tensor:
+    return rows_RD.new_zeros(num_slots + 1, rows_RD.shape[1]).index_copy_(0, slot_R, rows_RD)[:-1]
 
 
-def _take(boxes: Tensor, box_R: Tensor) -> Tensor:
-    places = boxes.shape[0]
-    rows_RD = boxes.index_select(0, box_R.clamp(max=places - 1))
-    return rows_RD.masked_fill_((box_R == places).unsqueeze(1), 0)
+def _gather(slots: Tensor, slot_R: Tensor) -> Tensor:
+    num_slots = slots.shape[0]
+    rows_RD = slots.index_select(0, slot_R.clamp(max=num_slots - 1))
+    return rows_RD.masked_fill_((slot_R == num_slots).unsqueeze(1), 0)

@@ -1,47 +1,75 @@
-"""The arithmetic of prototypes: how much tokens resemble them, and the loss that keeps them apart.
+"""Cosine scores of tokens and prototypes, and the contrastive loss that separates prototypes.
 
-Each with its gradient written out: autograd's version would launch twice the operators and keep copies of all tokens.
+Both have a handwritten backward: autograd's would launch twice as many operators and keep copies of all tokens.
 Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastive learning".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megapromoe.distributed.collectives import sum_over
+from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.distributed.mesh import Group
 
-Choose = Callable[[Tensor], Tensor]
 
+class ContrastiveInputs(NamedTuple):
+    """What the contrastive loss of one layer is computed from, float32.
 
-class Contrast(NamedTuple):
-    """What a layer's contrastive loss is made of: prototypes (E, D); the sum (E, D) and the number (E,) of this rank's
-    tokens of each expert, float32. Prototypes are a copy: ZeRO-3 takes a parameter away when its layer is done."""
+    `prototype_ED`: a copy of the prototypes (E, D), because ZeRO-3 frees a parameter when the forward of its module
+    returns. `sum_ED`, `count_E`: the sum (E, D) and the number (E,) of this rank's tokens of each expert.
+    """
 
     prototype_ED: Tensor
     sum_ED: Tensor
     count_E: Tensor
 
 
-def resemblance(
-    x: Tensor, prototype_ED: Tensor, choose: Choose | None = None
+class CosineScores(NamedTuple):
+    """Cosines of tokens and prototypes, without gradients, and the intermediate values that `differentiable` reuses."""
+
+    score: Tensor
+    """x·p / (|x| |p|), float32 (..., E)."""
+    x_TD: Tensor
+    """The tokens in float32."""
+    length_T: Tensor
+    """|x|, (T, 1)."""
+    unit_ED: Tensor
+    """p / |p|."""
+    prototype_length_E: Tensor
+    """|p|, (E, 1)."""
+
+
+@torch.no_grad()
+def cosine_scores(x: Tensor, prototype_ED: Tensor) -> CosineScores:
+    """Computes the cosines of tokens x (..., D) and prototypes (E, D): a product, divided by the lengths."""
+    x_TD = x.flatten(0, -2).float()
+    prototype_length_E = _length(prototype_ED.float())
+    unit_ED = prototype_ED / prototype_length_E
+    length_T = _length(x_TD)
+    score_TE = (x_TD @ unit_ED.T).div_(length_T)
+    return CosineScores(score_TE.unflatten(0, x.shape[:-1]), x_TD, length_T, unit_ED, prototype_length_E)
+
+
+def differentiable(
+    x: Tensor, prototype_ED: Tensor, scores: CosineScores, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cosines of tokens with prototypes; and of the tokens that chose each prototype, the sum and the number.
+    """Connects cosine scores to the autograd graph, and sums the tokens that chose each prototype.
 
     Args:
         x: tokens (..., D).
-        prototype_ED: (E, D).
-        choose: cosines (..., E) -> the experts (..., K) of each token, int64. A token counts for all of its own.
+        prototype_ED: prototypes (E, D).
+        scores: `cosine_scores` of these two.
+        chosen: the experts (..., K) of each token, int64; each token is added to the sums of all its experts.
 
     Returns:
-        x·p / (|x| |p|), float32 (..., E); with `choose` float32 sums (E, D) and numbers (E,). The sums are a product
-        with ones: adding by index is not reproducible on GPUs.
+        the scores, float32 (..., E); and, with `chosen`, the sums (E, D) and numbers (E,) of tokens, float32. The sums
+        are a product with ones, which is reproducible on GPUs, unlike index_add.
     """
-    return _Resemblance.apply(x, prototype_ED, choose)
+    return _DifferentiableScores.apply(x, prototype_ED, *scores, chosen)
 
 
 def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
@@ -49,91 +77,88 @@ def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temp
 
     Args:
         prototype_ED: (E, D), or (..., E, D).
-        sum_ED, count_E: sum and number of the tokens of each expert, (..., E, D) and (..., E); one loss for each of
-            the leading dimensions.
+        sum_ED: sum of the tokens of each expert, (..., E, D).
+        count_E: number of the tokens of each expert, (..., E). An expert is used if it has any.
+        temperature: divides the cosines.
 
     Returns:
-        float32 (...). Computed in float64: E·D numbers cost nothing, and at a low temperature the gradient is a
-        difference of near-equal terms. Nothing is indexed by "used", whose size would have to come to the host.
+        one loss for each of the leading dimensions, float32 (...). It is computed in float64: the E·D numbers cost
+        little, and at a low temperature the gradient is a difference of nearly equal terms. Unused experts are masked,
+        not removed by an index, whose size the host would have to read from the GPU.
 
     Source: ProMoE, arXiv 2510.24711, routing contrastive loss.
     """
-    return _Contrast.apply(prototype_ED, sum_ED, count_E, temperature)
+    return _ContrastiveLoss.apply(prototype_ED, sum_ED, count_E, temperature)
 
 
-def contrastive_losses(layers: Sequence[Contrast], temperature: float, scope: Group) -> Tensor:
-    """`contrastive_loss` of several layers (L,), the tokens being those of all ranks of `scope`.
+def contrastive_losses(layers: Sequence[ContrastiveInputs], temperature: float, group: Group) -> Tensor:
+    """`contrastive_loss` of M layers, (M,), over the tokens of all ranks of `group`. Collective.
 
-    All layers at once: each by itself would launch as many operators, and wait for messages of its own. So there is one
-    message for all, and one back.
+    All layers are computed together, which takes the operators of one layer, one all-reduce forward and one backward.
     """
-    sum_LED, count_LE = torch.stack([c.sum_ED for c in layers]), torch.stack([c.count_E for c in layers])
-    if scope.size > 1:
-        said = sum_over(torch.cat([sum_LED, count_LE.unsqueeze(-1)], dim=-1), scope)
-        sum_LED, count_LE = said[..., :-1], said[..., -1]
-    return contrastive_loss(torch.stack([c.prototype_ED for c in layers]), sum_LED, count_LE, temperature)
+    sum_MED, count_ME = torch.stack([c.sum_ED for c in layers]), torch.stack([c.count_E for c in layers])
+    if group.size > 1:
+        packed = differentiable_all_reduce(torch.cat([sum_MED, count_ME.unsqueeze(-1)], dim=-1), group)
+        sum_MED, count_ME = packed[..., :-1], packed[..., -1]
+    return contrastive_loss(torch.stack([c.prototype_ED for c in layers]), sum_MED, count_ME, temperature)
 
 
-class _Resemblance(torch.autograd.Function):
-    """`resemblance`: the product first, divided by the lengths.
+class _DifferentiableScores(torch.autograd.Function):
+    """`differentiable`. A single function, so that one product gives the gradient of a token from scores and sums.
 
-    One function, so that a token's gradient is one product for cosines and sums, and nothing of the size of the tokens
-    is kept beside them: autograd's version would keep a normalised float32 copy, and add two gradients.
+    It keeps nothing of the size of the tokens besides the tokens. Autograd's version would keep a normalised float32
+    copy and add two gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, prototype_ED, choose):
-        wide_TD = x.flatten(0, -2).float()
-        ctx.kind = prototype_ED.dtype
-        width_E = _length(prototype_ED.float())
-        unit_ED = prototype_ED / width_E
-        length_T = _length(wide_TD)
-        cosine_TE = (wide_TD @ unit_ED.T).div_(length_T)
-        cosine = cosine_TE.unflatten(0, x.shape[:-1])
-        chosen = sum_ED = count_E = None
-        if choose is not None:
-            chosen = choose(cosine).flatten(0, -2)
-            one_TE = torch.zeros_like(cosine_TE).scatter_(-1, chosen, 1.0)
-            sum_ED, count_E = one_TE.T @ wide_TD, one_TE.sum(0)
+    def forward(ctx, x, prototype_ED, score, x_TD, length_T, unit_ED, prototype_length_E, chosen):
+        ctx.prototype_dtype = prototype_ED.dtype
+        sum_ED = count_E = None
+        if chosen is not None:
+            chosen = chosen.flatten(0, -2)
+            score_TE = score.flatten(0, -2)
+            is_chosen_TE = torch.zeros_like(score_TE).scatter_(-1, chosen, 1.0)
+            sum_ED, count_E = is_chosen_TE.T @ x_TD, is_chosen_TE.sum(0)
             ctx.mark_non_differentiable(count_E)
-        ctx.save_for_backward(x, width_E, unit_ED, length_T, cosine, chosen)
-        return cosine, sum_ED, count_E
+        ctx.save_for_backward(x, prototype_length_E, unit_ED, length_T, score, chosen)
+        return score.view_as(score), sum_ED, count_E
 
     @staticmethod
     def backward(ctx, grad, grad_sum_ED, _):
-        x, width_E, unit_ED, length_T, cosine, chosen = ctx.saved_tensors
-        x_TD, cosine_TE, grad_TE = (tensor.flatten(0, -2) for tensor in (x, cosine, grad))
-        along_T = torch.linalg.vecdot(grad_TE, cosine_TE).unsqueeze(-1).div_(length_T.square())
-        share_TE = grad_TE / length_T
+        x, prototype_length_E, unit_ED, length_T, score, chosen = ctx.saved_tensors
+        x_TD, score_TE, grad_TE = (tensor.flatten(0, -2) for tensor in (x, score, grad))
+        parallel_T = torch.linalg.vecdot(grad_TE, score_TE).unsqueeze(-1).div_(length_T.square())
+        scaled_TE = grad_TE / length_T
         if chosen is None:
-            grad_TD = share_TE @ unit_ED
-        else:  # a token has the gradients of its sums, and of the cosines
+            grad_TD = scaled_TE @ unit_ED
+        else:  # a token gets gradients from its scores and from the sums of its experts
             grad_TD = grad_sum_ED.index_select(0, chosen[:, 0])
             for k in range(1, chosen.shape[1]):
                 grad_TD += grad_sum_ED.index_select(0, chosen[:, k])
-            grad_TD.addmm_(share_TE, unit_ED)
-        grad_x = grad_TD.addcmul_(x_TD, along_T, value=-1).to(x.dtype)
-        grad_unit_ED = share_TE.T @ x_TD.float()
-        return grad_x.view_as(x), _through_unit(grad_unit_ED, unit_ED, width_E).to(ctx.kind), None
+            grad_TD.addmm_(scaled_TE, unit_ED)
+        grad_x = grad_TD.addcmul_(x_TD, parallel_T, value=-1).to(x.dtype)
+        grad_unit_ED = scaled_TE.T @ x_TD.float()
+        grad_prototype_ED = _gradient_of_unnormalised(grad_unit_ED, unit_ED, prototype_length_E)
+        return grad_x.view_as(x), grad_prototype_ED.to(ctx.prototype_dtype), *[None] * 6
 
 
-class _Contrast(torch.autograd.Function):
-    """`contrastive_loss`, with half of the operators that autograd's version takes."""
+class _ContrastiveLoss(torch.autograd.Function):
+    """`contrastive_loss`, with half as many operators as autograd's version."""
 
     @staticmethod
     def forward(ctx, prototype_ED, sum_ED, count_E, temperature):
         used_E = count_E > 0
-        both_ED = torch.stack([prototype_ED.expand_as(sum_ED), sum_ED]).double()
-        length_E = _length(both_ED)
-        direction_ED = both_ED / length_E
-        unit_ED, centroid_ED = direction_ED  # a centroid points where the sum does
+        stacked_ED = torch.stack([prototype_ED.expand_as(sum_ED), sum_ED]).double()
+        length_E = _length(stacked_ED)
+        direction_ED = stacked_ED / length_E
+        unit_ED, centroid_ED = direction_ED  # the normalised sum is the normalised mean
         logit_EE = (unit_ED @ centroid_ED.mT).div_(temperature)
-        # Hidden columns get probability zero; finite, so that a row without any other is no NaN.
+        # Masked columns get probability zero. The mask is finite, so that a row without other columns is not NaN.
         log_p_EE = logit_EE.masked_fill_(~used_E.unsqueeze(-2), -1e30).log_softmax(-1)
-        # A single used expert has probability one: its loss and gradient are zero.
+        # If only one expert is used, its probability is one: loss and gradient are zero.
         weight_E = used_E.double() / used_E.sum(-1, keepdim=True).clamp_(min=1)
         ctx.save_for_backward(length_E, direction_ED, log_p_EE, weight_E)
-        ctx.temperature, ctx.shape, ctx.types = temperature, prototype_ED.shape, (prototype_ED.dtype, sum_ED.dtype)
+        ctx.temperature, ctx.shape, ctx.dtypes = temperature, prototype_ED.shape, (prototype_ED.dtype, sum_ED.dtype)
         return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().float()
 
     @staticmethod
@@ -143,16 +168,16 @@ class _Contrast(torch.autograd.Function):
         grad_EE = log_p_EE.exp()
         grad_EE.diagonal(dim1=-2, dim2=-1).sub_(1)
         grad_EE.mul_((weight_E * (grad / ctx.temperature).unsqueeze(-1)).unsqueeze(-1))
-        grad_both_ED = torch.stack([grad_EE @ centroid_ED, grad_EE.mT @ unit_ED])
-        grad_ED, grad_sum_ED = _through_unit(grad_both_ED, direction_ED, length_E)
+        grad_stacked_ED = torch.stack([grad_EE @ centroid_ED, grad_EE.mT @ unit_ED])
+        grad_ED, grad_sum_ED = _gradient_of_unnormalised(grad_stacked_ED, direction_ED, length_E)
         grad_ED = grad_ED.sum_to_size(ctx.shape)
-        return grad_ED.to(ctx.types[0]), grad_sum_ED.to(ctx.types[1]), None, None
+        return grad_ED.to(ctx.dtypes[0]), grad_sum_ED.to(ctx.dtypes[1]), None, None
 
 
 def _length(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_(min=1e-12)
 
 
-def _through_unit(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
-    """The gradient of a vector v, from that of v/|v|."""
+def _gradient_of_unnormalised(grad: Tensor, unit: Tensor, length: Tensor) -> Tensor:
+    """The gradient of vectors v, given the gradient of v/|v|, `unit` = v/|v| and `length` = |v|."""
     return torch.addcmul(grad, unit, torch.linalg.vecdot(grad, unit).unsqueeze(-1), value=-1).div_(length)

@@ -1,4 +1,4 @@
-"""What a router decides once for a batch, however often its scores are computed."""
+"""Keeps what a router decides for a batch, so that recomputed activations use the same decisions."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ from collections.abc import Callable
 from torch import Tensor
 
 
-class Decisions:
-    """What a first pass over a batch decided, told the other ranks and changed; a second pass takes it from here.
+class RoutingCache:
+    """The decisions of the first forward pass over a batch, reused by a second pass over the same batch.
 
-    A pass that makes activations again (`parallel.recompute=all`) computes scores anew, for their gradient. It must not
-    choose anew: rounding could flip a near-tie, and with it the sizes of the all-to-all. Nor may it speak to other
-    ranks again, or move a router's running state twice. Kept are the choices (an index a row) and sums over ranks
-    (a few numbers an expert, or its centroid), nothing of the size of the tokens.
+    With `parallel.recompute=all` the backward pass runs the router a second time, because the gradient needs the
+    scores. The second pass must not choose experts again: rounding could change the choice between nearly equal scores,
+    and with it the sizes of the all-to-all. It must not repeat collectives either, or update a router's running state
+    twice.
+
+    The cache keeps the chosen experts (an index for each row) and sums over ranks (a few numbers for each expert, or
+    its centroid). It keeps nothing as large as the tokens.
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, tuple[Tensor, bool]] = {}
-        self._done: set[str] = set()
+        self._values: dict[str, tuple[Tensor, bool]] = {}
+        self._finished: set[str] = set()
 
-    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns in the first pass, in every pass. Gradients flow through the first pass's tensor.
+    def get_or_compute(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The result of `compute` in the first pass, returned in every pass.
 
-        `make` must keep nothing for the backward pass, since a second pass does not call it: collectives, or detached
-        tensors.
+        Gradients flow through the tensor of the first pass. `compute` must save nothing for backward, since the second
+        pass does not call it: it may run collectives or use detached tensors.
         """
-        if name not in self._made:
-            value = make()
-            self._made[name] = (value.detach(), value.requires_grad)
+        if name not in self._values:
+            value = compute()
+            self._values[name] = (value.detach(), value.requires_grad)
             return value
-        value, differentiable = self._made[name]
-        # Of the second pass autograd wants the same tensors saved, and no gradient.
-        return value.detach().requires_grad_(differentiable)
+        value, requires_grad = self._values[name]
+        # Checkpointing only checks that the second pass saves tensors of the same kind; it uses no gradient of this
+        # one.
+        return value.detach().requires_grad_(requires_grad)
 
     def run_once(self, name: str, update: Callable[[], None]) -> None:
-        """Calls `update` in the first pass, and in no other."""
-        if name not in self._done:
+        """Calls `update` in the first pass only."""
+        if name not in self._finished:
             update()
-            self._done.add(name)
+            self._finished.add(name)
