@@ -19,7 +19,7 @@ def significant(value: float, digits: int = 3) -> str:
     )
 
 
-def duration(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     """Seconds as h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -27,7 +27,7 @@ from megapromoe.errors import UserError
 from megapromoe.evaluation.loss_plot import draw_losses
 from megapromoe.io import write_json, write_text
 from megapromoe.nn.dit import DiT
-from megapromoe.number_text import duration, share_of, significant
+from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
 from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_seconds, metrics_of
@@ -209,7 +209,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows += [
         ("training speed, median", f"{significant(report['images_per_second'])} images/s"),
         ("training time, without start-up and saving", f"{report['training_seconds']:.0f} s"),
-        ("training time of all starts, with saving", duration(report["elapsed_seconds"])),
+        ("training time of all starts, with saving", clock_text(report["elapsed_seconds"])),
         *((f"time of {name}", f"{seconds:.0f} s") for name, seconds in report["seconds"].items()),
         ("parameters", f"{size['total']:,}, of which a token meets {size['active']:,}; {size['trainable']:,} trained"),
     ]

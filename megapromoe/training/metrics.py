@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.io import is_own_file, write_text
-from megapromoe.number_text import duration, share_of, significant
+from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, LOSSES, TOTAL_LOSS, former_lines_of
 from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
 from megapromoe.training.run_clock import RunClock
@@ -178,7 +178,7 @@ class Metrics:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
         else:
-            times = f"{duration(self.clock.elapsed)} ({duration(self.clock.left(step))} left)"
+            times = f"{clock_text(self.clock.elapsed)} ({clock_text(self.clock.left(step))} left)"
             values_in_words = "  ".join(f"{n} {v}" for n, v in shown.items())
             logger.info("step %d/%d  %s  %s", step, self.total_steps, times, values_in_words)
 

@@ -11,7 +11,7 @@ from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import UNSET, Config
-from megapromoe.number_text import duration, significant
+from megapromoe.number_text import clock_text, significant
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.run_lines import DENOISING_LOSS
 
@@ -133,7 +133,7 @@ def closing_lines(
     loss = (last or {}).get(DENOISING_LOSS)
     reached = "" if loss is None else f"; denoising loss {loss:.4f} over the last logged steps"
     yield f"{'done' if step >= t.steps else 'stopped'}: step {step:,} of {t.steps:,}{reached}"
-    yield f"trained for {duration(clock.elapsed)}, of which {duration(clock.of_this_start)} since the last start"
+    yield f"trained for {clock_text(clock.elapsed)}, of which {clock_text(clock.of_this_start)} since the last start"
     yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, step)}"
     if step >= t.steps:
         yield f"next: {sample_command(config, folder)}"

@@ -14,7 +14,7 @@ from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.data.sources import open_dataset
 from megapromoe.io import write_text
-from megapromoe.number_text import duration, share_of, significant
+from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.training.run_clock import RunClock
 from megapromoe.training.summary import closing_lines, sample_command, summary
@@ -89,5 +89,5 @@ def test_three_significant_digits(value, text):
 
 
 def test_durations_and_shares():
-    assert [duration(s) for s in (0, 59.6, 3725, 360000)] == ["0:00:00", "0:01:00", "1:02:05", "100:00:00"]
+    assert [clock_text(s) for s in (0, 59.6, 3725, 360000)] == ["0:00:00", "0:01:00", "1:02:05", "100:00:00"]
     assert share_of(17.0, 96) == "17 of 96" and share_of(1234, 5678) == "1,234 of 5,678"
