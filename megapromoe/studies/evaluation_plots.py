@@ -28,10 +28,10 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     None where no model was evaluated at two steps. The baseline is black.
     """
     first, done = first_figure(rows), {row["task"] for row in rows}
-    found = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
-    means = [row for row in mean_figures(found, study.recipe) if titled(row) == first]
+    figure_rows = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
+    means = [row for row in mean_figures(figure_rows, study.recipe) if titled(row) == first]
     curves: dict[float, dict[tuple[str, tuple], list[dict[str, Any]]]] = {}
-    for key in groups(found, study.recipe):
+    for key in groups(figure_rows, study.recipe):
         for row in means:
             if row["variant"] == key[0] and all(row.get(axis) == value for axis, value in key[1]):
                 curves.setdefault(row["guidance"], {}).setdefault(key, []).append(row)
@@ -43,7 +43,7 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     figure = Figure(figsize=(1.2 + 4.8 * len(scales), 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
-    styles = _styles(list(groups(found, study.recipe)), study.recipe.baseline)
+    styles = _styles(list(groups(figure_rows, study.recipe)), study.recipe.baseline)
     for ax, scale in zip(panels, scales, strict=True):
         for key, points in curves[scale].items():
             _draw_curve(ax, points, plot_label(*key), styles[key], len(curves[scale]) <= BANDS)

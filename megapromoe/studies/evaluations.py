@@ -64,8 +64,8 @@ class Evaluation:
         Args:
             run: the run directory.
         """
-        own = (record for record in lines_of(run / RECORDS) if self.is_of(record))
-        known = {(record.get("step"), record.get("guidance")) for record in own}
+        records = (record for record in lines_of(run / RECORDS) if self.is_of(record))
+        known = {(record.get("step"), record.get("guidance")) for record in records}
         return tuple(step for step in self.steps if any((step, scale) not in known for scale in self.scales))
 
     def words(self, run: Path) -> list[str]:

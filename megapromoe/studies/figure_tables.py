@@ -13,14 +13,14 @@ from megapromoe.studies.tables import Mean, Rows, differences, evaluated, first_
 TITLE = "## Drawn images, mean over seeds"
 
 
-def mean_figures(found: Rows, recipe: Recipe) -> list[dict[str, Any]]:
+def mean_figures(figure_rows: Rows, recipe: Recipe) -> list[dict[str, Any]]:
     """A row for each model, step, guidance scale and figure: mean over its seeds and half of the 95 % interval.
 
     Args:
-        found: the `figures` of the tasks; each seed counts once.
+        figure_rows: the `figures` of the tasks; each seed counts once.
     """
     rows = []
-    for (variant, point), group in groups(found, recipe).items():
+    for (variant, point), group in groups(figure_rows, recipe).items():
         places: dict[tuple, list[float]] = {}
         for row in group:
             place = (row["step"], row["guidance"], row["count"], row["figure"])
@@ -32,17 +32,17 @@ def mean_figures(found: Rows, recipe: Recipe) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_sections(rows: Rows, recipe: Recipe, found: Rows) -> Iterable[str]:
+def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str]:
     """Markdown of the first figure of the last checkpoints, at each guidance scale, and over training.
 
     Nothing where no model was evaluated with two seeds: the tables of each seed say all.
 
     Args:
         rows: of the tasks, as `collect.row` makes them.
-        found: their `figures`.
+        figure_rows: their `figures`.
     """
     first = first_figure(rows)
-    means = [row for row in mean_figures(found, recipe) if titled(row) == first]
+    means = [row for row in mean_figures(figure_rows, recipe) if titled(row) == first]
     if first is None or not any(row["seeds"] > 1 for row in means):
         return
     yield TITLE
@@ -53,7 +53,7 @@ def mean_sections(rows: Rows, recipe: Recipe, found: Rows) -> Iterable[str]:
     for guidance in sorted({row["guidance"] for row in means}) if len(steps) > 1 else ():
         yield f"At guidance {guidance:g}, of the checkpoint of each step:"
         lines = [["model", *(f"step {step:,}" for step in steps)]]
-        for variant, point in groups(found, recipe):
+        for variant, point in groups(figure_rows, recipe):
             cells = {row["step"]: row for row in means if _is_at(row, variant, point, guidance)}
             if cells:
                 lines.append([model_name(variant, point), *(_cell(cells.get(step)) for step in steps)])

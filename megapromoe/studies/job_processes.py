@@ -105,16 +105,16 @@ def finish(study: Study, one: RunningJob, stopped: bool) -> int:
         stopped: it was asked to stop.
     """
     one.log.close()
-    code, said = one.process.returncode, ""
+    code, reason = one.process.returncode, ""
     if study.done(one.job):
         code = 0
     elif stopped:  # launchers have codes of their own for a job that was asked to stop
         code = STOPPED
     elif code == 0:
-        code, said = 1, f"exit code 0, but {_lack(study, one.job)}"
+        code, reason = 1, f"exit code 0, but {_lack(study, one.job)}"
     outcome = {
         "code": code,
-        "said": said or (_last_words(study, one) if code else ""),
+        "said": reason or (_last_words(study, one) if code else ""),
         "seconds": round(time.monotonic() - one.since, 1),
         "flops": flops_of(one.job, units_done(study, one.job) - one.done_before),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,17 +24,19 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
         against: variants to compare with.
     """
     rows = [row(study, task, draws) for task in done]
-    found = [figure for task in done for figure in figures(study, task)]
+    figure_rows = [figure for task in done for figure in figures(study, task)]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
-    text = to_markdown(rows, study.recipe, missing, against, found, mean_sections(rows, study.recipe, found))
+    text = to_markdown(
+        rows, study.recipe, missing, against, figure_rows, mean_sections(rows, study.recipe, figure_rows)
+    )
     contents = {"results.csv": to_csv(rows), "results.md": text}
-    if found:
-        contents["evaluations.csv"] = to_csv(mean_figures(found, study.recipe))
-    if several_steps(found):
-        contents["curves.csv"] = to_csv(found)
+    if figure_rows:
+        contents["evaluations.csv"] = to_csv(mean_figures(figure_rows, study.recipe))
+    if several_steps(figure_rows):
+        contents["curves.csv"] = to_csv(figure_rows)
     for name, content in contents.items():
         write_text(study.folder / name, content, parents=True)
-    no_figures = why_no_figures(study, rows, found)
+    no_figures = why_no_figures(study, rows, figure_rows)
     reasons = {"evaluations.csv": no_figures, "curves.csv": no_figures or why_no_curves(study)}
     return text, report_files(study, [study.folder / name for name in contents], reasons)
 
@@ -42,8 +44,8 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
 def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str]:
     """A line for each picture that `plot` promises: its path, or why it is not drawn."""
     done = {row["task"] for row in rows}
-    found = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
-    no_figures = why_no_figures(study, rows, found)
+    figure_rows = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
+    no_figures = why_no_figures(study, rows, figure_rows)
     nothing = "no task is done and collected" if not rows else None
     no_routing = "no task that is done has experts" if not any(row["experts"] for row in rows) else None
     counts = len({row["experts"] for row in rows if row["experts"]})
@@ -56,9 +58,9 @@ def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str
     return report_files(study, drawn, {f"{name}.png": reasons.get(name) or nothing for name in PICTURES})
 
 
-def why_no_figures(study: Study, rows: Rows, found: Rows) -> str | None:
+def why_no_figures(study: Study, rows: Rows, figure_rows: Rows) -> str | None:
     """Why there is no figure of drawn images; None where there is one."""
-    if found:
+    if figure_rows:
         return None
     if not rows:
         return "no task is done and collected"

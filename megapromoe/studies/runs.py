@@ -119,11 +119,11 @@ class _Runner:
                 one = start(self.study, job, lock)
                 self.running.append(one)
                 number = len(self.codes) + len(self.running)
-                ends = in_words(self.forecast.job_left(one, self.running), datetime.now())
-                self.progress.write(
-                    f"{number} of {len(self.jobs)}: {start_in_words(self.study, one)}; it should end {ends},"
-                    f" the study {in_words(self._left(), datetime.now())}"
-                )
+                line = f"{number} of {len(self.jobs)}: {start_in_words(self.study, one)}; it should end "
+                line += in_words(self.forecast.job_left(one, self.running), datetime.now())
+                if len(self.jobs) > 1:  # a job of an array knows nothing of the study's other jobs
+                    line += f", the study {in_words(self._left(), datetime.now())}"
+                self.progress.write(line)
                 continue
             lock.close()
             how = "done" if code == 0 else "failed"

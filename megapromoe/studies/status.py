@@ -44,9 +44,9 @@ def job_state(study: Study, job: Job, now: float) -> JobState:
     if outcome is not None and outcome["code"] == STOPPED:
         return JobState(job, "stopped", done, age, "`study run` goes on with it")
     if outcome is not None and outcome["code"] != 0:
-        said = (outcome["said"].splitlines() or [""])[0][:160]
+        reason = (outcome["said"].splitlines() or [""])[0][:160]
         why = failure(outcome["code"]) if outcome["code"] < 0 else f"exit code {outcome['code']}"
-        return JobState(job, "failed", done, age, f"{why}: {said}" if said else why)
+        return JobState(job, "failed", done, age, f"{why}: {reason}" if reason else why)
     if outcome is not None or not study.log(job).exists():
         return JobState(job, "waiting", done, age, _waits_for(study, job))
     # Whoever starts a job removes the outcome of the start before, and writes one when the job has ended.

@@ -116,13 +116,13 @@ def job_number(output: str, arrays: Sequence[ArrayJob]) -> str:
 
 def ranges(indices: Sequence[int]) -> str:
     """Indices as SLURM writes them: [0, 1, 2, 5] -> "0-2,5"."""
-    found: list[list[int]] = []
+    spans: list[list[int]] = []
     for index in sorted(indices):
-        if found and index == found[-1][-1] + 1:
-            found[-1] = [found[-1][0], index]
+        if spans and index == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], index]
         else:
-            found.append([index])
-    return ",".join("-".join(map(str, ends)) for ends in found)
+            spans.append([index])
+    return ",".join("-".join(map(str, ends)) for ends in spans)
 
 
 def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:

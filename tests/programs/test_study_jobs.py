@@ -66,6 +66,13 @@ def test_an_evaluation_that_claims_success_without_its_figures_has_failed(tmp_pa
     assert outcome["said"].endswith("evaluation.jsonl lacks figures of step 2, 4 as the recipe asks for them")
 
 
+def test_one_task_says_nothing_of_the_end_of_the_study(tmp_path, capfd):
+    study = evaluating_study(tmp_path)
+    runs.run_tasks(study, study.tasks[:1])
+    first = capfd.readouterr().err.splitlines()[0]
+    assert first.startswith("1 of 1: training promoe-seed0 starts") and first.endswith("; it should end unknown")
+
+
 def test_images_of_a_training_that_failed_are_not_evaluated(tmp_path, capfd):
     code = "sys.exit(3) if run.name.endswith('seed0') else train() if sys.argv[3] == 'train' else evaluate()"
     study = evaluating_study(tmp_path, code)

@@ -73,14 +73,14 @@ def test_one_step_makes_no_picture_of_curves(tmp_path):
 # ---- why a promised file is not there
 
 
-def told(command, study, capsys) -> list[str]:
+def printed(command, study, capsys) -> list[str]:
     main(["study", command, str(study.folder)])
     return capsys.readouterr().out.splitlines()
 
 
 def test_collect_says_why_a_file_is_not_written(tmp_path, capsys):
     study = finished(tmp_path / "s", recipe())
-    lines = told("collect", study, capsys)
+    lines = printed("collect", study, capsys)
     for name in ("curves.csv", "evaluations.csv"):
         (line,) = [line for line in lines if line.startswith(f"{study.folder / name}: not written: ")]
         assert "no images were evaluated; let the recipe have a section `evaluate`" in line
@@ -93,21 +93,21 @@ def test_collect_says_why_a_file_is_not_written(tmp_path, capsys):
         if "alone" in reason:
             for task in other.tasks:
                 write(other.run(task), [record(6, 1.5)])
-        lines = told("collect", other, capsys)
+        lines = printed("collect", other, capsys)
         assert any(line.startswith(f"{other.folder / 'curves.csv'}: not written: {reason}") for line in lines)
 
 
 def test_a_file_of_an_earlier_collect_is_called_older(study, capsys):
-    assert str(study.folder / "curves.csv") in told("collect", study, capsys)
+    assert str(study.folder / "curves.csv") in printed("collect", study, capsys)
     for task in study.tasks:
         (study.run(task) / "evaluation.jsonl").unlink()
-    (line,) = [line for line in told("collect", study, capsys) if "curves.csv" in line]
+    (line,) = [line for line in printed("collect", study, capsys) if "curves.csv" in line]
     assert line.endswith("; the file that is there is older")
 
 
 def test_plot_says_why_a_picture_is_not_drawn(tmp_path, capsys):
     study = finished(tmp_path / "s", recipe(axes={}))
-    lines = told("plot", study, capsys)
+    lines = printed("plot", study, capsys)
     assert any(
         "loss_experts.png: not written: it needs tasks of two numbers of experts, and there is one" in x for x in lines
     )

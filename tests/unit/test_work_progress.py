@@ -23,6 +23,15 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def no_log(monkeypatch):
+    """The log of a command that another test has run in this process is taken away."""
+    log = logging.getLogger("megapromoe")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", logging.NOTSET)
+    log.manager._clear_cache()  # of what is enabled
+
+
 @pytest.fixture
 def clock():
     return Clock()
