@@ -167,8 +167,8 @@ def necessary_bytes(model: ModelConfig, settings: Settings, width: int, dense: b
 
     Kept for backward, per token: the output D, and 2·F for each dense expert or MLP, its hidden values before and after
     the activation. Per routed row: the sorted row D, its output D (for the gradient of its routing weight), and 2·F. In
-    backward F more for each routed row: the gradient of its hidden values is made before any of the above is freed.
-    With `capacity_factor` there are as many rows as slots.
+    backward F more for each routed row, or for each token of the dense contender: the gradient of the hidden values is
+    made before any of the above is freed. With `capacity_factor` there are as many rows as slots.
 
     Args:
         width: bytes of an element.
