@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter as Tally
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -11,18 +10,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun, Layer, dense_experts, prototypes_of
+from megapromoe.benchmark.baseline_wrapper import CannotRun, dense_experts, prototypes_of
 from megapromoe.benchmark.baselines import make_contender
-from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import bias_tokens_towards, planned_counts, planned_experts
+from megapromoe.benchmark.timed_case import TimedCase, backward
 from megapromoe.config.options import Config, ModelConfig, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
-from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
-from megapromoe.nn.moe.layer import MoE, split_conditional
+from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 
@@ -151,81 +149,6 @@ def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> l
     return load_E
 
 
-class TimedCase:
-    """Forward and backward of a layer, with the same tokens and output gradient each time."""
-
-    def __init__(self, layer: Layer, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int):
-        self.layer, self.x_BSD, self.grad_BSD, self.num_conditional = layer, x_BSD, grad_BSD, num_conditional
-        self.work = Work({"forward": self.forward, "backward": self.backward}, self.prepare)
-        self.outputs: list[Tensor] = []
-
-    @property
-    def dropped(self) -> float:
-        """Share of the rows of the last run that were dropped, 0 to 1."""
-        return self.layer.dropped if isinstance(self.layer, BaselineWrapper) else 0.0
-
-    def prepare(self) -> None:
-        self.layer.zero_grad(set_to_none=True)
-        self.x_BSD.grad = None
-        self.outputs = []
-
-    def forward(self) -> None:
-        if isinstance(self.layer, Mlp):
-            self.outputs = [self.layer(self.x_BSD)]
-            return
-        # As in `nn.dit.Block`. All contenders route the conditional images only.
-        x_BSD, routed_BSD, _ = split_conditional(self.x_BSD, self.num_conditional)
-        routed = self.layer.route(routed_BSD, self.num_conditional)
-        y_BSD = self.layer(x_BSD, routed, self.num_conditional)
-        self.outputs = [y_BSD, *self.layer.auxiliary_losses([routed]).values()]
-
-    def backward(self) -> None:
-        backward(self.outputs, [self.grad_BSD])
-
-    def run_untimed(self) -> None:
-        """Runs forward and backward once."""
-        self.prepare()
-        self.forward()
-        self.backward()
-        self.prepare()
-
-    def counted(self, necessary: int) -> dict[str, Any]:
-        """Runs once and counts: "counts" by `counts_as_json`, "memory" in bytes without gradients of parameters."""
-        self.prepare()
-        if on_gpu := self.x_BSD.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        with Counter() as counter:
-            self.forward()
-            kept_at = counter.mark()
-            counter.phase("backward")
-            self.backward()
-        gradients = [p.grad for p in self.layer.parameters() if p.grad is not None]
-        memory = {"kept": counter.live(at=kept_at), "peak": counter.live(without=gradients)}
-        if on_gpu:
-            gradient_bytes = sum(g.numel() * g.element_size() for g in gradients)
-            memory["allocator_peak"] = torch.cuda.max_memory_allocated() - before - gradient_bytes
-        memory["necessary"] = necessary
-        self.prepare()
-        return {"counts": counts_as_json(counter), "memory": memory}
-
-
-def backward(outputs: list[Tensor], gradients: list[Tensor]) -> None:
-    """Runs the backward of outputs: the first with the given gradients, the others, which are losses, with ones."""
-    gradients = gradients + [torch.ones_like(loss) for loss in outputs[len(gradients) :]]
-    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-    torch.autograd.backward([y for y, _ in pairs], [g for _, g in pairs])
-
-
-def counts_as_json(counter: Counter) -> dict[str, Any]:
-    """All counts of a counter: phase -> name -> number."""
-    phases = counter.phases | {"total": counter.total}
-    return {
-        phase: {name: dict(value) if isinstance(value, Tally) else value for name, value in vars(counts).items()}
-        for phase, counts in phases.items()
-    }
-
-
 def layer_flops(model: ModelConfig, dense: bool) -> int:
     """FLOPs of one layer's forward pass for one image, from the cost table, router included; a product has 2·m·n·k."""
     parts = ("MLP",) if dense else ("router", "routed experts", "shared expert")
@@ -244,8 +167,8 @@ def necessary_bytes(model: ModelConfig, settings: Settings, width: int, dense: b
 
     Kept for backward, per token: the output D, and 2·F for each dense expert or MLP, its hidden values before and after
     the activation. Per routed row: the sorted row D, its output D (for the gradient of its routing weight), and 2·F. In
-    backward F more for each routed row: the gradient of its hidden values is made before any of the above is freed.
-    With `capacity_factor` there are as many rows as slots.
+    backward F more for each routed row, or for each token of the dense contender: the gradient of the hidden values is
+    made before any of the above is freed. With `capacity_factor` there are as many rows as slots.
 
     Args:
         width: bytes of an element.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, CannotRun
 from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.counters import Counter
-from megapromoe.benchmark.layer import BenchmarkError, Settings, counts_as_json, dense_model
+from megapromoe.benchmark.layer import BenchmarkError, Settings, dense_model
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
 from megapromoe.benchmark.routing_patterns import PlannedChoice, planned_counts
+from megapromoe.benchmark.timed_case import counts_as_json
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from megapromoe.benchmark import baselines, layer, measure, models, routing_patterns, suite, traffic
 from megapromoe.benchmark.baseline_wrapper import CannotRun
 from megapromoe.benchmark.baselines import BatchedCapacity, make_contender
-from megapromoe.benchmark.layer import BenchmarkError, Settings, TimedCase, first_layer
+from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
+from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.distributed import mesh
 from megapromoe.nn.compile import compile_dense
 
