@@ -116,7 +116,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(jobs, tmp_path):
     env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     folder = tmp_path / "run"
     job = start(jobs, sys.executable, "-c", code, *TRAIN, "--run-dir", str(folder), env=env)
-    wait_for(lambda: (folder / "config.yaml").exists(), job)
+    wait_for(lambda: (folder / "run.lock").exists(), job)
     time.sleep(2)
     job.send_signal(signal.SIGINT)
     said, _ = job.communicate(timeout=20)

@@ -14,11 +14,22 @@ from megapromoe.distributed import launch_environment, rendezvous
 from megapromoe.distributed.slurm_lists import all_hosts
 from megapromoe.preflight import machine, storage, topology
 from megapromoe.preflight.storage import checkpoint_bytes
+from megapromoe.preflight.verdict import SKIP
 
 
 def test_room_for_checkpoints():
     """Master, two moments and EMA in fp32 of 1,567,438,880 parameters, two kept and one being written."""
     assert checkpoint_bytes(resolve("promoe_xl")) == 1_567_438_880 * 16 * 3
+
+
+def test_data_that_is_not_chosen_is_not_tried():
+    assert storage.try_data(resolve("promoe_xl")) is None
+    chosen = resolve("promoe_xl", overrides=["data.source=synthetic", "data.size=64"])
+    assert storage.try_data(chosen).records == 64
+    cluster = cluster_of(2)
+    cluster.found["data"] = {}
+    (row,) = (row for row in verdict_of(cluster).rows if row.check == "data")
+    assert row.verdict == SKIP and "data.source" in row.remedy
 
 
 def test_one_wrong_entry_of_a_product_is_seen(monkeypatch):
