@@ -201,6 +201,16 @@ def test_the_command_evaluates_what_the_recipe_says(tmp_path):
     assert (read.features, read.autoencoder) == ("digits", None)
 
 
+def test_torchrun_hands_the_words_on(tmp_path):
+    """It takes what begins like an option of its own for one, wherever it stands: --run, --num."""
+    from torch.distributed.run import parse_args
+
+    job = evaluation_of(evaluated(SECTION | {"autoencoder": "vae"}), expand(evaluated())[0])
+    words = job.words(tmp_path)
+    read = parse_args(["--standalone", "--nproc-per-node", "2", "-m", "megapromoe", *words])
+    assert (read.training_script, read.training_script_args) == ("megapromoe", words)
+
+
 def test_scales_that_no_short_text_holds_are_found_again(tmp_path):
     """The command line has every digit: else the figures would never be those that were asked for."""
     job = evaluation_of(evaluated(SECTION | {"guidance": [1 / 3]}), expand(evaluated())[0])
