@@ -128,6 +128,11 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
     elapsed = content.get("elapsed_seconds", 0)
     if type(elapsed) not in (int, float) or not math.isfinite(elapsed) or elapsed < 0:
         yield f"elapsed_seconds = {_short(elapsed)}: must be a finite number, 0 or more"
+    share = content.get("ema_initial_share")
+    if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
+        yield f"ema_initial_share = {_short(share)}: must be a number from 0 to 1"
+    if type(content.get("ema_warmup", False)) is not bool:
+        yield f"ema_warmup = {_short(content['ema_warmup'])}: must be true or false"
     norms = content.get("recent_norms", [])
     if not isinstance(norms, list) or not all(type(norm) in (int, float) and math.isfinite(norm) for norm in norms):
         yield "recent_norms: must be a list of finite numbers"

@@ -112,6 +112,7 @@ def _open_both(
 
 def _facts(state: State, path: Path) -> dict[str, Any]:
     count = parameters(state.config.model)
+    warning = state.average.warning("ema") if state.average and "ema" in state.kinds else ""
     files = [state.where] if state.where.is_file() else sorted(p for p in state.where.rglob("*") if p.is_file())
     return {
         "path": str(path),
@@ -124,7 +125,8 @@ def _facts(state: State, path: Path) -> dict[str, Any]:
         "buffers": len(state.buffers),
         "layout": state.layout,
         "files": {file.name: file.stat().st_size for file in files},
-        "notes": state.notes,
+        "notes": [*state.notes, *([warning] if warning else [])],
+        "initial_share": state.average.initial_share if state.average and "ema" in state.kinds else None,
     }
 
 
@@ -148,6 +150,8 @@ def _history(folder: Path) -> dict[str, Any]:
 
 
 def _print_facts(report: dict[str, Any]) -> None:
+    from megapromoe.checkpoint.average import share_in_words
+
     size = sum(report["files"].values())
     if report["updates"] is not None:
         updates = f"{report['updates']:,} updates"
@@ -161,6 +165,8 @@ def _print_facts(report: dict[str, Any]) -> None:
     kinds = ", ".join(report["kinds"])
     print(f"  {report['parameters']:,} parameters ({table}), {report['buffers']} buffers; kinds: {kinds}")
     print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
+    if "ema" in report["kinds"]:
+        print(f"  averaged weights: {share_in_words(report['initial_share'])}")
     for note in report["notes"]:
         print(f"  note: {note}")
     if checkpoints := report.get("checkpoints"):

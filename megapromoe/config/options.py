@@ -268,6 +268,9 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate at the end of the cosine", within=ZERO_UP)
     clip: float = option(0.5, "largest gradient norm; 0 turns clipping off", within=ZERO_UP)
     ema: float = option(0.9999, "decay of the averaged weights", within="[0, 1)")
+    ema_warmup: bool = option(
+        False, "update t averages with decay min(ema, (1 + t) / (10 + t)); decided at the first start of a run"
+    )
     optimizer: str = option("torch", "whose fused AdamW", ("torch", "apex", "deepspeed"))
     deepspeed: str = option("bf16_zero1", "name of a file in ds_configs, or a path to a .json file")
     compile: bool = option(False, "torch.compile the dense layers; the first step then takes minutes")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
 from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
@@ -197,4 +198,5 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
         converted="run" not in manifest,  # training gives each checkpoint the identity of its run
+        average=Average.of(manifest),
     )

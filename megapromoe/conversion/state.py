@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
@@ -37,6 +38,7 @@ class State:
         layout: how it lies in files, in words.
         notes: what a reader should know that was not as expected.
         converted: of our format, but written by a conversion and not by training.
+        average: what is known of the averaged weights; None: nothing.
     """
 
     where: Path
@@ -51,6 +53,7 @@ class State:
     layout: str = ""
     notes: list[str] = field(default_factory=list)
     converted: bool = False
+    average: Average | None = None
 
     @property
     def known_updates(self) -> int | None:

@@ -297,13 +297,16 @@ def _generate_sets(
     out = request.out / f"step-{checkpoint.step:08d}-{digest}.npz"
     request = replace(request, step=checkpoint.step, out=out, named=True)
     sets = [ImageSet(place) for place in generate_in_session(request, launch, device)]
-    return [(images, _facts(request, c, images)) for (c, _), images in zip(request.outputs(), sets, strict=True)]
+    share = checkpoint.initial_share if request.weights == "ema" else 0.0
+    return [(images, _facts(request, c, images, share)) for (c, _), images in zip(request.outputs(), sets, strict=True)]
 
 
-def _facts(request: GenerationRequest, config: Config, images: ImageSet) -> dict[str, Any]:
+def _facts(request: GenerationRequest, config: Config, images: ImageSet, share: float | None) -> dict[str, Any]:
+    """What a record says of a set. `share`: of the initial weights in those that it was generated with."""
     identity = request.identity(config, None)
     return {
         **{"run": str(request.run), "step": request.step, "guidance": config.sample.guidance},
         **{key: identity[key] for key in ("weights", "classes", "only", "sample")},
+        "initial_share": share,
         **{"autoencoder": request.autoencoder, "images": str(images.path)},
     }

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import Checkpoint, check_model
 from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
@@ -26,7 +27,7 @@ from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import runtime
-from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together
+from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.io import sha256_of
 from megapromoe.nn.dit import DiT
@@ -68,10 +69,17 @@ def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") ->
 
 @dataclass(frozen=True)
 class CheckpointId:
-    """Which checkpoint images are generated from: its step, and the SHA-256 of its manifest."""
+    """Which checkpoint images are generated from.
+
+    Attributes:
+        step: of the checkpoint.
+        sha256: of its manifest.
+        initial_share: of the initial weights in its averages; None: unknown.
+    """
 
     step: int
     sha256: str
+    initial_share: float | None = None
 
 
 def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.Launch) -> CheckpointId:
@@ -95,7 +103,8 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
 
 def _identify(run: Path, step: int, weights: str) -> CheckpointId:
     checkpoint = find_checkpoint(run, step, weights)
-    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST))
+    share = Average.of(checkpoint.manifest).initial_share
+    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST), share)
 
 
 def is_there(run: Path, checkpoint: CheckpointId) -> bool:
@@ -165,6 +174,8 @@ def _load(
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     _check_config(run, checkpoint, config)
+    if this_rank() == 0:
+        _report_average(run, step, weights, Average.of(checkpoint.manifest))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(weights, name), mesh))
@@ -172,6 +183,14 @@ def _load(
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))
     return model.eval().requires_grad_(False), config, int(checkpoint.manifest["step"])
+
+
+def _report_average(run: Path, step: int, weights: str, average: Average) -> None:
+    """Logs how much of the averaged weights is still initial; a warning where it is too much."""
+    if warning := average.warning(weights):
+        logger.warning("step %d of %s: %s", step, run, warning)
+    elif weights == "ema":
+        logger.info("step %d of %s: averaged weights, %s", step, run, average.in_words())
 
 
 def _check_config(run: Path, checkpoint: Checkpoint, config: Config) -> None:

@@ -140,7 +140,7 @@ def _train(
     loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
-    ema = EMA(engine, t.ema)
+    ema = EMA(engine, t.ema, t.ema_warmup)
     objective = make_objective(config)
 
     saver = Saver(run.checkpoints, engine, ema, patience=t.timeout / 2)  # the others wait for rank 0 in a collective

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megapromoe.checkpoint.average import Average, begin
 from megapromoe.config.options import TrainConfig
 from megapromoe.engine.step_result import StepResult
 
@@ -28,6 +29,7 @@ class Progress:
     Attributes:
         updates: steps that were applied; one whose gradient is not finite is a step, but no update.
         recent: gradient norms of the last applied steps.
+        average: the averaged weights after these updates.
         stop: any rank was asked to stop.
         skipped_in_a_row: the last steps that were not applied.
         diverged: `train.max_bad_steps` in a row were not applied.
@@ -37,6 +39,7 @@ class Progress:
         """Args: `manifest`: of the checkpoint that the run was filled from; empty for a new run."""
         self.t = t
         self.updates: int = manifest.get("updates", 0)
+        self.average = begin(Average.of(manifest) if "updates" in manifest else None, t)
         self.recent = deque(manifest.get("recent_norms", []), maxlen=RECENT)
         skipped = manifest.get("skipped_in_a_row", 0)
         # A run that ended for this reason goes on when it is started again: with other settings, or behind bad data.
@@ -59,6 +62,7 @@ class Progress:
             "updates": self.updates,
             "recent_norms": list(self.recent),
             "skipped_in_a_row": self.skipped_in_a_row,
+            **self.average.facts(),
         }
 
     def _look(self, behind: int) -> None:
@@ -67,6 +71,7 @@ class Progress:
             self.stop = self.stop or result.stop
             if result.applied:
                 self.updates, self.skipped_in_a_row = self.updates + 1, 0
+                self.average = self.average.after_update(self.t.ema)
                 self.recent.append(result.norm)
                 continue
             self.skipped_in_a_row += 1

@@ -75,7 +75,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     if prepare:
         prepare(model, mesh)
     engine = Engine(model, config, mesh)
-    ema = EMA(engine, config.train.ema)
+    ema = EMA(engine, config.train.ema, config.train.ema_warmup)
     objective = make_objective(config)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
