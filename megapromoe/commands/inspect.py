@@ -134,7 +134,7 @@ def _history(folder: Path) -> dict[str, Any]:
     """The checkpoints of a run, and the branches that it has left."""
     from megapromoe.checkpoint.history import left_branches
     from megapromoe.checkpoint.run_directory import RunDirectory
-    from megapromoe.checkpoint.step_folders import step_folders
+    from megapromoe.checkpoint.step_folders import snapshot_steps, step_folders
 
     run = RunDirectory(folder)
     checkpoints = [
@@ -143,10 +143,11 @@ def _history(folder: Path) -> dict[str, Any]:
     ]
     branches = [
         {"folder": str(one.folder), "name": one.name, "after": one.after, "steps": list(one.steps), "left": one.left}
-        | {"reason": one.reason}
+        | {"reason": one.reason, "snapshots": list(one.snapshots)}
         for one in left_branches(run)
     ]
-    return {"checkpoints": checkpoints, "left_branches": branches}
+    snapshots = snapshot_steps(run.snapshots)
+    return {"checkpoints": checkpoints, "snapshots": snapshots, "left_branches": branches}
 
 
 def _print_facts(report: dict[str, Any]) -> None:
@@ -174,8 +175,11 @@ def _print_facts(report: dict[str, Any]) -> None:
             f"{one['step']}" + ("" if one["updates"] is not None else " (damaged)") for one in checkpoints
         )
         print(f"  checkpoints of the run: {listed}; branch {checkpoints[-1]['branch']!r}")
+    if snapshots := report.get("snapshots"):
+        print(f"  snapshots of its averaged weights: {', '.join(map(str, snapshots))}")
     for branch in report.get("left_branches", []):
-        steps = ", ".join(map(str, branch["steps"]))
+        steps = ", ".join(map(str, branch["steps"])) or "none"
+        steps += f", snapshots {', '.join(map(str, branch['snapshots']))}" if branch["snapshots"] else ""
         print(f"  branch {branch['name']!r} was left after step {branch['after']} ({branch['left']}): steps {steps}")
         print(f"    in {branch['folder']}: {branch['reason']}")
 

@@ -281,6 +281,14 @@ class TrainConfig:
     )
     log_every: int = option(10, "steps between metrics", within=ONE_UP)
     save_every: int = option(5000, "steps between checkpoints; 0 saves only the last", within=ZERO_UP)
+    save_minutes: float = option(
+        0.0,
+        "also save a checkpoint so many minutes after the last one began, by rank 0's clock; 0: by steps alone",
+        within=ZERO_UP,
+    )
+    snapshot_every: int = option(
+        0, "steps between snapshots of the averaged weights alone, which are all kept; 0 saves none", within=ZERO_UP
+    )
     keep: int = option(2, "newest checkpoints kept", within=ONE_UP)
     keep_every: int = option(0, "also keep checkpoints of steps that this divides; 0 keeps none", within=ZERO_UP)
     max_failed_saves: int = option(3, "failed saves in a row that end the run", within=ONE_UP)

@@ -30,7 +30,7 @@ from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE
-from megapromoe.conversion.state import State, check_published, checked
+from megapromoe.conversion.state import State, check_published, checked, with_masters
 from megapromoe.conversion.stream import (
     ConversionError,
     Entry,
@@ -71,6 +71,9 @@ def export(
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
+    if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
+        notes.append("the source is a snapshot of averages alone: they stand for the weights as trained too")
+        state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
     with atomic_tree(destination, overwrite) as aside:
         if form == "ours":

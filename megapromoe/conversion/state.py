@@ -191,6 +191,15 @@ def check_positions(path: Path, name: str, stored: Stored | None, config: ModelC
     return value.float()
 
 
+def with_masters(state: State) -> State:
+    """A state of averages alone whose averages stand for the weights as trained too."""
+    return replace(
+        state,
+        kinds=("master", *state.kinds),
+        read=lambda kind, name: state.read("ema" if kind == "master" else kind, name),
+    )
+
+
 def checked(state: State, notes: list[str] | None = None) -> State:
     """The same state, whose `read` looks for NaN and infinity.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import steps_in
+from megapromoe.checkpoint.step_folders import snapshot_steps, steps_in
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
@@ -258,7 +258,11 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
     """The steps to generate from; None: the last. Rank 0 decides: a live run saves and removes steps. Collective."""
     if not evaluation.every_step:
         return [*evaluation.steps] or [request.step]
-    steps = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
+    steps: list[int] = []
+    if launch.rank == 0:
+        run = RunDirectory(request.run)
+        snapshots = snapshot_steps(run.snapshots) if request.weights == "ema" else []
+        steps = sorted({*steps_in(run.checkpoints), *snapshots})
     return [*broadcast_from_rank0(steps)] or [None]  # without any, the usual error
 
 

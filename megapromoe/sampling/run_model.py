@@ -8,6 +8,7 @@ How images are generated is in `diffusion/image_grid.py`; how ranks share them o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
 from megapromoe.checkpoint.origin import changed_settings
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
+from megapromoe.checkpoint.snapshots import choose_weights, readable_steps
+from megapromoe.checkpoint.step_folders import folder_of, snapshot_of
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
@@ -60,11 +62,14 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:
-    """The checkpoint of a step, or the newest. Raises SampleError for other `weights`, or CheckpointError."""
+    """The checkpoint, or the snapshot of averages, of a step; without one the newest checkpoint.
+
+    Raises SampleError for other `weights`, or CheckpointError.
+    """
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
     root = RunDirectory(run).checkpoints
-    return read_latest(root, step, lambda chosen: Checkpoint(choose_checkpoint(root, chosen)))
+    return read_latest(root, step, lambda chosen: Checkpoint(choose_weights(root, chosen, weights)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
             if launch.rank == 0:
                 identity = read_latest(root, step, lambda chosen: _identify(run, chosen, weights))
     except SampleError as error:
-        if broadcast_from_rank0(launch.rank == 0 and step is not None and step not in steps_in(root)):
+        if broadcast_from_rank0(launch.rank == 0 and step is not None and step not in readable_steps(root, weights)):
             raise CheckpointGone(str(error)) from error
         raise
     return broadcast_from_rank0(identity)
@@ -109,10 +114,15 @@ def _identify(run: Path, step: int, weights: str) -> CheckpointId:
 
 def is_there(run: Path, checkpoint: CheckpointId) -> bool:
     """Whether a run still has this very checkpoint."""
-    try:
-        return sha256_of(folder_of(RunDirectory(run).checkpoints, checkpoint.step) / MANIFEST) == checkpoint.sha256
-    except OSError:
-        return False
+    directory = RunDirectory(run)
+    for folder in (
+        snapshot_of(directory.snapshots, checkpoint.step),
+        folder_of(directory.checkpoints, checkpoint.step),
+    ):
+        with contextlib.suppress(OSError):
+            if sha256_of(folder / MANIFEST) == checkpoint.sha256:
+                return True
+    return False
 
 
 def again_while_gone(run: Path, step: int | None, attempt: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.retention import newest_proven
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.snapshots import remove_later
 from megapromoe.checkpoint.step_folders import MAIN, step_folders
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
@@ -59,15 +60,18 @@ def fill(
     """
     resumed = resume(run.checkpoints, engine, ema, start.step, accept)
     if resumed is None:
+        if this_rank() == 0:
+            remove_later(run.checkpoints, 0)
         return {"step": 0, "branch": start.branch or MAIN}
     manifest = resumed.checkpoint.manifest
     _continue_average(ema, Average.of(manifest), engine.config.train)
     with raising_together(CheckpointError):
         if this_rank() == 0:
             reason = "; ".join(resumed.damaged.values()) or f"a start went back to step {manifest['step']}"
-            if left := history.leave_branch(run, manifest["step"], reason):
-                steps = ", ".join(map(str, left.steps))
+            if left := history.leave_branch(run, manifest["step"], reason, asked=start.step is not None):
+                steps = ", ".join(map(str, sorted({*left.steps, *left.snapshots})))
                 logger.warning("checkpoints of later steps (%s) and their log lines: see %s", steps, left.folder)
+            remove_later(run.checkpoints, manifest["step"])
     logger.info("continuing from %s", resumed.checkpoint.folder)
     return {**manifest, "branch": start.branch or manifest.get("branch") or MAIN}
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megapromoe.checkpoint.format import Checkpoint, commit, write_rank
-from megapromoe.checkpoint.manager import Saver, snapshot
+from megapromoe.checkpoint.local_state import copy_to_host
+from megapromoe.checkpoint.manager import Saver
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
@@ -105,7 +106,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
             staging.mkdir(exist_ok=True)
             dist.barrier()
             items = [("gradient", piece, g) for piece, g in engine.reduced_gradients()]
-            snap = snapshot(engine, items, {})
+            snap = copy_to_host(engine, items, {})
             assert not write_rank(staging, dist.get_rank(), snap.tensors, snap.parts, 0)
             if dist.get_rank() == 0:
                 shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}

@@ -62,7 +62,7 @@ def test_the_decay_warms_up_to_the_constant():
 def progressed(t: TrainConfig, manifest: dict, applied) -> Progress:
     progress = Progress(t, manifest)
     for step, was_applied in enumerate(applied, start=1):
-        progress.add(step, SimpleNamespace(applied=was_applied, stop=False, norm=1.0))
+        progress.add(step, SimpleNamespace(applied=was_applied, stop=False, save=False, norm=1.0))
     return progress
 
 
