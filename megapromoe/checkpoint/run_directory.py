@@ -188,7 +188,8 @@ class RunDirectory:
             return True
         if os.path.lexists(self.metrics) and not (self.metrics.is_file() and self.metrics.stat().st_size == 0):
             return True
-        return any(any(folder.glob("*")) for folder in (self.checkpoints, self.samples, self.branches))
+        kept = (self.checkpoints, self.snapshots, self.samples, self.branches)
+        return any(any(folder.glob("*")) for folder in kept)
 
     def owner(self) -> str | None:
         """Who trains in the folder now, as run.lock says; None if nobody does."""

@@ -57,7 +57,12 @@ class State:
 
     @property
     def known_updates(self) -> int | None:
-        """`updates`; None of weights without moments, and of converted ones whose moments start at zero."""
+        """`updates`; None of weights without moments, and of converted ones whose moments start at zero.
+
+        Of a snapshot, those of its average.
+        """
+        if self.kinds == ("ema",) and self.average is not None and not self.converted:
+            return self.average.updates
         unknown = "exp_avg" not in self.kinds or (self.converted and self.updates == 0)
         return None if unknown else self.updates
 

@@ -285,7 +285,9 @@ def _fresh(
     """A state at the start of training: weights, which are their own average, and no moments."""
     notes = [*source.notes, note]
     average = Average(None, 1.0, 0, config.train.ema)
-    return State(source.where, "upcycled", config, 0, 0, ("master", "ema"), shapes, {}, read, "", notes, average)
+    return State(
+        source.where, "upcycled", config, 0, 0, ("master", "ema"), shapes, {}, read, notes=notes, average=average
+    )
 
 
 def _noisy(tensor: Tensor, noise: float, seed: int, name: str, expert: int) -> Tensor:

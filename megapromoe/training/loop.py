@@ -173,7 +173,7 @@ def _train(
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     window = MetricAccumulator(config, mesh, device)
     progress = Progress(t, manifest)
-    clock = SaveClock(t.save_minutes, mesh.rank)
+    save_clock = SaveClock(t.save_minutes, mesh.rank)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
     asked_to_stop.steps_begin()
     try:
@@ -191,7 +191,7 @@ def _train(
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
             largest = largest_norm(t.spike, progress.recent)
-            result = engine.step(rate, loss, asked_to_stop(), largest, clock.due())
+            result = engine.step(rate, loss, asked_to_stop(), largest, save_clock.due())
             window.end_step(result.applied_on_device)
             ema.update(result)
             step += 1
@@ -219,7 +219,7 @@ def _train(
                 with window.paused():
                     saver.save(facts, checkpoint=save, snapshot=snapshot)
                 if save:
-                    clock.restart()
+                    save_clock.restart()
                     progress.saved()
             if last:
                 saver.finish(last=True)

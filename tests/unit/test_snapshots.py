@@ -161,9 +161,18 @@ def test_convert_and_inspect_read_a_snapshot(run, tmp_path, capsys):
     assert "a snapshot of averages alone: they stand for the weights as trained too" in capsys.readouterr().out
     assert torch.equal(open_state(tmp_path / "new").read("master", name), state.read("ema", name))
     assert main(["inspect", str(snapshot_of(run.snapshots, 30))]) == 0
-    assert "kinds: ema" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "kinds: ema" in printed and "step 30 (30 updates)" in printed
     assert main(["inspect", str(run.folder)]) == 0
     assert "snapshots of its averaged weights: 10, 20, 30, 40, 50" in capsys.readouterr().out
+
+
+def test_a_run_of_snapshots_alone_has_taken_steps(run):
+    shutil.rmtree(run.checkpoints)
+    run.environment.write_text("[]")
+    assert run.took_steps()
+    shutil.rmtree(run.snapshots)
+    assert not run.took_steps()
 
 
 def test_a_full_checkpoint_is_converted_where_a_step_has_both(run):
