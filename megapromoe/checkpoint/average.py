@@ -53,6 +53,11 @@ class Average:
             share *= decay_at(updates, decay, bool(self.warmup))
         return Average(self.warmup, share, updates, decay)
 
+    @property
+    def has_initial_weights(self) -> bool:
+        """Whether more than `WARN_ABOVE` of the average are initial weights, as far as is known, after updates."""
+        return self.updates > 0 and self.initial_share is not None and self.initial_share > WARN_ABOVE
+
     def facts(self) -> dict[str, Any]:
         """For a manifest."""
         facts: dict[str, Any] = {"ema_initial_share": self.initial_share}
@@ -64,14 +69,13 @@ class Average:
 
     def warning(self, weights: str) -> str:
         """Why `weights` should not be used, with the remedy; "" where nothing speaks against them."""
-        share = self.initial_share
-        if weights != "ema" or share is None or share <= WARN_ABOVE or not self.updates:
+        if weights != "ema" or not self.has_initial_weights:
             return ""
         decay = "" if self.decay is None else f"train.ema = {self.decay:g}, "
         return (
-            f"{share:.1%} of the averaged weights are still the initial ones ({decay}{self.updates} updates): use the"
-            " weights as trained (--weights master; in a study's recipe `weights: master`), train longer, or start a"
-            " new run with train.ema_warmup=true or a lower train.ema"
+            f"{self.initial_share:.1%} of the averaged weights are still the initial ones"
+            f" ({decay}{self.updates} updates): use the weights as trained (--weights master; in a study's recipe"
+            " `weights: master`), train longer, or start a new run with train.ema_warmup=true or a lower train.ema"
         )
 
 

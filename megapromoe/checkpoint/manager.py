@@ -93,10 +93,10 @@ class Saver:
         engine = self.engine
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
         destinations = []
-        if snapshot:  # first, since it is small
-            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), facts["step"]), AVERAGES))
-        if checkpoint:
+        if checkpoint:  # first: a job that is about to be killed needs it more
             destinations.append(Destination(folder_of(self.root, facts["step"]), KINDS))
+        if snapshot:
+            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), facts["step"]), AVERAGES))
         kinds = KINDS if checkpoint else AVERAGES
         state = copy_to_host(engine, items_of(engine, self.ema, kinds), buffers)
         size = sum(state.of_kinds(destination.kinds).bytes for destination in destinations)
@@ -163,25 +163,27 @@ class Saver:
             )
 
     def _write(self, destinations: list[Destination], state: LocalState, facts: dict[str, Any]) -> None:
-        """In the thread. What goes wrong on any rank is told by its receipt and remembered by rank 0."""
+        """In the thread. One destination that fails does not keep the others from being written."""
         start = time.perf_counter()
+        problems = [self._write_to(destination, state, facts) for destination in destinations]
+        self.figures["save_seconds"] = time.perf_counter() - start
+        self._problem = "; ".join(problem for problem in problems if problem)
+
+    def _write_to(self, to: Destination, state: LocalState, facts: dict[str, Any]) -> str:
+        """What went wrong, or "". What goes wrong on any rank is told by its receipt and remembered by rank 0."""
         rank, world = this_rank(), world_size()
-        problem = ""
         try:
-            for to in destinations:
-                own = write_rank(to.staging, rank, state.of_kinds(to.kinds).tensors, state.parts, facts["step"])
-                problem = problem or own
+            problem = write_rank(to.staging, rank, state.of_kinds(to.kinds).tensors, state.parts, facts["step"])
             if rank == 0:
-                problem = ""  # the receipts have it
-                for to in destinations:
-                    commit(to.staging, to.final, world, facts | to.facts, self.patience)
-                self._retire(facts)
+                commit(to.staging, to.final, world, facts | to.facts, self.patience)
+                problem = ""
+                if to.kinds == KINDS:
+                    self._retire(facts)
         except Exception as error:  # of any kind: an exception that ends a thread is seen by nobody
             unexpected = not isinstance(error, CheckpointError | OSError)
             logger.debug("the save of step %d failed", facts["step"], exc_info=unexpected)
             problem = f"{type(error).__name__}: {error}" if unexpected else str(error)
-        self.figures["save_seconds"] = time.perf_counter() - start
-        self._problem = problem
+        return problem
 
     def _retire(self, facts: Mapping[str, Any]) -> None:
         t = self.engine.config.train

@@ -46,8 +46,8 @@ class StepResult:
 
     @cached_property
     def _norm_and_votes(self) -> tuple[float, float]:
-        total, stops = self._host_copy.result()
-        return math.sqrt(total), stops
+        total, votes = self._host_copy.result()
+        return math.sqrt(total), votes
 
     @property
     def norm(self) -> float:

@@ -72,6 +72,11 @@ def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") ->
     return read_latest(root, step, lambda chosen: Checkpoint(choose_weights(root, chosen, weights)))
 
 
+def average_of(run: Path, step: int) -> Average:
+    """What the checkpoint, or the snapshot, of a step says of its averaged weights. Raises CheckpointError."""
+    return Average.of(find_checkpoint(run, step).manifest)
+
+
 @dataclass(frozen=True)
 class CheckpointId:
     """Which checkpoint images are generated from.

@@ -206,6 +206,9 @@ def _train(
                 with window.paused():
                     picture = _draw(engine, ema, config)
                     metrics.samples(step, picture)
+                if mesh.rank == 0 and progress.average.has_initial_weights:
+                    drawn = progress.average.in_words()
+                    logger.warning("picture of step %d: drawn with the averaged weights, %s", step, drawn)
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
             last = progress.stop or progress.diverged or spoilt or step == t.steps
             save = last or progress.save or (t.save_every > 0 and step % t.save_every == 0)

@@ -11,6 +11,7 @@ from support.processes import run
 from support.training_runs import QUICK, state, train
 from support.trajectory import small
 
+from megapromoe.checkpoint import manager
 from megapromoe.checkpoint.disk_space import disk
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.manifest import seal
@@ -18,6 +19,7 @@ from megapromoe.checkpoint.step_folders import folder_of, snapshot_of, snapshot_
 from megapromoe.diffusion.image_grid import generate
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.sampling.run_model import load_model
+from megapromoe.training import loop
 
 WARMING = ("train.snapshot_every=2", "train.ema_warmup=true", "train.ema=0.999", "parallel.ep=2")
 
@@ -119,6 +121,26 @@ def test_averages_that_warm_up_are_equal_at_every_layout(straight, tmp_path, wor
         assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-6 * whole, name
 
 
+def snapshots_unwritable(folder: str) -> None:
+    """No rank's part of a snapshot can be written."""
+    real = manager.write_rank
+
+    def write_rank(staging, number, tensors, parts, step):
+        gone = staging / "gone" if "snapshots" in staging.parts else staging
+        return real(gone, number, tensors, parts, step)
+
+    manager.write_rank = write_rank
+    real_init = manager.Saver.__init__
+    manager.Saver.__init__ = lambda self, root, engine, ema, patience: real_init(self, root, engine, ema, 1.0)
+    train(folder, *WARMING, "train.snapshot_every=3", "train.steps=5", "train.save_every=3")
+
+
+def test_a_snapshot_that_cannot_be_written_costs_no_checkpoint(tmp_path):
+    run(2, snapshots_unwritable, str(tmp_path))
+    assert steps_in(tmp_path / "checkpoints") == [3, 5] and not snapshot_steps(tmp_path / "snapshots")
+    Checkpoint(folder_of(tmp_path / "checkpoints", 3)).verify()
+
+
 def test_a_start_that_goes_back_moves_snapshots_of_later_steps(straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "run")
     run(2, go_back, str(folder), 3)
@@ -130,8 +152,6 @@ def test_a_start_that_goes_back_moves_snapshots_of_later_steps(straight, tmp_pat
 
 def go_back(folder: str, step: int) -> None:
     """Two steps from a checkpoint, at another learning rate."""
-    import megapromoe.training.loop as loop
-
     real = loop.train
     loop.train = lambda config, where, launch: real(config, where, launch, from_step=step)
     train(folder, *WARMING, "train.steps=5", "train.lr=0.003")
@@ -159,3 +179,18 @@ def test_a_save_by_the_clock_is_at_the_same_step_on_every_rank(tmp_path):
     assert steps_in(tmp_path / "checkpoints") == [2, 4, 6]
     for step in (2, 4, 6):
         Checkpoint(folder_of(tmp_path / "checkpoints", step)).verify()
+
+
+def pictures(folder: str) -> list[str]:
+    """Warnings about pictures of a run that draws one, on this rank."""
+    told = []
+    loop.logger.warning = lambda text, *values: told.append(text % values)
+    few = ("train.sample_every=6", "model.in_channels=3", "sample.steps=2", "train.ema=0.999")
+    train(folder, "parallel.ep=2", *few)
+    return told
+
+
+def test_a_picture_that_is_drawn_with_initial_weights_is_named(tmp_path):
+    told = run(2, pictures, str(tmp_path))
+    line = "picture of step 6: drawn with the averaged weights, 99.4% of them still the initial weights"
+    assert told == [[line], []]

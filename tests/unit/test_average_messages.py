@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.golden_states import random_state
-from support.small_studies import recipe
+from support.small_studies import finished, recipe, rows
 
 from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import Checkpoint
@@ -17,6 +17,7 @@ from megapromoe.conversion.formats import open_state
 from megapromoe.evaluation.image_metrics_report import table
 from megapromoe.sampling.run_model import identify_checkpoint, load_model
 from megapromoe.studies.study import open_study, plan
+from megapromoe.studies.tables import to_markdown
 
 SMALL = ("model.hidden_size=16", "model.depth=2", "model.heads=2", "model.num_experts=2", "train.ema=0.9999")
 STILL = "97.5% of the averaged weights are still the initial ones (train.ema = 0.9999, 250 updates)"
@@ -129,3 +130,16 @@ def test_a_study_that_was_planned_before_goes_on_with_its_constant_decay(tmp_pat
         file = study.config(task)
         file.write_text("".join(line for line in file.read_text().splitlines(True) if "ema_warmup" not in line))
     assert not any(task.config.train.ema_warmup for task in open_study(tmp_path).tasks)
+
+
+def test_results_of_a_study_name_the_largest_share(tmp_path):
+    found = rows(finished(tmp_path, recipe()))
+    shares = [0.002 * number for number in range(len(found))]
+    with_shares = [row | {"initial_share": share} for row, share in zip(found, shares, strict=True)]
+    text = to_markdown(with_shares, recipe(), [], [])
+    assert f"Of the averaged weights at most {max(shares):.1%} are still the initial ones." in text
+    with_shares[0]["initial_share"] = 0.975
+    text = to_markdown(with_shares, recipe(), [], [])
+    assert "at most 97.5% are still the initial ones: too much, use `weights: master`" in text
+    assert "still the initial" not in to_markdown(found, recipe(), [], []), "losses of an earlier version"
+    assert "still the initial" not in to_markdown(with_shares, recipe(weights="master"), [], [])
