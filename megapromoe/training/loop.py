@@ -190,8 +190,8 @@ def _train(
             rate = learning_rate(t, step)
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
-            largest = largest_norm(t.spike, progress.recent)
-            result = engine.step(rate, loss, asked_to_stop(), largest, save_clock.due())
+            max_norm = largest_norm(t.spike, progress.recent)
+            result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             window.end_step(result.applied_on_device)
             ema.update(result)
             step += 1

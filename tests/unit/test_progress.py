@@ -71,7 +71,7 @@ def test_a_save_by_the_clock_is_found_one_step_late_and_due_once():
 @pytest.mark.parametrize("saving", [0, 1, 5000])
 def test_votes_to_stop_and_to_save_travel_in_one_number(stopping, saving):
     votes = sum([votes_of(True, False)] * stopping) + sum([votes_of(False, True)] * saving) + votes_of(False, False)
-    result = StepResult(torch.tensor([4.0, votes], dtype=torch.float64), largest=10.0)
+    result = StepResult(torch.tensor([4.0, votes], dtype=torch.float64), max_norm=10.0)
     assert (result.stop, result.save, result.norm) == (stopping > 0, saving > 0, 2.0)
 
 
