@@ -61,6 +61,7 @@ class Checkpoint:
             if file.resolve().parent != self.folder.resolve():
                 raise CheckpointError(f"{file}: is a symbolic link out of its folder; put the file itself in its place")
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]
+        self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", KINDS))
         self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
         for one in self.manifest["ranks"]:
             for name, start, stop, view in one["parts"]:
@@ -96,6 +97,11 @@ class Checkpoint:
 
     def logical(self, kind: str, name: str) -> Tensor:
         """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
+        if "kinds" in self.manifest and kind not in self.kinds:
+            raise CheckpointError(
+                f"{self.folder}: is a snapshot of {', '.join(self.kinds)} alone and has no {kind}; use --weights ema,"
+                " or the step of a checkpoint"
+            )
         shape = self.shapes[name]
         out = torch.zeros(shape)
         by_view: dict[str, list] = {}

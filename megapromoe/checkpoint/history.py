@@ -6,6 +6,7 @@
 ====================  ===============================================================
 branch.json           the branch that was left, after which step, when and why
 checkpoints/          its checkpoints of later steps
+snapshots/            its snapshots of later steps
 metrics.jsonl         its lines of later steps
 samples/              its pictures of later steps
 tensorboard/          a copy of all events up to then
@@ -29,7 +30,8 @@ from typing import Any
 
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import MAIN, folder_of, step_folders
+from megapromoe.checkpoint.snapshots import branch_of
+from megapromoe.checkpoint.step_folders import MAIN, folder_of, snapshot_of, snapshot_steps, step_folders
 from megapromoe.io import SUFFIX, staging_path, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class LeftBranch:
         steps: of the checkpoints that were moved, ascending.
         reason: why it was left.
         left: time, ISO 8601.
+        snapshots: steps of the snapshots that were moved, ascending.
     """
 
     folder: Path
@@ -73,6 +76,7 @@ class LeftBranch:
     steps: tuple[int, ...]
     reason: str
     left: str
+    snapshots: tuple[int, ...] = ()
 
 
 def plan_start(run: RunDirectory, step: int | None = None, fork: str | None = None) -> Start:
@@ -137,21 +141,28 @@ def left_branches(run: RunDirectory) -> list[LeftBranch]:
             continue  # not finished, and nothing was moved
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            branches.append(LeftBranch(**{**facts, "folder": file.parent, "steps": tuple(facts["steps"])}))
+            facts |= {"folder": file.parent, "steps": tuple(facts["steps"])}
+            branches.append(LeftBranch(**facts | {"snapshots": tuple(facts.get("snapshots", ()))}))
         except (OSError, ValueError, TypeError, KeyError):
             logger.warning("%s: is damaged; the branch is not listed, what its folder holds stays", file)
     return sorted(branches, key=lambda one: (one.left, one.folder.name))
 
 
-def leave_branch(run: RunDirectory, after: int, reason: str) -> LeftBranch | None:
+def leave_branch(run: RunDirectory, after: int, reason: str, asked: bool = False) -> LeftBranch | None:
     """Moves what a run has of steps later than `after` to a branch folder; None if it has no later checkpoint.
+
+    Args:
+        asked: the start was asked to go back, so that later snapshots alone are a branch too.
 
     Called by the process that owns the run, before it writes. Raises OSError.
     """
     later = [one for one in step_folders(run.checkpoints) if one.step > after]
-    if not later:
+    snapshots = tuple(step for step in snapshot_steps(run.snapshots) if step > after)
+    if not later and not (asked and snapshots):
         return None
-    name = next((one.branch for one in reversed(later) if one.updates is not None), MAIN)
+    names = [one.branch for one in reversed(later) if one.updates is not None]
+    names += [name for step in reversed(snapshots) if (name := branch_of(snapshot_of(run.snapshots, step)))]
+    name = next(iter(names), MAIN)
     folder = _free_folder(run.branches, f"{name}-after-{after}")
     staging = staging_path(folder)
     staging.mkdir(parents=True)
@@ -160,7 +171,7 @@ def leave_branch(run: RunDirectory, after: int, reason: str) -> LeftBranch | Non
     if run.tensorboard.exists():
         shutil.copytree(run.tensorboard, staging / run.tensorboard.name)
     steps, left = tuple(one.step for one in later), datetime.now(UTC).isoformat(timespec="seconds")
-    branch = LeftBranch(folder, name, after, steps, reason, left)
+    branch = LeftBranch(folder, name, after, steps, reason, left, snapshots)
     write_json(staging / FACTS, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2)
     os.rename(staging, folder)
     _move(run, branch)
@@ -185,6 +196,12 @@ def _move(run: RunDirectory, branch: LeftBranch) -> None:
     for step in sorted(branch.steps, reverse=True):
         source, target = folder_of(run.checkpoints, step), folder_of(checkpoints, step)
         if source.exists() and not target.exists():
+            os.rename(source, target)
+    snapshots = branch.folder / run.snapshots.name
+    for step in sorted(branch.snapshots, reverse=True):
+        source, target = snapshot_of(run.snapshots, step), snapshot_of(snapshots, step)
+        if source.exists() and not target.exists():
+            snapshots.mkdir(exist_ok=True)
             os.rename(source, target)
     for picture in run.samples.glob("step-*.png"):
         number = _PICTURE.match(picture.name)

@@ -2,7 +2,8 @@
 
 A save stalls training for a copy to host memory; files are written by a thread. Ranks do not talk while they write:
 each leaves a receipt beside its file, and rank 0 commits when all receipts are there. A run killed at any instant
-leaves a folder named ``.writing``, which is no checkpoint and is removed by the next save.
+leaves a folder named ``.writing``, which is no checkpoint and is removed by the next save. A snapshot of the averages
+alone (`snapshots.py`) is saved in the same way, of the same copy where both are due at one step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from megapromoe.checkpoint.format import (
     commit,
     write_rank,
 )
+from megapromoe.checkpoint.local_state import LocalState, copy_to_host, held_pieces, items_of
 from megapromoe.checkpoint.manifest import FOLDER, MANIFEST
 from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.retention import remove_leftovers, retire
-from megapromoe.checkpoint.step_folders import folder_of, steps_in
+from megapromoe.checkpoint.snapshots import AVERAGES
+from megapromoe.checkpoint.step_folders import folder_of, snapshot_of, snapshots_beside, steps_in
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
@@ -43,35 +46,25 @@ from megapromoe.io import staging_path
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Snapshot:
-    """One rank's share of a checkpoint in host memory: file entries, and which elements of which tensor they are."""
+@dataclass(frozen=True)
+class Destination:
+    """A folder that a save writes, and the kinds of `KINDS` in it."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    parts: list[list] = field(default_factory=list)
+    final: Path
+    kinds: tuple[str, ...]
 
     @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    def staging(self) -> Path:
+        return staging_path(self.final)
 
-
-def snapshot(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers: dict[str, Tensor]) -> Snapshot:
-    """Copies this rank's `items` (kind, piece, flat tensor), of those held by several ranks only the first's."""
-    snap, seen = Snapshot(), set()
-    for kind, piece, tensor in items:
-        if engine.is_writer(piece.name):
-            copy = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
-            snap.tensors[f"{kind}/{piece.name}@{piece.start}"] = copy
-            if piece not in seen:
-                seen.add(piece)
-                snap.parts.append([piece.name, piece.start, piece.stop, _view(engine, piece.name)])
-    if this_rank() == 0:
-        snap.tensors |= {f"buffer/{name}": b.detach().cpu().clone() for name, b in buffers.items()}
-    return snap
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its manifest says of the kinds; a checkpoint has all."""
+        return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
 
 
 class Saver:
-    """Saves checkpoints of a run under `root`, one at a time, in the background."""
+    """Saves checkpoints of a run under `root`, and snapshots beside it, one save at a time, in the background."""
 
     def __init__(self, root: Path, engine: Engine, ema: EMA, patience: float):
         """Args: `patience`: seconds that rank 0 waits for the other ranks' files before it gives a save up."""
@@ -84,12 +77,13 @@ class Saver:
         self._step = 0  # of the save in flight
         self._problem = ""
 
-    def save(self, facts: dict[str, Any]) -> None:
+    def save(self, facts: dict[str, Any], checkpoint: bool = True, snapshot: bool = False) -> None:
         """Starts the checkpoint of `facts["step"]`; waits for the one before, if it is still being written. Collective.
 
         Args:
             facts: goes into the manifest: step, updates, config, ... The state of the data is the step. Rank 0's are
                 written; of its `run`, the run's identity, checkpoints are removed by `retention.py`.
+            checkpoint, snapshot: whether to save all state, the averages alone, or each in a folder of its own.
 
         Raises CheckpointError on every rank when `train.max_failed_saves` saves in a row have failed. A failed save is
         logged, training goes on, and older checkpoints stay.
@@ -98,17 +92,23 @@ class Saver:
         start = time.perf_counter()
         engine = self.engine
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
-        snap = snapshot(engine, _state(engine, self.ema), buffers)
-        final = folder_of(self.root, facts["step"])
-        aside = staging_path(final)
-        total = self._agree_to_start(aside, snap.bytes, facts)
+        destinations = []
+        if checkpoint:  # first: a job that is about to be killed needs it more
+            destinations.append(Destination(folder_of(self.root, facts["step"]), KINDS))
+        if snapshot:
+            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), facts["step"]), AVERAGES))
+        kinds = KINDS if checkpoint else AVERAGES
+        state = copy_to_host(engine, items_of(engine, self.ema, kinds), buffers)
+        size = sum(state.of_kinds(destination.kinds).bytes for destination in destinations)
+        total = self._agree_to_start(destinations, size, facts)
         if total is None:
             return
         facts = {**facts, "shapes": {n: list(p.shape) for n, p in engine.layouts.items()}, "buffers": sorted(buffers)}
         self._step = facts["step"]
         self.figures = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
         self._problem = "its thread ended early"  # until the thread says otherwise
-        self._thread = threading.Thread(target=self._write, args=(aside, final, snap, facts), name="saver", daemon=True)
+        arguments = (destinations, state, facts)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
         self._thread.start()
 
     def finish(self, last: bool = False) -> None:
@@ -127,18 +127,20 @@ class Saver:
         if last and self.failures:
             raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
 
-    def _agree_to_start(self, aside: Path, size: int, facts: Mapping[str, Any]) -> int | None:
-        """Makes the folder if there is room for all ranks' bytes; None, and a failure, if not."""
+    def _agree_to_start(self, destinations: list[Destination], size: int, facts: Mapping[str, Any]) -> int | None:
+        """Makes the folders if there is room for all ranks' bytes; None, and a failure, if not."""
         needed, problem = sum(all_gather_values(size)), ""
         if this_rank() == 0:
             try:
-                remove_leftovers(self.root)
+                for root in (self.root, snapshots_beside(self.root)):
+                    remove_leftovers(root)
                 self._retire(facts)  # what was not proven at the last save may be now
                 free = shutil.disk_usage(self.root).free
                 if free < 1.02 * needed:
                     problem = f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or train.keep=1"
                 else:
-                    aside.mkdir(parents=True)
+                    for destination in destinations:
+                        destination.staging.mkdir(parents=True)
             except OSError as error:
                 problem = f"{error.filename or self.root}: {error.strerror}"
         problem = broadcast_from_rank0(problem)
@@ -160,22 +162,28 @@ class Saver:
                 f" the last because: {problem}"
             )
 
-    def _write(self, aside: Path, final: Path, snap: Snapshot, facts: dict[str, Any]) -> None:
-        """In the thread. What goes wrong on any rank is told by its receipt and remembered by rank 0."""
+    def _write(self, destinations: list[Destination], state: LocalState, facts: dict[str, Any]) -> None:
+        """In the thread. One destination that fails does not keep the others from being written."""
         start = time.perf_counter()
+        problems = [self._write_to(destination, state, facts) for destination in destinations]
+        self.figures["save_seconds"] = time.perf_counter() - start
+        self._problem = "; ".join(problem for problem in problems if problem)
+
+    def _write_to(self, to: Destination, state: LocalState, facts: dict[str, Any]) -> str:
+        """What went wrong, or "". What goes wrong on any rank is told by its receipt and remembered by rank 0."""
         rank, world = this_rank(), world_size()
         try:
-            problem = write_rank(aside, rank, snap.tensors, snap.parts, facts["step"])
+            problem = write_rank(to.staging, rank, state.of_kinds(to.kinds).tensors, state.parts, facts["step"])
             if rank == 0:
-                commit(aside, final, world, facts, self.patience)
+                commit(to.staging, to.final, world, facts | to.facts, self.patience)
                 problem = ""
-                self._retire(facts)
+                if to.kinds == KINDS:
+                    self._retire(facts)
         except Exception as error:  # of any kind: an exception that ends a thread is seen by nobody
             unexpected = not isinstance(error, CheckpointError | OSError)
             logger.debug("the save of step %d failed", facts["step"], exc_info=unexpected)
             problem = f"{type(error).__name__}: {error}" if unexpected else str(error)
-        self.figures["save_seconds"] = time.perf_counter() - start
-        self._problem = problem
+        return problem
 
     def _retire(self, facts: Mapping[str, Any]) -> None:
         t = self.engine.config.train
@@ -273,7 +281,7 @@ def restore(
         updates: AdamW steps behind the moments.
     """
     targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
-    for piece, tensors in _held(engine, ema):
+    for piece, tensors in held_pieces(engine, ema):
         targets.setdefault(piece.name, []).append((piece, tensors))
     for name, held in targets.items():
         watchdog.touch()
@@ -286,25 +294,3 @@ def restore(
             tensor.copy_(buffer(name))
     engine.sync_parameters_from_masters()
     engine.set_optimizer_step(updates)
-
-
-def _state(engine: Engine, ema: EMA) -> Iterator[tuple[str, Piece, Tensor]]:
-    for piece, tensors in _held(engine, ema):
-        for kind in KINDS:
-            yield kind, piece, tensors[kind]
-
-
-def _held(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-    """Every piece this rank holds, with views of its master, moments and average."""
-    for partition, average in zip(engine.partitions, ema.averages, strict=True):
-        flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
-        for piece in partition.pieces:
-            span = slice(piece.offset, piece.offset + piece.stop - piece.start)
-            yield piece, {kind: flat[span] for kind, flat in flats.items()}
-
-
-def _view(engine: Engine, name: str) -> list:
-    """JSON of how this rank's slice lies in the logical tensor: [local shape, [[local, logical], ...]]."""
-    layout = engine.layouts[name]
-    pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.shard_slices(engine.mesh)]
-    return [list(layout.local_shape(engine.mesh)), pairs]

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 FORMAT, UNHASHED = 2, 1
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
+SNAPSHOT_FOLDER = re.compile(r"average-(\d{8,})")  # of averages alone, see `snapshots.py`
 _FILE = re.compile(r"rank-\d{5,}\.safetensors")
 _MAX_BYTES = 1 << 30
 _MAX_CELLS = 1 << 20  # of the grid on which the coverage of a tensor is counted; a layout gives one for each region
@@ -54,10 +55,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     problem = next(_problems(content), None)
     if problem:
         raise CheckpointError(f"{path}: {problem}; the checkpoint is damaged, use another step")
-    if (named := FOLDER.fullmatch(folder.name)) and int(named[1]) != content["step"]:
+    named = FOLDER.fullmatch(folder.name) or SNAPSHOT_FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != content["step"]:
+        right = f"{folder.name.partition('-')[0]}-{content['step']:08d}"
         raise CheckpointError(
             f"{path}: is of step {content['step']}, its folder is named as {int(named[1])}: a copy is no checkpoint of"
-            f" that step; remove the folder, or rename it to step-{content['step']:08d} where that is missing"
+            f" that step; remove the folder, or rename it to {right} where that is missing"
         )
     if content["format"] == UNHASHED:
         logger.info("%s: of format %d, whose manifest has no hash; damage to it may go unseen", path, UNHASHED)
@@ -66,12 +69,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a manifest says of a checkpoint as a whole. `run` and `branch` are None where it names none."""
+    """What a manifest says of a checkpoint as a whole. `run` and `branch` are None where it names none.
+
+    `complete` is False of a snapshot, which holds the averages alone.
+    """
 
     step: int
     updates: int
     run: str | None
     branch: str | None
+    complete: bool
 
 
 def read_summary(folder: Path) -> Summary:
@@ -81,7 +88,9 @@ def read_summary(folder: Path) -> Summary:
     problem = next(_summary_problems(content), None)
     if problem:
         raise CheckpointError(f"{path}: {problem}; the checkpoint is damaged, use another step")
-    return Summary(content["step"], content["updates"], content.get("run"), content.get("branch"))
+    return Summary(
+        content["step"], content["updates"], content.get("run"), content.get("branch"), "kinds" not in content
+    )
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -128,6 +137,14 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
     elapsed = content.get("elapsed_seconds", 0)
     if type(elapsed) not in (int, float) or not math.isfinite(elapsed) or elapsed < 0:
         yield f"elapsed_seconds = {_short(elapsed)}: must be a finite number, 0 or more"
+    kinds = content.get("kinds", ["ema"])
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+        yield f"kinds = {_short(kinds)}: must be a list of names"
+    share = content.get("ema_initial_share")
+    if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
+        yield f"ema_initial_share = {_short(share)}: must be a number from 0 to 1"
+    if type(content.get("ema_warmup", False)) is not bool:
+        yield f"ema_warmup = {_short(content['ema_warmup'])}: must be true or false"
     norms = content.get("recent_norms", [])
     if not isinstance(norms, list) or not all(type(norm) in (int, float) and math.isfinite(norm) for norm in norms):
         yield "recent_norms: must be a list of finite numbers"

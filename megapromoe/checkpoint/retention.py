@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from megapromoe.checkpoint.step_folders import StepFolder, step_folders
@@ -74,8 +75,8 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed saves and killed removals left."""
-    for pattern in (f"step-*{SUFFIX}", f"step-*{REMOVED}"):
-        for left in root.glob(pattern):
+    """Removes what killed saves and killed removals left, of checkpoints and of snapshots."""
+    for name, suffix in product(("step", "average"), (SUFFIX, REMOVED)):
+        for left in root.glob(f"{name}-*{suffix}"):
             if not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)

@@ -5,6 +5,7 @@ config.yaml         the resolved config of the latest start
 environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
 metrics.jsonl       one line per logged step
 checkpoints/        step-XXXXXXXX/
+snapshots/          average-XXXXXXXX/: averaged weights alone (train.snapshot_every)
 branches/           what a start that went back left behind, see `history.py`
 samples/            pictures drawn while training, and by `megapromoe sample`
 tensorboard/        events
@@ -83,6 +84,7 @@ class RunDirectory:
         self.environment = self.folder / "environment.json"
         self.metrics = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
+        self.snapshots = self.folder / "snapshots"
         self.branches = self.folder / "branches"
         self.samples = self.folder / "samples"
         self.tensorboard = self.folder / "tensorboard"
@@ -186,7 +188,8 @@ class RunDirectory:
             return True
         if os.path.lexists(self.metrics) and not (self.metrics.is_file() and self.metrics.stat().st_size == 0):
             return True
-        return any(any(folder.glob("*")) for folder in (self.checkpoints, self.samples, self.branches))
+        kept = (self.checkpoints, self.snapshots, self.samples, self.branches)
+        return any(any(folder.glob("*")) for folder in kept)
 
     def owner(self) -> str | None:
         """Who trains in the folder now, as run.lock says; None if nobody does."""

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapromoe.checkpoint.manifest import FOLDER, MANIFEST, CheckpointError, read_summary
+from megapromoe.checkpoint.manifest import FOLDER, MANIFEST, SNAPSHOT_FOLDER, CheckpointError, read_summary
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ def step_folders(root: Path) -> list[StepFolder]:
         except FileNotFoundError:
             continue  # removed by its run since
         described = _describe(folder, status.st_mtime_ns, status.st_size)
-        if described is None:
-            logger.warning("%s: is a copy of another step, and no checkpoint of this one; remove it", folder)
+        if isinstance(described, str):
+            logger.warning("%s: %s", folder, described)
         else:
             folders.append(described)
     return sorted(folders, key=lambda one: one.step)
@@ -64,19 +64,43 @@ def steps_in(root: Path) -> list[int]:
     return [one.step for one in step_folders(root)]
 
 
+def snapshots_beside(checkpoints: Path) -> Path:
+    """The folder of a run's snapshots."""
+    return checkpoints.with_name("snapshots")
+
+
+def snapshot_of(root: Path, step: int) -> Path:
+    """Where the snapshot of a step lies."""
+    return root / f"average-{step:08d}"
+
+
+def snapshot_steps(root: Path) -> list[int]:
+    """Steps of the complete snapshots under `root`, ascending."""
+    if not root.is_dir():
+        return []
+    steps = []
+    for folder in root.iterdir():
+        if (name := SNAPSHOT_FOLDER.fullmatch(folder.name)) and (folder / MANIFEST).is_file():
+            steps.append(int(name[1]))
+    return sorted(steps)
+
+
 def choose_checkpoint(root: Path, step: int | None = None) -> Path:
     """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such."""
-    steps = steps_in(root)
+    steps, snapshots = steps_in(root), ", ".join(map(str, snapshot_steps(snapshots_beside(root))))
+    hint = f"; there are snapshots of the averaged weights, --weights ema, of steps {snapshots}" if snapshots else ""
     if not steps:
-        raise CheckpointError(f"{root}: holds no complete checkpoint; train until train.save_every at least")
+        raise CheckpointError(f"{root}: holds no complete checkpoint; train until train.save_every at least{hint}")
     if step is not None and step not in steps:
-        raise CheckpointError(f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}")
+        raise CheckpointError(
+            f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}{hint}"
+        )
     return folder_of(root, steps[-1] if step is None else step)
 
 
 @functools.lru_cache(maxsize=1024)
-def _describe(folder: Path, written: int, size: int) -> StepFolder | None:
-    """None for a folder that is named as another step than its manifest's.
+def _describe(folder: Path, written: int, size: int) -> StepFolder | str:
+    """Why a folder is no checkpoint, for one of another step than its name's, or of averages alone.
 
     Remembered as long as the manifest's time and size stay: a long run asks at every save.
     """
@@ -88,5 +112,7 @@ def _describe(folder: Path, written: int, size: int) -> StepFolder | None:
     except CheckpointError:
         return StepFolder(folder, step, None)  # damaged; whoever opens it says so
     if summary.step != step:
-        return None
+        return "is a copy of another step, and no checkpoint of this one; remove it"
+    if not summary.complete:
+        return "is a snapshot of averaged weights, from which no run goes on; move it to snapshots/average-XXXXXXXX"
     return StepFolder(folder, step, summary.updates, summary.run, summary.branch or MAIN)

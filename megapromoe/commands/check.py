@@ -73,11 +73,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     config = resolve_options(options, launch.world)
 
+    from megapromoe.checkpoint.disk_space import checkpoint_bytes, saved_bytes
     from megapromoe.preflight.job import Preflight
-    from megapromoe.preflight.storage import GIB, checkpoint_bytes
+    from megapromoe.preflight.storage import GIB
     from megapromoe.preflight.verdict import Limits
 
-    free = checkpoint_bytes(config) if options.min_free_gib is None else int(options.min_free_gib * GIB)
+    if options.min_free_gib is not None:
+        free = int(options.min_free_gib * GIB)
+    else:  # for what a run that goes on has not saved yet
+        free = max(0, checkpoint_bytes(config) - (saved_bytes(options.run) if options.run else 0))
     limits = Limits(
         pair_gbps=options.expect_gbps,
         free_bytes=free,

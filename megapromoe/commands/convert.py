@@ -48,7 +48,12 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
     parser.add_argument("--to", choices=FORMATS, help="the format of DEST")
     parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto", help="default: auto")
     checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
-    parser.add_argument("--weights", choices=("ema", "master"), help="which, where a file holds weights alone")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "master"),
+        help="write weights alone, averaged or as trained; default: ema for diffusers, all state for safetensors; other"
+        " formats hold both",
+    )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of several; default: the latest")
     parser.add_argument("--overwrite", action="store_true", help="replace a DEST that is a checkpoint")
     parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinity too, with a note")
@@ -78,7 +83,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from megapromoe.conversion.exports import export, exported_bytes
+    from megapromoe.conversion.exports import export, exported_bytes, written_weights
     from megapromoe.conversion.formats import open_state, with_latest
     from megapromoe.conversion.state import State
     from megapromoe.work_progress import Progress
@@ -95,6 +100,10 @@ def _convert(options: argparse.Namespace) -> int:
     state, notes = with_latest(options.source, options.step, convert)
     for note in (*state.notes, *notes):
         print(f"note: {note}")
+    alone = options.weights or ("ema" if options.to == "diffusers" else None)
+    if state.average and alone and (warning := state.average.warning(alone)):
+        print(f"warning: {warning}")
+    print(f"written: {written_weights(state, options.to, options.weights)}")
     print(f"{options.dest}: {options.to}, step {state.step}, from {state.where} ({state.format})")
     return 0
 

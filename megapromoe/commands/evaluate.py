@@ -12,7 +12,8 @@ from megapromoe.config.options import ConfigError
 EPILOG = """\
 Draws --num images from --run (or takes --images) and compares them with real ones. Start it under torchrun,
 srun or mpirun to share out the work; repeat it to go on where it was stopped, or to evaluate the same images
-by another network. With --every-step each checkpoint that the run keeps is drawn from, for a curve over training.
+by another network. With --every-step each checkpoint that the run keeps, and each snapshot of its averages, is
+drawn from, for a curve over training.
 Figures go to the screen and, with --run, to evaluation.jsonl in its folder.
 
 The network that looks at the images (--features):
@@ -68,7 +69,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every-step",
         action="store_true",
-        help="each checkpoint that the run keeps, instead of --step; a set for each of them and each guidance scale",
+        help="each checkpoint that the run keeps and each snapshot of its averages (train.snapshot_every), instead of"
+        " --step; a set for each of them and each guidance scale",
     )
 
 

@@ -112,6 +112,7 @@ def _open_both(
 
 def _facts(state: State, path: Path) -> dict[str, Any]:
     count = parameters(state.config.model)
+    warning = state.average.warning("ema") if state.average and "ema" in state.kinds else ""
     files = [state.where] if state.where.is_file() else sorted(p for p in state.where.rglob("*") if p.is_file())
     return {
         "path": str(path),
@@ -124,7 +125,8 @@ def _facts(state: State, path: Path) -> dict[str, Any]:
         "buffers": len(state.buffers),
         "layout": state.layout,
         "files": {file.name: file.stat().st_size for file in files},
-        "notes": state.notes,
+        "notes": [*state.notes, *([warning] if warning else [])],
+        "initial_share": state.average.initial_share if state.average and "ema" in state.kinds else None,
     }
 
 
@@ -132,7 +134,7 @@ def _history(folder: Path) -> dict[str, Any]:
     """The checkpoints of a run, and the branches that it has left."""
     from megapromoe.checkpoint.history import left_branches
     from megapromoe.checkpoint.run_directory import RunDirectory
-    from megapromoe.checkpoint.step_folders import step_folders
+    from megapromoe.checkpoint.step_folders import snapshot_steps, step_folders
 
     run = RunDirectory(folder)
     checkpoints = [
@@ -141,13 +143,16 @@ def _history(folder: Path) -> dict[str, Any]:
     ]
     branches = [
         {"folder": str(one.folder), "name": one.name, "after": one.after, "steps": list(one.steps), "left": one.left}
-        | {"reason": one.reason}
+        | {"reason": one.reason, "snapshots": list(one.snapshots)}
         for one in left_branches(run)
     ]
-    return {"checkpoints": checkpoints, "left_branches": branches}
+    snapshots = snapshot_steps(run.snapshots)
+    return {"checkpoints": checkpoints, "snapshots": snapshots, "left_branches": branches}
 
 
 def _print_facts(report: dict[str, Any]) -> None:
+    from megapromoe.checkpoint.average import share_in_words
+
     size = sum(report["files"].values())
     if report["updates"] is not None:
         updates = f"{report['updates']:,} updates"
@@ -161,6 +166,8 @@ def _print_facts(report: dict[str, Any]) -> None:
     kinds = ", ".join(report["kinds"])
     print(f"  {report['parameters']:,} parameters ({table}), {report['buffers']} buffers; kinds: {kinds}")
     print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
+    if "ema" in report["kinds"]:
+        print(f"  averaged weights: {share_in_words(report['initial_share'])}")
     for note in report["notes"]:
         print(f"  note: {note}")
     if checkpoints := report.get("checkpoints"):
@@ -168,8 +175,11 @@ def _print_facts(report: dict[str, Any]) -> None:
             f"{one['step']}" + ("" if one["updates"] is not None else " (damaged)") for one in checkpoints
         )
         print(f"  checkpoints of the run: {listed}; branch {checkpoints[-1]['branch']!r}")
+    if snapshots := report.get("snapshots"):
+        print(f"  snapshots of its averaged weights: {', '.join(map(str, snapshots))}")
     for branch in report.get("left_branches", []):
-        steps = ", ".join(map(str, branch["steps"]))
+        steps = ", ".join(map(str, branch["steps"])) or "none"
+        steps += f", snapshots {', '.join(map(str, branch['snapshots']))}" if branch["snapshots"] else ""
         print(f"  branch {branch['name']!r} was left after step {branch['after']} ({branch['left']}): steps {steps}")
         print(f"    in {branch['folder']}: {branch['reason']}")
 

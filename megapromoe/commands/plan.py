@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         ("--hbm-gbs", "GB/s of a GPU's memory"),
         ("--nvlink-gbs", "GB/s between GPUs of a node, each way"),
         ("--network-gbs", "GB/s between nodes for each GPU, each way"),
+        ("--storage-gbs", "measured GB/s that all ranks together write to the run's folder; tells how long saves take"),
         ("--imbalance", "rows on the fullest rank's experts over the mean; default: 1.25"),
         ("--usable", "share of the memory to plan with; default: 0.9"),
         ("--efficiency", "share of its peak that a GPU reaches in large products; default: 0.6"),
@@ -113,10 +115,56 @@ def _lines(options: argparse.Namespace, config: Config, found: Search, machine: 
     yield from memory_lines(best)
     yield from traffic_lines(best, machine, assume)
     yield ""
+    yield from _saves(best, options.storage_gbs)
+    yield ""
     yield assume.in_words(machine)
     yield ""
     yield "start it:"
     yield f"  {_command(options, config, best)}"
+
+
+def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
+    """What the run writes and the disk that it needs; how long that takes only at a measured rate."""
+    from megapromoe.checkpoint.disk_space import disk
+
+    found, t = disk(best.config, best.time.total), best.config.train
+    yield f"what the {t.steps:,} steps write"
+    every = [f"every {t.save_every:,} steps" if t.save_every else "the last step"]
+    every += [f"{t.save_minutes:g} minutes after the one before, at the estimated speed"] if t.save_minutes else []
+    most = f"at most {found.most_checkpoints} at once, {_size(found.most_checkpoints * found.checkpoint)}"
+    count = f"{found.checkpoints:7,}{'' if found.exact else ' (estimated)'}"
+    yield f"  checkpoints {count} of {_size(found.checkpoint)} ({' or '.join(every)}); {most}"
+    if found.snapshots:
+        kept = f"all kept, {_size(found.snapshots * found.snapshot)}"
+        yield f"  snapshots   {found.snapshots:7,} of {_size(found.snapshot)} (averages alone); {kept}"
+    if found.pictures:
+        most = _size(found.pictures * found.picture)
+        yield f"  pictures    {found.pictures:7,} of at most {_size(found.picture)} (samples); {most}"
+    yield f"  {_size(found.peak)} of disk, and the logs"
+    if storage_gbs is None:
+        yield "  give --storage-gbs, as `megapromoe check --run` measures it, for the time that saves take"
+        return
+    one, whole = (size / storage_gbs / 1e9 for size in (found.checkpoint, found.written))
+    yield (
+        f"  a checkpoint is written in {_seconds(one)}, all of {_size(found.written)} in {_seconds(whole)}, beside"
+        " the training, which stops for the copy to the host's memory alone"
+    )
+    between = best.time.total * t.steps / found.checkpoints
+    if one > between:
+        yield f"  that is longer than the {_seconds(between)} between two: training waits; save less often"
+
+
+def _size(size: int) -> str:
+    gigabytes = size / 1e9
+    if gigabytes < 0.1:
+        return f"{size / 1e6:.3g} MB"
+    return f"{gigabytes:,.0f} GB" if gigabytes >= 1000 else f"{gigabytes:#.4g} GB"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
@@ -179,6 +227,14 @@ def _write_json(path: Path, found: Search, machine: Machine, assume: Assumptions
     write_json(path, content, indent=1)
 
 
+def _disk(plan: Plan) -> dict:
+    """Counts, and bytes of one and of all at once."""
+    from megapromoe.checkpoint.disk_space import disk
+
+    found = disk(plan.config, plan.time.total)
+    return asdict(found) | {"peak_bytes": found.peak, "written_bytes": found.written}
+
+
 def _entry(plan: Plan, fits: bool) -> dict:
     return {
         "fits": fits,
@@ -192,4 +248,5 @@ def _entry(plan: Plan, fits: bool) -> dict:
         "images_per_second": plan.images_per_second,
         "mfu": plan.mfu,
         "hours": plan.hours,
+        "disk": _disk(plan),
     }

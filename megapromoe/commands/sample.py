@@ -71,10 +71,15 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
     )
     if several_steps:
         parser.add_argument(
-            "--step", metavar="N", type=int, nargs="+", help="the checkpoints of these steps; default: the last"
+            "--step",
+            metavar="N",
+            type=int,
+            nargs="+",
+            help="the checkpoints or snapshots of these steps; default: the last",
         )
     else:
-        parser.add_argument("--step", metavar="N", type=int, help="the checkpoint of this step; default: the last")
+        text = "the checkpoint or snapshot of this step; default: the last checkpoint"
+        parser.add_argument("--step", metavar="N", type=int, help=text)
     parser.add_argument(
         "--weights", choices=("ema", "master"), default="ema", help="averaged weights (default) or as trained"
     )

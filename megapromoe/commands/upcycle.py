@@ -65,6 +65,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     """Writes the new run; returns what a reader should know of it."""
+    from megapromoe.checkpoint.average import share_in_words
     from megapromoe.config.options import to_dict
     from megapromoe.conversion.exports import export, exported_bytes
     from megapromoe.conversion.formats import open_state
@@ -87,4 +88,8 @@ def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
         state = grow(source, config, options.noise, options.spread, options.weights, options.seed)
     with Progress(exported_bytes(state, "ours"), "B", f"writing {options.dest}") as progress:
         notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=progress.update)
-    return [*state.notes, *notes]
+    average = source.average
+    share = share_in_words(average.initial_share if average else None)
+    taken = f"from averaged weights (ema), {share}" if options.weights == "ema" else "from weights as trained (master)"
+    warning = average.warning(options.weights) if average else ""
+    return [*state.notes, *notes, taken, *([f"warning: {warning}"] if warning else [])]

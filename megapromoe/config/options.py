@@ -268,6 +268,9 @@ class TrainConfig:
     min_lr: float = option(0.0, "learning rate at the end of the cosine", within=ZERO_UP)
     clip: float = option(0.5, "largest gradient norm; 0 turns clipping off", within=ZERO_UP)
     ema: float = option(0.9999, "decay of the averaged weights", within="[0, 1)")
+    ema_warmup: bool = option(
+        False, "update t averages with decay min(ema, (1 + t) / (10 + t)); decided at the first start of a run"
+    )
     optimizer: str = option("torch", "whose fused AdamW", ("torch", "apex", "deepspeed"))
     deepspeed: str = option("bf16_zero1", "name of a file in ds_configs, or a path to a .json file")
     compile: bool = option(False, "torch.compile the dense layers; the first step then takes minutes")
@@ -278,6 +281,14 @@ class TrainConfig:
     )
     log_every: int = option(10, "steps between metrics", within=ONE_UP)
     save_every: int = option(5000, "steps between checkpoints; 0 saves only the last", within=ZERO_UP)
+    save_minutes: float = option(
+        0.0,
+        "also save a checkpoint so many minutes after the last one began, by rank 0's clock; 0: by steps alone",
+        within=ZERO_UP,
+    )
+    snapshot_every: int = option(
+        0, "steps between snapshots of the averaged weights alone, which are all kept; 0 saves none", within=ZERO_UP
+    )
     keep: int = option(2, "newest checkpoints kept", within=ONE_UP)
     keep_every: int = option(0, "also keep checkpoints of steps that this divides; 0 keeps none", within=ZERO_UP)
     max_failed_saves: int = option(3, "failed saves in a row that end the run", within=ONE_UP)

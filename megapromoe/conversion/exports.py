@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.average import share_in_words
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
@@ -28,7 +30,7 @@ from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE
-from megapromoe.conversion.state import State, check_published, checked
+from megapromoe.conversion.state import State, check_published, checked, with_masters
 from megapromoe.conversion.stream import (
     ConversionError,
     Entry,
@@ -69,6 +71,9 @@ def export(
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
+    if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
+        notes.append("the source is a snapshot of averages alone: they stand for the weights as trained too")
+        state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
     with atomic_tree(destination, overwrite) as aside:
         if form == "ours":
@@ -84,6 +89,19 @@ def export(
         else:
             raise ConversionError(f"{form!r} is no format")
     return notes
+
+
+def written_weights(state: State, form: str, weights: str | None) -> str:
+    """Which weights `export` writes, in words; of averaged ones with the share of the initial weights in them."""
+    alone = weights or ("ema" if form == "diffusers" else None)
+    if alone == "master":
+        return "weights as trained (master)"
+    share = share_in_words(state.average.initial_share if state.average and "ema" in state.kinds else None)
+    if alone == "ema":
+        return f"averaged weights (ema), {share}"
+    if "ema" not in state.kinds:
+        return f"all state ({', '.join(state.kinds)})"
+    return f"all state ({', '.join(state.kinds)}); ema is the averaged weights, {share}"
 
 
 def _check_destination(state: State, destination: Path, form: str, overwrite: bool) -> None:
@@ -175,6 +193,10 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
+    if state.average is not None and "ema" in state.kinds:
+        # The warm-up counts updates: where these start again, the next start decides it.
+        average = state.average if updates == state.average.updates else replace(state.average, warmup=None)
+        manifest |= average.facts()
     write_text(checkpoint / MANIFEST, seal(manifest))
     write_text(run.config_file, to_yaml(state.config))
     for place in (checkpoint, run.checkpoints, folder):
@@ -186,6 +208,8 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
 
 def _described(state: State, weights: str | None) -> dict[str, Any]:
     said: dict[str, Any] = {"step": state.step, "config": to_dict(state.config)}
+    if weights != "master" and state.average and state.average.initial_share is not None:
+        said["initial_share"] = state.average.initial_share
     return said | ({"weights": weights} if weights else {"updates": state.updates})
 
 

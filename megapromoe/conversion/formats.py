@@ -20,10 +20,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
 from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import choose_checkpoint
+from megapromoe.checkpoint.snapshots import choose_weights
+from megapromoe.checkpoint.step_folders import steps_in
 from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
 from megapromoe.conversion.published import open_published
@@ -173,7 +175,9 @@ def _checkpoint(path: Path, step: int | None) -> _Streamed:
         if step not in (None, checkpoint.manifest["step"]):
             raise ConversionError(f"step = {step}: {path} is of step {checkpoint.manifest['step']}; leave the step out")
         return checkpoint
-    return _Streamed(choose_checkpoint(RunDirectory(path).checkpoints, step))
+    run = RunDirectory(path)
+    full = step is None or step in steps_in(run.checkpoints)
+    return _Streamed(choose_weights(run.checkpoints, step, "master" if full else "ema"))
 
 
 def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
@@ -190,11 +194,12 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         "ours",
         config,
         int(manifest["step"]),
-        int(manifest["updates"]),
-        KINDS,
+        int(manifest["updates"]) if checkpoint.kinds == KINDS else 0,
+        checkpoint.kinds,
         shapes,
         {name: checkpoint.buffer(name) for name in names},
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
         converted="run" not in manifest,  # training gives each checkpoint the identity of its run
+        average=Average.of(manifest),
     )

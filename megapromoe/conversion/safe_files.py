@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.config.options import Config
 from megapromoe.conversion import diffusers_dit
@@ -64,6 +65,11 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
     if not isinstance(said, dict) or any(type(said.get(key, 0)) is not int for key in ("step", "updates")):
         raise ConversionError(
             f"{path}: its description is not the JSON that it should be (step and updates: whole numbers)"
+        )
+    share = said.get("initial_share", 0.0)
+    if type(share) not in (int, float) or not 0 <= share <= 1:
+        raise ConversionError(
+            f"{path}: its description is not the JSON that it should be (initial_share: a number from 0 to 1)"
         )
     return said
 
@@ -129,6 +135,7 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         read if said else in_our_sign(read, config),
         layout=_layout(file),
         notes=notes,
+        average=Average(None, said.get("initial_share"), int(said.get("updates", said.get("step", 0)))),
     )
 
 

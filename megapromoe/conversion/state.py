@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
@@ -37,6 +38,7 @@ class State:
         layout: how it lies in files, in words.
         notes: what a reader should know that was not as expected.
         converted: of our format, but written by a conversion and not by training.
+        average: what is known of the averaged weights; None: nothing.
     """
 
     where: Path
@@ -51,10 +53,16 @@ class State:
     layout: str = ""
     notes: list[str] = field(default_factory=list)
     converted: bool = False
+    average: Average | None = None
 
     @property
     def known_updates(self) -> int | None:
-        """`updates`; None of weights without moments, and of converted ones whose moments start at zero."""
+        """`updates`; None of weights without moments, and of converted ones whose moments start at zero.
+
+        Of a snapshot, those of its average.
+        """
+        if self.kinds == ("ema",) and self.average is not None and not self.converted:
+            return self.average.updates
         unknown = "exp_avg" not in self.kinds or (self.converted and self.updates == 0)
         return None if unknown else self.updates
 
@@ -186,6 +194,15 @@ def check_positions(path: Path, name: str, stored: Stored | None, config: ModelC
             " positions, row by row; a model with other positions cannot be converted"
         )
     return value.float()
+
+
+def with_masters(state: State) -> State:
+    """A state of averages alone whose averages stand for the weights as trained too."""
+    return replace(
+        state,
+        kinds=("master", *state.kinds),
+        read=lambda kind, name: state.read("ema" if kind == "master" else kind, name),
+    )
 
 
 def checked(state: State, notes: list[str] | None = None) -> State:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
@@ -283,7 +284,10 @@ def _fresh(
 ) -> State:
     """A state at the start of training: weights, which are their own average, and no moments."""
     notes = [*source.notes, note]
-    return State(source.where, "upcycled", config, 0, 0, ("master", "ema"), shapes, {}, read, notes=notes)
+    average = Average(None, 1.0, 0, config.train.ema)
+    return State(
+        source.where, "upcycled", config, 0, 0, ("master", "ema"), shapes, {}, read, notes=notes, average=average
+    )
 
 
 def _noisy(tensor: Tensor, noise: float, seed: int, name: str, expert: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each master partition of the engine has a flat fp32 tensor of averages. An update is one lerp for each partition and
 needs no communication. At stage 0, where every parameter is a partition, it is a single fused lerp. Source: the paper's
-recipe, decay 0.9999.
+recipe, decay 0.9999. Warm-up of the decay: `config/average_decay.py`.
 """
 
 from __future__ import annotations
@@ -13,32 +13,59 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megapromoe.config.average_decay import decay_at
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
 
 
 class EMA:
-    """ema ← decay·ema + (1 - decay)·weights after every step."""
+    """ema ← decay·ema + (1 - decay)·weights after every step.
 
-    def __init__(self, engine: Engine, decay: float):
+    Attributes:
+        averages: one flat fp32 tensor for each partition of the engine.
+        warmup: whether the decay of the first updates is smaller, see `average_decay.decay_at`.
+    """
+
+    def __init__(self, engine: Engine, decay: float, warmup: bool = False):
         """Starts with the current weights of the engine.
 
         Args:
             decay: per optimizer step, 0 to 1.
         """
-        self.engine, self.decay = engine, decay
+        self.engine, self.decay, self.warmup = engine, decay, warmup
         self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
+        device = self.averages[0].device if self.averages else None
+        # Where the device decides whether a step is applied, the host does not know the number of updates in time.
+        self._updates = torch.zeros((), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def continue_from(self, updates: int, warmup: bool) -> None:
+        """Takes up an average after a number of updates; its tensors are written by whoever calls this."""
+        self.warmup = warmup
+        self._updates.fill_(updates)
 
     @torch.no_grad()
     def update(self, result: StepResult) -> None:
         """Updates the averages if the step was applied. The host waits for the GPU only if it decides on clipping."""
         masters = [p.master.detach() for p in self.engine.partitions]
         if self.engine.clips_on_device:
-            weight = (result.applied_on_device * (1 - self.decay)).float()
+            applied = result.applied_on_device
+            weight = (applied * (1 - self._decay_on_device(applied))).float()
             for average, master in zip(self.averages, masters, strict=True):
                 average.lerp_(master, weight)
         elif result.applied:
-            torch._foreach_lerp_(self.averages, masters, 1 - self.decay)
+            decay = self.decay
+            if self.warmup:
+                self._updates += 1
+                decay = decay_at(int(self._updates), decay, True)
+            torch._foreach_lerp_(self.averages, masters, 1 - decay)
+
+    def _decay_on_device(self, applied: Tensor) -> Tensor | float:
+        """`decay_at` of this update, without the host."""
+        if not self.warmup:
+            return self.decay
+        self._updates += applied
+        return ((1 + self._updates) / (10 + self._updates)).clamp(max=self.decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

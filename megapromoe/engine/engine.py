@@ -28,7 +28,7 @@ from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.protocol import Partition, Piece, ShardedBackend
-from megapromoe.engine.step_result import StepResult
+from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.nn.dit import DiT
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
@@ -112,7 +112,14 @@ class Engine:
         """Ends a micro-step that is not the last of an update; `step` ends the last."""
         self._backend.step()
 
-    def step(self, lr: float, loss: Tensor | None = None, stop: bool = False, max_norm: float = math.inf) -> StepResult:
+    def step(
+        self,
+        lr: float,
+        loss: Tensor | None = None,
+        stop: bool = False,
+        max_norm: float = math.inf,
+        save: bool = False,
+    ) -> StepResult:
         """Applies one AdamW update after the last micro-step, with the gradient clipped to `train.clip`. Collective.
 
         All ranks skip the update if the gradient norm is not finite or larger than `max_norm`, or if `loss` is not
@@ -124,10 +131,11 @@ class Engine:
             stop: this rank requests to end the run after the step. `StepResult.stop` is true if any rank does. It is
                 reduced with the norm, in the same collective.
             max_norm: a step with a larger gradient norm is a spike and is skipped.
+            save: this rank requests a checkpoint soon; reduced in the same number as `stop`.
         """
         for group in self._backend.optimizer.param_groups:
             group["lr"] = lr
-        result = StepResult(self._reduce_gradient_norm(loss, stop), max_norm)
+        result = StepResult(self._reduce_gradient_norm(loss, votes_of(stop, save)), max_norm)
         if self.clips_on_device:
             self._clip_on_device(result)
         else:
@@ -158,8 +166,8 @@ class Engine:
             scale = min(self.config.train.clip / (result.norm + 1e-6), 1.0)
             torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], scale)
 
-    def _reduce_gradient_norm(self, loss: Tensor | None, stop: bool) -> Tensor:
-        """The sum of squares of the averaged gradient, and the number of stop requests: (2,) float64. Collective.
+    def _reduce_gradient_norm(self, loss: Tensor | None, votes: float) -> Tensor:
+        """The sum of squares of the averaged gradient, and the sum of `votes_of`: (2,) float64. Collective.
 
         Every logical element counts once at every stage and layout: the squares of all ranks' pieces are summed, each
         divided by the number of ranks that have the same piece. Not finite if the loss of any rank is not.
@@ -169,9 +177,9 @@ class Engine:
             total += 0.0 * loss
         norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
         total += torch.stack(norms).square() @ self._replica_weights
-        squares_and_stops = torch.stack([total, torch.full_like(total, float(stop))])
-        dist.all_reduce(squares_and_stops, group=self.mesh.whole.process_group)
-        return squares_and_stops
+        squares_and_votes = torch.stack([total, torch.full_like(total, votes)])
+        dist.all_reduce(squares_and_votes, group=self.mesh.whole.process_group)
+        return squares_and_votes
 
     def reduced_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """This rank's part of the averaged gradients; call it between the last micro-step and the step.

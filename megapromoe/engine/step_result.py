@@ -9,21 +9,29 @@ from torch import Tensor
 
 from megapromoe.distributed.host_copy import AsyncHostCopy
 
+SAVE_VOTE = 1 << 20
+"""A vote to save, in the sum of the votes to stop: more than there are ranks, and exact in float64."""
+
+
+def votes_of(stop: bool, save: bool) -> float:
+    """One rank's votes as one number, so that no step has another kernel, or more bytes to send, for them."""
+    return float(stop + SAVE_VOTE * save)
+
 
 class StepResult:
     """The result of a step, the same on every rank.
 
-    The first read of `norm`, `applied` or `stop` waits for the device.
+    The first read of `norm`, `applied`, `stop` or `save` waits for the device.
     """
 
-    def __init__(self, squares_and_stops: Tensor, max_norm: float):
+    def __init__(self, squares_and_votes: Tensor, max_norm: float):
         """Starts the copy to the host.
 
         Args:
-            squares_and_stops: the sum of squares of the gradient and the number of stop requests, (2,) float64.
+            squares_and_votes: the sum of squares of the gradient and the sum of the ranks' `votes_of`, (2,) float64.
             max_norm: the largest norm that is not a spike.
         """
-        self._on_device, self._host_copy = squares_and_stops, AsyncHostCopy(squares_and_stops)
+        self._on_device, self._host_copy = squares_and_votes, AsyncHostCopy(squares_and_votes)
         self._max_norm = max_norm
 
     @cached_property
@@ -37,14 +45,14 @@ class StepResult:
         return self.norm_on_device.isfinite() & (self.norm_on_device <= self._max_norm)
 
     @cached_property
-    def _norm_and_stops(self) -> tuple[float, float]:
-        total, stops = self._host_copy.result()
-        return math.sqrt(total), stops
+    def _norm_and_votes(self) -> tuple[float, float]:
+        total, votes = self._host_copy.result()
+        return math.sqrt(total), votes
 
     @property
     def norm(self) -> float:
         """The norm of the gradient before clipping."""
-        return self._norm_and_stops[0]
+        return self._norm_and_votes[0]
 
     @property
     def applied(self) -> bool:
@@ -54,4 +62,9 @@ class StepResult:
     @property
     def stop(self) -> bool:
         """Whether any rank requested to stop."""
-        return self._norm_and_stops[1] > 0
+        return self._norm_and_votes[1] % SAVE_VOTE > 0
+
+    @property
+    def save(self) -> bool:
+        """Whether any rank requested a checkpoint."""
+        return self._norm_and_votes[1] >= SAVE_VOTE

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import steps_in
+from megapromoe.checkpoint.step_folders import snapshot_steps, steps_in
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
@@ -258,7 +258,11 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
     """The steps to generate from; None: the last. Rank 0 decides: a live run saves and removes steps. Collective."""
     if not evaluation.every_step:
         return [*evaluation.steps] or [request.step]
-    steps = steps_in(RunDirectory(request.run).checkpoints) if launch.rank == 0 else []
+    steps: list[int] = []
+    if launch.rank == 0:
+        run = RunDirectory(request.run)
+        snapshots = snapshot_steps(run.snapshots) if request.weights == "ema" else []
+        steps = sorted({*steps_in(run.checkpoints), *snapshots})
     return [*broadcast_from_rank0(steps)] or [None]  # without any, the usual error
 
 
@@ -297,13 +301,16 @@ def _generate_sets(
     out = request.out / f"step-{checkpoint.step:08d}-{digest}.npz"
     request = replace(request, step=checkpoint.step, out=out, named=True)
     sets = [ImageSet(place) for place in generate_in_session(request, launch, device)]
-    return [(images, _facts(request, c, images)) for (c, _), images in zip(request.outputs(), sets, strict=True)]
+    share = checkpoint.initial_share if request.weights == "ema" else 0.0
+    return [(images, _facts(request, c, images, share)) for (c, _), images in zip(request.outputs(), sets, strict=True)]
 
 
-def _facts(request: GenerationRequest, config: Config, images: ImageSet) -> dict[str, Any]:
+def _facts(request: GenerationRequest, config: Config, images: ImageSet, share: float | None) -> dict[str, Any]:
+    """What a record says of a set. `share`: of the initial weights in those that it was generated with."""
     identity = request.identity(config, None)
     return {
         **{"run": str(request.run), "step": request.step, "guidance": config.sample.guidance},
         **{key: identity[key] for key in ("weights", "classes", "only", "sample")},
+        "initial_share": share,
         **{"autoencoder": request.autoencoder, "images": str(images.path)},
     }

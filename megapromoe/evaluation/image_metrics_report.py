@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megapromoe.checkpoint.average import share_in_words
 from megapromoe.evaluation.reference import EvaluationError
 from megapromoe.io import append_text, atomic_write, open_regular
 from megapromoe.plot_text import literal
@@ -28,6 +29,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         which = f"step {steps[0]:,}" if len(steps) == 1 else f"each of {len(steps)} steps"
         said += f" of {which} ({first['weights']} weights)"
     lines = [f"{said} against {first['reference']} ({real}), features of {first['features']['name']}"]
+    lines += _initial(records)
     if first["features"]["declared"]:
         lines.append("that these are the standard network's weights is the user's word")
     width = max(map(len, names))
@@ -35,6 +37,15 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     for name in names:
         lines.append(f"{name:{width}}" + "".join(f"  {r['figures'][name]:14.6g}" for r in records))
     return "\n".join(lines)
+
+
+def _initial(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on what share of averaged weights is still initial; of several steps, the largest."""
+    if any(record.get("weights") != "ema" or "initial_share" not in record for record in records):
+        return []
+    shares = [record["initial_share"] for record in records]
+    largest = None if None in shares else max(shares)
+    return [f"averaged weights: {'at most ' if len(set(shares)) > 1 else ''}{share_in_words(largest)}"]
 
 
 def append(records: Sequence[Mapping[str, Any]], file: Path) -> int:

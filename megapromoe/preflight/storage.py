@@ -17,19 +17,12 @@ from megapromoe.config.options import UNSET, Config
 from megapromoe.data.sources import open_dataset
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
-from megapromoe.planning.cost import parameters
 from megapromoe.planning.machines import GIB
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, WARN, Cluster, Limits, Row, culprits, disagreements
 
 PROBE = 32 * 2**20  # bytes that each node writes
 VISIBLE = 60.0  # seconds that a file system may take to show a file: NFS caches folders for half a minute
 RECORDS = 64
-STATES = 4 * 4  # bytes of a parameter in a checkpoint: fp32 master, two moments, EMA
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Bytes of the checkpoints of a run: those that are kept, and one that is being written."""
-    return parameters(config.model).trainable * STATES * (config.train.keep + 1)
 
 
 @dataclass(frozen=True)
@@ -161,7 +154,7 @@ def judge_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     short = tuple(node for node, free in written.items() if free < limits.free_bytes)
     if short:
         said = f"{min(written[node] for node in short) / GIB:.1f} GiB free"
-        remedy = "make room, lower train.keep, or choose another --run"
+        remedy = "make room, lower train.keep, save fewer snapshots (train.snapshot_every), or choose another --run"
         # On a shared file system all nodes lack the same room; if some have it, theirs is another one.
         blame = () if len(short) == len(written) else short
         rows.append(Row("free space", short, said, limit, FAIL, remedy, blame, setup=not blame))

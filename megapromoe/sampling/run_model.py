@@ -8,6 +8,7 @@ How images are generated is in `diffusion/image_grid.py`; how ranks share them o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ from typing import TypeVar
 
 import torch
 
+from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import Checkpoint, check_model
 from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
 from megapromoe.checkpoint.origin import changed_settings
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
+from megapromoe.checkpoint.snapshots import choose_weights, readable_steps
+from megapromoe.checkpoint.step_folders import folder_of, snapshot_of
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import runtime
-from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together
+from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.io import sha256_of
 from megapromoe.nn.dit import DiT
@@ -59,19 +62,34 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:
-    """The checkpoint of a step, or the newest. Raises SampleError for other `weights`, or CheckpointError."""
+    """The checkpoint, or the snapshot of averages, of a step; without one the newest checkpoint.
+
+    Raises SampleError for other `weights`, or CheckpointError.
+    """
     if weights not in ("ema", "master"):
         raise SampleError(f"weights = {weights!r}: must be ema or master")
     root = RunDirectory(run).checkpoints
-    return read_latest(root, step, lambda chosen: Checkpoint(choose_checkpoint(root, chosen)))
+    return read_latest(root, step, lambda chosen: Checkpoint(choose_weights(root, chosen, weights)))
+
+
+def average_of(run: Path, step: int) -> Average:
+    """What the checkpoint, or the snapshot, of a step says of its averaged weights. Raises CheckpointError."""
+    return Average.of(find_checkpoint(run, step).manifest)
 
 
 @dataclass(frozen=True)
 class CheckpointId:
-    """Which checkpoint images are generated from: its step, and the SHA-256 of its manifest."""
+    """Which checkpoint images are generated from.
+
+    Attributes:
+        step: of the checkpoint.
+        sha256: of its manifest.
+        initial_share: of the initial weights in its averages; None: unknown.
+    """
 
     step: int
     sha256: str
+    initial_share: float | None = None
 
 
 def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.Launch) -> CheckpointId:
@@ -87,7 +105,7 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
             if launch.rank == 0:
                 identity = read_latest(root, step, lambda chosen: _identify(run, chosen, weights))
     except SampleError as error:
-        if broadcast_from_rank0(launch.rank == 0 and step is not None and step not in steps_in(root)):
+        if broadcast_from_rank0(launch.rank == 0 and step is not None and step not in readable_steps(root, weights)):
             raise CheckpointGone(str(error)) from error
         raise
     return broadcast_from_rank0(identity)
@@ -95,15 +113,21 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
 
 def _identify(run: Path, step: int, weights: str) -> CheckpointId:
     checkpoint = find_checkpoint(run, step, weights)
-    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST))
+    share = Average.of(checkpoint.manifest).initial_share
+    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST), share)
 
 
 def is_there(run: Path, checkpoint: CheckpointId) -> bool:
     """Whether a run still has this very checkpoint."""
-    try:
-        return sha256_of(folder_of(RunDirectory(run).checkpoints, checkpoint.step) / MANIFEST) == checkpoint.sha256
-    except OSError:
-        return False
+    directory = RunDirectory(run)
+    for folder in (
+        snapshot_of(directory.snapshots, checkpoint.step),
+        folder_of(directory.checkpoints, checkpoint.step),
+    ):
+        with contextlib.suppress(OSError):
+            if sha256_of(folder / MANIFEST) == checkpoint.sha256:
+                return True
+    return False
 
 
 def again_while_gone(run: Path, step: int | None, attempt: Callable[[], T]) -> T:
@@ -165,6 +189,8 @@ def _load(
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     _check_config(run, checkpoint, config)
+    if this_rank() == 0:
+        _report_average(run, step, weights, Average.of(checkpoint.manifest))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(weights, name), mesh))
@@ -172,6 +198,14 @@ def _load(
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))
     return model.eval().requires_grad_(False), config, int(checkpoint.manifest["step"])
+
+
+def _report_average(run: Path, step: int, weights: str, average: Average) -> None:
+    """Logs how much of the averaged weights is still initial; a warning where it is too much."""
+    if warning := average.warning(weights):
+        logger.warning("step %d of %s: %s", step, run, warning)
+    elif weights == "ema":
+        logger.info("step %d of %s: averaged weights, %s", step, run, average.in_words())
 
 
 def _check_config(run: Path, checkpoint: Checkpoint, config: Config) -> None:

@@ -43,7 +43,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     from megapromoe.checkpoint.format import CheckpointError
     from megapromoe.data.datasets import DatasetError
     from megapromoe.evaluation.heldout import objective_loss, open_held_out
-    from megapromoe.sampling.run_model import load_model
+    from megapromoe.sampling.run_model import average_of, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
@@ -57,11 +57,12 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
                 model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
                 dataset, split = open_held_out(config)
                 mean, error = objective_loss(model, config, dataset, draws, progress=progress.update)
+                share = average_of(study.run(task), step).initial_share if study.recipe.weights == "ema" else 0.0
             except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
                 problems.append(f"{task.name}: {problem}")
                 continue
             facts = {"step": step, "weights": study.recipe.weights, "split": split, "draws": draws}
-            found = facts | {"loss": mean, "standard_error": error}
+            found = facts | {"loss": mean, "standard_error": error, "initial_share": share}
             write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True, concurrent=True)
     if problems:
         raise StudyError(problems)
@@ -108,6 +109,7 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "fixed_loss_error": found["standard_error"],
         "split": found["split"],
         "weights": found["weights"],
+        "initial_share": found.get("initial_share"),
         TRAINING_LOSS: _mean(tail, DENOISING_LOSS),
         **{name: _mean(tail, name) for name in ROUTING},
         "dead_share": dead / slots if slots and dead is not None else None,

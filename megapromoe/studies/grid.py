@@ -17,6 +17,10 @@ from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}
 
+# Of all tasks, under the recipe's settings. Studies are of short runs, of whose averages a constant decay leaves the
+# initial weights.
+DEFAULTS = {"train.ema_warmup": True}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -150,7 +154,7 @@ def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: 
 
 
 def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(DEFAULTS)
     for layer in layers:
         settings |= layer
     preset = settings.pop("preset", recipe.preset)

@@ -19,6 +19,8 @@ A recipe is YAML:
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]
 
+The averaged weights of all tasks warm up (train.ema_warmup=true) unless `settings` say otherwise.
+
 `active_parameters` makes the comparison fair: all tasks must have as many active parameters as the base with the `like`
 settings, within `tolerance`. Where a variant has not, as it is written, the ratio that its `match` names is solved, in
 widths that are multiples of `multiple`. `without` are axes that mean nothing to a variant: it stands once, and not at

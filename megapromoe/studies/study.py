@@ -28,9 +28,10 @@ from typing import Any
 import yaml
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.config.options import NO_DATA, UNSET, ConfigError
+from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.config.strict_yaml import read_yaml
 from megapromoe.io import write_text
 from megapromoe.studies.evaluations import Evaluation, evaluation_of
 from megapromoe.studies.grid import Task, expand
@@ -199,12 +200,20 @@ def open_study(folder: Path) -> Study:
                 # An earlier version planned short trainings with the preset's whole warm-up: they go on with it.
                 train = replace(task.config.train, warmup=planned.train.warmup)
                 task = replace(task, config=replace(task.config, train=train))
+            if planned != task.config:
+                task = replace(task, config=_as_planned_before(task.config, study.config(task)))
             tasks.append(task)
             if planned != task.config:
                 problems.append(f"{study.config(task)}: is not what {file} means to this version; plan a new study")
     if problems:
         raise StudyError(problems)
     return Study(folder, study.recipe, tuple(tasks))
+
+
+def _as_planned_before(config: Config, file: Path) -> Config:
+    """The config with the constant decay of a study that was planned before averages warmed up."""
+    named = "ema_warmup" in read_yaml(file).get("train", {})
+    return config if named else replace(config, train=replace(config.train, ema_warmup=False))
 
 
 def failure(code: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from megapromoe.checkpoint.average import WARN_ABOVE
 from megapromoe.number_text import significant
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
@@ -156,6 +157,16 @@ def to_markdown(
     return "\n\n".join(sections(rows, recipe, missing, against, found, means)) + "\n"
 
 
+def _initial(rows: Rows, recipe: Recipe) -> str:
+    """A sentence on the largest share of initial weights in the averages; "" where it is not known of all runs."""
+    shares = [row.get("initial_share") for row in rows]
+    known = [share for share in shares if share is not None]
+    if recipe.weights != "ema" or len(known) < len(shares):
+        return ""
+    too_much = ": too much, use `weights: master` in the recipe" if max(known) > WARN_ABOVE else ""
+    return f" Of the averaged weights at most {max(known):.1%} are still the initial ones{too_much}."
+
+
 def sections(
     rows: Rows,
     recipe: Recipe,
@@ -171,8 +182,8 @@ def sections(
         return
     yield (
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
-        f" (split: {splits}). Training loss: the denoising loss without auxiliary losses, mean over the last tenth of"
-        " the steps. ± is half of the 95 % interval over seeds (Student's t)."
+        f" (split: {splits}).{_initial(rows, recipe)} Training loss: the denoising loss without auxiliary losses, mean"
+        " over the last tenth of the steps. ± is half of the 95 % interval over seeds (Student's t)."
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)

@@ -39,7 +39,7 @@ from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.parallelize import build
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
-from megapromoe.training.progress import Progress, largest_norm
+from megapromoe.training.progress import Progress, SaveClock, largest_norm
 from megapromoe.training.resuming import fill, note_skipped, plan_start
 from megapromoe.training.run_clock import RunClock, elapsed_before
 from megapromoe.training.summary import closing_lines, sample_command, summary
@@ -140,7 +140,7 @@ def _train(
     loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
-    ema = EMA(engine, t.ema)
+    ema = EMA(engine, t.ema, t.ema_warmup)
     objective = make_objective(config)
 
     saver = Saver(run.checkpoints, engine, ema, patience=t.timeout / 2)  # the others wait for rank 0 in a collective
@@ -173,6 +173,7 @@ def _train(
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     window = MetricAccumulator(config, mesh, device)
     progress = Progress(t, manifest)
+    save_clock = SaveClock(t.save_minutes, mesh.rank)
     compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
     asked_to_stop.steps_begin()
     try:
@@ -189,7 +190,8 @@ def _train(
             rate = learning_rate(t, step)
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
-            result = engine.step(rate, loss, asked_to_stop(), largest_norm(t.spike, progress.recent))
+            max_norm = largest_norm(t.spike, progress.recent)
+            result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             window.end_step(result.applied_on_device)
             ema.update(result)
             step += 1
@@ -204,16 +206,24 @@ def _train(
                 with window.paused():
                     picture = _draw(engine, ema, config)
                     metrics.samples(step, picture)
+                if mesh.rank == 0 and progress.average.has_initial_weights:
+                    drawn = progress.average.in_words()
+                    logger.warning("picture of step %d: drawn with the averaged weights, %s", step, drawn)
             spoilt = window.all_damaged > config.data.max_bad and step < t.steps
             last = progress.stop or progress.diverged or spoilt or step == t.steps
-            if last or t.save_every and step % t.save_every == 0:
+            save = last or progress.save or (t.save_every > 0 and step % t.save_every == 0)
+            snapshot = t.snapshot_every > 0 and step % t.snapshot_every == 0
+            if save or snapshot:
                 watchdog.at(f"section 'save' of step {step}", math.inf)  # as long as ranks wait in collectives
                 facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
                 facts["elapsed_seconds"] = round(clock.elapsed, 3)
                 facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
                 facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))
                 with window.paused():
-                    saver.save(facts)
+                    saver.save(facts, checkpoint=save, snapshot=snapshot)
+                if save:
+                    save_clock.restart()
+                    progress.saved()
             if last:
                 saver.finish(last=True)
             if spoilt:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint import history
+from megapromoe.checkpoint.average import Average, begin
 from megapromoe.checkpoint.manager import resume
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.retention import newest_proven
 from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.checkpoint.snapshots import remove_later
 from megapromoe.checkpoint.step_folders import MAIN, step_folders
-from megapromoe.config.options import Config
+from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
@@ -58,16 +60,31 @@ def fill(
     """
     resumed = resume(run.checkpoints, engine, ema, start.step, accept)
     if resumed is None:
+        if this_rank() == 0:
+            remove_later(run.checkpoints, 0)
         return {"step": 0, "branch": start.branch or MAIN}
     manifest = resumed.checkpoint.manifest
+    _continue_average(ema, Average.of(manifest), engine.config.train)
     with raising_together(CheckpointError):
         if this_rank() == 0:
             reason = "; ".join(resumed.damaged.values()) or f"a start went back to step {manifest['step']}"
-            if left := history.leave_branch(run, manifest["step"], reason):
-                steps = ", ".join(map(str, left.steps))
+            if left := history.leave_branch(run, manifest["step"], reason, asked=start.step is not None):
+                steps = ", ".join(map(str, sorted({*left.steps, *left.snapshots})))
                 logger.warning("checkpoints of later steps (%s) and their log lines: see %s", steps, left.folder)
+            remove_later(run.checkpoints, manifest["step"])
     logger.info("continuing from %s", resumed.checkpoint.folder)
     return {**manifest, "branch": start.branch or manifest.get("branch") or MAIN}
+
+
+def _continue_average(ema: EMA, saved: Average, train: TrainConfig) -> None:
+    average = begin(saved, train)
+    ema.continue_from(average.updates, bool(average.warmup))
+    if average.warmup != train.ema_warmup:
+        logger.info(
+            "train.ema_warmup = %s: the average of this run began %s warm-up and goes on so; it is decided at the first"
+            " start of a run",
+            *(str(train.ema_warmup).lower(), "with" if average.warmup else "without"),
+        )
 
 
 def note_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:

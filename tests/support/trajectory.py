@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megapromoe.checkpoint.format import Checkpoint, commit, write_rank
-from megapromoe.checkpoint.manager import Saver, snapshot
+from megapromoe.checkpoint.local_state import copy_to_host
+from megapromoe.checkpoint.manager import Saver
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
@@ -75,7 +76,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     if prepare:
         prepare(model, mesh)
     engine = Engine(model, config, mesh)
-    ema = EMA(engine, config.train.ema)
+    ema = EMA(engine, config.train.ema, config.train.ema_warmup)
     objective = make_objective(config)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
@@ -105,7 +106,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
             staging.mkdir(exist_ok=True)
             dist.barrier()
             items = [("gradient", piece, g) for piece, g in engine.reduced_gradients()]
-            snap = snapshot(engine, items, {})
+            snap = copy_to_host(engine, items, {})
             assert not write_rank(staging, dist.get_rank(), snap.tensors, snap.parts, 0)
             if dist.get_rank() == 0:
                 shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from support.made_up_clusters import change, cluster_of, verdict_of
 
+from megapromoe.checkpoint.disk_space import checkpoint_bytes
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import launch_environment, rendezvous
 from megapromoe.distributed.slurm_lists import all_hosts
 from megapromoe.preflight import machine, storage, topology
-from megapromoe.preflight.storage import checkpoint_bytes
 from megapromoe.preflight.verdict import SKIP
 
 

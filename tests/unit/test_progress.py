@@ -1,20 +1,22 @@
 """When the host looks at a step: one step late, so that the device never waits; at once where something needs it."""
 
 import pytest
+import torch
 
 from megapromoe.config.options import TrainConfig
-from megapromoe.training.progress import Progress
+from megapromoe.engine.step_result import StepResult, votes_of
+from megapromoe.training.progress import Progress, SaveClock
 
 
 class Step:
     """A step's result that says whether anybody looked."""
 
-    def __init__(self, applied: bool = True, stop: bool = False, norm: float = 1.0):
-        self.said, self.looked = (applied, stop, norm), False
+    def __init__(self, applied: bool = True, stop: bool = False, norm: float = 1.0, save: bool = False):
+        self.said, self.looked = (applied, stop, norm, save), False
 
     def __getattr__(self, name: str):
         self.looked = True
-        return dict(zip(("applied", "stop", "norm"), self.said, strict=True))[name]
+        return dict(zip(("applied", "stop", "norm", "save"), self.said, strict=True))[name]
 
 
 def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
@@ -33,7 +35,7 @@ def test_a_step_is_looked_at_when_the_next_is_under_way():
     assert looked_at(t, 8) == [(True, step in (4, 8)) for step in range(1, 9)]
 
 
-@pytest.mark.parametrize("setting", ["log_every", "save_every", "sample_every"])
+@pytest.mark.parametrize("setting", ["log_every", "save_every", "sample_every", "snapshot_every"])
 def test_what_needs_a_step_looks_at_it(setting):
     t = TrainConfig(**{"steps": 100, "log_every": 50, "save_every": 0, setting: 3})
     assert [own for _, own in looked_at(t, 7)] == [False, False, True, False, False, True, False]
@@ -51,6 +53,37 @@ def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind()
     progress.add(2, last)
     assert progress.stop and last.looked
     assert progress.updates == 9 and list(progress.recent) == [0.5, 2.0, 3.0]
+
+
+def test_a_save_by_the_clock_is_found_one_step_late_and_due_once():
+    progress, last = Progress(TrainConfig(steps=100, log_every=50), {}), Step(save=True)
+    progress.add(1, Step(save=True))
+    assert not progress.save
+    progress.add(2, last)  # rank 0 has asked in this step too, since nothing was saved yet
+    assert progress.save and last.looked and progress.updates == 2
+    progress.saved()
+    progress.add(3, Step())
+    progress.add(4, Step())
+    assert not progress.save
+
+
+@pytest.mark.parametrize("stopping", [0, 1, 5000])
+@pytest.mark.parametrize("saving", [0, 1, 5000])
+def test_votes_to_stop_and_to_save_travel_in_one_number(stopping, saving):
+    votes = sum([votes_of(True, False)] * stopping) + sum([votes_of(False, True)] * saving) + votes_of(False, False)
+    result = StepResult(torch.tensor([4.0, votes], dtype=torch.float64), max_norm=10.0)
+    assert (result.stop, result.save, result.norm) == (stopping > 0, saving > 0, 2.0)
+
+
+def test_rank_0_alone_asks_for_a_save_when_its_time_has_come():
+    seconds = 0.0
+    clocks = [SaveClock(0.5, rank, lambda: seconds) for rank in (0, 1)] + [SaveClock(0.0, 0, lambda: seconds)]
+    asked = []
+    for seconds in (29.0, 30.0, 31.0, 45.0, 60.9, 61.0):
+        asked.append([clock.due() for clock in clocks])
+        if seconds == 31.0:
+            clocks[0].restart()
+    assert asked == [[late, False, False] for late in (False, True, True, False, False, True)]
 
 
 def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(caplog):
