@@ -100,8 +100,11 @@ def test_names_of_models_values_and_networks_in_the_pictures_of_a_study(tmp_path
 def test_a_model_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path):
     study = finished(tmp_path, recipe(variants={"_promoe": {}}))
     for draw in (draw_experts, draw_compute, draw_routing):
-        axes = draw(study, rows(study)).axes
+        figure = draw(study, rows(study))
+        axes = figure.axes
         shown = [text.get_text() for ax in axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+        shown += [text.get_text() for ax in axes for text in ax.texts]  # at the ends of lines
+        shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         assert any("_promoe" in text for text in shown), draw
 
 
