@@ -1,5 +1,6 @@
 """Planned memory as a picture: a bar for each layout, stacked line by line, and the limit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megapromoe.io import atomic_write
@@ -10,7 +11,7 @@ from megapromoe.plot_styles import STACKED
 from megapromoe.plot_text import literal
 
 
-def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, path: Path) -> None:
+def draw(plans: Sequence[Plan], machine: Machine, limit: float, title: str, path: Path) -> None:
     """Writes a picture, of the type that the file's name ends in. Raises ValueError where matplotlib knows no such."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
