@@ -35,7 +35,8 @@ def table(plans: Sequence[tuple[Plan, int]]) -> Iterator[str]:
         line = (
             f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11} {split:5}"
             f" {parallel.recompute:9} {p.layout.micro_batch:7} x {accumulation:<4}"
-            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%} {share:8.1%} {alike:>6}"
+            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%}"
+            f" {share:8.1%} {alike:>6}"
         )
         yield line.rstrip()
     if any(count > 1 for _, count in plans):

@@ -22,6 +22,7 @@ from megapromoe.planning.search import search
 from megapromoe.plot_lines import MANY, Curve, draw_curves, label_log_axis, log_ticks, name_ends, spread
 from megapromoe.plot_styles import BASELINE_COLOUR, DISTINCT, MEMBERS, Style, area_colours, assign, assign_families
 from megapromoe.run_lines import DENOISING_LOSS
+from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.image_plots import draw_images
 from megapromoe.studies.plots import draw_compute, draw_cost, draw_experts, draw_routing
 
@@ -95,7 +96,13 @@ def pictures(study):
     found = rows(study)
     drawn = {"experts": draw_experts(study, found), "compute": draw_compute(study, found)}
     drawn |= {"routing": draw_routing(study, found), "cost": draw_cost(study, found, "a note")}
-    return {name: figure for name, figure in (drawn | {"images": draw_images(study, found)}).items() if figure}
+    return {
+        name: figure
+        for name, figure in (
+            drawn | {"images": draw_images(study, found), "evaluations": draw_evaluations(study, found)}
+        ).items()
+        if figure
+    }
 
 
 def overlapping(figure):
@@ -125,7 +132,7 @@ def unseen_ticks(ax):
 @pytest.mark.parametrize("count", (1, 3, 12, 24))
 def test_no_text_covers_another_in_the_pictures_of_a_study(tmp_path, count):
     drawn = pictures(study_of(tmp_path, count))
-    assert set(drawn) == {"compute", "cost", "images"} | ({"routing"} if count > 1 else set())
+    assert set(drawn) == {"compute", "cost", "images", "evaluations"} | ({"routing"} if count > 1 else set())
     for name, figure in drawn.items():
         assert not overlapping(figure), name
 
@@ -133,7 +140,7 @@ def test_no_text_covers_another_in_the_pictures_of_a_study(tmp_path, count):
 @pytest.mark.full
 def test_no_text_covers_another_where_variants_have_points(tmp_path):
     drawn = pictures(study_of(tmp_path, 3, {"model.num_experts": [2, 4, 8, 16]}))
-    assert set(drawn) == {"experts", "compute", "routing", "cost", "images"}
+    assert set(drawn) == {"experts", "compute", "routing", "cost", "images", "evaluations"}
     for name, figure in drawn.items():
         assert not overlapping(figure), name
 
