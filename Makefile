@@ -37,7 +37,8 @@ check: env
 
 # The tables in docs/, measured anew.
 equality: env
-	$(BIN)/python -m pytest -q tests/parallel/test_equality.py --equality-table docs/equality.md
+	$(BIN)/python -m pytest -q tests/parallel/test_equality.py --equality-table docs/equality.md \
+		--readme-table README.md
 
 fidelity: env
 	$(BIN)/python -m pytest -q tests/unit/test_golden.py tests/parallel/test_long_run.py --fidelity-table docs/fidelity.md

@@ -141,15 +141,6 @@ local_ranks() {
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks: must be a number" 2
 }
 
-# Expert parallelism over 4, 2 or 1 of `ranks`: the default of launchers that know no GPU type.
-layout_of_ranks() {
-    local ep=4
-    while ((ranks % ep)); do
-        ep=$((ep / 2))
-    done
-    echo "parallel.ep=$ep"
-}
-
 # ---- launchers without SLURM: local.sh and mpirun.sh
 
 # Sets `preset`, and what read_words sets.
@@ -165,7 +156,7 @@ read_preset_and_words() {
 
 # Checks the configuration over `ranks` and sets the environment, `run` and `train`, the words after `megapromoe`.
 prepare_training() {
-    layout() { layout_of_ranks; }
+    layout() { echo parallel.ep=1; } # what `megapromoe plan` proposes for a preset on one machine of any GPU it knows
     choose_settings 1
     check_settings "$ranks"
     set_environment $(((($(nproc) - 1) / ranks) + 1))

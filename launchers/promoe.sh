@@ -12,13 +12,15 @@ HELP="
   bash launchers/$size.sh --dry-run [--nodes=4] [section.key=value ...]
 $HELP"
 
-# The default layout on nodes of 8 GPUs: experts over 4 of them, so that tp x ep stays inside a node.
+# The default layout on nodes of 8 GPUs, as `megapromoe plan` proposes it. With 12 experts it replicates them: expert
+# parallelism saves memory that these GPUs have, and no time.
 layout() { # GPU, nodes
     local zero=train.deepspeed=bf16_zero1
-    case $size.$1 in
-        promoe_s.h100) echo parallel.ep=1 $zero ;;
-        promoe_s.a100 | promoe_[bl].h100 | promoe_[bl].a100) echo parallel.ep=4 $zero ;;
-        # 256 images do not divide over more than 256 data-parallel ranks.
-        promoe_xl.h100 | promoe_xl.a100) echo parallel.tp=$(($2 > 32 ? 2 : 1)) parallel.ep=4 $zero ;;
+    # 256 images do not divide over more than 256 data-parallel ranks: more than 32 nodes need tensor parallelism.
+    case $size.$1.$(($2 > 32)) in
+        *.h100.0 | *.a100.0) echo parallel.ep=1 $zero ;;
+        promoe_[sb].h100.1 | promoe_[sb].a100.1) echo parallel.tp=2 parallel.ep=1 $zero ;;
+        promoe_l.h100.1 | promoe_l.a100.1 | promoe_xl.h100.1) echo parallel.tp=2 parallel.ep=1 parallel.expert_tp=true $zero ;;
+        promoe_xl.a100.1) echo parallel.tp=4 parallel.ep=4 parallel.expert_tp=true $zero ;;
     esac
 }

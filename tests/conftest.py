@@ -27,6 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 
 TABLES = {
     "--equality-table": "the equality matrix",
+    "--readme-table": "one step at four layouts, into the README's table",
     "--layout-table": "the layout-change matrix",
     "--fault-table": "the fault table",
     "--compatibility-table": "the row of this environment",

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from megapromoe.benchmark.suite import BenchmarkError
 from megapromoe.io import atomic_write, write_bytes, write_text
+from megapromoe.plot_lines import label_log_axis
+from megapromoe.plot_styles import COLOURS, HATCHES, assign
 
 HEADINGS = {
     "layer": "The MoE layer, forward and backward",
@@ -21,6 +23,7 @@ HEADINGS = {
 }
 ROWS = "alltoall_base_"  # the collective that sends rows to experts and back
 GOAL = 1.05  # time over that of the dense layer
+SCENES = 9  # of a picture side by side; more stand below
 
 
 def write_report(document: dict[str, Any], out: Path) -> list[Path]:
@@ -189,26 +192,31 @@ def draw(cases: list[dict], title: str) -> Figure:
     """Plots time over that of the dense model: a group of bars for each case, lines at 1 and at the goal."""
     shown = [s for s in cases if any("ratio" in f for f in _ran(s).values())]
     names = list(dict.fromkeys(n for s in shown for n in _ran(s) if n != "dense"))
-    figure = Figure(figsize=(max(7.0, 1.0 * len(shown) + 3), 4.6), layout="constrained")
+    rows = [shown[i : i + SCENES] for i in range(0, len(shown), SCENES)]
+    figure = Figure(figsize=(1.15 * min(len(shown), SCENES) + 2.5, 1.2 + 3.0 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
-    ax = figure.subplots()
-    for number, name in enumerate(names):
-        ratios = [(i, s["contenders"][name]["ratio"]) for i, s in enumerate(shown) if name in _ran(s)]
-        x = [i + (number - (len(names) - 1) / 2) * 0.8 / len(names) for i, _ in ratios]
-        heights = [r["median"] for _, r in ratios]
-        errors = [[r["median"] - r["low"] for _, r in ratios], [r["high"] - r["median"] for _, r in ratios]]
-        ax.bar(x, heights, 0.74 / len(names), label=name, yerr=errors, error_kw={"linewidth": 0.8})
-    ax.axhline(1, color="black", linewidth=0.8)
-    ax.axhline(GOAL, color="black", linewidth=0.8, linestyle="--", label=f"goal {GOAL}")
-    labels = [f"{s['size']} E{s['experts']} B{s['images']}\n{s['routing']}" for s in shown]
-    ax.set_xticks(range(len(shown)), labels, fontsize=7)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    ax.tick_params(axis="y", which="both", labelsize=7)
-    ax.set_ylabel("time over the dense model's", fontsize=8)
-    ax.set_title(title, fontsize=11)
-    ax.legend(fontsize=7, ncols=len(names) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    panels = list(figure.subplots(len(rows), 1, sharey=True, squeeze=False).flatten())
+    styles = assign(names)
+    for ax, scenes in zip(panels, rows, strict=True):
+        for number, name in enumerate(names):
+            ratios = [(i, s["contenders"][name]["ratio"]) for i, s in enumerate(scenes) if name in _ran(s)]
+            place = [i + (number - (len(names) - 1) / 2) * 0.8 / len(names) for i, _ in ratios]
+            heights = [r["median"] for _, r in ratios]
+            errors = [[r["median"] - r["low"] for _, r in ratios], [r["high"] - r["median"] for _, r in ratios]]
+            look = {"color": styles[name].colour, "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)]}
+            ax.bar(place, heights, 0.74 / len(names), label=name, yerr=errors, error_kw={"linewidth": 0.8}, **look)
+        ax.axhline(1, color="black", linewidth=1.2, label="dense")
+        ax.axhline(GOAL, color="black", linewidth=0.8, linestyle="--", label=f"goal {GOAL}")
+        labels = [f"{s['size']} E{s['experts']} B{s['images']}\n{s['routing']}" for s in scenes]
+        ax.set_xticks(range(len(scenes)), labels, fontsize=7)
+        ax.set_xlim(-0.7, min(len(shown), SCENES) - 0.3)
+        ax.set_ylabel("time over the dense model's", fontsize=8)
+    for ax in panels:
+        label_log_axis(ax, "y")
+        ax.tick_params(axis="y", labelsize=7)
+    figure.suptitle(title, fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center", frameon=False)
     return figure
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from megapromoe.checkpoint.average import share_in_words
 from megapromoe.evaluation.reference import EvaluationError
 from megapromoe.io import append_text, atomic_write, open_regular
+from megapromoe.plot_styles import assign
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import lines_of
 
@@ -87,23 +88,34 @@ def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     It is drawn over the guidance scale; of several steps, over the step, with a line for each scale.
     """
+    from matplotlib.axes import Axes  # slow to import
     from matplotlib.figure import Figure  # without a window system
+    from matplotlib.ticker import MaxNLocator
+
+    from megapromoe.plot_lines import Curve, draw_curves, height_of, name_ends
 
     name = next(iter(records[0]["figures"]))
     steps = _steps(records)
     over, other = ("step", "guidance") if len(steps) > 1 else ("guidance", "step")
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for value in sorted({record[other] for record in records}):
+    values = sorted({record[other] for record in records})
+    figure = Figure(figsize=(6, height_of(len(values), 3.5)), layout="constrained")
+    curves = []
+    for value, style in assign(values).items():
         points = sorted((record[over], record["figures"][name]) for record in records if record[other] == value)
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{other} {value:g}")
+        x, y = zip(*points, strict=True)
+        curves.append(Curve(x, y, f"{other} {value:g}", style))
     count = f"{records[0]['count']:,} images"
+    title = f"{count} of each step" if len(steps) > 1 else f"step {steps[0]:,}, {count}"
+
+    def finish(ax: Axes) -> None:
+        ax.set(xlabel="step" if len(steps) > 1 else "guidance scale", ylabel=literal(name))
+        ax.grid(alpha=0.3)
+        if len(steps) > 1:
+            ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+    panels = draw_curves(figure, curves, title, finish)
     if len(steps) > 1:
-        axes.set(xlabel="step", ylabel=literal(name), title=f"{count} of each step")
-        axes.legend(frameon=False)
-    else:
-        axes.set(xlabel="guidance scale", ylabel=literal(name), title=f"step {steps[0]:,}, {count}")
-    axes.grid(alpha=0.3)
+        name_ends(panels)
     try:
         with atomic_write(file) as picture:
             figure.savefig(picture, format="png", dpi=150)

@@ -1,13 +1,13 @@
 """A plan in words: a table of layouts, the best one's memory and traffic, why it is best, whether EP pays."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from megapromoe.config.options import Config
 from megapromoe.number_text import significant
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget
-from megapromoe.planning.roofline import collective_time, nodes_of
-from megapromoe.planning.search import CLOSE, Plan, Search, describe
+from megapromoe.planning.roofline import collective_time
+from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, Plan, Search, describe
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
 
 HINTS = {
@@ -21,18 +21,26 @@ HINTS = {
 }
 
 
-def table(plans: tuple[Plan, ...], top: int) -> Iterator[str]:
-    """The first `top` plans, one a line."""
-    yield " #   tp  ep   dp  DeepSpeed   split recompute  images x acc.  GiB/GPU   ms/step   images/s    MFU  exposed"
-    for number, p in enumerate(plans[:top], start=1):
+def table(plans: Sequence[tuple[Plan, int]]) -> Iterator[str]:
+    """Plans, one a line, as `search.fold` gives them: each with the number of layouts that are as good."""
+    yield (
+        " #   tp  ep   dp  DeepSpeed   split recompute  images x acc.  GiB/GPU   ms/step   images/s    MFU  exposed"
+        "  alike"
+    )
+    for number, (p, count) in enumerate(plans, start=1):
         parallel, share = p.config.parallel, p.time.exposed / p.time.total
         split = f"1/{p.layout.etp}" if p.layout.etp > 1 else "-"
         rate, accumulation = p.images_per_second, p.config.train.accumulation
-        yield (
+        alike = f"+{count - 1}" if count > 1 else ""
+        line = (
             f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11} {split:5}"
             f" {parallel.recompute:9} {p.layout.micro_batch:7} x {accumulation:<4}"
-            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%} {share:8.1%}"
+            f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%}"
+            f" {share:8.1%} {alike:>6}"
         )
+        yield line.rstrip()
+    if any(count > 1 for _, count in plans):
+        yield f"alike: so many more differ by less than {ALIKE - 1:.0%} in time and memory; the simplest is listed"
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
@@ -63,20 +71,17 @@ def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator
 
 
 def reasons(found: Search, machine: Machine) -> Iterator[str]:
-    """Why the best is the best: against the fastest that decides otherwise, question by question."""
+    """Why the best is the best: beside the fastest that decides otherwise, question by question."""
     best = found.best
     parallel = best.config.parallel
-    yield f"tp {parallel.tp}: " + _against(found, lambda p: p.layout.tp != best.layout.tp)
+    yield f"tp {parallel.tp}" + _against(found, lambda p: f"tp {p.layout.tp}")
     if best.config.model.moe_blocks:
-        yield f"ep {parallel.ep}: " + _against(found, lambda p: p.layout.ep != best.layout.ep)
-    yield f"{best.config.train.deepspeed}: " + _against(found, lambda p: p.stage != best.stage)
-    yield f"recompute {parallel.recompute}: " + _against(
-        found, lambda p: p.config.parallel.recompute != parallel.recompute
-    )
+        yield f"ep {parallel.ep}" + _against(found, lambda p: f"ep {p.layout.ep}")
+    yield best.config.train.deepspeed + _against(found, lambda p: p.config.train.deepspeed)
+    yield f"recompute {parallel.recompute}" + _against(found, lambda p: f"recompute {p.config.parallel.recompute}")
     yield limits(best)
-    spread = nodes_of(best.layout.ep, best.layout.etp, machine)
-    if spread > 1:
-        yield f"ep {best.layout.ep} spans {spread} nodes: rows cross the network; with a slow one prefer ep in a node"
+    if best.ep_nodes > 1:
+        yield _across_nodes(found, machine)
     if found.accumulation_changed:
         changed = "the batch statistics see smaller batches: this changes the mathematics"
         scope = best.config.model.batch_scope == "global" and best.config.model.moe_blocks
@@ -86,22 +91,60 @@ def reasons(found: Search, machine: Machine) -> Iterator[str]:
         )
 
 
-def _against(found: Search, differs: Callable[[Plan], bool]) -> str:
+def _against(found: Search, choice: Callable[[Plan], str]) -> str:
+    """The best beside the fastest plan with another choice: its choice, both times, both memories, and what decides."""
     best = found.best
-    rival = min((p for p in found.fitting if differs(p)), key=lambda p: p.time.total, default=None)
-    if rival is None:
-        larger = min((p for p in found.too_large if differs(p)), key=lambda p: p.memory.peak, default=None)
-        if larger is None:
-            return "no other choice can run"
-        return f"no other choice fits; the smallest, {describe(larger)}, needs {larger.memory.peak / GIB:.1f} GiB"
-    change, saved = rival.time.total / best.time.total - 1, (best.memory.peak - rival.memory.peak) / GIB
-    verdict = f"takes {1e3 * rival.time.total:.1f} ms ({change:+.1%})"
-    if change < CLOSE - 1 and rival.complexity > best.complexity:
-        verdict += f", within the {CLOSE - 1:.0%} that these estimates cannot tell, and is less simple,"
-    memory = f"saves {saved:.1f} GiB" if saved > 0 else f"needs {-saved:.1f} GiB more"
-    if abs(saved) < 0.05:
-        memory = "needs as much memory"
-    return f"the best otherwise, {describe(rival)}, {verdict} and {memory}"
+    rivals = [p for p in found.fitting if choice(p) != choice(best)]
+    # A question other than that of ep is not about the network.
+    if not choice(best).startswith("ep "):
+        rivals = [p for p in rivals if p.ep_nodes <= best.ep_nodes] or rivals
+    if not rivals:
+        larger = [p for p in found.too_large if choice(p) != choice(best)]
+        if not larger:
+            return ": no other choice can run"
+        smallest = min(larger, key=lambda p: p.memory.peak)
+        return f": no other choice fits; the smallest, {describe(smallest)}, needs {smallest.memory.peak / GIB:.1f} GiB"
+    rival = min(rivals, key=lambda p: p.time.total)
+    change = rival.time.total / best.time.total - 1
+    if rival.ep_nodes > best.ep_nodes and change < 0:
+        verdict = (
+            f"it spreads experts over {rival.ep_nodes} nodes, for which it would have to be {ACROSS - 1:.0%} faster"
+        )
+    elif change < CLOSE - 1 and rival.complexity > best.complexity:
+        verdict = f"too close to tell ({CLOSE - 1:.0%}): the simpler layout is taken"
+    else:
+        verdict = f"{change:.0%} faster"
+    return f", not {choice(rival)}{_besides(best, rival, choice(rival))}: {_figures(best, rival)}; {verdict}"
+
+
+def _figures(best: Plan, rival: Plan) -> str:
+    times = f"{1e3 * best.time.total:.1f} against {1e3 * rival.time.total:.1f} ms a step"
+    return f"{times}, {best.memory.peak / GIB:.1f} against {rival.memory.peak / GIB:.1f} GiB"
+
+
+def _besides(best: Plan, rival: Plan, choice: str) -> str:
+    """What else a rival does otherwise than the best."""
+    recompute = rival.config.parallel.recompute
+    names = (
+        (f"tp {rival.layout.tp}", rival.layout.tp != best.layout.tp),
+        (f"ep {rival.layout.ep}", rival.layout.ep != best.layout.ep),
+        ("experts split over tp", rival.layout.etp > 1 and best.layout.etp == 1),
+        (rival.config.train.deepspeed, rival.config.train.deepspeed != best.config.train.deepspeed),
+        (f"recompute {recompute}", recompute != best.config.parallel.recompute),
+    )
+    words = [name for name, differs in names if differs and name != choice]
+    return f" (with {', '.join(words)})" if words else ""
+
+
+def _across_nodes(found: Search, machine: Machine) -> str:
+    """Why rows of experts cross the network, where the best plan's do."""
+    best = found.best
+    start = f"ep {best.layout.ep} spans {best.ep_nodes} nodes: rows cross the network ({machine.network / 1e9:.0f} GB/s"
+    inside = [p for p in found.fitting if p.ep_nodes == 1]
+    if not inside:
+        return f"{start} a GPU), because no layout with ep inside a node fits"
+    rival = min(inside, key=lambda p: p.time.total)
+    return f"{start} a GPU), because it is faster than ep {rival.layout.ep} inside a node: {_figures(best, rival)}"
 
 
 def limits(plan: Plan) -> str:
@@ -131,7 +174,7 @@ def experts_in_parallel(found: Search) -> Iterator[str]:
         f" bytes than replicated experts below E*F, so here it {'pays' if fewer else 'does not pay'} in bytes"
     )
     alone = _counterpart(found, lambda p: p.layout.ep == 1)
-    spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1)
+    spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1 and p.ep_nodes == 1)
     if not (alone and spread):
         return
     (one, sent), (many, dispatched) = _expert_bytes(alone), _expert_bytes(spread)

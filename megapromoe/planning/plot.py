@@ -1,18 +1,17 @@
 """Planned memory as a picture: a bar for each layout, stacked line by line, and the limit."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megapromoe.io import atomic_write
 from megapromoe.planning.machines import GIB, Machine
 from megapromoe.planning.memory import Budget
 from megapromoe.planning.search import Plan
+from megapromoe.plot_styles import STACKED
 from megapromoe.plot_text import literal
 
-# Paul Tol's "muted", which colour-blind readers can tell apart.
-COLOURS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 
-
-def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, path: Path) -> None:
+def draw(plans: Sequence[Plan], machine: Machine, limit: float, title: str, path: Path) -> None:
     """Writes a picture, of the type that the file's name ends in. Raises ValueError where matplotlib knows no such."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -22,15 +21,27 @@ def draw(plans: tuple[Plan, ...], machine: Machine, limit: float, title: str, pa
     axes = figure.subplots()
     names = [f"{number}  {_name(plan)}" for number, plan in enumerate(plans, start=1)]
     left = [0.0] * len(plans)
-    for line, colour in zip(Budget.LINES, COLOURS, strict=True):
+    for line, colour in zip(Budget.LINES, STACKED, strict=True):
         widths = [getattr(plan.memory, line) / GIB for plan in plans]
         axes.barh(names, widths, left=left, color=colour, label=line, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.axvline(limit / GIB, color="black", linestyle="--", label=f"limit, {limit / GIB:.0f} GiB")
-    axes.axvline(machine.memory / GIB, color="black", label=f"{machine.name}, {machine.memory / GIB:.0f} GiB")
+    # The bars fill the picture: where they need far less than the GPU has, its lines would leave them a corner of it.
+    width = 1.25 * max(left)
+    marks = (
+        (limit, "--", f"limit, {limit / GIB:.0f} GiB"),
+        (machine.memory, "-", f"{machine.name}, {machine.memory / GIB:.0f} GiB"),
+    )
+    for place, style, label in marks:
+        if place / GIB <= width:
+            axes.axvline(place / GIB, color="black", linestyle=style, label=label)
+        else:
+            axes.plot([], [], color="black", linestyle=style, label=f"{label},\nbeyond this axis")
+    for y, (plan, end) in enumerate(zip(plans, left, strict=True)):
+        share = f" {plan.memory.peak / GIB:.1f} GiB, {plan.memory.peak / machine.memory:.0%} "
+        axes.text(end, y, share, va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.02 * max(machine.memory / GIB, *left))
-    axes.set_xlabel("GiB on the fullest GPU, estimated")
+    axes.set_xlim(0, width)
+    axes.set_xlabel(f"GiB of the fullest GPU (estimates), and per cent of its {machine.memory / GIB:.0f}")
     axes.set_title(literal(title))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)

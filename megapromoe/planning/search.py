@@ -1,5 +1,6 @@
 """All layouts of a model on a machine, which of them fit, and which is the fastest."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,10 +13,14 @@ from megapromoe.config.resolve import check
 from megapromoe.errors import UserError
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget, budget
-from megapromoe.planning.roofline import StepTime, step_time, utilization
+from megapromoe.planning.roofline import StepTime, nodes_of, step_time, utilization
 from megapromoe.planning.zero import zero_of
 
 CLOSE = 1.1  # estimates that differ by less are taken for equal, and the simpler layout wins
+# The network between nodes is what estimates know least: experts are spread over nodes only where that is so much
+# faster, or nothing else fits.
+ACROSS = 1.25
+ALIKE = 1.02  # layouts that differ by less in time and in memory are one line of a list
 
 
 class PlanError(UserError):
@@ -31,6 +36,7 @@ class Plan:
     memory: Budget
     time: StepTime
     mfu: float
+    ep_nodes: int = 1  # over which an expert-parallel group is spread
 
     @property
     def stage(self) -> int:
@@ -47,9 +53,10 @@ class Plan:
 
     @property
     def complexity(self) -> tuple:
-        """Simple layouts first: what a tie is decided by."""
+        """Simple layouts first: what a tie is decided by. Rows of experts that cross the network come last."""
         p = self.config.parallel
-        return self.layout.tp > 1, p.recompute != "none", self.stage >= 2, self.layout.tp, self.layout.ep, self.stage
+        layout = self.layout
+        return self.ep_nodes, layout.tp > 1, p.recompute != "none", self.stage >= 2, layout.tp, layout.ep, self.stage
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,15 @@ def search(
     if not fitting:
         raise PlanError(_too_large(plans, world, machine, assume))
     fastest = min(p.time.total for p in fitting)
-    close = sorted((p for p in fitting if p.time.total <= fastest * CLOSE), key=lambda p: (p.complexity, p.time.total))
-    others = sorted((p for p in fitting if p.time.total > fastest * CLOSE), key=lambda p: p.time.total)
+    inside = min((p.time.total for p in fitting if p.ep_nodes == 1), default=math.inf)
+    stay = inside <= fastest * ACROSS
+    bound = CLOSE * (inside if stay else fastest)
+    close: list[Plan] = []
+    others: list[Plan] = []
+    for plan in fitting:
+        (close if plan.time.total <= bound and not (stay and plan.ep_nodes > 1) else others).append(plan)
+    close.sort(key=lambda p: (p.complexity, p.time.total))
+    others.sort(key=lambda p: p.time.total)
     fitting = [*close, *others]
     large = sorted((p for p in plans if p.memory.peak > limit), key=lambda p: p.time.total)
     changed = fitting[0].config.train.accumulation != own
@@ -113,7 +127,8 @@ def _plans(
         layout = candidate.layout(world)
         time = step_time(candidate, layout, machine, assume)
         memory = budget(candidate, layout, assume.imbalance)
-        plans.append(Plan(candidate, layout, memory, time, utilization(candidate, layout, machine, time.total)))
+        mfu = utilization(candidate, layout, machine, time.total)
+        plans.append(Plan(candidate, layout, memory, time, mfu, nodes_of(layout.ep, layout.etp, machine)))
     return plans, impossible
 
 
@@ -213,6 +228,24 @@ def _too_large(plans: list[Plan], world: int, machine: Machine, assume: Assumpti
         f" {describe(smallest)}, needs {m.peak / GIB:.1f} GiB, {getattr(m, largest) / GIB:.1f} of them {largest};"
         f" {', or '.join(remedies)}"
     )
+
+
+def fold(plans: Sequence[Plan]) -> list[tuple[Plan, int]]:
+    """The plans without near-duplicates, in their order: the simplest of those that are alike, and their number.
+
+    Alike are plans whose time and memory both differ by less than `ALIKE` from the first of them.
+    """
+    groups: list[list[Plan]] = []
+    for plan in plans:
+        for group in groups:
+            first = group[0]
+            times, bytes_ = (plan.time.total, first.time.total), (plan.memory.peak, first.memory.peak)
+            if max(times) < ALIKE * min(times) and max(bytes_) < ALIKE * min(bytes_):
+                group.append(plan)
+                break
+        else:
+            groups.append([plan])
+    return [(min(group, key=lambda plan: plan.complexity), len(group)) for group in groups]
 
 
 def describe(plan: Plan) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
@@ -18,6 +17,7 @@ from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset
 from megapromoe.io import write_bytes
 from megapromoe.nn.dit import DiT
+from megapromoe.plot_styles import MARKERS, area_colours, assign
 from megapromoe.plot_text import literal
 from megapromoe.routing_analysis.measures import NOBODY
 from megapromoe.routing_analysis.observe import Routing, measure_routing
@@ -176,14 +176,15 @@ def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: s
 def lines_figure(
     routing: Routing, lines: Mapping[str, Sequence[float]], title: str, flat: Mapping[str, float]
 ) -> Figure:
-    """Measures over layers, a line each; `flat` ones are dashed."""
+    """Measures over layers, a line each; `flat` ones are dotted."""
     figure = _figure(8, 3.2)
     ax = figure.subplots()
     place = np.arange(len(routing.blocks))
-    for number, (name, values) in enumerate(lines.items()):
-        ax.plot(place, np.asarray(values, dtype=float), marker="o", color=f"C{number}", label=name)
-    for number, (name, value) in enumerate(flat.items()):
-        ax.axhline(value, color=f"C{number + len(lines)}", linestyle="--", linewidth=1, label=name)
+    styles = assign([*lines, *flat])
+    for name, values in lines.items():
+        ax.plot(place, np.asarray(values, dtype=float), label=name, **styles[name].of_line)
+    for name, value in flat.items():
+        ax.axhline(value, color=styles[name].colour, linestyle=":", linewidth=1.5, label=name)
     ax.set_xticks(
         place, [f"block {block}" for block in routing.blocks], fontsize=8, rotation=90 if len(place) > 8 else 0
     )
@@ -227,11 +228,7 @@ def _some_layers(L: int) -> np.ndarray:
 
 
 def _colours(count: int) -> ListedColormap:
-    if count <= 10:
-        return ListedColormap(colormaps["tab10"](np.arange(count)))
-    if count <= 20:
-        return ListedColormap(colormaps["tab20"](np.arange(count)))
-    return ListedColormap(colormaps["turbo"](np.linspace(0, 1, count)))
+    return ListedColormap(area_colours(count))
 
 
 def _step(count: int) -> int:
@@ -269,10 +266,17 @@ def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str]
     colours = _colours(len(names))
     nobody = group_T == NOBODY
     ax.scatter(*place_T2[nobody].T, s=5, color=GREY, linewidths=0, label="nobody")
-    ax.scatter(*place_T2[~nobody].T, s=5, color=colours(group_T[~nobody]), linewidths=0)
+    named = len(names) <= NAMED
+    markers = [MARKERS[group // 6 % len(MARKERS)] if named else MARKERS[0] for group in range(len(names))]
+    for marker in dict.fromkeys(markers):  # six colours are told apart at once, more with a marker for each six
+        drawn = ~nobody & np.isin(group_T, [group for group, own in enumerate(markers) if own == marker])
+        ax.scatter(*place_T2[drawn].T, s=6, marker=marker, color=colours(group_T[drawn]), linewidths=0)
     ax.set(xticks=[], yticks=[])
-    if last and len(names) <= NAMED:
-        shown = [ax.scatter([], [], s=20, color=colours(n), label=literal(name[:14])) for n, name in enumerate(names)]
+    if last and named:
+        shown = [
+            ax.scatter([], [], s=20, marker=markers[n], color=colours(n), label=literal(name[:14]))
+            for n, name in enumerate(names)
+        ]
         if nobody.any():
             shown.append(ax.scatter([], [], s=20, color=GREY, label="nobody"))
         ax.legend(handles=shown, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)

@@ -8,15 +8,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megapromoe.plot_lines import label_log_axis
+from megapromoe.plot_styles import Style
 from megapromoe.plot_text import literal
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.figure_tables import mean_figures
-from megapromoe.studies.image_plots import COLOURS, PLAIN, plot_label
+from megapromoe.studies.image_plots import plot_label, styles_of
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, first_figure, groups
 
-MARKERS = "osD^vPX<>*"
-LINES = ("-", "--", ":", "-.")
 BANDS = 6  # curves of a panel that have their intervals; of more, nobody could tell them apart
 PANELS = 3  # guidance scales that are drawn; of more, the first, the middle and the last
 
@@ -43,14 +43,10 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     figure = Figure(figsize=(1.2 + 4.8 * len(scales), 4.8), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
-    styles = _styles(list(groups(figure_rows, study.recipe)), study.recipe.baseline)
+    styles = styles_of(study, groups(figure_rows, study.recipe))
     for ax, scale in zip(panels, scales, strict=True):
         for key, points in curves[scale].items():
             _draw_curve(ax, points, plot_label(*key), styles[key], len(curves[scale]) <= BANDS)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(PLAIN)
-        ax.yaxis.set_minor_formatter(PLAIN)
-        ax.tick_params(axis="y", which="minor", labelsize=7)
         ax.set_xlabel("training step")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"guidance {scale:g}", fontsize=10)
@@ -60,33 +56,31 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     if min(shown) > 0:
         margin = max(1.05, (max(shown) / min(shown)) ** 0.1)
         panels[0].set_ylim(min(shown) / margin, max(shown) * margin)
+    for ax in panels:
+        label_log_axis(ax, "y")
     panels[0].set_ylabel(literal(first), fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8, frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(4, len(labels)),
+        fontsize=8,
+        frameon=False,
+        handlelength=3.2,
+    )
     bands = any(ax.collections for ax in panels)
     seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
     figure.suptitle(f"Drawn images over training, {study.recipe.weights} weights, lower is better{seeds}", fontsize=10)
     return figure
 
 
-def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: dict[str, Any], has_band: bool) -> None:
+def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: Style, has_band: bool) -> None:
     steps, means = [row["step"] for row in points], [row["mean"] for row in points]
-    ax.plot(steps, means, linewidth=1.4, markersize=4, label=label, **style)
+    ax.plot(steps, means, label=label, **style.of_line)
     halves = [row["half_interval"] or 0.0 for row in points]
     if has_band and any(halves):
         # A distance is above 0, and so is what a logarithmic axis can show of an interval.
         low = [max(mean - half, 1e-3 * mean) for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
-        ax.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-
-
-def _styles(keys: list[tuple[str, tuple]], baseline: str | None) -> dict[tuple[str, tuple], dict[str, Any]]:
-    """A colour, marker and line for each model, no two alike up to forty."""
-    styles: dict[tuple[str, tuple], dict[str, Any]] = {}
-    others = [key for key in keys if key[0] != baseline]
-    for i, key in enumerate(others):
-        line = LINES[i // len(COLOURS) % len(LINES)]
-        styles[key] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linestyle": line}
-    for i, key in enumerate(key for key in keys if key[0] == baseline):
-        styles[key] = {"color": (0.0, 0.0, 0.0), "marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % 4]}
-    return styles
+        ax.fill_between(steps, low, high, color=style.colour, alpha=0.12, linewidth=0)

@@ -78,7 +78,7 @@ def fit_power_law(x: np.ndarray, loss: np.ndarray, replicates: int = 2000, seed:
     if points < 4:
         raise FitError(f"{points} different x: a law of three numbers needs four at least")
     if values[-1] / values[0] < SPAN:
-        raise FitError(f"x spans a factor of {values[-1] / values[0]:.3g} only; {SPAN:g} at least is needed")
+        raise FitError(f"x reaches from {values[0]:.4g} to {values[-1]:.4g}; a fit needs {SPAN:g} times the least x")
     freedom = runs - points
     if not freedom:
         raise FitError("one run for each x: at least one needs two seeds, or nothing tells the noise")

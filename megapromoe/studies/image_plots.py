@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
-from matplotlib import color_sequences
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.figure import Figure, SubFigure
 
+from megapromoe.plot_lines import MANY, Curve, draw_curves, height_of, label_log_axis, name_ends, number
+from megapromoe.plot_styles import Style, assign_families
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import EVALUATED
@@ -20,13 +19,11 @@ from megapromoe.studies.json_files import metrics
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, evaluated, first_figure, groups, model_name
 
-COLOURS = [to_rgb(colour) for colour in color_sequences["tab10"]]
 SHAPES = (("o", "circles"), ("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
-PLAIN = FuncFormatter(lambda value, _: f"{value:.3g}")
 SMOOTH = 3  # logged values that a curve of the loss averages
 
 Groups = dict[tuple[str, tuple], list[dict]]
-Styles = dict[tuple[str, tuple], dict[str, Any]]
+Styles = dict[tuple[str, tuple], Style]
 
 
 def draw_images(study: Study, rows: Rows) -> Figure | None:
@@ -39,38 +36,56 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     if first is None:
         return None
     everything = groups(rows, study.recipe)
-    styles = {key: {"color": COLOURS[i % 10], "linestyle": "-" if i < 10 else "--"} for i, key in enumerate(everything)}
+    styles = styles_of(study, everything)
     done = {row["task"] for row in rows}
     curves = curves_of((found for task in study.tasks if task.name in done for found in figures(study, task)), first)
     means = {key: curves.mean([row["task"] for row in group]) for key, group in everything.items()} if curves else {}
     third = any(len(mean) > 1 for mean in means.values())
 
-    figure = Figure(figsize=(11.5, 9.2 if third else 5.2), layout="constrained")
+    panels: dict[str, Axes | SubFigure]
+    if len(everything) > MANY:  # small multiples, one below the other
+        names = ["losses", "course", "ends"] if third else ["losses", "ends"]
+        heights = [1.0 + 0.2 * len(everything) if name == "ends" else height_of(len(everything)) for name in names]
+        figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")
+        parts = list(figure.subfigures(len(names), 1, squeeze=False, height_ratios=heights).flatten())
+        panels = {**dict(zip(names, parts, strict=True)), "ends": parts[-1].subplots()}
+    else:  # what is drawn over steps stands side by side
+        figure = Figure(figsize=(13.0, 9.2 if third else 5.2), layout="constrained")
+        panels = dict(
+            figure.subplot_mosaic([["losses", "course"], ["ends", "ends"]] if third else [["losses", "ends"]])
+        )
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
-    # What is drawn over steps stands side by side.
-    panels = figure.subplot_mosaic([["losses", "course"], ["ends", "ends"]] if third else [["losses", "ends"]])
-    _draw_losses(panels["losses"], study, everything, styles)
+    drawn = [_draw_losses(panels["losses"], study, everything, styles)]
     _draw_ends(panels["ends"], rows, first, everything, styles)
     if third and curves is not None:
-        _draw_course(panels["course"], curves, means, styles, study.recipe.baseline)
-        lines = panels["losses"].get_legend_handles_labels()
-        figure.legend(*lines, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    else:
-        panels["losses"].legend(fontsize=7, frameon=False)
+        drawn.append(_draw_course(panels["course"], curves, means, styles, study.recipe.baseline))
+    for axes in drawn:
+        name_ends(axes)
     return figure
 
 
-def _draw_losses(ax, study: Study, everything: Groups, styles: Styles) -> None:
+def styles_of(study: Study, keys: Iterable[tuple[str, tuple]]) -> Styles:
+    """A style for each group of runs; black is the recipe's baseline, else a variant without experts."""
+    baseline = study.recipe.baseline
+    if baseline is None:
+        dense = [task.variant for task in study.tasks if task.config.model.router == "dense"]
+        baseline = dense[0] if dense else None
+    return assign_families(list(keys), baseline)
+
+
+def _draw_losses(place: Axes | SubFigure, study: Study, everything: Groups, styles: Styles) -> list[Axes]:
     tasks = {task.name: task for task in study.tasks}
     curves = {key: _curve(metrics(study.run(tasks[row["task"]])) for row in group) for key, group in everything.items()}
     base = next(
         (dict(zip(*curve, strict=True)) for key, curve in curves.items() if key[0] == study.recipe.baseline), {}
     )
-    for key, curve in curves.items():
-        points = [(step, loss / base.get(step, 1.0)) for step, loss in zip(*curve, strict=True)]
-        ax.plot(*zip(*points, strict=True), linewidth=1.2, label=plot_label(*key), **styles[key])
-    ax.set(xlabel="step", ylabel=f"denoising loss{f' / that of {_name(study.recipe.baseline)}' if base else ''}")
-    ax.set_title(f"training, mean of the seeds and of {SMOOTH} logged values", fontsize=9)
+    lines = []
+    for key, (steps, losses) in curves.items():
+        relative = [loss / base.get(step, 1.0) for step, loss in zip(steps, losses, strict=True)]
+        lines.append(Curve(list(steps), relative, plot_label(*key), styles[key]))
+    label = f"denoising loss{f' / that of {_name(study.recipe.baseline)}' if base else ''}"
+    title = f"training, mean of the seeds and of {SMOOTH} logged values"
+    return draw_curves(place, lines, title, lambda ax: ax.set(xlabel="step", ylabel=label))
 
 
 def _draw_ends(ax, rows: Rows, first: str, everything: Groups, styles: Styles) -> None:
@@ -79,34 +94,42 @@ def _draw_ends(ax, rows: Rows, first: str, everything: Groups, styles: Styles) -
         for k, name in enumerate(scales):
             values = [row[name] for row in group if row.get(name) is not None]
             place = [i + (k - (len(scales) - 1) / 2) * 0.25] * len(values)
-            ax.plot(place, values, SHAPES[k % 4][0], color=styles[key]["color"], markersize=5, alpha=0.8)
-    ax.set_xticks(range(len(everything)), [plot_label(*key) for key in everything], rotation=40, ha="right")
-    ax.set_ylabel(literal(first), fontsize=8)
+            ax.plot(values, place, SHAPES[k % 4][0], color=styles[key].colour, markersize=5, alpha=0.8)
+    ax.set_yticks(range(len(everything)), [plot_label(*key) for key in everything])  # level, so that names have room
+    ax.invert_yaxis()
+    ax.set_xlabel(literal(first), fontsize=8)
+    ax.grid(alpha=0.3)
     shown = ", ".join(f"{SHAPES[k % 4][1]} {name.rpartition(' ')[2]}" for k, name in enumerate(scales))
     ax.set_title(f"each mark a seed; guidance: {shown}", fontsize=9)
-    ax.tick_params(axis="x", labelsize=8)
+    ax.tick_params(axis="y", labelsize=8)
 
 
 def _draw_course(
-    ax, curves: Curves, means: dict[tuple[str, tuple], dict[int, float]], styles: Styles, baseline: str | None
-) -> None:
+    place: Axes | SubFigure,
+    curves: Curves,
+    means: dict[tuple[str, tuple], dict[int, float]],
+    styles: Styles,
+    baseline: str | None,
+) -> list[Axes]:
     base = next((mean for key, mean in means.items() if key[0] == baseline and len(mean) > 1), None)
+    lines = []
     for key, mean in means.items():
         points = {step: value / base[step] for step, value in mean.items() if step in base} if base else mean
         if points:
-            ax.plot(list(points), list(points.values()), linewidth=1.2, marker="o", markersize=3, **styles[key])
+            lines.append(Curve(list(points), list(points.values()), plot_label(*key), styles[key]))
     title = f"over training, mean of the seeds; guidance {curves.guidance:g}"
+    label = literal(curves.figure)
     if base:  # figures fall by several times, and models differ by little of that
-        ax.set_ylabel(f"{literal(curves.figure)}\n/ that of {_name(baseline)}", fontsize=8)
-        title += f"; {_name(baseline)}: {', '.join(f'{value:.3g}' for value in base.values())}"
-    else:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(PLAIN)
-        ax.yaxis.set_minor_formatter(PLAIN)
-        ax.tick_params(axis="y", which="minor", labelsize=7)
-        ax.set_ylabel(literal(curves.figure), fontsize=8)
-    ax.set_xlabel("step")
-    ax.set_title(title, fontsize=9)
+        label += f"\n/ that of {_name(baseline)}"
+        title += f"; {_name(baseline)}: {', '.join(number(value) for value in base.values())}"
+
+    def finish(ax: Axes) -> None:
+        ax.set_xlabel("step")
+        ax.set_ylabel(label, fontsize=8)
+        if not base:
+            label_log_axis(ax, "y")
+
+    return draw_curves(place, lines, title, finish)
 
 
 def plot_label(variant: str, point: tuple | None) -> str:

@@ -8,6 +8,7 @@ runs every pair of values of two options that the matrix has.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -191,6 +192,40 @@ def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     assert all(math.isfinite(loss) for loss in ours.losses)
     worst = {kind: f"{value:.3g} × the limit at {where}" for kind, (value, where) in found.items() if not value <= 1}
     assert not worst, f"{case.name}: {worst}"
+
+
+README = Path(__file__).parents[2] / "README.md"
+SHOWN = [Case(4, tp=2, ep=2, what=EIGHT), Case(4, ep=4, zero=2, what=EIGHT), Case(8, ep=8, zero=3, what=EIGHT)]
+ROW = re.compile(r"^\| (\d) · (\d) · (\d) \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+|–) \| ([\d.e-]+|–) \|\n", re.M)
+
+
+@pytest.mark.full
+def test_the_table_of_the_readme_is_what_one_step_gives(tmp_path, shared_folder, request):
+    """Loss and gradient norm to the six digits that the README says, and their differences below its limit."""
+    one = alone(EIGHT, "", shared_folder)
+    measured = [(Case(1, zero=0, what=EIGHT), one.losses[0], one.norms[0])]
+    for case in SHOWN:
+        (tmp_path / case.name).mkdir()
+        ours = run(case.world, train, case.overrides(), str(tmp_path / case.name), 1, None)[0]
+        measured.append((case, ours.losses[0], ours.norms[0]))
+    rows = []
+    for case, loss, norm in measured:
+        apart = [abs(a / b - 1) for a, b in ((loss, one.losses[0]), (norm, one.norms[0]))]
+        assert max(apart) < 1e-6
+        cells = [f"{case.tp} · {case.ep} · {case.zero}", str(case.world), f"{loss:.6g}", f"{norm:.6g}"]
+        cells += ["–", "–"] if case.world == 1 else [f"{value:.0e}" if value else "0" for value in apart]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    if file := request.config.getoption("--readme-table"):
+        text = Path(file).read_text(encoding="utf-8")
+        old = [match[0] for match in ROW.finditer(text)]
+        Path(file).write_text(text.replace("".join(old), "".join(rows)), encoding="utf-8")
+    shown = list(ROW.finditer(README.read_text(encoding="utf-8")))
+    assert len(shown) == len(measured)
+    for match, (case, loss, norm) in zip(shown, measured, strict=True):
+        assert tuple(map(int, match.groups()[:4])) == (case.tp, case.ep, case.zero, case.world)
+        for text, value in ((match[5], loss), (match[6], norm)):
+            assert len(text.replace(".", "").lstrip("0")) <= 6 and float(text) == pytest.approx(value, rel=2e-6)
+        assert all(text == "–" or float(text) < 1e-6 for text in (match[7], match[8]))
 
 
 def write_table(file: Path, rows: list) -> None:

@@ -6,6 +6,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from support.levels import full
 from support.training_runs import losses
 
 from megapromoe.config.resolve import resolve
+from megapromoe.planning.machines import MACHINES, Assumptions
+from megapromoe.planning.search import search
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -64,6 +68,27 @@ def test_every_default_is_a_layout_that_can_run(preset, nodes, gpu):
     assert f"--nodes={nodes}" in train and f"--ntasks={8 * nodes}" in train
     layout = resolve(preset, overrides=settings(train), world=8 * nodes).layout(8 * nodes)
     assert 8 % (layout.tp * layout.ep) == 0, "expert and tensor parallelism stay inside a node"
+
+
+@pytest.mark.parametrize("nodes", [1, *(full(nodes) for nodes in (2, 4, 8, 16, 32, 64))])
+def test_the_defaults_are_what_the_planner_proposes(nodes):
+    for preset, gpu in product(SIZES, ("h100", "a100")):
+        default = resolve(preset, overrides=default_layout(preset, gpu, nodes), world=8 * nodes)
+        best = search(resolve(preset), 8 * nodes, MACHINES[gpu], Assumptions()).best
+        assert default.layout(8 * nodes) == best.layout, (preset, gpu)
+        assert default.train.deepspeed == best.config.train.deepspeed
+        assert default.parallel.recompute == best.config.parallel.recompute
+        assert default.train.accumulation == best.config.train.accumulation
+
+
+def default_layout(preset, gpu, nodes):
+    """What the function of the launchers prints; `test_every_default_is_a_layout_that_can_run` runs whole launchers."""
+    text = (LAUNCHERS / "promoe.sh").read_text()
+    function = text[text.index("layout() {") :]
+    done = subprocess.run(
+        ["bash", "-c", f"size={preset}\n{function}\nlayout {gpu} {nodes}"], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
 
 
 def test_the_largest_size_runs_on_64_nodes():
@@ -266,12 +291,17 @@ def test_the_sizes_differ_in_name_alone(size):
 # ---- one machine
 
 
-def test_local_layout_follows_the_ranks():
-    for ranks, ep in (("1", 1), ("2", 2), ("4", 4), ("6", 2), ("8", 4)):
+@pytest.mark.full
+def test_the_local_layout_is_what_the_planner_proposes_on_one_machine():
+    for ranks in ("1", "2", "4", "6", "8"):
         command = shlex.split(
             call("local", "digits", "--dry-run", "train.global_batch=48", NPROC=ranks).splitlines()[-1]
         )
-        assert f"--nproc-per-node={ranks}" in command and f"parallel.ep={ep}" in command
+        assert f"--nproc-per-node={ranks}" in command and "parallel.ep=1" in command
+    for gpu, preset in product(MACHINES, SIZES):
+        machine = replace(MACHINES[gpu], gpus_per_node=8)
+        for ranks in (2, 4, 8):
+            assert search(resolve(preset), ranks, machine, Assumptions()).best.layout.ep == 1, (gpu, preset, ranks)
 
 
 def test_host_files_say_how_many(tmp_path):
@@ -281,7 +311,7 @@ def test_host_files_say_how_many(tmp_path):
     env = {"PATH": f"{ENV['PATH']}:{tmp_path}"}
     command = shlex.split(call("mpirun", "promoe_b", "--dry-run", HOSTFILE=str(hosts), **env).splitlines()[-1])
     assert command[:5] == ["mpirun", "-n", "4", "--hostfile", str(hosts)]
-    assert command[command.index("--preset") + 1] == "promoe_b" and "parallel.ep=4" in command
+    assert command[command.index("--preset") + 1] == "promoe_b" and "parallel.ep=1" in command
     assert "no.hosts: cannot be read" in call("mpirun", HOSTFILE="no.hosts", code=2, **env)
 
 

@@ -13,7 +13,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # One total order, lowest first: each may import itself and those before it.
 ORDER = (
-    *("errors", "io", "versions", "plot_text", "number_text", "run_lines", "work_progress"),
+    *(
+        "errors",
+        "io",
+        "versions",
+        "plot_text",
+        "plot_styles",
+        "plot_lines",
+        "number_text",
+        "run_lines",
+        "work_progress",
+    ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
     *("preflight", "engine", "benchmark", "checkpoint", "training", "conversion", "sampling", "routing_analysis"),
     *("evaluation", "studies", "commands", "cli", "__main__"),

@@ -1,11 +1,13 @@
 """The search over layouts, its words, and `megapromoe plan`."""
 
 import json
+import re
 import shlex
 import time
 from dataclasses import replace
 
 import pytest
+from support.levels import full
 
 from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
@@ -16,7 +18,7 @@ from megapromoe.planning.cost import flat_shards, flops_per_image
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
 from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
-from megapromoe.planning.search import CLOSE, PlanError, candidates, search
+from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, PlanError, candidates, fold, search
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
 
 H100, ASSUME = MACHINES["h100"], Assumptions()
@@ -70,6 +72,66 @@ def test_among_equals_the_simplest_wins():
     fastest = min(p.time.total for p in found.fitting)
     assert found.best.time.total <= fastest * CLOSE
     assert found.best.complexity == min(p.complexity for p in found.fitting if p.time.total <= fastest * CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("preset", "world", "experts", "gpu", "nodes_of_ep"),
+    [full("promoe_xl", 32, 12, "h100", 1), full("promoe_xl", 256, 12, "a100", 1), ("promoe_xl", 32, 64, "h100", 4)],
+)
+def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, world, experts, gpu, nodes_of_ep):
+    """The second is faster over nodes, by less than `ACROSS`; the third by twice."""
+    found = find(preset, world, f"model.num_experts={experts}", machine=MACHINES[gpu])
+    best = found.best
+    assert best.ep_nodes == nodes_of(best.layout.ep, best.layout.etp, MACHINES[gpu]) == nodes_of_ep
+    inside = min(p.time.total for p in found.fitting if p.ep_nodes == 1)
+    fastest = min(p.time.total for p in found.fitting)
+    assert (inside > ACROSS * fastest) == (nodes_of_ep > 1)
+    words = "\n".join(reasons(found, MACHINES[gpu]))
+    if nodes_of_ep > 1:
+        figures = f"{1e3 * best.time.total:.1f} against {1e3 * inside:.1f} ms a step"
+        assert f"ep {best.layout.ep} spans 4 nodes" in words and figures in words.splitlines()[-1]
+    elif inside > fastest:
+        assert "it spreads experts over" in words and "25% faster" in words
+
+
+def test_experts_are_spread_over_nodes_where_nothing_else_fits():
+    """Four GPUs a node: 64 experts over four of them do not fit, over sixteen they do."""
+    machine = replace(H100, gpus_per_node=4, network=1e8)
+    plans = find("promoe_xl", 16, "model.num_experts=64", machine=machine).fitting
+    inside, across = (min(p.memory.peak for p in plans if (p.ep_nodes > 1) == spread) for spread in (False, True))
+    assert across < inside
+    small = replace(machine, memory=int((inside + across) / 2 / ASSUME.usable))
+    found = find("promoe_xl", 16, "model.num_experts=64", machine=small)
+    assert found.best.ep_nodes > 1 and "no layout with ep inside a node fits" in "\n".join(reasons(found, small))
+
+
+@pytest.mark.full
+def test_a_list_has_no_near_duplicates():
+    for preset, experts, world in (("promoe_xl", 12, 32), ("promoe_xl", 64, 64), ("dit_b", 1, 8)):
+        found = find(preset, world, *([f"model.num_experts={experts}"] if experts > 1 else []))
+        listed = fold(found.fitting)
+        assert listed[0][0] is found.best and sum(count for _, count in listed) == len(found.fitting)
+        assert len(listed) < len(found.fitting)
+        for plan in found.fitting:  # each is like one that is listed, or is listed
+            assert any(
+                abs(plan.time.total / p.time.total - 1) < 2 * (ALIKE - 1) + 0.001
+                and abs(plan.memory.peak / p.memory.peak - 1) < 2 * (ALIKE - 1) + 0.001
+                for p, _ in listed
+            )
+    simple, *rest = (replace(found.best, ep_nodes=n) for n in (1, 2, 3))
+    assert fold([*rest, simple]) == [(simple, 3)]
+
+
+@pytest.mark.full
+def test_each_reason_has_two_choices_two_times_two_memories_and_what_decides():
+    for world, experts in ((8, 12), (32, 12), (64, 64)):
+        found = find("promoe_xl", world, f"model.num_experts={experts}")
+        for line in list(reasons(found, H100))[:4]:
+            assert re.fullmatch(
+                r"(\w+ )?\w+, not (\w+ )?\w+( \(with [\w ,]+\))?: [\d.]+ against [\d.]+ ms a step, [\d.]+ against"
+                r" [\d.]+ GiB; (too close to tell \(10%\): the simpler layout is taken|\d+% faster|it spreads .*)",
+                line,
+            ), line
 
 
 def test_accumulation_is_raised_only_where_nothing_else_fits():
@@ -200,7 +262,7 @@ def test_reasons_speak_of_the_best():
     found = find("promoe_xl", 64, "model.num_experts=64")
     best = found.best
     said = list(reasons(found, H100))
-    assert said[0].startswith(f"tp {best.layout.tp}: ") and said[1].startswith(f"ep {best.layout.ep}: ")
+    assert said[0].startswith(f"tp {best.layout.tp}, not tp ") and said[1].startswith(f"ep {best.layout.ep}, not ep ")
     assert said[2].startswith(best.config.train.deepspeed) and "limited by" in limits(best)
     (rule, alone, spread, verdict) = experts_in_parallel(found)
     assert "E*F = 147,456" in rule and "pays" in rule

@@ -94,14 +94,17 @@ def test_names_of_models_values_and_networks_in_the_pictures_of_a_study(tmp_path
         ]
         (study.run(task) / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     paths = draw_all(study, rows(study), r"a note of $\bad{$")
-    assert [path.stem for path in paths] == ["loss_experts", "loss_compute", "routing", "cost", "images"]
+    assert [path.stem for path in paths] == ["loss_experts", "loss_compute", "routing", "cost", "images", "evaluations"]
 
 
 def test_a_model_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path):
     study = finished(tmp_path, recipe(variants={"_promoe": {}}))
     for draw in (draw_experts, draw_compute, draw_routing):
-        axes = draw(study, rows(study)).axes
+        figure = draw(study, rows(study))
+        axes = figure.axes
         shown = [text.get_text() for ax in axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+        shown += [text.get_text() for ax in axes for text in ax.texts]  # at the ends of lines
+        shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         assert any("_promoe" in text for text in shown), draw
 
 

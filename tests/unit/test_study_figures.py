@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from matplotlib.colors import to_rgb
 from support.image_evaluations import evaluated, record, write
 from support.small_studies import finished, recipe, rows
 
@@ -59,7 +60,10 @@ def test_the_curves_are_drawn_with_their_intervals(study):
     assert list(lines) == ["promoe num_experts=2", "promoe num_experts=4", "dense"]
     expected = [[step, 100 / step - 4 + 1 + 1.5] for step in (2, 4, 6)]
     assert lines["promoe num_experts=4"].get_xydata().tolist() == [pytest.approx(point) for point in expected]
-    assert lines["dense"].get_color() == (0.0, 0.0, 0.0) and len({line.get_color() for line in lines.values()}) == 3
+    assert (
+        to_rgb(lines["dense"].get_color()) == (0.0, 0.0, 0.0)
+        and len({line.get_color() for line in lines.values()}) == 3
+    )
     assert len(figure.axes[1].collections) == 3 and figure.axes[0].get_ylabel() == "Fréchet distance (X), 200 images"
 
 

@@ -15,6 +15,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.planning.cost import parameters
+from megapromoe.plot_styles import assign
 from megapromoe.studies.collect import evaluated, row
 from megapromoe.studies.comparison import compare
 from megapromoe.studies.curves import Curves, curves_of
@@ -164,7 +165,7 @@ def test_laws_that_the_data_do_not_support_are_doubted():
         ([4, 4, 8, 8], [1, 1.1, 0.9, 0.8], "2 different x"),
         ([4, 4, 8, 16], [1, 1.1, 0.9, 0.8], "3 different x"),
         ([4, 8, 16, 32], [1, 0.9, 0.8, 0.7], "two seeds"),
-        ([10, 10, 11, 12, 13], [1, 1, 0.9, 0.8, 0.7], "spans a factor of 1.3"),
+        ([10, 10, 11, 12, 13], [1, 1, 0.9, 0.8, 0.7], "reaches from 10 to 13; a fit needs 2 times the least x"),
         ([0, 4, 8, 16, 16], [1, 1, 0.9, 0.8, 0.7], "must be positive"),
         ([4, 4, 8, 16, 32], [1, math.nan, 0.9, 0.8, 0.7], "must be positive, and all of it finite"),
     ],
@@ -259,7 +260,7 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
     assert "1,500 images, guidance 2, seen by X" in text and "| promoe | 7 / 7 |" in text
     losses, distances = draw_images(study, found).axes  # each scale at one step: nothing over training
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
-    assert sorted(y for line in distances.lines for y in line.get_ydata()) == [1.5, 2.5, 7.0, 7.0]
+    assert sorted(y for line in distances.lines for y in line.get_xdata()) == [1.5, 2.5, 7.0, 7.0]
     assert draw_images(study, rows(finished(tmp_path / "unseen", recipe(axes={})))) is None
 
 
@@ -336,7 +337,7 @@ def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
 def test_figures_over_training_are_multiples_of_the_baselines():
     curves = Curves("D (X), 500 images", 1.5, {})
     means = {("promoe", ()): {1: 30.0, 2: 9.0, 3: 1.0}, ("dense", ()): {1: 20.0, 2: 10.0}}
-    styles = {key: {"color": colour} for key, colour in zip(means, ("red", "blue"), strict=True)}
+    styles = assign(list(means), ("dense", ()))
     ax = Figure().subplots()
     _draw_course(ax, curves, means, styles, "dense")
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 1.5], [2, 0.9]], [[1, 1.0], [2, 1.0]]]
