@@ -31,11 +31,18 @@ from megapromoe.checkpoint.format import (
     write_rank,
 )
 from megapromoe.checkpoint.local_state import LocalState, copy_to_host, held_pieces, items_of
-from megapromoe.checkpoint.manifest import FOLDER, MANIFEST
+from megapromoe.checkpoint.manifest import FOLDER
 from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.retention import remove_leftovers, retire
 from megapromoe.checkpoint.snapshots import AVERAGES
-from megapromoe.checkpoint.step_folders import folder_of, snapshot_of, snapshots_beside, steps_in
+from megapromoe.checkpoint.step_folders import (
+    folder_of,
+    folders_without_manifest,
+    snapshot_of,
+    snapshots_beside,
+    steps_in,
+    warn_without_manifest,
+)
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
@@ -214,9 +221,8 @@ def resume(
     Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
     rank: `step` is not there or damaged, or the checkpoint is of another model or run; nothing is changed then.
     """
-    steps, incomplete = broadcast_from_rank0((steps_in(root), _incomplete_in(root)))  # one view of the folder
-    for folder in incomplete:
-        logger.warning("%s: has no manifest.json, so it is no checkpoint; bring the file back, or remove it", folder)
+    steps, incomplete = broadcast_from_rank0((steps_in(root), folders_without_manifest(root)))  # one view of the folder
+    warn_without_manifest(incomplete)
     if step is not None:
         if step not in steps:
             raise CheckpointError(f"{root}: has no complete checkpoint of step {step}; there are {steps or 'none'}")
@@ -258,11 +264,6 @@ def _step_folders(root: Path) -> list[Path]:
     """The folders under `root` that are named as checkpoints."""
     folders = root.iterdir() if root.is_dir() else ()
     return sorted(folder for folder in folders if FOLDER.fullmatch(folder.name))
-
-
-def _incomplete_in(root: Path) -> list[Path]:
-    """Those without a manifest. A save makes none: its folder has another name until the manifest is in it."""
-    return [folder for folder in _step_folders(root) if not (folder / MANIFEST).exists()]
 
 
 @torch.no_grad()

@@ -64,6 +64,21 @@ def steps_in(root: Path) -> list[int]:
     return [one.step for one in step_folders(root)]
 
 
+def folders_without_manifest(root: Path) -> list[Path]:
+    """The folders under `root` that are named as checkpoints and have no manifest, by ascending step.
+
+    Neither a save nor a removal leaves one: their folders have other names while files come or go.
+    """
+    folders = sorted(folder for folder in (root.iterdir() if root.is_dir() else ()) if FOLDER.fullmatch(folder.name))
+    return [folder for folder in folders if folder.is_dir() and not (folder / MANIFEST).exists()]
+
+
+def warn_without_manifest(folders: list[Path]) -> None:
+    """Logs folders of `folders_without_manifest`: whoever expects their steps is to know why others are read."""
+    for folder in folders:
+        logger.warning("%s: has no manifest.json, so it is no checkpoint; bring the file back, or remove it", folder)
+
+
 def snapshots_beside(checkpoints: Path) -> Path:
     """The folder of a run's snapshots."""
     return checkpoints.with_name("snapshots")
@@ -86,7 +101,10 @@ def snapshot_steps(root: Path) -> list[int]:
 
 
 def choose_checkpoint(root: Path, step: int | None = None) -> Path:
-    """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such."""
+    """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such.
+
+    Logs a warning for each folder of a later step that has no manifest.
+    """
     steps, snapshots = steps_in(root), ", ".join(map(str, snapshot_steps(snapshots_beside(root))))
     hint = f"; there are snapshots of the averaged weights, --weights ema, of steps {snapshots}" if snapshots else ""
     if not steps:
@@ -95,7 +113,11 @@ def choose_checkpoint(root: Path, step: int | None = None) -> Path:
         raise CheckpointError(
             f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}{hint}"
         )
-    return folder_of(root, steps[-1] if step is None else step)
+    if step is None:
+        newest = folder_of(root, steps[-1])
+        warn_without_manifest([folder for folder in folders_without_manifest(root) if folder.name > newest.name])
+        return newest
+    return folder_of(root, step)
 
 
 @functools.lru_cache(maxsize=1024)

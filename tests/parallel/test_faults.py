@@ -18,7 +18,7 @@ from support.trajectory import small
 
 import megapromoe.checkpoint.manager as checkpoint_module
 from megapromoe.checkpoint.format import Checkpoint
-from megapromoe.checkpoint.step_folders import folder_of, steps_in
+from megapromoe.checkpoint.step_folders import choose_checkpoint, folder_of, steps_in
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
@@ -92,7 +92,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
         run(2, train, str(spoilt), "parallel.ep=2", "train.steps=12")
 
 
-def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_anew(tmp_path, fault_table):
+def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_anew(tmp_path, caplog, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2")
     checkpoints = tmp_path / "checkpoints"
     old, new = (folder_of(checkpoints, step) for step in (3, 6))
@@ -100,6 +100,7 @@ def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_a
     (new / "manifest.json").rename(tmp_path / "kept.json")
     (said,) = run(1, resumed_with_warnings, str(checkpoints))
     assert said[0] == 3 and f"{new}: has no manifest.json" in said[1]
+    assert choose_checkpoint(checkpoints) == old and f"{new}: has no manifest.json" in caplog.text  # by `sample`
     (old / "manifest.json").unlink()
     with pytest.raises(WorkerFailed, match="holds step-00000003, step-00000006, none a whole checkpoint of its step"):
         run(2, train, str(tmp_path), "parallel.ep=2")
