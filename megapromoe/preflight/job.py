@@ -63,7 +63,7 @@ class Preflight:
         self,
         config: Config,
         folder: Path | None,
-        launch: runtime.Launch,
+        launch: runtime.LaunchEnvironment,
         limits: Limits,
         timeout: float,
         report: Path | None = None,
@@ -81,7 +81,7 @@ class Preflight:
         """
         self.config, self.folder, self.launch, self.limits, self.timeout = config, folder, launch, limits, timeout
         self.report, self.bad_nodes = report, bad_nodes
-        self.store = rendezvous.meet(launch, timeout, "preflight")
+        self.store = rendezvous.create_store(launch, timeout, "preflight")
         # A hang is reported by the watchdog. The time-outs of the store, its channel and the process groups are longer
         # and take effect only where the watchdog cannot end the process.
         self.store.set_timeout(timedelta(seconds=10 * timeout))
@@ -101,7 +101,7 @@ class Preflight:
         self.cluster = Cluster(launch.world, node_of, local | launch_environment.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
-        channel = self._channel(rendezvous.own_connection(self.store, self.timeout))
+        channel = self._channel(rendezvous.clone_connection(self.store, self.timeout))
         self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._on_hang, every_place=True, code=1)
         joined = self._run_stages(node)
         code = self._end()
@@ -142,7 +142,7 @@ class Preflight:
 
         try:
             at("joining torch.distributed")
-            job = runtime.start(self.launch, 2 * self.timeout, self.store)
+            job = runtime.init_process_group(self.launch, 2 * self.timeout, self.store)
             fields |= {"device": job.device.type, "groups": {}}
             at("creating the process groups")
             parallel = self.config.parallel
@@ -240,7 +240,7 @@ class Preflight:
     def _leave_job(self, joined: bool, code: int) -> None:
         """Destroys the process group; after a failed collective that would wait, so the process ends at once."""
         if joined:
-            runtime.stop()
+            runtime.destroy_process_group()
         elif torch.distributed.is_initialized():
             sys.stdout.flush()
             os._exit(code)

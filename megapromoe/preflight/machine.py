@@ -85,7 +85,7 @@ class Machine:
     core_numa: list[int] = field(default_factory=list)
 
 
-def examine(launch: runtime.Launch, leader: bool) -> Machine:
+def examine(launch: runtime.LaunchEnvironment, leader: bool) -> Machine:
     """Collects the findings about this rank's machine. Needs no other rank.
 
     Args:

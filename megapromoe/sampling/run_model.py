@@ -92,7 +92,7 @@ class CheckpointId:
     initial_share: float | None = None
 
 
-def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.Launch) -> CheckpointId:
+def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.LaunchEnvironment) -> CheckpointId:
     """The checkpoint of a step, or the latest, as rank 0 sees the run's folder. Collective.
 
     Rank 0 decides for all: a live run saves and removes checkpoints, and a file system may show them to some machines

@@ -31,7 +31,7 @@ from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import raise_if_any_rank_failed, raising_together, this_rank, watched_job
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.stop_requests import StopRequest, listening
+from megapromoe.distributed.stop_requests import StopRequest, install_signal_handlers
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
@@ -63,7 +63,7 @@ class Interrupted(TrainingError):
 def train(
     config: Config,
     folder: Path,
-    launch: runtime.Launch,
+    launch: runtime.LaunchEnvironment,
     from_step: int | None = None,
     allow: tuple[str, ...] = (),
     fork: str | None = None,
@@ -81,7 +81,7 @@ def train(
     """
     records = folder / "flight_records"
     limits = config.train.timeout, config.train.step_timeout
-    with listening(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
+    with install_signal_handlers(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
         own = _claim_folder(config, folder, launch, allow)
         run = own or RunDirectory(folder)
@@ -106,7 +106,9 @@ def _make_folder(records: Path) -> None:
         logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
 
 
-def _claim_folder(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
+def _claim_folder(
+    config: Config, folder: Path, launch: runtime.LaunchEnvironment, allow: tuple[str, ...]
+) -> RunDirectory | None:
     """Rank 0 claims the folder, and returns it; where it may not, every rank raises the reason."""
     run = None
     with raising_together(RunDirectoryError):

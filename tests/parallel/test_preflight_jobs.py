@@ -48,7 +48,7 @@ def work(rank: int, port: int, folder: Path, faults: dict, arguments: list[str])
     storage.VISIBLE = 2.0
     if rank in faults:
         faults[rank]()
-    launch = runtime.Launch("srun", rank, RANKS, 0, 1, "127.0.0.1", port)
+    launch = runtime.LaunchEnvironment("srun", rank, RANKS, 0, 1, "127.0.0.1", port)
     code = check.run(options_of(arguments), launch)
     sys.stdout.flush()
     os._exit(code)
@@ -304,12 +304,12 @@ def test_a_run_directory_that_cannot_be_written_blames_the_setup(tmp_path):
 
 
 def test_alone(tmp_path, capsys):
-    launch = runtime.Launch("python")
+    launch = runtime.LaunchEnvironment("python")
     options = options_of(["--run", str(tmp_path / "run"), "--bad-nodes", str(tmp_path / "bad")])
     try:
         assert check.run(options, launch) == 0
     finally:
-        runtime.stop()
+        runtime.destroy_process_group()
     assert "preflight passed (1 node, 1 rank)" in capsys.readouterr().out
     assert (tmp_path / "bad").read_text() == ""
     assert json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())["exit_code"] == 0
@@ -323,8 +323,8 @@ def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
         ["--run", str(tmp_path / "run"), "--min-free-gib", "1e9", "--report", str(tmp_path / "file" / "report")]
     )
     with pytest.raises(job.PreflightError, match="file: (File exists|Not a directory)"):
-        check.run(options, runtime.Launch("python"))
-    runtime.stop()
+        check.run(options, runtime.LaunchEnvironment("python"))
+    runtime.destroy_process_group()
     output = capsys.readouterr().out
     assert "1e+09 GiB" in output and "on any nodes, by its configuration or installation: free space" in output
 
@@ -332,7 +332,7 @@ def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
 def test_a_wrong_config_is_reported_before_anything_starts(tmp_path):
     options = options_of(["--run", str(tmp_path / "run"), "parallel.ep=3", "train.lr=fast"])
     with pytest.raises(ConfigError, match="2 problems"):
-        check.run(options, runtime.Launch("srun", 0, 4))
+        check.run(options, runtime.LaunchEnvironment("srun", 0, 4))
     assert not (tmp_path / "run").exists()
 
 

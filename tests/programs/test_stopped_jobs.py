@@ -198,7 +198,7 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_pa
     said, _ = job.communicate(timeout=30)
     assert codes == [75, 75] * direct, said[-3000:]
     if launcher != "mpirun":  # through which the output of its ranks goes
-        assert ", which started this rank, is gone" in said and "asked to stop: step" in said
+        assert ", which started this rank, has ended" in said and "asked to stop: step" in said
     check_saved(folder)
     fault_table.append(
         (f"kill -9 of the launcher ({launcher})", "the ranks notice, save and end with exit code 75", "nothing")

@@ -119,7 +119,7 @@ def test_the_watchdog_is_told_of_each_shard_and_of_each_record(tmp_path):
             pass
 
     recorder, folder = Recorder(), tmp_path / "l"
-    with watchdog.watching(recorder):
+    with watchdog.watched_by(recorder):
         encode.encode(Arrays(), folder, shard_size=16)
     shards = [f"shard {number} of 3 of {folder}" for number in (1, 2, 3)]
     ends = [f"waiting for the other ranks' shards of {folder}", f"writing the index of {folder}"]

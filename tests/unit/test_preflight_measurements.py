@@ -148,8 +148,13 @@ def test_hosts_of_a_node_list():
 def test_ranks_per_node_from_the_variables_of_srun(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3],m")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    assert launch_environment.expected_nodes(launch_environment.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
-    assert launch_environment.expected_nodes(launch_environment.Launch("torchrun")) == {}
+    assert launch_environment.expected_nodes(launch_environment.LaunchEnvironment("srun")) == {
+        "n1": 2,
+        "n2": 2,
+        "n3": 2,
+        "m": 1,
+    }
+    assert launch_environment.expected_nodes(launch_environment.LaunchEnvironment("torchrun")) == {}
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     assert launch_environment.node_name() == "n2"
     monkeypatch.delenv("SLURMD_NODENAME")
@@ -157,6 +162,6 @@ def test_ranks_per_node_from_the_variables_of_srun(monkeypatch):
 
 
 def test_a_store_without_a_holder(capfd):
-    launch = launch_environment.Launch("torchrun", 1, 2, port=1)
-    with pytest.raises(launch_environment.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
-        rendezvous.meet(launch, 1.0, "preflight")
+    launch = launch_environment.LaunchEnvironment("torchrun", 1, 2, port=1)
+    with pytest.raises(launch_environment.LaunchError, match=r"rank 1 on .* cannot reach 127.0.0.1:1"):
+        rendezvous.create_store(launch, 1.0, "preflight")
