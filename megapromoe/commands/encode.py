@@ -147,13 +147,13 @@ def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages 
     )
     if options.autoencoder:  # only its identity: the files do not name their autoencoder
         autoencoder = open_autoencoder(options.autoencoder, device)
-        shape = autoencoder.latent_shape(source.facts["resolution"])
-        if shape != source.facts["shape"]:
+        shape = autoencoder.latent_shape(source.manifest_fields["resolution"])
+        if shape != source.manifest_fields["shape"]:
             raise AutoencoderError(
                 f"autoencoder {options.autoencoder!r} makes latents of shape {shape}, the files hold"
-                f" {source.facts['shape']}: they are of another"
+                f" {source.manifest_fields['shape']}: they are of another"
             )
-        source.facts |= {
+        source.manifest_fields |= {
             "autoencoder": autoencoder.identity,
             "scale": autoencoder.scale,
             "shift": autoencoder.shift,
@@ -169,9 +169,9 @@ def _print_plan(source: EncodedImages | PublishedLatents, files: int, shard_size
 
     for note in source.scan.notes:
         print(f"note: {note}", file=sys.stderr)
-    size = record_bytes(source.facts)
+    size = record_bytes(source.manifest_fields)
     shards = -(-files // shard_size)
-    facts, skipped = source.facts, source.scan.skipped
+    facts, skipped = source.manifest_fields, source.scan.skipped
     print(
         f"{files:,} files of {len(source.scan.class_names)} classes"
         + (f" ({len(skipped)} others are left out, such as {skipped[0][0]})" if skipped else "")

@@ -25,7 +25,7 @@ from megapromoe.checkpoint.average import Average
 from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import UNSHARDED
@@ -167,7 +167,7 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
     """
     model = _whole_model(dense, weights)
     dataset = open_dataset(config)
-    loader = Loader(dataset, config.data.seed, 0.0, config.data.flip, config.model.null_class)
+    loader = SampleStream(dataset, config.data.seed, 0.0, config.data.flip, config.model.null_class)
     objective = make_objective(config)
     seen: dict[int, list[Tensor]] = {block: [] for block in config.model.moe_blocks}
     hooks = [
@@ -180,7 +180,7 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
     for first in range(0, images, batch):
         samples = loader.batch(first, min(batch, images - first))
         x_BCHW, t_B = objective.corrupt(samples.clean_BCHW, samples.noise_BCHW, samples.u_B)
-        model(x_BCHW, t_B, samples.labels_B, samples.conditional)
+        model(x_BCHW, t_B, samples.labels_B, samples.num_conditional)
     for hook in hooks:
         hook.remove()
     return {block: torch.cat(tokens) for block, tokens in seen.items()}

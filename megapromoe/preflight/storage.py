@@ -129,7 +129,7 @@ def check_data(config: Config) -> Data | None:
         dataset = open_dataset(config)
         indices = np.unique(np.linspace(0, len(dataset) - 1, RECORDS).astype(np.int64))
         start = time.perf_counter()
-        images = dataset.draw(indices, np.zeros(len(indices), dtype=bool), None)
+        images = dataset.sample(indices, np.zeros(len(indices), dtype=bool), None)
         seconds = time.perf_counter() - start
         labels = np.asarray(dataset.labels)[indices]
     except Exception as error:  # any error of a reader is a finding about this node

@@ -24,7 +24,7 @@ from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
 from megapromoe.data.datasets import Dataset, DatasetError
-from megapromoe.data.loader import Batch, Loader, prefetch
+from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
@@ -139,7 +139,7 @@ def _train(
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
     dataset = _open_dataset(config)
-    loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    loader = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema, t.ema_warmup)
@@ -269,7 +269,7 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: Metr
         window.add(denoising, total, auxiliary)
         return total, total.detach()
 
-    return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.conditional, loss=loss)
+    return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.num_conditional, loss=loss)
 
 
 def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:

@@ -520,10 +520,10 @@ def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, c
 
 
 def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained, monkeypatch):
-    from megapromoe.data.loader import Loader
+    from megapromoe.data.sample_stream import SampleStream
 
     loop = sys.modules["megapromoe.training.loop"]
-    monkeypatch.setattr(loop, "train", lambda *_: Loader.micro_batches(0, 2, 0, 1, 7))
+    monkeypatch.setattr(loop, "train", lambda *_: SampleStream.micro_batches(0, 2, 0, 1, 7))
     with pytest.raises(ValueError, match="train.global_batch: 7"):
         cli.main(["train", "--run", "x"])
     monkeypatch.setattr(loop, "train", lambda *_: json.loads("no json"))

@@ -178,7 +178,7 @@ def make_workspace(folder: str) -> None:
     write_images(Path("imagenet/train"))
     write_images(Path("photos"))
     encoded = Arrays(classes=3, shape=(2, 8, 8))
-    encoded.facts["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
+    encoded.manifest_fields["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
     write(Path("latents/train"), encoded)
     latents = ["data.source=latents", "data.path=latents/train", "model.in_channels=2", "model.num_classes=3"]
     runs = {"digits": [], "kmeans": ["model.router=kmeans"], "dit_b": ["model.router=dense", "model.mlp_ratio=4.0"]}

@@ -17,7 +17,7 @@ from megapromoe.data import encode
 from megapromoe.data.datasets import DatasetError
 from megapromoe.data.encode import EncodeError
 from megapromoe.data.latents import Latents
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset
 
 RECORDS = 6
@@ -81,7 +81,7 @@ def fuzz_training_data(root: Path, flips: int, seed: int) -> Tally:
 
     def read() -> tuple[list[bytes], int]:
         RunDirectory(run).state(config)
-        loader = Loader(open_dataset(config), config.data.seed, 0.3, config.data.flip, config.model.null_class)
+        loader = SampleStream(open_dataset(config), config.data.seed, 0.3, config.data.flip, config.model.null_class)
         batches = [loader.batch(first, 4) for first in range(0, 2 * RECORDS, 4)]
         fields = ("clean_BCHW", "labels_B", "positions_B", "u_B", "noise_BCHW")
         tensors: list[torch.Tensor] = [getattr(batch, field) for batch in batches for field in fields]
