@@ -194,9 +194,9 @@ def _plan(source: Source, shard_size: int) -> dict[str, Any]:
 def _exclusive_folder(folder: Path, plan: dict[str, Any], rank: int, world: int, wait_timeout: float) -> Iterator[bool]:
     """Gives this job exclusive access to the folder; yields whether the latents are complete already.
 
-    Rank 0 writes the plan and holds a lock on it; the other ranks wait for the plan and compare it with theirs. A job of
-    one rank that fails before its first shard is finished removes the plan. With several ranks the plan is kept, because
-    others may still be writing.
+    Rank 0 writes the plan and holds a lock on it; the other ranks wait for the plan and compare it with theirs. A job
+    of one rank that fails before its first shard is finished removes the plan. With several ranks the plan is kept,
+    because others may still be writing.
     """
     path = folder / PLAN
     if rank == 0:
