@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megapromoe.benchmark.timed_case import TimedCase
 from support.processes import run
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -15,6 +14,7 @@ from megapromoe.benchmark import baselines, layer, measure, models, routing_patt
 from megapromoe.benchmark.baseline_wrapper import CannotRun
 from megapromoe.benchmark.baselines import BatchedCapacity, make_contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
+from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.distributed import mesh
 from megapromoe.nn.compile import compile_dense
 
