@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, Cluster, Limits, Row, nodes_to_blame
 
-DIRECTIONS = ("whole", "tp", "dp", "ep", "edp")
+DIRECTIONS = ("world", "tp", "dp", "ep", "edp")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ELEMENTS = 1 << 16  # fp32 elements that a rank contributes
 

@@ -154,7 +154,7 @@ def _train(
     step = manifest["step"]
     if mesh.rank == 0:
         begins = f"resumes from step {step:,}" if step else "begins at step 0"
-        for line in summary(config, mesh.world, run.folder, begins, dataset, runtime.describe_device(device)):
+        for line in summary(config, mesh.world_size, run.folder, begins, dataset, runtime.describe_device(device)):
             logger.info("%s", line)
     for line in describe_changes(config, run.changed, step):  # rank 0 alone knows them, and it alone logs
         logger.info("changed since the last start: %s", line)

@@ -173,7 +173,7 @@ def test_faults_of_network_and_file_system(tmp_path):
     )
     assert codes == [3] * 4 and bad == ["n1", "n2", "n3"]
     assert verdicts(report, "files") == {"n1": FAIL}
-    assert verdicts(report, "group whole") == {"n2": FAIL}
+    assert verdicts(report, "group world") == {"n2": FAIL}
     assert verdicts(report, "group ep") != {} and "n0" not in verdicts(report, "group ep")
     assert verdicts(report, "bandwidth") == {"n3": FAIL}
     assert "wrong from rank 2" in " ".join(row["result"] for row in report["rows"])
@@ -213,7 +213,7 @@ def stuck():
 @pytest.mark.parametrize(
     "fault, stage, how",
     [
-        (frozen, "reduce_scatter in whole", "silent"),
+        (frozen, "reduce_scatter in world", "silent"),
         full(killed, "all_to_all in edp", "silent"),
         full(stuck, "data", "not finished"),
     ],
@@ -263,7 +263,7 @@ def work_as_a_program(rank: int, port: int, folder: Path, faults: dict, argument
     "fault, where",
     [
         pytest.param(frozen_during_arrivals, "the process that holds the job's store", marks=pytest.mark.full),
-        pytest.param(frozen, "in reduce_scatter in whole", marks=pytest.mark.full),
+        pytest.param(frozen, "in reduce_scatter in world", marks=pytest.mark.full),
         pytest.param(frozen_before_the_verdict, "the process that holds the job's store", marks=pytest.mark.full),
     ],
 )

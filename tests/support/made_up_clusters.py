@@ -28,7 +28,7 @@ def cluster_of(nodes: int = 8, ranks: int = 8) -> Cluster:
         findings["machine"][r] = replace(GOOD, uuid=f"GPU-{r}")
         node = list(range(r // ranks * ranks, r // ranks * ranks + ranks))
         groups = {
-            "whole": GroupResult(list(range(world))),
+            "world": GroupResult(list(range(world))),
             "tp": GroupResult([r // 2 * 2, r // 2 * 2 + 1]),
             "ep": GroupResult(node),
         }

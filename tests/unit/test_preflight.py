@@ -92,13 +92,13 @@ def wrong_sender(cluster, rank):
     for other in cluster.findings["network"]:
         if other != rank:
             result = GroupResult(list(range(cluster.world)), ["all_reduce"], [rank])
-            change(cluster, "network", other, groups={"whole": result})
+            change(cluster, "network", other, groups={"world": result})
 
 
 def wrong_nvlink(cluster, node):
     """Sums within a node go wrong, and so does every larger sum."""
     for rank, network in cluster.findings["network"].items():
-        wrong = {"whole": GroupResult(network.groups["whole"].ranks, ["all_reduce"])}
+        wrong = {"world": GroupResult(network.groups["world"].ranks, ["all_reduce"])}
         if cluster.node_of[rank] == node:
             wrong["ep"] = GroupResult(network.groups["ep"].ranks, ["all_reduce"])
         change(cluster, "network", rank, groups=network.groups | wrong)
@@ -143,7 +143,7 @@ BAD_NODE = {
         lambda c: [change(c, "network", r, wrong_pairs=["node3"]) for r in range(64) if r // 8 != 3],
     ),
     "slow NVLink": ("ep all-to-all", lambda c: change(c, "network", 27, exchange=100.0)),
-    "a wrong sender": ("group whole", lambda c: wrong_sender(c, 27)),
+    "a wrong sender": ("group world", lambda c: wrong_sender(c, 27)),
     "wrong NVLink": ("group ep", lambda c: wrong_nvlink(c, "node3")),
     "a failing adapter": ("network", lambda c: change(c, "network", 27, error="joining: NCCL error: no device")),
     "a silent rank": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in dp", (27,), (27,)))),
@@ -171,7 +171,7 @@ NO_NODE_AT_FAULT = {
         "versions",
         lambda c: [change(c, "machine", r, versions=GOOD.versions | {"torch": "2.12"}) for r in range(32)],
     ),
-    "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in whole", (), tuple(range(64))))),
+    "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in world", (), tuple(range(64))))),
     "a rank of an unknown node": ("arrival", lambda c: (c.node_of.pop(29), c.expected.clear(), c.findings.clear())),
 }
 
@@ -351,14 +351,14 @@ def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():
 def test_ranks_that_wait_for_a_rank_with_an_error_are_not_blamed():
     cluster = cluster_of(nodes=3)
     change(cluster, "network", 8, error="joining: no interface")
-    cluster.hang = Hang("all_reduce in whole", (), tuple(r for r in range(16, 24)))
+    cluster.hang = Hang("all_reduce in world", (), tuple(r for r in range(16, 24)))
     assert verdict_of(cluster).bad_nodes == ("node1",)
 
 
 def test_a_rank_whose_connection_to_a_silent_rank_fails_is_not_blamed():
     cluster = cluster_of(nodes=3)
-    change(cluster, "network", 8, error="all_reduce in whole: connection reset by peer")
-    cluster.hang = Hang("all_reduce in whole", (16,), (16,))
+    change(cluster, "network", 8, error="all_reduce in world: connection reset by peer")
+    cluster.hang = Hang("all_reduce in world", (16,), (16,))
     assert verdict_of(cluster).bad_nodes == ("node2",)
 
 
