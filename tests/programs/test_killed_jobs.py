@@ -145,9 +145,8 @@ def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
     took = time.monotonic() - stopped
     os.kill(pids[hung], signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
-    assert re.search(rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+", output), (
-        output
-    )
+    message = rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+"
+    assert re.search(message, output), output
     assert took <= 2 * limit
     where = "others name rank, section and step, exit code 76"
     fault_table.append(
