@@ -75,7 +75,7 @@ def export(
     _check_room(state, destination, form, weights)
     notes: list[str] = []
     if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
-        notes.append("the source is a snapshot of averages alone: they stand for the weights as trained too")
+        notes.append("the source is a snapshot with averages only: they are used for the trained weights too")
         state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
     with atomic_tree(destination, overwrite) as staging:
@@ -95,7 +95,7 @@ def export(
 
 
 def written_weights(state: State, form: str, weights: str | None) -> str:
-    """Which weights `export` writes, in words; of averaged ones with the share of the initial weights in them."""
+    """A description of the weights that `export` writes, with the share of the initial weights in averaged ones."""
     alone = weights or ("ema" if form == "diffusers" else None)
     if alone == "master":
         return "weights as trained (master)"
@@ -204,7 +204,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
     if state.average is not None and "ema" in state.kinds:
-        # The warm-up counts updates: where these start again, the next start decides it.
+        # The warm-up of the average counts updates. If these start again at 0, the next start chooses the warm-up.
         average = state.average if updates == state.average.updates else replace(state.average, warmup=None)
         manifest |= average.facts()
     write_text(checkpoint / MANIFEST, seal(manifest))

@@ -57,7 +57,7 @@ class State:
 
     @property
     def known_updates(self) -> int | None:
-        """`updates`; None of weights without moments, and of converted ones whose moments start at zero.
+        """`updates`; None for weights without moments, and for converted ones whose moments start at zero.
 
         Of a snapshot, those of its average.
         """
@@ -207,7 +207,7 @@ def check_positions(path: Path, name: str, stored: Stored | None, config: ModelC
 
 
 def with_masters(state: State) -> State:
-    """A state of averages alone whose averages stand for the weights as trained too."""
+    """A state with averages only, with the averages used for the trained weights too."""
     return replace(
         state,
         kinds=("master", *state.kinds),

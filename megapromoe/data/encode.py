@@ -385,7 +385,7 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))
     if not labels:
         first, reason = skipped[-1]
-        for number in range(shards):  # another try is to read the files again
+        for number in range(shards):  # so that the next attempt reads the files again
             (folder / _part_name(number)).unlink()
             (folder / _shard_name(number)).unlink()
         (folder / PLAN).unlink(missing_ok=True)
