@@ -19,7 +19,7 @@ from megapromoe.commands.command_line import SETTING, checked_output
 from megapromoe.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from megapromoe.distributed.launch_environment import Launch
+    from megapromoe.distributed.launch_environment import LaunchEnvironment
 
 # Name and summary of each command, in the order of the help; `megapromoe.commands.NAME` is its module.
 COMMANDS = {
@@ -66,7 +66,7 @@ class Command(Protocol):
     def arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds its options."""
 
-    def run(self, options: argparse.Namespace, launch: Launch | None) -> int:
+    def run(self, options: argparse.Namespace, launch: LaunchEnvironment | None) -> int:
         """Runs it and returns the exit code; `launch` is this rank, None unless `JOB`. Raises UserError."""
 
 
@@ -176,10 +176,10 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
     import logging
 
     from megapromoe.distributed import launch_environment
-    from megapromoe.distributed.rank_output import lasting_output
+    from megapromoe.distributed.rank_output import ignoring_output_errors
 
     launch = launch_environment.detect()
-    with lasting_output():
+    with ignoring_output_errors():
         log = logging.getLogger("megapromoe")
         log.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
         if not log.handlers:
@@ -187,7 +187,7 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
         return _run_rank(command, options, launch)
 
 
-def _run_rank(command: Command, options: argparse.Namespace, launch: Launch) -> int:
+def _run_rank(command: Command, options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.distributed import process_end
 
     try:
@@ -201,9 +201,9 @@ def _run_rank(command: Command, options: argparse.Namespace, launch: Launch) -> 
         return error.exit_code
     except ImportError as error:
         if missing_package(error) is None and launch.world > 1:
-            process_end.leave(error)
+            process_end.exit_with_traceback(error)
         raise  # all ranks have the same packages, and end with the same message
     except Exception as error:
         if launch.world > 1:
-            process_end.leave(error)
+            process_end.exit_with_traceback(error)
         raise

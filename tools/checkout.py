@@ -1,4 +1,4 @@
-"""The package beside this folder, for the programs of this folder: a checkout need not be installed."""
+"""Makes the package of this checkout importable for the programs in this folder, without an installation."""
 
 import os
 import sys
@@ -7,12 +7,12 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parents[1])
 
 sys.path.insert(0, ROOT)
-# Processes that are started from this one import the same package.
+# Child processes must import the same package.
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run(command: str) -> int:
-    """Runs `megapromoe COMMAND` with the words of this program's command line; returns its exit code."""
+    """Runs `megapromoe COMMAND` with this program's arguments; returns its exit code."""
     from megapromoe.cli import main
 
     return main([command, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Damages every file that the trainer reads back and reports what became of each, from a checkout; see `--help`."""
+"""Damages every kind of file that the trainer reads and reports the outcomes, from a checkout; see `--help`."""
 
 import sys
 from pathlib import Path

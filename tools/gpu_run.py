@@ -1,4 +1,4 @@
-"""Measures on a GPU that is at hand for a short time, from a checkout; `--help` explains it."""
+"""Measures on a GPU that is available for a short time, from a checkout; `--help` explains it."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""The main job: a ProMoE of the digits, trained on four processes, then sampled, looked into and judged.
+"""The main example: trains a ProMoE on the digits with four processes, samples images and writes a report.
 
     python tools/train_digits.py [--run runs/digits] [--ranks 4] [section.key=value ...]
 
 Trains the `digits` preset with tensor parallelism 2, expert parallelism 2 and ZeRO-1, and writes samples.png,
-loss.png, routing.png, report.json and report.md into the run directory. Repeat the command to continue, or to write the
-report of a finished run anew. Exits with 1 if training fails, or if too few digits are read as their class after the
-preset's number of steps; after any other number the share is printed alone.
+loss.png, routing.png, report.json and report.md into the run directory. Repeat the command to resume training, or to
+write the report of a finished run again. Exits with 1 if training fails, or if too few generated digits are classified
+correctly after the preset's number of steps; after another number of steps the accuracy is only printed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import checkout  # noqa: F401, makes the package importable, for this process and for those that train
+import checkout  # noqa: F401, makes the package importable in this process and in those that train
 
 REQUIRED_ACCURACY = 0.95
 SAMPLES = 500
@@ -42,17 +42,17 @@ def main() -> int:
     runtime.prepare()
     from megapromoe.evaluation.report import write_report
 
-    torch.set_num_threads(1)  # products this small are slower on several
+    torch.set_num_threads(1)  # such small matrix products are slower with several threads
     report = write_report(options.run, SAMPLES, {"the last training command": trained})
     print()
     print((options.run / "report.md").read_text(encoding="utf-8"))
     for name in ("samples.png", "loss.png", "routing.png", "report.md", "report.json"):
         print(options.run / name)
-    print(f"all of it took {time.perf_counter() - start:.0f} s")
+    print(f"total time: {time.perf_counter() - start:.0f} s")
     if report["steps"] != default_steps():
         print(
             f"accuracy {report['accuracy']:.1%} after {report['steps']} steps; {REQUIRED_ACCURACY:.0%} are required"
-            f" after the default of {default_steps()} steps alone"
+            f" only after the default of {default_steps()} steps"
         )
     elif report["accuracy"] < REQUIRED_ACCURACY:
         print(f"accuracy {report['accuracy']:.1%} is below {REQUIRED_ACCURACY:.0%}", file=sys.stderr)
@@ -61,13 +61,14 @@ def main() -> int:
 
 
 def default_steps() -> int:
-    """The length of the training that the required accuracy is for: the preset's."""
+    """The preset's number of steps, for which the accuracy is required."""
     from megapromoe.config.resolve import resolve
 
     return resolve("digits").train.steps
 
 
 def arguments() -> argparse.Namespace:
+    """The parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -85,12 +86,12 @@ def arguments() -> argparse.Namespace:
 
 def train(run: Path, ranks: int, overrides: list[str]) -> int:
     """Trains until the preset's last step; returns the launcher's exit code."""
-    side = 2 if ranks % 2 == 0 else 1
+    degree = 2 if ranks % 2 == 0 else 1
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # --run-dir: the launcher would take --run for an option of its own.
+    # --run-dir and not --run, which the launcher would take as an abbreviation of one of its own options.
     command += ["-m", "megapromoe", "train", "--preset", "digits", "--run-dir", str(run)]
-    command += [f"parallel.tp={side}", f"parallel.ep={side}", *overrides]
-    # More threads than one a process would fight for the cores.
+    command += [f"parallel.tp={degree}", f"parallel.ep={degree}", *overrides]
+    # One thread per process, because all processes share the cores.
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
 

@@ -37,7 +37,7 @@ def describe(device: str) -> dict[str, Any]:
     """
     import torch  # takes seconds to import
 
-    from megapromoe.preflight.machine import ask_gpus, versions
+    from megapromoe.preflight.machine import query_gpus, versions
 
     gpu = device == "cuda"
     if gpu and not torch.cuda.is_available():
@@ -52,7 +52,7 @@ def describe(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         **{name: installed[name] for name in ("python", "torch", "deepspeed", "megapromoe")},
         "cores": os.cpu_count(),
-        "nvidia_smi": ask_gpus(GPU_FACTS),
+        "nvidia_smi": query_gpus(GPU_FACTS),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 

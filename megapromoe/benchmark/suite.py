@@ -183,9 +183,9 @@ def _job(cases: Sequence[BenchmarkCase], settings: Settings) -> Iterator[None]:
         yield
         return
     runtime.prepare()
-    runtime.start(runtime.Launch("python"), timeout=600)
+    runtime.init_process_group(runtime.LaunchEnvironment("python"), timeout=600)
     torch.set_num_threads(settings.threads)
     try:
         yield
     finally:
-        runtime.stop()
+        runtime.destroy_process_group()

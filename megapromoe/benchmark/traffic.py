@@ -72,7 +72,7 @@ def count_messages(name: str, config: Config, routing: str, settings: Settings) 
         from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer  # slow to import
 
         try:
-            layer = DeepSpeedLayer(moe, drops=name == "deepspeed-capacity", ep=mesh.world)
+            layer = DeepSpeedLayer(moe, drops=name == "deepspeed-capacity", ep=mesh.world_size)
         except CannotRun as error:
             return {"cannot": str(error)}
     layer.train()
@@ -88,7 +88,7 @@ def count_messages(name: str, config: Config, routing: str, settings: Settings) 
     with torch.no_grad():
         expert_R = moe.route(x_BSD, settings.num_conditional).assignment.expert_R
     owner_R = (
-        ExpertPlacement(config.model.num_experts, mesh.world).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
+        ExpertPlacement(config.model.num_experts, mesh.world_size).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
     )
     bound = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
     messages: dict[str, dict[str, Any]] = {}

@@ -119,13 +119,13 @@ def _show(options: argparse.Namespace) -> int:
 
 def _speed(options: argparse.Namespace) -> int:
     from megapromoe.data.latents import Latents
-    from megapromoe.data.loader import Loader, prefetch
-    from megapromoe.data.node_cache import fill
+    from megapromoe.data.node_cache import cache_shards
+    from megapromoe.data.sample_stream import SampleStream, prefetch
 
     data = Latents(options.folder)
     if options.cache:
-        data = Latents(options.folder, fill(options.folder, options.cache, data.manifest))
-    loader = Loader(data, 0, 0.1, data.manifest.mirror != "none", data.num_classes)
+        data = Latents(options.folder, cache_shards(options.folder, options.cache, data.manifest))
+    loader = SampleStream(data, 0, 0.1, data.manifest.mirror != "none", data.num_classes)
     size = options.batch
     batches = prefetch(loader, (range(i * size, (i + 1) * size) for i in range(1 << 40)), options.workers)
     try:

@@ -18,7 +18,7 @@ from megapromoe.commands.command_line import (
 if TYPE_CHECKING:
     from megapromoe.data.encode import EncodedImages
     from megapromoe.data.importing import PublishedLatents
-    from megapromoe.distributed.runtime import Launch
+    from megapromoe.distributed.runtime import LaunchEnvironment
 
 EPILOG = """\
 --images holds a folder for each class, with images at any depth, of any size and mode; --autoencoder is a folder of
@@ -75,12 +75,12 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 
-def run(options: argparse.Namespace, launch: Launch) -> int:
+def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     if options.images and not options.autoencoder:
         raise CommandError('--images needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
     if options.one_class and options.class_order == "number":
         raise CommandError("--class-order number: with --one-class there are no classes to order; give one of them")
-    from megapromoe.distributed.agreement import met_ranks
+    from megapromoe.distributed.agreement import connected_ranks
 
     log = logging.getLogger("megapromoe")
     log.setLevel(logging.INFO)  # every rank reports its shards, with the time
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, launch: Launch) -> int:
         with file_errors():
             if launch.world == 1:
                 return _encode(options, launch)
-            with met_ranks(launch, MEETING, options.step_timeout, "--step-timeout") as ranks:
+            with connected_ranks(launch, MEETING, options.step_timeout, "--step-timeout") as ranks:
                 code = _encode(options, launch)
                 ranks.wait_for_all()  # whoever hangs meanwhile is named
                 return code
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace, launch: Launch) -> int:
         raise InterruptedCommand("interrupted; repeat the command to go on") from error
 
 
-def _encode(options: argparse.Namespace, launch: Launch) -> int:
+def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.data.encode import encode
     from megapromoe.distributed import watchdog
     from megapromoe.work_progress import Progress
@@ -147,13 +147,13 @@ def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages 
     )
     if options.autoencoder:  # only its identity: the files do not name their autoencoder
         autoencoder = open_autoencoder(options.autoencoder, device)
-        shape = autoencoder.latent_shape(source.facts["resolution"])
-        if shape != source.facts["shape"]:
+        shape = autoencoder.latent_shape(source.manifest_fields["resolution"])
+        if shape != source.manifest_fields["shape"]:
             raise AutoencoderError(
                 f"autoencoder {options.autoencoder!r} makes latents of shape {shape}, the files hold"
-                f" {source.facts['shape']}: they are of another"
+                f" {source.manifest_fields['shape']}: they are of another"
             )
-        source.facts |= {
+        source.manifest_fields |= {
             "autoencoder": autoencoder.identity,
             "scale": autoencoder.scale,
             "shift": autoencoder.shift,
@@ -169,9 +169,9 @@ def _print_plan(source: EncodedImages | PublishedLatents, files: int, shard_size
 
     for note in source.scan.notes:
         print(f"note: {note}", file=sys.stderr)
-    size = record_bytes(source.facts)
+    size = record_bytes(source.manifest_fields)
     shards = -(-files // shard_size)
-    facts, skipped = source.facts, source.scan.skipped
+    facts, skipped = source.manifest_fields, source.scan.skipped
     print(
         f"{files:,} files of {len(source.scan.class_names)} classes"
         + (f" ({len(skipped)} others are left out, such as {skipped[0][0]})" if skipped else "")

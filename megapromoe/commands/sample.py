@@ -12,7 +12,7 @@ from megapromoe.commands.options import run_option
 from megapromoe.config.options import ConfigError
 
 if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
-    from megapromoe.distributed.runtime import Launch
+    from megapromoe.distributed.runtime import LaunchEnvironment
     from megapromoe.sampling.request import GenerationRequest
 
 EPILOG = """\
@@ -141,7 +141,7 @@ def _sample_overrides(options: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def run(options: argparse.Namespace, launch: Launch) -> int:
+def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()

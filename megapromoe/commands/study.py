@@ -230,7 +230,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _run(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
-    from megapromoe.distributed.stop_requests import listening
+    from megapromoe.distributed.stop_requests import install_signal_handlers
     from megapromoe.studies.runs import exit_code, jobs_to_run, run_tasks
 
     study = open_study(options.study)
@@ -239,7 +239,7 @@ def _run(options: argparse.Namespace) -> int:
     jobs = jobs_to_run(study, tasks, options.evaluate, alone=options.task is not None)
     if options.jobs > 1:
         runtime.share_cores(options.jobs)
-    with listening() as asked_to_stop:
+    with install_signal_handlers() as asked_to_stop:
         codes = run_tasks(study, jobs, options.jobs, asked_to_stop)
         code = exit_code(codes)
         if not asked_to_stop() and not options.evaluate:

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors are like, and how two checkpoints differ; one tensor is in memory at a time."""
+"""Norms of a checkpoint's tensors, and differences of two checkpoints, with one tensor of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from megapromoe.conversion.state import State
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one kind of one parameter: the largest |a - b|, and ‖a - b‖ / ‖a‖ (the plain norm of b where a is zero)."""
+    """The difference of two checkpoints in one kind of one parameter.
+
+    Attributes:
+        largest: max |a - b|.
+        relative: ‖a - b‖ / ‖a‖; ‖b‖ if a is zero.
+    """
 
     name: str
     kind: str
@@ -18,39 +23,51 @@ class Difference:
     relative: float
 
 
-def norms(state: State, seen: Callable[[int], object] | None = None) -> dict[str, dict[str, float]]:
-    """The norm of each parameter and kind, name -> kind -> norm, summed in float64. `seen` is told bytes as they go."""
+def norms(state: State, progress: Callable[[int], object] | None = None) -> dict[str, dict[str, float]]:
+    """The norms of all parameters: name -> kind -> norm, computed in float64.
+
+    Args:
+        progress: called with the number of bytes of each tensor that was read.
+    """
     out: dict[str, dict[str, float]] = {}
     for name in state.shapes:
         out[name] = {}
         for kind in state.kinds:
             tensor = state.read(kind, name)
             out[name][kind] = float(tensor.double().norm())
-            if seen:
-                seen(tensor.nbytes)
+            if progress:
+                progress(tensor.nbytes)
     return out
 
 
 def differences(
-    one: State, other: State, seen: Callable[[int], object] | None = None
+    first: State, second: State, progress: Callable[[int], object] | None = None
 ) -> tuple[list[Difference], list[str]]:
-    """Differences over what both have, in the order of the first; and, in words, what only one has or shapes apart."""
-    apart = [
-        f"{name}: {one.shapes.get(name)} and {other.shapes.get(name)}"
-        for name in {**one.shapes, **other.shapes}
-        if one.shapes.get(name) != other.shapes.get(name)
+    """Compares two checkpoints.
+
+    Args:
+        progress: called with the number of bytes that were read.
+
+    Returns:
+        The differences of the tensors that both have, in the order of the first; and descriptions of parameters and
+        kinds that only one has or whose shapes differ.
+    """
+    unmatched = [
+        f"{name}: {first.shapes.get(name)} and {second.shapes.get(name)}"
+        for name in {**first.shapes, **second.shapes}
+        if first.shapes.get(name) != second.shapes.get(name)
     ]
-    kinds = [kind for kind in one.kinds if kind in other.kinds]
-    apart += [f"{kind}: of one alone" for kind in (*one.kinds, *other.kinds) if kind not in kinds]
-    found = []
-    for name, shape in one.shapes.items():
-        if other.shapes.get(name) != shape:
+    kinds = [kind for kind in first.kinds if kind in second.kinds]
+    unmatched += [f"{kind}: only in one" for kind in (*first.kinds, *second.kinds) if kind not in kinds]
+    result = []
+    for name, shape in first.shapes.items():
+        if second.shapes.get(name) != shape:
             continue
         for kind in kinds:
-            a, b = one.read(kind, name), other.read(kind, name)
-            gap = (a.double() - b.double()).flatten()
+            a, b = first.read(kind, name), second.read(kind, name)
+            difference = (a.double() - b.double()).flatten()
             size = float(a.double().norm()) or 1.0
-            found.append(Difference(name, kind, float(gap.abs().max()), float(gap.norm()) / size))
-            if seen:
-                seen(2 * a.nbytes)
-    return found, apart
+            result.append(Difference(name, kind, float(difference.abs().max()), float(difference.norm()) / size))
+            if progress:
+                progress(2 * a.nbytes)
+    return result, unmatched

@@ -1,4 +1,4 @@
-"""What a model was trained to predict, and of which time: four conventions, as settings of a config. Without torch.
+"""The four conventions of what a model predicts and which time it takes, as options of a config. Imports no torch.
 
 With x = (1 - σ) clean + σ noise and model time t = 1000 σ:
 
@@ -9,8 +9,8 @@ repa    REPA: noise - clean, time σ                        diffusion.objective=
 sit     SiT, DiffMoE's flow: clean - noise, time 1 - σ     diffusion.objective=rf, model.time_input=sit
 ======  =================================================  ======================================================
 
-A `sit` model predicts the negative of our velocity; readers negate its last layer, and then it computes what our
-objective asks for. Files with published names are written with the sign of theirs again.
+A `sit` model predicts the negative of our velocity. The readers negate its last layer; files with published names are
+written with the original sign.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("rf", "ddpm", "repa", "sit")
 _LAST_LAYER = "final_layer.linear."
-_ODD_KINDS = ("master", "ema", "exp_avg")  # kinds that change their sign with the output; exp_avg_sq is of squares
+_ODD_KINDS = ("master", "ema", "exp_avg")  # kinds whose sign changes with that of the output; exp_avg_sq holds squares
 _METHODS = {"rf": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
 
 ASK = (
-    "the file does not say what it was trained to predict, and {config} is taken: if that is not so, give --objective"
-    " ddpm (DiT), repa, sit (SiT and DiffMoE's flow, whose time runs from noise to data) or rf (ours, ProMoE)"
+    "the file does not contain its training objective; {config} is assumed: otherwise give --objective ddpm (DiT),"
+    " repa, sit (SiT and DiffMoE's flow, whose time runs from noise to data) or rf (ours, ProMoE)"
 )
 
 
 def with_objective(config: Config, objective: str) -> Config:
-    """`config` with the settings of one of OBJECTIVES, or as it is where it has them already.
+    """`config` with the options of one of OBJECTIVES; unchanged if it has them already.
 
-    Raises ConfigError if its model cannot have them.
+    Raises ConfigError if the model does not support them.
     """
     name = "ddpm" if objective == "ddpm" else "rf"
     time_input = objective if objective in ("repa", "sit") else "dit"
@@ -57,12 +57,12 @@ def with_objective(config: Config, objective: str) -> Config:
 
 
 def describe(config: Config) -> str:
-    """The two settings that tell the convention, as they are written on a command line."""
+    """The two options that determine the convention, as on a command line."""
     return f"diffusion.objective={config.diffusion.objective} model.time_input={config.model.time_input}"
 
 
 def in_our_sign(read: Callable[[str, str], Tensor], config: Config) -> Callable[[str, str], Tensor]:
-    """`read` (kind, parameter) of a file in its convention's signs, as one in ours; and the other way round."""
+    """Wraps `read` (kind, parameter) to convert between a file's convention of signs and ours, in both directions."""
     if config.model.time_input != "sit":
         return read
 

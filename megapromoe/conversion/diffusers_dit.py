@@ -1,8 +1,8 @@
-"""diffusers' `DiTTransformer2DModel`: its config and its names, as a dense DiT of ours.
+"""Converts the config and names of diffusers' `DiTTransformer2DModel` to those of our dense DiT.
 
-diffusers computes DiT with time frequencies of 10000^(-i / 127) and an epsilon of 1e-5 before each MLP, where DiT has
-10000^(-i / 128) and 1e-6; `model.time_frequency_shift` and `model.mlp_norm_eps` follow it, so that outputs are equal.
-Each block has its own copy of the embeddings of time and class; they must be equal, for we have one.
+diffusers computes DiT with time frequencies 10000^(-i / 127) and an epsilon of 1e-5 before each MLP, DiT itself with
+10000^(-i / 128) and 1e-6. `model.time_frequency_shift` and `model.mlp_norm_eps` reproduce diffusers' outputs. In
+diffusers each block has a copy of the time and class embeddings; all must be equal, because DiT has one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megapromoe.conversion.stream import ConversionError, Stored
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 POSITIONS = "pos_embed.pos_embed"  # saved by some versions
-# Source: DiTTransformer2DModel.__init__, BasicTransformerBlock: defaults, and what the model computes here.
+# Source: DiTTransformer2DModel.__init__ and BasicTransformerBlock: the defaults, and the only supported values.
 _DEFAULTS = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -44,7 +44,7 @@ _TIMES, _CLASSES = "norm1.emb.timestep_embedder.linear_", "norm1.emb.class_embed
 
 
 def native(path: Path, content: Any) -> Mapping[str, Any] | None:
-    """A config.json, if it is that of diffusers' DiT; None if diffusers did not write it.
+    """Returns a config.json if it is that of diffusers' DiT; None if diffusers did not write it.
 
     Raises ConversionError for another model of diffusers.
     """
@@ -54,22 +54,22 @@ def native(path: Path, content: Any) -> Mapping[str, Any] | None:
     if name in CLASSES:
         return content
     if "_diffusers_version" in content:
-        raise ConversionError(f"{path}: is a {name} of diffusers; of its models only {CLASSES[0]} is read")
+        raise ConversionError(f"{path}: is a {name} of diffusers; only {CLASSES[0]} is supported")
     return None
 
 
 def config_of(path: Path, content: Mapping[str, Any], given: Config | None, notes: list[str]) -> Config:
-    """The config of the model that a config.json describes; `given` instead, if its model is that one.
+    """The config of the model that a config.json describes; `given`, if there is one and it describes the same model.
 
-    `given` may choose DiT's own time frequencies and epsilon, which differ from diffusers'.
+    `given` may have DiT's time frequencies and epsilon, which differ from those of diffusers.
 
-    Raises ConversionError where it is no DiT that we have, or of another model than `given`'s; or ConfigError.
+    Raises ConversionError if the model is not a supported DiT or differs from `given`, or ConfigError.
     """
     has = {key: content.get(key, value) for key, value in _DEFAULTS.items()}
     for key, value in _NEEDED.items():
         if content.get(key, value if content["_class_name"] == CLASSES[0] else None) != value:
             raise ConversionError(
-                f"{path}: config.json has {key} = {content.get(key)!r}; of diffusers' models only DiT is read, with"
+                f"{path}: config.json has {key} = {content.get(key)!r}; only diffusers' DiT is supported, with"
                 f" {key} = {value!r}"
             )
     if has["out_channels"] is None:
@@ -77,11 +77,11 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
     for key, value in has.items():
         if type(value) is not float if key == "norm_eps" else type(value) is not int or not 1 <= value <= _LARGEST:
             raise ConversionError(
-                f"{path}: config.json has {key} = {value!r}; it must be a number, sizes from 1 to {_LARGEST:,}"
+                f"{path}: config.json has {key} = {value!r}; it must be a number, for sizes from 1 to {_LARGEST:,}"
             )
     if has["out_channels"] not in (has["in_channels"], 2 * has["in_channels"]):
         raise ConversionError(
-            f"{path}: config.json has out_channels = {has['out_channels']}; they must be in_channels, or twice as many"
+            f"{path}: config.json has out_channels = {has['out_channels']}; it must be in_channels or twice in_channels"
         )
     model = {
         "router": "dense",
@@ -101,9 +101,8 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
     if given is None:
         notes.append(
             "the model computes as diffusers does (model.time_frequency_shift=1,"
-            f" model.mlp_norm_eps={has['norm_eps']:g}); weights that diffusers' authors took from DiT's release were"
-            " trained with 0 and 1e-6: give a config with these (--preset dit_xl --objective ddpm) to"
-            " compute as DiT does"
+            f" model.mlp_norm_eps={has['norm_eps']:g}); the weights of DiT's release were trained with 0 and 1e-6: for"
+            " those give a config with these values (--preset dit_xl --objective ddpm)"
         )
         return described
     for key in model:
@@ -112,22 +111,22 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         theirs, ours = getattr(described.model, key), getattr(given.model, key)
         if theirs != ours:
             raise ConversionError(
-                f"{path}: config.json describes a model with model.{key} = {theirs}, the config given has {ours}; set"
-                " it, or leave the config out"
+                f"{path}: config.json describes a model with model.{key} = {theirs}, but the given config has {ours};"
+                " correct it, or leave the config out"
             )
     for key in _AS_DIFFUSERS:
         theirs, ours = getattr(described.model, key), getattr(given.model, key)
         if theirs != ours:
             notes.append(
-                f"diffusers computes this model with model.{key} = {theirs}, the config says {ours}, which is kept"
+                f"diffusers computes this model with model.{key} = {theirs}; the given config's {ours} is used"
             )
     return given
 
 
 def our_names(path: Path, tensors: Mapping[str, Stored], config: Config) -> dict[str, Stored | list[Stored]]:
-    """Tensors by our names; queries, keys and values of a block as a list, one after the other.
+    """The tensors by our names; query, key and value projections of a block as a list.
 
-    Raises ConversionError if names or shapes are not of the config's model, or copies of an embedding differ.
+    Raises ConversionError if names or shapes are not those of the config's model, or copies of an embedding differ.
     """
     model = config.model
     width, mlp, patch = model.hidden_size, model.mlp_width, (model.patch_size,) * 2
@@ -172,7 +171,7 @@ def our_names(path: Path, tensors: Mapping[str, Stored], config: Config) -> dict
 
 
 def _check_copies(path: Path, copies: list[tuple[str, Stored]]) -> None:
-    """Raises ConversionError if copies of one tensor, of which one is kept, differ."""
+    """Raises ConversionError unless all copies of a tensor, of which one is kept, are equal."""
     if len(copies) < 2:
         return
     first_name, first = copies[0]
@@ -180,5 +179,5 @@ def _check_copies(path: Path, copies: list[tuple[str, Stored]]) -> None:
     for name, stored in copies[1:]:
         if stored.dtype != first.dtype or not torch.equal(stored.read(), kept):
             raise ConversionError(
-                f"{path}: {name} is not {first_name}; the embeddings of its blocks were trained apart, and DiT has one"
+                f"{path}: {name} differs from {first_name}; its blocks have different embeddings, but a DiT has one"
             )

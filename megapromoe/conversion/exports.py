@@ -1,6 +1,6 @@
-"""A `State` written in every format, tensor by tensor.
+"""Writes a `State` in every format, tensor by tensor.
 
-A destination appears as a whole, under its name, when all of it is on disk.
+The destination gets its name when all of its data is on disk.
 """
 
 from __future__ import annotations
@@ -54,45 +54,48 @@ def export(
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
 ) -> list[str]:
-    """Writes `state` to `destination`; returns what a reader should know of it.
+    """Writes `state` to `destination`; returns notes for the user.
 
     Args:
-        form: one of `formats.FORMATS`. Ours is written as a run directory that `megapromoe train` continues.
-        weights: "ema" or "master", the one that a file of weights alone holds. diffusers: "ema" unless said;
-            safetensors: all state unless said; other formats hold both.
+        state: the checkpoint.
+        destination: file or folder.
+        form: one of `formats.FORMATS`. "ours" writes a run directory that `megapromoe train` resumes.
+        weights: "ema" or "master": write only these weights. None: "ema" for diffusers, the full state for safetensors.
+            Other formats hold both.
         overwrite: replace a destination that is a checkpoint.
-        allow_nonfinite: write NaN and infinity too, with a note, instead of refusing them.
+        progress: called with the number of bytes of each tensor.
+        allow_nonfinite: write NaN and infinity, with a note, in place of an error.
 
-    Raises ConversionError if the destination is taken, or does not go with the format, or if a tensor is not finite.
+    Raises ConversionError if the destination exists or does not fit the format, or if a tensor is not finite.
     """
     destination = Path(destination)
     if weights is not None and form not in ("safetensors", "diffusers"):
-        raise ConversionError(f"weights = {weights}: {form} holds masters and averages; leave the weights out")
+        raise ConversionError(f"weights = {weights}: the format {form} holds both weights; leave the weights out")
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
     if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
-        notes.append("the source is a snapshot of averages alone: they stand for the weights as trained too")
+        notes.append("the source is a snapshot with averages only: they are used for the trained weights too")
         state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
-    with atomic_tree(destination, overwrite) as aside:
+    with atomic_tree(destination, overwrite) as staging:
         if form == "ours":
-            _write_ours(state, aside, notes, progress)
+            _write_ours(state, staging, notes, progress)
         elif form == "published":
-            write_pickle(aside, _published_tree(state, notes), progress)
+            write_pickle(staging, _published_tree(state, notes), progress)
         elif form == "safetensors":
-            _write_safetensors(state, aside, weights, progress)
+            _write_safetensors(state, staging, weights, progress)
         elif form == "diffusers":
-            _write_diffusers(state, aside, weights or "ema", progress)
+            _write_diffusers(state, staging, weights or "ema", progress)
         elif form == "deepspeed":
-            _write_deepspeed(state, aside, progress)
+            _write_deepspeed(state, staging, progress)
         else:
-            raise ConversionError(f"{form!r} is no format")
+            raise ConversionError(f"{form!r} is not a known format")
     return notes
 
 
 def written_weights(state: State, form: str, weights: str | None) -> str:
-    """Which weights `export` writes, in words; of averaged ones with the share of the initial weights in them."""
+    """A description of the weights that `export` writes, with the share of the initial weights in averaged ones."""
     alone = weights or ("ema" if form == "diffusers" else None)
     if alone == "master":
         return "weights as trained (master)"
@@ -109,26 +112,26 @@ def _check_destination(state: State, destination: Path, form: str, overwrite: bo
         check_published(state.config, destination)
     suffixes = {"published": (".pth", ".pt"), "safetensors": (".safetensors",)}.get(form, ())
     if suffixes and destination.suffix not in suffixes:
-        raise ConversionError(f"{destination}: {form} is one file; let its name end in {' or '.join(suffixes)}")
+        raise ConversionError(f"{destination}: {form} is one file; its name must end in {' or '.join(suffixes)}")
     if not suffixes and destination.suffix in (".pth", ".pt", ".safetensors"):
-        raise ConversionError(f"{destination}: {form} is a folder; give the name of one")
-    here, source = destination.resolve(), state.where.resolve()
-    if here == source or here in source.parents or source in here.parents:
-        raise ConversionError(
-            f"{destination}: lies in the source {state.where}, or the other way round; choose another"
-        )
+        raise ConversionError(f"{destination}: {form} is a folder; give the name of a folder")
+    target, source = destination.resolve(), state.where.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise ConversionError(f"{destination}: is inside the source {state.where}, or contains it; choose another")
     if not destination.exists():
         return
     if not overwrite:
         raise ConversionError(f"{destination}: exists; choose another, or --overwrite")
     if destination.is_dir() and any(destination.iterdir()):
         if RunDirectory(destination).metrics.exists() or RunDirectory(destination).lock_file.exists():
-            raise ConversionError(f"{destination}: is a run that was trained, and is never overwritten; choose another")
-        detect(destination)  # raises if it is no checkpoint: --overwrite is not for other folders
+            raise ConversionError(
+                f"{destination}: is a run with training results, which is never overwritten; choose another"
+            )
+        detect(destination)  # raises if it is not a checkpoint: --overwrite does not replace other folders
 
 
 def exported_bytes(state: State, form: str, weights: str | None = None) -> int:
-    """How many bytes of parameters `export` writes, with the same arguments; names and buffers add very little."""
+    """The bytes of parameters that `export` writes with the same arguments; names and buffers add very little."""
     kinds = 4 if form == "ours" else 1 if weights or form == "diffusers" else len(state.kinds)
     return kinds * (state.nbytes // len(state.kinds))
 
@@ -138,18 +141,25 @@ def _check_room(state: State, destination: Path, form: str, weights: str | None)
     parent = next(p for p in destination.resolve().parents if p.exists())
     free = shutil.disk_usage(parent).free
     if free < 1.01 * needed:
-        raise ConversionError(f"{destination}: no room, need {needed:,} bytes, have {free:,}; choose another disk")
+        raise ConversionError(
+            f"{destination}: too little space, {needed:,} bytes needed, {free:,} free; choose another disk"
+        )
 
 
 def _entry(state: State, read: Any, kind: str, name: str, row: int | None = None, place: int = 0) -> Entry:
-    """A parameter, or one expert of it, of a kind. `read` is the state's, or one that remembers the last tensor."""
+    """The entry of one kind of a parameter, or of one expert (`row`) of it.
+
+    Args:
+        read: `state.read`, or `_cached_read` of it.
+        place: index of the parameter, for the order of writing.
+    """
     if row is None:
         return Entry(state.shapes[name], torch.float32, lambda: read(kind, name), (kind, place, 0))
     return Entry(state.shapes[name][1:], torch.float32, lambda: read(kind, name)[row], (kind, place, row))
 
 
-def _remembering(state: State) -> Any:
-    """`state.read` that keeps the last tensor: experts are taken from it one after the other."""
+def _cached_read(state: State) -> Any:
+    """`state.read` with a cache of one tensor, because the experts of a tensor are written one after the other."""
     return lru_cache(maxsize=1)(state.read)
 
 
@@ -165,7 +175,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         notes.append("the source has no AdamW moments: they start at zero")
         updates = 0
     if "ema" not in state.kinds:
-        notes.append("the source has no averaged weights: they start at the weights")
+        notes.append("the source has no averaged weights: they start as copies of the weights")
 
     def read_flat(kind: str, name: str) -> Tensor:
         if kind not in state.kinds and kind != "ema":
@@ -182,8 +192,8 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
     size, digest = write_safetensors(file, entries, {"step": str(state.step), "rank": "0"}, progress)
     parts = []
     for name, shape in state.shapes.items():
-        whole = [[0, n] for n in shape]
-        parts.append([name, 0, math.prod(shape), [list(shape), [[whole, whole]]]])
+        full = [[0, n] for n in shape]
+        parts.append([name, 0, math.prod(shape), [list(shape), [[full, full]]]])
     manifest = {
         "step": state.step,
         "updates": updates,
@@ -194,23 +204,24 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
     if state.average is not None and "ema" in state.kinds:
-        # The warm-up counts updates: where these start again, the next start decides it.
+        # The warm-up of the average counts updates. If these start again at 0, the next start chooses the warm-up.
         average = state.average if updates == state.average.updates else replace(state.average, warmup=None)
         manifest |= average.facts()
     write_text(checkpoint / MANIFEST, seal(manifest))
     write_text(run.config_file, to_yaml(state.config))
-    for place in (checkpoint, run.checkpoints, folder):
-        sync(place)
+    for path in (checkpoint, run.checkpoints, folder):
+        sync(path)
 
 
 # ---- safetensors, diffusers
 
 
-def _described(state: State, weights: str | None) -> dict[str, Any]:
-    said: dict[str, Any] = {"step": state.step, "config": to_dict(state.config)}
+def _description(state: State, weights: str | None) -> dict[str, Any]:
+    """The description that `safe_files.description` reads."""
+    content: dict[str, Any] = {"step": state.step, "config": to_dict(state.config)}
     if weights != "master" and state.average and state.average.initial_share is not None:
-        said["initial_share"] = state.average.initial_share
-    return said | ({"weights": weights} if weights else {"updates": state.updates})
+        content["initial_share"] = state.average.initial_share
+    return content | ({"weights": weights} if weights else {"updates": state.updates})
 
 
 def _weights(state: State, weights: str) -> dict[str, Entry]:
@@ -228,7 +239,7 @@ def _write_safetensors(state: State, file: Path, weights: str | None, progress: 
             f"{kind}/{name}": _entry(state, state.read, kind, name) for kind in state.kinds for name in state.shapes
         }
         entries |= {f"buffer/{name}": entry_of(tensor) for name, tensor in state.buffers.items()}
-    metadata = {"format": "pt", "megapromoe": json.dumps(_described(state, weights))}
+    metadata = {"format": "pt", "megapromoe": json.dumps(_description(state, weights))}
     write_safetensors(file, entries, metadata, progress)
 
 
@@ -236,8 +247,8 @@ def _write_diffusers(state: State, folder: Path, weights: str, progress: Progres
     entries = _weights(state, weights)
     folder.mkdir()
     write_safetensors(folder / DIFFUSERS_FILE, entries, {"format": "pt"}, progress)
-    said = {"_class_name": "DiT", **to_dict(state.config)["model"], "megapromoe": _described(state, weights)}
-    write_text(folder / "config.json", json.dumps(said, indent=2) + "\n")
+    content = {"_class_name": "DiT", **to_dict(state.config)["model"], "megapromoe": _description(state, weights)}
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
     sync(folder)
 
 
@@ -246,15 +257,13 @@ def _write_diffusers(state: State, folder: Path, weights: str, progress: Progres
 
 def _published_tree(state: State, notes: list[str]) -> dict[str, Any]:
     model = state.config.model
-    usual = ModelConfig()
+    defaults = ModelConfig()
     for setting in ("time_frequency_shift", "mlp_norm_eps"):
-        if (value := getattr(model, setting)) != getattr(usual, setting):
-            notes.append(
-                f"the model computes with model.{setting} = {value}, programs that read the file with DiT's own"
-            )
+        if (value := getattr(model, setting)) != getattr(defaults, setting):
+            notes.append(f"the model uses model.{setting} = {value}; other programs that read the file use DiT's value")
     names = published_names([*state.shapes, *(n for n in state.buffers if n.startswith("blocks."))], model)
     fixed = constants(model)
-    # Who reads published names expects the sign of their convention.
+    # Programs that read published names expect the sign of their convention.
     read = lru_cache(maxsize=1)(in_our_sign(state.read, state.config))
     place = {name: i for i, name in enumerate(state.shapes)}
 
@@ -284,7 +293,7 @@ def _published_tree(state: State, notes: list[str]) -> dict[str, Any]:
 
 
 def _adam_states(state: State, read: Any, names: list, place: Mapping[str, int]) -> dict[int, dict[str, Entry]]:
-    """torch AdamW's state by index; what is no parameter of ours was never trained and has none."""
+    """The state of torch.optim.AdamW by parameter index. Constants, which are not parameters of ours, have none."""
     return {
         i: {
             "step": entry_of(torch.tensor(float(state.updates))),
@@ -296,7 +305,7 @@ def _adam_states(state: State, read: Any, names: list, place: Mapping[str, int])
 
 
 def _adam_group(state: State) -> dict[str, Any]:
-    """A parameter group of torch.optim.AdamW without its parameters."""
+    """The settings of a parameter group of torch.optim.AdamW, without its parameters."""
     t = state.config.train
     group = {"lr": t.lr, "betas": (t.beta1, t.beta2), "eps": t.eps, "weight_decay": t.weight_decay}
     switches = {name: False for name in ("amsgrad", "maximize", "capturable", "differentiable")}
@@ -307,7 +316,7 @@ def _adam_group(state: State) -> dict[str, Any]:
 
 
 def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> None:
-    """A folder as DeepSpeed's engine writes without ZeRO at one rank; what is ours stands under keys of its own.
+    """Writes a folder in the format of DeepSpeed's engine without ZeRO on one rank; our additions have their own keys.
 
     Source: DeepSpeedEngine._save_moe_checkpoint and its `client_state`.
     """
@@ -316,7 +325,7 @@ def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> Non
     folder.mkdir(parents=True)
     buffers = [name for name in state.buffers if name.startswith("blocks.")]
     names = deepspeed_names(state.shapes, model)
-    read = _remembering(state)
+    read = _cached_read(state)
     place = {name: i for i, name in enumerate(state.shapes)}
 
     def tensors(kind: str, wanted) -> dict[str, Entry]:
@@ -325,15 +334,15 @@ def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> Non
     optimizer = None
     if "exp_avg" in state.kinds:
         groups = [("", [n for n in names if n[2] is None]), ("ep_size_1", [n for n in names if n[2] is not None])]
-        every = [name for _, members in groups for name in members]
+        all_names = [name for _, members in groups for name in members]
         listed, first = [], 0
         for label, members in groups:
             if members:
                 ids = list(range(first, first + len(members)))
-                said = {"params": ids, "param_names": [name for name, _, _ in members], "name": label or "dense"}
-                listed.append(_adam_group(state) | said | {"moe": bool(label)})
+                fields = {"params": ids, "param_names": [name for name, _, _ in members], "name": label or "dense"}
+                listed.append(_adam_group(state) | fields | {"moe": bool(label)})
                 first += len(members)
-        optimizer = {"state": _adam_states(state, read, every, place), "param_groups": listed}
+        optimizer = {"state": _adam_states(state, read, all_names, place), "param_groups": listed}
 
     module = tensors("master", lambda ours, row: row is None)
     module |= {name: entry_of(state.buffers[name]) for name in buffers}
@@ -361,8 +370,8 @@ def _write_deepspeed(state: State, root: Path, progress: Progress | None) -> Non
     for layer, block in enumerate(model.moe_blocks):
         for expert in range(model.num_experts):
             inside = f"blocks.{block}.mlp.experts."
-            one = tensors("master", lambda ours, row, i=inside, e=expert: ours.startswith(i) and row == e)
-            write_pickle(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", one, progress)
+            weights = tensors("master", lambda ours, row, i=inside, e=expert: ours.startswith(i) and row == e)
+            write_pickle(folder / f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt", weights, progress)
     if experts and optimizer:
         write_pickle(folder / "expp_rank_0_mp_rank_00_optim_states.pt", {"optimizer": optimizer}, progress)
     sync(folder)

@@ -1,4 +1,4 @@
-"""Opens DeepSpeed's folders: weights, experts in files of their own, and the float32 shards of ZeRO-1 and ZeRO-2."""
+"""Opens DeepSpeed's folders: weights, the separate files of experts, and the float32 shards of ZeRO-1 and ZeRO-2."""
 
 from __future__ import annotations
 
@@ -35,56 +35,64 @@ Pieces = dict[tuple[str, str], Any]
 
 
 def deepspeed_folder(path: Path, step: int | None) -> Path:
+    """The folder of a step: `path` itself, or its subfolder of `step` or of the tag in `latest`.
+
+    Raises ConversionError if there is no such folder.
+    """
     if list(path.glob("*mp_rank_*_model_states.pt")):
         if step is not None and path.name != f"global_step{step}":
-            raise ConversionError(f"step = {step}: {path} is one checkpoint already; leave the step out")
+            raise ConversionError(f"step = {step}: {path} is a single checkpoint; leave the step out")
         return path
     tag = (path / "latest").read_text(encoding="utf-8").strip() if step is None else f"global_step{step}"
     if not (path / tag).is_dir() or Path(tag).name != tag:
-        there = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
-        raise ConversionError(f"{path / tag}: there is no such checkpoint; there are: {there}")
+        existing = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
+        raise ConversionError(f"{path / tag}: there is no such checkpoint; there are: {existing}")
     return path / tag
 
 
 def open_deepspeed(path: Path, config: Config | None, step: int | None, objective: str | None = None) -> State:
-    """A DeepSpeed folder without tensor parallelism or ZeRO-3, its experts in files of their own.
+    """Opens a DeepSpeed folder without tensor parallelism and ZeRO-3; see `formats.open_state`.
 
-    Masters and moments come from ZeRO's shards where there are some; else moments are read where the optimizer names
-    its parameters, as what we write does. See `formats.open_state`.
+    Masters and moments are read from ZeRO's shards if there are any. Otherwise moments are read if the optimizer state
+    lists the names of its parameters, as in folders that megapromoe writes.
     """
     folder = deepspeed_folder(path, step)
     file, main = _read_main(folder)
-    said = main.get("megapromoe") or {}
-    if not isinstance(said, Mapping):
-        raise ConversionError(f"{file}: its megapromoe is no mapping")
-    config = config or (config_from(said["config"]) if "config" in said else None)
+    description = main.get("megapromoe") or {}
+    if not isinstance(description, Mapping):
+        raise ConversionError(f"{file}: its megapromoe is not a mapping")
+    config = config or (config_from(description["config"]) if "config" in description else None)
     config = needed(config, path)
     notes: list[str] = []
-    if objective and said:
-        raise ConversionError(f"--objective {objective}: {path} says itself what it was trained for; leave it out")
+    if objective and description:
+        raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
     if objective:
         config = with_objective(config, objective)
-    elif not said:
+    elif not description:
         notes.append(ASK.format(config=describe(config)))
     shapes, buffer_shapes = model_shapes(config.model)
     tensors = _read_weights(folder, file, main)
     places = _places(tensors, [*shapes, *buffer_shapes], config.model)
     averages = {strip_wrappers(name)[0]: stored for name, stored in (main.get("ema_module") or {}).items()}
     if not averages:
-        notes.append("it has no averaged weights: the weights stand for them")
+        notes.append("it has no averaged weights: the weights are used for them")
     shards = read_shards(folder, main)
     pieces: Pieces = {}
     both = {**shapes, **buffer_shapes}
     expected = {theirs: both[ours][row is not None :] for theirs, (ours, row) in places.items()}
-    for kind, one in (("master", tensors), ("ema", averages or tensors)):
-        check_same(folder, {n: t.shape for n, t in one.items() if n != "pos_embed"}, {n: s for n, s in expected.items()
-              if kind == "master" or one is tensors or places[n][0] in shapes})  # fmt: skip
-        parameters = {theirs: one[theirs] for theirs, (ours, _) in places.items() if ours in shapes}
-        if one is averages or (kind == "master" and shards is None):
+    for kind, source in (("master", tensors), ("ema", averages or tensors)):
+        with_buffers = kind == "master" or source is tensors
+        check_same(
+            folder,
+            {name: stored.shape for name, stored in source.items() if name != "pos_embed"},
+            {name: shape for name, shape in expected.items() if with_buffers or places[name][0] in shapes},
+        )
+        parameters = {theirs: source[theirs] for theirs, (ours, _) in places.items() if ours in shapes}
+        if source is averages or (kind == "master" and shards is None):
             notes += [note for note in check_floats(folder, parameters) if note not in notes]
         for theirs, (ours, row) in places.items():
             if ours in shapes:
-                place(pieces, (kind, ours), row, one[theirs])
+                place(pieces, (kind, ours), row, source[theirs])
     kinds: tuple[str, ...] = ("master", "ema")
     if shards is not None:
         updates = _from_shards(folder, shards, places, shapes, pieces, notes, config, not averages)
@@ -95,8 +103,8 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None, objectiv
     buffers = {ours: tensors[theirs] for theirs, (ours, _) in places.items() if ours in buffer_shapes}
     kept = {name: stored.read() for name, stored in (buffers | dict(main.get("megapromoe_buffers") or {})).items()
             if name not in _TABLES}  # fmt: skip
-    for name, source in (("pos_embed", tensors), *((n, main.get("megapromoe_buffers") or {}) for n in _TABLES)):
-        if (value := check_positions(folder, name, source.get(name), config.model)) is not None:
+    for name, tables in (("pos_embed", tensors), *((n, main.get("megapromoe_buffers") or {}) for n in _TABLES)):
+        if (value := check_positions(folder, name, tables.get(name), config.model)) is not None:
             kept[name] = value
     read = reader(pieces, shapes)
     return State(
@@ -108,46 +116,47 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None, objectiv
         kinds,
         shapes,
         kept,
-        read if said else in_our_sign(read, config),
+        read if description else in_our_sign(read, config),
         layout=f"{len(list(folder.glob('*.pt')))} files",
         notes=notes,
     )
 
 
 def _read_main(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The file of weights, and what it holds; its mappings of tensors are such."""
+    """The file of weights and its content, whose mappings of tensors are checked."""
     files = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
-        found = ", ".join(p.name for p in files[:3]) or "only ZeRO-3 shards"
+        names = ", ".join(p.name for p in files[:3]) or "only ZeRO-3 shards"
         raise ConversionError(
-            f"{folder}: is split by tensor parallelism or ZeRO-3 ({found}); merge it with DeepSpeed first"
+            f"{folder}: is split by tensor parallelism or ZeRO-3 ({names}); merge it with DeepSpeed first"
         )
     main = read_pickle(files[0])
     if not isinstance(main, Mapping) or "module" not in main:
-        raise ConversionError(f"{files[0]}: has no module, so it is no checkpoint of DeepSpeed")
+        raise ConversionError(f"{files[0]}: has no module, so it is not a checkpoint of DeepSpeed")
     for key in ("module", "ema_module", "megapromoe_buffers"):
         check_tensors(files[0], key, main[key] if main.get(key) is not None or key == "module" else {})
     return files[0], main
 
 
 def _read_weights(folder: Path, file: Path, main: Mapping[str, Any]) -> dict[str, Stored]:
-    """Weights by name without wrappers, those of experts too."""
+    """All weights, including those of the experts' files, by name without wrappers."""
     tensors: dict[str, Stored] = {}
     sources = [(file, main["module"])]
-    sources += [(one, read_pickle(one)) for one in sorted(folder.iterdir()) if EXPERT_FILE.fullmatch(one.name)]
-    for where, content in sources:
-        for name, stored in check_tensors(where, "content", content).items():
+    sources += [(path, read_pickle(path)) for path in sorted(folder.iterdir()) if EXPERT_FILE.fullmatch(path.name)]
+    for path, content in sources:
+        for name, stored in check_tensors(path, "content", content).items():
             bare = strip_wrappers(name)[0]
             if bare in tensors:
                 raise ConversionError(
-                    f"{where}: {name} is in {tensors[bare].file.name} too; it is not known which holds"
+                    f"{path}: {name} is in {tensors[bare].file.name} too, so the choice is ambiguous; remove one of the"
+                    " files"
                 )
             tensors[bare] = stored
     return tensors
 
 
 def _places(tensors: Mapping[str, Stored], names: list[str], model: ModelConfig) -> Places:
-    """Name in the files -> our name and expert's row, by deepspeed.moe's names or by the published ones."""
+    """Name in the files -> our name and expert's row, for the naming (deepspeed.moe or published) that fits best."""
     schemes: list[Places] = [{theirs: (ours, row) for theirs, ours, row in deepspeed_names(names, model)}]
     if model.router in PUBLISHED_ROUTERS:
         published = published_names(names, model)
@@ -165,7 +174,7 @@ def _from_shards(
     config: Config,
     averages_too: bool,
 ) -> int | None:
-    """Puts ZeRO's float32 stretches in the place of the weights; returns AdamW's steps, None without moments."""
+    """Replaces the weights in `pieces` by ZeRO's float32 index ranges; returns AdamW's steps, None without moments."""
     parameters = {theirs: place for theirs, place in places.items() if place[0] in shapes}
     check_same(
         folder,
@@ -177,9 +186,9 @@ def _from_shards(
             place(pieces, (kind, ours), row, vectors[theirs])
             if kind == "master" and averages_too:
                 place(pieces, ("ema", ours), row, vectors[theirs])
-    notes.append("masters are ZeRO's float32 shards, not the weights in half precision beside them")
+    notes.append("masters are read from ZeRO's float32 shards, not from the half-precision weights")
     if "exp_avg" not in shards.pieces:
-        notes.append("the shards have no moments of AdamW by group: moments start at zero")
+        notes.append("the shards have no moments of AdamW: moments start at zero")
         return None
     note_settings(shards.settings, config, notes)
     return shards.updates
@@ -188,13 +197,13 @@ def _from_shards(
 def _from_optimizer(
     folder: Path, main: Mapping[str, Any], places: Places, pieces: Pieces, notes: list[str], config: Config
 ) -> int | None:
-    """Adds the moments of an optimizer that names its parameters; returns its steps, None without moments."""
+    """Adds the moments of an optimizer state with parameter names; returns its steps, None without moments."""
     states = folder / "expp_rank_0_mp_rank_00_optim_states.pt"
     optimizer = main.get("optimizer")
     if states.is_file():
         content = read_pickle(states)
         if not isinstance(content, Mapping) or "optimizer" not in content:
-            raise ConversionError(f"{states}: has no optimizer, so it is no optimizer state of DeepSpeed")
+            raise ConversionError(f"{states}: has no optimizer, so it is not an optimizer state of DeepSpeed")
         optimizer = content["optimizer"]
     if (
         isinstance(optimizer, Mapping)
@@ -202,12 +211,12 @@ def _from_optimizer(
         and all("param_names" in group for group in groups_and_states(folder, optimizer)[0])
     ):
         return moments(folder, optimizer, [], places, pieces, notes, config)
-    notes.append("it has no optimizer state that names its parameters: moments start at zero")
+    notes.append("it has no optimizer state with parameter names: moments start at zero")
     return None
 
 
 def deepspeed_names(names: Iterable[str], config: ModelConfig) -> list[tuple[str, str, int | None]]:
-    """(name in DeepSpeed's files, our name, expert's row) of each tensor; an expert's name is that of deepspeed.moe."""
+    """(name in DeepSpeed's files, our name, expert's row) of each tensor; experts are named as in deepspeed.moe."""
     out: list[tuple[str, str, int | None]] = []
     for name in names:
         prefix, inside, rest = name.partition(".mlp.experts.")

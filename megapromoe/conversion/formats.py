@@ -1,12 +1,12 @@
-"""Checkpoints of every format, opened as one thing: a `State` in our logical names, read tensor by tensor.
+"""Opens checkpoints of every format as a `State`, with our logical names, which is read tensor by tensor.
 
 ==============  ==================================================================================================
 ours            a run directory, or one of its checkpoints/step-XXXXXXXX
 published       a .pth of the ProMoE release: step, model_state_dict, ema_model_state_dict, optimizer_state_dict;
-                and what else torch.save wrote: see `containers`
-safetensors     one file, or several and their index; all state as KIND/NAME, or weights alone as NAME; the config in
+                or another torch.save file: see `containers`
+safetensors     one file, or several with an index; the full state as KIND/NAME, or weights as NAME; the config in
                 its metadata
-diffusers       a folder of config.json and weights alone, of ours or of diffusers' DiTTransformer2DModel
+diffusers       a folder with config.json and weights, of ours or of diffusers' DiTTransformer2DModel
 deepspeed       latest and global_stepN/ with mp_rank_*, layer_*_expert_*, expp_rank_* and zero_pp_rank_* files
 ==============  ==================================================================================================
 """
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def detect(path: Path) -> str:
-    """The format of what lies at `path`. Raises ConversionError if there is nothing, or nothing known."""
+    """The format of the checkpoint at `path`. Raises ConversionError if there is none, or its format is unknown."""
     path = Path(path)
     if path.is_file():
         if path.suffix == ".safetensors" or is_index(path):
@@ -60,8 +60,8 @@ def detect(path: Path) -> str:
     else:
         raise ConversionError(f"{path}: there is no such file or folder")
     raise ConversionError(
-        f"{path}: is no checkpoint of a known format: a run directory or step folder of ours, a published .pth,"
-        f" .safetensors or its index (*{INDEX}), a folder with {DIFFUSERS_FILE}, or one of DeepSpeed with"
+        f"{path}: is not a checkpoint of a known format: a run directory or step folder of ours, a published .pth,"
+        f" .safetensors or its index (*{INDEX}), a folder with {DIFFUSERS_FILE}, or a DeepSpeed folder with"
         " mp_rank_* files"
     )
 
@@ -73,26 +73,29 @@ def open_state(
     step: int | None = None,
     objective: str | None = None,
 ) -> State:
-    """Opens a checkpoint; of its tensors only buffers are read.
+    """Opens a checkpoint. Of its tensors, only buffers are read at once.
 
     Args:
+        path: file or folder.
         form: one of FORMATS, or "auto".
-        config: of the run; goes before what the checkpoint says of itself. A published .pth says nothing.
-        step: which of several, in a run directory or a DeepSpeed folder; None takes the latest.
-        objective: one of `conventions.OBJECTIVES`, of a checkpoint that does not say what it was trained to predict.
+        config: of the run; used in place of the config in the checkpoint. A published .pth contains none.
+        step: which checkpoint of a run directory or a DeepSpeed folder; None: the latest.
+        objective: one of `conventions.OBJECTIVES`, for a checkpoint that does not contain its objective.
 
-    Raises ConversionError, CheckpointError or ConfigError, each saying what is wrong and what to do.
+    Raises ConversionError, CheckpointError or ConfigError.
     """
     path = Path(path)
-    found = detect(path)
-    form = found if form == "auto" else form
-    if form != found:
-        raise ConversionError(f"{path}: was said to be {form}, but is {found}")
+    actual = detect(path)
+    form = actual if form == "auto" else form
+    if form != actual:
+        raise ConversionError(
+            f"{path}: the given format is {form}, but the checkpoint is {actual}; leave the format out"
+        )
     if step is not None and form not in ("ours", "deepspeed"):
         raise ConversionError(f"step = {step}: {path} holds a single state; leave the step out")
     if form == "ours":
         if objective:
-            raise ConversionError(f"--objective {objective}: {path} says itself what it was trained for; leave it out")
+            raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
         return _open_ours(path, config, step)
     if form == "deepspeed":
         return open_deepspeed(path, config, step, objective)
@@ -102,10 +105,10 @@ def open_state(
 
 
 def with_latest(path: Path, step: int | None, use: Callable[[int | None], T]) -> T:
-    """`use(step)`; without a step, of a run directory, with that of its newest checkpoint.
+    """Returns `use(step)`; for a run directory without a given step, with the step of its newest checkpoint.
 
-    A state is read as it is used, so that a live run may remove its checkpoint meanwhile; then `use` is called again
-    with what is newest then. See `read_latest`.
+    A state is read while it is used, and a running training may remove its checkpoint during that time. `use` is then
+    called again with the newest checkpoint. See `read_latest`.
     """
     path = Path(path)
     if step is None and (path / "config.yaml").is_file() and not (path / "manifest.json").is_file():
@@ -114,24 +117,24 @@ def with_latest(path: Path, step: int | None, use: Callable[[int | None], T]) ->
 
 
 def list_tensors(path: Path, step: int | None = None) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Facts, and tensors by their name in the files, of a checkpoint of any format; no config needed, none is read."""
+    """A summary of a checkpoint of any format, and its tensors by their names in the files; needs no config."""
     path, form = Path(path), detect(path)
     facts: dict[str, Any] = {"format": form}
     if form == "ours":
         checkpoint = _checkpoint(path, step)
         facts |= {k: v for k, v in checkpoint.manifest.items() if k in ("step", "updates", "versions")}
-        files = {one["file"]: checkpoint.folder / one["file"] for one in checkpoint.manifest["ranks"]}
+        files = {rank["file"]: checkpoint.folder / rank["file"] for rank in checkpoint.manifest["ranks"]}
         tensors = {
-            f"{short}: {name}" if len(files) > 1 else name: one
+            f"{short}: {name}" if len(files) > 1 else name: stored
             for short, file in files.items()
-            for name, one in read_safetensors(file)[0].items()
+            for name, stored in read_safetensors(file)[0].items()
         }
         return facts | {"files": len(files), "config": "in the manifest"}, tensors
     if form in ("safetensors", "diffusers"):
         tensors, metadata = read_weights(path)
-        said = description(path, metadata, form)
-        facts |= {k: said[k] for k in ("step", "updates", "weights") if k in said}
-        return facts | {"config": "included" if "config" in said else "none"}, tensors
+        stored_description = description(path, metadata, form)
+        facts |= {k: stored_description[k] for k in ("step", "updates", "weights") if k in stored_description}
+        return facts | {"config": "included" if "config" in stored_description else "none"}, tensors
     if form == "published":
         tree = read_pickle(path)
         facts |= {"step": tree["step"]} if isinstance(tree, dict) and "step" in tree else {}
@@ -153,7 +156,7 @@ def _leaves(tree: Any, name: str = "") -> Iterable[tuple[str, Stored]]:
 
 
 class _Streamed(Checkpoint):
-    """A checkpoint whose files are read tensor by tensor, not mapped: mapped bytes count as memory."""
+    """A checkpoint whose files are read tensor by tensor and not memory-mapped: mapped bytes count as used memory."""
 
     def _file(self, name: str):
         if name not in self._open:
@@ -188,7 +191,7 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
     shapes, _ = model_shapes(config.model)
     check_model(checkpoint, shapes)
     names = [name.removeprefix("buffer/") for name in manifest.get("buffers", [])]
-    parts = sum(len(one["parts"]) for one in manifest["ranks"])
+    parts = sum(len(rank["parts"]) for rank in manifest["ranks"])
     return State(
         checkpoint.folder,
         "ours",

@@ -1,4 +1,4 @@
-"""Opens files of torch.save: the ProMoE release's .pth, those of DiT, SiT, REPA and DiffMoE, and bare state dicts."""
+"""Opens torch.save files: those of the ProMoE release, of DiT, SiT, REPA and DiffMoE, and bare state dicts."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from megapromoe.conversion.training_arguments import config_of, objective_of
 
 
 def open_published(path: Path, config: Config | None, objective: str | None = None) -> State:
-    """A file of torch.save with published names; see `formats.open_state` and `containers`."""
+    """Opens a torch.save file with published names; see `formats.open_state` and `containers`."""
     container = unpack(path, read_pickle(path))
     notes = list(container.notes)
     step = None if container.step is None else whole_steps(path, "step", container.step)
-    config = _settle(path, container, config, objective, notes)
+    config = _resolve_config(path, container, config, objective, notes)
     check_published(config, path)
-    found = container.kinds
-    if len(found) == 1:
-        (only,) = found
-        found = {kind: found[only] for kind in ("master", "ema")}
-        notes.append(f"it has {container.keys[only]} alone, which stands for the masters and for their average")
+    tensors_of = container.kinds
+    if len(tensors_of) == 1:
+        (only,) = tensors_of
+        tensors_of = {kind: tensors_of[only] for kind in ("master", "ema")}
+        notes.append(f"it has {container.keys[only]} only, which is used for the masters and for their average")
 
     shapes, buffer_shapes = model_shapes(config.model)
     order = published_names([*shapes, *buffer_shapes], config.model)
@@ -52,8 +52,8 @@ def open_published(path: Path, config: Config | None, objective: str | None = No
     }
     pieces: dict[tuple[str, str], object] = {}
     buffers: dict[str, Tensor] = {}
-    for kind, tensors in found.items():
-        # Buffers that only some versions of the release had, and positions, which are computed and compared apart.
+    for kind, tensors in tensors_of.items():
+        # Buffers that only some versions of the release have, and positions, which are computed and checked separately.
         optional = {n for n in expected if is_buffer(n) and n not in tensors} | {"pos_embed"}
         check_same(
             path,
@@ -67,7 +67,7 @@ def open_published(path: Path, config: Config | None, objective: str | None = No
                 place(pieces, (kind, ours), row, tensors[theirs])
         _keep_buffers(path, kind, tensors, order, fixed, expected, buffers, config)
 
-    kinds, updates = tuple(found), None
+    kinds, updates = tuple(tensors_of), None
     if container.optimizer:
         places = {theirs: (ours, row) for theirs, ours, row in order}
         names = [name for name in container.parameters if not is_buffer(name)]
@@ -77,24 +77,28 @@ def open_published(path: Path, config: Config | None, objective: str | None = No
         notes.append("it has no optimizer state: moments start at zero")
     if step is None and updates:
         step = updates
-        notes.append(f"it does not tell its step; {step}, the steps that AdamW counts, is taken")
+        notes.append(f"it does not contain its step; {step}, the step count of AdamW, is used")
     read = in_our_sign(reader(pieces, shapes), config)
     return State(path, "published", config, step or 0, updates or 0, kinds, shapes, buffers, read, "1 file", notes)
 
 
-def _settle(path: Path, container: Container, config: Config | None, objective: str | None, notes: list[str]) -> Config:
-    """The config of a file: what is given, or what the arguments beside its weights tell; with its objective."""
-    told = objective_of(path, container.arguments)
-    if objective and told and objective != told:
-        raise ConversionError(f"{path}: --objective {objective}, but its args are of a model of {told}; leave it out")
+def _resolve_config(
+    path: Path, container: Container, config: Config | None, objective: str | None, notes: list[str]
+) -> Config:
+    """The given config, or the one that the training arguments in the file determine; with the file's objective."""
+    saved = objective_of(path, container.arguments)
+    if objective and saved and objective != saved:
+        raise ConversionError(
+            f"{path}: --objective {objective}, but the args in the file are those of {saved}; leave --objective out"
+        )
     if config is None and (config := config_of(path, container.arguments)) is not None:
         notes.append(
-            f"the model is as its args say, {container.arguments['model']} with {describe(config)}; what its data were"
-            " is not known: set data.source and data.path when it is trained"
+            f"the model is {container.arguments['model']} with {describe(config)}, from the args in the file; its data"
+            " set is not known: set data.source and data.path for training"
         )
     config = needed(config, path)
-    if objective or told:
-        return with_objective(config, objective or str(told))
+    if objective or saved:
+        return with_objective(config, objective or str(saved))
     if not container.is_release:
         notes.append(ASK.format(config=describe(config)))
     return config
@@ -110,9 +114,9 @@ def _keep_buffers(
     buffers: dict[str, Tensor],
     config: Config,
 ) -> None:
-    """Adds to `buffers` what is no parameter: thresholds, and constants that differ from ours by rounding.
+    """Adds the tensors that are not parameters to `buffers`: thresholds, and constants that differ by rounding.
 
-    Raises ConversionError for a constant that is not what the config makes it.
+    Raises ConversionError for a constant that differs from the one that the config determines.
     """
     for theirs, ours, _ in order:
         if theirs == "pos_embed":
@@ -124,7 +128,7 @@ def _keep_buffers(
             if ours is None and value is not None and not torch.allclose(value, ordinary, rtol=1e-3, atol=1e-3):
                 values = ", ".join(f"{v:g}" for v in value.flatten()[:3].tolist())
                 raise ConversionError(
-                    f"{path}: {theirs} ({values} ...) is not what the config makes it: set model.capacity_decay to it"
+                    f"{path}: {theirs} ({values} ...) is not the config's model.capacity_decay: set it to this value"
                 )
         else:
             continue

@@ -1,8 +1,9 @@
-"""Names of the published checkpoints (ProMoE, TC-DiT, EC-DiT, DiffMoE, DiT) and ours.
+"""The parameter names of the published checkpoints (ProMoE, TC-DiT, EC-DiT, DiffMoE, DiT), and ours.
 
-Ours differ only inside an MoE layer: routed experts are stacked, and the unconditional expert, published as the last of
-`experts`, stands alone. The release has one shared expert, `shared_expert`, and one unconditional one. The names of
-several are ours, made like its own: `shared_experts.0`, `shared_experts.1`, ..., and the last ones of `experts`.
+They differ only inside an MoE layer: we stack the routed experts, and the unconditional expert, which is the last of
+`experts` in published files, has its own name. The release has one shared expert, `shared_expert`, and one
+unconditional one. For several we continue its scheme: `shared_experts.0`, `shared_experts.1`, ..., and the last ones of
+`experts`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PROJECTION = {"up_proj": "fc1", "down_proj": "fc2", "fc1": "fc1", "fc2": "fc2"}
 
 
 def locate(name: str, config: ModelConfig) -> tuple[str, int | None]:
-    """Where a published tensor belongs: our logical name, and the expert's row in it (None: the whole tensor)."""
+    """Our logical name of a published tensor, and the expert's row in it (None: the whole tensor)."""
     layer = _LAYER.fullmatch(name)
     if not layer:
         return name, None
@@ -40,8 +41,8 @@ def locate(name: str, config: ModelConfig) -> tuple[str, int | None]:
         number, projection, kind = int(expert[1]), _PROJECTION[expert[2]], expert[3]
         unconditional = number - config.num_experts
         if 0 <= unconditional < config.unconditional_experts:
-            several = f".{unconditional}" if config.unconditional_experts > 1 else ""
-            return f"{prefix}.unconditional{several}.{projection}.{kind}", None
+            index = f".{unconditional}" if config.unconditional_experts > 1 else ""
+            return f"{prefix}.unconditional{index}.{projection}.{kind}", None
         return f"{prefix}.experts.{projection}.{kind}", number
     if shared := _SHARED.fullmatch(rest):
         return f"{prefix}.shared{shared[1] or ''}.{_PROJECTION[shared[2]]}.{shared[3]}", None
@@ -53,7 +54,7 @@ def locate(name: str, config: ModelConfig) -> tuple[str, int | None]:
 def published_names(names: Iterable[str], config: ModelConfig) -> list[tuple[str, str | None, int | None]]:
     """(published name, our name, expert's row) of each tensor of a model, in the order of the published model.
 
-    AdamW's states go by that order. Our name is None for what we compute: see `constants`.
+    The state of AdamW is in this order. Our name is None for constants that we compute: see `constants`.
 
     Args:
         names: our parameters and persistent buffers, in the order of our model.
@@ -82,33 +83,33 @@ def _layer_names(prefix: str, has: set[str], config: ModelConfig) -> Iterator[tu
     parts = [(f"{ours}.{kind}", f"{theirs}.{kind}") for ours, theirs in (("fc1", first), ("fc2", second))
              for kind in ("weight", "bias")]  # fmt: skip
 
-    def one(theirs: str, ours: str | None, row: int | None = None) -> tuple[str, str | None, int | None]:
+    def named(theirs: str, ours: str | None, row: int | None = None) -> tuple[str, str | None, int | None]:
         return f"{prefix}.{theirs}", ours and f"{prefix}.{ours}", row
 
     if config.router in PROMOE_ROUTERS:
-        yield one("cluster_centers", "router.prototypes")
+        yield named("cluster_centers", "router.prototypes")
     elif config.router != "tc":
-        yield one("gate_weight", "router.gate")
+        yield named("gate_weight", "router.gate")
     if config.router == "diffmoe":
-        yield one("expert_threshold", "router.threshold")
-        yield one("ema_decay", None)
+        yield named("expert_threshold", "router.threshold")
+        yield named("ema_decay", None)
     for expert in range(config.num_experts):
-        yield from (one(f"experts.{expert}.{theirs}", f"experts.{ours}", expert) for ours, theirs in parts)
+        yield from (named(f"experts.{expert}.{theirs}", f"experts.{ours}", expert) for ours, theirs in parts)
     for number in range(config.unconditional_experts):
-        last, several = config.num_experts + number, f".{number}" if config.unconditional_experts > 1 else ""
-        yield from (one(f"experts.{last}.{theirs}", f"unconditional{several}.{ours}") for ours, theirs in parts)
+        last, index = config.num_experts + number, f".{number}" if config.unconditional_experts > 1 else ""
+        yield from (named(f"experts.{last}.{theirs}", f"unconditional{index}.{ours}") for ours, theirs in parts)
     if config.router == "tc":
-        yield one("gate.weight", "router.gate")
+        yield named("gate.weight", "router.gate")
     for number in range(config.shared_experts):
-        published, several = ("shared_expert", "") if config.shared_experts == 1 else ("shared_experts", f".{number}")
-        yield from (one(f"{published}{several}.{theirs}", f"shared{several}.{ours}") for ours, theirs in parts)
+        published, index = ("shared_expert", "") if config.shared_experts == 1 else ("shared_experts", f".{number}")
+        yield from (named(f"{published}{index}.{theirs}", f"shared{index}.{ours}") for ours, theirs in parts)
     for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
         if f"router.predictor.{name}" in has:
-            yield one(f"capacity_predictor.{name}", f"router.predictor.{name}")
+            yield named(f"capacity_predictor.{name}", f"router.predictor.{name}")
 
 
 def constants(config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors of a published checkpoint that follow from the config: positions, and DiffMoE's `capacity_decay`."""
+    """The tensors of a published checkpoint that the config determines: positions, and DiffMoE's `capacity_decay`."""
     out = {"pos_embed": position_table(config.input_size // config.patch_size, config.hidden_size)[None]}
     if config.router == "diffmoe":
         decay = torch.tensor([config.capacity_decay])
@@ -117,14 +118,14 @@ def constants(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def is_buffer(published: str) -> bool:
-    """Whether a published tensor is no parameter, and so has no place in AdamW's order."""
+    """Whether a published tensor is a buffer, which AdamW has no state of."""
     return published.endswith((".expert_threshold", ".ema_decay"))
 
 
 def from_published(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Published tensors by published name -> logical tensors by our names; experts are stacked.
+    """Converts tensors by published name to logical tensors by our names; experts are stacked.
 
-    What is computed (see `constants`) is left out. Raises ValueError if the experts of a layer are not 0..E-1.
+    Constants (see `constants`) are omitted. Raises ValueError if the experts of a layer are not 0..E-1.
     """
     out: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}

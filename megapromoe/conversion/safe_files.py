@@ -1,4 +1,4 @@
-"""Opens safetensors: a file, several with an index, and folders with a config.json, of ours or of diffusers."""
+"""Opens safetensors: a file, several files with an index, and folders with a config.json of ours or of diffusers."""
 
 from __future__ import annotations
 
@@ -41,64 +41,63 @@ _LONGEST_CONFIG = 10_000_000  # bytes of a config.json
 
 
 def weights_file(path: Path) -> Path | None:
-    """The weights in a folder, or their index; None if it has none, or `path` is no folder."""
+    """The file of weights in a folder, or their index; None if there is none, or `path` is not a folder."""
     return next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors, unread, and the metadata of the weights in a folder, or of a safetensors file or its index."""
+    """The tensors (not read yet) and the metadata of the weights in a folder, or of a safetensors file or its index."""
     file = weights_file(path) or path
-    if file.suffix == ".bin":  # of torch.save, by older versions of diffusers
+    if file.suffix == ".bin":  # a torch.save file of an older version of diffusers
         return dict(check_tensors(file, "content", read_pickle(file))), {}
     return read_tensors(file)
 
 
 def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str, Any]:
-    """What a safetensors file or a folder says of itself: config, step, updates, weights; nothing if not of ours."""
+    """The description that megapromoe stores in a safetensors file or folder: config, step, updates, weights.
+
+    It is empty for files of other programs. Raises ConversionError if it is malformed.
+    """
     try:
         if form == "safetensors":
-            said = json.loads(metadata.get("megapromoe", "{}"))
+            stored = json.loads(metadata.get("megapromoe", "{}"))
         else:
-            said = _config_json(path).get("megapromoe", {})
+            stored = _config_json(path).get("megapromoe", {})
     except (ValueError, AttributeError, RecursionError) as problem:
-        raise ConversionError(f"{path}: its description is not the JSON that it should be ({problem})") from problem
-    if not isinstance(said, dict) or any(type(said.get(key, 0)) is not int for key in ("step", "updates")):
-        raise ConversionError(
-            f"{path}: its description is not the JSON that it should be (step and updates: whole numbers)"
-        )
-    share = said.get("initial_share", 0.0)
+        raise ConversionError(f"{path}: its description is not valid JSON ({problem})") from problem
+    if not isinstance(stored, dict) or any(type(stored.get(key, 0)) is not int for key in ("step", "updates")):
+        raise ConversionError(f"{path}: its description is not valid (step and updates must be whole numbers)")
+    share = stored.get("initial_share", 0.0)
     if type(share) not in (int, float) or not 0 <= share <= 1:
-        raise ConversionError(
-            f"{path}: its description is not the JSON that it should be (initial_share: a number from 0 to 1)"
-        )
-    return said
+        raise ConversionError(f"{path}: its description is not valid (initial_share must be a number from 0 to 1)")
+    return stored
 
 
 def _config_json(path: Path) -> Any:
     file = path / "config.json"
     try:
         if file.exists() and file.stat().st_size > _LONGEST_CONFIG:
-            raise ConversionError(f"{file}: has more than {_LONGEST_CONFIG:,} bytes, and is no config of a model")
+            raise ConversionError(f"{file}: has more than {_LONGEST_CONFIG:,} bytes and is not the config of a model")
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ConversionError(f"{file}: {problem.strerror}") from problem
 
 
 def open_safetensors(path: Path, form: str, config: Config | None, objective: str | None) -> State:
-    """See `formats.open_state`; `form` is "safetensors" or "diffusers"."""
+    """Opens a safetensors file or folder; see `formats.open_state`. `form` is "safetensors" or "diffusers"."""
     file = weights_file(path) or path
     tensors, metadata = read_weights(path)
-    said = description(path, metadata, form)
-    if said and objective:
-        raise ConversionError(f"--objective {objective}: {path} says itself what it was trained for; leave it out")
+    stored_description = description(path, metadata, form)
+    if stored_description and objective:
+        raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
     if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
         return _open_native(path, content, tensors, config, objective)
-    config = config or (config_from(said["config"]) if "config" in said else None)
+    config = config or (config_from(stored_description["config"]) if "config" in stored_description else None)
     config = needed(config, path)
     notes: list[str] = []
     if objective:
         config = with_objective(config, objective)
-    elif not said:
+    elif not stored_description:
         notes.append(ASK.format(config=describe(config)))
     shapes, buffer_shapes = model_shapes(config.model)
     kinds = tuple(kind for kind in KINDS if any(name.startswith(f"{kind}/") for name in tensors))
@@ -110,7 +109,7 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         extra = {name for name in tensors if name.startswith("buffer/ema.")} | tables
     else:
         kinds, extra = ("master", "ema"), tables
-        notes.append("it holds weights alone, which stand for the masters and for their average")
+        notes.append("it holds one set of weights, which is used for the masters and for their average")
         parameters = dict(shapes)
         pieces = {(kind, name): tensors.get(name) for kind in kinds for name in shapes}
     expected = parameters | {f"{prefix}{name}": shape for name, shape in buffer_shapes.items()}
@@ -127,32 +126,35 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         path,
         form,
         config,
-        int(said.get("step", 0)),
-        int(said.get("updates", 0)) if "exp_avg" in kinds else 0,
+        int(stored_description.get("step", 0)),
+        int(stored_description.get("updates", 0)) if "exp_avg" in kinds else 0,
         kinds,
         shapes,
         buffers,
-        read if said else in_our_sign(read, config),
+        read if stored_description else in_our_sign(read, config),
         layout=_layout(file),
         notes=notes,
-        average=Average(None, said.get("initial_share"), int(said.get("updates", said.get("step", 0)))),
+        average=Average(
+            None,
+            stored_description.get("initial_share"),
+            int(stored_description.get("updates", stored_description.get("step", 0))),
+        ),
     )
 
 
 def _open_native(
     path: Path, content: Mapping[str, Any], tensors: Mapping[str, Stored], given: Config | None, objective: str | None
 ) -> State:
-    """A folder of diffusers' own DiT."""
-    notes = ["it holds weights alone, which stand for the masters and for their average"]
+    """Opens a folder of diffusers' own DiT."""
+    notes = ["it holds one set of weights, which is used for the masters and for their average"]
     config = diffusers_dit.config_of(path, content, given, notes)
     if objective is None and given is None:
         if not config.model.learn_sigma:
             raise ConversionError(
-                f"{path}: predicts no variance, as DDPM here does; say what it was trained to predict: --objective rf,"
-                " repa or sit"
+                f"{path}: does not predict a variance, which our DDPM requires; give --objective rf, repa or sit"
             )
         objective = "ddpm"
-        notes.append("diffusers' DiT pipeline is DDPM's: --objective ddpm is taken; give --objective for another")
+        notes.append("diffusers' DiT pipeline uses DDPM: --objective ddpm is assumed; give --objective for another")
     if objective:
         config = with_objective(config, objective)
     check_positions(path, diffusers_dit.POSITIONS, tensors.get(diffusers_dit.POSITIONS), config.model)

@@ -1,4 +1,4 @@
-"""A checkpoint of whatever format as one value, in our logical names."""
+"""`State`: a checkpoint of any format with our logical names, and the checks that its readers share."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import position_table
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types of weights that are read
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # supported types of weights
 
 
 @dataclass(frozen=True)
 class State:
-    """A checkpoint in logical terms.
+    """A checkpoint with logical names.
 
     Attributes:
-        where, format: what was opened.
+        where, format: path and format of the checkpoint.
         config: of the run.
-        step, updates: optimizer steps done, and those behind AdamW's moments; 0 where they are not known.
-        kinds: those of `KINDS` that it has.
-        shapes: of every parameter, by our name, in the order of our model.
-        buffers: the model's persistent buffers; also what a published file holds at other values than we would
-            compute: "pos_embed", and "ema.NAME" of tensors that are no parameters.
+        step, updates: optimizer steps of the run; updates that AdamW's moments contain. 0 if unknown.
+        kinds: those of `KINDS` that the checkpoint has.
+        shapes: our name -> shape of every parameter, in the order of our model.
+        buffers: the model's persistent buffers; also constants whose values in a published file differ from ours:
+            "pos_embed", and "ema.NAME" for tensors that are not parameters.
         read: (kind, parameter) -> the whole tensor, float32.
-        layout: how it lies in files, in words.
-        notes: what a reader should know that was not as expected.
-        converted: of our format, but written by a conversion and not by training.
-        average: what is known of the averaged weights; None: nothing.
+        layout: description of its files.
+        notes: messages for the user.
+        converted: whether a checkpoint of our format was written by a conversion and not by training.
+        average: the settings of the averaged weights; None if unknown.
     """
 
     where: Path
@@ -57,7 +57,7 @@ class State:
 
     @property
     def known_updates(self) -> int | None:
-        """`updates`; None of weights without moments, and of converted ones whose moments start at zero.
+        """`updates`; None for weights without moments, and for converted ones whose moments start at zero.
 
         Of a snapshot, those of its average.
         """
@@ -73,7 +73,7 @@ class State:
 
 
 def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of the parameters and of the persistent buffers of a model, by name, in its order."""
+    """Shapes of the parameters, and of the persistent buffers, of a model: name -> shape, in the model's order."""
     with torch.device("meta"):
         model = DiT(config)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -82,12 +82,12 @@ def model_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dict[
 
 
 def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[str] = ()) -> Config:
-    """The checked config of nested values as `to_dict` gives them, under further overrides.
+    """The checked config of nested values in the form of `to_dict`, with further overrides.
 
-    Raises ConfigError, or ConversionError if it is no mapping of sections.
+    Raises ConfigError, or ConversionError if `sections` is not a mapping of sections.
     """
     if not isinstance(sections, Mapping) or not all(isinstance(values, Mapping) for values in sections.values()):
-        raise ConversionError("the config in the checkpoint is no mapping of sections; give --config FILE")
+        raise ConversionError("the config in the checkpoint is not a mapping of sections; give --config FILE")
     try:
         settings = [
             f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
@@ -95,45 +95,55 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[s
             for name, value in values.items()
         ]
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"the config in the checkpoint holds what is no setting ({error})") from error
+        raise ConversionError(
+            f"the config in the checkpoint holds an invalid value ({error}); give --config FILE"
+        ) from error
     return resolve(overrides=[*settings, *overrides])
 
 
-# ---- for those who open files
+# ---- checks of the readers
 
 
 def needed(config: Config | None, path: Path) -> Config:
+    """Returns the config; raises ConversionError if there is none."""
     if config is None:
         raise ConversionError(
-            f"{path}: does not say which model it is of; give --config FILE (the config.yaml of the run, or its model"
-            " and train sections written down) or --preset NAME"
+            f"{path}: does not contain the config of its model; give --config FILE (the config.yaml of the run, or a"
+            " file with its model and train sections) or --preset NAME"
         )
     return config
 
 
 def check_published(config: Config, path: Path) -> None:
-    """Raises ConversionError for a model that no published checkpoint is of."""
+    """Raises ConversionError unless there are published checkpoints with the model's router."""
     router = config.model.router
     if router not in PUBLISHED_ROUTERS:
-        raise ConversionError(f"{path}: model.router = {router} was never published; use another format")
+        raise ConversionError(
+            f"{path}: the published format does not support model.router = {router}; use another format"
+        )
 
 
-def check_same(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ConversionError listing the tensors that differ: other shapes, names of the model, names of the file."""
-    found = {name: tuple(shape) for name, shape in found.items()}
+def check_same(path: Path, actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ConversionError, which lists the differences, unless names and shapes are those of the config's model.
+
+    Args:
+        path: of the file, for the message.
+        actual, expected: name -> shape of the file's tensors and of the model's.
+    """
+    actual = {name: tuple(shape) for name, shape in actual.items()}
     shapes = [
-        f"{name}: the file has {found[name]}, the config's model {shape}"
+        f"{name}: the file has {actual[name]}, the config's model {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in actual and actual[name] != shape
     ]
-    lacking = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected]
-    if not shapes and not lacking and not unknown:
+    missing = [name for name in expected if name not in actual]
+    unknown = [name for name in actual if name not in expected]
+    if not shapes and not missing and not unknown:
         return
     lines = shapes[:6] + ([f"and {len(shapes) - 6} more of other shapes"] if len(shapes) > 6 else [])
     for what, names in (
-        ("the file has, and the model has not", unknown),
-        ("the model has, and the file has not", lacking),
+        ("only in the file", unknown),
+        ("only in the model", missing),
     ):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -141,23 +151,23 @@ def check_same(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mappi
     shown = "\n  ".join(lines)
     raise ConversionError(
         f"{path}: is of another model than the config's\n  {shown}\n"
-        "Give the config that it was trained with: --config FILE or --preset NAME. `megapromoe convert PATH --what`"
-        " lists all that the file holds."
+        "Give the config of its training: --config FILE or --preset NAME. `megapromoe convert PATH --what` lists the"
+        " content of the file."
     )
 
 
 def check_floats(path: Path, tensors: Mapping[str, Stored]) -> list[str]:
-    """Notes on parameters that are not float32. Raises ConversionError for those that are no plain numbers."""
+    """Notes on parameters that are not float32. Raises ConversionError for types that are not supported."""
     for name, stored in tensors.items():
         if stored.dtype not in FLOATS:
             raise ConversionError(
-                f"{path}: {name} is {_name_of(stored.dtype)}; weights must be float32, or bfloat16, float16 or float64:"
-                " what is quantised has scales beside it, so restore it with the program that made it"
+                f"{path}: {name} is {_name_of(stored.dtype)}; weights must be float32, bfloat16, float16 or float64;"
+                " convert quantised weights with the program that wrote them"
             )
     notes = []
     for dtype in FLOATS[1:]:
         if count := sum(stored.dtype == dtype for stored in tensors.values()):
-            how = "rounded to float32" if dtype == torch.float64 else "widened to float32, which restores no digits"
+            how = "rounded to float32" if dtype == torch.float64 else "widened to float32"
             notes.append(f"{count} of {len(tensors)} tensors are {_name_of(dtype)}: {how}")
     return notes
 
@@ -167,37 +177,37 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def check_positions(path: Path, name: str, stored: Stored | None, config: ModelConfig) -> Tensor | None:
-    """The position table of a file, float32 (1, S, D), where it differs from ours by rounding; else None.
+    """The position table of a file, float32 (1, S, D), if it differs from ours by rounding; otherwise None.
 
-    The model computes its positions. Raises ConversionError for others, or for another number of them: the model would
-    compute something else with these weights.
+    Raises ConversionError for a table of other positions: the model computes its positions, and its output would differ
+    from that of the model that the file was trained as.
     """
     if stored is None:
         return None
-    ordinary = position_table(config.input_size // config.patch_size, config.hidden_size)[None]
+    expected = position_table(config.input_size // config.patch_size, config.hidden_size)[None]
     shape = tuple(stored.shape)
-    if shape not in (tuple(ordinary.shape), tuple(ordinary.shape[1:])):
+    if shape not in (tuple(expected.shape), tuple(expected.shape[1:])):
         raise ConversionError(
             f"{path}: its {name} is {shape}, the config's model has {config.tokens} positions of {config.hidden_size}"
-            " channels (model.input_size / model.patch_size on each side); give the config that it was trained with"
+            " channels (model.input_size / model.patch_size on each side); give the config of its training"
         )
     if stored.dtype not in FLOATS:
-        raise ConversionError(f"{path}: its {name} is {_name_of(stored.dtype)}, and no table of positions")
-    value = stored.read().view(ordinary.shape)
-    if torch.equal(value, ordinary.to(stored.dtype)):
+        raise ConversionError(f"{path}: its {name} is {_name_of(stored.dtype)} and not a table of positions")
+    value = stored.read().view(expected.shape)
+    if torch.equal(value, expected.to(stored.dtype)):
         return None
     tolerance = max(1e-3, torch.finfo(stored.dtype).eps)
-    if not torch.allclose(value.float(), ordinary, rtol=tolerance, atol=tolerance):
+    if not torch.allclose(value.float(), expected, rtol=tolerance, atol=tolerance):
         values = ", ".join(f"{v:g}" for v in value.flatten()[:3].tolist())
         raise ConversionError(
-            f"{path}: its {name} ({values} ...) is not what the config makes it: the model computes sine and cosine"
-            " positions, row by row; a model with other positions cannot be converted"
+            f"{path}: its {name} ({values} ...) differs from the model's sine and cosine positions; a model with other"
+            " positions cannot be converted"
         )
     return value.float()
 
 
 def with_masters(state: State) -> State:
-    """A state of averages alone whose averages stand for the weights as trained too."""
+    """A state with averages only, with the averages used for the trained weights too."""
     return replace(
         state,
         kinds=("master", *state.kinds),
@@ -206,14 +216,14 @@ def with_masters(state: State) -> State:
 
 
 def checked(state: State, notes: list[str] | None = None) -> State:
-    """The same state, whose `read` looks for NaN and infinity.
+    """The same state with a `read` that checks for NaN and infinity.
 
-    A tensor that holds some raises ConversionError; with `notes`, the first such tensor is noted instead.
+    It raises ConversionError for such a tensor; with `notes`, it adds a note for the first one instead.
     """
-    found = False
+    noted = False
 
     def read(kind: str, name: str) -> Tensor:
-        nonlocal found
+        nonlocal noted
         tensor = state.read(kind, name)
         if is_finite(tensor):
             return tensor
@@ -223,30 +233,30 @@ def checked(state: State, notes: list[str] | None = None) -> State:
                     f"{state.where}: {kind} of {name}, made from it, holds NaN or infinity; use less noise or spread"
                 )
             raise ConversionError(
-                f"{state.where}: {kind} of {name} holds NaN or infinity: its training had gone wrong when it was saved."
-                " Use an earlier checkpoint; `megapromoe convert --allow-nonfinite` converts it as it is"
+                f"{state.where}: {kind} of {name} holds NaN or infinity: its training had diverged when it was saved."
+                " Use an earlier checkpoint; `megapromoe convert --allow-nonfinite` converts it unchanged"
             )
-        if not found:
-            notes.append(f"{kind} of {name} holds NaN or infinity, and others may too")
-        found = True
+        if not noted:
+            notes.append(f"{kind} of {name} holds NaN or infinity, and other tensors may too")
+        noted = True
         return tensor
 
     for name, buffer in state.buffers.items():
         if buffer.is_floating_point() and not is_finite(buffer) and notes is None:
             raise ConversionError(
                 f"{state.where}: {name} holds NaN or infinity; use an earlier checkpoint;"
-                " `megapromoe convert --allow-nonfinite` converts it as it is"
+                " `megapromoe convert --allow-nonfinite` converts it unchanged"
             )
     return replace(state, read=read)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite; without a mask as large as the tensor."""
+    """Whether all elements are finite. Needs no mask of the size of the tensor."""
     return not tensor.numel() or all(math.isfinite(end) for end in tensor.aminmax())
 
 
 def place(pieces: dict[tuple[str, str], Any], key: tuple[str, str], row: int | None, stored: Any) -> None:
-    """Puts a stored tensor (a list, None: see `reader`) where a parameter is read from; `row`: of one expert."""
+    """Adds a stored tensor (or a list, or None: see `reader`) to `pieces`; `row`: index of an expert, or None."""
     if row is None:
         pieces[key] = stored
     else:
@@ -254,17 +264,18 @@ def place(pieces: dict[tuple[str, str], Any], key: tuple[str, str], row: int | N
 
 
 def reader(pieces: Mapping[tuple[str, str], Any], shapes: Mapping[str, tuple]) -> Callable[[str, str], Tensor]:
-    """Reads tensors of `pieces`: one stored tensor, one for each expert, or None for zeros.
+    """A function that reads parameters from `pieces`.
 
-    A list stands for one tensor whose elements, in memory's order, are those of its members one after the other.
+    An entry of `pieces` is a stored tensor, a mapping of experts to stored tensors, or None for zeros. In place of a
+    stored tensor there can be a list, whose members hold consecutive ranges of the flattened tensor.
     """
 
     def read(kind: str, name: str) -> Tensor:
         out = torch.zeros(shapes[name])
         stored = pieces[kind, name]
-        for row, one in stored.items() if isinstance(stored, dict) else [(None, stored)]:
+        for row, entry in stored.items() if isinstance(stored, dict) else [(None, stored)]:
             flat, start = (out if row is None else out[row]).view(-1), 0
-            for part in one if isinstance(one, list) else [one]:
+            for part in entry if isinstance(entry, list) else [entry]:
                 if part is not None:
                     size = math.prod(part.shape)
                     part.read_into(flat[start : start + size].view(part.shape))

@@ -1,7 +1,7 @@
-"""Tensors at rest: read one by one from safetensors and torch.save files, and written one by one into either.
+"""Reads and writes safetensors and torch.save files tensor by tensor.
 
-Neither direction holds more than the tensor at hand: bytes are read with plain file reads, not mapped, and a file's
-header, which comes first, is made from shapes. torch.save files are opened with `weights_only=True` alone.
+At most one tensor is in memory: bytes are read with file reads and not through a memory map, and the header, which
+precedes the tensors, is computed from shapes. torch.save files are opened with `weights_only=True` only.
 """
 
 from __future__ import annotations
@@ -41,17 +41,24 @@ _SAFE_TYPES = {
     "BOOL": torch.bool,
 }
 _SAFE_NAMES = {dtype: name for name, dtype in _SAFE_TYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-_ALIGNMENT = 64  # of a tensor's bytes in a torch.save file
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_ALIGNMENT = 64  # bytes, of a tensor in a torch.save file
 
 
 class ConversionError(UserError):
-    """A checkpoint that cannot be read, or not be written as what was asked for."""
+    """A checkpoint cannot be read, or cannot be written in the requested format."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its first element lies and how the others follow (`stride`, None: densely)."""
+    """A tensor in a file.
+
+    Attributes:
+        file: path of the file.
+        offset: position of the first element, in bytes.
+        shape, dtype: of the tensor.
+        stride: in elements; None: contiguous.
+    """
 
     file: Path
     offset: int
@@ -61,11 +68,11 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, in memory. Raises ConversionError if the file is shorter than it says."""
+        """Reads the tensor. Raises ConversionError if the file ends too early."""
         if self.stride is None:
             out = torch.empty(self.shape, dtype=self.dtype)
             self.read_into(out)
@@ -75,35 +82,38 @@ class Stored:
         return flat.as_strided(self.shape, self.stride).contiguous()
 
     def read_into(self, out: Tensor) -> None:
-        """Fills the contiguous tensor `out` of the same shape; of another dtype, by conversion."""
+        """Reads into the contiguous tensor `out` of the same shape, with a conversion to its dtype."""
         if self.stride is not None or out.dtype != self.dtype:
             dense = self if self.stride is not None else Stored(self.file, self.offset, self.shape, self.dtype)
             out.copy_(dense.read())
             return
         if not self.nbytes:
             return
-        room = out.view(-1).view(torch.uint8).numpy().data
+        buffer = out.view(-1).view(torch.uint8).numpy().data
         with open(self.file, "rb", buffering=0) as f:
             f.seek(self.offset)
             done = 0
-            while done < len(room):
-                got = f.readinto(room[done:])
-                if not got:
-                    raise ConversionError(f"{self.file}: ends within a tensor; the file is damaged, copy it again")
-                done += got
+            while done < len(buffer):
+                count = f.readinto(buffer[done:])
+                if not count:
+                    raise ConversionError(f"{self.file}: ends inside a tensor; the file is damaged, copy it again")
+                done += count
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: its shape and dtype, and how to get it when its turn comes.
+    """A tensor to be written.
 
-    `turn` orders the reading in `write_pickle`, so that what shares a source tensor is written in one go.
+    Attributes:
+        shape, dtype: of the tensor.
+        read: returns the tensor; called when it is written.
+        order: sort key for `write_pickle`, so that tensors from the same source are written one after the other.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    turn: tuple = ()
+    order: tuple = ()
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +121,7 @@ class Entry:
 
 
 def entry_of(tensor: Tensor) -> Entry:
-    """A tensor that is at hand already."""
+    """An entry for a tensor in memory."""
     return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
@@ -119,72 +129,73 @@ def entry_of(tensor: Tensor) -> Entry:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of a safetensors file, unread, and its metadata. Raises ConversionError naming what is wrong."""
-    bad = f"{path}: is no safetensors file, or damaged"
+    """The tensors (not read yet) and the metadata of a safetensors file. Raises ConversionError if it is malformed."""
+    bad = f"{path}: is not a safetensors file, or is damaged"
     try:
         if path.exists() and not path.is_file():
-            raise ConversionError(f"{path}: is no regular file")
+            raise ConversionError(f"{path}: is not a regular file")
         size = path.stat().st_size
         with open(path, "rb") as f:
             start = f.read(8)
             length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            if len(start) < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise ConversionError(f"{bad} (its header does not fit it)")
             header = json.loads(f.read(length), object_pairs_hook=without_duplicates)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ must hold text alone")
-        tensors = {name: _described(path, 8 + length, said) for name, said in header.items()}
+            raise ValueError("__metadata__ must hold text only")
+        tensors = {name: _parse_entry(path, 8 + length, entry) for name, entry in header.items()}
     except OSError as problem:
         raise ConversionError(f"{path}: {problem.strerror}") from problem
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise ConversionError(f"{bad} (its header cannot be read: {problem!r})") from problem
     end = 8 + length
-    for name, one in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if one.offset + one.nbytes > size:
-            raise ConversionError(f"{bad} ({name} does not lie within its {size} bytes)")
-        if one.offset != end:
-            what = "overlaps the tensor before it" if one.offset < end else "comes after bytes of no tensor"
-            raise ConversionError(f"{bad} ({name} {what})")
-        end += one.nbytes
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset + stored.nbytes > size:
+            raise ConversionError(f"{bad} ({name} is not within its {size} bytes)")
+        if stored.offset != end:
+            fault = "overlaps the tensor before it" if stored.offset < end else "comes after unused bytes"
+            raise ConversionError(f"{bad} ({name} {fault})")
+        end += stored.nbytes
     if end != size:
-        raise ConversionError(f"{bad} ({size - end} bytes at its end are of no tensor)")
+        raise ConversionError(f"{bad} ({size - end} unused bytes at its end)")
     return tensors, metadata
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of json.loads that raises ValueError for a name that occurs twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} occurs twice")
     return content
 
 
-def _described(path: Path, start: int, said: Any) -> Stored:
-    """A tensor as a safetensors header describes it; raises ValueError, KeyError or TypeError if that is malformed."""
-    if set(said) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"a tensor has dtype, shape and data_offsets, not {sorted(said)}")
-    numbers = [*said["shape"], *said["data_offsets"]]
-    if len(said["data_offsets"]) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+def _parse_entry(path: Path, start: int, entry: Any) -> Stored:
+    """A tensor from its entry in a safetensors header; raises ValueError, KeyError or TypeError if it is malformed."""
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"a tensor has dtype, shape and data_offsets, not {sorted(entry)}")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if len(entry["data_offsets"]) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise ValueError(
-            f"shape {said['shape']} and data_offsets {said['data_offsets']} must be whole numbers, 0 or more"
+            f"shape {entry['shape']} and data_offsets {entry['data_offsets']} must be whole numbers, 0 or more"
         )
-    begin, end = said["data_offsets"]
-    one = Stored(path, start + begin, tuple(said["shape"]), _SAFE_TYPES[said["dtype"]])
-    if end - begin != one.nbytes:
-        raise ValueError(f"data_offsets {said['data_offsets']} do not hold a tensor of shape {said['shape']}")
-    return one
+    begin, end = entry["data_offsets"]
+    stored = Stored(path, start + begin, tuple(entry["shape"]), _SAFE_TYPES[entry["dtype"]])
+    if end - begin != stored.nbytes:
+        raise ValueError(f"data_offsets {entry['data_offsets']} do not hold a tensor of shape {entry['shape']}")
+    return stored
 
 
 def write_safetensors(
     path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], progress: Progress | None = None
 ) -> tuple[int, str]:
-    """Writes a safetensors file tensor by tensor, in the order of `entries`; returns its size and sha256."""
+    """Writes a safetensors file tensor by tensor, in the order of `entries`; returns its size and SHA-256."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, one in entries.items():
-        begin, end = end, end + one.nbytes
-        header[name] = {"dtype": _SAFE_NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [begin, end]}
+    for name, entry in entries.items():
+        begin, end = end, end + entry.nbytes
+        header[name] = {"dtype": _SAFE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -192,10 +203,10 @@ def write_safetensors(
         for block in (struct.pack("<Q", len(text)), text):
             file.write(block)
             digest.update(block)
-        for name, one in entries.items():
-            _put(_bytes_of(name, one), file.write, digest.update)
+        for name, entry in entries.items():
+            _pass_to(_bytes_of(name, entry), file.write, digest.update)
             if progress:
-                progress(one.nbytes)
+                progress(entry.nbytes)
     sync(path)
     return 8 + len(text) + end, digest.hexdigest()
 
@@ -204,28 +215,28 @@ def write_safetensors(
 
 
 def write_pickle(path: Path, tree: Any, progress: Progress | None = None) -> None:
-    """Writes plain values and `Entry`s as torch.save would; `torch.load(weights_only=True, mmap=True)` reads it.
+    """Writes plain values and `Entry`s like torch.save; `torch.load(weights_only=True, mmap=True)` reads the file.
 
     Source: torch.save's format: an uncompressed zip of data.pkl, whose tensors name records data/0, data/1, ...
     """
     text = io.BytesIO()
     pickler = _Pickler(text, protocol=2)
     pickler.dump(tree)
-    records = sorted(enumerate(pickler.entries), key=lambda numbered: numbered[1].turn)
+    records = sorted(enumerate(pickler.entries), key=lambda numbered: numbered[1].order)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", text.getvalue())
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
-        for number, one in records:
+        for number, entry in records:
             with archive.open(_aligned(archive, f"archive/data/{number}"), "w", force_zip64=True) as record:
-                record.write(_bytes_of(f"tensor {number}", one))
+                record.write(_bytes_of(f"tensor {number}", entry))
             if progress:
-                progress(one.nbytes)
+                progress(entry.nbytes)
     sync(path)
 
 
 class _Storage:
-    """Stands in the pickle for the bytes of an entry."""
+    """Represents the bytes of an entry in the pickle."""
 
     def __init__(self, key: str, entry: Entry):
         self.key, self.entry = key, entry
@@ -252,26 +263,26 @@ class _Pickler(pickle.Pickler):
 
 
 def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A record whose content will start at a multiple of the alignment, by an extra field that readers skip."""
+    """A record whose content starts at a multiple of the alignment, because of an extra field that readers skip."""
     info = zipfile.ZipInfo(name)
     assert archive.fp is not None, "the archive is open"
-    fixed = 30 + len(name) + 20 + 4  # local header, name, zip64's extra field, the head of ours
+    fixed = 30 + len(name) + 20 + 4  # local header, name, zip64's extra field, header of our extra field
     padding = -(archive.fp.tell() + fixed) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"\0" * padding
     return info
 
 
-def _put(block: memoryview, *takers: Callable[[memoryview], Any]) -> None:
-    """Hands a tensor's bytes out, and lets go of them before the next are read."""
-    for take in takers:
-        take(block)
+def _pass_to(block: memoryview, *functions: Callable[[memoryview], Any]) -> None:
+    """Calls the functions with a tensor's bytes; a separate function, so that the bytes are freed on return."""
+    for function in functions:
+        function(block)
 
 
-def _bytes_of(name: str, one: Entry) -> memoryview:
-    tensor = one.read()
-    if tuple(tensor.shape) != one.shape or tensor.dtype != one.dtype:
+def _bytes_of(name: str, entry: Entry) -> memoryview:
+    tensor = entry.read()
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         raise ConversionError(
-            f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, announced as {one.dtype} {one.shape}; the source changed"
-            " while it was read"
+            f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, expected {entry.dtype} {entry.shape}; the source changed"
+            " while it was read, repeat the command"
         )
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

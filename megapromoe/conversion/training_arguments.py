@@ -1,4 +1,4 @@
-"""What the arguments of a training script, saved beside its weights, tell of the model and of its objective."""
+"""Model and objective from the arguments of a training script, which are saved with its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megapromoe.conversion.conventions import with_objective
 from megapromoe.conversion.stream import ConversionError
 
 _NAME = re.compile(r"(DiT|SiT)-(S|B|L|XL)/(\d{1,3})")
-_LATENT_SIDE = 8  # pixels of an image for one of its latents, in each direction
+_LATENT_SIDE = 8  # pixels of the image per latent pixel, in each direction
 
 
 def objective_of(path: Path, arguments: Mapping[str, Any]) -> str | None:
-    """One of `conventions.OBJECTIVES`, or None where the arguments do not tell.
+    """The objective, one of `conventions.OBJECTIVES`; None if the arguments do not determine it.
 
-    Raises ConversionError for an objective that we do not have.
+    Raises ConversionError for an objective that is not implemented.
 
     Source: train.py of DiT, SiT (`parse_transport_args`) and REPA (`SILoss`).
     """
@@ -29,17 +29,17 @@ def objective_of(path: Path, arguments: Mapping[str, Any]) -> str | None:
         path_type, prediction = str(arguments["path_type"]), str(arguments.get("prediction", "velocity"))
         if path_type.lower() != "linear" or prediction not in ("velocity", "v"):
             raise ConversionError(
-                f"{path}: its args have path_type = {path_type}, prediction = {prediction}; only straight paths"
-                " (linear) with velocities can be trained and sampled here"
+                f"{path}: its args have path_type = {path_type}, prediction = {prediction}; only the linear path with"
+                " velocity prediction is implemented"
             )
         return "repa" if "proj_coeff" in arguments or "encoder_depth" in arguments else "sit"
     return "ddpm" if name and name[1] == "DiT" else None
 
 
 def config_of(path: Path, arguments: Mapping[str, Any]) -> Config | None:
-    """The config of a model that DiT's, SiT's or REPA's arguments name; None where they name none of them.
+    """The config of the model that DiT's, SiT's or REPA's arguments name; None if they name no such model.
 
-    Its data are not chosen, and its optimizer settings are the defaults. Raises ConversionError or ConfigError.
+    The data set is not set, and optimizer options have their defaults. Raises ConversionError or ConfigError.
     """
     name = _NAME.fullmatch(str(arguments.get("model", "")))
     objective = objective_of(path, arguments)

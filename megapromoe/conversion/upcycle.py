@@ -1,13 +1,14 @@
-"""Models made from trained models: a ProMoE from a dense DiT, and a ProMoE with more experts.
+"""Initial models from trained models: a ProMoE from a dense DiT, and a ProMoE with more experts.
 
-Both give a `State` of step 0 without moments, whose tensors are made when they are read. Noise comes from (seed, name,
-expert), so it does not matter in which order.
+Both return a `State` of step 0 without moments, whose tensors are computed when they are read. Noise is a function of
+(seed, name, expert), so the order of reading does not matter.
 
-Dense to ProMoE. A block's MLP, fc2(gelu(fc1 x)), is a sum over its hidden units. "slice" deals the units out in n =
-width / expert width parts: the shared expert takes the first, the routed experts and the unconditional one the others
-in turn. "copy" (expert as wide as the MLP) gives all units to each. Output weights are scaled so that shared +
-gate·expert is the MLP again where it can be: for the null class exactly with two parts, for others up to the gate's
-spread around its mean, which is measured on real tokens. Source: sparse upcycling, arXiv 2212.05055.
+Dense to ProMoE: a block's MLP, fc2(gelu(fc1 x)), is a sum over its hidden units. "slice" divides the units into n =
+width / expert width parts: the first part goes to the shared expert, the other parts go in turn to the routed experts
+and the unconditional expert. "copy" (experts of the MLP's width) gives all units to each expert. The output weights are
+scaled so that shared + routing weight · expert approximates the MLP: exactly for the null class with two parts; for
+other classes up to the variation of the routing weight around its mean, which is measured on real tokens.
+Source: sparse upcycling, arXiv 2212.05055.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megapromoe.checkpoint.average import Average
 from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import UNSHARDED
@@ -35,10 +36,15 @@ from megapromoe.nn.parallelize import build
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Of one MoE layer: directions (E, D) of the clusters of its tokens, and the mean gate they would give."""
+    """The prototypes of one MoE layer.
+
+    Attributes:
+        prototype_ED: directions of the clusters of the layer's tokens.
+        mean_weight: mean routing weight that they give.
+    """
 
     prototype_ED: Tensor
-    gate: float
+    mean_weight: float
 
 
 # ---- dense to ProMoE
@@ -53,31 +59,34 @@ def from_dense(
     weights: str = "ema",
     seed: int = 0,
 ) -> State:
-    """A ProMoE of `config` whose experts are made from the MLPs of `dense`.
+    """A ProMoE of `config` whose experts are initialized from the MLPs of `dense`.
 
     Args:
-        prototypes: of each MoE block, by its index; see `cluster`.
+        dense: the trained dense model.
+        config: of the ProMoE.
+        prototypes: index of an MoE block -> prototypes; see `cluster`.
         how: "slice" or "copy".
-        noise: standard deviation of what is added to the routed experts, over that of the tensor itself.
-        weights: "ema" or "master", which of the dense model's to start from.
+        noise: standard deviation of the noise on routed experts, relative to that of the tensor.
+        weights: "ema" or "master": the weights of the dense model to start from.
+        seed: of the noise.
 
-    Raises ConversionError listing what does not fit: see `check_fit`.
+    Raises ConversionError, which lists what does not fit: see `check_fit`.
     """
     check_fit(dense, config, how)
     old, new = dense.config.model, config.model
     shapes, _ = model_shapes(new)
-    make = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.moe_width)
+    from_mlp = partial(_from_mlp, dense, config, prototypes, 1 if how == "copy" else old.mlp_width // new.moe_width)
 
     def read(kind: str, name: str) -> Tensor:
         if name in dense.shapes:
             return dense.read(weights, name)
-        return make(lambda part: dense.read(weights, part), name, noise, seed)
+        return from_mlp(lambda part: dense.read(weights, part), name, noise, seed)
 
-    return _fresh(dense, config, shapes, read, f"experts are {how}s of the MLPs, prototypes from k-means")
+    return _initial_state(dense, config, shapes, read, f"experts are {how}s of the MLPs, prototypes from k-means")
 
 
 def check_fit(dense: State, config: Config, how: str) -> None:
-    """Raises ConversionError listing why `dense` cannot become a ProMoE of `config`."""
+    """Raises ConversionError, which lists all reasons, if `dense` cannot be converted to a ProMoE of `config`."""
     old, new = dense.config.model, config.model
     problems = []
     if old.router != "dense":
@@ -89,20 +98,20 @@ def check_fit(dense: State, config: Config, how: str) -> None:
     for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")
-    said, whole = f"model.expert_ratio = {new.expert_ratio}", f"{old.mlp_ratio}"
+    option, mlp = f"model.expert_ratio = {new.expert_ratio}", f"{old.mlp_ratio}"
     if new.expert_width:
-        said, whole = f"model.expert_width = {new.expert_width}", f"{old.mlp_width}"
+        option, mlp = f"model.expert_width = {new.expert_width}", f"{old.mlp_width}"
     if how == "copy" and new.moe_width != old.mlp_width:
-        problems.append(f"{said}: copies need the MLP's {whole}; or slice")
+        problems.append(f"{option}: must be the MLP's {mlp} for copies; or use slices")
     if old.mlp_width % new.moe_width:
-        problems.append(f"{said}: must divide the MLP's {whole}")
+        problems.append(f"{option}: must divide the MLP's {mlp}")
     for name in ("num_shared_experts", "num_unconditional_experts"):
         if getattr(new, name) > 1:
-            problems.append(f"model.{name} = {getattr(new, name)}: must be 1, since an MLP is dealt out to one of each")
+            problems.append(f"model.{name} = {getattr(new, name)}: must be 1; several are not supported")
     if new.shared_width != new.moe_width:
         problems.append(f"model.shared_expert_width = {new.shared_expert_width}: must be 0, the other experts' width")
     if problems:
-        raise ConversionError(f"{dense.where}: cannot become this ProMoE:\n  " + "\n  ".join(problems))
+        raise ConversionError(f"{dense.where}: cannot be converted to this ProMoE:\n  " + "\n  ".join(problems))
 
 
 def _from_mlp(
@@ -118,23 +127,23 @@ def _from_mlp(
     """One tensor of an MoE layer, float32."""
     model = config.model
     prefix, _, inside = name.partition(".mlp.")
-    made = prototypes[int(prefix.split(".")[1])]
+    layer = prototypes[int(prefix.split(".")[1])]
     if inside == "router.prototypes":
-        # As long as fresh ones (normal, σ 0.02), since AdamW's steps are of that scale.
-        return F.normalize(made.prototype_ED, dim=-1) * 0.02 * model.hidden_size**0.5
+        # The norm of newly initialized prototypes (normal, σ 0.02), to which AdamW's step size fits.
+        return F.normalize(layer.prototype_ED, dim=-1) * 0.02 * model.hidden_size**0.5
     role, projection, kind = inside.split(".")
-    whole = mlp(f"{prefix}.mlp.{projection}.{kind}")
+    tensor = mlp(f"{prefix}.mlp.{projection}.{kind}")
 
     def part_of(index: int, scale: float) -> Tensor:
-        """The tensor of an expert that holds the index-th part of the hidden units, its output scaled."""
+        """The tensor of an expert with the index-th part of the hidden units and a scaled output."""
         width = model.moe_width
         units = slice(index * width, (index + 1) * width)
         if projection == "fc1":
-            return whole[units]
+            return tensor[units]
         if kind == "weight":
-            return whole[:, units] * scale
-        # The output bias belongs to the sum, and so to whom every token visits.
-        return whole * (1.0 if role == "shared" else 0.0 if model.shared_expert else scale / _parts(parts, model))
+            return tensor[:, units] * scale
+        # The output bias must be added once: by the shared expert, which processes every token, if there is one.
+        return tensor * (1.0 if role == "shared" else 0.0 if model.shared_expert else scale / _parts(parts, model))
 
     if role == "shared":
         return part_of(0, _scale_of_shared(parts)).contiguous()
@@ -145,13 +154,13 @@ def _from_mlp(
         return part_of(first, share * others).contiguous()
     routed = []
     for expert in range(model.num_experts):
-        one = part_of(first + expert % others, share * others / made.gate)
-        routed.append(_noisy(one, noise, seed, name, expert))
+        part = part_of(first + expert % others, share * others / layer.mean_weight)
+        routed.append(_noisy(part, noise, seed, name, expert))
     return torch.stack(routed)
 
 
 def _parts(parts: int, model) -> int:
-    """Parts of the hidden units that the experts other than the shared one deal out among themselves."""
+    """The number of parts of the hidden units that are divided among the experts other than the shared one."""
     return parts - 1 if model.shared_expert and parts > 1 else parts
 
 
@@ -161,37 +170,38 @@ def _scale_of_shared(parts: int) -> float:
 
 @torch.no_grad()
 def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") -> dict[int, Tensor]:
-    """What the MLPs of the blocks that will be MoE see: block -> tokens (T, D), of images that keep their label.
+    """The inputs of the MLPs in the blocks that will be MoE layers: block -> tokens (T, D) of conditional images.
 
-    The dense model runs on the first `images` samples of the stream of `config`, noised as in training.
+    The dense model runs on the first `images` samples of the stream of `config`, with noise as in training.
     """
-    model = _whole_model(dense, weights)
+    model = _load_model(dense, weights)
     dataset = open_dataset(config)
-    loader = Loader(dataset, config.data.seed, 0.0, config.data.flip, config.model.null_class)
+    stream = SampleStream(dataset, config.data.seed, 0.0, config.data.flip, config.model.null_class)
     objective = make_objective(config)
-    seen: dict[int, list[Tensor]] = {block: [] for block in config.model.moe_blocks}
+    inputs: dict[int, list[Tensor]] = {block: [] for block in config.model.moe_blocks}
     hooks = [
         model.blocks[block]
         .get_submodule("mlp")
-        .register_forward_pre_hook(lambda _, given, b=block: seen[b].append(given[0].flatten(0, 1)))
-        for block in seen
+        .register_forward_pre_hook(lambda _, arguments, b=block: inputs[b].append(arguments[0].flatten(0, 1)))
+        for block in inputs
     ]
     batch = 64
     for first in range(0, images, batch):
-        samples = loader.batch(first, min(batch, images - first))
+        samples = stream.batch(first, min(batch, images - first))
         x_BCHW, t_B = objective.corrupt(samples.clean_BCHW, samples.noise_BCHW, samples.u_B)
-        model(x_BCHW, t_B, samples.labels_B, samples.conditional)
+        model(x_BCHW, t_B, samples.labels_B, samples.num_conditional)
     for hook in hooks:
         hook.remove()
-    return {block: torch.cat(tokens) for block, tokens in seen.items()}
+    return {block: torch.cat(tokens) for block, tokens in inputs.items()}
 
 
 def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
-    """Prototypes of a layer from its tokens (T, D): spherical k-means, as routing goes by cosine.
+    """Prototypes of a layer from its tokens (T, D), by spherical k-means, because routing uses cosine scores.
 
-    The softmax gate of expert choice is over an image's tokens: there the T tokens are those of whole images, in order.
+    With expert choice, the softmax is over the tokens of an image: the T tokens must then be those of whole images, in
+    order.
 
-    Raises ConversionError if there are fewer tokens than experts.
+    Raises ConversionError if there are fewer tokens than experts, or if a token is not finite.
 
     Source: sklearn.cluster.KMeans on normalised tokens.
     """
@@ -202,22 +212,22 @@ def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
         raise ConversionError(f"{len(x_TD)} tokens for {experts} prototypes: use more images")
     if not is_finite(x_TD):
         raise ConversionError(
-            "tokens of the source hold NaN or infinity: its weights, or the data, are not finite or far too large; use"
-            " an earlier checkpoint"
+            "tokens of the source hold NaN or infinity: its weights or the data are not finite or too large; use an"
+            " earlier checkpoint"
         )
     unit_TD = F.normalize(x_TD.float(), dim=-1)
-    found = KMeans(experts, n_init=1, random_state=seed).fit(unit_TD.numpy())
-    prototype_ED = F.normalize(torch.from_numpy(found.cluster_centers_).float(), dim=-1)
+    clusters = KMeans(experts, n_init=1, random_state=seed).fit(unit_TD.numpy())
+    prototype_ED = F.normalize(torch.from_numpy(clusters.cluster_centers_).float(), dim=-1)
     score_TE = unit_TD @ prototype_ED.T
     weight_TE = _weights(score_TE, config.model)
     chosen_TK = score_TE.topk(top_k, dim=-1).indices
     mean = float(weight_TE.gather(-1, chosen_TK).sum(-1).mean())
-    # Cosines of tokens in all directions would ask for endless scales; the other gates have a positive lower bound.
+    # A mean cosine near zero would give unbounded scales; the weights of the other gates have a positive lower bound.
     return Prototypes(prototype_ED, max(mean, 0.05) if config.model.gate == "identity" else mean)
 
 
 def _weights(score_TE: Tensor, model: ModelConfig) -> Tensor:
-    """The weight (T, E) of each expert's output for each token, from the scores of whole images."""
+    """The routing weights (T, E) of all experts for each token, from the scores of whole images."""
     if model.gate == "identity":
         return score_TE
     if model.gate == "sigmoid":
@@ -233,23 +243,27 @@ def _weights(score_TE: Tensor, model: ModelConfig) -> Tensor:
 def grow(
     small: State, config: Config, noise: float = 0.01, spread: float = 0.05, weights: str = "ema", seed: int = 0
 ) -> State:
-    """A ProMoE with a multiple of the experts of `small`: expert e starts as expert e mod E.
+    """A ProMoE with a multiple of the E experts of `small`: expert e is a copy of expert e mod E.
 
-    Without noise, and with top_k = 1, it computes what `small` does. Expert choice gives each expert fewer tokens.
+    Without noise, and with top_k = 1, its output equals that of `small`. With expert choice, each expert gets fewer
+    tokens.
 
     Args:
-        config: that of `small` but for `model.num_experts`.
-        noise: standard deviation of what is added to each routed expert, over that of the tensor itself.
-        spread: length of what is added to each prototype, over its own; it parts the tokens of a split expert.
+        small: the trained model.
+        config: that of `small`, with another `model.num_experts`.
+        noise: standard deviation of the noise on each routed expert, relative to that of the tensor.
+        spread: norm of the noise on each prototype, relative to the prototype; it separates the tokens of the copies.
+        weights: "ema" or "master": the weights of `small` to start from.
+        seed: of the noise.
 
-    Raises ConversionError listing what does not fit.
+    Raises ConversionError, which lists what does not fit.
     """
     old, new = small.config.model, config.model
     problems = []
     if old.router not in PROMOE_ROUTERS:
         problems.append(f"the source has model.router = {old.router}; it must be promoe or promoe_ec")
     if replace(new, num_experts=old.num_experts) != old:
-        problems.append("the model may differ from the source's in model.num_experts alone")
+        problems.append("the model may differ from the source's in model.num_experts only")
     if new.num_experts % old.num_experts or new.num_experts <= old.num_experts:
         problems.append(f"model.num_experts = {new.num_experts}: must be a multiple of the source's {old.num_experts}")
     if problems:
@@ -258,31 +272,31 @@ def grow(
     times = new.num_experts // old.num_experts
 
     def read(kind: str, name: str) -> Tensor:
-        whole = small.read(weights, name)
+        tensor = small.read(weights, name)
         if name.endswith(".router.prototypes"):
-            length_E1 = whole.norm(dim=-1, keepdim=True) / whole.shape[1] ** 0.5
+            length_E1 = tensor.norm(dim=-1, keepdim=True) / tensor.shape[1] ** 0.5
             return torch.cat([
-                whole + spread * length_E1 * torch.randn(whole.shape, generator=_generator(seed, name, turn))
-                for turn in range(times)
+                tensor + spread * length_E1 * torch.randn(tensor.shape, generator=_generator(seed, name, copy))
+                for copy in range(times)
             ])  # fmt: skip
         if ".mlp.experts." not in name:
-            return whole
+            return tensor
         if old.gate == "softmax" and old.router == "promoe" and ".fc2." in name:
-            whole = whole * times  # the same scores over so many times the experts; by expert choice: over tokens
+            tensor = tensor * times  # a softmax over `times` as many experts; with expert choice it is over tokens
         return torch.stack([
-            _noisy(whole[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)
+            _noisy(tensor[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)
         ])  # fmt: skip
 
-    return _fresh(small, config, shapes, read, f"each of {old.num_experts} experts was split into {times}")
+    return _initial_state(small, config, shapes, read, f"each of {old.num_experts} experts was split into {times}")
 
 
-# ---- what both share
+# ---- common parts
 
 
-def _fresh(
+def _initial_state(
     source: State, config: Config, shapes: dict[str, tuple[int, ...]], read: Callable[[str, str], Tensor], note: str
 ) -> State:
-    """A state at the start of training: weights, which are their own average, and no moments."""
+    """A state at the start of training: the average equals the weights, and there are no moments."""
     notes = [*source.notes, note]
     average = Average(None, 1.0, 0, config.train.ema)
     return State(
@@ -301,8 +315,8 @@ def _generator(seed: int, name: str, expert: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _whole_model(state: State, weights: str) -> DiT:
-    """The model of a state on this process, in eval mode."""
+def _load_model(state: State, weights: str) -> DiT:
+    """The unsharded model of a state, in eval mode."""
     model = build(state.config, UNSHARDED)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

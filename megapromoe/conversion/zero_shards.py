@@ -1,8 +1,8 @@
-"""float32 masters and AdamW's moments out of DeepSpeed's ZeRO-1 and ZeRO-2 files, which each rank wrote for its part.
+"""Reads float32 masters and AdamW's moments from the files that the ranks of ZeRO-1 and ZeRO-2 wrote.
 
-Of each parameter group all parameters lie one after the other in one flat vector, padded at its end and cut into one
-partition for each rank. `zero_pp_rank_N_mp_rank_00_optim_states.pt` holds rank N's partitions. The names, in order, are
-in `param_shapes` of the file of weights, which are themselves in half precision.
+ZeRO concatenates the parameters of each group to one flat vector, pads its end, and splits it into one partition for
+each rank. `zero_pp_rank_N_mp_rank_00_optim_states.pt` holds the partitions of rank N. The names, in order, are in
+`param_shapes` of the file of half-precision weights.
 
 Source: DeepSpeed's zero_to_fp32.py and DeepSpeedZeroOptimizer.state_dict.
 """
@@ -30,14 +30,14 @@ _KINDS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Shards:
-    """What the files of all ranks hold.
+    """The content of the files of all ranks.
 
     Attributes:
-        pieces: kind -> parameter's name -> its stretches over the ranks' files, float32, in order. "master", and
-            AdamW's moments where they are there.
-        shapes: of each parameter, by the same names.
-        updates: steps that AdamW counts; 0 without moments.
-        settings: of AdamW's first group.
+        pieces: kind -> parameter's name -> its index ranges in the ranks' files, float32, in order. The kinds are
+            "master" and, if the files have them, AdamW's moments.
+        shapes: parameter's name -> shape.
+        updates: step count of AdamW; 0 without moments.
+        settings: settings of AdamW's first group.
     """
 
     pieces: dict[str, dict[str, list[Stored]]]
@@ -47,16 +47,18 @@ class Shards:
 
 
 def read_shards(folder: Path, main: Mapping[str, Any]) -> Shards | None:
-    """The shards beside the weights `main` in `folder`; None if there are none.
+    """Reads the shards in `folder`, which belong to the weights `main`; None if there are none.
 
-    Raises ConversionError if one is missing or malformed, or if they are not of these weights.
+    Raises ConversionError if a shard is missing or malformed, or belongs to other weights.
     """
     files = {int(match[1]): file for file in folder.iterdir() if (match := _FILE.fullmatch(file.name))}
     if not files:
         return None
     if sorted(files) != list(range(len(files))):
-        lacking = next(rank for rank in range(len(files)) if rank not in files)
-        raise ConversionError(f"{folder}: has optimizer states of {len(files)} ranks, but none of rank {lacking}")
+        missing = next(rank for rank in range(len(files)) if rank not in files)
+        raise ConversionError(
+            f"{folder}: has optimizer states of {len(files)} ranks, but none of rank {missing}; copy those of all ranks"
+        )
     groups = _groups(folder, main.get("param_shapes"))
     ranks = [_state_of(files[rank]) for rank in range(len(files))]
     pieces: dict[str, dict[str, list[Stored]]] = {"master": {}}
@@ -87,14 +89,14 @@ def read_shards(folder: Path, main: Mapping[str, Any]) -> Shards | None:
 
 
 def _groups(folder: Path, shapes: Any) -> list[dict[str, tuple[int, ...]]]:
-    """Of each group the parameters' shapes by name, in the order of the flat vector."""
-    bad = f"{folder}: has optimizer states of ZeRO, but its weights do not say what lies where in them (param_shapes)"
+    """For each group: parameter's name -> shape, in the order of the flat vector."""
+    bad = f"{folder}: has optimizer states of ZeRO, but its weights do not describe their layout (param_shapes)"
     if not isinstance(shapes, list) or not all(isinstance(group, Mapping) for group in shapes):
-        raise ConversionError(f"{bad}; convert it with the zero_to_fp32.py beside it")
+        raise ConversionError(f"{bad}; convert it with the zero_to_fp32.py of that folder")
     for group in shapes:
         for name, shape in group.items():
             if not isinstance(name, str) or not isinstance(shape, list):
-                raise ConversionError(f"{bad}; {name!r} is no name, or has no shape")
+                raise ConversionError(f"{bad}; {name!r} is not a name, or has no shape")
             if not all(type(n) is int and n >= 0 for n in shape):
                 raise ConversionError(f"{bad}; {name} has the shape {shape}")
     return [{strip_wrappers(name)[0]: tuple(shape) for name, shape in group.items()} for group in shapes]
@@ -104,11 +106,9 @@ def _state_of(file: Path) -> Mapping[str, Any]:
     content = read_pickle(file)
     state = content.get("optimizer_state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
-        raise ConversionError(f"{file}: has no optimizer_state_dict, so it is no optimizer state of ZeRO")
+        raise ConversionError(f"{file}: has no optimizer_state_dict, so it is not an optimizer state of ZeRO")
     if "fp32_flat_groups" in state:
-        raise ConversionError(
-            f"{file}: is of ZeRO-3, whose parameters are split one by one; merge it with DeepSpeed first"
-        )
+        raise ConversionError(f"{file}: is of ZeRO-3, which splits each parameter; merge it with DeepSpeed first")
     return state
 
 
@@ -120,7 +120,7 @@ def _masters(file: Path, state: Mapping[str, Any]) -> list[Any]:
 
 
 def _base_states(state: Mapping[str, Any], groups: int) -> Mapping[Any, Any] | None:
-    """AdamW's states by group; None if there are none, or in the form of an elastic checkpoint."""
+    """AdamW's states by group; None if there are none, or if the checkpoint is elastic."""
     base = state.get("base_optimizer_state")
     states = base.get("state") if isinstance(base, Mapping) else None
     return states if isinstance(states, Mapping) and all(index in states for index in range(groups)) else None
@@ -128,12 +128,12 @@ def _base_states(state: Mapping[str, Any], groups: int) -> Mapping[Any, Any] | N
 
 def _moment_state(file: Path, states: Any, index: int) -> Mapping[str, Any]:
     if not isinstance(states[index], Mapping):
-        raise ConversionError(f"{file}: its optimizer state of group {index} is no mapping")
+        raise ConversionError(f"{file}: its optimizer state of group {index} is not a mapping")
     return states[index]
 
 
 def _group_settings(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    """Learning rate and the like of a group of AdamW's, as it was saved; empty if it was not."""
+    """The saved settings of a parameter group of AdamW, such as the learning rate; empty if there are none."""
     base = state.get("base_optimizer_state")
     groups = base.get("param_groups") if isinstance(base, Mapping) else None
     if isinstance(groups, list) and index < len(groups) and isinstance(groups[index], Mapping):
@@ -142,27 +142,27 @@ def _group_settings(state: Mapping[str, Any], index: int) -> Mapping[str, Any]:
 
 
 def _check_group(folder: Path, state: Mapping[str, Any], index: int, ranks: int) -> None:
-    """Raises ConversionError unless a group is cut over all ranks."""
+    """Raises ConversionError unless a group is split over all ranks."""
     counts = state.get("partition_count", ranks)
     count = counts[index] if isinstance(counts, list) and index < len(counts) else counts
     if count == ranks:
         return
     if _group_settings(state, index).get("moe"):
         raise ConversionError(
-            f"{folder}: experts are split over ranks (each group of them is cut in {count}, the rest in {ranks}); load"
-            " it with ep_size = 1 and save it again, or convert it with DeepSpeed's ds_to_universal.py"
+            f"{folder}: experts are split over ranks (their groups into {count} partitions, the others into {ranks});"
+            " load it with ep_size = 1 and save it again, or convert it with DeepSpeed's ds_to_universal.py"
         )
     raise ConversionError(
-        f"{folder}: was written by {count} ranks, and has optimizer states of {ranks}; copy those of all ranks here"
+        f"{folder}: was written by {count} ranks, but has optimizer states of {ranks}; copy those of all ranks to it"
     )
 
 
 def _paddings(folder: Path, state: Mapping[str, Any], index: int, parameters: int) -> list[int]:
-    """Elements left free after each parameter of a group."""
-    every = state.get("param_alignment_paddings")
-    if every is None:
+    """The number of padding elements after each parameter of a group."""
+    paddings = state.get("param_alignment_paddings")
+    if paddings is None:
         return [0] * parameters
-    gaps = every[index] if isinstance(every, list) and index < len(every) else None
+    gaps = paddings[index] if isinstance(paddings, list) and index < len(paddings) else None
     if not isinstance(gaps, list) or len(gaps) != parameters or not all(type(n) is int and n >= 0 for n in gaps):
         raise ConversionError(
             f"{folder}: param_alignment_paddings of group {index} are not a number for each parameter"
@@ -176,7 +176,7 @@ def _partition(file: Path, what: str, partitions: list[Any], index: int) -> Stor
 
 def _flat(file: Path, what: str, stored: Any) -> Stored:
     if not isinstance(stored, Stored) or len(stored.shape) != 1 or stored.dtype != torch.float32 or stored.stride:
-        raise ConversionError(f"{file}: {what} is missing, or no flat float32 tensor")
+        raise ConversionError(f"{file}: {what} is missing or not a flat float32 tensor")
     return stored
 
 
@@ -189,21 +189,22 @@ def _cut(
     ranks: int,
     out: dict[str, list[Stored]],
 ) -> None:
-    """Adds to `out` the stretches of each parameter of a group, whose flat vector is `parts` one after the other."""
+    """Adds the index ranges of each parameter of a group to `out`; `parts` are the partitions of its flat vector."""
     sizes = [math.prod(shape) for shape in names.values()]
     needed, held = sum(sizes) + sum(gaps), sum(part.shape[0] for part in parts)
     if not needed - (gaps[-1] if gaps else 0) <= held <= needed + 2 * ranks:
         raise ConversionError(
-            f"{folder}: the ranks hold {held:,} elements of {kind}, their parameters have {needed:,}; files of another"
-            " checkpoint are among them"
+            f"{folder}: the ranks hold {held:,} elements of {kind}, their parameters have {needed:,}; some files are of"
+            " another checkpoint"
         )
     start = 0
     for name, size, gap in zip(names, sizes, gaps, strict=True):
-        out[name] = _stretches(parts, start, start + size)
+        out[name] = _index_ranges(parts, start, start + size)
         start += size + gap
 
 
-def _stretches(parts: list[Stored], start: int, stop: int) -> list[Stored]:
+def _index_ranges(parts: list[Stored], start: int, stop: int) -> list[Stored]:
+    """The elements start to stop of the concatenation of `parts`, as ranges of the files."""
     out, first = [], 0
     for part in parts:
         last = first + part.shape[0]
@@ -218,9 +219,9 @@ def _stretches(parts: list[Stored], start: int, stop: int) -> list[Stored]:
 def _check_rounding(
     folder: Path, masters: Mapping[str, list[Stored]], shapes: Mapping[str, tuple[int, ...]], module: Mapping[str, Any]
 ) -> None:
-    """Raises ConversionError unless the weights are the masters in less precision.
+    """Raises ConversionError unless the weights are the rounded masters.
 
-    Of each file the smallest parameter is compared, which tells a file of another step.
+    Only the smallest parameter of each file is compared, which suffices to detect a file of another step.
     """
     weights = {strip_wrappers(name)[0]: stored for name, stored in module.items()}
     smallest: dict[Path, str] = {}
@@ -232,6 +233,6 @@ def _check_rounding(
         master = torch.cat([part.read() for part in masters[name]])
         if weight.numel() != master.numel() or not torch.equal(master.to(weight.dtype), weight.view(-1)):
             raise ConversionError(
-                f"{file}: {name} in its float32 shards is not {name} in the weights of {folder}; they are of different"
-                " steps"
+                f"{file}: {name} in its float32 shards differs from {name} in the weights of {folder}; the files are of"
+                " different steps"
             )

@@ -1,1 +1,1 @@
-"""Data sets, and the stream of batches made from them."""
+"""Data sets, the latent format and its encoding job, and the stream of training samples."""

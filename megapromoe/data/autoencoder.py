@@ -1,7 +1,7 @@
-"""Autoencoders between images and what a model is trained on: diffusers' AutoencoderKL and AutoencoderTiny, or pixels.
+"""Autoencoders between images and latents: diffusers' AutoencoderKL and AutoencoderTiny, or none (pixels).
 
-Three spaces: images in [-1, 1]; *raw* latents, as the autoencoder makes them and as they are stored; *latents*, what a
-model sees: `(raw - shift) * scale`, channel by channel.
+There are three kinds of values: images in [-1, 1]; *raw* latents, the output of the encoder, which are stored; and
+*latents*, the input of a model: `(raw - shift) * scale` for each channel.
 """
 
 from __future__ import annotations
@@ -15,53 +15,56 @@ from torch import Tensor
 
 from megapromoe.errors import UserError
 
-NONE = "none"  # the name of the autoencoder that is none
+NONE = "none"  # the name for training on pixels, without an autoencoder
 
 
 class AutoencoderError(UserError):
-    """An autoencoder that cannot be opened, or not used for these images."""
+    """An autoencoder cannot be opened, or does not fit the images or latents."""
 
 
 class Autoencoder(Protocol):
     """Encodes and decodes batches of square images."""
 
     identity: dict[str, str]
-    """`name` as it was opened, `kind` its class, `sha256` of its weights by name; what latents remember of it."""
+    """`name` by which it was opened, `kind`: its class, `sha256` of its weights. The latents' manifest records it."""
     channels: int
-    """Of the images."""
+    """Channels of the images."""
     scale: tuple[float, ...]
     shift: tuple[float, ...]
-    """Of each raw channel: latents = (raw - shift) * scale."""
+    """For each raw channel: latents = (raw - shift) * scale."""
     stochastic: bool
-    """Whether a latent is a normal distribution, with a variance, or a value."""
+    """Whether the encoder returns a normal distribution (mean and log-variance) or a single value."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a `resolution` x `resolution` image; raises AutoencoderError."""
+        """(C, H, W) of the latent of an image of `resolution` x `resolution` pixels; raises AutoencoderError."""
 
     def resolution(self, latent_size: int) -> int:
-        """Side of the image of a latent of this side: the inverse of `latent_shape`."""
+        """Side in pixels of the image of a latent with side `latent_size`: the inverse of `latent_shape`."""
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Raw mean and log-variance (B, C, H, W) float32 of images (B, channels, R, R); None: no variance."""
+        """Encodes images (B, channels, R, R) in [-1, 1] to raw mean and log-variance (B, C, H, W) float32.
+
+        The log-variance is None if the autoencoder is not stochastic.
+        """
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """Latents (B, C, H, W) float32 of raw ones."""
+        """Converts raw latents (B, C, H, W) to latents of the same shape, float32."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, channels, R, R) float32 in [-1, 1] of latents, on the autoencoder's device."""
+        """Decodes latents to images (B, channels, R, R) float32 in [-1, 1], on the autoencoder's device."""
 
 
 def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: int = 3) -> Autoencoder:
-    """The autoencoder of this name, ready on `device`, in float32.
+    """Opens an autoencoder in float32 on `device`.
 
     Args:
-        name: a folder that diffusers wrote (or one with such a folder `vae` in it), a name on the Hugging Face hub such
-            as "stabilityai/sd-vae-ft-ema" (or "owner/name/subfolder"), or "none": pixels.
-        channels: of the images; only "none" can choose.
+        name: a folder in diffusers' format (or one with such a subfolder `vae`), a name on the Hugging Face hub such as
+            "stabilityai/sd-vae-ft-ema" (or "owner/name/subfolder"), or "none": pixels.
+        channels: channels of the images, 1 or 3 with "none"; otherwise it must be that of the autoencoder.
 
     Raises:
-        AutoencoderError: there is none of this name, diffusers is missing, its weights are not safetensors, or its
-            images have other channels.
+        AutoencoderError: the autoencoder does not exist, diffusers is not installed, the weights are not in
+            safetensors files, or the number of channels is another.
     """
     if name == NONE:
         return Pixels(channels)
@@ -71,19 +74,19 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: in
         raise AutoencoderError(
             f"autoencoder {name!r} needs diffusers: pip install 'megapromoe[images]', or use {NONE!r}: pixels"
         ) from error
-    where = _place(name)
+    location = _load_arguments(name)
     try:
-        kind = diffusers.AutoencoderKL.load_config(**where).get("_class_name")
+        kind = diffusers.AutoencoderKL.load_config(**location).get("_class_name")
         classes: dict[str, type[_KL] | type[_Tiny]] = {"AutoencoderKL": _KL, "AutoencoderTiny": _Tiny}
         if kind not in classes:
             raise AutoencoderError(
                 f"autoencoder {name!r} is a {kind}; give an {' or an '.join(classes)} as diffusers saves them"
             )
-        # safetensors only: the other format is pickle, which runs what a stranger put in it
+        # safetensors only: the other format is pickle, which can execute arbitrary code
         model = getattr(diffusers, kind).from_pretrained(
-            **where, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
+            **location, use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
-    except (OSError, ValueError) as error:  # what diffusers raises for a missing file, no network, a broken one
+    except (OSError, ValueError) as error:  # raised by diffusers for a missing or damaged file, or without network
         if isinstance(error, AutoencoderError):
             raise
         reason = " ".join(str(error).split())
@@ -97,8 +100,8 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: in
     return opened
 
 
-def _place(name: str) -> dict:
-    """Arguments of from_pretrained: a local folder never asks the network, and a name is never taken for a folder."""
+def _load_arguments(name: str) -> dict:
+    """The arguments of from_pretrained for a local folder, without network access, or for a name on the hub."""
     folder = Path(name)
     if folder.is_dir():
         inside = not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists()
@@ -113,7 +116,7 @@ def _place(name: str) -> dict:
 
 
 class Pixels:
-    """No autoencoder: raw latents are the bytes of the pixels, 0..255, and latents the image in [-1, 1]."""
+    """No autoencoder: raw latents are the pixels' bytes, 0..255, and latents are the image in [-1, 1]."""
 
     identity = {"name": NONE, "kind": "pixels", "sha256": ""}
     stochastic = False
@@ -141,7 +144,7 @@ class Pixels:
 
 
 class _Diffusers:
-    """What the autoencoders of diffusers have in common."""
+    """The common part of diffusers' autoencoders."""
 
     def __init__(self, name: str, model, device: torch.device | str, blocks: int):
         self.model = model.eval().requires_grad_(False).to(device)
@@ -158,8 +161,8 @@ class _Diffusers:
                 str(n * self.factor) for n in (resolution // self.factor, resolution // self.factor + 1) if n
             )
             raise AutoencoderError(
-                f"resolution {resolution} must be a multiple of {self.factor}, by which the autoencoder shrinks images;"
-                f" nearest: {near}"
+                f"resolution {resolution} must be a multiple of {self.factor}, the downsampling factor of the"
+                f" autoencoder; nearest: {near}"
             )
         return self.latent_channels, resolution // self.factor, resolution // self.factor
 
@@ -174,8 +177,8 @@ class _Diffusers:
     def decode(self, latents: Tensor) -> Tensor:
         if latents.shape[1] != self.latent_channels:
             raise AutoencoderError(
-                f"latents have {latents.shape[1]} channels, autoencoder {self.identity['name']!r} makes"
-                f" {self.latent_channels}: they are not of this autoencoder"
+                f"latents have {latents.shape[1]} channels, those of autoencoder {self.identity['name']!r} have"
+                f" {self.latent_channels}: give the autoencoder that made the latents"
             )
         latents = latents.to(self.device, torch.float32)
         scale, shift = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.scale, self.shift))
@@ -189,7 +192,7 @@ class _Diffusers:
 
 
 class _KL(_Diffusers):
-    """AutoencoderKL, such as the SD-VAE: a latent is a normal distribution."""
+    """AutoencoderKL, such as the SD-VAE: the encoder returns a normal distribution."""
 
     stochastic = True
 
@@ -203,7 +206,7 @@ class _KL(_Diffusers):
 
 
 class _Tiny(_Diffusers):
-    """AutoencoderTiny (TAESD): a latent is a value."""
+    """AutoencoderTiny (TAESD): the encoder returns a single value."""
 
     stochastic = False
 
@@ -216,9 +219,9 @@ class _Tiny(_Diffusers):
 
 
 def _affine(settings, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale and shift of each channel, as diffusers' pipelines use an autoencoder's settings.
+    """Scale and shift of each channel from an autoencoder's settings, as in diffusers' pipelines.
 
-    A mean and deviation of each channel, where given, stand for the shift: (raw - mean) * scaling_factor / std.
+    If the settings have a mean and standard deviation per channel, latents are (raw - mean) * scaling_factor / std.
     """
     factor = float(getattr(settings, "scaling_factor", None) or 1.0)
     mean, std = getattr(settings, "latents_mean", None), getattr(settings, "latents_std", None)
@@ -229,7 +232,7 @@ def _affine(settings, channels: int) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
-    """SHA-256 of names, shapes, types and values: the same however the weights came here."""
+    """SHA-256 of the names, shapes, types and values of the weights, independent of the file format."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         value = value.detach().cpu().contiguous()

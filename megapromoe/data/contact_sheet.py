@@ -1,4 +1,4 @@
-"""A picture of some records of a folder of latents: a row for each class, each image beside its mirror image."""
+"""A picture of records of a latent folder: one row per class, each image next to its mirror image."""
 
 from __future__ import annotations
 
@@ -12,45 +12,48 @@ from megapromoe.data.autoencoder import Autoencoder, AutoencoderError
 from megapromoe.data.latents import Latents, LatentsError
 from megapromoe.plot_text import font_file, legible
 
-MARGIN, GAP = 120, 2  # pixels: of the class names, between images
+MARGIN, GAP = 120, 2  # pixels: width of the column of class names; gap between images
 TEXT = 11  # pixels: size of the class names
-SMALLEST = 32  # pixels: smaller images are enlarged by a whole factor
-NOTHING = 40  # gray where a class has no more records
+MIN_SIZE = 32  # pixels: smaller images are enlarged by an integer factor
+BACKGROUND = 40  # gray level between images, and where a class has too few records
 
 
 def contact_sheet(data: Latents, classes: Sequence[int], count: int, autoencoder: Autoencoder | None) -> Image.Image:
-    """The first `count` records of each class, drawn from their means.
+    """A picture of the means of the first `count` records of each class.
 
     Args:
-        autoencoder: the one that made them decodes them; None shows raw channels, the first three as colours.
+        data: the latents.
+        classes: class labels, one row each.
+        count: images per row, without mirror images.
+        autoencoder: decodes the latents; None: shows the latents' first three channels as colours.
 
-    Raises AutoencoderError if it is not the one that made them, LatentsError if a record is damaged.
+    Raises AutoencoderError if the latents are of another autoencoder, LatentsError if a record is damaged.
     """
     if autoencoder is not None:
-        must_match(data.manifest.autoencoder, autoencoder)
+        check_same_autoencoder(data.manifest.autoencoder, autoencoder)
     rows = [np.flatnonzero(data.labels == label)[:count].tolist() for label in classes]
     if not any(rows):
         raise LatentsError(f"{data.folder} has no records of classes {', '.join(map(str, classes))}; give others")
-    both = data.manifest.mirror != "none"
-    pictures = {index: _pictures(data, index, both, autoencoder) for row in rows for index in row}
+    with_mirror = data.manifest.mirror != "none"
+    pictures = {index: _pictures(data, index, with_mirror, autoencoder) for row in rows for index in row}
     views, height, width, _ = next(iter(pictures.values())).shape
-    scale = max(1, SMALLEST // height)
+    scale = max(1, MIN_SIZE // height)
     height, width = height * scale, width * scale
     size = (MARGIN + count * views * (width + GAP), len(rows) * (height + GAP) + GAP)
-    sheet = Image.new("RGB", size, (NOTHING,) * 3)
-    write, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_file(), TEXT)
+    sheet = Image.new("RGB", size, (BACKGROUND,) * 3)
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.truetype(font_file(), TEXT)
     for number, (label, row) in enumerate(zip(classes, rows, strict=True)):
         top = number * (height + GAP) + GAP
         text = _shortened(f"{label} {legible(data.class_names[label])}", font)
-        write.text((4, top + 4), text, fill="white", font=font)
-        for place, picture in enumerate(picture for index in row for picture in pictures[index]):
+        canvas.text((4, top + 4), text, fill="white", font=font)
+        for column, picture in enumerate(picture for index in row for picture in pictures[index]):
             image = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (MARGIN + place * (width + GAP), top))
+            sheet.paste(image, (MARGIN + column * (width + GAP), top))
     return sheet
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text, or as much of its beginning as the margin holds, and three dots."""
+    """The text, cut to the width of the margin and ended with three dots if it is too long."""
     if font.getlength(text) <= MARGIN - 8:
         return text
     while font.getlength(f"{text}...") > MARGIN - 8:
@@ -58,11 +61,11 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
     return f"{text}..."
 
 
-def _pictures(data: Latents, index: int, both: bool, autoencoder: Autoencoder | None) -> np.ndarray:
-    """A record, and its mirror image, as uint8 (views, H, W, 3)."""
-    data.raw(index)  # a damaged one is named
-    mirror = np.array([False, True][: 1 + both])
-    latents = torch.from_numpy(data.draw(np.full(len(mirror), index), mirror, None))
+def _pictures(data: Latents, index: int, with_mirror: bool, autoencoder: Autoencoder | None) -> np.ndarray:
+    """A record, and its mirror image if `with_mirror`, as uint8 (views, H, W, 3)."""
+    data.raw(index)  # raises LatentsError for a damaged record
+    mirror = np.array([False, True][: 1 + with_mirror])
+    latents = torch.from_numpy(data.sample(np.full(len(mirror), index), mirror, None))
     if autoencoder is not None:
         images = autoencoder.decode(latents).cpu()
     else:
@@ -73,9 +76,9 @@ def _pictures(data: Latents, index: int, both: bool, autoencoder: Autoencoder | 
     return pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
 
 
-def must_match(identity: dict[str, str], autoencoder: Autoencoder) -> None:
-    """Raises AutoencoderError if latents of this identity are known not to be of this autoencoder."""
-    own = autoencoder.identity
-    if identity["sha256"] and identity["sha256"] != own["sha256"] or identity["kind"] not in ("", own["kind"]):
-        made, given = (f"{i['name']!r} ({i['kind']}, sha256 {i['sha256'][:12] or '?'})" for i in (identity, own))
-        raise AutoencoderError(f"the latents were made by {made}, not by {given}: give that one")
+def check_same_autoencoder(identity: dict[str, str], autoencoder: Autoencoder) -> None:
+    """Raises AutoencoderError if latents with this autoencoder identity were made by another autoencoder."""
+    given = autoencoder.identity
+    if identity["sha256"] and identity["sha256"] != given["sha256"] or identity["kind"] not in ("", given["kind"]):
+        expected, actual = (f"{i['name']!r} ({i['kind']}, sha256 {i['sha256'][:12] or '?'})" for i in (identity, given))
+        raise AutoencoderError(f"the latents were made by {expected}, not by {actual}: give {identity['name']!r}")

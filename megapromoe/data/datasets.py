@@ -1,4 +1,4 @@
-"""Data sets that need no file: real 8x8 digits, and synthetic latents of any shape."""
+"""The protocol of data sets, and two data sets without files: 8x8 digits and synthetic latents of any shape."""
 
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -11,66 +11,73 @@ from megapromoe.errors import UserError
 
 
 class Dataset(Protocol):
-    """A finite set of labelled images or latents, drawn by index."""
+    """A finite set of labelled images or latents, addressed by index."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one record."""
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Number of classes; labels are 0 to num_classes - 1."""
 
     @property
-    def class_names(self) -> tuple[str, ...]: ...
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 class of every record."""
+        """The class of every record, int64 (N,)."""
 
     @property
     def stochastic(self) -> bool:
-        """Whether a record is a distribution to draw from, rather than an array."""
+        """Whether a record is a normal distribution that is sampled; otherwise it is an array."""
 
     def __len__(self) -> int:
         """Number of records."""
 
     def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, C, H, W) float32, as they are (means, where they are distributions), and labels (B) int64."""
+        """Reads images (B, C, H, W) float32 and labels (B,) int64, without mirroring; of distributions, the means."""
 
-    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
-        """Samples (B, C, H, W) float32 of int64 indices in [0, len).
+    def sample(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Training samples (B, C, H, W) float32.
 
         Args:
-            mirror_B: bool, which are mirrored left to right.
-            normal_BCHW: unit normals that a stochastic set draws with; None: the mean.
+            indices_B: record indices, int64 in [0, len).
+            mirror_B: bool: which samples are mirrored left to right.
+            normal_BCHW: unit normals for sampling a stochastic data set; None: the mean.
 
-        Raises DamagedRecords, naming all of these that cannot be used.
+        Raises DamagedRecords, which lists all of these records that cannot be used.
         """
 
 
 class DatasetError(UserError):
-    """A data set that does not fit the model, or holds what it must not."""
+    """A data set does not fit the model, or holds invalid values."""
 
 
 class DamagedRecords(DatasetError):
-    """Records that cannot be used; `rows` says where in the indices that were asked for they stand."""
+    """Some of the requested records cannot be used.
+
+    Attributes:
+        rows: their positions in the requested indices.
+    """
 
     def __init__(self, rows: list[int], message: str):
         super().__init__(message)
         self.rows = rows
 
 
-class Images(ABC):
-    """A set of arrays: those that `read` returns with their labels, mirrored where asked."""
+class ArrayDataset(ABC):
+    """A data set whose records are arrays: `sample` mirrors the arrays of `read`."""
 
     stochastic = False
 
     @abstractmethod
     def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, C, H, W) float32 and labels (B) int64."""
+        """Images (B, C, H, W) float32 and labels (B,) int64."""
 
-    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
-        """Images (B, C, H, W) float32."""
+    def sample(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Images (B, C, H, W) float32; see `Dataset.sample`."""
         images_BCHW, _ = self.read(indices_B)
         if not mirror_B.any():
             return images_BCHW
@@ -78,10 +85,10 @@ class Images(ABC):
 
 
 def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
-    """See that a model of this configuration can train on the data set.
+    """Checks that a model of this configuration can train on the data set.
 
     Raises:
-        DatasetError: naming every mismatch, and the first record whose label is out of range.
+        DatasetError: lists every mismatch, and the first record whose label is out of range.
     """
     problems = []
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -111,7 +118,7 @@ def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
         raise DatasetError(f"data set {type(dataset).__name__}: " + "; ".join(problems))
 
 
-class Digits(Images):
+class Digits(ArrayDataset):
     """The 1,797 handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes, values in [-1, 1].
 
     Source: sklearn.datasets.load_digits (UCI optical recognition of handwritten digits, test part).
@@ -122,7 +129,7 @@ class Digits(Images):
     class_names = tuple(str(digit) for digit in range(10))
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # slow to import, and only the digits need it
+        from sklearn.datasets import load_digits  # slow to import, and needed for the digits only
 
         digits = load_digits()
         self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
@@ -136,17 +143,16 @@ class Digits(Images):
         return self.images[indices_B], self.labels[indices_B]
 
 
-class Synthetic(Images):
-    """Latents of any shape: unit normal around a pattern of their class, hence learnable.
+class Synthetic(ArrayDataset):
+    """Synthetic latents of any shape: unit normal noise plus a mean pattern of the class, which a model can learn.
 
-    A record is drawn when it is read, from (seed, index). Classes take turns: record i is of class i mod
-    num_classes.
+    A record is computed from (seed, index) when it is read. Record i has class i mod num_classes.
 
     Args:
         shape: (C, H, W) of a latent.
-        num_classes: classes, each with its own unit-normal mean pattern.
+        num_classes: number of classes, each with its own unit-normal mean pattern.
         size: number of records.
-        seed: of patterns and records.
+        seed: seed of the patterns and records.
     """
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, size: int, seed: int):

@@ -12,23 +12,25 @@ from pathlib import Path
 
 import numpy as np
 
-from megapromoe.data.datasets import DatasetError, Images
+from megapromoe.data.datasets import ArrayDataset, DatasetError
 
 PACKAGE = "dataset-fashion-mnist"
-FOLDER = "/usr/share/datasets/fashion-mnist"  # where the package puts its files
+FOLDER = "/usr/share/datasets/fashion-mnist"  # where the package installs its files
 _PREFIX = {"train": "train", "test": "t10k"}
-_UNSIGNED_BYTE = 8  # the type of the values, in an idx file's header
+_UNSIGNED_BYTE = 8  # the code of this type in the header of an idx file
 
 
-class FashionMNIST(Images):
-    """1 x 32 x 32, values in [-1, 1]: the 28 x 28 images in a border of background, so that sides divide by patches.
+class FashionMNIST(ArrayDataset):
+    """Fashion-MNIST as 1 x 32 x 32 images with values in [-1, 1].
+
+    The 28 x 28 images are padded with background, so that the side divides by common patch sizes.
 
     Args:
         split: "train" or "test".
-        folder: holds the four idx files, gzipped or not; "" is the Debian package's.
+        folder: folder of the four idx files, gzipped or not; "": that of the Debian package.
 
     Raises:
-        DatasetError: a file is missing or is not what it should be.
+        DatasetError: a file is missing or invalid.
     """
 
     shape = (1, 32, 32)
@@ -44,8 +46,8 @@ class FashionMNIST(Images):
         labels_file, labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
         if images.shape[1:] != (28, 28) or len(images) != len(labels):
             raise DatasetError(
-                f"{images_file} holds images of {images.shape[1:]}, {labels_file} {len(labels)} labels for"
-                f" {len(images)} images: they must be 28 x 28, one label each"
+                f"{images_file} holds {len(images)} images of {images.shape[1:]}, {labels_file} holds {len(labels)}"
+                " labels: images must be 28 x 28, with one label each; download the files again"
             )
         self.images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[:, None]
         self.labels = labels.astype(np.int64)
@@ -59,7 +61,7 @@ class FashionMNIST(Images):
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarray]:
-    """The file of this name, gzipped or not, and its array of bytes."""
+    """Reads the idx file `name` or `name`.gz; returns its path and its uint8 array."""
     file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
     if file is None:
         raise DatasetError(
@@ -71,10 +73,10 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> tuple[Path, np.ndarra
         if file.suffix == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{file} cannot be read: {error}; fetch it again") from error
+        raise DatasetError(f"{file} cannot be read: {error}; download it again") from error
     # Header: two zero bytes, the type, the number of dimensions, then the dimensions, big-endian int32.
     header = 4 + 4 * dimensions
     shape = tuple(np.frombuffer(content[4:header], ">u4").astype(int)) if len(content) >= header else ()
     if content[:4] != bytes((0, 0, _UNSIGNED_BYTE, dimensions)) or len(content) != header + np.prod(shape):
-        raise DatasetError(f"{file} is no idx file of bytes in {dimensions} dimensions; fetch it again")
+        raise DatasetError(f"{file} is not an idx file of bytes in {dimensions} dimensions; download it again")
     return file, np.frombuffer(content, np.uint8, offset=header).reshape(shape)

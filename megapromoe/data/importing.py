@@ -1,7 +1,7 @@
-"""Published latents, one .npz for each image (`latent`, `latent_flip`), as a source of the encoding job.
+"""Published latents, one .npz file per image (arrays `latent` and `latent_flip`), as a source of the encoding job.
 
-Source: the files that ProMoE's release makes of ImageNet: folder/CLASS/NAME.latent.npz, float32 (8, 32, 32): the
-parameters of the SD-VAE's posterior, mean above log-variance, unscaled.
+Source: the files that the scripts of ProMoE's release create from ImageNet: folder/CLASS/NAME.latent.npz, float32
+(8, 32, 32): the unscaled parameters of the SD-VAE's posterior, 4 channels of mean followed by 4 of log-variance.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from megapromoe.data.images import ImageError, Item, Scan, scan
 
 SUFFIXES = frozenset((".npz",))
 _LARGEST_ARRAY = 1 << 28  # bytes; a published latent has 16 KiB
-LOGVAR = (-30.0, 20.0)  # diffusers cuts off a posterior's log-variance here when it draws; the files hold it uncut
+LOGVAR = (-30.0, 20.0)  # diffusers clips the log-variance to this range when it samples; the files are not clipped
 VALUES = ("posterior", "latent")
 
 
 class PublishedLatents:
-    """A folder of such files.
+    """A folder of published latents.
 
     Args:
-        values: "posterior", mean and log-variance one above the other; or "latent", a value.
-        scale, shift: of latents, `(raw - shift) * scale`, for all channels.
-        name: of the autoencoder that made them, as `autoencoder.open_autoencoder` takes it; `sha256` of its weights,
-            "" where they are not at hand.
-        factor: side of an image over that of its latent.
+        values: content of the arrays: "posterior", channels of mean and log-variance; or "latent", a single value.
+        scale, shift: latents are `(raw - shift) * scale`, for all channels.
+        name: the autoencoder that made them, as for `autoencoder.open_autoencoder`.
+        sha256: SHA-256 of its weights; "" if unknown.
+        factor: side of an image divided by the side of its latent.
+        workers: threads that read files.
+        dtype: type of the stored latents, "float16" or "float32".
         one_class, class_order: see `images.scan`.
 
-    Raises ImageError: as `images.scan`, or no file is such a one.
+    Raises ImageError as `images.scan`, or if no file can be read.
     """
 
     def __init__(
@@ -57,12 +59,12 @@ class PublishedLatents:
         channels, height, width = first[0].shape
         if self.stochastic and channels % 2:
             raise ImageError(
-                f"{self.folder / example.path}: {channels} channels are no mean and log-variance;"
-                " say that they are latents (--values latent)"
+                f"{self.folder / example.path}: {channels} channels cannot be a mean and a log-variance;"
+                " give --values latent if the files hold latents"
             )
         self.views = len(first)
         shape = (channels // (1 + self.stochastic), height, width)
-        self.facts: dict[str, Any] = {
+        self.manifest_fields: dict[str, Any] = {
             "shape": shape,
             "dtype": dtype,
             "mirror": "stored" if self.views == 2 else "none",
@@ -75,21 +77,21 @@ class PublishedLatents:
         }
 
     def records(self, items: Sequence[Item]) -> Iterator[tuple[Item, np.ndarray | None, str]]:
-        """See `encode.Source`. A file that cannot be read is left out; one of another shape ends the job."""
+        """See `encode.Source`. A file that cannot be read is skipped; raises ImageError for one of another shape."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="npz") as pool:
             for start in range(0, len(items), 256):
                 batch = items[start : start + 256]
-                for item, found in zip(batch, pool.map(self._record, batch), strict=True):
-                    yield (item, None, found) if isinstance(found, str) else (item, found, "")
+                for item, result in zip(batch, pool.map(self._record, batch), strict=True):
+                    yield (item, None, result) if isinstance(result, str) else (item, result, "")
 
     def _first(self) -> tuple[Item, list[np.ndarray]]:
-        """The first file that can be read, which says what all are like."""
+        """The first file that can be read, and its arrays, which give the shape of all files."""
         for item in self.scan.items:
             try:
                 return item, self._arrays(item)
             except ImageError as error:
-                told = error
-        raise ImageError(f"none of {len(self.scan.items)} files can be read; {told}")
+                problem = error
+        raise ImageError(f"none of {len(self.scan.items)} files can be read; {problem}")
 
     def _record(self, item: Item) -> np.ndarray | str:
         try:
@@ -97,22 +99,22 @@ class PublishedLatents:
         except ImageError as error:
             return str(error)
         parts = 1 + self.stochastic
-        expected = (self.facts["shape"][0] * parts, *self.facts["shape"][1:])
+        expected = (self.manifest_fields["shape"][0] * parts, *self.manifest_fields["shape"][1:])
         if len(arrays) != self.views or any(array.shape != expected for array in arrays):
             raise ImageError(
                 f"{self.folder / item.path}: holds {' and '.join(str(array.shape) for array in arrays)}, the first file"
-                f" {self.views} of {expected}; all must be alike: remove or remake it"
+                f" {self.views} of {expected}; all files must have the same shapes: remove this file or create it again"
             )
-        record = np.stack(arrays).astype(np.float32).reshape(self.views, parts, *self.facts["shape"])
+        record = np.stack(arrays).astype(np.float32).reshape(self.views, parts, *self.manifest_fields["shape"])
         if self.stochastic:
             np.clip(record[:, 1], *LOGVAR, out=record[:, 1])
         return record
 
     def _arrays(self, item: Item) -> list[np.ndarray]:
-        """The arrays of a file: of the image, and of its mirror image if it is there."""
+        """The arrays of a file: of the image and, if the file has it, of the mirror image."""
         path = self.folder / item.path
         if path.exists() and not path.is_file():
-            raise ImageError(f"{path}: is no regular file")
+            raise ImageError(f"{path}: is not a regular file")
         try:
             _refuse_bombs(path)
             with np.load(path, allow_pickle=False) as content:
@@ -124,13 +126,16 @@ class PublishedLatents:
                 raise
             raise ImageError(f"{path}: {type(error).__name__}: {error}") from error
         if any(array.ndim != 3 or array.dtype.kind != "f" for array in arrays):
-            found = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
-            raise ImageError(f"{path}: holds {found}, not floating-point (C, H, W)")
+            types = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
+            raise ImageError(f"{path}: holds {types}, not floating-point (C, H, W)")
         return arrays
 
 
 def _refuse_bombs(path: Path) -> None:
-    """Raises ValueError for an archive of large arrays, or whose headers promise such: numpy allocates it."""
+    """Raises ValueError for an archive with large arrays, or with headers that claim large arrays.
+
+    numpy allocates the memory that a header claims before it reads the values.
+    """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.file_size > _LARGEST_ARRAY:

@@ -1,12 +1,12 @@
-"""Latents on disk: few large shards, each record checked when it is read.
+"""Latents on disk: few large shards; each record is checked when it is read.
 
-    DIR/manifest.json        what they are: shape, type, classes, autoencoder, shards with their SHA-256; written last
-    DIR/index.safetensors    of each record: label, CRC-32, end of its name in `names`
-    DIR/shard-00000.npy ...  records (N, views, parts, C, H, W), C order; any program may map them
+    DIR/manifest.json        shape, type, classes, autoencoder, shards with their SHA-256; written last
+    DIR/index.safetensors    for each record: label, CRC-32, end of its name in `names`
+    DIR/shard-00000.npy ...  records (N, views, parts, C, H, W) in C order; other programs can memory-map them
 
-Views: the image, and its mirror image where `mirror` is "stored" (the latent of a mirrored image is not the mirrored
-latent; pixels are "exact"). Parts: the mean, and the log-variance where there is one. Values are raw: `scale` and
-`shift` of the manifest are applied on reading. docs/data.md tells more.
+Views: the image and, if `mirror` is "stored", its mirror image (the latent of a mirrored image differs from the
+mirrored latent; for pixels they are equal, and `mirror` is "exact"). Parts: the mean and, for stochastic latents, the
+log-variance. The values are raw: `scale` and `shift` of the manifest are applied on reading. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _LONGEST_SIDE = 1 << 20
 
 
 class LatentsError(DatasetError):
-    """Latents that cannot be opened, read or used as asked."""
+    """Latents cannot be opened, read or used as requested."""
 
     on_all_ranks = True  # every rank opens the same files
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of `records` records."""
+    """A shard: file name, number of records, SHA-256 of the file."""
 
     file: str
     records: int
@@ -57,7 +57,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents holds; see the module."""
+    """The description of a folder of latents; see the module's docstring."""
 
     format: int
     shape: tuple[int, int, int]
@@ -71,7 +71,7 @@ class Manifest:
     resolution: int
     crop: str
     rounding: float | None
-    """Root mean square of the error of storing the mean, over that of the posterior's deviation; None: no posterior."""
+    """RMS error of the stored mean divided by the RMS standard deviation of the posterior; None without a posterior."""
     index_sha256: str
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[str, str], ...]
@@ -91,41 +91,47 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all that the manifest holds, and so of the data set: no other one has it."""
+        """SHA-256 of the manifest, which contains the hashes of all files: identifies the data set."""
         return sha256_of_json(asdict(self))
 
     def to_json(self) -> str:
-        """The manifest's text, with its own hash."""
+        """The manifest as JSON, with its identity as `sha256`."""
         return json.dumps(asdict(self) | {"sha256": self.identity}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of latents; raises LatentsError if there is none, or not such a one.
+    """Reads the manifest of a folder of latents; raises LatentsError if it is missing or invalid.
 
-    Folders that were written before manifests had a hash are read with a notice.
+    Manifests of older versions have no hash; they are read, and a log message says so.
     """
     path = Path(folder) / MANIFEST
     try:
         if path.exists() and not path.is_file():
-            raise LatentsError(f"{path} is no regular file; take it from a copy, or encode again")
+            raise LatentsError(f"{path} is not a regular file; restore it from a copy, or encode again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         unfinished = (Path(folder) / "plan.json").exists()
-        remedy = "its encoding is not finished: repeat the command" if unfinished else "make it: megapromoe encode"
+        remedy = (
+            "its encoding is not finished: repeat megapromoe encode"
+            if unfinished
+            else "create it with megapromoe encode"
+        )
         raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise LatentsError(f"{path} cannot be read: {error}; take it from a copy, or encode again") from error
+        raise LatentsError(f"{path} cannot be read: {error}; restore it from a copy, or encode again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        said = content.get("format") if isinstance(content, dict) else None
-        raise LatentsError(f"{path}: format {said!r}, this program reads {FORMAT}; encode again, or use its program")
+        version = content.get("format") if isinstance(content, dict) else None
+        raise LatentsError(
+            f"{path}: format {version!r}, this version reads {FORMAT}; encode again, or use the version that wrote it"
+        )
     try:
         if "sha256" not in content:
-            logger.info("%s has no hash of its own, as older ones; damage to it may go unseen", path)
+            logger.info("%s was written by an older version and has no hash: damage may not be detected", path)
         elif content.pop("sha256") != sha256_of_json(content):
-            raise ValueError("it does not match its own hash")
+            raise ValueError("it does not match its hash")
         known = {field.name for field in fields(Manifest)}
         if set(content) != known:
-            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or too many")
+            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or unknown")
         lists = ("shape", "class_names", "scale", "shift")
         content |= {name: tuple(content[name]) for name in lists}
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
@@ -134,16 +140,16 @@ def read_manifest(folder: Path) -> Manifest:
         if problem := next(_form_problems(manifest), None):
             raise ValueError(problem)
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise LatentsError(f"{path} is damaged: {error}; take it from a copy, or encode again") from error
+        raise LatentsError(f"{path} is damaged: {error}; restore it from a copy, or encode again") from error
     return manifest
 
 
 def _form_problems(m: Manifest) -> Iterator[str]:
-    """A sentence for each field that is not of this format."""
+    """A message for each field that is not valid in this format."""
     if len(m.shape) != 3 or not all(type(n) is int and 0 < n <= _LONGEST_SIDE for n in m.shape):
         yield f"shape {m.shape} is not three whole numbers, 1 to {_LONGEST_SIDE}"
     if m.dtype not in DTYPES or m.mirror not in MIRRORS or type(m.stochastic) is not bool:
-        yield f"dtype {m.dtype!r}, mirror {m.mirror!r} or stochastic {m.stochastic!r} is not known"
+        yield f"dtype {m.dtype!r}, mirror {m.mirror!r} or stochastic {m.stochastic!r} is not valid"
     for name, values in (("scale", m.scale), ("shift", m.shift)):
         if len(values) != m.shape[0] or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
             yield f"{name} is not a finite number for each of {m.shape[0]} channels"
@@ -152,25 +158,25 @@ def _form_problems(m: Manifest) -> Iterator[str]:
     if not isinstance(m.autoencoder, dict) or type(m.resolution) is not int or not isinstance(m.index_sha256, str):
         yield "autoencoder, resolution or index_sha256 are not of this format"
     if m.rounding is not None and type(m.rounding) not in (int, float):
-        yield "rounding is no number"
+        yield "rounding is not a number"
     files = [shard.file for shard in m.shards]
     if len(set(files)) < len(files) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
         yield "shards are not different files of this folder"
     if not all(type(shard.records) is int and 0 <= shard.records < 1 << 48 for shard in m.shards):
-        yield "the number of a shard's records is not whole"
+        yield "the number of records of a shard is not a whole number"
 
 
 class Latents:
-    """The records of a folder of latents, drawn from by index. See `builtin.Dataset`.
+    """A folder of latents as a data set; see `datasets.Dataset`.
+
+    Records are read with pread and not through a memory map, because a failing disk would end the process with SIGBUS.
 
     Args:
-        folder: holds the latents.
-        cache: holds a copy of its shards, or of some; a record that is damaged there is read from `folder`.
+        folder: folder of the latents.
+        cache: folder with copies of some or all shards; a record that is damaged in it is read from `folder`.
         verify: compare each record with its checksum when it is read.
 
-    Reads by position rather than through a memory map: where a disk fails, a map ends the process with SIGBUS.
-
-    Raises LatentsError, naming every file that is missing, of another size or damaged.
+    Raises LatentsError, which lists every file that is missing, damaged or has a wrong size.
     """
 
     def __init__(self, folder: str | Path, cache: str | Path | None = None, verify: bool = True):
@@ -185,21 +191,24 @@ class Latents:
         self._files = _open_shards(self.folder, m)
         self._copies: dict[str, BinaryIO] = {}
         if cache is not None:
-            here = [shard for shard in m.shards if (Path(cache) / shard.file).exists()]
-            self._copies = dict(zip((s.file for s in here), _open_shards(Path(cache), m, here), strict=True))
+            cached = [shard for shard in m.shards if (Path(cache) / shard.file).exists()]
+            self._copies = dict(zip((s.file for s in cached), _open_shards(Path(cache), m, cached), strict=True))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Means (B, C, H, W) float32, scaled, and labels (B) int64."""
-        return self.draw(indices_B, np.zeros(len(indices_B), dtype=bool), None), self.labels[indices_B]
+        """Reads scaled means (B, C, H, W) float32 and labels (B,) int64."""
+        return self.sample(indices_B, np.zeros(len(indices_B), dtype=bool), None), self.labels[indices_B]
 
-    def draw(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
-        """Latents (B, C, H, W) float32, scaled; see `builtin.Dataset`."""
+    def sample(self, indices_B: np.ndarray, mirror_B: np.ndarray, normal_BCHW: np.ndarray | None) -> np.ndarray:
+        """Scaled latents (B, C, H, W) float32; see `datasets.Dataset`."""
         m = self.manifest
         if m.mirror == "none" and mirror_B.any():
-            raise LatentsError(f"{self.folder} holds no mirrored latents; set data.flip=false, or encode with both")
+            raise LatentsError(
+                f"{self.folder} holds no mirrored latents; set data.flip=false, or encode images together with"
+                " their mirror images"
+            )
         raw_BPCHW = np.empty((len(indices_B), *m.record_shape[1:]), dtype=m.dtype)
         damaged = {}
         for row, (index, mirror) in enumerate(zip(indices_B.tolist(), mirror_B.tolist(), strict=True)):
@@ -218,74 +227,80 @@ class Latents:
         return (values_BCHW - self._shift) * self._scale
 
     def raw(self, index: int) -> np.ndarray:
-        """A record as it is stored, (views, parts, C, H, W); raises LatentsError if it is damaged."""
+        """A record as stored, (views, parts, C, H, W); raises LatentsError if it is damaged."""
         record, problem = self._record(index)
         if record is None:
             raise LatentsError(problem)
         return record
 
     def name(self, index: int) -> str:
-        """Path of the file that a record was made from, below the folder of its source."""
+        """Path of the source file of a record, relative to the folder of the source."""
         start = int(self._name_ends[index - 1]) if index else 0
         with safe_open(self.folder / INDEX, "np") as file:
             return os.fsdecode(bytes(file.get_slice("names")[start : int(self._name_ends[index])]))
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Number of the shard of a record, and its place in it."""
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the shard that holds a record, and the record's position in it."""
         number = int(np.searchsorted(self._first, index, side="right")) - 1
         return number, index - int(self._first[number])
 
     def _record(self, index: int) -> tuple[np.ndarray | None, str]:
-        """A record and "", or None and what is wrong with it."""
-        number, place = self.place(index)
+        """A record and "", or None and a message."""
+        number, place = self.locate(index)
         shard, size = self.manifest.shards[number], self.manifest.record_bytes
         copy = self._copies.get(shard.file)
         for file in (self._files[number],) if copy is None else (copy, self._files[number]):
             try:
                 data = os.pread(file.fileno(), size, HEADER + place * size)
             except OSError as error:
-                # Not passed over like a wrong checksum: another rank may read it, and they must agree.
-                raise UnreadableError(f"{file.name}, record {place}: {error.strerror}; see to its disk") from error
+                # Not skipped like a record with a wrong checksum: all ranks must skip the same records, and another
+                # rank may be able to read this one.
+                raise UnreadableError(f"{file.name}, record {place}: {error.strerror}; check its disk") from error
             if len(data) == size and not (self.verify and zlib.crc32(data) != self._crc32[index]):
                 return np.frombuffer(data, self.manifest.dtype).reshape(self.manifest.record_shape), ""
             if index not in self._damaged:
                 self._damaged.add(index)
                 logger.warning("%s, record %d (%s) is damaged", file.name, place, self.name(index))
-        return None, f"{self.folder / shard.file}, record {place} is damaged: its checksum is another"
+        return None, f"{self.folder / shard.file}, record {place} is damaged: wrong checksum"
 
 
 class UnreadableError(LatentsError):
-    """A shard that the system cannot read. It may be this rank alone that cannot."""
+    """A shard cannot be read, possibly on this rank only."""
 
     on_all_ranks = False
 
 
 def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (int64), checksums and ends of names of all records; raises LatentsError."""
+    """Reads labels (int64), checksums and ends of names of all records; raises LatentsError."""
     path = folder / INDEX
     try:
         if path.exists() and not path.is_file():
-            raise LatentsError(f"{path} is no regular file; take it from a copy, or encode again")
+            raise LatentsError(f"{path} is not a regular file; restore it from a copy, or encode again")
         if sha256_of(path) != manifest.index_sha256:
-            raise LatentsError(f"{path} is damaged: its SHA-256 is not the manifest's; take it from a copy")
+            raise LatentsError(
+                f"{path} is damaged: its SHA-256 differs from that in the manifest; restore it from a copy, or encode"
+                " again"
+            )
         with safe_open(path, "np") as file:
             labels, crc32, ends = (file.get_tensor(name) for name in ("labels", "crc32", "name_ends"))
     except (OSError, SafetensorError) as error:
-        raise LatentsError(f"{path} cannot be read: {error}; take it from a copy, or encode again") from error
+        raise LatentsError(f"{path} cannot be read: {error}; restore it from a copy, or encode again") from error
     if not len(labels) == len(crc32) == len(ends) == manifest.records:
-        raise LatentsError(f"{path} speaks of {len(labels)} records, the manifest of {manifest.records}; encode again")
+        raise LatentsError(
+            f"{path} lists {len(labels)} records, but the manifest gives {manifest.records}; encode again"
+        )
     return labels.astype(np.int64), crc32, ends
 
 
 def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = None) -> list[BinaryIO]:
-    """Their files, each of the right size; raises LatentsError, naming all that are not."""
+    """Opens shards and checks their sizes; raises LatentsError, which lists all that are missing or wrong."""
     files: list[BinaryIO] = []
     problems = []
     for shard in manifest.shards if shards is None else shards:
         path = folder / shard.file
         expected = HEADER + shard.records * manifest.record_bytes
         if path.exists() and not path.is_file():
-            problems.append(f"{path} is no regular file")
+            problems.append(f"{path} is not a regular file")
             continue
         try:
             files.append(open(path, "rb"))  # noqa: SIM115, kept open
@@ -296,14 +311,18 @@ def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = 
     if problems:
         for file in files:
             file.close()
-        raise LatentsError("; ".join(problems) + "; take them from a copy, or encode again")
+        raise LatentsError("; ".join(problems) + "; restore them from a copy, or encode again")
     return files
 
 
 def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:
-    """Reads everything and lists all that is wrong: sizes, SHA-256, checksums, values that are not finite, labels.
+    """Reads all shards and lists every problem: SHA-256, checksums, headers, values that are not finite, labels.
 
-    Raises LatentsError if the folder cannot be opened at all. `progress` is told bytes, of all shards together.
+    Args:
+        folder: folder of the latents.
+        progress: called with the number of bytes of each record that was read.
+
+    Raises LatentsError if the folder cannot be opened.
     """
     data, problems = Latents(folder), []
     m = data.manifest
@@ -319,40 +338,41 @@ def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[st
             header = file.read(HEADER)
             digest.update(header)
             if header != npy_header((shard.records, *m.record_shape), m.dtype):
-                problems.append(f"{path} does not begin as an array of {shard.records} records")
+                problems.append(f"{path}: its header is not that of {shard.records} records")
             for place in range(shard.records):
                 block = file.read(m.record_bytes)
                 digest.update(block)
                 if zlib.crc32(block) != data._crc32[index]:
-                    problems.append(f"{path}, record {place} ({data.name(index)}): its checksum is another")
+                    problems.append(f"{path}, record {place} ({data.name(index)}): wrong checksum")
                 elif not np.isfinite(np.frombuffer(block, m.dtype)).all():
                     problems.append(f"{path}, record {place} ({data.name(index)}): not finite")
                 index += 1
                 if progress:
                     progress(len(block))
         if digest.hexdigest() != shard.sha256 and len(problems) == before:
-            problems.append(f"{path}: its SHA-256 is not the manifest's")
+            problems.append(f"{path}: its SHA-256 differs from that in the manifest")
     return problems
 
 
 def scaled_deviation(folder: Path, records: int = 1024) -> tuple[float, int]:
-    """Standard deviation of the values that a model is given, of at most `records` evenly spaced sound records.
+    """The standard deviation of the scaled latents, from at most `records` evenly spaced records.
 
-    Returns the deviation, and of how many records. Raises LatentsError if the folder cannot be opened.
+    Returns the deviation and the number of records; damaged ones are skipped. Raises LatentsError if the folder cannot
+    be opened.
     """
     data = Latents(folder)
-    count, total, squares, sound = 0, 0.0, 0.0, 0
+    count, total, squares, used = 0, 0.0, 0.0, 0
     for index in np.unique(np.linspace(0, len(data) - 1, min(records, len(data))).astype(np.int64)):
         try:
             values = data.read(np.array([index]))[0].astype(np.float64)
         except DamagedRecords:
             continue
         count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
-        sound += 1
-    return math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else math.nan, sound
+        used += 1
+    return math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else math.nan, used
 
 
 def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The first HEADER bytes of a .npy file, version 1.0, of a C-ordered array."""
+    """The header of a .npy file, version 1.0, of a C-ordered array, padded to `HEADER` bytes."""
     text = repr({"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
     return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode().ljust(HEADER - 11) + b"\n"

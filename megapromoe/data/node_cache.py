@@ -1,4 +1,4 @@
-"""A copy of shards on a node's own disk, made once for all processes of the node."""
+"""Copies latent shards to a local disk of the node, once for all processes of the node."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from megapromoe.work_progress import Progress
 logger = logging.getLogger(__name__)
 
 
-def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
-    """Copies the shards of `folder` that are not there yet; returns the folder of the copies, below `cache`.
+def cache_shards(folder: Path, cache: Path, manifest: Manifest) -> Path:
+    """Copies the shards of `folder` that are not in the cache yet; returns the folder of the copies below `cache`.
 
-    Every process may call it: one copies, the others wait for it. A copy takes its name once its SHA-256 is that of the
-    manifest. Copies of other latents lie beside, by the checksum of their index, and are left alone.
+    All processes of a node may call it: one copies, the others wait for a lock. A copy gets its final name after its
+    SHA-256 has been compared with the manifest. Each set of latents has its own folder, named by the SHA-256 of its
+    index, so that copies of other latents are kept.
 
-    Raises LatentsError: a shard cannot be read or is damaged, or the disk is full.
+    Raises CacheError: a shard cannot be read or is damaged, or the disk is full.
     """
     copies = Path(cache) / manifest.index_sha256[:16]
     try:
@@ -37,15 +38,15 @@ def fill(folder: Path, cache: Path, manifest: Manifest) -> Path:
                     _copy(folder / shard.file, copies / shard.file, shard.sha256, progress)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "give a larger disk" if full else "see to it"
+        remedy = "choose a larger disk" if full else "choose another folder"
         raise CacheError(
-            f"data.cache = {str(cache)!r}: {error.strerror}: {error.filename or copies}; {remedy}, or leave it out"
+            f"data.cache = {str(cache)!r}: {error.strerror}: {error.filename or copies}; {remedy}, or remove data.cache"
         ) from error
     return copies
 
 
 class CacheError(LatentsError):
-    """A copy that cannot be made, on this node."""
+    """A shard cannot be copied on this node."""
 
 
 def _copy(source: Path, target: Path, sha256: str, progress: Progress) -> None:
@@ -59,8 +60,8 @@ def _copy(source: Path, target: Path, sha256: str, progress: Progress) -> None:
                 watchdog.touch()
             if digest.hexdigest() != sha256:
                 raise CacheError(
-                    f"{source}: its SHA-256 is not the manifest's; `megapromoe data check {source.parent}` names the"
-                    " records, and without data.cache it can be trained on"
+                    f"{source}: its SHA-256 differs from that in the manifest; `megapromoe data check {source.parent}`"
+                    " lists the damaged records; training without data.cache skips them"
                 )
     except OSError as error:
         error.filename = error.filename or str(target)

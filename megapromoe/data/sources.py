@@ -1,4 +1,4 @@
-"""The data sets by their names in the configuration."""
+"""Opens the data set that the configuration names."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from megapromoe.config.options import NO_DATA, UNSET, Config
 from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
-from megapromoe.data.node_cache import fill
+from megapromoe.data.node_cache import cache_shards
 
 SPLITS = ("train", "test")
 
 
 def open_dataset(config: Config, split: str = "train") -> Dataset:
-    """The data set named by `config.data.source`, checked against `config.model`.
+    """Opens the data set `config.data.source` and checks it against `config.model`.
 
     Args:
-        split: "train", or "test": images that are not trained on, where the source has such.
+        split: "train", or "test" for images that are not used in training; not every source has a test split.
 
     Raises:
-        DatasetError: it cannot be opened, the model does not take its shape, classes or labels, or there is no such
-            split.
+        DatasetError: the data set cannot be opened, has no such split, or its shape, classes or labels do not fit the
+            model.
     """
     model, data = config.model, config.data
     dataset: Dataset
@@ -53,20 +53,20 @@ def open_dataset(config: Config, split: str = "train") -> Dataset:
 def _open_latents(config: Config, split: str) -> Latents:
     data, batch = config.data, config.train.global_batch
     if split == "test" and not data.test_path:
-        raise DatasetError("data.test_path is empty: give the folder of latents of images that are not trained on")
+        raise DatasetError("data.test_path is empty: set it to a folder of latents that are not used in training")
     folder = Path(data.test_path if split == "test" else data.path)
-    cache = fill(folder, Path(data.cache), read_manifest(folder)) if data.cache and split == "train" else None
+    cache = cache_shards(folder, Path(data.cache), read_manifest(folder)) if data.cache and split == "train" else None
     dataset = Latents(folder, cache, data.verify)
     if data.flip and dataset.manifest.mirror == "none":
         raise DatasetError(f"data.flip = True: {folder} holds no mirrored latents; set data.flip=false")
     if split == "train" and len(dataset) < batch:
         raise DatasetError(
-            f"{folder} holds {len(dataset)} records, fewer than train.global_batch = {batch}: give more images, or"
+            f"{folder} holds {len(dataset)} records, fewer than train.global_batch = {batch}: encode more images, or"
             f" set train.global_batch={len(dataset)} or less"
         )
     return dataset
 
 
 def autoencoder_identity(config: Config) -> dict[str, str] | None:
-    """Name, kind and SHA-256 of the autoencoder that made a run's latents; None where it trains on other things."""
+    """Name, kind and SHA-256 of the autoencoder of a run's latents; None for other data sets."""
     return read_manifest(Path(config.data.path)).autoencoder if config.data.source == "latents" else None

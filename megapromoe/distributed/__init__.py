@@ -1,1 +1,1 @@
-"""Ranks and process groups: the launcher's environment, collectives with gradients, parameter layouts, hangs."""
+"""Ranks and process groups: launch environment, collectives with gradients, parameter layouts, hang detection."""

@@ -1,6 +1,6 @@
-"""What the ranks of a job do together outside the model: join it, agree on errors and values, gather, add up.
+"""Joining a job, and collectives on errors and small values, for code outside the model.
 
-In a process that has joined no job, all of it is what one rank does.
+Without torch.distributed the functions act as in a job of one rank.
 """
 
 from __future__ import annotations
@@ -25,64 +25,72 @@ from megapromoe.errors import ExitCode, UserError
 
 T = TypeVar("T")
 
-STEP_TIMEOUT = 300.0  # seconds, where no run's config says it
-POLL = 0.2  # seconds between two looks at how many ranks have finished
-LAST_LOOK = 10.0  # seconds that rank 0 keeps the store for the others, once all have finished
+STEP_TIMEOUT = 300.0  # seconds; for commands without the option train.step_timeout
+POLL = 0.2  # seconds between two checks of how many ranks have finished
+STORE_GRACE = 10.0  # seconds that rank 0 keeps the store open for the others after all ranks have finished
 
 
 @contextmanager
 def watched_job(
-    launch: runtime.Launch, timeout: float, step_timeout: float = STEP_TIMEOUT, records: Path | None = None
+    launch: runtime.LaunchEnvironment, timeout: float, step_timeout: float = STEP_TIMEOUT, records: Path | None = None
 ) -> Iterator[runtime.Job]:
-    """Joins the job of `launch`, and leaves it at the end; a hang meanwhile is named. Collective.
+    """Initializes torch.distributed for the block, watched by a watchdog that reports hangs. Collective.
 
     Args:
-        timeout: seconds after which a collective that some rank does not join ends the job.
-        step_timeout: seconds without progress that are a hang; in the start-up at least half of `timeout`.
-        records: folder for NCCL's flight records of a hang.
+        timeout: time-out of collectives, in seconds.
+        step_timeout: seconds without progress that count as a hang; during start-up at least half of `timeout`.
+        records: folder for the output of NCCL's flight recorder in a hang.
     """
     if records is not None:
         runtime.enable_flight_records(records)
-    # Alone, nothing tells how long anything but a step may take. Together, a hang is to be named before a collective
-    # gives up, which names nobody.
+    # A single rank has no limit beyond the given ones. With several ranks the watchdog must report a hang before a
+    # collective times out, since the error of a collective names no rank.
     longest = math.inf if launch.world == 1 else max(timeout - watchdog.verdict_time(step_timeout), timeout / 2)
-    with met_ranks(launch, timeout, step_timeout, "train.step_timeout", longest, records) as ranks:
+    with connected_ranks(launch, timeout, step_timeout, "train.step_timeout", longest, records) as ranks:
         watchdog.starting("joining torch.distributed")
-        job = runtime.start(launch, timeout, ranks.store)
+        job = runtime.init_process_group(launch, timeout, ranks.store)
         try:
             yield job
         except Exception as error:
-            if getattr(error, "on_all_ranks", False):  # otherwise others may wait in a collective, and so would `stop`
+            # With an error on some ranks only, the others may wait in a collective, and destroying the process group
+            # would wait as well.
+            if getattr(error, "on_all_ranks", False):
                 watchdog.at(LEAVING)
-                runtime.stop()
+                runtime.destroy_process_group()
             elif not isinstance(error, UserError):
                 ranks.watchdog.await_verdict(error)
             raise
         watchdog.at(LEAVING)
-        runtime.stop()
+        runtime.destroy_process_group()
 
 
 @dataclass(frozen=True)
-class MetRanks:
-    """Ranks that have met in the job's store, and watch each other; they need no process group."""
+class ConnectedRanks:
+    """The ranks of a job, connected through its store and watched by a watchdog; there is no process group.
+
+    Attributes:
+        store: the key-value store of the job.
+        channel: this rank's messages through the store.
+        watchdog: of this rank.
+    """
 
     store: dist.Store
     channel: StoreChannel
     watchdog: Watchdog
 
     def wait_for_all(self) -> None:
-        """Returns once every rank has called it. The watchdog limits the wait. Collective."""
+        """A barrier over all ranks. The watchdog limits the wait. Collective."""
         watchdog.at("waiting for the other ranks")
-        # Where the store does not answer, the watchdog ends this process after its limit, with a sentence.
+        # If the store does not answer, the watchdog ends this process after its limit, with a message.
         with suppress(StoreUnreachable):
             self.channel.count("finished")
         while not self._all_counted("finished"):
             time.sleep(POLL)
         with suppress(StoreUnreachable):
             self.channel.count("left")
-        deadline = time.monotonic() + LAST_LOOK
+        deadline = time.monotonic() + STORE_GRACE
         while self.channel.rank == 0 and not self._all_counted("left") and time.monotonic() < deadline:
-            time.sleep(POLL)  # rank 0 may hold the store, which the others still ask
+            time.sleep(POLL)  # rank 0 may hold the store, which the others still read
 
     def _all_counted(self, name: str) -> bool:
         with suppress(StoreUnreachable):
@@ -91,40 +99,43 @@ class MetRanks:
 
 
 @contextmanager
-def met_ranks(
-    launch: runtime.Launch,
+def connected_ranks(
+    launch: runtime.LaunchEnvironment,
     timeout: float,
     step_timeout: float,
     limit_name: str,
     longest: float = math.inf,
     records: Path | None = None,
-) -> Iterator[MetRanks]:
-    """Meets the ranks of `launch`, under one watchdog until the end of the block. Collective.
+) -> Iterator[ConnectedRanks]:
+    """Connects the ranks of `launch` through a store and watches them with a watchdog during the block. Collective.
 
     Args:
         timeout: seconds to wait for the other ranks.
-        step_timeout: seconds without progress that are a hang; in the start-up at least half of `timeout`, alone any.
-        limit_name: the option that sets `step_timeout`, for the message.
-        longest, records: see `Watchdog`.
+        step_timeout: seconds without progress that count as a hang; during start-up at least half of `timeout`, and
+            without limit in a job of one rank.
+        limit_name: the option that sets `step_timeout`, for messages.
+        longest, records: `longest` and `flight_records` of `Watchdog`.
     """
     if launch.world == 1:
         store: dist.Store = dist.HashStore()
         connection = store
     else:
-        store = rendezvous.gather(launch, timeout)
-        connection = rendezvous.own_connection(store, min(timeout, 30.0))
+        store = rendezvous.connect_all_ranks(launch, timeout)
+        connection = rendezvous.clone_connection(store, min(timeout, 30.0))
     channel = StoreChannel(connection, launch.rank, launch.world, min(step_timeout, 30.0), timeout)
     extra = math.inf if launch.world == 1 else max(timeout / 2 - step_timeout, 0.0)
-    dog = Watchdog(channel, step_timeout, limit_name, start_extra=extra, longest=longest, flight_records=records)
-    with closing(channel), watchdog.watching(dog):
-        yield MetRanks(store, channel, dog)
+    job_watchdog = Watchdog(
+        channel, step_timeout, limit_name, start_extra=extra, longest=longest, flight_records=records
+    )
+    with closing(channel), watchdog.watched_by(job_watchdog):
+        yield ConnectedRanks(store, channel, job_watchdog)
 
 
 @contextmanager
 def distributed_session(
-    launch: runtime.Launch, timeout: float, step_timeout: float = STEP_TIMEOUT
+    launch: runtime.LaunchEnvironment, timeout: float, step_timeout: float = STEP_TIMEOUT
 ) -> Iterator[torch.device]:
-    """As `watched_job`; a rank that is alone joins none. Gives this rank's device."""
+    """As `watched_job`, but without torch.distributed in a job of one rank. Yields this rank's device."""
     if launch.world == 1:
         yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return
@@ -133,36 +144,38 @@ def distributed_session(
 
 
 def world_size() -> int:
-    """Ranks of the job that this process has joined; 1 if it has joined none."""
+    """Number of ranks; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def this_rank() -> int:
-    """The rank of this process in the job that it has joined; 0 if it has joined none."""
+    """Rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def raise_if_any_rank_failed(
     problem: str | None, error: type[UserError], name_ranks: bool = False, exit_code: int | None = None
 ) -> None:
-    """Raises `error` on every rank if any has a problem. Collective.
+    """Raises `error` on every rank if any rank has a problem. Collective.
 
     Args:
-        name_ranks: say which rank has a problem, unless all have the same. Then a problem that some ranks do not have
-            may be that of a node, and the exit code is that of a failure, which is tried again.
-        exit_code: of this rank's problem; None: that of `error`.
+        problem: message of this rank's problem; None or "" if it has none.
+        error: class of the error.
+        name_ranks: put the rank before its message, unless all ranks have the same message. A problem of some ranks
+            only may be that of a node; the exit code is then that of a failure, which the launchers try again.
+        exit_code: exit code of this rank's problem; None: that of `error`.
     """
     problems = all_gather_values((problem, exit_code))
-    said = [message for message, _ in problems]
-    messages = []
-    for message in dict.fromkeys(message for message in said if message):
-        everywhere = said.count(message) == len(said)
-        messages.append(message if everywhere or not name_ranks else f"rank {said.index(message)}: {message}")
-    if not messages:
+    messages = [message for message, _ in problems]  # by rank
+    parts = []
+    for message in dict.fromkeys(message for message in messages if message):
+        on_all_ranks = messages.count(message) == len(messages)
+        parts.append(message if on_all_ranks or not name_ranks else f"rank {messages.index(message)}: {message}")
+    if not parts:
         return
-    raised = error("; ".join(messages))
+    raised = error("; ".join(parts))
     codes = {error.exit_code if code is None else code for message, code in problems if message}
-    common = not name_ranks or all(said)
+    common = not name_ranks or all(messages)
     raised.exit_code = codes.pop() if len(codes) == 1 and common else ExitCode.FAILED
     raise raised
 
@@ -174,14 +187,15 @@ def raising_together(
     name_ranks: bool = False,
     exit_code: int | None = None,
 ) -> Iterator[None]:
-    """Runs a block that may fail on some ranks alone; then every rank raises `error` with their messages. Collective.
+    """Runs a block that may fail on some ranks only; every rank then raises `error`, with all messages. Collective.
 
-    The exit code is that of the errors that were raised, if it is the same on all ranks that raised one.
+    The exit code is that of the caught errors, if all ranks that caught one have the same.
 
     Args:
-        catch: what the block may raise for the user. Any other exception is a bug and leaves the block as it is.
+        error: class of the error that is raised.
+        catch: exceptions of the block that are user errors. Any other exception is a bug and is not caught.
         name_ranks: see `raise_if_any_rank_failed`.
-        exit_code: in place of that of the errors.
+        exit_code: used in place of the exit code of the caught errors.
     """
     problem, code = None, exit_code
     try:
@@ -203,7 +217,7 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def all_gather_values(value: T) -> list[T]:
-    """Every rank's value on every rank, in the order of ranks. Collective."""
+    """The values of all ranks, on every rank, in the order of ranks. Collective. `value` can be pickled."""
     values = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -211,7 +225,7 @@ def all_gather_values(value: T) -> list[T]:
 
 
 def gather_to_rank0(value: T) -> list[T] | None:
-    """Every rank's value on rank 0, in the order of ranks; None on the others. Collective."""
+    """The values of all ranks on rank 0, in the order of ranks; None on the other ranks. Collective."""
     if world_size() == 1:
         return [value]
     values: list[T] | None = [value] * world_size() if this_rank() == 0 else None
@@ -220,7 +234,7 @@ def gather_to_rank0(value: T) -> list[T] | None:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, in place. Collective."""
+    """Sums the ranks' tensors in place and returns the tensor. Collective."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x

@@ -1,17 +1,17 @@
-"""Which rank of which job this process is: read from the environment that its launcher has set.
+"""Rank, world size and address of the job, from the environment variables that the launcher sets.
 
-Launchers overlap: a batch script has variables of SLURM, and mpirun started in it sets its own beside them. The first
-row that applies decides:
+The variables of several launchers can be set at the same time: a batch script has variables of SLURM, and mpirun
+started in it adds its own. The first row that applies is used:
 
 ================================================  ===================================================================
 variables                                         the process is a rank of
 ================================================  ===================================================================
 RANK                                              torchrun or `deepspeed`: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*
-OMPI_COMM_WORLD_RANK, MV2_COMM_WORLD_RANK,        mpirun: mpi4py is asked, and must agree with the launcher's variables
-PMI_RANK or PMIX_RANK, unless they are srun's
-SLURM_PROCID of a step with more than one task    srun: SLURM_PROCID of SLURM_STEP_NUM_TASKS
-anything else                                     no launcher: it is alone. So are a batch script and a shell of salloc,
-                                                  although SLURM_NTASKS counts the tasks of their allocation
+OMPI_COMM_WORLD_RANK, MV2_COMM_WORLD_RANK,        mpirun: the rank comes from mpi4py, and the variables must agree
+PMI_RANK or PMIX_RANK, unless srun has set them
+SLURM_PROCID of a step with more than one task    srun: rank SLURM_PROCID of SLURM_STEP_NUM_TASKS
+anything else                                     no launcher: a job of one process. This includes a batch script and a
+                                                  shell of salloc, although SLURM_NTASKS counts their allocation's tasks
 ================================================  ===================================================================
 """
 
@@ -32,7 +32,7 @@ from megapromoe.errors import ExitCode, UserError
 
 
 class LaunchError(UserError):
-    """The environment of a launcher that does not say enough to start."""
+    """The environment variables of the launcher are incomplete or inconsistent."""
 
     exit_code = ExitCode.MISCONFIGURED
 
@@ -44,17 +44,22 @@ class StoreUnreachable(LaunchError):
 
 
 class RanksMissing(LaunchError):
-    """Ranks of the job that did not come: their nodes may be down."""
+    """Not all ranks of the job have started in time; their nodes may be down."""
 
     exit_code = ExitCode.FAILED
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Who this process is among the processes of the job, and where they meet (`address`, `port`).
+class LaunchEnvironment:
+    """The identity of this process in its job, and the address of the job's store.
 
-    `attempt` counts the launcher's restarts of the job. `job` is the launcher's name of it, if it has one: two jobs
-    that meet at the same address do not take each other's ranks for their own.
+    Attributes:
+        launcher: "torchrun", "mpirun", "srun", or "python" for a process without a launcher.
+        rank, world: rank of this process and number of ranks.
+        local_rank, local_world: the same on this node.
+        address, port: of the job's store.
+        attempt: how often the launcher has restarted the job.
+        job: the launcher's name of the job; "" if it has none. It keeps apart two jobs that use the same address.
     """
 
     launcher: str
@@ -69,24 +74,24 @@ class Launch:
 
 
 class RankVariables(NamedTuple):
-    """The variables in which a launcher of MPI programs gives a process its rank, and the number of processes."""
+    """The variables in which an MPI launcher passes the rank and the number of ranks."""
 
     rank: str
     world: str
 
 
-# In this order: Open MPI also sets PMIX_RANK, MVAPICH's launchers also PMI_RANK.
+# The order matters: Open MPI also sets PMIX_RANK, and MVAPICH's launchers also set PMI_RANK.
 MPI_RANKS = (
     RankVariables("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
     RankVariables("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),  # MVAPICH 2
     RankVariables("MVP_COMM_WORLD_RANK", "MVP_COMM_WORLD_SIZE"),  # MVAPICH 3 and later
     RankVariables("PMI_RANK", "PMI_SIZE"),  # Hydra, the launcher of MPICH, Intel MPI and MVAPICH; srun --mpi=pmi2
-    RankVariables("PMIX_RANK", "PMIX_SIZE"),  # PRRTE, which sets no size; srun --mpi=pmix
+    RankVariables("PMIX_RANK", "PMIX_SIZE"),  # PRRTE, which does not set the size; srun --mpi=pmix
 )
 HYDRA = ("MPI_LOCALNRANKS", "HYDI_CONTROL_FD")  # set by Hydra, and not by srun --mpi=pmi2
-SPECIAL_STEPS = 0xFFFFFFF0  # from this number on a step of SLURM is no srun of tasks: batch, interactive shell, extern
-PORTS = range(20000, 30000)  # below those that the kernel gives to outgoing connections
-RESOLVE = 10.0  # seconds for scontrol to answer
+SPECIAL_STEPS = 0xFFFFFFF0  # steps from this id on are not started by srun for tasks: batch, interactive shell, extern
+PORTS = range(20000, 30000)  # below the range that the kernel uses for outgoing connections
+RESOLVE = 10.0  # time-out of scontrol, in seconds
 
 _UNSET = {
     "torchrun": ". If they are left over in the environment of a start without a launcher: env -u RANK -u WORLD_SIZE"
@@ -96,7 +101,7 @@ _UNSET = {
 }
 
 
-def detect() -> Launch:
+def detect() -> LaunchEnvironment:
     """Reads the launcher's environment. Raises LaunchError, naming the variable, if it is incomplete or wrong."""
     launch = _read_environment(os.environ)
     if launch.rank >= launch.world:
@@ -107,7 +112,7 @@ def detect() -> Launch:
     return launch
 
 
-def _read_environment(env: Mapping[str, str]) -> Launch:
+def _read_environment(env: Mapping[str, str]) -> LaunchEnvironment:
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
     names += ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_LOCALID"]
     names += [name for variables in MPI_RANKS for name in variables]
@@ -119,19 +124,19 @@ def _read_environment(env: Mapping[str, str]) -> Launch:
         return _from_mpi(env, variables)
     if _in_step(env) and int(env[_step_size(env)]) > 1:
         return _from_slurm(env)
-    return Launch("python")
+    return LaunchEnvironment("python")
 
 
 # ---- torchrun and deepspeed
 
 
-def _from_torchrun(env: Mapping[str, str]) -> Launch:
+def _from_torchrun(env: Mapping[str, str]) -> LaunchEnvironment:
     need = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if need:
         raise LaunchError(
             f"RANK is set but {', '.join(need)} not; start with torchrun, or set them all{_UNSET['torchrun']}"
         )
-    return Launch(
+    return LaunchEnvironment(
         "torchrun",
         int(env["RANK"]),
         int(env["WORLD_SIZE"]),
@@ -144,8 +149,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
     )
 
 
-def holds_store(launch: Launch) -> bool:
-    """Whether this rank holds the key-value store of the job: rank 0, unless the launcher does."""
+def holds_store(launch: LaunchEnvironment) -> bool:
+    """Whether this rank holds the key-value store of the job: rank 0 does, unless the launcher holds it."""
     return launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
 
@@ -153,7 +158,7 @@ def holds_store(launch: Launch) -> bool:
 
 
 def _mpi_variables(env: Mapping[str, str]) -> RankVariables | None:
-    """The variables that an mpirun has set for this process; None if none has."""
+    """The rank variables that an mpirun has set for this process; None without an mpirun."""
     for variables in MPI_RANKS:
         if variables.rank in env and not (variables.rank in ("PMI_RANK", "PMIX_RANK") and _set_by_srun(env, variables)):
             return variables
@@ -161,9 +166,10 @@ def _mpi_variables(env: Mapping[str, str]) -> RankVariables | None:
 
 
 def _set_by_srun(env: Mapping[str, str], variables: RankVariables) -> bool:
-    """Whether these are of srun --mpi=pmi2 or pmix: then they number the ranks as SLURM's own variables do.
+    """Whether srun --mpi=pmi2 or --mpi=pmix has set these variables: they are then equal to SLURM's own numbers.
 
-    mpirun, too, starts its processes through srun, but one for each node: the numbers differ, or Hydra has left a mark.
+    An mpirun inside SLURM also uses srun, but starts one process per node with it. Then the numbers differ, or
+    variables of Hydra are set.
     """
     if not _has_step_variables(env) or any(name in env for name in HYDRA):
         return False
@@ -171,19 +177,19 @@ def _set_by_srun(env: Mapping[str, str], variables: RankVariables) -> bool:
     return env[variables.rank] == env["SLURM_PROCID"] and same_size
 
 
-def _from_mpi(env: Mapping[str, str], variables: RankVariables) -> Launch:
-    """Asks MPI itself for ranks and nodes. Collective.
+def _from_mpi(env: Mapping[str, str], variables: RankVariables) -> LaunchEnvironment:
+    """Gets ranks and nodes from MPI through mpi4py. Collective.
 
-    Raises LaunchError if mpi4py does not import, or if its MPI is not the launcher's: each process is then alone in
-    MPI's view, and would train the whole run by itself.
+    Raises LaunchError if mpi4py does not import, or if it uses another MPI than the launcher. In the second case each
+    process is rank 0 of 1 for mpi4py, and every process would train the complete run.
     """
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a wheel of mpi4py that finds no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a wheel of mpi4py without an MPI library
         reason = str(error).strip().splitlines()[0]
         raise LaunchError(
-            f"started by mpirun, but mpi4py does not import ({reason}); pip install 'megapromoe[mpi]' (and an MPI"
-            " library: the launcher's)"
+            f"started by mpirun, but mpi4py does not import ({reason}); pip install 'megapromoe[mpi]' and the MPI"
+            " library of the launcher"
         ) from error
     everyone = MPI.COMM_WORLD
     rank, world = int(env[variables.rank]), int(env.get(variables.world, everyone.size))
@@ -192,10 +198,10 @@ def _from_mpi(env: Mapping[str, str], variables: RankVariables) -> Launch:
         values = ", ".join(f"{name}={env[name]}" for name in variables if name in env)
         unset = " ".join(f"-u {name}" for name in variables if name in env)
         raise LaunchError(
-            f"the launcher says rank {rank} of {world} ({values}), but for mpi4py, which uses {library}, this process"
-            f" is rank {everyone.rank} of {everyone.size}: start with the mpirun of that MPI, or use the launcher's"
-            " library (MPI4PY_LIBMPI=/path/to/libmpi.so for a wheel of mpi4py, or build it with that MPI's mpicc:"
-            " pip install --force-reinstall --no-binary mpi4py mpi4py). If the variables are left over in the"
+            f"the launcher's variables give rank {rank} of {world} ({values}), but mpi4py, which uses {library}, gives"
+            f" rank {everyone.rank} of {everyone.size}: start with the mpirun of that MPI, or let mpi4py use the"
+            " launcher's library (MPI4PY_LIBMPI=/path/to/libmpi.so for a wheel of mpi4py, or build it with that MPI's"
+            " mpicc: pip install --force-reinstall --no-binary mpi4py mpi4py). If the variables are left over in the"
             f" environment of a start without a launcher: env {unset} megapromoe ..."
         )
     node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
@@ -203,7 +209,7 @@ def _from_mpi(env: Mapping[str, str], variables: RankVariables) -> Launch:
     if everyone.rank == 0:
         place = (env.get("MASTER_ADDR") or _own_address(everyone.size > node.size), _free_port())
     address, port = everyone.bcast(place, root=0)
-    return Launch("mpirun", everyone.rank, everyone.size, node.rank, node.size, address, port)
+    return LaunchEnvironment("mpirun", everyone.rank, everyone.size, node.rank, node.size, address, port)
 
 
 def _own_address(several_nodes: bool) -> str:
@@ -220,10 +226,10 @@ def _free_port() -> int:
 
 
 def _in_step(env: Mapping[str, str]) -> bool:
-    """Whether srun has started this process, as a task of a step of a job.
+    """Whether srun has started this process as a task of a job step.
 
-    A batch script has SLURM_PROCID too, and the shell of salloc may run in a step of its own; neither is srun's. A
-    batch script that a task of a step has submitted has all variables of that step.
+    SLURM_PROCID alone does not show this: a batch script and a shell of salloc have it too. Nor do the variables of a
+    step: a batch script that was submitted from inside a step inherits them. So the running step is compared.
     """
     if not _has_step_variables(env) or int(env["SLURM_STEP_ID"]) >= SPECIAL_STEPS:
         return False
@@ -235,39 +241,41 @@ def _has_step_variables(env: Mapping[str, str]) -> bool:
 
 
 def _running_step(processes: Path = Path("/proc")) -> str:
-    """The step that this process runs in, as in "4711.0" or "4711.batch"; "" if no process of SLURM is above it.
+    """The SLURM step that this process runs in, such as "4711.0" or "4711.batch"; "" if it runs in none.
 
-    The process of SLURM that starts and watches a step has it in its title, "slurmstepd: [4711.0]".
+    It is read from the title of the ancestor process that manages the step, "slurmstepd: [4711.0]".
     """
     number = str(os.getppid())
-    with contextlib.suppress(OSError, ValueError, IndexError):  # a process that has ended, or that is not ours to see
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a process that has ended or may not be read
         while number != "0":
             title = (processes / number / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
             if step := re.fullmatch(r"slurmstepd: \[(\d+\.\w+)\].*", title):
                 return step[1]
-            # "PID (NAME) STATE PARENT ...", where NAME may hold anything
+            # "PID (NAME) STATE PARENT ...", where NAME may contain spaces and parentheses
             number = (processes / number / "stat").read_text().rpartition(")")[2].split()[1]
     return ""
 
 
 def _step_size(env: Mapping[str, str]) -> str:
-    """The variable that counts the tasks of this step. SLURM_NTASKS may count those of the allocation."""
+    """The variable with the number of tasks of this step. SLURM_NTASKS may hold that of the allocation."""
     return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
 
 
-def _from_slurm(env: Mapping[str, str]) -> Launch:
+def _from_slurm(env: Mapping[str, str]) -> LaunchEnvironment:
     port = env.get("MASTER_PORT") or env.get("SLURM_STEP_RESV_PORTS", "").split("-")[0].split(",")[0]
     if not port and "SLURM_JOB_ID" in env:
         port = str(port_of_step(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])))
     if not port:
-        raise LaunchError("started by srun without a port to meet at; use srun --resv-ports, or export MASTER_PORT")
+        raise LaunchError(
+            "started by srun without a port for the job's store; use srun --resv-ports, or export MASTER_PORT"
+        )
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1")
     counts = tasks_of_nodes(tasks)
     if not counts:
         raise LaunchError(f"SLURM_STEP_TASKS_PER_NODE={tasks!r}: must start with a number, as in '4(x2)'")
     node = int(env.get("SLURM_NODEID", 0))
-    return Launch(
+    return LaunchEnvironment(
         "srun",
         int(env["SLURM_PROCID"]),
         int(env[_step_size(env)]),
@@ -280,12 +288,12 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
 
 
 def port_of_step(job: int, step: int) -> int:
-    """Where the ranks of a step meet if SLURM reserves no port: the same for all ranks, another for other steps."""
+    """The port of a step's store if SLURM reserves none: the same for all ranks, different for other steps."""
     return PORTS[(17 * job + step) % len(PORTS)]
 
 
 def _node_address(name: str) -> str:
-    """The name itself if this node knows it, else the address in SLURM's configuration: names need not resolve."""
+    """The name if it resolves, otherwise the node's address in SLURM's configuration."""
     try:
         socket.getaddrinfo(name, None)
         return name
@@ -295,13 +303,13 @@ def _node_address(name: str) -> str:
         command = ["scontrol", "--oneliner", "show", "node", name]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=RESOLVE).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return name  # which is named where the ranks meet
+        return name  # `rendezvous` reports a name that does not resolve
     address = re.search(r" NodeAddr=(\S+)", shown)
     return address[1] if address else name
 
 
-def expected_nodes(launch: Launch) -> dict[str, int]:
-    """How many ranks srun starts on each node; nothing where another launcher started them, which does not say."""
+def expected_nodes(launch: LaunchEnvironment) -> dict[str, int]:
+    """Node -> number of ranks that srun starts on it; empty for other launchers, which do not pass it."""
     nodes, tasks = os.environ.get("SLURM_STEP_NODELIST"), os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     if launch.launcher != "srun" or not nodes:
         return {}
@@ -310,21 +318,21 @@ def expected_nodes(launch: Launch) -> dict[str, int]:
 
 
 def node_name() -> str:
-    """The node that this process runs on: SLURM's name of it, or else the host's."""
+    """The name of this node: SLURM's node name if there is one, otherwise the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 # ---- for messages
 
 
-def identity_source(launch: Launch) -> str:
-    """Where a rank has its number from, for messages: the variables and their values."""
+def identity_source(launch: LaunchEnvironment) -> str:
+    """The variables, with values, that give this process its rank; for messages."""
     names = {"torchrun": ("RANK", "WORLD_SIZE"), "srun": ("SLURM_PROCID", _step_size(os.environ))}
     return _values(names.get(launch.launcher, ()), launch)
 
 
-def address_source(launch: Launch) -> str:
-    """Where the address and port of the job are from, for messages: the variables and their values."""
+def address_source(launch: LaunchEnvironment) -> str:
+    """The variables, with values, that give the address and port of the job; for messages."""
     names = ["MASTER_ADDR", "MASTER_PORT"]
     if launch.launcher == "srun":
         nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in os.environ else "SLURM_NODELIST"
@@ -336,10 +344,10 @@ def address_source(launch: Launch) -> str:
     return _values(names, launch)
 
 
-def unset_hint(launch: Launch) -> str:
-    """What to do where the variables that name a rank may be of another job, as the end of a message."""
+def unset_hint(launch: LaunchEnvironment) -> str:
+    """The end of a message: how to unset rank variables that may be left over from another job."""
     return _UNSET.get(launch.launcher, "")
 
 
-def _values(names: list[str] | tuple[str, ...], launch: Launch) -> str:
+def _values(names: list[str] | tuple[str, ...], launch: LaunchEnvironment) -> str:
     return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or launch.launcher

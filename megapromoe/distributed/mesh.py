@@ -43,7 +43,7 @@ class Mesh:
     """The groups of one rank, in every direction of the layout.
 
     Attributes:
-        whole: all ranks.
+        world: all ranks.
         tp: tensor parallel: ranks that share the matrices of a layer.
         dp: data parallel: ranks that have the same matrices and other samples.
         ep: expert parallel: ranks that have other experts.
@@ -51,7 +51,7 @@ class Mesh:
         expert_tp: experts are split over `tp` too.
     """
 
-    whole: Group
+    world: Group
     tp: Group
     dp: Group
     ep: Group
@@ -60,11 +60,11 @@ class Mesh:
 
     @property
     def rank(self) -> int:
-        return self.whole.rank
+        return self.world.rank
 
     @property
-    def world(self) -> int:
-        return self.whole.size
+    def world_size(self) -> int:
+        return self.world.size
 
     @property
     def etp(self) -> int:
@@ -86,7 +86,7 @@ def rank_tables(world: int, tp: int, ep: int, expert_tp: bool) -> dict[str, np.n
     dense = np.arange(world).reshape(world // tp, tp)
     expert = np.arange(world).reshape(world // (ep * etp), ep, etp)
     return {
-        "whole": np.arange(world)[None],
+        "world": np.arange(world)[None],
         "tp": dense,
         "dp": dense.T,
         "ep": expert.transpose(0, 2, 1).reshape(-1, ep),

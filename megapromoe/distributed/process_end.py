@@ -1,6 +1,7 @@
-"""The end of a process at once, from any thread and whatever it waits for, leaving what explains why it waited.
+"""Ends the process at once, from any thread and in any state, and prints what explains the state.
 
-An orderly end would wait for threads that wait for other ranks. Ending closes the connections, and those ranks notice.
+A regular exit would join threads that wait for other ranks. An immediate exit closes the connections, so that the
+other ranks get an error as well.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import NoReturn
 
 from megapromoe.io import write_bytes
 
-_DUMP = 10.0  # seconds that NCCL's flight recorder has to write
+_DUMP_TIMEOUT = 10.0  # seconds for writing NCCL's flight record
 
 
-def end(message: str, code: int, flight_records: Path | None = None) -> NoReturn:
-    """Ends this process with a message; leaves the Python stacks of all its threads on stderr.
+def hard_exit(message: str, code: int, flight_records: Path | None = None) -> NoReturn:
+    """Ends this process with a message and the Python stacks of all its threads on stderr.
 
     Args:
+        message: printed after "megapromoe, ".
         code: exit code.
-        flight_records: the folder to which NCCL's flight record is written: see `runtime.enable_flight_records`.
+        flight_records: folder to which NCCL's flight record is written: see `runtime.enable_flight_records`.
     """
     print(f"megapromoe, {message}", file=sys.stderr, flush=True)
     if sys.__stderr__ is not None:
@@ -33,26 +35,29 @@ def end(message: str, code: int, flight_records: Path | None = None) -> NoReturn
     if flight_records is not None:
         writer = threading.Thread(target=write_flight_record, args=(flight_records,), daemon=True)
         writer.start()
-        writer.join(_DUMP)
+        writer.join(_DUMP_TIMEOUT)
     os._exit(code)
 
 
 def write_flight_record(folder: Path) -> None:
-    """Writes NCCL's last collectives to `folder`/rank_RANK; says so where that cannot be. Does nothing without NCCL."""
+    """Writes NCCL's flight record (the last collectives) to `folder`/rank_RANK; does nothing without NCCL.
+
+    If the record cannot be written, a message on stderr gives the reason.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized() or "nccl" not in dist.get_backend():
         return
     rank = dist.get_rank()
     try:
-        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # of builds with NCCL
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]  # only in builds with NCCL
 
         write_bytes(folder / f"rank_{rank}", _dump_nccl_trace(), parents=True)
     except (ImportError, OSError, RuntimeError) as error:
         print(f"megapromoe, rank {rank}: no flight record: {error}", file=sys.stderr, flush=True)
 
 
-def leave(error: BaseException) -> NoReturn:
+def exit_with_traceback(error: BaseException) -> NoReturn:
     """Ends this process with the traceback of an error and exit code 1."""
     traceback.print_exception(error)
     sys.stdout.flush()

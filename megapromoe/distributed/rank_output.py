@@ -1,7 +1,7 @@
-"""Standard output and errors of a rank: that nobody reads them, or that their disk is full, does not end it.
+"""Standard output and standard error of a rank that survive a closed pipe, a lost terminal and a full disk.
 
-A training whose terminal is gone, or whose `tee` was killed, trains on. An error there on one rank of a job would leave
-the other ranks waiting.
+Training continues if its terminal is closed or its `tee` is killed. An exception in a print on one rank would otherwise
+leave the other ranks waiting in a collective.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 
 class RankOutput:
-    """A stream that drops what cannot be written. Everything else is the stream's own."""
+    """A text stream that drops output that cannot be written. Other attributes are those of the wrapped stream."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -34,15 +34,15 @@ class RankOutput:
         except OSError as error:
             self._drop(error)
 
-    def finish(self) -> None:
-        """Flushes for the last time. What cannot be written is dropped: the end of Python would fail by it."""
+    def final_flush(self) -> None:
+        """Flushes for the last time and drops what cannot be written; Python's own flush at exit would fail on it."""
         try:
             self._stream.flush()
         except OSError:
             self._redirect()
 
     def _drop(self, error: OSError) -> None:
-        """A reader or a terminal that is gone does not come back; a full disk may have room again."""
+        """Redirects to /dev/null after a closed pipe or terminal, which is permanent; a full disk may recover."""
         if error.errno in (errno.EPIPE, errno.EIO):
             self._redirect()
 
@@ -55,14 +55,14 @@ class RankOutput:
 
 
 @contextmanager
-def lasting_output() -> Iterator[None]:
-    """Standard output and errors of the block are `RankOutput`s."""
+def ignoring_output_errors() -> Iterator[None]:
+    """Replaces standard output and standard error by `RankOutput`s during the block."""
     before = sys.stdout, sys.stderr
-    outputs = [stream and RankOutput(stream) for stream in before]  # None where a program has none
+    outputs = [stream and RankOutput(stream) for stream in before]  # a stream is None in a process without it
     sys.stdout, sys.stderr = cast(list[TextIO], outputs)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
         for output in filter(None, outputs):
-            output.finish()
+            output.final_flush()

@@ -1,6 +1,6 @@
-"""Start-up and the outside world: devices, threads, torch.distributed.
+"""Start-up of a process: device, threads, torch.distributed, and the environment variables of libraries.
 
-This file and `launch_environment.py` are the only ones that read environment variables.
+Only this file and `launch_environment.py` read environment variables.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 
-if TYPE_CHECKING:  # torch is imported where it is needed: a wrong command is told at once
+if TYPE_CHECKING:  # torch is imported in the functions: a wrong command line is then reported without that delay
     import torch
     from torch.distributed import Store
 
 
 def settings() -> dict[str, str]:
-    """The environment variables that steer NCCL, gloo, CUDA, OpenMP and the network libraries below them."""
-    known = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_NUM_THREADS", "UCX_", "FI_")
-    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(known)}
+    """The environment variables that configure NCCL, gloo, CUDA, OpenMP and their network libraries."""
+    prefixes = ("NCCL_", "TORCH_NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_NUM_THREADS", "UCX_", "FI_")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
 
 
 def share_cores(processes: int) -> None:
-    """Sets the threads of so many processes that this one starts at a time, so that they do not compete for cores."""
+    """Divides the cores among `processes` child processes that run at the same time, unless OMP_NUM_THREADS is set."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def job_environment() -> dict[str, str]:
-    """The environment of jobs that this process submits: the launchers start this Python unless another is chosen."""
+    """The environment of jobs that this process submits. Their launch scripts use this Python unless one is chosen."""
     chosen = "MEGAPROMOE_ENV" in os.environ or "MEGAPROMOE_PYTHON" in os.environ
     return {**os.environ, **({} if chosen else {"MEGAPROMOE_PYTHON": sys.executable})}
 
 
 def prepare() -> None:
-    """Sets what DeepSpeed reads when it is first imported: without a GPU, that it need not look for one."""
+    """Sets the environment variables that DeepSpeed reads on import: without a GPU, its CPU accelerator."""
     import torch
 
     if not torch.cuda.is_available():
@@ -46,14 +46,14 @@ def prepare() -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was joined: this rank's device, and the key-value store that all ranks share."""
+    """An initialized job: this rank's device, and the key-value store of the job."""
 
     device: torch.device
     store: Store
 
 
-def device_of(launch: Launch) -> torch.device:
-    """The GPU of this rank, or the CPU where there is none."""
+def device_of(launch: LaunchEnvironment) -> torch.device:
+    """The GPU of this rank, or the CPU without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -62,7 +62,7 @@ def device_of(launch: Launch) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """What a rank computes on, in words: the name of its GPU, or the CPU and its threads."""
+    """A description of a rank's device: the name of the GPU, or the CPU and the number of threads."""
     import torch
 
     if device.type == "cuda":
@@ -71,12 +71,15 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {threads} thread{'s' * (threads > 1)} of each rank"
 
 
-def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
-    """Joins the job: device, threads, torch.distributed (NCCL on GPUs, gloo on CPU). Collective.
+def init_process_group(launch: LaunchEnvironment, timeout: float, store: Store | None = None) -> Job:
+    """Sets the device and threads, and initializes torch.distributed (NCCL on GPUs, gloo on CPUs). Collective.
 
     Args:
-        timeout: seconds after which a collective that some rank does not join ends the run.
-        store: in which the ranks have met, see `rendezvous.gather`; None of a process that is alone.
+        launch: this rank's identity.
+        timeout: time-out of collectives, in seconds.
+        store: the store of the job, from `rendezvous.connect_all_ranks`; None for a job of one rank.
+
+    Raises ValueError if several ranks have no store.
     """
     import torch
     import torch.distributed as dist
@@ -84,14 +87,14 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
     cuda = torch.cuda.is_available()
     if not cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world))
-    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed picks its device by it
+    os.environ.setdefault("LOCAL_RANK", str(launch.local_rank))  # DeepSpeed chooses its device by it
     device = device_of(launch)
     if cuda:
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     if store is None:
         if launch.world > 1:
-            raise ValueError(f"rank {launch.rank} of {launch.world} has no store to join the others in")
+            raise ValueError(f"rank {launch.rank} of {launch.world}: a job of several ranks needs a store")
         store = dist.HashStore()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -105,10 +108,10 @@ def start(launch: Launch, timeout: float, store: Store | None = None) -> Job:
 
 
 def enable_flight_records(folder: Path) -> None:
-    """NCCL's flight recorder (its last collectives, their ranks and states) shall write to `folder` if the job hangs.
+    """Makes NCCL's flight recorder (the last collectives with ranks and states) write to `folder` if the job hangs.
 
-    Called before the job is joined. Both torch, when a collective times out, and `process_end.end` write there; torch
-    makes no folder. `torchfrtrace --prefix rank_ FOLDER` compares the ranks' files.
+    Call it before `init_process_group`. The files are written by torch when a collective times out, which does not
+    create the folder, and by `process_end.hard_exit`. `torchfrtrace --prefix rank_ FOLDER` compares those of all ranks.
     """
     prefix = str(folder / "rank_")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", prefix)
@@ -116,8 +119,8 @@ def enable_flight_records(folder: Path) -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
-def stop() -> None:
-    """Leaves the job; without it a run may abort after all its work is done."""
+def destroy_process_group() -> None:
+    """Destroys the process group, if there is one. Without this call a process may abort on exit."""
     import torch.distributed as dist
 
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""SLURM's compressed lists of nodes and of tasks per node, as its environment variables hold them."""
+"""Parses SLURM's compressed lists of nodes and of tasks per node, as in its environment variables."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ def first_host(nodelist: str) -> str:
 
 
 def all_hosts(nodelist: str) -> list[str]:
-    """Every host of SLURM's compressed list, in its order: "gpu[03-05,9],x" -> gpu03, gpu04, gpu05, gpu9, x."""
+    """All hosts of SLURM's compressed list, in its order: "gpu[03-05,9],x" -> gpu03, gpu04, gpu05, gpu9, x."""
     hosts = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        texts, *rest = re.split(r"\[([^\]]*)\]", item)
-        made = [texts]
+        prefix, *rest = re.split(r"\[([^\]]*)\]", item)
+        names = [prefix]
         for ranges, text in zip(rest[::2], rest[1::2], strict=True):
-            made = [f"{head}{number}{text}" for head in made for number in _numbers(ranges)]
-        hosts += made
+            names = [f"{name}{number}{text}" for name in names for number in _numbers(ranges)]
+        hosts += names
     return hosts
 
 
 def _numbers(ranges: str) -> list[str]:
-    """ "03-05,9" -> 03, 04, 05, 9."""
+    """Expands a list of ranges and keeps leading zeros: "03-05,9" -> 03, 04, 05, 9."""
     numbers = []
     for part in ranges.split(","):
         low, _, high = part.partition("-")
@@ -32,7 +32,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def tasks_of_nodes(tasks: str) -> list[int]:
-    """Tasks of each node: "2(x3),1" -> 2, 2, 2, 1. Empty if the text is no such list."""
+    """Tasks of each node: "2(x3),1" -> 2, 2, 2, 1. Empty if the text is not such a list."""
     if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", tasks):
         return []
     counts = []

@@ -1,8 +1,7 @@
-"""Messages between the ranks of a job through its key-value store, which needs no GPU, no NCCL and no process group.
+"""Messages between the ranks of a job through its key-value store; needs no GPU, NCCL or process group.
 
-Every call has a limit. A store whose holder (rank 0 or the launcher) is stopped or cut off answers nothing, and the
-calls of torch's client then wait without an end; so they run in a thread that nobody joins, and the caller waits for
-an answer for `timeout` seconds at most.
+Every call has a time-out. If the holder of the store (rank 0 or the launcher) is stopped or cut off, calls of torch's
+client never return. So they run in a daemon thread, and the caller waits for a result for `timeout` seconds at most.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NoAnswer  # its own class before Python 3.11
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from torch.distributed import Store
@@ -21,41 +20,44 @@ from torch.distributed import Store
 from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.errors import UserError
 
-PAUSE = 0.01  # seconds between two looks at the store
-MAX_BYTES = 1 << 24  # of one message
+PAUSE = 0.01  # seconds between two reads of the store
+MAX_BYTES = 1 << 24  # of a message
 
 T = TypeVar("T")
 
 
 class MessageTimeout(UserError):
-    """A message from another rank did not come in time."""
+    """A message from another rank was not received in time."""
 
 
 class StoreChannel:
     """JSON messages between the `world` ranks of a job; this is rank `rank`.
 
     Args:
-        store: of the job. The channel uses it from a thread of its own: give each channel its own connection
-            (`runtime.own_connection`).
+        store: of the job. The channel uses it in its own thread, so each channel needs its own connection
+            (`rendezvous.clone_connection`).
         timeout: seconds within which the store must answer a call.
-        patience: seconds that `receive` and `barrier` wait for other ranks.
+        receive_timeout: seconds that `receive` and `barrier` wait for other ranks.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, timeout: float, patience: float):
+    def __init__(self, store: Store, rank: int, world: int, timeout: float, receive_timeout: float):
         self.store, self.rank, self.world = store, rank, world
-        self.timeout, self.patience = timeout, patience
+        self.timeout, self.receive_timeout = timeout, receive_timeout
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._unreachable = ""
         threading.Thread(target=self._run_calls, name="store channel", daemon=True).start()
 
     def send(self, name: str, value: Any) -> None:
-        """Leaves a message for all ranks; a later one of the same name replaces it. `value`: anything JSON holds.
+        """Publishes a message for all ranks; a later one with the same name replaces it.
 
-        Raises StoreUnreachable, or ValueError for more than `MAX_BYTES`.
+        Args:
+            value: any value that JSON can represent.
+
+        Raises StoreUnreachable, or ValueError for a message larger than `MAX_BYTES`.
         """
         text = json.dumps(value)
         if len(text) > MAX_BYTES:
-            raise ValueError(f"message {name!r}: {len(text):,} bytes, at most {MAX_BYTES:,} go through the store")
+            raise ValueError(f"message {name!r}: {len(text):,} bytes, at most {MAX_BYTES:,} are possible")
         self._call(lambda: self.store.set(name, text))
 
     def receive(self, name: str) -> Any:
@@ -64,16 +66,16 @@ class StoreChannel:
         return json.loads(self._call(lambda: self.store.get(name)))
 
     def receive_if_sent(self, name: str) -> Any | None:
-        """The message if it is there, else None. Raises StoreUnreachable."""
+        """The message if it has been sent, otherwise None. Raises StoreUnreachable."""
 
-        def look() -> bytes | None:
+        def get() -> bytes | None:
             return self.store.get(name) if self.store.check([name]) else None
 
-        text = self._call(look)
+        text = self._call(get)
         return None if text is None else json.loads(text)
 
     def receive_from_ranks(self, prefix: str) -> dict[int, Any]:
-        """The messages `prefix/RANK` that are there, by rank. Raises StoreUnreachable."""
+        """The messages `prefix/RANK` that have been sent, by rank. Raises StoreUnreachable."""
         messages = {rank: self.receive_if_sent(f"{prefix}/{rank}") for rank in range(self.world)}
         return {rank: message for rank, message in messages.items() if message is not None}
 
@@ -82,38 +84,39 @@ class StoreChannel:
         return self._call(lambda: self.store.add(name, amount))
 
     def barrier(self, name: str, ranks: int) -> None:
-        """Waits until so many ranks have called it. Raises MessageTimeout or StoreUnreachable."""
+        """Waits until `ranks` ranks have called it. Raises MessageTimeout or StoreUnreachable."""
         self.count(name)
         self._wait(lambda: self.count(name, 0) >= ranks, f"{ranks} ranks at {name!r}")
 
     def close(self) -> None:
-        """Ends the channel's thread, once a call of the store that is under way returns. No call may follow."""
+        """Ends the channel's thread when its current call returns. The channel must not be used afterwards."""
         self._calls.put(None)
 
     def _wait(self, condition: Callable[[], bool], purpose: str) -> None:
-        deadline = time.monotonic() + self.patience
+        deadline = time.monotonic() + self.receive_timeout
         while not condition():
             if time.monotonic() > deadline:
                 raise MessageTimeout(
-                    f"rank {self.rank} waited {self.patience:g} s for {purpose}; see whether the other ranks live"
+                    f"rank {self.rank} waited {self.receive_timeout:g} s for {purpose}; check that the other ranks are"
+                    " running"
                 )
             time.sleep(PAUSE)
 
     def _call(self, operation: Callable[[], T]) -> T:
-        """Runs a store operation in the channel's thread. Raises StoreUnreachable, then for every later call too."""
+        """Runs a store operation in the channel's thread. After one StoreUnreachable, later calls raise it at once."""
         if self._unreachable:
             raise StoreUnreachable(self._unreachable)
         answer: Future[T] = Future()
         self._calls.put((operation, answer))
         try:
             return answer.result(self.timeout)
-        except NoAnswer:
+        except FutureTimeout:
             problem = f"no answer within {self.timeout:g} s"
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
             problem = str(error).splitlines()[0]
         self._unreachable = (
             f"the process that holds the job's store (rank 0 or the launcher) does not answer ({problem});"
-            " see whether it and its node live"
+            " check that this process and its node are running"
         )
         raise StoreUnreachable(self._unreachable)
 

@@ -1,13 +1,13 @@
-"""A watch over the ranks of a job: a hang ends with a sentence that names the rank, where it is, and since when.
+"""Hang detection: a hang ends the job with a message that names the rank, its place in the program, and the duration.
 
-A rank that hangs (a stopped process, a dead node, a broken disk) leaves the others waiting in a collective, where they
-can report nothing. So each rank has a thread that reports to the job's store where its rank is and for how long. A job
-hangs when no rank that still reports has moved for `limit` seconds. The first rank that sees this reads all reports,
-names the ranks that hold up the job, and leaves the verdict in the store; every rank prints it, with the stacks of its
+If a rank hangs (a stopped process, a dead node, a broken disk), the others wait for it in a collective. So each rank
+has a watchdog thread that reports to the job's store where its rank is and for how long. A job hangs when no rank that
+still reports has made progress for `limit` seconds. The first watchdog that finds this reads all reports, determines
+the ranks that block the job, and puts the verdict into the store. Every rank prints the verdict with the stacks of its
 threads, and ends its process.
 
-One watchdog watches a process from the moment its job has met until it leaves. Whatever runs meanwhile says where it
-is by this module's `at`, `touch`, `starting` and `pause`, which do nothing where nobody watches.
+A watchdog runs from the rendezvous of the job to its end. The code of the job marks its places with this module's
+`at`, `touch`, `starting` and `pause`, which have no effect without a watchdog.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from megapromoe.distributed.store_channel import StoreChannel
 logger = logging.getLogger(__name__)
 
 HUNG = 76  # exit code
-SILENT_AFTER = 3  # pulses without a report after which a rank counts as silent
-GIVE_UP_AFTER = 8  # pulses without a verdict after which a rank ends without one
-COMPILING = 1800.0  # more seconds that a step may take which compiles the model
+SILENT_AFTER = 3  # heartbeats without a report after which a rank counts as silent
+GIVE_UP_AFTER = 8  # heartbeats without a verdict after which a rank ends without one
+COMPILING = 1800.0  # additional seconds for a step that compiles the model
 LEAVING = "leaving the job"
 START_UP = "start-up"
 
 
 @dataclass(frozen=True)
 class Hang:
-    """A job that came to a stop.
+    """A hang of the job and the ranks that cause it.
 
     Attributes:
-        place: where the rank to blame was last, or the first of them.
-        silent: ranks that report nothing any more, or never did.
-        behind: of the others, those that are furthest behind.
-        places: rank -> where it was last, of all ranks that ever reported.
+        place: last reported place of the first rank that blocks the job.
+        silent: ranks that have stopped reporting, or never reported.
+        behind: of the reporting ranks, those that are furthest behind.
+        places: rank -> last reported place, for every rank that has reported.
     """
 
     place: str
@@ -62,7 +62,14 @@ class Hang:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a rank last reported: how many reports before, how many places before, where it is, for how many seconds."""
+    """The last report of a rank.
+
+    Attributes:
+        number: number of this report.
+        position: number of the current place.
+        place: name of the current place.
+        idle: seconds without progress.
+    """
 
     number: int
     position: int
@@ -71,20 +78,20 @@ class _Report:
 
 
 class Watchdog:
-    """Watches this rank, and with the other ranks' watchdogs the job.
+    """Watches this rank and, together with the watchdogs of the other ranks, the job.
 
     Args:
-        channel: of the job, with a connection of its own: the rank's may be waiting.
-        limit: seconds without progress of any rank that are a hang.
-        limit_name: the option that sets `limit`, for the message.
-        on_hang: called on the rank that sees the hang first (rank 0 if it can), in the watchdog's thread; returns
-            what all ranks print, and the exit code of all.
-        every_place: report each place at once, which costs a message to the store; otherwise once a pulse.
-        start_extra: more seconds that each place of the start-up may take: see `starting`.
-        longest: seconds after which any place is a hang, whatever more it may take. Where ranks wait for each other in
-            collectives, these fail after some time and name nobody: a hang must be named before.
+        channel: messages of the job, over a connection of its own: that of the rank may be blocked.
+        limit: seconds without progress of any rank that count as a hang.
+        limit_name: the option that sets `limit`, for messages.
+        on_hang: called on the rank that detects the hang first (rank 0 if it still runs), in the watchdog's thread.
+            Returns the message that all ranks print, and their exit code.
+        every_place: report each place at once, for one message to the store; otherwise once per heartbeat.
+        start_extra: additional seconds for each place of the start-up: see `starting`.
+        code: exit code if no rank can determine the cause.
+        longest: seconds after which every place is a hang, whatever additional time it has. It must be below the
+            time-out of collectives, whose errors name no rank.
         flight_records: folder for NCCL's flight record of a hang.
-        code: exit code where no rank can judge any more.
     """
 
     def __init__(
@@ -102,7 +109,7 @@ class Watchdog:
         self.channel, self.limit, self.limit_name, self.on_hang = channel, limit, limit_name, on_hang
         self.every_place, self.start_extra, self.code = every_place, start_extra, code
         self.longest, self.flight_records = longest, flight_records
-        self.pulse = pulse_of(limit)
+        self.heartbeat = heartbeat_interval(limit)
         self._place, self._position, self._since, self._extra = "", 0, time.monotonic(), 0.0
         self._paused = True
         self._reports = 0
@@ -113,75 +120,80 @@ class Watchdog:
         self._thread.start()
 
     def at(self, place: str, extra: float = 0.0) -> None:
-        """This rank comes to the next place; all ranks come to the same ones in the same order.
+        """Marks the next place of this rank. All ranks pass the same places in the same order.
 
         Args:
-            extra: seconds that this place may take beyond `limit`, `longest` in all at most.
+            place: name of the place, for messages.
+            extra: seconds that this place may take beyond `limit`; the sum is limited to `longest`.
         """
         starts = not self._reports or self._place.startswith(START_UP)
         self._extra = min(extra, max(self.longest - self.limit, 0.0))
         self._place, self._position, self._since = place, self._position + 1, time.monotonic()
         self._paused = False
-        if self.every_place or starts:  # a rank can hang before its thread's next pulse, in its first step
-            with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process when this rank stops
+        if self.every_place or starts:  # report at once: a rank can hang before the first heartbeat
+            with contextlib.suppress(StoreUnreachable):  # logged; the thread ends the process if this rank stops
                 self._report()
 
     def touch(self) -> None:
-        """This rank moves on within its place; others may do so more often or not at all."""
+        """Reports progress within the current place. The ranks may call it a different number of times."""
         self._since = time.monotonic()
 
     def pause(self) -> None:
-        """Nothing is expected of this rank until the next `at`; while any rank pauses, the job does not hang."""
+        """Expects no progress of this rank until the next `at`. The job does not hang while any rank pauses."""
         self._paused = True
 
     def await_verdict(self, error: Exception) -> None:
-        """For a rank whose collective has failed: in a hang, others may have ended already, which closes connections.
+        """Waits for the verdict on a hang before the error of a collective is raised.
 
-        If nothing has moved for `limit` seconds, the error's traceback, which tells where this rank waited, is printed,
-        and the rank is given the time to end with the verdict like the others.
+        When a hang ends the ranks one after the other, connections close, and the collectives of the remaining ranks
+        fail. If this rank has made no progress for `limit` seconds, the error's traceback is printed, which shows where
+        the rank waited, and this rank waits until its watchdog ends it with the verdict.
         """
         if not self._paused and self._idle() > self.limit:
             traceback.print_exception(error)
-            self._closed.wait(GIVE_UP_AFTER * self.pulse + self.channel.timeout)
+            self._closed.wait(GIVE_UP_AFTER * self.heartbeat + self.channel.timeout)
 
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()
-        self._thread.join(timeout=min(2 * self.pulse, 5.0))  # a call of the store may be waiting
+        self._thread.join(timeout=min(2 * self.heartbeat, 5.0))  # with a limit: it may wait for the store
 
     def _watch(self) -> None:
         waiting_since, attempt = None, 0
-        while not self._closed.wait(self.pulse):
+        while not self._closed.wait(self.heartbeat):
             if not self._reports:
                 continue
             try:
                 self._report()
                 if (verdict := self.channel.receive_if_sent("watchdog/verdict")) is not None:
                     self._end(*verdict)
-                if self._paused or self._idle() <= self._limit_here():
+                if self._paused or self._idle() <= self._limit_of_this_rank():
                     waiting_since = None
                     continue
                 attempts = self.channel.count("watchdog/attempts", 0)
                 if waiting_since is None or attempts > attempt:
                     waiting_since, attempt = time.monotonic(), attempts
-                if self.channel.count(f"watchdog/judge/{attempt}") == 1:
-                    self._judge()
-                elif time.monotonic() - waiting_since > GIVE_UP_AFTER * self.pulse:
-                    self._end("no rank could tell who holds the job up", self.code)
+                if self.channel.count(f"watchdog/evaluate/{attempt}") == 1:
+                    self._evaluate()
+                elif time.monotonic() - waiting_since > GIVE_UP_AFTER * self.heartbeat:
+                    self._end("the rank that blocks the job could not be determined", self.code)
             except StoreUnreachable as error:
                 if self._idle() > self.limit and not self._paused and not self._closed.is_set():
                     self._end(str(error), self.code)
             except Exception:
                 if not self._closed.is_set():
                     traceback.print_exc()
-                    process_end.end(f"rank {self.channel.rank}: its watchdog failed", 1)
+                    process_end.hard_exit(f"rank {self.channel.rank}: its watchdog failed", 1)
 
-    def _limit_here(self) -> float:
-        """Rank 0 looks first, since `on_hang` may know most there; the others once it should have."""
-        return self.limit if self.channel.rank == 0 else self.limit + 1.5 * self.pulse
+    def _limit_of_this_rank(self) -> float:
+        """Seconds without progress after which this rank evaluates the job.
+
+        Rank 0 comes first, because its `on_hang` may have the most information; the others follow if it does not.
+        """
+        return self.limit if self.channel.rank == 0 else self.limit + 1.5 * self.heartbeat
 
     def _idle(self) -> float:
-        """Seconds without progress, less what this place may take beyond the limit."""
+        """Seconds without progress, minus the additional seconds of this place."""
         return max(time.monotonic() - self._since - self._extra, 0.0)
 
     def _report(self) -> None:
@@ -191,25 +203,25 @@ class Watchdog:
             try:
                 self.channel.send(f"watchdog/{self.channel.rank}", [self._reports, self._position, self._place, idle])
             except StoreUnreachable as error:
-                if not self._warned and self._place != LEAVING:  # rank 0 may have left with the store
+                if not self._warned and self._place != LEAVING:  # at the end, rank 0 may have closed the store
                     logger.warning("rank %d: %s", self.channel.rank, error)
                 self._warned = True
                 raise
 
-    def _judge(self) -> None:
-        """Decides whether the job hangs; if so, leaves the verdict for all and ends this process."""
+    def _evaluate(self) -> None:
+        """Determines whether the job hangs; if so, publishes the verdict and ends this process."""
         before = self._read()
         for _ in range(2 * SILENT_AFTER):
-            if self._closed.wait(self.pulse / 2):
+            if self._closed.wait(self.heartbeat / 2):
                 return
             self._report()
         hang = find_hang(before, self._read(), self.channel.world, self.limit)
         if hang is None or self._idle() <= self.limit or self._paused:
-            self.channel.count("watchdog/attempts")  # some rank moves: the next look is open again
+            self.channel.count("watchdog/attempts")  # a rank makes progress: allow the next evaluation
             return
         sentence, code = self.on_hang(hang)
         self.channel.send("watchdog/verdict", [sentence, code])
-        time.sleep(1.5 * self.pulse)  # the others look once a pulse, and the store may end with this process
+        time.sleep(1.5 * self.heartbeat)  # the others read once per heartbeat, and this process may hold the store
         self._end(sentence, code)
 
     def _read(self) -> dict[int, _Report]:
@@ -217,63 +229,70 @@ class Watchdog:
         return {rank: _Report(*report) for rank, report in reports.items()}
 
     def _end(self, sentence: str, code: int) -> None:
-        limit = f"{self.limit_name} = {self.limit:g}" + (f", {self._extra:g} s more for this" if self._extra else "")
+        limit = f"{self.limit_name} = {self.limit:g}" + (
+            f", {self._extra:g} s more for this place" if self._extra else ""
+        )
         stopped = f"no progress for {time.monotonic() - self._since:.0f} s ({limit}) in {self._place}"
-        process_end.end(f"rank {self.channel.rank}: {stopped}; {sentence}", code, self.flight_records)
+        process_end.hard_exit(f"rank {self.channel.rank}: {stopped}; {sentence}", code, self.flight_records)
 
 
-def pulse_of(limit: float) -> float:
-    """Seconds between two reports of a watchdog with this limit."""
+def heartbeat_interval(limit: float) -> float:
+    """Seconds between two reports of a watchdog with the given limit."""
     return min(limit / 8, 30.0)
 
 
 def verdict_time(limit: float) -> float:
-    """Seconds that pass between a watchdog's limit and the end of every rank, at most."""
-    return 6 * pulse_of(limit)
+    """The maximum number of seconds from reaching a watchdog's limit to the end of all ranks."""
+    return 6 * heartbeat_interval(limit)
 
 
-_watching: ContextVar[tuple[Watchdog, ...]] = ContextVar("watching", default=())  # of this thread's job
+_watching: ContextVar[tuple[Watchdog, ...]] = ContextVar("watching", default=())  # of the job of this thread
 
 
 @contextlib.contextmanager
-def watching(dog: Watchdog) -> Iterator[None]:
-    """Makes a watchdog that of this process until the end of the block, and closes it then."""
-    before = _watching.set((*_watching.get(), dog))
+def watched_by(watchdog: Watchdog) -> Iterator[None]:
+    """Uses a watchdog for this process during the block, and closes it at the end."""
+    before = _watching.set((*_watching.get(), watchdog))
     try:
         yield
     finally:
         _watching.reset(before)
-        dog.close()
+        watchdog.close()
 
 
 def at(place: str, extra: float = 0.0) -> None:
     """See `Watchdog.at`."""
-    for dog in _watching.get():
-        dog.at(place, extra)
+    for watchdog in _watching.get():
+        watchdog.at(place, extra)
 
 
 def starting(place: str, extra: float = 0.0) -> None:
-    """As `at`, of a place before the first step, which may take `start_extra` of the watchdog longer."""
-    for dog in _watching.get():
-        dog.at(f"{START_UP}: {place}", dog.start_extra + extra)
+    """As `at`, for a place before the first step, which may take `Watchdog.start_extra` seconds longer."""
+    for watchdog in _watching.get():
+        watchdog.at(f"{START_UP}: {place}", watchdog.start_extra + extra)
 
 
 def touch() -> None:
     """See `Watchdog.touch`."""
-    for dog in _watching.get():
-        dog.touch()
+    for watchdog in _watching.get():
+        watchdog.touch()
 
 
 def pause() -> None:
     """See `Watchdog.pause`."""
-    for dog in _watching.get():
-        dog.pause()
+    for watchdog in _watching.get():
+        watchdog.pause()
 
 
 def find_hang(before: Mapping[int, _Report], now: Mapping[int, _Report], world: int, limit: float) -> Hang | None:
-    """Which ranks hold up a job, from two readings of all reports; None if some rank still moves.
+    """Determines the ranks that block a job, from two readings of all reports; None if a rank makes progress.
 
-    A rank without a new report between the readings is silent. Where all report, those furthest behind are named.
+    Args:
+        before, now: rank -> report, of the first and the second reading.
+        world: number of ranks.
+        limit: seconds without progress that count as a hang.
+
+    A rank without a new report between the readings is silent. If all ranks report, those furthest behind are named.
     """
     silent = [rank for rank in range(world) if rank not in now or now[rank] == before.get(rank)]
     live = [rank for rank in range(world) if rank not in silent]

@@ -138,7 +138,7 @@ class DeepSpeedAdapter:
         self.optimizer = _make_optimizer(config, model)  # DeepSpeed wraps this object and calls its step
         settings = {
             **ds,
-            "train_micro_batch_size_per_gpu": config.layout(mesh.world).micro_batch,
+            "train_micro_batch_size_per_gpu": config.layout(mesh.world_size).micro_batch,
             "gradient_accumulation_steps": config.train.accumulation,
             "gradient_clipping": clip,  # always set, because the default of 0.19.8 is 1.0
         }

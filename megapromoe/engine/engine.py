@@ -178,7 +178,7 @@ class Engine:
         norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
         total += torch.stack(norms).square() @ self._replica_weights
         squares_and_votes = torch.stack([total, torch.full_like(total, votes)])
-        dist.all_reduce(squares_and_votes, group=self.mesh.whole.process_group)
+        dist.all_reduce(squares_and_votes, group=self.mesh.world.process_group)
         return squares_and_votes
 
     def reduced_gradients(self) -> Iterator[tuple[Piece, Tensor]]:

@@ -66,7 +66,7 @@ def objective_loss(
     losses = []
     for first in range(0, draws, config.sample.batch):
         n_B = np.arange(first, min(first + config.sample.batch, draws))
-        records_BCHW = dataset.draw(record_N[n_B], np.zeros(len(n_B), dtype=bool), None)
+        records_BCHW = dataset.sample(record_N[n_B], np.zeros(len(n_B), dtype=bool), None)
         clean_BCHW = torch.from_numpy(np.ascontiguousarray(records_BCHW)).to(device)
         noise_BCHW = torch.from_numpy(normals(seed, "held-out noise", n_B, dataset.shape)).to(device)
         u_B = torch.from_numpy(u_N[n_B]).to(device)

@@ -83,7 +83,7 @@ class FeatureStatistics(NamedTuple):
     features_ND: Tensor
 
 
-def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, Any]]:
+def evaluate(evaluation: Evaluation, launch: runtime.LaunchEnvironment) -> list[dict[str, Any]]:
     """The records of an evaluation, one for each set of images. Called by every rank, before it has joined the job.
 
     Sets of a run are in the order of steps, and at each step of guidance scales. A record says what was compared, by
@@ -140,7 +140,9 @@ def evaluate(evaluation: Evaluation, launch: runtime.Launch) -> list[dict[str, A
     return records
 
 
-def extract_features(network: Network, images: Images, launch: runtime.Launch, title: str) -> FeatureStatistics:
+def extract_features(
+    network: Network, images: Images, launch: runtime.LaunchEnvironment, title: str
+) -> FeatureStatistics:
     """What a network computes of a set of images. Collective.
 
     Raises EvaluationError on every rank if an image cannot be read, or features are not finite.
@@ -199,7 +201,7 @@ def compare(
     generated: FeatureStatistics,
     reference: Reference,
     real: FeatureStatistics | None,
-    launch: runtime.Launch,
+    launch: runtime.LaunchEnvironment,
 ) -> dict[str, float]:
     """Figures by name, all finite. Collective.
 
@@ -241,7 +243,9 @@ def _network_name(evaluation: Evaluation, config: Config | None) -> str:
     return name
 
 
-def _open_network(evaluation: Evaluation, name: str, device: torch.device, launch: runtime.Launch) -> Network:
+def _open_network(
+    evaluation: Evaluation, name: str, device: torch.device, launch: runtime.LaunchEnvironment
+) -> Network:
     """The network. All ranks train the same classifier, to the same bits. Collective."""
     with raising_together(FeatureError):
         network = open_network(name, device, evaluation.sha256, evaluation.declared_standard)
@@ -254,7 +258,7 @@ def _open_network(evaluation: Evaluation, name: str, device: torch.device, launc
     return network
 
 
-def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.Launch) -> list[int | None]:
+def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.LaunchEnvironment) -> list[int | None]:
     """The steps to generate from; None: the last. Rank 0 decides: a live run saves and removes steps. Collective."""
     if not evaluation.every_step:
         return [*evaluation.steps] or [request.step]
@@ -270,7 +274,7 @@ def _generate_all(
     evaluation: Evaluation,
     request: GenerationRequest,
     config: Config,
-    launch: runtime.Launch,
+    launch: runtime.LaunchEnvironment,
     device: torch.device,
 ) -> list[tuple[ImageSet, dict[str, Any]]]:
     """The sets of all steps. Of every step that a live run keeps, those that it removes meanwhile are left out."""
@@ -291,7 +295,7 @@ def _generate_all(
 
 
 def _generate_sets(
-    request: GenerationRequest, config: Config, launch: runtime.Launch, device: torch.device
+    request: GenerationRequest, config: Config, launch: runtime.LaunchEnvironment, device: torch.device
 ) -> list[tuple[ImageSet, dict[str, Any]]]:
     """The sets of a request, each with what a record says of it, under names that no other request has. Collective."""
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)

@@ -33,7 +33,7 @@ class Pixels:
     def at(self, indices: np.ndarray) -> np.ndarray:
         """Images of these numbers, as `read` gives them."""
         try:
-            return to_bytes(self._dataset.draw(indices, np.zeros(len(indices), dtype=bool), None))
+            return to_bytes(self._dataset.sample(indices, np.zeros(len(indices), dtype=bool), None))
         except DatasetError as error:
             raise ImageSetError(str(error)) from error
 

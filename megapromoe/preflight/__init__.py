@@ -1,1 +1,1 @@
-"""Is this allocation fit to train on: what each rank finds out, and which node is to blame."""
+"""Checks an allocation before training: each rank measures, rank 0 evaluates and names the faulty nodes."""

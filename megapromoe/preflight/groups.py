@@ -1,4 +1,4 @@
-"""Every process group of the layout, every collective that training uses, with values that are known."""
+"""Runs each collective that training uses in each process group of the layout, and compares with exact results."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 import torch.distributed as dist
 
 from megapromoe.distributed.mesh import Group, Mesh
-from megapromoe.preflight.verdict import FAIL, PASS, SKIP, Cluster, Limits, Row, culprits
+from megapromoe.preflight.verdict import FAIL, PASS, SKIP, Cluster, Limits, Row, nodes_to_blame
 
-DIRECTIONS = ("whole", "tp", "dp", "ep", "edp")
+DIRECTIONS = ("world", "tp", "dp", "ep", "edp")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-ELEMENTS = 1 << 16  # of a rank's part
+ELEMENTS = 1 << 16  # fp32 elements that a rank contributes
 
-# torch 2.13 gave them new names and warns of the old.
+# torch 2.13 renamed these functions and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What a rank got in one group.
+class GroupResult:
+    """The results of one rank's collectives in one process group.
 
     Attributes:
-        ranks: the group.
-        wrong_sums: operations whose sums were wrong.
-        wrong_from: ranks whose own values arrived wrong.
+        ranks: the ranks of the group.
+        wrong_sums: collectives that returned a wrong sum.
+        wrong_from: ranks from which wrong values were received.
     """
 
     ranks: list[int]
@@ -36,106 +36,120 @@ class Heard:
 
 
 def values(rank: int, count: int) -> torch.Tensor:
-    """What a rank contributes: small whole numbers, so that fp32 sums them exactly in any order."""
+    """The values (count,) that a rank contributes: small integers, whose fp32 sum is exact in any order."""
     return ((torch.arange(count) * 31 + rank * 17) % 251).float()
 
 
 def contribution(rank: int, count: int, device: torch.device) -> torch.Tensor:
+    """`values` on the device."""
     return values(rank, count).to(device)
 
 
-def rows_between(sender: int, receiver: int) -> int:
-    """Rows of the uneven exchange, some of them none."""
+def num_rows_sent(sender: int, receiver: int) -> int:
+    """Elements that `sender` sends to `receiver` in the uneven all-to-all; 0 for some pairs."""
     return 64 * ((3 * sender + 5 * receiver) % 7)
 
 
-def try_operation(operation: str, group: Group, device: torch.device) -> tuple[bool, list[int]]:
-    """One collective in one group: whether a sum came out wrong, and the ranks whose values arrived wrong."""
-    me, ranks, size, n = group.ranks[group.rank], group.ranks, group.size, ELEMENTS
+def check_collective(operation: str, group: Group, device: torch.device) -> tuple[bool, list[int]]:
+    """Runs one collective in one group. Collective in the group.
+
+    Returns:
+        Whether a sum is wrong, and the ranks from which wrong values were received.
+    """
+    own_rank, ranks, size, n = group.ranks[group.rank], group.ranks, group.size, ELEMENTS
     if operation == "all_reduce":
-        x = contribution(me, n, device)
+        x = contribution(own_rank, n, device)
         dist.all_reduce(x, group=group.process_group)
         return not torch.equal(x.cpu(), sum((values(rank, n) for rank in ranks), torch.zeros(n))), []
     if operation == "all_gather":
         x = torch.empty(size * n, device=device)
-        _all_gather(x, contribution(me, n, device), group=group.process_group)
+        _all_gather(x, contribution(own_rank, n, device), group=group.process_group)
         parts = x.cpu().split(n)
         return False, [r for r, part in zip(ranks, parts, strict=True) if not torch.equal(part, values(r, n))]
     if operation == "reduce_scatter":
         x = torch.empty(n, device=device)
-        _reduce_scatter(x, contribution(me, size * n, device), group=group.process_group)
+        _reduce_scatter(x, contribution(own_rank, size * n, device), group=group.process_group)
         start = group.rank * n
         expected = sum((values(rank, size * n)[start : start + n] for rank in ranks), torch.zeros(n))
         return not torch.equal(x.cpu(), expected), []
-    send = [rows_between(group.rank, other) for other in range(size)]
-    receive = [rows_between(other, group.rank) for other in range(size)]
+    send = [num_rows_sent(group.rank, other) for other in range(size)]
+    receive = [num_rows_sent(other, group.rank) for other in range(size)]
     x = torch.empty(sum(receive), device=device)
-    dist.all_to_all_single(x, contribution(me, sum(send), device), receive, send, group=group.process_group)
+    dist.all_to_all_single(x, contribution(own_rank, sum(send), device), receive, send, group=group.process_group)
     wrong = []
     for other, (rank, part) in enumerate(zip(ranks, x.cpu().split(receive), strict=True)):
-        start = sum(rows_between(other, before) for before in range(group.rank))
+        start = sum(num_rows_sent(other, before) for before in range(group.rank))
         if not torch.equal(part, values(rank, start + len(part))[start:]):
             wrong.append(rank)
     return False, wrong
 
 
-def try_groups(mesh: Mesh, device: torch.device, at: Callable[[str], None]) -> Iterator[tuple[str, Heard]]:
-    """Each direction with what this rank got in it. `at` is told each operation. Collective."""
+def check_groups(mesh: Mesh, device: torch.device, at: Callable[[str], None]) -> Iterator[tuple[str, GroupResult]]:
+    """Checks all collectives in all groups of the layout. Collective.
+
+    Args:
+        at: called with the name of each step.
+
+    Yields:
+        The name of each group and this rank's result in it.
+    """
     for direction in DIRECTIONS:
         group: Group = getattr(mesh, direction)
         sums, senders = [], []
         for operation in OPERATIONS:
             at(f"{operation} in {direction}")
             if group.size > 1:
-                wrong_sum, wrong_from = try_operation(operation, group, device)
+                wrong_sum, wrong_from = check_collective(operation, group, device)
                 sums += [operation] * wrong_sum
                 senders += wrong_from
-        yield direction, Heard(list(group.ranks), sums, sorted(set(senders)))
+        yield direction, GroupResult(list(group.ranks), sums, sorted(set(senders)))
 
 
 # ---- rules
 
 
-def judge_groups(cluster: Cluster, limits: Limits) -> Iterator[Row]:
-    """Every collective gives right values in every group.
+def evaluate_groups(cluster: Cluster, limits: Limits) -> Iterator[Row]:
+    """Every collective must return correct values in every group.
 
-    Values that arrive wrong tell sender and receiver, so the node that such pairs have in common is to blame; a sum
-    that is wrong tells only the group, which is blamed if it lies on one node.
+    For a wrong value sender and receiver are known, so the node that such pairs have in common is blamed. For a wrong
+    sum only the group is known; its node is blamed if the group lies on one node.
     """
-    found: dict[int, dict[str, Heard]] = {r: n.groups for r, n in cluster.found.get("network", {}).items()}
-    if not found:
-        return
+    groups_of_rank: dict[int, dict[str, GroupResult]] = {
+        rank: network.groups for rank, network in cluster.findings.get("network", {}).items()
+    }
     for direction in DIRECTIONS:
-        heard = {rank: groups[direction] for rank, groups in found.items() if direction in groups}
-        bad = {rank: one for rank, one in heard.items() if one.wrong_sums or one.wrong_from}
-        sizes = sorted({len(one.ranks) for one in heard.values()})
+        results = {rank: groups[direction] for rank, groups in groups_of_rank.items() if direction in groups}
+        bad = {rank: result for rank, result in results.items() if result.wrong_sums or result.wrong_from}
+        sizes = sorted({len(result.ranks) for result in results.values()})
         name = f"group {direction}"
-        if not heard:
+        if not results:
             continue
         if not bad:
-            count = len({tuple(one.ranks) for one in heard.values()})
-            told = f"{count} group{'s' * (count > 1)} of {sizes[0]}"
+            count = len({tuple(result.ranks) for result in results.values()})
+            summary = f"{count} group{'s' * (count > 1)} of {sizes[0]}"
             if sizes == [1]:
-                yield Row(name, tuple(cluster.nodes), f"{told}: nothing to exchange", "", SKIP)
+                yield Row(name, tuple(cluster.nodes), f"{summary}: nothing to exchange", "", SKIP)
             else:
-                yield Row(name, tuple(cluster.nodes), f"{told}: {', '.join(OPERATIONS)} right", "exact", PASS)
+                yield Row(name, tuple(cluster.nodes), f"{summary}: {', '.join(OPERATIONS)} correct", "exact", PASS)
             continue
         pairs = [
-            (cluster.node_of[sender], cluster.node_of[rank]) for rank, one in bad.items() for sender in one.wrong_from
+            (cluster.node_of[sender], cluster.node_of[rank])
+            for rank, result in bad.items()
+            for sender in result.wrong_from
         ]
-        blame = culprits(pairs, cluster.nodes)
+        blame = nodes_to_blame(pairs, cluster.nodes)
         by_group: dict[tuple[int, ...], set[str]] = {}
-        for one in bad.values():
-            by_group.setdefault(tuple(one.ranks), set()).update(one.wrong_sums or ["values"])
+        for result in bad.values():
+            by_group.setdefault(tuple(result.ranks), set()).update(result.wrong_sums or ["values"])
         for ranks, wrong in by_group.items():
             nodes = cluster.nodes_of(ranks)
-            own = tuple(node for node in nodes if node in blame) or (nodes if len(nodes) == 1 else ())
+            blamed = tuple(node for node in nodes if node in blame) or (nodes if len(nodes) == 1 else ())
             senders = sorted({sender for r in ranks if r in bad for sender in bad[r].wrong_from})
-            said = f"ranks {_listed(ranks)}: wrong {', '.join(sorted(wrong))}"
+            description = f"ranks {_listed(ranks)}: wrong {', '.join(sorted(wrong))}"
             if senders:
-                said += f"; wrong from rank {_listed(senders)}"
-            remedy = "see the links and adapters of these nodes; NCCL_DEBUG=INFO names the path it takes"
-            yield Row(name, own or nodes, said, "exact", FAIL, remedy, own)
+                description += f"; wrong from rank {_listed(senders)}"
+            remedy = "check the links and network adapters of these nodes; NCCL_DEBUG=INFO prints the transport in use"
+            yield Row(name, blamed or nodes, description, "exact", FAIL, remedy, blamed)
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The preflight, top to bottom: what needs nobody first, what may hang last."""
+"""The preflight: all checks in order. Checks that need no other rank come first, those that may hang come last."""
 
 from __future__ import annotations
 
@@ -23,103 +23,116 @@ from megapromoe.io import write_text
 from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, machine_rules, storage
 from megapromoe.preflight.bandwidth import Network
 from megapromoe.preflight.clocks import Clock
-from megapromoe.preflight.groups import Heard
+from megapromoe.preflight.groups import GroupResult
 from megapromoe.preflight.machine import Machine
 from megapromoe.preflight.report import table, write_reports
 from megapromoe.preflight.storage import Data, Files
-from megapromoe.preflight.verdict import Cluster, Limits, PreflightError, judge
+from megapromoe.preflight.verdict import Cluster, Limits, PreflightError, evaluate
 from megapromoe.work_progress import Progress
 
 RULES = (
-    arrival.judge_arrival,
-    arrival.judge_answers,
-    machine_rules.judge_versions,
-    machine_rules.judge_devices,
-    machine_rules.judge_host,
-    clocks.judge_clocks,
-    storage.judge_files,
-    storage.judge_data,
-    bandwidth.judge_errors,
-    groups.judge_groups,
-    bandwidth.judge_pairs,
-    bandwidth.judge_exchange,
+    arrival.evaluate_arrival,
+    arrival.evaluate_hang,
+    machine_rules.evaluate_versions,
+    machine_rules.evaluate_devices,
+    machine_rules.evaluate_host,
+    clocks.evaluate_clocks,
+    storage.evaluate_files,
+    storage.evaluate_data,
+    bandwidth.evaluate_errors,
+    groups.evaluate_groups,
+    bandwidth.evaluate_pairs,
+    bandwidth.evaluate_all_to_all,
 )
 STAGES: dict[str, Callable[[dict], Any]] = {
-    "machine": lambda said: Machine(**said),
-    "clock": lambda said: Clock(**said),
-    "files": lambda said: Files(**said),
-    "data": lambda said: Data(**said),
-    "network": lambda said: Network(
-        **(said | {"groups": {name: Heard(**heard) for name, heard in said["groups"].items()}})
+    "machine": lambda message: Machine(**message),
+    "clock": lambda message: Clock(**message),
+    "files": lambda message: Files(**message),
+    "data": lambda message: Data(**message),
+    "network": lambda message: Network(
+        **(message | {"groups": {name: GroupResult(**result) for name, result in message["groups"].items()}})
     ),
 }
-LAST_WORDS = 5.0  # seconds that rank 0, who may hold the store, gives the others to hear the verdict
+VERDICT_WAIT = 5.0  # seconds that rank 0, which may hold the store, waits for the others to receive the verdict
 
 
 class Preflight:
-    """One rank's part of a preflight; `run` is collective and returns the same exit code on every rank."""
+    """The preflight of one rank. `run` is collective and returns the same exit code on every rank."""
 
     def __init__(
         self,
         config: Config,
         folder: Path | None,
-        launch: runtime.Launch,
+        launch: runtime.LaunchEnvironment,
         limits: Limits,
         timeout: float,
         report: Path | None = None,
         bad_nodes: Path | None = None,
     ):
-        """`folder`: of the run, to try its file system, if any; `timeout`: seconds without progress that are a hang."""
+        """Connects to the job's store; the process group is created later, by `run`.
+
+        Args:
+            folder: run directory whose file system is checked; None: no check of files.
+            launch: this rank's identity.
+            limits: thresholds of the rules.
+            timeout: seconds without progress of any rank that count as a hang.
+            report: file to which rank 0 writes all findings as JSON.
+            bad_nodes: file to which rank 0 writes the names of the faulty nodes.
+        """
         self.config, self.folder, self.launch, self.limits, self.timeout = config, folder, launch, limits, timeout
         self.report, self.bad_nodes = report, bad_nodes
-        self.store = rendezvous.meet(launch, timeout, "preflight")
-        # The watchdog names what hangs; the limits of the store, its channel and the groups only end what it could not.
+        self.store = rendezvous.create_store(launch, timeout, "preflight")
+        # A hang is reported by the watchdog. The time-outs of the store, its channel and the process groups are longer
+        # and take effect only where the watchdog cannot end the process.
         self.store.set_timeout(timedelta(seconds=10 * timeout))
         self.channel = self._channel(self.store)
         self.watchdog: Watchdog | None = None
         self.progress = Progress(len(STAGES), "stage", "check", enabled=launch.rank == 0, leave=False)
 
     def run(self) -> int:
-        """Exit code: 0 passed, 3 some node is to blame, 1 something failed that no node is to blame for.
+        """Runs all checks and returns the exit code of the verdict: see `verdict.evaluate`. Collective.
 
         Raises PreflightError on every rank if a report cannot be written.
         """
         launch, node = self.launch, launch_environment.node_name()
         if launch.rank == 0 and self.bad_nodes is not None:
-            self._forget(self.bad_nodes)
-        node_of, local = arrival.roll_call(self.channel, node, launch.local_world, self.timeout)
+            self._clear_bad_nodes(self.bad_nodes)
+        node_of, local = arrival.gather_arrivals(self.channel, node, launch.local_world, self.timeout)
         self.cluster = Cluster(launch.world, node_of, local | launch_environment.expected_nodes(launch))
         if len(node_of) < launch.world:
             return self._end()
-        channel = self._channel(rendezvous.own_connection(self.store, self.timeout))
-        self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._hung, every_place=True, code=1)
-        joined = self._examine(node)
+        channel = self._channel(rendezvous.clone_connection(self.store, self.timeout))
+        self.watchdog = Watchdog(channel, self.timeout, "--timeout", self._on_hang, every_place=True, code=1)
+        joined = self._run_stages(node)
         code = self._end()
-        self._leave(joined, code)
+        self._leave_job(joined, code)
         return code
 
-    def _examine(self, node: str) -> bool:
-        """Every stage, on this rank; returns whether torch.distributed is in good order."""
+    def _run_stages(self, node: str) -> bool:
+        """Runs every stage on this rank; returns whether torch.distributed was joined and raised no error."""
         leaders = self.cluster.leaders()
-        leading = self.launch.rank == leaders[node]
-        self._stage("machine", lambda: machine.examine(self.launch, leading))
+        is_leader = self.launch.rank == leaders[node]
+        self._stage("machine", lambda: machine.examine(self.launch, is_leader))
         self._stage("clock", lambda: clocks.compare_clocks(self.channel, list(leaders.values())))
         folder = self.folder
         if folder is not None:
-            self._stage("files", lambda: storage.try_files(folder, self.channel, leaders, node))
+            self._stage("files", lambda: storage.check_files(folder, self.channel, leaders, node))
         else:
-            self.cluster.found["files"] = {}
-        self._stage("data", lambda: storage.try_data(self.config) if leading else None)
+            self.cluster.findings["files"] = {}
+        self._stage("data", lambda: storage.check_data(self.config) if is_leader else None)
         if self.launch.rank == 0:
-            self.channel.send("skip", machine.cannot_join(self.cluster.found["machine"], self.cluster.node_of))
+            self.channel.send(
+                "skip", machine.reason_to_skip_network(self.cluster.findings["machine"], self.cluster.node_of)
+            )
         self.cluster.skipped = self.channel.receive("skip")
         if self.cluster.skipped:
             return False
-        network = self._stage("network", self._try_network)
+        network = self._stage("network", self._measure_network)
         return not network.error
 
-    def _try_network(self) -> Network:
-        found: dict[str, Any] = {}
+    def _measure_network(self) -> Network:
+        """Joins torch.distributed and measures the network; an error of a collective is part of the result."""
+        fields: dict[str, Any] = {}
         place = "joining"
 
         def at(stage: str) -> None:
@@ -129,60 +142,66 @@ class Preflight:
 
         try:
             at("joining torch.distributed")
-            job = runtime.start(self.launch, 2 * self.timeout, self.store)
-            found |= {"device": job.device.type, "groups": {}}
-            at("making the groups")
+            job = runtime.init_process_group(self.launch, 2 * self.timeout, self.store)
+            fields |= {"device": job.device.type, "groups": {}}
+            at("creating the process groups")
             parallel = self.config.parallel
             mesh = make_mesh(parallel.tp, parallel.ep, parallel.expert_tp, 2 * self.timeout)
-            for direction, heard in groups.try_groups(mesh, job.device, at):
-                found["groups"][direction] = heard
-            found["pairs"], found["wrong_pairs"] = bandwidth.try_pairs(self.cluster, self.launch.rank, job.device, at)
+            for direction, result in groups.check_groups(mesh, job.device, at):
+                fields["groups"][direction] = result
+            speeds, wrong_pairs = bandwidth.measure_pairs(self.cluster, self.launch.rank, job.device, at)
+            fields |= {"pairs": speeds, "wrong_pairs": wrong_pairs}
             at("all-to-all in ep")
-            found["exchange"] = bandwidth.try_exchange(mesh.ep, job.device)
-        except RuntimeError as error:  # torch.distributed's, gloo's and NCCL's
-            found["error"] = f"{place}: {str(error).splitlines()[0]}"
-        return Network(**found)
+            fields["exchange"] = bandwidth.measure_all_to_all(mesh.ep, job.device)
+        except RuntimeError as error:  # of torch.distributed, gloo or NCCL
+            fields["error"] = f"{place}: {str(error).splitlines()[0]}"
+        return Network(**fields)
 
-    def _stage(self, name: str, find: Callable[[], Any]) -> Any:
-        """Finds, tells the others, and on rank 0 waits for what all found."""
+    def _stage(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Runs one stage and sends its result; rank 0 waits for the results of all ranks."""
         self._at(name)
         self.progress.note(name)
-        value = find()
-        self.channel.send(f"found/{name}/{self.launch.rank}", None if value is None else asdict(value))
+        value = measure()
+        self.channel.send(f"findings/{name}/{self.launch.rank}", None if value is None else asdict(value))
         self._at(f"{name} of the other ranks")
         if self.launch.rank == 0:
-            self._keep(name, {rank: self.channel.receive(f"found/{name}/{rank}") for rank in range(self.launch.world)})
+            messages = {rank: self.channel.receive(f"findings/{name}/{rank}") for rank in range(self.launch.world)}
+            self._keep_findings(name, messages)
         self.progress.update()
         return value
 
-    def _keep(self, stage: str, said: dict[int, Any]) -> None:
-        self.cluster.found[stage] = {rank: STAGES[stage](one) for rank, one in said.items() if one is not None}
+    def _keep_findings(self, stage: str, messages: dict[int, Any]) -> None:
+        findings = {rank: STAGES[stage](message) for rank, message in messages.items() if message is not None}
+        self.cluster.findings[stage] = findings
 
-    def _hung(self, hang: Hang) -> tuple[str, int]:
-        """In the watchdog's thread, on rank 0 if it lives: judges by what is there. The rank itself may be waiting."""
+    def _on_hang(self, hang: Hang) -> tuple[str, int]:
+        """Evaluates the findings that exist when the job hangs.
+
+        Called in the watchdog's thread, since the rank itself may be waiting; on rank 0 if that still runs.
+        """
         if self.launch.rank:
-            return f"{hang}. Rank 0 does not judge the nodes any more.", 1
+            return f"{hang}. Rank 0 does not respond, so the nodes are not evaluated.", 1
         assert self.watchdog is not None
         channel = self.watchdog.channel
         self.cluster.hang = hang
         for stage in STAGES:
-            findings = channel.receive_from_ranks(f"found/{stage}")
-            if findings:
-                self._keep(stage, findings)
+            messages = channel.receive_from_ranks(f"findings/{stage}")
+            if messages:
+                self._keep_findings(stage, messages)
         code, problems = self._conclude()
         return "; ".join([str(hang), *problems]), 1 if problems else code
 
     def _end(self) -> int:
-        """Rank 0 judges; all hear the exit code."""
+        """Rank 0 evaluates the findings; every rank returns the same exit code."""
         if self.launch.rank:
             code, problems = self.channel.receive("verdict")
             self._close_watchdog()
-            self.channel.count("left")  # from now on the store may be gone
+            self.channel.count("left")  # after this, rank 0 may end, and the store with it
         else:
             self._close_watchdog()
             code, problems = self._conclude()
             self.channel.send("verdict", [code, problems])
-            end, others = time.monotonic() + LAST_WORDS, len(self.cluster.node_of) - 1
+            end, others = time.monotonic() + VERDICT_WAIT, len(self.cluster.node_of) - 1
             while self.channel.count("left", 0) < others and time.monotonic() < end:
                 time.sleep(PAUSE)
         if problems:
@@ -201,23 +220,27 @@ class Preflight:
             self.watchdog.close()
 
     def _conclude(self) -> tuple[int, list[str]]:
-        """Judges, prints and writes; the exit code, and what could not be written."""
+        """Evaluates the findings, prints the table and writes the reports.
+
+        Returns the exit code, and a message for each report that could not be written.
+        """
         self.progress.close()
-        verdict = judge(self.cluster, self.limits, RULES)
+        verdict = evaluate(self.cluster, self.limits, RULES)
         print(table(verdict), flush=True)
         return verdict.exit_code, write_reports(self.cluster, self.limits, verdict, self.report, self.bad_nodes)
 
     @staticmethod
-    def _forget(bad_nodes: Path) -> None:
-        """An earlier preflight's bad nodes are not this one's, however it ends."""
+    def _clear_bad_nodes(bad_nodes: Path) -> None:
+        """Empties the file, so that a preflight that ends early does not leave the nodes of an earlier one in it."""
         try:
             write_text(bad_nodes, "", parents=True)
         except OSError:
-            return  # told when the verdict is to be written
+            return  # reported when the verdict is written
 
-    def _leave(self, joined: bool, code: int) -> None:
+    def _leave_job(self, joined: bool, code: int) -> None:
+        """Destroys the process group; after a failed collective that would wait, so the process ends at once."""
         if joined:
-            runtime.stop()
-        elif torch.distributed.is_initialized():  # an orderly end would wait for what failed
+            runtime.destroy_process_group()
+        elif torch.distributed.is_initialized():
             sys.stdout.flush()
             os._exit(code)

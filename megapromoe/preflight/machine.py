@@ -1,4 +1,4 @@
-"""What one rank finds on its machine: versions, a device that multiplies rightly and fast enough, and room to work."""
+"""Checks of one rank's machine: versions, correctness and speed of its device, memory, limits and settings."""
 
 from __future__ import annotations
 
@@ -25,28 +25,41 @@ from megapromoe.versions import versions as package_versions
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
 
-# What nvidia-smi is asked of each GPU, and the answers that are worth a line: verdict, meaning, remedy.
+# Fields of `nvidia-smi --query-gpu` whose non-zero values are reported: verdict, meaning, remedy.
 _RESET = "drain the node and reset the GPU (nvidia-smi --gpu-reset), or replace it"
-GPU_FACTS = {
+GPU_HEALTH_FIELDS = {
     "ecc.errors.uncorrected.volatile.total": (FAIL, "uncorrected memory errors", _RESET),
     "remapped_rows.failure": (FAIL, "memory rows that could not be remapped", "replace the GPU"),
     "remapped_rows.pending": (WARN, "memory rows to be remapped", _RESET),
     "retired_pages.pending": (WARN, "memory pages to be retired", _RESET),
-    "clocks_throttle_reasons.hw_slowdown": (WARN, "slowed down by heat or power", "see to its cooling and power"),
+    "clocks_throttle_reasons.hw_slowdown": (WARN, "slowed down by heat or power", "check its cooling and power supply"),
 }
-# What is wrong with the installation, wherever it runs: parts of `no_gpu`, and of the error of a first product.
+# Parts of `Machine.no_gpu` and of `Machine.error` that show a fault of the installation and not of one node.
 WITHOUT_CUDA = "built without CUDA"
 SETUP_FAULTS = (WITHOUT_CUDA, "driver on your system is too old", "no kernel image is available")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank found. Bytes, except `teraflops` of the device and `wrong`, rows of its product that were not exact.
+    """The findings of one rank about its machine. All sizes are in bytes.
 
-    `error` is why the device could not be tried. `gpus` is what nvidia-smi says, on the first rank of a node. `no_gpu`
-    is why torch uses no GPU. `locked_memory` is a limit, -1 if there is none, and `rdma` whether the node has an
-    adapter that needs such memory. `gpu_numa` is the NUMA node of this rank's GPU, -1 if unknown; `core_numa` are those
-    of the cores that it may use.
+    Attributes:
+        versions: name -> version of everything that must be the same on all nodes.
+        device, name, uuid: type, product name and UUID of the device.
+        memory, free: total and free device memory.
+        wrong: rows of the matrix product that are not exact.
+        teraflops: speed of the matrix product.
+        error: why the device could not be checked; "" if it could.
+        host_memory, host_available, shared_memory: memory of the node, what of it is available, and of /dev/shm.
+        open_files: limit on open files.
+        cpus: cores of the node.
+        settings: environment variables that change NCCL, CUDA or OpenMP.
+        gpus: what nvidia-smi reports for each GPU, on the first rank of a node only.
+        no_gpu: why torch uses no GPU; "" if it does.
+        locked_memory: limit on locked memory; -1: unlimited.
+        rdma: whether the node has an RDMA adapter, which needs locked memory.
+        gpu_numa: NUMA node of this rank's GPU; -1 if unknown.
+        core_numa: NUMA nodes of the cores that this rank may use.
     """
 
     versions: dict[str, str]
@@ -72,9 +85,13 @@ class Machine:
     core_numa: list[int] = field(default_factory=list)
 
 
-def examine(launch: runtime.Launch, leader: bool) -> Machine:
-    """Looks at this rank's machine and tries its device; needs no other rank."""
-    gpus = ask_gpus() if leader else []
+def examine(launch: runtime.LaunchEnvironment, leader: bool) -> Machine:
+    """Collects the findings about this rank's machine. Needs no other rank.
+
+    Args:
+        leader: whether this is the first rank of its node, which also queries nvidia-smi.
+    """
+    gpus = query_gpus() if leader else []
     host = _memory_of_host()
     name, uuid, memory, free = platform.machine(), "", host["MemTotal"], host["MemAvailable"]
     wrong, teraflops, error, kind, gpu_numa = 0, 0.0, "", "none", -1
@@ -86,8 +103,8 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
             free, memory = torch.cuda.mem_get_info(device)
             name, uuid = properties.name, str(properties.uuid)
             gpu_numa = topology.numa_of_gpu(topology.pci_address(properties))
-        wrong, teraflops = try_product(device)
-    except RuntimeError as problem:  # what CUDA raises, out of memory included
+        wrong, teraflops = check_matmul(device)
+    except RuntimeError as problem:  # all errors of CUDA, out of memory included
         error = str(problem).splitlines()[0]
     return Machine(
         versions=versions() | ({"driver": gpus[0]["driver_version"]} if gpus else {}),
@@ -106,7 +123,7 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
         cpus=os.cpu_count() or 1,
         settings=runtime.settings(),
         gpus=gpus,
-        no_gpu=why_no_gpu(),
+        no_gpu=reason_for_no_gpu(),
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         rdma=topology.has_rdma(),
         gpu_numa=gpu_numa,
@@ -114,8 +131,8 @@ def examine(launch: runtime.Launch, leader: bool) -> Machine:
     )
 
 
-def why_no_gpu() -> str:
-    """Why torch uses no GPU, in a sentence; "" if it does."""
+def reason_for_no_gpu() -> str:
+    """Why torch uses no GPU, for a message; "" if it uses one."""
     if torch.cuda.is_available():
         return ""
     if torch.version.cuda is None:
@@ -128,16 +145,19 @@ def why_no_gpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that must be the same everywhere; of megapromoe also a hash of what is installed."""
-    found = {"python": platform.python_version(), **package_versions(PACKAGES)}
-    found["CUDA"] = torch.version.cuda or "none"
-    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
-    found["megapromoe"] = f"{megapromoe.__version__} {content_hash()}"
-    return found
+    """Versions of everything that must be the same on all nodes; for megapromoe also a hash of the installed files."""
+    result = {"python": platform.python_version(), **package_versions(PACKAGES)}
+    result["CUDA"] = torch.version.cuda or "none"
+    result["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+    result["megapromoe"] = f"{megapromoe.__version__} {content_hash()}"
+    return result
 
 
 def content_hash() -> str:
-    """Twelve digits of a hash over the package's code and DeepSpeed files; an installed copy knows no commit."""
+    """The first twelve hexadecimal digits of a SHA-256 over the package's Python and DeepSpeed configuration files.
+
+    It identifies the code where there is no git repository, as in an installed package.
+    """
     root = Path(megapromoe.__file__).parent
     total = hashlib.sha256()
     for folder, pattern in ((root, "*.py"), (find_ds_configs(), "*.json")):
@@ -148,63 +168,67 @@ def content_hash() -> str:
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b; a function of its own so that tests can put a faulty device in its place."""
     return a @ b
 
 
-def try_product(device: torch.device, seed: int = 0) -> tuple[int, float]:
-    """Rows that the device gets wrong in repeated matrix products, and its TFLOP/s (bf16; fp32 on a CPU).
+def check_matmul(device: torch.device, seed: int = 0) -> tuple[int, float]:
+    """Checks repeated matrix products on the device and measures their speed (bf16; fp32 on a CPU).
 
-    The entries are +-1 and an inner size of 1024 keeps every partial sum far below 256, so that bf16 and any order of
-    summation are exact: one wrong bit is a fault, not rounding. The host checks, without a product of its own, that
-    C x = A (B x) for random x, in whole numbers; 32 of them let a wrong row through once in 2^32.
+    The entries are ±1, and with an inner size of 1024 the partial sums stay far below 256. So bf16 is exact in any
+    order of summation, and a single wrong bit is a fault and not rounding. The host checks C x = A (B x) for 32 random
+    vectors x of ±1 (Freivalds' algorithm), which needs no full matrix product and misses a wrong row with probability
+    2^-32.
+
+    Returns:
+        The number of wrong rows, and TFLOP/s.
     """
     cuda = device.type == "cuda"
     n, inner, repeats, warm = (8192, 1024, 400, 50) if cuda else (1024, 1024, 3, 0)
-    draw = torch.Generator().manual_seed(seed)
-    a = torch.randint(0, 2, (n, inner), generator=draw).mul_(2).sub_(1)
-    b = torch.randint(0, 2, (inner, n), generator=draw).mul_(2).sub_(1)
-    x = torch.randint(0, 2, (n, 32), generator=draw).mul_(2).sub_(1).double()
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(0, 2, (n, inner), generator=generator).mul_(2).sub_(1)
+    b = torch.randint(0, 2, (inner, n), generator=generator).mul_(2).sub_(1)
+    x = torch.randint(0, 2, (n, 32), generator=generator).mul_(2).sub_(1).double()
     expected = a.double() @ (b.double() @ x)
 
-    kind = torch.bfloat16 if cuda else torch.float32
+    dtype = torch.bfloat16 if cuda else torch.float32
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the ranks of a node do this at the same time
+    torch.set_num_threads(1)  # all ranks of a node measure at the same time
     try:
-        on_a, on_b = a.to(device, kind), b.to(device, kind)
-        products = [multiply(on_a, on_b)]
-        for _ in range(warm):  # clocks rise under load
-            multiply(on_a, on_b)
+        device_a, device_b = a.to(device, dtype), b.to(device, dtype)
+        products = [multiply(device_a, device_b)]
+        for _ in range(warm):  # a GPU raises its clocks under load
+            multiply(device_a, device_b)
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
-            last = multiply(on_a, on_b)
+            last = multiply(device_a, device_b)
         synchronize(device)
         seconds = time.perf_counter() - start
         products.append(last)
         wrong = 0
         for product in products:
-            on_host = product.cpu()
-            found = torch.cat([part.double() @ x for part in on_host.split(1024)])
-            wrong = max(wrong, int((found != expected).any(1).sum()))  # also of NaN
+            result = torch.cat([part.double() @ x for part in product.cpu().split(1024)])
+            wrong = max(wrong, int((result != expected).any(1).sum()))  # NaN counts as wrong too
         return wrong, 2 * n * n * inner * repeats / seconds / 1e12
     finally:
         torch.set_num_threads(threads)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that was enqueued; a CPU has."""
+    """Waits until the device has completed all enqueued work; returns at once for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def ask_gpus(facts: Collection[str] = tuple(GPU_FACTS)) -> list[dict[str, str]]:
-    """What nvidia-smi says of every GPU of the node; empty where there is no nvidia-smi, or it does not answer.
+def query_gpus(fields: Collection[str] = tuple(GPU_HEALTH_FIELDS)) -> list[dict[str, str]]:
+    """Queries nvidia-smi for every GPU of the node; an empty list if nvidia-smi is missing or fails.
 
     Args:
-        facts: what to ask beside index, uuid, name and driver; those that this driver does not know are left out.
+        fields: fields beside index, uuid, name and driver version; fields that the driver does not know are omitted.
     """
     program = shutil.which("nvidia-smi")
-    names = ["index", "uuid", "name", "driver_version", *facts]
+    names = ["index", "uuid", "name", "driver_version", *fields]
     while program and names:
         command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
         try:
@@ -214,9 +238,9 @@ def ask_gpus(facts: Collection[str] = tuple(GPU_FACTS)) -> list[dict[str, str]]:
         if done.returncode == 0:
             rows = [line.split(", ") for line in done.stdout.splitlines() if line.strip()]
             return [dict(zip(names, map(str.strip, row), strict=True)) for row in rows if len(row) == len(names)]
-        # Older and newer drivers do not know all names.
+        # Not every driver version knows every field: repeat the query without the unknown one.
         unknown = re.search(r'Field "([^"]+)" is not a valid field', done.stdout + done.stderr)
-        if unknown is None or unknown[1] not in facts or unknown[1] not in names:
+        if unknown is None or unknown[1] not in fields or unknown[1] not in names:
             return []
         names.remove(unknown[1])
     return []
@@ -228,14 +252,17 @@ def _memory_of_host() -> dict[str, int]:
     return {name: sizes.get(name, 0) for name in ("MemTotal", "MemAvailable")}
 
 
-def cannot_join(found: dict[int, Machine], node_of: dict[int, str]) -> str:
-    """Why these ranks' devices cannot be tried together, in a collective; "" if they can."""
+def reason_to_skip_network(machines: dict[int, Machine], node_of: dict[int, str]) -> str:
+    """Why collectives between these ranks cannot be checked; "" if they can."""
+    first = min(machines, default=0)
     owners: dict[tuple[str, str], int] = {}
-    for rank, machine in found.items():
+    for rank, machine in machines.items():
         if machine.error:
-            return f"not tried: the device of rank {rank} fails by itself"
-        if machine.device != found[min(found)].device:
-            return f"not tried: rank {rank} has a {machine.device} device, rank {min(found)} another"
+            return f"not checked: the device of rank {rank} fails without any communication"
+        if machine.device != machines[first].device:
+            return (
+                f"not checked: rank {rank} has a {machine.device} device, rank {first} a {machines[first].device} one"
+            )
         if machine.uuid and (other := owners.setdefault((node_of[rank], machine.uuid), rank)) != rank:
-            return f"not tried: ranks {other} and {rank} share a GPU"
+            return f"not checked: ranks {other} and {rank} share a GPU"
     return ""

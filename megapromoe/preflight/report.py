@@ -1,4 +1,4 @@
-"""The outcome for people, a table, and for programs: a JSON file and a list of bad nodes."""
+"""Output of the preflight: a table for people; a JSON file and a list of faulty nodes for programs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from megapromoe.io import write_text
 from megapromoe.preflight.verdict import FAIL, WARN, Cluster, Limits, Row, Verdict
 
-COLUMNS = {"check": 14, "nodes": 22, "result": 48, "limit": 26, "verdict": 7}  # widths; longer text goes on below
+COLUMNS = {"check": 14, "nodes": 22, "result": 48, "limit": 26, "verdict": 7}  # widths; longer text is wrapped
 
 
 def table(verdict: Verdict) -> str:
-    """The rows, what to do about those that did not pass, and the verdict."""
+    """The table of all rows, the remedies of those that did not pass, and the verdict."""
     lines = [_line({name: name for name in COLUMNS})]
     for row in verdict.rows:
         cells = {"check": row.check, "nodes": _nodes(row), "result": row.result, "limit": row.limit}
         cells["verdict"] = row.verdict
         lines += _wrapped(cells)
-    troubles = [row for row in verdict.rows if row.verdict in (FAIL, WARN)]
-    remedies = dict.fromkeys(f"{r.check}, {', '.join(r.blame) or _nodes(r)}: {r.remedy}" for r in troubles)
+    not_passed = [row for row in verdict.rows if row.verdict in (FAIL, WARN)]
+    remedies = dict.fromkeys(f"{r.check}, {', '.join(r.blame) or _nodes(r)}: {r.remedy}" for r in not_passed)
     if remedies:
         lines += ["", "what to do"]
         for remedy in remedies:
@@ -48,14 +48,15 @@ def _line(cells: dict[str, str]) -> str:
     return "  ".join(f"{cells[name]:{width}}" for name, width in COLUMNS.items()).rstrip()
 
 
-def _plain(one: Any) -> Any:
-    return asdict(one) if is_dataclass(one) and not isinstance(one, type) else one
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any]:
-    """All that was found and judged, as what JSON can hold."""
-    found = {
-        stage: {str(rank): _plain(one) for rank, one in by_rank.items()} for stage, by_rank in cluster.found.items()
+    """All findings, the limits and the verdict, as a value for `json.dumps`."""
+    findings = {
+        stage: {str(rank): _plain(value) for rank, value in by_rank.items()}
+        for stage, by_rank in cluster.findings.items()
     }
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,14 +69,14 @@ def as_json(cluster: Cluster, limits: Limits, verdict: Verdict) -> dict[str, Any
         "nodes": {node: cluster.ranks_on(node) for node in cluster.nodes},
         "expected": cluster.expected,
         "hang": asdict(cluster.hang) if cluster.hang else None,
-        "found": found,
+        "found": findings,
     }
 
 
 def write_reports(
     cluster: Cluster, limits: Limits, verdict: Verdict, report: Path | None, bad_nodes: Path | None
 ) -> list[str]:
-    """Writes the files that were asked for; returns what went wrong, in sentences."""
+    """Writes the requested files; returns a message for each that could not be written."""
     names = "".join(f"{node}\n" for node in verdict.bad_nodes)
     everything = json.dumps(as_json(cluster, limits, verdict), indent=2) + "\n"
     problems = []

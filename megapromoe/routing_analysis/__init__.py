@@ -1,1 +1,1 @@
-"""What routers and experts learnt: measures, figures and a report."""
+"""Analysis of what routers and experts have learned: measures, figures and a report."""

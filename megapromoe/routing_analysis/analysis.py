@@ -1,6 +1,6 @@
-"""Every measure of what a run's experts learnt, as numbers and as sections of a report.
+"""All measures of a run's experts, as numbers and as sections of a report.
 
-It is about labelled images; the tokens of null images, which the unconditional expert takes, are not routed.
+Only conditional images are analysed: tokens of null images are processed by the unconditional expert and not routed.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from megapromoe.routing_analysis.measures import definition
 from megapromoe.routing_analysis.observe import LEVELS, Routing, RoutingError
 from megapromoe.work_progress import track
 
-EACH_CLASS = 20  # up to so many classes each is a subset of its own
-RANDOM_SUBSET = 200  # classes of each of the two subsets else, as in the paper
-SCATTERED = 3  # layers that t-SNE shows
+EACH_CLASS = 20  # up to this number of classes, each class is a subset
+RANDOM_SUBSET = 200  # with more classes: number of classes in each of two random subsets, as in the paper
+SCATTERED = 3  # layers with a t-SNE plot
 ROUTER_VECTORS = ("prototypes", "centroids", "gate", "classifier.weight")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a report is to look at.
+    """The settings of a report.
 
-    `images` of the data set; `levels` quantiles of the training's noise; `layers` blocks (None: all with experts);
-    `subsets` a file of groups of classes (None: see `choose_subsets`); `tokens` for t-SNE and distances; `top_k` of
-    the singular vectors (0: an eighth of the channels).
+    Attributes:
+        images: number of images of the data set.
+        levels: quantiles of the training's noise levels.
+        layers: blocks; None: all with experts.
+        subsets: file with groups of classes; None: see `choose_subsets`.
+        tokens: number of tokens for t-SNE and distances.
+        top_k: number of singular vectors; 0: an eighth of the smaller dimension of an expert's matrices.
     """
 
     images: int = 500
@@ -48,24 +52,35 @@ class Request:
 
 @dataclass
 class Section:
-    """A heading, what is measured, and the picture of it; `says` are (name of a measure, its definition)."""
+    """A section of the report.
+
+    Attributes:
+        name, title: identifier and heading.
+        definitions: (name, definition) of each measure in the figure.
+        figure: the figure.
+        notes: remarks on the figure.
+    """
 
     name: str
     title: str
-    says: list[tuple[str, str]]
+    definitions: list[tuple[str, str]]
     figure: Figure
     notes: list[str] = field(default_factory=list)
 
 
 def check_top_k(config: Config, top_k: int) -> None:
-    """Raises RoutingError if experts have no `top_k` singular vectors (0: as many as is usual)."""
-    most = min(config.model.hidden_size, config.model.moe_width)
-    if not 0 <= top_k <= most:
-        raise RoutingError(f"top_k = {top_k}: must be in 1..{most}, the channels and hidden units of an expert")
+    """Raises RoutingError if the experts' matrices have fewer than `top_k` singular vectors (0: the default)."""
+    limit = min(config.model.hidden_size, config.model.moe_width)
+    if not 0 <= top_k <= limit:
+        raise RoutingError(
+            f"top_k = {top_k}: must be in 1..{limit}, the smaller of an expert's numbers of channels and hidden units"
+        )
 
 
 def choose_subsets(config: Config, dataset: Dataset, file: Path | None) -> dict[str, tuple[int, ...]]:
-    """The subsets of classes to compare: those of a file; each class; or, of more than 20 classes, two random ones.
+    """The subsets of classes to compare: name -> classes.
+
+    They come from a file. Without one, each class is a subset; with more than 20 classes there are two random subsets.
 
     Raises ClassGroupError for a file that cannot be used.
     """
@@ -87,14 +102,14 @@ def analyse(
     subsets: Mapping[str, Sequence[int]],
     request: Request,
 ) -> tuple[dict[str, Any], list[Section]]:
-    """All measures, for JSON, and the sections of the page."""
+    """Computes all measures; returns them for JSON, and the sections of the report."""
     m, names = config.model, dataset.class_names
     layers = _moe_layers(model, routing.blocks)
     tokens = routing.kept_tokens
     evenness_ML = measures.evenness(routing.load_MLE)
     share_LUE = np.stack([measures.subset_load(rows_CE, subsets) for rows_CE in routing.rows_LCE])
-    js_LUU = np.stack([measures.between(measures.jensen_shannon, share_UE) for share_UE in share_LUE])
-    kl_LUU = np.stack([measures.between(measures.kullback_leibler, share_UE) for share_UE in share_LUE])
+    js_LUU = np.stack([measures.pairwise(measures.jensen_shannon, share_UE) for share_UE in share_LUE])
+    kl_LUU = np.stack([measures.pairwise(measures.kullback_leibler, share_UE) for share_UE in share_LUE])
     cosine_LEE = [measures.cosine_matrix(router_vectors(moe)) for moe in layers]
     k = request.top_k or max(1, min(m.hidden_size, m.moe_width) // 8)
     overlaps = expert_overlaps(layers, routing.blocks, k)
@@ -133,62 +148,62 @@ def analyse(
     places = [measures.t_sne(tokens.x_LTD[layer]) for layer in track(shown, "layer", "t-SNE")]
     side = m.input_size // m.patch_size
     noise = f"noise level {routing.middle:g}, a quantile of the levels of training"
-    nobody = routing.visits_LV[:, 0].sum() / routing.visits_LV.sum()
-    grey = [f"{nobody:.1%} of the tokens were taken by no expert; they are grey."] if nobody else []
+    unrouted = routing.visits_LV[:, 0].sum() / routing.visits_LV.sum()
+    grey = [f"{unrouted:.1%} of the tokens are routed to no expert; they are grey."] if unrouted else []
     sections = [
         Section(
             "classes",
             "Experts and classes",
-            _said("load", "information"),
+            _definitions("load", "information"),
             figures.shares_figure(routing, names),
-            [f"A row of a heat-map adds up to 1. Over {len(routing.levels)} noise levels."],
+            [f"Each row of a heat map adds up to 1. Counted over {len(routing.levels)} noise levels."],
         ),
-        Section("load", "Load of the experts", _said("load", "evenness"), figures.load_figure(routing)),
+        Section("load", "Load of the experts", _definitions("load", "evenness"), figures.load_figure(routing)),
         Section(
             "levels",
             "Load over layers and noise levels",
-            _said("evenness"),
+            _definitions("evenness"),
             figures.levels_figure(routing, evenness_ML),
-            ["Noise levels are quantiles of the levels of training: 0.1 is nearly clean, 0.9 nearly noise."],
+            ["Noise levels are quantiles of those in training: 0.1 is nearly clean, 0.9 is nearly noise."],
         ),
         Section(
             "subsets",
             "Subsets of classes",
-            _said("subset_load", "jensen_shannon", "kullback_leibler"),
+            _definitions("subset_load", "jensen_shannon", "kullback_leibler"),
             figures.subsets_figure(routing, list(subsets), share_LUE, js_LUU),
-            ["Kullback-Leibler divergences are in the JSON; null there means infinite or undefined."],
+            ["Kullback-Leibler divergences are in the JSON file, where null means infinite or undefined."],
         ),
         Section(
             "maps",
             "From tokens to experts",
-            [("token map", "Images, and for each token, which is a patch, the expert with the largest weight.")],
+            [("token map", "Images, and for each of their tokens (patches) the expert with the largest weight.")],
             figures.maps_figure(routing, names, side),
             [f"At {noise}.", *grey],
         ),
         Section(
             "tokens",
             "Tokens in the plane",
-            _said("t_sne"),
+            _definitions("t_sne"),
             figures.scatter_figure(routing, places, shown, names),
-            [f"{tokens.x_LTD.shape[1]} tokens as the router meets them, drawn at random, at {noise}.", *grey],
+            [f"{tokens.x_LTD.shape[1]} random inputs of the router, at {noise}.", *grey],
         ),
         Section(
             "distances",
             "Distances of tokens",
-            _said("distance_ratio", "clusters"),
+            _definitions("distance_ratio", "clusters"),
             figures.lines_figure(routing, ratios, "inter / intra", {}),
-            ["The paper's 0.75 of a dense DiT-XL/2 and 19.3 of a language model are over 10 clusters."],
+            ["The paper gives 0.75 for a dense DiT-XL/2 and 19.3 for a language model, over 10 clusters."],
         ),
         Section(
             "router",
             "Vectors of the router",
-            _said("cosine_matrix"),
+            _definitions("cosine_matrix"),
             figures.matrices_figure(routing, cosine_LEE, "cosine"),
         ),
         Section(
             "diversity",
             "Diversity of the experts",
-            _said("subspace_overlap"),
+            _definitions("subspace_overlap"),
             figures.lines_figure(
                 routing,
                 mean_overlap,
@@ -196,11 +211,11 @@ def analyse(
                 {f"random, {name}": value for name, value in baselines.items()},
             ),
             [
-                "Mean over all pairs of experts. Input: the channels an expert listens to, left singular vectors of"
-                " its first matrix as x·W (D×F). Output: the channels it writes to, of its second (D×F). Hidden: the"
-                " first matrix as stored (F×D); its left vectors live in the hidden units, whose order differs from"
-                " expert to expert, so they stay near the random baseline whatever the experts do, unless experts"
-                " started as copies."
+                "Mean over all pairs of experts. Input: left singular vectors of an expert's first matrix as x·W (D×F),"
+                " the channels that it reads. Output: those of its second matrix (D×F), the channels that it writes."
+                " Hidden: those of the first matrix as stored (F×D). They are in the space of the hidden units, whose"
+                " order differs between experts, so this overlap stays near the random baseline unless experts were"
+                " initialized as copies."
             ],
         ),
     ]
@@ -216,7 +231,7 @@ MEASURES = {
 }
 
 
-def _said(*measures: str) -> list[tuple[str, str]]:
+def _definitions(*measures: str) -> list[tuple[str, str]]:
     return [("t-SNE" if name == "t_sne" else name.replace("_", " "), definition(MEASURES[name])) for name in measures]
 
 
@@ -226,14 +241,14 @@ def _moe_layers(model: DiT, blocks: Sequence[int]) -> list[MoE]:
 
 
 def router_vectors(moe: MoE) -> np.ndarray:
-    """The vectors (E, D) by which a layer's router tells its experts apart."""
+    """The vectors (E, D) of a layer's router, one for each expert."""
     tensors = {**dict(moe.router.named_parameters()), **dict(moe.router.named_buffers())}
     vectors = next(tensors[name] for name in ROUTER_VECTORS if name in tensors)
     return vectors.detach().float().cpu().numpy()
 
 
 def expert_overlaps(layers: Sequence[MoE], blocks: Sequence[int], k: int) -> dict[str, list[np.ndarray]]:
-    """Overlaps (E, E) of each layer's experts: of what they read, of what they write, and of their hidden units."""
+    """Overlaps (E, E) of each layer's experts: of input channels, output channels and hidden units."""
     out: dict[str, list[np.ndarray]] = {"input": [], "output": [], "hidden": []}
     for moe in track(layers, "layer", "overlap of the experts"):
         first, second = (layer.weight.detach().float().cpu().numpy() for layer in (moe.experts.fc1, moe.experts.fc2))
@@ -243,7 +258,7 @@ def expert_overlaps(layers: Sequence[MoE], blocks: Sequence[int], k: int) -> dic
 
 
 def ratios_of(routing: Routing) -> dict[str, list[float]]:
-    """The distance ratio of each layer's tokens, grouped in three ways."""
+    """The distance ratio of each layer's tokens, grouped by class, by expert and by k-means cluster."""
     tokens = routing.kept_tokens
     pairs = list(zip(tokens.x_LTD, tokens.expert_LT, strict=True))
     return {

@@ -1,4 +1,4 @@
-"""Pictures of a model's routing. Each function returns a figure of its own; pyplot would keep a list of them all."""
+"""Figures of a model's routing. They are created without pyplot, which would keep a reference to each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megapromoe.io import write_bytes
 from megapromoe.nn.dit import DiT
 from megapromoe.plot_styles import MARKERS, area_colours, assign
 from megapromoe.plot_text import literal
-from megapromoe.routing_analysis.measures import NOBODY
+from megapromoe.routing_analysis.measures import NO_EXPERT
 from megapromoe.routing_analysis.observe import Routing, measure_routing
 
-SHOWN_IMAGES, SHOWN_LAYERS = 10, 4  # of token maps
-NAMED = 20  # so many classes or subsets are named one by one
-GREY = (0.6, 0.6, 0.6)  # of tokens that nobody took
+SHOWN_IMAGES, SHOWN_LAYERS = 10, 4  # in token maps
+NAMED = 20  # up to this number, classes or subsets are labelled individually
+GREY = (0.6, 0.6, 0.6)  # of tokens without an expert
 
 
 def png(figure: Figure, dpi: int = 90) -> bytes:
@@ -35,21 +35,23 @@ def png(figure: Figure, dpi: int = 90) -> bytes:
 
 
 def routing_picture(model: DiT, config: Config, dataset: Dataset, path: Path) -> dict[str, Any]:
-    """Measures the routing, draws it as a PNG, and returns the numbers, ready for JSON.
+    """Measures the routing, writes a figure of it as a PNG file, and returns the numbers for JSON.
 
     Raises RoutingError for a model without experts.
     """
     routing = measure_routing(model, config, dataset)
-    figure = draw(routing, dataset.class_names, config.model.input_size // config.model.patch_size)
+    figure = routing_figure(routing, dataset.class_names, config.model.input_size // config.model.patch_size)
     write_bytes(path, png(figure, dpi=110))
     return routing.numbers()
 
 
-def draw(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
-    """One figure: a heat-map class by expert for each MoE layer, token maps of some images, the load.
+def routing_figure(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
+    """One figure with a heat map of classes and experts for each MoE layer, token maps of some images, and the load.
 
     Args:
-        side: tokens along a side of an image.
+        routing: the measured routing.
+        class_names: name of each class.
+        side: tokens per side of an image.
     """
     L = len(routing.blocks)
     wide = min(L, 4)
@@ -65,11 +67,11 @@ def draw(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
     return figure
 
 
-# ---- one picture each, for reports
+# ---- single figures, for reports
 
 
 def shares_figure(routing: Routing, class_names: Sequence[str]) -> Figure:
-    """Heat-maps class by expert, a layer each."""
+    """Heat maps of classes and experts, one per layer."""
     L, C, _ = routing.rows_LCE.shape
     figure = _figure(*_panels(L, 3.3 if C <= NAMED else 4.5))
     _draw_shares(figure, routing, class_names)
@@ -113,10 +115,10 @@ def levels_figure(routing: Routing, evenness_ML: np.ndarray) -> Figure:
 
 
 def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Sequence[int], class_names) -> Figure:
-    """Tokens in the plane, a row for each layer: coloured by expert, and by class.
+    """Scatter plots of tokens, one row per layer, coloured by expert and by class.
 
     Args:
-        place_LT2: of the tokens, for each of `layers`.
+        place_LT2: coordinates of the tokens in each of `layers`.
     """
     tokens, E, C = routing.kept_tokens, routing.rows_MLCE.shape[-1], len(class_names)
     figure = _figure(11.5, 5.0 * len(layers))
@@ -133,7 +135,7 @@ def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Se
 
 
 def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray, apart_LUU: np.ndarray) -> Figure:
-    """For each layer the load of the experts over each subset of classes, above how far subsets are apart."""
+    """For each layer the load of the experts over each subset of classes, and the divergences of the subsets."""
     L, U, _ = share_LUE.shape
     labels = [literal(name) for name in names]
     tall = 1.3 + 0.15 * U if U <= NAMED else 3.0
@@ -157,7 +159,7 @@ def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray
 
 
 def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: str, low: float = -1) -> Figure:
-    """A matrix expert by expert for each layer."""
+    """A matrix of pairs of experts for each layer."""
     figure = _figure(*_panels(len(matrix_LEE), 3.0))
     for layer, ax in enumerate(_grid(figure, len(matrix_LEE))):
         colours = "RdBu_r" if low < 0 else "viridis"
@@ -176,7 +178,7 @@ def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: s
 def lines_figure(
     routing: Routing, lines: Mapping[str, Sequence[float]], title: str, flat: Mapping[str, float]
 ) -> Figure:
-    """Measures over layers, a line each; `flat` ones are dotted."""
+    """Line plots of measures over the layers; the constants `flat` are dotted lines."""
     figure = _figure(8, 3.2)
     ax = figure.subplots()
     place = np.arange(len(routing.blocks))
@@ -205,17 +207,17 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
-    """Parts of a figure, one below the other, of these heights."""
+    """Subfigures of the given heights, one below the other."""
     return list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
 
 def _panels(L: int, height: float) -> tuple[float, float]:
-    """Size of a figure with a panel for each layer, four a row."""
+    """Size of a figure with one panel per layer, four in a row."""
     return max(3.0 * min(L, 4) + 1.2, 6.0), math.ceil(L / 4) * height
 
 
 def _grid(figure, L: int) -> list:
-    """Axes for each layer, four a row; what is left over is removed."""
+    """Axes for each layer, four in a row; unused axes are removed."""
     wide = min(L, 4)
     axes = figure.subplots(math.ceil(L / wide), wide, squeeze=False).flatten()
     for ax in axes[L:]:
@@ -232,7 +234,7 @@ def _colours(count: int) -> ListedColormap:
 
 
 def _step(count: int) -> int:
-    """Every how manyth of `count` ticks has room for a number."""
+    """The step between labelled ticks of an axis with `count` ticks."""
     return 1 if count <= 16 else math.ceil(count / 8)
 
 
@@ -264,21 +266,22 @@ def _bar(figure, shown, axes, label: str) -> None:
 
 def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str], last: bool) -> None:
     colours = _colours(len(names))
-    nobody = group_T == NOBODY
-    ax.scatter(*place_T2[nobody].T, s=5, color=GREY, linewidths=0, label="nobody")
+    unrouted = group_T == NO_EXPERT
+    ax.scatter(*place_T2[unrouted].T, s=5, color=GREY, linewidths=0, label="no expert")
     named = len(names) <= NAMED
     markers = [MARKERS[group // 6 % len(MARKERS)] if named else MARKERS[0] for group in range(len(names))]
-    for marker in dict.fromkeys(markers):  # six colours are told apart at once, more with a marker for each six
-        drawn = ~nobody & np.isin(group_T, [group for group, own in enumerate(markers) if own == marker])
-        ax.scatter(*place_T2[drawn].T, s=6, marker=marker, color=colours(group_T[drawn]), linewidths=0)
+    for marker in dict.fromkeys(markers):  # only six colours are easy to distinguish: each six groups share a marker
+        groups = [group for group, marker_of_group in enumerate(markers) if marker_of_group == marker]
+        shown_T = ~unrouted & np.isin(group_T, groups)
+        ax.scatter(*place_T2[shown_T].T, s=6, marker=marker, color=colours(group_T[shown_T]), linewidths=0)
     ax.set(xticks=[], yticks=[])
     if last and named:
         shown = [
             ax.scatter([], [], s=20, marker=markers[n], color=colours(n), label=literal(name[:14]))
             for n, name in enumerate(names)
         ]
-        if nobody.any():
-            shown.append(ax.scatter([], [], s=20, color=GREY, label="nobody"))
+        if unrouted.any():
+            shown.append(ax.scatter([], [], s=20, color=GREY, label="no expert"))
         ax.legend(handles=shown, fontsize=7, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False)
 
 
@@ -305,7 +308,7 @@ def _draw_maps(figure, routing: Routing, class_names: Sequence[str], side: int) 
     axes = figure.subplots(1 + len(layers), len(examples), squeeze=False)
     for column, number in enumerate(examples):
         image = _viewable(routing.images[number])
-        axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)  # the map is of images without colour
+        axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)  # the colour map applies to images with one channel
         axes[0, column].set_title(literal(class_names[routing.labels[number]][:12]), fontsize=8)
         for row, layer in enumerate(layers, start=1):
             axes[row, column].imshow(_overlay(image, routing.expert_LNS[layer, number], side, colours))
@@ -334,15 +337,15 @@ def _draw_load(figure, routing: Routing) -> None:
 
 
 def _viewable(image_CHW: np.ndarray) -> np.ndarray:
-    """An image in [0, 1] to look at: colours where there are three channels, else the channels' mean."""
+    """An image scaled to [0, 1]: in colour with three channels, otherwise the mean of the channels."""
     low, high = image_CHW.min(), image_CHW.max()
     scaled = (image_CHW - low) / max(high - low, 1e-8)
     return scaled.transpose(1, 2, 0) if len(scaled) == 3 else scaled.mean(0)
 
 
 def _overlay(image: np.ndarray, expert_S: np.ndarray, side: int, colours: ListedColormap) -> np.ndarray:
-    """The image's light and dark in the colours of its tokens' experts, grey where none took a token."""
+    """The brightness of the image in the colours of its tokens' experts, grey for tokens without an expert."""
     light = image.mean(2) if image.ndim == 3 else image
-    colour = np.where(expert_S[:, None] == NOBODY, 0.5, colours(expert_S.clip(0))[:, :3]).reshape(side, side, 3)
+    colour = np.where(expert_S[:, None] == NO_EXPERT, 0.5, colours(expert_S.clip(0))[:, :3]).reshape(side, side, 3)
     patch = len(light) // side
     return colour.repeat(patch, axis=0).repeat(patch, axis=1) * (0.6 + 0.4 * light[..., None])

@@ -1,7 +1,7 @@
-"""What the experts learnt: which classes and which parts of an image go to which expert.
+"""Records the routing of a model: which classes and which parts of an image go to which expert.
 
-Real images are corrupted to a few noise levels and shown to the model under their labels; what its routers
-answer is counted over classes. `analysis.py` measures what follows from the counts, `figures.py` draws them.
+Real images at a few noise levels are passed to the model with their labels, and the outputs of its routers are counted
+by class. `analysis.py` computes measures from the counts, `figures.py` draws them.
 """
 
 from __future__ import annotations
@@ -22,42 +22,44 @@ from megapromoe.diffusion.objectives import make_objective
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe.routers import Router, RouterOutput
-from megapromoe.routing_analysis.measures import NOBODY, evenness, information, load
+from megapromoe.routing_analysis.measures import NO_EXPERT, evenness, information, load
 
 LEVELS = (0.1, 0.5, 0.9)  # quantiles of the training's noise levels
 
 
 class RoutingError(UserError):
-    """A model whose routing cannot be shown, or not as was asked."""
+    """The routing of a model cannot be shown, or not with the requested settings."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Some tokens of the middle noise level, as the routers met them; the same ones in every layer."""
+    """A sample of the routers' input tokens at the middle noise level; the same tokens in every layer."""
 
     x_LTD: np.ndarray
     """The router's input, float32."""
     expert_LT: np.ndarray
-    """The expert with the largest weight, or -1: none took it."""
+    """The expert with the largest weight; -1: no expert."""
     class_T: np.ndarray
+    """The class of each token's image."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What was counted, over all images.
+    """The recorded routing of all images.
 
-    L MoE layers, M noise levels, C classes, E experts, N images, S tokens of an image.
+    Letters: L MoE layers, M noise levels, C classes, E experts, N images, S tokens of an image.
     """
 
     blocks: tuple[int, ...]
-    """The block each MoE layer is in."""
+    """The block of each MoE layer."""
     levels: tuple[float, ...]
+    """Quantiles of the training's noise levels."""
     rows_MLCE: np.ndarray
-    """Rows (pairs of token and expert) of each class for each expert, int64."""
+    """Number of rows (pairs of token and expert) of each class and expert, int64."""
     visits_LV: np.ndarray
-    """Tokens that visit 0, 1, 2, ... E experts, over all noise levels."""
+    """Number of tokens with 0, 1, 2, ... E experts, over all noise levels."""
     expert_LNS: np.ndarray
-    """The expert with the largest weight for each token at the middle noise level, or -1: none took it."""
+    """The expert with the largest weight for each token at the middle noise level; -1: no expert."""
     images: np.ndarray
     """The clean images (N, C, H, W)."""
     labels: np.ndarray
@@ -70,7 +72,7 @@ class Routing:
 
     @property
     def kept_tokens(self) -> Tokens:
-        """`tokens`. Raises ValueError if none were to be kept."""
+        """`tokens`; raises ValueError if none were kept."""
         if self.tokens is None:
             raise ValueError("measure_routing kept no tokens; give it their number")
         return self.tokens
@@ -82,26 +84,26 @@ class Routing:
 
     @property
     def load_LE(self) -> np.ndarray:
-        """Share of all rows that goes to each expert; 0 for a layer without rows."""
+        """Share of all rows that each expert processes; 0 for a layer without rows."""
         return load(self.rows_LCE.sum(1))
 
     @property
     def load_MLE(self) -> np.ndarray:
-        """The same at each noise level."""
+        """`load_LE` at each noise level."""
         return load(self.rows_MLCE.sum(2))
 
     @property
     def share_LCE(self) -> np.ndarray:
-        """Share of each class's rows that goes to each expert; 0 for a class without images."""
+        """Share of each class's rows that each expert processes; 0 for a class without images."""
         return load(self.rows_LCE)
 
     @property
     def information_L(self) -> np.ndarray:
-        """Mutual information of class and expert, bits: 0 if experts take classes alike, at most log2 E."""
+        """Mutual information of class and expert in bits; see `measures.information`."""
         return information(self.rows_LCE)
 
     def numbers(self) -> dict[str, Any]:
-        """The figures as plain JSON, layers in the order of `blocks`."""
+        """The numbers for JSON; layers are in the order of `blocks`."""
         experts = self.rows_MLCE.shape[-1]
         return {
             "blocks": list(self.blocks),
@@ -125,7 +127,7 @@ class RouterCall(NamedTuple):
 
 @contextmanager
 def recorded(model: DiT) -> Iterator[list[RouterCall]]:
-    """Within the context each forward pass appends the calls of its routers, layer by layer."""
+    """Records the calls of the model's routers during the block, in the order of the layers."""
     calls: list[RouterCall] = []
 
     def record(_: torch.nn.Module, inputs: tuple[Tensor, ...], output: RouterOutput) -> None:
@@ -141,10 +143,13 @@ def recorded(model: DiT) -> Iterator[list[RouterCall]]:
 
 
 def chosen_layers(config: Config, blocks: Sequence[int] | None, levels: Sequence[float]) -> list[int]:
-    """The places of `blocks` among the model's MoE layers (all: None). Raises RoutingError for what cannot be shown."""
+    """The indices of `blocks` (None: all) among the model's MoE layers.
+
+    Raises RoutingError for a model without experts, and for blocks or noise levels that are not valid.
+    """
     with_experts = config.model.moe_blocks
     if not with_experts:
-        raise RoutingError("model.router = 'dense': a dense model has no experts, hence no routing to show")
+        raise RoutingError("model.router = 'dense': a dense model has no experts and no routing; give another run")
     problems = [f"levels: {level} must lie in (0, 1)" for level in levels if not 0 < level < 1]
     problems += ["levels: at least one is needed"] * (not levels)
     if blocks is not None and (not blocks or not set(blocks) <= set(with_experts)):
@@ -166,16 +171,19 @@ def measure_routing(
     tokens: int = 0,
     progress: Callable[[int], Any] = lambda images: None,
 ) -> Routing:
-    """Routes of up to `images` real images, spread evenly over the data set, at each of `levels`.
+    """Records the routing of up to `images` real images, spread evenly over the data set, at each of `levels`.
 
     Args:
-        model: whole, in eval mode.
+        model: unsharded, in eval mode.
+        config: of the model.
+        dataset: the images.
+        images: maximum number of images.
         levels: quantiles of the training's noise levels, in (0, 1).
-        blocks: look at the MoE layers of these alone.
-        tokens: how many tokens of the middle level to keep, drawn evenly from a fixed seed.
-        progress: called with the number of images of each pass.
+        blocks: blocks whose MoE layers are recorded; None: all.
+        tokens: number of tokens of the middle level to keep, sampled uniformly with a fixed seed.
+        progress: called with the number of images of each forward pass.
 
-    Raises RoutingError for a model without experts, and for levels or blocks that there are not.
+    Raises RoutingError for a model without experts, and for blocks or noise levels that are not valid.
     """
     layers = chosen_layers(config, blocks, levels)
     m, levels = config.model, tuple(sorted(levels))
@@ -188,7 +196,7 @@ def measure_routing(
 
     rows_MLCE = np.zeros((len(levels), L, C, E), dtype=np.int64)
     visits_LV = np.zeros((L, E + 1), dtype=np.int64)
-    expert_LNS = np.full((L, N, S), NOBODY)
+    expert_LNS = np.full((L, N, S), NO_EXPERT)
     kept_T = np.sort(np.random.default_rng(0).choice(N * S, min(tokens, N * S), replace=False))
     x_LTD = np.zeros((L, len(kept_T), m.hidden_size), dtype=np.float32)
     for number, level in enumerate(levels):
@@ -207,9 +215,9 @@ def measure_routing(
                 rows_MLCE[number, layer] += np.bincount(row_R, minlength=C * E).reshape(C, E)
                 visits_LV[layer] += np.bincount(np.bincount(token_R, minlength=B * S), minlength=E + 1)
                 if number == len(levels) // 2:
-                    # Of several values for one place numpy keeps the last.
+                    # For repeated indices numpy keeps the last value: the expert with the largest weight.
                     order_R = np.argsort(route.weight_R.float().cpu().numpy(), kind="stable")
-                    map_T = np.full(B * S, NOBODY)
+                    map_T = np.full(B * S, NO_EXPERT)
                     map_T[token_R[order_R]] = expert_R[order_R]
                     expert_LNS[layer, part] = map_T.reshape(B, S)
                     x_TD = x_BSD.flatten(0, 1)

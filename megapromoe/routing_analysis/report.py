@@ -1,7 +1,4 @@
-"""The routing report of a run: one HTML page, and its numbers as JSON.
-
-The page needs nothing but itself: pictures are inside.
-"""
+"""The routing report of a run: one HTML page with embedded pictures, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -33,14 +30,17 @@ def write_routing_report(
     weights: str = "ema",
     pictures: bool = False,
 ) -> dict[str, Any]:
-    """Analyses a run's checkpoint and writes `routing.html` and `routing.json` into the folder `out`.
+    """Analyses a run's checkpoint and writes `routing.html` and `routing.json` to the folder `out`.
 
     Args:
+        run: run directory.
+        out: folder of the report.
+        request: settings of the analysis.
         step, weights: see `load_model`.
-        pictures: also write each picture as a PNG file.
+        pictures: also write each figure as a PNG file.
 
     Returns:
-        the content of the JSON file.
+        The content of the JSON file.
 
     Raises RoutingError, ClassGroupError, or what `load_model` and `open_dataset` raise, before anything is written.
     """
@@ -68,13 +68,13 @@ def write_routing_report(
 
 
 def plain(value: Any) -> Any:
-    """For JSON: arrays as lists, floats rounded to 5 digits, null for what is not finite."""
+    """Converts a value for JSON: arrays to lists, floats to 5 digits, values that are not finite to null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(member) for key, member in value.items()}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(member) for member in value]
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
@@ -92,7 +92,7 @@ def page(numbers: Mapping[str, Any], sections: Sequence[Section], shots: Mapping
     for section in sections:
         picture = base64.b64encode(shots[section.name]).decode()
         body.append(f'<h2 id="{section.name}">{html.escape(section.title)}</h2>')
-        body += [f"<p><b>{html.escape(name)}:</b> {html.escape(text)}</p>" for name, text in section.says]
+        body += [f"<p><b>{html.escape(name)}:</b> {html.escape(text)}</p>" for name, text in section.definitions]
         body += [f"<p>{html.escape(note)}</p>" for note in section.notes]
         body.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">')
     style = (
@@ -109,15 +109,15 @@ def page(numbers: Mapping[str, Any], sections: Sequence[Section], shots: Mapping
 COLUMNS = {
     "evenness": ("load_entropy",),
     "largest / mean load": ("load_max_over_mean",),
-    "experts without a row": ("dead_experts",),
-    "bits about the class": ("class_information_bits",),
-    "subsets apart, bits": ("subset_jensen_shannon_mean",),
+    "experts without rows": ("dead_experts",),
+    "class information, bits": ("class_information_bits",),
+    "divergence of subsets, bits": ("subset_jensen_shannon_mean",),
     "router cosine": ("router_cosine_mean",),
     "overlap, input": ("overlap_mean", "input"),
     "overlap, output": ("overlap_mean", "output"),
     "inter/intra by expert": ("distance_ratio", "by expert"),
     "by class": ("distance_ratio", "by class"),
-    "super-class read": ("superclass_accuracy",),
+    "super-class accuracy": ("superclass_accuracy",),
 }
 
 

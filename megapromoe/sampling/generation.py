@@ -71,7 +71,7 @@ class ImageWriter(Protocol):
         """Frees what the writer holds."""
 
 
-def generate_images(request: GenerationRequest, launch: runtime.Launch) -> list[Path]:
+def generate_images(request: GenerationRequest, launch: runtime.LaunchEnvironment) -> list[Path]:
     """Generates the images of a request; returns their places. Called by every rank, before it has joined the job.
 
     Raises SampleError, ImageSetError or ConfigError on every rank. Finished chunks of a set are kept, and the next call
@@ -82,7 +82,9 @@ def generate_images(request: GenerationRequest, launch: runtime.Launch) -> list[
         return generate_in_session(request, launch, device)
 
 
-def generate_in_session(request: GenerationRequest, launch: runtime.Launch, device: torch.device) -> list[Path]:
+def generate_in_session(
+    request: GenerationRequest, launch: runtime.LaunchEnvironment, device: torch.device
+) -> list[Path]:
     """`generate_images` on ranks that have joined the job. Collective.
 
     Raises CheckpointGone on every rank if `request.step` was removed by its run before it was read. Without a step the
@@ -91,7 +93,7 @@ def generate_in_session(request: GenerationRequest, launch: runtime.Launch, devi
     return again_while_gone(request.run, request.step, lambda: _generate(request, launch, device))
 
 
-def _generate(request: GenerationRequest, launch: runtime.Launch, device: torch.device) -> list[Path]:
+def _generate(request: GenerationRequest, launch: runtime.LaunchEnvironment, device: torch.device) -> list[Path]:
     config = request.checked(launch.world)
     watchdog.starting(f"choosing the checkpoint of {request.run}")
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
@@ -165,7 +167,7 @@ class Replica:
     model: DiT
     decoder: Autoencoder | None
     layout: ReplicaLayout
-    launch: runtime.Launch
+    launch: runtime.LaunchEnvironment
     source: str
 
     def generate_chunks(self, config: Config, labels: np.ndarray, writer: ImageWriter, missing: list[int]) -> None:
@@ -212,7 +214,7 @@ def _load_replica(
     checkpoint: CheckpointId,
     config: Config,
     decoder: Autoencoder | None,
-    launch: runtime.Launch,
+    launch: runtime.LaunchEnvironment,
     device: torch.device,
 ) -> Replica:
     """This rank's part of the model. Collective. Raises SampleError on every rank, CheckpointGone if that is why."""

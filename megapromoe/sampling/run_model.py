@@ -92,7 +92,7 @@ class CheckpointId:
     initial_share: float | None = None
 
 
-def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.Launch) -> CheckpointId:
+def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runtime.LaunchEnvironment) -> CheckpointId:
     """The checkpoint of a step, or the latest, as rank 0 sees the run's folder. Collective.
 
     Rank 0 decides for all: a live run saves and removes checkpoints, and a file system may show them to some machines
@@ -175,7 +175,7 @@ def load_model(
     """
     config = run_config(run, overrides)
     mesh = mesh or UNSHARDED
-    if step is None and mesh.world > 1:
+    if step is None and mesh.world_size > 1:
         raise ValueError("step = None: ranks that share a model must be given the step, or they may differ")
     root = RunDirectory(run).checkpoints
     return read_latest(root, step, lambda chosen: _load(run, chosen, weights, config, device, mesh))
@@ -185,7 +185,7 @@ def _load(
     run: Path, step: int, weights: str, config: Config, device: torch.device | str, mesh: Mesh
 ) -> tuple[DiT, Config, int]:
     checkpoint = find_checkpoint(run, step, weights)
-    checkpoint.verify(mesh.rank, mesh.world)
+    checkpoint.verify(mesh.rank, mesh.world_size)
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     _check_config(run, checkpoint, config)

@@ -24,14 +24,14 @@ from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
 from megapromoe.data.datasets import Dataset, DatasetError
-from megapromoe.data.loader import Batch, Loader, prefetch
+from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import raise_if_any_rank_failed, raising_together, this_rank, watched_job
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.stop_requests import StopRequest, listening
+from megapromoe.distributed.stop_requests import StopRequest, install_signal_handlers
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
@@ -63,7 +63,7 @@ class Interrupted(TrainingError):
 def train(
     config: Config,
     folder: Path,
-    launch: runtime.Launch,
+    launch: runtime.LaunchEnvironment,
     from_step: int | None = None,
     allow: tuple[str, ...] = (),
     fork: str | None = None,
@@ -81,7 +81,7 @@ def train(
     """
     records = folder / "flight_records"
     limits = config.train.timeout, config.train.step_timeout
-    with listening(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
+    with install_signal_handlers(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
         own = _claim_folder(config, folder, launch, allow)
         run = own or RunDirectory(folder)
@@ -106,7 +106,9 @@ def _make_folder(records: Path) -> None:
         logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
 
 
-def _claim_folder(config: Config, folder: Path, launch: runtime.Launch, allow: tuple[str, ...]) -> RunDirectory | None:
+def _claim_folder(
+    config: Config, folder: Path, launch: runtime.LaunchEnvironment, allow: tuple[str, ...]
+) -> RunDirectory | None:
     """Rank 0 claims the folder, and returns it; where it may not, every rank raises the reason."""
     run = None
     with raising_together(RunDirectoryError):
@@ -137,7 +139,7 @@ def _train(
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
     dataset = _open_dataset(config)
-    loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    loader = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema, t.ema_warmup)
@@ -152,7 +154,7 @@ def _train(
     step = manifest["step"]
     if mesh.rank == 0:
         begins = f"resumes from step {step:,}" if step else "begins at step 0"
-        for line in summary(config, mesh.world, run.folder, begins, dataset, runtime.describe_device(device)):
+        for line in summary(config, mesh.world_size, run.folder, begins, dataset, runtime.describe_device(device)):
             logger.info("%s", line)
     for line in describe_changes(config, run.changed, step):  # rank 0 alone knows them, and it alone logs
         logger.info("changed since the last start: %s", line)
@@ -267,7 +269,7 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: Metr
         window.add(denoising, total, auxiliary)
         return total, total.detach()
 
-    return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.conditional, loss=loss)
+    return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.num_conditional, loss=loss)
 
 
 def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:

@@ -108,7 +108,7 @@ class MetricAccumulator:
         values |= {"steps_averaged": applied, "gradient_norm": norm, "learning_rate": rate}
         seconds = time.perf_counter() - self._start - self._excluded
         images = self._steps * self.config.train.global_batch
-        values |= throughput(images, seconds, self.flops, self.mesh.world, self.peak)
+        values |= throughput(images, seconds, self.flops, self.mesh.world_size, self.peak)
         layers = {}
         if applied and load.numel():
             values |= expert_statistics(load)

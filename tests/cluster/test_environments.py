@@ -101,7 +101,9 @@ def test_mpich_in_a_batch_script_does_not_train_alone(words, cluster, who, tmp_p
     batch(cluster, tmp_path, shlex.join([HYDRA, *words, *shlex.split(who), str(tmp_path / "who")]))
     assert not (tmp_path / "who").exists()
     text = (tmp_path / "job.log").read_text()
-    assert f"the launcher says rank 1 of {words[-1]}" in text and "start with the mpirun of that MPI" in text
+    assert (
+        f"the launcher's variables give rank 1 of {words[-1]}" in text and "start with the mpirun of that MPI" in text
+    )
     if len(words) == 2:
         fault_table.append(
             ("mpirun of MPICH in a batch script, mpi4py of Open MPI", "refused on every rank, exit code 2", "nothing")

@@ -44,10 +44,10 @@ def resumed(folder: Path) -> dict:
 def test_the_published_run_goes_on_from_its_conversion(tmp_path):
     export(open_state(PUBLISHED, config=config_that_runs()), tmp_path / "run", "ours")
     assert_reproduced(run(1, continue_run, tmp_path / "run")[0], 3)
-    said = run(2, resumed, tmp_path / "run")
+    results = run(2, resumed, tmp_path / "run")
     state = open_state(tmp_path / "run")
-    pieces = said[0]["held"] | said[1]["held"]
-    assert said[0]["step"] == said[0]["updates"] == 3
+    pieces = results[0]["held"] | results[1]["held"]
+    assert results[0]["step"] == results[0]["updates"] == 3
     assert sum(piece.numel() for piece in pieces.values()) == state.nbytes // 4
     for (kind, name, start), piece in pieces.items():
         assert torch.equal(state.read(kind, name).view(-1)[start : start + piece.numel()], piece), (kind, name)

@@ -163,7 +163,7 @@ def step(overrides: tuple[str, ...]) -> tuple[dict[str, Counts], Tally, int]:
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
     ema = EMA(engine, 0.5)
-    B = config.layout(mesh.world).micro_batch
+    B = config.layout(mesh.world_size).micro_batch
 
     def batch():
         y = torch.randint(10, (B,))

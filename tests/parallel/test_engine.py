@@ -33,7 +33,7 @@ def engine_of(*overrides: str) -> tuple[Engine, EMA]:
 def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0):
     """A step on random input, the same for the ranks of a tp group; `spoil` may break the loss."""
     g = torch.Generator().manual_seed(1000 * seed + engine.mesh.dp.rank)
-    B = engine.config.layout(engine.mesh.world).micro_batch
+    B = engine.config.layout(engine.mesh.world_size).micro_batch
     x, t = torch.randn(B, 4, 8, 8, generator=g), 1000 * torch.rand(B, generator=g)
     y = torch.randint(10, (B,), generator=g)
     y[-1] = 10

@@ -32,20 +32,21 @@ def test_damage_is_counted_over_all_ranks_and_ends_the_run_at_the_limit(tmp_path
     data = write(tmp_path / "latents", Arrays(count=64, classes=10, shape=(4, 8, 8)))
     for place in range(0, 16, 2):
         damage(data, 1, place)
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run(1, try_to_train, str(one), str(data)) == ["trained"]
-    count = damaged_samples(one)
+    single, double = tmp_path / "one", tmp_path / "two"
+    assert run(1, try_to_train, str(single), str(data)) == ["trained"]
+    count = damaged_samples(single)
     assert count[3] == 8 and count == sorted(count)  # 4 batches of 16 are an epoch of 64
     limit = count[2] - 1
     last = next(step for step, so_far in enumerate(count, 1) if so_far > limit)
-    told = run(2, try_to_train, str(two), str(data), "parallel.ep=2", f"data.max_bad={limit}")
-    assert told[0] == told[1] and told[0].startswith(f"TrainingError True: step {last}: {count[last - 1]} samples had")
-    assert f"data.max_bad = {limit}" in told[0] and steps_in(two / "checkpoints") == [last]
-    assert losses(two) == pytest.approx(losses(one)[:last], rel=1e-4) and damaged_samples(two) == count[:last]
+    errors = run(2, try_to_train, str(double), str(data), "parallel.ep=2", f"data.max_bad={limit}")
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"TrainingError True: step {last}: {count[last - 1]} samples had")
+    assert f"data.max_bad = {limit}" in errors[0] and steps_in(double / "checkpoints") == [last]
+    assert losses(double) == pytest.approx(losses(single)[:last], rel=1e-4) and damaged_samples(double) == count[:last]
 
 
 def test_a_rank_that_cannot_open_the_data_stops_all(tmp_path):
     data = write(tmp_path / "latents0", Arrays(count=64, classes=10, shape=(4, 8, 8)))
-    told = run(2, try_to_train, str(tmp_path / "run"), f"{data.parent}/latentsRANK")
-    missing = f"{tmp_path}/latents1 holds no manifest.json; make it: megapromoe encode"
-    assert told == [f"TrainingError True: rank 1: {missing}"] * 2
+    errors = run(2, try_to_train, str(tmp_path / "run"), f"{data.parent}/latentsRANK")
+    missing = f"{tmp_path}/latents1 holds no manifest.json; create it with megapromoe encode"
+    assert errors == [f"TrainingError True: rank 1: {missing}"] * 2

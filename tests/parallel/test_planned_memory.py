@@ -59,7 +59,7 @@ def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
     if "bf16" in config.train.deepspeed:
         for p in model.parameters():
             p.data = p.data.bfloat16()
-    m, B = config.model, config.layout(mesh.world).micro_batch
+    m, B = config.model, config.layout(mesh.world_size).micro_batch
     x = torch.randn(B, m.in_channels, m.input_size, m.input_size)
     y = torch.randint(m.num_classes, (B,))
     y[B - NULL :] = m.num_classes

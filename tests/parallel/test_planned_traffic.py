@@ -71,7 +71,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
     ema = EMA(engine, 0.5)
-    B = config.layout(mesh.world).micro_batch
+    B = config.layout(mesh.world_size).micro_batch
     generator = torch.Generator().manual_seed(mesh.dp.rank)
     listener.seen = defaultdict(lambda: [0, 0])
     for step in range(3):  # at first, stage 3 compares notes and traces the model
@@ -107,7 +107,6 @@ def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
     config = small(*overrides)
     layout = config.layout(world)
     tables = rank_tables(world, layout.tp, layout.ep, config.parallel.expert_tp)
-    tables["world"] = tables["whole"]
     lines = defaultdict(lambda: [0, 0.0])
     for c in collectives(config, layout, Batch(layout.micro_batch, layout.micro_batch - NULL)):
         ranks = next(tuple(map(int, row)) for row in tables[c.over] if rank in row)

@@ -48,14 +48,14 @@ def work(rank: int, port: int, folder: Path, faults: dict, arguments: list[str])
     storage.VISIBLE = 2.0
     if rank in faults:
         faults[rank]()
-    launch = runtime.Launch("srun", rank, RANKS, 0, 1, "127.0.0.1", port)
+    launch = runtime.LaunchEnvironment("srun", rank, RANKS, 0, 1, "127.0.0.1", port)
     code = check.run(options_of(arguments), launch)
     sys.stdout.flush()
     os._exit(code)
 
 
 def preflight(folder: Path, *arguments: str, faults: dict | None = None, absent: tuple[int, ...] = ()):
-    """Runs one; returns the exit codes, what rank 0 printed, the report and the bad nodes."""
+    """Runs a preflight; returns the exit codes, the output of rank 0, the report and the bad nodes."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -83,33 +83,33 @@ def preflight(folder: Path, *arguments: str, faults: dict | None = None, absent:
             if worker.is_alive():
                 worker.kill()
                 worker.join()
-    said = (folder / "out-0").read_text()
-    told = json.loads((folder / "report.json").read_text())
+    output = (folder / "out-0").read_text()
+    report = json.loads((folder / "report.json").read_text())
     errors = "".join((folder / f"err-{r}").read_text() for r in ranks)
     assert "Traceback" not in errors, errors
-    return codes, said, told, (folder / "bad").read_text().split()
+    return codes, output, report, (folder / "bad").read_text().split()
 
 
-def verdicts(told: dict, check_name: str) -> dict[str, str]:
+def verdicts(report: dict, check_name: str) -> dict[str, str]:
     """Node -> verdict, of the lines of one check that did not pass."""
     return {
-        node: row["verdict"] for row in told["rows"] if row["check"] == check_name and row["blame"] + row["nodes"]
+        node: row["verdict"] for row in report["rows"] if row["check"] == check_name and row["blame"] + row["nodes"]
         for node in row["blame"] or row["nodes"] if row["verdict"] in (FAIL, WARN)
     }  # fmt: skip
 
 
 def test_a_good_allocation_passes(tmp_path):
     run = tmp_path / "run"
-    codes, said, told, bad = preflight(tmp_path, "--run", str(run), "parallel.tp=2", "parallel.ep=2")
-    assert (codes, bad, told["bad_nodes"]) == ([0] * 4, [], [])
-    assert "preflight passed (4 nodes, 4 ranks)" in said and "no GPU: CPU run" in said
-    network = told["found"]["network"]
+    codes, output, report, bad = preflight(tmp_path, "--run", str(run), "parallel.tp=2", "parallel.ep=2")
+    assert (codes, bad, report["bad_nodes"]) == ([0] * 4, [], [])
+    assert "preflight passed (4 nodes, 4 ranks)" in output and "no GPU: CPU run" in output
+    network = report["found"]["network"]
     assert sorted(network["2"]["pairs"]) == ["n0", "n1", "n3"]
     assert all(speed > 0 for rank in network.values() for speed in [*rank["pairs"].values(), rank["exchange"]])
     assert network["2"]["groups"]["tp"]["ranks"] == [2, 3] and network["2"]["groups"]["dp"]["ranks"] == [0, 2]
-    assert {"files", "free space", "data", "clock", "versions", "group edp"} <= {row["check"] for row in told["rows"]}
-    assert set(told["found"]["files"]["2"]["seen"]) == {"n0", "n1"}
-    assert not [file for file in run.rglob("*") if file.is_file()]  # it cleans up
+    assert {"files", "free space", "data", "clock", "versions", "group edp"} <= {row["check"] for row in report["rows"]}
+    assert set(report["found"]["files"]["2"]["visible_after"]) == {"n0", "n1"}
+    assert not [file for file in run.rglob("*") if file.is_file()]  # the probe files are removed
 
 
 def odd_version():
@@ -134,13 +134,13 @@ def other_data():
 
 def test_faults_of_three_nodes_are_told_apart(tmp_path):
     faults = {1: odd_version, 2: skewed_clock, 3: other_data}
-    codes, said, told, bad = preflight(tmp_path, faults=faults)
+    codes, output, report, bad = preflight(tmp_path, faults=faults)
     assert codes == [3] * 4 and bad == ["n1", "n3"]
-    assert verdicts(told, "versions") == {"n1": FAIL}
-    assert verdicts(told, "clock") == {"n2": WARN}
-    assert verdicts(told, "data") == {"n3": FAIL}
-    assert told["found"]["clock"]["2"]["offset"] == pytest.approx(30, abs=1)
-    assert "FAILED: 2 bad nodes (4 nodes, 4 ranks): n1 (versions), n3 (data)" in said
+    assert verdicts(report, "versions") == {"n1": FAIL}
+    assert verdicts(report, "clock") == {"n2": WARN}
+    assert verdicts(report, "data") == {"n3": FAIL}
+    assert report["found"]["clock"]["2"]["offset"] == pytest.approx(30, abs=1)
+    assert "FAILED: 2 bad nodes (4 nodes, 4 ranks): n1 (versions), n3 (data)" in output
 
 
 def wrong_values():
@@ -155,52 +155,52 @@ def wrong_values():
 
 
 def slow_link():
-    real = bandwidth.exchange_with
-    bandwidth.exchange_with = lambda *a: (real(*a)[0] / 1e6, True)
+    real = bandwidth.measure_exchange
+    bandwidth.measure_exchange = lambda *a: (real(*a)[0] / 1e6, True)
 
 
-def elsewhere():
-    """This node's run directory is a local one of the same name."""
-    real = storage.try_files
-    storage.try_files = lambda folder, *a: real(folder.with_name("local"), *a)
+def local_run_directory():
+    """On this node the run directory is a local folder of the same name."""
+    real = storage.check_files
+    storage.check_files = lambda folder, *a: real(folder.with_name("local"), *a)
 
 
 def test_faults_of_network_and_file_system(tmp_path):
-    """Rank 2 sends wrong values, rank 3's node is slow to all, rank 1's run directory is not the others'."""
-    faults = {1: elsewhere, 2: wrong_values, 3: slow_link}
-    codes, said, told, bad = preflight(
+    """Rank 2 sends wrong values, rank 3 is slow towards all nodes, and rank 1 has another run directory."""
+    faults = {1: local_run_directory, 2: wrong_values, 3: slow_link}
+    codes, output, report, bad = preflight(
         tmp_path, "--run", str(tmp_path / "run"), "--expect-gbps", "0.001", "parallel.ep=2", faults=faults
     )
     assert codes == [3] * 4 and bad == ["n1", "n2", "n3"]
-    assert verdicts(told, "files") == {"n1": FAIL}
-    assert verdicts(told, "group whole") == {"n2": FAIL}
-    assert verdicts(told, "group ep") != {} and "n0" not in verdicts(told, "group ep")
-    assert verdicts(told, "bandwidth") == {"n3": FAIL}
-    assert "wrong from rank 2" in " ".join(row["result"] for row in told["rows"])
+    assert verdicts(report, "files") == {"n1": FAIL}
+    assert verdicts(report, "group world") == {"n2": FAIL}
+    assert verdicts(report, "group ep") != {} and "n0" not in verdicts(report, "group ep")
+    assert verdicts(report, "bandwidth") == {"n3": FAIL}
+    assert "wrong from rank 2" in " ".join(row["result"] for row in report["rows"])
 
 
-def test_a_rank_that_never_comes_is_named_with_its_node(tmp_path):
-    codes, said, told, bad = preflight(tmp_path, "--timeout", "4", absent=(2,))
+def test_a_rank_that_never_starts_is_named_with_its_node(tmp_path):
+    codes, output, report, bad = preflight(tmp_path, "--timeout", "4", absent=(2,))
     assert codes == [3] * 3 and bad == ["n2"]
-    assert "3 of 4 ranks; missing: rank 2" in said
+    assert "3 of 4 ranks; missing: rank 2" in output
 
 
 def frozen():
-    real = groups.try_operation
+    real = groups.check_collective
 
     def stop(operation, group, device):
         if operation == "reduce_scatter":
             os.kill(os.getpid(), signal.SIGSTOP)
         return real(operation, group, device)
 
-    groups.try_operation = stop
+    groups.check_collective = stop
 
 
 def killed():
     def die(*a):
         os._exit(9)
 
-    bandwidth.try_pairs = die
+    bandwidth.measure_pairs = die
 
 
 def stuck():
@@ -213,34 +213,34 @@ def stuck():
 @pytest.mark.parametrize(
     "fault, stage, how",
     [
-        (frozen, "reduce_scatter in whole", "silent"),
+        (frozen, "reduce_scatter in world", "silent"),
         full(killed, "all_to_all in edp", "silent"),
         full(stuck, "data", "not finished"),
     ],
 )
 def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):
     began = time.monotonic()
-    codes, said, told, bad = preflight(tmp_path, "--timeout", "8", faults={2: fault})
+    codes, output, report, bad = preflight(tmp_path, "--timeout", "8", faults={2: fault})
     assert codes[0] == 3 and bad == ["n2"]
-    # One that is stopped cannot end; the others do.
+    # A stopped process cannot end; the others do.
     assert [codes[1], codes[3]] == [3, 3] and codes[2] in {frozen: (-9, None), killed: (9,), stuck: (3,)}[fault]
-    assert told["hang"]["place"] == stage
-    assert how in said and f"'{stage}'" in " ".join(said.split())
-    assert verdicts(told, "answers") == {"n2": FAIL}
+    assert report["hang"]["place"] == stage
+    assert how in output and f"'{stage}'" in " ".join(output.split())
+    assert verdicts(report, "answers") == {"n2": FAIL}
     assert time.monotonic() - began < 90
 
 
-def frozen_at_the_roll_call():
-    real = arrival.roll_call
+def frozen_during_arrivals():
+    real = arrival.gather_arrivals
 
     def stop(channel, *rest):
-        channel.send(f"here/{channel.rank}", ["n0", 1])  # the store is there: the others come to it
-        while len(channel.receive_from_ranks("here")) < RANKS:
+        channel.send(f"started/{channel.rank}", ["n0", 1])
+        while len(channel.receive_from_ranks("started")) < RANKS:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGSTOP)
         return real(channel, *rest)
 
-    arrival.roll_call = stop
+    arrival.gather_arrivals = stop
 
 
 def frozen_before_the_verdict():
@@ -251,7 +251,7 @@ def frozen_before_the_verdict():
 
 
 def work_as_a_program(rank: int, port: int, folder: Path, faults: dict, arguments: list[str]) -> None:
-    """As `work`, and an error is a message and an exit code."""
+    """As `work`; a user error is printed and sets the exit code, as on the command line."""
     try:
         work(rank, port, folder, faults, arguments)
     except UserError as error:
@@ -262,13 +262,13 @@ def work_as_a_program(rank: int, port: int, folder: Path, faults: dict, argument
 @pytest.mark.parametrize(
     "fault, where",
     [
-        pytest.param(frozen_at_the_roll_call, "the process that holds the job's store", marks=pytest.mark.full),
-        pytest.param(frozen, "in reduce_scatter in whole", marks=pytest.mark.full),
+        pytest.param(frozen_during_arrivals, "the process that holds the job's store", marks=pytest.mark.full),
+        pytest.param(frozen, "in reduce_scatter in world", marks=pytest.mark.full),
         pytest.param(frozen_before_the_verdict, "the process that holds the job's store", marks=pytest.mark.full),
     ],
 )
 def test_where_the_holder_of_the_store_is_frozen_the_others_end(tmp_path, fault, where):
-    """Rank 0 holds it. Nothing judges then, so the code is that of a check that failed."""
+    """Rank 0 holds the store. No rank can evaluate the findings then, so the exit code is that of a failed check."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -284,37 +284,36 @@ def test_where_the_holder_of_the_store_is_frozen_the_others_end(tmp_path, fault,
         end = time.monotonic() + 150
         for rank in ranks[1:]:
             rank.join(timeout=max(end - time.monotonic(), 0))
-        said = [(tmp_path / f"err-{r}").read_text() for r in range(RANKS)]
-        assert [rank.exitcode for rank in ranks] == [None, 1, 1, 1], said
-        assert all(where in one and "does not answer" in one for one in said[1:]), said
+        errors = [(tmp_path / f"err-{r}").read_text() for r in range(RANKS)]
+        assert [rank.exitcode for rank in ranks] == [None, 1, 1, 1], errors
+        assert all(where in text and "does not answer" in text for text in errors[1:]), errors
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
 
 
-def test_a_run_directory_that_cannot_be_written_is_no_nodes_fault(tmp_path):
-    """And where the report cannot be written either, every rank says so."""
+def test_a_run_directory_that_cannot_be_written_blames_the_setup(tmp_path):
     (tmp_path / "file").write_text("")
-    codes, said, told, bad = preflight(tmp_path, "--run", str(tmp_path / "file" / "run"))
+    codes, output, report, bad = preflight(tmp_path, "--run", str(tmp_path / "file" / "run"))
     assert codes == [2] * 4 and bad == []
-    assert verdicts(told, "files") and "Not a directory" in " ".join(said.split())
+    assert verdicts(report, "files") and "Not a directory" in " ".join(output.split())
 
 
 # ---- the command
 
 
 def test_alone(tmp_path, capsys):
-    launch = runtime.Launch("python")
+    launch = runtime.LaunchEnvironment("python")
     options = options_of(["--run", str(tmp_path / "run"), "--bad-nodes", str(tmp_path / "bad")])
     try:
         assert check.run(options, launch) == 0
     finally:
-        runtime.stop()
+        runtime.destroy_process_group()
     assert "preflight passed (1 node, 1 rank)" in capsys.readouterr().out
     assert (tmp_path / "bad").read_text() == ""
     assert json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())["exit_code"] == 0
-    # and a run may start there
+    # A run may start in that folder.
     RunDirectory.open(tmp_path / "run", resolve("digits"), 1).close()
 
 
@@ -324,16 +323,16 @@ def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
         ["--run", str(tmp_path / "run"), "--min-free-gib", "1e9", "--report", str(tmp_path / "file" / "report")]
     )
     with pytest.raises(job.PreflightError, match="file: (File exists|Not a directory)"):
-        check.run(options, runtime.Launch("python"))
-    runtime.stop()
-    said = capsys.readouterr().out
-    assert "1e+09 GiB" in said and "on any nodes, by its configuration or installation: free space" in said
+        check.run(options, runtime.LaunchEnvironment("python"))
+    runtime.destroy_process_group()
+    output = capsys.readouterr().out
+    assert "1e+09 GiB" in output and "on any nodes, by its configuration or installation: free space" in output
 
 
-def test_a_wrong_config_is_told_before_anything_starts(tmp_path):
+def test_a_wrong_config_is_reported_before_anything_starts(tmp_path):
     options = options_of(["--run", str(tmp_path / "run"), "parallel.ep=3", "train.lr=fast"])
     with pytest.raises(ConfigError, match="2 problems"):
-        check.run(options, runtime.Launch("srun", 0, 4))
+        check.run(options, runtime.LaunchEnvironment("srun", 0, 4))
     assert not (tmp_path / "run").exists()
 
 
@@ -366,5 +365,5 @@ def test_under_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "preflight passed (1 node, 2 ranks)" in done.stdout
-    told = json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())
-    assert told["found"]["network"]["1"]["groups"]["tp"]["ranks"] == [0, 1]
+    report = json.loads((tmp_path / "run" / "preflight" / "report.json").read_text())
+    assert report["found"]["network"]["1"]["groups"]["tp"]["ranks"] == [0, 1]

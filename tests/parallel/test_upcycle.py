@@ -13,7 +13,7 @@ from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.conversion.upcycle import Prototypes, _whole_model, cluster, from_dense, grow, moe_inputs
+from megapromoe.conversion.upcycle import Prototypes, _load_model, cluster, from_dense, grow, moe_inputs
 
 SMALL = ["model.hidden_size=32", "model.depth=2", "model.heads=2", "train.global_batch=8", "train.log_every=1"]
 PROMOE = ["model.router=promoe", "model.num_experts=4"]
@@ -34,7 +34,7 @@ def output(state: State, null: bool = False) -> torch.Tensor:
     x_BCHW = torch.randn(6, 1, 8, 8, generator=generator)
     t_B = torch.rand(6, generator=generator) * 1000
     y_B = torch.full((6,), state.config.model.null_class) if null else torch.arange(6)
-    return _whole_model(state, "ema")(x_BCHW, t_B, y_B, 0 if null else 6)[0]
+    return _load_model(state, "ema")(x_BCHW, t_B, y_B, 0 if null else 6)[0]
 
 
 def made_from_dense(noise: float, how: str = "slice", *settings: str) -> tuple[State, State]:
@@ -61,11 +61,11 @@ def test_for_classes_they_differ_by_the_gates_spread_alone():
 
 def test_a_slice_has_all_hidden_units_once():
     dense, made = made_from_dense(0.0)
-    whole = dense.read("ema", "blocks.1.mlp.fc1.weight")
+    full = dense.read("ema", "blocks.1.mlp.fc1.weight")
     shared = made.read("ema", "blocks.1.mlp.shared.fc1.weight")
     routed = made.read("ema", "blocks.1.mlp.experts.fc1.weight")
     for expert in routed:
-        assert torch.equal(torch.cat([shared, expert]), whole)
+        assert torch.equal(torch.cat([shared, expert]), full)
 
 
 def test_noise_parts_the_routed_experts_and_nothing_else_and_is_seeded():
@@ -83,9 +83,9 @@ def test_prototypes_are_the_clusters_of_tokens():
     generator = torch.Generator().manual_seed(2)
     centre_ED = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=-1)
     tokens = (centre_ED.repeat(50, 1) + 0.05 * torch.randn(200, 32, generator=generator)) * 3
-    found = cluster(tokens, resolve("digits", overrides=[*SMALL, *PROMOE]))
-    assert (found.prototype_ED @ centre_ED.T).max(dim=0).values.min() > 0.98
-    assert found.gate > 0.9
+    prototypes = cluster(tokens, resolve("digits", overrides=[*SMALL, *PROMOE]))
+    assert (prototypes.prototype_ED @ centre_ED.T).max(dim=0).values.min() > 0.98
+    assert prototypes.mean_weight > 0.9
     with pytest.raises(ConversionError, match="3 tokens for 4 prototypes"):
         cluster(tokens[:3], resolve("digits", overrides=[*SMALL, *PROMOE]))
 
@@ -97,8 +97,8 @@ def test_the_mean_weight_of_a_softmax_gate_is_that_of_the_router(router):
     config = resolve(
         "digits", overrides=[*SMALL, f"model.router={router}", "model.num_experts=4", "model.gate=softmax"]
     )
-    found = cluster(tokens, config)
-    score_TE = torch.nn.functional.normalize(tokens, dim=-1) @ found.prototype_ED.T
+    prototypes = cluster(tokens, config)
+    score_TE = torch.nn.functional.normalize(tokens, dim=-1) @ prototypes.prototype_ED.T
     best_T = score_TE.argmax(-1)
     weights = [
         (score_TE[t] if router == "promoe" else score_TE[t // 16 * 16 : t // 16 * 16 + 16, e]).exp()
@@ -108,7 +108,7 @@ def test_the_mean_weight_of_a_softmax_gate_is_that_of_the_router(router):
         float(w[e if router == "promoe" else t % 16] / w.sum())
         for (t, e), w in zip(enumerate(best_T.tolist()), weights, strict=True)
     )
-    assert found.gate == pytest.approx(expected / 64, rel=1e-5)
+    assert prototypes.mean_weight == pytest.approx(expected / 64, rel=1e-5)
 
 
 def test_a_softmax_over_tokens_does_not_change_with_the_number_of_experts():
@@ -184,8 +184,8 @@ def test_the_tool_makes_runs_that_train(tmp_path, capsys):
     export(replace(dense, kinds=("master", "ema")), tmp_path / "dense", "ours")
     command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--images", "8"]
     assert main(["upcycle", *command]) == 0
-    said = run(1, train_on, tmp_path / "promoe")[0]
-    assert said["step"] == 0 and said["losses"][-1] < said["losses"][0]
+    result = run(1, train_on, tmp_path / "promoe")[0]
+    assert result["step"] == 0 and result["losses"][-1] < result["losses"][0]
     state = open_state(tmp_path / "promoe")
     assert not any(state.read(kind, name).any() for kind in ("exp_avg", "exp_avg_sq") for name in state.shapes)
 

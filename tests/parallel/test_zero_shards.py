@@ -79,17 +79,17 @@ def trained_by_deepspeed(folder: Path, stage: int, precision: str, named: str) -
     ],
 )
 def test_masters_and_moments_are_the_float32_ones(tmp_path, stage, precision, named):
-    told = run(2, trained_by_deepspeed, tmp_path, stage, precision, named)[0]
+    expected_tensors = run(2, trained_by_deepspeed, tmp_path, stage, precision, named)[0]
     state = open_state(tmp_path, config=config())
     assert state.step == state.updates == 2 and set(state.kinds) == {"master", "ema", "exp_avg", "exp_avg_sq"}
     rounded = 0
-    for name, kinds in told.items():
+    for name, kinds in expected_tensors.items():
         for kind, tensor in kinds.items():
             assert torch.equal(state.read(kind, name.removeprefix("module.")), tensor), (kind, name)
         half = kinds["master"].to(torch.bfloat16 if precision == "bf16" else torch.float16).float()
         rounded += int((half != kinds["master"]).sum())
     assert rounded > 1000  # the weights in half precision are not the masters
-    assert any("masters are ZeRO's float32 shards" in note for note in state.notes)
+    assert any("masters are read from ZeRO's float32 shards" in note for note in state.notes)
     assert any("its AdamW has lr = 0.001" in note for note in state.notes)
 
     stale = next(tmp_path.glob("global_step2/*zero_pp_rank_1*"))
@@ -97,5 +97,5 @@ def test_masters_and_moments_are_the_float32_ones(tmp_path, stage, precision, na
     for partition in content["optimizer_state_dict"]["single_partition_of_fp32_groups"]:
         partition.data.mul_(1.5)
     torch.save(content, stale)
-    with pytest.raises(ConversionError, match="they are of different"):
+    with pytest.raises(ConversionError, match="the files are of different"):
         open_state(tmp_path, config=config())

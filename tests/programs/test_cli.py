@@ -20,7 +20,7 @@ from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed import launch_environment
-from megapromoe.distributed.launch_environment import Launch, LaunchError, RanksMissing, StoreUnreachable
+from megapromoe.distributed.launch_environment import LaunchEnvironment, LaunchError, RanksMissing, StoreUnreachable
 from megapromoe.planning.cost import parameters
 from megapromoe.sampling.request import GenerationRequest
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def alone(monkeypatch):
     """One process, whatever launched the tests."""
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("python"))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("python"))
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ def test_train_hands_over_the_resolved_config(trained, tmp_path):
     line = ["train", "train.lr=1e-2", "--run", str(tmp_path), "model.depth=2"]
     assert cli.main(line) == 0
     config = resolve("digits", overrides=["train.lr=1e-2", "model.depth=2"])
-    assert trained == [(config, tmp_path, Launch("python"), None, (), None)]
+    assert trained == [(config, tmp_path, LaunchEnvironment("python"), None, (), None)]
     assert cli.main([*line, "--step", "7", "--allow", "data.seed", "--allow", "train.seed"]) == 0
     assert trained[1][3:] == (7, ("data.seed", "train.seed"), None)
 
@@ -357,7 +357,7 @@ def test_a_config_file_replaces_the_default_preset(trained, tmp_path):
 
 
 def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", world=3))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", world=3))
     assert cli.main(["train", "--run", "x", "parallel.tp=2"]) == 2
     said = capsys.readouterr().err
     assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run" not in said
@@ -367,7 +367,7 @@ def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
 def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     assert cli.main(["train", "--run", "x", "model.dept=2"]) == 2
     assert capsys.readouterr().err == ""
     assert waited == [cli.GRACE]
@@ -513,17 +513,17 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
 )
 def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said, code):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("torchrun", rank=1, world=2))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
     assert cli.main(["train", "--run", "x"]) == code
     assert capsys.readouterr().err == said
 
 
 def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained, monkeypatch):
-    from megapromoe.data.loader import Loader
+    from megapromoe.data.sample_stream import SampleStream
 
     loop = sys.modules["megapromoe.training.loop"]
-    monkeypatch.setattr(loop, "train", lambda *_: Loader.micro_batches(0, 2, 0, 1, 7))
+    monkeypatch.setattr(loop, "train", lambda *_: SampleStream.micro_batches(0, 2, 0, 1, 7))
     with pytest.raises(ValueError, match="train.global_batch: 7"):
         cli.main(["train", "--run", "x"])
     monkeypatch.setattr(loop, "train", lambda *_: json.loads("no json"))
@@ -611,7 +611,7 @@ def test_sample_hands_everything_on(sampled, tmp_path):
         overrides=("sample.batch=8", "sample.steps=9", "sample.seed=7", "sample.method=heun"),
         preview=True,
     )
-    assert sampled == [(request, Launch("python"))]
+    assert sampled == [(request, LaunchEnvironment("python"))]
 
 
 def test_sample_draws_all_classes_by_default(sampled, tmp_path):

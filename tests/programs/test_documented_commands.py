@@ -26,7 +26,7 @@ from support.small_studies import TINY
 from megapromoe import cli
 from megapromoe.data.autoencoder import open_autoencoder
 from megapromoe.distributed import launch_environment
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 
 COMMANDS = documented()
 
@@ -117,7 +117,7 @@ def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latents").symlink_to(latents)
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("test", world=world))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
 
 
@@ -178,7 +178,7 @@ def make_workspace(folder: str) -> None:
     write_images(Path("imagenet/train"))
     write_images(Path("photos"))
     encoded = Arrays(classes=3, shape=(2, 8, 8))
-    encoded.facts["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
+    encoded.manifest_fields["autoencoder"] = open_autoencoder("models/sd-vae-ft-ema", "cpu").identity
     write(Path("latents/train"), encoded)
     latents = ["data.source=latents", "data.path=latents/train", "model.in_channels=2", "model.num_classes=3"]
     runs = {"digits": [], "kmeans": ["model.router=kmeans"], "dit_b": ["model.router=dense", "model.mlp_ratio=4.0"]}
@@ -236,7 +236,11 @@ def as_rank(folder: str, port: int, words: list[str]) -> int:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     leave_job()
     os.chdir(folder)
-    launch = Launch("torchrun", rank, world, rank, world, "127.0.0.1", port) if world > 1 else Launch("python")
+    launch = (
+        LaunchEnvironment("torchrun", rank, world, rank, world, "127.0.0.1", port)
+        if world > 1
+        else LaunchEnvironment("python")
+    )
     launch_environment.detect = lambda: launch
     return cli.main(words)
 

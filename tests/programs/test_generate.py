@@ -20,7 +20,7 @@ from megapromoe.config.options import ConfigError, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate, grid
 from megapromoe.distributed.agreement import distributed_session
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 from megapromoe.nn.parallelize import build
 from megapromoe.sampling.generation import generate_images
 from megapromoe.sampling.image_sets import ImageSetError
@@ -109,7 +109,7 @@ def test_the_model_s_mode_is_restored_and_progress_reported():
     assert seen == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
 
 
-def gathered(request: tuple[Path, int], launch: Launch) -> list | None:
+def gathered(request: tuple[Path, int], launch: LaunchEnvironment) -> list | None:
     """Images that hold their number, written by the ranks that would generate them."""
     out, count = request
     writer = PreviewWriter(out, count, batch=4, columns=1, seed=0)

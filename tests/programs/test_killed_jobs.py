@@ -76,8 +76,8 @@ def ranks(request) -> int:
 def undisturbed(ranks, tmp_path_factory) -> list[float]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     job = start(folder, ranks)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output[-3000:]
     return losses(folder)
 
 
@@ -95,8 +95,8 @@ def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, t
     wait_for(steps_again, launcher=job)
     back = time.monotonic() - killed
     assert back <= 30, "from the kill to the next step"
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output[-3000:]
     assert losses(folder) == undisturbed
     assert len(json.loads((folder / "environment.json").read_text())) == 2
     what, lost = "resumed by itself, identical losses", f"{back:.0f} s from the kill to the next step"
@@ -115,19 +115,19 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, who, ranks, undisturbed, 
         os.kill(pid, number)
         if who == "all twice":
             os.kill(pid, number)
-    said, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
-    step = int(re.search(r"asked to stop: step (\d+) of", said)[1])
-    assert len(re.findall("asked to stop", said)) == 1, "one rank speaks for all"
-    assert set(re.findall(r"exitcode\s*:\s*(\d+)", said)) == {"75"}
+    step = int(re.search(r"asked to stop: step (\d+) of", output)[1])
+    assert len(re.findall("asked to stop", output)) == 1, "one rank speaks for all"
+    assert set(re.findall(r"exitcode\s*:\s*(\d+)", output)) == {"75"}
     assert steps_in(folder / "checkpoints")[-1] == step
     Checkpoint(folder_of(folder / "checkpoints", step)).verify()
     fault_table.append(
         (f"{number.name} to {who}", "agreed step, saved, exit code 75, identical losses after", "nothing")
     )
     job = start(folder, ranks)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, said[-3000:]
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, output[-3000:]
     assert losses(folder) == undisturbed
 
 
@@ -144,8 +144,9 @@ def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
     wait_for(lambda: not any(alive(r) for r in others))
     took = time.monotonic() - stopped
     os.kill(pids[hung], signal.SIGKILL)
-    said, _ = job.communicate(timeout=120)
-    assert re.search(rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+", said), said
+    output, _ = job.communicate(timeout=120)
+    message = rf"no progress for \d+ s .*silent: rank {hung}, last in section '[a-z ]+' of step \d+"
+    assert re.search(message, output), output
     assert took <= 2 * limit
     where = "others name rank, section and step, exit code 76"
     fault_table.append(
@@ -155,7 +156,7 @@ def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
             f"{took:.0f} s, and the steps since the last save",
         )
     )
-    assert "exitcode  : 76" in said
+    assert "exitcode  : 76" in output
 
 
 def alive(pid: int) -> bool:

@@ -72,8 +72,8 @@ def test_srun_environment(alone, tmp_path):
         for r in "01"
     ]
     for rank in ranks:
-        _, said = rank.communicate(timeout=180)
-        assert rank.returncode == 0, said
+        _, output = rank.communicate(timeout=180)
+        assert rank.returncode == 0, output
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 

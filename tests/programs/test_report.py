@@ -139,7 +139,7 @@ def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_
     monkeypatch.setattr("sys.argv", ["train_digits.py", "--run", str(tmp_path)])
     assert tool.main() == code
     said = capsys.readouterr()
-    assert ("95% are required after the default of 500 steps alone" in said.out) == (steps != 500)
+    assert ("95% are required only after the default of 500 steps" in said.out) == (steps != 500)
     assert ("is below 95%" in said.err) == bool(code)
     if steps != 500:
         assert f"accuracy {accuracy:.1%} after {steps} steps" in said.out

@@ -101,9 +101,9 @@ def test_a_process_alone_saves(number, jobs, tmp_path, fault_table):
     job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run", str(folder))
     wait_for(lambda: steps(folder) >= 3, job)
     job.send_signal(number)
-    said, _ = job.communicate(timeout=60)
-    assert job.returncode == 75, said[-3000:]
-    assert "asked to stop: step" in said
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 75, output[-3000:]
+    assert "asked to stop: step" in output
     check_saved(folder)
     name = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is closed (SIGHUP)"}[number]
     fault_table.append((f"{name}, one process", "saved, exit code 75", "nothing"))
@@ -119,8 +119,8 @@ def test_ctrl_c_before_the_first_step_ends_at_once(jobs, tmp_path):
     wait_for(lambda: (folder / "run.lock").exists(), job)
     time.sleep(2)
     job.send_signal(signal.SIGINT)
-    said, _ = job.communicate(timeout=20)
-    assert job.returncode == 130 and "megapromoe: interrupted" in said
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 130 and "megapromoe: interrupted" in output
     assert not steps_in(folder / "checkpoints")
 
 
@@ -131,8 +131,8 @@ def test_ctrl_c_under_torchrun(jobs, tmp_path, fault_table):
     job = start(jobs, *torchrun("-m", "megapromoe", *TRAIN, ENDLESS, "parallel.ep=2", "--run-dir", str(folder)))
     wait_for(lambda: steps(folder) >= 3, job)
     os.killpg(job.pid, signal.SIGINT)
-    said, _ = job.communicate(timeout=90)
-    assert job.returncode != 0 and "asked to stop: step" in said, said[-3000:]
+    output, _ = job.communicate(timeout=90)
+    assert job.returncode != 0 and "asked to stop: step" in output, output[-3000:]
     check_saved(folder)
     fault_table.append(("Ctrl-C under torchrun", "agreed step, saved", "nothing"))
 
@@ -195,10 +195,10 @@ def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_pa
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    said, _ = job.communicate(timeout=30)
-    assert codes == [75, 75] * direct, said[-3000:]
+    output, _ = job.communicate(timeout=30)
+    assert codes == [75, 75] * direct, output[-3000:]
     if launcher != "mpirun":  # through which the output of its ranks goes
-        assert ", which started this rank, is gone" in said and "asked to stop: step" in said
+        assert ", which started this rank, has ended" in output and "asked to stop: step" in output
     check_saved(folder)
     fault_table.append(
         (f"kill -9 of the launcher ({launcher})", "the ranks notice, save and end with exit code 75", "nothing")

@@ -53,7 +53,7 @@ class Layout:
 
 WEIGHTS = ("master",)
 SIT = {"model": "SiT-S/2", "path_type": "Linear", "prediction": "velocity"}
-ASKED = "does not say what it was trained to predict"
+ASKED = "does not contain its training objective"
 
 LAYOUTS = {
     "`.pth`: names and tensors alone": Layout(
@@ -127,7 +127,7 @@ LAYOUTS = {
     "other names": Layout(
         saved(lambda: {"backbone.layer.weight": torch.zeros(3)}),
         "refused, with the file's own names beside those expected",
-        refused="the file has, and the model has not: backbone.layer.weight\n  the model has, and the file has not: x_",
+        refused="only in the file: backbone.layer.weight\n  only in the model: x_",
     ),
     "DiT: `model`, `ema`, `opt`, `args`": Layout(
         saved(lambda: training(model="DiT-S/2", image_size=256)),
@@ -140,7 +140,7 @@ LAYOUTS = {
     "REPA: the same and `steps`, `projectors.*`": Layout(
         saved(repa),
         "read, with moments, without the projectors (`model.time_input=repa`)",
-        notes=("projectors are left out",),
+        notes=("projectors are omitted",),
     ),
     "DiffMoE: `model`, `ema`, `opt`, `args` with a path alone": Layout(
         saved(lambda: training(config="config/000.yaml")),
@@ -150,7 +150,7 @@ LAYOUTS = {
     "SiT with `path_type` GVP or VP, or `prediction` score or noise": Layout(
         saved(lambda: training(**SIT | {"path_type": "GVP"})),
         "refused: there are straight paths with velocities alone",
-        refused="path_type = GVP, prediction = velocity; only straight paths",
+        refused="path_type = GVP, prediction = velocity; only the linear path",
     ),
     "`state_dict`, `optimizer_states`, `global_step` (Lightning)": Layout(
         saved(lambda: {"state_dict": weights(), "optimizer_states": [optimizer()], "global_step": 7, "epoch": 1}),
@@ -161,12 +161,12 @@ LAYOUTS = {
     "`model` and `state_dict` in one file": Layout(
         saved(lambda: {"model": weights(), "state_dict": weights("ema")}),
         "refused: which is meant is not known",
-        refused="has model and state_dict",
+        refused="has both model and state_dict",
     ),
     "averages as a list (`shadow_params`)": Layout(
         saved(lambda: {"model": weights(), "ema": {"decay": torch.ones(1), "shadow_params": []}}),
         "refused: which value is of which parameter is not told",
-        refused="ema.shadow_params is no tensor",
+        refused="ema.shadow_params is not a tensor",
     ),
     "an optimizer other than AdamW": Layout(
         saved(broken_moment(lambda o: o.update(state={1: {"momentum_buffer": torch.zeros(2)}}))),
@@ -180,15 +180,15 @@ LAYOUTS = {
     "AdamW's moments of another shape": Layout(
         saved(broken_moment(lambda o: o["state"][3].update(exp_avg_sq=torch.zeros(7)))),
         "refused",
-        refused="the exp_avg_sq of t_embedder.* of another shape",
+        refused="the exp_avg_sq of t_embedder.* has another shape",
     ),
     "AdamW of more or fewer parameters": Layout(
-        saved(lambda: training(lambda: optimizer(2))), "refused", refused="do not belong together"
+        saved(lambda: training(lambda: optimizer(2))), "refused", refused="are of different models"
     ),
     "AdamW whose `step` is no number": Layout(
         saved(broken_moment(lambda o: o["state"][3].update(step="ten"))),
         "refused",
-        refused="step of .* is no whole number",
+        refused="step of .* is not a whole number",
     ),
     "Python objects other than `argparse.Namespace` and plain values": Layout(
         saved(lambda: training() | {"args": Config()}),
@@ -196,7 +196,9 @@ LAYOUTS = {
         refused="refused: it holds Python objects other than tensors",
     ),
     "positions that are not the model's": Layout(
-        saved(scaled_positions), "refused: the model computes its positions", refused="its pos_embed .* is not what the"
+        saved(scaled_positions),
+        "refused: the model computes its positions",
+        refused="its pos_embed .* differs from the model's",
     ),
     "another number of positions": Layout(
         saved(more_positions), "refused", refused=r"its pos_embed is \(1, 64, 32\), the config's model has 16 positions"
@@ -214,7 +216,7 @@ LAYOUTS = {
     "safetensors with other positions": Layout(
         safetensors_file(scaled_positions),
         "refused: the model computes its positions",
-        refused="is not what the config",
+        refused="differs from the model's",
     ),
     "safetensors with another number of positions": Layout(
         safetensors_file(more_positions), "refused", refused="the config's model has 16 positions"
@@ -228,7 +230,7 @@ LAYOUTS = {
     "the same, a path instead of a file's name": Layout(
         sharded(lambda index, folder: set_in(index, "x_embedder.proj.bias", "../a.safetensors")),
         "refused",
-        refused="'../a.safetensors' is no plain name",
+        refused="'../a.safetensors' is not a plain name",
     ),
     "the same, a tensor in two shards": Layout(
         sharded(
@@ -238,7 +240,7 @@ LAYOUTS = {
             )
         ),
         "refused",
-        refused="and so does model-00001-of-00002.safetensors",
+        refused="which is in model-00001-of-00002.safetensors too",
     ),
     "the same, a tensor in no shard": Layout(
         sharded(lambda index, folder: set_in(index, "more.weight", "model-00001-of-00002.safetensors")),
@@ -255,7 +257,7 @@ LAYOUTS = {
     "the same, blocks with embeddings of their own": Layout(
         diffusers(lambda content, names: names[f"transformer_blocks.1.{CLASSES}"].add_(1)),
         "refused: DiT has one",
-        refused="transformer_blocks.1.norm1.* is not transformer_blocks.0.norm1",
+        refused="transformer_blocks.1.norm1.* differs from transformer_blocks.0.norm1",
     ),
     "the same, with another normalisation, activation, ...": Layout(
         diffusers(lambda content, names: content.update(activation_fn="geglu")),

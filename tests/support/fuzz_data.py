@@ -17,7 +17,7 @@ from megapromoe.data import encode
 from megapromoe.data.datasets import DatasetError
 from megapromoe.data.encode import EncodeError
 from megapromoe.data.latents import Latents
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset
 
 RECORDS = 6
@@ -61,11 +61,11 @@ def fuzz_check(root: Path, flips: int, seed: int) -> Tally:
     expected = contents()
 
     def classify(_: Damage) -> str:
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings_of():
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings_of():
             code = main(["data", "check", str(folder)])
         if code == 1:
-            assert str(folder) in said.getvalue(), said.getvalue()
+            assert str(folder) in output.getvalue(), output.getvalue()
             return NAMED
         return HARMLESS if contents() == expected else SILENT
 
@@ -81,7 +81,7 @@ def fuzz_training_data(root: Path, flips: int, seed: int) -> Tally:
 
     def read() -> tuple[list[bytes], int]:
         RunDirectory(run).state(config)
-        loader = Loader(open_dataset(config), config.data.seed, 0.3, config.data.flip, config.model.null_class)
+        loader = SampleStream(open_dataset(config), config.data.seed, 0.3, config.data.flip, config.model.null_class)
         batches = [loader.batch(first, 4) for first in range(0, 2 * RECORDS, 4)]
         fields = ("clean_BCHW", "labels_B", "positions_B", "u_B", "noise_BCHW")
         tensors: list[torch.Tensor] = [getattr(batch, field) for batch in batches for field in fields]
@@ -105,7 +105,7 @@ def fuzz_training_data(root: Path, flips: int, seed: int) -> Tally:
 
 def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
     """What an interrupted `encode` finds when its command is repeated: its plan, and the parts of finished shards."""
-    whole, folder = write(root / "whole", _Source(), shard_size=4), root / "interrupted"
+    complete, folder = write(root / "whole", _Source(), shard_size=4), root / "interrupted"
 
     class Interrupted(_Source):
         def records(self, items):
@@ -117,7 +117,7 @@ def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
         encode.encode(Interrupted(), folder, shard_size=4)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["part-00000.json", "plan.json", "shard-00000.npy"]
-    expected = {path.name: path.read_bytes() for path in whole.iterdir() if path.name != "plan.json"}
+    expected = {path.name: path.read_bytes() for path in complete.iterdir() if path.name != "plan.json"}
     logging.getLogger(encode.__name__).setLevel(logging.WARNING)
 
     def read() -> dict[str, bytes]:
@@ -131,5 +131,5 @@ def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
         return NAMED if named else outcome
 
     files = [folder / "plan.json", folder / "part-00000.json"]
-    donors = [whole / "plan.json", whole / "manifest.json"]
+    donors = [complete / "plan.json", complete / "manifest.json"]
     return damage(Target("plan and parts of `encode`", files, classify, donors, snapshot(folder)), flips, seed)

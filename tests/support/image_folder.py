@@ -20,8 +20,8 @@ def write_images(folder: Path) -> Path:
             image.convert("P").save(path.with_suffix(".Gif"), format="gif")
         else:
             image.save(path)
-    whole = (folder / "class0" / "im00.png").read_bytes()
-    (folder / "class1" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "class0" / "im00.png").read_bytes()
+    (folder / "class1" / "cut.png").write_bytes(content[: len(content) // 2])
     (folder / "class2" / "text.jpg").write_text("no image")
     (folder / "class2" / "notes.txt").write_text("no image by its name")
     return folder

@@ -16,7 +16,7 @@ class Arrays:
     def __init__(self, count=40, classes=4, shape=(2, 4, 4), stochastic=True, mirror="stored", dtype="float32"):
         items = tuple(Item(f"class{i % classes}/{i:04d}.png", i % classes) for i in range(count))
         self.scan = Scan(items, tuple(f"class {i}" for i in range(classes)), ())
-        self.facts = {
+        self.manifest_fields = {
             "shape": shape,
             "dtype": dtype,
             "mirror": mirror,
@@ -30,9 +30,13 @@ class Arrays:
         self.asked = []
 
     def record(self, item):
-        shape = (1 + (self.facts["mirror"] == "stored"), 1 + self.facts["stochastic"], *self.facts["shape"])
+        shape = (
+            1 + (self.manifest_fields["mirror"] == "stored"),
+            1 + self.manifest_fields["stochastic"],
+            *self.manifest_fields["shape"],
+        )
         record = np.random.default_rng(int(item.path[-8:-4])).standard_normal(shape).astype(np.float32)
-        if self.facts["stochastic"]:
+        if self.manifest_fields["stochastic"]:
             record[:, 1] -= 3
         return record
 

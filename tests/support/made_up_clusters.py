@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from megapromoe.preflight.bandwidth import Network
 from megapromoe.preflight.clocks import Clock
-from megapromoe.preflight.groups import Heard
+from megapromoe.preflight.groups import GroupResult
 from megapromoe.preflight.job import RULES
 from megapromoe.preflight.machine import Machine
 from megapromoe.preflight.storage import GIB, Data, Files
-from megapromoe.preflight.verdict import Cluster, Limits, judge
+from megapromoe.preflight.verdict import Cluster, Limits, evaluate
 
 GOOD = Machine(
     versions={"python": "3.11", "torch": "2.13", "driver": "570"}, device="cuda", name="H100", uuid="",
@@ -23,23 +23,27 @@ def cluster_of(nodes: int = 8, ranks: int = 8) -> Cluster:
     node_of = {r: f"node{r // ranks}" for r in range(world)}
     leaders = [r for r in range(world) if r % ranks == 0]
     names = [f"node{i}" for i in range(nodes)]
-    found = {"machine": {}, "clock": {}, "files": {}, "data": {}, "network": {}}
+    findings = {"machine": {}, "clock": {}, "files": {}, "data": {}, "network": {}}
     for r in range(world):
-        found["machine"][r] = replace(GOOD, uuid=f"GPU-{r}")
+        findings["machine"][r] = replace(GOOD, uuid=f"GPU-{r}")
         node = list(range(r // ranks * ranks, r // ranks * ranks + ranks))
-        heard = {"whole": Heard(list(range(world))), "tp": Heard([r // 2 * 2, r // 2 * 2 + 1]), "ep": Heard(node)}
+        groups = {
+            "world": GroupResult(list(range(world))),
+            "tp": GroupResult([r // 2 * 2, r // 2 * 2 + 1]),
+            "ep": GroupResult(node),
+        }
         pairs = {name: 45.0 for name in names if name != node_of[r]}
-        found["network"][r] = Network("cuda", "", heard, pairs, [], 300.0)
+        findings["network"][r] = Network("cuda", "", groups, pairs, [], 300.0)
     for r in leaders:
-        found["clock"][r] = Clock(0.002, 0.001)
-        found["files"][r] = Files("/runs/x", "", {names[r // ranks - 1]: 0.1, "node0": 0.1}, 2e9, 5000 * GIB)
-        found["data"][r] = Data("", 1_281_167, "abcd", 1000.0)
-    return Cluster(world, node_of, dict.fromkeys(names, ranks), found)
+        findings["clock"][r] = Clock(0.002, 0.001)
+        findings["files"][r] = Files("/runs/x", "", {names[r // ranks - 1]: 0.1, "node0": 0.1}, 2e9, 5000 * GIB)
+        findings["data"][r] = Data("", 1_281_167, "abcd", 1000.0)
+    return Cluster(world, node_of, dict.fromkeys(names, ranks), findings)
 
 
 def change(cluster: Cluster, stage: str, rank: int, **fields) -> None:
-    cluster.found[stage][rank] = replace(cluster.found[stage][rank], **fields)
+    cluster.findings[stage][rank] = replace(cluster.findings[stage][rank], **fields)
 
 
 def verdict_of(cluster: Cluster, **limits):
-    return judge(cluster, Limits(**{"free_bytes": 100 * GIB, **limits}), RULES)
+    return evaluate(cluster, Limits(**{"free_bytes": 100 * GIB, **limits}), RULES)

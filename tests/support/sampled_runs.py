@@ -10,7 +10,7 @@ from support import processes
 from megapromoe.checkpoint.manager import Saver
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve, to_yaml
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
@@ -26,7 +26,7 @@ TINY = (
     "train.global_batch=8",
     "train.timeout=60",
 )
-ALONE = Launch("python")
+ALONE = LaunchEnvironment("python")
 
 
 def tiny(*overrides: str) -> Config:
@@ -78,7 +78,7 @@ def launched(store: str, port: int, function, request):
     torch.distributed.destroy_process_group()
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        result = function(request, Launch("torchrun", rank, world, rank, world, "127.0.0.1", port))
+        result = function(request, LaunchEnvironment("torchrun", rank, world, rank, world, "127.0.0.1", port))
     except UserError as error:
         assert error.on_all_ranks
         result = f"{type(error).__name__}: {error}"

@@ -18,11 +18,11 @@ def train(folder: str, *overrides: str) -> None:
     """`loop.train` of the small model (six steps, saved every three) in a job that is already running."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     store = torch.distributed.HashStore()
-    rendezvous.gather = lambda launch, timeout: store
-    rendezvous.own_connection = lambda store, timeout: store
-    runtime.start = lambda launch, timeout, store: runtime.Job(torch.device("cpu"), store)
-    runtime.stop = lambda: None
-    loop.train(small(*QUICK, *overrides), Path(folder), runtime.Launch("test", rank, world))
+    rendezvous.connect_all_ranks = lambda launch, timeout: store
+    rendezvous.clone_connection = lambda store, timeout: store
+    runtime.init_process_group = lambda launch, timeout, store: runtime.Job(torch.device("cpu"), store)
+    runtime.destroy_process_group = lambda: None
+    loop.train(small(*QUICK, *overrides), Path(folder), runtime.LaunchEnvironment("test", rank, world))
 
 
 def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:

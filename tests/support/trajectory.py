@@ -14,7 +14,7 @@ from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Synthetic
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
@@ -80,7 +80,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     objective = make_objective(config)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
-    loader = Loader(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    loader = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     out = Trajectory()
     for step in range(steps):
         total = torch.zeros(())
@@ -96,7 +96,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
                 total_loss = mse + auxiliary.total()
                 return total_loss, total_loss.detach()
 
-            total += engine.micro_step(x, t, batch.labels_B, batch.conditional, loss=loss)
+            total += engine.micro_step(x, t, batch.labels_B, batch.num_conditional, loss=loss)
             if number < len(ranges) - 1:
                 engine.finish_micro_step()
         dist.all_reduce(total, group=mesh.dp.process_group)

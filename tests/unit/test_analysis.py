@@ -50,7 +50,7 @@ def test_divergences_by_hand():
     assert measures.kullback_leibler(p, q) == pytest.approx(1.0)  # log2(0.5 / 0.25)
     assert measures.kullback_leibler(q, p) == math.inf
     middle = (p + q) / 2
-    by_hand = sum(0.5 * a * math.log2(a / m) for one in (p, q) for a, m in zip(one, middle, strict=True) if a)
+    by_hand = sum(0.5 * a * math.log2(a / m) for part in (p, q) for a, m in zip(part, middle, strict=True) if a)
     assert measures.jensen_shannon(p, q) == measures.jensen_shannon(q, p) == pytest.approx(by_hand)
     assert measures.jensen_shannon(np.array([1, 0]), np.array([0, 1])) == pytest.approx(1.0)
     assert measures.jensen_shannon(p, p) == 0 and math.isnan(measures.jensen_shannon(p, np.zeros(3)))
@@ -108,9 +108,9 @@ def test_distance_ratio_by_brute_force():
 def test_tight_groups_have_a_large_ratio_and_are_found():
     truth = np.arange(200) % 10
     x = 20 * RNG.normal(size=(10, 8))[truth] + 0.1 * RNG.normal(size=(200, 8))
-    found = measures.clusters(x)
-    assert len(set(zip(truth, found, strict=True))) == 10
-    assert measures.distance_ratio(x, found) == measures.distance_ratio(x, truth) > 50
+    groups = measures.clusters(x)
+    assert len(set(zip(truth, groups, strict=True))) == 10
+    assert measures.distance_ratio(x, groups) == measures.distance_ratio(x, truth) > 50
 
 
 def test_t_sne_keeps_neighbours_and_repeats_itself():
@@ -121,10 +121,10 @@ def test_t_sne_keeps_neighbours_and_repeats_itself():
     assert ((nearest < 30) == (np.arange(60) < 30)).all()
 
 
-def test_every_measure_says_what_it_is():
+def test_every_measure_has_a_definition():
     for measure in MEASURES.values():
-        said = measures.definition(measure)
-        assert len(said) > 40 and "Args:" not in said and "Source:" not in said
+        text = measures.definition(measure)
+        assert len(text) > 40 and "Args:" not in text and "Source:" not in text
 
 
 # ---- what is collected
@@ -132,21 +132,21 @@ def test_every_measure_says_what_it_is():
 
 def test_tokens_are_what_the_router_saw():
     model, config = tiny("sample.batch=7")
-    found = measure_routing(model, config, Digits(), images=20, levels=(0.2, 0.8), tokens=50)
-    assert found.levels == (0.2, 0.8) and found.middle == 0.8 and found.rows_MLCE.shape[0] == 2
+    routing = measure_routing(model, config, Digits(), images=20, levels=(0.2, 0.8), tokens=50)
+    assert routing.levels == (0.2, 0.8) and routing.middle == 0.8 and routing.rows_MLCE.shape[0] == 2
     router = model.blocks[1].mlp.router
-    again = router(torch.from_numpy(found.tokens.x_LTD[0])[:, None]).assignment.expert_R
-    np.testing.assert_array_equal(again.numpy(), found.tokens.expert_LT[0])
-    whole = measure_routing(model, config, Digits(), images=20, levels=(0.8,), tokens=20 * 16).tokens
-    np.testing.assert_array_equal(whole.class_T.reshape(20, 16)[:, 0], found.labels)
-    assert len(found.tokens.class_T) == 50
+    again = router(torch.from_numpy(routing.tokens.x_LTD[0])[:, None]).assignment.expert_R
+    np.testing.assert_array_equal(again.numpy(), routing.tokens.expert_LT[0])
+    all_tokens = measure_routing(model, config, Digits(), images=20, levels=(0.8,), tokens=20 * 16).tokens
+    np.testing.assert_array_equal(all_tokens.class_T.reshape(20, 16)[:, 0], routing.labels)
+    assert len(routing.tokens.class_T) == 50
 
 
 def test_visits_count_the_experts_of_tokens():
     model, config = tiny("model.router=promoe_ec", "model.top_k=2")
-    found = measure_routing(model, config, Digits(), images=9)
-    assert found.visits_LV.sum() == 9 * 16 * 3
-    assert found.visits_LV[0] @ np.arange(5) == found.rows_MLCE.sum() == 9 * 3 * 4 * 8
+    routing = measure_routing(model, config, Digits(), images=9)
+    assert routing.visits_LV.sum() == 9 * 16 * 3
+    assert routing.visits_LV[0] @ np.arange(5) == routing.rows_MLCE.sum() == 9 * 3 * 4 * 8
 
 
 def test_only_the_chosen_blocks():
@@ -159,7 +159,7 @@ def test_only_the_chosen_blocks():
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"blocks": [0, 1]}, "layers: 0: must be blocks with experts: 1"),
         ({"blocks": []}, "layers: none: must be"),
@@ -167,9 +167,9 @@ def test_only_the_chosen_blocks():
         ({"levels": ()}, "levels: at least one"),
     ],
 )
-def test_what_cannot_be_measured(changes, said):
+def test_what_cannot_be_measured(changes, message):
     model, config = tiny()
-    with pytest.raises(RoutingError, match=re.escape(said)):
+    with pytest.raises(RoutingError, match=re.escape(message)):
         measure_routing(model, config, Digits(), images=2, **changes)
 
 
@@ -182,20 +182,20 @@ def test_every_router_can_be_analysed(router):
     dataset = Digits()
     routing = measure_routing(model, config, dataset, images=30, tokens=60)
     numbers, sections = analyse(model, config, dataset, routing, {"even": (0, 2), "odd": (1, 3)}, Request())
-    said = json.loads(json.dumps(plain(numbers), allow_nan=False))
-    assert np.shape(said["subset_load"]) == (1, 2, 4) and np.shape(said["router_cosine"]) == (1, 4, 4)
-    assert np.shape(said["load_by_level"]) == (3, 1, 4) and np.sum(said["experts_of_a_token"]) == pytest.approx(
+    content = json.loads(json.dumps(plain(numbers), allow_nan=False))
+    assert np.shape(content["subset_load"]) == (1, 2, 4) and np.shape(content["router_cosine"]) == (1, 4, 4)
+    assert np.shape(content["load_by_level"]) == (3, 1, 4) and np.sum(content["experts_of_a_token"]) == pytest.approx(
         1, abs=1e-4
     )
-    assert ("superclass_accuracy" in said) == (router == "classification")
+    assert ("superclass_accuracy" in content) == (router == "classification")
     assert len({section.name for section in sections}) == 9
-    nobody = said["experts_of_a_token"][0][0]
-    assert any("no expert" in note for section in sections for note in section.notes) == (nobody > 0)
+    unrouted = content["experts_of_a_token"][0][0]
+    assert any("no expert" in note for section in sections for note in section.notes) == (unrouted > 0)
     shots = {section.name: figures.png(section.figure) for section in sections}
     text = page({"run": "<tiny>", "step": 3, "weights": "ema", "router": router, **numbers}, sections, shots)
     assert text.count("data:image/png;base64,") == 9 and "&lt;tiny&gt;" in text and 'src="http' not in text
-    found = re.findall(r"base64,([^\"]+)", text)
-    assert [base64.b64decode(one) for one in found] == list(shots.values())
+    pictures = re.findall(r"base64,([^\"]+)", text)
+    assert [base64.b64decode(part) for part in pictures] == list(shots.values())
 
 
 def test_superclass_accuracy():
@@ -215,8 +215,8 @@ def test_subsets_to_compare(tmp_path):
     file = tmp_path / "subsets.yaml"
     file.write_text("round: [0, 6, 8-9]\nloops: [8]\n")
     assert choose_subsets(config, Digits(), file) == {"round": (0, 6, 8, 9), "loops": (8,)}
-    many = resolve("promoe_s")
-    first, second = choose_subsets(many, None, None).values()
+    large = resolve("promoe_s")
+    first, second = choose_subsets(large, None, None).values()
     assert len(first) == len(second) == 200 and not set(first) & set(second) and max(first + second) < 1000
 
 
@@ -227,18 +227,18 @@ def test_many_of_everything_fits_the_pictures():
     rows = rng.integers(0, 9, (3, L, C, E))
     images, labels = rng.normal(size=(C, 4, 8, 8)), np.arange(C)
     maps = rng.integers(-1, E, (L, C, 16))
-    found = Routing(tuple(range(1, 13, 2)), (0.1, 0.5, 0.9), rows, np.ones((L, E + 1)), maps, images, labels, tokens)
+    routing = Routing(tuple(range(1, 13, 2)), (0.1, 0.5, 0.9), rows, np.ones((L, E + 1)), maps, images, labels, tokens)
     names = [f"class number {c}" for c in range(C)]
     shares = rng.random((L, 30, E))
     drawn = [
-        figures.shares_figure(found, names),
-        figures.load_figure(found),
-        figures.levels_figure(found, measures.evenness(found.load_MLE)),
-        figures.maps_figure(found, names, 4),
-        figures.scatter_figure(found, tokens.x_LTD[:3, :, :2], [0, 2, 5], names),
-        figures.subsets_figure(found, names[:30], shares, np.full((L, 30, 30), np.nan)),
-        figures.matrices_figure(found, rng.random((L, E, E)), "cosine"),
-        figures.lines_figure(found, {"a": rng.random(L)}, "overlap", {"random": 0.1}),
+        figures.shares_figure(routing, names),
+        figures.load_figure(routing),
+        figures.levels_figure(routing, measures.evenness(routing.load_MLE)),
+        figures.maps_figure(routing, names, 4),
+        figures.scatter_figure(routing, tokens.x_LTD[:3, :, :2], [0, 2, 5], names),
+        figures.subsets_figure(routing, names[:30], shares, np.full((L, 30, 30), np.nan)),
+        figures.matrices_figure(routing, rng.random((L, E, E)), "cosine"),
+        figures.lines_figure(routing, {"a": rng.random(L)}, "overlap", {"random": 0.1}),
     ]
     for figure in drawn:
         assert figures.png(figure).startswith(b"\x89PNG") and figure.get_figheight() < 20
@@ -266,24 +266,24 @@ def test_the_report_of_a_run(saved, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "request_, said",
+    "request_, message",
     [(Request(layers=(2,)), "must be blocks with experts"), (Request(top_k=17), "must be in 1..16")],
 )
-def test_nothing_is_written_for_what_cannot_be_shown(saved, tmp_path, monkeypatch, request_, said):
+def test_nothing_is_written_for_what_cannot_be_shown(saved, tmp_path, monkeypatch, request_, message):
     run, load = saved
     monkeypatch.setattr(report, "load_model", load)
-    with pytest.raises(RoutingError, match=re.escape(said)):
+    with pytest.raises(RoutingError, match=re.escape(message)):
         report.write_routing_report(run, tmp_path / "out", request_)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_program_refuses_in_words(tmp_path):
-    def said(*words):
+    def run_command(*words):
         done = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True)
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr
 
-    code, text = said("--run", str(tmp_path), "--levels", "a,b")
+    code, text = run_command("--run", str(tmp_path), "--levels", "a,b")
     assert code == 2 and "must be numbers with commas between, not 'a,b'" in text
-    code, text = said("--run", str(tmp_path))
+    code, text = run_command("--run", str(tmp_path))
     assert code == 1 and "has no config.yaml, so it is no run" in text

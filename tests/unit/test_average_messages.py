@@ -105,7 +105,7 @@ def test_upcycle_says_it_and_its_run_begins_with_new_initial_weights(run, tmp_pa
 
 
 def test_an_evaluation_says_the_largest_share(run):
-    share = identify_checkpoint(run, None, "ema", type("Launch", (), {"rank": 0})).initial_share
+    share = identify_checkpoint(run, None, "ema", type("LaunchEnvironment", (), {"rank": 0})).initial_share
     assert share == 0.9999**250
     record = {"count": 9, "reference": "digits", "reference_count": 9, "guidance": 1.0, "weights": "ema", "figures": {}}
     record |= {"features": {"name": "digits", "declared": False}, "figures": {"FD": 1.0}}

@@ -24,24 +24,24 @@ from megapromoe.conversion.torch_files import read_pickle
 from megapromoe.planning.cost import parameters
 
 
-def assert_same(one: State, other: State, kinds: tuple[str, ...] = KINDS) -> None:
-    assert (one.step, one.config) == (other.step, other.config)
-    assert list(one.shapes) == list(other.shapes)
+def assert_same(first: State, second: State, kinds: tuple[str, ...] = KINDS) -> None:
+    assert (first.step, first.config) == (second.step, second.config)
+    assert list(first.shapes) == list(second.shapes)
     for kind in kinds:
-        for name in one.shapes:
-            assert torch.equal(one.read(kind, name), other.read(kind, name)), (kind, name)
-    assert one.buffers.keys() == other.buffers.keys()
-    assert all(torch.equal(one.buffers[name], other.buffers[name]) for name in one.buffers)
+        for name in first.shapes:
+            assert torch.equal(first.read(kind, name), second.read(kind, name)), (kind, name)
+    assert first.buffers.keys() == second.buffers.keys()
+    assert all(torch.equal(first.buffers[name], second.buffers[name]) for name in first.buffers)
 
 
 @pytest.mark.parametrize("form", ["ours", "published", "safetensors", "deepspeed"])
 @pytest.mark.parametrize("case", CASES)
 def test_all_state_comes_back_to_the_bit(tmp_path, case, form):
     state = state_of(case)
-    there = tmp_path / NAMES[form]
-    assert export(state, there, form) == []
+    destination = tmp_path / NAMES[form]
+    assert export(state, destination, form) == []
     given = state.config if form == "published" else None
-    back = open_state(there, config=given)
+    back = open_state(destination, config=given)
     assert back.format == form and back.updates == 10 and back.notes == []
     assert_same(state, back)
 
@@ -77,13 +77,13 @@ def test_several_dense_experts_come_back_to_the_bit(tmp_path, form, unconditiona
     config = config_that_runs("promoe_tc")
     several = {"num_shared_experts": 3, "shared_expert_width": 20, "num_unconditional_experts": unconditional}
     state = random_state(replace(config, model=replace(config.model, **several)))
-    there = tmp_path / NAMES[form]
-    assert export(state, there, form) == []
-    back = open_state(there, config=state.config if form == "published" else None)
+    destination = tmp_path / NAMES[form]
+    assert export(state, destination, form) == []
+    back = open_state(destination, config=state.config if form == "published" else None)
     assert back.updates == 10 and back.notes == []
     assert_same(state, back)
     if form == "published":
-        tree = torch.load(there, weights_only=True)
+        tree = torch.load(destination, weights_only=True)
         shapes = {
             name: tuple(t.shape) for name, t in tree["model_state_dict"].items() if name.startswith("blocks.3.mlp")
         }
@@ -110,7 +110,7 @@ def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
     for key in ("model_state_dict", "ema_model_state_dict"):
         assert list(theirs[key]) == list(ours[key])
         assert all(torch.equal(theirs[key][n], ours[key][n]) for n in theirs[key]), key
-    a, b = (one["optimizer_state_dict"]["state"] for one in (theirs, ours))
+    a, b = (tree["optimizer_state_dict"]["state"] for tree in (theirs, ours))
     assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     shapes = {name: tensor.shape for name, tensor in ours["model_state_dict"].items()}
     model = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]
@@ -120,8 +120,8 @@ def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
 def test_readers_of_other_projects_read_what_is_written(tmp_path):
     state = state_of("promoe_tc")
     export(state, tmp_path / "folder", "diffusers")
-    said = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert said["_class_name"] == "DiT" and said["hidden_size"] == 32 and said["router"] == "promoe"
+    content = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert content["_class_name"] == "DiT" and content["hidden_size"] == 32 and content["router"] == "promoe"
     tensors = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensors[name], state.read("ema", name)) for name in state.shapes)
     export(state, tmp_path / "a.safetensors", "safetensors")
@@ -167,17 +167,17 @@ def test_weights_without_optimizer_start_with_empty_moments(tmp_path):
 
 def test_what_lists_without_a_config(capsys):
     assert main(["convert", str(PUBLISHED), "--what"]) == 0
-    said = capsys.readouterr().out
-    assert "step: 3" in said and "format: published" in said and "config: none" in said
-    assert "ema_model_state_dict.blocks.3.mlp.cluster_centers" in said and "4x32" in said
-    tensors = sum(1 for _ in said.splitlines()) - 4
-    assert f"{tensors} tensors" in said and tensors == 2 * 94 + 3 * 93
+    content = capsys.readouterr().out
+    assert "step: 3" in content and "format: published" in content and "config: none" in content
+    assert "ema_model_state_dict.blocks.3.mlp.cluster_centers" in content and "4x32" in content
+    tensors = sum(1 for _ in content.splitlines()) - 4
+    assert f"{tensors} tensors" in content and tensors == 2 * 94 + 3 * 93
 
 
 def test_views_and_strides_of_a_saved_tensor_are_read_as_they_are(tmp_path):
-    whole = torch.arange(24.0).view(4, 6)
+    table = torch.arange(24.0).view(4, 6)
     torch.save(
-        {"a": whole.T, "b": whole[1:3, 2:4], "c": whole[2], "d": torch.zeros(0, 3), "e": whole}, tmp_path / "x.pt"
+        {"a": table.T, "b": table[1:3, 2:4], "c": table[2], "d": torch.zeros(0, 3), "e": table}, tmp_path / "x.pt"
     )
     tree = read_pickle(tmp_path / "x.pt")
     for name, tensor in torch.load(tmp_path / "x.pt", weights_only=True).items():
@@ -214,23 +214,25 @@ def test_inspection_finds_the_one_tensor_that_differs(tmp_path, capsys):
 
     export(replace(state, read=read), tmp_path / "b.pth", "published")
     assert main(["inspect", str(tmp_path / "run"), str(tmp_path / "b.pth"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    (found,) = [one for one in said["differences"] if one["largest"] > 0]
-    assert (found["name"], found["kind"]) == ("final_layer.linear.bias", "ema")
+    content = json.loads(capsys.readouterr().out)
+    (difference,) = [entry for entry in content["differences"] if entry["largest"] > 0]
+    assert (difference["name"], difference["kind"]) == ("final_layer.linear.bias", "ema")
     norm = float(state.read("ema", "final_layer.linear.bias").norm())
-    assert found["largest"] == pytest.approx(0.5, rel=1e-5)
-    assert found["relative"] == pytest.approx(0.5 / norm, rel=1e-5)
+    assert difference["largest"] == pytest.approx(0.5, rel=1e-5)
+    assert difference["relative"] == pytest.approx(0.5 / norm, rel=1e-5)
     assert main(["inspect", str(tmp_path / "b.pth"), str(tmp_path / "run")]) == 0
     count = 4 * len(state.shapes)
     assert f"{count - 1} of {count} tensors are equal to the bit" in capsys.readouterr().out
 
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["layout"].startswith("1 rank files") and said["step"] == 12
-    assert said["updates"] == 10 and said["parameters"] == parameters(state.config.model).total
-    assert said["trained_parameters"] == sum(math.prod(shape) for shape in state.shapes.values())
+    content = json.loads(capsys.readouterr().out)
+    assert content["layout"].startswith("1 rank files") and content["step"] == 12
+    assert content["updates"] == 10 and content["parameters"] == parameters(state.config.model).total
+    assert content["trained_parameters"] == sum(math.prod(shape) for shape in state.shapes.values())
     for name in state.shapes:
         for kind in KINDS:
-            assert said["tensors"][name]["norm"][kind] == pytest.approx(float(state.read(kind, name).norm()), rel=1e-5)
+            assert content["tensors"][name]["norm"][kind] == pytest.approx(
+                float(state.read(kind, name).norm()), rel=1e-5
+            )
     assert main(["inspect", str(tmp_path / "b.pth")]) == 1
     assert "--config FILE" in capsys.readouterr().err

@@ -38,8 +38,8 @@ def test_a_malicious_file_executes_nothing_and_is_refused(tmp_path, capsys, how)
     target = str(tmp_path / "run")
     assert main(["convert", str(path), target, "--to", "ours", "--preset", "promoe_s"]) == 1
     assert main(["convert", str(path), "--what"]) == 1
-    said = capsys.readouterr().err
-    assert "nothing of it was executed" in said and ("system" in said or how == "pickle")
+    message = capsys.readouterr().err
+    assert "no code of the file was executed" in message and ("system" in message or how == "pickle")
     assert not trace.exists() and not Path(target).exists()
 
 
@@ -49,7 +49,7 @@ def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
     name = "global_step12/layer_1_expert_0_mp_rank_00_model_states.pt"
     torch.save({"x": Payload(f"touch {trace}")}, tmp_path / "deep" / name)
     assert main(["convert", str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
-    assert "nothing of it was executed" in capsys.readouterr().err and not trace.exists()
+    assert "no code of the file was executed" in capsys.readouterr().err and not trace.exists()
 
 
 def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
@@ -57,36 +57,38 @@ def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
         assert main(["convert", *map(str, command)]) == code
         return capsys.readouterr().err
 
-    there = tmp_path / "run"
-    assert "there is no such file" in says(tmp_path / "no.pth", there, "--to", "ours")
-    assert "--config FILE" in says(PUBLISHED, there, "--to", "ours")
+    run = tmp_path / "run"
+    assert "there is no such file" in says(tmp_path / "no.pth", run, "--to", "ours")
+    assert "--config FILE" in says(PUBLISHED, run, "--to", "ours")
     (tmp_path / "a.txt").write_text("text")
-    assert "no checkpoint of a known format" in says(tmp_path / "a.txt", there, "--to", "ours")
+    assert "not a checkpoint of a known format" in says(tmp_path / "a.txt", run, "--to", "ours")
     (tmp_path / "b.safetensors").write_text("text")
-    assert "no safetensors file, or damaged" in says(tmp_path / "b.safetensors", there, "--to", "ours")
-    said = says(PUBLISHED, there, "--to", "ours", "--preset", "promoe_s")
-    assert "another model" in said and "the file has (32,), the config's model (384,)" in said and "more" in said
+    assert "not a safetensors file, or is damaged" in says(tmp_path / "b.safetensors", run, "--to", "ours")
+    message = says(PUBLISHED, run, "--to", "ours", "--preset", "promoe_s")
+    assert (
+        "another model" in message and "the file has (32,), the config's model (384,)" in message and "more" in message
+    )
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config_that_runs()))
-    assert "was said to be ours, but is published" in says(
-        *(PUBLISHED, there, "--to", "ours", "--from", "ours", "--config", path)
+    assert "the given format is ours, but the checkpoint is published" in says(
+        *(PUBLISHED, run, "--to", "ours", "--from", "ours", "--config", path)
     )
     given = ("--to", "ours", "--config", path)
-    assert "did you mean depth?" in says(PUBLISHED, there, *given, "model.dept=3", code=2)
-    assert "leave the step out" in says(PUBLISHED, there, *given, "--step", 3)
-    assert not there.exists()
-    assert main(["convert", *map(str, (PUBLISHED, there, *given))]) == 0
+    assert "did you mean depth?" in says(PUBLISHED, run, *given, "model.dept=3", code=2)
+    assert "leave the step out" in says(PUBLISHED, run, *given, "--step", 3)
+    assert not run.exists()
+    assert main(["convert", *map(str, (PUBLISHED, run, *given))]) == 0
     capsys.readouterr()
-    assert "exists; choose another, or --overwrite" in says(PUBLISHED, there, *given)
-    assert main(["convert", *map(str, (PUBLISHED, there, *given, "--overwrite"))]) == 0
-    assert "no such checkpoint; there are 3" in says(there, tmp_path / "d.pth", "--to", "published", "--step", 7)
-    assert "let its name end in .pth" in says(there, tmp_path / "d", "--to", "published")
-    assert "lies in the source" in says(there, there / "checkpoints", "--to", "deepspeed", "--overwrite")
+    assert "exists; choose another, or --overwrite" in says(PUBLISHED, run, *given)
+    assert main(["convert", *map(str, (PUBLISHED, run, *given, "--overwrite"))]) == 0
+    assert "no such checkpoint; there are 3" in says(run, tmp_path / "d.pth", "--to", "published", "--step", 7)
+    assert "its name must end in .pth" in says(run, tmp_path / "d", "--to", "published")
+    assert "is inside the source" in says(run, run / "checkpoints", "--to", "deepspeed", "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("text")
-    assert "known format" in says(there, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
-    (there / "metrics.jsonl").write_text("{}")
-    assert "never overwritten" in says(PUBLISHED, there, *given, "--overwrite")
+    assert "known format" in says(run, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
+    (run / "metrics.jsonl").write_text("{}")
+    assert "never overwritten" in says(PUBLISHED, run, *given, "--overwrite")
     assert "give DEST and --to FORMAT, or --what" in says(PUBLISHED, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.safetensors", "c.yaml", "mine", "run"]
 
@@ -102,7 +104,7 @@ def test_damage_is_noticed(tmp_path):
     export(state_of("promoe_tc"), tmp_path / "a.safetensors", "safetensors")
     with open(tmp_path / "a.safetensors", "r+b") as cut:
         cut.truncate(os.path.getsize(tmp_path / "a.safetensors") - 4)
-    with pytest.raises(ConversionError, match="does not lie within"):
+    with pytest.raises(ConversionError, match="is not within"):
         open_state(tmp_path / "a.safetensors")
     export(state_of("promoe_tc"), tmp_path / "a.pth", "published")
     with open(tmp_path / "a.pth", "r+b") as cut:
@@ -119,7 +121,7 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
     assert any("lr = 0.5" in note for note in open_state(tmp_path / "a.pth", config=config_that_runs()).notes)
     optimizer["state"][1]["exp_avg"] = torch.zeros(3)
     torch.save(tree, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match="the exp_avg of x_embedder.proj.weight is missing or of another shape"):
+    with pytest.raises(ConversionError, match="the exp_avg of x_embedder.proj.weight is missing or has another shape"):
         open_state(tmp_path / "a.pth", config=config_that_runs())
     optimizer["param_groups"][0]["params"] = list(range(50))
     torch.save(tree, tmp_path / "a.pth")

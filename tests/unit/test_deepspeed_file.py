@@ -9,7 +9,7 @@ from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.deepspeed_keys import OURS, REFUSED, SUPPORTED, has_no_effect, names_in
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import launch_environment, runtime
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 
 
 def nested(key: str, value) -> dict:
@@ -154,7 +154,7 @@ def test_what_has_no_effect_is_left_out(content, left, tmp_path, capsys):
 
 def test_everything_wrong_with_the_file_is_in_the_message_of_every_command(tmp_path, capsys, monkeypatch):
     """Before a process group exists, together with what else is wrong with the configuration."""
-    monkeypatch.setattr(launch_environment, "detect", lambda: Launch("python"))
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("python"))
     monkeypatch.setattr(runtime, "start", lambda *_: pytest.fail("a process group was made"))
     wrong = [nested("zero_optimization.zero_hpz_partition_size", 2), {"torch_autocast": {"enabled": True}}]
     wrong += [{"amp": {"enabled": False}}, nested("zero_optimization.mics_shard_size", 4), {"train_batch_size": 4}]

@@ -9,7 +9,7 @@ import torch
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.stream import ConversionError
-from megapromoe.conversion.upcycle import _whole_model
+from megapromoe.conversion.upcycle import _load_model
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install megapromoe[images]")
 
@@ -36,7 +36,7 @@ def outputs(state, model, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tens
     t_B, y_B = torch.tensor([0, 1, 77, 500, 998, 999]), torch.tensor([0, 3, 5, 9, 10, 10])
     with torch.no_grad():
         theirs = model(x_BCHW.to(dtype), t_B, y_B).sample
-    return _whole_model(state, "master")(x_BCHW, t_B.float(), y_B, 4)[0], theirs
+    return _load_model(state, "master")(x_BCHW, t_B.float(), y_B, 4)[0], theirs
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -61,7 +61,7 @@ def test_its_time_frequencies_and_its_epsilon_are_not_those_of_dit(tmp_path, mod
     for setting in ({"time_frequency_shift": 0}, {"mlp_norm_eps": 1e-2}):
         config = replace(state.config, model=replace(state.config.model, **setting))
         other = open_state(tmp_path, config=config)
-        assert any("which is kept" in note for note in other.notes)
+        assert any("is used" in note for note in other.notes)
         assert error(*outputs(other, model)) > 1e-4, setting
 
 
@@ -77,7 +77,7 @@ def test_half_precision_is_widened(tmp_path, model):
 
 def test_a_config_of_another_model_is_refused(tmp_path, model):
     model.save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="model.router = dense, the config given has promoe"):
+    with pytest.raises(ConversionError, match="model.router = dense, but the given config has promoe"):
         open_state(tmp_path, config=resolve("digits"))
     described = json.loads((tmp_path / "config.json").read_text())
     for key, value in (("num_layers", 3), ("num_layers", 10**9), ("patch_size", "2"), ("out_channels", 5)):

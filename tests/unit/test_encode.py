@@ -1,4 +1,4 @@
-"""Encoding: the same bytes at any number of ranks, taken up where a job was killed; the tool and the command."""
+"""Encoding: the same bytes at any number of ranks, resumed where a job was killed; the tool and the command."""
 
 import json
 import math
@@ -34,9 +34,14 @@ def test_the_output_is_the_same_at_any_number_of_ranks(name, images, autoencoder
         where = name if name == "none" else str(autoencoders / name)
         return EncodedImages(images, scan(images), open_autoencoder(where), 16, batch=3, workers=2, dtype="float32")
 
-    one = files(write(tmp_path / "one", source(), 1, 5))
-    assert one == files(write(tmp_path / "three", source(), 3, 5)) == files(write(tmp_path / "nine", source(), 9, 5))
-    assert sorted(one) == ["index.safetensors", "manifest.json", "plan.json", *(f"shard-0000{i}.npy" for i in range(4))]
+    single = files(write(tmp_path / "one", source(), 1, 5))
+    assert single == files(write(tmp_path / "three", source(), 3, 5)) == files(write(tmp_path / "nine", source(), 9, 5))
+    assert sorted(single) == [
+        "index.safetensors",
+        "manifest.json",
+        "plan.json",
+        *(f"shard-0000{i}.npy" for i in range(4)),
+    ]
     assert check(tmp_path / "one") == []
     data = Latents(tmp_path / "one")
     assert len(data) == 14 and [path for path, _ in data.manifest.skipped] == [
@@ -54,7 +59,7 @@ def test_the_output_is_the_same_at_any_number_of_ranks(name, images, autoencoder
                 assert np.allclose(data.raw(index)[view, 0], mean[0], atol=1e-5)
             if logvar is not None:
                 assert np.allclose(data.raw(index)[view, 1], logvar[0], atol=1e-5)
-            drawn = data.draw(np.array([index]), np.array([view == 1]), None)
+            drawn = data.sample(np.array([index]), np.array([view == 1]), None)
             assert np.allclose(drawn, autoencoder.normalise(mean), atol=1e-5)
 
 
@@ -68,7 +73,7 @@ def test_half_precision_is_measured_against_the_posterior(tmp_path):
 
 
 def test_a_killed_job_goes_on_with_the_first_unfinished_shard(tmp_path):
-    whole = files(write(tmp_path / "whole"))
+    complete = files(write(tmp_path / "whole"))
 
     class Dying(Arrays):
         def records(self, items):
@@ -82,10 +87,10 @@ def test_a_killed_job_goes_on_with_the_first_unfinished_shard(tmp_path):
     names = sorted(files(tmp_path / "killed"))
     assert names == ["part-00000.json", "plan.json", "shard-00000.npy"]
     (tmp_path / "killed" / "shard-00001.npy.writing").write_bytes(b"left by a process that was killed")
-    again, told = Arrays(), []
-    encode.encode(again, tmp_path / "killed", shard_size=16, progress=told.append)
+    again, reported = Arrays(), []
+    encode.encode(again, tmp_path / "killed", shard_size=16, progress=reported.append)
     assert [item.path for item in again.asked] == [item.path for item in again.scan.items[16:]]
-    assert files(tmp_path / "killed") == whole and sum(told) == 40
+    assert files(tmp_path / "killed") == complete and sum(reported) == 40
     (tmp_path / "killed" / "part-00001.json").write_text("")  # a stray file changes nothing
     done = Arrays()
     assert encode.encode(done, tmp_path / "killed", shard_size=16).records == 40 and not done.asked
@@ -105,7 +110,7 @@ def interrupted(folder):
     return folder
 
 
-def test_the_watchdog_is_told_of_each_shard_and_of_each_record(tmp_path):
+def test_each_shard_and_record_is_reported_to_the_watchdog(tmp_path):
     class Recorder:
         places, touches = [], 0
 
@@ -119,15 +124,15 @@ def test_the_watchdog_is_told_of_each_shard_and_of_each_record(tmp_path):
             pass
 
     recorder, folder = Recorder(), tmp_path / "l"
-    with watchdog.watching(recorder):
+    with watchdog.watched_by(recorder):
         encode.encode(Arrays(), folder, shard_size=16)
     shards = [f"shard {number} of 3 of {folder}" for number in (1, 2, 3)]
     ends = [f"waiting for the other ranks' shards of {folder}", f"writing the index of {folder}"]
     assert recorder.places == shards + ends and recorder.touches == 40
 
 
-def test_a_damaged_part_is_named_and_its_shard_made_again(tmp_path, caplog):
-    whole = files(write(tmp_path / "whole"))
+def test_a_damaged_part_is_named_and_its_shard_written_again(tmp_path, caplog):
+    complete = files(write(tmp_path / "whole"))
     for number, change in enumerate((
         lambda text: text.replace('"labels": [0, 1', '"labels": [1, 1'),
         lambda text: text.replace('"names"', '"namez"'),
@@ -142,8 +147,8 @@ def test_a_damaged_part_is_named_and_its_shard_made_again(tmp_path, caplog):
         caplog.clear()
         source = Arrays()
         encode.encode(source, folder, shard_size=16)
-        assert len(source.asked) == 40 and f"{part} is damaged; its shard is made again" in caplog.text
-        assert files(folder) == whole
+        assert len(source.asked) == 40 and f"{part} is damaged; its shard is written again" in caplog.text
+        assert files(folder) == complete
 
 
 def test_a_part_of_the_version_without_hashes_is_used(tmp_path):
@@ -164,24 +169,24 @@ def test_a_damaged_plan_is_named(text, tmp_path):
         write(tmp_path / "l")
 
 
-def test_the_bar_of_rank_0_is_told_of_every_file_once(tmp_path):
-    told = []
+def test_rank_0_reports_the_progress_of_every_file_once(tmp_path):
+    reported = []
     rank1 = threading.Thread(target=encode.encode, args=(Arrays(), tmp_path / "l", 1, 2, 7))
     rank1.start()
-    encode.encode(Arrays(), tmp_path / "l", 0, 2, 7, progress=told.append)
+    encode.encode(Arrays(), tmp_path / "l", 0, 2, 7, progress=reported.append)
     rank1.join()
-    assert sum(told) == 40 and min(told) >= 0
+    assert sum(reported) == 40 and min(reported) >= 0
 
 
 def test_another_command_in_the_same_folder_is_refused(tmp_path):
     folder = write(tmp_path / "latents")
-    with pytest.raises(EncodeError, match='begun from something else: dtype was "float32", is "float16"'):
+    with pytest.raises(EncodeError, match='started with other settings or images: dtype was "float32", is "float16"'):
         write(folder, Arrays(dtype="float16"))
     with pytest.raises(EncodeError, match="files was 40, is 39, files_sha256 was"):
         write(folder, Arrays(count=39))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(EncodeError, match="holds other things; give an empty or a new folder"):
+    with pytest.raises(EncodeError, match="holds other files; give an empty or a new folder"):
         write(tmp_path / "other")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
@@ -189,32 +194,34 @@ def test_another_command_in_the_same_folder_is_refused(tmp_path):
 def test_two_jobs_do_not_write_into_one_folder(tmp_path):
     class Meeting(Arrays):
         def records(self, items):
-            with pytest.raises(EncodeError, match="another job is writing here"):
+            with pytest.raises(EncodeError, match="another job is writing to it"):
                 encode.encode(Arrays(), tmp_path / "l", shard_size=16)
             yield from super().records(items)
 
     write(tmp_path / "l", Meeting())
 
 
-def test_a_missing_rank_is_told(tmp_path):
-    with pytest.raises(EncodeError, match="nothing new in 0.05 s, 1 shards are missing, the first shard-00001.npy"):
-        encode.encode(Arrays(), tmp_path / "l", 0, 2, 20, patience=0.05)
-    with pytest.raises(EncodeError, match="rank 0 has not begun in 0.05 s"):
-        encode.encode(Arrays(), tmp_path / "none", 1, 2, 20, patience=0.05)
+def test_a_missing_rank_is_reported(tmp_path):
+    with pytest.raises(
+        EncodeError, match="no shard was finished within 0.05 s, 1 shards are missing, the first shard-00001.npy"
+    ):
+        encode.encode(Arrays(), tmp_path / "l", 0, 2, 20, wait_timeout=0.05)
+    with pytest.raises(EncodeError, match="rank 0 has not written it within 0.05 s"):
+        encode.encode(Arrays(), tmp_path / "none", 1, 2, 20, wait_timeout=0.05)
 
 
 @pytest.mark.parametrize(
-    "value, told",
-    [(np.nan, "float16; see to the autoencoder"), (1e6, r"float16; store as float32 \(--dtype float32\)")],
+    "value, message",
+    [(np.nan, "float16; check the autoencoder"), (1e6, r"float16; store as float32 \(--dtype float32\)")],
 )
-def test_a_latent_that_is_not_finite_ends_the_job(value, told, tmp_path):
+def test_a_latent_that_is_not_finite_ends_the_job(value, message, tmp_path):
     class Wrong(Arrays):
         def record(self, item):
             record = super().record(item)
             record[1, 0, 1, 2, 3] = value if item.path == "class1/0005.png" else 0
             return record
 
-    with pytest.raises(EncodeError, match=f"class1/0005.png: its latent is not finite as {told}"):
+    with pytest.raises(EncodeError, match=f"class1/0005.png: its latent is not finite as {message}"):
         write(tmp_path / "l", Wrong(dtype="float16"))
     assert not (tmp_path / "l").exists(), "nothing holds the folder: the remedy works in it"
     if np.isfinite(value):
@@ -222,7 +229,7 @@ def test_a_latent_that_is_not_finite_ends_the_job(value, told, tmp_path):
         assert (tmp_path / "l" / "manifest.json").exists()
 
 
-def test_a_failed_job_of_several_ranks_says_that_its_folder_may_be_removed(tmp_path):
+def test_after_a_failed_job_of_several_ranks_the_error_suggests_to_remove_the_folder(tmp_path):
     """One rank failed; the other may still be writing."""
 
     class Failing(Arrays):
@@ -231,7 +238,9 @@ def test_a_failed_job_of_several_ranks_says_that_its_folder_may_be_removed(tmp_p
 
     with pytest.raises(EncodeError, match="why"):
         encode.encode(Failing(), tmp_path / "l", 0, 2, 20)
-    with pytest.raises(EncodeError, match="something else: dtype was .* or remove this one, of which no shard is"):
+    with pytest.raises(
+        EncodeError, match="other settings or images: dtype was .* or remove this one, in which no shard is"
+    ):
         encode.encode(Arrays(dtype="float16"), tmp_path / "l", 0, 2, 20)
 
 
@@ -258,8 +267,8 @@ def tool(*arguments):
 
 def command(capsys, *arguments):
     code = main(["data", *map(str, arguments)])
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    output = capsys.readouterr()
+    return code, output.out + output.err
 
 
 def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_path, capsys, monkeypatch):
@@ -276,7 +285,7 @@ def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_p
     assert code == 0 and Image.open("sub/sheet.png").size == (MARGIN + 4 * 34, 3 * 34 + 2)
     assert command(capsys, "show", "l", "--autoencoder", "none")[0] == 0
     code, out = command(capsys, "show", "l", "--autoencoder", autoencoders / "tiny")
-    assert code == 1 and "the latents were made by" in out and "give that one" in out
+    assert code == 1 and "the latents were made by" in out and ": give '" in out
     assert command(capsys, "show", "l", "--class", 3) == (1, "megapromoe: --class 3: l has classes 0..2\n")
     code, out = command(capsys, "show", "l", "--out", "sheet.strange")
     assert code == 1 and "--out sheet.strange: " in out and "give the name of a .png" in out
@@ -284,12 +293,12 @@ def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_p
         file.seek(200)
         file.write(b"\xff\xff\xff\xff")
     code, out = command(capsys, "check", "l")
-    assert code == 1 and "record 0 (class0/deep/er/im03.Gif): its checksum is another" in out and "1 problems" in out
+    assert code == 1 and "record 0 (class0/deep/er/im03.Gif): wrong checksum" in out and "1 problems" in out
     code, out = command(capsys, "check", "nothing")
     assert code == 1 and "holds no manifest.json" in out
 
 
-def test_the_numbers_of_classes_and_hidden_folders_are_mentioned_before_anything_is_written(tmp_path, capsys):
+def test_notes_on_classes_and_hidden_folders_are_printed_before_anything_is_written(tmp_path, capsys):
     for name in map(str, range(11)):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "images" / name / "x.png")
@@ -298,9 +307,9 @@ def test_the_numbers_of_classes_and_hidden_folders_are_mentioned_before_anything
     out = tmp_path / "l"
     for call in (("--images", tmp_path / "images", "--autoencoder", "none"), ("--npz", tmp_path / "images")):
         assert tool(*call, "--out", out, "--dry-run") == 0 and not out.exists()
-        told = capsys.readouterr().err
-        assert "note: 1 hidden or system files and folders are passed over, such as .snapshot" in told
-        assert "note: the 11 class folders have numbers as names, and folder '10' is class 2" in told
+        reported = capsys.readouterr().err
+        assert "note: 1 hidden or system files and folders are ignored, such as .snapshot" in reported
+        assert "note: the 11 class folders have numbers as names, and folder '10' is class 2" in reported
         assert tool(*call, "--out", out, "--dry-run", "--class-order", "number") == 0
         assert "numbers as names" not in capsys.readouterr().err
     call = ("--images", tmp_path / "images", "--autoencoder", "none", "--resolution", 8, "--out", out)
@@ -309,7 +318,7 @@ def test_the_numbers_of_classes_and_hidden_folders_are_mentioned_before_anything
     assert [data.name(i).split("/")[0] for i in range(11)] == ["0", "1", "10", *"23456789"]
     assert data.labels.tolist() == [0, 1, 10, *range(2, 10)] and data.class_names == tuple(map(str, range(11)))
     assert tool(*call) == 1
-    assert "begun from something else: class_names was" in capsys.readouterr().err
+    assert "started with other settings or images: class_names was" in capsys.readouterr().err
     assert tool(*call, "--class-order", "number", "--one-class") == 2
     assert "there are no classes to order" in capsys.readouterr().err
 
@@ -321,7 +330,7 @@ def test_speed_compares_with_a_preset_of_the_same_shape(tmp_path, capsys):
     assert code == 0 and "\ndigits at 1x8x8 on one H100 takes at most" in out and "promoe_xl" not in out
 
 
-def test_speed_says_how_many_images(tmp_path, capsys):
+def test_speed_prints_images_per_second(tmp_path, capsys):
     folder = write(tmp_path / "l")
     code, out = command(
         capsys, "speed", folder, "--seconds", 1, "--workers", 2, "--batch", 8, "--cache", tmp_path / "c"
@@ -331,7 +340,7 @@ def test_speed_says_how_many_images(tmp_path, capsys):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, capsys):
+def test_mistakes_are_reported_as_a_message(images, autoencoders, tmp_path, capsys):
     assert tool("--images", tmp_path / "none", "--autoencoder", "none", "--out", tmp_path / "l") == 1
     assert "megapromoe: " in (err := capsys.readouterr().err) and "no such folder" in err
     assert tool("--images", images, "--out", tmp_path / "l") == 2
@@ -343,7 +352,7 @@ def test_the_tool_tells_mistakes_in_a_sentence(images, autoencoders, tmp_path, c
     assert json.loads((tmp_path / "l" / "manifest.json").read_text())["autoencoder"]["sha256"] == ""
 
 
-def test_the_sheet_shows_each_image_beside_its_mirror_image(images, tmp_path):
+def test_the_sheet_shows_each_image_next_to_its_mirror_image(images, tmp_path):
     source = EncodedImages(images, scan(images), open_autoencoder("none"), 16)
     data = Latents(write(tmp_path / "l", source))
     sheet = np.asarray(contact_sheet(data, [2, 0], 3, open_autoencoder("none")))

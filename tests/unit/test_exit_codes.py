@@ -25,14 +25,14 @@ def table() -> dict[int, str]:
 
 def classes_with_codes() -> dict[str, str]:
     """Class -> name of the code, of all classes that set one."""
-    found = {}
+    codes = {}
     for file in (ROOT / "megapromoe").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 for line in node.body:
                     if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "exit_code":
-                        found[node.name] = ast.unparse(line.value).removeprefix("ExitCode.")
-    return found
+                        codes[node.name] = ast.unparse(line.value).removeprefix("ExitCode.")
+    return codes
 
 
 def test_the_documents_name_every_code_and_every_class_that_sets_one():
@@ -60,7 +60,7 @@ class Failed(UserError):
 
 def code_of(monkeypatch, others: list, raised: Exception, **options) -> int:
     """The code with which this rank ends, where the other ranks report `others`."""
-    monkeypatch.setattr(agreement, "all_gather_values", lambda own: [own, *others])
+    monkeypatch.setattr(agreement, "all_gather_values", lambda own_value: [own_value, *others])
     with pytest.raises(Failed) as ended, raising_together(Failed, **options):
         raise raised
     return ended.value.exit_code

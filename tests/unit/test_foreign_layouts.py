@@ -42,8 +42,8 @@ def test_what_is_read_is_read_to_the_bit(tmp_path, name):
             if state.config.model.time_input == "sit" and parameter.startswith("final_layer.linear"):
                 expected = expected if kind == "exp_avg_sq" else -expected
             assert torch.equal(state.read(kind, parameter), expected), (kind, parameter)
-    told = re.search(r"model.time_input=(\w+)", layout.how)
-    assert state.config.model.time_input == (told[1] if told else "dit")
+    match = re.search(r"model.time_input=(\w+)", layout.how)
+    assert state.config.model.time_input == (match[1] if match else "dit")
     assert (state.config.diffusion.objective == "ddpm") == ("DDPM" in layout.how or name in DIFFUSERS)
     assert state.updates == (UPDATES if "exp_avg" in layout.kinds else 0)
     for words in layout.notes:
@@ -109,7 +109,7 @@ def test_experts_in_the_files_of_training_are_read_to_the_bit(tmp_path, case):
     }
     torch.save(content, tmp_path / "a.pt")
     back = open_state(tmp_path / "a.pt", config=state.config)
-    assert back.step == back.updates == 10 and any("trained to predict" in note for note in back.notes)
+    assert back.step == back.updates == 10 and any("training objective" in note for note in back.notes)
     for kind in KINDS:
         for name in state.shapes:
             assert torch.equal(back.read(kind, name), state.read(kind, name)), (kind, name)

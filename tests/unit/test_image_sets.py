@@ -91,7 +91,7 @@ def test_hidden_pictures_are_passed_over(tmp_path, caplog):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
         (tmp_path / f"._{name}.png").write_bytes(b"AppleDouble")
     assert ImageSet(tmp_path).read(0, 2).shape == (2, 4, 4, 3)
-    assert f"{tmp_path}: 2 hidden or system files and folders are passed over, such as ._a.png" in caplog.text
+    assert f"{tmp_path}: 2 hidden or system files and folders are ignored, such as ._a.png" in caplog.text
 
 
 @pytest.mark.parametrize("out", ["set", "set.npz"])

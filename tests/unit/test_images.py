@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from megapromoe.data import images as reader
-from megapromoe.data.images import MOST_PIXELS, ImageError, Item, centre_crop, open_image, read_image, scan
+from megapromoe.data.images import MAX_PIXELS, ImageError, Item, centre_crop, open_image, read_image, scan
 
 
 def resampled(array, size, kernel, support):
@@ -56,9 +56,9 @@ def adm_crop(array, side):
 def test_the_crop_is_the_one_of_its_definition(height, width):
     smooth = np.random.default_rng(1).random((4, 4, 3)) * 255
     pixels = np.asarray(Image.fromarray(smooth.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
-    found = np.asarray(centre_crop(Image.fromarray(pixels), 16), float)
-    assert found.shape == (16, 16, 3)
-    assert np.abs(found - adm_crop(pixels, 16)).max() <= 2  # each of Pillow's passes rounds its weights too
+    result = np.asarray(centre_crop(Image.fromarray(pixels), 16), float)
+    assert result.shape == (16, 16, 3)
+    assert np.abs(result - adm_crop(pixels, 16)).max() <= 2  # each of Pillow's passes rounds its weights too
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
@@ -76,7 +76,7 @@ def test_every_mode_becomes_three_channels_or_one(mode, tmp_path):
         assert np.abs(color.astype(int) - gray).max() <= 4 and np.abs(single[0].astype(int) - gray).max() <= 4
 
 
-def test_what_is_no_image_is_told_with_the_reason(images):
+def test_a_file_that_is_no_image_is_refused_with_the_reason(images):
     with pytest.raises(ImageError, match="truncated"):
         read_image(images / "class1" / "cut.png", 8)
     with pytest.raises(ImageError, match="UnidentifiedImageError: cannot identify image file 'text.jpg'"):
@@ -86,11 +86,11 @@ def test_what_is_no_image_is_told_with_the_reason(images):
 
 
 def test_scan_takes_all_ends_and_depths_in_one_order(images):
-    found = scan(images)
-    assert found.class_names == ("class0", "class1", "class2") and len(found.items) == 16
-    assert [item.path for item in found.items] == sorted(item.path for item in found.items)
-    assert Item("class1/deep/er/im01.JPEG", 1) in found.items and Item("class0/deep/er/im03.Gif", 0) in found.items
-    assert found.skipped == (("class2/notes.txt", "no image by its name"),)
+    result = scan(images)
+    assert result.class_names == ("class0", "class1", "class2") and len(result.items) == 16
+    assert [item.path for item in result.items] == sorted(item.path for item in result.items)
+    assert Item("class1/deep/er/im01.JPEG", 1) in result.items and Item("class0/deep/er/im03.Gif", 0) in result.items
+    assert result.skipped == (("class2/notes.txt", "not the name of an image"),)
     os.symlink(images, images / "class0" / "loop")
     assert len(scan(images).items) == 16
     os.symlink(images / "class1" / "deep", images / "class3")  # a class elsewhere
@@ -101,9 +101,9 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):
     with pytest.raises(ImageError, match="no such folder"):
         scan(tmp_path / "nothing")
     (tmp_path / "empty" / "a").mkdir(parents=True)
-    with pytest.raises(ImageError, match="none of its 0 files is an image"):
+    with pytest.raises(ImageError, match="none of its 0 files has the name of an image"):
         scan(tmp_path / "empty")
-    with pytest.raises(ImageError, match="one class, 'er'; give the folder above"):
+    with pytest.raises(ImageError, match="one class, 'er'; give the parent folder"):
         scan(images / "class0" / "deep")
     assert {item.label for item in scan(images / "class0", one_class=True).items} == {0}
     (images / "void").mkdir()
@@ -117,7 +117,7 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, images):
 SYSTEM = (".ipynb_checkpoints", ".snapshot", "__MACOSX", "@eaDir", "lost+found", "#recycle", "$RECYCLE.BIN")
 
 
-def test_hidden_and_system_folders_are_passed_over_with_a_note(images):
+def test_hidden_and_system_folders_are_ignored_with_a_note(images):
     before = scan(images)
     assert before.notes == ()
     for name in SYSTEM:
@@ -130,7 +130,7 @@ def test_hidden_and_system_folders_are_passed_over_with_a_note(images):
     after = scan(images)
     assert (after.items, after.class_names, after.skipped) == (before.items, before.class_names, before.skipped)
     (note,) = after.notes
-    assert note == "17 hidden or system files and folders are passed over, such as #recycle"
+    assert note == "17 hidden or system files and folders are ignored, such as #recycle"
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -149,17 +149,17 @@ def classes(folder, names):
     return folder
 
 
-def test_numbers_as_names_are_ordered_as_text_and_the_note_says_so(tmp_path):
+def test_numbers_as_names_are_ordered_as_text_and_a_note_reports_it(tmp_path):
     folder = classes(tmp_path / "images", map(str, range(12)))
-    found = scan(folder)
-    assert found.class_names == ("0", "1", "10", "11", *"23456789")
-    (note,) = found.notes
+    result = scan(folder)
+    assert result.class_names == ("0", "1", "10", "11", *"23456789")
+    (note,) = result.notes
     assert "the 12 class folders have numbers as names, and folder '10' is class 2" in note
     assert "--class-order number takes their value" in note
     ordered = scan(folder, class_order="number")
     assert ordered.class_names == tuple(map(str, range(12))) and ordered.notes == ()
     assert {item.path.split("/")[0]: item.label for item in ordered.items} == {str(i): i for i in range(12)}
-    assert [item.path for item in ordered.items] == [item.path for item in found.items]
+    assert [item.path for item in ordered.items] == [item.path for item in result.items]
 
 
 def test_no_note_where_the_order_cannot_surprise(tmp_path):
@@ -172,9 +172,9 @@ def test_no_note_where_the_order_cannot_surprise(tmp_path):
 
 
 def test_only_numbers_are_ordered_by_number(tmp_path):
-    with pytest.raises(ImageError, match="--class-order number: 2 names of classes are no whole numbers, such as '1a'"):
+    with pytest.raises(ImageError, match="--class-order number: 2 class names are not whole numbers, such as '1a'"):
         scan(classes(tmp_path / "words", ("1a", "10", "²")), class_order="number")
-    with pytest.raises(ImageError, match="the classes '01' and '1' have one number"):
+    with pytest.raises(ImageError, match="classes '01' and '1' have the same number"):
         scan(classes(tmp_path / "twice", ("01", "1", "2")), class_order="number")
 
 
@@ -192,14 +192,14 @@ def test_all_values_of_16_bits_are_rounded_to_8(tmp_path, monkeypatch):
 
 def test_floating_point_pixels_are_refused(tmp_path):
     Image.fromarray(np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(ImageError, match="floating-point pixels, of which neither black nor white is defined; save it"):
+    with pytest.raises(ImageError, match="floating-point pixels, for which black and white are not defined; save it"):
         read_image(tmp_path / "x.tif", 8)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1 << 24), (-5, 255)])
 def test_values_beyond_16_bits_are_refused(low, high, tmp_path):
     Image.fromarray(np.linspace(low, high, 64).reshape(8, 8).astype(np.int32)).save(tmp_path / "x.tif")
-    with pytest.raises(ImageError, match=f"holds values from {low:,} to {high:,}, where 16 bits have 0 to 65,535"):
+    with pytest.raises(ImageError, match=f"holds values from {low:,} to {high:,} instead of 0 to 65,535"):
         read_image(tmp_path / "x.tif", 8)
 
 
@@ -226,13 +226,13 @@ def test_a_strip_takes_little_memory(size, side, tmp_path):
         assert result == "(3, 256, 256)"
     else:
         name = f"{size[0]}x{size[1]}"
-        assert f"{name}: too long for its other side; scaled so that the short side has {side} pixels" in result
+        assert f"{name}: too elongated; when the short side is scaled to {side} pixels" in result
     assert int(memory) < 800  # MiB
 
 
 def test_an_image_of_too_many_pixels_is_refused_by_its_size(tmp_path, monkeypatch):
     Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
-    with pytest.raises(ImageError, match=rf"more than {MOST_PIXELS:,} pixels \(.*200000000 .*; scale it down"):
+    with pytest.raises(ImageError, match=rf"more than {MAX_PIXELS:,} pixels \(.*200000000 .*; scale it down"):
         read_image(tmp_path / "large.png", 8)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another library may switch Pillow's own limit off
     with pytest.raises(ImageError, match=r"more than 178,956,970 pixels \(20000x10000\)"):

@@ -20,7 +20,7 @@ def test_published_latents_are_imported(tmp_path):
         for view in (0, 1):
             mean, logvar = np.split(arrays[data.name(index)][view], 2)
             expected = (mean + np.exp(0.5 * logvar.clip(-30, 20)) * normal[0]) * 0.18215
-            drawn = data.draw(np.array([index]), np.array([view == 1]), normal)[0]
+            drawn = data.sample(np.array([index]), np.array([view == 1]), normal)[0]
             assert np.allclose(drawn, expected, atol=1e-5)
         assert data.name(index).startswith(f"n{data.labels[index]}/")
     assert data.raw(0)[0, 1].min() == -30
@@ -30,7 +30,7 @@ def test_published_values_without_mirror_images(tmp_path):
     arrays = published(tmp_path / "npz", flip=False)
     data = Latents(write(tmp_path / "l", PublishedLatents(tmp_path / "npz", "latent", 1.0, dtype="float32")))
     assert data.shape == (8, 4, 4) and not data.stochastic and data.manifest.mirror == "none"
-    drawn = data.draw(np.array([2]), np.zeros(1, bool), None)
+    drawn = data.sample(np.array([2]), np.zeros(1, bool), None)
     assert np.array_equal(drawn[0], arrays[data.name(2)][0])
 
 
@@ -44,12 +44,14 @@ def test_published_files_that_are_wrong(tmp_path):
         "allow_pickle" in Latents(write(tmp_path / "l2", PublishedLatents(tmp_path / "pickle"))).manifest.skipped[0][1]
     )
     published(tmp_path / "mixed", lambda c: {name: a[:, :2] for name, a in c.items()})
-    with pytest.raises(ImageError, match=r"n1/im3.latent.npz: holds \(8, 2, 4\).*2 of \(8, 4, 4\); all must be alike"):
+    with pytest.raises(
+        ImageError, match=r"n1/im3.latent.npz: holds \(8, 2, 4\).*2 of \(8, 4, 4\); all files must have the same shapes"
+    ):
         write(tmp_path / "l3", PublishedLatents(tmp_path / "mixed"))
     published(tmp_path / "odd", lambda c: c)
     for path in (tmp_path / "odd").rglob("*.npz"):
         np.savez(path, latent=np.zeros((3, 4, 4), np.float32))
-    with pytest.raises(ImageError, match="3 channels are no mean and log-variance"):
+    with pytest.raises(ImageError, match="3 channels cannot be a mean and a log-variance"):
         PublishedLatents(tmp_path / "odd")
     for path in (tmp_path / "odd").rglob("*.npz"):
         path.write_text("")

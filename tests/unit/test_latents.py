@@ -1,4 +1,4 @@
-"""Latents on disk: drawn as the formula says, damage named and passed over alike everywhere, mistakes told."""
+"""Latents on disk: sampling, damaged records on every layout, and error messages."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.data import node_cache
 from megapromoe.data.datasets import DamagedRecords, DatasetError
 from megapromoe.data.latents import HEADER, Latents, LatentsError, check, read_manifest, scaled_deviation
-from megapromoe.data.loader import Loader
+from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import autoencoder_identity, open_dataset
 from megapromoe.diffusion.noise import normals
 from megapromoe.io import sha256_of_json
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def loader(data, flip=True, seed=1):
-    return Loader(data, seed, 0.3, flip, data.num_classes)
+    return SampleStream(data, seed, 0.3, flip, data.num_classes)
 
 
 def in_stream_order(*batches):
@@ -67,28 +67,28 @@ def test_shards_are_plain_arrays_and_a_sample_is_the_formula_of_them(folder):
     for row, (index, view) in enumerate(zip(indices, mirror.astype(int), strict=True)):
         mean, logvar = records[index, view]
         sample = (mean + np.exp(logvar / 2) * normal[row] - shift) * scale
-        drawn = data.draw(indices, mirror, normal)
+        drawn = data.sample(indices, mirror, normal)
         assert drawn.dtype == np.float32 and np.allclose(drawn[row], sample, rtol=1e-5, atol=1e-6)
-        assert np.allclose(data.draw(indices, mirror, None)[row], (mean - shift) * scale, rtol=1e-6)
+        assert np.allclose(data.sample(indices, mirror, None)[row], (mean - shift) * scale, rtol=1e-6)
     assert np.array_equal(data.labels[indices], indices % 4) and data.name(16) == "class0/0016.png"
     means, labels = data.read(indices)
-    assert np.array_equal(means, data.draw(indices, np.zeros(5, bool), None)) and labels.tolist() == [3, 0, 0, 3, 3]
+    assert np.array_equal(means, data.sample(indices, np.zeros(5, bool), None)) and labels.tolist() == [3, 0, 0, 3, 3]
     assert np.array_equal(data.raw(17), Arrays().record(Arrays().scan.items[17]))
 
 
 def test_pixels_are_mirrored_when_read(tmp_path):
     data = Latents(write(tmp_path / "p", Arrays(stochastic=False, mirror="exact")))
-    plain, mirrored = (data.draw(np.arange(3), np.full(3, view), None) for view in (False, True))
+    plain, mirrored = (data.sample(np.arange(3), np.full(3, view), None) for view in (False, True))
     assert np.array_equal(mirrored, plain[..., ::-1]) and not np.array_equal(mirrored, plain)
 
 
 def test_a_sample_belongs_to_its_position_at_every_layout(folder):
     stream = loader(Latents(folder))
-    whole = in_stream_order(stream.batch(30, 20))  # over the end of an epoch
+    full = in_stream_order(stream.batch(30, 20))  # over the end of an epoch
     parts = in_stream_order(stream.batch(30, 7), stream.batch(37, 13))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(torch.equal(full[name], parts[name]) for name in full)
     again = in_stream_order(loader(Latents(folder), seed=2).batch(30, 20))
-    assert not torch.equal(whole["clean_BCHW"], again["clean_BCHW"])
+    assert not torch.equal(full["clean_BCHW"], again["clean_BCHW"])
 
 
 def test_a_position_draws_with_noise_of_its_own(folder):
@@ -125,32 +125,32 @@ def test_a_damaged_record_is_named_and_the_next_of_the_epoch_stands_in(folder, c
         batches = [loader(Latents(folder)).batch(0, 40), loader(Latents(folder)).batch(40, 40)]
     assert f"{path}, record 3 (class3/0019.png) is damaged" in caplog.text
     assert sum(batch.damaged for batch in batches) == 2 * len(bad)
-    found = in_stream_order(*batches)
+    samples = in_stream_order(*batches)
     expected = in_stream_order(good.batch(0, 80))
     for position in range(80):
         if order[position] not in bad:
-            assert torch.equal(found["clean_BCHW"][position], expected["clean_BCHW"][position])
+            assert torch.equal(samples["clean_BCHW"][position], expected["clean_BCHW"][position])
             continue
         epoch = order[position // 40 * 40 :][:40]
         place = position % 40
         while epoch[place] in bad:
             place = (place + 1) % 40
         normal = normals(1, "posterior", np.array([position]), data.shape)
-        drawn = [data.draw(epoch[[place]], np.array([view]), normal)[0] for view in (False, True)]
-        assert any(np.array_equal(found["clean_BCHW"][position], d) for d in drawn)
+        drawn = [data.sample(epoch[[place]], np.array([view]), normal)[0] for view in (False, True)]
+        assert any(np.array_equal(samples["clean_BCHW"][position], d) for d in drawn)
     parts = [loader(Latents(folder)).batch(first, 5) for first in range(0, 80, 5)]
-    assert torch.equal(in_stream_order(*parts)["clean_BCHW"], found["clean_BCHW"])
+    assert torch.equal(in_stream_order(*parts)["clean_BCHW"], samples["clean_BCHW"])
     assert sum(batch.damaged for batch in parts) == 2 * len(bad)
 
 
 def test_damage_is_seen_on_the_last_byte_and_in_a_shard_cut_off_later(folder):
     data = Latents(folder)
     damage(folder, 0, 0, byte=data.manifest.record_bytes - 1)
-    assert Latents(folder, verify=False).draw(np.array([0]), np.zeros(1, bool), None).shape == (1, 2, 4, 4)
+    assert Latents(folder, verify=False).sample(np.array([0]), np.zeros(1, bool), None).shape == (1, 2, 4, 4)
     with open(folder / data.manifest.shards[2].file, "r+b") as file:
         file.truncate(HEADER + 100)
     with pytest.raises(DamagedRecords) as error:
-        data.draw(np.array([1, 0, 39]), np.zeros(3, bool), None)
+        data.sample(np.array([1, 0, 39]), np.zeros(3, bool), None)
     assert error.value.rows == [1, 2]
 
 
@@ -163,17 +163,17 @@ def test_nothing_usable_is_an_error_not_a_loop(tmp_path):
 
 
 def test_a_damaged_copy_is_read_from_the_original(folder, tmp_path, caplog):
-    copies = node_cache.fill(folder, tmp_path / "cache", read_manifest(folder))
+    copies = node_cache.cache_shards(folder, tmp_path / "cache", read_manifest(folder))
     shutil.copy(folder / "manifest.json", copies)
     path = damage(copies, 0, 2)
     with caplog.at_level(logging.WARNING):
-        drawn = Latents(folder, copies).draw(np.array([2]), np.zeros(1, bool), None)
+        drawn = Latents(folder, copies).sample(np.array([2]), np.zeros(1, bool), None)
     assert str(path) in caplog.text and np.array_equal(
-        drawn, Latents(folder).draw(np.array([2]), np.zeros(1, bool), None)
+        drawn, Latents(folder).sample(np.array([2]), np.zeros(1, bool), None)
     )
     damage(folder, 0, 2)
     with pytest.raises(DamagedRecords):
-        Latents(folder, copies).draw(np.array([2]), np.zeros(1, bool), None)
+        Latents(folder, copies).sample(np.array([2]), np.zeros(1, bool), None)
 
 
 # Opening
@@ -190,17 +190,17 @@ def test_files_that_are_not_right_are_all_named(folder):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
-        ({"format": 2}, "format 2, this program reads 1"),
+        ({"format": 2}, "format 2, this version reads 1"),
         ({"dtype": "float64"}, "is damaged: .*dtype"),
         ({"scale": [1.0]}, "is damaged: .*scale"),
-        ({"surplus": 1}, "'surplus'. are missing or too many"),
+        ({"surplus": 1}, "'surplus'. are missing or unknown"),
         ({"shards": [{"file": "../../etc/passwd", "records": 1, "sha256": ""}]}, "is damaged"),
         ({"shards": 3}, "is damaged"),
         ({"shards": [{"file": "..", "records": 1, "sha256": ""}]}, "is damaged: .*files of this folder"),
         ({"shards": [{"file": 7, "records": 1, "sha256": ""}]}, "is damaged: .*files of this folder"),
-        ({"shards": [{"file": "a.npy", "records": -1, "sha256": ""}]}, "is damaged: .*not whole"),
+        ({"shards": [{"file": "a.npy", "records": -1, "sha256": ""}]}, "is damaged: .*not a whole number"),
         ({"shards": [{"file": "a.npy", "records": 1, "sha256": ""}] * 2}, "is damaged: .*different files"),
         ({"shape": [2, 4.0, 4]}, "is damaged: shape"),
         ({"shape": [2, -4, 4]}, "is damaged: shape"),
@@ -212,20 +212,20 @@ def test_files_that_are_not_right_are_all_named(folder):
     ],
 )
 @pytest.mark.parametrize("hashed", [True, False])
-def test_a_manifest_that_is_none_is_refused(folder, change, told, hashed):
+def test_a_manifest_that_is_none_is_refused(folder, change, message, hashed):
     path = folder / "manifest.json"
     content = json.loads(path.read_text()) | change
     del content["sha256"]
     path.write_text(json.dumps(content | ({"sha256": sha256_of_json(content)} if hashed else {})))
-    with pytest.raises(LatentsError, match=told):
+    with pytest.raises(LatentsError, match=message):
         Latents(folder)
 
 
-def test_a_folder_without_manifest_says_what_to_do(tmp_path, folder):
-    with pytest.raises(LatentsError, match="holds no manifest.json; make it: megapromoe encode"):
+def test_the_error_for_a_folder_without_manifest_gives_the_remedy(tmp_path, folder):
+    with pytest.raises(LatentsError, match="holds no manifest.json; create it with megapromoe encode"):
         Latents(tmp_path)
     (folder / "manifest.json").unlink()
-    with pytest.raises(LatentsError, match="is not finished: repeat the command"):
+    with pytest.raises(LatentsError, match="is not finished: repeat megapromoe encode"):
         Latents(folder)
 
 
@@ -258,7 +258,7 @@ def test_opened_by_the_configuration(folder, tmp_path):
     assert len(open_dataset(config(single, "data.flip=false"))) == 40
 
 
-def test_the_configuration_is_told_what_is_missing_or_too_much():
+def test_data_options_that_are_missing_or_not_used_are_refused():
     with pytest.raises(ConfigError, match="data.path = '': must be the folder of the latents"):
         resolve("digits", overrides=["data.source=latents"])
     with pytest.raises(ConfigError) as error:
@@ -277,19 +277,19 @@ def test_a_changed_manifest_is_refused_and_one_without_hash_read_with_a_notice(f
     path.write_text(json.dumps(json.loads(text), sort_keys=True))
     assert read_manifest(folder).identity == identity, "another layout of the text"
     path.write_text(text.replace(" 0.5,", " 1.5,", 1))
-    with pytest.raises(LatentsError, match=r"manifest.json is damaged: it does not match its own hash; take it from a"):
+    with pytest.raises(LatentsError, match=r"manifest.json is damaged: it does not match its hash; restore it from a"):
         Latents(folder)
     content = json.loads(text)
     del content["sha256"]
     path.write_text(json.dumps(content))
-    assert read_manifest(folder).identity == identity and "has no hash of its own" in caplog.text
+    assert read_manifest(folder).identity == identity and "and has no hash" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "index.safetensors", "shard-00001.npy"])
 def test_a_pipe_in_place_of_a_file_is_refused(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(LatentsError, match=f"{name} is no regular file"):
+    with pytest.raises(LatentsError, match=f"{name} is not a regular file"):
         Latents(folder)
 
 
@@ -333,14 +333,14 @@ def test_check_prints_the_scale_and_shows_latents_that_were_scaled_before(tmp_pa
     shown = capsys.readouterr().out
     assert "scale 0.5, 1.5, shift 0, 0.25" in shown and "standard deviation after scaling: 1." in shown
     assert "(40 records)" in shown and "warning" not in shown
-    source.facts |= {"scale": (0.18215, 0.18215), "shift": (0.0, 0.0)}
+    source.manifest_fields |= {"scale": (0.18215, 0.18215), "shift": (0.0, 0.0)}
     assert main(["data", "check", str(write(tmp_path / "scaled before", source))]) == 0
     shown = capsys.readouterr().out
     assert "scale 0.18215, shift 0\n" in shown and "standard deviation after scaling: 0.18" in shown
     assert "warning: a model expects about 1" in shown and "already scaled need scale 1" in shown
 
 
-def test_a_run_knows_its_data_set(folder, tmp_path):
+def test_a_run_records_its_data_set(folder, tmp_path):
     run, settings = tmp_path / "run", config(folder)
     RunDirectory.open(run, settings, 1).close()
     RunDirectory.open(run, settings, 1).close()
@@ -375,8 +375,8 @@ def test_check_lists_everything(folder):
     path = damage(folder, 1, 3)
     header = damage(folder, 2, 0, byte=-1)  # the last byte of the header
     assert check(folder) == [
-        f"{path}, record 3 (class3/0019.png): its checksum is another",
-        f"{header} does not begin as an array of 8 records",
+        f"{path}, record 3 (class3/0019.png): wrong checksum",
+        f"{header}: its header is not that of 8 records",
     ]
 
 
@@ -402,7 +402,7 @@ def test_check_compares_the_sha256(folder):
     manifest = read_manifest(folder)
     shards = (replace(manifest.shards[0], sha256="0" * 64), *manifest.shards[1:])
     (folder / "manifest.json").write_text(replace(manifest, shards=shards).to_json())
-    assert check(folder) == [f"{folder / 'shard-00000.npy'}: its SHA-256 is not the manifest's"]
+    assert check(folder) == [f"{folder / 'shard-00000.npy'}: its SHA-256 differs from that in the manifest"]
 
 
 # A node's own copy
@@ -412,29 +412,33 @@ def test_a_node_copies_once(folder, tmp_path, monkeypatch):
     copied, manifest = [], read_manifest(folder)
     original = node_cache._copy
     monkeypatch.setattr(node_cache, "_copy", lambda *a: (copied.append(a[0].name), original(*a)))
-    ranks = [threading.Thread(target=node_cache.fill, args=(folder, tmp_path / "c", manifest)) for _ in range(4)]
+    ranks = [
+        threading.Thread(target=node_cache.cache_shards, args=(folder, tmp_path / "c", manifest)) for _ in range(4)
+    ]
     for thread in ranks:
         thread.start()
     for thread in ranks:
         thread.join()
     assert sorted(copied) == [shard.file for shard in manifest.shards]
-    copies = node_cache.fill(folder, tmp_path / "c", manifest)
+    copies = node_cache.cache_shards(folder, tmp_path / "c", manifest)
     for shard in manifest.shards:
         assert (copies / shard.file).read_bytes() == (folder / shard.file).read_bytes()
     (folder / "shard-00001.npy").rename(tmp_path / "away")
     (copies / "shard-00001.npy").unlink()
     with pytest.raises(LatentsError, match="data.cache = .*No such file.*shard-00001.npy"):
-        node_cache.fill(folder, tmp_path / "c", manifest)
+        node_cache.cache_shards(folder, tmp_path / "c", manifest)
 
 
 def test_a_copy_that_differs_does_not_take_its_name(folder, tmp_path):
     damage(folder, 1, 0)
-    with pytest.raises(LatentsError, match="shard-00001.npy: its SHA-256 is not the manifest's; .* data check"):
-        node_cache.fill(folder, tmp_path / "c", read_manifest(folder))
+    with pytest.raises(
+        LatentsError, match="shard-00001.npy: its SHA-256 differs from that in the manifest; .* data check"
+    ):
+        node_cache.cache_shards(folder, tmp_path / "c", read_manifest(folder))
     assert not list((tmp_path / "c").rglob("shard-00001*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(LatentsError, match="data.cache = .*or leave it out"):
-        node_cache.fill(folder, tmp_path / "file", read_manifest(folder))
+    with pytest.raises(LatentsError, match="data.cache = .*or remove data.cache"):
+        node_cache.cache_shards(folder, tmp_path / "file", read_manifest(folder))
 
 
 def test_a_cache_without_locks_is_named(folder, tmp_path, monkeypatch):
@@ -442,8 +446,11 @@ def test_a_cache_without_locks_is_named(folder, tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(node_cache.fcntl, "flock", none)
-    with pytest.raises(LatentsError, match=f"No locks available: {tmp_path}/c/.*; see to it, or leave it out"):
-        node_cache.fill(folder, tmp_path / "c", read_manifest(folder))
+    with pytest.raises(
+        LatentsError,
+        match=f"No locks available: {tmp_path}/c/.*; choose another folder, or remove data.cache",
+    ):
+        node_cache.cache_shards(folder, tmp_path / "c", read_manifest(folder))
 
 
 def test_the_cache_of_the_configuration_is_read(folder, tmp_path):

@@ -1,6 +1,6 @@
-"""Who a process is by the variables of its launcher: as SLURM 22.05, Hydra (MPICH 5.0) and Open MPI set them.
+"""Rank and world size from the variables that SLURM 22.05, Hydra (MPICH 5.0) and Open MPI set.
 
-The variables are those that the programs were seen to set; `tests/cluster/test_environments.py` starts them.
+The variables were observed in these programs; `tests/cluster/test_environments.py` starts them.
 """
 
 import os
@@ -10,7 +10,13 @@ import types
 import pytest
 
 from megapromoe.distributed import launch_environment
-from megapromoe.distributed.launch_environment import Launch, LaunchError, detect, identity_source, port_of_step
+from megapromoe.distributed.launch_environment import (
+    LaunchEnvironment,
+    LaunchError,
+    detect,
+    identity_source,
+    port_of_step,
+)
 from megapromoe.distributed.slurm_lists import tasks_of_nodes
 
 LAUNCHERS = ("RANK", "WORLD", "LOCAL", "MASTER", "TORCHELASTIC", "SLURM", "OMPI", "PMI", "MV2", "MVP", "MPI_", "HYDI")
@@ -33,13 +39,13 @@ def step(tasks: int, per_node: str, rank: int, local: int, node: int, number: st
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Gives a function: who is a process with these variables? As a child of `slurmstepd`, if one is named."""
+    """A function that detects the launch environment from variables, in a process of the SLURM step `running`."""
     for name in list(os.environ):
         if name.startswith(LAUNCHERS):
             monkeypatch.delenv(name)
     monkeypatch.setattr(launch_environment, "_node_address", lambda name: name)
 
-    def launch(variables: dict[str, str], running: str = "") -> Launch:
+    def launch(variables: dict[str, str], running: str = "") -> LaunchEnvironment:
         monkeypatch.setattr(launch_environment, "_running_step", lambda: running)
         for name in list(os.environ):
             if name.startswith(LAUNCHERS):
@@ -76,19 +82,19 @@ ALONE = {
 @pytest.mark.parametrize("context", ALONE)
 def test_a_shell_or_script_of_an_allocation_is_one_process(context, launched):
     variables, running = ALONE[context]
-    assert launched(variables, running) == Launch("python")
+    assert launched(variables, running) == LaunchEnvironment("python")
 
 
 def test_tasks_of_a_step_are_ranks(launched):
-    """Fewer than the job has; SLURM_NTASKS is the step's, or with --preserve-env the allocation's."""
+    """SLURM_NTASKS is the number of tasks of the step or, with --preserve-env, of the allocation."""
     for tasks in ("2", "4"):
         launch = launched(ALLOCATION | {"SLURM_NTASKS": tasks} | step(2, "1(x2)", 1, 0, 1, number="3"), "9.3")
-        assert launch == Launch("srun", 1, 2, 0, 1, "n1", port_of_step(9, 3), job="9.3")
+        assert launch == LaunchEnvironment("srun", 1, 2, 0, 1, "n1", port_of_step(9, 3), job="9.3")
         assert identity_source(launch) == "SLURM_PROCID=1, SLURM_STEP_NUM_TASKS=2"
 
 
 def test_tasks_of_a_step_in_a_step_are_those_of_the_inner(launched):
-    """srun --overlap in a task; of a container that hides SLURM's processes, too."""
+    """srun --overlap inside a task, also in a container that hides SLURM's processes."""
     for running in ("9.1", ""):
         assert launched(ALLOCATION | step(3, "2,1", 2, 0, 1, number="1"), running).rank == 2
 
@@ -107,15 +113,15 @@ def test_the_port_is_given_or_reserved_or_that_of_the_step(launched):
     assert launched(rank | {"SLURM_STEP_RESV_PORTS": "12001", "MASTER_PORT": "7777"}).port == 7777
 
 
-def test_steps_and_jobs_meet_at_ports_of_their_own():
-    """Those that one node may run at the same time: 500 jobs with three steps each, and 16 steps of one job."""
-    near = {(job, number): port_of_step(job, number) for job in range(4_000_000, 4_000_500) for number in range(3)}
-    assert len(set(near.values())) == len(near)
+def test_steps_and_jobs_on_one_node_have_different_ports():
+    """500 jobs with three steps each, and 16 steps of one job."""
+    ports = {(job, number): port_of_step(job, number) for job in range(4_000_000, 4_000_500) for number in range(3)}
+    assert len(set(ports.values())) == len(ports)
     assert len({port_of_step(4711, number) for number in range(16)}) == 16
-    assert all(1024 < port < 32768 for port in near.values())
+    assert all(1024 < port < 32768 for port in ports.values())
 
 
-def test_a_node_whose_name_means_nothing_is_met_at_the_address_that_slurm_knows(tmp_path, monkeypatch):
+def test_a_node_name_that_does_not_resolve_is_replaced_by_its_address_in_slurm(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$4" = n1.nowhere.invalid ] && echo "NodeName=n1 NodeAddr=10.1.2.3 Port=6818"\n')
     scontrol.chmod(0o755)
@@ -157,7 +163,7 @@ class Communicator:
 
 @pytest.fixture
 def mpi(monkeypatch):
-    """Gives a function that puts an mpi4py in place, in whose view this process is rank `rank` of `size`."""
+    """A function that installs a fake mpi4py, for which this process is rank `rank` of `size`."""
 
     def install(rank: int, size: int) -> None:
         library = types.SimpleNamespace(
@@ -189,7 +195,7 @@ MPIRUN = {
 
 
 @pytest.mark.parametrize("launcher", MPIRUN)
-def test_mpirun_is_recognized_also_inside_a_job_of_slurm(launcher, launched, mpi):
+def test_mpirun_is_recognized_inside_a_slurm_job_too(launcher, launched, mpi):
     mpi(1, 4)
     launch = launched(MPIRUN[launcher])
     assert (launch.launcher, launch.rank, launch.world, launch.port) == ("mpirun", 1, 4, 4242)
@@ -197,7 +203,7 @@ def test_mpirun_is_recognized_also_inside_a_job_of_slurm(launcher, launched, mpi
 
 @pytest.mark.parametrize("launcher", MPIRUN)
 def test_an_mpi4py_of_another_mpi_is_refused_on_every_rank(launcher, launched, mpi):
-    """It believes to be alone: each process would train the whole run."""
+    """For it each process is rank 0 of 1, so each would train the complete run."""
     mpi(0, 1)
     with pytest.raises(LaunchError, match=r"rank 1 of .* rank 0 of 1: start with the mpirun of that MPI") as refused:
         launched(MPIRUN[launcher])
@@ -208,8 +214,8 @@ def test_an_mpi4py_of_another_mpi_is_refused_on_every_rank(launcher, launched, m
             launched(first)
 
 
-def test_one_process_of_mpich_on_each_node_is_mpirun_s_too(launched, mpi):
-    """Its numbers are then those of the srun that started Hydra's proxies."""
+def test_one_process_of_mpich_on_each_node_is_recognized(launched, mpi):
+    """The numbers are then equal to those of the srun that started Hydra's proxies."""
     mpi(1, 2)
     numbers = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "1", "MPI_LOCALRANKID": "0"}
     assert launched(BATCH | step(2, "1(x2)", 1, 0, 1) | numbers).launcher == "mpirun"
@@ -217,12 +223,12 @@ def test_one_process_of_mpich_on_each_node_is_mpirun_s_too(launched, mpi):
 
 @pytest.mark.parametrize("variables", [{"PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "11"}, {"PMIX_RANK": "1"}])
 def test_srun_with_an_mpi_plugin_stays_srun(variables, launched):
-    """It needs no mpi4py: ranks meet at the port of the step."""
+    """It needs no mpi4py: the ranks connect at the port of the step."""
     launch = launched(ALLOCATION | step(2, "1(x2)", 1, 0, 1) | variables, "9.0")
     assert (launch.launcher, launch.rank, launch.world) == ("srun", 1, 2)
 
 
-def test_an_mpi4py_that_does_not_load_is_a_sentence(launched, monkeypatch):
+def test_an_mpi4py_that_does_not_load_is_a_user_error(launched, monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(LaunchError, match=r"mpi4py does not import .*pip install 'megapromoe\[mpi\]'"):
         launched(MPIRUN["MPICH"])
@@ -244,7 +250,7 @@ TORCHRUN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("around", [{}, BATCH, BATCH | step(2, "1(x2)", 1, 0, 1), MPIRUN["Open MPI"]])
-def test_torchrun_decides_wherever_it_was_started(around, launched):
-    """In a batch script, by srun on each node, or by mpirun on each node."""
-    assert launched(around | TORCHRUN) == Launch("torchrun", 3, 4, 1, 2, "n1", 29500, job="run")
+@pytest.mark.parametrize("outer", [{}, BATCH, BATCH | step(2, "1(x2)", 1, 0, 1), MPIRUN["Open MPI"]])
+def test_the_variables_of_torchrun_come_first(outer, launched):
+    """In a batch script, and if torchrun was started by srun or mpirun on each node."""
+    assert launched(outer | TORCHRUN) == LaunchEnvironment("torchrun", 3, 4, 1, 2, "n1", 29500, job="run")

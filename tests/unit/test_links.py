@@ -150,7 +150,7 @@ def test_the_lock_of_a_node_cache_is_no_link(folder, target):
     copies.mkdir()
     link(copies / "lock", target)
     with pytest.raises(node_cache.CacheError, match="symbolic link"):
-        node_cache.fill(folder, folder, Manifest())
+        node_cache.cache_shards(folder, folder, Manifest())
 
 
 def test_the_picture_of_a_plan_replaces_a_link(folder, target):

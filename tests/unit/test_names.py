@@ -18,9 +18,14 @@ REFUSED = {
 # Packages that are clean. Add a package when its last name of `REFUSED` is gone.
 CLEAN = (
     "megapromoe/benchmark",
+    "megapromoe/conversion",
+    "megapromoe/data",
     "megapromoe/diffusion",
+    "megapromoe/distributed",
     "megapromoe/engine",
     "megapromoe/nn",
+    "megapromoe/preflight",
+    "megapromoe/routing_analysis",
     "tools",
 )
 

@@ -67,7 +67,7 @@ def test_names_of_classes_in_pictures_of_routing():
     observed = routing()
     shares, apart = np.ones((2, 10, 3)), np.zeros((2, 10, 10))
     drawn_figures = {
-        "draw": figures.draw(observed, NAMES, 4),
+        "draw": figures.routing_figure(observed, NAMES, 4),
         "shares": figures.shares_figure(observed, NAMES),
         "maps": figures.maps_figure(observed, NAMES, 4),
         "scatter": figures.scatter_figure(observed, observed.tokens.x_LTD, [0, 1], NAMES),

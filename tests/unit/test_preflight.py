@@ -8,10 +8,10 @@ from support.made_up_clusters import GOOD, change, cluster_of, verdict_of
 
 from megapromoe.distributed.watchdog import Hang
 from megapromoe.preflight import bandwidth, machine
-from megapromoe.preflight.bandwidth import rounds
-from megapromoe.preflight.groups import Heard
+from megapromoe.preflight.bandwidth import pair_rounds
+from megapromoe.preflight.groups import GroupResult
 from megapromoe.preflight.storage import GIB
-from megapromoe.preflight.verdict import FAIL, WARN, culprits, odd_ones
+from megapromoe.preflight.verdict import FAIL, WARN, majority_and_outliers, nodes_to_blame
 
 # ---- who is to blame
 
@@ -22,39 +22,39 @@ from megapromoe.preflight.verdict import FAIL, WARN, culprits, odd_ones
         ("", ""),
         ("ab ac ad ae", "a"),
         ("ab ac ad ae bc bd be", "ab"),
-        ("ab", "ab"),  # nothing tells which
+        ("ab", "ab"),  # nothing distinguishes the two
         ("ab ac ad ae cd", "acd"),
-        ("ab ac ad ae bc bd be cd ce de", ""),  # everyone: a cause in common
+        ("ab ac ad ae bc bd be cd ce de", ""),  # all nodes: a common cause
     ],
 )
-def test_culprits(pairs, blamed):
-    assert culprits([tuple(pair) for pair in pairs.split()], "abcde") == tuple(blamed)
+def test_nodes_to_blame(pairs, blamed):
+    assert nodes_to_blame([tuple(pair) for pair in pairs.split()], "abcde") == tuple(blamed)
 
 
-def test_odd_ones_need_a_majority():
-    assert odd_ones({"a": 1, "b": 1, "c": 2}) == (1, ("c",))
-    assert odd_ones({"a": 1}) == (1, ())
-    assert odd_ones({"a": 1, "b": 2}) == (None, ("a", "b"))
-    assert odd_ones({"a": 1, "b": 1, "c": 2, "d": 3}) == (None, ("a", "b", "c", "d"))
+def test_outliers_need_a_majority():
+    assert majority_and_outliers({"a": 1, "b": 1, "c": 2}) == (1, ("c",))
+    assert majority_and_outliers({"a": 1}) == (1, ())
+    assert majority_and_outliers({"a": 1, "b": 2}) == (None, ("a", "b"))
+    assert majority_and_outliers({"a": 1, "b": 1, "c": 2, "d": 3}) == (None, ("a", "b", "c", "d"))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8, 31, 32])
 def test_every_pair_meets_once_in_rounds_of_disjoint_pairs(nodes):
-    found = rounds(nodes)
-    pairs = [tuple(sorted(pair)) for one in found for pair in one]
-    assert sorted(pairs) == list(combinations(range(nodes), 2))
-    assert all(len({node for pair in one for node in pair}) == 2 * len(one) for one in found)
-    assert len(found) <= nodes
+    rounds = pair_rounds(nodes)
+    met = [tuple(sorted(pair)) for pairs in rounds for pair in pairs]
+    assert sorted(met) == list(combinations(range(nodes), 2))
+    assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
+    assert len(rounds) <= nodes
 
 
 @pytest.mark.parametrize("nodes", [33, 64, 101])
 def test_many_nodes_meet_in_a_ring_and_at_random(nodes):
-    found = rounds(nodes)
-    assert len(found) == bandwidth.ALL_PAIRS
-    assert all(len({node for pair in one for node in pair}) == 2 * len(one) for one in found)
-    met = {frozenset(pair) for one in found for pair in one}
+    rounds = pair_rounds(nodes)
+    assert len(rounds) == bandwidth.ALL_PAIRS
+    assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
+    met = {frozenset(pair) for pairs in rounds for pair in pairs}
     assert met >= {frozenset((i, (i + 1) % nodes)) for i in range(nodes)}
-    assert found == rounds(nodes)  # every rank makes the same
+    assert rounds == pair_rounds(nodes)  # every rank computes the same schedule
     partners = [sum(node in pair for pair in met) for node in range(nodes)]
     assert min(partners) > 20
 
@@ -77,9 +77,9 @@ def test_a_healthy_cluster_passes():
 
 
 def slow_node(cluster, node):
-    for rank, network in cluster.found["network"].items():
+    for rank, network in cluster.findings["network"].items():
         slow = {o: v / 5 for o, v in network.pairs.items() if node in (o, cluster.node_of[rank])}
-        cluster.found["network"][rank] = replace(network, pairs=network.pairs | slow)
+        cluster.findings["network"][rank] = replace(network, pairs=network.pairs | slow)
 
 
 def slow_direction(cluster, node):
@@ -89,26 +89,26 @@ def slow_direction(cluster, node):
 
 
 def wrong_sender(cluster, rank):
-    for other in cluster.found["network"]:
+    for other in cluster.findings["network"]:
         if other != rank:
-            heard = Heard(list(range(cluster.world)), ["all_reduce"], [rank])
-            change(cluster, "network", other, groups={"whole": heard})
+            result = GroupResult(list(range(cluster.world)), ["all_reduce"], [rank])
+            change(cluster, "network", other, groups={"world": result})
 
 
 def wrong_nvlink(cluster, node):
     """Sums within a node go wrong, and so does every larger sum."""
-    for rank, network in cluster.found["network"].items():
-        told = {"whole": Heard(network.groups["whole"].ranks, ["all_reduce"])}
+    for rank, network in cluster.findings["network"].items():
+        wrong = {"world": GroupResult(network.groups["world"].ranks, ["all_reduce"])}
         if cluster.node_of[rank] == node:
-            told["ep"] = Heard(network.groups["ep"].ranks, ["all_reduce"])
-        change(cluster, "network", rank, groups=network.groups | told)
+            wrong["ep"] = GroupResult(network.groups["ep"].ranks, ["all_reduce"])
+        change(cluster, "network", rank, groups=network.groups | wrong)
 
 
 def unseen_by_others(cluster, node):
-    for files in cluster.found["files"].values():
-        files.seen.update({other: -1.0 for other in files.seen if other == node})
+    for files in cluster.findings["files"].values():
+        files.visible_after.update({other: -1.0 for other in files.visible_after if other == node})
     rank = cluster.leaders()[node]
-    change(cluster, "files", rank, seen=dict.fromkeys(cluster.found["files"][rank].seen, -1.0))
+    change(cluster, "files", rank, visible_after=dict.fromkeys(cluster.findings["files"][rank].visible_after, -1.0))
 
 
 BAD_NODE = {
@@ -143,7 +143,7 @@ BAD_NODE = {
         lambda c: [change(c, "network", r, wrong_pairs=["node3"]) for r in range(64) if r // 8 != 3],
     ),
     "slow NVLink": ("ep all-to-all", lambda c: change(c, "network", 27, exchange=100.0)),
-    "a wrong sender": ("group whole", lambda c: wrong_sender(c, 27)),
+    "a wrong sender": ("group world", lambda c: wrong_sender(c, 27)),
     "wrong NVLink": ("group ep", lambda c: wrong_nvlink(c, "node3")),
     "a failing adapter": ("network", lambda c: change(c, "network", 27, error="joining: NCCL error: no device")),
     "a silent rank": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in dp", (27,), (27,)))),
@@ -158,27 +158,27 @@ def test_a_bad_node_is_named(fault):
     what, make = BAD_NODE[fault]
     cluster = cluster_of()
     make(cluster)
-    if what == "arrival":  # nothing else is looked at then
-        cluster.found = {}
+    if what == "arrival":  # no other check runs then
+        cluster.findings = {}
     verdict = verdict_of(cluster, host_bytes=2 * GIB)
     assert (verdict.exit_code, verdict.bad_nodes) == (3, ("node3",))
     assert what in serious(verdict)
     assert "1 bad node (8 nodes, 64 ranks): node3 (" in verdict.sentence
 
 
-NOBODYS = {
+NO_NODE_AT_FAULT = {
     "two versions, half and half": (
         "versions",
         lambda c: [change(c, "machine", r, versions=GOOD.versions | {"torch": "2.12"}) for r in range(32)],
     ),
-    "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in whole", (), tuple(range(64))))),
-    "a rank nobody places": ("arrival", lambda c: (c.node_of.pop(29), c.expected.clear(), c.found.clear())),
+    "a hang of all": ("answers", lambda c: setattr(c, "hang", Hang("all_reduce in world", (), tuple(range(64))))),
+    "a rank of an unknown node": ("arrival", lambda c: (c.node_of.pop(29), c.expected.clear(), c.findings.clear())),
 }
 
 
-@pytest.mark.parametrize("fault", NOBODYS)
-def test_a_common_cause_is_no_nodes_fault(fault):
-    what, make = NOBODYS[fault]
+@pytest.mark.parametrize("fault", NO_NODE_AT_FAULT)
+def test_a_common_cause_blames_no_node(fault):
+    what, make = NO_NODE_AT_FAULT[fault]
     cluster = cluster_of()
     make(cluster)
     verdict = verdict_of(cluster)
@@ -199,20 +199,25 @@ def every_rank(**fields):
 
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
-SETUP = {  # fault -> check, whether it is certain also where there is no other node, what makes it
-    "a full disk": ("free space", True, lambda c: [change(c, "files", r, free=GIB) for r in c.found["files"]]),
-    "no such data": ("data", True, lambda c: [change(c, "data", r, error="no file") for r in c.found["data"]]),
-    "a folder nobody may write": (
+SETUP = {  # fault -> check, whether it is also certain in a job on one node, the change that causes it
+    "a full disk": ("free space", True, lambda c: [change(c, "files", r, free=GIB) for r in c.findings["files"]]),
+    "no such data": ("data", True, lambda c: [change(c, "data", r, error="no file") for r in c.findings["data"]]),
+    "a folder that cannot be written": (
         "files",
         True,
-        lambda c: [change(c, "files", r, error="/runs: Permission denied") for r in c.found["files"]],
+        lambda c: [change(c, "files", r, error="/runs: Permission denied") for r in c.findings["files"]],
     ),
     "a folder on no shared disk": (
         "files",
         False,
         lambda c: [
-            change(c, "files", r, seen={other: 0.1 if other == c.node_of[r] else -1.0 for other in f.seen})
-            for r, f in list(c.found["files"].items())
+            change(
+                c,
+                "files",
+                r,
+                visible_after={other: 0.1 if other == c.node_of[r] else -1.0 for other in f.visible_after},
+            )
+            for r, f in list(c.findings["files"].items())
         ],
     ),
     "a torch for CPUs": ("devices", True, lambda c: no_gpu(c, "torch 2.13.0+cpu is built without CUDA")),
@@ -232,14 +237,14 @@ SETUP = {  # fault -> check, whether it is certain also where there is no other 
 
 @pytest.mark.parametrize("nodes", [8, 2, 1])
 @pytest.mark.parametrize("fault", SETUP)
-def test_what_all_nodes_share_is_a_wrong_setup_and_leaves_no_node_out(fault, nodes):
-    """Otherwise a launcher would leave out one node after the other, until there are none."""
+def test_a_fault_of_all_nodes_blames_the_setup_and_excludes_no_node(fault, nodes):
+    """Otherwise a launcher would exclude one node after the other, until none is left."""
     what, alone, make = SETUP[fault]
     cluster = cluster_of(nodes)
     make(cluster)
     verdict = verdict_of(cluster, host_bytes=2 * GIB)
     if nodes == 1 and not alone:
-        assert verdict.exit_code in (0, 3)  # nothing to compare with: another node may do better
+        assert verdict.exit_code in (0, 3)  # no other node to compare with
         return
     assert (verdict.exit_code, verdict.bad_nodes) == (2, ())
     assert what in serious(verdict) and "on any nodes, by its configuration or installation: " in verdict.sentence
@@ -258,7 +263,7 @@ def test_a_wrong_setup_outweighs_a_bad_node_which_is_named_too():
     ) and "bad nodes: node3 (devices)" in verdict.sentence
 
 
-def test_an_error_of_some_nodes_is_theirs():
+def test_an_error_on_some_nodes_blames_these_nodes():
     cluster = cluster_of()
     for rank in range(32):
         change(cluster, "machine", rank, error="CUDA error: unspecified launch failure")
@@ -279,7 +284,7 @@ WORTH_A_WARNING = {
                                                                                    "NCCL_IB_DISABLE": "1"})),
     "too many threads": ("host", lambda c: change(c, "machine", 24, settings={"OMP_NUM_THREADS": "64"})),
     "lost memory": ("host", lambda c: change(c, "machine", 24, host_memory=512 * GIB)),
-    "a slow file system": ("files", lambda c: c.found["files"][24].seen.update(node0=30.0)),
+    "a slow file system": ("files", lambda c: c.findings["files"][24].visible_after.update(node0=30.0)),
 }  # fmt: skip
 
 
@@ -293,19 +298,19 @@ def test_a_warning_passes_and_names_the_node(fault):
     assert warned(verdict) == {what: ("node3",)}
 
 
-def test_an_uncertain_clock_is_not_accused():
+def test_a_clock_offset_within_its_uncertainty_is_no_warning():
     cluster = cluster_of()
     change(cluster, "clock", 24, offset=1.5, uncertainty=0.8)
     assert not warned(verdict_of(cluster)) and warned(verdict_of(cluster, skew=0.5))
 
 
-def test_one_slow_pair_names_both_and_says_so():
+def test_one_slow_pair_blames_both_nodes_and_the_remedy_states_the_ambiguity():
     cluster = cluster_of()
     for rank in range(8):
-        change(cluster, "network", rank, pairs=cluster.found["network"][rank].pairs | {"node1": 5.0})
+        change(cluster, "network", rank, pairs=cluster.findings["network"][rank].pairs | {"node1": 5.0})
     verdict = verdict_of(cluster)
     assert verdict.bad_nodes == ("node0", "node1")
-    assert any("no other pair tells" in row.remedy for row in verdict.rows)
+    assert any("no other pair shows which of the two is at fault" in row.remedy for row in verdict.rows)
 
 
 @pytest.mark.parametrize("nodes", [3, 4, 5])
@@ -333,8 +338,8 @@ def test_an_expectation_decides_what_is_slow():
 
 def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():
     cluster = cluster_of()
-    for rank, network in cluster.found["network"].items():
-        cluster.found["network"][rank] = replace(network, device="cpu")
+    for rank, network in cluster.findings["network"].items():
+        cluster.findings["network"][rank] = replace(network, device="cpu")
         change(cluster, "machine", rank, device="cpu", uuid="", teraflops=0.02 if rank == 24 else 0.1)
     slow_node(cluster, "node3")
     verdict = verdict_of(cluster)
@@ -343,21 +348,21 @@ def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():
     assert verdict_of(cluster, pair_gbps=100).bad_nodes == ("node3",)
 
 
-def test_who_only_waits_for_a_rank_that_raised_is_not_blamed():
+def test_ranks_that_wait_for_a_rank_with_an_error_are_not_blamed():
     cluster = cluster_of(nodes=3)
     change(cluster, "network", 8, error="joining: no interface")
-    cluster.hang = Hang("all_reduce in whole", (), tuple(r for r in range(16, 24)))
+    cluster.hang = Hang("all_reduce in world", (), tuple(r for r in range(16, 24)))
     assert verdict_of(cluster).bad_nodes == ("node1",)
 
 
-def test_who_hears_of_a_silent_rank_first_is_not_blamed():
+def test_a_rank_whose_connection_to_a_silent_rank_fails_is_not_blamed():
     cluster = cluster_of(nodes=3)
-    change(cluster, "network", 8, error="all_reduce in whole: connection reset by peer")
-    cluster.hang = Hang("all_reduce in whole", (16,), (16,))
+    change(cluster, "network", 8, error="all_reduce in world: connection reset by peer")
+    cluster.hang = Hang("all_reduce in world", (16,), (16,))
     assert verdict_of(cluster).bad_nodes == ("node2",)
 
 
-def test_of_two_gpus_the_slower_is_slow():
+def test_the_slower_of_two_gpus_is_reported():
     cluster = cluster_of(2, 1)
     change(cluster, "machine", 1, teraflops=0.7 * GOOD.teraflops)
     assert verdict_of(cluster).bad_nodes == ("node1",)
@@ -370,18 +375,20 @@ def test_locked_memory_without_rdma_and_cores_of_all_nodes_are_no_warning():
     assert not warned(verdict) and any("ulimit -l unlimited" in row.result for row in verdict.rows)
 
 
-def test_gpus_that_torch_does_not_see():
+def test_gpus_that_torch_does_not_use_are_a_failure():
     cluster = cluster_of(1, 2)
     for rank in range(2):
         change(cluster, "machine", rank, device="cpu", uuid="", gpus=[{"index": "0", "uuid": "g"}])
     assert "devices" in serious(verdict_of(cluster))
 
 
-def test_devices_that_cannot_join_keep_the_network_from_hanging():
+def test_the_network_is_not_checked_where_a_collective_would_hang():
     good = {r: replace(GOOD, uuid=f"g{r}") for r in range(4)}
     node_of = {0: "a", 1: "a", 2: "b", 3: "b"}
-    assert machine.cannot_join(good, node_of) == ""
-    assert "share" in machine.cannot_join(good | {1: good[0]}, node_of)
-    assert machine.cannot_join(good | {2: replace(good[0])}, node_of) == ""  # MIG parts of two nodes may share a name
-    assert "rank 3" in machine.cannot_join(good | {3: replace(GOOD, device="cpu")}, node_of)
-    assert "rank 2" in machine.cannot_join(good | {2: replace(GOOD, error="ill")}, node_of)
+    assert machine.reason_to_skip_network(good, node_of) == ""
+    assert "share" in machine.reason_to_skip_network(good | {1: good[0]}, node_of)
+    assert (
+        machine.reason_to_skip_network(good | {2: replace(good[0])}, node_of) == ""
+    )  # MIG parts of two nodes may share a name
+    assert "rank 3" in machine.reason_to_skip_network(good | {3: replace(GOOD, device="cpu")}, node_of)
+    assert "rank 2" in machine.reason_to_skip_network(good | {2: replace(GOOD, error="ill")}, node_of)

@@ -1,4 +1,4 @@
-"""What the preflight measures must show a fault; what the launcher says of the nodes."""
+"""The preflight's measurements must detect a fault; the nodes according to the launcher."""
 
 import socket
 import sys
@@ -22,32 +22,32 @@ def test_room_for_checkpoints():
     assert checkpoint_bytes(resolve("promoe_xl")) == 1_567_438_880 * 16 * 3
 
 
-def test_data_that_is_not_chosen_is_not_tried():
-    assert storage.try_data(resolve("promoe_xl")) is None
+def test_data_that_is_not_chosen_is_not_checked():
+    assert storage.check_data(resolve("promoe_xl")) is None
     chosen = resolve("promoe_xl", overrides=["data.source=synthetic", "data.size=64"])
-    assert storage.try_data(chosen).records == 64
+    assert storage.check_data(chosen).records == 64
     cluster = cluster_of(2)
-    cluster.found["data"] = {}
+    cluster.findings["data"] = {}
     (row,) = (row for row in verdict_of(cluster).rows if row.check == "data")
     assert row.verdict == SKIP and "data.source" in row.remedy
 
 
-def test_one_wrong_entry_of_a_product_is_seen(monkeypatch):
-    wrong, teraflops = machine.try_product(torch.device("cpu"))
+def test_one_wrong_entry_of_a_product_is_detected(monkeypatch):
+    wrong, teraflops = machine.check_matmul(torch.device("cpu"))
     assert wrong == 0 and teraflops > 0
     calls = []
 
     def faulty(a, b):
         product = a @ b
         calls.append(1)
-        if len(calls) == 4:  # only the last of them: errors come and go
+        if len(calls) == 4:  # only in the last product: errors may be intermittent
             product[17, 5] += 2
         return product
 
     monkeypatch.setattr(machine, "multiply", faulty)
-    assert machine.try_product(torch.device("cpu"))[0] == 1
+    assert machine.check_matmul(torch.device("cpu"))[0] == 1
     monkeypatch.setattr(machine, "multiply", lambda a, b: torch.full((len(a), b.shape[1]), torch.nan))
-    assert machine.try_product(torch.device("cpu"))[0] == 1024
+    assert machine.check_matmul(torch.device("cpu"))[0] == 1024
 
 
 SMI = """#!{python}
@@ -62,22 +62,22 @@ print(", ".join(values.get(n, "[N/A]") for n in names))
 """
 
 
-def test_nvidia_smi_is_asked_for_what_it_knows(tmp_path, monkeypatch):
+def test_fields_that_nvidia_smi_does_not_know_are_omitted(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text(SMI.format(python=sys.executable))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (gpu,) = machine.ask_gpus()
+    (gpu,) = machine.query_gpus()
     assert gpu["driver_version"] == "570.1" and gpu["remapped_rows.failure"] == "Yes"
     assert "retired_pages.pending" not in gpu
     cluster = cluster_of()
     change(cluster, "machine", 24, gpus=[gpu])
     assert verdict_of(cluster).bad_nodes == ("node3",)
     program.write_text("#!/bin/sh\necho driver not loaded; exit 9\n")
-    assert machine.ask_gpus() == []
+    assert machine.query_gpus() == []
 
 
-def test_the_content_hash_tells_one_changed_byte(tmp_path, monkeypatch):
+def test_one_changed_byte_changes_the_content_hash(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
     for name in ("__init__.py", "a.py"):
@@ -89,7 +89,7 @@ def test_the_content_hash_tells_one_changed_byte(tmp_path, monkeypatch):
     assert machine.content_hash() != before
 
 
-def test_topology_is_that_of_the_kernel(tmp_path):
+def test_topology_is_read_from_sys(tmp_path):
     device = tmp_path / "bus" / "pci" / "devices" / "0000:1b:00.0"
     device.mkdir(parents=True)
     (device / "numa_node").write_text("1\n")
@@ -108,35 +108,35 @@ def test_topology_is_that_of_the_kernel(tmp_path):
     assert topology.has_rdma(tmp_path)
 
 
-def test_a_torch_for_cpus_says_so(monkeypatch):
+def test_the_reason_why_torch_uses_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert machine.why_no_gpu() == f"torch {torch.__version__} is built without CUDA"
+    assert machine.reason_for_no_gpu() == f"torch {torch.__version__} is built without CUDA"
 
     def too_old():
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert machine.why_no_gpu().endswith("is too old (found version 11040).")
-    assert any(fault in machine.why_no_gpu() for fault in machine.SETUP_FAULTS)
+    assert machine.reason_for_no_gpu().endswith("is too old (found version 11040).")
+    assert any(fault in machine.reason_for_no_gpu() for fault in machine.SETUP_FAULTS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert machine.why_no_gpu() == ""
+    assert machine.reason_for_no_gpu() == ""
 
 
 def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
     config = resolve("digits")
-    good = storage.try_data(config)
-    assert (good.error, good.records) == ("", 1797) and good == replace(storage.try_data(config), speed=good.speed)
+    good = storage.check_data(config)
+    assert (good.error, good.records) == ("", 1797) and good == replace(storage.check_data(config), speed=good.speed)
 
     def missing(config):
         raise FileNotFoundError(2, "No such file", "shard-003")
 
     monkeypatch.setattr(storage, "open_dataset", missing)
-    assert "shard-003" in storage.try_data(config).error
+    assert "shard-003" in storage.check_data(config).error
 
 
-# ---- what the launcher says
+# ---- nodes according to the launcher
 
 
 def test_hosts_of_a_node_list():
@@ -145,18 +145,23 @@ def test_hosts_of_a_node_list():
     assert all_hosts("localhost") == ["localhost"]
 
 
-def test_srun_says_how_many_ranks_each_node_has(monkeypatch):
+def test_ranks_per_node_from_the_variables_of_srun(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3],m")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x3),1")
-    assert launch_environment.expected_nodes(launch_environment.Launch("srun")) == {"n1": 2, "n2": 2, "n3": 2, "m": 1}
-    assert launch_environment.expected_nodes(launch_environment.Launch("torchrun")) == {}
+    assert launch_environment.expected_nodes(launch_environment.LaunchEnvironment("srun")) == {
+        "n1": 2,
+        "n2": 2,
+        "n3": 2,
+        "m": 1,
+    }
+    assert launch_environment.expected_nodes(launch_environment.LaunchEnvironment("torchrun")) == {}
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     assert launch_environment.node_name() == "n2"
     monkeypatch.delenv("SLURMD_NODENAME")
     assert launch_environment.node_name() == socket.gethostname()
 
 
-def test_a_store_that_nobody_holds(capfd):
-    launch = launch_environment.Launch("torchrun", 1, 2, port=1)
-    with pytest.raises(launch_environment.LaunchError, match=r"rank 1 on .* does not reach 127.0.0.1:1"):
-        rendezvous.meet(launch, 1.0, "preflight")
+def test_a_store_without_a_holder(capfd):
+    launch = launch_environment.LaunchEnvironment("torchrun", 1, 2, port=1)
+    with pytest.raises(launch_environment.LaunchError, match=r"rank 1 on .* cannot reach 127.0.0.1:1"):
+        rendezvous.create_store(launch, 1.0, "preflight")

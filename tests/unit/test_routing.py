@@ -8,7 +8,7 @@ from support.digits_models import TINY, tiny
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.data.sources import open_dataset
-from megapromoe.routing_analysis.figures import draw, routing_picture
+from megapromoe.routing_analysis.figures import routing_figure, routing_picture
 from megapromoe.routing_analysis.observe import Routing, RoutingError, measure_routing, recorded
 
 
@@ -104,7 +104,7 @@ def test_many_layers_and_experts_fit_a_picture():
         rng.normal(size=(30, 4, 8, 8)),
         np.arange(30),
     )
-    figure = draw(found, tuple(f"class {c}" for c in range(30)), 4)
+    figure = routing_figure(found, tuple(f"class {c}" for c in range(30)), 4)
     heat, maps, load = figure.subfigs
     assert len(heat.axes) == 12 + 1  # and the colour bar
     assert len(maps.axes) == (1 + 4) * 10

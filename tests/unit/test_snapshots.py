@@ -158,7 +158,7 @@ def test_convert_and_inspect_read_a_snapshot(run, tmp_path, capsys):
     assert main([*command, "--weights", "master", "--overwrite"]) == 1
     assert "has ema only" in capsys.readouterr().err
     assert main(["convert", str(run.folder), str(tmp_path / "new"), "--to", "ours", "--step", "30"]) == 0
-    assert "a snapshot of averages alone: they stand for the weights as trained too" in capsys.readouterr().out
+    assert "a snapshot with averages only: they are used for the trained weights too" in capsys.readouterr().out
     assert torch.equal(open_state(tmp_path / "new").read("master", name), state.read("ema", name))
     assert main(["inspect", str(snapshot_of(run.snapshots, 30))]) == 0
     printed = capsys.readouterr().out

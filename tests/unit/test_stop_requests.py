@@ -1,4 +1,4 @@
-"""Requests to stop: which signals ask, when Ctrl-C ends at once, and what counts as a launcher."""
+"""Requests to stop: which signals count, when Ctrl-C ends the process at once, and how a launcher is recognized."""
 
 import os
 import signal
@@ -11,20 +11,21 @@ import pytest
 from support.levels import full
 
 from megapromoe.distributed import stop_requests
-from megapromoe.distributed.launch_environment import Launch
+from megapromoe.distributed.launch_environment import LaunchEnvironment
 from megapromoe.distributed.stop_requests import find_launcher
 
 START = """
 import hashlib, os, signal, sys, time
-from megapromoe.distributed.launch_environment import Launch
-from megapromoe.distributed.stop_requests import listening
+from megapromoe.distributed.launch_environment import LaunchEnvironment
+from megapromoe.distributed.stop_requests import install_signal_handlers
 """
-# In C++, where no handler of Python runs, for longer than any test.
+WITH_HANDLERS = "with install_signal_handlers(LaunchEnvironment('python')) as r:"
+# Code in C++, during which no Python signal handler runs; it takes longer than any test.
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2**31 - 1)"
 
 
 def process(body: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen:
-    """Runs code that prints a line once signals may come."""
+    """Runs code that prints "ready" when it can receive signals."""
 
     def ignore() -> None:
         for number in ignored:
@@ -43,14 +44,14 @@ def process(body: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen:
 
 def ended(started: subprocess.Popen) -> tuple[int, str, str]:
     try:
-        said = started.communicate(timeout=30)
+        outputs = started.communicate(timeout=30)
     finally:
         started.kill()
-    return started.returncode, *said
+    return started.returncode, *outputs
 
 
 WAITS = """
-with listening(Launch("{launcher}")) as asked_to_stop:
+with install_signal_handlers(LaunchEnvironment("{launcher}")) as asked_to_stop:
     asked_to_stop.steps_begin()
     print("ready", flush=True)
     while not asked_to_stop():
@@ -62,26 +63,26 @@ sys.exit(75)
 
 
 @pytest.mark.parametrize("number", [full(signal.SIGTERM), full(signal.SIGUSR1), signal.SIGHUP, signal.SIGINT])
-def test_signals_ask(number):
+def test_signals_request_a_stop(number):
     started = process(WAITS.format(launcher="python", then=""))
     started.send_signal(number)
-    code, said, _ = ended(started)
-    assert (code, said) == (75, f"{number.name} 1\n"), "and the thread is gone"
+    code, output, _ = ended(started)
+    assert (code, output) == (75, f"{number.name} 1\n"), "and the thread has ended"
 
 
-def test_a_second_ctrl_c_ends_at_once_also_in_code_that_takes_no_signals():
+def test_a_second_ctrl_c_ends_at_once_even_in_code_that_handles_no_signals():
     started = process(WAITS.format(launcher="python", then="print('busy', flush=True); " + BUSY))
     started.send_signal(signal.SIGINT)
     assert started.stdout.readline() == "busy\n"
     sent = time.monotonic()
     started.send_signal(signal.SIGINT)
-    code, _, said = ended(started)
+    code, _, errors = ended(started)
     assert code == 130 and time.monotonic() - sent < 5
-    assert "again ends it at once" in said and "interrupted twice" in said
+    assert "press it again to end at once" in errors and "interrupted twice" in errors
 
 
 def test_two_ctrl_c_while_no_handler_can_run():
-    body = "with listening(Launch('python')) as r:\n    r.steps_begin(); print('ready', flush=True); " + BUSY
+    body = f"{WITH_HANDLERS}\n    r.steps_begin(); print('ready', flush=True); {BUSY}"
     started = process(body)
     for _ in range(2):
         started.send_signal(signal.SIGINT)
@@ -89,7 +90,7 @@ def test_two_ctrl_c_while_no_handler_can_run():
     assert ended(started)[0] == 130
 
 
-def test_ctrl_c_that_a_launcher_passes_on_is_not_a_second_one():
+def test_ctrl_c_that_a_launcher_forwards_is_not_a_second_one():
     started = process(WAITS.format(launcher="torchrun", then="time.sleep(0.5)"))
     for _ in range(3):
         started.send_signal(signal.SIGINT)
@@ -104,15 +105,15 @@ def test_ctrl_c_that_a_launcher_passes_on_is_not_a_second_one():
 
 
 def test_ctrl_c_before_the_first_step_interrupts():
-    body = "with listening(Launch('python')) as r:\n    print('ready', flush=True); time.sleep(60)"
+    body = f"{WITH_HANDLERS}\n    print('ready', flush=True); time.sleep(60)"
     started = process(body)
     started.send_signal(signal.SIGINT)
-    code, _, said = ended(started)
-    assert code in (1, -signal.SIGINT, 130) and "KeyboardInterrupt" in said
+    code, _, errors = ended(started)
+    assert code in (1, -signal.SIGINT, 130) and "KeyboardInterrupt" in errors
 
 
-def test_what_was_ignored_at_the_start_stays_ignored():
-    """By nohup, or by a shell that starts a job in the background."""
+def test_signals_that_are_ignored_at_the_start_stay_ignored():
+    """As under nohup, or in a background job of a shell."""
     started = process(WAITS.format(launcher="python", then=""), ignored=(signal.SIGHUP, signal.SIGINT))
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
         started.send_signal(number)
@@ -122,16 +123,18 @@ def test_what_was_ignored_at_the_start_stays_ignored():
     assert ended(started)[:2] == (75, "SIGTERM 1\n")
 
 
-def test_a_study_keeps_ctrl_c():
-    body = "with listening() as r:\n    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+def test_a_process_that_is_no_rank_keeps_ctrl_c():
+    body = (
+        "with install_signal_handlers() as r:\n    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    )
     done = subprocess.run([sys.executable, "-c", START + body], capture_output=True, text=True)
     assert done.stdout == "True\n"
 
 
-def test_signals_of_a_forked_child_are_its_own():
-    """Its copy of the pipe is that of its parent: two Ctrl-C in the child would end the parent."""
+def test_signals_of_a_forked_child_do_not_count_for_its_parent():
+    """The child inherits the pipe: two Ctrl-C in the child would otherwise end the parent."""
     body = """
-with listening(Launch("python")) as asked_to_stop:
+with install_signal_handlers(LaunchEnvironment("python")) as asked_to_stop:
     asked_to_stop.steps_begin()
     child = os.fork()
     if not child:
@@ -151,11 +154,11 @@ with listening(Launch("python")) as asked_to_stop:
 
 
 def child_of(words: list[str], tmp_path: Path, launcher: str) -> str:
-    """A program that is started as `words` say, whose child prints what it takes for its launcher."""
+    """Starts a program by `words`; returns the launcher that a child of it finds."""
     code = (
-        "import sys; from megapromoe.distributed.launch_environment import Launch;"
+        "import sys; from megapromoe.distributed.launch_environment import LaunchEnvironment;"
         "from megapromoe.distributed.stop_requests import find_launcher;"
-        f"found = find_launcher(Launch({launcher!r})); print(found and found.name)"
+        f"process = find_launcher(LaunchEnvironment({launcher!r})); print(process and process.name)"
     )
     program = tmp_path / words[-1]
     program.parent.mkdir(parents=True, exist_ok=True)
@@ -177,11 +180,11 @@ def child_of(words: list[str], tmp_path: Path, launcher: str) -> str:
         ("bin/my_torchrun", "torchrun", "None"),
     ],
 )
-def test_launchers_are_known_by_name(place, launcher, expected, tmp_path):
+def test_launchers_are_recognized_by_name(place, launcher, expected, tmp_path):
     assert child_of([place], tmp_path, launcher) == expected
 
 
-def test_a_launcher_is_found_behind_a_shell_and_seen_to_end(tmp_path):
+def test_a_launcher_is_found_behind_a_shell_and_its_end_is_detected(tmp_path):
     program = tmp_path / "torchrun"
     program.write_text("import subprocess\nsubprocess.run(['sh', '-c', 'echo $$; sleep 60; true'])\n")
     started = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
@@ -189,19 +192,19 @@ def test_a_launcher_is_found_behind_a_shell_and_seen_to_end(tmp_path):
     try:
         real, os.getppid = os.getppid, lambda: shell
         try:
-            launcher = find_launcher(Launch("torchrun"))
+            launcher = find_launcher(LaunchEnvironment("torchrun"))
         finally:
             os.getppid = real
-        assert launcher.pid == started.pid and launcher.lives()
+        assert launcher.pid == started.pid and launcher.is_running()
         started.kill()
         while Path(f"/proc/{started.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
-        assert not launcher.lives(), "before anybody has waited for it"
+        assert not launcher.is_running(), "a process that has ended and has not been waited for"
         started.wait()
-        assert not launcher.lives()
+        assert not launcher.is_running()
     finally:
         os.kill(shell, signal.SIGKILL)
 
 
-def test_whoever_sets_the_variables_by_hand_has_no_launcher():
-    assert find_launcher(Launch("torchrun")) is None
+def test_variables_that_are_set_by_hand_give_no_launcher():
+    assert find_launcher(LaunchEnvironment("torchrun")) is None

@@ -18,7 +18,7 @@ from megapromoe.conversion.state import State
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.conversion.torch_files import read_pickle
 from megapromoe.conversion.training_arguments import config_of
-from megapromoe.conversion.upcycle import _whole_model
+from megapromoe.conversion.upcycle import _load_model
 from megapromoe.errors import UserError
 
 
@@ -28,7 +28,7 @@ def velocity(state: State, sigma_B: torch.Tensor) -> torch.Tensor:
     x_BCHW = torch.randn(
         len(sigma_B), model.in_channels, *(model.input_size,) * 2, generator=torch.Generator().manual_seed(2)
     )
-    out_BCHW, _ = _whole_model(state, "master")(x_BCHW, 1000 * sigma_B, torch.arange(len(sigma_B)), len(sigma_B))
+    out_BCHW, _ = _load_model(state, "master")(x_BCHW, 1000 * sigma_B, torch.arange(len(sigma_B)), len(sigma_B))
     return out_BCHW[:, : model.in_channels]
 
 
@@ -60,18 +60,18 @@ def test_a_converted_sit_goes_back_with_its_own_sign(tmp_path):
             assert torch.equal(again.read(kind, name), state.read(kind, name)), (kind, name)
 
 
-def test_the_objective_is_asked_once_and_not_against_what_is_told(tmp_path):
-    told, bare = saved(lambda: training(**SIT))(tmp_path), saved(weights, "bare.pth")(tmp_path)
-    with pytest.raises(ConversionError, match="--objective ddpm, but its args are of a model of sit"):
-        open_state(told, config=config(), objective="ddpm")
+def test_a_given_objective_must_not_contradict_the_file(tmp_path):
+    with_arguments, bare = saved(lambda: training(**SIT))(tmp_path), saved(weights, "bare.pth")(tmp_path)
+    with pytest.raises(ConversionError, match="--objective ddpm, but the args in the file are those of sit"):
+        open_state(with_arguments, config=config(), objective="ddpm")
     state = open_state(bare, config=config(), objective="ddpm")
     assert state.config.diffusion.objective == "ddpm" and state.config.sample.method == "ddpm"
-    assert not any("trained to predict" in note for note in state.notes)
+    assert not any("training objective" in note for note in state.notes)
     export(state, tmp_path / "run", "ours")
-    with pytest.raises(ConversionError, match="says itself what it was trained for"):
+    with pytest.raises(ConversionError, match="contains its objective"):
         open_state(tmp_path / "run", objective="rf")
-    mine = with_objective(resolve("digits", overrides=["diffusion.time=mode"]), "rf")
-    assert mine.diffusion.time == "mode"  # nothing to change
+    own_config = with_objective(resolve("digits", overrides=["diffusion.time=mode"]), "rf")
+    assert own_config.diffusion.time == "mode"  # nothing to change
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_arguments_of_training_tell_the_model(arguments, model, objective):
 @pytest.mark.parametrize(
     "arguments", [{}, {"model": "DiT-XL/2"}, {"model": "DiT-Z/2", "image_size": 256}, {"model": 3}]
 )
-def test_arguments_that_do_not_tell_the_model_leave_it_open(arguments):
+def test_arguments_without_a_known_model_give_no_config(arguments):
     assert config_of(Path("a.pt"), arguments) is None
 
 
@@ -119,11 +119,11 @@ def test_a_namespace_is_read_and_none_of_its_code_is_run(tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda o: o["param_groups"][0].update(params=[0] * len(o["param_groups"][0]["params"])), "stands twice"),
+        (lambda o: o["param_groups"][0].update(params=[0] * len(o["param_groups"][0]["params"])), "listed twice"),
         (lambda o: o.pop("state"), "has no param_groups, or no state"),
-        (lambda o: o.update(param_groups=3), "no list of mappings"),
-        (lambda o: o.update(state={1: 3}), "no mapping of mappings"),
-        (lambda o: o["state"][2].update(step=float("nan")), "step of x_embedder.proj.bias is no whole number"),
+        (lambda o: o.update(param_groups=3), "not a list of mappings"),
+        (lambda o: o.update(state={1: 3}), "not a mapping of mappings"),
+        (lambda o: o["state"][2].update(step=float("nan")), "step of x_embedder.proj.bias is not a whole number"),
         (
             lambda o: o["state"][2].update(exp_avg=torch.zeros(32, dtype=torch.int8)),
             "the exp_avg of x_embedder.proj.bias",
@@ -131,7 +131,7 @@ def test_a_namespace_is_read_and_none_of_its_code_is_run(tmp_path):
     ],
     ids=range(6),
 )
-def test_a_malformed_optimizer_is_a_sentence(tmp_path, change, named):
+def test_a_malformed_optimizer_is_a_user_error(tmp_path, change, named):
     state = optimizer()
     change(state)
     with pytest.raises(ConversionError, match=named):
@@ -144,7 +144,7 @@ def test_an_optimizer_that_names_some_parameters_leaves_the_others_at_zero(tmp_p
     opened = open_state(saved(lambda: training(lambda: state))(tmp_path), config=config())
     assert torch.equal(opened.read("exp_avg", "x_embedder.proj.weight"), tensors()["exp_avg"]["x_embedder.proj.weight"])
     assert not opened.read("exp_avg", "final_layer.linear.weight").any()
-    assert any("no moments of" in note for note in opened.notes)
+    assert any("have no moments" in note for note in opened.notes)
 
 
 JUNK = [None, 3, -1, 1.5, "x", [], {}, True, float("nan"), torch.zeros(3), torch.zeros(()), [torch.zeros(2)], {"a": 1}]

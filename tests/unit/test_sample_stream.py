@@ -13,15 +13,15 @@ import torch
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FOLDER, FashionMNIST
-from megapromoe.data.loader import Batch, Loader, prefetch
+from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
 from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.noise import normals, permutation, raw_bits, uniforms
 
 NULL = 10
 
 
-def loader(size=20, seed=1, label_drop=0.3, flip=True, shape=(2, 4, 4)):
-    return Loader(Synthetic(shape, NULL, size, seed=5), seed, label_drop, flip, NULL)
+def stream_of(size=20, seed=1, condition_dropout=0.3, flip=True, shape=(2, 4, 4)):
+    return SampleStream(Synthetic(shape, NULL, size, seed=5), seed, condition_dropout, flip, NULL)
 
 
 def in_stream_order(*batches):
@@ -52,11 +52,11 @@ def test_bits_are_philox_of_the_hashed_key_and_never_change():
     assert [hex(word) for word in words.tolist()] == ["0x88f87e8cc0ace972", "0x8b579afa3c68a0a9"]
 
 
-def test_positions_can_be_drawn_in_any_company():
-    whole = raw_bits(3, "noise", np.arange(50), 9)
-    assert len(np.unique(whole)) == whole.size
+def test_numbers_of_a_position_do_not_depend_on_the_other_positions():
+    full = raw_bits(3, "noise", np.arange(50), 9)
+    assert len(np.unique(full)) == full.size
     scattered = np.array([7, 8, 9, 3, 49, 0, 3])
-    assert np.array_equal(raw_bits(3, "noise", scattered, 9), whole[scattered])
+    assert np.array_equal(raw_bits(3, "noise", scattered, 9), full[scattered])
     far = 2**62
     assert np.array_equal(raw_bits(3, "noise", [far, far + 1], 9)[1:], raw_bits(3, "noise", [far + 1], 9))
     assert raw_bits(3, "noise", np.arange(0), 9).shape == (0, 9)
@@ -128,29 +128,29 @@ def test_permutation_is_a_uniform_order_of_all():
 
 
 def test_a_batch_is_the_sum_of_its_parts():
-    stream = loader()
+    stream = stream_of()
     for first in (0, 15, 400):  # 15: across the end of an epoch
-        whole = in_stream_order(stream.batch(first, 8))
-        assert whole["positions_B"].tolist() == list(range(first, first + 8))
-        assert_same(whole, in_stream_order(stream.batch(first, 3), stream.batch(first + 3, 5)))
-        assert_same(whole, in_stream_order(loader().batch(first, 8)))  # nothing is remembered
+        full = in_stream_order(stream.batch(first, 8))
+        assert full["positions_B"].tolist() == list(range(first, first + 8))
+        assert_same(full, in_stream_order(stream.batch(first, 3), stream.batch(first + 3, 5)))
+        assert_same(full, in_stream_order(stream_of().batch(first, 8)))  # no state between calls
 
 
 def test_seed_changes_everything_but_the_data():
-    a, b = (in_stream_order(loader(seed=seed).batch(0, 20)) for seed in (1, 2))
+    a, b = (in_stream_order(stream_of(seed=seed).batch(0, 20)) for seed in (1, 2))
     assert not torch.equal(a["labels_B"], b["labels_B"])
     assert (a["noise_BCHW"] != b["noise_BCHW"]).all() and (a["u_B"] != b["u_B"]).all()
 
 
-def test_an_epoch_takes_each_record_once_in_an_order_of_its_own():
-    stream = loader(size=20)
+def test_each_epoch_visits_every_record_once_in_a_different_order():
+    stream = stream_of(size=20)
     epochs = [stream.indices(np.arange(20 * e, 20 * e + 20)).tolist() for e in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_batch_holds_the_record_of_its_position_with_flip_and_null_label():
-    stream = loader(size=50)
+    stream = stream_of(size=50)
     batch = in_stream_order(stream.batch(60, 40))
     clean, labels = stream.dataset.read(stream.indices(np.arange(60, 100)))
     flipped = 0
@@ -160,7 +160,7 @@ def test_batch_holds_the_record_of_its_position_with_flip_and_null_label():
         flipped += torch.equal(batch["clean_BCHW"][row], mirrored)
         assert batch["labels_B"][row] in (labels[row], NULL)
     assert 8 < flipped < 32
-    unflipped = in_stream_order(loader(size=50, flip=False).batch(60, 40))
+    unflipped = in_stream_order(stream_of(size=50, flip=False).batch(60, 40))
     assert torch.equal(unflipped["clean_BCHW"], torch.from_numpy(clean))
     assert torch.equal(unflipped["noise_BCHW"], batch["noise_BCHW"])
 
@@ -168,48 +168,49 @@ def test_batch_holds_the_record_of_its_position_with_flip_and_null_label():
 def test_flip_label_drop_and_time_are_independent():
     count = 4000
     mirrored, plain = (
-        in_stream_order(loader(size=count, label_drop=0.5, flip=flip).batch(0, count)) for flip in (True, False)
+        in_stream_order(stream_of(size=count, condition_dropout=0.5, flip=flip).batch(0, count))
+        for flip in (True, False)
     )
     was_flipped = (mirrored["clean_BCHW"] != plain["clean_BCHW"]).flatten(1).any(1)
     columns = torch.stack([was_flipped.double(), (plain["labels_B"] == NULL).double(), plain["u_B"].double()])
     assert (torch.corrcoef(columns) - torch.eye(3)).abs().max() < 5 / np.sqrt(count)
 
 
-@pytest.mark.parametrize("label_drop", [0.0, 0.3, 1.0])
-def test_conditional_samples_come_first_and_are_counted(label_drop):
-    stream = loader(label_drop=label_drop, size=1000)
+@pytest.mark.parametrize("condition_dropout", [0.0, 0.3, 1.0])
+def test_conditional_samples_come_first_and_are_counted(condition_dropout):
+    stream = stream_of(condition_dropout=condition_dropout, size=1000)
     batch = stream.batch(0, 1000)
     is_null = batch.labels_B == NULL
-    assert not is_null[: batch.conditional].any() and is_null[batch.conditional :].all()
-    assert 1000 - batch.conditional == pytest.approx(1000 * label_drop, abs=5 * np.sqrt(250))
-    if label_drop in (0.0, 1.0):
-        assert batch.conditional == 1000 * (1 - label_drop)
-    for part in (batch.positions_B[: batch.conditional], batch.positions_B[batch.conditional :]):
+    assert not is_null[: batch.num_conditional].any() and is_null[batch.num_conditional :].all()
+    assert 1000 - batch.num_conditional == pytest.approx(1000 * condition_dropout, abs=5 * np.sqrt(250))
+    if condition_dropout in (0.0, 1.0):
+        assert batch.num_conditional == 1000 * (1 - condition_dropout)
+    for part in (batch.positions_B[: batch.num_conditional], batch.positions_B[batch.num_conditional :]):
         assert (part.diff() > 0).all()
 
 
 def test_batch_has_the_types_the_trainer_relies_on():
-    batch = loader().batch(0, 6)
+    batch = stream_of().batch(0, 6)
     floats = (batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
     assert {t.dtype for t in floats} == {torch.float32}
     assert {t.dtype for t in (batch.labels_B, batch.positions_B)} == {torch.int64}
-    assert isinstance(batch.conditional, int) and len(batch) == 6
+    assert isinstance(batch.num_conditional, int) and len(batch) == 6
     assert ((batch.u_B > 0) & (batch.u_B < 1)).all()
     moved = batch.to("meta")
-    assert isinstance(moved, Batch) and moved.conditional == batch.conditional
+    assert isinstance(moved, Batch) and moved.num_conditional == batch.num_conditional
     assert moved.clean_BCHW.device.type == moved.positions_B.device.type == "meta"
 
 
 def test_a_time_draw_stays_below_one_in_float32(monkeypatch):
-    monkeypatch.setattr("megapromoe.data.loader.uniforms", lambda *_: np.full(4, 1 - 2.0**-53))
-    assert (loader().batch(0, 4).u_B < 1).all()
+    monkeypatch.setattr("megapromoe.data.sample_stream.uniforms", lambda *_: np.full(4, 1 - 2.0**-53))
+    assert (stream_of().batch(0, 4).u_B < 1).all()
 
 
-def test_bad_stretches_are_refused():
+def test_bad_index_ranges_are_refused():
     with pytest.raises(ValueError, match="first -1, count 2"):
-        loader().batch(-1, 2)
+        stream_of().batch(-1, 2)
     with pytest.raises(ValueError, match="first 0, count 0"):
-        loader().batch(0, 0)
+        stream_of().batch(0, 0)
 
 
 # Micro-batches
@@ -217,7 +218,7 @@ def test_bad_stretches_are_refused():
 
 def test_every_layout_takes_the_same_global_batch():
     for ranks, accumulation in [(1, 1), (2, 1), (4, 2), (1, 4)]:
-        taken = [Loader.micro_batches(3, ranks, rank, accumulation, 16) for rank in range(ranks)]
+        taken = [SampleStream.micro_batches(3, ranks, rank, accumulation, 16) for rank in range(ranks)]
         assert all(len(ranges) == accumulation for ranges in taken)
         # Part by part, and rank by rank inside of a part, positions come in stream order.
         in_order = [p for a in range(accumulation) for ranges in taken for p in ranges[a]]
@@ -226,9 +227,9 @@ def test_every_layout_takes_the_same_global_batch():
 
 def test_micro_batches_refuse_what_does_not_divide():
     with pytest.raises(ValueError, match="train.global_batch: 16 is not a multiple of 3 .* x 2 .* = 6"):
-        Loader.micro_batches(0, 3, 0, 2, 16)
+        SampleStream.micro_batches(0, 3, 0, 2, 16)
     with pytest.raises(ValueError, match="rank 4 is not in 0..3"):
-        Loader.micro_batches(0, 4, 4, 1, 16)
+        SampleStream.micro_batches(0, 4, 4, 1, 16)
 
 
 # Prefetching
@@ -239,7 +240,7 @@ def loader_threads():
 
 
 def test_prefetch_gives_the_batches_in_order_and_ends():
-    stream = loader()
+    stream = stream_of()
     ranges = [range(0, 4), range(10, 12), range(4, 10)]
     batches = list(prefetch(stream, iter(ranges)))
     assert len(batches) == 3
@@ -299,9 +300,9 @@ def test_several_threads_keep_the_order_and_make_as_many_batches_ahead():
 
 def test_many_threads_make_the_stream_of_one():
     ranges = [range(i, i + 5) for i in range(0, 60, 5)]
-    one, four = (list(prefetch(loader(), ranges, workers)) for workers in (1, 4))
-    assert_same(in_stream_order(*one), in_stream_order(*four))
-    assert [batch.positions_B.tolist() for batch in one] == [batch.positions_B.tolist() for batch in four]
+    single, four = (list(prefetch(stream_of(), ranges, workers)) for workers in (1, 4))
+    assert_same(in_stream_order(*single), in_stream_order(*four))
+    assert [batch.positions_B.tolist() for batch in single] == [batch.positions_B.tolist() for batch in four]
 
 
 # Data sets
@@ -339,7 +340,7 @@ def test_synthetic_latents_scatter_around_their_class():
     assert (other != again).all()
 
 
-def test_a_data_set_that_does_not_fit_is_told_all_at_once():
+def test_all_mismatches_of_a_data_set_are_reported_at_once():
     with pytest.raises(DatasetError) as error:
         open_dataset(config("digits", in_channels=4, input_size=32, num_classes=1000))
     for part in (
@@ -372,13 +373,13 @@ def write_fashion(folder, count=6, side=28, zipped=True):
 def test_fashion_mnist_is_read_and_framed(zipped, tmp_path):
     images, labels = write_fashion(tmp_path, zipped=zipped)
     data = FashionMNIST("test", tmp_path)
-    found, classes = data.read(np.array([4, 1]))
-    assert found.dtype == np.float32 and found.shape == (2, 1, 32, 32) and len(data) == 6
-    assert np.allclose(found[:, 0, 2:30, 2:30], images[[4, 1]] / 127.5 - 1, atol=1e-6)
-    assert (found[:, 0, :2] == -1).all() and (found[:, 0, :, 30:] == -1).all()
+    images_read, classes = data.read(np.array([4, 1]))
+    assert images_read.dtype == np.float32 and images_read.shape == (2, 1, 32, 32) and len(data) == 6
+    assert np.allclose(images_read[:, 0, 2:30, 2:30], images[[4, 1]] / 127.5 - 1, atol=1e-6)
+    assert (images_read[:, 0, :2] == -1).all() and (images_read[:, 0, :, 30:] == -1).all()
     assert classes.tolist() == labels[[4, 1]].tolist()
-    mirrored = data.draw(np.array([4, 1]), np.array([True, False]), None)
-    assert np.array_equal(mirrored[0], found[0, ..., ::-1]) and np.array_equal(mirrored[1], found[1])
+    mirrored = data.sample(np.array([4, 1]), np.array([True, False]), None)
+    assert np.array_equal(mirrored[0], images_read[0, ..., ::-1]) and np.array_equal(mirrored[1], images_read[1])
 
 
 def test_fashion_mnist_files_that_are_wrong_are_named(tmp_path):
@@ -388,12 +389,12 @@ def test_fashion_mnist_files_that_are_wrong_are_named(tmp_path):
     with pytest.raises(DatasetError, match=r"images of \(27, 27\)"):
         FashionMNIST("train", tmp_path)
     path = tmp_path / "train-images-idx3-ubyte.gz"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(DatasetError, match="train-images-idx3-ubyte.gz cannot be read: .*; fetch it again"):
+    full = path.read_bytes()
+    path.write_bytes(full[:-100])
+    with pytest.raises(DatasetError, match="train-images-idx3-ubyte.gz cannot be read: .*; download it again"):
         FashionMNIST("train", tmp_path)
-    path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    with pytest.raises(DatasetError, match="is no idx file of bytes in 3 dimensions"):
+    path.write_bytes(gzip.compress(gzip.decompress(full)[:-1]))
+    with pytest.raises(DatasetError, match="is not an idx file of bytes in 3 dimensions"):
         FashionMNIST("train", tmp_path)
 
 
@@ -408,7 +409,7 @@ def test_fashion_mnist_of_the_package():
     assert trousers.mean((0, 1, 2))[[3, 28]].max() < -0.95 < trousers.mean((0, 1, 2))[15]  # narrow
 
 
-def test_sources_without_a_test_split_say_so():
+def test_sources_without_a_test_split_are_refused():
     for source in ("digits", "synthetic"):
         with pytest.raises(DatasetError, match=f"'{source}' has no test split"):
             open_dataset(config(source), "test")

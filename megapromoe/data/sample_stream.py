@@ -1,11 +1,11 @@
-"""The stream of training samples: a sample is fixed by the seed and its position in the stream.
+"""The stream of training samples: a sample depends on the seed and on its position in the stream only.
 
-Position p = 0, 1, 2, ... is one sample of training. Epoch p // N takes the N records in an order of its own;
-noise, time, flip and label drop of position p come from counter-based random numbers. So the data state of a
-run is one integer, and the stream is the same at every world size, batch size and accumulation.
+Position p = 0, 1, 2, ... is one training sample. Epoch p // N visits the N records in a random order. The noise, time,
+flip and condition dropout of position p come from counter-based random numbers. So the data state of a run is one
+integer, and the stream is the same for every world size, batch size and accumulation.
 
-Whether a label is dropped is known here, on the host: each batch is ordered [conditional | null], with the
-count of the first kind beside it.
+Condition dropout is decided on the host, when a batch is built: batches are ordered [conditional | null], and
+`num_conditional` gives the size of the first part.
 """
 
 from collections import deque
@@ -23,16 +23,16 @@ from megapromoe.diffusion.noise import normals, permutation, uniforms
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of training, conditional ones first; within each kind in stream order.
+    """A batch of training samples: first the conditional ones, then those of the null class, each in stream order.
 
     Attributes:
         clean_BCHW: images or latents, float32.
-        noise_BCHW: unit normal, float32.
-        u_B: uniform in (0, 1), float32: the draw that time is made from.
-        labels_B: int64 class, the null class where the label was dropped.
-        positions_B: int64 stream position.
-        conditional: number of samples that keep their label; they come first.
-        damaged: number of samples whose record could not be used; each has the next good one of its epoch instead.
+        noise_BCHW: unit normal noise, float32.
+        u_B: uniform random number in (0, 1), float32, from which the diffusion time is computed.
+        labels_B: class, int64; the null class if the label was dropped.
+        positions_B: stream position, int64.
+        num_conditional: number of samples that keep their label; they come first.
+        damaged: number of samples whose record could not be used and was replaced by the next good one of its epoch.
     """
 
     clean_BCHW: torch.Tensor
@@ -40,7 +40,7 @@ class Batch:
     u_B: torch.Tensor
     labels_B: torch.Tensor
     positions_B: torch.Tensor
-    conditional: int
+    num_conditional: int
     damaged: int = 0
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """The batch in page-locked memory, from which a GPU copies while the host goes on."""
+        """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -65,28 +65,28 @@ class Batch:
         )
 
 
-class Loader:
-    """Makes the batch of any stretch of the stream.
+class SampleStream:
+    """Builds the batch of any index range of the stream.
 
     Args:
-        dataset: what to read from.
-        seed: of order, noise, time, flips and label drop.
-        label_drop: probability in [0, 1] that a sample's label becomes the null class.
+        dataset: the records.
+        seed: seed of order, noise, time, flips and condition dropout.
+        condition_dropout: probability in [0, 1] that a sample's label is replaced by the null class.
         flip: mirror half of the samples left to right.
         null_class: the label that means "no class"; no record may have it.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, label_drop: float, flip: bool, null_class: int):
+    def __init__(self, dataset: Dataset, seed: int, condition_dropout: float, flip: bool, null_class: int):
         self.dataset = dataset
         self.seed = seed
-        self.label_drop = label_drop
+        self.condition_dropout = condition_dropout
         self.flip = flip
         self.null_class = null_class
-        # A batch touches one epoch, or two at the seam.
+        # A batch lies in one epoch, or in two at the end of an epoch.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(dataset)))
 
     def indices(self, positions_B: np.ndarray) -> np.ndarray:
-        """Record at each stream position, int64."""
+        """The record index of each stream position, int64 (B,)."""
         epoch_B, place_B = np.divmod(positions_B, len(self.dataset))
         indices_B = np.empty_like(positions_B)
         for epoch in np.unique(epoch_B):
@@ -94,11 +94,11 @@ class Loader:
         return indices_B
 
     def batch(self, first: int, count: int) -> Batch:
-        """Samples at positions first .. first + count - 1, a pure function of the two.
+        """The samples at positions first to first + count - 1; a pure function of the two.
 
         Raises:
             ValueError: first is negative or count is not positive.
-            DatasetError: no record can be used.
+            DatasetError: no record of the data set can be used.
         """
         if first < 0 or count < 1:
             raise ValueError(f"a batch needs first >= 0 and count >= 1, got first {first}, count {count}")
@@ -106,10 +106,10 @@ class Loader:
         mirror_B = uniforms(self.seed, "flip", positions_B) < 0.5 if self.flip else np.zeros(count, bool)
         clean_BCHW, labels_B, damaged = self._records(positions_B, mirror_B)
         noise_BCHW = normals(self.seed, "noise", positions_B, self.dataset.shape)
-        # Rounding to float32 must not reach 1, where no time is defined.
+        # Rounding to float32 must not give 1, for which the time is not defined.
         below_one = np.nextafter(np.float32(1), np.float32(0))
         u_B = np.minimum(uniforms(self.seed, "time", positions_B).astype(np.float32), below_one)
-        drop_B = uniforms(self.seed, "label drop", positions_B) < self.label_drop
+        drop_B = uniforms(self.seed, "label drop", positions_B) < self.condition_dropout
         labels_B = np.where(drop_B, self.null_class, labels_B)
         order_B = np.argsort(drop_B, kind="stable")
 
@@ -122,51 +122,51 @@ class Loader:
             u_B=ordered(u_B),
             labels_B=ordered(labels_B),
             positions_B=ordered(positions_B),
-            conditional=count - int(drop_B.sum()),
+            num_conditional=count - int(drop_B.sum()),
             damaged=damaged,
         )
 
     def _records(self, positions_B: np.ndarray, mirror_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Images and labels at these positions, and how many stand in for records that are damaged.
+        """Images and labels at these positions, and the number of damaged records that were replaced.
 
-        The one that stands in is the next good one of the epoch's order, on whichever rank the sample is drawn.
+        A damaged record is replaced by the next good one in the order of the epoch, which does not depend on the rank.
         """
         dataset, size = self.dataset, len(self.dataset)
         normal_BCHW = normals(self.seed, "posterior", positions_B, dataset.shape) if dataset.stochastic else None
-        further_B = np.zeros_like(positions_B)
+        offset_B = np.zeros_like(positions_B)
         for _ in range(size):
             epoch_B, place_B = np.divmod(positions_B, size)
-            indices_B = self.indices(epoch_B * size + (place_B + further_B) % size)
+            indices_B = self.indices(epoch_B * size + (place_B + offset_B) % size)
             try:
-                clean_BCHW = dataset.draw(indices_B, mirror_B, normal_BCHW)
+                clean_BCHW = dataset.sample(indices_B, mirror_B, normal_BCHW)
             except DamagedRecords as error:
-                further_B[error.rows] += 1
-                told = error
+                offset_B[error.rows] += 1
+                problem = error
             else:
-                return clean_BCHW, dataset.labels[indices_B], int((further_B > 0).sum())
-        raise DatasetError(f"none of {size} records can be used; {told}")
+                return clean_BCHW, dataset.labels[indices_B], int((offset_B > 0).sum())
+        raise DatasetError(f"none of {size} records can be used; {problem}")
 
     @staticmethod
     def micro_batches(step: int, data_ranks: int, rank: int, accumulation: int, global_batch: int) -> list[range]:
-        """Stream positions of each micro-batch that one data-parallel rank takes in an optimizer step.
+        """The index ranges of the stream for the micro-batches of one data-parallel rank in an optimizer step.
 
-        Step s owns positions [s·G, (s+1)·G). Accumulation cuts them into equal parts, and ranks cut each
-        part: so a part, seen over all ranks, is one contiguous stretch, whatever the number of ranks.
+        Step s uses positions [s·G, (s+1)·G). They are divided into equal parts by accumulation, and each part into
+        equal ranges by rank. So a micro-batch over all ranks is one contiguous index range for any number of ranks.
 
         Args:
             step: optimizer step, from 0.
             data_ranks: size of the data-parallel group.
-            rank: place in it.
+            rank: rank in this group.
             accumulation: micro-batches per step.
             global_batch: samples per step, G.
 
         Raises:
-            ValueError: the batch does not divide, or the rank is not in the group.
+            ValueError: the global batch is not divisible, or the rank is not in the group.
         """
         if not 0 <= rank < data_ranks:
             raise ValueError(f"rank {rank} is not in 0..{data_ranks - 1}")
-        size, left = divmod(global_batch, data_ranks * accumulation)
-        if left or size == 0:
+        size, remainder = divmod(global_batch, data_ranks * accumulation)
+        if remainder or size == 0:
             raise ValueError(
                 f"train.global_batch: {global_batch} is not a multiple of {data_ranks} data-parallel ranks x "
                 f"{accumulation} accumulation steps = {data_ranks * accumulation}"
@@ -176,30 +176,33 @@ class Loader:
 
 
 def prefetch(
-    loader: Loader, ranges: Iterable[range], workers: int = 1, pin: bool = False
+    stream: SampleStream, ranges: Iterable[range], workers: int = 1, pin: bool = False
 ) -> Generator[Batch, None, None]:
-    """Batches of the given stretches of the stream, in order, the next `workers` made in as many threads meanwhile.
+    """Yields the batches of the given index ranges in order, and builds the next `workers` batches in threads.
 
-    Threads, because what takes time (random numbers, checksums, reading) lets go of Python's lock.
+    Threads suffice, because the slow parts (random numbers, checksums, reading) release Python's global lock.
 
     Args:
-        pin: give them in page-locked memory; needs a GPU.
+        stream: the samples.
+        ranges: index ranges of the stream, one per batch.
+        workers: number of threads, and of batches that are built ahead.
+        pin: put the batches into page-locked memory; needs a GPU.
 
-    What making a batch raises, the iterator raises in that batch's turn. Closing it ends the threads.
+    An exception from building a batch is raised when that batch is due. Closing the generator ends the threads.
     """
     pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="loader")
 
-    def make(stretch: range) -> Batch:
-        batch = loader.batch(stretch.start, len(stretch))
+    def build(index_range: range) -> Batch:
+        batch = stream.batch(index_range.start, len(index_range))
         return batch.pinned() if pin else batch
 
     try:
-        ahead: deque[Future[Batch]] = deque()
-        for stretch in ranges:
-            ahead.append(pool.submit(make, stretch))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        pending: deque[Future[Batch]] = deque()
+        for index_range in ranges:
+            pending.append(pool.submit(build, index_range))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
