@@ -16,6 +16,7 @@ from support.training_runs import train
 from megapromoe.checkpoint import manager
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.moe.layer import ROUTERS
+from megapromoe.training import tensorboard_events
 
 
 def rank_and_process() -> tuple[int, int]:
@@ -38,6 +39,7 @@ def what_is_global() -> dict:
             for value in (manager.write_rank, Engine.step, ROUTERS.get("left"), shutil.disk_usage, torch.Tensor.cpu)
         ],
         "added": hasattr(Engine, "left"),
+        "count": repr(tensorboard_events._numbers),
     }
 
 
@@ -51,6 +53,7 @@ def leave_everything_changed(folder: str) -> None:
     warnings.simplefilter("error")
     manager.write_rank = Engine.step = ROUTERS["left"] = shutil.disk_usage = torch.Tensor.cpu = left
     Engine.left = left
+    next(tensorboard_events._numbers)
 
 
 def test_a_call_finds_what_a_new_process_has(tmp_path):

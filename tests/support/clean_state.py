@@ -2,8 +2,9 @@
 
 `CleanState()` notes the state of a fresh process; `restore()` brings it back. Noted are the environment and working
 directory, the global random generators, warning filters, signal handlers and log handlers; of the modules of `WATCHED`
-every global, the attributes of classes, and the contents of containers that are globals or default arguments; of the
-modules that those import by name the functions and classes. Caches of functions are emptied.
+every global, the attributes of classes, the contents of containers that are globals or default arguments, and the next
+values of `itertools.count`; of the modules that those import by name the functions and classes. Caches of functions are
+emptied.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import itertools
 import logging
 import os
 import random
@@ -100,7 +102,7 @@ def _spaces() -> list:
 
 def _contents(space) -> tuple[dict, list]:
     """The attributes to put back, and the containers in them with their contents."""
-    values = dict(vars(space))
+    values = {name: _copied(value) for name, value in vars(space).items()}
     if isinstance(space, types.ModuleType) and not _is_watched(space.__name__):
         return {name: value for name, value in values.items() if callable(value)}, []
     found = []
@@ -116,13 +118,20 @@ def _put_back(space, values: dict, containers: list) -> None:
     now = vars(space)
     for name in [n for n, v in values.items() if now.get(n, _put_back) is not v]:
         if not name.startswith("__") or callable(values[name]):
-            setattr(space, name, values[name])
+            setattr(space, name, _copied(values[name]))
     for name in [n for n in now if n not in values and _is_function(now[n])]:
         delattr(space, name)
     for container, contents in containers:
         if container != contents:
             container.clear()
             container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def _copied(value):
+    """A new `itertools.count` with the same next value; everything else as it is."""
+    if type(value) is not itertools.count:
+        return value
+    return itertools.count(int(repr(value).removeprefix("count(").removesuffix(")")))
 
 
 def _is_function(value) -> bool:
