@@ -23,7 +23,7 @@ HEADINGS = {
 }
 ROWS = "alltoall_base_"  # the collective that sends rows to experts and back
 GOAL = 1.05  # time over that of the dense layer
-SCENES = 9  # of a picture side by side; more stand below
+CASES_PER_ROW = 9  # of a plot
 
 
 def write_report(document: dict[str, Any], out: Path) -> list[Path]:
@@ -192,24 +192,24 @@ def draw(cases: list[dict], title: str) -> Figure:
     """Plots time over that of the dense model: a group of bars for each case, lines at 1 and at the goal."""
     shown = [s for s in cases if any("ratio" in f for f in _ran(s).values())]
     names = list(dict.fromkeys(n for s in shown for n in _ran(s) if n != "dense"))
-    rows = [shown[i : i + SCENES] for i in range(0, len(shown), SCENES)]
-    figure = Figure(figsize=(1.15 * min(len(shown), SCENES) + 2.5, 1.2 + 3.0 * len(rows)), layout="constrained")
+    rows = [shown[i : i + CASES_PER_ROW] for i in range(0, len(shown), CASES_PER_ROW)]
+    figure = Figure(figsize=(1.15 * min(len(shown), CASES_PER_ROW) + 2.5, 1.2 + 3.0 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
     panels = list(figure.subplots(len(rows), 1, sharey=True, squeeze=False).flatten())
     styles = assign(names)
-    for ax, scenes in zip(panels, rows, strict=True):
+    for ax, row in zip(panels, rows, strict=True):
         for number, name in enumerate(names):
-            ratios = [(i, s["contenders"][name]["ratio"]) for i, s in enumerate(scenes) if name in _ran(s)]
-            place = [i + (number - (len(names) - 1) / 2) * 0.8 / len(names) for i, _ in ratios]
+            ratios = [(i, s["contenders"][name]["ratio"]) for i, s in enumerate(row) if name in _ran(s)]
+            x = [i + (number - (len(names) - 1) / 2) * 0.8 / len(names) for i, _ in ratios]
             heights = [r["median"] for _, r in ratios]
             errors = [[r["median"] - r["low"] for _, r in ratios], [r["high"] - r["median"] for _, r in ratios]]
-            look = {"color": styles[name].colour, "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)]}
-            ax.bar(place, heights, 0.74 / len(names), label=name, yerr=errors, error_kw={"linewidth": 0.8}, **look)
+            style = {"color": styles[name].colour, "hatch": HATCHES[number // len(COLOURS) % len(HATCHES)]}
+            ax.bar(x, heights, 0.74 / len(names), label=name, yerr=errors, error_kw={"linewidth": 0.8}, **style)
         ax.axhline(1, color="black", linewidth=1.2, label="dense")
         ax.axhline(GOAL, color="black", linewidth=0.8, linestyle="--", label=f"goal {GOAL}")
-        labels = [f"{s['size']} E{s['experts']} B{s['images']}\n{s['routing']}" for s in scenes]
-        ax.set_xticks(range(len(scenes)), labels, fontsize=7)
-        ax.set_xlim(-0.7, min(len(shown), SCENES) - 0.3)
+        labels = [f"{s['size']} E{s['experts']} B{s['images']}\n{s['routing']}" for s in row]
+        ax.set_xticks(range(len(row)), labels, fontsize=7)
+        ax.set_xlim(-0.7, min(len(shown), CASES_PER_ROW) - 0.3)
         ax.set_ylabel("time over the dense model's", fontsize=8)
     for ax in panels:
         label_log_axis(ax, "y")

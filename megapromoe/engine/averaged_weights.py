@@ -30,17 +30,19 @@ class EMA:
         """Starts with the current weights of the engine.
 
         Args:
+            engine: whose weights are averaged.
             decay: per optimizer step, 0 to 1.
+            warmup: use a smaller decay for the first updates.
         """
         self.engine, self.decay, self.warmup = engine, decay, warmup
         self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
         device = self.averages[0].device if self.averages else None
-        # Where the device decides whether a step is applied, the host does not know the number of updates in time.
+        # The number of updates is on the device, because the host may not know yet whether a step was applied.
         self._updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def continue_from(self, updates: int, warmup: bool) -> None:
-        """Takes up an average after a number of updates; its tensors are written by whoever calls this."""
+        """Continues after a number of updates; the caller writes the tensors of `averages`."""
         self.warmup = warmup
         self._updates.fill_(updates)
 
@@ -61,7 +63,7 @@ class EMA:
             torch._foreach_lerp_(self.averages, masters, 1 - decay)
 
     def _decay_on_device(self, applied: Tensor) -> Tensor | float:
-        """`decay_at` of this update, without the host."""
+        """`decay_at` of this update, computed on the device."""
         if not self.warmup:
             return self.decay
         self._updates += applied

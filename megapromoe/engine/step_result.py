@@ -10,11 +10,11 @@ from torch import Tensor
 from megapromoe.distributed.host_copy import AsyncHostCopy
 
 SAVE_VOTE = 1 << 20
-"""A vote to save, in the sum of the votes to stop: more than there are ranks, and exact in float64."""
+"""The value of a request to save, in the sum of requests to stop: more than any number of ranks, exact in float64."""
 
 
 def votes_of(stop: bool, save: bool) -> float:
-    """One rank's votes as one number, so that no step has another kernel, or more bytes to send, for them."""
+    """The requests of a rank as one number, so that they need no further kernel and no further bytes to send."""
     return float(stop + SAVE_VOTE * save)
 
 
