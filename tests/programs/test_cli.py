@@ -409,7 +409,7 @@ def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys
     assert cli.main(["train", "--run", str(tmp_path), "--dry-run", *latents]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("megapromoe: 2 problems in this start:") and "data.source: the run has" in said.err
-    assert f"{tmp_path / 'nowhere'} holds no manifest.json; make it: megapromoe encode" in said.err
+    assert f"{tmp_path / 'nowhere'} holds no manifest.json; create it with megapromoe encode" in said.err
     assert "4 blocks" in said.out and f"{tmp_path}: refused, see below" in said.out
     assert sorted(tmp_path.rglob("*")) == before
 
