@@ -119,7 +119,9 @@ def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) 
         return {}
     train = _resolve(recipe, *layers).train
     settings, problems = {}, []
-    for key, value in (("train.save_every", train.save_every), ("train.keep_every", train.keep_every)):
+    names = ("snapshot_every",) if recipe.weights == "ema" else ("save_every", "keep_every")  # averages alone are light
+    for name in names:
+        key, value = f"train.{name}", getattr(train, name)
         if value and every % value == 0:
             continue
         if any(key in layer for layer in layers):

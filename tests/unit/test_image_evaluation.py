@@ -36,16 +36,23 @@ def test_steps_scales_and_the_sampler():
 def test_tasks_keep_the_checkpoints_that_are_evaluated():
     for task in expand(evaluated()):
         train = task.config.train
+        assert train.steps == 6 and train.snapshot_every == 2 and train.keep_every == 0, "light ones of the averages"
+    for task in expand(evaluated(weights="master")):
+        train = task.config.train
         assert train.steps == 6 and train.save_every > 0 and train.keep_every > 0
         assert 2 % train.save_every == 0 and 2 % train.keep_every == 0
     for task in expand(evaluated({"num": 200})):
-        assert task.config.train.keep_every == 0, "the last checkpoint is always kept"
-    given = {"settings": TINY | {"train.steps": 6, "train.save_every": 1, "train.keep_every": 1}}
+        train = task.config.train
+        assert train.keep_every == train.snapshot_every == 0, "the last checkpoint is always kept"
+    given = {"settings": TINY | {"train.steps": 6, "train.save_every": 1, "train.keep_every": 1}, "weights": "master"}
     assert {task.config.train.save_every for task in expand(evaluated(**given))} == {1}
 
 
 def test_settings_that_remove_these_checkpoints_are_refused():
-    made = evaluated(settings=TINY | {"train.steps": 9, "train.save_every": 3, "train.keep_every": 4})
+    with pytest.raises(StudyError, match="evaluate.every = 2: train.snapshot_every = 3 does not keep the checkpoints"):
+        expand(evaluated(settings=TINY | {"train.steps": 9, "train.snapshot_every": 3}))
+    given = {"train.steps": 9, "train.save_every": 3, "train.keep_every": 4}
+    made = evaluated(settings=TINY | given, weights="master")
     with pytest.raises(StudyError) as caught:
         expand(made)
     assert "evaluate.every = 2: train.save_every = 3 does not keep the checkpoints; let it divide 2" in str(
@@ -53,7 +60,7 @@ def test_settings_that_remove_these_checkpoints_are_refused():
     )
     assert "train.keep_every = 4" in str(caught.value)
     with pytest.raises(StudyError, match="train.save_every = 0 does not keep"):
-        expand(evaluated(settings=TINY | {"train.steps": 9, "train.save_every": 0}))
+        expand(evaluated(settings=TINY | {"train.steps": 9, "train.save_every": 0}, weights="master"))
 
 
 # ---- what is refused
