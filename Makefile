@@ -1,11 +1,11 @@
-# make env | train | test | test-all | check | compat | equality | fidelity | layouts | faults | fuzz | format | clean
+# make env | train | test | test-all | check | docs | compat | equality | fidelity | layouts | faults | fuzz | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Files go to two processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: env train test test-rest test-all check compat equality fidelity layouts faults fuzz format clean
+.PHONY: env train test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
 
 env: $(INSTALLED)
 
@@ -30,10 +30,14 @@ test-rest: env
 test-all: check
 	$(PYTEST)
 
-check: env
+check: env docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Links between pages, their anchors and the navigation; the site itself is thrown away.
+docs: env
+	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && $(BIN)/mkdocs build --quiet --strict --site-dir "$$site"
 
 # The tables in docs/, measured anew.
 equality: env

@@ -16,7 +16,16 @@ SECTIONS = "|".join(to_dict(Config()))
 SETTING = re.compile(rf"(?<![\w./])({SECTIONS})\.([a-z][a-z0-9_]*)(?![\w./(])")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
 # Words that look like a setting and are none: files, a placeholder, a part of torch's files, attributes in docstrings.
-NO_SETTINGS = {"sample.py", "train.py", "data.md", "sample.key", "data.pkl", "model.null_class", "model.layouts"}
+NO_SETTINGS = {
+    "sample.py",
+    "train.py",
+    "data.md",
+    "train.md",
+    "sample.key",
+    "data.pkl",
+    "model.null_class",
+    "model.layouts",
+}
 # Flags of other programs that our documents and messages name.
 OTHERS = {
     "SLURM": "--account --array --batch --cpus-per-task --exclude --gpus-per-node --job-name --kill-on-bad-exit --nodes"
