@@ -238,7 +238,7 @@ def write_table(file: Path, rows: list) -> None:
         "and on one process (ZeRO-0), and shows the largest deviation over steps or tensors **in units of the limit**:",
         "1e-5 relative for losses and clip norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first",
         "step, parameters and averages after the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3,",
-        "because the rounding noise of gradients that are zero by mathematics would otherwise become full steps.",
+        "because otherwise the rounding noise of gradients that are mathematically zero would become full steps.",
         "",
         "Written by `make equality`.",
         "",

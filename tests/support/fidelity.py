@@ -124,15 +124,15 @@ MODELS = {
 HEAD = """\
 # Fidelity to the published models
 
-Ours beside published implementations, whose inputs and results `tests/golden/` holds. All figures are relative
-deviations ‖ours − published‖ / ‖published‖ in float32; the limit of each is 1e-5. Written by `make fidelity`.
+Our models compared with published implementations, whose inputs and results are in `tests/golden/`. All numbers are
+relative deviations ‖ours − published‖ / ‖published‖ in float32. The limit of each is 1e-5. Written by `make fidelity`.
 
 ## Outputs, losses, gradients
 
-The largest deviation of the outputs (in evaluation and in training), of the losses (denoising, and the auxiliary loss
-of each MoE layer), and of the gradients: of each tensor by itself, each expert and each prototype by itself, queries,
-keys and values apart. The gradient of a key's bias is zero by mathematics; the last column has its norm over that of
-the whole gradient, with a limit of 1e-8.
+The table shows the largest deviation of the outputs (in evaluation and in training), of the losses (denoising, and the
+auxiliary loss of each MoE layer), and of the gradients. Gradients are compared for each tensor separately, for each
+expert and prototype separately, and separately for queries, keys and values. The gradient of a key's bias is
+mathematically zero. The last column is its norm divided by that of the whole gradient, with a limit of 1e-8.
 
 | model | case | outputs | losses | gradients | of which tensor | gradients compared | zero gradients |
 |---|---|---|---|---|---|---|---|
@@ -140,27 +140,30 @@ the whole gradient, with a limit of 1e-8.
 LONG = """
 ## A long run on real digits
 
-The published ProMoE classes and ours from the same weights on the same batches: {steps:,} AdamW steps of 64 images of
-scikit-learn's digits (D 64, 4 blocks, 4 experts). The largest and the mean deviation of a step's denoising loss
-(MSE), the largest of the contrastive loss (RCL), and the mean MSE of the steps. The RCL is near 1e-3 after some steps,
-and the published code computes it in float32 from logits near 1/0.07, so its deviation is taken over the step's whole
-loss. Within the first 100 steps the limit is 1e-5. Later rounding grows, as in any training.
+The published ProMoE classes and ours train from the same weights on the same batches: {steps:,} AdamW steps of 64
+images of scikit-learn's digits (D 64, 4 blocks, 4 experts). The table shows the largest and the mean deviation of the
+denoising loss (MSE) of a step, the largest deviation of the contrastive loss (RCL), and the mean MSE. The RCL is near
+1e-3 after some steps, and the published code computes it in float32 from logits near 1/0.07. So its deviation is
+relative to the whole loss of the step. For the first 100 steps the limit is 1e-5. Later, rounding differences grow, as
+in any training.
 
 | steps | MSE: largest | mean | RCL over the whole loss: largest | mean MSE, published | ours | deviation |
 |---|---|---|---|---|---|---|
 """
 RANGES = ((1, 10), (11, 100), (101, 200), (201, 400), (401, 700), (701, 1000))
 TAIL = """
-## What is expressed, and what is not
+## What can be configured, and what cannot
 
 * **Several shared and unconditional experts** (the paper's N_s and N_u): `model.num_shared_experts`,
-  `model.num_unconditional_experts`. The release builds one of each; of several the outputs are summed, each with
-  weight 1, as in DeepSeekMoE. N_s experts of width F compute what one of width N_s·F does. In published files they are
-  `shared_experts.0`, ..., and the last of `experts`: names of ours, which the release's classes do not load.
+  `model.num_unconditional_experts`. The published code builds one of each. The outputs of several are summed with
+  weight 1, as in DeepSeekMoE. N_s experts of width F compute the same as one of width N_s·F. In files of the published
+  format they are `shared_experts.0`, ..., and the last of `experts`. These names are ours; the published classes do not
+  load them.
 * **Widths**: `model.expert_width` (`moe_intermediate_size`) and `model.shared_expert_width`
   (`shared_expert_intermediate_size`). `model.expert_ratio` is rounded down to a width.
-* **Fewer tokens than experts**: each expert of ProMoE by expert choice takes at least one token, as published. EC-DiT
-  as published takes none, so that its MoE layers do nothing; that is refused. DiffMoE chooses over the batch.
+* **Fewer tokens than experts**: with expert choice, each expert of ProMoE takes at least one token, as published. In
+  the published EC-DiT experts take none, so that its MoE layers do nothing; this is refused. DiffMoE chooses over the
+  batch.
 * **Not built**: shared experts of the baselines (`n_shared_experts`; SwiGLU without biases in TC-DiT and EC-DiT),
   `use_swiglu`, `use_diff_expert`, `head_dim`, `init_MoeMLP`, `capacity_schedule`.
 * `norm_topk_prob` and `CapacityPred_loss_weight` are options that no published code reads: weights are never

@@ -15,18 +15,19 @@ LIMIT = 3600.0  # seconds for one target in a worker process
 HASHED = ("checkpoint", "latents")  # kinds of files of which nothing may be silent
 
 NOTES = """\
-One damage at a time: mostly one flipped bit, else the file is cut off, has a block of zeros, is swapped with another
-or replaced by it, or is removed. Files are chosen evenly, whatever their sizes. Then the real reader reads:
+Each case damages one file. In most cases one bit is flipped. In the others the file is truncated, gets a block of
+zeros, is swapped with another file or replaced by it, or is removed. Files are chosen with equal probability, whatever
+their sizes. Then the real reader reads. The result is one of:
 
-* **named**: refused, or passed over, with a message that names the file or folder;
-* **older used**: the run goes on from the checkpoint before, and a message names the damaged one;
-* **harmless**: what was read, to the last bit, is what is read of sound files;
-* **silent**: something else was read, and nothing named.
+* **named**: the file is refused or skipped, with a message that names the file or folder;
+* **older used**: the run continues from the checkpoint before, and a message names the damaged one;
+* **harmless**: exactly the same was read as from the undamaged files;
+* **silent**: something else was read, without a message.
 
-Of checkpoints and latents nothing may be silent; tests hold it. What people write and edit has no hash: there a digit
-that becomes another digit is another setting, which nothing can tell from the one that was meant; what makes a run what
-it is, is compared with the run's folder. Manifests of format 1, written before manifests had a hash, are read with a
-notice.
+For checkpoints and latents no case may be silent, which tests check. Files that people write and edit have no hash. If
+a digit in them becomes another digit, that is another valid setting, which cannot be recognised as damage. Settings
+that define a run are compared with those of its folder. Manifests of format 1, from before manifests had a hash, are
+read with a notice.
 """
 
 
