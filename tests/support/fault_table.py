@@ -5,8 +5,8 @@ from pathlib import Path
 HEADER = """\
 # Faults
 
-What was done to small runs, what happened, what it cost, and the test that does it. Written by `make faults`, which
-runs each of these tests and nothing else.
+Each row is a fault that a test causes in a small run, what happens, what is lost, and the test. Written by
+`make faults`, which runs only these tests.
 
 | fault | what happens | lost | test |
 |---|---|---|---|

@@ -56,7 +56,7 @@ SIT = {"model": "SiT-S/2", "path_type": "Linear", "prediction": "velocity"}
 ASKED = "does not contain its training objective"
 
 LAYOUTS = {
-    "`.pth`: names and tensors alone": Layout(
+    "`.pth`: only names and tensors": Layout(
         saved(weights), "read as masters and averages; moments start at zero", kinds=WEIGHTS, notes=(ASKED,)
     ),
     "the same without `pos_embed`": Layout(
@@ -111,7 +111,7 @@ LAYOUTS = {
     "names with `_forward_module.` (Lightning's DeepSpeed)": Layout(
         saved(lambda: weights(prefix="_forward_module.")), "read without it", kinds=WEIGHTS
     ),
-    "names with `ema.`, `ema_model.` alone": Layout(
+    "only names with `ema.`, `ema_model.`": Layout(
         saved(lambda: weights("ema", prefix="ema_model.")), "read as averages, and as masters too", kinds=("ema",)
     ),
     "`model.` and `ema.` in one state dict": Layout(
@@ -131,7 +131,7 @@ LAYOUTS = {
     ),
     "DiT: `model`, `ema`, `opt`, `args`": Layout(
         saved(lambda: training(model="DiT-S/2", image_size=256)),
-        "read, with moments; `args` tell that it is DDPM's",
+        "read, with moments; `args` show that it is DDPM's",
         notes=("its step; 10",),
     ),
     "SiT: `model`, `ema`, `opt`, `args`": Layout(
@@ -142,14 +142,14 @@ LAYOUTS = {
         "read, with moments, without the projectors (`model.time_input=repa`)",
         notes=("projectors are omitted",),
     ),
-    "DiffMoE: `model`, `ema`, `opt`, `args` with a path alone": Layout(
+    "DiffMoE: `model`, `ema`, `opt`, `args` with only a path": Layout(
         saved(lambda: training(config="config/000.yaml")),
-        "read, with moments; `args` do not tell what it predicts: give `--objective`",
+        "read, with moments; `args` do not contain what it predicts: give `--objective`",
         notes=(ASKED,),
     ),
     "SiT with `path_type` GVP or VP, or `prediction` score or noise": Layout(
         saved(lambda: training(**SIT | {"path_type": "GVP"})),
-        "refused: there are straight paths with velocities alone",
+        "refused: only straight paths with velocities are supported",
         refused="path_type = GVP, prediction = velocity; only the linear path",
     ),
     "`state_dict`, `optimizer_states`, `global_step` (Lightning)": Layout(
@@ -165,7 +165,7 @@ LAYOUTS = {
     ),
     "averages as a list (`shadow_params`)": Layout(
         saved(lambda: {"model": weights(), "ema": {"decay": torch.ones(1), "shadow_params": []}}),
-        "refused: which value is of which parameter is not told",
+        "refused: the file does not contain which value belongs to which parameter",
         refused="ema.shadow_params is not a tensor",
     ),
     "an optimizer other than AdamW": Layout(
@@ -203,7 +203,7 @@ LAYOUTS = {
     "another number of positions": Layout(
         saved(more_positions), "refused", refused=r"its pos_embed is \(1, 64, 32\), the config's model has 16 positions"
     ),
-    "safetensors: names and tensors alone": Layout(
+    "safetensors: only names and tensors": Layout(
         safetensors_file(weights), "read as masters and averages; moments start at zero", kinds=WEIGHTS, notes=(ASKED,)
     ),
     "safetensors in half precision": Layout(
@@ -295,7 +295,7 @@ LAYOUTS = {
     ),
     "NaN or infinity in any of them": Layout(
         saved(with_nan),
-        "refused when it is converted, with the tensor's name; `--allow-nonfinite` goes on",
+        "refused when it is converted, with the tensor's name; `--allow-nonfinite` converts them",
         kinds=(),
     ),
 }
