@@ -138,13 +138,19 @@ def _history(folder: Path) -> dict[str, Any]:
 
     run = RunDirectory(folder)
     checkpoints = [
-        {"step": one.step, "updates": one.updates, "branch": one.branch, "run": one.run}
-        for one in step_folders(run.checkpoints)
+        {"step": folder.step, "updates": folder.updates, "branch": folder.branch, "run": folder.run}
+        for folder in step_folders(run.checkpoints)
     ]
     branches = [
-        {"folder": str(one.folder), "name": one.name, "after": one.after, "steps": list(one.steps), "left": one.left}
-        | {"reason": one.reason, "snapshots": list(one.snapshots)}
-        for one in left_branches(run)
+        {
+            "folder": str(branch.folder),
+            "name": branch.name,
+            "after": branch.after,
+            "steps": list(branch.steps),
+            "left": branch.left,
+        }
+        | {"reason": branch.reason, "snapshots": list(branch.snapshots)}
+        for branch in left_branches(run)
     ]
     snapshots = snapshot_steps(run.snapshots)
     return {"checkpoints": checkpoints, "snapshots": snapshots, "left_branches": branches}
@@ -172,7 +178,8 @@ def _print_facts(report: dict[str, Any]) -> None:
         print(f"  note: {note}")
     if checkpoints := report.get("checkpoints"):
         listed = ", ".join(
-            f"{one['step']}" + ("" if one["updates"] is not None else " (damaged)") for one in checkpoints
+            f"{checkpoint['step']}" + ("" if checkpoint["updates"] is not None else " (damaged)")
+            for checkpoint in checkpoints
         )
         print(f"  checkpoints of the run: {listed}; branch {checkpoints[-1]['branch']!r}")
     if snapshots := report.get("snapshots"):

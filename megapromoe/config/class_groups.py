@@ -50,13 +50,13 @@ def read_groups(path: Path, classes: int) -> dict[str, tuple[int, ...]]:
             problems.append(f"{path}: {name}: must be a list of classes, such as [0, 3, '5-7'], not {entries!r}")
             continue
         for entry in entries:
-            found = _numbers(entry)
-            if not found:
+            class_range = _numbers(entry)
+            if not class_range:
                 problems.append(f"{path}: {name}: {entry!r} is neither a class nor a range 'first-last'")
-            elif found[-1] >= classes:
+            elif class_range[-1] >= classes:
                 problems.append(f"{path}: {name}: {entry!r}: classes are 0..{classes - 1}")
             else:
-                numbers += found
+                numbers += class_range
         if twice := sorted({n for n in numbers if numbers.count(n) > 1}):
             problems.append(f"{path}: {name}: class {twice[0]} stands twice")
         groups[str(name)] = tuple(numbers)

@@ -110,8 +110,8 @@ def _value_rule(value: Any, expected: Key) -> str | None:
         return None if valid else f"{', '.join(first)} or {last}"
     if expected.kind is str:
         return None if type(value) is str else "text"
-    whole = type(value) is int or (type(value) is float and value.is_integer())
-    if whole and value >= expected.low:
+    is_whole = type(value) is int or (type(value) is float and value.is_integer())
+    if is_whole and value >= expected.low:
         return None
     return f"a whole number, {expected.low} or more; without the key DeepSpeed takes its default"
 

@@ -140,9 +140,9 @@ def nearest(value: int, valid: Iterable[int]) -> str:
     return ", ".join(map(str, [v for v in valid if v < value][-2:] + [v for v in valid if v > value][:2]))
 
 
-def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` next to `value`, as text."""
-    return nearest(value, (d for d in range(1, whole + 1) if whole % d == 0))
+def nearest_divisors(value: int, total: int) -> str:
+    """The divisors of `total` next to `value`, as text."""
+    return nearest(value, (d for d in range(1, total + 1) if total % d == 0))
 
 
 def nearest_multiples(value: int, unit: int) -> str:

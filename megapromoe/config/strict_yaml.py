@@ -94,17 +94,17 @@ class _Loader(yaml.SafeLoader):
         raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
 
 
-def _violations(node: yaml.Node, name: str, seen: set[int]) -> Iterator[str]:
+def _violations(node: yaml.Node, name: str, visited: set[int]) -> Iterator[str]:
     """A sentence for each repeated key and each number that reads in two ways, at `node`, called `name`, and below."""
-    if id(node) in seen:
+    if id(node) in visited:
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         if problem := _ambiguous(node):
             yield f"line {node.start_mark.line + 1}: {f'{name}: ' if name else ''}{problem}"
     elif isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):
-            yield from _violations(entry, f"{name}[{number}]", seen)
+            yield from _violations(entry, f"{name}[{number}]", visited)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -115,8 +115,8 @@ def _violations(node: yaml.Node, name: str, seen: set[int]) -> Iterator[str]:
                 if same in lines:
                     yield f"line {line}: {where} stands twice, first in line {lines[same]}; remove one of the two"
                 lines.setdefault(same, line)
-            yield from _violations(key, where, seen)
-            yield from _violations(value, where, seen)
+            yield from _violations(key, where, visited)
+            yield from _violations(value, where, visited)
 
 
 def _same_key(key: yaml.ScalarNode) -> str:

@@ -185,20 +185,20 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     stage = zero.get("stage", 0)
     bf16 = deepspeed.get("bf16", {}).get("enabled", False)
     replicated, routed = tensors_on_rank(config.model, layout)
-    whole = sum(replicated) + sum(routed)
+    unsharded = sum(replicated) + sum(routed)
     if stage == 3:  # every tensor is cut by itself
         shard = sum(-(-n // layout.dp) for n in replicated) + sum(-(-n // layout.edp) for n in routed)
     else:  # flat groups of tensors are
         shards = flat_shards(replicated, layout.dp, False) + flat_shards(routed, layout.edp, True)
         shard = sum(shards)
-    held = whole if stage == 0 else shard
+    held = unsharded if stage == 0 else shard
     width = 2 if bf16 else 4
     optimizer = held * (8 if stage == 0 and not bf16 else 12)
     ema = held * 4
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return Memory(
-        parameters=width * (shard if stage == 3 else whole),
-        gradients=width * (shard if stage >= 2 else whole),
+        parameters=width * (shard if stage == 3 else unsharded),
+        gradients=width * (shard if stage >= 2 else unsharded),
         optimizer=optimizer,
         ema=ema,
         host=optimizer + ema if offloaded else 0,

@@ -70,19 +70,19 @@ def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator
     yield from (line for _, line in sorted(lines, reverse=True))
 
 
-def reasons(found: Search, machine: Machine) -> Iterator[str]:
+def reasons(search: Search, machine: Machine) -> Iterator[str]:
     """Why the best is the best: beside the fastest that decides otherwise, question by question."""
-    best = found.best
+    best = search.best
     parallel = best.config.parallel
-    yield f"tp {parallel.tp}" + _against(found, lambda p: f"tp {p.layout.tp}")
+    yield f"tp {parallel.tp}" + _against(search, lambda p: f"tp {p.layout.tp}")
     if best.config.model.moe_blocks:
-        yield f"ep {parallel.ep}" + _against(found, lambda p: f"ep {p.layout.ep}")
-    yield best.config.train.deepspeed + _against(found, lambda p: p.config.train.deepspeed)
-    yield f"recompute {parallel.recompute}" + _against(found, lambda p: f"recompute {p.config.parallel.recompute}")
+        yield f"ep {parallel.ep}" + _against(search, lambda p: f"ep {p.layout.ep}")
+    yield best.config.train.deepspeed + _against(search, lambda p: p.config.train.deepspeed)
+    yield f"recompute {parallel.recompute}" + _against(search, lambda p: f"recompute {p.config.parallel.recompute}")
     yield limits(best)
     if best.ep_nodes > 1:
-        yield _across_nodes(found, machine)
-    if found.accumulation_changed:
+        yield _across_nodes(search, machine)
+    if search.accumulation_changed:
         changed = "the batch statistics see smaller batches: this changes the mathematics"
         scope = best.config.model.batch_scope == "global" and best.config.model.moe_blocks
         yield (
@@ -91,15 +91,15 @@ def reasons(found: Search, machine: Machine) -> Iterator[str]:
         )
 
 
-def _against(found: Search, choice: Callable[[Plan], str]) -> str:
+def _against(search: Search, choice: Callable[[Plan], str]) -> str:
     """The best beside the fastest plan with another choice: its choice, both times, both memories, and what decides."""
-    best = found.best
-    rivals = [p for p in found.fitting if choice(p) != choice(best)]
+    best = search.best
+    rivals = [p for p in search.fitting if choice(p) != choice(best)]
     # A question other than that of ep is not about the network.
     if not choice(best).startswith("ep "):
         rivals = [p for p in rivals if p.ep_nodes <= best.ep_nodes] or rivals
     if not rivals:
-        larger = [p for p in found.too_large if choice(p) != choice(best)]
+        larger = [p for p in search.too_large if choice(p) != choice(best)]
         if not larger:
             return ": no other choice can run"
         smallest = min(larger, key=lambda p: p.memory.peak)
@@ -136,11 +136,11 @@ def _besides(best: Plan, rival: Plan, choice: str) -> str:
     return f" (with {', '.join(words)})" if words else ""
 
 
-def _across_nodes(found: Search, machine: Machine) -> str:
+def _across_nodes(search: Search, machine: Machine) -> str:
     """Why rows of experts cross the network, where the best plan's do."""
-    best = found.best
+    best = search.best
     start = f"ep {best.layout.ep} spans {best.ep_nodes} nodes: rows cross the network ({machine.network / 1e9:.0f} GB/s"
-    inside = [p for p in found.fitting if p.ep_nodes == 1]
+    inside = [p for p in search.fitting if p.ep_nodes == 1]
     if not inside:
         return f"{start} a GPU), because no layout with ep inside a node fits"
     rival = min(inside, key=lambda p: p.time.total)
@@ -160,9 +160,9 @@ def limits(plan: Plan) -> str:
     return f"limited by {HINTS[order[0]]} ({shares}; {1e3 * t.overlapped:.1f} ms of communication overlapped)"
 
 
-def experts_in_parallel(found: Search) -> Iterator[str]:
+def experts_in_parallel(search: Search) -> Iterator[str]:
     """Whether EP pays at this size: in bytes, tokens of a rank and step against E*F, and in time."""
-    best = found.best
+    best = search.best
     model, micro = best.config.model, best.config.train.accumulation
     if not model.moe_blocks:
         return
@@ -173,22 +173,22 @@ def experts_in_parallel(found: Search) -> Iterator[str]:
         f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; EP sends fewer"
         f" bytes than replicated experts below E*F, so here it {'pays' if fewer else 'does not pay'} in bytes"
     )
-    alone = _counterpart(found, lambda p: p.layout.ep == 1)
-    spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1 and p.ep_nodes == 1)
+    alone = _counterpart(search, lambda p: p.layout.ep == 1)
+    spread = best if best.layout.ep > 1 else _counterpart(search, lambda p: p.layout.ep > 1 and p.ep_nodes == 1)
     if not (alone and spread):
         return
-    (one, sent), (many, dispatched) = _expert_bytes(alone), _expert_bytes(spread)
+    (replicated_bytes, replicated_total), (parallel_bytes, parallel_total) = _expert_bytes(alone), _expert_bytes(spread)
     yield (
         f"  ep 1: {1e3 * alone.time.total:.1f} ms, {alone.memory.peak / GIB:.1f} GiB"
-        f"{'' if alone in found.fitting else ', which does not fit'};"
-        f" each GPU sends {one / 1e6:,.0f} MB of expert gradients and parameters"
+        f"{'' if alone in search.fitting else ', which does not fit'};"
+        f" each GPU sends {replicated_bytes / 1e6:,.0f} MB of expert gradients and parameters"
     )
     yield (
         f"  ep {spread.layout.ep}: {1e3 * spread.time.total:.1f} ms, {spread.memory.peak / GIB:.1f} GiB;"
-        f" {many / 1e6:,.0f} MB of these, {(dispatched - sent) / 1e6:,.0f} MB of rows, with"
+        f" {parallel_bytes / 1e6:,.0f} MB of these, {(parallel_total - replicated_total) / 1e6:,.0f} MB of rows, with"
         " the latency of their exchange and the imbalance of ranks"
     )
-    if alone in found.fitting:
+    if alone in search.fitting:
         yield f"  {_verdict_in_time(alone, spread, fewer)}"
 
 
@@ -209,15 +209,15 @@ def _verdict_in_time(alone: Plan, spread: Plan, fewer_bytes: bool) -> str:
     )
 
 
-def _counterpart(found: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
+def _counterpart(search: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
     """The fastest wanted plan with the stage and recomputation of the best, fitting or not."""
-    best = found.best
+    best = search.best
     same = [
         p
-        for p in (*found.fitting, *found.too_large)
+        for p in (*search.fitting, *search.too_large)
         if wanted(p) and p.stage == best.stage and p.config.parallel.recompute == best.config.parallel.recompute
     ]
-    return min(same, key=lambda p: (p not in found.fitting, p.time.total), default=None)
+    return min(same, key=lambda p: (p not in search.fitting, p.time.total), default=None)
 
 
 def _expert_bytes(plan: Plan) -> tuple[float, float]:

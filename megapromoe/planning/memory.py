@@ -139,18 +139,18 @@ def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved
     T = batch.images * model.tokens
     null = T - routed_images(model, batch) * model.tokens
     R = routed_rows(model, batch)  # of all ranks of a region, who share them out or split every expert
-    mine, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
+    local_rows, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
     if model.shared_experts:
         yield from _mlp("shared expert", model.shared_experts * model.shared_width, T, tp, b)
     if null:
         yield from _mlp("unconditional expert", model.unconditional_experts * F, null, tp, b)
-    yield Saved("routed experts", "rows", mine * D * b, rows=True)
-    yield Saved("routed experts", "before the GELU", mine * width * b, rows=True)
-    yield Saved("routed experts", "after the GELU", mine * width * b, rows=True)
-    yield Saved("routed experts", "outputs, under their weights", mine * D * b)
-    yield Saved("dispatch", "orders, tokens, experts", 6 * mine * INDEX)
+    yield Saved("routed experts", "rows", local_rows * D * b, rows=True)
+    yield Saved("routed experts", "before the GELU", local_rows * width * b, rows=True)
+    yield Saved("routed experts", "after the GELU", local_rows * width * b, rows=True)
+    yield Saved("routed experts", "outputs, under their weights", local_rows * D * b)
+    yield Saved("dispatch", "orders, tokens, experts", 6 * local_rows * INDEX)
     if _by_expert(model):
-        yield Saved("dispatch", "weighted outputs, by index_add", mine * D * b)
+        yield Saved("dispatch", "weighted outputs, by index_add", local_rows * D * b)
 
 
 def _by_expert(model: ModelConfig) -> bool:
@@ -279,8 +279,8 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
     states, batch, b = memory_per_rank(config, layout.world), expected_batch(config, layout), zero_of(config).width
     saved = saved_tensors(config, layout, batch)
     model = config.model
-    mine = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
-    widest = 2 * mine * (model.hidden_size + model.moe_width / layout.etp) * b
+    local_rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
+    widest = 2 * local_rows * (model.hidden_size + model.moe_width / layout.etp) * b
     buckets, update = _deepspeed_buffers(config, layout, b)
     return Budget(
         parameters=states.parameters,
@@ -288,7 +288,7 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
         optimizer=0 if states.host else states.optimizer,
         ema=0 if states.host else states.ema,
         activations=sum(line.bytes for line in saved),
-        dispatch=4 * mine * model.hidden_size * b if layout.ep > 1 else 0,  # sorted, arrived, sorted there, home
+        dispatch=4 * local_rows * model.hidden_size * b if layout.ep > 1 else 0,  # sorted, arrived, sorted there, home
         imbalance=(fullest(model, layout, imbalance) - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
         transient=transient(config, layout, batch),
         buckets=buckets,

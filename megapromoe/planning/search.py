@@ -85,7 +85,7 @@ def search(
     Raises PlanError if the batch cannot be divided, or nothing fits; ConfigError where something else is wrong.
     """
     limit = machine.memory * assume.usable
-    own = config.train.accumulation
+    configured = config.train.accumulation
     plans, impossible = _plans(config, world, machine, assume, fixed)
     if not plans:
         raise PlanError(_cannot_divide(config, world, machine, fixed))
@@ -110,7 +110,7 @@ def search(
     others.sort(key=lambda p: p.time.total)
     fitting = [*close, *others]
     large = sorted((p for p in plans if p.memory.peak > limit), key=lambda p: p.time.total)
-    changed = fitting[0].config.train.accumulation != own
+    changed = fitting[0].config.train.accumulation != configured
     return Search(tuple(fitting), tuple(large), impossible, limit, changed)
 
 
@@ -143,10 +143,10 @@ def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[st
         "parallel.recompute": policies,
         "train.deepspeed": stages(config),
     }
-    own = asdict(config)
+    fixed_values = asdict(config)
     for key in choices.keys() & fixed:
         section, _, name = key.partition(".")
-        choices[key] = (own[section][name],)
+        choices[key] = (fixed_values[section][name],)
     for tp, ep, expert_tp, recompute, deepspeed in product(*choices.values()):
         if expert_tp and tp == 1 and "parallel.expert_tp" not in fixed:  # the same as without
             continue
@@ -163,8 +163,8 @@ def stages(config: Config) -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in find_ds_configs().glob(f"{family[1]}_zero?.json")))
 
 
-def _divisors(whole: int, most: int) -> list[int]:
-    return [d for d in range(1, min(whole, most) + 1) if whole % d == 0]
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
 
 
 def _accumulating(config: Config, accumulation: int) -> Config:
@@ -173,20 +173,20 @@ def _accumulating(config: Config, accumulation: int) -> Config:
 
 def _more_accumulation(config: Config) -> list[int]:
     """Multiples of the config's own; those that leave a rank without an image will not come out even."""
-    own = config.train.accumulation
-    return [own * n for n in _divisors(config.train.global_batch, config.train.global_batch) if n > 1]
+    accumulation = config.train.accumulation
+    return [accumulation * n for n in _divisors(config.train.global_batch, config.train.global_batch) if n > 1]
 
 
 def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozenset[str]) -> str:
     """Why no layout at all comes out even; raises ConfigError where it is not the batch."""
-    own, batch = config.train.accumulation, config.train.global_batch
+    accumulation, batch = config.train.accumulation, config.train.global_batch
     tried = list(candidates(config, world, machine, fixed))
     even = [c.parallel.tp for c in tried if not (config.model.heads % c.parallel.tp or world % c.parallel.tp)]
     fewest = world // max(even, default=1)
-    unit = fewest * own
+    unit = fewest * accumulation
     if even and batch % unit:
-        parts = f"in {own} micro-batch{'es' * (own > 1)}"
-        largest = world // min(even) * own
+        parts = f"in {accumulation} micro-batch{'es' * (accumulation > 1)}"
+        largest = world // min(even) * accumulation
         if largest == unit:
             which = f"at least {fewest} take different images, {parts}, so"
         else:  # a smaller tp is simpler, and mostly faster: it comes first

@@ -83,8 +83,8 @@ def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> t
         batch: images of each micro-batch; None takes the expected ones, and balanced experts.
     """
     batch = batch or expected_batch(config, layout)
-    found = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
-    return tuple(c for c in found if c.size > 1 and c.count)
+    all_collectives = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
+    return tuple(c for c in all_collectives if c.size > 1 and c.count)
 
 
 def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective]:
@@ -117,15 +117,15 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
         slots = -(-model.num_experts // ep)
         yield tensor("experts: gradient of the last bias", "all_reduce", moe, slots * D * b, "backward")
 
-    mine = R if layout.etp > 1 else R / tp  # rows of one rank: a region's ranks share them out, or split experts
-    cells, sent = ep * -(-model.num_experts // ep), mine
+    local_rows = R if layout.etp > 1 else R / tp  # rows of one rank: a region's ranks share them out, or split experts
+    num_slots, rows_sent = ep * -(-model.num_experts // ep), local_rows
     if model.capacity_factor:  # boxes of one size, see nn/moe/capacity_dispatcher.py
-        most = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
-        sent = cells * max(1, math.ceil(model.capacity_factor * most / model.num_experts))
+        max_rows = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
+        rows_sent = num_slots * max(1, math.ceil(model.capacity_factor * max_rows / model.num_experts))
     for what, payload, forward, backward in (
-        ("dispatch: counts", cells * 8, 0 if model.capacity_factor else 1, 0),
-        ("dispatch: rows to experts", sent * D * b, 1, 1),
-        ("dispatch: rows home", sent * D * b, 1, 1),
+        ("dispatch: counts", num_slots * 8, 0 if model.capacity_factor else 1, 0),
+        ("dispatch: rows to experts", rows_sent * D * b, 1, 1),
+        ("dispatch: rows home", rows_sent * D * b, 1, 1),
     ):
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * forward * again_moe, payload, "forward")
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * backward, payload, "backward")
@@ -226,14 +226,14 @@ def _gathers(
 
 def _computed_again(config: Config, layout: Layout, routed: bool) -> list[int]:
     """Elements of the tensors that recomputation visits: not of what ends a dense MLP, if its output is kept."""
-    model, found, recompute = config.model, [], config.parallel.recompute
+    model, elements, recompute = config.model, [], config.parallel.recompute
     parts = COMPUTED_AGAIN[recompute]
     for layer in layers(model):
         if layer.part not in parts or routed != (layer.part == "routed experts"):
             continue
         if routed:
             slots = -(-model.num_experts // layout.ep)
-            found += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
+            elements += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
         elif recompute == "all" or (layer.part, layer.split) != ("MLP", "rows"):
-            found += layer.tensors(layout.tp) * layer.copies
-    return found
+            elements += layer.tensors(layout.tp) * layer.copies
+    return elements

@@ -155,7 +155,7 @@ def test_what_has_no_effect_is_left_out(content, left, tmp_path, capsys):
 def test_everything_wrong_with_the_file_is_in_the_message_of_every_command(tmp_path, capsys, monkeypatch):
     """Before a process group exists, together with what else is wrong with the configuration."""
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("python"))
-    monkeypatch.setattr(runtime, "start", lambda *_: pytest.fail("a process group was made"))
+    monkeypatch.setattr(runtime, "init_process_group", lambda *_: pytest.fail("a process group was made"))
     wrong = [nested("zero_optimization.zero_hpz_partition_size", 2), {"torch_autocast": {"enabled": True}}]
     wrong += [{"amp": {"enabled": False}}, nested("zero_optimization.mics_shard_size", 4), {"train_batch_size": 4}]
     content = merged(*wrong, {"bf16": {"enabled": True}}, {"zero_optimization": {"stage": 0}, "gradient_cliping": 1.0})
