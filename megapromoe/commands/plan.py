@@ -1,4 +1,4 @@
-"""`megapromoe plan`: which layout to train with on which GPUs, and what it would cost."""
+"""`megapromoe plan`: finds the best parallel layout on given GPUs, and estimates memory, time and cost."""
 
 import argparse
 import shlex
@@ -30,14 +30,14 @@ examples:
   megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
   megapromoe plan --preset promoe_xl --nodes 512 --batch 4096 --json plans.json
 
-All (tp, ep, ZeRO stage, recompute) are tried, and for each are estimated the memory of the fullest GPU, all
-communication of a step and its time. Nothing is started, and neither a GPU nor torch is needed. Of layouts
-that are about as fast the simplest is proposed; experts are spread over nodes only where that is 25% faster
-or nothing else fits. What you set yourself, such as parallel.tp=2, stays. Accumulation stays too unless
-nothing fits: batch statistics depend on it.
+For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
+communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
+with about the same speed it proposes the simplest; experts are spread over nodes only where that is 25% faster
+or nothing else fits. Settings on the command line, such as parallel.tp=2, stay fixed. Accumulation also stays
+fixed unless nothing fits, because batch statistics depend on it.
 
 Memory and bytes come from formulas that are tested against real runs; times are estimates from data sheets
-and the assumptions printed below them. Measure before you trust them.
+and from the printed assumptions. Measure the time of a step before you rely on them.
 
 {OVERRIDES}"""
 JOB = False
@@ -50,30 +50,35 @@ FREE = (
     "train.deepspeed",
     "train.accumulation",
 )
-LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets with a launcher of their own, for nodes of 8
+LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets that have a launcher, for nodes of 8 GPUs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="nodes; default: 1")
+    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="number of nodes; default: 1")
     parser.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="the kind of GPU; default: h100")
-    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="default: 8")
+    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="GPUs in a node; default: 8")
     parser.add_argument("--experts", metavar="E", type=positive, help="short for model.num_experts=E")
     parser.add_argument("--batch", metavar="N", type=positive, help="short for train.global_batch=N")
-    parser.add_argument("--top", metavar="N", type=positive, default=8, help="layouts to list; default: 8")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their figures")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the memory of those listed, .png, .svg or .pdf")
-    figures = parser.add_argument_group("figures of your own, in place of the data sheet's and the assumed")
+    parser.add_argument("--top", metavar="N", type=positive, default=8, help="number of layouts to list; default: 8")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their values")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
+    )
+    figures = parser.add_argument_group("values that replace those of the data sheet and the assumptions")
     for name, text in (
-        ("--memory-gib", "GiB of a GPU"),
+        ("--memory-gib", "memory of a GPU in GiB"),
         ("--tflops", "dense bf16 TFLOP/s of a GPU"),
-        ("--hbm-gbs", "GB/s of a GPU's memory"),
-        ("--nvlink-gbs", "GB/s between GPUs of a node, each way"),
-        ("--network-gbs", "GB/s between nodes for each GPU, each way"),
-        ("--storage-gbs", "measured GB/s that all ranks together write to the run's folder; tells how long saves take"),
-        ("--imbalance", "rows on the fullest rank's experts over the mean; default: 1.25"),
+        ("--hbm-gbs", "memory bandwidth of a GPU in GB/s"),
+        ("--nvlink-gbs", "bandwidth between GPUs of a node in GB/s, in each direction"),
+        ("--network-gbs", "bandwidth between nodes for each GPU in GB/s, in each direction"),
+        (
+            "--storage-gbs",
+            "measured GB/s at which all ranks together write to the run's folder, to estimate the time of saves",
+        ),
+        ("--imbalance", "rows of the fullest rank's experts, relative to the mean; default: 1.25"),
         ("--usable", "share of the memory to plan with; default: 0.9"),
-        ("--efficiency", "share of its peak that a GPU reaches in large products; default: 0.6"),
+        ("--efficiency", "share of the peak FLOP/s that large matrix products reach; default: 0.6"),
     ):
         figures.add_argument(name, metavar="X", type=positive_number, help=text)
 
@@ -125,7 +130,7 @@ def _lines(options: argparse.Namespace, config: Config, result: Search, machine:
 
 
 def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
-    """What the run writes and the disk that it needs; how long that takes only at a measured rate."""
+    """What the run writes and the disk space it needs; the time only if the write bandwidth is given."""
     from megapromoe.checkpoint.disk_space import disk
 
     usage, t = disk(best.config, best.time.total), best.config.train
@@ -143,7 +148,7 @@ def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
         yield f"  pictures    {usage.pictures:7,} of at most {_size(usage.picture)} (samples); {most}"
     yield f"  {_size(usage.peak)} of disk, and the logs"
     if storage_gbs is None:
-        yield "  give --storage-gbs, as `megapromoe check --run` measures it, for the time that saves take"
+        yield "  for the time of saves give --storage-gbs; `megapromoe check --run` measures it"
         return
     checkpoint_seconds, total_seconds = (size / storage_gbs / 1e9 for size in (usage.checkpoint, usage.written))
     yield (
@@ -152,7 +157,7 @@ def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
     )
     between = best.time.total * t.steps / usage.checkpoints
     if checkpoint_seconds > between:
-        yield f"  that is longer than the {_seconds(between)} between two: training waits; save less often"
+        yield f"  longer than the {_seconds(between)} between two saves, so training would wait; save less often"
 
 
 def _size(size: int) -> str:
@@ -169,7 +174,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
-    """The line to paste. A plain srun starts everywhere: where SLURM reserves no port, steps have one of their own."""
+    """The command line that starts the training. Plain srun works with and without ports reserved by SLURM."""
     chosen = settings(best, config)
     words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
     words += [f"{key}={value}" for key, value in chosen.items()]
@@ -205,7 +210,7 @@ def _assumptions(options: argparse.Namespace) -> Assumptions:
         if value is not None and value > 1
     ]
     if options.imbalance is not None and options.imbalance < 1:
-        raise PlanError(f"--imbalance {options.imbalance}: must be at least 1, the mean over itself")
+        raise PlanError(f"--imbalance {options.imbalance}: must be at least 1: the fullest rank has at least the mean")
     if wrong:
         raise PlanError(f"{', '.join(wrong)}: must be at most 1, a share")
     return replace(Assumptions(), **{name: value for name, value in changed.items() if value is not None})
@@ -217,7 +222,7 @@ def _check_pictures(path: Path | None) -> None:
 
 
 def _write_json(path: Path, result: Search, machine: Machine, assume: Assumptions) -> None:
-    """All layouts, those that fit first; seconds and bytes."""
+    """Writes all layouts, those that fit first; times in seconds, sizes in bytes."""
     content = {
         "estimates": True,
         "machine": asdict(machine),
@@ -229,7 +234,7 @@ def _write_json(path: Path, result: Search, machine: Machine, assume: Assumption
 
 
 def _disk(plan: Plan) -> dict:
-    """Counts, and bytes of one and of all at once."""
+    """Numbers of files, and bytes of each and of all together."""
     from megapromoe.checkpoint.disk_space import disk
 
     usage = disk(plan.config, plan.time.total)

@@ -193,7 +193,7 @@ def test_an_interrupt_says_how_to_continue(module, function, line, monkeypatch, 
     monkeypatch.setattr(cli.load(module), function, interrupt)
     assert cli.main([module, *line]) == 130
     said = capsys.readouterr().err
-    assert said.startswith("megapromoe: interrupted") and "repeat the command to go on" in said
+    assert said.startswith("megapromoe: interrupted") and "repeat the command to continue" in said
 
 
 # ---- tools/, the same commands from a checkout
