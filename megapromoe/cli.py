@@ -1,7 +1,7 @@
-"""The command line: `megapromoe COMMAND`. Each command is a file of `commands/`.
+"""The command line: `megapromoe COMMAND`. Each command is a module of `commands/`.
 
-Only the module of the command that runs is imported, and it imports torch and deepspeed where it needs them, so that
-help and `show` answer at once.
+Only the module of the selected command is imported, and it imports torch and deepspeed inside the functions that need
+them, because these imports take seconds: `--help` and `show` do not need them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 # Name and summary of each command, in the order of the help; `megapromoe.commands.NAME` is its module.
 COMMANDS = {
     "show": "print presets, a resolved config, its size and its layout",
-    "plan": "find the best layout for some GPUs, and say what it would cost",
-    "check": "try the machines before a run, and name the bad node",
-    "encode": "encode a folder of images into latents, or import published ones",
-    "data": "check, show or time a folder of latents",
+    "plan": "find the best parallel layout for given GPUs, and estimate memory, time and cost",
+    "check": "test the machines before a run, and report the faulty nodes",
+    "encode": "encode a folder of images into latents, or import published latents",
+    "data": "check, show or benchmark a folder of latents",
     "train": "train a model, or continue a run",
-    "sample": "draw images with a trained model",
-    "evaluate": "measure how good drawn images are: FID and its kin",
-    "routing": "show what the experts of a run learnt, as one HTML page",
-    "convert": "convert a checkpoint between formats, bit by bit",
+    "sample": "sample images from a trained model",
+    "evaluate": "measure the quality of sampled images: FID and related metrics",
+    "routing": "report what the experts of a run have learnt, as one HTML page",
+    "convert": "convert a checkpoint between formats, without changing any value",
     "inspect": "show a checkpoint of any format, or how two of them differ",
-    "upcycle": "make a ProMoE from a trained model",
-    "study": "plan, run and compare many trainings from one recipe",
-    "benchmark": "time our MoE layer, step and sampling beside others",
+    "upcycle": "initialize a ProMoE model from a trained model",
+    "study": "plan, run and compare many training runs from one recipe",
+    "benchmark": "compare the speed of the MoE layer, the training step and sampling with other implementations",
     "launchers": "write the job scripts into a folder",
 }
-# Once a rank has failed, launchers end the others: those that leave the message to rank 0 give it so many seconds.
+# Seconds that other ranks wait before they exit with an error that rank 0 prints. Launchers end all ranks when one has
+# failed, so an earlier exit could prevent the message.
 GRACE = 5.0
 
 _EXAMPLES = """\
@@ -51,23 +52,23 @@ examples:
   megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
   megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster
 
-exit codes: 0 done, 1 the run failed, 2 the command, the config, a path, the launcher or what is installed is wrong
-(repeating cannot help), 3 `check` found unfit nodes, 75 stopped by a signal or Ctrl-C and saved (repeat the command),
-76 a rank hung, 130 interrupted and not saved, 141 nobody reads the output
-`megapromoe COMMAND --help` tells more of a command."""
+exit codes: 0 done, 1 the run failed, 2 the command, the config, a path, the launcher or the installation is wrong
+(repeating the command cannot help), 3 `check` reports faulty nodes, 75 stopped by a signal or Ctrl-C after a save
+(repeat the command), 76 a rank hung, 130 interrupted without a save, 141 the reader of the output has closed it
+`megapromoe COMMAND --help` explains a command."""
 
 
 class Command(Protocol):
     """A module of `commands/`."""
 
-    EPILOG: str  # of its help
-    JOB: bool  # every rank of a job runs it
+    EPILOG: str  # text after the options in its help
+    JOB: bool  # whether every rank of a job runs the command
 
     def arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds its options."""
+        """Adds the options of the command."""
 
     def run(self, options: argparse.Namespace, launch: LaunchEnvironment | None) -> int:
-        """Runs it and returns the exit code; `launch` is this rank, None unless `JOB`. Raises UserError."""
+        """Runs the command and returns the exit code; `launch` is this rank, None unless `JOB`. Raises UserError."""
 
 
 def load(name: str) -> Command:
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def missing_package(error: ImportError) -> str | None:
-    """What to install, if an import failed for a package that is not there or not whole; None if it is a bug."""
+    """How to repair the installation if a package is missing or does not load; None if the import error is a bug."""
     name = (error.name or "").partition(".")[0]
     if not name or name == "megapromoe":
         return None
@@ -107,24 +108,24 @@ def missing_package(error: ImportError) -> str | None:
     where = f"in the environment that this process runs in, {sys.prefix}"
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {name} is not installed {where}; install it there: pip install {package}"
-    if error.path and error.path.endswith(".so"):  # a library that it needs is missing or of another version
-        return f"{name}, {where}, does not load ({error}); install it there again, or the library that it misses"
+    if error.path and error.path.endswith(".so"):  # a shared library that it needs is missing or has another version
+        return f"{name}, {where}, does not load ({error}); install it again, or the library that it lacks"
     return None
 
 
 def _print_error(message: str) -> None:
-    """Prints on stderr; where that is a terminal that is gone, or a file on a full disk, the exit code must do."""
+    """Prints on stderr. Errors are ignored (closed terminal, full disk): then only the exit code reports the error."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Words that argparse refuses end the process with exit code 2.
+    """Parses a command line. Words that argparse refuses end the process with exit code 2.
 
-    Beside the command's own options, the namespace has
-        overrides: words of the form section.key=value, which may stand anywhere, also after options that take a list;
-            then words that are no option, which the configuration refuses with the rest of its problems.
-        passed_on: unknown words, of a command that hands them to another program.
+    In addition to the options of the command, the namespace has
+        overrides: words of the form section.key=value, at any position, also after options that take a list; then
+            words that are not options, which the configuration reports together with its other problems.
+        passed_on: unknown words, for a command that passes them to another program.
         words: the whole command line.
     """
     settings = [word for word in words if SETTING.match(word)]
@@ -142,7 +143,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the options of the chosen one alone."""
+    """The parser of all commands, with only the options of the chosen one."""
     parser = argparse.ArgumentParser(
         prog="megapromoe",
         description="Expert-parallel training of ProMoE diffusion transformers.",
@@ -151,7 +152,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"megapromoe {__version__}")
-    # The deepspeed launcher puts it before the command; launch_environment.py reads the same from the environment.
+    # The deepspeed launcher inserts this option; launch_environment.py reads the local rank from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -163,7 +164,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        added.set_defaults(no_settings=None, passes_on=False)  # a command may change them
+        added.set_defaults(no_settings=None, passes_on=False)  # defaults; a command may change them
         if name == chosen:
             command = load(name)
             added.epilog = command.EPILOG
@@ -172,7 +173,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
 
 def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
-    """Runs a command as one rank of a job; of an error that all ranks raise, rank 0 alone prints the message."""
+    """Runs a command as one rank of a job. Only rank 0 prints the message of an error that all ranks raise."""
     import logging
 
     from megapromoe.distributed import launch_environment
@@ -202,7 +203,7 @@ def _run_rank(command: Command, options: argparse.Namespace, launch: LaunchEnvir
     except ImportError as error:
         if missing_package(error) is None and launch.world > 1:
             process_end.exit_with_traceback(error)
-        raise  # all ranks have the same packages, and end with the same message
+        raise  # all ranks have the same packages and exit with the same message
     except Exception as error:
         if launch.world > 1:
             process_end.exit_with_traceback(error)

@@ -1,4 +1,4 @@
-"""`megapromoe benchmark`: what our MoE layer, training step and sampling cost, beside other ways to do the same."""
+"""`megapromoe benchmark`: compares the MoE layer, training step and sampling with other implementations."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ if TYPE_CHECKING:
     from megapromoe.benchmark.suite import BenchmarkCase
 
 EPILOG = """\
-Contenders take turns in random order, so that a busy machine is unfair to none: ours; a loop over experts with boolean
-masks; a dense model of equal FLOPs; batched products of equal capacity; DeepSpeed's MoE with capacity and without
-drops. `traffic` starts a few CPU processes and counts messages and bytes against the bound; nothing in it is timed.
+Implementations (--contenders): ours; loop, a loop over experts with boolean masks; dense, a dense model of equal FLOPs;
+joined, ours with the shared and the unconditional expert in one MLP; bmm, batched products with equal capacity;
+deepspeed-capacity and deepspeed-nodrop, DeepSpeed's MoE. Each round times all of them in random order, so that load on
+the machine affects all alike. `traffic` starts a few CPU processes, counts messages and bytes, and compares them with
+the lower bound; it measures no time.
 
-The folder --out gets benchmark.json (all rounds), benchmark.md and pictures. A case is written as soon as it is
-measured: repeat the command to go on after an interrupt. On a CPU one thread is the default, timed by the time that
-the process itself gets; more threads are timed by the wall.
+The command writes benchmark.json (all rounds), benchmark.md and plots into --out. Each case is written as soon as it is
+measured: repeat the command to continue after an interruption. On a CPU the default is one thread, measured in CPU time
+of the process; with more threads wall time is measured.
 
 examples:
-  megapromoe benchmark all --quick --out runs/benchmark-quick                    # a look, about a minute
+  megapromoe benchmark all --quick --out runs/benchmark-quick                    # a test, about a minute
   megapromoe benchmark layer --sizes digits s b --out runs/benchmark
   megapromoe benchmark layer --sizes s --experts 4 16 64 256 --routing balanced skewed --out runs/benchmark-experts
   megapromoe benchmark step --sizes l xl --images 32 64 128 --device cuda --out runs/benchmark-gpu \\
       --fill docs/benchmarks.md
 
-exit codes: 0 measured, 1 a measurement failed or the folder holds other figures, 2 the command is wrong"""
+exit codes: 0 measured, 1 a measurement failed or the folder holds results of other settings, 2 the command is wrong"""
 JOB = False
 
-# As the library has them, which imports torch.
+# Copies of the names in megapromoe/benchmark, whose import needs torch.
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
 ROUTINGS = ("real", "balanced", "skewed")
@@ -53,40 +55,97 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     takes_no_settings(parser)
     add = parser.add_argument
     add("experiment", choices=(*EXPERIMENTS, "all"), help="what to measure")
-    add("--sizes", nargs="+", choices=SIZES, default=["digits", "s"], help="presets; default: digits s")
-    add("--experts", nargs="+", type=positive, default=[], metavar="E", help="routed experts; default: the preset's")
-    add("--routing", nargs="+", choices=ROUTINGS, default=list(ROUTINGS), help="who visits whom; default: all three")
+    add(
+        "--sizes",
+        nargs="+",
+        choices=SIZES,
+        default=["digits", "s"],
+        help="model sizes (presets) to measure; default: digits s",
+    )
+    add(
+        "--experts",
+        nargs="+",
+        type=positive,
+        default=[],
+        metavar="E",
+        help="numbers of routed experts; default: as in the preset",
+    )
+    add(
+        "--routing",
+        nargs="+",
+        choices=ROUTINGS,
+        default=list(ROUTINGS),
+        help="assignment of tokens to experts; default: all three",
+    )
     add(
         "--contenders",
         nargs="+",
         choices=CONTENDERS,
         default=None,
-        help="default: all; of whole models: ours loop dense",
+        help="implementations to measure; default: all, for whole models: ours loop dense",
     )
     add(
-        "--images", nargs="+", type=positive, default=[], metavar="B", help="micro-batches; default: by size and device"
+        "--images",
+        nargs="+",
+        type=positive,
+        default=[],
+        metavar="B",
+        help="images in a micro-batch; default: depends on size and device",
     )
-    add("--null", type=share, default=0.1, metavar="SHARE", help="images without a class; default: 0.1, rounded")
-    add("--rounds", type=positive, default=7, metavar="N", help="turns of each contender; default: 7")
-    add("--steps", type=positive, default=4, metavar="N", help="steps of the sampler; default: 4")
-    add("--ranks", nargs="+", type=positive, default=[2, 4], metavar="N", help="processes of `traffic`; default: 2 4")
-    add("--dtype", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 on a GPU")
-    add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    add("--threads", type=positive, default=1, metavar="N", help="of the CPU; default: 1")
-    add("--compile", action="store_true", help="of `step`: train.compile=true for every contender, dense too")
-    add("--seed", type=int, default=0, help="of tokens, weights and the order of turns; default: 0")
-    add("--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="default: runs/benchmark")
-    add("--fill", type=Path, metavar="PAGE", help="also put the tables into this Markdown page, between its marks")
-    add("--again", action="store_true", help="measure also what --out holds; figures of other settings go")
-    add("--quick", action="store_true", help="digits, 8 images, 2 rounds: see that all runs; the figures mean little")
-    add("--dry-run", action="store_true", help="list the cases and end")
+    add(
+        "--null",
+        type=share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of null-class images, rounded to whole images; default: 0.1",
+    )
+    add(
+        "--rounds",
+        type=positive,
+        default=7,
+        metavar="N",
+        help="rounds, each of which measures every implementation once; default: 7",
+    )
+    add("--steps", type=positive, default=4, metavar="N", help="number of sampling steps; default: 4")
+    add(
+        "--ranks",
+        nargs="+",
+        type=positive,
+        default=[2, 4],
+        metavar="N",
+        help="numbers of processes for `traffic`; default: 2 4",
+    )
+    add("--dtype", choices=("fp32", "bf16"), help="data type; default: fp32 on a CPU, bf16 on a GPU")
+    add("--device", choices=("cpu", "cuda"), help="device; default: cuda if a GPU is available")
+    add("--threads", type=positive, default=1, metavar="N", help="number of CPU threads; default: 1")
+    add(
+        "--compile",
+        action="store_true",
+        help="`step`: measure every implementation, also dense, with train.compile=true",
+    )
+    add("--seed", type=int, default=0, help="seed of tokens, weights and the order in a round; default: 0")
+    add(
+        "--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="output folder; default: runs/benchmark"
+    )
+    add("--fill", type=Path, metavar="PAGE", help="also insert the tables into this Markdown page, between its markers")
+    add(
+        "--again",
+        action="store_true",
+        help="measure all cases again, also those in --out; results of other settings are removed",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="digits, 8 images, 2 rounds: a test that everything runs; the timings are not meaningful",
+    )
+    add("--dry-run", action="store_true", help="list the cases without measuring them")
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
     if options.quick:
         vars(options).update(QUICK)
     if options.compile and options.experiment != "step":
-        raise CommandError(f"--compile {options.experiment}: only `step` is compiled; leave the option out")
+        raise CommandError(f"--compile {options.experiment}: only `step` can be compiled; remove the option")
     import torch  # takes seconds to import
 
     from megapromoe.benchmark.layer import Settings
@@ -94,7 +153,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
-        raise CommandError("--device cuda: torch finds no GPU here; leave the option out, or use --device cpu")
+        raise CommandError("--device cuda: torch has no GPU on this machine; remove the option, or use --device cpu")
     device = options.device or ("cuda" if cuda else "cpu")
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     settings = Settings(
@@ -112,7 +171,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
     experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
     wanted = cases(experiments, options.sizes, options.experts, options.images, options.routing, options.ranks, device)
     for case in wanted:
-        case.config.layout(1)  # every size and number of experts is checked before the first is measured
+        case.config.layout(1)  # checks every size and number of experts before the first measurement
     if options.dry_run:
         print("\n".join(case.key for case in wanted))
         return 0
@@ -120,7 +179,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
         with file_errors():
             _measure(options, wanted, settings)
     except KeyboardInterrupt as error:
-        raise InterruptedCommand("interrupted; repeat the command to go on") from error
+        raise InterruptedCommand("interrupted; repeat the command to continue") from error
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`megapromoe check`: tries an allocation before a run, and names the nodes that are unfit."""
+"""`megapromoe check`: tests the nodes of an allocation before a run, and reports the faulty ones."""
 
 import argparse
 from pathlib import Path
@@ -8,23 +8,23 @@ from megapromoe.commands.options import OVERRIDES, config_options, resolve_optio
 from megapromoe.planning.cost import memory_per_rank
 
 EPILOG = f"""\
-Start it as the run will be started, with the run's settings; alone it tries this machine.
+Start it with the launcher and the settings of the run. Without a launcher it tests this machine.
   megapromoe check
   torchrun --nproc-per-node 8 -m megapromoe check --preset promoe_l --run-dir runs/l parallel.ep=4
   srun --kill-on-bad-exit=1 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
       --preset promoe_xl --run runs/xl --bad-nodes runs/xl/preflight/bad-nodes parallel.ep=8
-(without --kill-on-bad-exit srun itself would wait for a rank that never ends)
-It takes about a minute. Looked at, in this order: do all ranks come; are versions equal; does every GPU
-multiply rightly and as fast as the others, and is it healthy; host memory, /dev/shm, limits, settings;
-clocks; can every node write in the run directory and see what others wrote, is there room for the
-checkpoints; does every node read the same data; do all collectives give right values in every group; how
-fast does each pair of nodes talk.
+(without --kill-on-bad-exit srun would wait for a rank that does not exit)
+It takes about a minute, and checks in this order: all ranks connect; versions are equal; every GPU computes
+correct products at the speed of the others, and reports no errors; host memory, /dev/shm, limits, settings;
+clocks; every node can write to the run directory and read what others wrote, and the disk has room for the
+checkpoints; every node reads the same data; all collectives return correct values in every group; the
+bandwidth between each pair of nodes.
 
-exit codes: 0 passed, perhaps with warnings; 3 the nodes named in --bad-nodes are unfit; 1 something failed
-that no single node is to blame for, or the check itself; 2 the command or the config is wrong, or what is
-installed: the same would fail on any nodes.
-What started the ranks may end with a code of its own (torchrun with 1, srun with that of a rank it had to
-kill), so a program should go by --bad-nodes: emptied at the start, it holds names exactly if nodes are unfit.
+exit codes: 0 passed, possibly with warnings; 3 the nodes in --bad-nodes are faulty; 1 a check failed without
+a single faulty node, or the command itself failed; 2 the command, the config or the installation is wrong,
+which would fail on any nodes.
+The launcher may exit with another code (torchrun with 1, srun with that of a rank it killed), so programs
+should read --bad-nodes: it is emptied at the start, and contains names exactly if nodes are faulty.
 
 {OVERRIDES}"""
 JOB = True
@@ -32,41 +32,45 @@ JOB = True
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    run_option(parser, "the folder of the run, whose file system is tried", required=False)
+    run_option(parser, "the folder of the run, whose file system is tested", required=False)
     parser.add_argument(
         "--report",
         metavar="FILE",
         type=Path,
-        help="JSON of all that was found; default: preflight/report.json in --run",
+        help="write all results to this JSON file; default: preflight/report.json in --run",
     )
     parser.add_argument(
-        "--bad-nodes", metavar="FILE", type=Path, help="names of unfit nodes, one a line; empty if there are none"
+        "--bad-nodes",
+        metavar="FILE",
+        type=Path,
+        help="write the names of faulty nodes to this file, one per line; empty if there are none",
     )
     parser.add_argument(
         "--expect-gbps",
         metavar="X",
         type=positive_number,
-        help="GB/s each way that any two nodes must reach, over all their ranks; default: half of the usual",
+        help="GB/s in each direction that any two nodes must reach, over all their ranks; default: half of the usual",
     )
     parser.add_argument(
         "--min-free-gib",
         metavar="X",
         type=positive_number,
-        help="GiB free in --run; default: what the checkpoints need",
+        help="GiB of disk space that must be free in --run; default: the space that the checkpoints need",
     )
     parser.add_argument(
         "--max-skew",
         metavar="S",
         type=positive_number,
         default=1.0,
-        help="seconds between clocks, for a warning; default: 1",
+        help="seconds by which clocks may differ without a warning; default: 1",
     )
     parser.add_argument(
         "--timeout",
         metavar="S",
         type=positive_number,
         default=120.0,
-        help="seconds to wait for ranks, and for progress of a check, before naming who is missing; default: 120",
+        help="seconds to wait for ranks to connect and for a check to progress before missing ranks are reported;"
+        " default: 120",
     )
 
 
@@ -80,7 +84,7 @@ def run(options: argparse.Namespace, launch) -> int:
 
     if options.min_free_gib is not None:
         free = int(options.min_free_gib * GIB)
-    else:  # for what a run that goes on has not saved yet
+    else:  # without the space that checkpoints of a continued run already take
         free = max(0, checkpoint_bytes(config) - (saved_bytes(options.run) if options.run else 0))
     limits = Limits(
         pair_gbps=options.expect_gbps,

@@ -1,6 +1,6 @@
-"""What all commands share: the types of their options, their errors, and words of the form section.key=value.
+"""Code that all commands use: types of options, errors, and words of the form section.key=value.
 
-Imports neither the configuration nor torch, so that `megapromoe --help` needs nothing else.
+The module imports neither the configuration nor torch, so that `megapromoe --help` starts fast.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Value = TypeVar("Value")
 
 
 class CommandError(UserError):
-    """Words of a command line that do not go together."""
+    """Options of a command line that cannot be combined, or that are incomplete."""
 
     exit_code = ExitCode.MISCONFIGURED
-    on_all_ranks = True  # every rank reads the same words
+    on_all_ranks = True  # every rank parses the same command line
 
 
 class FileError(UserError):
@@ -33,17 +33,17 @@ class FileError(UserError):
 
 
 class InterruptedCommand(UserError):
-    """Ctrl-C in a command that keeps what it has done; the message says how to continue."""
+    """Ctrl-C in a command whose finished work is kept. The message explains how to continue."""
 
     exit_code = ExitCode.INTERRUPTED
 
 
 class OutputError(UserError):
-    """Standard output that cannot be written; without a message where nobody reads it, as in `megapromoe | head`."""
+    """Standard output cannot be written. Without a message if the reader closed it, as in `megapromoe | head`."""
 
 
 class CommandOutput:
-    """Standard output of a command, whose own errors are told from those of files: as OutputErrors."""
+    """Standard output of a command. Its write errors are raised as OutputError, to separate them from file errors."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -73,7 +73,7 @@ class CommandOutput:
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Standard output of the block is a `CommandOutput`, flushed at the end. What it could not write is dropped."""
+    """Replaces standard output by a `CommandOutput`, and flushes it at the end. After an error the rest is dropped."""
     stream = sys.stdout
     if stream is None:  # closed before the start
         yield
@@ -83,20 +83,20 @@ def checked_output() -> Iterator[None]:
     try:
         yield
         output.flush()
-    except SystemExit:  # of argparse, which has printed
+    except SystemExit:  # raised by argparse after it has printed
         output.flush()
         raise
     finally:
         sys.stdout = stream
         try:
             output.flush()
-        except OutputError:  # the end of Python would print this error
+        except OutputError:  # otherwise Python prints the same error at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Turns an OSError of the block into a FileError, which names the file and the reason."""
+    """Converts an OSError into a FileError with the file and the reason."""
     try:
         yield
     except OSError as error:
@@ -105,12 +105,12 @@ def file_errors() -> Iterator[None]:
 
 
 def takes_no_settings(parser: argparse.ArgumentParser, rule: str = "this command takes no settings") -> None:
-    """Declares that a command, or a sub-command, refuses words of the form section.key=value, with the reason."""
+    """Declares that a command or sub-command refuses words of the form section.key=value; `rule` is the reason."""
     parser.set_defaults(no_settings=rule)
 
 
 def refuse_other_words(options: argparse.Namespace, rule: str) -> None:
-    """Raises CommandError, with the rule, for words that are neither an option nor section.key=value."""
+    """Raises CommandError, with `rule` as the reason, for words that are neither an option nor section.key=value."""
     if wrong := [word for word in options.overrides if not SETTING.match(word)]:
         raise CommandError(f"{' '.join(wrong)}: {rule}; settings are section.key=value")
 
@@ -119,7 +119,7 @@ def refuse_other_words(options: argparse.Namespace, rule: str) -> None:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A whole number in a range, both ends included."""
+    """An argparse type: a whole number from `least` to `most`, both included."""
     limits = f"of at least {least}" if most is None else f"in {least}..{most}"
 
     def read(text: str) -> int:
@@ -135,7 +135,7 @@ positive = whole_number(1)
 
 
 def positive_number(text: str) -> float:
-    """A finite number above 0."""
+    """An argparse type: a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -146,7 +146,7 @@ def positive_number(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number from 0 to 1."""
+    """An argparse type: a number from 0 to 1."""
     try:
         value = float(text)
     except ValueError:
@@ -157,12 +157,12 @@ def share(text: str) -> float:
 
 
 def comma_separated(kind: Callable[[str], Value]) -> Callable[[str], tuple[Value, ...]]:
-    """Numbers with commas between them."""
+    """An argparse type: numbers separated by commas."""
 
     def read(text: str) -> tuple[Value, ...]:
         try:
             return tuple(kind(word) for word in text.split(","))
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be numbers with commas between, not {text!r}") from None
+            raise argparse.ArgumentTypeError(f"must be numbers separated by commas, not {text!r}") from None
 
     return read

@@ -1,4 +1,4 @@
-"""`megapromoe convert`: converts a checkpoint between formats."""
+"""`megapromoe convert`: converts a checkpoint from one format to another."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from megapromoe.commands.options import checkpoint_config, checkpoint_config_opt
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 EPILOG = """\
-A checkpoint is converted tensor by tensor, bit by bit. What is read how, and what is refused why: docs/convert.md.
+The values of all tensors stay equal to the bit. docs/convert.md describes what is read and what is refused.
 
 formats:
   ours         a run directory (SOURCE may also be one of its checkpoints/step-XXXXXXXX); as DEST, a run that
                `megapromoe train --config DEST/config.yaml --run DEST` continues
   published    a .pth of the ProMoE release, with EMA and optimizer: ProMoE (TC, EC), DiT, TC-DiT, EC-DiT, DiffMoE; as
                SOURCE also what training of DiT, SiT, REPA and DiffMoE saves (model, ema, opt, args), or a state_dict
-  safetensors  one file with all state, or weights alone (--weights); as SOURCE also several and their index
+  safetensors  one file with all state, or only weights (--weights); as SOURCE also several files with their index
                (*.safetensors.index.json)
   diffusers    as SOURCE, a folder of diffusers' DiTTransformer2DModel; as DEST, a folder of config.json and
-               diffusion_pytorch_model.safetensors in our names, weights alone: its _class_name, DiT, is no class of
-               diffusers, whose from_pretrained cannot load it
+               diffusion_pytorch_model.safetensors with the names of this package, only weights: diffusers'
+               from_pretrained cannot load it, because its _class_name, DiT, is not a class of diffusers
   deepspeed    a folder of latest and global_stepN/ with mp_rank_* and layer_*_expert_* files; as SOURCE also with the
                float32 shards of ZeRO-1 and ZeRO-2
 
-A published .pth does not say which model it is of: give the config, unless args of DiT, SiT or REPA are in it. Nor does
-it say what it was trained to predict: give --objective. Weights of SiT become a run with model.time_input=sit.
+A published .pth does not contain its configuration: give it by --preset or --config, unless the file has the args of
+DiT, SiT or REPA. Nor does it contain the training objective: give --objective. Weights of SiT become a run with
+model.time_input=sit.
 
 examples:
   megapromoe convert promoe_l.pth runs/promoe_l --to ours --preset promoe_l
@@ -46,18 +47,26 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint to read")
     parser.add_argument("dest", type=Path, metavar="DEST", nargs="?", help="what to write")
     parser.add_argument("--to", choices=FORMATS, help="the format of DEST")
-    parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto", help="default: auto")
+    parser.add_argument(
+        "--from", dest="form", choices=("auto", *FORMATS), default="auto", help="the format of SOURCE; default: auto"
+    )
     checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
     parser.add_argument(
         "--weights",
         choices=("ema", "master"),
-        help="write weights alone, averaged or as trained; default: ema for diffusers, all state for safetensors; other"
-        " formats hold both",
+        help="write only weights: averaged (ema) or as trained (master); default: ema for diffusers, all state for"
+        " safetensors; other formats contain both",
     )
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of several; default: the latest")
-    parser.add_argument("--overwrite", action="store_true", help="replace a DEST that is a checkpoint")
-    parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinity too, with a note")
-    parser.add_argument("--what", action="store_true", help="list what SOURCE holds; nothing is loaded or written")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint to read from a run; default: the latest"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST if it is a checkpoint")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="also convert tensors with NaN or infinity, and print a note"
+    )
+    parser.add_argument(
+        "--what", action="store_true", help="list the content of SOURCE without loading or writing tensors"
+    )
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
@@ -70,16 +79,16 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises CommandError for words that do not go together."""
+    """Raises CommandError for options that cannot be combined."""
     refuse_other_words(options, "SOURCE and DEST are the only paths")
     if not options.what and (options.dest is None or options.to is None):
-        raise CommandError("give DEST and --to FORMAT, or --what to list what SOURCE holds")
+        raise CommandError("give DEST and --to FORMAT, or --what to list the content of SOURCE")
     if options.what and (options.dest or options.to):
-        raise CommandError("--what writes nothing: leave DEST and --to out")
+        raise CommandError("--what writes nothing: remove DEST and --to")
     if options.what and (options.objective or options.allow_nonfinite):
-        raise CommandError("--what reads no tensors: leave --objective and --allow-nonfinite out")
+        raise CommandError("--what reads no tensors: remove --objective and --allow-nonfinite")
     if options.overrides and not (options.config or options.preset):
-        raise CommandError(f"{options.overrides[0]}: settings go over --config or --preset; give one")
+        raise CommandError(f"{options.overrides[0]}: settings change a --config or --preset; give one")
 
 
 def _convert(options: argparse.Namespace) -> int:

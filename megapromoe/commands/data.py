@@ -1,4 +1,4 @@
-"""`megapromoe data`: checks, shows and times a folder of latents."""
+"""`megapromoe data`: checks, shows and benchmarks a folder of latents."""
 
 import argparse
 import time
@@ -14,32 +14,46 @@ from megapromoe.planning.machines import MACHINES
 EPILOG = """\
   megapromoe data check DIR                    reads every record: checksums, finite values, labels, classes
   megapromoe data show DIR --out sheet.png     a contact sheet: images and mirror images, a row for each class
-  megapromoe data speed DIR --workers 4        images/s that the loader makes, and what a model can take
+  megapromoe data speed DIR --workers 4        images/s that the data loader reaches, and that a model needs
 
-DIR is what `megapromoe encode` wrote. `show` decodes with the autoencoder that the manifest names; --autoencoder
-gives its place on this machine, and "none" shows the first three channels of the latents as colours.
+DIR is a folder written by `megapromoe encode`. `show` decodes with the autoencoder in the manifest; --autoencoder
+gives its path on this machine, and "none" shows the first three channels of the latents as colours.
 
-exit codes: 0 done, nothing wrong, 1 something is wrong with DIR, each told in a line"""
+exit codes: 0 no problem, 1 DIR has problems, each printed in a line"""
 JOB = False
 
-LOW, HIGH = 0.4, 2.5  # of the deviation after scaling; latents scaled twice by 0.18215 have 0.18
-SHARE = 0.5  # of the peak that a fast trainer may reach: an assumption, on the high side
+LOW, HIGH = 0.4, 2.5  # valid range of the standard deviation after scaling; latents scaled twice by 0.18215 have 0.18
+SHARE = 0.5  # share of the peak FLOP/s that a fast training run may reach; a high assumption
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe data check|show|speed DIR [options]"
     takes_no_settings(parser)
-    parser.add_argument("action", choices=("check", "show", "speed"), help="see below")
+    parser.add_argument("action", choices=("check", "show", "speed"), help="what to do; see below")
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of latents")
-    parser.add_argument("--out", type=Path, metavar="FILE", default=Path("sheet.png"), help="show: default sheet.png")
-    parser.add_argument("--autoencoder", metavar="PATH", help="show: default: as the manifest says")
-    parser.add_argument("--class", metavar="C", dest="classes", type=int, nargs="+", help="show: default: the first 16")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("sheet.png"),
+        help="show: the picture to write; default sheet.png",
+    )
+    parser.add_argument("--autoencoder", metavar="PATH", help="show: the autoencoder; default: the one in the manifest")
+    parser.add_argument(
+        "--class", metavar="C", dest="classes", type=int, nargs="+", help="show: classes to show; default: the first 16"
+    )
     parser.add_argument("--count", metavar="N", type=positive, default=8, help="show: images of each class; default 8")
-    parser.add_argument("--device", default="cpu", help="show: where to decode; default cpu")
-    parser.add_argument("--workers", metavar="N", type=positive, default=1, help="speed: as data.workers; default 1")
-    parser.add_argument("--batch", metavar="N", type=positive, default=64, help="speed: images at once; default 64")
-    parser.add_argument("--seconds", metavar="S", type=positive, default=10, help="speed: how long; default 10")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="speed: as data.cache")
+    parser.add_argument("--device", default="cpu", help="show: device that decodes; default cpu")
+    parser.add_argument(
+        "--workers", metavar="N", type=positive, default=1, help="speed: threads, like data.workers; default 1"
+    )
+    parser.add_argument("--batch", metavar="N", type=positive, default=64, help="speed: images in a batch; default 64")
+    parser.add_argument(
+        "--seconds", metavar="S", type=positive, default=10, help="speed: seconds to measure; default 10"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="speed: folder for copies of the shards, like data.cache"
+    )
 
 
 def run(options: argparse.Namespace, launch) -> int:
@@ -63,8 +77,8 @@ def _check(options: argparse.Namespace) -> int:
     print(f"  standard deviation after scaling: {deviation:.3g} ({records:,} records)")
     if not LOW <= deviation <= HIGH:
         rule = f"a model expects about 1 ({LOW} to {HIGH})"
-        print(f"  warning: {rule}; is the scale right? Latents that were stored already scaled need scale 1")
-    print(f"{len(problems)} problems" if problems else "nothing is wrong")
+        print(f"  warning: {rule}; check the scale. Latents that are stored scaled need scale 1")
+    print(f"{len(problems)} problems" if problems else "no problems")
     return 1 if problems else 0
 
 
@@ -79,14 +93,15 @@ def _facts(folder: Path, manifest):
     yield f"  of {manifest.resolution}x{manifest.resolution} images ({manifest.crop})"
     yield f"  by {autoencoder['name'] or 'an unnamed autoencoder'} {autoencoder['sha256'][:12]}".rstrip()
     if manifest.rounding is not None:
-        yield f"  error of storing the mean over the posterior's deviation: {manifest.rounding:.3g} (root mean squares)"
+        error = "rounding error of the stored mean over the posterior's deviation"
+        yield f"  {error}: {manifest.rounding:.3g} (root mean squares)"
     if manifest.skipped:
         yield f"  {len(manifest.skipped)} files left out; the first:"
         yield from (f"    {path}: {reason}" for path, reason in manifest.skipped[:5])
 
 
 def _short(values: tuple[float, ...]) -> str:
-    """A number for all channels, or one for each."""
+    """One number if all channels have the same, else one for each channel."""
     return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 
@@ -102,7 +117,7 @@ def _show(options: argparse.Namespace) -> int:
     made_by = data.manifest.autoencoder
     name = made_by["name"] if options.autoencoder is None else options.autoencoder
     if not name:
-        raise LatentsError(f"{options.folder} does not say which autoencoder made it: give --autoencoder PATH, or none")
+        raise LatentsError(f"{options.folder} does not name its autoencoder: give --autoencoder PATH, or none")
     pixels = made_by["kind"] == "pixels"
     autoencoder = None
     if pixels or name != NONE:
@@ -111,9 +126,9 @@ def _show(options: argparse.Namespace) -> int:
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(options.out)
-    except (OSError, ValueError) as error:  # Pillow: an ending that it does not know
+    except (OSError, ValueError) as error:  # Pillow raises ValueError for an unknown file name extension
         raise LatentsError(f"--out {options.out}: {error}; give the name of a .png that can be written") from error
-    print(f"{options.out}: {len(classes)} classes, up to {options.count} images each, beside their mirror images")
+    print(f"{options.out}: {len(classes)} classes, up to {options.count} images each, next to their mirror images")
     return 0
 
 
@@ -129,7 +144,7 @@ def _speed(options: argparse.Namespace) -> int:
     size = options.batch
     batches = prefetch(loader, (range(i * size, (i + 1) * size) for i in range(1 << 40)), options.workers)
     try:
-        for _ in range(options.workers + 1):  # those that were made while nobody asked
+        for _ in range(options.workers + 1):  # batches that were prepared before the measurement
             next(batches)
         start, used, count = time.perf_counter(), time.process_time(), 0
         while (seconds := time.perf_counter() - start) < options.seconds:
@@ -141,19 +156,19 @@ def _speed(options: argparse.Namespace) -> int:
     rate = count / seconds
     shape = "x".join(map(str, data.shape))
     print(f"{significant(rate)} images/s in {options.workers} threads, {shape}, batches of {size}")
-    print(f"{significant(count / used)} images per second of CPU time: what a core makes that nothing else uses")
+    print(f"{significant(count / used)} images per second of CPU time: the rate of one core that is otherwise idle")
     if (preset := preset_of_shape(data.shape)) is None:
         return 0  # without a model of this shape there is nothing to compare with
     peak = MACHINES["h100"].peak
     need = SHARE * peak / cost.flops_per_image(resolve(preset).model).training
     estimate = f"estimate: {SHARE:.0%} of {peak / 1e12:.0f} TFLOP/s"
     print(f"{preset} at {shape} on one H100 takes at most {significant(need)} images/s ({estimate})")
-    print(f"so these threads, beside each of 8 GPUs, make {rate / need:.2g} times what 8 H100 can take")
+    print(f"8 H100 with this many threads each get {rate / need:.2g} times the images that they need")
     return 0
 
 
 def preset_of_shape(shape: tuple[int, int, int]) -> str | None:
-    """The preset that is compared with data of this shape, promoe_xl or the first that takes it; None if none does."""
+    """The preset to compare with data of this shape: promoe_xl, or the first with this input; None without one."""
     models = {name: resolve(name).model for name in ("promoe_xl", *PRESETS)}
     fits = (name for name, m in models.items() if (m.in_channels, m.input_size, m.input_size) == shape)
     return next(fits, None)

@@ -1,4 +1,4 @@
-"""`megapromoe evaluate`: FID and its kin, of a run or of a set of images."""
+"""`megapromoe evaluate`: FID and related metrics of a run or of a set of images."""
 
 import argparse
 import json
@@ -10,21 +10,21 @@ from megapromoe.commands.sample import drawing_options, generation_request, num_
 from megapromoe.config.options import ConfigError
 
 EPILOG = """\
-Draws --num images from --run (or takes --images) and compares them with real ones. Start it under torchrun,
-srun or mpirun to share out the work; repeat it to go on where it was stopped, or to evaluate the same images
-by another network. With --every-step each checkpoint that the run keeps, and each snapshot of its averages, is
-drawn from, for a curve over training.
-Figures go to the screen and, with --run, to evaluation.jsonl in its folder.
+Samples --num images from --run (or reads --images) and compares them with real images. Start it under torchrun,
+srun or mpirun to divide the work; repeat it to continue after an interruption, or to evaluate the same images
+with another network. With --every-step it evaluates each checkpoint that the run keeps and each snapshot of its
+averages, for a curve over training.
+Results are printed and, with --run, appended to evaluation.jsonl in the folder of the run.
 
-The network that looks at the images (--features):
-  digits, fashion_mnist   a small classifier, trained on the spot on the real images; the default on such data
-  FILE                    the standard Inception, known by its hash, as published:
-                            inception-2015-12-05.pt                   TorchScript, of NVIDIA's metrics
-                            pt_inception-2015-12-05-6726825d.pth      weights, of pytorch-fid; also gives sFID
+The feature network (--features):
+  digits, fashion_mnist   a small classifier, trained by this command on the real images; default for such data
+  FILE                    the standard Inception, recognized by the hash of its published file:
+                            inception-2015-12-05.pt                   TorchScript, from NVIDIA's metrics
+                            pt_inception-2015-12-05-6726825d.pth      weights, from pytorch-fid; also gives sFID
                           or other TorchScript: uint8 (N, 3, H, W) -> features (N, D), or a tuple of them, spatial
-                          features and class probabilities. A TorchScript is a program that runs when it is loaded:
-                          an unknown one needs --sha256.
-Only the standard Inception makes an FID; other networks make a Fréchet distance (NAME).
+                          features and class probabilities. A TorchScript file is a program that runs when it is
+                          loaded: an unknown one needs --sha256.
+Only the standard Inception gives an FID; other networks give a Fréchet distance (NAME).
 
 examples:
   megapromoe evaluate --run runs/digits --num 1797 --guidance 1 1.5 2 --plot guidance.png
@@ -38,39 +38,46 @@ JOB = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    run_option(parser, "draw from the run in this folder", required=False)
-    parser.add_argument("--images", metavar="PATH", type=Path, help="or: evaluate this .npz or folder of pictures")
-    num_option(parser, "with --run: images to draw for each guidance scale; published figures are of 50000")
+    run_option(parser, "sample from the run in this folder", required=False)
+    parser.add_argument(
+        "--images", metavar="PATH", type=Path, help="evaluate this .npz or folder of images instead of a run"
+    )
+    num_option(parser, "with --run: number of images for each guidance scale; published results use 50000")
     parser.add_argument(
         "--reference",
         metavar="PATH",
-        help="real images: an .npz in the layout of guided-diffusion, a folder of pictures, digits, fashion_mnist, or"
-        " data, what the run trains on (the default with --run)",
+        help="real images: an .npz in the layout of guided-diffusion, a folder of images, digits, fashion_mnist, or"
+        " data, the training data of the run (the default with --run)",
     )
     parser.add_argument(
-        "--split", choices=("train", "test"), default="train", help="of a reference that is a data set; default: train"
+        "--split",
+        choices=("train", "test"),
+        default="train",
+        help="split of a reference that is a data set; default: train",
     )
-    parser.add_argument("--features", metavar="NAME", help="the network that looks at the images, see below")
-    parser.add_argument("--sha256", metavar="HEX", help="the hash that its file must have")
+    parser.add_argument("--features", metavar="NAME", help="the feature network, see below")
+    parser.add_argument("--sha256", metavar="HEX", help="the hash that the file of the feature network must have")
     parser.add_argument(
         "--standard-inception",
         action="store_true",
-        help="you know that an unknown file holds the standard Inception; the records keep your word",
+        help="declare that an unknown file holds the standard Inception; the records note this declaration",
     )
-    parser.add_argument("--samples", metavar="DIR", type=Path, help="where drawn images stay; default: RUN/evaluation")
+    parser.add_argument(
+        "--samples", metavar="DIR", type=Path, help="folder for the sampled images; default: RUN/evaluation"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object for each set instead of a table")
     parser.add_argument(
         "--plot",
         metavar="FILE",
         type=Path,
-        help="with --run: a PNG of the distance over guidance, or over the steps",
+        help="with --run: write a PNG of the distance over the guidance scale or over the steps",
     )
     drawing_options(parser, several_steps=True)
     parser.add_argument(
         "--every-step",
         action="store_true",
-        help="each checkpoint that the run keeps and each snapshot of its averages (train.snapshot_every), instead of"
-        " --step; a set for each of them and each guidance scale",
+        help="instead of --step: evaluate each checkpoint that the run keeps and each snapshot of its averages"
+        " (train.snapshot_every), at each guidance scale",
     )
 
 
@@ -81,7 +88,7 @@ def run(options: argparse.Namespace, launch) -> int:
     runtime.prepare()
     from megapromoe.evaluation import image_metrics, image_metrics_report
 
-    steps, options.step = tuple(options.step or ()), None  # a request has one step, or the last
+    steps, options.step = tuple(options.step or ()), None  # a request has one step; None is the last
     request = None
     if options.run is not None:
         request = generation_request(options, options.samples or options.run / "evaluation")
@@ -103,19 +110,19 @@ def run(options: argparse.Namespace, launch) -> int:
         if options.run is not None:
             file = options.run / "evaluation.jsonl"
             if image_metrics_report.append(records, file) < len(records):
-                logging.getLogger(__name__).info("%s: had these figures of the same request already", file)
+                logging.getLogger(__name__).info("%s: already contains these results of the same request", file)
         if options.plot is not None:
             image_metrics_report.plot(records, options.plot)
     return 0
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError for options that do not go together, all at once."""
+    """Raises ConfigError that lists all options that cannot be combined."""
     wrong = []
     if (options.run is None) == (options.images is None):
-        wrong.append("--run, --images: give one of them, a run to draw from or images that are there")
+        wrong.append("--run, --images: give one of them, a run to sample from or existing images")
     elif options.run is not None and options.num is None:
-        wrong.append("--num: is needed with --run, the number of images to draw")
+        wrong.append("--num: is needed with --run, the number of images to sample")
     elif options.images is not None:
         drawing = {"--num": options.num, "--guidance": options.guidance, "--class": options.only}
         drawing |= {
@@ -123,13 +130,13 @@ def _check(options: argparse.Namespace) -> None:
         }
         drawing |= {"--samples": options.samples, "--plot": options.plot, "overrides": options.overrides}
         drawing |= {"--tp": options.tp > 1, "--ep": options.ep > 1, "--every-step": options.every_step}
-        wrong += [f"{name}: is for drawing from a --run, not for --images" for name, value in drawing.items() if value]
+        wrong += [f"{name}: is for sampling from a --run, not for --images" for name, value in drawing.items() if value]
         if options.reference is None:
-            wrong.append("--reference: is needed with --images, the real ones to compare with")
+            wrong.append("--reference: is needed with --images, the real images to compare with")
     if options.every_step and options.step is not None:
         wrong.append(
-            f"--every-step, --step {' '.join(map(str, options.step))}: give one of them, all checkpoints that are kept"
-            " or some"
+            f"--every-step, --step {' '.join(map(str, options.step))}: give one of them, for all checkpoints"
+            " or for some"
         )
     if wrong:
         raise ConfigError(wrong)

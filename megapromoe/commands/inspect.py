@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 PATH and OTHER may be of different formats: a run directory or step folder, a published .pth, .safetensors, a
-diffusers or a DeepSpeed folder; see `megapromoe convert --help`. What does not say which model it is of, such as a
-.pth, is read with --config or --preset, or with what the other says. Kinds: master (the weights), exp_avg and
-exp_avg_sq (AdamW's moments), ema (averaged weights).
+diffusers or a DeepSpeed folder; see `megapromoe convert --help`. A checkpoint without a configuration, such as a
+.pth, is read with --config or --preset, or with the configuration of the other one. Kinds: master (the weights),
+exp_avg and exp_avg_sq (AdamW's moments), ema (averaged weights).
 
-Of a run directory, its checkpoints and the branches that it has left are listed too.
+For a run directory, its checkpoints and its abandoned branches are listed too.
 
-With OTHER, each line has the largest absolute difference and the norm of the difference over the norm of PATH's.
+With OTHER, each line shows the largest absolute difference, and the norm of the difference relative to that of PATH.
 
 examples:
   megapromoe inspect runs/digits
@@ -39,10 +39,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe inspect PATH [OTHER] [options]"
     takes_no_settings(parser)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkpoint")
-    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="another one to compare it with")
+    parser.add_argument("other", type=Path, metavar="OTHER", nargs="?", help="another checkpoint, to compare with PATH")
     checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of PATH; default: the latest")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint in PATH; default: the latest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 
 def _report(options: argparse.Namespace, step: int | None, other_step: int | None) -> tuple[dict[str, Any], State]:
-    """What is shown, and the state at PATH."""
+    """The report, and the state at PATH."""
     from megapromoe.checkpoint.run_directory import RunDirectory
     from megapromoe.conversion.compare import differences, norms
     from megapromoe.work_progress import Progress
@@ -91,11 +91,11 @@ def _report(options: argparse.Namespace, step: int | None, other_step: int | Non
 def _open_both(
     options: argparse.Namespace, config: Config | None, step: int | None, other_step: int | None
 ) -> tuple[State, State | None]:
-    """The two states; the second is None without OTHER. Each may lend the other its config."""
+    """The two states; the second is None without OTHER. Either may supply the config of the other."""
     from megapromoe.conversion.formats import detect, open_state
 
     def opened(path: Path, config: Config | None, step: int | None = None) -> State:
-        # A run of ours says itself what it was trained for.
+        # A run directory contains its objective.
         return open_state(
             path, config=config, step=step, objective=None if detect(path) == "ours" else options.objective
         )
@@ -106,8 +106,8 @@ def _open_both(
         other = opened(options.other, None, other_step)
         return opened(options.path, other.config, step), other
     state = opened(options.path, config, step)
-    lent = state.config if detect(options.other) == "published" else None
-    return state, opened(options.other, config or lent, other_step)
+    other_config = state.config if detect(options.other) == "published" else None
+    return state, opened(options.other, config or other_config, other_step)
 
 
 def _facts(state: State, path: Path) -> dict[str, Any]:
@@ -131,20 +131,26 @@ def _facts(state: State, path: Path) -> dict[str, Any]:
 
 
 def _history(folder: Path) -> dict[str, Any]:
-    """The checkpoints of a run, and the branches that it has left."""
+    """The checkpoints of a run and its abandoned branches."""
     from megapromoe.checkpoint.history import left_branches
     from megapromoe.checkpoint.run_directory import RunDirectory
     from megapromoe.checkpoint.step_folders import snapshot_steps, step_folders
 
     run = RunDirectory(folder)
     checkpoints = [
-        {"step": one.step, "updates": one.updates, "branch": one.branch, "run": one.run}
-        for one in step_folders(run.checkpoints)
+        {"step": folder.step, "updates": folder.updates, "branch": folder.branch, "run": folder.run}
+        for folder in step_folders(run.checkpoints)
     ]
     branches = [
-        {"folder": str(one.folder), "name": one.name, "after": one.after, "steps": list(one.steps), "left": one.left}
-        | {"reason": one.reason, "snapshots": list(one.snapshots)}
-        for one in left_branches(run)
+        {
+            "folder": str(branch.folder),
+            "name": branch.name,
+            "after": branch.after,
+            "steps": list(branch.steps),
+            "left": branch.left,
+        }
+        | {"reason": branch.reason, "snapshots": list(branch.snapshots)}
+        for branch in left_branches(run)
     ]
     snapshots = snapshot_steps(run.snapshots)
     return {"checkpoints": checkpoints, "snapshots": snapshots, "left_branches": branches}
@@ -172,7 +178,8 @@ def _print_facts(report: dict[str, Any]) -> None:
         print(f"  note: {note}")
     if checkpoints := report.get("checkpoints"):
         listed = ", ".join(
-            f"{one['step']}" + ("" if one["updates"] is not None else " (damaged)") for one in checkpoints
+            f"{checkpoint['step']}" + ("" if checkpoint["updates"] is not None else " (damaged)")
+            for checkpoint in checkpoints
         )
         print(f"  checkpoints of the run: {listed}; branch {checkpoints[-1]['branch']!r}")
     if snapshots := report.get("snapshots"):

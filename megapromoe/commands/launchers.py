@@ -9,26 +9,25 @@ from megapromoe import io
 from megapromoe.commands.command_line import FileError, file_errors, takes_no_settings
 
 EPILOG = """\
-The scripts are those of launchers/ in the repository; each explains itself with --help. They start the megapromoe that
-PATH finds, or that of MEGAPROMOE_ENV or MEGAPROMOE_PYTHON. Copy and change them as you like: a file that differs is
-never overwritten.
+These are the scripts of launchers/ in the repository; each has a --help. They start the megapromoe on PATH, or that of
+MEGAPROMOE_ENV or MEGAPROMOE_PYTHON. You may change the copies: a file that differs is never overwritten.
 
 example:
   megapromoe launchers launchers
   sbatch --nodes=4 launchers/promoe_xl.sh data.source=latents data.path=latents/train
 
-exit codes: 0 written, 1 a file of another content is there, or the folder cannot be written, 2 the command is wrong"""
+exit codes: 0 written, 1 a file with other content exists, or the folder cannot be written, 2 the command is wrong"""
 JOB = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe launchers DIR"
     takes_no_settings(parser)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write them; made if needed")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder to write to; created if needed")
 
 
 def launchers_folder() -> Path:
-    """The folder of the job scripts: inside an installed package, beside it in a checkout."""
+    """The folder of the job scripts: inside the package if it is installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "launchers"
     return installed if installed.is_dir() else package.parent / "launchers"
@@ -46,14 +45,14 @@ def run(options: argparse.Namespace, launch: None) -> int:
         for name, content in scripts.items():
             path = options.folder / name
             io.write_bytes(path, content)
-            # Those without a first line for the kernel are sourced by the others.
+            # Scripts without a #! line are only sourced by the others, so they are not executable.
             path.chmod(0o755 if content.startswith(b"#!") else 0o644)
             print(path)
     return 0
 
 
 def _differs(path: Path, content: bytes) -> bool:
-    """Is something of another content there?"""
+    """Whether `path` exists with other content."""
     if not path.is_file():
         return path.exists() or path.is_symlink()
     return path.read_bytes() != content

@@ -1,4 +1,4 @@
-"""Options that choose a configuration or a run, which several commands share."""
+"""Options of several commands that select a configuration or a run."""
 
 import argparse
 from pathlib import Path
@@ -11,33 +11,33 @@ from megapromoe.conversion.conventions import OBJECTIVES
 DEFAULT_PRESET = "digits"
 
 OVERRIDES = """\
-config: the defaults <- --preset <- --config FILE <- section.key=value, each over the one before.
+config: the defaults <- --preset <- --config FILE <- section.key=value, where later ones override earlier ones.
 Sections are model, parallel, data, diffusion, sample and train; `megapromoe show --keys` lists their keys.
 Values are written as in YAML:
   parallel.tp=2   train.lr=3e-4   model.qk_norm=true   model.gate=sigmoid
-All that is wrong is told at once, before anything starts."""
+All mistakes are reported together, before anything starts."""
 
 
 def config_options(parser: argparse.ArgumentParser) -> None:
     """Adds --preset and --config."""
-    parser.add_argument("--preset", metavar="NAME", help=f"a recipe: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", metavar="NAME", help=f"a preset: {', '.join(PRESETS)}")
     parser.add_argument("--config", metavar="FILE", type=Path, help="a YAML file of sections and keys")
 
 
 def checkpoint_config_options(parser: argparse.ArgumentParser, text: str) -> None:
     """Adds --config, --preset and --objective, for a checkpoint that does not hold its configuration."""
     parser.add_argument("--config", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--preset", metavar="NAME", help="a recipe instead; `megapromoe show` lists them")
+    parser.add_argument("--preset", metavar="NAME", help="a preset instead; `megapromoe show` lists them")
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
-        help="what a foreign model was trained to predict: rf (ours, ProMoE), ddpm (DiT), repa, or sit (SiT and"
-        " DiffMoE's flow, whose time runs the other way)",
+        help="training objective of a model from another code: rf (ProMoE), ddpm (DiT), repa, or sit (SiT and DiffMoE,"
+        " whose time has the opposite direction)",
     )
 
 
 def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Config | None:
-    """The config that --config or --preset give, with overrides; None without either. Raises ConfigError."""
+    """The config of --config or --preset with the overrides; None without both options. Raises ConfigError."""
     if options.config is None and options.preset is None:
         return None
     return resolve(preset=options.preset, file=options.config, overrides=overrides)
@@ -45,13 +45,13 @@ def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Conf
 
 def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
     """Adds --run, the folder of a run."""
-    # torchrun takes --run for an abbreviation of options of its own, wherever it stands.
+    # torchrun parses --run at any position as an abbreviation of its own options.
     text += "; under torchrun write --run-dir"
     parser.add_argument("--run", "--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
 
 
 def resolve_options(options: argparse.Namespace, world: int | None, run_warmup: int | None = None) -> Config:
-    """The config that --preset, --config and the overrides make; raises ConfigError. See `resolve` for `run_warmup`."""
+    """The config of --preset, --config and the overrides. Raises ConfigError. `run_warmup`: see `resolve`."""
     preset = options.preset
     if preset is None and options.config is None:
         preset = DEFAULT_PRESET

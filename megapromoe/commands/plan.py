@@ -1,4 +1,4 @@
-"""`megapromoe plan`: which layout to train with on which GPUs, and what it would cost."""
+"""`megapromoe plan`: finds the best parallel layout on given GPUs, and estimates memory, time and cost."""
 
 import argparse
 import shlex
@@ -30,14 +30,14 @@ examples:
   megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
   megapromoe plan --preset promoe_xl --nodes 512 --batch 4096 --json plans.json
 
-All (tp, ep, ZeRO stage, recompute) are tried, and for each are estimated the memory of the fullest GPU, all
-communication of a step and its time. Nothing is started, and neither a GPU nor torch is needed. Of layouts
-that are about as fast the simplest is proposed; experts are spread over nodes only where that is 25% faster
-or nothing else fits. What you set yourself, such as parallel.tp=2, stays. Accumulation stays too unless
-nothing fits: batch statistics depend on it.
+For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
+communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
+with about the same speed it proposes the simplest; experts are spread over nodes only where that is 25% faster
+or nothing else fits. Settings on the command line, such as parallel.tp=2, stay fixed. Accumulation also stays
+fixed unless nothing fits, because batch statistics depend on it.
 
 Memory and bytes come from formulas that are tested against real runs; times are estimates from data sheets
-and the assumptions printed below them. Measure before you trust them.
+and from the printed assumptions. Measure the time of a step before you rely on them.
 
 {OVERRIDES}"""
 JOB = False
@@ -50,32 +50,37 @@ FREE = (
     "train.deepspeed",
     "train.accumulation",
 )
-LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets with a launcher of their own, for nodes of 8
+LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets that have a launcher, for nodes of 8 GPUs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="nodes; default: 1")
+    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="number of nodes; default: 1")
     parser.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="the kind of GPU; default: h100")
-    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="default: 8")
+    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="GPUs in a node; default: 8")
     parser.add_argument("--experts", metavar="E", type=positive, help="short for model.num_experts=E")
     parser.add_argument("--batch", metavar="N", type=positive, help="short for train.global_batch=N")
-    parser.add_argument("--top", metavar="N", type=positive, default=8, help="layouts to list; default: 8")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their figures")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the memory of those listed, .png, .svg or .pdf")
-    own = parser.add_argument_group("figures of your own, in place of the data sheet's and the assumed")
+    parser.add_argument("--top", metavar="N", type=positive, default=8, help="number of layouts to list; default: 8")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their values")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
+    )
+    figures = parser.add_argument_group("values that replace those of the data sheet and the assumptions")
     for name, text in (
-        ("--memory-gib", "GiB of a GPU"),
+        ("--memory-gib", "memory of a GPU in GiB"),
         ("--tflops", "dense bf16 TFLOP/s of a GPU"),
-        ("--hbm-gbs", "GB/s of a GPU's memory"),
-        ("--nvlink-gbs", "GB/s between GPUs of a node, each way"),
-        ("--network-gbs", "GB/s between nodes for each GPU, each way"),
-        ("--storage-gbs", "measured GB/s that all ranks together write to the run's folder; tells how long saves take"),
-        ("--imbalance", "rows on the fullest rank's experts over the mean; default: 1.25"),
+        ("--hbm-gbs", "memory bandwidth of a GPU in GB/s"),
+        ("--nvlink-gbs", "bandwidth between GPUs of a node in GB/s, in each direction"),
+        ("--network-gbs", "bandwidth between nodes for each GPU in GB/s, in each direction"),
+        (
+            "--storage-gbs",
+            "measured GB/s at which all ranks together write to the run's folder, to estimate the time of saves",
+        ),
+        ("--imbalance", "rows of the fullest rank's experts, relative to the mean; default: 1.25"),
         ("--usable", "share of the memory to plan with; default: 0.9"),
-        ("--efficiency", "share of its peak that a GPU reaches in large products; default: 0.6"),
+        ("--efficiency", "share of the peak FLOP/s that large matrix products reach; default: 0.6"),
     ):
-        own.add_argument(name, metavar="X", type=positive_number, help=text)
+        figures.add_argument(name, metavar="X", type=positive_number, help=text)
 
 
 def run(options: argparse.Namespace, launch) -> int:
@@ -87,31 +92,31 @@ def run(options: argparse.Namespace, launch) -> int:
         _check_pictures(options.plot)
         config = resolve_options(options, None)
         fixed = frozenset(word.partition("=")[0].strip() for word in options.overrides) & set(FREE)
-        found = search(config, world, machine, assume, fixed)
+        result = search(config, world, machine, assume, fixed)
         if options.json:
-            _write_json(options.json, found, machine, assume)
+            _write_json(options.json, result, machine, assume)
         if options.plot:
             from megapromoe.planning.plot import draw
 
             title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
-            draw([plan for plan, _ in fold(found.fitting)[: options.top]], machine, found.limit, title, options.plot)
-    print("\n".join(_lines(options, config, found, machine, assume)), flush=True)
+            draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
+    print("\n".join(_lines(options, config, result, machine, assume)), flush=True)
     return 0
 
 
-def _lines(options: argparse.Namespace, config: Config, found: Search, machine: Machine, assume: Assumptions):
-    best, world = found.best, options.nodes * options.gpus_per_node
+def _lines(options: argparse.Namespace, config: Config, result: Search, machine: Machine, assume: Assumptions):
+    best, world = result.best, options.nodes * options.gpus_per_node
     yield (
-        f"layouts of {world} GPUs: {len(found.fitting)} fit {found.limit / GIB:.1f} GiB each,"
-        f" {len(found.too_large)} do not, {found.impossible} cannot run (sizes that do not divide, refused settings)"
+        f"layouts of {world} GPUs: {len(result.fitting)} fit {result.limit / GIB:.1f} GiB each,"
+        f" {len(result.too_large)} do not, {result.impossible} cannot run (sizes that do not divide, refused settings)"
     )
     yield ""
-    yield from table(fold(found.fitting)[: options.top])
+    yield from table(fold(result.fitting)[: options.top])
     yield ""
     yield f"best: {describe(best)}"
     yield f"  {costs(best)}"
-    yield from (f"  {line}" for line in reasons(found, machine))
-    yield from experts_in_parallel(found)
+    yield from (f"  {line}" for line in reasons(result, machine))
+    yield from experts_in_parallel(result)
     yield ""
     yield from memory_lines(best)
     yield from traffic_lines(best, machine, assume)
@@ -125,34 +130,34 @@ def _lines(options: argparse.Namespace, config: Config, found: Search, machine: 
 
 
 def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
-    """What the run writes and the disk that it needs; how long that takes only at a measured rate."""
+    """What the run writes and the disk space it needs; the time only if the write bandwidth is given."""
     from megapromoe.checkpoint.disk_space import disk
 
-    found, t = disk(best.config, best.time.total), best.config.train
+    usage, t = disk(best.config, best.time.total), best.config.train
     yield f"what the {t.steps:,} steps write"
     every = [f"every {t.save_every:,} steps" if t.save_every else "the last step"]
     every += [f"{t.save_minutes:g} minutes after the one before, at the estimated speed"] if t.save_minutes else []
-    most = f"at most {found.most_checkpoints} at once, {_size(found.most_checkpoints * found.checkpoint)}"
-    count = f"{found.checkpoints:7,}{'' if found.exact else ' (estimated)'}"
-    yield f"  checkpoints {count} of {_size(found.checkpoint)} ({' or '.join(every)}); {most}"
-    if found.snapshots:
-        kept = f"all kept, {_size(found.snapshots * found.snapshot)}"
-        yield f"  snapshots   {found.snapshots:7,} of {_size(found.snapshot)} (averages alone); {kept}"
-    if found.pictures:
-        most = _size(found.pictures * found.picture)
-        yield f"  pictures    {found.pictures:7,} of at most {_size(found.picture)} (samples); {most}"
-    yield f"  {_size(found.peak)} of disk, and the logs"
+    most = f"at most {usage.most_checkpoints} at once, {_size(usage.most_checkpoints * usage.checkpoint)}"
+    count = f"{usage.checkpoints:7,}{'' if usage.exact else ' (estimated)'}"
+    yield f"  checkpoints {count} of {_size(usage.checkpoint)} ({' or '.join(every)}); {most}"
+    if usage.snapshots:
+        kept = f"all kept, {_size(usage.snapshots * usage.snapshot)}"
+        yield f"  snapshots   {usage.snapshots:7,} of {_size(usage.snapshot)} (averages alone); {kept}"
+    if usage.pictures:
+        most = _size(usage.pictures * usage.picture)
+        yield f"  pictures    {usage.pictures:7,} of at most {_size(usage.picture)} (samples); {most}"
+    yield f"  {_size(usage.peak)} of disk, and the logs"
     if storage_gbs is None:
-        yield "  give --storage-gbs, as `megapromoe check --run` measures it, for the time that saves take"
+        yield "  for the time of saves give --storage-gbs; `megapromoe check --run` measures it"
         return
-    one, whole = (size / storage_gbs / 1e9 for size in (found.checkpoint, found.written))
+    checkpoint_seconds, total_seconds = (size / storage_gbs / 1e9 for size in (usage.checkpoint, usage.written))
     yield (
-        f"  a checkpoint is written in {_seconds(one)}, all of {_size(found.written)} in {_seconds(whole)}, beside"
-        " the training, which stops for the copy to the host's memory alone"
+        f"  a checkpoint is written in {_seconds(checkpoint_seconds)}, all of {_size(usage.written)} in"
+        f" {_seconds(total_seconds)}, beside the training, which stops only while the state is copied to host memory"
     )
-    between = best.time.total * t.steps / found.checkpoints
-    if one > between:
-        yield f"  that is longer than the {_seconds(between)} between two: training waits; save less often"
+    between = best.time.total * t.steps / usage.checkpoints
+    if checkpoint_seconds > between:
+        yield f"  longer than the {_seconds(between)} between two saves, so training would wait; save less often"
 
 
 def _size(size: int) -> str:
@@ -169,7 +174,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
-    """The line to paste. A plain srun starts everywhere: where SLURM reserves no port, steps have one of their own."""
+    """The command line that starts the training. Plain srun works with and without ports reserved by SLURM."""
     chosen = settings(best, config)
     words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
     words += [f"{key}={value}" for key, value in chosen.items()]
@@ -185,30 +190,30 @@ def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    own = {
+    changed = {
         "memory": options.memory_gib and int(options.memory_gib * GIB),
         "peak": options.tflops and options.tflops * 1e12,
         "hbm": options.hbm_gbs and options.hbm_gbs * 1e9,
         "nvlink": options.nvlink_gbs and options.nvlink_gbs * 1e9,
         "network": options.network_gbs and options.network_gbs * 1e9,
     }
-    own = {name: value for name, value in own.items() if value is not None}
-    machine = replace(MACHINES[options.gpu], gpus_per_node=options.gpus_per_node, **own)
-    return replace(machine, name=f"{machine.name}, changed") if own else machine
+    changed = {name: value for name, value in changed.items() if value is not None}
+    machine = replace(MACHINES[options.gpu], gpus_per_node=options.gpus_per_node, **changed)
+    return replace(machine, name=f"{machine.name}, changed") if changed else machine
 
 
 def _assumptions(options: argparse.Namespace) -> Assumptions:
-    own = {"imbalance": options.imbalance, "usable": options.usable, "products": options.efficiency}
+    changed = {"imbalance": options.imbalance, "usable": options.usable, "products": options.efficiency}
     wrong = [
         f"--{option} {value}"
         for option, value in (("usable", options.usable), ("efficiency", options.efficiency))
         if value is not None and value > 1
     ]
     if options.imbalance is not None and options.imbalance < 1:
-        raise PlanError(f"--imbalance {options.imbalance}: must be at least 1, the mean over itself")
+        raise PlanError(f"--imbalance {options.imbalance}: must be at least 1: the fullest rank has at least the mean")
     if wrong:
         raise PlanError(f"{', '.join(wrong)}: must be at most 1, a share")
-    return replace(Assumptions(), **{name: value for name, value in own.items() if value is not None})
+    return replace(Assumptions(), **{name: value for name, value in changed.items() if value is not None})
 
 
 def _check_pictures(path: Path | None) -> None:
@@ -216,24 +221,24 @@ def _check_pictures(path: Path | None) -> None:
         raise PlanError(f"--plot {path}: must end in .png, .svg or .pdf")
 
 
-def _write_json(path: Path, found: Search, machine: Machine, assume: Assumptions) -> None:
-    """All layouts, those that fit first; seconds and bytes."""
+def _write_json(path: Path, result: Search, machine: Machine, assume: Assumptions) -> None:
+    """Writes all layouts, those that fit first; times in seconds, sizes in bytes."""
     content = {
         "estimates": True,
         "machine": asdict(machine),
         "assumptions": asdict(assume),
-        "limit_bytes": found.limit,
-        "layouts": [_entry(plan, plan.memory.peak <= found.limit) for plan in (*found.fitting, *found.too_large)],
+        "limit_bytes": result.limit,
+        "layouts": [_entry(plan, plan.memory.peak <= result.limit) for plan in (*result.fitting, *result.too_large)],
     }
     write_json(path, content, indent=1)
 
 
 def _disk(plan: Plan) -> dict:
-    """Counts, and bytes of one and of all at once."""
+    """Numbers of files, and bytes of each and of all together."""
     from megapromoe.checkpoint.disk_space import disk
 
-    found = disk(plan.config, plan.time.total)
-    return asdict(found) | {"peak_bytes": found.peak, "written_bytes": found.written}
+    usage = disk(plan.config, plan.time.total)
+    return asdict(usage) | {"peak_bytes": usage.peak, "written_bytes": usage.written}
 
 
 def _entry(plan: Plan, fits: bool) -> dict:

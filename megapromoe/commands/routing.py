@@ -1,4 +1,4 @@
-"""`megapromoe routing`: what the experts of a run learnt, as one HTML page and the numbers as JSON."""
+"""`megapromoe routing`: reports what the experts of a run have learnt, as an HTML page and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megapromoe.commands.command_line import (
 from megapromoe.commands.options import run_option
 
 EPILOG = """\
-Labelled images of the training data, at a few noise levels, are shown to the run's averaged weights, and what its
-routers answer is measured: expert by class, load over layers and noise levels, subsets of classes, token-to-expert maps
-over images, t-SNE of tokens by expert and by class, distances between and within classes, similarity of the router's
-vectors, diversity of the experts' weights. The page explains each measure.
+The command runs the model of the run on labelled images of the training data at a few noise levels, and analyses the
+routing: expert by class, load over layers and noise levels, subsets of classes, token-to-expert maps of images, t-SNE
+of tokens by expert and by class, distances between and within classes, similarity of the router's vectors, diversity
+of the experts' weights. The page explains each measure.
 
 A file of subsets (YAML or JSON) maps names to classes:
     animals: [2, 3, "5-7"]
     vehicles: [0, 1, 8, 9]
-Without it each class is a subset, or, of more than 20, two random subsets of up to 200 classes are compared.
+Without such a file each class is a subset; with more than 20 classes, two random subsets of up to 200 are compared.
 
 examples:
   megapromoe routing --run runs/digits
@@ -36,29 +36,40 @@ JOB = False
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe routing --run DIR [options]"
     takes_no_settings(parser)
-    run_option(parser, "the run's folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: routing in the run's folder")
-    parser.add_argument("--images", type=whole_number(1), default=500, metavar="N", help="of the data; default: 500")
+    run_option(parser, "the folder of the run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: RUN/routing")
     parser.add_argument(
-        "--layers", type=comma_separated(int), metavar="B,B,...", help="blocks; default: all with experts"
+        "--images", type=whole_number(1), default=500, metavar="N", help="number of training images; default: 500"
+    )
+    parser.add_argument(
+        "--layers", type=comma_separated(int), metavar="B,B,...", help="indices of blocks; default: all with experts"
     )
     parser.add_argument(
         "--levels", type=comma_separated(float), default=(0.1, 0.5, 0.9), metavar="Q,Q,...",
-        help="noise levels, as quantiles of those of training; default: 0.1,0.5,0.9. Tokens are of the middle one",
+        help="noise levels, as quantiles of the training distribution; default: 0.1,0.5,0.9. t-SNE uses the middle one",
     )  # fmt: skip
-    parser.add_argument("--subsets", type=Path, metavar="FILE", help="subsets of classes to compare")
+    parser.add_argument("--subsets", type=Path, metavar="FILE", help="file of subsets of classes to compare")
     parser.add_argument(
-        "--tokens", type=whole_number(10, 2000), default=2000, metavar="N", help="of t-SNE; default, most: 2000"
+        "--tokens",
+        type=whole_number(10, 2000),
+        default=2000,
+        metavar="N",
+        help="number of tokens for t-SNE; default and maximum: 2000",
     )
     parser.add_argument(
         "--singular-vectors",
         type=whole_number(0),
         default=0,
         metavar="K",
-        help="of the overlap; default, 0: channels / 8",
+        help="number of singular vectors for the overlap of experts; default 0: channels / 8",
     )
-    parser.add_argument("--step", type=whole_number(0), metavar="N", help="which checkpoint; default: the latest")
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged or not; default: ema")
+    parser.add_argument("--step", type=whole_number(0), metavar="N", help="step of the checkpoint; default: the latest")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "master"),
+        default="ema",
+        help="averaged weights (ema) or weights as trained (master); default: ema",
+    )
     parser.add_argument("--pictures", action="store_true", help="also write each picture as a PNG file")
 
 
@@ -74,7 +85,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
     try:
         with file_errors():
             numbers = write_routing_report(options.run, out, request, options.step, options.weights, options.pictures)
-    except ConfigError as error:  # in the run's own config.yaml, not in the command
+    except ConfigError as error:  # the error is in config.yaml of the run, not in the command
         raise RoutingError(str(error)) from error
     header, rows = layer_table(numbers)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -1,4 +1,4 @@
-"""`megapromoe sample`: draws images with a trained model, a picture of some or a set of many."""
+"""`megapromoe sample`: samples images from a trained model, as one picture or as a large set."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to 
     from megapromoe.sampling.request import GenerationRequest
 
 EPILOG = """\
-With --count: some images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
+With --count: a few images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
 `images`, float in [-1, 1], `labels`, `seed`).
-With --num: a set of so many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
-(`arr_0`, uint8 NHWC; `arr_1`, labels). Start it under torchrun, srun or mpirun to share the images out: they
-are the same at any number of ranks. Repeat the command to continue where it was stopped.
+With --num: a set of this many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
+(`arr_0`, uint8 NHWC; `arr_1`, labels). Start it under torchrun, srun or mpirun to divide the work: the images
+are the same for any number of ranks. Repeat the command to continue after an interruption.
 
 examples:
   megapromoe sample --run runs/digits
@@ -30,7 +30,7 @@ examples:
       --autoencoder models/sd-vae-ft-ema
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set \\
       --autoencoder models/sd-vae-ft-ema
-                                                  the model split over 4 ranks, 2 of such groups
+                                                  each model is split over 4 ranks, in 2 groups
 
 Overrides: section `sample` only."""
 JOB = True
@@ -42,32 +42,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="PATH",
         type=Path,
-        help="a .png of a grid or .npz of arrays; with --num: a folder, for PNG files, or .npz. Default: a .png, with"
-        " --num a folder, in RUN/samples, named by its step and by a digest of the request, so that requests which"
-        " differ are kept apart",
+        help="a .png for a grid or a .npz for arrays; with --num: a folder for PNG files, or a .npz. Default: in"
+        " RUN/samples, a .png, or with --num a folder, whose name has the step and a digest of the request, so that"
+        " different requests have different files",
     )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--count", "--per-class", metavar="N", type=positive, default=10, help="images of each class; default: 10"
     )
-    num_option(amount, "a set of N images in all")
+    num_option(amount, "sample a set of N images in total")
     drawing_options(parser)
 
 
 def num_option(parser: argparse._ActionsContainer, text: str) -> None:
     """Adds --num, the number of images of a set."""
-    # torchrun takes --num for an abbreviation of options of its own, wherever it stands.
+    # torchrun parses --num at any position as an abbreviation of its own options.
     text += "; under torchrun write --num-images"
     parser.add_argument("--num", "--num-images", metavar="N", type=positive, dest="num", help=text)
 
 
 def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False) -> None:
-    """Adds what says how images are drawn, for `generation_request`; `several_steps`: --step takes a list."""
+    """Adds the sampling options that `generation_request` reads; `several_steps`: --step takes a list."""
     parser.add_argument("--class", metavar="C", dest="only", type=int, nargs="+", help="classes; default: all")
     parser.add_argument(
         "--classes",
         choices=("balanced", "random"),
-        help="with --num: the classes take turns (default), or are drawn for each image",
+        help="with --num: equally many images of each class (default), or a random class for each image",
     )
     if several_steps:
         parser.add_argument(
@@ -81,24 +81,27 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
         text = "the checkpoint or snapshot of this step; default: the last checkpoint"
         parser.add_argument("--step", metavar="N", type=int, help=text)
     parser.add_argument(
-        "--weights", choices=("ema", "master"), default="ema", help="averaged weights (default) or as trained"
+        "--weights",
+        choices=("ema", "master"),
+        default="ema",
+        help="averaged weights (ema, default) or weights as trained (master)",
     )
     parser.add_argument(
         "--guidance",
         metavar="X",
         nargs="+",
         default=[],
-        help="classifier-free guidance scale, 1 is none; with --num several, a set for each;"
-        " default: as the run's config says",
+        help="classifier-free guidance scale, 1: no guidance; with --num several, for a set each;"
+        " default: from the run's config",
     )
     for option, text in (
-        ("--steps", "steps of the sampler"),
+        ("--steps", "number of sampling steps"),
         ("--seed", "seed of the images"),
-        ("--method", "sampler"),
+        ("--method", "sampling method"),
     ):  # short for overrides
-        parser.add_argument(option, metavar="X", help=f"{text}; default: as the run's config says")
+        parser.add_argument(option, metavar="X", help=f"{text}; default: from the run's config")
     parser.add_argument(
-        "--autoencoder", metavar="NAME", help="a folder or hub name: decodes what a model of latents draws"
+        "--autoencoder", metavar="NAME", help="autoencoder that decodes sampled latents: a folder or a name on the hub"
     )
     for option, text in (("--tp", "tensor"), ("--ep", "expert")):
         parser.add_argument(
@@ -106,12 +109,12 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
             metavar="N",
             type=positive,
             default=1,
-            help=f"with --num: {text} parallel, for a model too large for one rank",
+            help=f"with --num: {text}-parallel size, for a model too large for one rank",
         )
 
 
 def generation_request(options: argparse.Namespace, out: Path, named: bool = False) -> GenerationRequest:
-    """The request that the options make: a set with --num, else --count images of each class. Raises ConfigError."""
+    """The request of the options: a set with --num, else --count images of each class. Raises ConfigError."""
     from megapromoe.sampling.request import GenerationRequest
 
     return GenerationRequest(
@@ -133,7 +136,7 @@ def generation_request(options: argparse.Namespace, out: Path, named: bool = Fal
 
 
 def _sample_overrides(options: argparse.Namespace) -> list[str]:
-    """All `sample.key=value` settings but the guidance scales; raises ConfigError for those of other sections."""
+    """All `sample.key=value` settings except the guidance scales. Raises ConfigError for settings of other sections."""
     short = {name: getattr(options, name) for name in ("steps", "seed", "method")}
     overrides = [*options.overrides, *(f"sample.{name}={v}" for name, v in short.items() if v is not None)]
     if wrong := [a for a in overrides if not a.startswith("sample.")]:

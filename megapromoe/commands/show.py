@@ -1,4 +1,4 @@
-"""`megapromoe show`: presets, a resolved config, its size and its layout."""
+"""`megapromoe show`: prints the presets, or a resolved config with its size and layout."""
 
 import argparse
 import math
@@ -18,11 +18,13 @@ JOB = False
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    parser.add_argument("--ranks", metavar="N", type=positive, help="ranks; default: the fewest that tp and ep allow")
     parser.add_argument(
-        "--to-train", action="store_true", help="also refuse what training alone needs: data.source that is not chosen"
+        "--ranks", metavar="N", type=positive, help="number of ranks; default: the smallest number that tp and ep allow"
     )
-    parser.add_argument("--keys", action="store_true", help="list every config key with its default and meaning")
+    parser.add_argument(
+        "--to-train", action="store_true", help="also check what only training needs: data.source must be set"
+    )
+    parser.add_argument("--keys", action="store_true", help="list every config key with its default and its meaning")
 
 
 def run(options: argparse.Namespace, launch) -> int:
@@ -64,10 +66,10 @@ def _presets() -> Iterator[str]:
             f" {count.active:13,} {flops:12.4g}  {source}, {config.train.steps:,} steps"
         )
     yield ""
-    yield "D hidden size, L blocks, E routed experts, K of them per token; parameters with the constant table of"
-    yield "positions; active: what a token meets; GFLOP of a forward pass."
-    yield "data yours: data.source=latents data.path=DIR, or data.source=synthetic for timing."
-    yield "megapromoe show --preset NAME prints one in full, --keys what can be set."
+    yield "D hidden size, L blocks, E routed experts, K of them per token; parameters include the constant table of"
+    yield "positions; active: parameters that process a token; GFLOP of a forward pass."
+    yield "data yours: set data.source=latents data.path=DIR, or data.source=synthetic for timing."
+    yield "megapromoe show --preset NAME prints one in full, --keys lists all keys."
 
 
 def _keys() -> Iterator[str]:
@@ -85,13 +87,13 @@ def _keys() -> Iterator[str]:
 
 
 def describe(config: Config, world: int) -> Iterator[str]:
-    """The config as YAML, then, as comments, what it amounts to: together a file that --config reads."""
+    """The config as YAML, then its size and layout as comments; together a file that --config reads."""
     model, layout = config.model, config.layout(world)
     count, flops = parameters(model), flops_per_image(model)
     yield to_yaml(config)
     yield "# size"
     yield f"# parameters: total {count.total:,}  trainable {count.trainable:,}  active {count.active:,}"
-    yield "#   (total and active have the table of positions, a constant)"
+    yield "#   (total and active include the constant table of positions)"
     yield f"# FLOPs per image: forward {flops.forward:,}  training step {flops.training:,}"
     yield f"#   {'part':22} {'parameters':>15} {'forward FLOPs':>19}"
     for part, number in count.by_part.items():
@@ -119,7 +121,7 @@ def describe(config: Config, world: int) -> Iterator[str]:
 
 
 def size_in_words(count: int) -> str:
-    """Bytes in words."""
+    """A number of bytes with a unit."""
     size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]

@@ -1,4 +1,4 @@
-"""`megapromoe study`: many trainings from one recipe, one table, a few pictures."""
+"""`megapromoe study`: runs many trainings from one recipe, and writes tables and plots of their results."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from megapromoe.studies.submission import array_jobs, submit
 from megapromoe.work_progress import duration
 
 EPILOG = f"""\
-  megapromoe study plan STUDY --recipe digits --measure    # what it is and costs
-  megapromoe study run STUDY --jobs 2                      # trains what is missing; repeat to go on
+  megapromoe study plan STUDY --recipe digits --measure    # writes the study, estimates its cost
+  megapromoe study run STUDY --jobs 2                      # trains the missing tasks; repeat to continue
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
-  megapromoe study status STUDY                            # what is done, running, waiting, stopped, failed
+  megapromoe study status STUDY                            # the state of each job
   megapromoe study collect STUDY                           # results.csv, results.md, curves.csv, evaluations.csv
-  megapromoe study plot STUDY                              # pictures of loss, routing, cost and drawn images
+  megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
 
-STUDY is a folder. A recipe says what varies, what is compared and what is held equal: one of
-{", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without a recipe, options of `plan`
-make one. Each command tells more with --help.
+STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
+{", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without --recipe, the other options of
+`plan` define it. Each command has a --help.
 
-exit codes: 0 done, 1 a task failed or nothing is there to show, 2 the command or the recipe is wrong, 75 stopped by a
-signal and saved (repeat the command), 130 interrupted; `run --task I` has that of the task"""
+exit codes: 0 done, 1 a task failed or there is no result yet, 2 the command or the recipe is wrong, 75 stopped by a
+signal and saved (repeat the command), 130 interrupted; `run --task I` returns the exit code of the task"""
 JOB = False
 LAUNCHER = "scaling_experts.sh"
 
@@ -71,61 +71,73 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             takes_no_settings(added, "settings belong to the recipe; only `plan` takes them")
         return added
 
-    summary = "Writes a study into a folder and prints what it will cost; trains nothing."
+    summary = "Writes a study into a folder and prints its estimated cost; trains nothing."
     _plan_options(command("plan", _plan, summary, _PLAN_EXAMPLE))
 
-    summary = "Trains what is missing, resumes what is partial, and evaluates what is done."
+    summary = "Trains missing tasks, resumes partial ones, and evaluates finished ones."
     run_parser = command("run", _run, summary, _RUN_NOTE)
-    run_parser.add_argument("--task", type=int, metavar="I", help="only the training of this one, as an array job does")
+    run_parser.add_argument(
+        "--task", type=int, metavar="I", help="run only the training with this number, like a job of an array"
+    )
     run_parser.add_argument(
         "--evaluate",
         action="store_true",
-        help="no training: evaluate images of what is trained, as the recipe asks",
+        help="train nothing; evaluate images of trained tasks, as the recipe defines",
     )
-    run_parser.add_argument("--jobs", type=positive, default=1, metavar="J", help="tasks at a time; default: 1")
+    run_parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="J", help="number of tasks that run at the same time; default: 1"
+    )
 
-    summary = "Shows for each task what is done, running, waiting, stopped or failed; starts and changes nothing."
+    summary = "Shows whether each job is done, running, waiting, stopped or failed; starts and changes nothing."
     command("status", _status, summary, _STATUS_NOTE)
 
-    summary = "Submits what is missing as an array of SLURM jobs, each `run STUDY --task I`; evaluations follow them."
+    summary = "Submits missing tasks as an array of SLURM jobs, each `run STUDY --task I`, and then their evaluations."
     submit = command("submit", _submit, summary, _SUBMIT_EXAMPLE)
     submit.set_defaults(passes_on=True)
     submit.add_argument(
-        "--at-once", type=positive, metavar="M", help="jobs of the array that run at a time; default: all"
+        "--at-once",
+        type=positive,
+        metavar="M",
+        help="number of jobs of the array that run at the same time; default: all",
     )
-    submit.add_argument("--dry-run", action="store_true", help="print the command, submit nothing")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
 
-    collect = command("collect", _collect, "Writes results.csv, results.md, curves.csv; tells what is missing.")
-    collect.add_argument("--against", nargs="+", metavar="VARIANT", help="compare with these; default: the baseline")
-    plot = command("plot", _plot, "Draws what is done, as PNGs in STUDY; after `collect`.")
-    plot.add_argument("--note", default="", metavar="TEXT", help="printed below the cost, such as the machine")
+    collect = command("collect", _collect, "Writes results.csv, results.md and curves.csv, and lists missing tasks.")
+    collect.add_argument(
+        "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
+    )
+    plot = command("plot", _plot, "Plots the results of finished tasks as PNGs in STUDY; needs `collect` first.")
+    plot.add_argument(
+        "--note", default="", metavar="TEXT", help="text below the plot of costs, such as the name of the machine"
+    )
     for added in (collect, plot):
         added.add_argument(
             "--draws",
             type=whole_number(2),
             default=DRAWS,
             metavar="N",
-            help=f"of record, noise and time for the loss; default {DRAWS}",
+            help=f"number of samples of (record, noise, time) for the loss; default {DRAWS}",
         )
 
 
 _RUN_NOTE = """\
-Several may run at once: a task that another command trains is left to it, and its end is waited for.
-A recipe with a section `evaluate` has an evaluation for each task, which follows its training: images are drawn
-from its checkpoints and judged, by `megapromoe evaluate`. What is known already is not evaluated again.
+Several `run` commands may work on one study: a task that another command trains is left to it, and this command
+waits for its end. If the recipe has a section `evaluate`, each training is followed by an evaluation: `megapromoe
+evaluate` samples images from its checkpoints. Existing results are not computed again.
   megapromoe study run STUDY                      # trainings, and each one's evaluation when it is done
   megapromoe study run STUDY --task 1             # the training of one task
   megapromoe study run STUDY --task 1 --evaluate  # its evaluation"""
 _STATUS_NOTE = f"""\
-Read from the files in STUDY alone, so it may be asked at any time and on any machine that sees the folder.
-  running   some process holds the task's lock; on file systems that do not show the locks of other machines,
-            its last line is younger than {QUIET / 60:.0f} minutes
-  done      its last step is saved; of an evaluation, all its figures are known
-  waiting   it has not been started, or its training is not done
-  stopped   it was asked to stop, and has saved; `run` goes on with it
-  failed    it ended with an error, or was killed; the remark is the reason, logs/NAME.log has the rest, and `run` tries
+The states are read only from the files in STUDY, so this command works at any time and on any machine with access to
+the folder.
+  running   a process holds the lock of the task; on file systems that do not show locks of other machines,
+            its last log line is younger than {QUIET / 60:.0f} minutes
+  done      the last step is saved; for an evaluation, all its results exist
+  waiting   not started, or its training is not done
+  stopped   stopped by a signal and saved; `run` continues it
+  failed    ended with an error, or was killed; the remark is the reason, logs/NAME.log has details, and `run` starts it
             again
-The exit code is 0, whatever the states."""
+The exit code is 0 in all these states."""
 _PLAN_EXAMPLE = """\
 example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
@@ -133,10 +145,10 @@ example:
     --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000 \\
     data.source=latents data.path=latents/train"""
 _SUBMIT_EXAMPLE = """\
-Options that follow STUDY and are not listed go to sbatch:
+Options after STUDY that are not listed are passed to sbatch:
   megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
-A task gets a GPU for each of its ranks. Ranks over several nodes need srun: plan --ranks 16 --launcher "srun python".
-Evaluations are an array of their own, whose jobs each wait for the training of the same task (aftercorr).
+A task gets a GPU for each of its ranks. Ranks on several nodes need srun: plan --ranks 16 --launcher "srun python".
+Evaluations are a separate array; each of its jobs waits for the training of the same task (aftercorr).
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
 
 
@@ -145,28 +157,32 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help=f"{', '.join(recipe_names())}, or a YAML file; instead of the options down to --launcher",
+        help=f"{', '.join(recipe_names())}, or a YAML file; replaces the options down to --launcher",
     )
-    parser.add_argument("--preset", metavar="NAME", help="what all tasks start from; `megapromoe show` lists them")
-    parser.add_argument("--experts", type=int, nargs="+", metavar="E", help="numbers of routed experts")
-    parser.add_argument("--sizes", nargs="+", metavar="PRESET", help="presets of several sizes, instead of --preset")
+    parser.add_argument("--preset", metavar="NAME", help="preset of all tasks; `megapromoe show` lists them")
+    parser.add_argument("--experts", type=int, nargs="+", metavar="E", help="numbers of routed experts to compare")
     parser.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help="lengths of the training, each a run of its own"
+        "--sizes", nargs="+", metavar="PRESET", help="presets of several sizes to compare, instead of --preset"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="default: 0 1 2")
     parser.add_argument(
-        "--routers", nargs="+", metavar="R", help=f"compared at equal active parameters: {', '.join(ROUTERS)}"
+        "--steps", type=int, nargs="+", metavar="N", help="numbers of training steps, each for a separate run"
     )
-    parser.add_argument("--ranks", type=positive, metavar="N", help="processes of a task; default: 1")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="seeds of each combination; default: 0 1 2")
     parser.add_argument(
-        "--launcher", metavar="WORDS", help="what starts them, before `-m megapromoe train`, in one word"
+        "--routers", nargs="+", metavar="R", help=f"routers to compare at equal active parameters: {', '.join(ROUTERS)}"
+    )
+    parser.add_argument("--ranks", type=positive, metavar="N", help="number of processes of a task; default: 1")
+    parser.add_argument(
+        "--launcher",
+        metavar="WORDS",
+        help="command that starts the processes, before `-m megapromoe train`, quoted as one word",
     )
     hours = parser.add_mutually_exclusive_group()
     hours.add_argument(
-        "--measure", action="store_true", help="estimate hours by some steps of each model, here and now"
+        "--measure", action="store_true", help="estimate hours by running a few steps of each model on this machine"
     )
     hours.add_argument(
-        "--throughput", type=positive_number, metavar="FLOPS", help="estimate hours at so many FLOP/s of a task"
+        "--throughput", type=positive_number, metavar="FLOPS", help="estimate hours for this speed of a task in FLOP/s"
     )
 
 
@@ -175,17 +191,17 @@ def run(options: argparse.Namespace, launch: None) -> int:
         with file_errors():
             return options.study_command(options)
     except KeyboardInterrupt as error:
-        raise InterruptedCommand("interrupted; what was training has saved, repeat the command to go on") from error
+        raise InterruptedCommand("interrupted; running trainings have saved, repeat the command to continue") from error
 
 
 def _plan(options: argparse.Namespace) -> int:
-    refuse_other_words(options, "STUDY is the only folder")
+    refuse_other_words(options, "STUDY is the only path")
     study = plan(options.study, _recipe(options))
     tasks = table(study)
     write_text(study.folder / "tasks.md", tasks, parents=True)
     print(tasks)
     total = sum(task.flops for task in study.tasks)
-    print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in all; not done: {len(study.missing())}")
+    print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in total; not done: {len(study.missing())}")
     if evaluations := evaluations_in_words(study):
         print(evaluations)
     if options.throughput or options.measure:
@@ -205,16 +221,18 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The named recipe, or the one that the options make. Raises StudyError."""
+    """The recipe of --recipe, or the one that the other options define. Raises StudyError."""
     if options.recipe is not None:
         replaced = ("preset", "experts", "sizes", "steps", "seeds", "routers", "ranks", "launcher")
         given = [name for name in replaced if getattr(options, name)]
         given += ["settings"] if options.overrides else []
         if given:
-            raise StudyError([f"--recipe: says all; leave out {', '.join(given)}, or write them into the file"])
+            raise StudyError(
+                [f"--recipe: defines the whole study; remove {', '.join(given)}, or write them into the file"]
+            )
         return read_recipe(find_recipe(options.recipe))
     if bool(options.preset) == bool(options.sizes):
-        raise StudyError(["--recipe, --preset or --sizes: one of them is needed"])
+        raise StudyError(["--recipe, --preset or --sizes: give one of them"])
     return compare(
         preset=options.preset or options.sizes[0],
         sizes=options.sizes or (),
@@ -278,7 +296,7 @@ def _submit(options: argparse.Namespace) -> int:
     try:
         return submit(study, arrays, script, options.passed_on, options.at_once, environment, options.dry_run)
     except FileNotFoundError as error:
-        raise FileError("sbatch is not here; submit from a login node, or use `run`") from error
+        raise FileError("sbatch is not on PATH; submit from a login node, or use `run`") from error
 
 
 def _collect(options: argparse.Namespace) -> int:
@@ -289,7 +307,9 @@ def _collect(options: argparse.Namespace) -> int:
     against = options.against or [study.recipe.baseline or variants[0]]
     if wrong := [name for name in against if name not in variants]:
         raise StudyError([f"--against {', '.join(wrong)}: the variants are {', '.join(variants)}"])
-    done = [task for task in study.tasks if study.done(task)]  # those of now: some may be training
+    done = [
+        task for task in study.tasks if study.done(task)
+    ]  # fixed before the evaluation, while other tasks may finish
     evaluate(study, done, options.draws)
     text, files = write_results(study, done, options.draws, against)
     print(text)
@@ -305,7 +325,9 @@ def _plot(options: argparse.Namespace) -> int:
     done = [task for task in study.tasks if study.done(task)]
     known = [task for task in done if evaluated(study, task, options.draws)]
     if left := names([task for task in done if task not in known]):
-        print(f"not shown, their loss on fixed draws is not computed yet (`collect` does): {left}", file=sys.stderr)
+        print(
+            f"not shown, because their loss on fixed draws is not computed yet (run `collect`): {left}", file=sys.stderr
+        )
     rows = [row(study, task, options.draws) for task in known]
     print("\n".join(report_pictures(study, rows, draw_all(study, rows, options.note))))
     return 0 if rows else 1

@@ -9,51 +9,50 @@ from megapromoe.commands.show import describe
 from megapromoe.config.resolve import check_trainable
 
 EPILOG = f"""\
-Start it alone, or by torchrun, deepspeed, mpirun or srun: every rank runs the same command. Repeat the
-command to continue a run from its last checkpoint, on as many ranks as you like. Ctrl-C saves and ends (exit
-code 75), a second one ends at once (130). Without --preset and
---config the preset is {DEFAULT_PRESET}.
+Start it as one process, or with torchrun, deepspeed, mpirun or srun, where every rank runs the same command.
+Repeat the command to continue a run from its last checkpoint, on any number of ranks. Ctrl-C saves and stops
+(exit code 75), a second Ctrl-C stops immediately (130). Without --preset and --config the preset is {DEFAULT_PRESET}.
 
 {OVERRIDES}
-What makes a run what it is may not change between starts: model, data, diffusion, the batch, AdamW's
+Settings that define the run may not change between starts: model, data, diffusion, the batch, AdamW's
 constants and the seed."""
 JOB = True
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    run_option(parser, "the folder of the run; made if needed")
+    run_option(parser, "the folder of the run; created if needed")
     parser.add_argument(
         "--step",
         metavar="N",
         type=int,
-        help="go back to this step's checkpoint; later ones are moved to branches/. Repeated, the command continues the"
-        " branch that began there. Default: the newest whole checkpoint",
+        help="continue from the checkpoint of this step; later ones are moved to branches/. If repeated, the command"
+        " continues the new branch. Default: the newest complete checkpoint",
     )
-    parser.add_argument("--fork", metavar="NAME", help="with --step: begin another branch there, of this name")
+    parser.add_argument("--fork", metavar="NAME", help="with --step: start another branch with this name")
     parser.add_argument(
         "--allow",
         metavar="KEY",
         action="append",
         default=[],
-        help="let this setting, such as data.seed, differ from the run's (data: the latents at data.path; run: use"
-        " another run's checkpoint); repeatable",
+        help="allow this setting, such as data.seed, to differ from the run's (data: other latents at data.path; run:"
+        " the checkpoint of another run); repeatable",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="open the data and the folder, print a summary and whatever would be refused, and start and write nothing",
+        help="open the data and the folder, print a summary and all errors, but start and write nothing",
     )
     parser.add_argument(
         "--yaml",
         action="store_true",
-        help="with --dry-run: the whole configuration, as a file that --config reads, instead of the summary",
+        help="with --dry-run: print the whole configuration, as a file that --config reads, instead of the summary",
     )
 
 
 def run(options: argparse.Namespace, launch) -> int:
     if options.yaml and not options.dry_run:
-        raise CommandError("--yaml: is for --dry-run; `megapromoe show` prints a configuration as well")
+        raise CommandError("--yaml: is only for --dry-run; `megapromoe show` also prints a configuration")
     from megapromoe.checkpoint.run_directory import RunDirectory
 
     config = resolve_options(options, launch.world, RunDirectory(options.run).warmup())
@@ -68,7 +67,7 @@ def run(options: argparse.Namespace, launch) -> int:
         elif launch.rank == 0:
             print("\n".join(summary(config, launch.world, options.run, state, dataset)))
         if refused:
-            sys.stdout.flush()  # before the error, which is printed elsewhere
+            sys.stdout.flush()  # before the error, which goes to stderr
             raise refused
         return 0
     check_trainable(config)

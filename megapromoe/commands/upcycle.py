@@ -1,4 +1,4 @@
-"""`megapromoe upcycle`: makes a ProMoE from a trained model, as a run that starts at step 0."""
+"""`megapromoe upcycle`: initializes a ProMoE from a trained model, as a run that starts at step 0."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megapromoe.commands.command_line import CommandError, file_errors, positive
 from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
 
 EPILOG = """\
-SOURCE is a checkpoint of any format (see `megapromoe convert --help`). The new model has SOURCE's config with
-model.router=promoe and the given settings over it.
+SOURCE is a checkpoint of any format (see `megapromoe convert --help`). The new model has the config of SOURCE, changed
+by model.router=promoe and the given settings.
 
-  A dense DiT     its MLPs become experts, and prototypes come from k-means over tokens that the dense model makes of
-                  data. --how slice deals an MLP's hidden units out over shared and routed experts; with
-                  model.expert_ratio half of model.mlp_ratio (the default) the new model starts as the old one.
-                  --how copy gives each expert the whole MLP (model.expert_ratio = model.mlp_ratio).
-  A ProMoE        with model.num_experts=N, a multiple of its own: each expert is split, with noise.
+  A dense DiT     its MLPs become experts, and the prototypes are computed by k-means over the MLP inputs of the dense
+                  model on data. --how slice divides the hidden units of an MLP among the shared and the routed experts;
+                  if model.expert_ratio is half of model.mlp_ratio (the default), the new model starts with the outputs
+                  of the old one. --how copy gives each expert the whole MLP (model.expert_ratio = model.mlp_ratio).
+  A ProMoE        with model.num_experts=N, a multiple of its number: each expert is split into several, with noise.
 
 DEST is a run directory; train it with
   megapromoe train --run DEST --config DEST/config.yaml
@@ -34,17 +34,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe upcycle SOURCE DEST [options] [section.key=value ...]"
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the trained checkpoint")
     parser.add_argument("dest", type=Path, metavar="DEST", help="the new run directory")
-    parser.add_argument("--how", choices=("slice", "copy"), default="slice", help="from dense; default: slice")
-    parser.add_argument("--noise", type=float, default=0.01, help="on routed experts, over their own σ; default: 0.01")
-    parser.add_argument("--spread", type=float, default=0.05, help="on split prototypes, over their length; 0.05")
     parser.add_argument(
-        "--images", type=positive, default=64, metavar="N", help="from dense: data for k-means; default: 64"
+        "--how", choices=("slice", "copy"), default="slice", help="initialization from a dense model; default: slice"
     )
-    parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="of SOURCE; default: ema")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and k-means; default: 0")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of SOURCE; default: the latest")
-    checkpoint_config_options(parser, "YAML of SOURCE's run, where it does not say")
-    parser.add_argument("--overwrite", action="store_true", help="replace a DEST that was never trained")
+    parser.add_argument(
+        "--noise", type=float, default=0.01, help="noise on routed experts, relative to their σ; default: 0.01"
+    )
+    parser.add_argument(
+        "--spread", type=float, default=0.05, help="noise on split prototypes, relative to their length; default: 0.05"
+    )
+    parser.add_argument(
+        "--images", type=positive, default=64, metavar="N", help="from dense: number of images for k-means; default: 64"
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "master"), default="ema", help="weights of SOURCE to use; default: ema"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and k-means; default: 0")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint in SOURCE; default: the latest")
+    checkpoint_config_options(parser, "YAML of SOURCE's run, if SOURCE has no configuration")
+    parser.add_argument("--overwrite", action="store_true", help="replace a DEST that has not been trained")
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
@@ -64,7 +72,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 
 def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
-    """Writes the new run; returns what a reader should know of it."""
+    """Writes the new run; returns notes for the user."""
     from megapromoe.checkpoint.average import share_in_words
     from megapromoe.config.options import to_dict
     from megapromoe.conversion.exports import export, exported_bytes

@@ -1,9 +1,9 @@
-"""The decay of the averaged weights at each update, and what is left of the initial weights in the average.
+"""The decay of the averaged weights at each update, and the share of the initial weights in the average.
 
-With warm-up the decay of update t = 1, 2, ... is min(decay, (1 + t) / (10 + t)): the average is over about the last
-ninth of a young run, and the initial weights are soon gone. Source: TensorFlow's ExponentialMovingAverage
-(`num_updates`), as in Latent Diffusion's LitEma, which counts the first update as 1. Without it the decay is constant,
-as published for the large models, and decay^updates of the average are the initial weights.
+With warm-up the decay of update t = 1, 2, ... is min(decay, (1 + t) / (10 + t)): early in a run the average covers
+about its last ninth, and the share of the initial weights soon vanishes. Source: TensorFlow's ExponentialMovingAverage
+(`num_updates`), as in Latent Diffusion's LitEma, which counts the first update as 1. Without warm-up the decay is
+constant, as published for the large models, and the initial weights have a share of decay^updates in the average.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Groups of classes: the super-classes that guide a router, the subsets that an analysis compares.
+"""Groups of classes: the super-classes that guide a router, and the subsets that an analysis compares.
 
 A file of groups is YAML or JSON, a mapping from a group's name to its classes, as numbers or as "first-last":
 
@@ -34,7 +34,7 @@ def is_file(superclasses: str) -> bool:
 def read_groups(path: Path, classes: int) -> dict[str, tuple[int, ...]]:
     """The groups in a file: name -> class numbers below `classes`, in the file's order.
 
-    Raises ClassGroupError listing all that is wrong.
+    Raises ClassGroupError, listing everything that is wrong.
     """
     try:
         content = read_yaml(path)  # JSON is YAML
@@ -50,15 +50,15 @@ def read_groups(path: Path, classes: int) -> dict[str, tuple[int, ...]]:
             problems.append(f"{path}: {name}: must be a list of classes, such as [0, 3, '5-7'], not {entries!r}")
             continue
         for entry in entries:
-            found = _numbers(entry)
-            if not found:
+            class_range = _numbers(entry)
+            if not class_range:
                 problems.append(f"{path}: {name}: {entry!r} is neither a class nor a range 'first-last'")
-            elif found[-1] >= classes:
+            elif class_range[-1] >= classes:
                 problems.append(f"{path}: {name}: {entry!r}: classes are 0..{classes - 1}")
             else:
-                numbers += found
+                numbers += class_range
         if twice := sorted({n for n in numbers if numbers.count(n) > 1}):
-            problems.append(f"{path}: {name}: class {twice[0]} stands twice")
+            problems.append(f"{path}: {name}: class {twice[0]} is listed twice")
         groups[str(name)] = tuple(numbers)
     if problems:
         raise ClassGroupError(problems)
@@ -66,7 +66,7 @@ def read_groups(path: Path, classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def _numbers(entry: object) -> range:
-    """The classes that an entry of a group means; empty if it means none."""
+    """The classes of an entry of a group, as a range; empty if the entry is invalid."""
     if type(entry) is int:
         return range(max(entry, 0), entry + 1)
     first, dash, last = str(entry).partition("-") if isinstance(entry, str) else ("", "", "")
@@ -78,7 +78,7 @@ def _numbers(entry: object) -> range:
 def superclasses_in(path: Path, classes: int) -> str:
     """The super-classes in a file as a value of `model.superclasses` that needs no file: "0,0,1,...".
 
-    The n-th group is super-class n. Raises ClassGroupError: what `read_groups` finds, classes in no group or in two.
+    The n-th group is super-class n. Raises ClassGroupError like `read_groups`, and for classes in no group or in two.
     """
     groups = read_groups(path, classes)
     owner: dict[int, str] = {}
@@ -99,8 +99,8 @@ def superclass_table(superclasses: str, classes: int, experts: int) -> tuple[int
     """The super-class, and so the expert, of each class.
 
     Args:
-        superclasses: "contiguous" (equal stretches of classes), "modulo" (class mod experts), or a number for each
-            class, such as "0,0,1,1".
+        superclasses: "contiguous" (equal ranges of consecutive classes), "modulo" (class mod experts), or a number
+            for each class, such as "0,0,1,1".
 
     Raises ClassGroupError: see `superclass_problems`.
     """
@@ -114,7 +114,7 @@ def superclass_table(superclasses: str, classes: int, experts: int) -> tuple[int
 
 
 def superclass_problems(superclasses: str, classes: int, experts: int) -> Iterator[str]:
-    """What is wrong with a value of `model.superclasses`, a sentence each: an expert has exactly one super-class."""
+    """A sentence for each problem of a value of `model.superclasses`. Each expert needs exactly one super-class."""
     if superclasses in (CONTIGUOUS, MODULO):
         if classes < experts:
             yield f"{classes} classes give fewer super-classes than there are experts, {experts}; use fewer experts"

@@ -1,4 +1,4 @@
-"""The JSON file of DeepSpeed's own options that `train.deepspeed` names. Read without importing DeepSpeed."""
+"""Reads the JSON file of DeepSpeed options that `train.deepspeed` names, without importing DeepSpeed."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from megapromoe.config.reader import suggest
 
 
 def find_ds_configs() -> Path:
-    """The folder of DeepSpeed's JSON files: inside an installed package, beside it in a checkout."""
+    """The folder of DeepSpeed's JSON files: inside the package if it is installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "ds_configs"
     return installed if installed.is_dir() else package.parent / "ds_configs"
 
 
 def load_deepspeed(config: Config) -> dict[str, Any]:
-    """The JSON that `train.deepspeed` names, as a dict of DeepSpeed's own keys; raises ConfigError."""
+    """The content of the file that `train.deepspeed` names, as a dict of DeepSpeed's keys. Raises ConfigError."""
     content, problems = read_deepspeed(config)
     if problems:
         raise ConfigError(problems)
@@ -26,9 +26,9 @@ def load_deepspeed(config: Config) -> dict[str, Any]:
 
 
 def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
-    """What the file of `train.deepspeed` holds, and a sentence for each thing that is wrong with it.
+    """The content of the file that `train.deepspeed` names, and a sentence for each problem.
 
-    Keys whose values have no effect are left out, and whole floats are ints, so that every reader sees one spelling.
+    Keys whose values have no effect are left out, and whole floats become ints, so that equal settings compare equal.
     """
     name = config.train.deepspeed
     path = Path(name) if name.endswith(".json") else find_ds_configs() / f"{name}.json"
@@ -49,7 +49,9 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
     wrong += _combinations(content)
     problems = [f"train.deepspeed = {name!r}: the file's {problem}" for problem in wrong]
     if not problems and config.train.compile and content.get(ZERO, {}).get("stage") == 3:
-        rule = f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not there when"
+        rule = (
+            f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not gathered when"
+        )
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
     return content, problems
 
@@ -58,16 +60,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return content
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _read_block(block: str, content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The keys of a block that are right and have an effect; sentences about the others are added to `problems`.
+    """The valid keys of a block that have an effect; a sentence for each invalid one is appended to `problems`.
 
     Args:
         block: dotted name of the block, "" for the top of the file.
@@ -85,10 +87,10 @@ def _read_block(block: str, content: dict[str, Any], problems: list[str]) -> dic
             elif value is not None:
                 values[name] = int(value) if kind is int else value
         elif key in OURS:
-            problems.append(f"{key!r} is not DeepSpeed's to set here; remove it and set {OURS[key]}")
+            problems.append(f"{key!r} is set by the run's configuration; remove it and set {OURS[key]}")
         elif key not in REFUSED:
             where = f"of {block!r}" if block else "of DeepSpeed's"
-            problems.append(f"{shown} is refused: {name!r} is no key {where}; {suggest(name, names_in(block))}")
+            problems.append(f"{shown} is refused: {name!r} is not a key {where}; {suggest(name, names_in(block))}")
         elif not has_no_effect(key, value):
             problems.append(f"{shown} is not supported: {REFUSED[key].reason}; {REFUSED[key].remedy}")
     if block == ZERO and values.get("offload_optimizer", {}).get("device", "none") == "none":  # DeepSpeed's default
@@ -97,7 +99,7 @@ def _read_block(block: str, content: dict[str, Any], problems: list[str]) -> dic
 
 
 def _value_rule(value: Any, expected: Key) -> str | None:
-    """The rule that a value of a supported key breaks, to follow "must be"; None if it breaks none."""
+    """The rule that a value of a supported key violates, to follow "must be"; None if it violates none."""
     if value is None and expected.optional:
         return None
     if expected.kind is dict:
@@ -110,17 +112,17 @@ def _value_rule(value: Any, expected: Key) -> str | None:
         return None if valid else f"{', '.join(first)} or {last}"
     if expected.kind is str:
         return None if type(value) is str else "text"
-    whole = type(value) is int or (type(value) is float and value.is_integer())
-    if whole and value >= expected.low:
+    is_whole = type(value) is int or (type(value) is float and value.is_integer())
+    if is_whole and value >= expected.low:
         return None
     return f"a whole number, {expected.low} or more; without the key DeepSpeed takes its default"
 
 
 def _combinations(content: dict[str, Any]) -> Iterator[str]:
-    """Combinations of supported keys that fail, or that train wrongly."""
+    """A sentence for each combination of supported keys that fails or computes wrong gradients."""
     zero = content.get(ZERO, {})
     stage, bf16 = zero.get("stage", 0), content.get("bf16", {}).get("enabled", False)
-    # At stage 1 without contiguous gradients 0.19.8 trains, but gradients of several micro-batches come out wrong.
+    # At stage 1 without contiguous gradients DeepSpeed 0.19.8 computes wrong gradients over several micro-batches.
     for key, stages in (("reduce_scatter", (1, 2, 3)), ("contiguous_gradients", (1, 2))):
         if stage in stages and zero.get(key, True) is not True:
             yield f"{ZERO}.{key} must be true at stage {stage}: experts need it"
@@ -131,13 +133,13 @@ def _combinations(content: dict[str, Any]) -> Iterator[str]:
         )
     if bf16 and stage == 1 and content.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         yield (
-            "data_types.grad_accum_dtype = 'fp32' is not supported with 'bf16' at stage 1, where it takes another"
-            " optimizer path; use stage 2"
+            "data_types.grad_accum_dtype = 'fp32' is not supported with 'bf16' at stage 1, because DeepSpeed then uses"
+            " another optimizer; use stage 2"
         )
     if "offload_optimizer" in zero:
         if stage == 3:
             yield (
-                f"{OFFLOAD} is not supported at stage 3: its gradient norm cannot be put right;"
+                f"{OFFLOAD} is not supported at stage 3: its gradient norm cannot be corrected;"
                 " use stage 2 with offload_optimizer"
             )
         if stage == 0:

@@ -1,7 +1,7 @@
-"""The keys of DeepSpeed's JSON: which ones training takes, with which values, and why it refuses the others.
+"""The keys of DeepSpeed's JSON: which ones are supported, with which values, and why the others are refused.
 
 DeepSpeed 0.19.8 ignores a misspelt key at the top of the file. Several of its features either fail on every rank after
-the process group has been made, or change the gradients without a message. Only keys that were tried are supported:
+the process group has been initialized, or change the gradients without a message. Only tested keys are supported:
 `tests/parallel/test_deepspeed_keys.py` trains with each of them and compares the result with that of a plain file. It
 also checks that the tables of this file together hold every key that the installed DeepSpeed reads.
 """
@@ -19,7 +19,7 @@ class Key(NamedTuple):
         kind: bool, int (a whole float such as 5e8 is one too), str, or dict for a block of keys.
         low: the smallest valid number.
         choices: the valid values, where these are few.
-        optional: null stands for DeepSpeed's default.
+        optional: null is allowed, and means DeepSpeed's default.
     """
 
     kind: type
@@ -35,7 +35,7 @@ class Refused(NamedTuple):
         reason: why, as a clause.
         remedy: what to do instead, as a clause.
         off: values with which the key has no effect; see `has_no_effect`.
-        always: DeepSpeed refuses the key whatever its value.
+        always: DeepSpeed refuses the key with any value.
     """
 
     reason: str
@@ -112,7 +112,7 @@ SUPPORTED: dict[str, Key] = {
     },
 }
 
-# What the configuration of a run says; the option to set instead.
+# Keys that the configuration of the run sets; the option to set instead.
 OURS: dict[str, str] = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch and train.accumulation",
@@ -124,10 +124,12 @@ OURS: dict[str, str] = {
     "tensor_parallel": "parallel.tp",
 }
 
-_REMOVED = "DeepSpeed 0.19.8 no longer has it, and raises at its sight"
-_ITS_OWN_CHECKPOINT = "is for DeepSpeed's own checkpoints, which are not used; a run has checkpoints of its own"
+_REMOVED = "DeepSpeed 0.19.8 no longer supports it, and raises an error"
+_ITS_OWN_CHECKPOINT = (
+    "is for DeepSpeed's own checkpoints, which are not used; a run writes its checkpoints in another format"
+)
 _ITS_OWN_DATA = "is for DeepSpeed's own data loader, which is not used"
-_ITS_OWN_METRICS = "is not used: a run writes metrics.jsonl and TensorBoard files of its own"
+_ITS_OWN_METRICS = "is not used: a run writes metrics.jsonl and TensorBoard files"
 _TYPES = "parameters are fp32, or bf16 with 'bf16', and buffers are fp32"
 _LOW_PRECISION = "would keep the fp32 masters, from which checkpoints are made, in bf16"
 _GRADIENT = "changes what gradients are divided by, on which the gradient norm and clipping rely"
@@ -140,14 +142,14 @@ REFUSED: dict[str, Refused] = {
     "bf16.bf16_master_weights_and_grads": Refused(_LOW_PRECISION),
     "bf16.bf16_optimizer_states": Refused(_LOW_PRECISION),
     "fp16": Refused("neither is its loss scaling", "use bf16, or neither for fp32"),
-    "torch_autocast": Refused("its casts are not those of the model", "use bf16, or neither for fp32"),
+    "torch_autocast": Refused("its casts differ from those of the model", "use bf16, or neither for fp32"),
     "seq_parallel_communication_data_type": Refused("there is no sequence parallelism"),
     "sequence_parallel_size": Refused("there is no sequence parallelism", off=(1,)),
     "prescale_gradients": Refused(_GRADIENT),
     "gradient_predivide_factor": Refused(_GRADIENT, off=(1,)),
     "gradient_allreduce_op": Refused(_GRADIENT, off=("mean",)),
     "managed_gradient_accumulation": Refused("train.accumulation relies on it", off=(True,)),
-    "disable_allgather": Refused("is an option without a meaning in this version"),
+    "disable_allgather": Refused("has no effect in this version"),
     "disable_python_gc": Refused("memory of reference cycles would never be freed"),
     "data_types.param_dtype": Refused(_TYPES),
     "data_types.buffer_dtype": Refused(_TYPES),
@@ -157,7 +159,7 @@ REFUSED: dict[str, Refused] = {
     "pipeline": Refused("there is no pipeline parallelism"),
     "hybrid_engine": Refused("is for inference"),
     "weight_quantization": Refused("is for inference"),
-    "autotuning": Refused("restarts the program by itself", "use `megapromoe plan`"),
+    "autotuning": Refused("restarts the program", "use `megapromoe plan`"),
     "wandb": Refused(_ITS_OWN_METRICS),
     "comet": Refused(_ITS_OWN_METRICS),
     "log_level": Refused("DeepSpeed's messages are limited to warnings"),
@@ -182,9 +184,11 @@ REFUSED: dict[str, Refused] = {
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save": Refused(_ITS_OWN_CHECKPOINT),
     f"{ZERO}.gather_16bit_weights_on_model_save": Refused(_ITS_OWN_CHECKPOINT),
     f"{ZERO}.save_muon_momentum_buffer_in_memory": Refused("is for another optimizer"),
-    f"{ZERO}.legacy_stage1": Refused("DeepSpeed 0.19.8 raises at its sight"),
-    f"{ZERO}.zenflow": Refused("its update is another than AdamW's"),
-    f"{ZERO}.zero_hpz_partition_size": Refused("a second partition of parameters knows no experts", off=(0, 1)),
+    f"{ZERO}.legacy_stage1": Refused("DeepSpeed 0.19.8 raises an error"),
+    f"{ZERO}.zenflow": Refused("its update differs from AdamW's"),
+    f"{ZERO}.zero_hpz_partition_size": Refused(
+        "its second partition of the parameters does not support experts", off=(0, 1)
+    ),
     f"{ZERO}.zero_quantized_weights": Refused(_QUANTIZED),
     f"{ZERO}.zero_quantized_nontrainable_weights": Refused(_QUANTIZED),
     f"{ZERO}.zero_quantized_gradients": Refused(_QUANTIZED),
@@ -218,9 +222,10 @@ REFUSED |= {
 
 
 def has_no_effect(key: str, value: Any) -> bool:
-    """Is `value` of a refused key one with which DeepSpeed does nothing?
+    """Whether a refused key has no effect with this value.
 
-    That is null, one of `Refused.off`, or a block that is not enabled, names no device, or whose values are all off.
+    That is the case for null, for a value in `Refused.off`, and for a block that is not enabled, names no device, or
+    whose values are all off.
     """
     refused = REFUSED[key]
     if refused.always:

@@ -1,7 +1,7 @@
 """The options of a run: every section and key, with its default, its meaning and the values it may have.
 
-Frozen and typed, and without torch. How they are read is `resolve.py`, what they must not be together `rules.py`; the
-layout over ranks, with its rules, stands here because a config knows its own.
+The classes are frozen and typed, and the module imports no torch. `resolve.py` reads the options, `rules.py` holds the
+rules between them. The layout over ranks and its rules are defined in this module because `Config.layout` needs them.
 """
 
 import math
@@ -14,26 +14,29 @@ from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, nearest_divisors
 from megapromoe.errors import ExitCode, Violations
 
 ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
-PROMOE_ROUTERS = ("promoe", "promoe_ec")  # with prototypes
-GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # a linear gate
+PROMOE_ROUTERS = ("promoe", "promoe_ec")  # routers with prototypes
+GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # routers with a linear gate
 GUIDED_ROUTERS = ("classification", "kmeans")
-# Null images apart, a shared expert beside the routed ones.
+# Two-step routing: null images go to the unconditional expert, and a shared expert complements the routed ones.
 TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
-BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # where a balance loss can be asked for
+BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # routers that can have a balance loss
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 TIME_INPUTS = ("dit", "repa", "sit")
-UNSET = "unset"  # of data.source: nothing is chosen, and training is refused
+UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
 NO_DATA = (
-    "nothing is chosen to train on: give data.source=latents data.path=DIR (latents of your images, docs/data.md), or"
+    "no training data is chosen: give data.source=latents data.path=DIR (latents of your images, docs/data.md), or"
     " data.source=synthetic (random latents, for timing)"
 )
-FIXED_SIZES = {"digits": 8, "fashion_mnist": 32}  # sources of one size, all of 1 channel and 10 classes
+FIXED_SIZES = {
+    "digits": 8,
+    "fashion_mnist": 32,
+}  # image side in pixels of the sources with a fixed size; all have 1 channel and 10 classes
 
 
 class ConfigError(Violations):
-    """A configuration that cannot run; `violations` lists every reason, the message holds them all."""
+    """A configuration that cannot run. `violations` lists every reason, and the message contains all of them."""
 
     subject = "the configuration"
     exit_code = ExitCode.MISCONFIGURED
@@ -45,57 +48,86 @@ class ModelConfig:
     """The network: DiT's sizes, the router and the experts."""
 
     router: str = option(
-        "promoe", "who routes: dense DiT, ProMoE and its variants, classes or k-means, TC, EC, DiffMoE", ROUTERS
+        "promoe",
+        "how tokens are routed: dense (no experts), ProMoE and variants, by classes or k-means, TC, EC, DiffMoE",
+        ROUTERS,
     )
-    hidden_size: int = option(384, "channels D of a token", within=ONE_UP)
-    depth: int = option(12, "transformer blocks L", within=ONE_UP)
-    heads: int = option(6, "attention heads", within=ONE_UP)
-    patch_size: int = option(2, "side of a patch, in pixels of the input", within=ONE_UP)
-    input_size: int = option(32, "side of the input, in pixels (of latents, where it is latents)", within=ONE_UP)
-    in_channels: int = option(4, "channels C of the input", within=ONE_UP)
-    num_classes: int = option(1000, "classes; the null class is the one after the last", within=ONE_UP)
-    mlp_ratio: float = option(4.0, "width of a dense MLP over hidden_size", within=POSITIVE)
-    qk_norm: bool = option(False, "LayerNorm on the queries and keys of each head")
-    learn_sigma: bool = option(True, "double the output channels (DDPM's learned variance)")
+    hidden_size: int = option(384, "hidden size D: channels of a token", within=ONE_UP)
+    depth: int = option(12, "number of transformer blocks L", within=ONE_UP)
+    heads: int = option(6, "number of attention heads", within=ONE_UP)
+    patch_size: int = option(2, "side of a patch, in pixels (or latent pixels) of the input", within=ONE_UP)
+    input_size: int = option(32, "side of the input, in pixels (in latent pixels for latents)", within=ONE_UP)
+    in_channels: int = option(4, "number of input channels C", within=ONE_UP)
+    num_classes: int = option(1000, "number of classes; the null class has the next label, num_classes", within=ONE_UP)
+    mlp_ratio: float = option(4.0, "width of a dense MLP, as a multiple of hidden_size", within=POSITIVE)
+    qk_norm: bool = option(False, "apply LayerNorm to the queries and keys of each head")
+    learn_sigma: bool = option(True, "double the output channels, for DDPM's learned variance")
     time_input: str = option(
-        "dit", "what is embedded of model time t in [0, 1000]: dit t, repa t/1000, sit 1 - t/1000", TIME_INPUTS
+        "dit",
+        "the time value that is embedded, from model time t in [0, 1000]: dit t, repa t/1000, sit 1 - t/1000",
+        TIME_INPUTS,
     )
     time_frequency_shift: int = option(
         0, "time embedding: frequencies 10000^(-i / (128 - shift)); 1 as in diffusers", within="[0, 1]"
     )
-    mlp_norm_eps: float = option(1e-6, "epsilon of the LayerNorm before an MLP or MoE; diffusers 1e-5", within=POSITIVE)
-    num_experts: int = option(12, "routed experts E of an MoE block", within=ONE_UP)
-    # Of a token under token choice; under expert choice each expert takes int(S / E * top_k) tokens an image.
-    top_k: int = option(1, "experts K of a token; by expert choice: of a token on average", within=ONE_UP)
-    expert_ratio: float = option(2.0, "width F of an expert over hidden_size", within=POSITIVE)
-    expert_width: int = option(
-        0, "width F of an expert itself; 0: hidden_size * expert_ratio, rounded down", within=ZERO_UP
+    mlp_norm_eps: float = option(
+        1e-6, "epsilon of the LayerNorm before an MLP or MoE; 1e-5 as in diffusers", within=POSITIVE
     )
-    moe_every: int = option(2, "block i is MoE when (i+1) % moe_every == 0: 2 odd, 1 all", within=ONE_UP)
-    shared_expert: bool = option(True, "ProMoE, guided: one expert that every token visits")
-    num_shared_experts: int = option(1, "with shared_expert: how many; their outputs are summed", within=ONE_UP)
-    shared_expert_width: int = option(0, "width of a shared expert; 0: that of the other experts", within=ZERO_UP)
-    unconditional_expert: bool = option(True, "ProMoE, guided: one expert for all tokens of null-class images")
+    num_experts: int = option(12, "number of routed experts E in each MoE block", within=ONE_UP)
+    # Under token choice exactly K for each token. Under expert choice each expert takes int(S / E * top_k) of an image.
+    top_k: int = option(1, "number of routed experts K for each token; an average under expert choice", within=ONE_UP)
+    expert_ratio: float = option(2.0, "width F of an expert, as a multiple of hidden_size", within=POSITIVE)
+    expert_width: int = option(
+        0, "width F of an expert in channels; 0: hidden_size * expert_ratio, rounded down", within=ZERO_UP
+    )
+    moe_every: int = option(
+        2, "block i is an MoE block if (i+1) % moe_every == 0: 1 every block, 2 every second one", within=ONE_UP
+    )
+    shared_expert: bool = option(True, "ProMoE, classification, kmeans: add shared experts, which process every token")
+    num_shared_experts: int = option(
+        1, "number of shared experts, with shared_expert; their outputs are summed", within=ONE_UP
+    )
+    shared_expert_width: int = option(
+        0, "width of a shared expert in channels; 0: the width of the other experts", within=ZERO_UP
+    )
+    unconditional_expert: bool = option(
+        True, "ProMoE, classification, kmeans: add unconditional experts, for the tokens of null-class images"
+    )
     num_unconditional_experts: int = option(
-        1, "with unconditional_expert: how many; their outputs are summed", within=ONE_UP
+        1, "number of unconditional experts, with unconditional_expert; their outputs are summed", within=ONE_UP
     )
     gate: str = option(
-        "identity", "ProMoE, kmeans: an expert's weight from its score", ("identity", "sigmoid", "softmax")
+        "identity",
+        "ProMoE, kmeans: function from an expert's score to its routing weight",
+        ("identity", "sigmoid", "softmax"),
     )
     rcl_weight: float = option(1.0, "ProMoE: weight of the routing contrastive loss (RCL)", within=ZERO_UP)
-    rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL", within=POSITIVE)
-    rcl_tokens: str = option("all", "RCL, top_k > 1: a token counts for all its experts or one", ("all", "first"))
+    rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL, a divisor of its logits", within=POSITIVE)
+    rcl_tokens: str = option(
+        "all",
+        "ProMoE: with top_k > 1, the RCL counts a token for all its experts or for the first one",
+        ("all", "first"),
+    )
     classification_weight: float = option(1.0, "classification: weight of the super-class loss", within=ZERO_UP)
     superclasses: str = option(
-        class_groups.CONTIGUOUS, "classification: contiguous, modulo, a YAML or JSON file, or 0,0,1,... for each class"
+        class_groups.CONTIGUOUS,
+        "classification: the super-class of each class: contiguous, modulo, a YAML or JSON file, or 0,0,1,...",
     )
     kmeans_decay: float = option(0.9, "kmeans: decay of the running centroids; 0 as published", within="[0, 1)")
     capacity_factor: float = option(
-        0.0, "room for the rows of an expert, over an even share; 0: for all rows, none is dropped", within=ZERO_UP
+        0.0,
+        "slots of an expert, as a multiple of an even share of the rows; 0: no limit, no row is dropped",
+        within=ZERO_UP,
     )
-    batch_scope: str = option("global", "batch statistics over all data ranks or one", ("global", "rank"))
-    balance_weight: float = option(0.0, "weight of the balance loss; 0 turns it off", within=ZERO_UP)
-    balance_form: str = option("batch", "balance over the batch or each image", ("batch", "sequence"))
+    batch_scope: str = option(
+        "global",
+        "routers compute batch statistics over all data-parallel ranks (global) or over each rank",
+        ("global", "rank"),
+    )
+    balance_weight: float = option(0.0, "weight of the balance loss; 0: no balance loss", within=ZERO_UP)
+    balance_form: str = option(
+        "batch", "the balance loss balances experts over the batch or within each image", ("batch", "sequence")
+    )
     capacity_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
     capacity_decay: float = option(0.95, "DiffMoE: decay of the running thresholds", within="[0, 1)")
 
@@ -145,22 +177,22 @@ class ModelConfig:
         return self.num_classes
 
     def tokens_per_expert(self, tokens: int) -> int:
-        """How many of `tokens` tokens each expert takes under expert choice: int(tokens / E * top_k).
+        """Number of tokens, of `tokens`, that each expert takes under expert choice: int(tokens / E * top_k).
 
-        At least one of any for ProMoE, as published, and for DiffMoE, whose thresholds follow the last one taken. EC as
-        published takes none, and is refused where that is so.
+        At least 1 if there are any tokens: for ProMoE as published, for DiffMoE because its thresholds are updated with
+        the score of the last token taken. Published EC may take none; such a configuration is refused.
         """
         count = int(tokens / self.num_experts * self.top_k)
         return count if self.router == "ec" else max(count, min(tokens, 1))
 
     @property
     def expert_capacity(self) -> int:
-        """Tokens an expert takes from one image under expert choice."""
+        """Number of tokens that an expert takes from one image under expert choice."""
         return self.tokens_per_expert(self.tokens)
 
     @property
     def rows_per_image(self) -> int:
-        """Rows that an image's tokens send to routed experts in one MoE layer; DiffMoE: on average over a large batch.
+        """Rows that an image's tokens send to routed experts in one MoE layer; for DiffMoE the mean over a large batch.
 
         Where DiffMoE's average is no whole number for each expert, it counts as if it chose per image.
         """
@@ -174,8 +206,8 @@ class ModelConfig:
     def images_depend_on_batch(self) -> bool:
         """Whether the output for an image depends on the other images of a call, outside of training too.
 
-        DiffMoE chooses among the tokens of a whole batch; with limited room for rows, which rows are dropped depends on
-        the other rows.
+        DiffMoE selects among the tokens of the whole batch. With a capacity factor, the other rows decide which rows
+        are dropped.
         """
         return self.router == "diffmoe" or (self.router != "dense" and self.capacity_factor > 0)
 
@@ -194,108 +226,140 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies over the ranks."""
+    """How the model is split over the ranks."""
 
-    tp: int = option(1, "tensor parallel: heads and MLP widths split over so many ranks", within=ONE_UP)
-    ep: int = option(1, "expert parallel: routed experts split over so many ranks", within=ONE_UP)
-    expert_tp: bool = option(False, "also split each routed expert's width over tp")
+    tp: int = option(
+        1, "tensor-parallel size: number of ranks over which heads and MLP widths are split", within=ONE_UP
+    )
+    ep: int = option(
+        1, "expert-parallel size: number of ranks over which the routed experts are distributed", within=ONE_UP
+    )
+    expert_tp: bool = option(False, "also split the width of each routed expert over the tp ranks")
     recompute: str = option(
         "none",
-        "activations made again in the backward pass: none, of MoE layers, of blocks but routers, all (least memory)",
+        "activations recomputed in the backward pass: none, moe, blocks (without routers), all (least memory)",
         ("none", "moe", "blocks", "all"),
     )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on."""
+    """The training data."""
 
-    source: str = option("digits", "what to train on; latents: see docs/data.md; unset: to be chosen", SOURCES)
-    path: str = option("", "folder of the latents, or of fashion_mnist (empty: of its Debian package)")
-    test_path: str = option("", "folder of latents of images that are not trained on, for evaluation")
-    size: int = option(65536, "images of the synthetic source", within=ONE_UP)
-    label_drop: float = option(0.1, "share of the labels replaced by the null class", within="[0, 1)")
-    flip: bool = option(False, "mirror half of the images")
-    seed: int = option(0, "seed of the stream: order, noise, time, flips, label drop", within=ZERO_UP)
-    workers: int = option(1, "threads of a rank that make batches, and batches made ahead", within="[1, 256]")
-    verify: bool = option(True, "latents: compare each record with its checksum when it is read")
-    max_bad: int = option(
-        100, "latents: damaged samples passed over, of all ranks, before the run ends", within=ZERO_UP
+    source: str = option(
+        "digits", "source of the training data; latents: see docs/data.md; unset: the user must choose", SOURCES
     )
-    cache: str = option("", "latents: folder on a node's own disk to copy the shards to")
+    path: str = option("", "folder of the latents, or of fashion_mnist (empty: the folder of its Debian package)")
+    test_path: str = option("", "folder of latents for evaluation, which are not used in training")
+    size: int = option(65536, "number of images in the synthetic source", within=ONE_UP)
+    label_drop: float = option(
+        0.1, "probability that a label is replaced by the null class, for classifier-free guidance", within="[0, 1)"
+    )
+    flip: bool = option(False, "mirror each image with probability 0.5")
+    seed: int = option(0, "seed of the sample stream: order, noise, time, flips and label drop", within=ZERO_UP)
+    workers: int = option(
+        1, "number of threads that prepare batches on each rank, and of batches prepared ahead", within="[1, 256]"
+    )
+    verify: bool = option(True, "latents: verify the checksum of each record when it is read")
+    max_bad: int = option(
+        100,
+        "latents: number of damaged samples, over all ranks, that are skipped before the run ends with an error",
+        within=ZERO_UP,
+    )
+    cache: str = option(
+        "", "latents: folder on a local disk of each node, to which the shards are copied; empty: no copy"
+    )
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What is learnt: rectified flow or DDPM."""
+    """The training objective: rectified flow or DDPM."""
 
-    objective: str = option("rf", "rectified flow or DDPM", ("rf", "ddpm"))
-    time: str = option("logit_normal", "rf: distribution of the time", ("logit_normal", "mode", "uniform"))
+    objective: str = option("rf", "training objective: rectified flow (rf) or DDPM", ("rf", "ddpm"))
+    time: str = option(
+        "logit_normal", "rf: distribution from which the time is sampled", ("logit_normal", "mode", "uniform")
+    )
     logit_mean: float = option(0.0, "rf: mean of the logit of the time", within="(-inf, inf)")
     logit_std: float = option(1.0, "rf: standard deviation of the logit of the time", within=POSITIVE)
-    # Past 2 / (pi - 2) or -1 the map from uniform to mode time is not monotonic (arXiv 2403.03206, 3.1).
-    mode_scale: float = option(1.29, "rf: weight of the middle times in mode sampling", within="[-1, 1.7519]")
-    shift: float = option(1.0, "rf: shift of the times towards noise; 1 is none", within=POSITIVE)
+    # Above 2 / (pi - 2) or below -1 the map from uniform to mode time is not monotonic (arXiv 2403.03206, 3.1).
+    mode_scale: float = option(1.29, "rf: scale of mode sampling; larger: more middle times", within="[-1, 1.7519]")
+    shift: float = option(1.0, "rf: factor that shifts the times towards noise; 1: no shift", within=POSITIVE)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn."""
+    """How images are sampled."""
 
-    method: str = option("euler", "sampler", ("euler", "heun", "ddpm", "ddim"))
-    steps: int = option(250, "steps of the sampler", within=ONE_UP)
-    guidance: float = option(1.5, "classifier-free guidance scale; 1 is none", within=ZERO_UP)
-    guidance_low: float = option(0.0, "lowest normalised time at which guidance acts", within="[0, 1]")
-    guidance_high: float = option(1.0, "highest normalised time at which guidance acts", within="[0, 1]")
-    batch: int = option(64, "images a rank draws at once", within=ONE_UP)
-    seed: int = option(0, "seed of the images", within=ZERO_UP)
+    method: str = option("euler", "sampling method", ("euler", "heun", "ddpm", "ddim"))
+    steps: int = option(250, "number of sampling steps", within=ONE_UP)
+    guidance: float = option(1.5, "classifier-free guidance scale; 1: no guidance", within=ZERO_UP)
+    guidance_low: float = option(0.0, "lowest normalised time at which guidance is applied", within="[0, 1]")
+    guidance_high: float = option(1.0, "highest normalised time at which guidance is applied", within="[0, 1]")
+    batch: int = option(64, "number of images that a rank samples at once", within=ONE_UP)
+    seed: int = option(0, "seed of the sampled images", within=ZERO_UP)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How it is trained."""
+    """The optimizer, the schedule, checkpoints and limits of training."""
 
-    steps: int = option(500_000, "optimizer steps", within=ONE_UP)
-    global_batch: int = option(256, "images of an optimizer step, over all ranks", within=ONE_UP)
-    accumulation: int = option(1, "micro-batches of an optimizer step", within=ONE_UP)
+    steps: int = option(500_000, "number of optimizer steps", within=ONE_UP)
+    global_batch: int = option(256, "number of images in an optimizer step, over all ranks", within=ONE_UP)
+    accumulation: int = option(1, "number of micro-batches in an optimizer step (gradient accumulation)", within=ONE_UP)
     lr: float = option(1e-4, "peak learning rate", within=POSITIVE)
     beta1: float = option(0.9, "AdamW: decay of the first moment", within="[0, 1)")
     beta2: float = option(0.999, "AdamW: decay of the second moment", within="[0, 1)")
     eps: float = option(1e-8, "AdamW: epsilon", within=POSITIVE)
     weight_decay: float = option(0.0, "AdamW: weight decay", within=ZERO_UP)
-    warmup: int = option(0, "steps of linear warm-up; a preset's own is at most a tenth of train.steps", within=ZERO_UP)
-    schedule: str = option("constant", "learning rate after the warm-up", ("constant", "cosine"))
-    min_lr: float = option(0.0, "learning rate at the end of the cosine", within=ZERO_UP)
-    clip: float = option(0.5, "largest gradient norm; 0 turns clipping off", within=ZERO_UP)
-    ema: float = option(0.9999, "decay of the averaged weights", within="[0, 1)")
+    warmup: int = option(
+        0, "number of linear warm-up steps; a preset's value is limited to a tenth of train.steps", within=ZERO_UP
+    )
+    schedule: str = option("constant", "learning rate schedule after the warm-up", ("constant", "cosine"))
+    min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", within=ZERO_UP)
+    clip: float = option(0.5, "maximum gradient norm; gradients are scaled down to it; 0: no clipping", within=ZERO_UP)
+    ema: float = option(0.9999, "decay of the averaged weights (EMA) at each step", within="[0, 1)")
     ema_warmup: bool = option(
-        False, "update t averages with decay min(ema, (1 + t) / (10 + t)); decided at the first start of a run"
+        False, "use decay min(ema, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
     )
-    optimizer: str = option("torch", "whose fused AdamW", ("torch", "apex", "deepspeed"))
-    deepspeed: str = option("bf16_zero1", "name of a file in ds_configs, or a path to a .json file")
-    compile: bool = option(False, "torch.compile the dense layers; the first step then takes minutes")
+    optimizer: str = option("torch", "implementation of fused AdamW", ("torch", "apex", "deepspeed"))
+    deepspeed: str = option(
+        "bf16_zero1", "DeepSpeed configuration: the name of a file in ds_configs, or a path to a .json file"
+    )
+    compile: bool = option(False, "compile the dense layers with torch.compile; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
-    timeout: float = option(600.0, "seconds before a hanging collective ends the run", within=POSITIVE)
-    step_timeout: float = option(
-        300.0, "seconds in one section of a step after which a hang is named and ends the run", within=POSITIVE
+    timeout: float = option(
+        600.0, "seconds after which a collective that does not finish ends the run", within=POSITIVE
     )
-    log_every: int = option(10, "steps between metrics", within=ONE_UP)
-    save_every: int = option(5000, "steps between checkpoints; 0 saves only the last", within=ZERO_UP)
+    step_timeout: float = option(
+        300.0,
+        "seconds after which a section of a step counts as a hang, which is reported and ends the run",
+        within=POSITIVE,
+    )
+    log_every: int = option(10, "number of steps between metrics", within=ONE_UP)
+    save_every: int = option(
+        5000, "number of steps between checkpoints; 0: only the last step is saved", within=ZERO_UP
+    )
     save_minutes: float = option(
         0.0,
-        "also save a checkpoint so many minutes after the last one began, by rank 0's clock; 0: by steps alone",
+        "also save a checkpoint this many minutes after the start of the last save; 0: only by train.save_every",
         within=ZERO_UP,
     )
     snapshot_every: int = option(
-        0, "steps between snapshots of the averaged weights alone, which are all kept; 0 saves none", within=ZERO_UP
+        0,
+        "number of steps between snapshots, which hold only the averaged weights and are all kept; 0: none",
+        within=ZERO_UP,
     )
-    keep: int = option(2, "newest checkpoints kept", within=ONE_UP)
-    keep_every: int = option(0, "also keep checkpoints of steps that this divides; 0 keeps none", within=ZERO_UP)
-    max_failed_saves: int = option(3, "failed saves in a row that end the run", within=ONE_UP)
-    sample_every: int = option(0, "steps between sample grids; 0 draws none", within=ZERO_UP)
-    max_bad_steps: int = option(3, "skipped updates in a row that end the run", within=ONE_UP)
+    keep: int = option(2, "number of newest checkpoints that are kept", within=ONE_UP)
+    keep_every: int = option(
+        0, "also keep the checkpoints of steps that are multiples of this; 0: none", within=ZERO_UP
+    )
+    max_failed_saves: int = option(3, "number of consecutive failed saves that ends the run", within=ONE_UP)
+    sample_every: int = option(0, "number of steps between sample grids; 0: none", within=ZERO_UP)
+    max_bad_steps: int = option(3, "number of consecutive skipped updates that ends the run", within=ONE_UP)
     spike: float = option(
-        0.0, "skip updates whose gradient norm exceeds this many recent medians; 0 skips none", within=ZERO_UP
+        0.0,
+        "skip an update whose gradient norm exceeds this multiple of the recent median; 0: skip none",
+        within=ZERO_UP,
     )
 
 
@@ -314,7 +378,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told; made by `resolve`."""
+    """All options of a run; made by `resolve`."""
 
     model: ModelConfig = ModelConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -324,7 +388,7 @@ class Config:
     train: TrainConfig = TrainConfig()
 
     def layout(self, world: int) -> Layout:
-        """The process groups over `world` ranks; raises ConfigError where they do not come out even."""
+        """The sizes of the process groups over `world` ranks. Raises ConfigError where a size does not divide."""
         if problems := sentences(self, world_rules(self, world)):
             raise ConfigError(problems)
         tp, ep = self.parallel.tp, self.parallel.ep
@@ -335,7 +399,7 @@ class Config:
 
 
 def ratio_of(width: int, size: int) -> float:
-    """The ratio whose width, int(size · ratio), is `width`: division alone may round below it."""
+    """The ratio for which int(size * ratio) is `width`. The plain quotient may round to a smaller width."""
     ratio = width / size
     return ratio if int(size * ratio) == width else math.nextafter(ratio, math.inf)
 
@@ -345,20 +409,20 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return asdict(config)
 
 
-# ---- rules, and how they are told
+# ---- rules, and their sentences
 
-# The fields it is about, the one to blame first; what it demands, with the remedy.
+# The dotted names of the fields concerned, the violating field first; the requirement, with the remedy.
 Rule = tuple[tuple[str, ...], str]
 
 
 def sentences(config: Config, broken: Iterable[Rule], refused: Iterable[str] = ()) -> list[str]:
-    """The broken rules with the value of the field to blame, but none that speaks of a refused field."""
+    """A sentence for each broken rule, with the violating value; rules that concern a refused field are left out."""
     values = {f"{section}.{name}": v for section, s in to_dict(config).items() for name, v in s.items()}
     return [f"{keys[0]} = {values[keys[0]]!r}: {rule}" for keys, rule in broken if not set(keys) & set(refused)]
 
 
 def world_rules(config: Config, world: int) -> Iterator[Rule]:
-    """The rules on the layout over `world` ranks, where they are broken."""
+    """The broken rules on the layout over `world` ranks."""
     tp, ep, train = config.parallel.tp, config.parallel.ep, config.train
     if world < 1:
         yield ("parallel.tp",), f"needs at least 1 rank, not {world}"

@@ -1,9 +1,9 @@
-"""Named recipes: what each changes in the defaults of `config`, section by section.
+"""Presets: the settings that each changes in the defaults, section by section.
 
 `*_s`, `*_b`, `*_l` and `*_xl` are DiT's sizes over patches of 2 of the 4x32x32 latents of 256x256 images,
 with the published recipe: batch 256, AdamW at 1e-4 without weight decay or warm-up, clipping at 0.5, EMA
-0.9999, horizontal flips, 500K steps of rectified flow, sampled with 250 Euler steps. What they share are the
-defaults of `config`; what they train on is for the user to choose. Comments give the trainable and the active
+0.9999, horizontal flips, 500K steps of rectified flow, sampled with 250 Euler steps. Values that they have in common
+are the defaults of the options; the user chooses the training data. Comments give the trainable and the active
 parameters, and the published FID-50K after 500K steps at guidance 1.5.
 """
 
@@ -20,7 +20,7 @@ SIZES = {
     "l": {"hidden_size": 1024, "depth": 24, "heads": 16},
     "xl": {"hidden_size": 1152, "depth": 28, "heads": 16},
 }
-# Of the baselines: 8 experts of DiT's full MLP width, nothing shared. ProMoE's experts are the defaults.
+# The MoE baselines have 8 experts of DiT's full MLP width and no shared expert. The defaults are ProMoE's experts.
 _BASELINE = {"num_experts": 8, "expert_ratio": 4.0, "shared_expert": False, "unconditional_expert": False}
 
 

@@ -1,11 +1,11 @@
-"""Strict reading of files and values: one way for configurations, recipes of studies, and groups of classes.
+"""Strict reading of files and values, used for configurations, study recipes and groups of classes.
 
-A class describes what it reads by its dataclass fields (`option`): default, meaning, kind, choices or interval. Reading
-collects every violation as a sentence, so that one message holds them all.
+A dataclass describes what it reads by its fields (`option`): default, help, kind, choices or interval. Reading collects
+every violation as a sentence, so that one message contains all of them.
 
-Hand-made, not pydantic: a field needs the same four facts there, so the options would be as long, and this file's 100
-lines would become a translation of pydantic's errors into sentences with remedies. Importing pydantic and building the
-models takes 0.10 s of CPU time at each start of the program; importing the configuration without it takes 0.05 s.
+Why not pydantic: a field needs the same four facts there, so the options would be as long, and the 100 lines of this
+module would be replaced by a translation of pydantic's errors into sentences with remedies. Importing pydantic and
+building the models takes 0.10 s of CPU time at each start; importing the configuration without it takes 0.05 s.
 """
 
 import difflib
@@ -28,16 +28,16 @@ KINDS: dict[type, str] = {
 
 
 class TypedText(str):
-    """A value typed on a command line: the kind of its field decides how it is read."""
+    """A value from the command line, which is parsed according to the kind of its field."""
 
 
 def option(
     default: Any, help: str = "", choices: Collection[str] = (), within: str = "", kind: type | None = None
 ) -> Any:
-    """A dataclass field: default, line of help, the valid `choices` or interval, such as "[0, 1)".
+    """A dataclass field with its default, one line of help, and the valid `choices` or interval, such as "[0, 1)".
 
     Args:
-        kind: one of `KINDS`, where the field's annotation is none of them.
+        kind: one of `KINDS`; needed only if the annotation of the field is not one of them.
     """
     metadata = {"help": help, "choices": tuple(choices), "within": within, "kind": kind}
     if isinstance(default, (list, dict)):
@@ -50,8 +50,8 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
 
     Args:
         reads: a dataclass whose fields are made by `option`; those without a kind are left to the caller.
-        content: what a file holds; null leaves a field at its default.
-        prefix: of the names of fields in sentences, such as "variants.tc.".
+        content: the content of a file; null leaves a field at its default.
+        prefix: put before field names in sentences, such as "variants.tc.".
     """
     known = {f.name: f for f in fields(reads) if f.metadata}
     values, problems = {}, []
@@ -70,8 +70,8 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
 
 
 def unknown_key(name: Any, known: Collection[str], where: str) -> str | None:
-    """A sentence if `name` is no key of `where`."""
-    return None if name in known else f"{name!r} is no key of {where}; {suggest(str(name), known)}"
+    """A sentence if `name` is not a key of `where`, else None."""
+    return None if name in known else f"{name!r} is not a key of {where}; {suggest(str(name), known)}"
 
 
 def kind_of(field: Field) -> type:
@@ -82,7 +82,7 @@ def kind_of(field: Field) -> type:
 
 
 def as_kind(value: Any, kind: type) -> Any:
-    """`value` as a `kind` of `KINDS`, or None where it is no such thing."""
+    """`value` converted to `kind`, one of `KINDS`; None if that is not possible."""
     if kind is str:
         return str(value) if isinstance(value, str) else None
     if isinstance(value, TypedText):
@@ -100,7 +100,7 @@ def as_kind(value: Any, kind: type) -> Any:
 
 
 def kind_rule(value: Any, kind: type) -> str:
-    """The rule that a value for which `as_kind` is None breaks; typed text that is refused as such gives the reason."""
+    """The rule violated by a value for which `as_kind` is None; with a reason for unparsable text."""
     reason = ""
     if isinstance(value, TypedText):
         try:
@@ -111,7 +111,7 @@ def kind_rule(value: Any, kind: type) -> str:
 
 
 def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
-    """The rule that a value of the right kind breaks, from the metadata of its field; None if it breaks none."""
+    """The rule of the field's metadata that a value of the right kind violates; None if it violates none."""
     choices, interval = metadata["choices"], metadata["within"]
     if choices:
         return None if value in choices else f"must be one of {', '.join(choices)}; {suggest(value, choices)}"
@@ -128,7 +128,7 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What a misspelt word may have meant, or all that is known."""
+    """The closest known words to a misspelt one, or all known words if none is close."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=2)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
@@ -140,9 +140,9 @@ def nearest(value: int, valid: Iterable[int]) -> str:
     return ", ".join(map(str, [v for v in valid if v < value][-2:] + [v for v in valid if v > value][:2]))
 
 
-def nearest_divisors(value: int, whole: int) -> str:
-    """The divisors of `whole` next to `value`, as text."""
-    return nearest(value, (d for d in range(1, whole + 1) if whole % d == 0))
+def nearest_divisors(value: int, total: int) -> str:
+    """The divisors of `total` next to `value`, as text."""
+    return nearest(value, (d for d in range(1, total + 1) if total % d == 0))
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -1,8 +1,8 @@
 """The configuration of a run: read in layers, and checked as a whole before anything is started.
 
-A `Config` is layered from a preset, a YAML file and `section.key=value` arguments. All that is wrong with it
-(unknown keys, wrong types, values out of range, combinations that cannot run) is told in one `ConfigError`.
-This module imports no torch, so that a mistake is reported at once and on a machine without one.
+A `Config` is layered from a preset, a YAML file and `section.key=value` arguments. One `ConfigError` lists everything
+that is wrong with it: unknown keys, wrong types, values out of range, combinations that cannot run. This module imports
+no torch, so that mistakes are reported immediately, also on a machine without torch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ from megapromoe.config.reader import (
 from megapromoe.config.rules import rules
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 
-SHORTEST_WARMUPS = 10  # a training is at least so many times as long as its warm-up, if that is the preset's
+SHORTEST_WARMUPS = 10  # training has at least this many times the steps of a preset's warm-up
 
 
 def resolve(
@@ -40,27 +40,28 @@ def resolve(
 ) -> Config:
     """The checked config of defaults <- preset <- YAML file <- `section.key=value` overrides.
 
-    A preset's warm-up is for a training of the preset's length: of a shorter one it is at most a tenth. One that the
-    file or an override sets is taken as it is.
+    A preset's warm-up suits the preset's number of steps, so it is limited to a tenth of `train.steps`. A warm-up that
+    the file or an override sets is used unchanged.
 
     Args:
         preset: a name in `presets.PRESETS`.
         file: YAML of sections, each a mapping of keys to values.
         overrides: arguments such as "model.depth=4".
-        world: number of ranks; without it the rules on ranks are left for later.
+        world: number of ranks; None leaves out the rules on ranks.
         run_warmup: `train.warmup` of the run that is continued, in place of the preset's.
 
     Raises ConfigError, listing everything that is wrong.
     """
     problems: list[str] = []
-    settings: list[tuple[str, Any, str]] = []  # dotted key, value, where it comes from
+    settings: list[tuple[str, Any, str]] = []  # dotted key, value, origin
     if preset is not None and preset not in PRESETS:
-        problems.append(f"preset = {preset!r}: is no preset; {suggest(preset, PRESETS)}")
+        problems.append(f"preset = {preset!r}: is not a preset; {suggest(preset, PRESETS)}")
     elif preset is not None:
         settings += _flatten(PRESETS[preset], f"preset {preset}", problems)
     if file is not None:
         settings += _flatten(_read_yaml(Path(file), problems), str(file), problems)
-    # No rule speaks of a refused field; where a whole layer is missing, that is each field not set elsewhere.
+    # Rules on refused fields are not checked. If a whole layer is missing, all fields that are not set elsewhere
+    # count as refused.
     every_key = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
     refused = every_key if problems else set()
     settings += _parse(overrides, problems)
@@ -99,9 +100,9 @@ def check(config: Config, world: int | None = None) -> None:
 
 
 def typed_value(key: str, value: Any) -> Any:
-    """The value of a setting as its field has it: a number written as text becomes a number.
+    """The value of a setting, converted to the kind of its field: a number written as text becomes a number.
 
-    What is no text, or no value of the field, and the value of an unknown key, is returned as it is.
+    A value that is not text, that its field cannot have, or whose key is unknown is returned unchanged.
     """
     section, _, name = key.partition(".")
     known = {f.name: f for f in fields(getattr(Config(), section))} if section in vars(Config()) else {}
@@ -112,7 +113,7 @@ def typed_value(key: str, value: Any) -> Any:
 
 
 def check_trainable(config: Config) -> None:
-    """Raise ConfigError unless `config` says what to train on, which no preset of a large model does."""
+    """Raise ConfigError if `data.source` is unset, as it is in the presets of large models."""
     if config.data.source == UNSET:
         raise ConfigError([f"data.source = {UNSET!r}: {NO_DATA}"])
 
@@ -126,7 +127,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _with_superclasses(config: Config, problems: list[str], refused: set[str]) -> Config:
-    """The config with the content of a file of super-classes in place of its path; a run is then complete."""
+    """The config with `model.superclasses` read from its file, so that a run does not depend on the file later."""
     model = config.model
     if model.router != "classification" or not class_groups.is_file(model.superclasses):
         return config
@@ -174,7 +175,7 @@ def _parse(overrides: Iterable[str], problems: list[str]) -> Iterator[tuple[str,
 
 def _unknown(section: str, name: str | None, sections: Mapping[str, Any]) -> str | None:
     if section not in sections:
-        return f"{section!r} is no section; {suggest(section, sections)}"
+        return f"{section!r} is not a section; {suggest(section, sections)}"
     if name is None:
         return None
     return unknown_key(name, [f.name for f in fields(sections[section])], section)
@@ -184,7 +185,7 @@ def _unknown(section: str, name: str | None, sections: Mapping[str, Any]) -> str
 
 
 def _violations(config: Config, world: int | None, refused: set[str]) -> list[str]:
-    """Everything wrong with `config`, but nothing that speaks of a `refused` field."""
+    """A sentence for everything wrong with `config`, without rules that concern a `refused` field."""
     wrong: list[Rule] = []
     safe, defaults = config, Config()
     for section in fields(Config):
@@ -195,7 +196,7 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
             rule = kind_rule(value, kind) if as_kind(value, kind) is None else range_rule(value, f.metadata)
             if rule:
                 wrong.append(((key,), rule))
-            if rule or key in refused:  # the default keeps the arithmetic of the rules below safe
+            if rule or key in refused:  # with the default value the rules below can be computed
                 values = replace(values, **{f.name: getattr(getattr(defaults, section.name), f.name)})
         safe = replace(safe, **{section.name: values})
     problems = sentences(config, wrong, refused)

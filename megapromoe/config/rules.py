@@ -1,4 +1,4 @@
-"""The rules between options that hold for any number of ranks; each broken one is told with its remedy."""
+"""The rules between options that hold for any number of ranks, each with its remedy."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ from megapromoe.config.reader import nearest_divisors, nearest_multiples
 
 
 def rules(config: Config) -> Iterator[Rule]:
-    """The rules between fields that hold for any number of ranks, where they are broken."""
+    """The broken rules between fields, of those that hold for any number of ranks."""
     model, parallel, data, sample, train = (
         config.model,
         config.parallel,
@@ -85,11 +85,13 @@ def rules(config: Config) -> Iterator[Rule]:
     yield from _guided_rules(model)
     yield from _dense_expert_rules(model)
     if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
-        rule = f"must be 0 with model.router = {model.router!r}, where no expert gets more than its share"
+        rule = (
+            f"must be 0 with model.router = {model.router!r}, which never assigns more than an even share to an expert"
+        )
         yield ("model.capacity_factor", "model.router"), rule
     if model.router == "ec" and model.expert_capacity < 1:
         most = model.tokens * model.top_k
-        rule = f"must be at most {most} = tokens * top_k, or no expert may choose a token of an image"
+        rule = f"must be at most {most} = tokens * top_k, or no expert selects a token of an image"
         fields = ("num_experts", "top_k", "input_size", "patch_size", "router")
         yield tuple(f"model.{field}" for field in fields), rule
 
@@ -127,7 +129,7 @@ def rules(config: Config) -> Iterator[Rule]:
                 rule = f"is for data.source = {' or '.join(sources)}: set that as well"
             yield (f"data.{name}", "data.source"), rule
     if data.source == "digits" and data.flip:
-        yield ("data.flip", "data.source"), "must be false with data.source = 'digits': they read one way"
+        yield ("data.flip", "data.source"), "must be false with data.source = 'digits': mirrored digits are not digits"
 
     if train.warmup > train.steps:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
@@ -136,7 +138,7 @@ def rules(config: Config) -> Iterator[Rule]:
 
 
 def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
-    """The rules of options of shared and unconditional experts, where the model has none."""
+    """The broken rules of the options of shared and unconditional experts, for a model without such experts."""
     if model.router == "dense":  # ignores all options of experts
         return
     for kind, count, others in (
@@ -158,7 +160,7 @@ def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
 
 
 def _guided_rules(model: ModelConfig) -> Iterator[Rule]:
-    """The rules of the routers that classes or k-means guide."""
+    """The broken rules of the routers that are guided by classes or k-means."""
     if model.router not in GUIDED_ROUTERS:
         return
     router = f"with model.router = {model.router!r}"
@@ -173,5 +175,5 @@ def _guided_rules(model: ModelConfig) -> Iterator[Rule]:
         rule = f"must be global {router}, whose centroids are the same on all ranks"
         yield ("model.batch_scope", "model.router"), rule
     if model.balance_weight:
-        rule = f"must be 0 {router}, which has no parameters to balance; starved centroids are moved instead"
+        rule = f"must be 0 {router}, which has no parameters to balance; k-means moves centroids of dead experts"
         yield ("model.balance_weight", "model.router"), rule

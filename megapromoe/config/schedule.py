@@ -1,4 +1,4 @@
-"""The learning rate of each step, and what the settings that changed since a run's last start do to it."""
+"""The learning rate of each step, and a description of settings that changed since the last start of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megapromoe.config.reader import as_kind, kind_of
 
 
 def learning_rate(t: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps: linear warm-up from lr/warmup to lr, then constant or a cosine to min_lr."""
+    """The learning rate after `step` steps: warm-up from lr/warmup to lr, then constant or a cosine to min_lr."""
     if step < t.warmup:
         return t.lr * (step + 1) / t.warmup
     if t.schedule == "constant":
@@ -22,12 +22,12 @@ def learning_rate(t: TrainConfig, step: int) -> float:
 
 
 def describe_changes(config: Config, changed: Mapping[str, Sequence[Any]], step: int) -> list[str]:
-    """A line for each setting that changed, then one for the learning rate if they change that of the next step.
+    """A line for each changed setting, then one for the learning rate if the changes affect that of the next step.
 
     Args:
-        config: of this start.
+        config: the configuration of this start.
         changed: dotted name -> [value at the last start, value now].
-        step: steps done, 0 for a run that starts at the first.
+        step: number of completed steps, 0 for a new run.
     """
     lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
     before = _train_before(config.train, changed)
@@ -43,7 +43,7 @@ def describe_changes(config: Config, changed: Mapping[str, Sequence[Any]], step:
 
 
 def _train_before(train: TrainConfig, changed: Mapping[str, Sequence[Any]]) -> TrainConfig | None:
-    """`train` with the values of the last start; None where one of them is no value of its field."""
+    """`train` with the values of the last start; None if one of them is not a valid value of its field."""
     old = {}
     for field in fields(TrainConfig):
         key = f"train.{field.name}"

@@ -1,8 +1,8 @@
-"""YAML in which every value means what it looks like, and whose cost is bounded. Raises UnreadableFile.
+"""Reads a safe subset of YAML: no repeated keys, no ambiguous numbers, limited size. Raises UnreadableFile.
 
-YAML 1.1, as PyYAML reads it, keeps the last of several equal keys, takes `010` for 8 and `1:30` for 90, and lets a
-few hundred bytes of aliases stand for billions of values. Here each of these is refused, and all of them are listed at
-once. JSON is YAML.
+YAML 1.1, as PyYAML reads it, keeps the last of several equal keys, reads `010` as 8 and `1:30` as 90, and expands a few
+hundred bytes of aliases to billions of values. This module refuses each of these, and lists all problems at once. JSON
+is YAML.
 """
 
 import re
@@ -15,13 +15,13 @@ import yaml
 from megapromoe.errors import UserError
 
 MAX_BYTES = 1 << 20
-MAX_VALUES = 30_000  # keys and values, where an alias counts as all that it stands for
+MAX_VALUES = 30_000  # keys and values; an alias counts as many as it expands to
 MAX_DEPTH = 32
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
 class UnreadableFile(UserError):
-    """Text that cannot be read as YAML; the message is a reason without the file's name."""
+    """Text that cannot be read as YAML. The message gives the reason without the name of the file."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -63,12 +63,14 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that stops at text which stands for too many values, or is nested too deeply."""
+    """A SafeLoader that refuses text that expands to too many values or is nested too deeply."""
 
     def __init__(self, text: str):
         super().__init__(text)
         self._values = self._depth = 0
-        self._values_below: dict[int, int] = {}  # node -> values it stands for; a node is complete once it is in it
+        self._values_below: dict[
+            int, int
+        ] = {}  # id of a node -> number of values it expands to; holds only complete nodes
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -80,12 +82,14 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._values_below:
-                self._refuse(f"*{event.anchor} stands inside the value that it refers to", event)
+                self._refuse(f"*{event.anchor} is inside the value that it refers to", event)
             self._values += self._values_below[id(node)]
         else:
             self._values += 1
         if self._values > MAX_VALUES:
-            self._refuse(f"it stands for more than {MAX_VALUES:,} values; write fewer, or fewer aliases (*name)", event)
+            self._refuse(
+                f"it expands to more than {MAX_VALUES:,} values; write fewer values or fewer aliases (*name)", event
+            )
         if not isinstance(event, yaml.AliasEvent):
             self._values_below[id(node)] = self._values - before
         return node
@@ -94,17 +98,17 @@ class _Loader(yaml.SafeLoader):
         raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
 
 
-def _violations(node: yaml.Node, name: str, seen: set[int]) -> Iterator[str]:
-    """A sentence for each repeated key and each number that reads in two ways, at `node`, called `name`, and below."""
-    if id(node) in seen:
+def _violations(node: yaml.Node, name: str, visited: set[int]) -> Iterator[str]:
+    """A sentence for each repeated key and each ambiguous number at and below `node`, whose dotted name is `name`."""
+    if id(node) in visited:
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         if problem := _ambiguous(node):
             yield f"line {node.start_mark.line + 1}: {f'{name}: ' if name else ''}{problem}"
     elif isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):
-            yield from _violations(entry, f"{name}[{number}]", seen)
+            yield from _violations(entry, f"{name}[{number}]", visited)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -113,14 +117,14 @@ def _violations(node: yaml.Node, name: str, seen: set[int]) -> Iterator[str]:
             if isinstance(key, yaml.ScalarNode):
                 same = _same_key(key)
                 if same in lines:
-                    yield f"line {line}: {where} stands twice, first in line {lines[same]}; remove one of the two"
+                    yield f"line {line}: {where} occurs twice, first in line {lines[same]}; remove one of the two"
                 lines.setdefault(same, line)
-            yield from _violations(key, where, seen)
-            yield from _violations(value, where, seen)
+            yield from _violations(key, where, visited)
+            yield from _violations(value, where, visited)
 
 
 def _same_key(key: yaml.ScalarNode) -> str:
-    """Text that is equal for keys that this program takes for the same: 1 and "1", yes and true, 16 and 0x10."""
+    """A normal form of a key, equal for keys with the same meaning: 1 and "1", yes and true, 16 and 0x10."""
     for kind, read in (("int", int), ("float", float)):
         if key.tag == f"tag:yaml.org,2002:{kind}":
             try:

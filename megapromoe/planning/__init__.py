@@ -1,1 +1,1 @@
-"""What a layout would need and cost, from the configuration alone, and the search for a good one. No torch."""
+"""Estimates of memory, traffic and time of a layout from the configuration, and a search for the best one. No torch."""

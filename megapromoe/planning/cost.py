@@ -1,7 +1,7 @@
-"""What a model costs: parameters, floating-point operations, bytes on a rank. Pure arithmetic, no torch.
+"""Counts the parameters and floating-point operations of a model, and the bytes of its states on a rank. No torch.
 
-All of it comes from one table of the model's linear layers, `layers`. Letters as everywhere: D hidden size,
-F expert width, S tokens of an image, L blocks, E routed experts, K experts of a token.
+Everything is derived from one table of the model's linear layers, `layers`. Letters: D hidden size, F expert width,
+S tokens of an image, L blocks, E routed experts, K experts of a token.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ EVEN, LARGEST_GROUP = 2, 178_956_971
 
 @dataclass(frozen=True)
 class Linear:
-    """Equal linear layers: `copies` of inputs x outputs that together process `rows` rows of one image.
+    """Equal linear layers: `copies` layers of inputs x outputs, which together process `rows` rows of an image.
 
-    `split` says what tensor parallelism slices: "columns" (outputs, with the bias), "rows" (inputs; the bias
-    is replicated) or nothing. Tables and norms are listed as layers that process no rows.
+    `split` is the dimension that tensor parallelism splits: "columns" (outputs, with the bias), "rows" (inputs; the
+    bias is replicated) or None. Tables and norms are listed as layers with 0 rows.
     """
 
     part: str
@@ -37,11 +37,11 @@ class Linear:
 
     @property
     def flops(self) -> int:
-        """Operations of one image's forward pass: 2 m n k for a product."""
+        """Floating-point operations of the forward pass of one image: 2 m n k for a product."""
         return 2 * self.rows * self.inputs * self.outputs
 
     def tensors(self, tp: int) -> list[int]:
-        """Elements of the weight and the bias of one copy, on one of the `tp` ranks that split it."""
+        """Number of elements of the weight and of the bias of one copy, on one of the `tp` ranks that split it."""
         weight, bias = self.inputs * self.outputs, self.outputs
         if self.split is not None:
             weight //= tp
@@ -51,7 +51,7 @@ class Linear:
 
 
 def layers(model: ModelConfig) -> Iterator[Linear]:
-    """Every trained parameter of the model, and the rows that each layer processes of one image.
+    """All layers with trained parameters, with the number of rows of one image that each processes.
 
     Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711).
     """
@@ -72,8 +72,8 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     if moe:
         F, E = model.moe_width, model.num_experts
         if model.router == "classification":
-            yield Linear("router", D, E, moe, moe)  # one row, the mean token of the image
-        else:  # prototypes, gate, or centroids, which are no parameters
+            yield Linear("router", D, E, moe, moe)  # one row: the mean token of the image
+        else:  # prototypes or gate; the centroids of k-means are not parameters
             yield Linear("router", D, E, 0 if model.router == "kmeans" else moe, moe * S, bias=False)
         if model.router == "diffmoe":
             yield Linear("capacity predictor", D, D, moe, moe * S)
@@ -94,13 +94,13 @@ def _mlp(part: str, D: int, width: int, copies: int, rows: int) -> Iterator[Line
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters. `total` includes the fixed positions, `by_part` sums to it.
+    """Counts of parameters. `by_part` sums to `total`.
 
-    `total` is the number that all commands show as the model's parameters. `trainable` leaves out the table of
-    positions, which is a constant and stands in no optimizer state.
+    `total` is the number that all commands show as the model's parameters. It includes the constant table of positions.
+    `trainable` excludes this table, which has no optimizer state.
 
-    `active` are those that a token of a labelled image meets: all prototypes, but neither the routed experts
-    it does not visit (under expert choice: on average) nor the unconditional expert.
+    `active` counts the parameters that process a token of a labelled image: all prototypes, and of the routed experts
+    only those to which the token is assigned (under expert choice on average), without the unconditional expert.
     """
 
     total: int
@@ -110,7 +110,7 @@ class Parameters:
 
     @property
     def in_words(self) -> str:
-        """The three counts, with what the total has beyond the trained ones."""
+        """The three counts in a sentence, with the difference between the total and the trained ones."""
         return (
             f"{self.total:,} parameters, {self.active:,} active; {self.trainable:,} trained, the other"
             f" {self.total - self.trainable:,} are the constant table of positions"
@@ -118,7 +118,7 @@ class Parameters:
 
 
 def parameters(model: ModelConfig) -> Parameters:
-    """Counts the parameters, exactly."""
+    """Counts the parameters of a model exactly."""
     by_part: dict[str, int] = {"positions": model.tokens * model.hidden_size}
     for layer in layers(model):
         by_part[layer.part] = by_part.get(layer.part, 0) + layer.parameters
@@ -138,12 +138,11 @@ class Flops:
 
 
 def flops_per_image(model: ModelConfig) -> Flops:
-    """Counts the operations of matrix products, 2 m n k each, with attention's scores and weighted values.
+    """Counts the operations of matrix products, 2 m n k each, including attention's scores and weighted values.
 
-    Every image counts as labelled: the share of null images, whose tokens visit the unconditional expert in
-    place of K routed ones, is ignored. DiffMoE counts as if it chose per image. A training step is three
-    forward passes (gradients of inputs and of weights cost one each); recomputation is no useful work and not
-    counted.
+    All images count as labelled: null images, whose tokens use the unconditional expert instead of K routed ones, are
+    ignored. DiffMoE counts as if it chose within each image. A training step counts as three forward passes, since the
+    gradients of inputs and of weights cost one each. Recomputation is not counted, because it is not useful work.
     """
     by_part: dict[str, int] = {}
     for layer in layers(model):
@@ -156,7 +155,7 @@ def flops_per_image(model: ModelConfig) -> Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the states on one rank: `host` of them lie in the host's memory, the rest on the device."""
+    """Bytes of the states on one rank. `host` bytes of them are in host memory, the others on the device."""
 
     parameters: int
     gradients: int
@@ -172,33 +171,33 @@ class Memory:
 def memory_per_rank(config: Config, world: int) -> Memory:
     """Bytes of parameters, gradients, AdamW's states and EMA on the first rank, which holds the most.
 
-    Exact, with ZeRO's padding of what it partitions; activations and communication buffers are left out
-    (`planning.memory` has them). Over the data-parallel ranks (routed experts: the expert-data-parallel ones)
-    are partitioned AdamW's states and the EMA from ZeRO stage 1, the gradients from stage 2, the parameters at
-    stage 3. AdamW keeps two fp32 moments and an fp32 master copy, which only plain fp32 training (stage 0) does
-    without. The EMA is fp32, beside the master.
+    The result is exact and includes ZeRO's padding. Activations and communication buffers are not included; see
+    `planning.memory`. ZeRO partitions AdamW's states and the EMA from stage 1, the gradients from stage 2 and the
+    parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
+    AdamW keeps two fp32 moments and an fp32 master copy; plain fp32 training (stage 0) needs no master copy. The EMA is
+    fp32.
 
-    Raises ConfigError where the layout does not come out even, or the DeepSpeed file is wrong.
+    Raises ConfigError where a size of the layout does not divide, or the DeepSpeed file is wrong.
     """
     layout, deepspeed = config.layout(world), load_deepspeed(config)
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     bf16 = deepspeed.get("bf16", {}).get("enabled", False)
     replicated, routed = tensors_on_rank(config.model, layout)
-    whole = sum(replicated) + sum(routed)
-    if stage == 3:  # every tensor is cut by itself
+    unsharded = sum(replicated) + sum(routed)
+    if stage == 3:  # every tensor is partitioned separately
         shard = sum(-(-n // layout.dp) for n in replicated) + sum(-(-n // layout.edp) for n in routed)
-    else:  # flat groups of tensors are
+    else:  # flat groups of tensors are partitioned
         shards = flat_shards(replicated, layout.dp, False) + flat_shards(routed, layout.edp, True)
         shard = sum(shards)
-    held = whole if stage == 0 else shard
+    held = unsharded if stage == 0 else shard
     width = 2 if bf16 else 4
     optimizer = held * (8 if stage == 0 and not bf16 else 12)
     ema = held * 4
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return Memory(
-        parameters=width * (shard if stage == 3 else whole),
-        gradients=width * (shard if stage >= 2 else whole),
+        parameters=width * (shard if stage == 3 else unsharded),
+        gradients=width * (shard if stage >= 2 else unsharded),
         optimizer=optimizer,
         ema=ema,
         host=optimizer + ema if offloaded else 0,
@@ -206,9 +205,9 @@ def memory_per_rank(config: Config, world: int) -> Memory:
 
 
 def tensors_on_rank(model: ModelConfig, layout: Layout) -> tuple[list[int], list[int]]:
-    """Elements of each parameter that the first rank holds: the replicated or tp-split ones, the routed experts'.
+    """Number of elements of each parameter on the first rank: (replicated or tp-split ones, those of routed experts).
 
-    Routed experts are one tensor of ceil(E/ep) slots for each weight and bias of a block.
+    Each weight and bias of a block's routed experts is one tensor with ceil(E/ep) slots.
     """
     slots = -(-model.num_experts // layout.ep)
     replicated, routed_of_block = [], []
@@ -221,9 +220,10 @@ def tensors_on_rank(model: ModelConfig, layout: Layout) -> tuple[list[int], list
 
 
 def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:
-    """A rank's part of each flat group of tensors, which ZeRO 1 and 2 pad so that parts are even.
+    """Elements of a rank's shard of each flat group of tensors, which ZeRO 1 and 2 pad to equal shards.
 
-    Routed experts' tensors come in several groups where they are many. Source: deepspeed/moe/utils.py.
+    Tensors of routed experts are split into several groups if they are too large for one. Source:
+    deepspeed/moe/utils.py.
     """
     groups: list[list[int]] = [[]]
     for n in tensors:

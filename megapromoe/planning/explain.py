@@ -1,4 +1,4 @@
-"""A plan in words: a table of layouts, the best one's memory and traffic, why it is best, whether EP pays."""
+"""Text of a plan: the table of layouts, memory and traffic of the best one, why it is best, and the effect of EP."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,18 +11,18 @@ from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, Plan, Search, descr
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
 
 HINTS = {
-    "products": "matrix products; a faster GPU helps, or more of them",
+    "products": "matrix products; faster or more GPUs would help",
     "attention": "attention",
     "elementwise": "memory traffic between kernels, not arithmetic; fusing kernels would help",
-    "host": "the host, which launches kernels too slowly for so little work; larger micro-batches or fewer GPUs help",
+    "host": "kernel launches on the host, since each kernel is short; larger micro-batches or fewer GPUs would help",
     "layers": "communication within layers",
-    "gradients": "communication of gradients or parameters that nothing hides",
-    "update": "the update: gathering parameters, AdamW and the averages",
+    "gradients": "communication of gradients or parameters that is not overlapped",
+    "update": "the optimizer update: gathering parameters, AdamW and the averages",
 }
 
 
 def table(plans: Sequence[tuple[Plan, int]]) -> Iterator[str]:
-    """Plans, one a line, as `search.fold` gives them: each with the number of layouts that are as good."""
+    """Lines of a table of plans, as returned by `search.fold`: each with the number of equivalent layouts."""
     yield (
         " #   tp  ep   dp  DeepSpeed   split recompute  images x acc.  GiB/GPU   ms/step   images/s    MFU  exposed"
         "  alike"
@@ -40,21 +40,21 @@ def table(plans: Sequence[tuple[Plan, int]]) -> Iterator[str]:
         )
         yield line.rstrip()
     if any(count > 1 for _, count in plans):
-        yield f"alike: so many more differ by less than {ALIKE - 1:.0%} in time and memory; the simplest is listed"
+        yield f"alike: number of other layouts within {ALIKE - 1:.0%} in time and memory; the simplest is listed"
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:
-    """The best one's memory, line by line."""
+    """Lines with the memory of a plan on the fullest GPU, in GiB."""
     m = plan.memory
     yield "memory of the fullest GPU, GiB: " + ", ".join(
         f"{line} {getattr(m, line) / GIB:.2f}" for line in Budget.LINES
     )
     if m.host:
-        yield f"  in the host's memory, for each GPU: {m.host / GIB:.2f} GiB (optimizer and averages)"
+        yield f"  in host memory, for each GPU: {m.host / GIB:.2f} GiB (optimizer and averages)"
 
 
 def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator[str]:
-    """The best one's collectives, those of equal purpose in one line; the longest first."""
+    """Lines with the collectives of one step, grouped by purpose, the longest first."""
     grouped: dict[tuple, list[Collective]] = {}
     for c in collectives(plan.config, plan.layout):
         grouped.setdefault((c.what, c.op, c.over, c.size), []).append(c)
@@ -70,36 +70,36 @@ def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator
     yield from (line for _, line in sorted(lines, reverse=True))
 
 
-def reasons(found: Search, machine: Machine) -> Iterator[str]:
-    """Why the best is the best: beside the fastest that decides otherwise, question by question."""
-    best = found.best
+def reasons(search: Search, machine: Machine) -> Iterator[str]:
+    """Why the best plan was chosen: for each option, a comparison with the fastest plan that has another value."""
+    best = search.best
     parallel = best.config.parallel
-    yield f"tp {parallel.tp}" + _against(found, lambda p: f"tp {p.layout.tp}")
+    yield f"tp {parallel.tp}" + _against(search, lambda p: f"tp {p.layout.tp}")
     if best.config.model.moe_blocks:
-        yield f"ep {parallel.ep}" + _against(found, lambda p: f"ep {p.layout.ep}")
-    yield best.config.train.deepspeed + _against(found, lambda p: p.config.train.deepspeed)
-    yield f"recompute {parallel.recompute}" + _against(found, lambda p: f"recompute {p.config.parallel.recompute}")
+        yield f"ep {parallel.ep}" + _against(search, lambda p: f"ep {p.layout.ep}")
+    yield best.config.train.deepspeed + _against(search, lambda p: p.config.train.deepspeed)
+    yield f"recompute {parallel.recompute}" + _against(search, lambda p: f"recompute {p.config.parallel.recompute}")
     yield limits(best)
     if best.ep_nodes > 1:
-        yield _across_nodes(found, machine)
-    if found.accumulation_changed:
-        changed = "the batch statistics see smaller batches: this changes the mathematics"
+        yield _across_nodes(search, machine)
+    if search.accumulation_changed:
+        changed = "batch statistics are computed over smaller batches, which changes the results"
         scope = best.config.model.batch_scope == "global" and best.config.model.moe_blocks
         yield (
-            f"train.accumulation={best.config.train.accumulation}: nothing fits with fewer micro-batches;"
-            f" {changed if scope else 'the mathematics stays the same'}"
+            f"train.accumulation={best.config.train.accumulation}: no layout fits with fewer micro-batches;"
+            f" {changed if scope else 'the results stay the same'}"
         )
 
 
-def _against(found: Search, choice: Callable[[Plan], str]) -> str:
-    """The best beside the fastest plan with another choice: its choice, both times, both memories, and what decides."""
-    best = found.best
-    rivals = [p for p in found.fitting if choice(p) != choice(best)]
-    # A question other than that of ep is not about the network.
+def _against(search: Search, choice: Callable[[Plan], str]) -> str:
+    """Compares the best plan with the fastest one with another choice: times, memory, and the deciding rule."""
+    best = search.best
+    rivals = [p for p in search.fitting if choice(p) != choice(best)]
+    # Options other than ep are compared at the same use of the network, if possible.
     if not choice(best).startswith("ep "):
         rivals = [p for p in rivals if p.ep_nodes <= best.ep_nodes] or rivals
     if not rivals:
-        larger = [p for p in found.too_large if choice(p) != choice(best)]
+        larger = [p for p in search.too_large if choice(p) != choice(best)]
         if not larger:
             return ": no other choice can run"
         smallest = min(larger, key=lambda p: p.memory.peak)
@@ -108,10 +108,12 @@ def _against(found: Search, choice: Callable[[Plan], str]) -> str:
     change = rival.time.total / best.time.total - 1
     if rival.ep_nodes > best.ep_nodes and change < 0:
         verdict = (
-            f"it spreads experts over {rival.ep_nodes} nodes, for which it would have to be {ACROSS - 1:.0%} faster"
+            f"it spreads experts over {rival.ep_nodes} nodes, which is chosen only if it is {ACROSS - 1:.0%} faster"
         )
     elif change < CLOSE - 1 and rival.complexity > best.complexity:
-        verdict = f"too close to tell ({CLOSE - 1:.0%}): the simpler layout is taken"
+        verdict = (
+            f"a difference below {CLOSE - 1:.0%} is within the error of the estimates, so the simpler layout is chosen"
+        )
     else:
         verdict = f"{change:.0%} faster"
     return f", not {choice(rival)}{_besides(best, rival, choice(rival))}: {_figures(best, rival)}; {verdict}"
@@ -123,7 +125,7 @@ def _figures(best: Plan, rival: Plan) -> str:
 
 
 def _besides(best: Plan, rival: Plan, choice: str) -> str:
-    """What else a rival does otherwise than the best."""
+    """The other options in which a rival differs from the best plan."""
     recompute = rival.config.parallel.recompute
     names = (
         (f"tp {rival.layout.tp}", rival.layout.tp != best.layout.tp),
@@ -136,11 +138,11 @@ def _besides(best: Plan, rival: Plan, choice: str) -> str:
     return f" (with {', '.join(words)})" if words else ""
 
 
-def _across_nodes(found: Search, machine: Machine) -> str:
-    """Why rows of experts cross the network, where the best plan's do."""
-    best = found.best
+def _across_nodes(search: Search, machine: Machine) -> str:
+    """Why the best plan sends rows of experts over the network."""
+    best = search.best
     start = f"ep {best.layout.ep} spans {best.ep_nodes} nodes: rows cross the network ({machine.network / 1e9:.0f} GB/s"
-    inside = [p for p in found.fitting if p.ep_nodes == 1]
+    inside = [p for p in search.fitting if p.ep_nodes == 1]
     if not inside:
         return f"{start} a GPU), because no layout with ep inside a node fits"
     rival = min(inside, key=lambda p: p.time.total)
@@ -148,7 +150,7 @@ def _across_nodes(found: Search, machine: Machine) -> str:
 
 
 def limits(plan: Plan) -> str:
-    """What most of the step goes to."""
+    """The largest share of the time of a step, with all shares."""
     t = plan.time
     if t.host > t.device:
         parts = {"host": t.host}
@@ -160,9 +162,9 @@ def limits(plan: Plan) -> str:
     return f"limited by {HINTS[order[0]]} ({shares}; {1e3 * t.overlapped:.1f} ms of communication overlapped)"
 
 
-def experts_in_parallel(found: Search) -> Iterator[str]:
-    """Whether EP pays at this size: in bytes, tokens of a rank and step against E*F, and in time."""
-    best = found.best
+def experts_in_parallel(search: Search) -> Iterator[str]:
+    """Whether EP is better than replicated experts: in bytes (tokens per rank and step against E*F), and in time."""
+    best = search.best
     model, micro = best.config.model, best.config.train.accumulation
     if not model.moe_blocks:
         return
@@ -170,64 +172,64 @@ def experts_in_parallel(found: Search) -> Iterator[str]:
     break_even = model.num_experts * model.moe_width
     fewer = tokens < break_even
     yield (
-        f"expert parallelism: a rank sends {tokens:,.0f} rows a layer and step, E*F = {break_even:,}; EP sends fewer"
-        f" bytes than replicated experts below E*F, so here it {'pays' if fewer else 'does not pay'} in bytes"
+        f"expert parallelism: a rank sends {tokens:,.0f} rows per layer and step, E*F = {break_even:,}; EP sends fewer"
+        f" bytes than replicated experts if rows < E*F, so for this plan it sends {'fewer' if fewer else 'more'} bytes"
     )
-    alone = _counterpart(found, lambda p: p.layout.ep == 1)
-    spread = best if best.layout.ep > 1 else _counterpart(found, lambda p: p.layout.ep > 1 and p.ep_nodes == 1)
+    alone = _counterpart(search, lambda p: p.layout.ep == 1)
+    spread = best if best.layout.ep > 1 else _counterpart(search, lambda p: p.layout.ep > 1 and p.ep_nodes == 1)
     if not (alone and spread):
         return
-    (one, sent), (many, dispatched) = _expert_bytes(alone), _expert_bytes(spread)
+    (replicated_bytes, replicated_total), (parallel_bytes, parallel_total) = _expert_bytes(alone), _expert_bytes(spread)
     yield (
         f"  ep 1: {1e3 * alone.time.total:.1f} ms, {alone.memory.peak / GIB:.1f} GiB"
-        f"{'' if alone in found.fitting else ', which does not fit'};"
-        f" each GPU sends {one / 1e6:,.0f} MB of expert gradients and parameters"
+        f"{'' if alone in search.fitting else ', which does not fit'};"
+        f" each GPU sends {replicated_bytes / 1e6:,.0f} MB of expert gradients and parameters"
     )
     yield (
         f"  ep {spread.layout.ep}: {1e3 * spread.time.total:.1f} ms, {spread.memory.peak / GIB:.1f} GiB;"
-        f" {many / 1e6:,.0f} MB of these, {(dispatched - sent) / 1e6:,.0f} MB of rows, with"
-        " the latency of their exchange and the imbalance of ranks"
+        f" {parallel_bytes / 1e6:,.0f} MB of these and {(parallel_total - replicated_total) / 1e6:,.0f} MB of rows,"
+        " whose exchange adds latency and waits for the fullest rank"
     )
-    if alone in found.fitting:
+    if alone in search.fitting:
         yield f"  {_verdict_in_time(alone, spread, fewer)}"
 
 
 def _verdict_in_time(alone: Plan, spread: Plan, fewer_bytes: bool) -> str:
-    """Whether EP (`spread`) pays in time, and where bytes say otherwise, why."""
+    """Whether EP (`spread`) is faster, and the reason if the bytes suggest the opposite."""
     gain = alone.time.total / spread.time.total
     difference = f"{1e3 * abs(alone.time.total - spread.time.total):.1f} ms of a step"
     if gain > CLOSE:
         why = "" if fewer_bytes else ", although it sends more bytes: they cross faster links or are overlapped"
-        return f"in time EP pays here: it saves {difference}{why}"
+        return f"EP is faster: it saves {difference}{why}"
     if gain < 1 / CLOSE:
         why = ", although it sends fewer bytes: latency and imbalance outweigh them" if fewer_bytes else ""
-        return f"in time EP costs more than it saves here: {difference}{why}"
+        return f"EP is slower: it costs {difference}{why}"
     saved = (alone.memory.peak - spread.memory.peak) / GIB
     return (
-        f"in time EP makes no difference that these estimates can tell: {difference}, less than {CLOSE - 1:.0%};"
+        f"EP is about as fast: it differs by {difference}, less than the {CLOSE - 1:.0%} that estimates can resolve;"
         f" it {'saves' if saved >= 0 else 'needs'} {abs(saved):.1f} GiB{'' if saved >= 0 else ' more'} of each GPU"
     )
 
 
-def _counterpart(found: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
-    """The fastest wanted plan with the stage and recomputation of the best, fitting or not."""
-    best = found.best
+def _counterpart(search: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
+    """The fastest wanted plan with the stage and recomputation of the best; one that fits if there is one."""
+    best = search.best
     same = [
         p
-        for p in (*found.fitting, *found.too_large)
+        for p in (*search.fitting, *search.too_large)
         if wanted(p) and p.stage == best.stage and p.config.parallel.recompute == best.config.parallel.recompute
     ]
-    return min(same, key=lambda p: (p not in found.fitting, p.time.total), default=None)
+    return min(same, key=lambda p: (p not in search.fitting, p.time.total), default=None)
 
 
 def _expert_bytes(plan: Plan) -> tuple[float, float]:
-    """Bytes a rank sends in a step: of expert gradients and parameters, of rows."""
+    """Bytes that a rank sends in a step: (expert gradients and parameters, rows)."""
     calls = collectives(plan.config, plan.layout)
     return sum(c.wire for c in calls if c.over == "edp"), sum(c.wire for c in calls if c.op == "all_to_all")
 
 
 def costs(plan: Plan) -> str:
-    """Of the whole training."""
+    """Steps, hours and GPU-hours of the whole training."""
     steps = plan.config.train.steps
     return (
         f"{steps:,} steps of {plan.config.train.global_batch} images: {plan.hours:,.1f} hours,"
@@ -236,7 +238,7 @@ def costs(plan: Plan) -> str:
 
 
 def settings(plan: Plan, base: Config) -> dict[str, str]:
-    """What to set to get this plan from `base`: key -> value. Layouts always, lest a launcher's own win."""
+    """The settings that turn `base` into this plan: key -> value. Always has the layout, since launchers set one."""
     parallel, train = plan.config.parallel, plan.config.train
     out = {"parallel.tp": str(parallel.tp), "parallel.ep": str(parallel.ep), "train.deepspeed": train.deepspeed}
     if parallel.expert_tp or base.parallel.expert_tp:

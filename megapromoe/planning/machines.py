@@ -1,7 +1,7 @@
-"""GPUs and the links between them, and what plans assume of both.
+"""The table of GPUs and their links, and the assumptions of plans about them.
 
-`MACHINES` is the package's only table of GPUs: an entry here makes a GPU known to plans, and to the utilisation that
-training logs. Its figures are those of data sheets. The efficiencies are assumptions, written here and nowhere else.
+`MACHINES` is the package's only table of GPUs; plans and the logged utilisation of training use it. Its values are from
+data sheets. All efficiencies are assumptions, defined in `Assumptions`.
 """
 
 import re
@@ -12,16 +12,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """One GPU, its node and its network. Rates are per GPU and second, links in one direction.
+    """A GPU, its node and its network. Rates are per GPU and second; links count in one direction.
 
     Args:
-        peak: dense bf16 operations; `peak_fp32`: of fp32 products, without TF32, as torch computes them by default.
+        peak: dense bf16 FLOP/s; `peak_fp32`: FLOP/s of fp32 products without TF32, torch's default.
         memory: bytes that torch may use; `hbm`: bytes read or written.
-        nvlink: bytes to GPUs of the same node; `network`: to other nodes.
-        pcie: bytes to the host's memory, for offloaded optimizers.
-        cuda_name: pattern of the names under which CUDA lists it.
-        variants: models with the same name and other rates: pattern of the CUDA name, and dense bf16 operations.
-        grouped: whether torch has a grouped product of bf16 for it that is one kernel; see `nn.moe.expert_linear`.
+        nvlink: bytes sent to GPUs of the same node; `network`: to other nodes.
+        pcie: bytes sent to host memory, for offloaded optimizers.
+        cuda_name: regular expression for the device names that CUDA reports.
+        variants: models with a similar name and another rate: (regular expression, dense bf16 FLOP/s).
+        grouped: whether torch computes a grouped bf16 product in one kernel on it; see `nn.moe.expert_linear`.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Machine:
     variants: tuple[tuple[str, float], ...] = ()
 
 
-# Memory is what torch reports of the data sheet's 80, 80, 141 and 180 GB. A network link for each GPU, as in NVIDIA's
-# DGX: HDR InfiniBand at 200 Gbit/s beside A100, NDR at 400 Gbit/s beside the others.
-# A800, H800 and GH200 compute at the same rates. Source: NVIDIA's data sheets "A100 80GB", "H100", "H100 NVL", "H200"
-# (SXM), "DGX A100", "DGX H100", "DGX H200", "DGX B200".
+# Memory is the size that torch reports for 80, 80, 141 and 180 GB in the data sheets. Each GPU has a network link, as
+# in NVIDIA's DGX: HDR InfiniBand at 200 Gbit/s for A100, NDR at 400 Gbit/s for the others. A800, H800 and GH200 compute
+# at the same rates. Source: NVIDIA's data sheets "A100 80GB", "H100", "H100 NVL", "H200" (SXM), "DGX A100", "DGX H100",
+# "DGX H200", "DGX B200".
 MACHINES = {
     "a100": Machine(
         *("A100 80GB SXM", r"\bA[18]00\b", 312e12, 19.5e12, 2.039e12, 79 * GIB, 300e9, 25e9, 32e9), grouped=False
@@ -56,7 +56,7 @@ MACHINES = {
 
 
 def peak_flops(device_name: str | None) -> float | None:
-    """Dense bf16 FLOP/s of the device of this name; None for a CPU, a part of a GPU, one that is not in the table.
+    """Dense bf16 FLOP/s of the device with this name; None for a CPU, a MIG slice, or a GPU that is not in the table.
 
     Args:
         device_name: what `torch.cuda.get_device_name` returns, or None for a CPU.
@@ -70,17 +70,18 @@ def peak_flops(device_name: str | None) -> float | None:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says. Shares of the machine's figures that a step reaches, and fixed costs.
+    """Assumptions that no data sheet gives: the shares of peak rates that a step reaches, and fixed costs.
 
     Args:
-        products: of `peak`, by large matrix products. `attention`: by the fused attention kernel.
-        memory: of `hbm`, by elementwise kernels and the optimizer.
-        links: of `nvlink` and `network`, by large collectives.
-        tile: rows to which a product's rows are padded, expert by expert.
-        near, far, peer: seconds that a collective takes however small it is, inside a node; for each doubling of
-            nodes; an all-to-all for each rank beside its own.
-        launch: seconds of the host for each kernel.
-        imbalance: rows on the fullest rank over the mean, where all hold as many experts; in memory and in time.
+        products: share of `peak` in large matrix products. `attention`: in the fused attention kernel.
+        memory: share of `hbm` in elementwise kernels and the optimizer.
+        links: share of `nvlink` and `network` in large collectives.
+        tile: multiple to which the rows of each expert are padded in a product.
+        near, far, peer: latency of a collective in seconds: inside a node; added for each doubling of the nodes; added
+            in an all-to-all for each other rank.
+        launch: seconds of host time for each kernel.
+        imbalance: rows on the fullest rank relative to the mean, if all ranks hold equally many experts; affects memory
+            and time.
         usable: share of `memory` to plan with; the rest is for the CUDA context, NCCL and fragmentation.
     """
 
@@ -97,14 +98,14 @@ class Assumptions:
     usable: float = 0.9
 
     def in_words(self, machine: Machine) -> str:
-        """One paragraph for the reader of a plan."""
+        """The assumptions as one paragraph of a plan."""
         return (
-            f"estimates, never measured here. {machine.name}: {machine.peak / 1e12:,.0f} TFLOP/s dense bf16"
+            f"times are estimates, not measurements. {machine.name}: {machine.peak / 1e12:,.0f} TFLOP/s dense bf16"
             f" (fp32 {machine.peak_fp32 / 1e12:,.1f}), {machine.hbm / 1e12:.3g} TB/s and"
             f" {machine.memory / GIB:,.0f} GiB of memory; {machine.nvlink / 1e9:,.0f} GB/s inside a node of"
             f" {machine.gpus_per_node}, {machine.network / 1e9:,.0f} GB/s between nodes, per GPU and direction."
             f" Assumed: large products reach {self.products:.0%} of the peak, attention {self.attention:.0%},"
             f" elementwise kernels {self.memory:.0%} of the memory's rate, collectives {self.links:.0%} of the"
-            f" links'; a kernel costs the host {self.launch * 1e6:.0f} us, a collective at least"
-            f" {self.near * 1e6:.0f} us; the fullest rank has {self.imbalance:.2f} times the mean rows of experts."
+            f" links' rate; a kernel costs the host {self.launch * 1e6:.0f} us, a collective at least"
+            f" {self.near * 1e6:.0f} us; the fullest rank has {self.imbalance:.2f} times the mean expert rows."
         )

@@ -1,9 +1,9 @@
-"""What a training step needs of one rank's memory, line by line.
+"""Estimates the memory of one rank in a training step.
 
-`saved_tensors` lists what the forward pass keeps for the backward pass of one micro-batch, one line for each tensor, as
-the layers in `nn/` make them; `budget` adds the states, DeepSpeed's buffers and what is needed for a moment only.
+`saved_tensors` lists the tensors that the layers in `nn/` save for the backward pass of one micro-batch. `budget` adds
+the states, DeepSpeed's buffers and temporary tensors.
 
-Letters as everywhere; b is the width of an activation in bytes. Counts may be means, and no whole numbers.
+Letters as in `cost.py`; b is the size of an activation in bytes. Counts are means, which need not be whole numbers.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ INDEX = 8  # bytes of an int64
 
 
 class Saved(NamedTuple):
-    """`bytes` of one kind of tensor kept for the backward pass, all blocks together.
+    """One kind of tensor that is saved for the backward pass; `bytes` counts all blocks together.
 
-    `part` is the module that keeps it. `rows` says that it is one row for each row that reaches this rank's experts:
-    it grows with their imbalance.
+    `part` is the module that saves it. `rows` is true if it has one row for each row that this rank's experts receive,
+    so that it grows with the imbalance of the experts.
     """
 
     part: str
@@ -44,22 +44,22 @@ class Saved(NamedTuple):
 
 
 def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
-    """Everything the backward pass of one micro-batch needs beside parameters and input images.
+    """All tensors that the backward pass of one micro-batch needs, without parameters and input images.
 
-    With recomputation: what is kept, not what is made again (see `transient`).
+    With recomputation, recomputed tensors are not included; `transient` counts them.
     """
     model, b, recompute = config.model, zero_of(config).width, config.parallel.recompute
     depth, moe = model.depth, len(model.moe_blocks)
     ends, block_inputs = _ends(model, batch, b), _times(depth, _block_input(model, batch, b))
     if recompute == "all":
-        return [*ends, *block_inputs, *_times(moe, _decisions(model, batch))]
+        return [*ends, *block_inputs, *_times(moe, _routing_results(model, batch))]
     kept = [*ends, *_times(moe, _router(config, layout, batch, b)), *_times(depth, _residual(model, batch, b))]
     if recompute == "blocks":
         return [*kept, *block_inputs, *_times(depth, _input(model, batch, b))]
     keeps_input = recompute == "moe" or _moe_keeps_input(model, b)
     return [
         *kept,
-        *_times(depth, _attend(config, layout, batch, b)),
+        *_times(depth, _attention_half(config, layout, batch, b)),
         *_times(depth - (0 if keeps_input else moe), _input(model, batch, b)),
         *_times(depth - moe, _mlp("MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
         *_times(0 if recompute == "moe" else moe, _moe(config, layout, batch, b)),
@@ -84,14 +84,14 @@ def _ends(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
 
 
 def _residual(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
-    """What a block keeps around its two halves, recomputed or not."""
+    """Tensors that a block saves around its two halves, with and without recomputation."""
     B, D = batch.images, model.hidden_size
     yield Saved("residual", "the MLP's or MoE's output, under its gate", B * model.tokens * D * b)
     yield Saved("adaLN", "shifts, scales, gates", B * 6 * D * b)
 
 
 def _block_input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
-    """What recomputation starts from."""
+    """The input from which a block is recomputed."""
     yield Saved("residual", "block's input", batch.images * model.tokens * model.hidden_size * b)
 
 
@@ -100,7 +100,7 @@ def _input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
 
 
 def _moe_keeps_input(model: ModelConfig, b: int) -> bool:
-    """Or is it gathered into rows, and copied by the router, and then done with?"""
+    """Whether the input of an MoE layer is saved; else it is freed after the gather of rows and the router's copy."""
     return (
         bool(model.shared_experts or model.unconditional_experts)
         or model.router in (*PROMOE_ROUTERS, "diffmoe")
@@ -108,8 +108,8 @@ def _moe_keeps_input(model: ModelConfig, b: int) -> bool:
     )
 
 
-def _attend(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
-    """A block up to its MLP."""
+def _attention_half(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """The attention half of a block."""
     model, tp = config.model, layout.tp
     B, D = batch.images, model.hidden_size
     T = B * model.tokens
@@ -133,33 +133,33 @@ def _mlp(part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]
 
 
 def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
-    """Shared, unconditional and routed experts with the dispatch; the input is norm2's."""
+    """Shared, unconditional and routed experts with the dispatch; the input counts as part of norm2."""
     model, tp = config.model, layout.tp
     F, D = model.moe_width, model.hidden_size
     T = batch.images * model.tokens
     null = T - routed_images(model, batch) * model.tokens
-    R = routed_rows(model, batch)  # of all ranks of a region, who share them out or split every expert
-    mine, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
+    R = routed_rows(model, batch)  # rows of all ranks of a region, which divide the rows or split every expert
+    local_rows, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
     if model.shared_experts:
         yield from _mlp("shared expert", model.shared_experts * model.shared_width, T, tp, b)
     if null:
         yield from _mlp("unconditional expert", model.unconditional_experts * F, null, tp, b)
-    yield Saved("routed experts", "rows", mine * D * b, rows=True)
-    yield Saved("routed experts", "before the GELU", mine * width * b, rows=True)
-    yield Saved("routed experts", "after the GELU", mine * width * b, rows=True)
-    yield Saved("routed experts", "outputs, under their weights", mine * D * b)
-    yield Saved("dispatch", "orders, tokens, experts", 6 * mine * INDEX)
+    yield Saved("routed experts", "rows", local_rows * D * b, rows=True)
+    yield Saved("routed experts", "before the GELU", local_rows * width * b, rows=True)
+    yield Saved("routed experts", "after the GELU", local_rows * width * b, rows=True)
+    yield Saved("routed experts", "outputs, under their weights", local_rows * D * b)
+    yield Saved("dispatch", "orders, tokens, experts", 6 * local_rows * INDEX)
     if _by_expert(model):
-        yield Saved("dispatch", "weighted outputs, by index_add", mine * D * b)
+        yield Saved("dispatch", "weighted outputs, by index_add", local_rows * D * b)
 
 
 def _by_expert(model: ModelConfig) -> bool:
-    """Are rows in any order, not token by token?"""
+    """Whether rows are ordered by expert, not by token."""
     return model.router in ("promoe_ec", "ec", "diffmoe")
 
 
 def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
-    """Never recomputed. Scores are float32; a copy of the tokens is one only where they are not."""
+    """Tensors of the router, which is not recomputed. Scores are float32; tokens are copied only if they are not."""
     model = config.model
     E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
     T = images * model.tokens
@@ -186,8 +186,8 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
         yield Saved("router", "balance loss", T * E * 4)
 
 
-def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
-    """What a router does not decide again. Source: nn/moe/routing_cache.py."""
+def _routing_results(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
+    """Cached routing results, which recomputation reuses. Source: nn/moe/routing_cache.py."""
     E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
     if model.router == "diffmoe":
         yield Saved("router", "mask of the tokens taken", images * model.tokens * E)
@@ -201,47 +201,47 @@ def _decisions(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
 
 
 def _contrast(model: ModelConfig, groups: float) -> Saved:
-    """Directions of prototypes and centroids, lengths, logits, weights, for each group of tokens."""
+    """Normalised prototypes and centroids, lengths, logits and weights, for each group of tokens."""
     E, D = model.num_experts, model.hidden_size
     return Saved("router", "contrastive loss, float64", groups * E * (2 * D + E + 3) * 8)
 
 
 def transient(config: Config, layout: Layout, batch: Batch) -> float:
-    """Bytes alive for a moment in the backward pass: gradients around the widest half-block, and what it recomputes.
+    """Bytes of temporary tensors in the backward pass: gradients around the largest half-block, and what it recomputes.
 
-    With the gradient of the largest parameter, before it is put where it belongs. An upper bound: what is freed
-    meanwhile is not taken off.
+    Includes the gradient of the largest parameter before it is copied to its buffer. The result is an upper bound,
+    since tensors that are freed in the meantime are not subtracted.
     """
     model, b, tp = config.model, zero_of(config).width, layout.tp
     D, T = model.hidden_size, batch.images * model.tokens
     R, moe = routed_rows(model, batch) / (1 if layout.etp > 1 else tp), len(model.moe_blocks)
-    attend = (2 * T * D + 6 * T * D / tp) * b
+    attention = (2 * T * D + 6 * T * D / tp) * b
     dense = (2 * T * D + 2 * T * model.mlp_width / tp) * b
     router = 2 * routed_images(model, batch) * model.tokens * D * 4  # float32 tokens and their gradient
     rows = 2 * R * (D + model.moe_width / layout.etp)
-    beside = T * model.shared_experts * model.shared_width / tp
-    halves = [(attend, [*_attend(config, layout, batch, b), *_input(model, batch, b)])]
+    shared = T * model.shared_experts * model.shared_width / tp
+    halves = [(attention, [*_attention_half(config, layout, batch, b), *_input(model, batch, b)])]
     if moe < model.depth:
         halves.append((dense, list(_mlp("MLP", model.mlp_width, T, tp, b))))
     if moe:
-        halves.append(((2 * T * D + rows + beside) * b + router, list(_moe(config, layout, batch, b))))
+        halves.append(((2 * T * D + rows + shared) * b + router, list(_moe(config, layout, batch, b))))
     replicated, routed = tensors_on_rank(model, layout)
     policy = config.parallel.recompute
     sizes = [sum(line.bytes for line in lines) for _, lines in halves]
-    again = [
+    recomputed = [
         sizes[i] if policy == "blocks" or (policy, i) == ("moe", len(sizes) - 1) else 0.0 for i in range(len(sizes))
     ]
-    if policy == "all":  # both halves of a block, and its router, are made again together
+    if policy == "all":  # both halves of a block and its router are recomputed together
         residual = sum(line.bytes for line in _residual(model, batch, b))
-        again = [0.0, *(sizes[0] + residual + size for size in sizes[1:])]
-        again[-1] += sum(line.bytes for line in _router(config, layout, batch, b)) if moe else 0.0
-    widest = max(momentary + made for (momentary, _), made in zip(halves, again, strict=True))
+        recomputed = [0.0, *(sizes[0] + residual + size for size in sizes[1:])]
+        recomputed[-1] += sum(line.bytes for line in _router(config, layout, batch, b)) if moe else 0.0
+    widest = max(temporary + made for (temporary, _), made in zip(halves, recomputed, strict=True))
     return widest + max(*replicated, *routed) * b
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes on the device of the fullest rank; `peak` of a step, which `update` takes part in where it is the most."""
+    """Bytes on the device of the fullest rank. `peak` is the maximum over forward and backward pass and the update."""
 
     parameters: int
     gradients: int
@@ -269,18 +269,18 @@ class Budget:
 
 
 def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
-    """All of one rank's memory in a training step.
+    """The memory of the fullest rank in a training step, in bytes.
 
     Args:
-        imbalance: rows on the fullest rank over the mean, where all ranks hold as many experts.
+        imbalance: rows on the fullest rank relative to the mean, if all ranks hold equally many experts.
 
     Raises ConfigError where the DeepSpeed file is wrong.
     """
     states, batch, b = memory_per_rank(config, layout.world), expected_batch(config, layout), zero_of(config).width
     saved = saved_tensors(config, layout, batch)
     model = config.model
-    mine = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
-    widest = 2 * mine * (model.hidden_size + model.moe_width / layout.etp) * b
+    local_rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
+    widest = 2 * local_rows * (model.hidden_size + model.moe_width / layout.etp) * b
     buckets, update = _deepspeed_buffers(config, layout, b)
     return Budget(
         parameters=states.parameters,
@@ -288,7 +288,9 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
         optimizer=0 if states.host else states.optimizer,
         ema=0 if states.host else states.ema,
         activations=sum(line.bytes for line in saved),
-        dispatch=4 * mine * model.hidden_size * b if layout.ep > 1 else 0,  # sorted, arrived, sorted there, home
+        dispatch=4 * local_rows * model.hidden_size * b
+        if layout.ep > 1
+        else 0,  # sorted, received, sorted by expert, returned
         imbalance=(fullest(model, layout, imbalance) - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
         transient=transient(config, layout, batch),
         buckets=buckets,
@@ -298,17 +300,17 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
 
 
 def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
-    """Rows of the fullest rank's experts over the mean: it may hold one expert more than others. 1 without ep."""
+    """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep."""
     if layout.ep == 1:
         return 1.0
     return imbalance * -(-model.num_experts // layout.ep) * layout.ep / model.num_experts
 
 
 def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, float]:
-    """Bytes of what DeepSpeed holds beside the backward pass, and beside the update.
+    """Bytes of DeepSpeed's buffers during the backward pass, and during the update.
 
-    Buckets for gradients, two where communication overlaps; at stage 3 the parameters that are gathered. In the update
-    stages 1 and 2 take a flat and a float32 copy of the gradients of a group. Source: DeepSpeed 0.19.8, runtime/zero.
+    Backward pass: gradient buckets, two with overlapped communication; at stage 3 also the gathered parameters. Update:
+    stages 1 and 2 make a flat and a float32 copy of the gradients of a group. Source: DeepSpeed 0.19.8, runtime/zero.
     """
     zero = zero_of(config)
     replicated, routed = tensors_on_rank(config.model, layout)

@@ -1,4 +1,4 @@
-"""Planned memory as a picture: a bar for each layout, stacked line by line, and the limit."""
+"""Plots planned memory: a stacked bar for each layout, and the limit."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from megapromoe.plot_text import literal
 
 
 def draw(plans: Sequence[Plan], machine: Machine, limit: float, title: str, path: Path) -> None:
-    """Writes a picture, of the type that the file's name ends in. Raises ValueError where matplotlib knows no such."""
+    """Writes the plot; the suffix of `path` is the type. Raises ValueError for a type that matplotlib lacks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def draw(plans: Sequence[Plan], machine: Machine, limit: float, title: str, path
         widths = [getattr(plan.memory, line) / GIB for plan in plans]
         axes.barh(names, widths, left=left, color=colour, label=line, height=0.7)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    # The bars fill the picture: where they need far less than the GPU has, its lines would leave them a corner of it.
+    # The axis ends at the bars, not at the memory of the GPU, which may be far larger and would make them tiny.
     width = 1.25 * max(left)
     marks = (
         (limit, "--", f"limit, {limit / GIB:.0f} GiB"),

@@ -1,7 +1,7 @@
-"""How long a training step takes, from first principles: the slower of arithmetic and memory, kernel by kernel, beside
-what the host and the links need. Estimates: `machines.Assumptions` says what is assumed.
+"""Estimates the time of a training step with a roofline model.
 
-Letters as everywhere; b is the width of an activation in bytes.
+Each kernel takes the larger of its arithmetic time and its memory time. The time of the host and of the links is added.
+`machines.Assumptions` holds all assumptions. Letters as in `cost.py`; b is the size of an activation in bytes.
 """
 
 import math
@@ -12,7 +12,7 @@ from megapromoe.planning.cost import Linear, flops_per_image, layers, memory_per
 from megapromoe.planning.machines import Assumptions, Machine
 from megapromoe.planning.memory import fullest, saved_tensors
 from megapromoe.planning.traffic import (
-    COMPUTED_AGAIN,
+    RECOMPUTED_PARTS,
     Batch,
     Collective,
     collectives,
@@ -22,25 +22,25 @@ from megapromoe.planning.traffic import (
 )
 from megapromoe.planning.zero import zero_of
 
-# Kernels of a block, forward and backward; those that torch's dispatcher counted, views left out. None of the
-# contrastive loss, which is computed once for all layers.
+# Kernels of a block, forward and backward, as counted by torch's dispatcher without views. The contrastive loss is not
+# included, because it is computed once for all layers.
 DENSE_KERNELS = 62
 MOE_KERNELS = {"promoe": 145, "promoe_linear": 130, "tc": 105, "ec": 110, "diffmoe": 130}
 OTHER_MOE_KERNELS = 220
-GROUPED_KERNELS, EXPERT_KERNELS = 18, 10  # of these by grouped products; of each expert in their place, one by one
-# Seconds of the host that DeepSpeed spends on a parameter: on its gradient; at stage 3 also on gathering it.
+GROUPED_KERNELS, EXPERT_KERNELS = 18, 10  # kernels of grouped products; kernels of each expert without them
+# Seconds of host time that DeepSpeed needs for each parameter: for its gradient; at stage 3 including the gather.
 HOOK, GATHER_HOOK = 30e-6, 200e-6
-PASSES = 6  # times that a kept activation is written or read, or its gradient is, by kernels that are not products
-UPDATE = 4 + 3 * 8 + 12  # bytes an element of: gradient read, master and moments read and written, average moved
-HOST_RATE = 20e9  # bytes of the host's memory a second, for each GPU, where the optimizer is offloaded
+PASSES = 6  # number of reads and writes of a saved activation or its gradient by kernels other than products
+UPDATE = 4 + 3 * 8 + 12  # bytes per element: gradient read, master and moments read and written, average updated
+HOST_RATE = 20e9  # bytes per second of host memory for each GPU, if the optimizer is offloaded
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step on the fullest rank.
 
-    `compute` is the larger of `device` (`products` + `attention` + `elementwise`) and `host`, micro-batch by
-    micro-batch. `overlapped` communication costs nothing here. The rest adds up to `total`.
+    `compute` is the larger of `device` (`products` + `attention` + `elementwise`) and `host`. `total` is the sum of
+    `compute`, `exposed` and `update`; `overlapped` communication adds no time.
     """
 
     products: float
@@ -62,7 +62,7 @@ class StepTime:
 
     @property
     def exposed(self) -> float:
-        """Communication that computing waits for."""
+        """Communication that is not overlapped with computation."""
         return self.layers_traffic + self.exposed_gradients
 
     @property
@@ -71,7 +71,7 @@ class StepTime:
 
 
 def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> StepTime:
-    """Predicts an optimizer step."""
+    """Estimates the time of an optimizer step."""
     batch, micro = expected_batch(config, layout), config.train.accumulation
     products = micro * sum(_product(layer, config, layout, batch, machine, assume) for layer in layers(config.model))
     attention = micro * _attention(config, layout, machine, assume)
@@ -113,7 +113,7 @@ def _without_recompute(config: Config) -> Config:
 def _product(
     layer: Linear, config: Config, layout: Layout, batch: Batch, machine: Machine, assume: Assumptions
 ) -> float:
-    """Forward, both gradients, and what is computed again, of equal linear layers."""
+    """Seconds of the forward pass, both gradients and the recomputation of a group of equal linear layers."""
     if not layer.rows and layer.part != "unconditional expert":  # tables and norms
         return 0.0
     model = config.model
@@ -135,24 +135,24 @@ def _product(
     outputs = layer.outputs / (tp if layer.split == "columns" else 1)
     arithmetic = 2 * rows * inputs * outputs / (peak * assume.products)
     memory = (rows * inputs + inputs * outputs + rows * outputs) * b / (machine.hbm * assume.memory)
-    recomputed = layer.part in COMPUTED_AGAIN[config.parallel.recompute]
+    recomputed = layer.part in RECOMPUTED_PARTS[config.parallel.recompute]
     return copies * max(arithmetic, memory) * (4 if recomputed else 3)
 
 
 def _attention(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
-    """Scores and weighted values of one micro-batch; backward, with the scores again, five products for their two."""
+    """Seconds of attention in one micro-batch: two products forward; five backward, which include the scores again."""
     model = config.model
     forward = 4 * model.tokens**2 * model.hidden_size * model.depth * layout.micro_batch / layout.tp
-    passes = 3.5 + ("attention" in COMPUTED_AGAIN[config.parallel.recompute])
+    passes = 3.5 + ("attention" in RECOMPUTED_PARTS[config.parallel.recompute])
     peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
     return forward * passes / (peak * assume.attention)
 
 
 def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
-    """What it takes to launch one micro-batch."""
+    """Seconds of host time to launch the kernels of one micro-batch."""
     model = config.model
     moe = len(model.moe_blocks)
-    again = COMPUTED_AGAIN[config.parallel.recompute]
+    again = RECOMPUTED_PARTS[config.parallel.recompute]
     dense, routed = (4 / 3 if part in again else 1 for part in ("attention", "routed experts"))
     kernels = (model.depth - moe) * DENSE_KERNELS * dense
     one_moe, zero = MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS), zero_of(config)
@@ -164,8 +164,10 @@ def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions)
 
 
 def collective_time(c: Collective, config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
-    """Seconds of all calls. Ranks of a group are `stride` apart; those in one node use NVLink, and all their networks
-    together between nodes."""
+    """Seconds of all calls of a collective.
+
+    Ranks of a group are `stride` apart. Ranks of the same node use NVLink, and together all their network links.
+    """
     strides = {"tp": 1, "world": 1, "dp": layout.tp, "ep": layout.etp, "edp": layout.ep * layout.etp}
     nodes = nodes_of(c.size, strides[c.over], machine)
     near = -(-c.size // nodes)
@@ -182,15 +184,15 @@ def collective_time(c: Collective, config: Config, layout: Layout, machine: Mach
 
 
 def nodes_of(size: int, stride: int, machine: Machine) -> int:
-    """Nodes over which a group of `size` ranks, `stride` apart, is spread."""
+    """Number of nodes that contain a group of `size` ranks, which are `stride` apart."""
     return -(-size // min(size, max(1, machine.gpus_per_node // stride)))
 
 
 def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, compute: float) -> tuple[float, float]:
-    """Seconds of gradient reduction and of stage 3's gathers that hide behind computing.
+    """Seconds of gradient reduction and of stage 3's gathers that are overlapped with computation.
 
-    Only with `overlap_comm`; at most half of computing each. The last bucket of gradients comes when nothing is left to
-    hide behind, so a model smaller than a bucket hides none.
+    Nonzero only with `overlap_comm`, and at most half of the computation each. The last gradient bucket is complete
+    when the backward pass ends, so it is never overlapped; a model smaller than a bucket overlaps nothing.
     """
     zero = zero_of(config)
     if not zero.overlap:
@@ -203,7 +205,7 @@ def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, c
 
 
 def _update(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
-    """AdamW and the averaged weights, by memory traffic; through the host where they are offloaded."""
+    """Seconds of AdamW and the averaged weights, from their memory traffic; on the host if they are offloaded."""
     states = memory_per_rank(config, layout.world)
     elements = states.ema / 4
     if states.host:
@@ -213,7 +215,7 @@ def _update(config: Config, layout: Layout, machine: Machine, assume: Assumption
 
 
 def utilization(config: Config, layout: Layout, machine: Machine, seconds: float) -> float:
-    """Useful operations of a step over those that the GPUs could have done: MFU."""
+    """MFU: useful operations of a step, divided by the peak FLOP/s of all GPUs times the seconds of the step."""
     peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
     useful = flops_per_image(config.model).training * config.train.global_batch
     return useful / (seconds * layout.world * peak)

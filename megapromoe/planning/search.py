@@ -1,4 +1,4 @@
-"""All layouts of a model on a machine, which of them fit, and which is the fastest."""
+"""Searches all layouts of a model on a machine for those that fit in memory and the best of them."""
 
 import math
 import re
@@ -16,27 +16,27 @@ from megapromoe.planning.memory import Budget, budget
 from megapromoe.planning.roofline import StepTime, nodes_of, step_time, utilization
 from megapromoe.planning.zero import zero_of
 
-CLOSE = 1.1  # estimates that differ by less are taken for equal, and the simpler layout wins
-# The network between nodes is what estimates know least: experts are spread over nodes only where that is so much
-# faster, or nothing else fits.
+CLOSE = 1.1  # estimates within this factor count as equal, and the simpler layout is chosen
+# Estimates are least accurate for the network between nodes: experts are spread over nodes only if that is faster by
+# this factor, or if nothing else fits.
 ACROSS = 1.25
-ALIKE = 1.02  # layouts that differ by less in time and in memory are one line of a list
+ALIKE = 1.02  # layouts within this factor in time and in memory are listed as one line
 
 
 class PlanError(UserError):
-    """No layout can be planned; the message says why, and what would help."""
+    """No layout can be planned. The message gives the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout, what it needs and what it costs."""
+    """A layout with its estimated memory and time."""
 
     config: Config
     layout: Layout
     memory: Budget
     time: StepTime
     mfu: float
-    ep_nodes: int = 1  # over which an expert-parallel group is spread
+    ep_nodes: int = 1  # number of nodes over which an expert-parallel group is spread
 
     @property
     def stage(self) -> int:
@@ -48,12 +48,12 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Of the whole training."""
+        """Hours of the whole training."""
         return self.time.total * self.config.train.steps / 3600
 
     @property
     def complexity(self) -> tuple:
-        """Simple layouts first: what a tie is decided by. Rows of experts that cross the network come last."""
+        """Sort key that puts simple layouts first, to decide ties; layouts with ep over several nodes come last."""
         p = self.config.parallel
         layout = self.layout
         return self.ep_nodes, layout.tp > 1, p.recompute != "none", self.stage >= 2, layout.tp, layout.ep, self.stage
@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Search:
-    """What was found: plans that fit, the best first; those that do not; combinations that cannot run."""
+    """The result of a search: plans that fit, the best first; plans that do not; the number of invalid combinations."""
 
     fitting: tuple[Plan, ...]
     too_large: tuple[Plan, ...]
@@ -77,15 +77,15 @@ class Search:
 def search(
     config: Config, world: int, machine: Machine, assume: Assumptions, fixed: frozenset[str] = frozenset()
 ) -> Search:
-    """Tries every (tp, ep, expert_tp, ZeRO, recompute) over `world` ranks; more accumulation only if nothing else fits.
+    """Tries all (tp, ep, expert_tp, ZeRO, recompute) over `world` ranks; more accumulation only if nothing else fits.
 
-    `fixed` settings, such as "parallel.tp", stay as the config has them. So does accumulation if it can: with
-    `model.batch_scope=global` it is part of the mathematics.
+    `fixed` settings, such as "parallel.tp", keep the values of the config. So does accumulation if possible, because
+    with `model.batch_scope=global` it changes the results of training.
 
     Raises PlanError if the batch cannot be divided, or nothing fits; ConfigError where something else is wrong.
     """
     limit = machine.memory * assume.usable
-    own = config.train.accumulation
+    configured = config.train.accumulation
     plans, impossible = _plans(config, world, machine, assume, fixed)
     if not plans:
         raise PlanError(_cannot_divide(config, world, machine, fixed))
@@ -110,7 +110,7 @@ def search(
     others.sort(key=lambda p: p.time.total)
     fitting = [*close, *others]
     large = sorted((p for p in plans if p.memory.peak > limit), key=lambda p: p.time.total)
-    changed = fitting[0].config.train.accumulation != own
+    changed = fitting[0].config.train.accumulation != configured
     return Search(tuple(fitting), tuple(large), impossible, limit, changed)
 
 
@@ -133,20 +133,20 @@ def _plans(
 
 
 def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[str] = frozenset()) -> Iterator[Config]:
-    """Every combination worth a thought, unchecked: tp within a node, ep up to the number of experts."""
+    """All reasonable combinations, unchecked: tp within a node, ep up to the number of experts."""
     experts = config.model.num_experts if config.model.moe_blocks else 1
     policies = ("none", "moe", "blocks", "all") if config.model.moe_blocks else ("none", "blocks", "all")
-    choices: dict[str, Sequence[Any]] = {  # each of the type of its option
+    choices: dict[str, Sequence[Any]] = {  # each value has the type of its option
         "parallel.tp": _divisors(world, machine.gpus_per_node),
         "parallel.ep": _divisors(world, experts),
         "parallel.expert_tp": (False, True) if config.model.moe_blocks else (False,),
         "parallel.recompute": policies,
         "train.deepspeed": stages(config),
     }
-    own = asdict(config)
+    fixed_values = asdict(config)
     for key in choices.keys() & fixed:
         section, _, name = key.partition(".")
-        choices[key] = (own[section][name],)
+        choices[key] = (fixed_values[section][name],)
     for tp, ep, expert_tp, recompute, deepspeed in product(*choices.values()):
         if expert_tp and tp == 1 and "parallel.expert_tp" not in fixed:  # the same as without
             continue
@@ -155,7 +155,7 @@ def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[st
 
 
 def stages(config: Config) -> tuple[str, ...]:
-    """DeepSpeed files to choose from: those of the same type at other stages; or only your own."""
+    """The DeepSpeed files to try: the package's files of the same data type; or only the user's own file."""
     name = config.train.deepspeed
     family = re.fullmatch(r"(bf16|fp32)_zero\d", name)
     if not family:
@@ -163,8 +163,8 @@ def stages(config: Config) -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in find_ds_configs().glob(f"{family[1]}_zero?.json")))
 
 
-def _divisors(whole: int, most: int) -> list[int]:
-    return [d for d in range(1, min(whole, most) + 1) if whole % d == 0]
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
 
 
 def _accumulating(config: Config, accumulation: int) -> Config:
@@ -172,24 +172,24 @@ def _accumulating(config: Config, accumulation: int) -> Config:
 
 
 def _more_accumulation(config: Config) -> list[int]:
-    """Multiples of the config's own; those that leave a rank without an image will not come out even."""
-    own = config.train.accumulation
-    return [own * n for n in _divisors(config.train.global_batch, config.train.global_batch) if n > 1]
+    """Larger multiples of the config's accumulation; those that leave a rank without an image are refused later."""
+    accumulation = config.train.accumulation
+    return [accumulation * n for n in _divisors(config.train.global_batch, config.train.global_batch) if n > 1]
 
 
 def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozenset[str]) -> str:
-    """Why no layout at all comes out even; raises ConfigError where it is not the batch."""
-    own, batch = config.train.accumulation, config.train.global_batch
+    """Why no layout divides evenly. Raises ConfigError if the reason is not the batch."""
+    accumulation, batch = config.train.accumulation, config.train.global_batch
     tried = list(candidates(config, world, machine, fixed))
     even = [c.parallel.tp for c in tried if not (config.model.heads % c.parallel.tp or world % c.parallel.tp)]
     fewest = world // max(even, default=1)
-    unit = fewest * own
+    unit = fewest * accumulation
     if even and batch % unit:
-        parts = f"in {own} micro-batch{'es' * (own > 1)}"
-        largest = world // min(even) * own
+        parts = f"in {accumulation} micro-batch{'es' * (accumulation > 1)}"
+        largest = world // min(even) * accumulation
         if largest == unit:
             which = f"at least {fewest} take different images, {parts}, so"
-        else:  # a smaller tp is simpler, and mostly faster: it comes first
+        else:  # the smaller tp is proposed first, because it is simpler and usually faster
             which = (
                 f"{world // min(even)} take different images at tp {min(even)}, {parts}: a multiple of {largest},"
                 f" nearest: {_near(batch, largest)}; or {fewest} do at tp {max(even)}, which splits each layer over"
@@ -200,7 +200,7 @@ def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozense
             f" {_near(batch, unit)} (--batch)"
         )
     check(tried[0], world)
-    return f"no layout of {world} GPUs comes out even; try another number of nodes"
+    return f"no layout of {world} GPUs divides evenly; try another number of nodes"
 
 
 def _near(batch: int, unit: int) -> str:
@@ -231,9 +231,9 @@ def _too_large(plans: list[Plan], world: int, machine: Machine, assume: Assumpti
 
 
 def fold(plans: Sequence[Plan]) -> list[tuple[Plan, int]]:
-    """The plans without near-duplicates, in their order: the simplest of those that are alike, and their number.
+    """The plans without near-duplicates, in order: the simplest of each group of equivalent plans, and their number.
 
-    Alike are plans whose time and memory both differ by less than `ALIKE` from the first of them.
+    Plans are equivalent if their time and memory both differ by less than `ALIKE` from the first of the group.
     """
     groups: list[list[Plan]] = []
     for plan in plans:

@@ -1,9 +1,9 @@
-"""What travels between ranks in one optimizer step: every collective, as this package and DeepSpeed call them.
+"""Lists all collectives of one optimizer step, as this package and DeepSpeed call them.
 
-`collectives` lists them for a layout. `payload` counts what a rank hands to the call (of a gather: what it gets),
-`wire` what it sends at least. Groups of one are left out: nothing travels there.
+`collectives` lists them for a layout. `payload` is the size of a rank's input to a call (for a gather, of its output);
+`wire` is the minimum that the rank sends. Groups of one rank are left out, because they send nothing.
 
-Letters as everywhere; b is the width of an activation in bytes.
+Letters as in `cost.py`; b is the size of an activation in bytes.
 """
 
 import math
@@ -21,16 +21,17 @@ from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
 BLOCKS = ("adaLN", "attention", "MLP", *MOE)
-# Parts (of `cost.layers`) that are computed again in the backward pass, by `parallel.recompute`.
-COMPUTED_AGAIN = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "router", "capacity predictor")}
+# Parts of `cost.layers` that are recomputed in the backward pass, for each value of `parallel.recompute`.
+RECOMPUTED_PARTS = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "router", "capacity predictor")}
 
 
 @dataclass(frozen=True)
 class Collective:
     """`count` equal calls of `op` over the group `over` ("tp", "dp", "ep", "edp", "world") of `size` ranks.
 
-    `payload` bytes each, a mean where they differ. `phase` is when: "forward", "backward", "gradients" (beside the
-    backward pass, or after it), "update". `ours` says that this package calls it, not DeepSpeed.
+    `payload` is in bytes for each call, a mean if the calls differ. `phase` is "forward", "backward", "gradients"
+    (during or after the backward pass) or "update". `ours` is true for calls of this package, false for those of
+    DeepSpeed.
     """
 
     what: str
@@ -44,21 +45,21 @@ class Collective:
 
     @property
     def wire(self) -> float:
-        """Bytes a rank sends, all calls together, by the best algorithm of each op."""
+        """Bytes that a rank sends in all calls together, with the optimal algorithm for each op."""
         share = (self.size - 1) / self.size
         return self.count * self.payload * share * (2 if self.op == "all_reduce" else 1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one rank's micro-batch; `conditional` are not null: in a plan a mean, and no whole number."""
+    """Images of one rank's micro-batch. `conditional` counts those that are not null; in a plan it is a mean."""
 
     images: int
     conditional: float
 
 
 def expected_batch(config: Config, layout: Layout) -> Batch:
-    """A mean micro-batch: `data.label_drop` of its images are null."""
+    """The mean micro-batch, in which a share `data.label_drop` of the images is null."""
     return Batch(layout.micro_batch, layout.micro_batch * (1 - config.data.label_drop))
 
 
@@ -67,41 +68,41 @@ def has_unconditional(model: ModelConfig) -> bool:
 
 
 def routed_images(model: ModelConfig, batch: Batch) -> float:
-    """Images whose tokens are routed: all, without an unconditional expert."""
+    """Number of images whose tokens are routed: all of them if there is no unconditional expert."""
     return batch.conditional if has_unconditional(model) else batch.images
 
 
 def routed_rows(model: ModelConfig, batch: Batch) -> float:
-    """Rows that one data rank's tokens send to routed experts in one MoE layer; DiffMoE: on average over ranks."""
+    """Rows that the tokens of one data-parallel rank send to routed experts in an MoE layer; for DiffMoE the mean."""
     return routed_images(model, batch) * model.rows_per_image
 
 
 def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> tuple[Collective, ...]:
-    """Every collective of one optimizer step on one rank, groups of one left out. Metrics every few steps are not in.
+    """All collectives of one optimizer step on one rank, without groups of one rank and without the logging of metrics.
 
     Args:
-        batch: images of each micro-batch; None takes the expected ones, and balanced experts.
+        batch: images of each micro-batch; None: the expected batch.
     """
     batch = batch or expected_batch(config, layout)
-    found = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
-    return tuple(c for c in found if c.size > 1 and c.count)
+    all_collectives = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
+    return tuple(c for c in all_collectives if c.size > 1 and c.count)
 
 
 def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective]:
-    """Of the forward and the backward pass. Source: nn/tensor_parallel.py, nn/moe/dispatcher.py, nn/layers.py."""
+    """Collectives of forward and backward pass. Source: nn/tensor_parallel.py, nn/moe/dispatcher.py, nn/layers.py."""
     model, b = config.model, zero_of(config).width
     B, D, L, moe = batch.images, model.hidden_size, model.depth, len(model.moe_blocks)
     T, R, tp, ep = B * model.tokens, routed_rows(model, batch), layout.tp, layout.ep
     micro = config.train.accumulation
-    parts = COMPUTED_AGAIN[config.parallel.recompute]
+    parts = RECOMPUTED_PARTS[config.parallel.recompute]
     again, again_moe = 1 + ("attention" in parts), 1 + ("routed experts" in parts)  # forward passes
     again_sum = 1 + (config.parallel.recompute == "all")
 
     def tensor(what: str, op: str, layers: int, payload: float, phase: str) -> Collective:
         return Collective(what, op, "tp", tp, micro * layers, payload, phase)
 
-    # With recomputation the forward pass of `attend` runs twice; of an MLP or MoE all up to the sum that ends it, and
-    # that too if its output, under the block's gate, is not kept.
+    # With recomputation the attention half runs its forward pass twice. An MLP or MoE is recomputed up to its final sum
+    # over tp; the sum is repeated too if the output, which the residual gate needs, is not saved.
     yield tensor("adaLN: join slices", "all_gather", L * again, B * 6 * D * b, "forward")
     yield tensor("adaLN: gradient of the condition", "all_reduce", L, B * D * b, "backward")
     yield tensor("attention: sum of heads", "all_reduce", L * again, T * D * b, "forward")
@@ -117,15 +118,17 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
         slots = -(-model.num_experts // ep)
         yield tensor("experts: gradient of the last bias", "all_reduce", moe, slots * D * b, "backward")
 
-    mine = R if layout.etp > 1 else R / tp  # rows of one rank: a region's ranks share them out, or split experts
-    cells, sent = ep * -(-model.num_experts // ep), mine
-    if model.capacity_factor:  # boxes of one size, see nn/moe/capacity_dispatcher.py
-        most = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
-        sent = cells * max(1, math.ceil(model.capacity_factor * most / model.num_experts))
+    local_rows = (
+        R if layout.etp > 1 else R / tp
+    )  # rows of one rank: the ranks of a region divide the rows, or split the experts
+    num_slots, rows_sent = ep * -(-model.num_experts // ep), local_rows
+    if model.capacity_factor:  # a fixed number of slots, see nn/moe/capacity_dispatcher.py
+        max_rows = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
+        rows_sent = num_slots * max(1, math.ceil(model.capacity_factor * max_rows / model.num_experts))
     for what, payload, forward, backward in (
-        ("dispatch: counts", cells * 8, 0 if model.capacity_factor else 1, 0),
-        ("dispatch: rows to experts", sent * D * b, 1, 1),
-        ("dispatch: rows home", sent * D * b, 1, 1),
+        ("dispatch: counts", num_slots * 8, 0 if model.capacity_factor else 1, 0),
+        ("dispatch: rows to experts", rows_sent * D * b, 1, 1),
+        ("combine: rows to sources", rows_sent * D * b, 1, 1),
     ):
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * forward * again_moe, payload, "forward")
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * backward, payload, "backward")
@@ -133,7 +136,7 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
 
 
 def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Iterator[Collective]:
-    """Of routers, over the scope of batch statistics; never again. Source: nn/moe/routers.py, routing_cache.py."""
+    """Collectives of routers for batch statistics, never recomputed. Source: nn/moe/routers.py, routing_cache.py."""
     if model.batch_scope != "global":
         return
     E, D = model.num_experts, model.hidden_size
@@ -145,7 +148,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
         if backward:
             yield Collective(what, op, "dp", dp, calls, payload, "backward")
 
-    if model.router == "promoe" and model.rcl_weight:  # one for all layers
+    if model.router == "promoe" and model.rcl_weight:  # one call for all layers
         moe = len(model.moe_blocks)
         yield from statistic("RCL: sums of tokens and counts", moe * E * (D + 1) * 4, calls=layers // moe)
     if model.router == "promoe_ec" and model.rcl_weight:
@@ -154,7 +157,7 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
         yield from statistic("classification: mean over images", 2 * 4)
     if model.router == "kmeans":
         yield from statistic("k-means: sums and counts", E * (D + 1) * 4, backward=False)
-        yield from statistic("k-means: the stray token", dp * (D + 1) * 4, backward=False, op="all_gather")
+        yield from statistic("k-means: the farthest token", dp * (D + 1) * 4, backward=False, op="all_gather")
     if model.router in BALANCED_ROUTERS and model.balance_weight:
         width = 2 * E + 1 if model.balance_form == "batch" else 2
         yield from statistic("balance loss", width * 4)
@@ -170,13 +173,14 @@ def _norm(layout: Layout) -> Iterator[Collective]:
 
 
 def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
-    """Of gradients and parameters, by DeepSpeed 0.19.8.
+    """Collectives of gradients and parameters in DeepSpeed 0.19.8.
 
-    Stages 0 to 2 sum buckets of gradients on all ranks, whatever their names promise; 1 and 2 gather the updated
-    parameters. Stages 2 and 3 do so for each micro-batch, stage 3 with its gathers: a large parameter for the forward
-    pass, and again for the backward pass unless it was used too recently; a small one after the update.
-    Bytes are exact but for the latter rule, which goes by elements, not by whole modules. Calls of gradients are exact
-    where one bucket holds them all; DeepSpeed fills the others with gradients of both kinds, whole ones only.
+    Stages 0 to 2 all-reduce buckets of gradients (not reduce-scatter); stages 1 and 2 gather the updated parameters.
+    Stages 2 and 3 reduce gradients in each micro-batch. Stage 3 gathers a large parameter for the forward pass, and
+    again for the backward pass unless it is still in use from the forward pass; it gathers small parameters after the
+    update. Bytes are exact, except that this reuse is counted in elements instead of modules. The number of gradient
+    calls is exact if one bucket holds all gradients; otherwise DeepSpeed mixes whole gradients of both kinds in a
+    bucket.
     """
     zero, micro = zero_of(config), config.train.accumulation
     stage, width = zero.stage, zero.width
@@ -196,7 +200,7 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
             calls = -(-sum(padded) // zero.bucket)
             payload = sum(padded) * width / calls
             yield Collective(names[0], "reduce_scatter", over, size, often * calls, payload, "gradients", False)
-            twice = _computed_again(config, layout, over == "edp")
+            twice = _recomputed_parameters(config, layout, over == "edp")
             yield from _gathers(names[1], over, size, padded, twice, zero, micro)
         if stage in (1, 2):
             for shard in flat_shards(tensors, size, routed=over == "edp"):
@@ -211,7 +215,7 @@ def _gathers(
         payload = sum(small) * zero.width / len(small)
         yield Collective(what, "all_gather", over, size, len(small), payload, "update", False)
     if large:
-        share = max(0.0, 1 - zero.kept / sum(large))  # of the parameters are gone when they are needed again
+        share = max(0.0, 1 - zero.kept / sum(large))  # share of the parameters that must be gathered again
         for phase, needed, part in (
             ("forward", large, 1.0),
             ("backward", large, share),
@@ -224,16 +228,16 @@ def _gathers(
                 yield Collective(what, "all_gather", over, size, micro * count, payload, phase, False)
 
 
-def _computed_again(config: Config, layout: Layout, routed: bool) -> list[int]:
-    """Elements of the tensors that recomputation visits: not of what ends a dense MLP, if its output is kept."""
-    model, found, recompute = config.model, [], config.parallel.recompute
-    parts = COMPUTED_AGAIN[recompute]
+def _recomputed_parameters(config: Config, layout: Layout, routed: bool) -> list[int]:
+    """Elements of the parameters that recomputation uses; without an MLP's last layer if its output is saved."""
+    model, elements, recompute = config.model, [], config.parallel.recompute
+    parts = RECOMPUTED_PARTS[recompute]
     for layer in layers(model):
         if layer.part not in parts or routed != (layer.part == "routed experts"):
             continue
         if routed:
             slots = -(-model.num_experts // layout.ep)
-            found += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
+            elements += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
         elif recompute == "all" or (layer.part, layer.split) != ("MLP", "rows"):
-            found += layer.tensors(layout.tp) * layer.copies
-    return found
+            elements += layer.tensors(layout.tp) * layer.copies
+    return elements

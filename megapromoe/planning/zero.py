@@ -1,4 +1,4 @@
-"""What a DeepSpeed file says that memory, traffic and time depend on, with DeepSpeed's defaults.
+"""The values of a DeepSpeed file that determine memory, traffic and time, with DeepSpeed's defaults.
 
 Source: deepspeed/runtime/zero/config.py, 0.19.8.
 """
@@ -12,16 +12,17 @@ from megapromoe.config.options import Config, TrainConfig
 
 @dataclass(frozen=True)
 class Zero:
-    """ZeRO's knobs; sizes in elements.
+    """ZeRO's settings; sizes are numbers of elements.
 
     Args:
         stage: 0 to 3.
-        width: bytes b of an activation, a parameter and a gradient: 2 in bf16, else 4.
-        bucket: gradients that are reduced together. `contiguous`: they are copied into a buffer first;
-            `overlap`: beside the backward pass, with two such buffers at stages 1 and 2.
-        small: stage 3 never lets go of parameters up to this size.
-        reuse: it keeps what is needed again within so many elements, and looks `ahead` so far.
-        offload: the optimizer lives in the host's memory.
+        width: bytes b of an activation, parameter or gradient: 2 for bf16, else 4.
+        bucket: size of a gradient bucket. `contiguous`: gradients are copied to a buffer first; `overlap`: buckets are
+            reduced during the backward pass, with two buffers at stages 1 and 2.
+        small: stage 3 keeps parameters up to this size gathered.
+        reuse: stage 3 keeps parameters that are needed again within this many elements, and prefetches `ahead`
+            elements.
+        offload: whether the optimizer is in host memory.
     """
 
     stage: int
@@ -36,12 +37,12 @@ class Zero:
 
     @property
     def kept(self) -> int:
-        """Of stage 3's large parameters: those of the last layers stay from the forward to the backward pass."""
-        return max(self.ahead, self.reuse) // 2  # there and back again
+        """Elements of the last layers' large parameters that stage 3 keeps from the forward to the backward pass."""
+        return max(self.ahead, self.reuse) // 2  # the distance counts both passes
 
 
 def zero_of(config: Config) -> Zero:
-    """The knobs in the file that `train.deepspeed` names; raises ConfigError where it is wrong."""
+    """The settings in the file that `train.deepspeed` names. Raises ConfigError if the file is wrong."""
     return _read(config.train.deepspeed)
 
 

@@ -62,8 +62,8 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
                 problems.append(f"{task.name}: {problem}")
                 continue
             facts = {"step": step, "weights": study.recipe.weights, "split": split, "draws": draws}
-            found = facts | {"loss": mean, "standard_error": error, "initial_share": share}
-            write_text(study.loss_file(task), json.dumps(found) + "\n", parents=True, concurrent=True)
+            record = facts | {"loss": mean, "standard_error": error, "initial_share": share}
+            write_text(study.loss_file(task), json.dumps(record) + "\n", parents=True, concurrent=True)
     if problems:
         raise StudyError(problems)
 
@@ -85,8 +85,8 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
     lines = metrics(study.run(task))
     if not lines:
         raise StudyError([f"{study.run(task) / 'metrics.jsonl'}: holds no metrics, though its last step is saved"])
-    found = _known_loss(study, task, draws)
-    if found is None:
+    record = _known_loss(study, task, draws)
+    if record is None:
         raise StudyError([f"{task.name}: its loss on fixed draws is not computed yet; `collect` does"])
     model, steps = task.config.model, task.config.train.steps
     tail = [line for line in lines if line["step"] > (1 - TAIL) * steps] or lines[-1:]
@@ -105,11 +105,11 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "active_parameters": count.active,
         "flops_per_image": flops,
         "training_flops": task.flops,
-        LOSS: found["loss"],
-        "fixed_loss_error": found["standard_error"],
-        "split": found["split"],
-        "weights": found["weights"],
-        "initial_share": found.get("initial_share"),
+        LOSS: record["loss"],
+        "fixed_loss_error": record["standard_error"],
+        "split": record["split"],
+        "weights": record["weights"],
+        "initial_share": record.get("initial_share"),
         TRAINING_LOSS: _mean(tail, DENOISING_LOSS),
         **{name: _mean(tail, name) for name in ROUTING},
         "dead_share": dead / slots if slots and dead is not None else None,
@@ -122,15 +122,15 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
 
 def _evaluated(study: Study, task: Task) -> dict[str, float]:
     """What `megapromoe evaluate` found of the last checkpoint, under a name for each figure and guidance scale."""
-    last = [found for found in figures(study, task) if found["step"] == study.steps_saved(task)]
-    return {f"{EVALUATED}{titled(found)}, guidance {found['guidance']:g}": found["value"] for found in last}
+    last = [record for record in figures(study, task) if record["step"] == study.steps_saved(task)]
+    return {f"{EVALUATED}{titled(record)}, guidance {record['guidance']:g}": record["value"] for record in last}
 
 
 def _known_loss(study: Study, task: Task, draws: int) -> dict[str, Any] | None:
     """The loss that is kept, if it is of the last checkpoint, of these weights and of as many draws."""
     wanted = {"step": study.steps_saved(task), "weights": study.recipe.weights, "draws": draws}
-    found = read_json(study.loss_file(task))
-    return found if found is not None and wanted.items() <= found.items() else None
+    record = read_json(study.loss_file(task))
+    return record if record is not None and wanted.items() <= record.items() else None
 
 
 def _values(lines: list[dict], name: str) -> list[float]:

@@ -43,15 +43,15 @@ def figures(study: Study, task: Task) -> list[dict[str, Any]]:
     Of several records of the same the newest counts, but one that the recipe asks for before those made by hand, such
     as of other weights.
     """
-    found, records = {}, lines_of(study.run(task) / RECORDS)
+    values, records = {}, lines_of(study.run(task) / RECORDS)
     if (evaluation := evaluation_of(study.recipe, task)) is not None:
         records.sort(key=evaluation.is_of)  # stable: the oldest of others first, the newest of its own last
     for record in records:
         for name, value in record["figures"].items():
-            found[record["step"], record["guidance"], record["count"], name] = value
+            values[record["step"], record["guidance"], record["count"], name] = value
     who = {"task": task.name, "variant": task.variant, "seed": task.seed, **task.point}
     names = ("step", "guidance", "count", "figure", "value")
-    return [{**who, **dict(zip(names, (*key, value), strict=True))} for key, value in found.items()]
+    return [{**who, **dict(zip(names, (*key, value), strict=True))} for key, value in values.items()]
 
 
 def titled(row: dict[str, Any]) -> str:
@@ -59,15 +59,15 @@ def titled(row: dict[str, Any]) -> str:
     return f"{row['figure']}, {row['count']:,} images"
 
 
-def several_steps(found: Iterable[dict[str, Any]]) -> bool:
+def several_steps(rows: Iterable[dict[str, Any]]) -> bool:
     """Was any task evaluated at more than one step?"""
     steps: dict[str, set[int]] = {}
-    for row in found:
+    for row in rows:
         steps.setdefault(row["task"], set()).add(row["step"])
-    return any(len(own) > 1 for own in steps.values())
+    return any(len(task_steps) > 1 for task_steps in steps.values())
 
 
-def curves_of(found: Iterable[dict[str, Any]], figure: str | None) -> Curves | None:
+def curves_of(rows: Iterable[dict[str, Any]], figure: str | None) -> Curves | None:
     """The curves of a figure, as `titled` calls it; None where no run was evaluated at two steps.
 
     Of the guidance scales that is taken at which some run was evaluated at most steps; of equals the highest.
@@ -75,7 +75,7 @@ def curves_of(found: Iterable[dict[str, Any]], figure: str | None) -> Curves | N
     if figure is None:
         return None
     scales: dict[float, dict[str, dict[int, float]]] = {}
-    for row in sorted((row for row in found if titled(row) == figure), key=lambda row: row["step"]):
+    for row in sorted((row for row in rows if titled(row) == figure), key=lambda row: row["step"]):
         scales.setdefault(row["guidance"], {}).setdefault(row["task"], {})[row["step"]] = row["value"]
     if not scales:
         return None

@@ -43,7 +43,7 @@ def measure(study: Study) -> dict[str, Speed]:
     for task in study.tasks:
         if task.variant not in dearest or task.flops > dearest[task.variant].flops:
             dearest[task.variant] = task
-    found, half = {}, MEASURED_STEPS // 2
+    speeds, half = {}, MEASURED_STEPS // 2
     short = [f"train.steps={MEASURED_STEPS}", "train.warmup=0", "train.save_every=0", f"train.log_every={half}"]
     for variant, task in track(dearest.items(), "model", "measuring"):
         with tempfile.TemporaryDirectory(prefix="megapromoe-measure-") as folder:
@@ -56,12 +56,12 @@ def measure(study: Study) -> dict[str, Speed]:
             seconds = time.monotonic() - since
             lines = metrics(Path(folder))
             if done.returncode or not lines:
-                said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-                raise StudyError([f"{task.name}: could not be measured, exit code {done.returncode}: {said}"])
+                last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+                raise StudyError([f"{task.name}: could not be measured, exit code {done.returncode}: {last_lines}"])
             rate = lines[-1]["flops_per_second"]
             trained = task.flops / task.config.train.steps * MEASURED_STEPS / rate
-            found[variant] = Speed(rate, max(0.0, seconds - trained))
-    return found
+            speeds[variant] = Speed(rate, max(0.0, seconds - trained))
+    return speeds
 
 
 def seconds(study: Study, speeds: Mapping[str, Speed]) -> float:

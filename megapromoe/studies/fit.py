@@ -134,8 +134,8 @@ def _best(x: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
 
     bounds = ([-np.inf, -np.inf, C_MIN], [np.inf, np.inf, C_MAX])
     start[2] = np.clip(start[2], C_MIN * 1.0001, C_MAX * 0.9999)
-    found = least_squares(error, start, bounds=bounds, xtol=1e-14, ftol=1e-14, gtol=1e-14, x_scale="jac")
-    a, b, c = found.x if found.cost <= 0.5 * (error(start) ** 2).sum() else start
+    solution = least_squares(error, start, bounds=bounds, xtol=1e-14, ftol=1e-14, gtol=1e-14, x_scale="jac")
+    a, b, c = solution.x if solution.cost <= 0.5 * (error(start) ** 2).sum() else start
     return float(a), float(b), float(c)
 
 

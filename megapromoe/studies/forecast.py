@@ -35,18 +35,18 @@ class Forecast:
         if outcome.get("flops", 0) > 0 and outcome.get("seconds", 0) > 0:
             self._ended[is_training(job)].append((outcome["flops"], outcome["seconds"]))
 
-    def job_left(self, one: RunningJob, running: Sequence[RunningJob] = ()) -> float | None:
+    def job_left(self, running_job: RunningJob, running: Sequence[RunningJob] = ()) -> float | None:
         """Seconds until a running job has ended; None: unknown."""
-        done, seconds = self._progress(one), self._clock() - one.since
-        left = flops_of(one.job, units(one.job) - one.done_before) - done
+        done, seconds = self._progress(running_job), self._clock() - running_job.since
+        left = flops_of(running_job.job, units(running_job.job) - running_job.done_before) - done
         if done and seconds > 0:
             return left * seconds / done  # its own speed, start-up included
-        speed = self._speed(is_training(one.job), running)
+        speed = self._speed(is_training(running_job.job), running)
         return None if speed is None else max(0.0, left / speed - seconds)
 
     def all_left(self, running: Sequence[RunningJob], waiting: Sequence[Job]) -> float | None:
         """Seconds until all of these jobs have ended; None: unknown."""
-        lefts = [self.job_left(one, running) for one in running]
+        lefts = [self.job_left(running_job, running) for running_job in running]
         for job in waiting:
             speed = self._speed(is_training(job), running)
             flops = flops_of(job, units(job) - units_done(self._study, job))
@@ -59,20 +59,20 @@ class Forecast:
     def _speed(self, training: bool, running: Sequence[RunningJob]) -> float | None:
         """Operations a second of a job of this kind."""
         samples = list(self._ended[training])
-        for one in running:
-            if is_training(one.job) == training and (done := self._progress(one)):
-                samples.append((done, self._clock() - one.since))
+        for running_job in running:
+            if is_training(running_job.job) == training and (done := self._progress(running_job)):
+                samples.append((done, self._clock() - running_job.since))
         seconds = sum(seconds for _, seconds in samples)
         return sum(flops for flops, _ in samples) / seconds if seconds > 0 else None
 
-    def _progress(self, one: RunningJob) -> int:
+    def _progress(self, running_job: RunningJob) -> int:
         """Operations that a running job has done since its start; 0 where it has logged nothing yet."""
-        if not is_training(one.job):
+        if not is_training(running_job.job):
             return 0  # its figures appear together, at its end
-        logged, when = self._study.last_line(one.job)
-        if when is None or when < one.since_epoch:  # lines of the start before
+        logged, when = self._study.last_line(running_job.job)
+        if when is None or when < running_job.since_epoch:  # lines of the start before
             return 0
-        return flops_of(one.job, max(0, logged - one.done_before))
+        return flops_of(running_job.job, max(0, logged - running_job.done_before))
 
 
 def in_words(seconds: float | None, now: datetime) -> str:

@@ -143,15 +143,15 @@ def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: 
     def active(width: int) -> int:
         return parameters(_resolve(recipe, *layers, {key: ratio_of(width, size)}).model).active
 
-    one, two = active(multiple), active(2 * multiple)
-    if one == two:
+    count, doubled_count = active(multiple), active(2 * multiple)
+    if count == doubled_count:
         raise ConfigError(
             [
                 f"match = {key}: does not change the active parameters of this variant; name the other ratio, or leave"
                 " model.expert_width at 0"
             ]
         )
-    steps = max(1, round(1 + (target - one) / (two - one)))
+    steps = max(1, round(1 + (target - count) / (doubled_count - count)))
     return ratio_of(steps * multiple, size)
 
 

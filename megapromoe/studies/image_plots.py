@@ -38,7 +38,7 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     everything = groups(rows, study.recipe)
     styles = styles_of(study, everything)
     done = {row["task"] for row in rows}
-    curves = curves_of((found for task in study.tasks if task.name in done for found in figures(study, task)), first)
+    curves = curves_of((row for task in study.tasks if task.name in done for row in figures(study, task)), first)
     means = {key: curves.mean([row["task"] for row in group]) for key, group in everything.items()} if curves else {}
     third = any(len(mean) > 1 for mean in means.values())
 

@@ -90,37 +90,37 @@ def ask_to_stop(running: Iterable[RunningJob]) -> None:
 
     srun alone gets SIGUSR1, which it hands on to the ranks on all nodes; at SIGTERM it would kill them.
     """
-    for one in running:
+    for running_job in running:
         with contextlib.suppress(ProcessLookupError):
-            if one.launcher == "srun":
-                one.process.send_signal(signal.SIGUSR1)
+            if running_job.launcher == "srun":
+                running_job.process.send_signal(signal.SIGUSR1)
             else:
-                os.killpg(one.process.pid, signal.SIGTERM)
+                os.killpg(running_job.process.pid, signal.SIGTERM)
 
 
-def finish(study: Study, one: RunningJob, stopped: bool) -> int:
+def finish(study: Study, running_job: RunningJob, stopped: bool) -> int:
     """Writes down how a job ended, whose process has; returns its code.
 
     Args:
         stopped: it was asked to stop.
     """
-    one.log.close()
-    code, reason = one.process.returncode, ""
-    if study.done(one.job):
+    running_job.log.close()
+    code, reason = running_job.process.returncode, ""
+    if study.done(running_job.job):
         code = 0
     elif stopped:  # launchers have codes of their own for a job that was asked to stop
         code = STOPPED
     elif code == 0:
-        code, reason = 1, f"exit code 0, but {_lack(study, one.job)}"
+        code, reason = 1, f"exit code 0, but {_lack(study, running_job.job)}"
     outcome = {
         "code": code,
-        "said": reason or (_last_words(study, one) if code else ""),
-        "seconds": round(time.monotonic() - one.since, 1),
-        "flops": flops_of(one.job, units_done(study, one.job) - one.done_before),
+        "said": reason or (_last_words(study, running_job) if code else ""),
+        "seconds": round(time.monotonic() - running_job.since, 1),
+        "flops": flops_of(running_job.job, units_done(study, running_job.job) - running_job.done_before),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_text(study.outcome_file(one.job), json.dumps(outcome) + "\n", parents=True)
-    one.lock.close()
+    write_text(study.outcome_file(running_job.job), json.dumps(outcome) + "\n", parents=True)
+    running_job.lock.close()
     return code
 
 
@@ -149,34 +149,34 @@ def flops_of(job: Job, count: int) -> int:
     return job.flops(count) if isinstance(job, Evaluation) else job.flops // job.config.train.steps * count
 
 
-def end_in_words(code: int, study: Study, one: RunningJob) -> str:
+def end_in_words(code: int, study: Study, running_job: RunningJob) -> str:
     """How a job ended, for a line of `study run`."""
-    seconds = f"{time.monotonic() - one.since:.0f} s"
+    seconds = f"{time.monotonic() - running_job.since:.0f} s"
     if code == 0:
         return f"done in {seconds}"
     if code == STOPPED:
         return f"stopped after {seconds}, saved; repeat the command to go on"
-    outcome = study.outcome(one.job)
+    outcome = study.outcome(running_job.job)
     assert outcome is not None, "written when the job ended"
     ended = f"failed with exit code {code}" if code > 0 else failure(code)
-    return f"{ended} after {seconds}; {study.log(one.job)} ends with: {outcome['said']}"
+    return f"{ended} after {seconds}; {study.log(running_job.job)} ends with: {outcome['said']}"
 
 
-def start_in_words(study: Study, one: RunningJob) -> str:
+def start_in_words(study: Study, running_job: RunningJob) -> str:
     """What starts: of which variant and seed, how much, where."""
-    job = one.job
+    job = running_job.job
     if isinstance(job, Evaluation):
-        rest = f", {one.done_before} of them known" if one.done_before else ""
+        rest = f", {running_job.done_before} of them known" if running_job.done_before else ""
         return f"evaluation of {job.task.name} starts ({job.in_words()}{rest}; {study.run(job.task)})"
     steps = job.config.train.steps
-    how_far = f"steps {one.done_before + 1:,} to {steps:,}" if one.done_before else f"{steps:,} steps"
+    how_far = f"steps {running_job.done_before + 1:,} to {steps:,}" if running_job.done_before else f"{steps:,} steps"
     return f"training {job.name} starts (variant {job.variant}, seed {job.seed}, {how_far}, {study.run(job)})"
 
 
-def _last_words(study: Study, one: RunningJob) -> str:
+def _last_words(study: Study, running_job: RunningJob) -> str:
     """What the log of this start says went wrong: from the last line of `megapromoe:` on, else its last line."""
-    with open(study.log(one.job), "rb") as file:
-        file.seek(max(one.from_byte, file.seek(0, os.SEEK_END) - 65536))
+    with open(study.log(running_job.job), "rb") as file:
+        file.seek(max(running_job.from_byte, file.seek(0, os.SEEK_END) - 65536))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     ours = [i for i, line in enumerate(lines) if re.match(r"megapromoe[:,] ", line)]
     return "\n".join(lines[ours[-1] :] if ours else lines[-1:])[:2000]

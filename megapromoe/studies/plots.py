@@ -70,8 +70,8 @@ def draw_experts(study: Study, rows: Rows) -> Figure | None:
                 ax.axhspan(low, high, alpha=0.12, linewidth=0, color=style.colour)
             continue
         # Side by side, so that intervals do not hide each other.
-        aside = 1.035 ** (i - (len(lines) - 1) / 2)
-        _points(ax, [(x * aside, losses) for x, losses in points], name, style)
+        x_factor = 1.035 ** (i - (len(lines) - 1) / 2)
+        _points(ax, [(x * x_factor, losses) for x, losses in points], name, style)
         law = laws.get((variant, "experts", rest))
         if isinstance(law, PowerLaw) and not law.doubts:
             _law(ax, law, counts[0], counts[-1], style)
@@ -140,8 +140,8 @@ def _draw_ends(ax: Axes, study: Study, rows: Rows) -> None:
     styles = _family_styles(study, everything, families)
     for i, ((variant, rest), points) in enumerate(families.items()):
         style = styles[variant, rest]
-        aside = 1.04 ** (i - (len(families) - 1) / 2)  # side by side, so that intervals do not hide each other
-        points = [(x * aside, losses) for x, losses in sorted(points)]
+        x_factor = 1.04 ** (i - (len(families) - 1) / 2)  # side by side, so that intervals do not hide each other
+        points = [(x * x_factor, losses) for x, losses in sorted(points)]
         _points(ax, points, plot_label(variant, rest), style)
         law = laws[variant, "training_flops", rest]
         if isinstance(law, PowerLaw) and not law.doubts:
@@ -161,8 +161,8 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
     if not rows:
         return None
     everything = groups(rows, study.recipe)
-    many = len(everything) > MANY
-    figure, parts = _parts([height_of(len(everything), 4.6)] * 3, stacked=many)
+    stacked = len(everything) > MANY
+    figure, parts = _parts([height_of(len(everything), 4.6)] * 3, stacked=stacked)
     tasks, styles = {task.name: task for task in study.tasks}, styles_of(study, everything)
     lines: tuple[list[Curve], list[Curve], list[Curve]] = ([], [], [])
     for (variant, point), group in everything.items():
@@ -198,7 +198,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
     draw_curves(parts[0], lines[0], "Dead experts, within each logged stretch", finish_dead)
     draw_curves(parts[1], lines[1], "Evenness of the load", finish_evenness)
     panels = draw_curves(parts[2], lines[2], "Load at the end, mean of layers and seeds", finish_load)
-    if not many:
+    if not stacked:
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)
     return figure
@@ -220,8 +220,8 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         ("memory_bytes", 2**20, "peak memory of rank 0 (MiB)", "Memory"),
     )
     place = np.arange(len(names))
-    for ax, (key, one, label, title) in zip(axes, wanted, strict=True):
-        values = [[row[key] / one for row in group if row[key] is not None] for group in everything.values()]
+    for ax, (key, divisor, label, title) in zip(axes, wanted, strict=True):
+        values = [[row[key] / divisor for row in group if row[key] is not None] for group in everything.values()]
         means = [float(np.mean(v)) if v else math.nan for v in values]
         known = [value for v in values for value in v]
         # Bars start at 0. Where all are nearly as long, marks on an axis of their own range show what differs.
@@ -229,7 +229,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         if not near:
             ax.barh(place, means, color=colours, alpha=0.4 if key == "parameters" else 0.6)
         if key == "parameters":
-            active = [group[0]["active_parameters"] / one for group in everything.values()]
+            active = [group[0]["active_parameters"] / divisor for group in everything.values()]
             ax.barh(place, active, color=colours)
         else:
             for y, v, colour in zip(place, values, colours, strict=True):

@@ -169,22 +169,22 @@ def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain dicts and lists; `make_recipe` of it gives an equal one."""
-    said: dict[str, Any] = {"preset": recipe.preset, "settings": dict(recipe.settings)}
-    said["axes"] = {key: list(values) for key, values in recipe.axes.items()}
-    said |= {"seeds": list(recipe.seeds), "seed_settings": list(recipe.seed_settings)}
-    said["variants"] = {}
+    content: dict[str, Any] = {"preset": recipe.preset, "settings": dict(recipe.settings)}
+    content["axes"] = {key: list(values) for key, values in recipe.axes.items()}
+    content |= {"seeds": list(recipe.seeds), "seed_settings": list(recipe.seed_settings)}
+    content["variants"] = {}
     for variant in recipe.variants:
-        told = {"settings": dict(variant.settings), "match": variant.match, "without": list(variant.without)}
-        said["variants"][variant.name] = {key: value for key, value in told.items() if value}
+        entry = {"settings": dict(variant.settings), "match": variant.match, "without": list(variant.without)}
+        content["variants"][variant.name] = {key: value for key, value in entry.items() if value}
     if recipe.active_parameters is not None:
-        said["active_parameters"] = dict(vars(recipe.active_parameters))
+        content["active_parameters"] = dict(vars(recipe.active_parameters))
     if recipe.evaluate is not None:
         section = {key: value for key, value in vars(recipe.evaluate).items() if value}
-        said["evaluate"] = {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
-    said |= {
+        content["evaluate"] = {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
+    content |= {
         "baseline": recipe.baseline,
         "weights": recipe.weights,
         "ranks": recipe.ranks,
         "launcher": list(recipe.launcher),
     }
-    return {key: value for key, value in said.items() if value is not None}
+    return {key: value for key, value in content.items() if value is not None}

@@ -83,18 +83,19 @@ class _Runner:
                     if not self.waiting and not self.running:
                         break
                     time.sleep(POLL)
-                    for one in [one for one in self.running if one.process.poll() is not None]:
-                        self.running.remove(one)
-                        code = finish(self.study, one, self.stopping)
-                        self.forecast.add(one.job)
-                        self._ended(one.job, code, end_in_words(code, self.study, one))
+                    ended = [running_job for running_job in self.running if running_job.process.poll() is not None]
+                    for running_job in ended:
+                        self.running.remove(running_job)
+                        code = finish(self.study, running_job, self.stopping)
+                        self.forecast.add(running_job.job)
+                        self._ended(running_job.job, code, end_in_words(code, self.study, running_job))
                     self._show()
             except BaseException:  # Ctrl-C among them: nothing goes on training behind the back of who stopped it
                 ask_to_stop(self.running)
-                for one in self.running:
+                for running_job in self.running:
                     with contextlib.suppress(KeyboardInterrupt):
-                        one.process.wait()
-                    finish(self.study, one, True)
+                        running_job.process.wait()
+                    finish(self.study, running_job, True)
                 raise
         return self.codes | {job.name: STOPPED for job in self.waiting}
 
@@ -116,11 +117,11 @@ class _Runner:
             self.waiting.remove(job)
             code = _code_of_others(self.study, job, self.left_to_others)
             if code is None:
-                one = start(self.study, job, lock)
-                self.running.append(one)
+                running_job = start(self.study, job, lock)
+                self.running.append(running_job)
                 number = len(self.codes) + len(self.running)
-                line = f"{number} of {len(self.jobs)}: {start_in_words(self.study, one)}; it should end "
-                line += in_words(self.forecast.job_left(one, self.running), datetime.now())
+                line = f"{number} of {len(self.jobs)}: {start_in_words(self.study, running_job)}; it should end "
+                line += in_words(self.forecast.job_left(running_job, self.running), datetime.now())
                 if len(self.jobs) > 1:  # a job of an array knows nothing of the study's other jobs
                     line += f", the study {in_words(self._left(), datetime.now())}"
                 self.progress.write(line)
@@ -133,7 +134,7 @@ class _Runner:
         """Whether its training is done. Drops it where that will not be."""
         if self.study.done(job.task):
             return True
-        comes = job.task in self.waiting or any(one.job == job.task for one in self.running)
+        comes = job.task in self.waiting or any(running_job.job == job.task for running_job in self.running)
         if not comes:
             self.waiting.remove(job)
             why = f"its training is not done ({self.study.state(job.task)})"
@@ -153,10 +154,10 @@ class _Runner:
         return self.forecast.all_left(self.running, self.waiting)
 
     def _show(self) -> None:
-        trainings = (one.job for one in self.running if not isinstance(one.job, Evaluation))
+        trainings = (running_job.job for running_job in self.running if not isinstance(running_job.job, Evaluation))
         logged = sum(self.study.steps_logged(job) for job in trainings)
         self.progress.update(max(0, self.ended_steps + logged - self.progress.done))
-        self.progress.note(", ".join(one.job.name for one in self.running))
+        self.progress.note(", ".join(running_job.job.name for running_job in self.running))
 
 
 def jobs_to_run(study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool) -> tuple[Job, ...]:

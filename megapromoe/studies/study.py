@@ -38,7 +38,7 @@ from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.json_files import read_json
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
-_WHOLE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
+_COMPLETE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
 _PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
 LAST_BYTES = 1 << 18  # of a metrics.jsonl: more than its longest line
 
@@ -87,8 +87,8 @@ class Study:
     def steps_saved(self, task: Task) -> int:
         """Steps of the newest complete checkpoint, 0 without one."""
         manifests = (self.run(task) / "checkpoints").glob("step-*/manifest.json")
-        found = (_WHOLE.fullmatch(path.parent.name) for path in manifests)
-        return max((int(match[1]) for match in found if match), default=0)
+        matches = (_COMPLETE.fullmatch(path.parent.name) for path in manifests)
+        return max((int(match[1]) for match in matches if match), default=0)
 
     def last_line(self, job: Job) -> tuple[int, float | None]:
         """The last step that a training has logged, and when (seconds since 1970); None where it has logged nothing.

@@ -158,10 +158,10 @@ def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:
 
 def _number(options: Sequence[str], *names: str) -> int | None:
     """The last whole number that an option of sbatch has, written as NAME=8, NAME 8, or -N8; None without one."""
-    found = None
+    count = None
     for option, following in pairwise([*options, ""]):
         for name in names:
             value = following if option == name else option.removeprefix(name).removeprefix("=").rpartition(":")[2]
             if option.startswith(name) and re.fullmatch(r"[1-9]\d*", value):
-                found = int(value)
-    return found
+                count = int(value)
+    return count

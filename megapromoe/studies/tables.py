@@ -55,15 +55,15 @@ def mean_of(values: Iterable[float]) -> Mean:
 
 def groups(rows: Rows, recipe: Recipe) -> dict[tuple[str, tuple], list[dict]]:
     """Rows that differ in the seed alone: (variant, ((axis, value), ...)) -> rows, in the order of the study."""
-    found: dict[tuple[str, tuple], list[dict]] = {}
+    grouped: dict[tuple[str, tuple], list[dict]] = {}
     for variant in recipe.variants:
         for row in rows:
             if row["variant"] == variant.name:
                 point = tuple((axis, row[axis]) for axis in recipe.axes if axis in row)
-                found.setdefault((variant.name, point), []).append(row)
+                grouped.setdefault((variant.name, point), []).append(row)
     order = {axis: recipe.axes[axis].index for axis in recipe.axes}
     names = [variant.name for variant in recipe.variants]
-    return dict(sorted(found.items(), key=lambda g: (names.index(g[0][0]), [order[a](v) for a, v in g[0][1]])))
+    return dict(sorted(grouped.items(), key=lambda g: (names.index(g[0][0]), [order[a](v) for a, v in g[0][1]])))
 
 
 def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> dict[tuple[str, tuple | None], Mean]:
@@ -81,14 +81,14 @@ def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> di
                 difference = row[key] - statistics.fmean(other[key] for other in same)
                 for place in (point, None):
                     by_seed.setdefault((variant, place), {}).setdefault(row["seed"], []).append(difference)
-    found = {}
+    means = {}
     for (variant, place), seeds in by_seed.items():
         points = max(map(len, seeds.values()))
-        whole = [statistics.fmean(values) for values in seeds.values() if len(values) == points]
+        complete = [statistics.fmean(values) for values in seeds.values() if len(values) == points]
         if place is not None or points > 1:
-            found[variant, place] = mean_of(whole)
+            means[variant, place] = mean_of(complete)
     names = [variant.name for variant in recipe.variants]
-    return dict(sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1] is None)))
+    return dict(sorted(means.items(), key=lambda item: (names.index(item[0][0]), item[0][1] is None)))
 
 
 def trends(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, tuple], Mean]:
@@ -103,13 +103,13 @@ def trends(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, tuple
         for row in group if len(rest) < len(point) else ():
             seeds = lines.setdefault((variant, rest), {})
             seeds.setdefault(row["seed"], {})[math.log2(row["experts"])] = row[key]
-    found = {}
+    slopes = {}
     for name, seeds in lines.items():
         most = max(map(len, seeds.values()))
-        whole = [line for line in seeds.values() if len(line) == most]
+        complete = [line for line in seeds.values() if len(line) == most]
         if most > 1:
-            found[name] = mean_of(statistics.linear_regression(list(x), list(x.values())).slope for x in whole)
-    return found
+            slopes[name] = mean_of(statistics.linear_regression(list(x), list(x.values())).slope for x in complete)
+    return slopes
 
 
 def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tuple], PowerLaw | str]:
@@ -124,14 +124,14 @@ def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tu
         if experts:
             families.setdefault((variant, "experts", others), []).extend(group)
         families.setdefault((variant, "training_flops", experts), []).extend(group)
-    found: dict[tuple[str, str, tuple], PowerLaw | str] = {}
+    laws: dict[tuple[str, str, tuple], PowerLaw | str] = {}
     for (variant, x, rest), family in families.items():
         try:
             values, losses = (np.array([row[name] for row in family], dtype=float) for name in (x, key))
-            found[variant, x, rest] = fit_power_law(values, losses)
+            laws[variant, x, rest] = fit_power_law(values, losses)
         except FitError as error:
-            found[variant, x, rest] = str(error)
-    return found
+            laws[variant, x, rest] = str(error)
+    return laws
 
 
 def to_csv(rows: Rows) -> str:
@@ -150,11 +150,11 @@ def to_markdown(
     recipe: Recipe,
     missing: Sequence[str],
     against: Sequence[str],
-    found: Rows = (),
+    evaluations: Rows = (),
     means: Iterable[str] = (),
 ) -> str:
     """The study in tables; `found`: the `figures` of its tasks; `means`: sections about their means over seeds."""
-    return "\n\n".join(sections(rows, recipe, missing, against, found, means)) + "\n"
+    return "\n\n".join(sections(rows, recipe, missing, against, evaluations, means)) + "\n"
 
 
 def _initial(rows: Rows, recipe: Recipe) -> str:
@@ -172,7 +172,7 @@ def sections(
     recipe: Recipe,
     missing: Sequence[str],
     against: Sequence[str],
-    found: Rows = (),
+    evaluations: Rows = (),
     means: Iterable[str] = (),
 ) -> Iterable[str]:
     splits = ", ".join(sorted({row["split"] for row in rows}))
@@ -187,7 +187,7 @@ def sections(
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
-    yield from _over_training(rows, recipe, found)
+    yield from _over_training(rows, recipe, evaluations)
     yield from means
     for name in against:
         lines: list[list[Any]] = [["model", "loss minus that of " + name, "seeds", "differs"]]
@@ -259,17 +259,17 @@ def first_figure(rows: Rows) -> str | None:
     return next((name.removeprefix(EVALUATED).rpartition(", guidance ")[0] for name in evaluated(rows)), None)
 
 
-def _over_training(rows: Rows, recipe: Recipe, found: Rows) -> Iterable[str]:
+def _over_training(rows: Rows, recipe: Recipe, evaluations: Rows) -> Iterable[str]:
     """The first figure at each step that was evaluated, if there are several."""
-    curves = curves_of(found, first_figure(rows))
+    curves = curves_of(evaluations, first_figure(rows))
     if curves is None:
         return
     yield "## Over training"
     yield f"Each seed's {curves.figure}, guidance {curves.guidance:g}, at the checkpoint of each step."
     lines = [["model", *(f"step {step:,}" for step in curves.steps)]]
     for (variant, point), group in groups(rows, recipe).items():
-        own = [curves.values.get(row["task"], {}) for row in group]
-        cells = [_of_images([curve[step] for curve in own if step in curve]) for step in curves.steps]
+        curves_of_group = [curves.values.get(row["task"], {}) for row in group]
+        cells = [_of_images([curve[step] for curve in curves_of_group if step in curve]) for step in curves.steps]
         lines.append([model_name(variant, point), *cells])
     yield _table(lines)
 

@@ -123,7 +123,7 @@ def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
         (["--run", "r"], ["--num: is needed"]),
         (["--images", "i", "--num", "5", "--plot", "p"], ["--num: is for", "--plot: is for", "--reference: is needed"]),
         (["--run", "r", "--every-step", "--step", "3"], ["--num: is needed", "--every-step, --step 3: give one"]),
-        (["--images", "i", "--every-step"], ["--every-step: is for drawing", "--reference: is needed"]),
+        (["--images", "i", "--every-step"], ["--every-step: is for sampling", "--reference: is needed"]),
     ],
 )
 def test_options_that_do_not_go_together(words, said):

@@ -193,7 +193,7 @@ def test_an_interrupt_says_how_to_continue(module, function, line, monkeypatch, 
     monkeypatch.setattr(cli.load(module), function, interrupt)
     assert cli.main([module, *line]) == 130
     said = capsys.readouterr().err
-    assert said.startswith("megapromoe: interrupted") and "repeat the command to go on" in said
+    assert said.startswith("megapromoe: interrupted") and "repeat the command to continue" in said
 
 
 # ---- tools/, the same commands from a checkout
@@ -442,7 +442,7 @@ def test_a_large_preset_trains_on_nothing_that_was_not_chosen(preset, trained, t
     for words in ([], ["--dry-run"]):
         assert cli.main([*line, *words]) == 2
         said = capsys.readouterr().err
-        assert "data.source = 'unset': nothing is chosen to train on" in said and all(r in said for r in remedies)
+        assert "data.source = 'unset': no training data is chosen" in said and all(r in said for r in remedies)
     assert not trained and not (tmp_path / "run").exists()
     assert cli.main([*line, "data.path=latents"]) == 2
     assert "data.path = 'latents': is for data.source = latents or fashion_mnist: set that" in capsys.readouterr().err

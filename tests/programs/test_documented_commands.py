@@ -153,7 +153,7 @@ def test_launchers_print_what_they_would_run(text, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "megapromoe" in done.stdout
     starts = "--dry-run" not in text and "PRESET" not in text and "[section.key" not in text
-    assert not (starts and "nothing is chosen to train on" in done.stderr), "the command itself would be refused"
+    assert not (starts and "no training data is chosen" in done.stderr), "the command itself would be refused"
 
 
 # ---- in full

@@ -186,7 +186,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
 @pytest.mark.parametrize("script, words", [("promoe_l", ()), ("local", ("promoe_b", "parallel.ep=1"))])
 def test_a_large_preset_without_data_is_refused_before_it_is_submitted(script, words):
     """A dry run needs no data: it prints the commands, and what a start would be refused for."""
-    assert "data.source = 'unset': nothing is chosen to train on" in call(script, *words, code=2, NPROC="1")
+    assert "data.source = 'unset': no training data is chosen" in call(script, *words, code=2, NPROC="1")
     command = ["bash", str(LAUNCHERS / f"{script}.sh"), *words, "--dry-run"]
     env = ENV | {"MEGAPROMOE_PYTHON": sys.executable, "NPROC": "1"}
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -46,7 +46,7 @@ def test_submit_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys):
     assert Path((tmp_path / "sbatch.where").read_text().strip()) == study.folder / "logs"
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert main(["study", "submit", str(study.folder)]) == 1
-    assert "sbatch is not here" in capsys.readouterr().err
+    assert "sbatch is not on PATH" in capsys.readouterr().err
 
 
 @pytest.mark.full
@@ -124,7 +124,7 @@ def test_wrong_commands_are_told(tmp_path, capsys):
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digit"]) == 2
     assert "did you mean digits" in capsys.readouterr().err
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--seeds", "1", "train.steps=3"]) == 2
-    assert "leave out seeds, settings" in capsys.readouterr().err
+    assert "remove seeds, settings" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

@@ -43,7 +43,7 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
         "c: 1.5 is neither",
         "c: True is neither",
         "d: must be a list",
-        "e: class 2 stands twice",
+        "e: class 2 is listed twice",
     ):
         assert expected in said
     assert said.count("\n") == 8

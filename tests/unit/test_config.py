@@ -108,10 +108,10 @@ def test_layout_that_does_not_come_out_even_raises():
     [
         (
             "model.hiden_size=3",
-            "model.hiden_size = '3' (command line): 'hiden_size' is no key of model; did you mean",
+            "model.hiden_size = '3' (command line): 'hiden_size' is not a key of model; did you mean",
         ),
-        ("modl.depth=3", "modl.depth = '3' (command line): 'modl' is no section; did you mean model?"),
-        ("depth=3", "'depth' is no section"),
+        ("modl.depth=3", "modl.depth = '3' (command line): 'modl' is not a section; did you mean model?"),
+        ("depth=3", "'depth' is not a section"),
         ("model.depth", "'model.depth' (command line): must be section.key=value"),
         ("model.depth=2.5", "model.depth = '2.5' (command line): must be a whole number"),
         ("model.depth=true", "must be a whole number"),
@@ -327,7 +327,7 @@ def test_own_deepspeed_file(tmp_path):
     [
         (
             '{"train_batch_size": 8}',
-            "'train_batch_size' is not DeepSpeed's to set here; remove it and set train.glo",
+            "'train_batch_size' is set by the run's configuration; remove it and set train.glo",
         ),
         ('{"gradient_clipping": 1.0}', "set train.clip"),
         ('{"optimizer": {}}', "set train.optimizer"),
@@ -345,8 +345,8 @@ def test_own_deepspeed_file(tmp_path):
         ),
         ("[]", "must hold an object"),
         ("{} // note", "is not strict JSON"),
-        ('{"steps_per_print": NaN}', "NaN is no JSON number"),
-        ('{"bf16": {}, "bf16": {}}', "key 'bf16' stands twice"),
+        ('{"steps_per_print": NaN}', "NaN is not a JSON number"),
+        ('{"bf16": {}, "bf16": {}}', "key 'bf16' occurs twice"),
     ],
 )
 def test_deepspeed_file_rules(tmp_path, text, expected):

@@ -78,7 +78,7 @@ def test_a_key_that_the_configuration_sets_is_refused_with_the_option(key, tmp_p
 )
 def test_a_misspelt_key_is_refused_with_the_nearest_spelling(key, nearest, tmp_path, capsys):
     (sentence,) = refused_by_show(written(tmp_path, nested(key, True)), capsys)
-    assert f"{key} = True is refused: {key.rpartition('.')[2]!r} is no key of" in sentence
+    assert f"{key} = True is refused: {key.rpartition('.')[2]!r} is not a key of" in sentence
     assert "did you mean" in sentence and nearest in sentence
 
 

@@ -279,7 +279,7 @@ def test_encode_check_and_show_from_the_command_line(images, autoencoders, tmp_p
     assert tool(*call) == 0
     assert "l: 14 records, 3 files left out" in capsys.readouterr().out
     code, out = command(capsys, "check", "l")
-    assert code == 0 and "14 records of 3 classes in 1 shards" in out and "nothing is wrong" in out
+    assert code == 0 and "14 records of 3 classes in 1 shards" in out and "no problems" in out
     assert "deviation" in out and "class1/cut.png" in out
     code, _ = command(capsys, "show", "l", "--out", "sub/sheet.png", "--count", 2)
     assert code == 0 and Image.open("sub/sheet.png").size == (MARGIN + 4 * 34, 3 * 34 + 2)
@@ -347,7 +347,7 @@ def test_mistakes_are_reported_as_a_message(images, autoencoders, tmp_path, caps
     assert "needs --autoencoder" in capsys.readouterr().err
     published(tmp_path / "npz")
     assert tool("--npz", tmp_path / "npz", "--autoencoder", autoencoders / "kl", "--out", tmp_path / "l") == 1
-    assert "makes latents of shape (2, 16, 16), the files hold (4, 4, 4)" in capsys.readouterr().err
+    assert "makes latents of shape (2, 16, 16), but the files have shape (4, 4, 4)" in capsys.readouterr().err
     assert tool("--npz", tmp_path / "npz", "--out", tmp_path / "l") == 0
     assert json.loads((tmp_path / "l" / "manifest.json").read_text())["autoencoder"]["sha256"] == ""
 

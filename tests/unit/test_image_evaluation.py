@@ -79,7 +79,7 @@ def test_everything_wrong_with_the_section_is_one_message():
         recipe(evaluate=section)
     text = str(caught.value)
     for part in (
-        "'nun' is no key of evaluate; did you mean num?",
+        "'nun' is not a key of evaluate; did you mean num?",
         "evaluate.num: is missing; give the number of images",
         "evaluate.guidance = [1.0, 1.0, 'x']: must be a list of different numbers",
         "evaluate.every = -1: must lie in [0, inf)",

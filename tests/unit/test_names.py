@@ -18,14 +18,18 @@ REFUSED = {
 # Packages that are clean. Add a package when its last name of `REFUSED` is gone.
 CLEAN = (
     "megapromoe/benchmark",
+    "megapromoe/commands",
+    "megapromoe/config",
     "megapromoe/conversion",
     "megapromoe/data",
     "megapromoe/diffusion",
     "megapromoe/distributed",
     "megapromoe/engine",
     "megapromoe/nn",
+    "megapromoe/planning",
     "megapromoe/preflight",
     "megapromoe/routing_analysis",
+    "megapromoe/studies",
     "tools",
 )
 
