@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-## Trains with mpirun: on this machine, on the hosts of a file, or in an allocation of SLURM that it knows.
+## Trains with mpirun: on this machine, on the hosts of a file, or in a SLURM allocation that mpirun supports.
 ##
-##   launchers/mpirun.sh [PRESET] [section.key=value ...]           the preset is digits unless named
+##   launchers/mpirun.sh [PRESET] [section.key=value ...]           the default preset is digits
 ##   HOSTFILE=hosts launchers/mpirun.sh promoe_l data.source=latents data.path=latents/train
 ##                                                                  lines such as: gpu01 slots=8
 ##   launchers/mpirun.sh promoe_l --dry-run
 ##
 ## Needs megapromoe[mpi] and an MPI. Repeat the command to continue.
 ##
-##   HOSTFILE         hosts and their slots
-##   NPROC            ranks; default: the slots of HOSTFILE, the tasks of the allocation, the GPUs of this machine, or 4
+##   HOSTFILE         file with hosts and their slots
+##   NPROC            number of ranks; default: that of slots in HOSTFILE, tasks of the allocation, GPUs of this machine, or 4
 ##   MPI_ARGS         more options for mpirun
-##   RUN_DIR          default: runs/PRESET
+##   RUN_DIR          the run directory; default: runs/PRESET
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -34,8 +34,8 @@ prepare_training
 read -ra extra <<<"${MPI_ARGS:-}"
 command=(mpirun -n "$ranks" "${hosts[@]}")
 if [[ $(mpirun --version 2>/dev/null) == *"Open MPI"* ]]; then
-    command+=(--bind-to none) # by default a rank and all its threads would share one core
-    # others than Open MPI hand the environment on by themselves
+    command+=(--bind-to none) # by default Open MPI binds a rank with all its threads to one core
+    # other MPIs pass the environment on without options
     for variable in PATH "${variables[@]%%=*}"; do
         command+=(-x "$variable")
     done

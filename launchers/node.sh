@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs once on every node before a step: makes the folder for compiled code. Asked to, the first prints a free port.
-# Exit code 2: repeating the job on these nodes cannot help.
+# Runs once on every node before a step: creates the folder for compiled code. With the argument "ask" the first node
+# prints a free port. Exit code 2: repeating the job on these nodes cannot help.
 set -euo pipefail
 
-# What lies in the folder is executed: nobody else may own it.
+# Code in the folder is executed, so it must belong to this user.
 mkdir -p "$(dirname "$1")" || true
 mkdir -m 700 "$1" 2>/dev/null || true
 if [[ ! -d $1 || ! -O $1 || -L $1 ]]; then
@@ -12,9 +12,9 @@ if [[ ! -d $1 || ! -O $1 || -L $1 ]]; then
 fi
 if [[ ${2:-} == ask && ${SLURM_NODEID:-0} == 0 ]]; then
     python=${MEGAPROMOE_PYTHON:-python3}
-    [[ -z ${CONTAINER_IMAGE:-} ]] || python=python3 # the other is the container's
-    # Each job begins at another port: two that ask on one node at the same time must not get the same. Below 30000, since
-    # the kernel gives those above 32767 to outgoing connections.
+    [[ -z ${CONTAINER_IMAGE:-} ]] || python=python3 # MEGAPROMOE_PYTHON is a path inside the container
+    # The search starts at a different port for each job, so that two jobs on one node at the same time do not get the
+    # same. Ports are below 30000, because the kernel uses those above 32767 for outgoing connections.
     "$python" - "${SLURM_JOB_ID:-$$}" "${SLURM_STEP_ID:-0}" <<'PYTHON'
 import socket
 import sys

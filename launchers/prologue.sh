@@ -1,23 +1,23 @@
-# shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with those who source this
-# What all launchers share. Each sets `preset` and `layout` and sources this file, or slurm.sh, which sources it.
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are used by the scripts that source this
+# Functions of all launchers. Each sets `preset` and `layout` and sources this file, or slurm.sh, which sources it.
 
 set -euo pipefail
 
 HELP='
-Words of the form section.key=value go to megapromoe train and win over the default layout of the script.
-Words after -- go to it as they are:   -- --config my.yaml --allow data.seed
---dry-run prints what would be run, checks the configuration, and starts nothing.
+Words of the form section.key=value are passed to megapromoe train and override the default layout of the script.
+Words after -- are passed to it unchanged:   -- --config my.yaml --allow data.seed
+--dry-run checks the configuration and prints the commands, but starts nothing.
 
 Variables:
-  PRESET           another preset, with the resources of this script
-  GPU              h100 (default) or a100: whose default layout is taken
-  RUN_DIR          the run directory; an old one continues its run
-  MEGAPROMOE_ENV   a virtual environment; default: .venv beside launchers/ if there is one, else what PATH finds
-  MEGAPROMOE_PYTHON  or the path of a Python, which is then run with -m megapromoe
+  PRESET           another preset; the resources stay those of this script
+  GPU              h100 (default) or a100: selects the default layout
+  RUN_DIR          the run directory; an existing one is continued
+  MEGAPROMOE_ENV   a virtual environment; default: .venv next to launchers/ if it exists, else the megapromoe on PATH
+  MEGAPROMOE_PYTHON  instead: the path of a Python, which is run with -m megapromoe
   NODE_CACHE       folder on each node for compiled code; default: megapromoe-UID in TMPDIR or /tmp
-  NCCL_*, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF, OMP_NUM_THREADS: left as they are where set'
+  NCCL_*, CUDA_DEVICE_MAX_CONNECTIONS, PYTORCH_ALLOC_CONF, OMP_NUM_THREADS: not changed if set'
 
-# Under sbatch --export=NONE, or with a list of variables, steps would get none of the job's variables, not even PATH.
+# After sbatch --export=NONE, or with a list of variables, steps would get no variable of the job, not even PATH.
 unset SRUN_EXPORT_ENV
 export SLURM_EXPORT_ENV=ALL
 
@@ -26,7 +26,7 @@ die() { # sentence, exit code
     exit "${2:-1}"
 }
 
-show() { # a command, as it may be pasted
+show() { # prints a command, quoted for a shell
     local line
     printf -v line '%q ' "$@"
     echo "${line% }"
@@ -53,8 +53,8 @@ read_words() {
     done
 }
 
-# The words of megapromoe train that choose the configuration, but for the preset: defaults first, so that others win.
-# `layout GPU NODES` prints the defaults of the script, or nothing for a GPU that it does not know.
+# Sets `settings`, the words of megapromoe train for the configuration without the preset: defaults first, so that later
+# words override them. `layout GPU NODES` prints the defaults of the script, or nothing for an unknown GPU.
 choose_settings() { # nodes
     local words
     words=$(layout "${GPU:-h100}" "$1")
@@ -63,8 +63,8 @@ choose_settings() { # nodes
     settings=("${words[@]}" "${settings[@]}")
 }
 
-# `program`, the words that start megapromoe, and `python`: of a Python, of a virtual environment, or what PATH finds. In
-# a container they are the container's, and are not looked for.
+# Sets `program`, the words that start megapromoe, and `python`: from MEGAPROMOE_PYTHON, a virtual environment, or PATH. In
+# a container they are resolved inside the container, so they are not searched.
 find_program() {
     local environment=${MEGAPROMOE_ENV:-}
     python=${MEGAPROMOE_PYTHON:-python3} program=(megapromoe)
@@ -90,7 +90,7 @@ find_program() {
         || die "megapromoe is not on PATH; set MEGAPROMOE_ENV, MEGAPROMOE_PYTHON or CONTAINER_IMAGE" 2
 }
 
-# A wrong configuration is told before anything is started; `show` needs neither torch nor a GPU.
+# Reports a wrong configuration before anything is started; `show` needs neither torch nor a GPU.
 check_settings() { # ranks
     [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
     local word takes='' chosen=(--preset "$preset")
@@ -105,19 +105,19 @@ check_settings() { # ranks
     if "${program[@]}" show --to-train --ranks "$1" "${chosen[@]}" >/dev/null; then
         return 0
     fi
-    # A dry run needs no data, and has printed what a start would be refused for.
+    # A dry run also succeeds without data; the command above has printed the error that a start would give.
     [[ -n $dry_run ]] && "${program[@]}" show --ranks "$1" "${chosen[@]}" >/dev/null 2>&1 || exit 2
 }
 
-# The environment of the ranks. What is set already stays.
+# Sets the environment of the ranks. Variables that are already set are not changed.
 set_environment() { # threads of a rank
     cache=${NODE_CACHE:-${TMPDIR:-/tmp}/megapromoe-$UID}
     local variable
     variables=(
         "OMP_NUM_THREADS=${OMP_NUM_THREADS:-$1}"
-        # Rows are exchanged in ever new sizes; segments that grow do not fragment.
+        # The sizes of exchanged rows change in every step; expandable segments avoid fragmentation.
         "PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-        # ZeRO's reductions and the exchange of rows run beside the computation: each stream wants a queue of its own.
+        # ZeRO's reductions and the exchange of rows overlap with computation: each stream needs its own hardware queue.
         "CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}"
         "NCCL_DEBUG=${NCCL_DEBUG:-WARN}"
         PYTHONUNBUFFERED=1 # logs are read while they are written
@@ -133,7 +133,7 @@ set_environment() { # threads of a rank
     done
 }
 
-# Ranks on this machine: NPROC, or its GPUs, or 4 processes on the CPU.
+# Sets `ranks`: NPROC, or the number of GPUs of this machine, or 4.
 local_ranks() {
     local gpus
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU') || true
@@ -143,7 +143,7 @@ local_ranks() {
 
 # ---- launchers without SLURM: local.sh and mpirun.sh
 
-# Sets `preset`, and what read_words sets.
+# Sets `preset`, and the variables of read_words.
 read_preset_and_words() {
     preset=${PRESET:-digits}
     if [[ ${1:-} =~ ^[a-z0-9_]+$ ]]; then
@@ -151,12 +151,12 @@ read_preset_and_words() {
         shift
     fi
     read_words "$@"
-    ((${#others[@]} == 0)) || die "${others[*]}: unknown; words for megapromoe train stand after --" 2
+    ((${#others[@]} == 0)) || die "${others[*]}: unknown; put words for megapromoe train after --" 2
 }
 
 # Checks the configuration over `ranks` and sets the environment, `run` and `train`, the words after `megapromoe`.
 prepare_training() {
-    layout() { echo parallel.ep=1; } # what `megapromoe plan` proposes for a preset on one machine of any GPU it knows
+    layout() { echo parallel.ep=1; } # the proposal of `megapromoe plan` for the presets on one machine, for all its GPUs
     choose_settings 1
     check_settings "$ranks"
     set_environment $(((($(nproc) - 1) / ranks) + 1))
@@ -164,7 +164,7 @@ prepare_training() {
     train=(train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")
 }
 
-# Becomes the command, or prints it.
+# Replaces this shell by the command; in a dry run prints it.
 start() { # command
     if [[ -n $dry_run ]]; then
         show "$@"

@@ -1,10 +1,10 @@
-# shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with those who source this
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are used by the scripts that source this
 # The body of promoe_s.sh, promoe_b.sh, promoe_l.sh and promoe_xl.sh, which set `preset`, find `here`, and call `main`.
 
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 source "$here/slurm.sh"
 
-size=$preset # stays that of the script: PRESET names another model for the same resources
+size=$preset # the preset of the script, whose resources also apply if PRESET selects another model
 HELP="
   sbatch launchers/$size.sh [section.key=value ...]
   sbatch --nodes=4 launchers/$size.sh data.source=latents data.path=latents/train
@@ -12,11 +12,11 @@ HELP="
   bash launchers/$size.sh --dry-run [--nodes=4] [section.key=value ...]
 $HELP"
 
-# The default layout on nodes of 8 GPUs, as `megapromoe plan` proposes it. With 12 experts it replicates them: expert
-# parallelism saves memory that these GPUs have, and no time.
+# The default layout on nodes of 8 GPUs, as proposed by `megapromoe plan`. With 12 experts they are replicated: expert
+# parallelism would save memory, which is sufficient on these GPUs, but no time.
 layout() { # GPU, nodes
     local zero=train.deepspeed=bf16_zero1
-    # 256 images do not divide over more than 256 data-parallel ranks: more than 32 nodes need tensor parallelism.
+    # The batch of 256 images allows at most 256 data-parallel ranks, so more than 32 nodes need tensor parallelism.
     case $size.$1.$(($2 > 32)) in
         *.h100.0 | *.a100.0) echo parallel.ep=1 $zero ;;
         promoe_[sb].h100.1 | promoe_[sb].a100.1) echo parallel.tp=2 parallel.ep=1 $zero ;;

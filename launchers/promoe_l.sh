@@ -15,7 +15,7 @@
 set -euo pipefail
 
 preset=promoe_l
-# sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
+# sbatch runs a copy of this file in another folder; SLURM has the path of the original.
 here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
 here=${here:-$(dirname "$(realpath "$0")")}
 if [[ ! -f $here/slurm.sh ]]; then

@@ -11,16 +11,16 @@
 #SBATCH --output=%x-%A_%a.log
 ## Runs a planned scaling study as an array of jobs, one training run each. From the study's folder:
 ##
-##   megapromoe study plan STUDY_DIR ...                  what is to be run, and its cost
+##   megapromoe study plan STUDY_DIR ...                  writes the study, prints its cost
 ##   megapromoe study submit STUDY_DIR [sbatch options]   calls sbatch --array=... on this script
 ##   megapromoe study collect STUDY_DIR
 ##
 ##   sbatch --array=0-11%4 launchers/scaling_experts.sh STUDY_DIR      the same by hand: tasks 0 to 11, 4 at a time
-## With --evaluate behind STUDY_DIR, the images of those tasks are evaluated, which are trained by then; `submit` does so
-## for a recipe with a section `evaluate`.
+## With --evaluate after STUDY_DIR, the job evaluates images of tasks that are already trained; `submit` does this for a
+## recipe with a section `evaluate`.
 set -euo pipefail
 
-# sbatch runs a copy of this file that lies elsewhere; SLURM knows the original.
+# sbatch runs a copy of this file in another folder; SLURM has the path of the original.
 here=${MEGAPROMOE_HOME:+$(realpath "$MEGAPROMOE_HOME")/launchers}
 here=${here:-$(dirname "$(realpath "$0")")}
 if [[ ! -f $here/slurm.sh ]]; then
@@ -35,14 +35,14 @@ for word in "$@"; do
         --help | -h) usage && exit 0 ;;
         --dry-run) dry_run=1 ;;
         --evaluate) evaluate=(--evaluate) ;;
-        -*) die "$word: options of sbatch stand before the script" 2 ;;
+        -*) die "$word: put options of sbatch before the script" 2 ;;
         *) [[ -z $study ]] || die "$word: one STUDY_DIR only" 2; study=$word ;;
     esac
 done
-[[ -n $study ]] || die "say which STUDY_DIR; see --help" 2
-[[ -f $study/study.yaml ]] || die "$study holds no study.yaml; plan it first: megapromoe study plan $study" 2
+[[ -n $study ]] || die "give STUDY_DIR; see --help" 2
+[[ -f $study/study.yaml ]] || die "$study contains no study.yaml; plan it first: megapromoe study plan $study" 2
 task=${SLURM_ARRAY_TASK_ID:-}
-[[ -n $task || -n $dry_run ]] || die "is a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2
+[[ -n $task || -n $dry_run ]] || die "this script must run as a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2
 find_program
 # A launcher such as torchrun starts a rank for each GPU in one task of the job; srun starts a task for each.
 ranks_of_task=$((${SLURM_GPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))
@@ -53,7 +53,7 @@ if [[ -n $dry_run ]]; then
     show "${command[@]}"
     exit 0
 fi
-if ((${SLURM_NTASKS:-1} > 1)); then # the ranks of a task may lie on several nodes, and meet at the first
+if ((${SLURM_NTASKS:-1} > 1)); then # the ranks of a task may be on several nodes, and connect to the first
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-12}
     port=$(srun "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --mpi=none \
         bash "$here/node.sh" "$cache" ask)
@@ -61,12 +61,12 @@ if ((${SLURM_NTASKS:-1} > 1)); then # the ranks of a task may lie on several nod
 else
     bash "$here/node.sh" "$cache"
 fi
-hear_signals
+install_signal_traps
 set_limits
 note "task $task of $study on $SLURM_JOB_NODELIST"
 "${command[@]}" &
 step=$!
-await
+wait_for_step
 note "exit code $code"
 if [[ $code == 75 ]] && may_queue_again; then
     queue_again

@@ -1,22 +1,22 @@
-# shellcheck shell=bash disable=SC2034,SC2154,SC2016 # variables are shared with those who source this
-# Training as a job of SLURM: check the nodes, train, save before the time is up, queue again, leave out bad nodes.
+# shellcheck shell=bash disable=SC2034,SC2154,SC2016 # variables are used by the scripts that source this
+# Training as a job of SLURM: check the nodes, train, save before the time limit, queue again, exclude bad nodes.
 
 # shellcheck source-path=SCRIPTDIR source=prologue.sh
 source "$here/prologue.sh"
 
 HELP+='
 
-Variables for SLURM (sbatch hands them on):
-  RUN_DIR          default: runs/JOBNAME-JOBID, which stays the same when the job is queued again
-  PREFLIGHT        0 leaves out `megapromoe check` before training; PREFLIGHT_ARGS holds more words for it
-  RETRIES          failures in a row, without a new checkpoint between them, after which the job ends; default: 3
-  MEGAPROMOE_HOME  the folder that holds launchers/, should the job not find it
-  CONTAINER_IMAGE  the ranks run in this image (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds to its mounts
+Variables for SLURM (sbatch passes them on):
+  RUN_DIR          the run directory; default: runs/JOBNAME-JOBID, the same after the job is queued again
+  PREFLIGHT        0: no `megapromoe check` before training; PREFLIGHT_ARGS: more arguments for it
+  RETRIES          number of consecutive failures without a new checkpoint after which the job ends; default: 3
+  MEGAPROMOE_HOME  the folder that contains launchers/, if the job cannot determine it
+  CONTAINER_IMAGE  image in which the ranks run (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds mounts
   SRUN_ARGS        more options for srun
-  MASTER_ADDR      where ranks meet; default: the address of the first node in the configuration of SLURM
-  MASTER_PORT      default: one that SLURM reserves (MpiParams=ports=...), or else one that the first node finds free
+  MASTER_ADDR      address to which ranks connect; default: that of the first node in the configuration of SLURM
+  MASTER_PORT      port for it; default: one reserved by SLURM (MpiParams=ports=...), or a free port of the first node
 
-Outside a job, options of sbatch, written as --option=value, may be given too: the script submits itself.
+Outside a job the script submits itself, with options of sbatch that are given as --option=value.
 Exit codes: 0 done, 1 failed, 2 wrong configuration, path or installation (never queued again), 3 bad nodes, 75 stopped and
 saved, 76 a rank hung.'
 
@@ -26,15 +26,15 @@ main() {
     read_words "$@"
     preset=${PRESET:-$preset}
     if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        inside
+        run_in_job
     else
-        outside
+        submit_job
     fi
 }
 
-# On a login node: submits this script, or prints what would be run.
-outside() {
-    local word tasks nodes script own=("${settings[@]}")
+# On a login node: submits this script; in a dry run prints the commands.
+submit_job() {
+    local word tasks nodes script script_settings=("${settings[@]}")
     script=$here/$(basename "$0")
     directive() { sed -n "s/^#SBATCH --$1=//p" "$script"; }
     nodes=$(directive nodes) tasks=$(directive ntasks-per-node) name=$(directive job-name)
@@ -44,7 +44,7 @@ outside() {
             --ntasks-per-node=*) tasks=${word#*=} ;;
             --job-name=*) name=${word#*=} ;;
             --mem-per-gpu=* | --mem-per-cpu=*)
-                die "$word: contradicts --mem=0 of the script, all memory of its nodes; give --mem=SIZE, for a node" 2
+                die "$word: contradicts --mem=0 of the script (all memory of a node); give --mem=SIZE, the memory of a node" 2
                 ;;
             --*=* | --exclusive | --no-requeue | --hold) ;;
             *) die "$word: write options of sbatch as --option=value" 2 ;;
@@ -54,7 +54,7 @@ outside() {
     choose_settings "$nodes"
     find_program
     check_settings $((nodes * tasks))
-    local command=(sbatch "${others[@]}" "$script" "${own[@]}")
+    local command=(sbatch "${others[@]}" "$script" "${script_settings[@]}")
     ((${#more[@]} == 0)) || command+=(-- "${more[@]}")
     if [[ -z $dry_run ]]; then
         command -v sbatch >/dev/null || die "sbatch is not on PATH: this machine has no SLURM; see launchers/local.sh" 2
@@ -66,12 +66,12 @@ outside() {
 }
 
 # In a job, or in an allocation of salloc.
-inside() {
-    hear_signals
+run_in_job() {
+    install_signal_traps
     set_limits
-    ((${#others[@]} == 0)) || die "${others[*]}: options of sbatch stand before the script" 2
+    ((${#others[@]} == 0)) || die "${others[*]}: put options of sbatch before the script" 2
     nodes=$SLURM_JOB_NUM_NODES ranks=${SLURM_NTASKS:-}
-    [[ -n $ranks ]] || die "the allocation names no tasks; ask for --ntasks-per-node=8" 2
+    [[ -n $ranks ]] || die "the allocation has no number of tasks; allocate with --ntasks-per-node=8" 2
     name=$SLURM_JOB_NAME threads=${SLURM_CPUS_PER_TASK:-1}
     attempt=$id.${SLURM_RESTART_COUNT:-0}
     choose_settings "$nodes"
@@ -91,33 +91,33 @@ inside() {
     conclude
 }
 
-# What a login node or a site has set for its own purposes must not reach the steps.
+# Removes settings of the login node or the site that must not affect the steps.
 set_limits() {
-    # A default of the site beside the job's own is an error of srun. Without any, steps have the memory of the job.
+    # srun fails if a default of the site contradicts the value of the job. Without these, steps have the memory of the job.
     unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
-    # SLURM hands on the soft limits of the shell that called sbatch, often 64 KiB of locked memory, with which RDMA does
-    # not work. The hard ones are those of the node.
+    # SLURM propagates the soft limits of the shell that called sbatch, often 64 KiB of locked memory, with which RDMA does
+    # not work. The hard limits are those of the node.
     ulimit -S -l hard 2>/dev/null || true
     ulimit -S -n hard 2>/dev/null || true
 }
 
-# SIGUSR1, which SLURM sends before the time limit, is handed on to the ranks.
-hear_signals() {
+# Forwards SIGUSR1, which SLURM sends before the time limit, to the ranks.
+install_signal_traps() {
     asked='' step='' ran='' code=0
-    # The number of one job of an array may also be that of the array.
+    # The id of one job of an array may equal that of the array.
     id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
     id=${id:-$SLURM_JOB_ID}
     trap 'note "asked to stop: saving"; asked=1; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1
-    trap 'note "SLURM ends this job"' TERM # and has told the ranks; this shell stays to see what they do
+    trap 'note "SLURM ends this job"' TERM # SLURM has signalled the ranks too; this shell waits for their exit
 }
 
-# The commands of the job: node_step, check_step, train_step. Prints them when nothing is to be started.
+# Sets the commands of the job: node_step, check_step, train_step. Prints them in a dry run.
 plan_steps() {
     set_environment "$threads"
     run=${RUN_DIR:-runs/$name-$id}
     [[ $run == /* ]] || run=$PWD/$run
     logs=$run/logs/$attempt
-    local ask extra container=() meet=()
+    local ask extra container=() port_option=()
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
@@ -127,17 +127,17 @@ plan_steps() {
     if [[ -n $given_port ]]; then
         ask=''
     elif slurm_has '^MpiParams .*ports='; then
-        reserved=1 ask='' meet=(--resv-ports=1)
+        reserved=1 ask='' port_option=(--resv-ports=1)
     fi
-    # Neighbouring ranks share a node, and neighbours on a node a socket, as its GPUs do: by default SLURM deals tasks out
-    # over the sockets in turn, and half of them would be far from their GPU. All variables, also under
-    # sbatch --export=NONE. An orderly end takes the ranks a moment: the first exit code must not end the others, but once
-    # one is gone the rest have a minute. Ranks need no MPI.
+    # --distribution: consecutive ranks share a node, and within it a socket, like the GPUs. By default SLURM distributes
+    # tasks over the sockets in turn, so half of them would be far from their GPU. --export=ALL: also after
+    # sbatch --export=NONE. --kill-on-bad-exit=0 --wait=60: when a rank exits, the others have a minute to exit cleanly.
+    # --mpi=none: ranks do not use MPI.
     local every_step=(srun --export=ALL --mpi=none) bind=()
-    ! slurm_has '^TaskPlugin .*affinity' || bind=(--cpu-bind=cores) # without that plugin SLURM warns at each step
+    ! slurm_has '^TaskPlugin .*affinity' || bind=(--cpu-bind=cores) # without this plugin SLURM prints a warning at each step
     local common=("${every_step[@]}" --distribution=block:block "${bind[@]}" --kill-on-bad-exit=0 --wait=60)
     common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append)
-    common+=("${meet[@]}" "${container[@]}" "${extra[@]}")
+    common+=("${port_option[@]}" "${container[@]}" "${extra[@]}")
     node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${extra[@]}")
     node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
     check_step=("${common[@]}" "--output=$logs/check-%4t.log" "${program[@]}" check --preset "$preset" --run-dir "$run")
@@ -153,7 +153,7 @@ plan_steps() {
     fi
 }
 
-# Does SLURM's configuration have such a line? A machine without SLURM prints what a SLURM that has it would run.
+# Whether SLURM's configuration has such a line. True without SLURM, so that a dry run prints the usual commands.
 slurm_has() { # regular expression
     command -v scontrol >/dev/null || return 0
     local config
@@ -161,7 +161,7 @@ slurm_has() { # regular expression
     grep -q "$1" <<<"$config"
 }
 
-# Runs a step to its end and sets `code`. Rank 0 is heard here; every rank has a log of its own.
+# Runs a step and sets `code` to its exit code. Shows the output of rank 0; every rank has a separate log.
 run_step() { # name of its logs, command
     local logs_of=$1 first=$logs/$1-0000.log port follower
     shift
@@ -178,12 +178,12 @@ run_step() { # name of its logs, command
     step=$!
     tail --pid="$step" --lines=+1 --follow=name --sleep-interval=1 "$first" &
     follower=$!
-    await
+    wait_for_step
     wait "$follower" || true
 }
 
-# Waits for `step` and sets `code`. A signal to this shell ends a wait before its time.
-await() {
+# Waits for `step` and sets `code`. A signal to this shell interrupts `wait`, so it is repeated.
+wait_for_step() {
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true
     done
@@ -191,7 +191,7 @@ await() {
     step=''
 }
 
-# Names of nodes need not mean anything to anyone but SLURM.
+# The address of the first node, from SLURM: its node names need not be known to DNS.
 first_address() {
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -200,7 +200,7 @@ first_address() {
 
 job_field() { scontrol --oneliner show job "$id" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
-# What became of this attempt, and what now.
+# Records the result of this attempt, then ends the job or queues it again.
 conclude() {
     local newest failures attempts=$run/logs/attempts.tsv
     newest=$(newest_checkpoint)
@@ -209,11 +209,11 @@ conclude() {
     if ((code == 0)) && [[ $ran == rank ]]; then
         exit 0
     fi
-    last_words
-    # 13, 126 and 127: the program cannot be started, in the words of srun and bash.
+    print_last_lines
+    # 13, 126 and 127 are the codes of srun and bash for a program that cannot be started.
     case $code in
         2 | 13 | 126 | 127)
-            note "not queued again: repeating cannot help; the message above says what to correct"
+            note "not queued again: repeating cannot help; the message above explains what to correct"
             exit 2
             ;;
     esac
@@ -231,14 +231,14 @@ conclude() {
         fi
     fi
     if ((code == 3)); then
-        leave_out
+        exclude_bad_nodes
     else
         queue_again
     fi
     exit "$code"
 }
 
-# May this job be queued again? A cancelled one may not, nor one that SLURM queues again by itself.
+# Whether this job may be queued again: not if it was cancelled, or if SLURM requeues it.
 may_queue_again() {
     if [[ $(job_field JobState) != RUNNING ]]; then
         note "SLURM has ended this job (scancel, time limit, or a node that failed: then it is queued again)"
@@ -253,7 +253,7 @@ may_queue_again() {
 
 queue_again() {
     note "queued again"
-    trap '' TERM # requeueing ends this shell too
+    trap '' TERM # requeueing also terminates this shell
     scontrol requeue "$id"
 }
 
@@ -266,16 +266,16 @@ newest_checkpoint() {
     fi
 }
 
-# The last line of each rank but the first, which was heard.
-last_words() {
+# Prints the last line of each rank except the first, whose output was shown.
+print_last_lines() {
     local log
     for log in "$logs"/*-*.log; do
         [[ $log == *-0000.log || ! -s $log ]] || echo "$(basename "$log" .log): $(tail -n 1 "$log")"
     done | head -n 16
 }
 
-# Queues the job again without the nodes that the check found bad. SLURM changes that list only of a job that waits.
-leave_out() {
+# Queues the job again without the bad nodes of the check. SLURM can change the excluded nodes only of a pending job.
+exclude_bad_nodes() {
     local bad old
     bad=$(grep -E '^[A-Za-z0-9._-]+$' "$logs/bad_nodes" | paste -sd,) || true
     [[ -n $bad ]] || die "the check failed without a bad node in $logs/bad_nodes" 3

@@ -153,7 +153,7 @@ def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
     checkpoint_seconds, total_seconds = (size / storage_gbs / 1e9 for size in (usage.checkpoint, usage.written))
     yield (
         f"  a checkpoint is written in {_seconds(checkpoint_seconds)}, all of {_size(usage.written)} in"
-        f" {_seconds(total_seconds)}, beside the training, which stops only while the state is copied to host memory"
+        f" {_seconds(total_seconds)}, during training, which stops only while the state is copied to host memory"
     )
     between = best.time.total * t.steps / usage.checkpoints
     if checkpoint_seconds > between:

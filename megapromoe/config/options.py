@@ -173,7 +173,7 @@ class ModelConfig:
 
     @property
     def null_class(self) -> int:
-        """The label that stands for "no class"."""
+        """The label of images without a class."""
         return self.num_classes
 
     def tokens_per_expert(self, tokens: int) -> int:

@@ -1,1 +1,1 @@
-"""Scaling studies: one recipe becomes many runs, one table, a few pictures."""
+"""Scaling studies: many runs from one recipe, with tables and plots of their results."""

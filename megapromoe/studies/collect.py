@@ -19,23 +19,23 @@ from megapromoe.studies.study import Study
 from megapromoe.work_progress import Progress
 
 DRAWS = 8192
-EVALUATED = "evaluated: "  # begins the name of a figure that `megapromoe evaluate` found
-TAIL = 0.1  # of the steps: training's own losses are averaged over the last ones
+EVALUATED = "evaluated: "  # prefix of the names of results from `megapromoe evaluate`
+TAIL = 0.1  # share of the last steps, over which training losses are averaged
 
 LOSS, TRAINING_LOSS = "fixed_loss", "training_loss"
 ROUTING = ("load_entropy", "load_max_over_mean", "dead_experts")
 
 
 def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
-    """Computes the loss of the last checkpoint of those finished tasks that lack it, and keeps it in the study.
+    """Computes the missing losses of the last checkpoints of finished tasks, and writes them into the study.
 
-    Raises StudyError, after all others are done, naming the tasks whose checkpoint cannot be used.
+    Raises StudyError for tasks whose checkpoint cannot be used, after all others are computed.
     """
     lacking = [task for task in tasks if study.done(task) and not evaluated(study, task, draws)]
     if not lacking:
         return
 
-    import torch  # slow to import, and a study whose losses are all known needs none of it
+    import torch  # slow to import; not needed if all losses are computed
 
     from megapromoe.distributed import runtime
 
@@ -49,9 +49,9 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     problems = []
     with Progress(len(lacking) * draws, "draw", "loss on fixed draws") as progress:
         for number, task in enumerate(lacking):
-            progress.update(number * draws - progress.done)  # what failed, or was known, is behind too
+            progress.update(number * draws - progress.done)  # also counts failed and skipped tasks
             progress.note(task.name)
-            if evaluated(study, task, draws):  # another command has computed it meanwhile
+            if evaluated(study, task, draws):  # another command has computed it in the meantime
                 continue
             try:
                 model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
@@ -69,25 +69,25 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
 
 
 def evaluated(study: Study, task: Task, draws: int = DRAWS) -> bool:
-    """Is the loss of its last checkpoint kept?"""
+    """Whether the loss of the last checkpoint of a task is computed."""
     return _known_loss(study, task, draws) is not None
 
 
 def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
     """The numbers of one finished task.
 
-    `training_loss` is the denoising loss, which all routers share, averaged over the last tenth of the steps; so are
-    the routing statistics. `images_per_second` is the median over the run, `memory_bytes` the peak of rank 0. What a
-    run has not, such as the routing of a dense model, is None.
+    `training_loss` is the denoising loss, which all routers have, averaged over the last tenth of the steps; routing
+    statistics are averaged in the same way. `images_per_second` is the median over the run, `memory_bytes` the peak of
+    rank 0. Values that a run does not have, such as the routing of a dense model, are None.
 
-    Raises StudyError where there are no metrics, or the loss on fixed draws is not computed.
+    Raises StudyError if there are no metrics, or if the loss on fixed draws is not computed.
     """
     lines = metrics(study.run(task))
     if not lines:
-        raise StudyError([f"{study.run(task) / 'metrics.jsonl'}: holds no metrics, though its last step is saved"])
+        raise StudyError([f"{study.run(task) / 'metrics.jsonl'}: has no metrics, although the last step is saved"])
     record = _known_loss(study, task, draws)
     if record is None:
-        raise StudyError([f"{task.name}: its loss on fixed draws is not computed yet; `collect` does"])
+        raise StudyError([f"{task.name}: its loss on fixed draws is not computed yet; run `collect`"])
     model, steps = task.config.model, task.config.train.steps
     tail = [line for line in lines if line["step"] > (1 - TAIL) * steps] or lines[-1:]
     count, flops = parameters(model), flops_per_image(model).training
@@ -121,13 +121,13 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
 
 
 def _evaluated(study: Study, task: Task) -> dict[str, float]:
-    """What `megapromoe evaluate` found of the last checkpoint, under a name for each figure and guidance scale."""
+    """Results of `megapromoe evaluate` for the last checkpoint, with a name for each metric and guidance scale."""
     last = [record for record in figures(study, task) if record["step"] == study.steps_saved(task)]
     return {f"{EVALUATED}{titled(record)}, guidance {record['guidance']:g}": record["value"] for record in last}
 
 
 def _known_loss(study: Study, task: Task, draws: int) -> dict[str, Any] | None:
-    """The loss that is kept, if it is of the last checkpoint, of these weights and of as many draws."""
+    """The stored loss, if it was computed for the last checkpoint with these weights and this number of draws."""
     wanted = {"step": study.steps_saved(task), "weights": study.recipe.weights, "draws": draws}
     record = read_json(study.loss_file(task))
     return record if record is not None and wanted.items() <= record.items() else None

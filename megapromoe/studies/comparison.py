@@ -1,4 +1,4 @@
-"""The recipe of a comparison of routers over numbers of experts, sizes and lengths, from a few values."""
+"""Makes the recipe of a comparison of routers over numbers of experts, sizes and training lengths."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from megapromoe.studies.grid import setting_text
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe
 
 DEFAULT_SEEDS = (0, 1, 2)
-# Settings of a baseline over the base, which is a ProMoE: the baselines have neither a shared nor an unconditional
-# expert. `match` names the ratio that is solved for equal active parameters, `without` the axes that it does not have.
+# Settings that turn the base, a ProMoE, into a baseline: baselines have neither a shared nor an unconditional expert.
+# `match` is the ratio that is solved for equal active parameters, `without` lists axes that do not apply to the
+# baseline.
 _WITHOUT_PROMOE_EXPERTS = {
     "model.shared_expert": False,
     "model.num_shared_experts": 1,
@@ -39,16 +40,17 @@ def compare(
     launcher: Sequence[str] = (),
     settings: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """The recipe that trains every combination, several routers at equal active parameters.
+    """The recipe that trains every combination; several routers have equal active parameters.
 
     Args:
-        preset: what all tasks start from.
-        sizes, experts, steps: axes, presets, numbers of routed experts and lengths; empty for the preset's own.
-        launcher: words that start `ranks` processes, before `-m megapromoe train`.
-        settings: over the preset, for all tasks.
+        preset: the base preset of all tasks.
+        sizes, experts, steps: values of the axes: presets, numbers of routed experts, training steps; empty: from the
+        preset.
+        launcher: command that starts `ranks` processes, before `-m megapromoe train`.
+        settings: changes to the preset for all tasks.
 
-    A setting that only some of the routers can take, such as parallel.ep of a dense model, is that of the preset in the
-    variants of the others.
+    If only some of the routers accept a setting, such as parallel.ep for a dense model, the variants of the others keep
+    the preset's value.
 
     Raises StudyError.
     """
@@ -72,7 +74,7 @@ def compare(
     }
     if len(routers) > 1:
         like: dict[str, Any] = {"model.num_experts": sorted(experts)[len(experts) // 2]} if experts else {}
-        like |= fallbacks.get("", {})  # the preset's own router may be one that cannot take a setting
+        like |= fallbacks.get("", {})  # the router of the preset may not accept a setting
         content["active_parameters"] = {"like": like}
         content["baseline"] = "dense" if "dense" in routers else routers[0]
     else:
@@ -95,11 +97,11 @@ def _fallbacks(
     routers: Sequence[str],
     ranks: int,
 ) -> dict[str, dict[str, Any]]:
-    """For each model the values of the preset, or else the defaults, in place of settings that it cannot take.
+    """For each model, the values of the preset, or else the defaults, that replace settings it does not accept.
 
     Args:
-        models: settings of each over `settings`.
-        routers: names of those that are compared. A setting that none of them can take is left to be refused.
+        models: changes of each model to `settings`.
+        routers: names of the compared models. A setting that none of them accepts is kept, and refused later.
     """
     refused = {name: _refused(preset, {**settings, **model}, settings, ranks) for name, model in models.items()}
     for_all = set.intersection(*(refused[router] for router in routers))
@@ -116,7 +118,7 @@ def _fallbacks(
 
 
 def _refused(preset: str, layer: Mapping[str, Any], keys: Iterable[str], ranks: int) -> set[str]:
-    """Which of `keys` have values that the configuration refuses: without them, fewer things are wrong with it."""
+    """The `keys` whose values the configuration refuses: without such a key, it has fewer problems."""
     problems = _problems(preset, layer, ranks)
     if not problems:
         return set()

@@ -1,4 +1,4 @@
-"""What `megapromoe evaluate` found over a study's trainings: each figure at each step that was evaluated."""
+"""Results of `megapromoe evaluate` over the trainings of a study: each metric at each evaluated step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megapromoe.studies.study import Study
 
 @dataclass(frozen=True)
 class Curves:
-    """One figure, of one number of images and one guidance scale, over the training of each run.
+    """One metric at one number of images and one guidance scale, over the training of each run.
 
     Attributes:
-        figure: its name, with the number of images.
-        values: task -> step -> value, steps ascending; tasks that were never evaluated are left out.
+        figure: name of the metric, with the number of images.
+        values: task -> step -> value, steps ascending; without tasks that are not evaluated.
     """
 
     figure: str
@@ -27,25 +27,25 @@ class Curves:
 
     @property
     def steps(self) -> list[int]:
-        """All that any run was evaluated at, ascending."""
+        """All steps at which any run is evaluated, ascending."""
         return sorted({step for curve in self.values.values() for step in curve})
 
     def mean(self, tasks: Sequence[str]) -> dict[int, float]:
-        """Step -> mean over the tasks, of those steps that all of them have: other means would be of other seeds."""
+        """Step -> mean over the tasks, for steps that all of them have, so that each mean is over the same seeds."""
         curves = [self.values.get(task, {}) for task in tasks]
         steps = sorted(set.intersection(*map(set, curves)))
         return {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
 def figures(study: Study, task: Task) -> list[dict[str, Any]]:
-    """What was found of a task's checkpoints: a row for each figure, step, guidance scale and number of images.
+    """Evaluation results of a task: a row for each metric, step, guidance scale and number of images.
 
-    Of several records of the same the newest counts, but one that the recipe asks for before those made by hand, such
-    as of other weights.
+    If several records have the same key, the newest is used, but records that match the recipe take precedence over
+    others, such as manual evaluations of other weights.
     """
     values, records = {}, lines_of(study.run(task) / RECORDS)
     if (evaluation := evaluation_of(study.recipe, task)) is not None:
-        records.sort(key=evaluation.is_of)  # stable: the oldest of others first, the newest of its own last
+        records.sort(key=evaluation.is_of)  # stable sort: other records first, matching ones last; each oldest first
     for record in records:
         for name, value in record["figures"].items():
             values[record["step"], record["guidance"], record["count"], name] = value
@@ -55,12 +55,12 @@ def figures(study: Study, task: Task) -> list[dict[str, Any]]:
 
 
 def titled(row: dict[str, Any]) -> str:
-    """The figure of a row in words: its name, which says the network, and the number of images."""
+    """Name of the metric of a row, which includes the network, with the number of images."""
     return f"{row['figure']}, {row['count']:,} images"
 
 
 def several_steps(rows: Iterable[dict[str, Any]]) -> bool:
-    """Was any task evaluated at more than one step?"""
+    """Whether any task is evaluated at more than one step."""
     steps: dict[str, set[int]] = {}
     for row in rows:
         steps.setdefault(row["task"], set()).add(row["step"])
@@ -68,7 +68,7 @@ def several_steps(rows: Iterable[dict[str, Any]]) -> bool:
 
 
 def curves_of(rows: Iterable[dict[str, Any]], figure: str | None) -> Curves | None:
-    """The curves of a figure, as `titled` calls it; None where no run was evaluated at two steps.
+    """The curves of the metric named `figure` (see `titled`); None if no run is evaluated at two steps.
 
     Of the guidance scales that is taken at which some run was evaluated at most steps; of equals the highest.
     """

@@ -1,4 +1,4 @@
-"""What a study will cost, before it is run: parameters, operations, memory, hours."""
+"""Estimates the cost of a study before it runs: parameters, operations, memory, hours."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.study import Study
 from megapromoe.work_progress import size, track
 
-MEASURED_STEPS = 20  # of which the first half warms up
+MEASURED_STEPS = 20  # the first half is warm-up
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Useful operations a second of one task, over all its ranks, and the seconds that its start takes."""
+    """Useful operations per second of a task, over all its ranks, and the seconds of its start-up."""
 
     flops_per_second: float
     start: float = 0.0
 
     def seconds(self, task: Task) -> float:
-        """How long a task takes at this speed."""
+        """Seconds that a task takes at this speed."""
         return self.start + task.flops / self.flops_per_second
 
 
 def measure(study: Study) -> dict[str, Speed]:
-    """The speed of each variant, by some steps of its dearest task in a folder that is removed again.
+    """Measures the speed of each variant by running a few steps of its most expensive task in a temporary folder.
 
-    Raises StudyError with what the training said if it fails.
+    Raises StudyError with the last lines of the output if the training fails.
     """
     dearest: dict[str, Task] = {}
     for task in study.tasks:
@@ -49,7 +49,7 @@ def measure(study: Study) -> dict[str, Speed]:
         with tempfile.TemporaryDirectory(prefix="megapromoe-measure-") as folder:
             words = command(study, task)
             if task.config.data.source == UNSET:
-                words.append("data.source=synthetic")  # as fast
+                words.append("data.source=synthetic")  # has the same speed
             words[words.index("--run-dir") + 1] = folder
             since = time.monotonic()
             done = subprocess.run([*words, *short], stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -65,14 +65,14 @@ def measure(study: Study) -> dict[str, Speed]:
 
 
 def seconds(study: Study, speeds: Mapping[str, Speed]) -> float:
-    """Of the tasks that are not done, one after another; images are drawn at the speed of the training."""
+    """Seconds of all unfinished tasks and evaluations, one after another; sampling is assumed as fast as training."""
     trainings = sum(speeds[task.variant].seconds(task) for task in study.missing())
     drawing = ((job, speeds[job.task.variant]) for job in study.missing_evaluations())
     return trainings + sum(s.start + job.flops(len(job.steps)) / s.flops_per_second for job, s in drawing)
 
 
 def evaluations_in_words(study: Study) -> str:
-    """What is evaluated after the trainings, and its cost; empty for a study that evaluates nothing."""
+    """A sentence on the evaluations and their cost; empty for a study without evaluations."""
     evaluations = [job for job in study.jobs() if isinstance(job, Evaluation)]
     if not evaluations:
         return ""
@@ -81,12 +81,12 @@ def evaluations_in_words(study: Study) -> str:
     images = sum(job.section.num * len(job.scales) * len(job.steps) for job in evaluations)
     return (
         f"evaluations: {len(evaluations)}, one after each training; {images:,} images of {checkpoints:,} checkpoints,"
-        f" {flops:.3g} FLOPs of drawing; not done: {len(study.missing_evaluations())}"
+        f" {flops:.3g} FLOPs of sampling; not done: {len(study.missing_evaluations())}"
     )
 
 
 def table(study: Study) -> str:
-    """The tasks in Markdown: what each is, and what it needs."""
+    """A Markdown table of the tasks with their parameters, FLOPs and memory."""
     lines = ["| task | name | parameters | active | training FLOPs | states on a rank |", "|---|---|---|---|---|---|"]
     for task in study.tasks:
         count, memory = parameters(task.config.model), memory_per_rank(task.config, study.recipe.ranks)

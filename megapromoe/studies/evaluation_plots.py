@@ -1,4 +1,4 @@
-"""The picture of what drawn images are worth over training: FID, or a classifier's Fréchet distance, against steps."""
+"""Plots the quality of sampled images over training: FID, or a classifier's Fréchet distance, against steps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megapromoe.studies.image_plots import plot_label, styles_of
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, first_figure, groups
 
-BANDS = 6  # curves of a panel that have their intervals; of more, nobody could tell them apart
-PANELS = 3  # guidance scales that are drawn; of more, the first, the middle and the last
+BANDS = 6  # maximum number of curves in a panel with intervals; more would be indistinguishable
+PANELS = 3  # maximum number of guidance scales; of more, the first, the middle and the last are plotted
 
 
 def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
@@ -41,7 +41,7 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     if len(scales) > PANELS:
         scales = [scales[0], scales[len(scales) // 2], scales[-1]]
     figure = Figure(figsize=(1.2 + 4.8 * len(scales), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
+    FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
     panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     styles = styles_of(study, groups(figure_rows, study.recipe))
     for ax, scale in zip(panels, scales, strict=True):
@@ -51,7 +51,7 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"guidance {scale:g}", fontsize=10)
         ax.grid(alpha=0.3)
-    # Intervals of two seeds are wide: the means, not they, set what is shown.
+    # Intervals of two seeds are wide, so only the means set the limits of the axis.
     shown = [row["mean"] for scale in scales for points in curves[scale].values() for row in points]
     if min(shown) > 0:
         margin = max(1.05, (max(shown) / min(shown)) ** 0.1)
@@ -71,7 +71,9 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     )
     bands = any(ax.collections for ax in panels)
     seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
-    figure.suptitle(f"Drawn images over training, {study.recipe.weights} weights, lower is better{seeds}", fontsize=10)
+    figure.suptitle(
+        f"Sampled images over training, {study.recipe.weights} weights, lower is better{seeds}", fontsize=10
+    )
     return figure
 
 
@@ -80,7 +82,7 @@ def _draw_curve(ax, points: list[dict[str, Any]], label: str, style: Style, has_
     ax.plot(steps, means, label=label, **style.of_line)
     halves = [row["half_interval"] or 0.0 for row in points]
     if has_band and any(halves):
-        # A distance is above 0, and so is what a logarithmic axis can show of an interval.
+        # A logarithmic axis shows only the positive part of an interval.
         low = [max(mean - half, 1e-3 * mean) for mean, half in zip(means, halves, strict=True)]
         high = [mean + half for mean, half in zip(means, halves, strict=True)]
         ax.fill_between(steps, low, high, color=style.colour, alpha=0.12, linewidth=0)

@@ -1,7 +1,7 @@
-"""Evaluations of a study: which checkpoints' images are judged, what is known of them, and the command that does it.
+"""Evaluations of a study: the checkpoints to evaluate, their existing results, and the command that evaluates them.
 
-What is known is in `evaluation.jsonl` of each run, to which `megapromoe evaluate` adds a line for each set of images. A
-line belongs to the study if it is what the recipe asks for; lines of other evaluations, made by hand, stay beside it.
+Results are in `evaluation.jsonl` of each run, to which `megapromoe evaluate` appends a line for each set of images. A
+line belongs to the study if it matches the recipe. Lines of other evaluations, run by hand, are ignored.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megapromoe.studies.grid import Task
 from megapromoe.studies.image_evaluation import ImageEvaluation
 from megapromoe.studies.recipe import Recipe
 
-RECORDS = "evaluation.jsonl"  # in a run directory
+RECORDS = "evaluation.jsonl"  # file name in a run directory
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The images of one training run, judged when it has ended: a job of a study, beside the training itself."""
+    """The evaluation of one training run, a separate job of the study that starts when the training is done."""
 
     task: Task
     section: ImageEvaluation
@@ -30,12 +30,12 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """That no training has: theirs end in their seed."""
+        """The name of the job. It differs from all trainings, whose names end in their seed."""
         return f"{self.task.name}-evaluation"
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Of the checkpoints, ascending."""
+        """Steps of the checkpoints to evaluate, ascending."""
         return self.section.training_steps(self.task.config)
 
     @property
@@ -44,12 +44,12 @@ class Evaluation:
         return self.section.scales(self.task.config)
 
     def flops(self, steps: int) -> int:
-        """Operations that drawing the images of so many checkpoints takes; guidance runs the model twice."""
+        """Operations to sample the images of this number of checkpoints; guidance runs the model twice."""
         passes = sum(1 if scale == 1 else 2 for scale in self.scales) * self.section.sampler_steps(self.task.config)
         return flops_per_image(self.task.config.model).forward * passes * self.section.num * steps
 
     def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a line of `evaluation.jsonl` is what this evaluation asks for, at any step and scale."""
+        """Whether a line of `evaluation.jsonl` matches this evaluation, at any step and scale."""
         section = self.section
         wanted = {"count": section.num, "weights": self.weights, "autoencoder": section.autoencoder}
         asked = {"reference": section.reference, "split": section.split, "features": section.features}
@@ -59,7 +59,7 @@ class Evaluation:
         return wanted.items() <= record.items() and sampler == section.sampler_steps(self.task.config)
 
     def missing_steps(self, run: Path) -> tuple[int, ...]:
-        """The steps of which figures are missing at some scale.
+        """The steps without results at one or more scales.
 
         Args:
             run: the run directory.
@@ -69,7 +69,7 @@ class Evaluation:
         return tuple(step for step in self.steps if any((step, scale) not in known for scale in self.scales))
 
     def words(self, run: Path) -> list[str]:
-        """The words behind `megapromoe` that evaluate what is missing, in the spelling that torchrun passes on."""
+        """Arguments of `megapromoe` that evaluate the missing steps, in spellings that torchrun does not interpret."""
         section = self.section
         words = ["evaluate", "--run-dir", str(run), "--num-images", str(section.num), "--weights", self.weights]
         words += ["--guidance", *map(repr, self.scales)]
@@ -80,7 +80,7 @@ class Evaluation:
         return [*words, "--step", *map(str, self.missing_steps(run))]
 
     def in_words(self) -> str:
-        """What is done, for messages."""
+        """Images, scales and steps of the evaluation, for messages."""
         scales = ", ".join(f"{scale:g}" for scale in self.scales)
         steps = ", ".join(f"{step:,}" for step in self.steps[:5]) + (", ..." if len(self.steps) > 5 else "")
         plural = "s" if len(self.steps) > 1 else ""
@@ -88,5 +88,5 @@ class Evaluation:
 
 
 def evaluation_of(recipe: Recipe, task: Task) -> Evaluation | None:
-    """The evaluation of a task; None for a study that evaluates nothing."""
+    """The evaluation of a task; None for a study without evaluations."""
     return None if recipe.evaluate is None else Evaluation(task, recipe.evaluate, recipe.weights)

@@ -1,4 +1,4 @@
-"""Figures of drawn images over a study's seeds: means with intervals, as rows and in Markdown."""
+"""Metrics of sampled images: means and intervals over the seeds of a study, as rows and in Markdown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from megapromoe.studies.curves import titled
 from megapromoe.studies.recipe import Recipe
 from megapromoe.studies.tables import Mean, Rows, differences, evaluated, first_figure, groups, mean_of, model_name
 
-TITLE = "## Drawn images, mean over seeds"
+TITLE = "## Sampled images, mean over seeds"
 
 
 def mean_figures(figure_rows: Rows, recipe: Recipe) -> list[dict[str, Any]]:
-    """A row for each model, step, guidance scale and figure: mean over its seeds and half of the 95 % interval.
+    """A row for each model, step, guidance scale and metric, with the mean over its seeds and half the 95 % interval.
 
     Args:
         figure_rows: the `figures` of the tasks; each seed counts once.
@@ -33,7 +33,7 @@ def mean_figures(figure_rows: Rows, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str]:
-    """Markdown of the first figure of the last checkpoints, at each guidance scale, and over training.
+    """Markdown tables of the first metric: for the last checkpoints at each guidance scale, and over training.
 
     Nothing where no model was evaluated with two seeds: the tables of each seed say all.
 
@@ -61,7 +61,7 @@ def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str
 
 
 def _last_table(rows: Rows, recipe: Recipe, columns: Sequence[str]) -> str:
-    """Of the last checkpoints: a row a model, its mean at each scale, its paired difference to the baseline."""
+    """Last checkpoints: a row for each model, with the mean at each scale and the paired difference to the baseline."""
     baseline = recipe.baseline
     head = ["model"]
     for name in columns:
@@ -84,7 +84,7 @@ def _last_table(rows: Rows, recipe: Recipe, columns: Sequence[str]) -> str:
 
 
 def in_words(mean: Mean, sign: str = "") -> str:
-    """A mean with its interval, in as many digits as figures of images deserve."""
+    """A mean with its interval, rounded to a sensible number of digits."""
     half = "" if mean.half is None else f" ± {mean.half:.2g}"
     return f"{mean.mean:{sign}.4g}{half}"
 

@@ -1,11 +1,12 @@
-"""A power law through losses, with its uncertainty, and with what speaks against it.
+"""Fits a power law to losses, with confidence intervals and warnings where the fit is not supported.
 
     L(x) = a + b · x^-c
 
 For a given c the law is linear in a and b, so the fit is a search over c alone. Uncertainty comes from a bootstrap over
-seeds: every run's loss is drawn anew around the law, with the spread that runs of one x have among each other. (To draw
-among the runs themselves would be poor with the two or three seeds that studies have: few different draws, all of them
-too narrow.) The spread is itself uncertain, and drawn as well.
+seeds: the loss of every run is resampled around the law, with the standard deviation of the runs at the same x. This is
+a parametric bootstrap, because resampling the runs themselves needs more than the two or three seeds of a study: there
+would be few different samples, all with too little variance. The standard deviation is uncertain too, so it is
+resampled.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from scipy.stats import f as f_distribution
 
 from megapromoe.errors import UserError
 
-C_MIN, C_MAX = 0.02, 8.0  # below, the law cannot be told from a logarithm; above, from a step
+C_MIN, C_MAX = 0.02, 8.0  # below, the law is indistinguishable from a logarithm; above, from a step
 GRID = np.geomspace(C_MIN, C_MAX, 400)
 LEVEL = 0.95
-SPAN = 2.0  # largest x over smallest: below, there is nothing to see of a power
+SPAN = 2.0  # minimum ratio of largest to smallest x; over a smaller range a power law is not identifiable
 
 
 class FitError(UserError):
-    """Points through which no power law can be put."""
+    """Points to which no power law can be fitted."""
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """The law of best fit. Intervals hold 95 % of the bootstrap; `doubts` say why the law should not be believed."""
+    """The best fit. Intervals contain 95 % of the bootstrap; `fit_warnings` are the reasons against the fit."""
 
     a: float
     b: float
@@ -38,15 +39,15 @@ class PowerLaw:
     a_interval: tuple[float, float]
     c_interval: tuple[float, float]
     spread: float
-    """Standard deviation of the runs of one x, pooled."""
+    """Pooled standard deviation of runs with the same x."""
     points: int
     runs: int
-    doubts: tuple[str, ...]
+    fit_warnings: tuple[str, ...]
     replicates: np.ndarray
-    """(replicates, 3): a, b, c of each."""
+    """Bootstrap replicates, (replicates, 3): a, b, c of each."""
 
     def at(self, x: np.ndarray) -> np.ndarray:
-        """The law."""
+        """The law as text, with the interval of the exponent."""
         return self.a + self.b * np.asarray(x, dtype=float) ** -self.c
 
     def band(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,26 +64,28 @@ _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def fit_power_law(x: np.ndarray, loss: np.ndarray, replicates: int = 2000, seed: int = 0) -> PowerLaw:
-    """Fits all runs, one (x, loss) each, and doubts the result.
+    """Fits the law to all runs, one (x, loss) each, and tests the result.
 
     Raises FitError for fewer than four different x (three numbers go through three points whatever they are), if no x
-    has two runs (nothing tells the noise), for an x that is not positive, for x that span less than a factor of two.
+    has two runs (the noise cannot be estimated), for an x that is not positive, for x that span less than a factor of two.
     """
     x, loss = np.asarray(x, dtype=float), np.asarray(loss, dtype=float)
     if x.shape != loss.shape or x.ndim != 1:
-        raise FitError(f"{x.shape} x and {loss.shape} losses: one loss for each x is needed")
+        raise FitError(f"{x.shape} x and {loss.shape} losses: give one loss for each x")
     if not np.isfinite(loss).all() or not (np.isfinite(x) & (x > 0)).all():
         raise FitError("x must be positive, and all of it finite")
     values, place = np.unique(x, return_inverse=True)
     points, runs = len(values), len(x)
     if points < 4:
-        raise FitError(f"{points} different x: a law of three numbers needs four at least")
+        raise FitError(f"{points} different x: a law with three parameters needs at least four")
     if values[-1] / values[0] < SPAN:
-        raise FitError(f"x reaches from {values[0]:.4g} to {values[-1]:.4g}; a fit needs {SPAN:g} times the least x")
+        raise FitError(
+            f"x ranges from {values[0]:.4g} to {values[-1]:.4g}; a fit needs a range of at least a factor {SPAN:g}"
+        )
     freedom = runs - points
     if not freedom:
-        raise FitError("one run for each x: at least one needs two seeds, or nothing tells the noise")
-    unit = np.exp(np.log(values).mean())  # of x, so that the search is the same in any
+        raise FitError("one run for each x: the noise is estimated from seeds, so at least one x needs two seeds")
+    unit = np.exp(np.log(values).mean())  # scale of x, so that the search does not depend on its unit
     means = np.bincount(place, loss) / np.bincount(place)
     within = float(((loss - means[place]) ** 2).sum())
     spread = np.sqrt(within / freedom)
@@ -95,30 +98,30 @@ def fit_power_law(x: np.ndarray, loss: np.ndarray, replicates: int = 2000, seed:
     abc = _best_on_grid(x / unit, drawn_NR)
     abc[:, 1] *= unit ** abc[:, 2]
     a_interval, c_interval = (tuple(np.quantile(abc[:, i], _TAILS)) for i in (0, 2))
-    doubts = _doubts(
+    fit_warnings = _doubts(
         values, means, np.bincount(place), within, freedom, float(((loss - law) ** 2).sum()), b, c_interval
     )
-    return PowerLaw(a, b * unit**c, c, a_interval, c_interval, float(spread), points, runs, doubts, abc)
+    return PowerLaw(a, b * unit**c, c, a_interval, c_interval, float(spread), points, runs, fit_warnings, abc)
 
 
 def _doubts(values, means, count, within, freedom, residual, b, c_interval) -> tuple[str, ...]:
-    """What speaks against the law, by analysis of variance at the 5 % level."""
-    doubts, points = [], len(values)
+    """Reasons against the law, from an analysis of variance at the 5 % level."""
+    fit_warnings, points = [], len(values)
     mean = (means * count).sum() / count.sum()
     between = float((count * (means - mean) ** 2).sum())
     if not _exceeds(between, points - 1, within, freedom):
-        doubts.append("the losses differ with x no more than with the seed")
+        fit_warnings.append("the losses differ with x no more than with the seed")
     if b <= 0:
-        doubts.append("the loss rises with x")
+        fit_warnings.append("the loss rises with x")
     if _exceeds(residual - within, points - 3, within, freedom):
-        doubts.append("the means lie off the law by more than the seeds explain")
+        fit_warnings.append("the means lie off the law by more than the seeds explain")
     if c_interval[0] <= GRID[1] or c_interval[1] >= GRID[-2]:
-        doubts.append(f"the exponent is not determined: its interval reaches an end of [{C_MIN}, {C_MAX}]")
-    return tuple(doubts)
+        fit_warnings.append(f"the exponent is not determined: its interval reaches an end of [{C_MIN}, {C_MAX}]")
+    return tuple(fit_warnings)
 
 
 def _exceeds(squares: float, of: int, within: float, freedom: int) -> bool:
-    """Is a mean square larger than noise makes it in 95 of 100 cases?"""
+    """Whether a mean square exceeds the 95 % quantile that noise alone would give."""
     if within == 0:
         return squares > 0
     ratio = max(squares, 0.0) / of / (within / freedom)
@@ -126,7 +129,7 @@ def _exceeds(squares: float, of: int, within: float, freedom: int) -> bool:
 
 
 def _best(x: np.ndarray, loss: np.ndarray) -> tuple[float, float, float]:
-    """Least squares: the best of the grid, then to the end."""
+    """Least squares: the best point of the grid, refined by an optimizer."""
     start = _best_on_grid(x, loss[:, None])[0]
 
     def error(abc: np.ndarray) -> np.ndarray:
@@ -143,7 +146,7 @@ def _best_on_grid(x: np.ndarray, loss_NR: np.ndarray) -> np.ndarray:
     """(a, b, c) of least squares for each column of losses, c on the grid: (R, 3)."""
     best_R = np.full(loss_NR.shape[1], -np.inf)
     place_R = np.zeros(loss_NR.shape[1], dtype=int)
-    for i, c in enumerate(GRID):  # a basis of the law's plane: the more of the losses it holds, the less is left over
+    for i, c in enumerate(GRID):  # orthonormal basis of the law for this c; the residual is what its projection leaves
         basis, _ = np.linalg.qr(np.stack([np.ones_like(x), x**-c], axis=1))
         held_R = ((basis.T @ loss_NR) ** 2).sum(0)
         better_R = held_R > best_R

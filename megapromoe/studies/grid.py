@@ -1,4 +1,4 @@
-"""From a recipe to tasks: every combination of axes, variants and seeds, each with its checked configuration."""
+"""Expands a recipe into tasks: every combination of axes, variants and seeds, with its checked configuration."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}
 
-# Of all tasks, under the recipe's settings. Studies are of short runs, of whose averages a constant decay leaves the
-# initial weights.
+# Defaults of all tasks, which the recipe's settings override. Runs of a study are short: without warm-up of the decay,
+# their averages would consist mostly of the initial weights.
 DEFAULTS = {"train.ema_warmup": True}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training run: its place in the study, where it stands on the axes, what it is told."""
+    """One training run: its index in the study, its values on the axes, its configuration."""
 
     index: int
     name: str
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def flops(self) -> int:
-        """Useful operations of the whole training."""
+        """Useful floating-point operations of the whole training."""
         return flops_per_image(self.config.model).training * self.images
 
     @property
@@ -44,23 +44,23 @@ class Task:
 
 
 def expand(recipe: Recipe) -> tuple[Task, ...]:
-    """All tasks: seed by seed, so that an unfinished study holds whole comparisons; the order never changes.
+    """All tasks, ordered by seed, so that an unfinished study contains complete comparisons. The order is fixed.
 
-    Raises StudyError with everything wrong: keys that do not exist, values that files cannot tell apart by their names,
-    configurations that cannot run, variants whose active parameters cannot be made equal.
+    Raises StudyError with all problems: unknown keys, values that would give the same file name, invalid
+    configurations, variants whose active parameters cannot be made equal.
     """
-    problems: dict[str, list[str]] = {}  # what is wrong -> tasks that have it
+    problems: dict[str, list[str]] = {}  # problem -> tasks that have it
     if known := _unknown_names(recipe):
         raise StudyError(known)
     tasks: list[Task] = []
-    same: list[str] = []  # different values of which files would have one name
+    same: list[str] = []  # different values that would give the same file name
     taken: dict[str, dict] = {}  # name of a task -> its point
     for seed, values in itertools.product(recipe.seeds, itertools.product(*recipe.axes.values())):
         whole_point = dict(zip(recipe.axes, values, strict=True))
         for variant in recipe.variants:
             point = {key: value for key, value in whole_point.items() if key not in variant.without}
             name = "-".join([variant.name, *(_label(k, v) for k, v in point.items()), f"seed{seed}"])
-            if name in taken:  # a variant without one of the axes stands once; anything else would be left out silently
+            if name in taken:  # a variant without an axis has one task; other duplicates are errors
                 if taken[name] != point:
                     values_of_both = [
                         f"{k} = {taken[name][k]!r} and {v!r}" for k, v in point.items() if taken[name][k] != v
@@ -81,7 +81,7 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
         longest = max(task.config.train.steps for task in tasks)
         if evaluate.every >= longest:
             rule = f"the longest task has {longest} steps, so that only the last checkpoint is evaluated"
-            raise StudyError([f"evaluate.every = {evaluate.every}: {rule}; give fewer, or leave it out for that"])
+            raise StudyError([f"evaluate.every = {evaluate.every}: {rule}; give a smaller number, or remove the key"])
     if problems:
         raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
     return tuple(tasks)
@@ -107,25 +107,27 @@ def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, se
     if abs(active / target - 1) > equal.tolerance:
         how = f"; its nearest {variant.match} is {_value(config, variant.match)}" if variant.match else ""
         remedy = f"let `match` name a ratio to solve, lower `multiple`, or raise `tolerance` = {equal.tolerance}"
-        off = f"has {active:,}, {active / target - 1:+.2%} off the {target:,} asked for"
+        off = f"has {active:,}, {active / target - 1:+.2%} off the required {target:,}"
         raise ConfigError([f"active_parameters: {variant.name} {off}{how}; {remedy}"])
     return config
 
 
 def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
-    """Settings by which a task keeps the checkpoints to evaluate. Raises ConfigError if the recipe forbids it."""
+    """Settings with which a task keeps the evaluated checkpoints. Raises ConfigError if the recipe contradicts them."""
     every = recipe.evaluate.every if recipe.evaluate is not None else 0
     if not every:
         return {}
     train = _resolve(recipe, *layers).train
     settings, problems = {}, []
-    names = ("snapshot_every",) if recipe.weights == "ema" else ("save_every", "keep_every")  # averages alone are light
+    names = (
+        ("snapshot_every",) if recipe.weights == "ema" else ("save_every", "keep_every")
+    )  # snapshots hold only the averages, so they are smaller
     for name in names:
         key, value = f"train.{name}", getattr(train, name)
         if value and every % value == 0:
             continue
         if any(key in layer for layer in layers):
-            remedy = f"let it divide {every}, or leave it out of the recipe"
+            remedy = f"let it divide {every}, or remove it from the recipe"
             problems.append(f"evaluate.every = {every}: {key} = {value} does not keep the checkpoints; {remedy}")
         settings[key] = every
     if problems:
@@ -134,9 +136,10 @@ def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) 
 
 
 def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: int) -> float:
-    """The ratio at which the active parameters are nearest to `target`, its width a multiple of `multiple`.
+    """The ratio whose active parameters are closest to `target`, with a width that is a multiple of `multiple`.
 
-    Active parameters are linear in a width, so two widths tell all. Raises ConfigError where the width has no say.
+    Active parameters are linear in the width, so two widths determine it. Raises ConfigError if they do not depend on
+    it.
     """
     size = _resolve(recipe, *layers).model.hidden_size
 
@@ -147,8 +150,8 @@ def solve_ratio(recipe: Recipe, layers: tuple, key: str, target: int, multiple: 
     if count == doubled_count:
         raise ConfigError(
             [
-                f"match = {key}: does not change the active parameters of this variant; name the other ratio, or leave"
-                " model.expert_width at 0"
+                f"match = {key}: does not change the active parameters of this variant; name the other ratio, or set"
+                " model.expert_width to 0"
             ]
         )
     steps = max(1, round(1 + (target - count) / (doubled_count - count)))
@@ -164,7 +167,7 @@ def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:
 
 
 def setting_text(value: Any) -> str:
-    """A value as it stands behind `section.key=`."""
+    """A value as text, to follow `section.key=`."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -182,28 +185,28 @@ def _names(names: list[str]) -> str:
 
 
 def _remedy(problem: str, tasks: list[Task]) -> str:
-    """What to do about a setting that some models of a study can take, and others not."""
+    """The remedy for a setting that only some models of a study accept."""
     if not tasks or problem.startswith(("active_parameters", "match", "evaluate")):
         return ""
-    return "; other tasks can take it: set the value of these in the `settings` of their variants, which win"
+    return "; other tasks accept it: set another value in the `settings` of these variants, which take precedence"
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:
-    """Names inside the recipe that point to nothing."""
+    """Problems of names in the recipe that do not exist."""
     problems = []
     names = [variant.name for variant in recipe.variants]
     axes = ", ".join(recipe.axes) or "none"
     if recipe.baseline is not None and recipe.baseline not in names:
-        problems.append(f"baseline = {recipe.baseline!r}: is no variant; there are {', '.join(names)}")
+        problems.append(f"baseline = {recipe.baseline!r}: is not a variant; the variants are {', '.join(names)}")
     for variant in recipe.variants:
         where = f"variants.{variant.name}"
         if variant.match is not None and variant.match not in RATIOS:
             problems.append(f"{where}.match = {variant.match!r}: must be {' or '.join(RATIOS)}")
         if variant.match is not None and recipe.active_parameters is None:
-            problems.append(f"{where}.match: needs active_parameters, which says what to match")
+            problems.append(f"{where}.match: needs active_parameters, which defines the number to match")
         for key in variant.without:
             if key not in recipe.axes:
-                problems.append(f"{where}.without: {key!r} is no axis; there are {axes}")
+                problems.append(f"{where}.without: {key!r} is not an axis; the axes are {axes}")
         for key in set(variant.settings) & set(recipe.axes) - set(variant.without):
-            problems.append(f"{where}.settings: {key!r} is an axis; name it in `without` to fix it here")
+            problems.append(f"{where}.settings: {key!r} is an axis; list it in `without` to fix it for this variant")
     return problems

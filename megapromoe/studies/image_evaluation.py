@@ -1,17 +1,17 @@
-"""The section `evaluate` of a recipe: images that each training's checkpoints draw, and how they are judged.
+"""The section `evaluate` of a recipe: evaluates images that are sampled from the checkpoints of each training.
 
     evaluate:
       num: 500                # images for each guidance scale
       guidance: [1.0, 1.5]    # the scales; without it, the scale of the task's `sample.guidance`
-      steps: 15               # of the sampler; without it, the task's `sample.steps`
-      every: 100              # training steps between the checkpoints; without it, the last checkpoint alone
-      reference: data         # as `megapromoe evaluate --reference`: what the run trains on, a file, or a folder
-      split: train            # as --split, of a reference that is a data set: train or test
-      features: digits        # as --features: a classifier's name, or the Inception's file; without it, the data's
+      steps: 15               # sampling steps; without it, the task's `sample.steps`
+      every: 100              # training steps between the checkpoints; without it, only the last checkpoint
+      reference: data         # as `megapromoe evaluate --reference`: the training data, a file, or a folder
+      split: train            # as --split, for a reference that is a data set: train or test
+      features: digits        # as --features: a classifier's name, or an Inception file; default: as the data
       autoencoder: DIR        # as --autoencoder, for models of latents
 
-Each is an option of `megapromoe evaluate`, which the study starts for each training that has ended. `weights` of the
-recipe are those that are evaluated.
+Each key is an option of `megapromoe evaluate`, which the study runs after each training. The recipe's `weights` selects
+the evaluated weights.
 """
 
 import math
@@ -24,12 +24,12 @@ from megapromoe.config.options import Config
 from megapromoe.config.reader import ONE_UP, ZERO_UP, option, read_fields, suggest
 from megapromoe.evaluation.names import CLASSIFIER_FEATURES, CLASSIFIERS, DATA
 
-PUBLISHED = 50_000  # images of published figures
+PUBLISHED = 50_000  # number of images in published results
 
 
 @dataclass(frozen=True)
 class ImageEvaluation:
-    """What a recipe's section `evaluate` holds; see the module's text."""
+    """The section `evaluate` of a recipe; see the module docstring."""
 
     num: int = option(0, "images for each guidance scale", within=ONE_UP)
     guidance: tuple[float, ...] = option((), "guidance scales", kind=list)
@@ -45,7 +45,7 @@ class ImageEvaluation:
         return self.guidance or (config.sample.guidance,)
 
     def sampler_steps(self, config: Config) -> int:
-        """Steps of the sampler for a task of this configuration."""
+        """Number of sampling steps for a task of this configuration."""
         return self.steps or config.sample.steps
 
     def training_steps(self, config: Config) -> tuple[int, ...]:
@@ -55,12 +55,12 @@ class ImageEvaluation:
 
 
 def read_image_evaluation(content: Mapping[str, Any]) -> tuple[ImageEvaluation, list[str]]:
-    """The section of plain values, and a sentence for each violation of its form."""
+    """Reads the section from plain values; returns it and a sentence for each problem."""
     values, problems = read_fields(ImageEvaluation, content, "evaluate.")
     if content.get("num") is None:
         problems.append(
             f"evaluate.num: is missing; give the number of images for each guidance scale, such as 500"
-            f" (published figures are of {PUBLISHED:,})"
+            f" (published results use {PUBLISHED:,})"
         )
     scales = [as_scale(scale) for scale in values.get("guidance", ())]
     if None in scales or len(set(scales)) < len(scales) or ("guidance" in values and not scales):
@@ -72,20 +72,20 @@ def read_image_evaluation(content: Mapping[str, Any]) -> tuple[ImageEvaluation, 
         if value is not None and value not in known and not _looks_like_a_path(value):
             problems.append(f"evaluate.{name} = {value!r}: is neither a file nor a name; {suggest(value, known)}")
         elif value is not None and value not in known and Path(value).exists():
-            values[name] = str(Path(value).resolve())  # jobs run in other folders
-    if values.get("autoencoder") and Path(values["autoencoder"]).is_dir():  # else a name of a hub
+            values[name] = str(Path(value).resolve())  # absolute, since jobs run in other folders
+    if values.get("autoencoder") and Path(values["autoencoder"]).is_dir():  # otherwise it is a name on the hub
         values["autoencoder"] = str(Path(values["autoencoder"]).resolve())
     return ImageEvaluation(**values), problems
 
 
 def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
-    """What keeps a task of this configuration from being evaluated: a sentence each, with the remedy."""
+    """Reasons why a task of this configuration cannot be evaluated, each with the remedy."""
     problems = []
     source, reference = config.data.source, evaluation.reference
     judge = evaluation.features or (source if reference == DATA else reference)
     if judge not in CLASSIFIERS and evaluation.features is None:
         problems.append(
-            f"evaluate.features: no classifier is made for {judge!r}; give the file of the standard Inception, or"
+            f"evaluate.features: there is no classifier for {judge!r}; give the file of the standard Inception, or"
             f" {' or '.join(CLASSIFIERS)}"
         )
     if judge in CLASSIFIERS and evaluation.num <= CLASSIFIER_FEATURES:
@@ -94,7 +94,7 @@ def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
             f" classifier {judge}; give {CLASSIFIER_FEATURES + 1} or more"
         )
     if source == "latents" and evaluation.autoencoder is None:
-        problems.append("evaluate.autoencoder: is missing; models of latents need the one that decodes them")
+        problems.append("evaluate.autoencoder: is missing; models of latents need the autoencoder that decodes them")
     if source == "latents" and reference == DATA:
         problems.append(
             "evaluate.reference = 'data': the runs train on latents, which are no images to compare with; give an .npz"
@@ -104,7 +104,7 @@ def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
 
 
 def as_scale(value: Any) -> float | None:
-    """A guidance scale; None for what is none."""
+    """A guidance scale; None for an invalid value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) and value >= 0 else None

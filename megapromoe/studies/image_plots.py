@@ -1,4 +1,4 @@
-"""The picture of what a study's models draw: training loss, figures of drawn images at the end and over training."""
+"""Plots training loss, and metrics of sampled images at the end of training and over training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, evaluated, first_figure, groups, model_name
 
 SHAPES = (("o", "circles"), ("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
-SMOOTH = 3  # logged values that a curve of the loss averages
+SMOOTH = 3  # number of logged values over which loss curves are averaged
 
 Groups = dict[tuple[str, tuple], list[dict]]
 Styles = dict[tuple[str, tuple], Style]
 
 
 def draw_images(study: Study, rows: Rows) -> Figure | None:
-    """Training loss over steps, and the first evaluated figure at each guidance scale; None without any figure.
+    """Training loss over steps, and the first evaluated metric at each guidance scale; None without results.
 
     A third panel shows the figure over training, if all seeds of some model were evaluated at two steps or more. Where
     the recipe names a baseline, what is drawn over steps is shown as a multiple of the baseline's at the same step.
@@ -43,18 +43,18 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     third = any(len(mean) > 1 for mean in means.values())
 
     panels: dict[str, Axes | SubFigure]
-    if len(everything) > MANY:  # small multiples, one below the other
+    if len(everything) > MANY:  # one panel for each, in a column
         names = ["losses", "course", "ends"] if third else ["losses", "ends"]
         heights = [1.0 + 0.2 * len(everything) if name == "ends" else height_of(len(everything)) for name in names]
         figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")
         parts = list(figure.subfigures(len(names), 1, squeeze=False, height_ratios=heights).flatten())
         panels = {**dict(zip(names, parts, strict=True)), "ends": parts[-1].subplots()}
-    else:  # what is drawn over steps stands side by side
+    else:  # panels over steps are side by side
         figure = Figure(figsize=(13.0, 9.2 if third else 5.2), layout="constrained")
         panels = dict(
             figure.subplot_mosaic([["losses", "course"], ["ends", "ends"]] if third else [["losses", "ends"]])
         )
-    FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
+    FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
     drawn = [_draw_losses(panels["losses"], study, everything, styles)]
     _draw_ends(panels["ends"], rows, first, everything, styles)
     if third and curves is not None:
@@ -95,7 +95,9 @@ def _draw_ends(ax, rows: Rows, first: str, everything: Groups, styles: Styles) -
             values = [row[name] for row in group if row.get(name) is not None]
             place = [i + (k - (len(scales) - 1) / 2) * 0.25] * len(values)
             ax.plot(values, place, SHAPES[k % 4][0], color=styles[key].colour, markersize=5, alpha=0.8)
-    ax.set_yticks(range(len(everything)), [plot_label(*key) for key in everything])  # level, so that names have room
+    ax.set_yticks(
+        range(len(everything)), [plot_label(*key) for key in everything]
+    )  # horizontal bars leave room for the names
     ax.invert_yaxis()
     ax.set_xlabel(literal(first), fontsize=8)
     ax.grid(alpha=0.3)
@@ -119,7 +121,7 @@ def _draw_course(
             lines.append(Curve(list(points), list(points.values()), plot_label(*key), styles[key]))
     title = f"over training, mean of the seeds; guidance {curves.guidance:g}"
     label = literal(curves.figure)
-    if base:  # figures fall by several times, and models differ by little of that
+    if base:  # relative to the baseline: metrics fall by a large factor, while models differ little
         label += f"\n/ that of {_name(baseline)}"
         title += f"; {_name(baseline)}: {', '.join(number(value) for value in base.values())}"
 
@@ -133,7 +135,7 @@ def _draw_course(
 
 
 def plot_label(variant: str, point: tuple | None) -> str:
-    """A group in words, for a plot."""
+    """Label of a group in a plot."""
     return literal(model_name(variant, point))
 
 

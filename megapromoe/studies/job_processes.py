@@ -1,4 +1,4 @@
-"""The process of a job of a study, a training or an evaluation: its start, how it is asked to stop, how it ended."""
+"""Processes of a study's jobs (trainings and evaluations): starts them, stops them, and records how they ended."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megapromoe.studies.evaluations import RECORDS, Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.study import Job, Study, failure
 
-STOPPED = 75  # of `megapromoe train`: stopped by a signal, and saved
+STOPPED = 75  # exit code of `megapromoe train`: stopped by a signal, and saved
 
 
 def command(study: Study, job: Job) -> list[str]:
-    """What runs a job: the launcher, or this Python, and `-m megapromoe train` or `evaluate`."""
+    """The command line of a job: the launcher, or this Python, with `-m megapromoe train` or `evaluate`."""
     start = list(study.recipe.launcher) or [sys.executable]
     if isinstance(job, Evaluation):
         return [*start, "-m", "megapromoe", *job.words(study.run(job.task))]
-    # --run-dir: torchrun would take --run for an option of its own.
+    # --run-dir, because torchrun parses --run as an abbreviation of its own options.
     words = ["--config", str(study.config(job)), "--run-dir", str(study.run(job))]
     return [*start, "-m", "megapromoe", "train", *words]
 
@@ -39,11 +39,11 @@ class RunningJob:
     """A job that this process has started.
 
     Attributes:
-        lock: held until it has ended.
-        from_byte: where its lines begin in `log`.
+        lock: the lock of the job, held until it ends.
+        from_byte: byte offset at which its output starts in `log`.
         since: seconds of the monotonic clock at its start.
-        since_epoch: the same moment in seconds since 1970, as files have them.
-        done_before: steps that an earlier start had saved; of an evaluation, the checkpoints that it had evaluated.
+        since_epoch: the same time in seconds since 1970, to compare with file times.
+        done_before: steps saved by earlier starts; for an evaluation, the number of evaluated checkpoints.
     """
 
     job: Job
@@ -58,17 +58,17 @@ class RunningJob:
 
 
 def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
-    """Starts a job whose lock is held; a launcher that does not exist is a process that ends at once."""
+    """Starts a job whose lock is held. A launcher that does not exist gives a process that exits with code 127."""
     path = study.log(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = command(study, job)
-    study.outcome_file(job).unlink(missing_ok=True)  # of an earlier start
+    study.outcome_file(job).unlink(missing_ok=True)  # left by an earlier start
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    log = open(file, "ab", buffering=0)  # noqa: SIM115, held while the process lives
+    log = open(file, "ab", buffering=0)  # noqa: SIM115, open until the process ends
     begin, done_before = log.tell(), units_done(study, job)
     with naming_errors(path):
         log.write(f"$ {' '.join(words)}\n".encode())
-    # A session of its own: Ctrl-C reaches this process alone, which then asks the job to save.
+    # A new session, so that Ctrl-C reaches only this process, which then requests the job to save.
     try:
         process = subprocess.Popen(
             words,
@@ -76,7 +76,7 @@ def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            pass_fds=(lock.fileno(),),  # the job stays locked while it runs, whatever becomes of this process
+            pass_fds=(lock.fileno(),),  # the job stays locked while it runs, even if this process is killed
         )
     except OSError as error:
         log.write(f"{words[0]}: {error.strerror}\n".encode())
@@ -86,9 +86,9 @@ def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
 
 
 def ask_to_stop(running: Iterable[RunningJob]) -> None:
-    """Asks the jobs to save and end, as `megapromoe train` does: SIGTERM to all their processes.
+    """Requests the jobs to save and exit: sends SIGTERM to all their processes.
 
-    srun alone gets SIGUSR1, which it hands on to the ranks on all nodes; at SIGTERM it would kill them.
+    srun gets SIGUSR1 instead, which it forwards to the ranks on all nodes; on SIGTERM it would kill them.
     """
     for running_job in running:
         with contextlib.suppress(ProcessLookupError):
@@ -99,16 +99,16 @@ def ask_to_stop(running: Iterable[RunningJob]) -> None:
 
 
 def finish(study: Study, running_job: RunningJob, stopped: bool) -> int:
-    """Writes down how a job ended, whose process has; returns its code.
+    """Writes the outcome file of a job whose process has ended; returns its exit code.
 
     Args:
-        stopped: it was asked to stop.
+        stopped: whether the job was requested to stop.
     """
     running_job.log.close()
     code, reason = running_job.process.returncode, ""
     if study.done(running_job.job):
         code = 0
-    elif stopped:  # launchers have codes of their own for a job that was asked to stop
+    elif stopped:  # launchers return other exit codes after a requested stop
         code = STOPPED
     elif code == 0:
         code, reason = 1, f"exit code 0, but {_lack(study, running_job.job)}"
@@ -125,27 +125,27 @@ def finish(study: Study, running_job: RunningJob, stopped: bool) -> int:
 
 
 def _lack(study: Study, job: Job) -> str:
-    """What a job that is not done has not left."""
+    """What is missing of a job that is not done."""
     if isinstance(job, Evaluation):
         steps = ", ".join(map(str, job.missing_steps(study.run(job.task))))
-        return f"{study.run(job.task) / RECORDS} lacks figures of step {steps} as the recipe asks for them"
+        return f"{study.run(job.task) / RECORDS} lacks results of step {steps} that match the recipe"
     return f"step {job.config.train.steps} is not saved in {study.run(job)}"
 
 
 def units(job: Job) -> int:
-    """What a job consists of: training steps, or checkpoints to evaluate."""
+    """Number of units of a job: training steps, or checkpoints to evaluate."""
     return len(job.steps) if isinstance(job, Evaluation) else job.config.train.steps
 
 
 def units_done(study: Study, job: Job) -> int:
-    """How many of its units are done for good, by the files."""
+    """Number of units whose results are saved."""
     if isinstance(job, Evaluation):
         return len(job.steps) - len(job.missing_steps(study.run(job.task)))
     return min(study.steps_saved(job), job.config.train.steps)
 
 
 def flops_of(job: Job, count: int) -> int:
-    """Operations of so many of its units."""
+    """Floating-point operations of `count` units of a job."""
     return job.flops(count) if isinstance(job, Evaluation) else job.flops // job.config.train.steps * count
 
 
@@ -155,7 +155,7 @@ def end_in_words(code: int, study: Study, running_job: RunningJob) -> str:
     if code == 0:
         return f"done in {seconds}"
     if code == STOPPED:
-        return f"stopped after {seconds}, saved; repeat the command to go on"
+        return f"stopped after {seconds}, saved; repeat the command to continue"
     outcome = study.outcome(running_job.job)
     assert outcome is not None, "written when the job ended"
     ended = f"failed with exit code {code}" if code > 0 else failure(code)
@@ -163,10 +163,10 @@ def end_in_words(code: int, study: Study, running_job: RunningJob) -> str:
 
 
 def start_in_words(study: Study, running_job: RunningJob) -> str:
-    """What starts: of which variant and seed, how much, where."""
+    """A line for the start of a job: variant, seed, steps, folder."""
     job = running_job.job
     if isinstance(job, Evaluation):
-        rest = f", {running_job.done_before} of them known" if running_job.done_before else ""
+        rest = f", {running_job.done_before} of them done" if running_job.done_before else ""
         return f"evaluation of {job.task.name} starts ({job.in_words()}{rest}; {study.run(job.task)})"
     steps = job.config.train.steps
     how_far = f"steps {running_job.done_before + 1:,} to {steps:,}" if running_job.done_before else f"{steps:,} steps"
@@ -174,7 +174,7 @@ def start_in_words(study: Study, running_job: RunningJob) -> str:
 
 
 def _last_words(study: Study, running_job: RunningJob) -> str:
-    """What the log of this start says went wrong: from the last line of `megapromoe:` on, else its last line."""
+    """The error in the log of this start: from the last line that starts with `megapromoe:`, else the last line."""
     with open(study.log(running_job.job), "rb") as file:
         file.seek(max(running_job.from_byte, file.seek(0, os.SEEK_END) - 65536))
         lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""The files of JSON in a study and in its runs."""
+"""Reads the JSON files of a study and its runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object of a JSON file; None where there is none. Raises StudyError where it is damaged."""
+    """The object of a JSON file; None if the file does not exist. Raises StudyError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

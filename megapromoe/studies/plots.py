@@ -1,4 +1,4 @@
-"""The pictures of a study: loss against experts and compute, the routers' load, cost."""
+"""Plots of a study: loss against experts and compute, load of the experts, cost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from megapromoe.studies.study import Study
 from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of
 
 LOSS_LABEL = "loss on fixed draws"
-NEAR = 1.5  # of the least: bars of memory that differ by less look alike
+NEAR = 1.5  # ratio of largest to smallest; bars of memory that differ by less look equal
 
 
 def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
-    """Draws what the rows allow, as PNGs in the study's folder; returns their paths.
+    """Writes all plots that the rows allow as PNGs into the study's folder; returns their paths.
 
     Args:
         note: printed below the picture of cost, such as what machine it was.
@@ -62,7 +62,7 @@ def draw_experts(study: Study, rows: Rows) -> Figure | None:
     labels, styles = [], _family_styles(study, everything, lines)
     for i, ((variant, rest), points) in enumerate(lines.items()):
         style, name = styles[variant, rest], plot_label(variant, rest)
-        if points[0][0] is None:  # no experts: a level, across all
+        if points[0][0] is None:  # without experts: a horizontal line
             mean = mean_of(points[0][1])
             ax.axhline(mean.mean, label=name, linestyle=style.line, color=style.colour)
             if mean.half is not None:
@@ -73,10 +73,10 @@ def draw_experts(study: Study, rows: Rows) -> Figure | None:
         x_factor = 1.035 ** (i - (len(lines) - 1) / 2)
         _points(ax, [(x * x_factor, losses) for x, losses in points], name, style)
         law = laws.get((variant, "experts", rest))
-        if isinstance(law, PowerLaw) and not law.doubts:
+        if isinstance(law, PowerLaw) and not law.fit_warnings:
             _law(ax, law, counts[0], counts[-1], style)
         elif law is not None:
-            labels.append(f"{name}: no power law, {law if isinstance(law, str) else law.doubts[0]}")
+            labels.append(f"{name}: no power law, {law if isinstance(law, str) else law.fit_warnings[0]}")
     ax.set_xscale("log", base=2)
     ax.set_xticks(counts, [str(count) for count in counts])
     ax.minorticks_off()
@@ -95,7 +95,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
     varies = max(spread) >= SPAN * min(spread)
     everything = groups(rows, study.recipe)
     heights = [height_of(len(everything)), 4.6]
-    if not varies:  # at equal compute there is nothing to see of the runs' ends
+    if not varies:  # at equal compute the second panel would show one x only
         figure, (left,) = _parts([heights[0]], stacked=True)
     else:
         figure, (left, right) = _parts(heights, stacked=len(everything) > MANY)
@@ -144,10 +144,10 @@ def _draw_ends(ax: Axes, study: Study, rows: Rows) -> None:
         points = [(x * x_factor, losses) for x, losses in sorted(points)]
         _points(ax, points, plot_label(variant, rest), style)
         law = laws[variant, "training_flops", rest]
-        if isinstance(law, PowerLaw) and not law.doubts:
+        if isinstance(law, PowerLaw) and not law.fit_warnings:
             _law(ax, law, points[0][0], points[-1][0], style)
         else:
-            labels.append(law if isinstance(law, str) else law.doubts[0])
+            labels.append(law if isinstance(law, str) else law.fit_warnings[0])
     ax.set(xlabel="training operations of the run (FLOPs)", ylabel=LOSS_LABEL)
     label_log_axis(ax, "x")
     ax.set_title("At the end of each run", fontsize=10)
@@ -156,7 +156,7 @@ def _draw_ends(ax: Axes, study: Study, rows: Rows) -> None:
 
 
 def draw_routing(study: Study, rows: Rows) -> Figure | None:
-    """Dead experts and evenness along the training, and how the load lies over the experts at its end."""
+    """Dead experts and load entropy over training, and the distribution of load over experts at its end."""
     rows = [row for row in rows if row["experts"]]
     if not rows:
         return None
@@ -195,7 +195,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
         ax.axhline(1, color="grey", linewidth=0.8, linestyle=":")
         ax.set(xlabel="experts, busiest first (share of E)", ylabel="load / even load", ylim=(0, None))
 
-    draw_curves(parts[0], lines[0], "Dead experts, within each logged stretch", finish_dead)
+    draw_curves(parts[0], lines[0], "Dead experts, within each logged interval", finish_dead)
     draw_curves(parts[1], lines[1], "Evenness of the load", finish_evenness)
     panels = draw_curves(parts[2], lines[2], "Load at the end, mean of layers and seeds", finish_load)
     if not stacked:
@@ -205,7 +205,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
 
 
 def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
-    """What each model costs: parameters, speed, memory."""
+    """Parameters, speed and memory of each model."""
     if not rows:
         return None
     everything = groups(rows, study.recipe)
@@ -224,7 +224,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
         values = [[row[key] / divisor for row in group if row[key] is not None] for group in everything.values()]
         means = [float(np.mean(v)) if v else math.nan for v in values]
         known = [value for v in values for value in v]
-        # Bars start at 0. Where all are nearly as long, marks on an axis of their own range show what differs.
+        # Bars start at 0. If all are nearly equal, marks on an axis with the range of the values show the differences.
         near = key == "memory_bytes" and bool(known) and max(known) < NEAR * min(known)
         if not near:
             ax.barh(place, means, color=colours, alpha=0.4 if key == "parameters" else 0.6)
@@ -256,7 +256,7 @@ def draw_cost(study: Study, rows: Rows, note: str) -> Figure | None:
 
 
 def _parts(heights: list[float], stacked: bool) -> tuple[Figure, list[SubFigure]]:
-    """A figure in parts: one below the other, of these heights, or side by side, as high as the first."""
+    """A figure with panels: stacked, with these heights, or side by side, with the height of the first."""
     if stacked:
         figure = Figure(figsize=(12.0, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)
@@ -269,12 +269,12 @@ def _parts(heights: list[float], stacked: bool) -> tuple[Figure, list[SubFigure]
 
 def _figure(panels: int, height: float = 4.6) -> tuple[Figure, list]:
     figure = Figure(figsize=(1.5 + 5.0 * panels, height), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
+    FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def _points(ax, points: list[tuple[float, list[float]]], name: str, style: Style) -> None:
-    """The mean with its interval, and beside it each run, small."""
+    """Plots the mean with its interval, and each run as a small mark."""
     for x, losses in points:
         small = {"markersize": 5, "alpha": 0.6, "markeredgewidth": 0, "color": style.colour}
         ax.plot([x * 1.02] * len(losses), losses, ".", **small)
@@ -305,7 +305,7 @@ def _family_styles(study: Study, everything: Groups, families: Iterable[tuple[st
 
 
 def _legend(ax, notes: list[str] | tuple[str, ...] = ()) -> None:
-    """Beside the axes, where it hides nothing; notes below it."""
+    """Adds a legend outside the axes, with notes below it."""
     where = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0}
     columns = math.ceil(len(ax.get_legend_handles_labels()[1]) / 26)
     ax.legend(fontsize=8, frameon=False, handlelength=3.2, ncols=columns, **where)  # long enough for a line's style

@@ -1,30 +1,31 @@
-"""The recipe of a study: what varies, what is compared, what is held equal.
+"""The recipe of a study: what varies, what is compared, what is kept equal.
 
 A recipe is YAML:
 
-    preset: digits                       # what all tasks start from
-    settings: {train.steps: 400}         # over the preset, for all
+    preset: digits                       # base preset of all tasks
+    settings: {train.steps: 400}         # changes to the preset for all tasks
     axes:                                # every combination; a key of the config, or `preset`
       model.num_experts: [4, 8, 16, 32]
     seeds: [0, 1, 2]
-    seed_settings: [train.seed, data.seed]   # what a seed sets; tasks of one seed see the same stream
+    seed_settings: [train.seed, data.seed]   # keys that a seed sets; tasks with equal seeds train on the same sample
+        stream
     variants:
       promoe: {}
       tc: {settings: {model.router: tc}, match: model.expert_ratio}
       dense: {settings: {model.router: dense}, match: model.mlp_ratio, without: [model.num_experts]}
     active_parameters: {like: {model.num_experts: 16}, tolerance: 0.01, multiple: 8}
-    baseline: dense                      # differences are told against this variant
-    weights: ema                         # or master: what is evaluated; in short runs the average lags behind
-    evaluate: {num: 500, every: 100}     # images that the checkpoints draw are judged: see `image_evaluation.py`
+    baseline: dense                      # differences are computed against this variant
+    weights: ema                         # evaluated weights, or master; in short runs the average lags behind
+    evaluate: {num: 500, every: 100}     # evaluate sampled images: see `image_evaluation.py`
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]
 
-The averaged weights of all tasks warm up (train.ema_warmup=true) unless `settings` say otherwise.
+All tasks have train.ema_warmup=true unless `settings` change it.
 
 `active_parameters` makes the comparison fair: all tasks must have as many active parameters as the base with the `like`
-settings, within `tolerance`. Where a variant has not, as it is written, the ratio that its `match` names is solved, in
-widths that are multiples of `multiple`. `without` are axes that mean nothing to a variant: it stands once, and not at
-each of their values.
+settings, within `tolerance`. If a variant has another number, its ratio `match` is solved for, with widths that are
+multiples of `multiple`. `without` lists axes that do not apply to a variant: it has one task for all values of such an
+axis.
 """
 
 import re
@@ -45,7 +46,7 @@ RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 
 
 class StudyError(Violations):
-    """A study that cannot be made as asked; `violations` lists every reason."""
+    """A study or recipe that is not valid; `violations` lists every reason."""
 
     subject = "the study"
     exit_code = ExitCode.MISCONFIGURED
@@ -53,50 +54,52 @@ class StudyError(Violations):
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the models that are compared."""
+    """One of the compared models."""
 
     name: str
-    settings: dict[str, Any] = option({}, "of the config, over the study's", kind=dict)
-    match: str | None = option(None, "the ratio that is solved for equal active parameters", kind=str)
-    without: tuple[str, ...] = option((), "axes that mean nothing to it", kind=list)
+    settings: dict[str, Any] = option({}, "config settings that override those of the study", kind=dict)
+    match: str | None = option(None, "the ratio that is solved for, to get equal active parameters", kind=str)
+    without: tuple[str, ...] = option((), "axes that do not apply to the variant", kind=list)
 
 
 @dataclass(frozen=True)
 class Equal:
-    """How the number of active parameters is held equal."""
+    """How the number of active parameters is kept equal."""
 
-    like: dict[str, Any] = option({}, "settings of the model whose number all shall have", kind=dict)
+    like: dict[str, Any] = option({}, "settings of the model that defines the number", kind=dict)
     tolerance: float = option(0.01, "largest relative difference", within=POSITIVE)
     multiple: int = option(
-        8, "of solved widths; rows of 16 bytes in bf16, which grouped products ask for", within=ONE_UP
+        8,
+        "solved widths are multiples of this; 8 gives the 16-byte rows that grouped products need in bf16",
+        within=ONE_UP,
     )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a study is; see the module's text."""
+    """The definition of a study; see the module docstring."""
 
-    preset: str = option("", "what all tasks start from")
-    variants: tuple[Variant, ...] = option((), "the models that are compared", kind=dict)
-    settings: dict[str, Any] = option({}, "of the config, over the preset", kind=dict)
-    axes: dict[str, tuple] = option({}, "keys of the config, and the values of each", kind=dict)
-    seeds: tuple[int, ...] = option((0,), "of each combination", kind=list)
-    seed_settings: tuple[str, ...] = option(("train.seed", "data.seed"), "what a seed sets", kind=list)
-    active_parameters: Equal | None = option(None, "how they are held equal", kind=dict)
-    baseline: str | None = option(None, "differences are taken against this variant", kind=str)
-    weights: str = option("ema", "what is evaluated", WEIGHTS)
-    evaluate: ImageEvaluation | None = option(None, "images that are drawn and judged", kind=dict)
-    ranks: int = option(1, "processes of a task", within=ONE_UP)
+    preset: str = option("", "base preset of all tasks")
+    variants: tuple[Variant, ...] = option((), "the compared models", kind=dict)
+    settings: dict[str, Any] = option({}, "config settings that override the preset", kind=dict)
+    axes: dict[str, tuple] = option({}, "config keys, with the values of each", kind=dict)
+    seeds: tuple[int, ...] = option((0,), "seeds of each combination", kind=list)
+    seed_settings: tuple[str, ...] = option(("train.seed", "data.seed"), "config keys that a seed sets", kind=list)
+    active_parameters: Equal | None = option(None, "how active parameters are kept equal", kind=dict)
+    baseline: str | None = option(None, "differences are computed against this variant", kind=str)
+    weights: str = option("ema", "evaluated weights", WEIGHTS)
+    evaluate: ImageEvaluation | None = option(None, "how sampled images are evaluated", kind=dict)
+    ranks: int = option(1, "number of processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
 
 
 def recipe_names() -> tuple[str, ...]:
-    """The recipes that come with the package, by name."""
+    """Names of the recipes in the package."""
     return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe, which is given by its path or is one of `recipe_names`. Raises StudyError."""
+    """The file of a recipe, given by its path or by one of `recipe_names`. Raises StudyError."""
     if recipe in recipe_names():
         return RECIPES / f"{recipe}.yaml"
     path = Path(recipe)
@@ -128,7 +131,7 @@ def make_recipe(content: Any) -> Recipe:
             problems.append(f"{where}: must be a mapping of settings, match, without; {{}} for none")
             continue
         if not re.fullmatch(r"[\w.]+", str(name)):
-            problems.append(f"{where}: a name is letters, digits, _ and ., since it names folders")
+            problems.append(f"{where}: a name consists of letters, digits, _ and ., since it is used in folder names")
         variant, wrong = read_fields(Variant, settings or {}, f"{where}.")
         problems += wrong
         variant |= {"without": tuple(variant.get("without", ())), "settings": _typed(variant.get("settings", {}))}
@@ -160,15 +163,15 @@ def make_recipe(content: Any) -> Recipe:
 
 
 def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with numbers where they stand as text: on a command line, and in studies of earlier versions.
+    """Settings with numbers for values that are text: from a command line, and in studies of earlier versions.
 
-    Values of axes stay as they are written, since they name the folders of tasks.
+    Values of axes stay unchanged, because they are part of folder names.
     """
     return {key: typed_value(str(key), value) for key, value in settings.items()}
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain dicts and lists; `make_recipe` of it gives an equal one."""
+    """The recipe as plain dicts and lists, which `make_recipe` turns back into an equal recipe."""
     content: dict[str, Any] = {"preset": recipe.preset, "settings": dict(recipe.settings)}
     content["axes"] = {key: list(values) for key, values in recipe.axes.items()}
     content |= {"seeds": list(recipe.seeds), "seed_settings": list(recipe.seed_settings)}

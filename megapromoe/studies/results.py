@@ -1,4 +1,4 @@
-"""The files of a study's results, and why one that is promised is not written."""
+"""Writes the result files of a study, and explains which expected files are not written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PICTURES = ("loss_experts", "loss_compute", "routing", "cost", "images", "evalua
 
 
 def write_results(study: Study, done: Sequence[Task], draws: int, against: Sequence[str]) -> tuple[str, list[str]]:
-    """Writes the tables of the tasks that are done; returns results.md, and a line for each promised file.
+    """Writes the tables of finished tasks; returns the text of results.md, and a line for each expected file.
 
     Args:
         draws: of the loss on fixed draws, which is known for each.
@@ -42,7 +42,7 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
 
 
 def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str]:
-    """A line for each picture that `plot` promises: its path, or why it is not drawn."""
+    """A line for each plot of `plot`: its path, or the reason why it is not written."""
     done = {row["task"] for row in rows}
     figure_rows = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
     no_figures = why_no_figures(study, rows, figure_rows)
@@ -59,20 +59,20 @@ def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str
 
 
 def why_no_figures(study: Study, rows: Rows, figure_rows: Rows) -> str | None:
-    """Why there is no figure of drawn images; None where there is one."""
+    """The reason why there are no metrics of sampled images; None if there are some."""
     if figure_rows:
         return None
     if not rows:
         return "no task is done and collected"
     if study.recipe.evaluate is not None:
-        return f"no evaluation is done; `megapromoe study run {study.folder}` does them"
+        return f"no evaluation is done; run `megapromoe study run {study.folder}`"
     task = f"{study.folder / 'runs' / rows[0]['task']}"
     by_hand = f"evaluate runs by hand: megapromoe evaluate --run {task} --num N"
-    return f"no images were evaluated; let the recipe have a section `evaluate`, or {by_hand}"
+    return f"no images were evaluated; add a section `evaluate` to the recipe, or {by_hand}"
 
 
 def why_no_curves(study: Study) -> str:
-    """Why figures of drawn images make no curve over training."""
+    """The reason why there is no curve of metrics over training."""
     if study.recipe.evaluate is None:
         return "no task was evaluated at two steps; `evaluate: {every: N}` in a recipe does that"
     if not study.recipe.evaluate.every:
@@ -81,7 +81,7 @@ def why_no_curves(study: Study) -> str:
 
 
 def report_files(study: Study, written: Sequence[Path], reasons: Mapping[str, str | None]) -> list[str]:
-    """A line for each file: that it is written, or the reason that it is not."""
+    """A line for each file: its path, or the reason why it is not written."""
     lines = [str(path) for path in written]
     for name, reason in reasons.items():
         path = study.folder / name

@@ -1,8 +1,9 @@
-"""Runs the jobs of a study in processes of their own, some at a time: trainings, and the evaluations that follow them.
+"""Runs the jobs of a study, trainings and their evaluations, in separate processes, several at the same time.
 
-A job that fails is written down and the others go on. Repeating resumes what is not done: a training from its last
-checkpoint, an evaluation with the checkpoints of which figures are missing. Several commands may run one study at once:
-each job has a lock, and who finds it taken waits for its end.
+The failure of a job is recorded, and the other jobs continue. A repeated command resumes unfinished jobs: a training
+from its last checkpoint, an evaluation with the checkpoints without results. Several commands may run one study at the
+same
+time: each job has a lock, and a command waits for jobs that another command runs.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ from megapromoe.studies.study import Job, Study
 from megapromoe.studies.task_locks import lock_task, owner
 from megapromoe.work_progress import Progress
 
-POLL = 0.5  # seconds between looks at the running jobs
+POLL = 0.5  # seconds between checks of the running jobs
 
 
 def run_tasks(
     study: Study, tasks: Iterable[Job], jobs: int = 1, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> dict[str, int]:
-    """Runs those of `tasks` that are not done, `jobs` at a time; returns the exit code of each, 0 for those done.
+    """Runs the unfinished jobs of `tasks`, `jobs` at the same time; returns the exit code of each, 0 if done.
 
     Args:
-        tasks: trainings, and evaluations; an evaluation starts when its training is done. One whose training failed, or
-            is neither done nor among the tasks, is left out, without a code.
-        asked_to_stop: once it is true, the running ones are asked to save and stop, and no other is started; these,
-            and those that had no turn, have code 75.
+        tasks: trainings and evaluations. An evaluation starts when its training is done. If its training failed, or is
+            neither done nor in `tasks`, the evaluation is left out and has no exit code.
+        asked_to_stop: once it returns true, running jobs are requested to save and stop, and no other job is started.
+            These jobs and those that were not started have code 75.
 
-    A job that another command runs is left to it. When that has ended, what it reports holds, and a job that it
-    stopped, or that it left when it was killed, is run by this command.
+    A job that another command runs is left to that command. When it has ended, its exit code is used, except that this
+    command runs a job that was stopped, or that was left when the other command was killed.
 
-    A bar shows the steps of all trainings; where stderr is no terminal, a line once a minute. A line for each job that
-    starts or ends says when it and all jobs should end.
+    A progress bar shows the steps of all trainings; without a terminal on stderr, a line is printed once a minute. A
+    line for each start and end of a job has the estimated end of the job and of all jobs.
     """
     return _Runner(study, tuple(tasks), jobs).run(asked_to_stop)
 
@@ -60,9 +61,8 @@ class _Runner:
         self.codes = {job.name: 0 for job in jobs if study.done(job)}
         self.waiting = [job for job in jobs if job.name not in self.codes]
         self.running: list[RunningJob] = []
-        self.left_to_others: dict[
-            str, dict[str, Any] | None
-        ] = {}  # jobs, and their outcome when they were found locked
+        # Jobs that other commands run, with their outcome when this command found them locked.
+        self.left_to_others: dict[str, dict[str, Any] | None] = {}
         self.stopping = False
         self.forecast = Forecast(study, at_once)
         trainings = [job for job in jobs if not isinstance(job, Evaluation)]
@@ -90,7 +90,7 @@ class _Runner:
                         self.forecast.add(running_job.job)
                         self._ended(running_job.job, code, end_in_words(code, self.study, running_job))
                     self._show()
-            except BaseException:  # Ctrl-C among them: nothing goes on training behind the back of who stopped it
+            except BaseException:  # includes Ctrl-C: no job may continue after this command ends
                 ask_to_stop(self.running)
                 for running_job in self.running:
                     with contextlib.suppress(KeyboardInterrupt):
@@ -100,7 +100,7 @@ class _Runner:
         return self.codes | {job.name: STOPPED for job in self.waiting}
 
     def _start_ready(self) -> None:
-        """Starts waiting jobs while there is room, and drops those that cannot start any more."""
+        """Starts waiting jobs up to the limit, and drops evaluations that can no longer start."""
         for job in list(self.waiting):
             if self.stopping or len(self.running) >= self.at_once:
                 return
@@ -122,7 +122,7 @@ class _Runner:
                 number = len(self.codes) + len(self.running)
                 line = f"{number} of {len(self.jobs)}: {start_in_words(self.study, running_job)}; it should end "
                 line += in_words(self.forecast.job_left(running_job, self.running), datetime.now())
-                if len(self.jobs) > 1:  # a job of an array knows nothing of the study's other jobs
+                if len(self.jobs) > 1:  # a job of an array has no information on the other jobs
                     line += f", the study {in_words(self._left(), datetime.now())}"
                 self.progress.write(line)
                 continue
@@ -131,11 +131,11 @@ class _Runner:
             self._ended(job, code, f"{how} by another command")
 
     def _is_ready(self, job: Evaluation) -> bool:
-        """Whether its training is done. Drops it where that will not be."""
+        """Whether the training of an evaluation is done. Drops the evaluation if that cannot happen."""
         if self.study.done(job.task):
             return True
-        comes = job.task in self.waiting or any(running_job.job == job.task for running_job in self.running)
-        if not comes:
+        will_be_trained = job.task in self.waiting or any(running_job.job == job.task for running_job in self.running)
+        if not will_be_trained:
             self.waiting.remove(job)
             why = f"its training is not done ({self.study.state(job.task)})"
             self.progress.write(f"{job.name}: not started, {why}")
@@ -161,14 +161,15 @@ class _Runner:
 
 
 def jobs_to_run(study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool) -> tuple[Job, ...]:
-    """What `study run` is asked to run.
+    """The jobs that `study run` shall run.
 
     Args:
-        tasks: those of the command.
-        evaluate: their evaluations alone.
-        alone: it is one task, of which a job of an array trains or evaluates; else trainings are evaluated too.
+        tasks: the tasks of the command.
+        evaluate: only run their evaluations.
+        alone: there is one task, for a job of an array, which either trains or evaluates; else trainings are followed
+            by their evaluations.
 
-    Raises StudyError for an evaluation that cannot be.
+    Raises StudyError for evaluations that are not possible.
     """
     if not evaluate:
         return tuple(tasks) if alone else study.jobs(tasks)
@@ -183,17 +184,17 @@ def jobs_to_run(study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool
 
 
 def exit_code(codes: dict[str, int]) -> int:
-    """Of all: 0 if all are done, 75 if some were stopped and saved, else 1. A task alone tells its own."""
+    """The exit code for all jobs: that of a single job; else 0 if all are done, 75 if some were stopped, or 1."""
     if len(codes) == 1:
         code = next(iter(codes.values()))
-        return code if code >= 0 else 128 - code  # killed by a signal, as a shell tells it
+        return code if code >= 0 else 128 - code  # killed by a signal: the exit code that a shell reports
     if STOPPED in codes.values():
         return STOPPED
     return int(any(codes.values()))
 
 
 def _code_of_others(study: Study, job: Job, left_to_others: dict[str, dict[str, Any] | None]) -> int | None:
-    """The exit code of a job that another command has run since this one began; None: this command is to run it."""
+    """The exit code of a job that another command has run since this one started; None if this command must run it."""
     if study.done(job):
         return 0
     if job.name not in left_to_others:

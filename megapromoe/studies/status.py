@@ -1,4 +1,4 @@
-"""How far the jobs of a study are, from the files in its folder alone: also while they run on other machines."""
+"""The state of a study's jobs, only from the files in its folder, so that jobs may run on other machines."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megapromoe.studies.study import Job, Study, failure
 from megapromoe.studies.task_locks import is_locked, owner
 from megapromoe.work_progress import duration
 
-QUIET = 900.0  # seconds: a job of another machine, whose lock cannot be seen, runs if its last line is no older
+QUIET = 900.0  # seconds; a job on another machine without visible lock counts as running if its last line is not older
 STATES = ("running", "done", "waiting", "stopped", "failed")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """Where a job is.
+    """The state of a job.
 
     Attributes:
         state: one of `STATES`.
-        done: its units that are done (training steps, or checkpoints evaluated); of a running training, logged ones.
-        age: seconds since it printed or logged its last line; None where it never started.
-        remark: why it failed or waits, or where it runs.
+        done: number of finished units (training steps or evaluated checkpoints); for a running training, logged steps.
+        age: seconds since its last output or log line; None if it never started.
+        remark: the reason why it failed or waits, or the process that runs it.
     """
 
     job: Job
@@ -42,20 +42,20 @@ def job_state(study: Study, job: Job, now: float) -> JobState:
         return JobState(job, "done", units(job), age)
     outcome = study.outcome(job)
     if outcome is not None and outcome["code"] == STOPPED:
-        return JobState(job, "stopped", done, age, "`study run` goes on with it")
+        return JobState(job, "stopped", done, age, "`study run` continues it")
     if outcome is not None and outcome["code"] != 0:
         reason = (outcome["said"].splitlines() or [""])[0][:160]
         why = failure(outcome["code"]) if outcome["code"] < 0 else f"exit code {outcome['code']}"
         return JobState(job, "failed", done, age, f"{why}: {reason}" if reason else why)
     if outcome is not None or not study.log(job).exists():
         return JobState(job, "waiting", done, age, _waits_for(study, job))
-    # Whoever starts a job removes the outcome of the start before, and writes one when the job has ended.
+    # The command that starts a job removes the earlier outcome, and writes a new one when the job has ended.
     holder = owner(study, job)
     if is_locked(study, job):
         return _running(study, job, age, holder)
     elsewhere = " on " in holder and holder.rpartition(" on ")[2] != socket.gethostname()
     if elsewhere and age is not None and age < QUIET:
-        return _running(study, job, age, f"{holder}, judged by its last line")
+        return _running(study, job, age, f"{holder}, according to its last line")
     return JobState(job, "failed", done, age, f"killed together with the command that started it ({holder})")
 
 
@@ -71,7 +71,7 @@ def _waits_for(study: Study, job: Job) -> str:
 
 
 def _age(study: Study, job: Job, now: float) -> float | None:
-    """Seconds since the newest of its log and its metrics changed."""
+    """Seconds since the log or the metrics of a job changed."""
     times = [study.last_line(job)[1]]
     with contextlib.suppress(OSError):
         times.append(study.log(job).stat().st_mtime)
@@ -80,7 +80,7 @@ def _age(study: Study, job: Job, now: float) -> float | None:
 
 
 def table(study: Study, states: Sequence[JobState]) -> str:
-    """A line for each job, and how many are in which state."""
+    """A table with a line for each job, and the number of jobs in each state."""
     lines = [("task", "job", "state", "done", "last line", "remark")]
     for state in states:
         job = state.job

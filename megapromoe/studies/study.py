@@ -1,15 +1,15 @@
-"""The folder of a study: what was planned, and how far it is.
+"""The folder of a study: its files, its jobs and their state.
 
 ==================  =================================================================================
 study.yaml          the recipe
-tasks.md            the tasks and what they cost
-tasks/NAME.yaml     the whole config of each task, as it was planned
+tasks.md            the tasks and their estimated cost
+tasks/NAME.yaml     the full config of each task, as planned
 runs/NAME/          the run directory of each task
-logs/NAME.log       what its training printed; NAME-evaluation.log, what its evaluation did
-outcomes/NAME.json  how its last start ended, and that of NAME-evaluation
-locks/NAME.lock     locked while a command trains the task; its text says which; likewise NAME-evaluation
+logs/NAME.log       output of its training; NAME-evaluation.log: output of its evaluation
+outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
+locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
-results.csv, .md    what `collect` found, with curves.csv, evaluations.csv; *.png what `plot` drew
+results.csv, .md    results of `collect`, with curves.csv, evaluations.csv; *.png: plots of `plot`
 ==================  =================================================================================
 """
 
@@ -38,11 +38,11 @@ from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.json_files import read_json
 from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
 
-_COMPLETE = re.compile(r"step-(\d{8,})")  # with an ending, it is being written
+_COMPLETE = re.compile(r"step-(\d{8,})")  # folders with a suffix are being written
 _PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
-LAST_BYTES = 1 << 18  # of a metrics.jsonl: more than its longest line
+LAST_BYTES = 1 << 18  # bytes at the end of a metrics.jsonl that contain its last line
 
-Job = Task | Evaluation  # what `run` runs in processes of its own: a training, or what follows it
+Job = Task | Evaluation  # what `run` runs in a separate process
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Study:
         return self.folder / "losses" / f"{task.name}.json"
 
     def outcome(self, job: Job) -> dict[str, Any] | None:
-        """How the last start ended, `code` and `said`; None before the first."""
+        """How the last start ended, with `code` and `said` (its error message); None before the first end."""
         return read_json(self.outcome_file(job))
 
     def jobs(self, tasks: Iterable[Task] | None = None) -> tuple[Job, ...]:
-        """All that is run for the tasks, by default all of them: each training, and behind it its evaluation."""
+        """All jobs of the tasks (default: of all tasks): each training, followed by its evaluation."""
         jobs: list[Job] = []
         for task in self.tasks if tasks is None else tasks:
             evaluation = evaluation_of(self.recipe, task)
@@ -85,15 +85,15 @@ class Study:
         return tuple(jobs)
 
     def steps_saved(self, task: Task) -> int:
-        """Steps of the newest complete checkpoint, 0 without one."""
+        """Number of steps of the newest complete checkpoint, 0 without one."""
         manifests = (self.run(task) / "checkpoints").glob("step-*/manifest.json")
         matches = (_COMPLETE.fullmatch(path.parent.name) for path in manifests)
         return max((int(match[1]) for match in matches if match), default=0)
 
     def last_line(self, job: Job) -> tuple[int, float | None]:
-        """The last step that a training has logged, and when (seconds since 1970); None where it has logged nothing.
+        """The last logged step of a training, and its time in seconds since 1970; None if nothing is logged.
 
-        Of an evaluation, when its log last grew; its steps are 0.
+        For an evaluation the step is 0, and the time is that of the last change of its log.
         """
         file = self.log(job) if isinstance(job, Evaluation) else self.run(job) / "metrics.jsonl"
         try:
@@ -103,7 +103,7 @@ class Study:
         return 0 if isinstance(job, Evaluation) else self.steps_logged(job), when
 
     def steps_logged(self, task: Task) -> int:
-        """Steps of the last whole line of its metrics; 0 without one."""
+        """The step of the last complete line of the metrics; 0 without one."""
         try:
             with open(self.run(task) / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
@@ -115,13 +115,13 @@ class Study:
         return 0
 
     def done(self, job: Job) -> bool:
-        """Is the training complete, its last step saved? Of an evaluation: are the figures of all its steps known?"""
+        """Whether the last step of a training is saved, or whether an evaluation has the results of all its steps."""
         if isinstance(job, Evaluation):
             return not job.missing_steps(self.run(job.task))
         return self.steps_saved(job) >= job.config.train.steps
 
     def state(self, task: Task) -> str:
-        """In a few words: done, in training, how its last start ended, how far it is."""
+        """A short text: done, in training, or how the last start ended, with the progress."""
         if self.done(task):
             return "done"
         saved, outcome = self.steps_saved(task), self.outcome(task)
@@ -131,26 +131,26 @@ class Study:
         logged = f"{self.steps_logged(task)} logged"
         if owner := RunDirectory(self.run(task)).owner():
             return f"in training ({owner}), {progress}, {logged}"
-        if outcome is None:  # whoever starts a task removes the outcome of the start before, and writes that of its own
-            return f"killed together with what had started it, or only just started, {progress}, {logged}"
+        if outcome is None:  # removed at a start, and written when the job has ended
+            return f"killed together with the command that started it, or just started, {progress}, {logged}"
         return progress if outcome["code"] in (0, 75) else f"{failure(outcome['code'])}, {progress}"
 
     def missing(self) -> tuple[Task, ...]:
-        """Those whose training is not done."""
+        """Tasks whose training is not done."""
         return tuple(task for task in self.tasks if not self.done(task))
 
     def missing_evaluations(self) -> tuple[Evaluation, ...]:
         return tuple(job for job in self.jobs() if isinstance(job, Evaluation) and not self.done(job))
 
     def task(self, index: int) -> Task:
-        """The task of a number; raises StudyError."""
+        """The task with this index. Raises StudyError."""
         if not 0 <= index < len(self.tasks):
             raise StudyError([f"task = {index}: {self.folder} has tasks 0..{len(self.tasks) - 1}"])
         return self.tasks[index]
 
 
 def plan(folder: Path, recipe: Recipe) -> Study:
-    """Writes the study; of a folder that holds the same one already nothing changes.
+    """Writes the study. Does nothing if the folder already contains the same study.
 
     Raises StudyError if the recipe cannot be expanded, or if the folder holds another study or other things.
     """
@@ -159,20 +159,20 @@ def plan(folder: Path, recipe: Recipe) -> Study:
     file = folder / "study.yaml"
     if file.exists():
         if _text(read_recipe(file)) != _text(recipe):
-            raise StudyError([f"{file}: is another study; choose another folder, or `run` the one that is there"])
+            raise StudyError([f"{file}: is another study; choose another folder, or `run` the existing one"])
         return open_study(folder)
-    ours = ("tasks", "study.yaml.")  # what a plan that was killed leaves
+    ours = ("tasks", "study.yaml.")  # files left by a plan that was killed
     if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(ours) for p in folder.iterdir())):
         raise StudyError([f"{folder}: is not empty and holds no study.yaml; choose another folder"])
     study = Study(folder, recipe, tasks)
     for task in tasks:
         write_text(study.config(task), to_yaml(task.config), parents=True)
-    write_text(file, _text(recipe), parents=True)  # last: a study that has it is whole
+    write_text(file, _text(recipe), parents=True)  # written last: it marks a complete study
     return study
 
 
 def missing_data(study: Study) -> str:
-    """Why a study cannot be trained, if its tasks do not say on what; else ""."""
+    """The error if the tasks of a study have no data source; else ""."""
     if all(task.config.data.source != UNSET for task in study.tasks):
         return ""
     return f"data.source = {UNSET!r}: {NO_DATA}; plan the study with it in another folder, or remove {study.folder}"
@@ -183,7 +183,7 @@ def _text(recipe: Recipe) -> str:
 
 
 def open_study(folder: Path) -> Study:
-    """The study of a folder. Raises StudyError if there is none, or if its recipe now means something else."""
+    """Reads the study of a folder. Raises StudyError if there is none, or if this version expands it differently."""
     folder = Path(folder)
     file = folder / "study.yaml"
     if not file.is_file():
@@ -197,27 +197,29 @@ def open_study(folder: Path) -> Study:
             problems.append(f"{study.config(task)}: {error.violations[0]}")
         else:
             if planned.train.warmup in _PRESET_WARMUPS:
-                # An earlier version planned short trainings with the preset's whole warm-up: they go on with it.
+                # An earlier version planned short trainings with the preset's full warm-up, which is kept.
                 train = replace(task.config.train, warmup=planned.train.warmup)
                 task = replace(task, config=replace(task.config, train=train))
             if planned != task.config:
                 task = replace(task, config=_as_planned_before(task.config, study.config(task)))
             tasks.append(task)
             if planned != task.config:
-                problems.append(f"{study.config(task)}: is not what {file} means to this version; plan a new study")
+                problems.append(
+                    f"{study.config(task)}: differs from what this version derives from {file}; plan a new study"
+                )
     if problems:
         raise StudyError(problems)
     return Study(folder, study.recipe, tuple(tasks))
 
 
 def _as_planned_before(config: Config, file: Path) -> Config:
-    """The config with the constant decay of a study that was planned before averages warmed up."""
+    """The config with a constant decay, if the study was planned by a version without `ema_warmup`."""
     named = "ema_warmup" in read_yaml(file).get("train", {})
     return config if named else replace(config, train=replace(config.train, ema_warmup=False))
 
 
 def failure(code: int) -> str:
-    """How a process ended, from its exit code; negative: of the signal that killed it."""
+    """How a process ended, from its exit code; a negative code is the signal that killed it."""
     if code >= 0:
         return f"failed (exit code {code})"
     try:
@@ -227,7 +229,7 @@ def failure(code: int) -> str:
 
 
 def names(tasks: Iterable[Job], most: int = 5) -> str:
-    """Names in a sentence."""
+    """The names of jobs, for a sentence."""
     all_names = [task.name for task in tasks]
     more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
     return ", ".join(all_names[:most]) + more

@@ -1,8 +1,8 @@
-"""What `study submit` asks SLURM for: arrays of jobs, and the resources of each from its ranks and their launcher.
+"""Submits a study to SLURM: arrays of jobs, with resources derived from the ranks and their launcher.
 
-Trainings are one array. Evaluations of trainings that are done are another; those of trainings that are submitted now
-are a third, with the same numbers as the first: SLURM's `aftercorr` lets job I of it wait until job I of the first has
-ended well, and removes it where that failed.
+Trainings are the first array, and evaluations of finished trainings the second. Evaluations of trainings that are
+submitted now are the third, with the same indices as the first: with SLURM's `aftercorr`, job I of it starts when job I
+of the first has succeeded, and is removed if that failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from megapromoe.studies.recipe import Recipe, StudyError
 from megapromoe.studies.study import Study
 
-GPUS_PER_NODE = 8  # where the options of sbatch say nothing else
+GPUS_PER_NODE = 8  # default, if the options of sbatch give no number
 CPUS_PER_RANK = 12  # as in launchers/scaling_experts.sh
 # Launchers that start one process for each task of the job, on all its nodes; others start theirs on the first node.
 _STARTS_TASKS = ("srun", "mpirun", "mpiexec")
@@ -29,9 +29,9 @@ class ArrayJob:
     """An array of jobs for tasks of a study.
 
     Attributes:
-        indices: of the tasks, ascending.
-        evaluates: evaluations, else trainings.
-        waits: each job waits for the training of the same task.
+        indices: indices of the tasks, ascending.
+        evaluates: whether the jobs are evaluations, not trainings.
+        waits: whether each job waits for the training of the same task.
     """
 
     indices: tuple[int, ...]
@@ -40,16 +40,16 @@ class ArrayJob:
 
     @property
     def words(self) -> list[str]:
-        """Words behind the study's folder, for the job script."""
+        """Arguments of the job script after the study's folder."""
         return ["--evaluate"] if self.evaluates else []
 
     def sbatch(self, study: Study, options: Sequence[str], at_once: int | None, trainings: str) -> list[str]:
-        """The command that submits it, up to the job script.
+        """The sbatch command of the array, without the job script.
 
         Args:
-            options: of sbatch, from the user.
-            at_once: jobs of an array that run at a time; None: all.
-            trainings: number of the job whose trainings are waited for.
+            options: options of sbatch from the user.
+            at_once: number of jobs of an array that run at the same time; None: all.
+            trainings: job id of the trainings to wait for.
         """
         array = f"--array={ranges(self.indices)}" + (f"%{at_once}" if at_once else "")
         words = ["sbatch", array, *resources(study.recipe, options), *options]
@@ -57,7 +57,7 @@ class ArrayJob:
 
 
 def array_jobs(study: Study) -> list[ArrayJob]:
-    """What is to be submitted, trainings first; nothing where all is done."""
+    """The arrays to submit, trainings first; empty if everything is done."""
     trainings = {task.index for task in study.missing()}
     evaluations = {evaluation.task.index for evaluation in study.missing_evaluations()}
     arrays = [
@@ -77,15 +77,15 @@ def submit(
     environment: Mapping[str, str],
     dry_run: bool,
 ) -> int:
-    """Prints the commands of sbatch and calls them; returns 0, or the exit code of the one that failed.
+    """Prints and runs the sbatch commands; returns 0, or the exit code of the first that failed.
 
     Args:
-        script: of the jobs.
+        script: the job script.
         options, at_once: see `ArrayJob.sbatch`.
-        environment: of sbatch, and so of the jobs.
-        dry_run: print alone.
+        environment: environment of sbatch, which the jobs inherit.
+        dry_run: only print the commands.
 
-    Raises FileNotFoundError where there is no sbatch; StudyError.
+    Raises FileNotFoundError if there is no sbatch; StudyError.
     """
     logs, trainings = study.folder / "logs", "JOBID"
     for array in arrays:
@@ -94,7 +94,7 @@ def submit(
         print(shlex.join(words), flush=True)
         if dry_run:
             continue
-        logs.mkdir(exist_ok=True)  # the jobs' own output goes there
+        logs.mkdir(exist_ok=True)  # working directory, for the output files of the jobs
         done = subprocess.run(words, cwd=logs, env=environment, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
@@ -105,17 +105,17 @@ def submit(
 
 
 def job_number(output: str, arrays: Sequence[ArrayJob]) -> str:
-    """The number of the job that sbatch has submitted. Raises StudyError if an array is to wait for it, and none is."""
+    """The job id in the output of sbatch. Raises StudyError if there is none and another array must wait for it."""
     match = re.search(r"\d+", output)
     if match is None and any(array.waits for array in arrays):
         raise StudyError(
-            ["sbatch: printed no number of a job for evaluations to wait for; submit again when the trainings are done"]
+            ["sbatch: printed no job id, which the evaluations need; submit again when the trainings are done"]
         )
     return match[0] if match else ""
 
 
 def ranges(indices: Sequence[int]) -> str:
-    """Indices as SLURM writes them: [0, 1, 2, 5] -> "0-2,5"."""
+    """Indices in the notation of SLURM: [0, 1, 2, 5] -> "0-2,5"."""
     spans: list[list[int]] = []
     for index in sorted(indices):
         if spans and index == spans[-1][-1] + 1:
@@ -129,10 +129,10 @@ def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:
     """Options of sbatch for tasks of `recipe.ranks` ranks, one rank for each GPU; none for tasks of one rank.
 
     Args:
-        options: those that the user gives to sbatch. They say how many nodes or GPUs of a node there are, and win
-            over these because they come later on the command line.
+        options: options of sbatch from the user. They may set the number of nodes or GPUs of a node, and take
+            precedence because they are later on the command line.
 
-    Raises StudyError where the ranks do not spread evenly over the nodes, or the launcher does not reach all nodes.
+    Raises StudyError if the ranks do not divide evenly over the nodes, or if the launcher does not reach all nodes.
     """
     ranks = recipe.ranks
     if ranks == 1:
@@ -141,14 +141,14 @@ def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:
     nodes = _number(options, "--nodes", "-N") or -(-ranks // most)
     if ranks % nodes:
         even = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise StudyError([f"ranks = {ranks}: do not spread evenly over {nodes} nodes; give --nodes=N, N one of {even}"])
+        raise StudyError([f"ranks = {ranks}: do not divide evenly over {nodes} nodes; give --nodes=N, N one of {even}"])
     on_node, launcher = ranks // nodes, Path(recipe.launcher[0]).name
     if launcher in _STARTS_TASKS:
         return [f"--nodes={nodes}", f"--ntasks={ranks}", f"--ntasks-per-node={on_node}", f"--gpus-per-node={on_node}"]
     if nodes > 1:
         raise StudyError(
             [
-                f"launcher = {' '.join(recipe.launcher)!r}: starts processes on one node, but {ranks} ranks take"
+                f"launcher = {' '.join(recipe.launcher)!r}: starts processes only on one node, but {ranks} ranks take"
                 f" {nodes} nodes of {most} GPUs; plan the study with --launcher 'srun python', or give"
                 f" --gpus-per-node={ranks}"
             ]
@@ -157,7 +157,7 @@ def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:
 
 
 def _number(options: Sequence[str], *names: str) -> int | None:
-    """The last whole number that an option of sbatch has, written as NAME=8, NAME 8, or -N8; None without one."""
+    """The last whole number given for an option of sbatch, as NAME=8, NAME 8, or -N8; None if it is not given."""
     count = None
     for option, following in pairwise([*options, ""]):
         for name in names:

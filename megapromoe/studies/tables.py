@@ -45,7 +45,7 @@ class Mean:
 
 
 def mean_of(values: Iterable[float]) -> Mean:
-    """The mean, and how far the true one may be off."""
+    """The mean with its 95 % interval."""
     values = list(values)
     if len(values) < 2:
         return Mean(values[0], None, 1)
@@ -67,10 +67,10 @@ def groups(rows: Rows, recipe: Recipe) -> dict[tuple[str, tuple], list[dict]]:
 
 
 def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> dict[tuple[str, tuple | None], Mean]:
-    """Of each group to the runs of `against` at the same point and seed, which saw the same stream.
+    """Differences of each group to the runs of `against` at the same point and seed, which have the same stream.
 
-    One number a seed: where `against` stands at several points that a group has in common with it, their mean. Under
-    (variant, None), for variants of several points, the mean of all points. Groups without a partner are left out.
+    Each seed gives one number: the mean if `against` has several matching points. For variants with several points the
+    key (variant, None) has the mean over all points. Groups without a matching run are left out.
     """
     partners = [row for row in rows if row["variant"] == against]
     by_seed: dict[tuple[str, tuple | None], dict[int, list[float]]] = {}
@@ -92,10 +92,10 @@ def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> di
 
 
 def trends(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, tuple], Mean]:
-    """Change of the loss with each doubling of the experts: slope of each seed's line over log2 E, mean over seeds.
+    """Change of the loss per doubling of the experts: slope of a line over log2 E for each seed, and mean over seeds.
 
-    Under (variant, the other axes). What seeds have in common, such as a stream that is easier, does not blur it. Seeds
-    that lack one of the numbers of experts are left out.
+    Keys are (variant, the other axes). Fitting each seed separately removes effects common to a seed, such as an easier
+    stream. Seeds without one of the numbers of experts are left out.
     """
     lines: dict[tuple[str, tuple], dict[int, dict[float, float]]] = {}
     for (variant, point), group in groups(rows, recipe).items():
@@ -135,7 +135,7 @@ def fits(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, str, tu
 
 
 def to_csv(rows: Rows) -> str:
-    """A line for each row, such as each run; what a row has not is left empty."""
+    """CSV with a line for each row; missing values are empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -158,7 +158,7 @@ def to_markdown(
 
 
 def _initial(rows: Rows, recipe: Recipe) -> str:
-    """A sentence on the largest share of initial weights in the averages; "" where it is not known of all runs."""
+    """A sentence on the largest share of initial weights in the averages; "" if it is unknown for a run."""
     shares = [row.get("initial_share") for row in rows]
     known = [share for share in shares if share is not None]
     if recipe.weights != "ema" or len(known) < len(shares):
@@ -211,8 +211,8 @@ def sections(
         name = model_name(variant, rest)
         if isinstance(law, str):
             reasons.setdefault((x, law), []).append(name)
-        elif law.doubts:
-            lines.append([name, x, "-", "-", "-", "-", f"no: {'; '.join(law.doubts)}"])
+        elif law.fit_warnings:
+            lines.append([name, x, "-", "-", "-", "-", f"no: {'; '.join(law.fit_warnings)}"])
         else:
             numbers = [f"{law.a:.4f}", f"{law.b:.3g}", f"{law.c:.3g}", "{:.2g} to {:.2g}".format(*law.c_interval)]
             lines.append([name, x, *numbers, "yes"])
@@ -227,14 +227,14 @@ def _verdict(mean: Mean) -> str:
 
 
 def model_name(variant: str, point: tuple | None) -> str:
-    """A group in words."""
+    """Name of a group in tables."""
     if point is None:
         return f"{variant}, mean of its points"
     return " ".join([variant, *(f"{axis.rpartition('.')[2]}={value}" for axis, value in point)])
 
 
 def evaluated(rows: Rows) -> list[str]:
-    """The figures of drawn images that any run has: names of columns."""
+    """Names of the columns with metrics of sampled images."""
     return list(dict.fromkeys(name for row in rows for name in row if name.startswith(EVALUATED)))
 
 
@@ -246,7 +246,7 @@ def _evaluated_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
         tables.setdefault(rest or figure, []).append(name)
     for rest, names in tables.items():
         network, _, drawn = rest.partition("), ")
-        yield f"Images drawn by the last checkpoints, each seed's figure: {drawn}, seen by {network}."
+        yield f"Images sampled from the last checkpoints: {drawn}, features of {network}; the metric of each seed."
         lines = [["model", *(name.removeprefix(EVALUATED).partition(" (")[0] for name in names)]]
         for (variant, point), group in groups(rows, recipe).items():
             values = [[row[name] for row in group if row.get(name) is not None] for name in names]
@@ -275,7 +275,7 @@ def _over_training(rows: Rows, recipe: Recipe, evaluations: Rows) -> Iterable[st
 
 
 def _of_images(values: list[float]) -> str:
-    """Of two or three runs an interval would tell little: all values."""
+    """All values, because an interval over two or three runs would be too wide to be useful."""
     return " / ".join(f"{value:.3g}" for value in values) or "-"
 
 

@@ -1,7 +1,7 @@
-"""A lock for each task of a study, so that several commands may train one study and none trains a task of another.
+"""A lock for each job of a study, so that several commands may run one study without running a job twice.
 
-The training inherits the lock from the command that starts it: a task stays locked until its training has ended, also
-if the command was killed before.
+The process of a job inherits the lock from the command that starts it, so the job stays locked until it ends, even if
+the command is killed before.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ logger = logging.getLogger(__name__)
 
 
 def lock_task(study: Study, job: Job) -> IO[str] | None:
-    """The open lock of a task, to be closed when it has ended; None while another process trains it.
+    """The open lock file of a job, to be closed when it has ended; None if another process holds the lock.
 
-    The lock is given free by the system when all processes that have it open end, however they do. On a file system
-    without locks, a warning is logged, and the task counts as locked by this process. Raises OSError.
+    The operating system releases the lock when all processes that have the file open have ended. On a file system
+    without locks a warning is logged, and the job counts as locked by this process. Raises OSError.
     """
     path = study.lock_file(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_regular(path, os.O_RDWR | os.O_CREAT)
-    lock = open(file, "r+", encoding="utf-8")  # noqa: SIM115, held while the task is trained
+    lock = open(file, "r+", encoding="utf-8")  # noqa: SIM115, open while the job runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
     except OSError as error:  # some cluster file systems are mounted without locks
-        logger.warning("%s: no locks here (%s); let only one command train this task", path, error.strerror)
+        logger.warning(
+            "%s: the file system has no locks (%s); run this task with only one command at a time", path, error.strerror
+        )
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -42,7 +44,7 @@ def lock_task(study: Study, job: Job) -> IO[str] | None:
 
 
 def is_locked(study: Study, job: Job) -> bool:
-    """Whether a process holds the lock of a job, as far as this machine sees; changes no file."""
+    """Whether a process holds the lock of a job, as far as it is visible on this machine. Changes no file."""
     try:
         with open(study.lock_file(job), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -54,7 +56,7 @@ def is_locked(study: Study, job: Job) -> bool:
 
 
 def owner(study: Study, job: Job) -> str:
-    """Who has locked a job, in words."""
+    """The process that holds the lock of a job, as text."""
     try:
         text = study.lock_file(job).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

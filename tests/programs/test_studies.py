@@ -154,7 +154,7 @@ def test_active_parameters_that_cannot_be_equal_are_refused():
     variants = {
         "dense": {"settings": {"model.router": "dense", "model.mlp_ratio": 1.0}, "without": ["model.num_experts"]}
     }
-    with pytest.raises(StudyError, match=r"dense has .* off the .* asked for.*name a ratio to solve"):
+    with pytest.raises(StudyError, match=r"dense has .* off the required .*name a ratio to solve"):
         expand(recipe(variants=variants, active_parameters={"like": {}}))
     variants["dense"]["match"] = "model.expert_ratio"
     with pytest.raises(StudyError, match="does not change the active parameters"):
@@ -189,7 +189,7 @@ def test_a_study_of_an_earlier_version_keeps_its_warm_up(tmp_path):
     assert {task.config.train.warmup for task in open_study(tmp_path).tasks} == {30}
     file = study.config(study.tasks[1])
     file.write_text(file.read_text().replace("warmup: 30", "warmup: 29"))
-    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: is not what"):
+    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: differs from what this version"):
         open_study(tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_a_recipe_that_has_come_to_mean_something_else_is_refused(tmp_path):
     study = plan(tmp_path, recipe())
     file = study.config(study.tasks[1])
     file.write_text(file.read_text().replace("lr: 0.004", "lr: 0.003"))
-    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: is not what"):
+    with pytest.raises(StudyError, match=f"{study.tasks[1].name}.yaml: differs from what this version"):
         open_study(tmp_path)
 
 
@@ -288,7 +288,7 @@ def test_a_recipe_with_such_a_setting_is_refused_with_the_remedy():
         ranks=2,
         launcher=["srun", "python"],
     )
-    with pytest.raises(StudyError, match=r"parallel.ep = 2.*\[dense-seed0.*; other tasks can take it: set the value"):
+    with pytest.raises(StudyError, match=r"parallel.ep = 2.*\[dense-seed0.*; other tasks accept it: set another value"):
         expand(made)
     content = recipe_dict(made)
     content["variants"]["dense"]["settings"]["parallel.ep"] = 1

@@ -187,7 +187,7 @@ def test_ranks_that_the_launcher_cannot_reach_are_refused(tmp_path, capsys):
     assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in said
     assert submitted(tmp_path / "s", "", 16, capsys, "--gpus-per-node=16").startswith("--nodes=1 --ntasks=1 ")
     said = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
-    assert "ranks = 8: do not spread evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in said
+    assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in said
 
 
 def test_srun_is_asked_to_save_by_the_signal_that_it_hands_on(tmp_path):

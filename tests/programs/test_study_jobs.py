@@ -63,7 +63,7 @@ def test_an_evaluation_that_claims_success_without_its_figures_has_failed(tmp_pa
     study = evaluating_study(tmp_path, "train() if sys.argv[3] == 'train' else None", seeds=[0])
     assert runs.run_tasks(study, study.jobs())["promoe-seed0-evaluation"] == 1
     outcome = study.outcome(study.jobs()[1])
-    assert outcome["said"].endswith("evaluation.jsonl lacks figures of step 2, 4 as the recipe asks for them")
+    assert outcome["said"].endswith("evaluation.jsonl lacks results of step 2, 4 that match the recipe")
 
 
 def test_one_task_says_nothing_of_the_end_of_the_study(tmp_path, capfd):
@@ -175,7 +175,7 @@ def test_without_a_number_of_the_trainings_nothing_waits(tmp_path, monkeypatch, 
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["study", "submit", str(study.folder)]) == 2
-    assert "printed no number of a job for evaluations to wait for" in capsys.readouterr().err
+    assert "printed no job id, which the evaluations need" in capsys.readouterr().err
 
 
 def test_the_job_script_hands_on_what_it_evaluates(tmp_path):

@@ -173,7 +173,10 @@ def test_tasks_are_trained_on_a_file_system_without_locks(tmp_path, monkeypatch,
     monkeypatch.setattr("megapromoe.studies.task_locks.fcntl.flock", none)
     study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, "save(3)\n")))
     assert set(runs.run_tasks(study, study.tasks).values()) == {0}
-    assert "no locks here (No locks available); let only one command train this task" in caplog.text
+    assert (
+        "the file system has no locks (No locks available); run this task with only one command at a time"
+        in caplog.text
+    )
 
 
 def test_a_task_that_a_signal_killed_says_so(tmp_path, capfd):
@@ -207,7 +210,7 @@ time.sleep(60)
         pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if str(study.folder) in command_of(pid)
     ]:
         os.kill(pid, signal.SIGKILL)
-    assert study.state(study.tasks[0]).startswith("killed together with what had started it")
+    assert study.state(study.tasks[0]).startswith("killed together with the command that started it")
     assert study.state(study.tasks[0]).endswith("none of 3 steps saved, 2 logged")
 
 

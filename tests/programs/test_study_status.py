@@ -155,7 +155,7 @@ def test_a_job_of_another_machine_whose_lock_is_not_seen_is_judged_by_its_last_l
     begun(study, job, "node17")
     now = time.time()
     state = job_state(study, job, now)
-    assert (state.state, state.done) == ("running", 3) and "judged by its last line" in state.remark
+    assert (state.state, state.done) == ("running", 3) and "according to its last line" in state.remark
     assert job_state(study, job, now + QUIET + 60).state == "failed"
 
 

@@ -134,7 +134,7 @@ def test_every_that_no_task_reaches():
 def test_data_without_a_classifier_or_pixels():
     latents = resolve("promoe_s", overrides=["data.source=latents", "data.path=x"])
     said = "\n".join(problems_of(ImageEvaluation(num=200), latents))
-    assert "evaluate.features: no classifier is made for 'latents'; give the file of the standard Inception" in said
+    assert "evaluate.features: there is no classifier for 'latents'; give the file of the standard Inception" in said
     assert (
         "evaluate.autoencoder: is missing" in said and "evaluate.reference = 'data': the runs train on latents" in said
     )
@@ -245,6 +245,6 @@ def test_a_plan_tells_what_the_evaluations_cost(tmp_path, capsys):
     flops = 2 * job.flops(3)
     assert job.flops(3) == 3 * 200 * 4 * 3 * flops_per_image(made[0].config.model).forward
     assert (
-        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of drawing" in said
+        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of sampling" in said
     )
     assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in said

@@ -37,7 +37,7 @@ def test_figures_are_gathered_with_intervals_over_seeds(study, capsys):
     # Two values that differ by 2: half the interval is t(0.975, 1) · √2 / √2 = 12.706.
     assert float(line["half_interval"]) == pytest.approx(12.7062, abs=1e-3)
     text = (study.folder / "results.md").read_text()
-    section = text.partition("## Drawn images, mean over seeds")[2].partition("\n## ")[0]
+    section = text.partition("## Sampled images, mean over seeds")[2].partition("\n## ")[0]
     assert "| model | guidance 1 | minus dense | guidance 1.5 | minus dense |" in section
     assert "| promoe num_experts=4 | 14.67 ± 13 | +0 ± 0 |" in section, "dense has four experts in its config"
     assert "At guidance 1.5, of the checkpoint of each step:" in section
@@ -87,10 +87,10 @@ def test_collect_says_why_a_file_is_not_written(tmp_path, capsys):
     lines = printed("collect", study, capsys)
     for name in ("curves.csv", "evaluations.csv"):
         (line,) = [line for line in lines if line.startswith(f"{study.folder / name}: not written: ")]
-        assert "no images were evaluated; let the recipe have a section `evaluate`" in line
+        assert "no images were evaluated; add a section `evaluate` to the recipe" in line
     assert str(study.folder / "results.csv") in lines
     for made, reason in (
-        (evaluated(), "no evaluation is done; `megapromoe study run"),
+        (evaluated(), "no evaluation is done; run `megapromoe study run"),
         (evaluated({"num": 200, "steps": 4, "features": "digits"}), "the recipe evaluates the last checkpoint alone"),
     ):
         other = finished(tmp_path / reason[:9], made)

@@ -53,7 +53,7 @@ def test_a_loss_of_another_checkpoint_does_not_count(tmp_path, capsys):
     with pytest.raises(StudyError, match="not computed yet"):
         row(study, one)
     assert main(["study", "plot", str(tmp_path)]) == 0
-    assert f"not computed yet (`collect` does): {one.name}" in capsys.readouterr().err
+    assert f"not computed yet (run `collect`): {one.name}" in capsys.readouterr().err
 
 
 def test_baselines_leave_out_what_belongs_to_promoe_experts():
@@ -126,7 +126,7 @@ def test_a_known_law_is_found_within_its_own_interval():
         x, loss = runs_of(0.4, 0.3, 0.7, 0.002, trial)
         law = fit_power_law(x, loss, replicates=400, seed=trial)
         assert law.c == pytest.approx(0.7, abs=0.2)
-        doubted += bool(law.doubts)
+        doubted += bool(law.fit_warnings)
         low, high = law.band(np.array([10.0]))
         hits.append(
             (
@@ -135,7 +135,7 @@ def test_a_known_law_is_found_within_its_own_interval():
                 low[0] <= 0.4 + 0.3 * 10**-0.7 <= high[0],
             )
         )
-    assert doubted <= 4, "a test at the 5 % level doubts one true law in 20"
+    assert doubted <= 4, "a test at the 5 % level fit_warnings one true law in 20"
     assert np.mean(hits, axis=0).min() >= 0.8, "intervals of 95 % should not miss more than 4 times in 20"
     widths = [np.ptp(fit_power_law(*runs_of(0.4, 0.3, 0.7, s, 3), replicates=400).c_interval) for s in (0.001, 0.004)]
     assert widths[1] > 2 * widths[0], "more noise, wider intervals"
@@ -151,12 +151,12 @@ def test_an_exact_law_is_found_in_any_unit():
 
 def test_laws_that_the_data_do_not_support_are_doubted():
     x, flat = runs_of(0.4, 0.0, 1.0, 0.003, 5)
-    assert any("no more than with the seed" in doubt for doubt in fit_power_law(x, flat).doubts)
+    assert any("no more than with the seed" in doubt for doubt in fit_power_law(x, flat).fit_warnings)
     x, rising = runs_of(0.4, -0.3, 0.7, 0.002, 5)
-    assert any("rises" in doubt for doubt in fit_power_law(x, rising).doubts)
+    assert any("rises" in doubt for doubt in fit_power_law(x, rising).fit_warnings)
     x = np.repeat([4.0, 8, 16, 32, 64], 3)
     bumpy = np.repeat([1.0, 0.5, 0.9, 0.4, 0.8], 3) + np.tile([-0.01, 0, 0.01], 5)
-    assert any("off the law" in doubt for doubt in fit_power_law(x, bumpy).doubts)
+    assert any("off the law" in doubt for doubt in fit_power_law(x, bumpy).fit_warnings)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,11 @@ def test_laws_that_the_data_do_not_support_are_doubted():
         ([4, 4, 8, 8], [1, 1.1, 0.9, 0.8], "2 different x"),
         ([4, 4, 8, 16], [1, 1.1, 0.9, 0.8], "3 different x"),
         ([4, 8, 16, 32], [1, 0.9, 0.8, 0.7], "two seeds"),
-        ([10, 10, 11, 12, 13], [1, 1, 0.9, 0.8, 0.7], "reaches from 10 to 13; a fit needs 2 times the least x"),
+        (
+            [10, 10, 11, 12, 13],
+            [1, 1, 0.9, 0.8, 0.7],
+            "ranges from 10 to 13; a fit needs a range of at least a factor 2",
+        ),
         ([0, 4, 8, 16, 16], [1, 1, 0.9, 0.8, 0.7], "must be positive"),
         ([4, 4, 8, 16, 32], [1, math.nan, 0.9, 0.8, 0.7], "must be positive, and all of it finite"),
     ],
@@ -203,7 +207,7 @@ def test_fits_go_along_experts_and_along_compute(tmp_path):
         *(("promoe", "experts", (("train.steps", steps),)) for steps in (3, 6, 12, 24)),
         *(("promoe", "training_flops", (("model.num_experts", experts),)) for experts in (2, 4, 8, 16)),
     }
-    assert all(law.c == pytest.approx(1, abs=0.02) and not law.doubts for law in found.values())
+    assert all(law.c == pytest.approx(1, abs=0.02) and not law.fit_warnings for law in found.values())
 
 
 # ---- the held-out loss
@@ -256,8 +260,8 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
     name = "evaluated: Fréchet distance (X), 1,500 images, guidance "
     assert [(row[name + "1"], row[name + "2"]) for row in found] == [(1.5, 7.0), (2.5, 7.0)]
     text = to_markdown(found, study.recipe, [], ["promoe"])
-    assert "1,500 images, guidance 1, seen by X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
-    assert "1,500 images, guidance 2, seen by X" in text and "| promoe | 7 / 7 |" in text
+    assert "1,500 images, guidance 1, features of X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
+    assert "1,500 images, guidance 2, features of X" in text and "| promoe | 7 / 7 |" in text
     losses, distances = draw_images(study, found).axes  # each scale at one step: nothing over training
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
     assert sorted(y for line in distances.lines for y in line.get_xdata()) == [1.5, 2.5, 7.0, 7.0]
