@@ -66,8 +66,8 @@ _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 def fit_power_law(x: np.ndarray, loss: np.ndarray, replicates: int = 2000, seed: int = 0) -> PowerLaw:
     """Fits the law to all runs, one (x, loss) each, and tests the result.
 
-    Raises FitError for fewer than four different x (three numbers go through three points whatever they are), if no x
-    has two runs (the noise cannot be estimated), for an x that is not positive, for x that span less than a factor of two.
+    Raises FitError for fewer than four different x (a law with three parameters fits any three points), if no x has two
+    runs (the noise cannot be estimated), for an x that is not positive, and for x whose range is below a factor of two.
     """
     x, loss = np.asarray(x, dtype=float), np.asarray(loss, dtype=float)
     if x.shape != loss.shape or x.ndim != 1:
