@@ -19,7 +19,7 @@ import torch
 
 from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import Checkpoint, check_model
-from megapromoe.checkpoint.latest import TRIES, gone_too_often, read_latest
+from megapromoe.checkpoint.latest import TRIES, read_latest, removed_too_often
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError
 from megapromoe.checkpoint.origin import changed_settings
 from megapromoe.checkpoint.run_directory import RunDirectory
@@ -145,8 +145,8 @@ def again_while_gone(run: Path, step: int | None, attempt: Callable[[], T]) -> T
         try:
             return attempt()
         except CheckpointGone as error:
-            logger.warning("%s; looking for the latest again", error)
-    raise gone_too_often(RunDirectory(run).checkpoints)
+            logger.warning("%s; trying the latest checkpoint again", error)
+    raise removed_too_often(RunDirectory(run).checkpoints)
 
 
 def load_model(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.checkpoint.history import Start
-from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
@@ -145,7 +145,9 @@ def _train(
     ema = EMA(engine, t.ema, t.ema_warmup)
     objective = make_objective(config)
 
-    saver = Saver(run.checkpoints, engine, ema, patience=t.timeout / 2)  # the others wait for rank 0 in a collective
+    manager = CheckpointManager(
+        run.checkpoints, engine, ema, commit_timeout=t.timeout / 2
+    )  # the others wait for rank 0 in a collective
     watchdog.starting("reading the checkpoint", math.inf)  # its hashes are of all bytes
     with repeating_cannot_help(CheckpointError):
         manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
@@ -169,7 +171,7 @@ def _train(
         for stretch in loader.micro_batches(s, mesh.dp.size, mesh.dp.rank, t.accumulation, t.global_batch)
     )
     batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
-    # Rank 0 alone logs, and its facts are those that are saved.
+    # Rank 0 alone logs, and its metadata are those that are saved.
     before = elapsed_before(manifest, run.metrics, t.global_batch) if mesh.rank == 0 else 0.0
     clock = RunClock(before, step, t.steps)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
@@ -201,8 +203,8 @@ def _train(
             if step % t.log_every == 0 or step == t.steps:
                 watchdog.at(f"section 'log' of step {step}")
                 values, layers = window.close(result.norm, rate)
-                metrics.log(step, values | saver.figures, layers)
-                saver.figures = {}
+                metrics.log(step, values | manager.save_metrics, layers)
+                manager.save_metrics = {}
             if t.sample_every and step % t.sample_every == 0:
                 watchdog.at(f"section 'sample' of step {step}")
                 with window.paused():
@@ -217,17 +219,17 @@ def _train(
             snapshot = t.snapshot_every > 0 and step % t.snapshot_every == 0
             if save or snapshot:
                 watchdog.at(f"section 'save' of step {step}", math.inf)  # as long as ranks wait in collectives
-                facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
-                facts["elapsed_seconds"] = round(clock.elapsed, 3)
-                facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
-                facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))
+                metadata = {"step": step, **progress.metadata(), "branch": manifest["branch"]}
+                metadata["elapsed_seconds"] = round(clock.elapsed, 3)
+                metadata |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
+                metadata["versions"] = versions(("megapromoe", "torch", "deepspeed"))
                 with window.paused():
-                    saver.save(facts, checkpoint=save, snapshot=snapshot)
+                    manager.save(metadata, checkpoint=save, snapshot=snapshot)
                 if save:
                     save_clock.restart()
                     progress.saved()
             if last:
-                saver.finish(last=True)
+                manager.finish(last=True)
             if spoilt:
                 raise TrainingError(
                     f"step {step}: {window.all_damaged} samples had damaged records (data.max_bad ="

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megapromoe.checkpoint.average import Average, begin
+from megapromoe.checkpoint.average import Average, average_at_start
 from megapromoe.config.options import TrainConfig
 from megapromoe.engine.step_result import StepResult
 
@@ -61,7 +61,7 @@ class Progress:
         """Args: `manifest`: of the checkpoint that the run was filled from; empty for a new run."""
         self.t = t
         self.updates: int = manifest.get("updates", 0)
-        self.average = begin(Average.of(manifest) if "updates" in manifest else None, t)
+        self.average = average_at_start(Average.of(manifest) if "updates" in manifest else None, t)
         self.recent = deque(manifest.get("recent_norms", []), maxlen=RECENT)
         skipped = manifest.get("skipped_in_a_row", 0)
         # A run that ended for this reason goes on when it is started again: with other settings, or behind bad data.
@@ -82,13 +82,13 @@ class Progress:
         """A checkpoint of the last step that was taken in has begun: none is due, whoever asked until then."""
         self.save = False
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For the manifest of a checkpoint of the last step; it must have been looked at."""
         return {
             "updates": self.updates,
             "recent_norms": list(self.recent),
             "skipped_in_a_row": self.skipped_in_a_row,
-            **self.average.facts(),
+            **self.average.metadata(),
         }
 
     def _look(self, behind: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint import history
-from megapromoe.checkpoint.average import Average, begin
+from megapromoe.checkpoint.average import Average, average_at_start
 from megapromoe.checkpoint.manager import resume
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
@@ -77,7 +77,7 @@ def fill(
 
 
 def _continue_average(ema: EMA, saved: Average, train: TrainConfig) -> None:
-    average = begin(saved, train)
+    average = average_at_start(saved, train)
     ema.continue_from(average.updates, bool(average.warmup))
     if average.warmup != train.ema_warmup:
         logger.info(

@@ -73,7 +73,7 @@ def replaced(live, monkeypatch):
 def test_a_model_is_of_the_checkpoint_that_is_latest_then(place, times, live, replaced, caplog):
     replaced(times, place)
     assert load_model(live)[2] == 3 + times
-    assert len([m for m in caplog.messages if "looking for the latest again" in m]) >= times
+    assert len([m for m in caplog.messages if "trying the latest checkpoint again" in m]) >= times
 
 
 def test_looking_again_has_an_end(live, replaced):

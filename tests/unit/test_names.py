@@ -18,6 +18,7 @@ REFUSED = {
 # Packages that are clean. Add a package when its last name of `REFUSED` is gone.
 CLEAN = (
     "megapromoe/benchmark",
+    "megapromoe/checkpoint",
     "megapromoe/commands",
     "megapromoe/config",
     "megapromoe/conversion",

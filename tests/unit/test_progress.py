@@ -103,9 +103,9 @@ def test_skipped_steps_are_counted_over_a_stop_and_a_new_start():
     first = Progress(t, {})
     first.add(1, Step(applied=False, norm=float("inf")))
     first.add(2, Step(applied=False, norm=float("inf")))
-    second = Progress(t, first.facts())
+    second = Progress(t, first.metadata())
     second.add(3, Step(applied=False, norm=float("inf")))
     assert not first.diverged and second.diverged and second.skipped_in_a_row == 3
-    assert Progress(t, second.facts()).skipped_in_a_row == 0, (
+    assert Progress(t, second.metadata()).skipped_in_a_row == 0, (
         "a run that ended so goes on when its user starts it again"
     )
