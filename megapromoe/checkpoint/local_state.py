@@ -42,7 +42,7 @@ def copy_to_host(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buf
     """Copies the state that this rank saves to host memory, as float32.
 
     Args:
-        items: (kind, piece, flat tensor), see `local_tensors`. Of the ranks that hold a piece, only the first copies it.
+        items: (kind, piece, flat tensor), see `local_tensors`. Of the ranks that hold a piece, the first copies it.
         buffers: persistent buffers of the model; rank 0 copies them.
     """
     state, listed_pieces = LocalState(), set()
