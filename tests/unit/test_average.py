@@ -13,7 +13,7 @@ from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.training.progress import Progress
+from megapromoe.training.step_tracker import StepTracker
 
 APPLIED = (True, True, False, True, True, False, True, True, True, True, True, True)
 
@@ -59,8 +59,8 @@ def test_the_decay_warms_up_to_the_constant():
     assert decay_at(10**6, 0.9999, True) == 0.9999 and decay_at(1, 0.9999, False) == 0.9999
 
 
-def progressed(t: TrainConfig, manifest: dict, applied) -> Progress:
-    progress = Progress(t, manifest)
+def progressed(t: TrainConfig, manifest: dict, applied) -> StepTracker:
+    progress = StepTracker(t, manifest)
     for step, was_applied in enumerate(applied, start=1):
         progress.add(step, SimpleNamespace(applied=was_applied, stop=False, save=False, norm=1.0))
     return progress

@@ -32,6 +32,7 @@ CLEAN = (
     "megapromoe/preflight",
     "megapromoe/routing_analysis",
     "megapromoe/studies",
+    "megapromoe/training",
     "tools",
 )
 
