@@ -36,7 +36,7 @@ from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_dis
 from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import CheckpointGone, again_while_gone, identify_checkpoint
+from megapromoe.sampling.run_model import CheckpointRemoved, identify_checkpoint, retry_while_removed
 from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -279,18 +279,18 @@ def _generate_all(
 ) -> list[tuple[ImageSet, dict[str, Any]]]:
     """The sets of all steps. Of every step that a live run keeps, those that it removes meanwhile are left out."""
     sets: list[tuple[ImageSet, dict[str, Any]]] = []
-    steps, gone = _steps(evaluation, request, launch), None
+    steps, removed = _steps(evaluation, request, launch), None
     for step in steps:
         generate = partial(_generate_sets, replace(request, step=step), config, launch, device)
         try:
-            sets += again_while_gone(request.run, step, generate)
-        except CheckpointGone as error:
+            sets += retry_while_removed(request.run, step, generate)
+        except CheckpointRemoved as error:
             if not evaluation.every_step:
                 raise
-            gone = error
+            removed = error
             logger.warning("%s; it is left out", error)
-    if gone is not None and not sets:
-        raise gone
+    if removed is not None and not sets:
+        raise removed
     return sets
 
 

@@ -23,7 +23,7 @@ from megapromoe.evaluation import image_metrics
 from megapromoe.evaluation.image_metrics import Evaluation
 from megapromoe.sampling.generation import generate_images
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import CheckpointGone, load_model
+from megapromoe.sampling.run_model import CheckpointRemoved, load_model
 
 
 @pytest.fixture
@@ -193,9 +193,9 @@ def test_steps_that_a_run_does_not_keep_are_left_out(live, tmp_path, trained, mo
     (record,) = image_metrics.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
     assert record["step"] == 3 and "it is left out" in caplog.text
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [1, 2])
-    with pytest.raises(CheckpointGone):
+    with pytest.raises(CheckpointRemoved):
         image_metrics.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
-    with pytest.raises(CheckpointGone):
+    with pytest.raises(CheckpointRemoved):
         image_metrics.evaluate(Evaluation(replace(request, step=2), None, "data"), ALONE)
 
 

@@ -31,6 +31,7 @@ CLEAN = (
     "megapromoe/planning",
     "megapromoe/preflight",
     "megapromoe/routing_analysis",
+    "megapromoe/sampling",
     "megapromoe/studies",
     "megapromoe/training",
     "tools",
