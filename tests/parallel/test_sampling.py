@@ -234,9 +234,9 @@ def test_ranks_stop_together_and_go_on_together(run, tmp_path):
 def test_another_request_is_refused(run, tmp_path):
     for out in (tmp_path / "set.npz", tmp_path / "set"):
         generate_images(GenerationRequest(run, out, 5), ALONE)
-        with pytest.raises(ImageSetError, match=r"another request \(num: 5 there, 6 asked\)"):
+        with pytest.raises(ImageSetError, match=r"another request \(num: 5 stored, 6 requested\)"):
             generate_images(GenerationRequest(run, out, 6), ALONE)
-        with pytest.raises(ImageSetError, match="weights: 'ema' there, 'master' asked"):
+        with pytest.raises(ImageSetError, match="weights: 'ema' stored, 'master' requested"):
             generate_images(GenerationRequest(run, out, 5, weights="master"), ALONE)
     np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
     with pytest.raises(ImageSetError, match="was not made by this command"):

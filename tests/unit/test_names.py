@@ -27,6 +27,7 @@ CLEAN = (
     "megapromoe/diffusion",
     "megapromoe/distributed",
     "megapromoe/engine",
+    "megapromoe/evaluation",
     "megapromoe/nn",
     "megapromoe/planning",
     "megapromoe/preflight",
