@@ -1,7 +1,7 @@
-"""The base class of every error whose message is meant for the user, and the exit codes of the program.
+"""The base class of errors with a message for the user, and the exit codes of the program.
 
-The command line prints such an error as one message and exits with its code. Any other exception is a bug, and its
-traceback is shown.
+The command line prints the message of such an error and exits with its code. Any other exception is a bug, so its
+traceback is printed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,13 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every command. Launchers decide by them whether repeating the command can help."""
+    """Exit codes of all commands. Launchers use them to decide whether to repeat the command."""
 
     DONE = 0
     FAILED = 1
-    """Something failed that may succeed at another time or on other nodes; a bug, too."""
+    """A failure that may not occur at another time or on other nodes; also a bug."""
     MISCONFIGURED = 2
-    """The command, the configuration, a path or what is installed is wrong: repeating cannot help."""
+    """The command, the configuration, a path or the installation is wrong: repeating cannot help."""
     BAD_NODES = 3
     """`megapromoe check` found nodes that are unfit: other nodes may help."""
     STOPPED = 75
@@ -26,15 +26,15 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
     """Ctrl-C."""
     OUTPUT_CLOSED = 141
-    """Nobody reads the output any more, as in `megapromoe show | head`; the code of a program that SIGPIPE ends."""
+    """The reader of the output has closed it, as in `megapromoe show | head`; the exit code of SIGPIPE."""
 
 
 class UserError(Exception):
-    """An error that the user can act on: its message names what is wrong, the rule, and the remedy.
+    """An error that the user can correct. The message names the problem, the rule and the remedy.
 
     Attributes:
         exit_code: exit code of the process.
-        on_all_ranks: every rank of the job raises it, so that rank 0 alone prints it.
+        on_all_ranks: all ranks of the job raise it, so only rank 0 prints it.
     """
 
     exit_code: int = ExitCode.FAILED
@@ -43,7 +43,7 @@ class UserError(Exception):
 
 @contextmanager
 def repeating_cannot_help(*kinds: type[UserError]) -> Iterator[None]:
-    """Gives errors of these kinds that the block raises the exit code of a wrong configuration."""
+    """Sets the exit code of a wrong configuration on errors of these kinds that the block raises."""
     try:
         yield
     except kinds as error:
@@ -52,11 +52,11 @@ def repeating_cannot_help(*kinds: type[UserError]) -> Iterator[None]:
 
 
 class Violations(UserError):
-    """Input of which several things may be wrong at once.
+    """An error that lists all problems of an input.
 
     Attributes:
-        violations: a sentence for each; the message holds them all.
-        subject: where they are, for the message's first line.
+        violations: a sentence for each problem; the message contains all of them.
+        subject: name of the input, for the first line of the message.
     """
 
     subject = "the input"

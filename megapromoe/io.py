@@ -1,10 +1,10 @@
-"""Files that are written as a whole: a reader, or a crash, finds the old content or the new, never a part.
+"""Atomic writes of files: readers see the old content or the new, also after a crash, and never a part of it.
 
-A file is written under a temporary name beside its own (`staging_path`), flushed to the disk, and renamed. The name
-ends in `.writing`, so that what a killed process left is recognised and removed by the next writer.
+A file is written under a temporary name in the same folder (`staging_path`), flushed to the disk, and renamed. The
+temporary name ends in `.writing`, so the next writer can recognise and remove the file of a killed process.
 
-No symbolic link is followed for writing: where a link lies, it is replaced, or refused where a file is written in place
-(`open_regular`), and what it leads to stays as it is. Folders above a file may be links.
+Writing never follows a symbolic link. A link in the place of the file is replaced, or refused for files that are
+changed in place (`open_regular`); its target is not changed. Folders above the file may be links.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from pathlib import Path
 from typing import IO, Any
 
 SUFFIX = ".writing"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing has these
-_FULL = 1 << 20  # bytes that are free where a disk counts as full
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # only writing raises these
+_FULL = 1 << 20  # a disk with fewer free bytes is regarded as full
 
 
 def staging_path(path: Path, concurrent: bool = False) -> Path:
-    """The temporary name of `path`; with `concurrent` one of this process, where several may write the same file."""
+    """The temporary name of `path`; with `concurrent`, for files that several processes write, it contains the pid."""
     return path.with_name(f"{path.name}.{os.getpid()}{SUFFIX}" if concurrent else f"{path.name}{SUFFIX}")
 
 
 @contextmanager
 def naming_errors(path: Path, any_error: bool = False) -> Iterator[None]:
-    """Gives an OSError that names no file, such as that of a full disk, the name of the file that the block writes.
+    """Adds the file name to an OSError without one, such as that of a full disk.
 
     Args:
-        any_error: the block does nothing but write this file; else errors that other files may have keep their text.
+        path: the file that the block writes.
+        any_error: the block only writes this file, so every error is about it. Otherwise the name is added only to
+            errors of writing, since others may be about other files.
     """
     try:
         yield
@@ -48,14 +50,14 @@ def naming_errors(path: Path, any_error: bool = False) -> Iterator[None]:
             raise
         if type(error) is not OSError:
             raise
-        # numpy and Pillow write through C and report a text alone.
+        # numpy and Pillow write in C and raise an OSError with a text but without an errno.
         full = shutil.disk_usage(path.parent).free < _FULL
         code, reason = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, str(error))
         raise OSError(code, reason, str(path)) from error
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's, or a folder's, content to the disk. Raises OSError, which names it."""
+    """Flushes the content of a file or a folder to the disk. Raises OSError, which names it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with naming_errors(path, any_error=True):
@@ -65,7 +67,7 @@ def sync(path: Path) -> None:
 
 
 def commit(staging: Path, path: Path) -> None:
-    """Flushes a finished file or folder to the disk and renames it to `path`, which it replaces. Raises OSError."""
+    """Flushes a complete file or folder to the disk and renames it to `path`, replacing that. Raises OSError."""
     sync(staging)
     os.replace(staging, path)
     sync(path.parent)
@@ -73,10 +75,10 @@ def commit(staging: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[IO[bytes]]:
-    """Opens a temporary file for bytes; it becomes `path` when the block ends, and is removed when the block raises.
+    """Opens a temporary binary file. It is renamed to `path` when the block ends, and removed if the block raises.
 
     Args:
-        path: the file to write; its folder exists.
+        path: the file to write, in an existing folder.
         concurrent: see `staging_path`.
 
     Raises OSError, which names the file.
@@ -89,7 +91,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
-    """As `atomic_write`, for libraries that write to a name; the block creates the file of that name."""
+    """Like `atomic_write`, for libraries that need a path: the block creates the file at the yielded path."""
     staging = staging_path(path, concurrent)
     staging.unlink(missing_ok=True)
     try:
@@ -102,10 +104,10 @@ def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, parents: bool = False, concurrent: bool = False) -> None:
-    """Writes a file as a whole. Raises OSError.
+    """Writes a file atomically. Raises OSError.
 
     Args:
-        parents: make the folders above it.
+        parents: create the folders above it.
         concurrent: see `staging_path`.
     """
     if parents:
@@ -115,26 +117,27 @@ def write_bytes(path: Path, content: bytes, parents: bool = False, concurrent: b
 
 
 def write_text(path: Path, text: str, parents: bool = False, concurrent: bool = False) -> None:
-    """As `write_bytes`, for text, in UTF-8."""
+    """Like `write_bytes`, for a text, in UTF-8."""
     write_bytes(path, text.encode(), parents, concurrent)
 
 
 def write_json(
     path: Path, content: Any, indent: int | None = None, parents: bool = False, concurrent: bool = False
 ) -> None:
-    """As `write_text`, for a value as JSON. Raises TypeError for what JSON cannot hold."""
+    """Like `write_text`, for a value as JSON. Raises TypeError if JSON cannot represent it."""
     write_text(path, json.dumps(content, indent=indent) + "\n", parents, concurrent)
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """Opens a file whose content is changed in place, such as a log or a lock, and returns its descriptor.
+    """Opens a file that is changed in place, such as a log or a lock, and returns its descriptor.
 
-    What is written reaches no other file: no link is followed, neither symbolic nor hard, and no pipe is waited for.
+    Only regular files without other names are opened: symbolic links, hard links and pipes are refused, so writing
+    cannot change another file.
 
     Args:
-        flags: of `os.open`.
+        flags: flags of `os.open`.
 
-    Raises OSError, which says what is in the way.
+    Raises OSError, which names the reason.
     """
     try:
         handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -158,13 +161,13 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether this is a file that no other name leads to: neither a symbolic nor a hard link. Raises OSError."""
+    """Whether this is a regular file without other names: neither a symbolic nor a hard link. Raises OSError."""
     status = os.lstat(path)
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds text to the end of a file, which is made if needed, and flushes it to the disk. Raises OSError."""
+    """Appends text to a file, which is created if needed, and flushes it to the disk. Raises OSError."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with naming_errors(path, any_error=True), open(open_regular(path, flags), "a", encoding="utf-8") as file:
         file.write(text)
@@ -174,11 +177,11 @@ def append_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_tree(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary name for a file or a folder; it becomes `path` when the block ends, else it is removed.
+    """Yields a temporary path for a file or a folder. It is renamed to `path` when the block ends, else removed.
 
     Args:
-        path: the file or folder to make; folders above it are made.
-        overwrite: replace what is at `path`; without it that is an OSError, and `path` stays as it is.
+        path: the file or folder to create; folders above it are created.
+        overwrite: replace an existing `path`; otherwise that raises OSError and leaves `path` unchanged.
     """
     staging, replaced = staging_path(path), path.with_name(f"{path.name}.replaced")
     _remove(staging)
@@ -202,7 +205,7 @@ def atomic_tree(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits. `progress` is called with the bytes of each block."""
+    """SHA-256 of the content of a file, hexadecimal. `progress` is called with the number of bytes of each block."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -213,7 +216,7 @@ def sha256_of(path: Path, progress: Callable[[int], Any] | None = None) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """SHA-256 of a JSON value, in hexadecimal digits: the same however the value is laid out as text."""
+    """SHA-256 of a JSON value, hexadecimal, independent of the formatting of the JSON text."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Lines in plots: named at their ends, in small multiples where they are many, on axes with enough labels."""
+"""Line plots: labels at the ends of the lines, small multiples for many lines, log axes with enough tick labels."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from megapromoe.plot_styles import Style
 
-MANY = 12  # lines in one panel; more become small multiples
-WIDE = 4  # small multiples side by side
+MAX_LINES = 12  # in one panel; more lines are drawn as small multiples
+COLUMNS = 4  # of small multiples
 PANEL_HEIGHT = 1.55  # of a small multiple, inches
 LABEL_SIZE = 8  # points
-MARKS = 6  # that a curve of many points shows
+MARKS = 6  # markers on a curve of many points
 GREY = "0.82"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: its points, its name as matplotlib is to draw it, its style."""
+    """A line: its points, its label as matplotlib text, its style."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -34,47 +34,48 @@ class Curve:
 
 
 def height_of(curves: int, one_panel: float = 4.2) -> float:
-    """Inches that `draw_curves` needs for so many curves."""
-    return one_panel if curves <= MANY else 0.9 + PANEL_HEIGHT * math.ceil(curves / WIDE)
+    """Height in inches that `draw_curves` needs for this number of curves."""
+    return one_panel if curves <= MAX_LINES else 0.9 + PANEL_HEIGHT * math.ceil(curves / COLUMNS)
 
 
 def draw_curves(
     place: Axes | Figure | SubFigure, curves: Sequence[Curve], title: str, finish: Callable[[Axes], object]
 ) -> list[Axes]:
-    """Draws curves into one panel, or each into a small multiple if they are `MANY` and the place is no panel.
+    """Draws curves into one panel, or as small multiples if there are more than `MAX_LINES` and `place` is a figure.
 
-    In a small multiple the curve stands before the baseline, in black, and all others, in grey.
+    Each small multiple shows one curve in its colour, the baseline in black, and all other curves in grey.
 
     Args:
-        finish: sets labels, scales and limits of each panel, after its curves are drawn.
+        place: a panel, or a figure in which panels are created.
+        finish: sets labels, scales and limits of a panel after its curves are drawn.
 
     Returns:
-        The panels. `name_ends` writes the names of a single panel's curves once the figure is complete.
+        The panels. For a single panel, `name_ends` adds the labels of the curves when the figure is complete.
     """
-    if isinstance(place, Axes) or len(curves) <= MANY:
+    if isinstance(place, Axes) or len(curves) <= MAX_LINES:
         ax = place if isinstance(place, Axes) else place.subplots()
         for curve in curves:
             _draw(ax, curve)
         ax.set_title(title, fontsize=10)
         finish(ax)
         return [ax]
-    rows = math.ceil(len(curves) / WIDE)
-    grid = list(place.subplots(rows, WIDE, sharex=True, sharey=True, squeeze=False).flatten())
+    rows = math.ceil(len(curves) / COLUMNS)
+    grid = list(place.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten())
     panels = grid[: len(curves)]
     for ax in grid[len(curves) :]:
         ax.set_axis_off()
-    for number, (own, ax) in enumerate(zip(curves, panels, strict=True)):
+    for number, (shown, ax) in enumerate(zip(curves, panels, strict=True)):
         for curve in curves:
             if not curve.style.is_baseline:
                 ax.plot(curve.x, curve.y, color=GREY, linewidth=0.6)
         for curve in curves:
-            if curve.style.is_baseline or curve is own:
+            if curve.style.is_baseline or curve is shown:
                 _draw(ax, curve)
         finish(ax)
         labels = ax.get_xlabel(), ax.get_ylabel()
         ax.set(xlabel="", ylabel="")
-        ax.set_title(own.name, fontsize=LABEL_SIZE)
-        ax.tick_params(labelsize=7, labelbottom=number + WIDE >= len(curves))
+        ax.set_title(shown.name, fontsize=LABEL_SIZE)
+        ax.tick_params(labelsize=7, labelbottom=number + COLUMNS >= len(curves))
     place.suptitle(title, fontsize=10)
     place.supxlabel(labels[0], fontsize=8)
     place.supylabel(labels[1], fontsize=8)
@@ -82,9 +83,10 @@ def draw_curves(
 
 
 def name_ends(panels: Sequence[Axes]) -> None:
-    """Writes the curves' names right of a single panel, joined to their last points; labels do not overlap.
+    """Writes the labels of the curves right of a single panel, without overlap, with lines to the last points.
 
-    Of several panels each has its title. Call this when the figure is complete: places depend on the size of the panel.
+    Does nothing for several panels, which have titles. Call it when the figure is complete, because positions depend on
+    the size of the panel.
     """
     if len(panels) != 1:
         return
@@ -93,7 +95,7 @@ def name_ends(panels: Sequence[Axes]) -> None:
     lines = [(line, points[-1]) for line, points in named if len(points)]
     if not lines:
         return
-    ax.figure.figure.draw_without_rendering()  # lays the figure out
+    ax.figure.figure.draw_without_rendering()  # computes the layout
     box = ax.get_window_extent()
     to_axes = ax.transData + ax.transAxes.inverted()
     ends = [to_axes.transform(end) for _, end in lines]
@@ -125,26 +127,30 @@ def name_ends(panels: Sequence[Axes]) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places at least `gap` apart, in the order of the wanted ones and near them; in [0, 1] where they have room."""
+    """Positions in [0, 1] that are at least `gap` apart, in the order of `wanted` and as near to it as possible.
+
+    If there is no room for all, they exceed 1.
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # Less their gaps, places need only not to fall: least squares under that is a mean of each stretch that would.
-    stretches: list[tuple[float, int]] = []
+    # Minus the gaps, the positions must be non-decreasing. The least-squares solution is isotonic regression (pool
+    # adjacent violators): each pool of neighbours that would decrease gets its mean.
+    pools: list[tuple[float, int]] = []
     for nth, i in enumerate(order):
         mean, count = wanted[i] - nth * gap, 1
-        while stretches and stretches[-1][0] > mean:
-            before, size = stretches.pop()
+        while pools and pools[-1][0] > mean:
+            before, size = pools.pop()
             mean, count = (mean * count + before * size) / (count + size), count + size
-        stretches.append((mean, count))
+        pools.append((mean, count))
     highest = max(0.0, 1 - gap * (len(wanted) - 1))
-    levels = [min(max(mean, 0.0), highest) for mean, count in stretches for _ in range(count)]
-    found = {i: level + nth * gap for nth, (i, level) in enumerate(zip(order, levels, strict=True))}
-    return [found[i] for i in range(len(wanted))]
+    levels = [min(max(mean, 0.0), highest) for mean, count in pools for _ in range(count)]
+    positions = {i: level + nth * gap for nth, (i, level) in enumerate(zip(order, levels, strict=True))}
+    return [positions[i] for i in range(len(wanted))]
 
 
 def label_log_axis(ax: Axes, which: Literal["x", "y"]) -> None:
-    """Makes an axis logarithmic with at least three labelled ticks, over less than a decade too.
+    """Makes an axis logarithmic with at least three labelled ticks, even if it spans less than a decade.
 
-    Call it when all is drawn: the ticks are chosen for the limits of now.
+    Call it after drawing: the ticks are chosen for the current limits.
     """
     (ax.set_xscale if which == "x" else ax.set_yscale)("log")
     axis = ax.xaxis if which == "x" else ax.yaxis
@@ -157,7 +163,7 @@ def label_log_axis(ax: Axes, which: Literal["x", "y"]) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two positive ones: the coarsest set that has four, each decade or parts of it."""
+    """Round numbers between two positive limits: the coarsest of several sets that has at least four in the range."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     for parts in (
         (1,),
@@ -174,7 +180,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """So many digits; a power of ten where there would be more than five places."""
+    """A number with `digits` significant digits, as text for matplotlib; outside [1e-3, 1e5) with a power of ten."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
     exponent = math.floor(math.log10(abs(value)) + 1e-9)

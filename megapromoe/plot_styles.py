@@ -1,7 +1,8 @@
-"""How lines, marks and bars of plots look: one place hands out the styles, so that no two in a plot are alike.
+"""Styles of lines, markers and bars. All plots take them from here, so that no two lines of a plot look the same.
 
-The colours are Okabe and Ito's without yellow, which colour-blind readers can tell apart on white. Six are few, so a
-style is a triple of colour, line style and marker. The baseline is black in every plot, and nothing else is.
+The colours are those of Okabe and Ito without yellow: readers with colour blindness can distinguish them on white.
+Since there are only six, a style is a triple of colour, line style and marker. In every plot the baseline, and only the
+baseline, is black.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ HATCHES = ("", "//", "..", "xx")
 # Paul Tol's "muted", for the parts of stacked bars: neighbours differ in lightness too.
 STACKED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
 
-# Of areas, which have neither lines nor markers: the six, and six more that differ from them in lightness or hue.
+# For areas, which have neither lines nor markers: the six, and six more that differ in lightness or hue.
 AREAS = (*COLOURS, "#332288", "#DDCC77", "#882255", "#117733", "#88CCEE", "#661100")
 
-MEMBERS = len(LINES) * len(MARKERS)  # pairs of line style and marker that one colour has
-DISTINCT = len(COLOURS) * MEMBERS  # triples; more keys in one plot start again
+MEMBERS = len(LINES) * len(MARKERS)  # pairs of line style and marker for each colour
+DISTINCT = len(COLOURS) * MEMBERS  # triples; with more keys in a plot, the styles repeat
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colour, line style and marker of one variant in every panel of a plot."""
+    """Colour, line style and marker of a variant, the same in every panel of a plot."""
 
     colour: str
     line: str
@@ -37,33 +38,34 @@ class Style:
 
     @property
     def is_baseline(self) -> bool:
+        """Whether this is the style of the baseline."""
         return self.colour == BASELINE_COLOUR
 
     @property
     def of_line(self) -> dict[str, Any]:
-        """Options of `Axes.plot`; the caller adds `markevery` for curves of many points."""
+        """Keyword arguments of `Axes.plot`; the caller adds `markevery` for curves of many points."""
         width = 2.0 if self.is_baseline else 1.3
         return {**self.of_marks, "linestyle": self.line, "linewidth": width, "markersize": 4}
 
     @property
     def of_marks(self) -> dict[str, Any]:
-        """Options of marks without a line."""
+        """Keyword arguments for markers without a line."""
         return {"color": self.colour, "marker": self.marker}
 
 
 def assign(keys: Sequence[Key], baseline: Key | None = None) -> dict[Key, Style]:
-    """A style for each key, all different up to `DISTINCT` keys; `baseline` is black and solid wherever it stands."""
+    """A style for each key, all different up to `DISTINCT` keys. `baseline` is black and solid at any position."""
     others = [key for key in keys if key != baseline]
     styles = {key: _numbered(number) for number, key in enumerate(others)}
     return {key: _baseline(0) if key == baseline else styles[key] for key in keys}
 
 
 def assign_families(keys: Sequence[tuple[str, Key]], baseline: str | None = None) -> dict[tuple[str, Key], Style]:
-    """As `assign`, for keys (family, member): variants, each at several points.
+    """Like `assign`, for keys (family, member), such as variants with several settings each.
 
-    Several families of several members have a colour each, and members differ in line style and marker. Where there
-    are too few colours for that, or it is not needed, each key has a style as by `assign`. The baseline's members
-    are black.
+    Each family gets a colour, and its members differ in line style and marker. If there are too few colours or markers
+    for that, or only one family or one member each, styles are assigned as by `assign`. The baseline's members are
+    black.
     """
     members: dict[str, list[Key]] = {}
     for family, member in keys:
@@ -85,7 +87,7 @@ def assign_families(keys: Sequence[tuple[str, Key]], baseline: str | None = None
 
 
 def area_colours(count: int) -> list[tuple[float, float, float]]:
-    """Colours of areas, (red, green, blue) in [0, 1], all different: twelve, these paler, and past 24 from a map."""
+    """`count` different colours of areas, (red, green, blue) in [0, 1]: 12, the same paler, above 24 a colour map."""
     if count > 2 * len(AREAS):
         from matplotlib import colormaps  # slow to import
 
@@ -100,14 +102,14 @@ def area_colours(count: int) -> list[tuple[float, float, float]]:
 
 
 def _numbered(number: int) -> Style:
-    """Colours alternate fastest, then line styles; the marker changes each time, and after each round of both."""
+    """The style of a number. Colours change fastest, then line styles; the marker changes with each number."""
     pairs = len(COLOURS) * len(LINES)
     marker = (number % pairs + number // pairs) % len(MARKERS)
     return Style(COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)], MARKERS[marker])
 
 
 def _pair(place: int) -> tuple[str, str]:
-    """A line style and a marker; twenty places meet only half of the pairs, the next twenty the other half."""
+    """A line style and a marker, different for 40 places. The shift by `place // 20` reaches all pairs."""
     return LINES[place % len(LINES)], MARKERS[(place + place // 20) % len(MARKERS)]
 
 

@@ -1,4 +1,4 @@
-"""Names that come from users in pictures and plots: of classes, files, models. They are drawn as they are written."""
+"""Text from users in plots, such as names of classes, files and models: drawn literally, not as markup."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from functools import cache
 
 
 def literal(name: str) -> str:
-    """A name as text for matplotlib, which would take `$` for mathematics and leave `_name` out of a legend.
+    """Escapes a name for matplotlib, which would parse `$` as mathematics and leave `_name` out of a legend.
 
-    For a part of a text, too. Characters that the font lacks are escaped, see `legible`.
+    Also for a part of a text. Characters that the font does not have are escaped, see `legible`.
     """
     text = legible(name).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
 def legible(name: str) -> str:
-    """A name in characters that matplotlib's default font has; others, and control characters, as \\uXXXX."""
+    """A name in which control characters and those that matplotlib's default font does not have are \\uXXXX."""
     return "".join(c if c.isprintable() and ord(c) in _characters() else _escaped(c) for c in name)
 
 
 def font_file() -> str:
-    """The file of matplotlib's default font: DejaVu Sans, or the `font.family` of the user's matplotlibrc."""
+    """The path of matplotlib's default font: DejaVu Sans, or `font.family` of the user's matplotlibrc."""
     from matplotlib.font_manager import FontProperties, findfont  # slow to import
 
     return findfont(FontProperties())

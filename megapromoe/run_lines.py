@@ -1,7 +1,8 @@
-"""Lines of JSON that a run leaves: metrics.jsonl and evaluation.jsonl, and the names of its losses.
+"""The JSON-lines files of a run (metrics.jsonl and evaluation.jsonl), and the names of its losses.
 
-`denoising_loss` is the loss of the objective, which all models share and by which they are compared. `total_loss` is
-what is differentiated: the denoising loss and auxiliary parts, each of which has a name of its own, with its weight.
+`denoising_loss` is the loss of the diffusion objective. All models have it, so it is used to compare them. `total_loss`
+is the loss that is differentiated: the denoising loss plus the auxiliary losses. Each auxiliary loss is logged under a
+name of its own and includes its weight.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DENOISING_LOSS, TOTAL_LOSS = "denoising_loss", "total_loss"
-# The parts of the total beside the denoising loss, by the name that a router gives them.
+# Auxiliary losses: name in the router -> name in metrics.jsonl.
 AUXILIARY_LOSSES = {
     "rcl": "contrastive_loss",
     "balance": "balance_loss",
@@ -21,14 +22,14 @@ AUXILIARY_LOSSES = {
     "capacity": "capacity_loss",
 }
 LOSSES = (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS)
-# Names in metrics.jsonl until version 0.1: `loss` was the total.
+# Names in metrics.jsonl before version 0.1; `loss` was the total.
 _FORMER_NAMES = {"loss": TOTAL_LOSS, "denoising": DENOISING_LOSS, **AUXILIARY_LOSSES}
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if there is one; what a killed run left of a line is passed over.
+    """The objects of a JSON-lines file. Lines that are not valid, such as one that a kill cut off, are skipped.
 
-    A pipe, or a folder of that name, has no lines. Raises OSError if the file cannot be read.
+    Returns an empty list if `path` does not exist or is no regular file. Raises OSError if it cannot be read.
     """
     if not path.is_file():
         return []
@@ -46,26 +47,30 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order, under the names of today whatever version wrote each."""
+    """The lines of a metrics.jsonl in order, with current names, whichever version wrote them."""
     return [current_names(line) for line in lines_of(path)]
 
 
 def former_lines_of(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, under the names of today, if an earlier version wrote all of them; else none."""
+    """The lines of a metrics.jsonl, with current names, if an earlier version wrote all of them; else an empty list."""
     lines = lines_of(path)
     return [current_names(line) for line in lines] if all("loss" in line for line in lines) else []
 
 
 def current_names(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with the names of today: a run that was resumed may have lines of both kinds."""
+    """A line of metrics.jsonl with current names. A resumed run can have lines with former and with current names."""
     return {_FORMER_NAMES.get(name, name): value for name, value in line.items()}
 
 
 def elapsed_seconds(lines: Iterable[Mapping[str, Any]], global_batch: int) -> list[float]:
     """Seconds of training up to each line, over all starts of the run, ascending.
 
-    Lines of earlier versions have no clock: theirs are estimated by the images and the speed of each, without start-up,
-    saving and sampling.
+    Lines of earlier versions have no `elapsed_seconds`. For these it is estimated from the number of images and the
+    speed, which excludes start-up, saving and sampling.
+
+    Args:
+        lines: lines of metrics.jsonl in order.
+        global_batch: images of a step.
     """
     elapsed, step, times = 0.0, 0, []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Versions of packages, for what a run writes down and what ranks compare."""
+"""Versions of packages, for the records of a run and for comparing ranks."""
 
 from collections.abc import Iterable
 from importlib import metadata
@@ -9,9 +9,9 @@ NOT_INSTALLED = "not installed"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Package -> version.
+    """Package name -> version.
 
-    megapromoe may be imported from a checkout that is not installed, so its version is that of the imported package.
+    megapromoe may be imported from a source tree that is not installed, so its version is that of the imported package.
     Other packages without metadata, such as a source tree on PYTHONPATH, are "not installed".
     """
     return {package: _version(package) for package in packages}

@@ -1,16 +1,16 @@
-"""How far long work is: a progress bar in a terminal, and elsewhere a plain line about once a minute.
+"""Progress of long work: a progress bar in a terminal, otherwise a log line about once a minute.
 
     with Progress(50_000, "image", "samples.npz") as progress:
         for batch in batches:
             ...
             progress.update(len(batch))
 
-In the log of a job that reads, some seconds after the start and then once a minute,
+The log of a job then has, some seconds after the start and then once a minute,
 
     samples.npz: 6,400 of 50,000 images (13 %), 112 images/s, 6 min left
 
-and at the end `samples.npz: 50,000 images in 7 min, 115 images/s`. Work that ends before its first line is due logs
-none. All commands use this class; training has a log of its own, with more figures in a line.
+and at the end `samples.npz: 50,000 images in 7 min, 115 images/s`. Work that ends before the first line is due logs
+nothing. All commands use this class except training, whose log lines contain more values.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # imported where a bar is shown: help of a command needs none
+if TYPE_CHECKING:  # imported only if a bar is shown, so that --help is fast
     from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-FIRST = 5.0  # seconds from the start to the first line, which shows early whether the work is as fast as it should be
+FIRST = 5.0  # seconds from the start to the first line, which shows early whether the speed is as expected
 INTERVAL = 60.0  # seconds between lines
-WINDOW = 5  # lines over which the rate is taken: start-up is soon forgotten, and one slow minute does not mislead
+WINDOW = 5  # lines over which the rate is averaged: start-up soon has no effect, a slow minute a small one
 
 T = TypeVar("T")
 
 
 class Progress:
-    """Counts units of work that are done, and shows them.
+    """Counts completed units of work and reports the progress.
 
     Args:
-        total: units of the whole work; None where nobody knows.
-        unit: the word for one of them, such as "image"; "B" for bytes, which are shown as KiB, MiB, ...
-        title: what the work is, at the beginning of the bar and of each line.
-        done: units that an earlier start has done; they count for no rate.
-        enabled: False shows nothing, as on all ranks but one.
-        terminal: show a bar, or else lines; None asks whether stderr is a terminal.
+        total: number of units; None if unknown.
+        unit: singular name of a unit, such as "image"; "B" for bytes, which are shown as KiB, MiB, ...
+        title: name of the work, at the beginning of the bar and of each line.
+        done: units that an earlier start has completed; they do not count for the rate.
+        enabled: False shows nothing; for all ranks except one.
+        terminal: True shows a bar, False log lines; None: a bar if stderr is a terminal.
         leave: keep the bar on the screen at the end.
-        left: seconds until all is done, None where unknown, for work whose units differ; without it, from the rate.
-        clock: seconds that only grow.
+        left: returns the seconds that are left, or None if unknown; for units of different cost. Without it, it is
+            estimated from the rate.
+        clock: monotonic clock, seconds.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class Progress:
             self._bar = tqdm(total=total, unit=unit, desc=title, **shape, **sizes)
 
     def update(self, count: int = 1) -> None:
-        """Counts `count` more units as done."""
+        """Counts `count` more units as completed."""
         self.done += count
-        if self.total is not None and self.done > self.total:  # of an estimate that was too low
+        if self.total is not None and self.done > self.total:  # `total` was an estimate and too low
             self.total = self.done
             if self._bar is not None:
                 self._bar.total = self.total
@@ -91,21 +92,21 @@ class Progress:
         self._log_if_due()
 
     def note(self, text: str) -> None:
-        """Shows `text` behind the count from now on, such as which unit is in work; no more units are done."""
+        """Shows `text` behind the count from now on, such as the name of the current unit."""
         self._note = text
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         self._log_if_due()
 
     def write(self, line: str) -> None:
-        """Prints a line of its own, above the bar."""
+        """Prints a separate line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:
             _print(line)
 
     def close(self) -> None:
-        """Ends the bar, or logs the last line if there were others. May be called twice."""
+        """Closes the bar, or logs the last line if there were others. Can be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -129,7 +130,7 @@ class Progress:
             self._next = now + INTERVAL
 
     def _line(self, now: float) -> str:
-        """What, how many of how many, rate, time left."""
+        """A progress line: title, count, total, rate and time left."""
         text = self._count(self.done)
         rate = None
         then, before = self._points[0]
@@ -166,7 +167,7 @@ class Progress:
         return f"{count:,} {plural(self.unit, count)}" if unit else f"{count:,}"
 
     def _rate(self, rate: float) -> str:
-        """Units a second, a minute or an hour, whichever is 1 or more."""
+        """Units per second, minute or hour: the shortest for which it is at least 1, else per hour."""
         if self.unit == "B":
             return f"{size(rate)}/s"
         span, name = next(((s, n) for s, n in ((1, "s"), (60, "min")) if rate * s >= 1), (3600, "h"))
@@ -175,7 +176,7 @@ class Progress:
 
 
 def track(items: Iterable[T], unit: str, title: str, **options: Any) -> Iterator[T]:
-    """Yields the items, and shows how many are done; `options` are those of `Progress`."""
+    """Yields the items and reports how many are completed. `options` are those of `Progress`."""
     with Progress(len(items) if isinstance(items, Sized) else None, unit, title, **options) as progress:
         for item in items:
             yield item
@@ -183,7 +184,7 @@ def track(items: Iterable[T], unit: str, title: str, **options: Any) -> Iterator
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """A duration in seconds as text: "90 s", "12 min", "3.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -192,7 +193,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes as text: "512 B", "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
@@ -201,7 +202,7 @@ def size(count: float) -> str:
 
 
 def plural(word: str, count: float) -> str:
-    """A word for so many things."""
+    """The singular or plural of `word` for a count."""
     if count == 1:
         return word
     return f"{word}es" if word.endswith(("ch", "s")) else f"{word}s"
@@ -215,7 +216,7 @@ def _is_terminal() -> bool:
 
 
 def _log(line: str) -> None:
-    """Into the log of the command, or to stderr for one that keeps none."""
+    """Logs a line, or prints it on stderr if no logging is configured."""
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", line)
     else:
@@ -224,5 +225,5 @@ def _log(line: str) -> None:
 
 def _print(line: str) -> None:
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):  # a log that cannot be written ends no work
+        with contextlib.suppress(OSError):  # an output that cannot be written must not end the work
             print(line, file=sys.stderr, flush=True)

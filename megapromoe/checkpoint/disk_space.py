@@ -1,7 +1,8 @@
-"""What a run writes: its checkpoints, its snapshots of averages and its pictures, and the disk space that they need.
+"""Disk space of a run: its checkpoints, its snapshots of averaged weights and its sample pictures.
 
-Bytes are those of the tensors, exact; a file is larger by its header, a few hundred bytes a tensor, and a checkpoint by
-its manifest. Saves by the clock need the time of a step, an estimate, so their number is one too. No torch.
+Sizes are the exact bytes of the tensors. Files are larger by a header of a few hundred bytes per tensor, checkpoints
+also by their manifest. The number of saves by `train.save_minutes` depends on the estimated time of a step, so it is an
+estimate too. Does not import torch.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from megapromoe.checkpoint.step_folders import StepFolder
 from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import tensors_on_rank
 
-STATES = 4 * 4  # bytes of a parameter in a checkpoint: fp32 master, two moments, average
-AVERAGE = 4  # and in a snapshot
+CHECKPOINT_BYTES = 4 * 4  # per parameter: fp32 master weight, two moments, averaged weight
+SNAPSHOT_BYTES = 4  # per parameter: the averaged weight
 PICTURE_SIDE = 64  # pixels to which small images are enlarged, as in `diffusion/image_grid.py`
-SIMULATED = 2000
+SIMULATED_SAVES = 2000  # the saves for which `most_at_once` simulates the removal of old checkpoints
 
 
 @dataclass(frozen=True)
-class Disk:
-    """Files of a whole run.
+class DiskUsage:
+    """The files of a complete run.
 
     Attributes:
-        checkpoint, snapshot, picture: bytes of one; of a picture at most.
-        checkpoints, snapshots, pictures: how many are written.
-        most_checkpoints: at once, with the one that is being written.
-        exact: False where saves by the clock are counted by an estimated time.
+        checkpoint, snapshot, picture: bytes of one file or folder; for a picture an upper bound.
+        checkpoints, snapshots, pictures: how many are written in total.
+        most_checkpoints: largest number of checkpoints on disk at the same time, with the one being written.
+        exact: False if the number of saves was computed from an estimated time of a step.
     """
 
     checkpoint: int
@@ -43,24 +44,28 @@ class Disk:
 
     @property
     def peak(self) -> int:
-        """Bytes needed at once."""
+        """Largest number of bytes on disk at the same time."""
         kept = self.snapshots * self.snapshot + self.pictures * self.picture
         return self.most_checkpoints * self.checkpoint + kept
 
     @property
     def written(self) -> int:
-        """Bytes of checkpoints and snapshots written in all."""
+        """Bytes of all checkpoints and snapshots that are written, including those that are removed later."""
         return self.checkpoints * self.checkpoint + self.snapshots * self.snapshot
 
 
-def disk(config: Config, step_seconds: float | None = None) -> Disk:
-    """Counts a run from its first step to `train.steps`. Without a time of a step, saves by the clock are left out."""
+def disk(config: Config, step_seconds: float | None = None) -> DiskUsage:
+    """The disk usage of a run from step 0 to `train.steps`.
+
+    Args:
+        step_seconds: estimated seconds of a step; None: saves by `train.save_minutes` are not counted.
+    """
     t = config.train
     between, by_clock = _steps_between(config, step_seconds)
     saves = math.ceil(t.steps / between)
-    return Disk(
-        checkpoint=elements(config) * STATES + buffer_bytes(config),
-        snapshot=elements(config) * AVERAGE + buffer_bytes(config),
+    return DiskUsage(
+        checkpoint=elements(config) * CHECKPOINT_BYTES + buffer_bytes(config),
+        snapshot=elements(config) * SNAPSHOT_BYTES + buffer_bytes(config),
         checkpoints=saves,
         snapshots=t.steps // t.snapshot_every if t.snapshot_every else 0,
         pictures=t.steps // t.sample_every if t.sample_every else 0,
@@ -71,20 +76,21 @@ def disk(config: Config, step_seconds: float | None = None) -> Disk:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Bytes that the checkpoints and snapshots of a run need at once, with the one that is being written."""
+    """Peak bytes of the checkpoints, snapshots and pictures of a run, with the checkpoint that is being written."""
     return disk(config).peak
 
 
 def saved_bytes(run: Path) -> int:
-    """Bytes of the checkpoints and snapshots that a run has already."""
+    """Bytes of the checkpoints and snapshots that a run directory contains now."""
     patterns = ("checkpoints/step-*/*.safetensors", "snapshots/average-*/*.safetensors")
     return sum(file.stat().st_size for pattern in patterns for file in run.glob(pattern))
 
 
 def picture_bytes(config: Config) -> int:
-    """Bytes of the pixels of a picture that is drawn while training; its PNG file is smaller.
+    """Bytes of the pixels of a sample picture that training writes; the PNG file is smaller.
 
-    Four images of each of the first ten classes, in eight columns, see `training/loop.py` and `image_grid.grid`.
+    The picture has four images of each of the first ten classes, in eight columns: see `training/loop.py` and
+    `image_grid.grid`.
     """
     side, count = config.model.input_size, 4 * min(config.model.num_classes, 10)
     scale = max(1, PICTURE_SIDE // side)
@@ -93,10 +99,10 @@ def picture_bytes(config: Config) -> int:
 
 
 def _steps_between(config: Config, step_seconds: float | None) -> tuple[int, bool]:
-    """Steps between checkpoints, at most `train.steps`, and whether the clock decides them.
+    """Steps between checkpoints, at most `train.steps`, and whether `train.save_minutes` determines them.
 
-    Each save sets the clock back, so the shorter of both intervals decides; a save by steps that falls between two by
-    the clock is one more, which the next by the clock follows later.
+    Each save restarts the clock, so the shorter interval determines the saves. A save by `train.save_every` between two
+    saves by the clock is an additional one and delays the next.
     """
     t = config.train
     by_steps = min(t.save_every or t.steps, t.steps)
@@ -109,35 +115,40 @@ def _steps_between(config: Config, step_seconds: float | None) -> tuple[int, boo
 
 
 def elements(config: Config) -> int:
-    """Elements of the parameters that a checkpoint holds, over all ranks.
+    """Number of parameter elements in a checkpoint, over all ranks.
 
-    Experts that do not divide over ep have spare slots, which are saved too.
+    If the number of experts is not a multiple of ep, the expert tensors are padded, and the padding is saved too.
     """
     ep = config.parallel.ep
-    whole = Layout(world=ep, tp=1, ep=ep, dp=ep, edp=1, etp=1, micro_batch=1)
-    replicated, routed = tensors_on_rank(config.model, whole)
+    layout = Layout(world=ep, tp=1, ep=ep, dp=ep, edp=1, etp=1, micro_batch=1)
+    replicated, routed = tensors_on_rank(config.model, layout)
     return sum(replicated) + ep * sum(routed)
 
 
 def buffer_bytes(config: Config) -> int:
-    """Bytes of the model's persistent buffers: DiffMoE's thresholds, the centroids of k-means and their shares."""
+    """Bytes of the model's persistent buffers: DiffMoE's thresholds; the k-means centroids and their shares."""
     model = config.model
-    of_layer = {"diffmoe": model.num_experts, "kmeans": model.num_experts * (model.hidden_size + 1)}
-    return 4 * of_layer.get(model.router, 0) * len(model.moe_blocks)
+    per_layer = {"diffmoe": model.num_experts, "kmeans": model.num_experts * (model.hidden_size + 1)}
+    return 4 * per_layer.get(model.router, 0) * len(model.moe_blocks)
 
 
 def most_at_once(steps: int, between: int, keep: int, keep_every: int, max_bad_steps: int) -> int:
-    """Checkpoints on disk at once in a run whose every step is applied, with the one that is being written.
+    """Largest number of checkpoints on disk at the same time, with the one being written, if every step is applied.
 
-    Save by save, as retention removes them. A long run repeats itself: after `SIMULATED` saves, only those that stay
-    for good are counted.
+    Simulates the saves and the removals of `retention.py`. After `SIMULATED_SAVES` saves the number of temporary
+    checkpoints repeats, so only the additional permanent ones (`keep_every`) are counted from then on.
+
+    Args:
+        steps: steps of the run.
+        between: steps between two saves.
+        keep, keep_every, max_bad_steps: the options of `train`.
     """
     folders: list[StepFolder] = []
     most = 0
     saves = [*range(between, steps, between), steps]
-    for step in saves[:SIMULATED]:
+    for step in saves[:SIMULATED_SAVES]:
         folders.append(StepFolder(Path(), step, step))
         most = max(most, len(folders))
-        gone = set(removable(folders, step, keep, keep_every, max_bad_steps))
-        folders = [one for one in folders if one not in gone]
-    return most + sum(keep_every > 0 and step % keep_every == 0 for step in saves[SIMULATED:])
+        removed = set(removable(folders, step, keep, keep_every, max_bad_steps))
+        folders = [folder for folder in folders if folder not in removed]
+    return most + sum(keep_every > 0 and step % keep_every == 0 for step in saves[SIMULATED_SAVES:])

@@ -1,4 +1,4 @@
-"""What environment.json records of each start of a run."""
+"""The entry of environment.json for each start of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from megapromoe.versions import versions
 def describe_start(
     config: Config, world: int, launcher: str, changed: dict[str, list[Any]], data: str | None
 ) -> dict[str, Any]:
-    """An entry of environment.json: what started a run, where, over which ranks and with which versions."""
+    """The entry of environment.json for this start: command, host, launcher, layout, versions and git commit.
+
+    Args:
+        world: ranks of the job.
+        launcher: name of the launcher, such as "torchrun".
+        changed: settings that differ from the previous start, dotted name -> [stored, new].
+        data: identity of the data set; None if it has none.
+    """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -36,14 +43,14 @@ def describe_start(
 
 
 def git_state(file: Path) -> dict[str, Any] | None:
-    """Commit of the checkout that tracks `file`, and whether tracked files differ from it; or None."""
+    """The commit of the git repository that tracks `file`, and whether tracked files were changed; None without one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(file.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", file.name)  # a package installed inside another project's checkout is not
+        git("ls-files", "--error-unmatch", file.name)  # fails for a package installed inside another project's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,12 +1,13 @@
-"""The checkpoint format: fp32 masters, AdamW's moments and averages, by logical name and place; no layout.
+"""The checkpoint format: fp32 master weights, AdamW's moments and averages, independent of the parallel layout.
 
-A checkpoint is a folder ``step-00001000``: files ``rank-00000.safetensors`` and a ``manifest.json`` that says which
-elements of which logical tensor each entry is, and every file's size and hash. A part is a range of some rank's
-flattened slice of a parameter, so a rank writes its ZeRO partition as it lies in memory, each byte once over all ranks;
-`Checkpoint.logical` puts whole tensors together again, at whatever layout they were saved.
+A checkpoint is a folder ``step-00001000`` with a file ``rank-00000.safetensors`` for each rank and a ``manifest.json``.
+The manifest maps each entry of a file to elements of a full (unsharded) parameter, and records the size and the hash of
+each file. A part is a range of a rank's flattened shard of a parameter. So each rank writes its ZeRO partition as it is
+in memory, and all ranks together write each element once. `Checkpoint.logical` assembles the full tensors from the
+parts of any layout.
 
-A folder under its own name is complete: it is written aside and renamed when all of it, manifest last, is on disk. No
-pickle is written or read.
+A save writes to a staging folder (``step-00001000.writing``), the manifest last, flushes everything to disk and then
+renames the folder. So a folder with the final name is complete. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -36,50 +37,62 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class TensorFile(Protocol):
-    """An open file of tensors, read one by one."""
+    """An open file from which single tensors can be read."""
 
     def get_tensor(self, name: str) -> Tensor: ...
 
 
 class OtherModel(CheckpointError):
-    """A whole checkpoint, but of another model."""
+    """An undamaged checkpoint of another model."""
 
 
 class Checkpoint:
-    """A complete checkpoint folder, opened for reading; tensors are read when asked for."""
+    """A complete checkpoint folder, opened for reading. Tensors are read on demand.
+
+    Attributes:
+        folder: the checkpoint folder.
+        manifest: content of its manifest.json.
+        shapes: parameter name -> shape of the full tensor.
+        kinds: the kinds of tensors that it contains, all of `KINDS` unless it is a snapshot.
+    """
 
     def __init__(self, folder: Path):
-        """Raises CheckpointError, naming the file, if one is missing, has another size, or is not our format."""
+        """Reads the manifest and checks that each file is there and has the recorded size.
+
+        Raises CheckpointError, which names the file.
+        """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        for one in self.manifest["ranks"]:
-            file = self.folder / one["file"]
+        for entry in self.manifest["ranks"]:
+            file = self.folder / entry["file"]
             size = file.stat().st_size if file.is_file() else None
-            if size != one["size"]:
-                said = "is missing" if size is None else f"has {size} bytes, not {one['size']}"
-                raise CheckpointError(f"{file}: {said}; the checkpoint is damaged, use another step")
+            if size != entry["size"]:
+                problem = "is missing" if size is None else f"has {size} bytes, not {entry['size']}"
+                raise CheckpointError(f"{file}: {problem}; the checkpoint is damaged, use another step")
             if file.resolve().parent != self.folder.resolve():
                 raise CheckpointError(f"{file}: is a symbolic link out of its folder; put the file itself in its place")
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]
         self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", KINDS))
         self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
-        for one in self.manifest["ranks"]:
-            for name, start, stop, view in one["parts"]:
-                self._parts.setdefault(name, []).append((one["file"], start, stop, view))
+        for entry in self.manifest["ranks"]:
+            for name, start, stop, view in entry["parts"]:
+                self._parts.setdefault(name, []).append((entry["file"], start, stop, view))
         self._open: dict[str, TensorFile] = {}
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Reads every byte of every `parts`-th file, from the `part`-th; several ranks share the work.
+        """Reads files number `part`, `part` + `parts`, ... completely and compares their hashes with the manifest.
 
-        Raises CheckpointError naming a file whose hash is not the manifest's: bytes changed, or it is of another save.
+        Several ranks share the work: rank r of n calls `verify(r, n)`.
+
+        Raises CheckpointError, naming the file, if its bytes changed or it belongs to another save.
         """
         files = self.manifest["ranks"][part::parts]
-        total = sum(one["size"] for one in files)
+        total = sum(entry["size"] for entry in files)
         with Progress(total, "B", f"checking {self.folder}", enabled=part == 0, leave=False) as progress:
-            for one in files:
-                file = self.folder / one["file"]
+            for entry in files:
+                file = self.folder / entry["file"]
                 try:
-                    intact = sha256_of(file, progress.update) == one["sha256"]
+                    intact = sha256_of(file, progress.update) == entry["sha256"]
                 except OSError as error:
                     raise CheckpointError(f"{file}: cannot be read ({error.strerror}); use another step") from error
                 if not intact:
@@ -96,7 +109,14 @@ class Checkpoint:
         return "bytes changed since it was written"
 
     def logical(self, kind: str, name: str) -> Tensor:
-        """The whole tensor of a parameter: kind "master", "exp_avg", "exp_avg_sq" or "ema"; float32."""
+        """Assembles the full tensor of a parameter, float32.
+
+        Args:
+            kind: "master", "exp_avg", "exp_avg_sq" or "ema".
+            name: the parameter.
+
+        Raises CheckpointError if a file is damaged, or if this is a snapshot without that kind.
+        """
         if "kinds" in self.manifest and kind not in self.kinds:
             raise CheckpointError(
                 f"{self.folder}: is a snapshot of {', '.join(self.kinds)} alone and has no {kind}; use --weights ema,"
@@ -113,16 +133,16 @@ class Checkpoint:
             flat = local.view(-1)
             for file, start, stop, _ in parts:
                 flat[start:stop] = self._entry(file, f"{kind}/{name}@{start}", (stop - start,))
-            for here, there in pairs:
-                out[_slices(there)] = local[_slices(here)]
+            for local_region, logical_region in pairs:
+                out[_slices(logical_region)] = local[_slices(local_region)]
         return out
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer of the model that is no parameter."""
+        """Reads a persistent buffer of the model. Raises CheckpointError if it is missing."""
         return self._entry(self.manifest["ranks"][0]["file"], f"buffer/{name}")
 
     def _entry(self, file: str, entry: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor of a file. Raises CheckpointError if it is not in it, or of another shape."""
+        """Reads a tensor of a file. Raises CheckpointError if it is missing or has another shape."""
         try:
             tensor = self._file(file).get_tensor(entry)
         except (SafetensorError, KeyError, OSError) as error:
@@ -138,11 +158,18 @@ class Checkpoint:
 
 
 def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises OtherModel listing parameters that differ between the checkpoint and a model of `shapes`."""
-    said = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
-    ours = {name: tuple(shape) for name, shape in shapes.items()}
-    wrong = [f"{n}: the checkpoint has {said.get(n)}, the model {ours.get(n)}" for n in {**said, **ours}
-             if said.get(n) != ours.get(n)]  # fmt: skip
+    """Raises OtherModel, listing the parameters whose shapes differ between the checkpoint and a model.
+
+    Args:
+        shapes: parameter name -> shape of the full tensor in the model.
+    """
+    stored = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
+    expected = {name: tuple(shape) for name, shape in shapes.items()}
+    wrong = [
+        f"{n}: the checkpoint has {stored.get(n)}, the model {expected.get(n)}"
+        for n in {**stored, **expected}
+        if stored.get(n) != expected.get(n)
+    ]
     if wrong:
         shown = "\n  ".join(wrong[:10]) + (f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else "")
         raise OtherModel(
@@ -152,13 +179,14 @@ def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: list[list], step: int) -> str:
-    """Writes one rank's file, and then its receipt; returns what went wrong, or "".
+    """Writes the file of a rank and then its receipt. Returns the problem, or "".
 
     Args:
         tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
-        parts: [name, start, stop, view] of each piece; every kind has an entry of it.
+        parts: [name, start, stop, view] of each piece; each kind of tensor has an entry for it.
 
-    The receipt holds the file's size and hash, or the problem. Who cannot even write that is missed by `commit`.
+    The receipt contains the size and the hash of the file, or the problem. If a rank cannot write its receipt either,
+    `commit` reports the rank after its timeout.
     """
     file, problem = folder / f"rank-{rank:05d}.safetensors", ""
     receipt: dict[str, Any] = {"file": file.name, "parts": parts}
@@ -166,32 +194,35 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
         save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
         sync(file)
         receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
-    except Exception as error:  # whatever it is, the save has failed, and rank 0 must learn of it
+    except Exception as error:  # any failure of the save must reach rank 0
         problem = f"{file}: {error or type(error).__name__}"
     try:
         with atomic_write(folder / f"rank-{rank:05d}.json") as part:
             part.write(json.dumps(receipt | {"problem": problem}).encode())
-            if file.exists():  # safetensors makes files that only their owner may read
+            if file.exists():  # safetensors creates files that only their owner can read
                 os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
         problem = problem or f"{error.filename or folder}: {error.strerror}"
     return problem
 
 
-def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience: float) -> None:
-    """Waits for all ranks' receipts, writes the manifest, and gives the folder its name: now it is a checkpoint.
+def commit(staging: Path, final: Path, world: int, metadata: dict[str, Any], commit_timeout: float) -> None:
+    """Waits for the receipts of all ranks, writes the manifest, and renames the staging folder to its final name.
 
     Args:
-        facts: what the manifest says beside the files: step, updates, shapes, buffers, ...
-        patience: seconds to wait.
+        staging: the folder that all ranks have written to.
+        final: the name of the complete checkpoint.
+        world: number of ranks.
+        metadata: entries of the manifest other than the files: step, updates, shapes, buffers, ...
+        commit_timeout: seconds to wait for the receipts.
 
-    Raises CheckpointError naming the ranks that had a problem or did not write in time.
+    Raises CheckpointError, naming the ranks that had a problem or did not write in time; OSError.
     """
-    deadline = time.monotonic() + patience
-    paths = [aside / f"rank-{rank:05d}.json" for rank in range(world)]
+    deadline = time.monotonic() + commit_timeout
+    paths = [staging / f"rank-{rank:05d}.json" for rank in range(world)]
     while missing := [p.stem for p in paths if not p.exists()]:
         if time.monotonic() > deadline:
-            raise CheckpointError(f"{aside}: {', '.join(missing[:8])} did not write within {patience:.0f} s")
+            raise CheckpointError(f"{staging}: {', '.join(missing[:8])} did not write within {commit_timeout:.0f} s")
         time.sleep(0.02)
     receipts = [json.loads(p.read_text()) for p in paths]
     if problems := [r["problem"] for r in receipts if r["problem"]]:
@@ -199,16 +230,16 @@ def commit(aside: Path, final: Path, world: int, facts: dict[str, Any], patience
     for path, receipt in zip(paths, receipts, strict=True):
         del receipt["problem"]
         path.unlink()
-    write_text(aside / MANIFEST, seal({**facts, "ranks": receipts}))
-    if final.is_symlink() or final.exists():  # whatever it is, it is no checkpoint of this history
+    write_text(staging / MANIFEST, seal({**metadata, "ranks": receipts}))
+    if final.is_symlink() or final.exists():  # not a checkpoint of this branch: keep it
         kept = _free_name(final.with_name(f"{final.name}.replaced"))
         os.rename(final, kept)
-        logger.warning("%s: was there before this checkpoint was saved, and is now %s", final, kept.name)
-    commit_staged(aside, final)
+        logger.warning("%s: existed before this checkpoint was saved; it was renamed to %s", final, kept.name)
+    commit_staged(staging, final)
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or with a number after it, such that nothing has that name."""
+    """`path` if it does not exist, else `path` with the first free number appended."""
     names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
     return next(name for name in names if not name.is_symlink() and not name.exists())
 

@@ -1,19 +1,19 @@
-"""Branches: what a run that goes back to an earlier step leaves behind is kept, apart from what it does next.
+"""Branches of a run: going back to an earlier step moves the later results to a folder of `branches/`.
 
-`checkpoints/` and metrics.jsonl hold one history, that of the branch that runs. A start that goes back, because of
-`--step` or because newer checkpoints are damaged, moves all later ones to a folder of `branches/`:
+`checkpoints/` and metrics.jsonl always contain one history, that of the current branch. When a start goes back, because
+of `--step` or because newer checkpoints are damaged, it moves everything of later steps to a folder of `branches/`:
 
 ====================  ===============================================================
-branch.json           the branch that was left, after which step, when and why
+branch.json           name of the branch, the step it was left after, the time and the reason
 checkpoints/          its checkpoints of later steps
 snapshots/            its snapshots of later steps
-metrics.jsonl         its lines of later steps
+metrics.jsonl         its log lines of later steps
 samples/              its pictures of later steps
-tensorboard/          a copy of all events up to then
+tensorboard/          a copy of all event files at that time
 ====================  ===============================================================
 
-A branch folder with its branch.json gets its name before anything is moved to it, so whatever a kill interrupts, the
-next start completes. Only what is named `.writing`, and holds copies alone, is removed.
+The branch folder gets its final name, with branch.json in it, before anything is moved to it. So the next start can
+complete moves that a kill interrupted. Folders that still end in `.writing` contain copies only, and are removed.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from megapromoe.io import SUFFIX, staging_path, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-FACTS = "branch.json"
-MOVED = ".moved"  # a file: all of the branch was moved, and what is in `checkpoints/` now came later
-_PICTURE = re.compile(r"step-(\d+)(?:-[0-9a-f]+)?\.png")  # of the training, or of `megapromoe sample`
+BRANCH_FILE = "branch.json"
+MOVED_MARKER = ".moved"  # an empty file that marks a complete move; later checkpoints belong to another branch
+_PICTURE = re.compile(r"step-(\d+)(?:-[0-9a-f]+)?\.png")  # written by training or by `megapromoe sample`
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start of a run begins.
+    """The step and the branch from which a start continues.
 
     Attributes:
-        step: of the checkpoint to begin from; None: the newest that is whole.
-        branch: name of the branch that it continues or begins; None: that of the checkpoint.
-        note: a sentence on why it does not begin at the step that was asked for, or "".
+        step: step of the checkpoint to load; None: the newest undamaged one.
+        branch: name of the branch to continue or to create; None: the branch of the checkpoint.
+        note: a sentence that explains why the requested step is not used, or "".
     """
 
     step: int | None = None
@@ -59,13 +59,14 @@ class Start:
 
 @dataclass(frozen=True)
 class LeftBranch:
-    """A branch that a run has left, see `RunDirectory.branches`.
+    """A branch that a run has left; see `RunDirectory.branches`. Its fields are those of branch.json.
 
     Attributes:
-        name: of the branch.
+        folder: the folder of the branch; not in branch.json.
+        name: name of the branch.
         after: the step that the run went back to.
-        steps: of the checkpoints that were moved, ascending.
-        reason: why it was left.
+        steps: steps of the checkpoints that were moved, ascending.
+        reason: why the run went back.
         left: time, ISO 8601.
         snapshots: steps of the snapshots that were moved, ascending.
     """
@@ -80,40 +81,42 @@ class LeftBranch:
 
 
 def plan_start(run: RunDirectory, step: int | None = None, fork: str | None = None) -> Start:
-    """What `--step` and `--fork` mean for a run as it is now.
+    """Resolves `--step` and `--fork` for the current content of a run directory.
 
-    A step is asked for once: as soon as the branch that begins there has a checkpoint, the same command continues it.
+    The same command can be repeated: once the new branch has a checkpoint, the command continues that branch and does
+    not go back again.
 
     Args:
-        fork: a name for a branch that begins at `step`; without one it is called after the step.
+        step: the step to go back to; None: continue from the newest checkpoint.
+        fork: name of the new branch; None: `step-N`.
 
-    Raises CheckpointError if there is no such checkpoint, or the name is taken or is none.
+    Raises CheckpointError if the checkpoint does not exist, or the name is taken or invalid.
     """
     if step is None:
         if fork is not None:
-            raise CheckpointError("--fork begins a branch at an earlier step: say which with --step N")
+            raise CheckpointError("--fork begins a branch at an earlier step: give that step with --step N")
         return Start()
     if fork is not None and not _NAME.fullmatch(fork):
-        raise CheckpointError(f"--fork {fork!r}: a name has letters, digits, '.', '_' and '-', at most 64")
+        raise CheckpointError(f"--fork {fork!r}: a name has letters, digits, '.', '_' and '-', at most 64 of them")
     name = f"step-{step}" if fork is None else fork
     folders = step_folders(run.checkpoints)
     newest = folders[-1] if folders else None
     if newest and newest.branch == name and newest.step > step:
-        other = "--fork NAME begins another one at that step"
-        return Start(None, name, f"--step {step}: branch {name!r} has begun there and is continued; {other}")
-    if fork is not None and (fork in (MAIN, *(one.name for one in left_branches(run)), newest and newest.branch)):
+        other = "--fork NAME begins another branch at that step"
+        return Start(None, name, f"--step {step}: branch {name!r} already begins there and is continued; {other}")
+    if fork is not None and (fork in (MAIN, *(branch.name for branch in left_branches(run)), newest and newest.branch)):
         raise CheckpointError(f"--fork {fork}: the run has, or had, a branch of that name; choose another")
-    steps = [one.step for one in folders]
+    steps = [folder.step for folder in folders]
     if step not in steps:
-        elsewhere = [f"{one.folder} has it" for one in left_branches(run) if step in one.steps]
-        there = ", ".join(map(str, steps)) or "none"
-        listed = "; ".join([f"there are {there}", *elsewhere])
+        elsewhere = [f"{branch.folder} has it" for branch in left_branches(run) if step in branch.steps]
+        available = ", ".join(map(str, steps)) or "none"
+        listed = "; ".join([f"there are {available}", *elsewhere])
         raise CheckpointError(f"{run.checkpoints}: has no complete checkpoint of step {step}; {listed}")
     return Start(step, name)
 
 
 def progress(run: RunDirectory, step: int | None = None, fork: str | None = None) -> str:
-    """In words, where a start would begin and what it would leave behind. Raises CheckpointError as `plan_start`."""
+    """Describes where a start would begin and what it would move to a branch folder. Raises as `plan_start`."""
     start = plan_start(run, step, fork)
     folders = step_folders(run.checkpoints)
     if not folders:
@@ -121,46 +124,50 @@ def progress(run: RunDirectory, step: int | None = None, fork: str | None = None
     if start.step is None:
         continued = f"continues from {folders[-1].folder.name}, branch {start.branch or folders[-1].branch!r}"
         return f"{continued} ({start.note})" if start.note else continued
-    later = ", ".join(str(one.step) for one in folders if one.step > start.step)
+    later = ", ".join(str(folder.step) for folder in folders if folder.step > start.step)
     moved = f"; its checkpoints of steps {later} would move to {run.branches}" if later else ""
     return f"begins branch {start.branch!r} at {folder_of(run.checkpoints, start.step).name}{moved}"
 
 
 def first_step(run: RunDirectory, step: int | None = None, fork: str | None = None) -> int:
-    """The step of the checkpoint that a start would begin from, 0 without one. Raises as `plan_start`."""
+    """The step of the checkpoint that a start would load, 0 if there is none. Raises as `plan_start`."""
     start = plan_start(run, step, fork)
     folders = step_folders(run.checkpoints)
     return folders[-1].step if start.step is None and folders else start.step or 0
 
 
 def left_branches(run: RunDirectory) -> list[LeftBranch]:
-    """The branches that a run has left, oldest first; one whose branch.json cannot be read is named in the log."""
+    """The branches that a run has left, oldest first. A branch.json that cannot be read is logged and left out."""
     branches = []
-    for file in run.branches.glob(f"*/{FACTS}"):
+    for file in run.branches.glob(f"*/{BRANCH_FILE}"):
         if file.parent.name.endswith(SUFFIX):
-            continue  # not finished, and nothing was moved
+            continue  # incomplete: nothing was moved to it
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            facts |= {"folder": file.parent, "steps": tuple(facts["steps"])}
-            branches.append(LeftBranch(**facts | {"snapshots": tuple(facts.get("snapshots", ()))}))
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            metadata |= {"folder": file.parent, "steps": tuple(metadata["steps"])}
+            branches.append(LeftBranch(**metadata | {"snapshots": tuple(metadata.get("snapshots", ()))}))
         except (OSError, ValueError, TypeError, KeyError):
-            logger.warning("%s: is damaged; the branch is not listed, what its folder holds stays", file)
-    return sorted(branches, key=lambda one: (one.left, one.folder.name))
+            logger.warning("%s: is damaged; this branch is not listed, its folder is left as it is", file)
+    return sorted(branches, key=lambda branch: (branch.left, branch.folder.name))
 
 
 def leave_branch(run: RunDirectory, after: int, reason: str, asked: bool = False) -> LeftBranch | None:
-    """Moves what a run has of steps later than `after` to a branch folder; None if it has no later checkpoint.
+    """Moves all results of steps later than `after` to a branch folder. Returns None if there are none.
+
+    Called by the process that owns the run directory, before it writes.
 
     Args:
-        asked: the start was asked to go back, so that later snapshots alone are a branch too.
+        after: the step that the run goes back to.
+        reason: why, for branch.json.
+        asked: the user requested to go back (`--step`). Then later snapshots without a later checkpoint are moved too.
 
-    Called by the process that owns the run, before it writes. Raises OSError.
+    Raises OSError.
     """
-    later = [one for one in step_folders(run.checkpoints) if one.step > after]
+    later = [folder for folder in step_folders(run.checkpoints) if folder.step > after]
     snapshots = tuple(step for step in snapshot_steps(run.snapshots) if step > after)
     if not later and not (asked and snapshots):
         return None
-    names = [one.branch for one in reversed(later) if one.updates is not None]
+    names = [checkpoint.branch for checkpoint in reversed(later) if checkpoint.updates is not None]
     names += [name for step in reversed(snapshots) if (name := branch_of(snapshot_of(run.snapshots, step)))]
     name = next(iter(names), MAIN)
     folder = _free_folder(run.branches, f"{name}-after-{after}")
@@ -170,27 +177,29 @@ def leave_branch(run: RunDirectory, after: int, reason: str, asked: bool = False
         write_text(staging / run.metrics.name, "".join(_lines_after(run.metrics, after)))
     if run.tensorboard.exists():
         shutil.copytree(run.tensorboard, staging / run.tensorboard.name)
-    steps, left = tuple(one.step for one in later), datetime.now(UTC).isoformat(timespec="seconds")
+    steps, left = tuple(checkpoint.step for checkpoint in later), datetime.now(UTC).isoformat(timespec="seconds")
     branch = LeftBranch(folder, name, after, steps, reason, left, snapshots)
-    write_json(staging / FACTS, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2)
+    write_json(
+        staging / BRANCH_FILE, {key: value for key, value in asdict(branch).items() if key != "folder"}, indent=2
+    )
     os.rename(staging, folder)
     _move(run, branch)
     return branch
 
 
 def complete_moves(run: RunDirectory) -> None:
-    """Completes what a kill interrupted in `leave_branch`. Raises OSError."""
+    """Completes the moves of a `leave_branch` that was interrupted by a kill. Raises OSError."""
     for staging in run.branches.glob(f"*{SUFFIX}"):
         if not staging.is_symlink():
-            shutil.rmtree(staging)  # copies; nothing was moved yet
+            shutil.rmtree(staging)  # contains copies only
     for branch in left_branches(run):
         _move(run, branch)
 
 
 def _move(run: RunDirectory, branch: LeftBranch) -> None:
-    """The newest first, so that `checkpoints/` holds one history without a gap at any instant."""
+    """Moves the newest first, so that the steps in `checkpoints/` have no gap at any time."""
     checkpoints, samples = branch.folder / run.checkpoints.name, branch.folder / run.samples.name
-    if (branch.folder / MOVED).exists():
+    if (branch.folder / MOVED_MARKER).exists():
         return
     checkpoints.mkdir(exist_ok=True)
     for step in sorted(branch.steps, reverse=True):
@@ -208,7 +217,7 @@ def _move(run: RunDirectory, branch: LeftBranch) -> None:
         if number and int(number[1]) > branch.after:
             samples.mkdir(exist_ok=True)
             os.rename(picture, samples / picture.name)
-    (branch.folder / MOVED).touch()
+    (branch.folder / MOVED_MARKER).touch()
 
 
 def _lines_after(file: Path, step: int) -> list[str]:
@@ -219,7 +228,7 @@ def _lines_after(file: Path, step: int) -> list[str]:
             if entry["step"] > step:
                 lines.append(line)
         except (ValueError, TypeError, KeyError):
-            continue  # metrics.py names such lines when it drops them
+            continue  # unreadable; `metrics.rewind` logs such lines when it drops them
     return lines
 
 

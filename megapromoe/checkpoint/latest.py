@@ -1,4 +1,4 @@
-"""The latest checkpoint of a run that may be live, and then removes old checkpoints while they are read."""
+"""Reading the latest checkpoint of a run that may still be training and removing old checkpoints meanwhile."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from megapromoe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TRIES = 5  # to read a latest checkpoint before it is removed
+TRIES = 5  # attempts to read the latest checkpoint before the run removes it
 
 T = TypeVar("T")
 
 
 def read_latest(root: Path, step: int | None, read: Callable[[int], T]) -> T:
-    """`read(step)`; without a step, of the newest checkpoint.
+    """Returns `read(step)`, or without a step `read` of the newest checkpoint.
 
-    Where a newest checkpoint is removed by its run while it is read, the one that is newest then is read instead. A
-    checkpoint that is still there and cannot be read is damaged, and no other one stands for it.
+    If the run removes the newest checkpoint while it is read, the then newest one is read instead. If a checkpoint
+    still exists and cannot be read, it is damaged, and the error is raised.
 
     Args:
         root: the folder of checkpoints.
-        step: of a checkpoint.
-        read: called with the step that was chosen. May be called again after an error, so it keeps nothing of it.
+        step: step of a checkpoint; None: the newest.
+        read: called with the chosen step. It can be called again after an error, so it must not keep partial results.
 
     Raises what `read` raises; CheckpointError if `root` has no checkpoint, or if the newest one was removed in each of
-    `TRIES` tries.
+    `TRIES` attempts.
     """
     if step is not None:
         return read(step)
@@ -38,7 +38,7 @@ def read_latest(root: Path, step: int | None, read: Callable[[int], T]) -> T:
         try:
             folder = choose_checkpoint(root)
         except (UserError, OSError):
-            # A listing can miss the new checkpoint and have the old one, which is gone when it is looked at.
+            # A listing can miss the new checkpoint and contain the old one, removed before its manifest is read.
             if attempt < TRIES and root.is_dir() and any(FOLDER.fullmatch(path.name) for path in root.iterdir()):
                 continue
             raise
@@ -48,15 +48,15 @@ def read_latest(root: Path, step: int | None, read: Callable[[int], T]) -> T:
         except (UserError, OSError):
             if before is not None and _identity(folder) == before:
                 raise
-            logger.warning("%s: was removed by its run while it was read; looking for the latest again", folder)
-    raise gone_too_often(root)
+            logger.warning("%s: was removed by its run while it was read; trying the latest checkpoint again", folder)
+    raise removed_too_often(root)
 
 
-def gone_too_often(root: Path) -> CheckpointError:
-    """The error of a run whose newest checkpoint was removed in each of `TRIES` tries to read it."""
+def removed_too_often(root: Path) -> CheckpointError:
+    """The error for a run that removed its newest checkpoint in each of `TRIES` attempts to read it."""
     return CheckpointError(
-        f"{root}: {TRIES} times the newest checkpoint was removed by its run before it was read; give the step of one"
-        " that stays (train.keep_every), or let the run keep more (train.keep)"
+        f"{root}: {TRIES} times the newest checkpoint was removed by its run before it was read; give the step of a"
+        " checkpoint that is kept (train.keep_every), or let the run keep more (train.keep)"
     )
 
 
@@ -67,7 +67,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:
-    """Which checkpoint lies in a folder, None if it is none: a run may also save a step again."""
+    """Identifies the checkpoint in a folder, since a run may save a step again; None if there is none."""
     try:
         status = (folder / MANIFEST).stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""One rank's part of a run's state: views of it in the engine's partitions, and a copy in host memory to be saved."""
+"""The training state on one rank: views of the engine's partitions, and their copy in host memory for saving."""
 
 from __future__ import annotations
 
@@ -17,45 +17,56 @@ from megapromoe.engine.protocol import Piece
 
 @dataclass
 class LocalState:
-    """A copy in host memory: entries of the rank's file, and which elements of which tensor they are."""
+    """A copy in host memory of the state that one rank saves.
+
+    Attributes:
+        tensors: entries of the rank's file, see `format.write_rank`.
+        parts: [name, start, stop, view] for each piece: the elements of the full tensors that the entries contain.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parts: list[list] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
-    def of_kinds(self, kinds: tuple[str, ...]) -> LocalState:
-        """The entries of these kinds and the buffers; the tensors are shared."""
+    def select_kinds(self, kinds: tuple[str, ...]) -> LocalState:
+        """The entries of these kinds and the buffers, without a copy of the tensors."""
         wanted = (*kinds, "buffer")
         return LocalState({n: t for n, t in self.tensors.items() if n.partition("/")[0] in wanted}, self.parts)
 
 
 def copy_to_host(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers: dict[str, Tensor]) -> LocalState:
-    """Copies this rank's `items` (kind, piece, flat tensor), of those held by several ranks only the first's."""
-    state, seen = LocalState(), set()
+    """Copies the state that this rank saves to host memory, as float32.
+
+    Args:
+        items: (kind, piece, flat tensor), see `local_tensors`. Of the ranks that hold a piece, the first copies it.
+        buffers: persistent buffers of the model; rank 0 copies them.
+    """
+    state, listed_pieces = LocalState(), set()
     for kind, piece, tensor in items:
         if engine.is_writer(piece.name):
             copy = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
             state.tensors[f"{kind}/{piece.name}@{piece.start}"] = copy
-            if piece not in seen:
-                seen.add(piece)
+            if piece not in listed_pieces:
+                listed_pieces.add(piece)
                 state.parts.append([piece.name, piece.start, piece.stop, _view(engine, piece.name)])
     if this_rank() == 0:
         state.tensors |= {f"buffer/{name}": b.detach().cpu().clone() for name, b in buffers.items()}
     return state
 
 
-def items_of(engine: Engine, ema: EMA, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, Piece, Tensor]]:
-    """What this rank holds of some kinds, for `copy_to_host`."""
-    for piece, tensors in held_pieces(engine, ema):
+def local_tensors(engine: Engine, ema: EMA, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, Piece, Tensor]]:
+    """Yields (kind, piece, flat tensor) for all pieces on this rank, for `copy_to_host`."""
+    for piece, tensors in local_pieces(engine, ema):
         for kind in kinds:
             yield kind, piece, tensors[kind]
 
 
-def held_pieces(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-    """Every piece this rank holds, with views of its master, moments and average."""
+def local_pieces(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
+    """Yields each piece on this rank with views (flat, fp32) of its master weight, moments and average, by kind."""
     for partition, average in zip(engine.partitions, ema.averages, strict=True):
         flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
         for piece in partition.pieces:
@@ -64,7 +75,7 @@ def held_pieces(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Ten
 
 
 def _view(engine: Engine, name: str) -> list:
-    """JSON of how this rank's slice lies in the logical tensor: [local shape, [[local, logical], ...]]."""
+    """How this rank's shard maps to the full tensor, for JSON: [local shape, [[local region, logical region], ...]]."""
     layout = engine.layouts[name]
     pairs = [[[[s.start, s.stop] for s in region] for region in pair] for pair in layout.shard_slices(engine.mesh)]
     return [list(layout.local_shape(engine.mesh)), pairs]

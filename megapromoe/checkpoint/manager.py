@@ -1,9 +1,10 @@
-"""Saving and loading a run: between the engine's partitions and the checkpoint format (`format.py`).
+"""Saves and restores the training state: from the engine's partitions to the checkpoint format and back.
 
-A save stalls training for a copy to host memory; files are written by a thread. Ranks do not talk while they write:
-each leaves a receipt beside its file, and rank 0 commits when all receipts are there. A run killed at any instant
-leaves a folder named ``.writing``, which is no checkpoint and is removed by the next save. A snapshot of the averages
-alone (`snapshots.py`) is saved in the same way, of the same copy where both are due at one step.
+A save blocks training only while the state is copied to host memory; a background thread writes the files. Ranks do
+not communicate while they write: each rank writes a receipt beside its file, and rank 0 commits the checkpoint when all
+receipts exist. If the run is killed meanwhile, a folder ``*.writing`` remains. It is not a checkpoint, and the next
+save removes it. A snapshot of the averaged weights (`snapshots.py`) is saved in the same way, from the same copy if a
+checkpoint is due at the same step.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from megapromoe.checkpoint.format import (
     commit,
     write_rank,
 )
-from megapromoe.checkpoint.local_state import LocalState, copy_to_host, held_pieces, items_of
+from megapromoe.checkpoint.local_state import LocalState, copy_to_host, local_pieces, local_tensors
 from megapromoe.checkpoint.manifest import FOLDER
 from megapromoe.checkpoint.origin import OtherRun
-from megapromoe.checkpoint.retention import remove_leftovers, retire
+from megapromoe.checkpoint.retention import prune, remove_leftovers
 from megapromoe.checkpoint.snapshots import AVERAGES
 from megapromoe.checkpoint.step_folders import (
     folder_of,
@@ -55,73 +56,89 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Destination:
-    """A folder that a save writes, and the kinds of `KINDS` in it."""
+    """A folder that a save writes.
+
+    Attributes:
+        final: its name when it is complete.
+        kinds: the kinds of tensors to save, some of `KINDS`.
+    """
 
     final: Path
     kinds: tuple[str, ...]
 
     @property
     def staging(self) -> Path:
+        """Its name while it is written."""
         return staging_path(self.final)
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What its manifest says of the kinds; a checkpoint has all."""
+    def metadata(self) -> dict[str, Any]:
+        """The manifest entry for the kinds; a checkpoint, which has all kinds, has none."""
         return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
 
 
-class Saver:
-    """Saves checkpoints of a run under `root`, and snapshots beside it, one save at a time, in the background."""
+class CheckpointManager:
+    """Saves checkpoints of a run under `root`, and snapshots beside it, in the background, one save at a time.
 
-    def __init__(self, root: Path, engine: Engine, ema: EMA, patience: float):
-        """Args: `patience`: seconds that rank 0 waits for the other ranks' files before it gives a save up."""
+    Attributes:
+        failures: number of saves that failed in a row.
+        save_metrics: of the last finished save: `save_stall_ms`, `save_seconds`, `save_bytes`.
+    """
+
+    def __init__(self, root: Path, engine: Engine, ema: EMA, commit_timeout: float):
+        """Args: `commit_timeout`: seconds that rank 0 waits for the files of the other ranks; then the save fails."""
         t = engine.config.train
-        self.root, self.engine, self.ema, self.patience = root, engine, ema, patience
+        self.root, self.engine, self.ema, self.commit_timeout = root, engine, ema, commit_timeout
         self.limit = t.max_failed_saves
         self.failures = 0
-        self.figures: dict[str, float] = {}  # of the last save that ended: stall ms, save s, bytes
+        self.save_metrics: dict[str, float] = {}
         self._thread: threading.Thread | None = None
-        self._step = 0  # of the save in flight
+        self._step = 0  # step of the running save
         self._problem = ""
 
-    def save(self, facts: dict[str, Any], checkpoint: bool = True, snapshot: bool = False) -> None:
-        """Starts the checkpoint of `facts["step"]`; waits for the one before, if it is still being written. Collective.
+    def save(self, metadata: dict[str, Any], checkpoint: bool = True, snapshot: bool = False) -> None:
+        """Starts to save step `metadata["step"]`, after the previous save has finished. Collective.
 
         Args:
-            facts: goes into the manifest: step, updates, config, ... The state of the data is the step. Rank 0's are
-                written; of its `run`, the run's identity, checkpoints are removed by `retention.py`.
-            checkpoint, snapshot: whether to save all state, the averages alone, or each in a folder of its own.
+            metadata: entries of the manifest: step, updates, config, ... The step is also the position in the data. The
+                values of rank 0 are written. Old checkpoints with the same `run`, the run's identity, are pruned.
+            checkpoint: whether to save the complete state.
+            snapshot: whether to save the averaged weights in a folder of their own.
 
         Raises CheckpointError on every rank when `train.max_failed_saves` saves in a row have failed. A failed save is
-        logged, training goes on, and older checkpoints stay.
+        logged, training continues, and older checkpoints are kept.
         """
         self.finish()
         start = time.perf_counter()
         engine = self.engine
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
         destinations = []
-        if checkpoint:  # first: a job that is about to be killed needs it more
-            destinations.append(Destination(folder_of(self.root, facts["step"]), KINDS))
+        if checkpoint:  # written first: a job that is about to be killed can resume from it
+            destinations.append(Destination(folder_of(self.root, metadata["step"]), KINDS))
         if snapshot:
-            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), facts["step"]), AVERAGES))
+            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), metadata["step"]), AVERAGES))
         kinds = KINDS if checkpoint else AVERAGES
-        state = copy_to_host(engine, items_of(engine, self.ema, kinds), buffers)
-        size = sum(state.of_kinds(destination.kinds).bytes for destination in destinations)
-        total = self._agree_to_start(destinations, size, facts)
+        state = copy_to_host(engine, local_tensors(engine, self.ema, kinds), buffers)
+        size = sum(state.select_kinds(destination.kinds).bytes for destination in destinations)
+        total = self._agree_to_start(destinations, size, metadata)
         if total is None:
             return
-        facts = {**facts, "shapes": {n: list(p.shape) for n, p in engine.layouts.items()}, "buffers": sorted(buffers)}
-        self._step = facts["step"]
-        self.figures = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
-        self._problem = "its thread ended early"  # until the thread says otherwise
-        arguments = (destinations, state, facts)
-        self._thread = threading.Thread(target=self._write, args=arguments, name="saver", daemon=True)
+        shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
+        metadata = {**metadata, "shapes": shapes, "buffers": sorted(buffers)}
+        self._step = metadata["step"]
+        self.save_metrics = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
+        self._problem = "its thread ended early"  # the thread replaces this when it ends
+        arguments = (destinations, state, metadata)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer", daemon=True)
         self._thread.start()
 
     def finish(self, last: bool = False) -> None:
-        """Waits until the save in flight is over; all ranks learn how it went. Collective.
+        """Waits for the running save and shares its result with all ranks. Collective.
 
-        Raises CheckpointError as `save` does; with `last`, for any failure.
+        Args:
+            last: this is the last save of the run.
+
+        Raises CheckpointError as `save` does, and with `last` also if the latest save failed.
         """
         if self._thread is not None:
             step = self._step
@@ -129,29 +146,34 @@ class Saver:
             self._thread.join()
             self._thread = None
             watchdog.at(f"waiting for the other ranks' files of the checkpoint of step {step}", math.inf)
-            problem, self.figures = broadcast_from_rank0((self._problem, self.figures))
+            problem, self.save_metrics = broadcast_from_rank0((self._problem, self.save_metrics))
             self._count(problem)
         if last and self.failures:
             raise CheckpointError(f"the run's last checkpoint could not be saved: {self._problem}")
 
-    def _agree_to_start(self, destinations: list[Destination], size: int, facts: Mapping[str, Any]) -> int | None:
-        """Makes the folders if there is room for all ranks' bytes; None, and a failure, if not."""
+    def _agree_to_start(self, destinations: list[Destination], size: int, metadata: Mapping[str, Any]) -> int | None:
+        """Creates the staging folders if the disk has room for the bytes of all ranks.
+
+        Returns the bytes of all ranks, or None if the save failed here. Collective.
+        """
         needed, problem = sum(all_gather_values(size)), ""
         if this_rank() == 0:
             try:
                 for root in (self.root, snapshots_beside(self.root)):
                     remove_leftovers(root)
-                self._retire(facts)  # what was not proven at the last save may be now
+                self._prune(metadata)  # more checkpoints may be proven than at the last save
                 free = shutil.disk_usage(self.root).free
                 if free < 1.02 * needed:
-                    problem = f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or train.keep=1"
+                    problem = (
+                        f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or set train.keep=1"
+                    )
                 else:
                     for destination in destinations:
                         destination.staging.mkdir(parents=True)
             except OSError as error:
                 problem = f"{error.filename or self.root}: {error.strerror}"
         problem = broadcast_from_rank0(problem)
-        if problem:  # a save that has begun is no success yet
+        if problem:  # success is counted in `finish`
             self._count(problem)
             return None
         return needed
@@ -169,38 +191,43 @@ class Saver:
                 f" the last because: {problem}"
             )
 
-    def _write(self, destinations: list[Destination], state: LocalState, facts: dict[str, Any]) -> None:
-        """In the thread. One destination that fails does not keep the others from being written."""
+    def _write(self, destinations: list[Destination], state: LocalState, metadata: dict[str, Any]) -> None:
+        """The thread: writes all destinations, also after a failure of one."""
         start = time.perf_counter()
-        problems = [self._write_to(destination, state, facts) for destination in destinations]
-        self.figures["save_seconds"] = time.perf_counter() - start
+        problems = [self._write_to(destination, state, metadata) for destination in destinations]
+        self.save_metrics["save_seconds"] = time.perf_counter() - start
         self._problem = "; ".join(problem for problem in problems if problem)
 
-    def _write_to(self, to: Destination, state: LocalState, facts: dict[str, Any]) -> str:
-        """What went wrong, or "". What goes wrong on any rank is told by its receipt and remembered by rank 0."""
+    def _write_to(self, to: Destination, state: LocalState, metadata: dict[str, Any]) -> str:
+        """Writes one destination; returns the problem, or "". Rank 0 reads all ranks' problems from their receipts."""
         rank, world = this_rank(), world_size()
         try:
-            problem = write_rank(to.staging, rank, state.of_kinds(to.kinds).tensors, state.parts, facts["step"])
+            problem = write_rank(to.staging, rank, state.select_kinds(to.kinds).tensors, state.parts, metadata["step"])
             if rank == 0:
-                commit(to.staging, to.final, world, facts | to.facts, self.patience)
+                commit(to.staging, to.final, world, metadata | to.metadata, self.commit_timeout)
                 problem = ""
                 if to.kinds == KINDS:
-                    self._retire(facts)
-        except Exception as error:  # of any kind: an exception that ends a thread is seen by nobody
+                    self._prune(metadata)
+        except Exception as error:  # of any kind: an exception that ended the thread would be lost
             unexpected = not isinstance(error, CheckpointError | OSError)
-            logger.debug("the save of step %d failed", facts["step"], exc_info=unexpected)
+            logger.debug("the save of step %d failed", metadata["step"], exc_info=unexpected)
             problem = f"{type(error).__name__}: {error}" if unexpected else str(error)
         return problem
 
-    def _retire(self, facts: Mapping[str, Any]) -> None:
+    def _prune(self, metadata: Mapping[str, Any]) -> None:
         t = self.engine.config.train
-        run, step, updates = facts.get("run"), facts["step"], facts["updates"]
-        retire(self.root, run, step, updates, t.keep, t.keep_every, t.max_bad_steps)
+        run, step, updates = metadata.get("run"), metadata["step"], metadata["updates"]
+        prune(self.root, run, step, updates, t.keep, t.keep_every, t.max_bad_steps)
 
 
 @dataclass
 class Resumed:
-    """The checkpoint that a run was filled from, and the newer ones that were not, each with what is wrong with it."""
+    """The result of `resume`.
+
+    Attributes:
+        checkpoint: the checkpoint that was loaded.
+        damaged: step -> problem of each newer checkpoint, which was skipped.
+    """
 
     checkpoint: Checkpoint
     damaged: dict[int, str] = field(default_factory=dict)
@@ -213,15 +240,22 @@ def resume(
     step: int | None = None,
     accept: Callable[[Path, Mapping[str, Any]], None] | None = None,
 ) -> Resumed | None:
-    """Loads the newest checkpoint that is whole, or exactly that of `step`; None if there is none. Collective.
+    """Loads the newest undamaged checkpoint, or exactly that of `step`. Returns None if there is none. Collective.
+
+    Without `step`, damaged checkpoints are logged and skipped.
 
     Args:
-        accept: raises OtherRun for the folder and manifest of a whole checkpoint that is not to be used.
+        root: the folder of checkpoints.
+        engine, ema: their state is overwritten.
+        step: the step to load; None: the newest undamaged one.
+        accept: called with the folder and the manifest of a checkpoint; raises OtherRun if it must not be used.
 
-    Damaged ones are named in the log and passed over, unless `step` asked for one. Raises CheckpointError on every
-    rank: `step` is not there or damaged, or the checkpoint is of another model or run; nothing is changed then.
+    Raises CheckpointError on every rank, before anything is changed, if the checkpoint of `step` is missing or damaged,
+    if all checkpoints are damaged, or if the checkpoint is of another model or run.
     """
-    steps, incomplete = broadcast_from_rank0((steps_in(root), folders_without_manifest(root)))  # one view of the folder
+    steps, incomplete = broadcast_from_rank0(
+        (steps_in(root), folders_without_manifest(root))
+    )  # all ranks use the listing of rank 0
     warn_without_manifest(incomplete)
     if step is not None:
         if step not in steps:
@@ -237,7 +271,7 @@ def resume(
                 accept(checkpoint.folder, checkpoint.manifest)
             checkpoint.verify(this_rank(), world_size())
         except (OtherModel, OtherRun):
-            raise  # every rank reads the same manifest
+            raise  # every rank reads the same manifest and raises the same
         except CheckpointError as error:
             problem = str(error)
         damage = "; ".join(dict.fromkeys(p for p in all_gather_values(problem) if p))
@@ -248,20 +282,20 @@ def resume(
             return Resumed(checkpoint, damaged)
         if step is not None:
             raise CheckpointError(damage)
-        logger.warning("passing over a damaged checkpoint: %s", damage)
+        logger.warning("skipping a damaged checkpoint: %s", damage)
         damaged[candidate] = damage
     if steps:
-        raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start anew")
+        raise CheckpointError(f"{root}: none of the checkpoints {steps} is whole; move them away to start from step 0")
     if folders := broadcast_from_rank0(_step_folders(root)):
         names = ", ".join(folder.name for folder in folders[:8])
         raise CheckpointError(
-            f"{root}: holds {names}, none a whole checkpoint of its step; move them away to start anew"
+            f"{root}: holds {names}, none a whole checkpoint of its step; move them away to start from step 0"
         )
     return None
 
 
 def _step_folders(root: Path) -> list[Path]:
-    """The folders under `root` that are named as checkpoints."""
+    """The folders under `root` whose names are those of checkpoints."""
     folders = root.iterdir() if root.is_dir() else ()
     return sorted(folder for folder in folders if FOLDER.fullmatch(folder.name))
 
@@ -274,15 +308,15 @@ def restore(
     buffer: Callable[[str], Tensor],
     updates: int,
 ) -> None:
-    """Fills a run's state from logical tensors. Collective.
+    """Restores the training state from full tensors. Collective.
 
     Args:
-        logical: (kind of `KINDS`, parameter) -> whole tensor.
-        buffer: name -> tensor, for the model's persistent buffers.
-        updates: AdamW steps behind the moments.
+        logical: (kind of `KINDS`, parameter name) -> full tensor.
+        buffer: name -> tensor, for the persistent buffers of the model.
+        updates: number of AdamW steps that the moments contain.
     """
     targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
-    for piece, tensors in held_pieces(engine, ema):
+    for piece, tensors in local_pieces(engine, ema):
         targets.setdefault(piece.name, []).append((piece, tensors))
     for name, held in targets.items():
         watchdog.touch()

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: read as a whole, hash first, before anything of it is believed.
+"""The manifest of a checkpoint. Its hash and then its whole content are checked before any of it is used.
 
-Its `sha256` is that of all the rest as canonical JSON, so it survives a copy of the folder and a reformatted file.
-Format 1 had no such hash; its checkpoints are read with a notice, under the same rules of form.
+The entry `sha256` is the hash of all other entries as canonical JSON. So it stays valid if the folder is copied or the
+file is reformatted. Format 1 had no such hash: its checkpoints are read with a notice, and checked by the same rules.
 """
 
 from __future__ import annotations
@@ -25,30 +25,34 @@ logger = logging.getLogger(__name__)
 FORMAT, UNHASHED = 2, 1
 MANIFEST = "manifest.json"
 FOLDER = re.compile(r"step-(\d{8,})")
-SNAPSHOT_FOLDER = re.compile(r"average-(\d{8,})")  # of averages alone, see `snapshots.py`
+SNAPSHOT_FOLDER = re.compile(r"average-(\d{8,})")  # averaged weights only, see `snapshots.py`
 _FILE = re.compile(r"rank-\d{5,}\.safetensors")
 _MAX_BYTES = 1 << 30
-_MAX_CELLS = 1 << 20  # of the grid on which the coverage of a tensor is counted; a layout gives one for each region
+_MAX_CELLS = 1 << 20  # limit for the grid that `_coverage_problems` uses; a valid layout needs one cell for each region
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, not whole, or cannot be written."""
+    """A checkpoint that is missing, damaged or cannot be written."""
 
-    on_all_ranks = True  # all ranks meet it together, so one rank need print it
+    on_all_ranks = True  # all ranks raise it together, so it is printed once
 
 
 def seal(content: Mapping[str, Any]) -> str:
-    """The text of a manifest of this format, with its hash."""
+    """The text of a manifest of the current format, with its hash.
+
+    Args:
+        content: the entries other than `format` and `sha256`.
+    """
     content = {**content, "format": FORMAT}
     content.pop("sha256", None)
     return json.dumps(content | {"sha256": sha256_of_json(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder.
+    """Reads and checks the manifest of a checkpoint or snapshot folder.
 
-    Raises CheckpointError, naming the file, if it is missing, damaged, of another format, or of another step than the
-    folder's name.
+    Raises CheckpointError, naming the file, if it is missing or damaged, or has another format or another step than the
+    name of the folder.
     """
     path = folder / MANIFEST
     content = _load(path)
@@ -69,9 +73,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a manifest says of a checkpoint as a whole. `run` and `branch` are None where it names none.
+    """The entries of a manifest that describe the whole checkpoint.
 
-    `complete` is False of a snapshot, which holds the averages alone.
+    Attributes:
+        step: training step.
+        updates: number of applied optimizer steps.
+        run: identity of the run; None if not recorded.
+        branch: name of the branch; None if not recorded.
+        complete: False for a snapshot, which contains the averaged weights only.
     """
 
     step: int
@@ -82,7 +91,7 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary:
-    """Of the manifest of a checkpoint folder, without a look at its list of parts. Raises CheckpointError."""
+    """Reads the summary from the manifest of a folder without checking its list of parts. Raises CheckpointError."""
     path = folder / MANIFEST
     content = _load(path)
     problem = next(_summary_problems(content), None)
@@ -94,7 +103,7 @@ def read_summary(folder: Path) -> Summary:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The content of a manifest whose hash is right, or which is of the format without one. Raises CheckpointError."""
+    """Reads a manifest and checks its format and, except in format 1, its hash. Raises CheckpointError."""
     try:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path}: is no regular file; the checkpoint is damaged, use another step")
@@ -109,16 +118,16 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not JSON; the checkpoint is damaged, use another step") from problem
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: is no JSON object; the checkpoint is damaged, use another step")
-    said = content.get("format")
-    hashed = said == FORMAT or "sha256" in content
+    stored_format = content.get("format")
+    hashed = stored_format == FORMAT or "sha256" in content
     if hashed and content.get("sha256") != sha256_of_json({key: v for key, v in content.items() if key != "sha256"}):
         raise CheckpointError(f"{path}: does not match its own hash; the checkpoint is damaged, use another step")
-    if said not in (FORMAT, UNHASHED) or type(said) is not int:
-        raise CheckpointError(f"{path}: format {said!r}, this version reads {UNHASHED} and {FORMAT}")
+    if stored_format not in (FORMAT, UNHASHED) or type(stored_format) is not int:
+        raise CheckpointError(f"{path}: format {stored_format!r}, this version reads {UNHASHED} and {FORMAT}")
     return content
 
 
-# ---- form
+# ---- rules
 
 
 def _summary_problems(content: dict[str, Any]) -> Iterator[str]:
@@ -130,7 +139,7 @@ def _summary_problems(content: dict[str, Any]) -> Iterator[str]:
 
 
 def _problems(content: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each thing that a manifest must be and is not; each relies on those before."""
+    """Yields a sentence for each violated rule. Each check assumes that the ones before it passed."""
     yield from _summary_problems(content)
     if not _is_count(content.get("skipped_in_a_row", 0)):
         yield f"skipped_in_a_row = {content['skipped_in_a_row']!r}: must be a whole number, 0 or more"
@@ -199,7 +208,7 @@ def _rank_problems(shapes: dict[str, list[int]], ranks: list[Any]) -> Iterator[s
 
 
 def _coverage_problems(name: str, shape: list[int], parts: list[tuple[int, int, Any]]) -> Iterator[str]:
-    """Sentences unless each element of the tensor is in exactly one part."""
+    """Yields a sentence unless each element of the tensor is in exactly one part."""
     by_view: dict[str, list[tuple[int, int]]] = {}
     views: dict[str, Any] = {}
     for start, stop, view in parts:
@@ -210,7 +219,7 @@ def _coverage_problems(name: str, shape: list[int], parts: list[tuple[int, int, 
     for key, (local_shape, pairs) in views.items():
         regions = [logical for _, logical in pairs if all(stop > start for start, stop in logical)]
         if not regions:
-            continue  # slots without an expert; several ranks may have such
+            continue  # padding of the expert tensors: several ranks can have the same
         boxes += regions
         end = 0
         for start, stop in sorted(by_view[key]):
@@ -229,7 +238,7 @@ def _coverage_problems(name: str, shape: list[int], parts: list[tuple[int, int, 
     for box in boxes:
         count[tuple(slice(place[a], place[b]) for place, (a, b) in zip(places, box, strict=True))] += 1
     if (count != 1).any():
-        rule = "are missing" if (count == 0).any() else "stand twice"
+        rule = "are missing" if (count == 0).any() else "are stored twice"
         yield f"{name}: elements {rule} in its parts"
 
 

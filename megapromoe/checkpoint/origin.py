@@ -1,4 +1,4 @@
-"""What makes a run what it is, and which checkpoints are of it."""
+"""The settings that identify a run, and the check that a checkpoint belongs to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.config.options import UNSET, Config, to_dict
 
-# Sections and fields that make a run what it is: the network, what it sees, what it learns, AdamW's update.
-# They must stay as they were. All else may change between starts: how the work lies over ranks, how images
-# are drawn, how long it runs, how it is logged and saved; and what one tunes along the way: the learning rate
-# and its schedule, clipping and the decay of the average.
+# Sections and fields that must not change during a run: the network, the data, the objective, AdamW's update.
+# All others may change between starts: the parallel layout, sampling, the number of steps, logging and saving,
+# and what is tuned during a run: the learning rate and its schedule, clipping and the decay of the average.
 FIXED = (
     "model",
     *(f"data.{name}" for name in ("source", "path", "size", "label_drop", "flip", "seed")),
@@ -24,17 +23,17 @@ FIXED = (
 
 
 class OtherRun(CheckpointError):
-    """A whole checkpoint that another run wrote, or that was trained on other data or with other fixed settings."""
+    """An undamaged checkpoint of another run, of other data or of other fixed settings."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a checkpoint must have in common with the run that resumes it.
+    """What a checkpoint must share with the run that resumes from it.
 
     Attributes:
         run: identity of the run.
-        data: identity of the data set; None where it has none.
-        config: of this start.
+        data: identity of the data set; None if it has none.
+        config: configuration of this start.
     """
 
     run: str
@@ -42,20 +41,25 @@ class Origin:
     config: Config
 
     def check(self, path: Path, manifest: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
-        """Raises OtherRun, listing the differences, unless `allow` names them: "run", "data", a setting of `FIXED`.
+        """Raises OtherRun with a list of the differences that `allow` does not name.
 
-        What a manifest does not say is not compared: converted checkpoints are of no run.
+        Entries that a manifest does not have are not compared: converted checkpoints belong to no run.
+
+        Args:
+            path: the checkpoint folder, for the message.
+            manifest: its manifest.
+            allow: "run", "data", or settings of `FIXED` such as "data.seed".
         """
         allowed = set(allow)
         changed = changed_settings(manifest.get("config", {}), self.config) if manifest.get("config") else {}
         differences = {key: changed[key] for key in fixed_changes(changed)}
-        for key, ours in (("run", self.run), ("data", self.data)):
-            theirs = manifest.get(key)
-            if None not in (theirs, ours) and theirs != ours:
-                differences[key] = [theirs, ours]
+        for key, current in (("run", self.run), ("data", self.data)):
+            stored = manifest.get(key)
+            if None not in (stored, current) and stored != current:
+                differences[key] = [stored, current]
         listed = [
-            f"\n  - {key}: the checkpoint has {theirs!r}, this start {ours!r}; --allow {key}"
-            for key, (theirs, ours) in differences.items()
+            f"\n  - {key}: the checkpoint has {stored!r}, this start {current!r}; --allow {key}"
+            for key, (stored, current) in differences.items()
             if key not in allowed
         ]
         if listed:
@@ -66,24 +70,28 @@ class Origin:
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a setting, such as "data.seed", must stay as it was at a run's first start."""
+    """Whether a setting, such as "data.seed", must not change after the first start of a run."""
     return key in FIXED or key.split(".")[0] in FIXED
 
 
 def fixed_changes(changed: Mapping[str, list[Any]], allow: Iterable[str] = ()) -> list[str]:
-    """Those of changed settings (dotted name -> [stored, new]) that make another run, unless `allow` names them.
+    """The changed settings that must not change and that `allow` does not name.
 
-    What converted checkpoints were trained on is not known: with a stored data.source of "unset" any may be chosen.
+    The data of converted checkpoints are not known: with a stored data.source of "unset", any data may be used.
+
+    Args:
+        changed: dotted name -> [stored, new].
+        allow: dotted names.
     """
-    allowed, free = set(allow), changed.get("data.source", [None])[0] == UNSET
+    allowed, any_data = set(allow), changed.get("data.source", [None])[0] == UNSET
     fixed = [key for key in changed if is_fixed(key) and key not in allowed]
-    return [key for key in fixed if not (free and key.startswith("data."))]
+    return [key for key in fixed if not (any_data and key.startswith("data."))]
 
 
 def changed_settings(stored: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, list[Any]]:
-    """Settings of `config` that differ from stored sections: dotted name -> [stored, new].
+    """Settings of `config` that differ from the stored sections: dotted name -> [stored, new].
 
-    One that the stored sections do not have is of an earlier version and had its default.
+    A setting that is missing in the stored sections did not exist in the version that wrote them; it counts as default.
     """
     old, new = _flat(to_dict(Config())) | _flat(stored), _flat(to_dict(config))
     return {key: [old.get(key), new.get(key)] for key in old | new if old.get(key) != new.get(key)}

@@ -1,10 +1,11 @@
 """Which checkpoints of a run are removed, and how.
 
-Kept are the newest `keep`, those of steps that `keep_every` divides, and what a run that diverges can go back to: a
-checkpoint is *proven* once a number of further updates were applied to its weights. The first steps of a run that
-diverges from the start are applied and finite, but what they leave is of no use.
+The newest `keep` checkpoints are kept, those of steps that are multiples of `keep_every`, and one that a diverging run
+can go back to: a checkpoint is *proven* once `train.max_bad_steps` further updates were applied to its weights. Being
+saved is not enough: a run that diverges from the start still applies its first steps, with useless weights as result.
 
-A removal renames the folder first: what a kill leaves is recognised, is no checkpoint, and is removed by the next save.
+A removal renames the folder first. If it is killed, the rest does not look like a checkpoint, and the next save removes
+it.
 """
 
 from __future__ import annotations
@@ -25,44 +26,59 @@ REMOVED = ".removed"
 
 
 def newest_proven(folders: Sequence[StepFolder], updates: int, needed: int) -> StepFolder | None:
-    """The newest of `folders`, by ascending step, after which at least `needed` of a run's `updates` were applied."""
-    proven = [one for one in folders if one.updates is not None and one.updates <= updates - needed]
+    """The newest checkpoint after which at least `needed` further updates were applied; None if there is none.
+
+    Args:
+        folders: checkpoints by ascending step.
+        updates: updates that the run has applied until now.
+        needed: further updates that prove a checkpoint.
+    """
+    proven = [folder for folder in folders if folder.updates is not None and folder.updates <= updates - needed]
     return proven[-1] if proven else None
 
 
 def removable(folders: Sequence[StepFolder], updates: int, keep: int, keep_every: int, needed: int) -> list[StepFolder]:
-    """Those that need not be kept.
+    """The checkpoints that can be removed.
+
+    The newest proven checkpoint is kept, and the one after it, which is the next to be proven.
 
     Args:
-        folders: the run's own checkpoints up to now, by ascending step.
+        folders: checkpoints of this run up to now, by ascending step.
         updates: optimizer steps that the run has applied until now.
-        keep: how many of the newest stay.
-        keep_every: those of steps that this divides stay; 0: no more.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints of steps that are multiples of this are kept; 0: none.
         needed: further updates that prove a checkpoint.
-
-    The newest proven one stays, and the one after it: the next that will be proven.
     """
     kept = set(folders[-keep:])
-    kept |= {one for one in folders if keep_every and one.step % keep_every == 0}
+    kept |= {folder for folder in folders if keep_every and folder.step % keep_every == 0}
     proven = newest_proven(folders, updates, needed)
     kept |= {proven} if proven else set()
-    later = [one for one in folders if proven is None or one.step > proven.step]
-    return [one for one in folders if one not in kept and one not in later[:1]]
+    later = [folder for folder in folders if proven is None or folder.step > proven.step]
+    return [folder for folder in folders if folder not in kept and folder not in later[:1]]
 
 
-def retire(root: Path, run: str | None, step: int, updates: int, keep: int, keep_every: int, needed: int) -> None:
-    """Removes what need not be kept of a run that has reached `step`; never raises: what cannot be removed is logged.
+def prune(root: Path, run: str | None, step: int, updates: int, keep: int, keep_every: int, needed: int) -> None:
+    """Removes the checkpoints that a run at `step` need not keep. Failures are logged and do not raise.
 
-    Only checkpoints of this run (`run` is its identity) and not after `step` are counted or removed. For the other
-    arguments see `removable`.
+    Only checkpoints of this run and of steps up to `step` are counted or removed.
+
+    Args:
+        root: the folder of checkpoints.
+        run: identity of the run.
+        step: the current step.
+        updates, keep, keep_every, needed: see `removable`.
     """
-    own = [one for one in step_folders(root) if one.step <= step and one.run == run and one.updates is not None]
-    for one in removable(own, updates, keep, keep_every, needed):
-        remove(one.folder)
+    candidates = [
+        folder
+        for folder in step_folders(root)
+        if folder.step <= step and folder.run == run and folder.updates is not None
+    ]
+    for checkpoint in removable(candidates, updates, keep, keep_every, needed):
+        remove(checkpoint.folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint's folder; of a symbolic link the link alone. A failure is logged."""
+    """Removes a checkpoint folder, or a symbolic link without its target. A failure is logged."""
     try:
         if folder.is_symlink():
             folder.unlink()
@@ -75,8 +91,8 @@ def remove(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed saves and killed removals left, of checkpoints and of snapshots."""
+    """Removes the incomplete folders of killed saves and killed removals, of checkpoints and of snapshots."""
     for name, suffix in product(("step", "average"), (SUFFIX, REMOVED)):
-        for left in root.glob(f"{name}-*{suffix}"):
-            if not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+        for folder in root.glob(f"{name}-*{suffix}"):
+            if not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)

@@ -1,21 +1,21 @@
-"""The run directory: all that a run leaves behind, in one folder that explains itself and has one owner.
+"""The run directory: the folder with all results of a run. At most one process trains in it at a time.
 
 ==================  =================================================================================
 config.yaml         the resolved config of the latest start
 environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
-metrics.jsonl       one line per logged step
+metrics.jsonl       one line for each logged step
 checkpoints/        step-XXXXXXXX/
-snapshots/          average-XXXXXXXX/: averaged weights alone (train.snapshot_every)
-branches/           what a start that went back left behind, see `history.py`
-samples/            pictures drawn while training, and by `megapromoe sample`
-tensorboard/        events
-logs/               what each rank said, a folder for each attempt (launchers)
+snapshots/          average-XXXXXXXX/: averaged weights only (train.snapshot_every)
+branches/           results of later steps, moved by a start that went back, see `history.py`
+samples/            pictures of samples, from training and from `megapromoe sample`
+tensorboard/        TensorBoard events
+logs/               output of each rank, a folder for each attempt (launchers)
 diverged.txt        why the latest start ended, if its last steps were skipped; launchers do not repeat it
-run.lock            locked by the run that lives; its text says who
+run.lock            locked while a process trains in the folder; contains its pid and host
 ==================  =================================================================================
 
-A second start in the same folder continues the run. What would make it another run is refused; see `origin.FIXED`.
-A start that fails before its first step, because of its data for example, leaves nothing behind.
+A second start in the same folder continues the run. Settings that would make it another run are refused, see
+`origin.FIXED`. A start that fails before its first step, for example because of its data, leaves the folder unchanged.
 """
 
 from __future__ import annotations
@@ -48,35 +48,35 @@ _LOCK_ATTEMPTS = 20
 
 
 class RunDirectoryError(UserError):
-    """A folder that cannot be this run's: not a run's, of another run, or not writable."""
+    """A folder that cannot be used for this run: it is not a run, belongs to another run, or is not writable."""
 
     exit_code = ExitCode.MISCONFIGURED
-    on_all_ranks = True  # rank 0 finds it and tells the others, so one rank need print it
+    on_all_ranks = True  # rank 0 raises it and broadcasts it, so it is printed once
 
 
 class RunInUse(RunDirectoryError):
-    """A folder that a live run owns; that run may end, or be one that a node failure has left behind."""
+    """A folder that another process has locked."""
 
-    exit_code = ExitCode.FAILED
+    exit_code = ExitCode.FAILED  # repeating can help: that process may end
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A start beside the run in its folder.
+    """A start compared with the run in its folder.
 
     Attributes:
-        changed: settings that differ, name -> [stored, new].
-        data: identity of the data set, for environment.json; None if it has none, or cannot be read.
-        anew: why the folder is configured anew, if it is.
+        changed: settings that differ, dotted name -> [stored, new].
+        data: identity of the data set, for environment.json; None if it has none or cannot be read.
+        reconfigured: why the folder becomes a new run with the new config; "" if the run continues.
     """
 
     changed: dict[str, list[Any]]
     data: str | None
-    anew: str = ""
+    reconfigured: str = ""
 
 
 class RunDirectory:
-    """The paths of a run. Any process may make one to read; `claim` and `open` make one that owns the folder."""
+    """The paths of a run. `RunDirectory(folder)` only reads; `claim` and `open` lock the folder for training."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -91,7 +91,7 @@ class RunDirectory:
         self.diverged = self.folder / "diverged.txt"
         self.lock_file = self.folder / "run.lock"
         self.changed: dict[str, list[Any]] = {}
-        """Settings that differ from the last start's, name -> [then, now]; known to who has opened the folder."""
+        """Settings that differ from those of the last start, dotted name -> [stored, new]; set by `claim`."""
         self._lock: IO[str] | None = None
         self._start: tuple[list[dict[str, Any]], Config] | None = None  # claimed, and not recorded yet
         self._made_folder = self._made_lock = False
@@ -100,7 +100,7 @@ class RunDirectory:
     def open(
         cls, folder: Path, config: Config, world: int, force: Iterable[str] = (), *, launcher: str = "python"
     ) -> RunDirectory:
-        """`claim`, and `record` at once: for a start that nothing can refuse any more."""
+        """`claim` followed by `record`: for a start that cannot be refused any more. Raises RunDirectoryError."""
         run = cls.claim(folder, config, world, force, launcher=launcher)
         try:
             run.record()
@@ -113,28 +113,30 @@ class RunDirectory:
     def claim(
         cls, folder: Path, config: Config, world: int, force: Iterable[str] = (), *, launcher: str = "python"
     ) -> RunDirectory:
-        """Owns the folder, which is made if needed, until `close` or the end of the process.
+        """Creates the folder if needed and locks it until `close` or the end of the process.
 
-        Of the start nothing is written before `record`: if it fails until then, `close` leaves the folder as it was,
-        and another start may be of another config. A run that took no step may be configured anew, and is then a new
-        run. Called by one process of a job, rank 0. Other processes read the paths from `RunDirectory(folder)`.
+        The start is not written before `record`. If it fails before, `close` leaves the folder as it was, so the next
+        start can have another config. If the run in the folder took no step, its config may change in any field, and it
+        becomes a new run. Called on rank 0 only; other ranks read the paths from `RunDirectory(folder)`.
 
         Args:
+            folder: the run directory.
+            config: configuration of this start.
             world: ranks of the job.
-            force: dotted names of `FIXED` fields that may differ from the stored config nonetheless.
-            launcher: who started the job, for environment.json.
+            force: dotted names of `FIXED` fields that may differ from the stored config.
+            launcher: name of the launcher, for environment.json.
 
-        Raises RunDirectoryError if a live run owns the folder, if it holds other things than a run, if the run in it
-        took steps and its config differs in a `FIXED` field, or if it cannot be written.
+        Raises RunDirectoryError if another process trains in the folder, if it contains something other than a run, if
+        the run in it took steps and its config differs in a `FIXED` field, or if it cannot be written.
         """
         run = cls(folder)
         try:
-            with run._clear_errors():
-                run._refuse_strangers()
+            with run._named_errors():
+                run._refuse_foreign_folder()
                 run._make_and_lock()
                 comparison = run._compare(config, force)
                 run.changed = comparison.changed
-                entries = [] if comparison.anew else run._starts()
+                entries = [] if comparison.reconfigured else run._recorded_starts()
                 first = {} if entries else {"run": uuid.uuid4().hex[:12]}
                 entry = first | describe_start(config, world, launcher, comparison.changed, comparison.data)
                 run._start = [*entries, entry], config
@@ -142,47 +144,47 @@ class RunDirectory:
         except BaseException:
             run.close()
             raise
-        if comparison.anew:
-            logger.info("%s: %s", run.folder, comparison.anew)
+        if comparison.reconfigured:
+            logger.info("%s: %s", run.folder, comparison.reconfigured)
         return run
 
     def record(self) -> None:
-        """Writes what `claim` has prepared: config.yaml, and the start's entry in environment.json.
+        """Writes the start that `claim` has prepared: config.yaml and an entry of environment.json.
 
         Raises RunDirectoryError if the folder cannot be written.
         """
-        assert self._start is not None, "of a run that was claimed"
+        assert self._start is not None, "call `claim` first"
         entries, config = self._start
-        with self._clear_errors():
+        with self._named_errors():
             self.checkpoints.mkdir(exist_ok=True)
             write_json(self.environment, entries, indent=2)
             write_text(self.config_file, to_yaml(config))
         self._start = None
 
     def state(self, config: Config, force: Iterable[str] = (), progress: str = "continues", step: int = 0) -> str:
-        """What `open` would do, in words; changes nothing. Raises RunDirectoryError where `open` would.
+        """Describes what `open` would do, without changing anything. Raises RunDirectoryError where `open` would.
 
         Args:
             progress: where the run would begin, see `history.progress`.
-            step: of the checkpoint that it would begin from, 0 without one; for the learning rate.
+            step: step of the checkpoint that it would load, 0 without one; for changes of the learning rate.
         """
-        with self._clear_errors():
-            self._refuse_strangers()
+        with self._named_errors():
+            self._refuse_foreign_folder()
             if self.lock_file.exists():
-                self._take_lock(look=True)
+                self._take_lock(probe=True)
                 self.close()
             if not self.config_file.exists():
                 return f"{self.folder}: a new run"
             comparison = self._compare(config, force)
-        if comparison.anew:
-            return f"{self.folder}: {comparison.anew}"
+        if comparison.reconfigured:
+            return f"{self.folder}: {comparison.reconfigured}"
         listed = "".join(f"\n  {line}" for line in describe_changes(config, comparison.changed, step))
         return f"{self.folder}: {progress}" + (f"; changes{listed}" if listed else "")
 
     def took_steps(self) -> bool:
-        """Whether anything is left of a step: a checkpoint, whole or not, a logged line, a picture, a branch.
+        """Whether there is any result of a step: a checkpoint, complete or not, a log line, a picture, a branch.
 
-        A folder that no start has recorded in environment.json counts as one that did: it is not ours to rewrite.
+        Also true if environment.json is missing: then the folder may be something else, and must not be overwritten.
         """
         if not self.environment.is_file():
             return True
@@ -192,9 +194,9 @@ class RunDirectory:
         return any(any(folder.glob("*")) for folder in kept)
 
     def owner(self) -> str | None:
-        """Who trains in the folder now, as run.lock says; None if nobody does."""
+        """The process that trains in the folder now, such as "pid 17 on node3", from run.lock; None without one."""
         try:
-            self._take_lock(look=True)
+            self._take_lock(probe=True)
         except FileNotFoundError:
             return None
         except RunDirectoryError:
@@ -203,14 +205,14 @@ class RunDirectory:
         return None
 
     def close(self) -> None:
-        """Frees the folder for another run. Of a start that was not recorded, nothing is left that it has made."""
+        """Unlocks the folder. If the start was not recorded, removes the lock file and the folder that it created."""
         if self._lock is None:
             return
         if self._made_lock and not self.config_file.exists():
             with contextlib.suppress(OSError):
-                self.lock_file.unlink()  # while it is locked: whoever waits for it sees that it is gone
+                self.lock_file.unlink()  # while it is locked: `_make_and_lock` of another process notices
                 if self._made_folder:
-                    self.folder.rmdir()  # fails where it holds something, such as a launcher's logs
+                    self.folder.rmdir()  # fails if it is not empty: it may contain a launcher's logs
         self._lock.close()
         self._lock = None
 
@@ -221,32 +223,33 @@ class RunDirectory:
         self.close()
 
     @contextlib.contextmanager
-    def _clear_errors(self) -> Iterator[None]:
+    def _named_errors(self) -> Iterator[None]:
+        """Raises an OSError of the block as RunDirectoryError, with the file and a remedy."""
         try:
             yield
         except OSError as error:
             where, reason = error.filename or self.folder, error.strerror or error
             raise RunDirectoryError(
-                f"{where}: {reason}; a run must read and write here, or choose another --run"
+                f"{where}: {reason}; a run needs to read and write this folder: correct that, or choose another --run"
             ) from error
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_foreign_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise RunDirectoryError(f"{self.folder}: is a file; a run needs a folder, choose another --run")
         if not self.folder.is_dir() or self.config_file.exists():
             return
-        # A start that was killed early leaves these; a launcher makes logs first.
-        ours = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
-        ours |= {"logs", "preflight", "flight_records"}
-        ours |= {self.environment.name, *(staging_path(p).name for p in (self.environment, self.config_file))}
-        others = sorted(p.name for p in self.folder.iterdir() if p.name not in ours)
+        # A start that was killed early leaves these files; a launcher creates its logs before the run starts.
+        expected = {self.lock_file.name, *(p.name for p in (self.checkpoints, self.samples, self.tensorboard))}
+        expected |= {"logs", "preflight", "flight_records"}
+        expected |= {self.environment.name, *(staging_path(p).name for p in (self.environment, self.config_file))}
+        others = sorted(p.name for p in self.folder.iterdir() if p.name not in expected)
         if others or any(self.checkpoints.glob("*")):
-            found = ", ".join(others[:3]) or self.checkpoints.name
-            rule = f"is not empty (holds {found}) and has no config.yaml, so it is no run"
+            content = ", ".join(others[:3]) or self.checkpoints.name
+            rule = f"is not empty (holds {content}) and has no config.yaml, so it is no run"
             raise RunDirectoryError(f"{self.folder}: {rule}; choose another --run, or an empty folder")
 
     def _make_and_lock(self) -> None:
-        """Makes the folder if needed, and locks it. A start that failed meanwhile may have removed it: then again."""
+        """Creates the folder if needed and locks it; repeats this if a failed start removed the folder meanwhile."""
         for _ in range(_LOCK_ATTEMPTS):
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,18 +267,21 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
         raise RunInUse(
-            f"{self.folder}: other starts make and remove it all the time; try again, or choose another --run"
+            f"{self.folder}: other starts create and remove it repeatedly; try again, or choose another --run"
         )
 
-    def _take_lock(self, look: bool = False) -> None:
-        """Locks run.lock, or only sees whether it could (`look`).
+    def _take_lock(self, probe: bool = False) -> None:
+        """Locks run.lock. The operating system releases the lock when this process ends, also if it is killed.
 
-        The system gives the lock free when this process ends, however it does.
+        Args:
+            probe: only test whether it can be locked, and write nothing.
+
+        Raises RunInUse if another process has locked it.
         """
-        file = open_regular(self.lock_file, os.O_RDONLY if look else os.O_RDWR | os.O_CREAT)
-        lock = open(file, "r" if look else "r+", encoding="utf-8", errors="replace")  # noqa: SIM115, held while we live
+        file = open_regular(self.lock_file, os.O_RDONLY if probe else os.O_RDWR | os.O_CREAT)
+        lock = open(file, "r" if probe else "r+", encoding="utf-8", errors="replace")  # noqa: SIM115, open until `close`
         try:
-            fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if look else fcntl.LOCK_EX))
+            fcntl.flock(lock, fcntl.LOCK_NB | (fcntl.LOCK_SH if probe else fcntl.LOCK_EX))
         except BlockingIOError as error:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
@@ -284,11 +290,11 @@ class RunDirectory:
             raise RunInUse(f"{self.folder}: in use by a live run ({owner}); {remedy}") from error
         except OSError as error:  # some cluster file systems are mounted without locks
             logger.warning(
-                "%s: this file system has no locks (%s); see to it that only one run uses the folder",
+                "%s: this file system has no locks (%s); make sure that only one run uses the folder",
                 self.lock_file,
                 error.strerror,
             )
-        if not look:
+        if not probe:
             lock.seek(0)
             lock.truncate()
             lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
@@ -296,9 +302,9 @@ class RunDirectory:
         self._lock = lock
 
     def _compare(self, config: Config, force: Iterable[str]) -> _Comparison:
-        """What a start with `config` means for the folder. Raises RunDirectoryError if it may not be."""
+        """Compares a start with the run in the folder. Raises RunDirectoryError if the start must be refused."""
         changed, forced = self._changed_settings(config), set(force)
-        before = next((e["data"] for e in reversed(self._starts()) if e.get("data")), None)
+        before = next((e["data"] for e in reversed(self._recorded_starts()) if e.get("data")), None)
         now = data_identity(config)
         fixed = fixed_changes(changed, forced)
         other_data = before is not None and now is not None and now != before and "data" not in forced
@@ -306,26 +312,28 @@ class RunDirectory:
             return _Comparison(changed, now or before)
         if not self.took_steps():
             what = ", ".join(fixed) or "the data"
-            return _Comparison({}, now, f"its run took no step and is configured anew, as a new run (other: {what})")
+            return _Comparison(
+                {}, now, f"its run took no step and becomes a new run with the new config (different: {what})"
+            )
         if fixed:
             listed = "".join(f"\n  - {key}: the run has {changed[key][0]!r}, not {changed[key][1]!r}" for key in fixed)
             raise RunDirectoryError(
-                f"{self.config_file}: this folder is of a run with another config; "
+                f"{self.config_file}: this folder belongs to a run with another config; "
                 f"choose another --run, or restore these fields:{listed}"
             )
         assert before is not None and now is not None
         raise RunDirectoryError(
             f"data.path = {config.data.path!r}: holds other data than this run was trained on (SHA-256 of its"
-            f" manifest {now[:12]}, the run's {before[:12]}); give the path of the run's data, or continue on this"
-            " with --allow data"
+            f" manifest {now[:12]}, the run's {before[:12]}); give the path of the run's data, or continue with the"
+            " new data by --allow data"
         )
 
     def warmup(self) -> int | None:
-        """`train.warmup` of the run in the folder, if it took steps; None if there is none, or it cannot be read."""
+        """`train.warmup` of the run in the folder if it took steps, else None; None also if it cannot be read."""
         try:
             stored = self.stored_settings() if self.took_steps() else None
         except (RunDirectoryError, OSError):
-            return None  # whoever opens the folder reports it
+            return None  # opening the folder raises the reason
         warmup = (stored or {}).get("train", {}).get("warmup")
         return warmup if type(warmup) is int else None
 
@@ -335,7 +343,7 @@ class RunDirectory:
         return {} if stored is None else changed_settings(stored, config)
 
     def stored_settings(self) -> dict[str, dict[str, Any]] | None:
-        """The sections of config.yaml; None without one. Raises RunDirectoryError if it is damaged."""
+        """The sections of config.yaml; None if there is no such file. Raises RunDirectoryError if it is damaged."""
         if not self.config_file.exists():
             return None
         try:
@@ -347,24 +355,24 @@ class RunDirectory:
         return stored
 
     def origin(self, config: Config) -> Origin:
-        """What a checkpoint must have in common with this run, after `claim`."""
-        return Origin(self.identity(), self._starts_with_this()[-1].get("data"), config)
+        """What a checkpoint must share with this run to be resumed from. Call it after `claim`."""
+        return Origin(self.identity(), self._starts_and_current()[-1].get("data"), config)
 
     def identity(self) -> str:
-        """A name of the run that no other has, the same at every start; for manifests."""
-        first = self._starts_with_this()[0]
+        """A unique name of the run, the same at every start; for manifests."""
+        first = self._starts_and_current()[0]
         if "run" in first:
             return str(first["run"])
-        # Of an earlier version, which had the hash of all that stands in the entry of the first start.
+        # Earlier versions used the hash of the first entry.
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _starts_with_this(self) -> list[dict[str, Any]]:
-        """The entries of environment.json, and that of the start which has claimed the folder, recorded or not."""
-        return self._starts() if self._start is None else self._start[0]
+    def _starts_and_current(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, with that of the current start even if it is not recorded yet."""
+        return self._recorded_starts() if self._start is None else self._start[0]
 
-    def _starts(self) -> list[dict[str, Any]]:
-        """The entries of environment.json."""
-        remedy = "move it away, and continue with --allow run: the run's identity was in it"
+    def _recorded_starts(self) -> list[dict[str, Any]]:
+        """The entries of environment.json, empty without the file. Raises RunDirectoryError if it is damaged."""
+        remedy = "move it away, and continue with --allow run, since it contained the identity of the run"
         try:
             entries = json.loads(self.environment.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -379,7 +387,7 @@ class RunDirectory:
 def data_identity(config: Config) -> str | None:
     """SHA-256 of the manifest of the latents that a run trains on; None for other sources, or if it cannot be read.
 
-    What cannot be read is refused where the data set is opened.
+    Opening the data set later raises the reason.
     """
     if config.data.source != "latents":
         return None

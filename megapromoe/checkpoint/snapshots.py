@@ -1,9 +1,10 @@
-"""Snapshots: the averaged weights of a step alone, a quarter of a checkpoint, for curves of an image metric over steps.
+"""Snapshots: only the averaged weights of a step, for evaluating many steps. A quarter of the size of a checkpoint.
 
-``snapshots/average-00001000/`` beside ``checkpoints/`` has a checkpoint's files and manifest with one kind of tensors.
-It is no checkpoint: its name is another one, and its manifest says `kinds`, so that it is refused also under a
-checkpoint's name. All are kept. A run holds snapshots of its own history alone: those of later steps than a start
-begins from are moved to the branch that is left, or removed where the same branch does these steps again.
+``snapshots/average-00001000/`` beside ``checkpoints/`` has the files and the manifest of a checkpoint, with one kind of
+tensors. Training cannot resume from it: its name differs from that of a checkpoint, and its manifest has the entry
+`kinds`, so it is refused even if it is renamed. Snapshots are never pruned. A run directory contains snapshots of the
+current history only: when a start goes back to an earlier step, later snapshots are moved to the branch folder, or
+removed if the same branch will repeat these steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ AVERAGES = ("ema",)
 
 
 def branch_of(folder: Path) -> str | None:
-    """The branch that wrote a snapshot; None where its manifest does not say so."""
+    """The branch that wrote a snapshot; None if its manifest does not name it or cannot be read."""
     try:
         return read_summary(folder).branch
     except CheckpointError:
@@ -36,17 +37,22 @@ def branch_of(folder: Path) -> str | None:
 
 
 def readable_steps(checkpoints: Path, weights: str) -> list[int]:
-    """Steps of which a run has these weights, ascending: of its checkpoints and, of averages, of its snapshots."""
+    """The steps for which a run has these weights, ascending.
+
+    Args:
+        checkpoints: the folder of checkpoints.
+        weights: "master": steps of checkpoints; "ema": also steps of snapshots.
+    """
     steps = set(steps_in(checkpoints))
     return sorted(steps | set(snapshot_steps(snapshots_beside(checkpoints))) if weights == "ema" else steps)
 
 
 def choose_weights(checkpoints: Path, step: int | None, weights: str) -> Path:
-    """The folder from which to read weights of a step; without one, of the newest checkpoint.
+    """The folder from which to read the weights of a step; without a step, of the newest checkpoint.
 
-    Of averages it is a snapshot where there is one: it stays, while a live run removes checkpoints.
+    For averaged weights a snapshot is preferred, because a run in training may remove the checkpoint meanwhile.
 
-    Raises CheckpointError if there is none, saying which steps there are.
+    Raises CheckpointError, which lists the existing steps, if there is none.
     """
     if step is not None and weights == "ema":
         snapshot = snapshot_of(snapshots_beside(checkpoints), step)
@@ -56,10 +62,10 @@ def choose_weights(checkpoints: Path, step: int | None, weights: str) -> Path:
 
 
 def remove_later(checkpoints: Path, step: int) -> None:
-    """Removes snapshots of later steps than `step`, which the run does again from there."""
+    """Removes the snapshots of steps later than `step`, because the run repeats these steps."""
     root = snapshots_beside(checkpoints)
-    later = [one for one in snapshot_steps(root) if one > step]
-    for one in later:
-        remove(snapshot_of(root, one))
+    later = [number for number in snapshot_steps(root) if number > step]
+    for number in later:
+        remove(snapshot_of(root, number))
     if later:
-        logger.info("snapshots of steps %s were removed: the run does them again", ", ".join(map(str, later)))
+        logger.info("removed the snapshots of steps %s: the run repeats these steps", ", ".join(map(str, later)))

@@ -1,4 +1,4 @@
-"""The step folders of a run: their names, and which of them are checkpoints. No torch."""
+"""The step folders of a run: their names, and which of them are checkpoints. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class StepFolder:
-    """A checkpoint as its folder's name and its manifest describe it; its files are not looked at.
+    """A checkpoint as described by its name and its manifest; its tensor files are not checked.
 
     Attributes:
-        step: of the folder's name.
-        updates: optimizer steps that were applied; None if the manifest cannot be read.
-        run: identity of the run that wrote it, see `RunDirectory.identity`; None if it is of no run.
-        branch: name of the run's branch that wrote it.
+        folder: the checkpoint folder.
+        step: step in the name of the folder.
+        updates: number of applied optimizer steps; None if the manifest cannot be read.
+        run: identity of the run that wrote it, see `RunDirectory.identity`; None if it belongs to no run.
+        branch: name of the branch that wrote it.
     """
 
     folder: Path
@@ -34,12 +35,15 @@ class StepFolder:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The path of the checkpoint of a step."""
     return root / f"step-{step:08d}"
 
 
 def step_folders(root: Path) -> list[StepFolder]:
-    """The complete checkpoints under `root`, by ascending step. A folder named as another step is left out."""
+    """The complete checkpoints under `root`, by ascending step.
+
+    A folder with the manifest of another step, or of a snapshot, is logged and left out.
+    """
     if not root.is_dir():
         return []
     folders = []
@@ -50,47 +54,49 @@ def step_folders(root: Path) -> list[StepFolder]:
         try:
             status = manifest.stat()
         except FileNotFoundError:
-            continue  # removed by its run since
+            continue  # removed by its run meanwhile
         described = _describe(folder, status.st_mtime_ns, status.st_size)
         if isinstance(described, str):
             logger.warning("%s: %s", folder, described)
         else:
             folders.append(described)
-    return sorted(folders, key=lambda one: one.step)
+    return sorted(folders, key=lambda checkpoint: checkpoint.step)
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps of `step_folders`."""
-    return [one.step for one in step_folders(root)]
+    """The steps of the complete checkpoints under `root`, ascending."""
+    return [checkpoint.step for checkpoint in step_folders(root)]
 
 
 def folders_without_manifest(root: Path) -> list[Path]:
-    """The folders under `root` that are named as checkpoints and have no manifest, by ascending step.
+    """The folders under `root` that have the name of a checkpoint but no manifest, by ascending step.
 
-    Neither a save nor a removal leaves one: their folders have other names while files come or go.
+    Neither a save nor a removal creates one: both use another name while the folder is incomplete.
     """
     folders = sorted(folder for folder in (root.iterdir() if root.is_dir() else ()) if FOLDER.fullmatch(folder.name))
     return [folder for folder in folders if folder.is_dir() and not (folder / MANIFEST).exists()]
 
 
 def warn_without_manifest(folders: list[Path]) -> None:
-    """Logs folders of `folders_without_manifest`: whoever expects their steps is to know why others are read."""
+    """Logs a warning for each of `folders_without_manifest`, since the user may expect that their steps are read."""
     for folder in folders:
-        logger.warning("%s: has no manifest.json, so it is no checkpoint; bring the file back, or remove it", folder)
+        logger.warning(
+            "%s: has no manifest.json, so it is no checkpoint; restore the file, or remove the folder", folder
+        )
 
 
 def snapshots_beside(checkpoints: Path) -> Path:
-    """The folder of a run's snapshots."""
+    """The path of the folder of snapshots beside a folder of checkpoints."""
     return checkpoints.with_name("snapshots")
 
 
 def snapshot_of(root: Path, step: int) -> Path:
-    """Where the snapshot of a step lies."""
+    """The path of the snapshot of a step."""
     return root / f"average-{step:08d}"
 
 
 def snapshot_steps(root: Path) -> list[int]:
-    """Steps of the complete snapshots under `root`, ascending."""
+    """The steps of the complete snapshots under `root`, ascending."""
     if not root.is_dir():
         return []
     steps = []
@@ -101,14 +107,16 @@ def snapshot_steps(root: Path) -> list[int]:
 
 
 def choose_checkpoint(root: Path, step: int | None = None) -> Path:
-    """The folder of the checkpoint of a step, or of the newest. Raises CheckpointError if `root` has none such.
+    """The folder of the checkpoint of a step, or without a step of the newest checkpoint.
 
-    Logs a warning for each folder of a later step that has no manifest.
+    For the newest, logs a warning for each folder of a later step that has no manifest.
+
+    Raises CheckpointError if there is none.
     """
     steps, snapshots = steps_in(root), ", ".join(map(str, snapshot_steps(snapshots_beside(root))))
     hint = f"; there are snapshots of the averaged weights, --weights ema, of steps {snapshots}" if snapshots else ""
     if not steps:
-        raise CheckpointError(f"{root}: holds no complete checkpoint; train until train.save_every at least{hint}")
+        raise CheckpointError(f"{root}: holds no complete checkpoint; train for at least train.save_every steps{hint}")
     if step is not None and step not in steps:
         raise CheckpointError(
             f"step = {step}: {root} has no such checkpoint; there are {', '.join(map(str, steps))}{hint}"
@@ -122,19 +130,26 @@ def choose_checkpoint(root: Path, step: int | None = None) -> Path:
 
 @functools.lru_cache(maxsize=1024)
 def _describe(folder: Path, written: int, size: int) -> StepFolder | str:
-    """Why a folder is no checkpoint, for one of another step than its name's, or of averages alone.
+    """The description of a checkpoint folder, or a sentence that explains why it is not a checkpoint of that step.
 
-    Remembered as long as the manifest's time and size stay: a long run asks at every save.
+    Cached until the time or the size of the manifest changes: a long run lists its checkpoints at every save.
+
+    Args:
+        written: modification time of the manifest, nanoseconds.
+        size: bytes of the manifest.
     """
     named = FOLDER.fullmatch(folder.name)
-    assert named is not None  # the caller looked
+    assert named is not None  # `step_folders` has checked
     step = int(named[1])
     try:
         summary = read_summary(folder)
     except CheckpointError:
-        return StepFolder(folder, step, None)  # damaged; whoever opens it says so
+        return StepFolder(folder, step, None)  # damaged; opening it raises the reason
     if summary.step != step:
         return "is a copy of another step, and no checkpoint of this one; remove it"
     if not summary.complete:
-        return "is a snapshot of averaged weights, from which no run goes on; move it to snapshots/average-XXXXXXXX"
+        return (
+            "is a snapshot of averaged weights, from which training cannot resume; move it to"
+            " snapshots/average-XXXXXXXX"
+        )
     return StepFolder(folder, step, summary.updates, summary.run, summary.branch or MAIN)

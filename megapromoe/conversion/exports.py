@@ -206,7 +206,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
     if state.average is not None and "ema" in state.kinds:
         # The warm-up of the average counts updates. If these start again at 0, the next start chooses the warm-up.
         average = state.average if updates == state.average.updates else replace(state.average, warmup=None)
-        manifest |= average.facts()
+        manifest |= average.metadata()
     write_text(checkpoint / MANIFEST, seal(manifest))
     write_text(run.config_file, to_yaml(state.config))
     for path in (checkpoint, run.checkpoints, folder):

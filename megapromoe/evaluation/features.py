@@ -1,7 +1,7 @@
-"""Networks that look at images for evaluation: the standard Inception, any TorchScript, or a classifier made here.
+"""Feature networks for image metrics: the standard Inception, a TorchScript file, or a classifier trained here.
 
-Only the standard Inception makes figures that may be called FID, sFID and Inception score; the other networks' bear
-their name. A network is called with uint8 images (N, C, H, W) and returns `Features`.
+Only metrics of the standard Inception are called FID, sFID and Inception score; those of other networks contain the
+name of the network. A network is called with uint8 images (N, C, H, W) and returns `Features`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from megapromoe.evaluation.pixels import open_pixels
 from megapromoe.io import sha256_of
 from megapromoe.sampling.image_sets import ImageSetError
 
-# The standard network, TensorFlow's inception-2015-12-05, in the files it is published in.
+# Hashes of the published files of the standard network, TensorFlow's inception-2015-12-05.
 STANDARD = {
     # TorchScript: nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt
     "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4": "inception-2015-12-05 (NVIDIA)",
-    # A state: pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity's weights-inception-... of that name
+    # A state dict: pytorch-fid's pt_inception-2015-12-05-6726825d.pth, torch-fidelity's weights-inception-...
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": "inception-2015-12-05",
 }
-_STEPS, _BATCH, _RATE = 300, 128, 2e-3  # of a classifier's training: a second for digits, some for Fashion-MNIST
+_STEPS, _BATCH, _RATE = 300, 128, 2e-3  # training of a classifier, which takes seconds
 
 
 class FeatureError(UserError):
@@ -43,7 +43,13 @@ class FeatureError(UserError):
 
 
 class Features(NamedTuple):
-    """What a network makes of N images; it need not have all."""
+    """Output of a feature network for N images; None for outputs that a network does not have.
+
+    Attributes:
+        pooled_ND: pooled features.
+        spatial_NP: spatial features, flattened.
+        probabilities_NK: class probabilities.
+    """
 
     pooled_ND: Tensor
     spatial_NP: Tensor | None
@@ -55,12 +61,13 @@ class Network:
     """A feature network, ready on its device.
 
     Attributes:
-        name: by which its figures are called.
-        standard: whether it is the network of FID.
-        declared: that it is, by the user's word alone.
-        sha256: of the file, or of a trained classifier's weights.
+        name: name of the network, for the names of its metrics.
+        standard: whether it is the standard Inception.
+        declared: whether only the user has declared it as the standard Inception (the hash is unknown).
+        sha256: hash of the file, or of the weights of a trained classifier.
         extract: uint8 images (N, C, H, W) -> Features.
-        shape: (H, W, C) of the only images that it takes; None: any.
+        device: device of the network.
+        shape: required shape (H, W, C) of the images; None: any.
     """
 
     name: str
@@ -73,30 +80,31 @@ class Network:
 
     @torch.no_grad()
     def __call__(self, images_BHWC: Tensor) -> Features:
-        """Features of uint8 images (N, H, W, C)."""
+        """Features of uint8 images (N, H, W, C), float32 and flattened to (N, D)."""
         pooled, spatial, probabilities = self.extract(images_BHWC.permute(0, 3, 1, 2).to(self.device))
         flat = [None if x is None else x.flatten(1).float() for x in (spatial, probabilities)]
         return Features(pooled.flatten(1).float(), *flat)
 
     def title(self, standard: str, other: str) -> str:
-        """The name of a figure: `standard` for the standard network only, else `other` and the network's name."""
+        """The name of a metric: `standard` for the standard network, otherwise `other` with the name of the network."""
         return standard if self.standard else f"{other} ({self.name})"
 
 
 def open_network(
     name: str, device: torch.device | str, sha256: str | None = None, declared_standard: bool = False
 ) -> Network:
-    """The feature network of this name.
+    """Opens a feature network.
+
+    A TorchScript network is called with uint8 images (N, 3, H, W). It returns features (N, D), or a tuple (features,
+    spatial features (N, ...), class probabilities (N, K)), of which the last or the last two can be missing.
 
     Args:
-        name: one of `CLASSIFIERS`, a classifier that is trained here and now; or the path of a file: the standard
-            Inception, known by its hash; another state of that network (.safetensors, .pth); or TorchScript. That is
-            a program: to load it is to run what its author wrote, hence only with its `sha256`, or a known one.
-        sha256: the hash that the file must have.
-        declared_standard: the user says that an unknown file holds the standard network's weights.
-
-    TorchScript gets uint8 (N, 3, H, W) and returns features (N, D), or a tuple of those, spatial features (N, ...) and
-    class probabilities (N, K), the latter two or the last left out.
+        name: one of `CLASSIFIERS`, which is trained now; or the path of a file: the standard Inception, recognised by
+            its hash; another state dict of that network (.safetensors, .pth); or TorchScript. Loading TorchScript runs
+            code of its author, so it needs `sha256` unless its hash is known.
+        device: device of the network.
+        sha256: the required hash of the file.
+        declared_standard: the user declares that an unknown file contains the weights of the standard network.
 
     Raises FeatureError.
     """
@@ -104,7 +112,8 @@ def open_network(
     if name in CLASSIFIERS:
         if sha256 is not None or declared_standard:
             raise FeatureError(
-                f"features = {name!r}: is made here, no file with a hash, and never the standard network"
+                f"features = {name!r}: is a classifier that is trained now, neither a file with a hash nor the standard"
+                " network; leave --sha256 and the declaration out"
             )
         return train_classifier(name, device)
     file = Path(name)
@@ -112,17 +121,17 @@ def open_network(
         raise FeatureError(f"features = {name!r}: no such file, and none of {', '.join(CLASSIFIERS)}")
     digest = sha256_of(file)
     if sha256 is not None and sha256.lower() != digest:
-        raise FeatureError(f"{file}: its sha256 is {digest}, not {sha256}; fetch it again, or from its author")
+        raise FeatureError(f"{file}: its sha256 is {digest}, not {sha256}; download the file again from its source")
     known = STANDARD.get(digest)
-    facts = (known or file.stem, known is not None or declared_standard, known is None and declared_standard, digest)
+    identity = (known or file.stem, known is not None or declared_standard, known is None and declared_standard, digest)
     if file.suffix != ".safetensors" and _is_program(file):
         if known is None and sha256 is None:
             raise FeatureError(
-                f"{file}: is TorchScript, a program that runs when it is loaded, and not a known one; if you trust"
-                f" where it is from, say so by --sha256 {digest}"
+                f"{file}: is TorchScript with an unknown hash, and loading it runs its code; if you trust its"
+                f" source, give --sha256 {digest}"
             )
-        return Network(*facts, _scripted(file, device), device)
-    return Network(*facts, _inception(file, device), device)
+        return Network(*identity, _scripted(file, device), device)
+    return Network(*identity, _inception(file, device), device)
 
 
 def _is_program(file: Path) -> bool:
@@ -130,7 +139,7 @@ def _is_program(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             return any("/code/" in name for name in archive.namelist())
     except (OSError, zipfile.BadZipFile):
-        return False  # an old .pth; what is no file of weights at all is found when it is read
+        return False  # maybe an old .pth; reading the weights raises if it is none
 
 
 def _scripted(file: Path, device: torch.device) -> Callable[[Tensor], Features]:
@@ -143,7 +152,7 @@ def _scripted(file: Path, device: torch.device) -> Callable[[Tensor], Features]:
     def extract(images: Tensor) -> Features:
         images = _three_channels(images)
         try:
-            if {"return_features", "no_output_bias"} <= names:  # NVIDIA's; the published score leaves the bias out
+            if {"return_features", "no_output_bias"} <= names:  # NVIDIA's network; the published score omits the bias
                 return Features(program(images, return_features=True), None, program(images, no_output_bias=True))
             outputs = program(images)
         except (RuntimeError, torch.jit.Error) as error:
@@ -159,17 +168,17 @@ def _scripted(file: Path, device: torch.device) -> Callable[[Tensor], Features]:
 
 def _inception(file: Path, device: torch.device) -> Callable[[Tensor], Features]:
     try:
-        # weights_only: a pickle could run what a stranger put in it
+        # weights_only: unpickling can run arbitrary code
         state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise FeatureError(f"{file}: holds no weights that can be read ({reason}); give another file") from error
+        raise FeatureError(f"{file}: contains no weights that can be read ({reason}); give another file") from error
     network = Inception()
     expected = network.state_dict()
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and often left out
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}  # unused, and missing in some files
     if not isinstance(state, dict) or set(expected) - counters - set(state) or set(state) - set(expected):
-        apart = sorted(set(expected) - counters ^ set(state) - counters)[:3] if isinstance(state, dict) else []
-        raise FeatureError(f"{file}: are not the weights of this Inception ({', '.join(apart) or 'no names'} ...)")
+        differing = sorted(set(expected) - counters ^ set(state) - counters)[:3] if isinstance(state, dict) else []
+        raise FeatureError(f"{file}: are not the weights of this Inception ({', '.join(differing) or 'no names'} ...)")
     if wrong := [n for n in state if n not in counters and state[n].shape != expected[n].shape]:
         raise FeatureError(
             f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, not {tuple(expected[wrong[0]].shape)}"
@@ -184,7 +193,7 @@ def _three_channels(images_BCHW: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier: pooled features (N, 64), spatial ones (N, 7·4·4), class probabilities."""
+    """A small convolutional classifier with pooled features (N, 64), spatial features (N, 7·4·4) and probabilities."""
 
     def __init__(self, side: int, channels: int, classes: int):
         super().__init__()
@@ -206,14 +215,14 @@ class Classifier(nn.Module):
         return Features(pooled, spatial, self.head(pooled).softmax(1))
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
-        """Before the softmax, for training."""
+        """Class logits (N, K), for training."""
         return self.head(self.high(self.low(images_BCHW / 127.5 - 1)).mean((2, 3)))
 
 
 def train_classifier(name: str, device: torch.device, seed: int = 0) -> Network:
-    """The classifier of a built-in data set, trained on its real images: the same bits each time on one machine.
+    """Trains the classifier of a built-in data set on its images. Bitwise reproducible on the same machine.
 
-    One thread of the CPU trains it: the order of a sum over several would depend on their number.
+    Trained with one CPU thread, because the order of sums depends on the number of threads.
     """
     try:
         real = open_pixels(name)

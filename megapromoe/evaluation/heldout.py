@@ -1,4 +1,4 @@
-"""The loss of a trained model on draws that are the same for every model: what training's own loss is too noisy for.
+"""The loss of a trained model on fixed samples, the same for every model: less noisy than the training loss.
 
 model, config, step = load_model(Path("runs/digits"))
 dataset, split = open_held_out(config)
@@ -22,9 +22,9 @@ from megapromoe.diffusion.objectives import make_objective
 
 
 def open_held_out(config: Config) -> tuple[Dataset, str]:
-    """What to evaluate on, and the name of its split: "test" where the source has one, else "train".
+    """Opens the data to evaluate on, and returns the name of its split: "test" if the source has one, else "train".
 
-    On "train" the records were trained on, though neither the noise nor the times. Raises DatasetError.
+    On "train" the model was trained on the records, but not with the same noise and times. Raises DatasetError.
     """
     data = config.data
     has_test = data.source == "fashion_mnist" or (data.source == "latents" and data.test_path)
@@ -41,20 +41,25 @@ def objective_loss(
     seed: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, float]:
-    """Mean loss over fixed draws of (record, noise, time), each under its label, and its standard error.
+    """Mean loss over fixed samples of (record, noise, time), conditioned on the labels, and its standard error.
 
-    Records come in turn, in an order of their own, so that each is drawn as often as any other, give or take one; those
-    that are distributions, such as latents, are taken at their mean. Times are spread evenly over the training's
-    distribution: quantile (n + 1/2) / draws, shuffled against the records. All depends on (seed, n) alone: two models
-    see the same draws, so their difference is known far better than either loss. The standard error is that of
-    independent draws, hence rather too large. Where a model's output depends on its batch, as DiffMoE's does, the loss
-    also depends on `sample.batch`.
+    Records are used in a fixed random order and equally often, up to one. Records that are distributions, such as
+    latents, are replaced by their mean. Times are stratified over the training distribution: quantile (n + 1/2) /
+    draws, in random order. Everything depends on (seed, n) only, so two models get the same samples, and the difference
+    of their losses is much more precise than each loss. The standard error assumes independent samples, so it is an
+    upper estimate. If the output of a model depends on its batch, like that of DiffMoE, the loss also depends on
+    `sample.batch`.
 
     Args:
-        model: whole, in eval mode.
-        draws: number of draws.
-        seed: of the draws; they share nothing with the training's of the same seed.
-        progress: called after each batch with its draws.
+        model: unsharded, in eval mode.
+        config: config of the run.
+        dataset: records and labels.
+        draws: number of samples.
+        seed: seed of the samples; independent of training samples with the same seed.
+        progress: called after each batch with its number of samples.
+
+    Returns:
+        mean loss and standard error.
 
     Raises ValueError unless `draws` is at least 2; FloatingPointError if a loss is not finite.
     """

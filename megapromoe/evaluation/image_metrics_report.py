@@ -1,4 +1,4 @@
-"""What is said of the records of an evaluation: a table, lines in a file, a picture."""
+"""Output of the records of an evaluation: a table, lines of JSON, a plot."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from megapromoe.run_lines import lines_of
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """What was compared, and a table: figures in rows, sets in columns; of several steps, the step heads each."""
+    """A text with what was compared and a table with metrics in rows and sets of images in columns."""
     first = records[0]
     names = list(dict.fromkeys(name for record in records for name in record["figures"]))
     steps = _steps(records)
     heads = [[f"step {r['step']:,}" for r in records]] if len(steps) > 1 else []
     if "guidance" in first:
         heads.append([f"guidance {r['guidance']:g}" for r in records])
-    real = "statistics alone" if first["reference_count"] is None else f"{first['reference_count']:,} images"
-    said = f"{first['count']:,} images"
+    real = "statistics only" if first["reference_count"] is None else f"{first['reference_count']:,} images"
+    comparison = f"{first['count']:,} images"
     if steps:
         which = f"step {steps[0]:,}" if len(steps) == 1 else f"each of {len(steps)} steps"
-        said += f" of {which} ({first['weights']} weights)"
-    lines = [f"{said} against {first['reference']} ({real}), features of {first['features']['name']}"]
+        comparison += f" of {which} ({first['weights']} weights)"
+    lines = [f"{comparison} against {first['reference']} ({real}), features of {first['features']['name']}"]
     lines += _initial(records)
     if first["features"]["declared"]:
-        lines.append("that these are the standard network's weights is the user's word")
+        lines.append("the user declared these weights as those of the standard network; their hash is unknown")
     width = max(map(len, names))
     lines += [" " * width + "".join(f"  {head:>14}" for head in row) for row in heads]
     for name in names:
@@ -41,7 +41,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _initial(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line on what share of averaged weights is still initial; of several steps, the largest."""
+    """A line with the share of the initial weights in the averaged weights; for several steps, the largest share."""
     if any(record.get("weights") != "ema" or "initial_share" not in record for record in records):
         return []
     shares = [record["initial_share"] for record in records]
@@ -50,15 +50,17 @@ def _initial(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def append(records: Sequence[Mapping[str, Any]], file: Path) -> int:
-    """Adds a line of JSON for each record, and returns how many it added. Raises EvaluationError.
+    """Appends a line of JSON for each record to a file and returns how many were added.
 
-    A repeated evaluation adds none where the newest line of the same request has the same figures.
+    A record is not added if the newest line of the same request has the same metrics.
+
+    Raises EvaluationError.
     """
     added = []
     try:
         before = b""
         if os.path.lexists(file):
-            os.close(open_regular(file, os.O_RDONLY))  # links and pipes are refused before they are read
+            os.close(open_regular(file, os.O_RDONLY))  # refuses links and pipes before reading
             before = file.read_bytes()
         newest = {_request(line): _text(line.get("figures")) for line in lines_of(file)}
         for record in records:
@@ -67,26 +69,28 @@ def append(records: Sequence[Mapping[str, Any]], file: Path) -> int:
                 newest[request] = figures
                 added.append(json.dumps(record, ensure_ascii=False) + "\n")
         if added:
-            ends_a_torn_line = "\n" if before and not before.endswith(b"\n") else ""
-            append_text(file, ends_a_torn_line + "".join(added))
+            line_end = "\n" if before and not before.endswith(b"\n") else ""
+            append_text(file, line_end + "".join(added))
     except OSError as error:
         raise EvaluationError(f"{file}: cannot be written ({error.strerror}); the figures are above") from error
     return len(added)
 
 
 def _request(record: Mapping[str, Any]) -> str:
-    """All of a record but its figures and its time."""
+    """A record without its metrics and its time, as text."""
     return _text({name: value for name, value in record.items() if name not in ("figures", "time")})
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)  # as text NaN equals itself
+    return json.dumps(value, sort_keys=True)  # text, because NaN != NaN
 
 
 def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A picture of the first figure, FID or the Fréchet distance. Raises EvaluationError.
+    """Plots the first metric, FID or the Fréchet distance, as a PNG file.
 
-    It is drawn over the guidance scale; of several steps, over the step, with a line for each scale.
+    The x axis is the guidance scale, or for several steps the step, with a line for each scale.
+
+    Raises EvaluationError.
     """
     from matplotlib.axes import Axes  # slow to import
     from matplotlib.figure import Figure  # without a window system
@@ -124,5 +128,5 @@ def plot(records: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def _steps(records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Steps of the run that records are of, ascending; none where images were given."""
+    """The steps of the records, ascending; empty if existing images were evaluated."""
     return sorted({record["step"] for record in records if "step" in record})

@@ -1,11 +1,11 @@
-"""The Inception network of FID, sFID and the Inception score: TensorFlow's graph of 2015-12-05.
+"""The Inception network for FID, sFID and the Inception score: TensorFlow's graph of 2015-12-05.
 
-The weights are not part of this package. Parameters carry the names of the state that pytorch-fid and torch-fidelity
-publish (`pt_inception-2015-12-05-6726825d.pth`), which are torchvision's.
+The weights are not part of this package. The parameters have the names of the state dict that pytorch-fid and
+torch-fidelity publish (`pt_inception-2015-12-05-6726825d.pth`), which are those of torchvision.
 
-It differs from torchvision's Inception v3 in what it was ported from: averages do not count the padding, the last
-block takes the maximum instead, and images are resized as TensorFlow 1 did. Source: Szegedy et al. 2015 (arXiv
-1512.00567); guided-diffusion's evaluator for the layers that are read.
+Differences from torchvision's Inception v3: average pooling does not count the padding, the last block uses max
+pooling, and images are resized as in TensorFlow 1. Source: Szegedy et al. 2015 (arXiv
+1512.00567); guided-diffusion's evaluator for the layers of the features.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 SIDE = 299
 CLASSES = 1008
-SPATIAL_CHANNELS = 7  # of mixed_6 (torchvision: Mixed_6d), whose first channels are its 1x1 branch; 17 x 17 each
+SPATIAL_CHANNELS = 7  # of mixed_6 (torchvision: Mixed_6d), 17 x 17 each; its first channels are the 1x1 branch
 
 # Convolutions of a block, branch by branch: (name, channels, kernel, stride). A list at the end of a branch is a fork.
-# A stride of 2 goes without padding; else the padding keeps the side.
+# Convolutions with stride 2 have no padding; others have padding that keeps the size.
 _Conv = tuple[str, int, tuple[int, int], int]
 
 
@@ -84,7 +84,7 @@ def _block_e(pool: str) -> tuple[list, str]:
 
 
 class Unit(nn.Module):
-    """Convolution, normalisation by stored statistics, ReLU."""
+    """Convolution, batch normalisation with stored statistics, ReLU."""
 
     def __init__(self, d_in: int, d_out: int, kernel: tuple[int, int], stride: int = 1, pad: bool = True):
         super().__init__()
@@ -97,7 +97,7 @@ class Unit(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, their channels joined. The pool feeds the last branch, or with "shrink" is one itself."""
+    """Parallel branches with concatenated channels. The pool is the input of the last branch; "shrink": a branch."""
 
     def __init__(self, channels: int, branches: list, pool: str):
         super().__init__()
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
 
 class Inception(nn.Module):
-    """Called with uint8 (N, 3, H, W); returns features (N, 2048), spatial ones (N, 2023), probabilities (N, 1008)."""
+    """uint8 images (N, 3, H, W) -> features (N, 2048), spatial features (N, 2023), probabilities (N, 1008)."""
 
     def __init__(self):
         super().__init__()
@@ -164,15 +164,15 @@ class Inception(nn.Module):
         for name in self.blocks:
             x = self.get_submodule(name)(x)
             if name == "Mixed_6d":
-                # Channels last, as in TensorFlow's graph.
+                # Channels last, as in TensorFlow.
                 spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
         features = x.mean((2, 3))
-        # The published score leaves the bias out.
+        # The published score omits the bias.
         return features, spatial, F.linear(features, self.fc.weight).softmax(1)
 
 
 def resize(images_BCHW: Tensor, side: int) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: pixel i is at i · size / side, without a half, and the last row repeats."""
+    """Bilinear resize to (B, C, side, side) as in TensorFlow 1: pixel i samples i · size / side, no half pixel."""
     for dim in (2, 3):
         size = images_BCHW.shape[dim]
         place = torch.arange(side, dtype=torch.float32, device=images_BCHW.device) * (size / side)

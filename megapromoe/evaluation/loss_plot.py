@@ -1,4 +1,4 @@
-"""The picture of a run's denoising loss over steps and over hours of training."""
+"""A plot of the denoising loss of a run over steps and over training time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HOUR, MINUTE = 3600.0, 60.0
 
 
 def loss_curve(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[list[int], list[float], list[float]]:
-    """Steps, seconds of training up to them, and the denoising loss, of the lines that have one.
+    """Steps, training time in seconds and denoising loss of the lines that have a denoising loss.
 
     Args:
-        lines: of metrics.jsonl, as `run_lines.metrics_of` reads them.
+        lines: lines of metrics.jsonl, as `run_lines.metrics_of` reads them.
     """
     times = elapsed_seconds(lines, config.train.global_batch)
     points = [
@@ -32,7 +32,7 @@ def loss_curve(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[list
 
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], config: Config, file: Path) -> bool:
-    """Draws the denoising loss over steps and over time, as a PNG; False where fewer than two lines have one.
+    """Plots the denoising loss over steps and over time as a PNG. Returns False if fewer than two lines have one.
 
     Raises OSError if `file` cannot be written.
     """
@@ -41,7 +41,7 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], config: Config, file: Path) 
         return False
     unit, name = (HOUR, "hours") if seconds[-1] >= HOUR else (MINUTE, "minutes")
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of its own: pyplot would keep a list of all figures
+    FigureCanvasAgg(figure)  # not by pyplot, which keeps all figures
     left, right = figure.subplots(1, 2, sharey=True)
     left.plot(steps, losses, color="black", linewidth=1.2)
     left.set(xlabel="step", ylabel="denoising loss")

@@ -1,5 +1,5 @@
-"""What evaluations are asked for by, for those who check it without torch."""
+"""Names in the options of an evaluation, for checks that must not import torch."""
 
-CLASSIFIERS = ("digits", "fashion_mnist")  # feature networks that are trained on the spot, each on the data of its name
-CLASSIFIER_FEATURES = 112  # the most of their features that are compared, as many as a covariance needs images
-DATA = "data"  # the reference that is what the run trains on
+CLASSIFIERS = ("digits", "fashion_mnist")  # feature networks that are trained when needed, on these data sets
+CLASSIFIER_FEATURES = 112  # largest number of features of a classifier; a covariance needs more images
+DATA = "data"  # the reference "the training data of the run"

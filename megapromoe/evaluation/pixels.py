@@ -1,4 +1,4 @@
-"""Real images as evaluation sees them: uint8, of a data set that holds pixels."""
+"""Real images for evaluation, uint8, from a data set of pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILT_IN = ("digits", "fashion_mnist")
 
 
 class Pixels:
-    """A data set of pixels, read like an `ImageSet`."""
+    """A data set of pixels with the interface of `ImageSet`."""
 
     def __init__(self, name: str, dataset: Dataset):
         self.name, self._dataset = name, dataset
@@ -27,11 +27,11 @@ class Pixels:
         return len(self._dataset)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1, uint8 (B, H, W, C). Raises ImageSetError if one is damaged."""
+        """Reads images start .. stop - 1, uint8 (B, H, W, C). Raises ImageSetError if one is damaged."""
         return self.at(np.arange(start, min(stop, len(self))))
 
     def at(self, indices: np.ndarray) -> np.ndarray:
-        """Images of these numbers, as `read` gives them."""
+        """Reads images with these indices (B,), uint8 (B, H, W, C). Raises ImageSetError."""
         try:
             return to_bytes(self._dataset.sample(indices, np.zeros(len(indices), dtype=bool), None))
         except DatasetError as error:
@@ -39,9 +39,9 @@ class Pixels:
 
 
 def open_pixels(name: str, split: str = "train") -> Pixels:
-    """A built-in data set by its name. Raises ImageSetError."""
+    """Opens a built-in data set by name. Raises ImageSetError."""
     if name == "digits" and split == "test":
-        raise ImageSetError("digits have no test split; leave --split out")
+        raise ImageSetError("digits has no test split; leave --split out")
     try:
         dataset: Dataset = Digits() if name == "digits" else FashionMNIST(split)
     except DatasetError as error:
@@ -50,13 +50,13 @@ def open_pixels(name: str, split: str = "train") -> Pixels:
 
 
 def data_of_run(config: Config, split: str = "train") -> Pixels:
-    """What a run trains on. Raises ImageSetError if that is not pixels."""
+    """Opens the training data of a run. Raises ImageSetError if they are not pixels."""
     source = config.data.source
     try:
         made_by = autoencoder_identity(config)
         if source not in BUILT_IN and (made_by is None or made_by["kind"] != "pixels"):
             raise ImageSetError(
-                f"data.source = {source!r}: the run trains on latents, which are no images to compare with; give"
+                f"data.source = {source!r}: the run trains on latents, which cannot be compared with images; give"
                 " --reference FILE.npz, or a folder of pictures"
             )
         return Pixels(source if split == "train" else f"{source} ({split})", open_dataset(config, split))

@@ -1,4 +1,4 @@
-"""What images are compared with: real images, or statistics of the features of real images, and whether they fit."""
+"""The reference of an evaluation: real images or statistics of their features, and whether they are comparable."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megapromoe.evaluation.statistics import NEIGHBOURS, Normal
 from megapromoe.sampling.image_sets import ImageSet, entries, open_array
 
 _STATISTICS = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # entries of guided-diffusion's files
-_LARGEST = 1e30  # of their values; squares stay far below the largest float64
-_ASYMMETRY = 1e-3  # of a covariance, over its largest entry: far above the rounding of float32
+_LARGEST = 1e30  # limit for their values; squares stay far below the largest float64
+_ASYMMETRY = 1e-3  # tolerated asymmetry of a covariance relative to its largest entry; float32 rounding is far smaller
 
 
 class EvaluationError(UserError):
-    """An evaluation that cannot be made as requested."""
+    """An evaluation that is not possible as requested."""
 
     on_all_ranks = True
 
@@ -45,12 +45,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images.
+    """Real images, or statistics of their features.
 
     Attributes:
-        name: for records and messages.
-        images: None where a file holds statistics alone.
-        statistics: "pooled" and "spatial" distributions from a file, which go before those of the images.
+        name: name for records and messages.
+        images: the images; None if a file contains only statistics.
+        statistics: "pooled" and "spatial" distributions from a file; they are used instead of those of the images.
     """
 
     name: str
@@ -60,10 +60,12 @@ class Reference:
     def check_comparable(
         self, network: Network, shape: tuple[int, int, int] | None, count: int, remedy: str = "{} images"
     ) -> None:
-        """Raises EvaluationError unless `count` images of this shape (None: unknown) can be compared by the network.
+        """Raises EvaluationError unless `count` images of a shape can be compared with the reference by the network.
 
         Args:
-            remedy: how to get more images; {} stands for their number.
+            shape: (H, W, C) of the images; None: unknown.
+            count: number of images.
+            remedy: how to get more images; {} is replaced by their number.
         """
         problems = []
         real = None if self.images is None else self.images.shape
@@ -72,7 +74,7 @@ class Reference:
             problems.append(f"the images are {_size(shape)}, the reference {_size(real)}: compare images of one size")
         if network.shape and (wrong := [s for s in known if s != network.shape]):
             expected = f"images of {_size(network.shape)}, not {_size(wrong[0])}"
-            problems.append(f"features = {network.name}: looks at {expected}")
+            problems.append(f"features = {network.name}: takes {expected}")
         if known and not problems:
             problems = self._count_problems(network, known[0], count, remedy)
         if problems:
@@ -90,7 +92,7 @@ class Reference:
             more = remedy.format(most + 1)
             problems.append(
                 f"{count} images are too few for the covariance of {most} features of {network.name}; use {more}"
-                " at least"
+                " or more"
             )
         if self.images is None:
             return problems
@@ -108,20 +110,22 @@ class Reference:
 
 
 def open_reference(name: str, split: str, config: Config | None, network: Network) -> Reference:
-    """The reference of this name.
+    """Opens a reference.
 
     Args:
-        name: "data" (what the run trains on), a built-in data set, an .npz in the layout of guided-diffusion, or a
-            folder of pictures. Statistics in an .npz hold for the standard network alone.
-        split: of a data set: "train" or "test".
-        config: of the run; None: there is no run.
+        name: "data" (the training data of the run), a built-in data set, an .npz in the layout of guided-diffusion, or
+            a folder of pictures. Statistics in an .npz are used with the standard network only.
+        split: split of a data set, "train" or "test".
+        config: config of the run; None: there is no run.
+        network: the feature network.
 
     Raises EvaluationError or ImageSetError.
     """
     if name == DATA:
         if config is None:
             raise EvaluationError(
-                "reference = data: is what a run trains on; give a file, a folder or a data set's name"
+                "reference = data: is the training data of a run, and no run is given; give a file, a folder or a data"
+                " set's name"
             )
         pixels = data_of_run(config, split)
         return Reference(pixels.name, pixels, {})
@@ -146,23 +150,23 @@ def open_reference(name: str, split: str, config: Config | None, network: Networ
         return Reference(name, ImageSet(path), statistics)
     if "pooled" not in statistics:
         raise EvaluationError(
-            f"reference = {name}: holds {', '.join(sorted(names))}; images (arr_0) are needed, or mu and sigma with the"
-            " standard network"
+            f"reference = {name}: contains {', '.join(sorted(names))}; images (arr_0) are needed, or mu and sigma with"
+            " the standard network"
         )
     return Reference(name, None, statistics)
 
 
 def check_finite(figures: Mapping[str, float], network: Network) -> None:
-    """Raises EvaluationError for a figure that is not finite, which is none."""
+    """Raises EvaluationError if a metric is not finite."""
     if wrong := [name for name, value in figures.items() if not math.isfinite(value)]:
         raise EvaluationError(
-            f"features = {network.name}: {wrong[0]} is {figures[wrong[0]]}, so that what the network returns are no"
-            " class probabilities, or no features that can be compared; use another network"
+            f"features = {network.name}: {wrong[0]} is {figures[wrong[0]]}, so the network does not return class"
+            " probabilities, or its features cannot be compared; use another network"
         )
 
 
 def _normal(path: Path, mean: str, covariance: str) -> Normal:
-    """The distribution of two arrays of an .npz. Raises EvaluationError unless they are mean and covariance of one."""
+    """Reads a normal distribution from two arrays of an .npz. Raises EvaluationError if they are not valid."""
     mean_D, covariance_DD = (np.asarray(open_array(path, name)) for name in (mean, covariance))
     arrays, problem = {mean: mean_D, covariance: covariance_DD}, ""
     wrong = [name for name, array in arrays.items() if array.dtype.kind not in "fiu"]
@@ -175,14 +179,14 @@ def _normal(path: Path, mean: str, covariance: str) -> Normal:
         count = int((~np.isfinite(arrays[wrong[0]])).sum())
         problem = f"{count:,} of the {arrays[wrong[0]].size:,} values of {wrong[0]} are not finite"
     elif wrong := [name for name, array in arrays.items() if np.abs(array).max() > _LARGEST]:
-        problem = f"{wrong[0]} has values up to {np.abs(arrays[wrong[0]]).max():.3g}, which are of no features"
+        problem = f"{wrong[0]} has values up to {np.abs(arrays[wrong[0]]).max():.3g}, which features do not have"
     if not problem:
         mean_D, covariance_DD = mean_D.astype(np.float64), covariance_DD.astype(np.float64)
         largest = np.abs(covariance_DD).max()
         if np.abs(covariance_DD - covariance_DD.T).max() > _ASYMMETRY * largest:
-            problem = f"{covariance} is not symmetric, so that it is no covariance"
+            problem = f"{covariance} is not symmetric, so it is not a covariance"
         elif covariance_DD.diagonal().min() < -_ASYMMETRY * largest:
-            problem = f"{covariance} has a variance below 0, so that it is no covariance"
+            problem = f"{covariance} has a variance below 0, so it is not a covariance"
         else:
             return Normal(torch.from_numpy(mean_D), torch.from_numpy(covariance_DD), count=0)
     raise EvaluationError(f"reference = {path}: {problem}; compute the statistics again, or give the images")

@@ -1,8 +1,7 @@
-"""A report of a run: report.json and report.md in its folder, all figures measured.
+"""A report of a run with measured values: report.json and report.md in the run directory.
 
-How well digits are drawn is judged by a classifier that has nothing to do with the model: a support vector
-machine fitted to scikit-learn's real digits, which reads the sampled ones. How often it reads the class that
-was asked for is the accuracy.
+The quality of generated digits is measured by an independent classifier, a support vector machine fitted to
+scikit-learn's digits: the accuracy is the share of generated digits that it classifies as the requested class.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_sec
 from megapromoe.sampling.run_model import load_model
 from megapromoe.versions import versions
 
-FINAL_STEPS = 100  # the final loss is the mean over what was logged of the last so many steps
-GRID_SIDE = 10  # classes shown in samples.png, and at most so many images of each
+FINAL_STEPS = 100  # the final loss is the mean of the lines that were logged in the last steps
+GRID_SIZE = 10  # number of classes in samples.png, and largest number of images of each
 
 
 class ReportError(UserError):
-    """A run of which nothing can be reported."""
+    """A run for which no report can be written."""
 
 
 def digit_features(images_BCHW: np.ndarray) -> np.ndarray:
-    """Digits in [-1, 1] as the classifier's features (B, 64) in [0, 16], the range of the real ones."""
+    """Digits (B, 1, 8, 8) in [-1, 1] as features (B, 64) in [0, 16], the range of scikit-learn's digits."""
     images = np.asarray(images_BCHW, dtype=np.float64)
     return ((images.clip(-1, 1) + 1) * 8).reshape(len(images), -1)
 
@@ -51,18 +50,18 @@ def digit_features(images_BCHW: np.ndarray) -> np.ndarray:
 def _digit_classifier():
     from sklearn.svm import SVC  # slow to import
 
-    return SVC(C=10, gamma=0.001)  # gamma by scikit-learn's own example of digit recognition
+    return SVC(C=10, gamma=0.001)  # gamma of scikit-learn's example of digit recognition
 
 
 def classifier_accuracy(images_BCHW: np.ndarray, labels_B: np.ndarray) -> float:
-    """Share of digits (B, 1, 8, 8) that a classifier, fitted to all real digits, reads as their label."""
+    """Share of digits (B, 1, 8, 8) that a classifier, fitted to all real digits, assigns to their labels (B,)."""
     real = Digits()
     classifier = _digit_classifier().fit(digit_features(real.images), real.labels)
     return float((classifier.predict(digit_features(images_BCHW)) == np.asarray(labels_B)).mean())
 
 
 def classifier_own_accuracy() -> float:
-    """The same classifier's accuracy on real digits that it was not fitted to: 5-fold cross-validation."""
+    """The accuracy of that classifier on real digits, by 5-fold cross-validation."""
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     real = Digits()
@@ -82,7 +81,7 @@ def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, A
     Raises ReportError without a line.
     """
     if not lines:
-        raise ReportError("metrics.jsonl holds no line; train until train.log_every at least")
+        raise ReportError("metrics.jsonl has no lines; train for at least train.log_every steps")
     last = lines[-1]["step"]
     final = [line for line in lines if line["step"] > last - FINAL_STEPS]
     losses = {}
@@ -102,7 +101,7 @@ def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, A
 
 
 def machine() -> dict[str, Any]:
-    """What this process runs on."""
+    """CPU, cores, GPU and versions of packages of this process."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": _cpu_name(), "cores": _cores(), "gpu": gpu, **versions(("megapromoe", "torch", "deepspeed"))}
 
@@ -121,23 +120,24 @@ def _cpu_name() -> str:
 
 
 def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Samples the run's latest averaged weights, looks at its experts, and writes what was measured.
+    """Generates samples with the latest averaged weights, analyses the routing, and writes a report.
 
     Writes samples.png, loss.png, routing.png (not for a dense model), report.json and report.md into the run directory.
 
     Args:
-        samples: digits to draw and have read, classes in turn. Runs on other data have a grid, but no reader.
-        timings: seconds of what came before, by name, to be listed too.
+        run: the run directory.
+        samples: number of images to generate, classes in turn. For digits, their accuracy is measured.
+        timings: seconds of earlier work, by name, to include in the report.
 
     Returns:
         the content of report.json.
 
-    Raises ReportError, or what `load_model` raises.
+    Raises ReportError; also what `load_model` raises.
     """
     directory = RunDirectory(run)
     model, config, step = load_model(run, device="cuda" if torch.cuda.is_available() else "cpu")
     if not directory.metrics.is_file():
-        raise ReportError(f"{directory.metrics}: is missing; the folder is no run's, or it was moved in part")
+        raise ReportError(f"{directory.metrics}: is missing; the folder is not a run, or a part of it was moved")
     lines = metrics_of(directory.metrics)
     dataset = open_dataset(config)
     count = parameters(config.model)
@@ -173,7 +173,7 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
 
 
 def _sampled(model: DiT, config: Config, count: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """How `count` images were drawn, the images, and their labels, classes in turn."""
+    """The sampling settings, `count` generated images (N, C, H, W), and their labels (N,), classes in turn."""
     labels = [i % config.model.num_classes for i in range(count)]
     images = generate(model, config, labels, range(count)).cpu().numpy()
     s = config.sample
@@ -182,27 +182,27 @@ def _sampled(model: DiT, config: Config, count: int) -> tuple[dict[str, Any], np
 
 
 def _picture(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A grid with a row for each of the first classes, all equally long."""
-    rows = [np.flatnonzero(labels == c) for c in np.unique(labels)[:GRID_SIDE]]
-    columns = min(GRID_SIDE, *map(len, rows), len(images))
+    """A grid with a row for each of the first classes, all with the same number of images."""
+    rows = [np.flatnonzero(labels == c) for c in np.unique(labels)[:GRID_SIZE]]
+    columns = min(GRID_SIZE, *map(len, rows), len(images))
     chosen = np.concatenate([row[:columns] for row in rows])
     return grid(images[chosen], columns, picture_scale(images.shape[-1]))
 
 
 def _layout(directory: RunDirectory) -> dict[str, Any] | None:
-    """How the latest start of the run lay over its ranks."""
+    """The parallel layout of the latest start of the run; None if it is not recorded."""
     if not directory.environment.is_file():
         return None
     return json.loads(directory.environment.read_text(encoding="utf-8"))[-1]["layout"]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page; what was not measured is not mentioned."""
+    """The report as Markdown; values that were not measured are left out."""
     how, size, host = report["sampling"], report["parameters"], report["machine"]
     rows = [("steps", f"{report['steps']:,} (sampled at {report['checkpoint_step']:,})")]
     if losses := report["final_losses"]:
         if len(losses) == 2 and {DENOISING_LOSS, TOTAL_LOSS} <= losses.keys():
-            losses = {DENOISING_LOSS: losses[DENOISING_LOSS]}  # the total has no other part
+            losses = {DENOISING_LOSS: losses[DENOISING_LOSS]}  # the total loss is the same
         words = [name.replace("_", " ") for name in losses]
         heading = f"{', '.join(words)}, mean{'s' * (len(words) > 1)} of the last {FINAL_STEPS} steps"
         rows.append((heading, ", ".join(f"{loss:.4f}" for loss in losses.values())))
@@ -211,16 +211,16 @@ def markdown(report: Mapping[str, Any]) -> str:
         ("training time, without start-up and saving", f"{report['training_seconds']:.0f} s"),
         ("training time of all starts, with saving", clock_text(report["elapsed_seconds"])),
         *((f"time of {name}", f"{seconds:.0f} s") for name, seconds in report["seconds"].items()),
-        ("parameters", f"{size['total']:,}, of which a token meets {size['active']:,}; {size['trainable']:,} trained"),
+        ("parameters", f"{size['total']:,}, {size['active']:,} active per token, {size['trainable']:,} trained"),
     ]
     if layout := report["layout"]:
         spread = f"tensor {layout['tp']}, expert {layout['ep']}, data {layout['dp']}"
         rows.append(("ranks", f"{layout['world']}: {spread}; {report['deepspeed']}"))
     if "accuracy" in report:
         read = f"**{report['accuracy']:.1%}** of {how['images']}"
-        rows.append(("sampled digits that a classifier reads as their class", read))
-        own = f"{report['classifier_own_accuracy']:.1%}"
-        rows.append(("that classifier on real digits, cross-validated", own))
+        rows.append(("sampled digits that a classifier assigns to their class", read))
+        real_accuracy = f"{report['classifier_own_accuracy']:.1%}"
+        rows.append(("that classifier on real digits, cross-validated", real_accuracy))
     sampler = f"{how['method']}, {how['steps']} steps, guidance {how['guidance']}, seed {how['seed']}"
     rows.append(("sampler", sampler))
     device = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
@@ -232,7 +232,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     if "picture" in report:
         page += ["", "## Samples", "", f"![a row of samples for each class]({report['picture']})"]
     if routing := report.get("routing"):
-        page += ["", "## Experts", "", "![what the experts take](routing.png)", ""]
+        page += ["", "## Experts", "", "![routing of the experts](routing.png)", ""]
         page += ["| block | largest load over mean | load entropy, 1: even | dead experts | bits about the class |"]
         page += ["|---|---|---|---|---|"]
         names = ("blocks", "load_max_over_mean", "load_entropy", "dead_experts", "class_information_bits")

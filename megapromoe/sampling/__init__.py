@@ -1,1 +1,1 @@
-"""Images from a trained run."""
+"""Generating images from a trained run."""

@@ -1,7 +1,7 @@
-"""A set of many images in the making, so that an interrupted job is continued by the same command.
+"""Writes a set of many images in chunks, so that repeating the command continues an interrupted job.
 
-Chunks lie beside the name of the set, in `NAME.parts`, each written as a whole; a repeated command generates the
-missing ones. The finished set is a folder of PNG files or an .npz, see `image_sets.py`.
+The chunks are in `NAME.parts` beside the set, each written atomically, and a repeated command generates the missing
+ones. The complete set is a folder of PNG files or an .npz, see `image_sets.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megapromoe.sampling.image_sets import ImageSetError, entries
 
 logger = logging.getLogger(__name__)
 
-REQUEST = "request"  # what a set was made from: `request.json` in a folder, an entry of an .npz
+REQUEST = "request"  # identity of the images of a set: `request.json` in a folder, an entry of an .npz
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -36,8 +36,9 @@ class ImageSetWriter:
 
     def __init__(self, out: Path, count: int, batch: int, shape: tuple[int, int, int]):
         """Args:
-        count: images of the set.
-        batch: images of a chunk; the last one may have fewer.
+        out: path of the set.
+        count: number of images of the set.
+        batch: images per chunk; the last chunk may have fewer.
         shape: (H, W, C) of an image.
         """
         self.out, self.count, self.shape = Path(out), count, shape
@@ -47,9 +48,9 @@ class ImageSetWriter:
         self._lock: IO[str] | None = None
 
     def open(self, identity: Mapping[str, Any]) -> list[int] | None:
-        """The chunks that are missing; None if the set is finished. Locks the set until `close`.
+        """Returns the missing chunks, or None if the set is complete. Locks the set until `close`.
 
-        Raises ImageSetError: `out` is something else, of another request, or being made by another process.
+        Raises ImageSetError if `out` is something else, has images of another request, or is locked by another process.
         """
         try:
             if (stored := self._finished()) is not None:
@@ -62,16 +63,16 @@ class ImageSetWriter:
                 self._compare(json.loads(file.read_text()), identity, self.folder)
             elif others := [p.name for p in self.folder.iterdir() if not self._is_overhead(p)]:
                 raise ImageSetError(
-                    f"{self.folder}: holds {others[0]}, which is not of this command; use another --out"
+                    f"{self.folder}: contains {others[0]}, which this command did not write; use another --out"
                 )
-            else:  # a request that failed before its first chunk does not hold the place
+            else:  # empty, or a request that failed before its first chunk: replace it
                 io.write_text(file, json.dumps(identity, indent=2))
             return [chunk for chunk in range(len(self.ranges)) if not self._is_whole(chunk)]
         except (OSError, ValueError) as error:
             raise ImageSetError(f"out = {self.out}: {error}; give another path, or remove {self.folder}") from error
 
     def write(self, chunk: int, images_BCHW: Tensor) -> None:
-        """Writes the images of a chunk, about [-1, 1], as bytes. Raises OSError."""
+        """Writes the images (B, C, H, W) of a chunk, about [-1, 1], as uint8. Raises OSError."""
         images = to_bytes(images_BCHW)
         if self.archive:
             with io.atomic_write(self._array(chunk)) as file:
@@ -82,7 +83,7 @@ class ImageSetWriter:
                 Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="png")
 
     def finish(self, labels: np.ndarray) -> None:
-        """Makes `out` of all chunks, as a whole, and removes the folder of chunks. Raises ImageSetError on rank 0."""
+        """Assembles `out` from all chunks atomically and removes their folder. Raises ImageSetError on rank 0."""
         if this_rank():
             return
         try:
@@ -96,9 +97,9 @@ class ImageSetWriter:
             ) from error
 
     def abandon(self) -> bool:
-        """Removes the folder of chunks if it has none, so that another request may use it; returns whether it did."""
+        """Removes the folder of chunks if it is empty, so that another request can use it; returns whether it did."""
         if self._lock is None:
-            return True  # the set is finished, and stays
+            return True  # the set is complete and is kept
         try:
             if not self._is_empty():
                 return False
@@ -137,10 +138,10 @@ class ImageSetWriter:
         shutil.rmtree(self.folder)
 
     def _finished(self) -> dict[str, Any] | None:
-        """What a finished set was made from; None if there is none yet."""
+        """The identity of the images of a complete set; None if it is not complete. Raises ImageSetError."""
         if self.archive and self.out.is_file():
             if REQUEST not in entries(self.out):
-                raise ImageSetError(f"{self.out}: is there, and was not made by this command; use another --out")
+                raise ImageSetError(f"{self.out}: exists, and was not made by this command; use another --out")
             with np.load(self.out, allow_pickle=False) as stored:
                 return json.loads(str(stored[REQUEST]))
         if not self.archive and self.out.is_dir() and any(self.out.iterdir()):
@@ -153,18 +154,22 @@ class ImageSetWriter:
         return None
 
     def _is_empty(self) -> bool:
-        """Whether the folder of chunks holds no image yet."""
+        """Whether the folder of chunks contains no image."""
         return all(map(self._is_overhead, self.folder.iterdir()))
 
     @staticmethod
     def _is_overhead(path: Path) -> bool:
-        """Whether a file of the folder of chunks is no image: the lock, the request, one that is being written."""
+        """Whether a file in the folder of chunks is not an image: the lock, the request, an incomplete file."""
         return path.suffix in (".lock", io.SUFFIX) or path.name == f"{REQUEST}.json"
 
     def _compare(self, stored: Mapping[str, Any], identity: Mapping[str, Any], place: Path) -> None:
         if differing := [key for key in {**stored, **identity} if stored.get(key) != identity.get(key)]:
-            listed = "; ".join(f"{key}: {stored.get(key)!r} there, {identity.get(key)!r} asked" for key in differing)
-            raise ImageSetError(f"{place}: holds images of another request ({listed}); use another --out, or remove it")
+            listed = "; ".join(
+                f"{key}: {stored.get(key)!r} stored, {identity.get(key)!r} requested" for key in differing
+            )
+            raise ImageSetError(
+                f"{place}: contains images of another request ({listed}); use another --out, or remove it"
+            )
 
     def _take_lock(self) -> None:
         file = io.open_regular(self.folder / "parts.lock", os.O_RDWR | os.O_CREAT)
@@ -173,15 +178,21 @@ class ImageSetWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
-            raise ImageSetError(f"{self.folder}: another process draws these images; wait, or stop it") from error
+            raise ImageSetError(
+                f"{self.folder}: another process generates these images; wait for it, or stop it"
+            ) from error
         except OSError as error:  # some cluster file systems are mounted without locks
-            logger.warning("%s: no locks here (%s); let only one job draw these images", self.folder, error.strerror)
+            logger.warning(
+                "%s: this file system has no locks (%s); let only one job generate these images",
+                self.folder,
+                error.strerror,
+            )
 
     def _array(self, chunk: int) -> Path:
         return self.folder / f"chunk-{chunk:06d}.npy"
 
     def _pictures(self, chunk: int) -> list[Path]:
-        width = max(6, len(str(self.count - 1)))  # so that the order of the names is that of the images
+        width = max(6, len(str(self.count - 1)))  # zero-padded, so that sorting by name keeps the order
         return [self.folder / f"{i:0{width}d}.png" for i in self.ranges[chunk]]
 
     def _is_whole(self, chunk: int) -> bool:

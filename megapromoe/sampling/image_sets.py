@@ -1,6 +1,6 @@
-"""Sets of images in files, to read: one .npz in the layout of guided-diffusion, or a folder of pictures.
+"""Reads sets of images: an .npz in the layout of guided-diffusion, or a folder of pictures.
 
-The .npz holds `arr_0`, uint8 (N, H, W, C), and `arr_1`, int64 labels (N,). Source: openai/guided-diffusion.
+The .npz contains `arr_0`, uint8 (N, H, W, C), and `arr_1`, int64 labels (N,). Source: openai/guided-diffusion.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 class ImageSetError(UserError):
-    """A set of images that cannot be read, or not be made here."""
+    """A set of images that cannot be read or written."""
 
     on_all_ranks = True
 
 
 class ImageSet:
-    """A finished set of images, read in stretches.
+    """A complete set of images, read by ranges.
 
     Args:
-        path: an .npz with `arr_0`, or a folder of pictures, read by `data.images.open_image`; their order is that of
-            their names, and hidden ones are passed over.
+        path: an .npz with `arr_0`, or a folder of pictures, which are read by `data.images.open_image` in the order of
+            their names, without hidden files.
 
-    Raises ImageSetError: it is not there, or no such thing.
+    Attributes:
+        shape: (H, W, C) of each image.
+
+    Raises ImageSetError if it does not exist or is something else.
     """
 
     def __init__(self, path: Path):
@@ -40,7 +43,7 @@ class ImageSet:
             pictures = [file for file in self.path.iterdir() if file.suffix.lower() in SUFFIXES]
             self._files = sorted(file for file in pictures if not is_hidden(file.name))
             if not self._files:
-                raise ImageSetError(f"{path}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+                raise ImageSetError(f"{path}: contains no picture ({', '.join(sorted(SUFFIXES))})")
             if hidden := [file.name for file in pictures if is_hidden(file.name)]:
                 logger.info("%s: %s", path, hidden_note(hidden))
             self._images = None
@@ -58,7 +61,7 @@ class ImageSet:
         return len(self._files if self._images is None else self._images)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Images start .. stop - 1, uint8 (B, H, W, C). Raises ImageSetError naming the picture that is wrong."""
+        """Reads images start .. stop - 1, uint8 (B, H, W, C). Raises ImageSetError, naming the picture."""
         if self._images is not None:
             return np.array(self._images[start:stop])
         pictures = []
@@ -66,7 +69,8 @@ class ImageSet:
             picture = self._picture(file)
             if picture.shape != self.shape:
                 raise ImageSetError(
-                    f"{file}: is {picture.shape}, {self._files[0].name} {self.shape}; all must be alike"
+                    f"{file}: is {picture.shape}, {self._files[0].name} {self.shape}; all pictures must have the same"
+                    " shape"
                 )
             pictures.append(picture)
         return np.stack(pictures)
@@ -80,19 +84,19 @@ class ImageSet:
 
 
 def entries(path: Path) -> set[str]:
-    """Names of the arrays of an .npz. Raises ImageSetError if it is none."""
+    """Names of the arrays in an .npz. Raises ImageSetError if it is not an .npz."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
     except (OSError, zipfile.BadZipFile) as error:
-        raise ImageSetError(f"{path}: is no .npz archive ({error})") from error
+        raise ImageSetError(f"{path}: is not an .npz archive ({error})") from error
 
 
 def open_array(path: Path, name: str) -> np.ndarray:
-    """An array of an .npz; where it is not compressed it stays on disk, however large. Raises ImageSetError."""
+    """Opens an array of an .npz, as a memory map if it is not compressed. Raises ImageSetError."""
     names = entries(path)
     if name not in names:
-        raise ImageSetError(f"{path}: has no {name} (it holds {', '.join(sorted(names))})")
+        raise ImageSetError(f"{path}: has no {name} (it contains {', '.join(sorted(names))})")
     try:
         with zipfile.ZipFile(path) as archive:
             entry = archive.getinfo(f"{name}.npy")
@@ -100,14 +104,16 @@ def open_array(path: Path, name: str) -> np.ndarray:
                 with archive.open(entry) as file:
                     return np.lib.format.read_array(file, allow_pickle=False)
         with open(path, "rb") as file:
-            # The local header has a length of its own: its extra field is not the directory's.
+            # Read the length of the local header: its extra field can differ from that in the directory.
             file.seek(entry.header_offset + 26)
             file.seek(entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))))
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = read(file)
             if dtype.hasobject:
-                raise ImageSetError(f"{path}: {name} holds objects, which only pickle could read; write it as numbers")
+                raise ImageSetError(
+                    f"{path}: {name} contains objects, which only pickle could read; save it as numbers"
+                )
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
         raise ImageSetError(f"{path}: {name} cannot be read ({error}); write it again") from error

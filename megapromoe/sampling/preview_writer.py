@@ -1,4 +1,4 @@
-"""A few images in one file: a grid to look at, or the arrays to work with."""
+"""Writes a few images to one file: a picture with a grid, or an .npz with arrays."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from megapromoe.sampling.image_sets import ImageSetError
 class PreviewWriter:
     """Writes `out`, a .png or an .npz (`images`, float, `labels`, `seed`); see `generation.ImageWriter`.
 
-    Ranks keep their chunks in memory: rank 0 alone needs access to `out`, nothing is left beside it, and a repeated
-    command replaces it.
+    Ranks keep their chunks in memory, so only rank 0 needs access to `out`, and no other files are written. A repeated
+    command replaces `out`.
     """
 
     def __init__(self, out: Path, count: int, batch: int, columns: int, seed: int):
         """Args:
-        count: images in all.
-        batch: images of a chunk; the last one may have fewer.
+        out: path of the file, .png or .npz.
+        count: total number of images.
+        batch: images per chunk; the last chunk may have fewer.
         columns: images in a row of the grid.
-        seed: of the images.
+        seed: seed of the images, stored in an .npz.
         """
         self.out, self.columns, self.seed = Path(out), columns, seed
         self.num_chunks = -(-count // batch)
         self._chunks: dict[int, Tensor] = {}
 
     def open(self, identity: Mapping[str, Any]) -> list[int]:
-        """All chunks. Makes the folder of `out`. Raises ImageSetError if `out` cannot be written."""
+        """Returns all chunks, and creates the folder of `out`. Raises ImageSetError if `out` cannot be written."""
         if self.out.is_dir():
             raise ImageSetError(f"out = {self.out}: is a folder; give the path of a file")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             staging = io.staging_path(self.out)
-            staging.unlink(missing_ok=True)  # perhaps a link, which would be followed
+            staging.unlink(missing_ok=True)  # it may be a link, which `touch` would follow
             staging.touch(exist_ok=False)
             staging.unlink()
         except OSError as error:
@@ -49,11 +50,11 @@ class PreviewWriter:
         return list(range(self.num_chunks))
 
     def write(self, chunk: int, images_BCHW: Tensor) -> None:
-        """Keeps the images of a chunk until `finish`."""
+        """Keeps the images (B, C, H, W) of a chunk in memory until `finish`."""
         self._chunks[chunk] = images_BCHW.cpu()
 
     def finish(self, labels: np.ndarray) -> None:
-        """Gathers all chunks on rank 0, which writes `out` as a whole. Collective. Raises ImageSetError on rank 0."""
+        """Gathers all chunks on rank 0, which writes `out` atomically. Collective. Raises ImageSetError on rank 0."""
         gathered = gather_to_rank0(self._chunks)
         if gathered is None:
             return
@@ -69,7 +70,7 @@ class PreviewWriter:
             raise self._unwritable(error) from error
 
     def abandon(self) -> bool:
-        """True: `open` leaves nothing."""
+        """Returns True, since `open` leaves no files."""
         return True
 
     def close(self) -> None:

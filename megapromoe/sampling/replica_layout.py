@@ -1,9 +1,10 @@
-"""Which rank generates which chunk of images.
+"""Assigns chunks of images to ranks.
 
-A *replica* is a rank, or the tp ranks that hold one model together. Under expert parallelism the replicas of an
-*expert-parallel group* share experts, so they generate in step. The chunks of a group are neighbours, always the same
-ones: its images have the same bits at any number of groups. A replica without a chunk generates one again, so that the
-others have its experts, and drops it.
+A *replica* is a rank, or the tp ranks over which one model is sharded. With expert parallelism, the replicas of an
+*expert-parallel group* share experts, so they must generate at the same time. The chunks are divided into fixed units
+of consecutive chunks, one for each replica of a group, and a group always generates a complete unit. So the images have
+the same bits for any number of groups. A replica whose chunk is not needed generates it nevertheless, because the
+others need its experts, and drops it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReplicaLayout:
-    """The place of this rank among the replicas.
+    """The position of this rank among the replicas.
 
     Attributes:
-        replica: this rank's replica within its expert-parallel group.
-        group_size: replicas of a group.
-        group: this rank's group.
-        num_groups: groups of the job.
-        is_first: whether this rank is the first of its replica, which writes the images.
+        replica: index of this rank's replica in its expert-parallel group.
+        group_size: number of replicas in a group.
+        group: index of this rank's group.
+        num_groups: number of groups of the job.
+        is_first: whether this is the first rank of its replica, which writes the images.
     """
 
     replica: int
@@ -33,19 +34,19 @@ class ReplicaLayout:
 
     @classmethod
     def of(cls, rank: int, world: int, tp: int = 1, ep: int = 1, etp: int = 1) -> ReplicaLayout:
-        """The place of a rank; `etp` is the number of ranks over which each expert's width is split."""
+        """The position of a rank; `etp` is the number of ranks over which the width of each expert is sharded."""
         size = math.lcm(tp, ep * etp)
         group, place = divmod(rank, size)
         return cls(place // tp, size // tp, group, world // size, place % tp == 0)
 
     def rounds(self, missing: list[int], last: int) -> Iterator[tuple[int | None, list[int]]]:
-        """Each round: the chunk this rank generates (None: none), and the missing ones of all ranks.
+        """Yields for each round the chunk of this rank (None: it is idle) and the missing chunks of all ranks.
 
-        Every rank gets as many rounds, and every replica of a group a chunk in the same ones.
+        All ranks have the same number of rounds, and all replicas of a group have a chunk in the same rounds.
 
         Args:
             missing: chunks to generate.
-            last: the last chunk of all, which a replica generates where its own would lie beyond.
+            last: the last chunk; a replica generates it if its own chunk number would be larger.
         """
         wanted = set(missing)
         units = sorted({chunk // self.group_size for chunk in missing})
@@ -56,5 +57,5 @@ class ReplicaLayout:
             yield min(now[self.group] * self.group_size + self.replica, last) if takes_part else None, chunks
 
     def writes(self, chunk: int) -> bool:
-        """Whether this rank is the one to write the chunk that it generates."""
+        """Whether this rank writes the chunk that it generated."""
         return self.is_first and chunk % self.group_size == self.replica

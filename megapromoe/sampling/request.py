@@ -1,4 +1,4 @@
-"""What to generate from a run: which images, of which classes, from which weights, and into which files."""
+"""A request to generate images from a run: number, classes, weights and output files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from megapromoe.sampling.run_model import CheckpointId, run_config
 
 CLASSES = ("balanced", "random")
 PREVIEW_FORMATS = (".png", ".npz")
-_OTHER_FILES = (".png", ".jpg", ".npy", ".pt", ".zip", ".safetensors")  # names that were not meant for a folder
+# Suffixes of names that were probably not meant for a folder.
+_OTHER_FILES = (".png", ".jpg", ".npy", ".pt", ".zip", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,21 @@ class GenerationRequest:
 
     Attributes:
         run: the run directory.
-        out: of a set, a folder for PNG files, or an .npz in the layout of guided-diffusion (with several `scales`, each
-            has a folder `guidance-SCALE` in it, or a file with that in its name); of a preview, a .png of a grid with a
-            row for each class, or an .npz of float arrays.
-        num: images of a set; of a preview, images of each class, numbered class by class.
-        classes: of a set: "balanced": they take turns; "random": drawn for each image.
-        only: the classes to choose from; None is all.
-        scales: guidance scales, a set of images for each; none: the run's.
-        step, weights: of the checkpoint, see `load_model`.
-        overrides: `sample.key=value` settings.
-        autoencoder: decodes latents, see `decoding.open_decoder`.
-        tp, ep: ranks over which a model too large for one is split.
-        named: put the scale into the name even if there is only one.
-        preview: a preview, no set.
-        complete_name: add the step, and a digest of all else that the images depend on, to the name of `out`, so that
-            requests which differ have different names.
+        out: for a set, a folder for PNG files, or an .npz in the layout of guided-diffusion. With several `scales`,
+            each gets a subfolder `guidance-SCALE`, or a file with that suffix. For a preview, a .png with a grid, one
+            row per class, or an .npz of float arrays.
+        num: for a set, the number of images; for a preview, the number of images per class, numbered class by class.
+        classes: for a set, "balanced": classes in turn; "random": a random class for each image.
+        only: the classes to use; None: all.
+        scales: guidance scales, with one set of images for each; empty: that of the run.
+        step, weights: see `load_model`.
+        overrides: settings `sample.key=value`.
+        autoencoder: autoencoder that decodes latents, see `decoding.open_decoder`.
+        tp, ep: degrees of tensor and expert parallelism, for a model that does not fit on one rank.
+        named: add the scale to the name even if there is only one.
+        preview: whether this is a preview.
+        complete_name: add the step and a hash of everything else that the images depend on to the name of `out`, so
+            that different requests have different names.
     """
 
     run: Path
@@ -62,7 +63,7 @@ class GenerationRequest:
     complete_name: bool = False
 
     def outputs(self) -> list[tuple[Config, Path]]:
-        """The run's config for each guidance scale, and where its images go. Raises SampleError or ConfigError."""
+        """The config of the run and the output path for each guidance scale. Raises SampleError or ConfigError."""
         scales: list[tuple[str, ...]] = [(f"sample.guidance={scale}",) for scale in self.scales] or [()]
         configs = [run_config(self.run, (*self.overrides, *scale)) for scale in scales]
         if len(configs) == 1 and not self.named:
@@ -75,7 +76,10 @@ class GenerationRequest:
         return list(zip(configs, places, strict=True))
 
     def checked(self, world: int) -> Config:
-        """The run's config, if `world` ranks can meet the request. Raises SampleError or ConfigError, for all ranks."""
+        """Checks the request for `world` ranks and returns the config of the run.
+
+        Raises SampleError or ConfigError, the same on all ranks.
+        """
         outputs = self.outputs()
         config = outputs[0][0]
         expert_tp = config.parallel.expert_tp
@@ -83,7 +87,7 @@ class GenerationRequest:
         problems = self._class_problems(config)
         problems += self._preview_problems(config) if self.preview else self._set_problems()
         if len({place for _, place in outputs}) < len(outputs):
-            problems.append(f"guidance = {', '.join(map(str, self.scales))}: each scale once")
+            problems.append(f"guidance = {', '.join(map(str, self.scales))}: give each scale once")
         group = math.lcm(self.tp, self.ep * (self.tp if expert_tp else 1))
         if world % group:
             problems.append(f"tp {self.tp}, ep {self.ep}: need a multiple of {group} ranks, not {world}")
@@ -117,7 +121,9 @@ class GenerationRequest:
         if self.num < 1:
             problems.append(f"count = {self.num}: must be at least 1")
         if len(self.scales) > 1:
-            problems.append(f"guidance = {', '.join(map(str, self.scales))}: one scale, or --num for a set of each")
+            problems.append(
+                f"guidance = {', '.join(map(str, self.scales))}: give one scale, or --num for a set of each"
+            )
         if self.out.suffix not in PREVIEW_FORMATS:
             problems.append(f"out = {self.out}: must end in {' or '.join(PREVIEW_FORMATS)}")
         if self.out.suffix == ".png" and self.autoencoder is None:
@@ -138,7 +144,7 @@ class GenerationRequest:
         return choice[index % len(choice)]
 
     def identity(self, config: Config, decoder: Autoencoder | None) -> dict[str, Any]:
-        """What, beside the checkpoint, the images of a set depend on: all that a repeated command must share."""
+        """Everything except the checkpoint that the images depend on; it must be the same in a repeated command."""
         return {
             "num": self.num,
             "classes": self.classes,
@@ -149,13 +155,13 @@ class GenerationRequest:
         }
 
     def with_complete_name(self, config: Config, decoder: Autoencoder | None) -> GenerationRequest:
-        """The request with the `out` that `complete_name` asks for: step-00000300-1a2b3c.png. Its step is known."""
-        facts = [self.step, self.preview, [str(scale) for scale in self.scales], self.identity(config, decoder)]
-        name = f"{self.out.stem}-{self.step:08d}-{sha256_of_json(facts)[:6]}{self.out.suffix}"
+        """The request with the name of `out` for `complete_name`, such as step-00000300-1a2b3c.png; needs `step`."""
+        content = [self.step, self.preview, [str(scale) for scale in self.scales], self.identity(config, decoder)]
+        name = f"{self.out.stem}-{self.step:08d}-{sha256_of_json(content)[:6]}{self.out.suffix}"
         return replace(self, out=self.out.with_name(name))
 
     def identity_at(self, checkpoint: CheckpointId, config: Config, decoder: Autoencoder | None) -> dict[str, Any]:
-        """`identity` with the checkpoint; kept with an unfinished set, and in a finished one."""
+        """`identity` with the checkpoint. It is stored with incomplete and complete sets."""
         return {
             "step": checkpoint.step,
             "checkpoint": checkpoint.sha256,

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
-from megapromoe.plot_lines import MANY, Curve, draw_curves, height_of, label_log_axis, name_ends, number
+from megapromoe.plot_lines import MAX_LINES, Curve, draw_curves, height_of, label_log_axis, name_ends, number
 from megapromoe.plot_styles import Style, assign_families
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
@@ -43,7 +43,7 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
     third = any(len(mean) > 1 for mean in means.values())
 
     panels: dict[str, Axes | SubFigure]
-    if len(everything) > MANY:  # one panel for each, in a column
+    if len(everything) > MAX_LINES:  # small multiples, one below the other
         names = ["losses", "course", "ends"] if third else ["losses", "ends"]
         heights = [1.0 + 0.2 * len(everything) if name == "ends" else height_of(len(everything)) for name in names]
         figure = Figure(figsize=(11.5, sum(heights)), layout="constrained")

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
 from megapromoe.io import atomic_write
-from megapromoe.plot_lines import MANY, Curve, draw_curves, height_of, label_log_axis, name_ends
+from megapromoe.plot_lines import MAX_LINES, Curve, draw_curves, height_of, label_log_axis, name_ends
 from megapromoe.plot_styles import MARKERS, Style
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
@@ -98,7 +98,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
     if not varies:  # at equal compute the second panel would show one x only
         figure, (left,) = _parts([heights[0]], stacked=True)
     else:
-        figure, (left, right) = _parts(heights, stacked=len(everything) > MANY)
+        figure, (left, right) = _parts(heights, stacked=len(everything) > MAX_LINES)
         _draw_ends(right.subplots(), study, rows)
     tasks, styles = {task.name: task for task in study.tasks}, styles_of(study, everything)
     lines = []
@@ -161,7 +161,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
     if not rows:
         return None
     everything = groups(rows, study.recipe)
-    stacked = len(everything) > MANY
+    stacked = len(everything) > MAX_LINES
     figure, parts = _parts([height_of(len(everything), 4.6)] * 3, stacked=stacked)
     tasks, styles = {task.name: task for task in study.tasks}, styles_of(study, everything)
     lines: tuple[list[Curve], list[Curve], list[Curve]] = ([], [], [])

@@ -1,6 +1,6 @@
-"""What a start of training would do, and what it would be refused for, found without starting: `train --dry-run`.
+"""`train --dry-run`: reports what a start of training would do, and all reasons for which it would be refused.
 
-It opens the data as a start does, but copies none to `data.cache`, and it writes nothing.
+It opens the data like a start, but does not copy them to `data.cache`, and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megapromoe.errors import ExitCode, UserError, Violations
 
 
 class StartRefused(Violations):
-    """A start that would be refused; `violations` lists every reason that a dry run can find."""
+    """A start that would be refused; `violations` lists all reasons that a dry run can detect."""
 
     subject = "this start"
     exit_code = ExitCode.MISCONFIGURED
@@ -32,13 +32,16 @@ def examine_start(
     from_step: int | None = None,
     fork: str | None = None,
 ) -> tuple[str, Dataset | None, StartRefused | None]:
-    """What a start would find in its folder and in its data; changes nothing.
+    """Checks the run directory and the data of a start, without changing anything.
 
     Args:
+        config: configuration of the start.
+        folder: the run directory.
         allow, from_step, fork: see `loop.train`.
 
-    Returns what the start would do with the folder, its data set, or None if it cannot be used, and why the start would
-    be refused, if it would be.
+    Returns:
+        a description of what the start would do in the folder; the data set, None if it cannot be opened; the error
+        with which the start would be refused, None if it would not.
     """
     problems: list[UserError] = []
     run, dataset, state = RunDirectory(folder), None, "refused, see below"
@@ -56,5 +59,5 @@ def examine_start(
     refused = StartRefused(map(str, problems))
     refused.on_all_ranks = all(error.on_all_ranks for error in problems)
     if all(isinstance(error, RunInUse) for error in problems):
-        refused.exit_code = ExitCode.FAILED  # the folder may be free at another time
+        refused.exit_code = ExitCode.FAILED  # another process may release the folder
     return state, dataset, refused

@@ -1,7 +1,7 @@
-"""Logs of a run that survive a full disk, and a run directory that is renamed or removed for a while.
+"""Log files of a run that tolerate a full disk and a run directory that is temporarily renamed or removed.
 
-What cannot be written is kept in memory, and written as soon as it can be. Training goes on meanwhile: a log never
-raises OSError. Each log warns once when it cannot be written, and reports when it can again.
+Records that cannot be written are kept in memory and written later. Training continues meanwhile: a log never raises
+OSError. Each log warns once when it cannot be written, and again when it can.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ Record = TypeVar("Record")
 
 
 class LogFolder:
-    """The run directory that logs are written to: the same one as at the start, whatever its path leads to later.
+    """The run directory that logs are written to. Checks that its path still leads to the same directory.
 
-    Where a run directory is removed while its run goes on, another run may take the path; its logs are not to be
-    mixed with these. A directory that was copied or mounted again is recognised by its environment.json, which holds
-    every start with its time and process.
+    If a run directory is removed while its run continues, another run may use the path, and the logs of both must not
+    be mixed. A directory that was copied or mounted again is recognised by its environment.json, which contains each
+    start with its time and process.
     """
 
     def __init__(self, path: Path):
         """Raises OSError if there is no such folder."""
         self.path = Path(path)
-        self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)  # as long as it is open, its inode is its own
+        self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)  # while it is open, its inode is not reused
         self._starts = self._read_starts()
 
     def check(self) -> None:
-        """Raises OSError unless the path leads to the folder of the start."""
+        """Raises OSError unless the path still leads to the folder of the start."""
         if os.path.samestat(os.stat(self.path), os.fstat(self._handle)):
             return
         if self._starts is None or self._read_starts() != self._starts:
-            raise OSError(errno.ESTALE, "another folder has taken the place of this run's", str(self.path))
+            raise OSError(errno.ESTALE, "this path now leads to the folder of another run", str(self.path))
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         os.close(self._handle)
         self._handle = handle
 
     def close(self) -> None:
-        """Frees the folder. No `check` may follow."""
+        """Closes the folder. Do not call `check` afterwards."""
         os.close(self._handle)
 
     def _read_starts(self) -> bytes | None:
@@ -63,10 +63,10 @@ class LogFolder:
 
 
 class Log(ABC, Generic[Record]):
-    """Records that are written in their order; those that cannot be are tried again with the next one.
+    """Writes records in order. Records that cannot be written are retried with the next one.
 
     Args:
-        path: the file or folder that is written, below `folder`.
+        path: the file or folder to write, below `folder`.
         folder: the run directory.
     """
 
@@ -77,7 +77,7 @@ class Log(ABC, Generic[Record]):
         self._fails = False
 
     def write(self, record: Record) -> None:
-        """Writes the records that are pending, and this one. Beyond `MAX_PENDING` bytes of them this one is lost."""
+        """Writes the pending records and this one. If more than `MAX_PENDING` bytes are pending, drops it."""
         self._pending.append(record)
         self.flush()
         if sum(map(self._size_of, self._pending)) > MAX_PENDING:
@@ -85,7 +85,7 @@ class Log(ABC, Generic[Record]):
             self._lost += 1
 
     def flush(self) -> None:
-        """Tries to write what is pending."""
+        """Tries to write the pending records."""
         if not self._is_due():
             return
         count = len(self._pending)
@@ -96,18 +96,18 @@ class Log(ABC, Generic[Record]):
         except OSError as error:
             if not self._fails:
                 logger.warning(
-                    "%s: cannot be written (%s); training goes on, and what is logged waits in memory",
+                    "%s: cannot be written (%s); training continues, and log entries are kept in memory",
                     *(error.filename or self.path, error.strerror or error),
                 )
             self._fails = True
             return
         if self._fails:
-            lost = f", but {self._lost} entries were too many to keep" if self._lost else ""
-            logger.warning("%s: can be written again, and has the %d entries that waited%s", self.path, count, lost)
+            lost = f", but {self._lost} entries were dropped, since too many were pending" if self._lost else ""
+            logger.warning("%s: can be written again; wrote the %d entries that were pending%s", self.path, count, lost)
         self._fails, self._lost = False, 0
 
     def close(self) -> None:
-        """Tries to write what is pending for the last time."""
+        """Tries to write the pending records for the last time."""
         self.flush()
         if self._pending or self._lost:
             logger.warning("%s: %d entries were never written", self.path, len(self._pending) + self._lost)
@@ -118,7 +118,7 @@ class Log(ABC, Generic[Record]):
 
     @abstractmethod
     def _write_pending(self) -> None:
-        """Writes the pending records, and removes from them what is written. Raises OSError."""
+        """Writes the pending records and removes the written ones from the list. Raises OSError."""
 
     @abstractmethod
     def _size_of(self, record: Record) -> int:
@@ -126,18 +126,18 @@ class Log(ABC, Generic[Record]):
 
 
 class AppendedFile(Log[bytes]):
-    """A file to whose end records are written; none is left there in part.
+    """A file to which records are appended, each completely or not at all.
 
-    The file is opened anew for each record, so that one which was removed or moved away begins again.
+    The file is opened for each write, so it is created again if it was removed or moved.
 
     Args:
-        prepare: called before the first record is written, by `flush` also without one; again after an OSError.
+        prepare: called once before the first write, by `flush` even without a record; repeated after an OSError.
     """
 
     def __init__(self, path: Path, folder: LogFolder, prepare: Callable[[], None] | None = None):
         super().__init__(path, folder)
         self._prepare = prepare
-        self._whole: tuple[int, int] | None = None  # after a failed write: the file, and where its whole records end
+        self._valid_end: tuple[int, int] | None = None  # after a failed write: inode, end of the last complete record
 
     def _is_due(self) -> bool:
         return bool(self._pending) or self._prepare is not None
@@ -150,21 +150,21 @@ class AppendedFile(Log[bytes]):
         try:
             status = os.fstat(file)
             inode, end = status.st_ino, status.st_size
-            if self._whole is not None and self._whole[0] == inode and end > self._whole[1]:
-                end = self._whole[1]
+            if self._valid_end is not None and self._valid_end[0] == inode and end > self._valid_end[1]:
+                end = self._valid_end[1]
                 os.ftruncate(file, end)
-            self._whole = inode, end
+            self._valid_end = inode, end
             try:
                 left = memoryview(b"".join(self._pending))
                 while left:
                     left = left[os.write(file, left) :]
             except OSError:
-                with contextlib.suppress(OSError):  # then the next write does it
+                with contextlib.suppress(OSError):  # then the next write truncates it
                     os.ftruncate(file, end)
                 raise
         finally:
-            os.close(file)  # a file system of the network may report only now that the disk is full
-        self._whole = None
+            os.close(file)  # a network file system may report a full disk only now
+        self._valid_end = None
         self._pending.clear()
 
     def _size_of(self, record: bytes) -> int:
@@ -172,7 +172,7 @@ class AppendedFile(Log[bytes]):
 
 
 class PictureFolder(Log[tuple[str, np.ndarray]]):
-    """A folder of PNG files. A record is a name and a picture, uint8 (height, width, 3)."""
+    """A folder of PNG files. A record is (file name, picture), the picture uint8 (height, width, 3)."""
 
     def _write_pending(self) -> None:
         self.path.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""The training run, top to bottom.
+"""The training run, from top to bottom.
 
-Repeating the command resumes: the newest checkpoint is loaded and the stream of samples goes on where it was, since the
-state of the data is the number of steps done.
+Repeating the command resumes the run: the newest checkpoint is loaded, and the sample stream continues at the same
+position, because that is determined by the number of completed steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.checkpoint.history import Start
-from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
@@ -39,9 +39,9 @@ from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.parallelize import build
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
-from megapromoe.training.progress import Progress, SaveClock, largest_norm
-from megapromoe.training.resuming import fill, note_skipped, plan_start
+from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
 from megapromoe.training.run_clock import RunClock, elapsed_before
+from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
 from megapromoe.training.summary import closing_lines, sample_command, summary
 from megapromoe.versions import versions
 
@@ -49,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingError(UserError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
     on_all_ranks = True
 
 
 class Interrupted(TrainingError):
-    """A run that was asked to stop by a signal, and has saved."""
+    """A run that was stopped by a signal, after saving a checkpoint."""
 
     exit_code = ExitCode.STOPPED
 
@@ -68,48 +68,55 @@ def train(
     allow: tuple[str, ...] = (),
     fork: str | None = None,
 ) -> None:
-    """Trains to `train.steps` in the run directory `folder`, from its newest checkpoint if it has any. Collective.
+    """Trains to `train.steps` in a run directory, from its newest checkpoint if there is one. Collective.
+
+    A stop request to any rank (see `stop_requests`) ends the run after the current step, with a checkpoint.
 
     Args:
-        from_step: go back to the checkpoint of this step instead, or not at all; see `history.plan_start`.
-        allow: settings, such as "data.seed", that may differ from the run's, see `origin.FIXED`; "data" and
-            "run" too.
+        config: configuration of the run.
+        folder: the run directory.
+        launch: this rank, from the launcher's environment.
+        from_step: go back to the checkpoint of this step instead; see `history.plan_start`.
+        allow: settings of `origin.FIXED`, such as "data.seed", that may differ from those of the run; also "data" and
+            "run".
         fork: name of the branch that begins at `from_step`.
 
-    A request to stop to any rank (see `stop_requests`) ends the run after a step, with a checkpoint. Raises Interrupted
-    then; RunDirectoryError, CheckpointError or TrainingError on every rank, each saying what to do.
+    Raises Interrupted after a stop request; RunDirectoryError, CheckpointError or TrainingError. Each is raised on
+    every rank and names the remedy.
     """
     records = folder / "flight_records"
     limits = config.train.timeout, config.train.step_timeout
     with install_signal_handlers(launch) as asked_to_stop, watched_job(launch, *limits, records) as job:
         watchdog.starting("opening the run directory")
-        own = _claim_folder(config, folder, launch, allow)
-        run = own or RunDirectory(folder)
+        claimed = _claim_folder(config, folder, launch, allow)
+        run = claimed or RunDirectory(folder)
         try:
-            if own and job.device.type == "cuda":
+            if claimed and job.device.type == "cuda":
                 _make_folder(records)
             with repeating_cannot_help(CheckpointError):
                 start, origin = plan_start(config, run, from_step, fork)
             _train(config, run, job, start, origin, allow, asked_to_stop)
         finally:
-            if own:
+            if claimed:
                 with contextlib.suppress(OSError):
-                    records.rmdir()  # nothing hung, so it is empty
-                own.close()
+                    records.rmdir()  # only removes it if it is empty, that is, without a hang
+                claimed.close()
 
 
 def _make_folder(records: Path) -> None:
-    """The folder of NCCL's flight records, which a run can do without."""
+    """Creates the folder for NCCL's flight records. A failure is logged: the run does not need them."""
     try:
         records.mkdir(exist_ok=True)
     except OSError as error:
-        logger.warning("%s: cannot be made (%s); a hang will leave no flight records", records, error.strerror)
+        logger.warning(
+            "%s: cannot be created (%s); NCCL will write no flight records in case of a hang", records, error.strerror
+        )
 
 
 def _claim_folder(
     config: Config, folder: Path, launch: runtime.LaunchEnvironment, allow: tuple[str, ...]
 ) -> RunDirectory | None:
-    """Rank 0 claims the folder, and returns it; where it may not, every rank raises the reason."""
+    """Claims the folder on rank 0 and returns it there, None on other ranks. A failure is raised on every rank."""
     run = None
     with raising_together(RunDirectoryError):
         if launch.rank == 0:
@@ -118,8 +125,8 @@ def _claim_folder(
 
 
 def _record_start(run: RunDirectory) -> None:
-    """Rank 0 writes config.yaml and the start's entry, once no rank can refuse the start any more. Collective."""
-    raise_if_any_rank_failed(None, RunDirectoryError)  # a rank that failed before does not come here
+    """Writes config.yaml and the entry of environment.json on rank 0, if no rank has failed. Collective."""
+    raise_if_any_rank_failed(None, RunDirectoryError)  # waits for all ranks: one that failed raises here on all
     with raising_together(RunDirectoryError):
         if this_rank() == 0:
             run.record()
@@ -139,16 +146,18 @@ def _train(
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
     dataset = _open_dataset(config)
-    loader = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    stream = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema, t.ema_warmup)
     objective = make_objective(config)
 
-    saver = Saver(run.checkpoints, engine, ema, patience=t.timeout / 2)  # the others wait for rank 0 in a collective
-    watchdog.starting("reading the checkpoint", math.inf)  # its hashes are of all bytes
+    checkpoints = CheckpointManager(
+        run.checkpoints, engine, ema, commit_timeout=t.timeout / 2
+    )  # the other ranks wait in a collective, with t.timeout
+    watchdog.starting("reading the checkpoint", math.inf)  # verifying the hashes reads all bytes
     with repeating_cannot_help(CheckpointError):
-        manifest = fill(run, engine, ema, start, partial(origin.check, allow=allow))
+        manifest = restore_run(run, engine, ema, start, partial(origin.check, allow=allow))
     watchdog.starting("recording the start")
     _record_start(run)
     step = manifest["step"]
@@ -156,27 +165,27 @@ def _train(
         begins = f"resumes from step {step:,}" if step else "begins at step 0"
         for line in summary(config, mesh.world_size, run.folder, begins, dataset, runtime.describe_device(device)):
             logger.info("%s", line)
-    for line in describe_changes(config, run.changed, step):  # rank 0 alone knows them, and it alone logs
+    for line in describe_changes(config, run.changed, step):  # only rank 0 has them, and only rank 0 logs
         logger.info("changed since the last start: %s", line)
     if step >= t.steps:
-        logger.info("%s: all %d steps are done; train.steps=N with a larger N trains on", run.folder, step)
+        logger.info("%s: all %d steps are done; to continue, set train.steps to a larger number", run.folder, step)
         logger.info("next: %s", sample_command(config, run.folder))
         return
 
-    stretches = (
-        stretch
+    index_ranges = (
+        index_range
         for s in range(step, t.steps)
-        for stretch in loader.micro_batches(s, mesh.dp.size, mesh.dp.rank, t.accumulation, t.global_batch)
+        for index_range in stream.micro_batches(s, mesh.dp.size, mesh.dp.rank, t.accumulation, t.global_batch)
     )
-    batches = prefetch(loader, stretches, config.data.workers, pin=device.type == "cuda")
-    # Rank 0 alone logs, and its facts are those that are saved.
+    batches = prefetch(stream, index_ranges, config.data.workers, pin=device.type == "cuda")
+    # Only rank 0 logs, and its metadata are saved.
     before = elapsed_before(manifest, run.metrics, t.global_batch) if mesh.rank == 0 else 0.0
     clock = RunClock(before, step, t.steps)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
-    window = MetricAccumulator(config, mesh, device)
-    progress = Progress(t, manifest)
+    accumulator = MetricAccumulator(config, mesh, device)
+    tracker = StepTracker(t, manifest)
     save_clock = SaveClock(t.save_minutes, mesh.rank)
-    compiling = watchdog.COMPILING if t.compile else 0.0  # the first step of this start alone
+    compiling = watchdog.COMPILING if t.compile else 0.0  # only for the first step of this start
     asked_to_stop.steps_begin()
     try:
         while step < t.steps:
@@ -184,64 +193,64 @@ def _train(
             for micro in range(t.accumulation):
                 watchdog.at(f"section 'data' of step {step + 1}")
                 batch = next(batches).to(device)
-                window.damaged += batch.damaged
+                accumulator.damaged += batch.damaged
                 watchdog.at(f"section 'forward and backward' of step {step + 1}", compiling)
-                loss += _micro_step(engine, objective, batch, window)
+                loss += _micro_step(engine, objective, batch, accumulator)
                 if micro < t.accumulation - 1:
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
-            max_norm = largest_norm(t.spike, progress.recent)
+            max_norm = max_accepted_norm(t.spike, tracker.recent)
             result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
-            window.end_step(result.applied_on_device)
+            accumulator.end_step(result.applied_on_device)
             ema.update(result)
             step += 1
-            progress.add(step, result)
+            tracker.add(step, result)
             if step % t.log_every == 0 or step == t.steps:
                 watchdog.at(f"section 'log' of step {step}")
-                values, layers = window.close(result.norm, rate)
-                metrics.log(step, values | saver.figures, layers)
-                saver.figures = {}
+                values, layers = accumulator.close(result.norm, rate)
+                metrics.log(step, values | checkpoints.save_metrics, layers)
+                checkpoints.save_metrics = {}
             if t.sample_every and step % t.sample_every == 0:
                 watchdog.at(f"section 'sample' of step {step}")
-                with window.paused():
-                    picture = _draw(engine, ema, config)
+                with accumulator.paused():
+                    picture = _generate_preview(engine, ema, config)
                     metrics.samples(step, picture)
-                if mesh.rank == 0 and progress.average.has_initial_weights:
-                    drawn = progress.average.in_words()
+                if mesh.rank == 0 and tracker.average.has_initial_weights:
+                    drawn = tracker.average.in_words()
                     logger.warning("picture of step %d: drawn with the averaged weights, %s", step, drawn)
-            spoilt = window.all_damaged > config.data.max_bad and step < t.steps
-            last = progress.stop or progress.diverged or spoilt or step == t.steps
-            save = last or progress.save or (t.save_every > 0 and step % t.save_every == 0)
+            too_many_damaged = accumulator.all_damaged > config.data.max_bad and step < t.steps
+            last = tracker.stop or tracker.diverged or too_many_damaged or step == t.steps
+            save = last or tracker.save or (t.save_every > 0 and step % t.save_every == 0)
             snapshot = t.snapshot_every > 0 and step % t.snapshot_every == 0
             if save or snapshot:
-                watchdog.at(f"section 'save' of step {step}", math.inf)  # as long as ranks wait in collectives
-                facts = {"step": step, **progress.facts(), "branch": manifest["branch"]}
-                facts["elapsed_seconds"] = round(clock.elapsed, 3)
-                facts |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
-                facts["versions"] = versions(("megapromoe", "torch", "deepspeed"))
-                with window.paused():
-                    saver.save(facts, checkpoint=save, snapshot=snapshot)
+                watchdog.at(f"section 'save' of step {step}", math.inf)  # collectives have a timeout of their own
+                metadata = {"step": step, **tracker.metadata(), "branch": manifest["branch"]}
+                metadata["elapsed_seconds"] = round(clock.elapsed, 3)
+                metadata |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
+                metadata["versions"] = versions(("megapromoe", "torch", "deepspeed"))
+                with accumulator.paused():
+                    checkpoints.save(metadata, checkpoint=save, snapshot=snapshot)
                 if save:
                     save_clock.restart()
-                    progress.saved()
+                    tracker.saved()
             if last:
-                saver.finish(last=True)
-            if spoilt:
+                checkpoints.finish(last=True)
+            if too_many_damaged:
                 raise TrainingError(
-                    f"step {step}: {window.all_damaged} samples had damaged records (data.max_bad ="
+                    f"step {step}: {accumulator.all_damaged} samples had damaged records (data.max_bad ="
                     f" {config.data.max_bad}), named in the warnings of all ranks; step {step} is saved: see"
-                    f" `megapromoe data check {config.data.path}`, mend the files and repeat the command"
+                    f" `megapromoe data check {config.data.path}`, repair the files and repeat the command"
                 )
-            if progress.diverged or (step == t.steps and progress.skipped_in_a_row):
-                raise TrainingError(note_skipped(run, config, step, progress))
+            if tracker.diverged or (step == t.steps and tracker.skipped_in_a_row):
+                raise TrainingError(report_skipped_steps(run, config, step, tracker))
             if last:
                 metrics.finish_bar()
                 for line in closing_lines(config, run.folder, step, metrics.last, clock):
                     logger.info("%s", line)
-            if progress.stop and step < t.steps:
-                raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to go on")
+            if tracker.stop and step < t.steps:
+                raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to continue")
         watchdog.at("the end of the run")
     finally:
         batches.close()
@@ -250,33 +259,34 @@ def _train(
 
 
 def _open_dataset(config: Config) -> Dataset:
-    """The data set; where one rank cannot open it, no rank goes on. Collective.
+    """Opens the data set; a failure on any rank is raised on all. Collective.
 
-    Where no rank can, the path or the settings are wrong; where some cannot, their nodes may be.
+    If no rank can open it, the path or the settings are wrong, and repeating cannot help. If only some ranks cannot,
+    their nodes may be at fault.
     """
     wrong = ExitCode.MISCONFIGURED
     with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True, exit_code=wrong):
         return open_dataset(config)
 
 
-def _micro_step(engine: Engine, objective: Objective, batch: Batch, window: MetricAccumulator) -> Tensor:
-    """Forward and backward of one micro-batch; returns its loss, detached."""
+def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator: MetricAccumulator) -> Tensor:
+    """Forward and backward pass of one micro-batch. Returns its total loss, () and detached."""
     x_BCHW, t_B = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
     def loss(prediction: Tensor, auxiliary: AuxiliaryOutput) -> tuple[Tensor, Tensor]:
         denoising = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
         total = denoising + auxiliary.total()
-        window.add(denoising, total, auxiliary)
+        accumulator.add(denoising, total, auxiliary)
         return total, total.detach()
 
     return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.num_conditional, loss=loss)
 
 
-def _draw(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
-    """A grid of samples of the averaged weights, drawn by all ranks together with the model as it is laid out."""
+def _generate_preview(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
+    """A grid of images generated with the averaged weights, uint8 (height, width, 3). Collective."""
     classes = config.model.num_classes
     labels = [c for c in range(min(classes, 10)) for _ in range(4)]
     with ema.swapped_in():
         images = generate(engine.module, config, labels, list(range(len(labels))))
-    shown = images[:, :3] if images.shape[1] == 4 else images  # latents: the first three channels, as colours
+    shown = images[:, :3] if images.shape[1] == 4 else images  # latents: show the first three channels as RGB
     return grid(shown.cpu(), columns=8, scale=picture_scale(config.model.input_size))

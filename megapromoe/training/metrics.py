@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard, samples, and a progress bar or lines of log."""
+"""Reports of a run in training: metrics.jsonl, TensorBoard, sample pictures, and a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from megapromoe.training.tensorboard_events import EventFile
 
 logger = logging.getLogger(__name__)
 
-HEAT_MAPS = 20  # of a run: one takes as long as some steps of a small model
+HEAT_MAPS = 20  # per run: drawing one takes as long as some steps of a small model
 
-# What progress shows, where it is logged: key, name, text of the value. The total is shown where it has other parts.
+# Values in the progress bar and the log lines: key, label, format. The total loss is shown if it has auxiliary parts.
 SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     (DENOISING_LOSS, "denoising loss", "{:.4f}".format),
     *((name, name.removesuffix("_loss"), "{:.4g}".format) for name in AUXILIARY_LOSSES.values()),
@@ -48,21 +48,21 @@ SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 class Metrics:
-    """Writes the metrics of a run; does nothing unless `enabled`. What cannot be written waits: see `log_files`.
-
-    Args:
-        folder: the run directory; metrics.jsonl, tensorboard/ and samples/ are written there.
-        total_steps: optimizer steps of the whole run.
-        first_step: steps done before; what was logged of later ones is dropped: they will be done again.
-        enabled: true on one rank.
-        terminal: show a progress bar, or else lines of log; None asks whether stderr is a terminal.
-        clock: of the run; None: one that begins now.
-
-    Attributes:
-        last: the values of the last logged step; None before, and unless `enabled`.
+    """Writes the metrics of a run if `enabled`. Records that cannot be written are kept in memory: see `log_files`.
 
     Each line of metrics.jsonl has `wall_time`, seconds since 1970 as in TensorBoard's events, and `elapsed_seconds`,
-    how long the run has trained over all of its starts, which never falls from line to line.
+    the training time of the run over all starts, which does not decrease from line to line.
+
+    Args:
+        folder: the run directory, for metrics.jsonl, tensorboard/ and samples/.
+        total_steps: optimizer steps of the complete run.
+        first_step: steps completed before. Logged values of later steps are dropped, since these steps are repeated.
+        enabled: true on exactly one rank.
+        terminal: True shows a progress bar, False log lines; None: a bar if stderr is a terminal.
+        clock: clock of the run; None: a new one that starts now.
+
+    Attributes:
+        last: values of the last logged step; None before that, and unless `enabled`.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class Metrics:
         """Reports an optimizer step.
 
         Args:
-            step: steps done, from 1.
-            values: name -> number, or None where there is nothing to report. None, and what is not finite, is null in
-                metrics.jsonl: JSON has no word for it.
-            layers: name -> array (MoE layers,) or (MoE layers, experts): numbers of each MoE block.
-                TensorBoard shows the first kind as scalars, the second as a heat-map some 20 times a run.
+            step: number of completed steps, from 1.
+            values: name -> number, None if there is no value. None and numbers that are not finite are null in
+                metrics.jsonl, because JSON cannot represent them.
+            layers: name -> array (M,) or (M, E), for M MoE layers and E experts. TensorBoard shows the first as
+                scalars, the second as a heat map about `HEAT_MAPS` times per run.
         """
         if not self.enabled:
             return
         self.last = values
         arrays = {name: torch.as_tensor(a).detach().double().cpu().numpy() for name, a in (layers or {}).items()}
-        # Seven digits are all of a float32.
+        # Seven digits represent a float32.
         line: dict[str, Any] = {"step": step, "wall_time": round(time.time(), 3)}
         line["elapsed_seconds"] = round(self.clock.elapsed, 3)
         line |= {n: None if value is None else _json(float(value)) for n, value in values.items()}
@@ -132,33 +132,33 @@ class Metrics:
         self._show(step, values)
 
     def _continue_former_curves(self, path: Path) -> None:
-        """Puts the losses that an earlier version logged on TensorBoard under the names of today, once."""
+        """Adds losses that an earlier version logged to TensorBoard under their current names, once."""
         try:
             lines = former_lines_of(path)
-        except OSError:  # the log of lines has named it
+        except OSError:  # `self._lines` has logged it
             return
         for line in lines:
             losses = {name: line[name] for name in LOSSES if line.get(name) is not None}
             self._board.add(line["step"], *(summary.scalar(name, value) for name, value in losses.items()))
 
     def image(self, step: int, name: str, array: np.ndarray) -> None:
-        """Puts a picture on TensorBoard: (height, width) or (height, width, 3), uint8, or float in [0, 1]."""
+        """Adds a picture to TensorBoard: (height, width) or (height, width, 3), uint8, or float in [0, 1]."""
         if self.enabled:
             self._board.add(step, summary.image(name, array, dataformats="HW" if array.ndim == 2 else "HWC"))
 
     def samples(self, step: int, picture: np.ndarray) -> None:
-        """Writes drawn samples, uint8 (height, width, 3), as a PNG file, and puts them on TensorBoard."""
+        """Writes a picture of samples, uint8 (height, width, 3), as a PNG file and to TensorBoard."""
         if self.enabled:
             self._pictures.write((f"step-{step:08d}.png", picture))
             self.image(step, "samples", picture)
 
     def finish_bar(self) -> None:
-        """Ends the progress bar, so that lines of log come below it."""
+        """Closes the progress bar, so that log lines are printed below it."""
         if self.enabled and self._bar is not None:
             self._bar.close()
 
     def close(self) -> None:
-        """Ends the logs and the progress bar. May be called twice."""
+        """Closes the logs and the progress bar. Can be called twice."""
         if not self.enabled or self._closed:
             return
         self._closed = True
@@ -184,10 +184,10 @@ class Metrics:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` from a metrics.jsonl, and, with a warning, unreadable ones.
+    """Removes the lines of steps after `step` and, with a warning, unreadable lines from a metrics.jsonl.
 
-    The file is replaced as a whole, and only where it changes, or is a link: lines are then written to a file of its
-    own, and the one that it leads to stays as it is. Raises OSError.
+    The file is replaced atomically, only if its content changes or it is a link. A link is replaced by a regular file,
+    and its target is not changed. Raises OSError.
     """
     if not os.path.lexists(path):
         return
@@ -202,20 +202,24 @@ def rewind(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):
             damaged += 1
     if damaged:
-        logger.warning("%s: dropped %d unreadable lines; a run was killed while it wrote?", path, damaged)
+        logger.warning("%s: dropped %d unreadable lines; a run may have been killed while it wrote", path, damaged)
     after = "".join(kept)
-    own = is_own_file(path)
-    if after != before or not own:
+    is_own = is_own_file(path)
+    if after != before or not is_own:
         write_text(path, after)
-    if not own:
-        logger.warning("%s: was a link; it is a file of its own now, and what it led to is as it was", path)
+    if not is_own:
+        logger.warning(
+            "%s: was a link; it was replaced by a regular file, and the target of the link was not changed", path
+        )
 
 
 def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray:
-    """A picture of a table (layers, experts), each row as shares of its sum.
+    """Draws a table (layers, experts) as a heat map, each row normalised by its sum.
 
     Args:
-        rows: number of the block that each row is about.
+        table: numbers, such as routed rows per expert.
+        title: title of the picture.
+        rows: block number of each row.
 
     Returns:
         uint8 (height, width, 3).
@@ -224,7 +228,7 @@ def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray
     layers, experts = table.shape
     width, height = min(3 + 0.3 * experts, 14), min(1.5 + 0.3 * layers, 10)  # inches
     figure = Figure(figsize=(width, height))
-    canvas = FigureCanvasAgg(figure)  # a figure of its own: pyplot keeps a list of all that it made
+    canvas = FigureCanvasAgg(figure)  # not by pyplot, which keeps all figures that it creates
     figure.subplots_adjust(bottom=0.55 / height, top=1 - 0.35 / height)
     axes = figure.add_subplot()
     picture = axes.imshow(shares, vmin=0, vmax=max(2 / experts, shares.max()), aspect="auto", interpolation="nearest")
@@ -236,15 +240,16 @@ def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray
 
 
 def expert_statistics(load_LE: Tensor) -> dict[str, float]:
-    """How evenly the rows of all ranks lie over the experts.
+    """Load balance of the experts, over all ranks.
 
     Args:
-        load_LE: rows per MoE layer and expert; empty for a dense model, of which nothing is said.
+        load_LE: routed rows for each MoE layer and expert; empty for a dense model, for which nothing is returned.
 
     Returns:
-        `dead_experts`, how many got no row, over all layers. Of the layers that routed any row (an all-null
-        batch routes none): `load_max_over_mean`, the worst layer's busiest expert over its average, 1 is
-        even; and `load_entropy`, the layers' mean entropy of the shares over log(E), in [0, 1], 1 is even.
+        `dead_experts`: number of experts without a row, over all layers. Over the layers that routed any row (a batch
+        of null-class images routes none): `load_max_over_mean`, the largest load of an expert over the mean load of its
+        layer, for the worst layer (1 is balanced); `load_entropy`, the mean over layers of the entropy of the load
+        shares divided by log(E), in [0, 1] (1 is balanced).
     """
     if load_LE.numel() == 0:
         return {}
@@ -263,16 +268,17 @@ def expert_statistics(load_LE: Tensor) -> dict[str, float]:
 def throughput(
     images: int, seconds: float, flops_per_image: float, world: int, peak_flops: float | None
 ) -> dict[str, float]:
-    """Speed of the whole job.
+    """Speed of the complete job.
 
     Args:
-        images: trained on in `seconds`, over all ranks.
-        flops_per_image: useful operations of a training step, `cost.flops_per_image(model).training`.
-        peak_flops: FLOP/s of one rank's device, or None where it is not known.
+        images: images of all ranks that were trained on in `seconds`.
+        seconds: duration.
+        flops_per_image: useful floating-point operations per image, `cost.flops_per_image(model).training`.
+        world: number of ranks.
+        peak_flops: peak FLOP/s of the device of a rank; None if unknown.
 
     Returns:
-        `images_per_second`, `flops_per_second`, and, where the peak is known, `mfu`: the share of all ranks'
-        peaks.
+        `images_per_second`, `flops_per_second` and, if the peak is known, `mfu`: the fraction of the peak of all ranks.
     """
     rate = images / seconds
     speed = {"images_per_second": rate, "flops_per_second": rate * flops_per_image}
@@ -282,7 +288,7 @@ def throughput(
 
 
 def memory() -> int:
-    """Peak bytes of this process: allocated on its GPU, or resident where there is none."""
+    """Peak memory of this process in bytes: allocated on its GPU, or resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -290,7 +296,7 @@ def memory() -> int:
 
 
 def _json(value: Any) -> Any:
-    """A float, or an array of them, for JSON: whole numbers plain, others to 7 digits, null if not finite."""
+    """A float or an array for JSON: integers without a point, others with 7 digits, null if not finite."""
     if isinstance(value, np.ndarray):
         return [_json(v) for v in value]
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Where a start of a run begins, and what a run that diverged can go back to."""
+"""The beginning of a start: which checkpoint it loads. And the advice for a run that diverged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint import history
-from megapromoe.checkpoint.average import Average, begin
+from megapromoe.checkpoint.average import Average, average_at_start
 from megapromoe.checkpoint.manager import resume
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
@@ -22,7 +22,7 @@ from megapromoe.distributed.agreement import broadcast_from_rank0, raising_toget
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.io import write_text
-from megapromoe.training.progress import Progress
+from megapromoe.training.step_tracker import StepTracker
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def plan_start(
     config: Config, run: RunDirectory, from_step: int | None, fork: str | None
 ) -> tuple[history.Start, Origin]:
-    """Where the run begins, and of what origin its checkpoints must be, as rank 0 sees the folder. Collective.
+    """Where the run begins, and the origin that its checkpoints must have, determined by rank 0. Collective.
 
     Raises CheckpointError on every rank, see `history.plan_start`.
     """
@@ -46,17 +46,24 @@ def plan_start(
     return planned
 
 
-def fill(
+def restore_run(
     run: RunDirectory,
     engine: Engine,
     ema: EMA,
     start: history.Start,
     accept: Callable[[Path, Mapping[str, Any]], None],
 ) -> dict[str, Any]:
-    """Fills a run's state from the checkpoint that it begins from; returns its manifest. Collective.
+    """Restores the training state from the checkpoint that the start begins from. Collective.
 
-    The manifest of a run without a checkpoint has a step and a branch alone. What the run has of later steps is moved
-    to a branch folder. Raises CheckpointError on every rank, see `manager.resume`.
+    Results of later steps are moved to a branch folder, see `history.leave_branch`.
+
+    Args:
+        accept: see `manager.resume`.
+
+    Returns:
+        the manifest of the checkpoint; without a checkpoint, its entries `step` and `branch` only.
+
+    Raises CheckpointError on every rank, see `manager.resume`.
     """
     resumed = resume(run.checkpoints, engine, ema, start.step, accept)
     if resumed is None:
@@ -70,52 +77,54 @@ def fill(
             reason = "; ".join(resumed.damaged.values()) or f"a start went back to step {manifest['step']}"
             if left := history.leave_branch(run, manifest["step"], reason, asked=start.step is not None):
                 steps = ", ".join(map(str, sorted({*left.steps, *left.snapshots})))
-                logger.warning("checkpoints of later steps (%s) and their log lines: see %s", steps, left.folder)
+                logger.warning(
+                    "moved the checkpoints of later steps (%s) and their log lines to %s", steps, left.folder
+                )
             remove_later(run.checkpoints, manifest["step"])
     logger.info("continuing from %s", resumed.checkpoint.folder)
     return {**manifest, "branch": start.branch or manifest.get("branch") or MAIN}
 
 
 def _continue_average(ema: EMA, saved: Average, train: TrainConfig) -> None:
-    average = begin(saved, train)
+    average = average_at_start(saved, train)
     ema.continue_from(average.updates, bool(average.warmup))
     if average.warmup != train.ema_warmup:
         logger.info(
-            "train.ema_warmup = %s: the average of this run began %s warm-up and goes on so; it is decided at the first"
-            " start of a run",
+            "train.ema_warmup = %s: ignored; the average of this run began %s warm-up, which cannot change after the"
+            " first start of a run",
             *(str(train.ema_warmup).lower(), "with" if average.warmup else "without"),
         )
 
 
-def note_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:
-    """Why a run whose last steps were skipped ends at `step`, which is saved, and how to go on. Collective.
+def report_skipped_steps(run: RunDirectory, config: Config, step: int, tracker: StepTracker) -> str:
+    """Explains why a run ends at `step`, which is saved, if its last steps were skipped, with a remedy. Collective.
 
-    It is written to the run directory too, so that launchers do not repeat what cannot go well.
+    The message is also written to diverged.txt of the run directory, so that launchers do not repeat the command.
     """
     message = ""
     if this_rank() == 0:
-        message = _describe_skipped(run, config, step, progress)
+        message = _describe_skipped(run, config, step, tracker)
         try:
             write_text(run.diverged, message + "\n")
         except OSError as error:
             logger.warning("%s: cannot be written: %s", run.diverged, error.strerror)
-    return broadcast_from_rank0(message)  # after the file: the first rank that ends may end the job
+    return broadcast_from_rank0(message)  # after writing: once a rank exits, the launcher may kill rank 0
 
 
-def _describe_skipped(run: RunDirectory, config: Config, step: int, progress: Progress) -> str:
-    t, count = config.train, progress.skipped_in_a_row
-    saved = f"what is saved as step {step} is the state after the last of {progress.updates} updates"
-    if not progress.diverged:
+def _describe_skipped(run: RunDirectory, config: Config, step: int, tracker: StepTracker) -> str:
+    t, count = config.train, tracker.skipped_in_a_row
+    saved = f"the saved state of step {step} is that after the last of {tracker.updates} updates"
+    if not tracker.diverged:
         last = "the last step" if count == 1 else f"the last {count} steps"
-        return f"step {step}: the run is at its end, but {last} had no usable gradient and changed nothing; {saved}"
-    own = [one for one in step_folders(run.checkpoints) if one.run == run.identity()]
-    proven = newest_proven(own, progress.updates, t.max_bad_steps)
+        return f"step {step}: the run is complete, but {last} had no usable gradient and changed nothing; {saved}"
+    checkpoints = [folder for folder in step_folders(run.checkpoints) if folder.run == run.identity()]
+    proven = newest_proven(checkpoints, tracker.updates, t.max_bad_steps)
     if proven:
         folder = shlex.quote(str(run.folder))
         command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run {folder}"
         advice = (
-            f"After the checkpoint of step {proven.step} further updates went well. Go back to it with a lower"
-            f" train.lr or train.clip:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
+            f"At least {t.max_bad_steps} updates were applied after the checkpoint of step {proven.step}. Go back to it"
+            f" with a lower train.lr or train.clip:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
         )
     else:
         advice = (
@@ -123,6 +132,6 @@ def _describe_skipped(run: RunDirectory, config: Config, step: int, progress: Pr
             " new run, with another --run and a lower train.lr or train.clip"
         )
     return (
-        f"step {step}: {t.max_bad_steps} steps in a row without a usable gradient (train.max_bad_steps); {saved}, from"
-        f" which repeating the command goes on, behind the samples named in the warnings. {advice}"
+        f"step {step}: {t.max_bad_steps} steps in a row without a usable gradient (train.max_bad_steps); {saved}."
+        f" Repeating the command continues from it, after the samples named in the warnings. {advice}"
     )

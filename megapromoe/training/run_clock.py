@@ -1,4 +1,4 @@
-"""The time that a run has trained, over all of its starts, and what is left of it."""
+"""The training time of a run over all starts, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 def elapsed_before(manifest: Mapping[str, Any], metrics: Path, global_batch: int) -> float:
-    """Seconds that a run had trained at the checkpoint it begins from.
+    """The training time in seconds at the checkpoint that a start begins from.
 
-    Checkpoints of earlier versions do not have it; it is then read from the lines of metrics.jsonl up to that step.
+    Checkpoints of earlier versions do not contain it; then it is computed from the lines of metrics.jsonl up to that
+    step.
+
+    Args:
+        manifest: manifest of the checkpoint.
+        metrics: path of metrics.jsonl.
+        global_batch: images of a step.
     """
     if "elapsed_seconds" in manifest:
         return float(manifest["elapsed_seconds"])
@@ -29,20 +35,20 @@ def elapsed_before(manifest: Mapping[str, Any], metrics: Path, global_batch: int
 
 
 class RunClock:
-    """Counts the seconds in which a run trains, saves and samples; neither start-up nor the time between two starts.
+    """Measures the seconds in which a run trains, saves and samples, without start-up and the time between starts.
 
-    Steps that a start repeats, because it begins from an earlier checkpoint, count once.
+    Steps that are repeated, because a start begins from an earlier checkpoint, count once.
 
     Args:
         before: seconds at the checkpoint that this start begins from, see `elapsed_before`.
-        first_step: its step.
-        total_steps: of the whole run.
+        first_step: step of that checkpoint.
+        total_steps: steps of the complete run.
     """
 
     def __init__(self, before: float, first_step: int, total_steps: int):
         self.total_steps = total_steps
         self._before, self._start = before, time.perf_counter()
-        self._since = first_step, 0.0  # a step of this start, and when it was done
+        self._since = first_step, 0.0  # a completed step of this start, and the time in seconds
 
     @property
     def of_this_start(self) -> float:
@@ -51,13 +57,13 @@ class RunClock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of the whole run."""
+        """Seconds over all starts of the run."""
         return self._before + self.of_this_start
 
     def left(self, step: int) -> float:
-        """Seconds until the last step, estimated by the mean speed of this start.
+        """Estimated seconds from `step` to the last step, by the mean speed of this start.
 
-        The steps before the first call are left out of later estimates: the first of them compiles and allocates.
+        Steps before the first call are not used for later estimates, because the first one compiles and allocates.
         """
         (since, then), now = self._since, self.of_this_start
         if then == 0.0:

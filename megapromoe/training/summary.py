@@ -1,4 +1,4 @@
-"""What a run is, in a few lines: the head of a training log, and of a dry run; and its end. Imports no torch."""
+"""A summary of a run in a few lines, for the head of a training log or a dry run, and the closing lines. No torch."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def summary(
     dataset: Dataset | None = None,
     device: str = "",
 ) -> list[str]:
-    """Lines of a name and what it is: model, parameters, data, steps, batch, layout, precision, optimizer, device, run.
+    """Lines with model, parameters, data, steps, batch, layout, precision, optimizer, device and run.
 
     Args:
         world: ranks of the job.
         folder: the run directory.
-        begins: where the run begins in words, such as "begins at step 0".
-        dataset: the opened data; None where it is not known, then its size is left out.
-        device: what each rank computes on; "" leaves the line out.
+        begins: where the run begins, such as "begins at step 0".
+        dataset: the opened data; None: its size is left out.
+        device: name of the device of each rank; "" leaves the line out.
 
-    Raises ConfigError where the layout does not come out even, or for a refused `train.deepspeed`.
+    Raises ConfigError if the layout does not fit the number of ranks, or for a refused `train.deepspeed`.
     """
     rows = {
         "model": _model(config),
@@ -116,18 +116,19 @@ def _optimizer(config: Config) -> str:
     return f"AdamW ({t.optimizer}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
 
 
-PREVIEWED = 10  # classes that the command for samples draws
+PREVIEW_CLASSES = 10  # classes in the suggested command for samples
 
 
 def closing_lines(
     config: Config, folder: Path, step: int, last: Mapping[str, float | None] | None, clock: RunClock
 ) -> Iterator[str]:
-    """Lines for the end of a log: what was reached, where it is saved, and of a finished run the command that shows it.
+    """Yields the last lines of a training log: steps, loss, time, checkpoint and, for a complete run, the next command.
 
     Args:
         folder: the run directory.
-        step: that was done and saved last.
-        last: the values of the last logged step, see `Metrics.last`.
+        step: the last completed and saved step.
+        last: values of the last logged step, see `Metrics.last`.
+        clock: clock of the run.
     """
     t = config.train
     loss = (last or {}).get(DENOISING_LOSS)
@@ -140,10 +141,10 @@ def closing_lines(
 
 
 def sample_command(config: Config, folder: Path) -> str:
-    """The command that draws some images of a run, for a shell: a picture, or arrays where these are latents."""
+    """A shell command that generates some images of a run: a picture, or arrays if the model generates latents."""
     model = config.model
     ending = "png" if model.in_channels in (1, 3) else "npz"
     words = ["megapromoe", "sample", "--run", str(folder), "--out", str(folder / f"samples.{ending}")]
-    if model.num_classes > PREVIEWED:  # of a thousand classes, ten images of each would take long
-        words += ["--class", *map(str, range(PREVIEWED)), "--count", "4"]
+    if model.num_classes > PREVIEW_CLASSES:  # all classes would take long
+        words += ["--class", *map(str, range(PREVIEW_CLASSES)), "--count", "4"]
     return shlex.join(words)

@@ -1,6 +1,6 @@
 """Event files for TensorBoard.
 
-tensorboard's own writer cannot be used: once its disk is full, its thread ends and every later call raises.
+TensorBoard's own writer is not used: when the disk is full, its thread ends and every later call raises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megapromoe.training.log_files import AppendedFile, LogFolder
 
-_numbers = itertools.count()  # of the event files of this process
+_numbers = itertools.count()  # numbers the event files of this process
 
 
 class EventFile:
@@ -25,7 +25,7 @@ class EventFile:
 
     Args:
         folder: the run directory.
-        first_step: TensorBoard drops what earlier files have of this step and later ones.
+        first_step: TensorBoard drops values of this step and later ones from earlier files.
     """
 
     def __init__(self, folder: LogFolder, first_step: int):
@@ -35,7 +35,7 @@ class EventFile:
         self._write(Event(file_version="brain.Event:2"), start)
 
     def add(self, step: int, *summaries: Summary) -> None:
-        """Writes the summaries of a step, which `torch.utils.tensorboard.summary` makes."""
+        """Writes the summaries of a step, created by `torch.utils.tensorboard.summary`."""
         self._write(*(Event(step=step, summary=summary) for summary in summaries))
 
     def close(self) -> None:

@@ -185,7 +185,7 @@ def test_a_run_that_diverges_names_a_proven_checkpoint_and_the_command(tmp_path)
 
 
 def test_a_run_that_ends_with_skipped_steps_fails(tmp_path):
-    with pytest.raises(WorkerFailed, match="step 6: the run is at its end, but the last 2 steps had no usable grad"):
+    with pytest.raises(WorkerFailed, match="step 6: the run is complete, but the last 2 steps had no usable grad"):
         run(1, diverging, str(tmp_path), (), 5)
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 6)).manifest
     assert (manifest["updates"], manifest["skipped_in_a_row"]) == (4, 2)

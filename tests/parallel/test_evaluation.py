@@ -88,9 +88,9 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path,
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((200, 9, 9, 1), dtype=np.uint8))
     with pytest.raises(EvaluationError, match="the images are 8x8x1, the reference 9x9x1") as error:
         image_metrics.evaluate(Evaluation(request, None, str(tmp_path / "large.npz"), features="digits"), ALONE)
-    assert "looks at images of 8x8x1, not 9x9x1" in str(error.value)
+    assert "takes images of 8x8x1, not 9x9x1" in str(error.value)
     for wrong, match in (
-        (Evaluation(None, tmp_path / "few.npz", "data", features="digits"), "is what a run trains on"),
+        (Evaluation(None, tmp_path / "few.npz", "data", features="digits"), "is the training data of a run"),
         (Evaluation(None, tmp_path / "few.npz", "gone.npz", features="digits"), "no such file or folder"),
         (Evaluation(None, tmp_path / "few.npz", str(tmp_path / "large.npz")), "give --features FILE"),
         (Evaluation(request, None, "data", split="test"), "no test split"),

@@ -69,7 +69,7 @@ def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trai
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [3, 7, 1200])
     records = image_metrics.evaluate(evaluation, ALONE)
     assert [record["step"] for record in records] == [3, 1200], "one that its run removed meanwhile is left out"
-    assert "no such checkpoint; there are 3, 1200; it is left out" in caplog.text
+    assert "no such checkpoint; there are 3, 1200; this step is skipped" in caplog.text
     monkeypatch.setattr(image_metrics, "steps_in", steps_in)
     with pytest.raises(SampleError, match="holds no complete checkpoint"):
         image_metrics.evaluate(replace(evaluation, request=replace(evaluation.request, run=none)), ALONE)

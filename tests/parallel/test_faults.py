@@ -187,12 +187,12 @@ def unwritable(folder: str, rank: int) -> None:
         return real(aside, number, tensors, parts, step)
 
     checkpoint_module.write_rank = write_rank
-    checkpoint_module.Saver.__init__ = _impatient(checkpoint_module.Saver.__init__)
+    checkpoint_module.CheckpointManager.__init__ = _impatient(checkpoint_module.CheckpointManager.__init__)
     train(folder, "parallel.ep=2", "train.steps=4", "train.save_every=1")
 
 
 def _impatient(real):
-    def init(self, root, engine, ema, patience):
+    def init(self, root, engine, ema, commit_timeout):
         real(self, root, engine, ema, 3.0)
 
     return init
@@ -211,7 +211,7 @@ def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_pat
 
 
 def failing(folder: str, place: str, kind: type[BaseException]) -> None:
-    """From the second save on, something in the saver's thread raises what nobody expects there."""
+    """From the second save on, something in the manager's thread raises what nobody expects there."""
 
     def raises(name: str):
         real = getattr(checkpoint_module, name)
@@ -224,7 +224,7 @@ def failing(folder: str, place: str, kind: type[BaseException]) -> None:
         setattr(checkpoint_module, name, function)
 
     raises(place)
-    checkpoint_module.Saver.__init__ = _impatient(checkpoint_module.Saver.__init__)
+    checkpoint_module.CheckpointManager.__init__ = _impatient(checkpoint_module.CheckpointManager.__init__)
     train(folder, "parallel.ep=2", "train.save_every=1", "train.max_failed_saves=2")
 
 

@@ -127,7 +127,7 @@ def test_the_run_that_took_a_step_keeps_its_folder(tmp_path):
     assert run(1, try_to_train, str(folder)) == [""]
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     (said,) = run(1, try_to_train, str(folder), "model.depth=2", "train.steps=2")
-    assert "is of a run with another config" in said and "model.depth: the run has 4, not 2" in said
+    assert "belongs to a run with another config" in said and "model.depth: the run has 4, not 2" in said
     (said,) = run(1, try_to_train, str(folder), "data.source=latents", "data.path=nosuch")
     assert "data.source: the run has" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -23,7 +23,7 @@ from megapromoe.evaluation import image_metrics
 from megapromoe.evaluation.image_metrics import Evaluation
 from megapromoe.sampling.generation import generate_images
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import CheckpointGone, load_model
+from megapromoe.sampling.run_model import CheckpointRemoved, load_model
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def replaced(live, monkeypatch):
 def test_a_model_is_of_the_checkpoint_that_is_latest_then(place, times, live, replaced, caplog):
     replaced(times, place)
     assert load_model(live)[2] == 3 + times
-    assert len([m for m in caplog.messages if "looking for the latest again" in m]) >= times
+    assert len([m for m in caplog.messages if "trying the latest checkpoint again" in m]) >= times
 
 
 def test_looking_again_has_an_end(live, replaced):
@@ -191,11 +191,11 @@ def test_steps_that_a_run_does_not_keep_are_left_out(live, tmp_path, trained, mo
     request = GenerationRequest(live, tmp_path / "drawn", 130)
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [2, 3])
     (record,) = image_metrics.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
-    assert record["step"] == 3 and "it is left out" in caplog.text
+    assert record["step"] == 3 and "this step is skipped" in caplog.text
     monkeypatch.setattr(image_metrics, "steps_in", lambda root: [1, 2])
-    with pytest.raises(CheckpointGone):
+    with pytest.raises(CheckpointRemoved):
         image_metrics.evaluate(Evaluation(request, None, "data", every_step=True), ALONE)
-    with pytest.raises(CheckpointGone):
+    with pytest.raises(CheckpointRemoved):
         image_metrics.evaluate(Evaluation(replace(request, step=2), None, "data"), ALONE)
 
 

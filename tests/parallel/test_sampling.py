@@ -218,7 +218,7 @@ def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
 def test_ranks_stop_together_and_go_on_together(run, tmp_path):
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").mkdir(parents=True)  # one rank cannot write its chunk
     said = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
-    assert len(set(said)) == 1 and "cannot be written (Is a directory); what is there is kept" in said[0]
+    assert len(set(said)) == 1 and "cannot be written (Is a directory); completed images are kept" in said[0]
     assert (tmp_path / "set.npz.parts" / "chunk-000000.npy").exists()
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").rmdir()
     assert (
@@ -234,9 +234,9 @@ def test_ranks_stop_together_and_go_on_together(run, tmp_path):
 def test_another_request_is_refused(run, tmp_path):
     for out in (tmp_path / "set.npz", tmp_path / "set"):
         generate_images(GenerationRequest(run, out, 5), ALONE)
-        with pytest.raises(ImageSetError, match=r"another request \(num: 5 there, 6 asked\)"):
+        with pytest.raises(ImageSetError, match=r"another request \(num: 5 stored, 6 requested\)"):
             generate_images(GenerationRequest(run, out, 6), ALONE)
-        with pytest.raises(ImageSetError, match="weights: 'ema' there, 'master' asked"):
+        with pytest.raises(ImageSetError, match="weights: 'ema' stored, 'master' requested"):
             generate_images(GenerationRequest(run, out, 5, weights="master"), ALONE)
     np.savez(tmp_path / "other.npz", arr_0=np.zeros(3))
     with pytest.raises(ImageSetError, match="was not made by this command"):
@@ -253,7 +253,7 @@ def test_another_request_is_refused(run, tmp_path):
 def test_one_job_at_a_time_draws_a_set(tmp_path):
     first, second = (ImageSetWriter(tmp_path / "set", 4, 2, (8, 8, 1)) for _ in range(2))
     assert first.open({"num": 4}) == [0, 1]
-    with pytest.raises(ImageSetError, match="another process draws these images"):
+    with pytest.raises(ImageSetError, match="another process generates these images"):
         second.open({"num": 4})
     first.close()
     assert second.open({"num": 4}) == [0, 1]
@@ -350,15 +350,15 @@ def test_the_autoencoder_must_be_that_of_the_latents(latent_run, run, tmp_path, 
     out = tmp_path / "set.npz"
     with pytest.raises(SampleError, match="model.in_channels = 4: .* give --autoencoder"):
         generate_images(GenerationRequest(latent_run, out, 6), ALONE)
-    with pytest.raises(SampleError, match="draws pixels .*leave it out"):
+    with pytest.raises(SampleError, match="generates pixels .*leave it out"):
         generate_images(GenerationRequest(run, out, 6, autoencoder="doubling"), ALONE)
     other = SimpleNamespace(identity=IDENTITY, latent_shape=lambda r: (16, 8, 8), resolution=lambda s: 64)
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: other)
-    with pytest.raises(SampleError, match=r"shape \(16, 8, 8\), the run draws \(4, 8, 8\)"):
+    with pytest.raises(SampleError, match=r"shape \(16, 8, 8\), the run generates \(4, 8, 8\)"):
         generate_images(GenerationRequest(latent_run, out, 6, autoencoder="other"), ALONE)
     monkeypatch.setattr(decoding, "open_autoencoder", lambda name, device: Doubling())
     monkeypatch.setattr(decoding, "autoencoder_identity", lambda config: IDENTITY | {"sha256": "cd" * 32})
-    with pytest.raises(SampleError, match=r"sha256 abab.*the run's latents are of 'doubling' \(sha256 cdcd"):
+    with pytest.raises(SampleError, match=r"sha256 abab.*the run's latents were encoded by 'doubling' \(sha256 cdcd"):
         generate_images(GenerationRequest(latent_run, out, 6, autoencoder="doubling"), ALONE)
 
     def missing(name, device):

@@ -130,8 +130,10 @@ def snapshots_unwritable(folder: str) -> None:
         return real(gone, number, tensors, parts, step)
 
     manager.write_rank = write_rank
-    real_init = manager.Saver.__init__
-    manager.Saver.__init__ = lambda self, root, engine, ema, patience: real_init(self, root, engine, ema, 1.0)
+    real_init = manager.CheckpointManager.__init__
+    manager.CheckpointManager.__init__ = lambda self, root, engine, ema, commit_timeout: real_init(
+        self, root, engine, ema, 1.0
+    )
     train(folder, *WARMING, "train.snapshot_every=3", "train.steps=5", "train.save_every=3")
 
 

@@ -37,7 +37,7 @@ def test_moments_in_one_pass():
         np.testing.assert_allclose(mean, x.mean(0), rtol=1e-13)
         np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-8)
         assert count == 50
-    with pytest.raises(ValueError, match="two vectors"):
+    with pytest.raises(ValueError, match="at least two vectors"):
         moments_of(x[:1], [1])
 
 

@@ -54,5 +54,5 @@ def test_a_folder_that_cannot_be_made_or_is_another_run_s_ends_with_2(tmp_path, 
     assert started("/proc/run").returncode == 2
     (tmp_path / "config.yaml").write_text("model: {hidden_size: 64}\n")
     done = started(tmp_path)
-    assert (done.returncode, "is of a run with another config" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "belongs to a run with another config" in done.stderr) == (2, True), done.stderr
     fault_table.append(("the folder of another run", "the differing fields are listed, exit code 2", "nothing"))

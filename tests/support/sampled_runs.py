@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from support import processes
 
-from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.distributed.launch_environment import LaunchEnvironment
@@ -43,10 +43,10 @@ def saved_run(folder: str, *overrides: str) -> None:
     for average in ema.averages:
         average.mul_(2.0).add_(0.01)
     (Path(folder) / "checkpoints").mkdir(exist_ok=True)
-    saver = Saver(Path(folder) / "checkpoints", engine, ema, patience=60)
+    manager = CheckpointManager(Path(folder) / "checkpoints", engine, ema, commit_timeout=60)
     for step in (1, 2):
-        saver.save({"step": step, "updates": step})
-    saver.finish(last=True)
+        manager.save({"step": step, "updates": step})
+    manager.finish(last=True)
     if mesh.rank == 0:
         (Path(folder) / "config.yaml").write_text(to_yaml(config))
     torch.distributed.barrier()
@@ -61,9 +61,9 @@ def stirred_run(folder: str, *overrides: str) -> None:
     for number, average in enumerate(ema.averages):
         average += torch.randn(average.shape, generator=torch.Generator().manual_seed(number)) * 0.15
     (Path(folder) / "checkpoints").mkdir()
-    saver = Saver(Path(folder) / "checkpoints", engine, ema, patience=60)
-    saver.save({"step": 3, "updates": 3})
-    saver.finish(last=True)
+    manager = CheckpointManager(Path(folder) / "checkpoints", engine, ema, commit_timeout=60)
+    manager.save({"step": 3, "updates": 3})
+    manager.finish(last=True)
     (Path(folder) / "config.yaml").write_text(to_yaml(config))
     engine.close()
 

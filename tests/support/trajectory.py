@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megapromoe.checkpoint.format import Checkpoint, commit, write_rank
 from megapromoe.checkpoint.local_state import copy_to_host
-from megapromoe.checkpoint.manager import Saver
+from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
@@ -114,9 +114,9 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
         result = engine.step(config.train.lr, total)
         ema.update(result)
         out.norms.append(result.norm)
-    saver = Saver(Path(folder), engine, ema, patience=60)
-    saver.save({"step": steps, "updates": steps})
-    saver.finish(last=True)
+    manager = CheckpointManager(Path(folder), engine, ema, commit_timeout=60)
+    manager.save({"step": steps, "updates": steps})
+    manager.finish(last=True)
     if dist.get_rank() == 0:
         gradient, state = Checkpoint(place), Checkpoint(folder_of(Path(folder), steps))
         out.gradients = {name: gradient.logical("gradient", name) for name in gradient.shapes}

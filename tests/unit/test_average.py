@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megapromoe.checkpoint.average import Average, begin, share_in_words
+from megapromoe.checkpoint.average import Average, average_at_start, share_in_words
 from megapromoe.config.average_decay import decay_at
 from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
 from megapromoe.engine.averaged_weights import EMA
-from megapromoe.training.progress import Progress
+from megapromoe.training.step_tracker import StepTracker
 
 APPLIED = (True, True, False, True, True, False, True, True, True, True, True, True)
 
@@ -59,8 +59,8 @@ def test_the_decay_warms_up_to_the_constant():
     assert decay_at(10**6, 0.9999, True) == 0.9999 and decay_at(1, 0.9999, False) == 0.9999
 
 
-def progressed(t: TrainConfig, manifest: dict, applied) -> Progress:
-    progress = Progress(t, manifest)
+def progressed(t: TrainConfig, manifest: dict, applied) -> StepTracker:
+    progress = StepTracker(t, manifest)
     for step, was_applied in enumerate(applied, start=1):
         progress.add(step, SimpleNamespace(applied=was_applied, stop=False, save=False, norm=1.0))
     return progress
@@ -78,17 +78,17 @@ def test_the_share_is_what_is_left_of_the_initial_weights(warmup):
 def test_the_share_stays_right_where_the_decay_changes_at_a_resume():
     t = TrainConfig(ema=0.9, log_every=1, save_every=0)
     first = progressed(t, {}, [True] * 10)
-    second = progressed(replace(t, ema=0.5), first.facts() | {"config": to_dict(Config(train=t))}, [True] * 3)
+    second = progressed(replace(t, ema=0.5), first.metadata() | {"config": to_dict(Config(train=t))}, [True] * 3)
     assert second.average.initial_share == pytest.approx(0.9**10 * 0.5**3)
 
 
 def test_warm_up_is_decided_at_the_first_start():
     t = TrainConfig(ema=0.9, ema_warmup=True, log_every=1, save_every=0)
     began = progressed(t, {}, [True] * 3)
-    later = progressed(replace(t, ema_warmup=False), began.facts(), [True])
+    later = progressed(replace(t, ema_warmup=False), began.metadata(), [True])
     assert later.average.initial_share == pytest.approx(math.prod(decay_at(u, 0.9, True) for u in range(1, 5)))
     without = progressed(replace(t, ema_warmup=False), {}, [True])
-    assert progressed(t, without.facts(), [True]).average.initial_share == pytest.approx(0.9**2)
+    assert progressed(t, without.metadata(), [True]).average.initial_share == pytest.approx(0.9**2)
 
 
 def earlier_manifest(**more) -> dict:
@@ -102,13 +102,13 @@ def test_of_an_earlier_checkpoint_the_share_follows_from_decay_and_updates():
     average = Average.of(earlier_manifest(run="abc", recent_norms=[]))
     assert average.initial_share == pytest.approx(0.9999**250) and average.warmup is False
     warming = replace(resolve("digits").train, ema=0.9999)
-    assert begin(average, warming).warmup is False, "it resumes as before, whatever the preset says now"
+    assert average_at_start(average, warming).warmup is False, "it resumes as before, whatever the preset says now"
 
 
 def test_of_converted_weights_it_is_unknown_and_their_run_begins_with_the_start():
     average = Average.of(earlier_manifest())
     assert average.initial_share is None and average.warmup is None and not average.warning("ema")
-    assert begin(average, TrainConfig(ema_warmup=True)).warmup is True
+    assert average_at_start(average, TrainConfig(ema_warmup=True)).warmup is True
     assert "unknown" in average.in_words()
 
 

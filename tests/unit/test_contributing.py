@@ -28,12 +28,15 @@ def test_every_name_exists():
 
 
 def test_hooks_are_the_checks_of_make():
-    recipe = re.search(r"^check: env\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    recipe = re.search(r"^check: env docs\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
     checks = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert local["repo"] == "local"
-    assert [hook["entry"] for hook in local["hooks"]] == checks
-    assert all(re.search(hook["files"], name) for hook in local["hooks"] for name in ("a/b.py", "pyproject.toml"))
+    *code, docs = local["hooks"]
+    assert [hook["entry"] for hook in code] == checks
+    assert all(re.search(hook["files"], name) for hook in code for name in ("a/b.py", "pyproject.toml"))
+    assert docs["entry"] == "make docs"
+    assert all(re.search(docs["files"], name) for name in ("docs/train.md", "mkdocs.yml"))
 
 
 def test_the_workflow_only_calls_the_test_command():

@@ -51,7 +51,7 @@ def scripted(file: Path, module: torch.nn.Module) -> str:
 def test_torchscript_runs_only_where_it_is_vouched_for(tmp_path, monkeypatch):
     file = tmp_path / "halves.pt"
     sha = scripted(file, Halves())
-    with pytest.raises(FeatureError, match=f"a program that runs .*--sha256 {sha}"):
+    with pytest.raises(FeatureError, match=f"loading it runs its code.*--sha256 {sha}"):
         open_network(str(file), "cpu")
     with pytest.raises(FeatureError, match="its sha256 is"):
         open_network(str(file), "cpu", sha256="0" * 64)
@@ -81,7 +81,7 @@ def test_what_is_no_network_is_refused(tmp_path):
             open_network(str(tmp_path / name), "cpu")
     with pytest.raises(FeatureError, match="no such file, and none of digits, fashion_mnist"):
         open_network("vgg", "cpu")
-    with pytest.raises(FeatureError, match="never the standard network"):
+    with pytest.raises(FeatureError, match="nor the standard network"):
         open_network("digits", "cpu", declared_standard=True)
 
 
@@ -126,7 +126,7 @@ def test_statistics_of_a_reference_hold_for_the_standard_network_alone(tmp_path,
     file = tmp_path / "detector.pt"
     sha = scripted(file, Detector())
     evaluation = Evaluation(None, tmp_path / "drawn.npz", str(tmp_path / "real.npz"), features=str(file), sha256=sha)
-    with pytest.raises(EvaluationError, match="holds mu, sigma; images .arr_0. are needed"):
+    with pytest.raises(EvaluationError, match="contains mu, sigma; images .arr_0. are needed"):
         image_metrics.evaluate(evaluation, ALONE)
     monkeypatch.setitem(features.STANDARD, sha, "inception")
     (record,) = image_metrics.evaluate(evaluation, ALONE)
@@ -185,7 +185,7 @@ def test_statistics_of_spatial_features_alone_are_no_reference(tmp_path, monkeyp
     sha = scripted(tmp_path / "detector.pt", Detector())
     monkeypatch.setitem(features.STANDARD, sha, "inception")
     paths = tmp_path / "drawn.npz", str(tmp_path / "real.npz")
-    with pytest.raises(EvaluationError, match="holds mu_s, sigma_s; images .arr_0. are needed, or mu and sigma"):
+    with pytest.raises(EvaluationError, match="contains mu_s, sigma_s; images .arr_0. are needed, or mu and sigma"):
         image_metrics.evaluate(Evaluation(None, *paths, features=str(tmp_path / "detector.pt")), ALONE)
 
 
@@ -212,7 +212,7 @@ NAN, TEXT = np.array([1.0, np.nan, np.inf]), np.array(["a", "b", "c"])
         ({"mu": np.array([{}, {}, {}])}, "mu .*pickle"),
         ({"sigma": np.tri(3)}, "sigma is not symmetric"),
         ({"sigma": -np.eye(3)}, "sigma has a variance below 0"),
-        ({"sigma": np.eye(3) * 1e308}, r"sigma has values up to 1e\+308, which are of no features"),
+        ({"sigma": np.eye(3) * 1e308}, r"sigma has values up to 1e\+308, which features do not have"),
         ({"mu_s": NAN, "sigma_s": np.eye(3)}, "2 of the 3 values of mu_s are not finite"),
     ],
 )
@@ -245,5 +245,5 @@ def test_a_figure_that_is_not_finite_is_no_result(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8))
     sha = scripted(tmp_path / "logits.pt", Logits())
     wrong = Evaluation(None, tmp_path / "x.npz", str(tmp_path / "x.npz"), "train", str(tmp_path / "logits.pt"), sha)
-    with pytest.raises(EvaluationError, match=r"features = logits: classifier score \(logits\) is nan, so that"):
+    with pytest.raises(EvaluationError, match=r"features = logits: classifier score \(logits\) is nan, so the network"):
         image_metrics.evaluate(wrong, ALONE)

@@ -64,7 +64,7 @@ def test_a_fork_is_begun_once_too(run):
         plan_start(run, 20, "main")
     with pytest.raises(CheckpointError, match=r"--fork '\.\./x': a name has letters"):
         plan_start(run, 20, "../x")
-    with pytest.raises(CheckpointError, match="say which with --step N"):
+    with pytest.raises(CheckpointError, match="give that step with --step N"):
         plan_start(run, None, "lower")
 
 

@@ -26,7 +26,7 @@ def test_an_npz_is_read_from_where_it_lies(tmp_path):
     np.savez(tmp_path / "floats.npz", arr_0=images.astype(float))
     np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], dtype=object))
     (tmp_path / "text.npz").write_text("no archive")
-    for name, match in (("floats", "images are uint8"), ("objects", "pickle"), ("text", "no .npz archive")):
+    for name, match in (("floats", "images are uint8"), ("objects", "pickle"), ("text", "not an .npz archive")):
         with pytest.raises(ImageSetError, match=match):
             ImageSet(tmp_path / f"{name}.npz")
     with pytest.raises(ImageSetError, match="has no mu"):
@@ -40,13 +40,13 @@ def test_a_folder_of_pictures_is_a_set(tmp_path):
     assert (len(pictures), pictures.shape) == (3, (5, 4, 3)) and pictures.read(1, 3)[:, 0, 0, 0].tolist() == [10, 20]
     Image.fromarray(np.zeros((5, 5, 3), dtype=np.uint8)).save(tmp_path / "3.png")
     (tmp_path / "4.png").write_bytes(b"no picture")
-    with pytest.raises(ImageSetError, match="3.png.*all must be alike"):
+    with pytest.raises(ImageSetError, match="3.png.*all pictures must have the same shape"):
         pictures = ImageSet(tmp_path)
         pictures.read(2, 4)
     with pytest.raises(ImageSetError, match="4.png: cannot be read"):
         pictures.read(4, 5)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageSetError, match="holds no picture"):
+    with pytest.raises(ImageSetError, match="contains no picture"):
         ImageSet(tmp_path / "empty")
 
 
@@ -101,10 +101,10 @@ def test_a_request_that_failed_before_its_first_image_does_not_hold_the_place(ou
     writer.close()
     assert writer.open({"steps": 3}) == [0, 1], "the corrected request"
     writer.write(0, torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ImageSetError, match="another process draws these images"):
+    with pytest.raises(ImageSetError, match="another process generates these images"):
         ImageSetWriter(tmp_path / out, 4, 2, (8, 8, 1)).open({"steps": 4})
     writer.close()
-    with pytest.raises(ImageSetError, match="images of another request .steps: 3 there, 4 asked"):
+    with pytest.raises(ImageSetError, match="images of another request .steps: 3 stored, 4 requested"):
         writer.open({"steps": 4})
     writer.close()
     assert writer.open({"steps": 3}) == [1]

@@ -353,7 +353,9 @@ def test_a_run_records_its_data_set(folder, tmp_path):
     assert RunDirectory(run).state(settings, ["data"]).endswith(": continues")
     shutil.copytree(run, tmp_path / "no step")
     (tmp_path / "no step" / "metrics.jsonl").unlink()
-    assert "configured anew, as a new run (other: the data)" in RunDirectory(tmp_path / "no step").state(settings)
+    assert "becomes a new run with the new config (different: the data)" in RunDirectory(tmp_path / "no step").state(
+        settings
+    )
     with RunDirectory.open(tmp_path / "no step", settings, 1) as anew:
         assert anew.origin(settings).data == data_identity(settings)
     RunDirectory.open(run, settings, 1, ["data"]).close()

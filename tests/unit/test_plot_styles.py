@@ -19,7 +19,7 @@ from megapromoe.evaluation import image_metrics_report
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
 from megapromoe.planning.plot import draw as draw_plan
 from megapromoe.planning.search import search
-from megapromoe.plot_lines import MANY, Curve, draw_curves, label_log_axis, log_ticks, name_ends, spread
+from megapromoe.plot_lines import MAX_LINES, Curve, draw_curves, label_log_axis, log_ticks, name_ends, spread
 from megapromoe.plot_styles import BASELINE_COLOUR, DISTINCT, MEMBERS, Style, area_colours, assign, assign_families
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.evaluation_plots import draw_evaluations
@@ -161,9 +161,12 @@ def panels_of(count, place):
 def test_curves_that_end_in_one_point_have_labels_that_do_not_overlap():
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = panels_of(MANY, figure)
+    panels = panels_of(MAX_LINES, figure)
     name_ends(panels)
-    assert len(panels) == 1 and {text.get_text() for text in panels[0].texts} - {""} == {*NAMES[: MANY - 1], "dense"}
+    assert len(panels) == 1 and {text.get_text() for text in panels[0].texts} - {""} == {
+        *NAMES[: MAX_LINES - 1],
+        "dense",
+    }
     assert not overlapping(figure)
 
 

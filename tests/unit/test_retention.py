@@ -8,7 +8,7 @@ import pytest
 
 from megapromoe.checkpoint import retention
 from megapromoe.checkpoint.manifest import seal
-from megapromoe.checkpoint.retention import newest_proven, removable, remove_leftovers, retire
+from megapromoe.checkpoint.retention import newest_proven, prune, removable, remove_leftovers
 from megapromoe.checkpoint.step_folders import StepFolder, folder_of, steps_in
 
 
@@ -77,7 +77,7 @@ def test_what_is_not_of_this_history_is_neither_counted_nor_removed(tmp_path):
     misnamed = saved(tmp_path, 3, name=99)
     damaged = saved(tmp_path, 50)
     (damaged / "manifest.json").write_text("{")
-    retire(tmp_path, "ours", step=6, updates=6, keep=2, keep_every=0, needed=1)
+    prune(tmp_path, "ours", step=6, updates=6, keep=2, keep_every=0, needed=1)
     assert steps_in(tmp_path) == [5, 6, 30, 40, 50]
     assert all(one.exists() for one in (foreign, later, misnamed, damaged))
 
@@ -88,7 +88,7 @@ def test_of_a_link_the_link_is_removed(tmp_path):
         saved(root, step)
     target = shutil.move(folder_of(root, 1), elsewhere)
     folder_of(root, 1).symlink_to(elsewhere)
-    retire(root, "ours", step=5, updates=5, keep=1, keep_every=0, needed=1)
+    prune(root, "ours", step=5, updates=5, keep=1, keep_every=0, needed=1)
     assert steps_in(root) == [4, 5] and not folder_of(root, 1).is_symlink()
     assert (Path(target) / "manifest.json").exists() and (Path(target) / "rank-00000.safetensors").exists()
 
@@ -103,7 +103,7 @@ def test_a_killed_removal_leaves_no_checkpoint_and_is_completed(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(retention.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            retire(tmp_path, "ours", step=3, updates=3, keep=1, keep_every=0, needed=1)
+            prune(tmp_path, "ours", step=3, updates=3, keep=1, keep_every=0, needed=1)
     assert steps_in(tmp_path) == [2, 3] and len(os.listdir(tmp_path)) == 3
     (tmp_path / "step-00000004.writing").mkdir()
     remove_leftovers(tmp_path)
@@ -118,5 +118,5 @@ def test_a_removal_that_fails_is_logged(tmp_path, monkeypatch, caplog):
         raise PermissionError(13, "Permission denied", str(source))
 
     monkeypatch.setattr(retention.os, "rename", refused)
-    retire(tmp_path, "ours", step=3, updates=3, keep=1, keep_every=0, needed=1)
+    prune(tmp_path, "ours", step=3, updates=3, keep=1, keep_every=0, needed=1)
     assert steps_in(tmp_path) == [1, 2, 3] and "step-00000001: cannot be removed: Permission denied" in caplog.text

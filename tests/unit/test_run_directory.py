@@ -176,7 +176,7 @@ def test_a_start_that_took_no_step_does_not_claim_the_folder(tmp_path, other, fa
         assert len(entries) == 2, "the same run, which goes on"
     else:
         key = OTHER[other][0].partition("=")[0]
-        said = f"its run took no step and is configured anew, as a new run (other: {key})"
+        said = f"its run took no step and becomes a new run with the new config (different: {key})"
         assert said in state and said in caplog.text
         assert len(entries) == 1 and corrected.identity() != failed and entries[0]["changed"] == {}
 

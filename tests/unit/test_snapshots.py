@@ -82,7 +82,10 @@ def test_a_run_with_snapshots_alone_says_which_there_are(run):
 def test_a_snapshot_is_never_taken_for_a_checkpoint(run, caplog, name):
     copy = shutil.copytree(snapshot_of(run.snapshots, 30), run.checkpoints / name)
     assert steps_in(run.checkpoints) == [20, 40]
-    assert name.startswith("average") or "is a snapshot of averaged weights, from which no run goes on" in caplog.text
+    assert (
+        name.startswith("average")
+        or "is a snapshot of averaged weights, from which training cannot resume" in caplog.text
+    )
     with pytest.raises(CheckpointError, match="is a snapshot of ema alone and has no master"):
         Checkpoint(copy).logical("master", next(iter(model_shapes(CONFIG.model)[0])))
 

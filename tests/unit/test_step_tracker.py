@@ -5,7 +5,7 @@ import torch
 
 from megapromoe.config.options import TrainConfig
 from megapromoe.engine.step_result import StepResult, votes_of
-from megapromoe.training.progress import Progress, SaveClock
+from megapromoe.training.step_tracker import SaveClock, StepTracker
 
 
 class Step:
@@ -21,7 +21,7 @@ class Step:
 
 def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
     """Of each step: was the one before it looked at, and it itself, when it was taken in?"""
-    progress, results, seen = Progress(t, {}), [], []
+    progress, results, seen = StepTracker(t, {}), [], []
     for step in range(1, steps + 1):
         results.append(Step())
         progress.add(step, results[-1])
@@ -47,7 +47,7 @@ def test_spikes_are_judged_by_all_norms_so_far():
 
 def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():
     manifest = {"updates": 7, "recent_norms": [0.5]}
-    progress, last = Progress(TrainConfig(steps=100, log_every=50), manifest), Step(norm=3.0)
+    progress, last = StepTracker(TrainConfig(steps=100, log_every=50), manifest), Step(norm=3.0)
     progress.add(1, Step(stop=True, norm=2.0))
     assert not progress.stop
     progress.add(2, last)
@@ -56,7 +56,7 @@ def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind()
 
 
 def test_a_save_by_the_clock_is_found_one_step_late_and_due_once():
-    progress, last = Progress(TrainConfig(steps=100, log_every=50), {}), Step(save=True)
+    progress, last = StepTracker(TrainConfig(steps=100, log_every=50), {}), Step(save=True)
     progress.add(1, Step(save=True))
     assert not progress.save
     progress.add(2, last)  # rank 0 has asked in this step too, since nothing was saved yet
@@ -88,7 +88,7 @@ def test_rank_0_alone_asks_for_a_save_when_its_time_has_come():
 
 def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(caplog):
     t = TrainConfig(steps=100, log_every=50, max_bad_steps=2, global_batch=16)
-    progress = Progress(t, {})
+    progress = StepTracker(t, {})
     for step, applied in enumerate((False, True, False, False), start=1):
         progress.add(step, Step(applied, norm=float("nan")))
     assert progress.updates == 1 and len(progress.recent) == 1
@@ -100,12 +100,12 @@ def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(cap
 
 def test_skipped_steps_are_counted_over_a_stop_and_a_new_start():
     t = TrainConfig(steps=100, log_every=1, max_bad_steps=3)
-    first = Progress(t, {})
+    first = StepTracker(t, {})
     first.add(1, Step(applied=False, norm=float("inf")))
     first.add(2, Step(applied=False, norm=float("inf")))
-    second = Progress(t, first.facts())
+    second = StepTracker(t, first.metadata())
     second.add(3, Step(applied=False, norm=float("inf")))
     assert not first.diverged and second.diverged and second.skipped_in_a_row == 3
-    assert Progress(t, second.facts()).skipped_in_a_row == 0, (
+    assert StepTracker(t, second.metadata()).skipped_in_a_row == 0, (
         "a run that ended so goes on when its user starts it again"
     )
