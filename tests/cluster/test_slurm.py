@@ -273,14 +273,15 @@ def test_data_that_no_node_can_read_costs_one_allocation(preflight, cluster, tmp
 @pytest.mark.full
 @pytest.mark.parametrize("variables", ["NONE", "PREFLIGHT=0"])
 def test_a_job_that_inherits_no_variables_runs(variables, cluster, tmp_path, fault_table):
-    """sbatch --export=NONE and --export=VAR=...: srun would hand on as little, not even PATH. No words for train."""
+    """sbatch --export=NONE and --export=VAR=...: srun would hand on as little, not even PATH."""
     shutil.copytree(LAUNCHERS, tmp_path / "launchers")
     (tmp_path / ".venv").mkdir()
     fake(
         tmp_path / ".venv", 'echo "$1 of rank $SLURM_PROCID finds $(command -v bash srun megapromoe | wc -l) programs"'
     )
     options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", f"--export={variables}"]
-    job = Job(cluster, str(tmp_path / "launchers" / "promoe_s.sh"), name="bare", options=options)
+    script = str(tmp_path / "launchers" / "promoe_s.sh")
+    job = Job(cluster, script, "data.source=synthetic", name="bare", options=options)
     job.finish()
     logs = job.run / "logs" / f"{job.number}.0"
     for name in ("check", "rank") if variables == "NONE" else ("rank",):
