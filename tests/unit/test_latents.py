@@ -337,7 +337,7 @@ def test_check_prints_the_scale_and_shows_latents_that_were_scaled_before(tmp_pa
     assert main(["data", "check", str(write(tmp_path / "scaled before", source))]) == 0
     shown = capsys.readouterr().out
     assert "scale 0.18215, shift 0\n" in shown and "standard deviation after scaling: 0.18" in shown
-    assert "warning: a model expects about 1" in shown and "already scaled need scale 1" in shown
+    assert "warning: a model expects about 1" in shown and "stored scaled need scale 1" in shown
 
 
 def test_a_run_records_its_data_set(folder, tmp_path):
