@@ -73,7 +73,8 @@ def tensor_bytes(folder: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("settings", [(), ("model.num_experts=3", "model.router=kmeans"), ("model.router=diffmoe",)])
+@pytest.mark.parametrize("settings", [(), full(("model.num_experts=3", "model.router=kmeans")),
+                                      full(("model.router=diffmoe",))])  # fmt: skip
 def test_planned_sizes_are_those_of_the_files(straight, tmp_path, settings):
     """Of experts over two ranks, also where a spare slot is saved, and with buffers."""
     folder = straight
@@ -104,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_exactly_and_its_snapshots_are_made_again(
     assert not list(killed.glob("branches/*")) and not list(killed.glob("snapshots/*.replaced"))
 
 
-@pytest.mark.parametrize("world, tp, ep", [(1, 1, 1), (2, 2, 1)])
+@pytest.mark.parametrize("world, tp, ep", [full(1, 1, 1), (2, 2, 1)])
 def test_a_snapshot_is_sampled_from_at_another_layout(straight, world, tp, ep):
     expected = run(2, images, str(straight), 4, 1, 2)[0]
     found = run(world, images, str(straight), 4, tp, ep)[0]
@@ -137,6 +138,7 @@ def snapshots_unwritable(folder: str) -> None:
     train(folder, *WARMING, "train.snapshot_every=3", "train.steps=5", "train.save_every=3")
 
 
+@pytest.mark.full
 def test_a_snapshot_that_cannot_be_written_costs_no_checkpoint(tmp_path):
     run(2, snapshots_unwritable, str(tmp_path))
     assert steps_in(tmp_path / "checkpoints") == [3, 5] and not snapshot_steps(tmp_path / "snapshots")
