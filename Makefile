@@ -51,7 +51,7 @@ layouts: env
 	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md
 
 faults: env
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --fault-table docs/faults.md
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --fault-table docs/faults.md
 
 fuzz: env
 	$(BIN)/python tools/fuzz.py --out docs/damage.md

@@ -5,6 +5,7 @@ import ast
 import re
 from pathlib import Path
 
+from support import fuzz_program
 from support.documented_commands import DOCUMENTS, ROOT, helps, parsers
 
 from megapromoe.benchmark import gpu_program
@@ -45,7 +46,9 @@ def flags() -> set[str]:
     """Of every command, of the tools and of the launchers."""
     known = {flag for parser in parsers().values() for action in parser._actions for flag in action.option_strings}
 
-    known |= set(FLAG.findall(Path(gpu_program.__file__).read_text())) | {"--dry-run"}  # of launchers
+    for program in (gpu_program, fuzz_program):  # of `tools/gpu_run.py` and `tools/fuzz.py`
+        known |= set(FLAG.findall(Path(program.__file__).read_text()))
+    known.add("--dry-run")  # of launchers
     return known | {flag for words in OTHERS.values() for flag in words.split()}
 
 
