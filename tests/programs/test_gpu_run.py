@@ -221,6 +221,7 @@ def described(monkeypatch):
     monkeypatch.setattr(gpu_program, "check_machine", lambda out, device, environment: MACHINE)
 
 
+@pytest.mark.full
 def test_a_stage_goes_on_where_it_was_stopped(tmp_path, monkeypatch, described, capsys):
     """The finished process is not run again; what the other one left is still there."""
     first = python("first", f"open({str(tmp_path / 'first')!r}, 'a').write('x')")

@@ -364,7 +364,7 @@ def test_figures_of_your_own(capsys):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (("--preset", "promoe_xl", "--memory-gib", "2"), "no layout fits 1.8 GiB"),
+        (("--preset", "promoe_xl", "--memory-gib", "2", "--gpus-per-node", "2"), "no layout fits 1.8 GiB"),
         (("--preset", "promoe_xl", "--nodes", "512"), "multiple of 512"),
         (("--usable", "1.5"), "must be at most 1"),
         (("--imbalance", "0.5"), "must be at least 1"),
