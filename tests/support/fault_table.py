@@ -33,7 +33,7 @@ class FaultTable:
         self.file = file
         self.rows: list[tuple[str, str, str, str]] = []
         self.skipped: dict[str, str] = {}
-        self.without_rows: list[str] = []
+        self.passed: set[str] = set()
 
     def pytest_collection_modifyitems(self, config, items) -> None:
         """Leaves out the tests without rows."""
@@ -47,16 +47,15 @@ class FaultTable:
         if report.skipped:
             self.skipped[test] = report.longrepr[2].removeprefix("Skipped: ")
         if report.when == "call" and report.passed:
-            rows = [tuple(values) for name, values in report.user_properties if name == ROW]
-            self.rows += [(*row, f"`{test}`") for row in rows]
-            if not rows:
-                self.without_rows.append(test)
+            self.passed.add(test)
+            self.rows += [(*values, f"`{test}`") for name, values in report.user_properties if name == ROW]
 
     def pytest_terminal_summary(self, terminalreporter, exitstatus) -> None:
-        """Writes the file, or says why not."""
-        if self.without_rows:
-            terminalreporter.write_line(f"no rows, though they ask for the table: {', '.join(self.without_rows)}")
-        if exitstatus or self.without_rows or not self.rows:
+        """Writes the file, or says why not. One case of a test may add the rows of all its cases."""
+        without_rows = sorted(self.passed - {row[-1].strip("`") for row in self.rows})
+        if without_rows:
+            terminalreporter.write_line(f"no rows, though they ask for the table: {', '.join(without_rows)}")
+        if exitstatus or without_rows or not self.rows:
             terminalreporter.write_line(f"{self.file} is not written: it is the table of tests that all passed")
             return
         lines = [f"| {' | '.join(row)} |\n" for row in self.rows]

@@ -64,3 +64,12 @@ def test_a_table_that_would_lack_rows_is_not_written(status, rows, table):
     table.end(status)
     assert not table.file.exists() and "is not written" in table.said[-1]
     assert rows or "no rows, though they ask for the table: tests/test_b.py::test_b" in table.said[0]
+
+
+def test_one_case_of_a_test_may_add_the_rows_of_all(table):
+    first, second = item("test_a.py::test_a[1]"), item("test_a.py::test_a[2]")
+    Rows(first).append(("a", "b", "c"))
+    table.pytest_runtest_logreport(report(first))
+    table.pytest_runtest_logreport(report(second))
+    table.end()
+    assert "| a | b | c | `tests/test_a.py::test_a` |\n" in table.file.read_text()
