@@ -153,7 +153,7 @@ def to_markdown(
     evaluations: Rows = (),
     means: Iterable[str] = (),
 ) -> str:
-    """The study in tables; `found`: the `figures` of its tasks; `means`: sections about their means over seeds."""
+    """The study as Markdown: `sections`, joined."""
     return "\n\n".join(sections(rows, recipe, missing, against, evaluations, means)) + "\n"
 
 
@@ -175,6 +175,15 @@ def sections(
     evaluations: Rows = (),
     means: Iterable[str] = (),
 ) -> Iterable[str]:
+    """Parts of the study's Markdown page, in order.
+
+    Args:
+        rows: of results.csv, one for each task that is done.
+        missing: names of the tasks that are not done.
+        against: variants with which the others are compared.
+        evaluations: figures of images, one row for each task, step and guidance scale.
+        means: further sections, on the means of `evaluations` over seeds.
+    """
     splits = ", ".join(sorted({row["split"] for row in rows}))
     yield "# Results"
     yield f"{len(rows)} runs are done" + (f", {len(missing)} are missing: {', '.join(missing)}." if missing else ".")
