@@ -356,7 +356,7 @@ class TrainConfig:
     max_failed_saves: int = option(3, "number of consecutive failed saves that ends the run", within=ONE_UP)
     sample_every: int = option(0, "number of steps between sample grids; 0: none", within=ZERO_UP)
     max_bad_steps: int = option(3, "number of consecutive skipped updates that ends the run", within=ONE_UP)
-    spike: float = option(
+    spike_factor: float = option(
         0.0,
         "skip an update whose gradient norm exceeds this multiple of the recent median; 0: skip none",
         within=ZERO_UP,

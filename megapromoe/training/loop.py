@@ -201,7 +201,7 @@ def _train(
             rate = learning_rate(t, step)
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
-            max_norm = max_accepted_norm(t.spike, tracker.recent)
+            max_norm = max_accepted_norm(t.spike_factor, tracker.recent)
             result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             accumulator.end_step(result.applied_on_device)
             ema.update(result)

@@ -282,7 +282,7 @@ def with_a_spike(folder: str, factor: float) -> None:
         return real(self, *inputs, loss=scaled)
 
     Engine.micro_step = micro_step
-    train(folder, "parallel.ep=2", "train.steps=30", "train.spike=20")
+    train(folder, "parallel.ep=2", "train.steps=30", "train.spike_factor=20")
 
 
 def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
@@ -294,7 +294,7 @@ def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
     assert manifest["step"] == 30 and manifest["updates"] == 29
     assert max(norms[25:]) < 10 * max(norms[15:24]), "it did not hurt"
     fault_table.append(
-        ("a gradient a million times too large, train.spike 20", "no rank updates, samples logged", "that step")
+        ("a gradient a million times too large, train.spike_factor 20", "no rank updates, samples logged", "that step")
     )
 
 
