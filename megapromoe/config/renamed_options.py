@@ -13,10 +13,22 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 RENAMED: dict[str, str] = {  # former dotted name -> present one
+    "model.gate": "model.score_function",
+    "model.capacity_weight": "model.capacity_predictor_weight",
+    "model.capacity_decay": "model.threshold_decay",
+    "data.label_drop": "data.condition_dropout",
+    "data.max_bad": "data.max_damaged",
+    "train.clip": "train.max_grad_norm",
+    "train.keep": "train.keep_last",
     "train.spike": "train.spike_factor",
 }
 # Dotted name -> former value -> the settings that it stands for. The name itself is still that of an option.
-RENAMED_VALUES: dict[str, dict[str, dict[str, Any]]] = {}
+RENAMED_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "train.optimizer": {
+        backend: {"train.optimizer": "adamw", "train.adamw_backend": backend}
+        for backend in ("torch", "apex", "deepspeed")
+    },
+}
 
 
 def is_former(key: str, value: Any) -> bool:

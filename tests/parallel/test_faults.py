@@ -247,7 +247,7 @@ def not_removable(folder: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     retention.shutil.rmtree = rmtree
-    train(folder, "parallel.ep=2", "train.save_every=1", "train.keep=1")
+    train(folder, "parallel.ep=2", "train.save_every=1", "train.keep_last=1")
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path):
@@ -299,7 +299,7 @@ def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
 
 
 def test_some_checkpoints_are_kept_for_good(tmp_path):
-    run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2", "train.keep_every=3", "train.steps=8")
+    run(1, train, str(tmp_path), "train.save_every=1", "train.keep_last=2", "train.keep_every=3", "train.steps=8")
     assert steps_in(tmp_path / "checkpoints") == [3, 5, 6, 7, 8]
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,16 +13,25 @@ from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.config import renamed_options
 from megapromoe.config.options import Config, ConfigError, to_dict
+from megapromoe.config.presets import PRESETS
 from megapromoe.config.renamed_options import RENAMED, RENAMED_VALUES, present_sections, present_words
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.state import config_from
 from megapromoe.studies.comparison import compare
 from megapromoe.studies.grid import expand
-from megapromoe.studies.recipe import StudyError, make_recipe, read_recipe, recipe_dict
+from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read_recipe, recipe_dict, recipe_names
 from megapromoe.studies.study import open_study, plan
 
 OPTIONS = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
+ROOT = Path(__file__).parents[2]
 SAVED = {"train": {"spike": 7}, "data": {"source": "synthetic"}}
+
+RECIPE = {
+    "preset": "digits",
+    "settings": {"train.spike": 7, "train.steps": 3, "train.warmup": 0},
+    "axes": {"model.num_experts": [2, 4]},
+    "variants": {"promoe": {}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +114,63 @@ def test_words_of_a_printed_command():
     assert present_words(["train.spike=7", "train.lr=1", "word"]) == ["train.spike_factor=7", "train.lr=1", "word"]
 
 
+def every_former_setting():
+    """Each former spelling with a valid value, and the settings that it stands for."""
+    values = {"model.gate": "sigmoid", "train.spike": 7.0}
+    cases = []
+    for former, present in RENAMED.items():
+        section, _, name = present.partition(".")
+        default = to_dict(Config())[section][name]
+        value = values[former] if former in values else default + 1 if type(default) is int else default / 2
+        cases.append(pytest.param(former, value, {present: value}, id=former))
+    for name, former_values in RENAMED_VALUES.items():
+        for value, settings in former_values.items():
+            cases.append(pytest.param(name, value, settings, id=f"{name}={value}"))
+    return cases
+
+
+@pytest.mark.parametrize("key, value, present", every_former_setting())
+def test_every_former_spelling(key, value, present, tmp_path, notices):
+    wanted = resolve("digits", overrides=[f"{name}={v}" for name, v in present.items()])
+    assert notices() == []
+    assert resolve("digits", overrides=[f"{key}={value}"]) == wanted
+    (line,) = notices()
+    assert line.startswith((f"{key}: is now", f"{key}={value}: is now")) and all(name in line for name in present)
+    file = tmp_path / "mine.yaml"
+    section, _, name = key.partition(".")
+    file.write_text(yaml.safe_dump({section: {name: value}}))
+    assert resolve("digits", file) == wanted
+    assert present_sections({section: {name: value}}) == present_sections(_nested(present)) == _nested(present)
+    recipe = make_recipe(RECIPE | {"settings": {key: value}})
+    assert recipe.settings == present and {task.config for task in expand(recipe)} == {
+        task.config for task in expand(make_recipe(RECIPE | {"settings": present}))
+    }
+    assert notices() == [line]
+
+
+def _nested(settings):
+    sections = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def test_a_former_value_and_the_option_that_it_sets_are_refused():
+    with pytest.raises(ConfigError) as raised:
+        resolve("digits", overrides=["train.optimizer=apex", "train.adamw_backend=torch"])
+    assert raised.value.violations == (
+        "train.optimizer = 'apex' (command line): is the former spelling of train.optimizer=adamw"
+        " train.adamw_backend=apex, and train.adamw_backend is given as well; remove train.optimizer",
+    )
+    assert resolve("digits", overrides=["train.optimizer=adamw", "train.adamw_backend=apex"]).train.optimizer == "adamw"
+
+
+def test_the_notice_of_a_former_value_names_the_present_settings(notices):
+    resolve("digits", overrides=["train.optimizer=apex"])
+    assert notices() == [notice("train.optimizer=apex", "train.optimizer=adamw train.adamw_backend=apex")]
+
+
 # ---- runs written before
 
 
@@ -165,13 +232,6 @@ def test_a_manifest_with_former_names_is_read_by_the_present_ones(tmp_path):
 
 
 # ---- studies
-
-RECIPE = {
-    "preset": "digits",
-    "settings": {"train.spike": 7, "train.steps": 3, "train.warmup": 0},
-    "axes": {"model.num_experts": [2, 4]},
-    "variants": {"promoe": {}},
-}
 
 
 def test_a_recipe_is_read_by_the_present_names(tmp_path, notices):
@@ -242,3 +302,33 @@ def test_a_study_of_options_takes_former_names(notices):
     assert notices() == [notice("train.spike", "train.spike_factor")]
     with pytest.raises(StudyError, match=r"train\.spike = '7' .*remove train\.spike"):
         compare("digits", settings={"train.spike": "7", "train.spike_factor": "8"})
+
+
+# ---- the text of the project
+
+
+def test_no_file_uses_a_former_spelling():
+    """The table and its test have them, and the changelog lists them."""
+    names = [re.escape(name) for name in RENAMED]
+    names += [re.escape(name.partition(".")[2]) for name in RENAMED if "_" in name]  # so distinct that they stand alone
+    values = [re.escape(f"{name}={value}") for name, values in RENAMED_VALUES.items() for value in values]
+    former = re.compile(rf"(?<![\w.])(?:{'|'.join(names + values)})(?![\w.]*\w)")
+    places = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
+    for folder in ("docs", "launchers", "megapromoe", "tests", "tools"):
+        places += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".sh", ".py", ".yaml", ".csv")]
+    assert len(places) > 300
+    places = [path for path in places if path.name not in ("renamed_options.py", Path(__file__).name)]
+    assert {str(path.relative_to(ROOT)): uses for path in places if (uses := former.findall(path.read_text()))} == {}
+
+
+def test_no_preset_recipe_or_file_of_the_package_gives_a_notice(notices):
+    for preset in PRESETS:
+        resolve(preset)
+    for name in recipe_names():
+        read_recipe(find_recipe(name))
+    assert notices() == []
+
+
+def test_the_changelog_lists_the_table():
+    rows = re.findall(r"^  \| `([\w.]+)` \| `([\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
+    assert dict(rows) == RENAMED
