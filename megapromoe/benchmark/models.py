@@ -208,7 +208,7 @@ class Update:
         self.optimizer = torch.optim.AdamW(
             self.masters, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay
         )
-        self.clip = t.clip
+        self.max_grad_norm = t.max_grad_norm
 
     @torch.no_grad()
     def step(self) -> None:
@@ -217,8 +217,8 @@ class Update:
             if p.grad is not None:
                 master.grad = p.grad.float()
                 used.append((p, master))
-        if self.clip:
-            nn.utils.clip_grad_norm_([master for _, master in used], self.clip)
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_([master for _, master in used], self.max_grad_norm)
         self.optimizer.step()
         if changed := [(p, master) for p, master in used if p is not master]:
             torch._foreach_copy_([p for p, _ in changed], [master for _, master in changed])

@@ -70,7 +70,7 @@ def disk(config: Config, step_seconds: float | None = None) -> DiskUsage:
         snapshots=t.steps // t.snapshot_every if t.snapshot_every else 0,
         pictures=t.steps // t.sample_every if t.sample_every else 0,
         picture=picture_bytes(config),
-        most_checkpoints=most_at_once(t.steps, between, t.keep, t.keep_every, t.max_bad_steps),
+        most_checkpoints=most_at_once(t.steps, between, t.keep_last, t.keep_every, t.max_bad_steps),
         exact=not by_clock,
     )
 

@@ -56,7 +56,7 @@ def removed_too_often(root: Path) -> CheckpointError:
     """The error for a run that removed its newest checkpoint in each of `TRIES` attempts to read it."""
     return CheckpointError(
         f"{root}: {TRIES} times the newest checkpoint was removed by its run before it was read; give the step of a"
-        " checkpoint that is kept (train.keep_every), or let the run keep more (train.keep)"
+        " checkpoint that is kept (train.keep_every), or let the run keep more (train.keep_last)"
     )
 
 

@@ -165,7 +165,8 @@ class CheckpointManager:
                 free = shutil.disk_usage(self.root).free
                 if free < 1.02 * needed:
                     problem = (
-                        f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or set train.keep=1"
+                        f"{self.root}: no room, need {needed:,} bytes, have {free:,}; free some, or set"
+                        " train.keep_last=1"
                     )
                 else:
                     for destination in destinations:
@@ -217,7 +218,7 @@ class CheckpointManager:
     def _prune(self, metadata: Mapping[str, Any]) -> None:
         t = self.engine.config.train
         run, step, updates = metadata.get("run"), metadata["step"], metadata["updates"]
-        prune(self.root, run, step, updates, t.keep, t.keep_every, t.max_bad_steps)
+        prune(self.root, run, step, updates, t.keep_last, t.keep_every, t.max_bad_steps)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megapromoe.config.renamed_options import present_sections
 from megapromoe.errors import UserError
 from megapromoe.io import sha256_of_json
 
@@ -49,7 +50,7 @@ def seal(content: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and checks the manifest of a checkpoint or snapshot folder.
+    """Reads and checks the manifest of a checkpoint or snapshot folder; its config has the present option names.
 
     Raises CheckpointError, naming the file, if it is missing or damaged, or has another format or another step than the
     name of the folder.
@@ -68,6 +69,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if content["format"] == UNHASHED:
         logger.info("%s: of format %d, whose manifest has no hash; damage to it may go unseen", path, UNHASHED)
+    if "config" in content:
+        content["config"] = present_sections(content["config"])
     return content
 
 

@@ -36,6 +36,7 @@ from typing import IO, Any
 from megapromoe.checkpoint.environment import describe_start
 from megapromoe.checkpoint.origin import Origin, changed_settings, fixed_changes
 from megapromoe.config.options import Config
+from megapromoe.config.renamed_options import present_sections
 from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
@@ -343,7 +344,10 @@ class RunDirectory:
         return {} if stored is None else changed_settings(stored, config)
 
     def stored_settings(self) -> dict[str, dict[str, Any]] | None:
-        """The sections of config.yaml; None if there is no such file. Raises RunDirectoryError if it is damaged."""
+        """The sections of config.yaml, by present option names; None if there is no such file.
+
+        Raises RunDirectoryError if it is damaged.
+        """
         if not self.config_file.exists():
             return None
         try:
@@ -352,7 +356,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.config_file}: is damaged ({error})") from error
         if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
             raise RunDirectoryError(f"{self.config_file}: is damaged; it must be a mapping of sections")
-        return stored
+        return present_sections(stored)
 
     def origin(self, config: Config) -> Origin:
         """What a checkpoint must share with this run to be resumed from. Call it after `claim`."""

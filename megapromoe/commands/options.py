@@ -14,7 +14,7 @@ OVERRIDES = """\
 config: the defaults <- --preset <- --config FILE <- section.key=value, where later ones override earlier ones.
 Sections are model, parallel, data, diffusion, sample and train; `megapromoe show --keys` lists their keys.
 Values are written as in YAML:
-  parallel.tp=2   train.lr=3e-4   model.qk_norm=true   model.gate=sigmoid
+  parallel.tp=2   train.lr=3e-4   model.qk_norm=true   model.score_function=sigmoid
 All mistakes are reported together, before anything starts."""
 
 
@@ -40,7 +40,7 @@ def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Conf
     """The config of --config or --preset with the overrides; None without both options. Raises ConfigError."""
     if options.config is None and options.preset is None:
         return None
-    return resolve(preset=options.preset, file=options.config, overrides=overrides)
+    return resolve(options.preset, options.config, overrides, file_is_saved=_is_saved(options.config))
 
 
 def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
@@ -55,4 +55,14 @@ def resolve_options(options: argparse.Namespace, world: int | None, run_warmup: 
     preset = options.preset
     if preset is None and options.config is None:
         preset = DEFAULT_PRESET
-    return resolve(preset, options.config, options.overrides, world, run_warmup)
+    saved = _is_saved(options.config)
+    return resolve(preset, options.config, options.overrides, world, run_warmup, file_is_saved=saved)
+
+
+def _is_saved(file: Path | None) -> bool:
+    """Whether a --config is a file that the program wrote: the config.yaml of a run, or a task of a study."""
+    if file is None:
+        return False
+    run, study = file.absolute().parent, file.absolute().parent.parent
+    is_run = file.name == "config.yaml" and ((run / "environment.json").exists() or (run / "checkpoints").is_dir())
+    return is_run or (run.name == "tasks" and (study / "study.yaml").is_file())

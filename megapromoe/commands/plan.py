@@ -9,6 +9,7 @@ from pathlib import Path
 from megapromoe.commands.command_line import file_errors, positive, positive_number
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options
 from megapromoe.config.options import Config
+from megapromoe.config.renamed_options import present_words
 from megapromoe.io import write_json
 from megapromoe.planning.explain import (
     costs,
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace, launch) -> int:
         machine, assume = _machine(options), _assumptions(options)
         _check_pictures(options.plot)
         config = resolve_options(options, None)
+        options.overrides = present_words(options.overrides)  # a part of the proposed command
         fixed = frozenset(word.partition("=")[0].strip() for word in options.overrides) & set(FREE)
         result = search(config, world, machine, assume, fixed)
         if options.json:

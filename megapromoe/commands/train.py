@@ -6,6 +6,7 @@ import sys
 from megapromoe.commands.command_line import CommandError
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options, run_option
 from megapromoe.commands.show import describe
+from megapromoe.config.renamed_options import present_names
 from megapromoe.config.resolve import check_trainable
 
 EPILOG = f"""\
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.checkpoint.run_directory import RunDirectory
 
     config = resolve_options(options, launch.world, RunDirectory(options.run).warmup())
+    options.allow = present_names(options.allow)
     if options.dry_run:
         from megapromoe.training.dry_run import examine_start
         from megapromoe.training.summary import summary

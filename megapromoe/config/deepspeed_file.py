@@ -146,6 +146,6 @@ def _combinations(content: dict[str, Any]) -> Iterator[str]:
             yield f"{OFFLOAD} is not supported at stage 0, which has no optimizer states to offload; use stage 1 or 2"
         if stage in (1, 2) and content.get("zero_force_ds_cpu_optimizer", True):
             yield (
-                f"zero_force_ds_cpu_optimizer must be false with {OFFLOAD}: the optimizer is that of train.optimizer;"
-                " set it to false"
+                f"zero_force_ds_cpu_optimizer must be false with {OFFLOAD}: the optimizer is that of"
+                " train.adamw_backend; set it to false"
             )

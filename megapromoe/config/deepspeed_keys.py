@@ -117,7 +117,7 @@ OURS: dict[str, str] = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch and train.accumulation",
     "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clip",
+    "gradient_clipping": "train.max_grad_norm",
     "optimizer": "train.optimizer, train.lr, ...",
     "scheduler": "train.schedule, train.warmup, ...",
     "expert_parallel": "parallel.ep",

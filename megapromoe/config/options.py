@@ -96,7 +96,7 @@ class ModelConfig:
     num_unconditional_experts: int = option(
         1, "number of unconditional experts, with unconditional_expert; their outputs are summed", within=ONE_UP
     )
-    gate: str = option(
+    score_function: str = option(
         "identity",
         "ProMoE, kmeans: function from an expert's score to its routing weight",
         ("identity", "sigmoid", "softmax"),
@@ -128,8 +128,8 @@ class ModelConfig:
     balance_form: str = option(
         "batch", "the balance loss balances experts over the batch or within each image", ("batch", "sequence")
     )
-    capacity_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
-    capacity_decay: float = option(0.95, "DiffMoE: decay of the running thresholds", within="[0, 1)")
+    capacity_predictor_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
+    threshold_decay: float = option(0.95, "DiffMoE: decay of the running thresholds", within="[0, 1)")
 
     @property
     def tokens(self) -> int:
@@ -252,7 +252,7 @@ class DataConfig:
     path: str = option("", "folder of the latents, or of fashion_mnist (empty: the folder of its Debian package)")
     test_path: str = option("", "folder of latents for evaluation, which are not used in training")
     size: int = option(65536, "number of images in the synthetic source", within=ONE_UP)
-    label_drop: float = option(
+    condition_dropout: float = option(
         0.1, "probability that a label is replaced by the null class, for classifier-free guidance", within="[0, 1)"
     )
     flip: bool = option(False, "mirror each image with probability 0.5")
@@ -261,7 +261,7 @@ class DataConfig:
         1, "number of threads that prepare batches on each rank, and of batches prepared ahead", within="[1, 256]"
     )
     verify: bool = option(True, "latents: verify the checksum of each record when it is read")
-    max_bad: int = option(
+    max_damaged: int = option(
         100,
         "latents: number of damaged samples, over all ranks, that are skipped before the run ends with an error",
         within=ZERO_UP,
@@ -316,12 +316,19 @@ class TrainConfig:
     )
     schedule: str = option("constant", "learning rate schedule after the warm-up", ("constant", "cosine"))
     min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", within=ZERO_UP)
-    clip: float = option(0.5, "maximum gradient norm; gradients are scaled down to it; 0: no clipping", within=ZERO_UP)
+    max_grad_norm: float = option(
+        0.5, "maximum gradient norm; gradients are scaled down to it; 0: no clipping", within=ZERO_UP
+    )
     ema: float = option(0.9999, "decay of the averaged weights (EMA) at each step", within="[0, 1)")
     ema_warmup: bool = option(
         False, "use decay min(ema, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
     )
-    optimizer: str = option("torch", "implementation of fused AdamW", ("torch", "apex", "deepspeed"))
+    optimizer: str = option("adamw", "the optimizer", ("adamw",))
+    adamw_backend: str = option(
+        "torch",
+        "AdamW: the implementation, torch's fused one, NVIDIA apex's or DeepSpeed's",
+        ("torch", "apex", "deepspeed"),
+    )
     deepspeed: str = option(
         "bf16_zero1", "DeepSpeed configuration: the name of a file in ds_configs, or a path to a .json file"
     )
@@ -349,14 +356,14 @@ class TrainConfig:
         "number of steps between snapshots, which hold only the averaged weights and are all kept; 0: none",
         within=ZERO_UP,
     )
-    keep: int = option(2, "number of newest checkpoints that are kept", within=ONE_UP)
+    keep_last: int = option(2, "number of newest checkpoints that are kept", within=ONE_UP)
     keep_every: int = option(
         0, "also keep the checkpoints of steps that are multiples of this; 0: none", within=ZERO_UP
     )
     max_failed_saves: int = option(3, "number of consecutive failed saves that ends the run", within=ONE_UP)
     sample_every: int = option(0, "number of steps between sample grids; 0: none", within=ZERO_UP)
     max_bad_steps: int = option(3, "number of consecutive skipped updates that ends the run", within=ONE_UP)
-    spike: float = option(
+    spike_factor: float = option(
         0.0,
         "skip an update whose gradient norm exceeds this multiple of the recent median; 0: skip none",
         within=ZERO_UP,

@@ -25,6 +25,7 @@ from megapromoe.config.reader import (
     suggest,
     unknown_key,
 )
+from megapromoe.config.renamed_options import present_layer
 from megapromoe.config.rules import rules
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 
@@ -37,8 +38,12 @@ def resolve(
     overrides: Iterable[str] = (),
     world: int | None = None,
     run_warmup: int | None = None,
+    saved: Iterable[str] = (),
+    file_is_saved: bool = False,
 ) -> Config:
     """The checked config of defaults <- preset <- YAML file <- `section.key=value` overrides.
+
+    Former spellings of options (`renamed_options.py`) are accepted, with a notice for those that a user wrote.
 
     A preset's warm-up suits the preset's number of steps, so it is limited to a tenth of `train.steps`. A warm-up that
     the file or an override sets is used unchanged.
@@ -49,22 +54,32 @@ def resolve(
         overrides: arguments such as "model.depth=4".
         world: number of ranks; None leaves out the rules on ranks.
         run_warmup: `train.warmup` of the run that is continued, in place of the preset's.
+        saved: like `overrides`, below them: settings of a config that the program saved in another form than a file.
+        file_is_saved: whether the program wrote the file; then its former spellings give no notice.
 
     Raises ConfigError, listing everything that is wrong.
     """
     problems: list[str] = []
+    clashes: list[str] = []  # options set by both spellings; no setting is missing because of these
     settings: list[tuple[str, Any, str]] = []  # dotted key, value, origin
+
+    def add(layer: Iterable[tuple[str, Any]], origin: str, is_saved: bool = False) -> None:
+        settings.extend((key, value, origin) for key, value in present_layer(layer, origin, clashes, is_saved))
+
     if preset is not None and preset not in PRESETS:
         problems.append(f"preset = {preset!r}: is not a preset; {suggest(preset, PRESETS)}")
     elif preset is not None:
-        settings += _flatten(PRESETS[preset], f"preset {preset}", problems)
+        origin = f"preset {preset}"
+        add(_flatten(PRESETS[preset], origin, problems), origin)
     if file is not None:
-        settings += _flatten(_read_yaml(Path(file), problems), str(file), problems)
+        add(_flatten(_read_yaml(Path(file), problems), str(file), problems), str(file), file_is_saved)
     # Rules on refused fields are not checked. If a whole layer is missing, all fields that are not set elsewhere
     # count as refused.
     every_key = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
     refused = every_key if problems else set()
-    settings += _parse(overrides, problems)
+    add(_parse(saved, "saved config", problems), "saved config", is_saved=True)
+    add(_parse(overrides, "command line", problems), "command line")
+    problems += clashes
 
     sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
     origins: dict[str, str] = {}
@@ -154,23 +169,23 @@ def _read_yaml(path: Path, problems: list[str]) -> Mapping:
     return {}
 
 
-def _flatten(nested: Mapping, origin: str, problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+def _flatten(nested: Mapping, origin: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     for section, values in nested.items():
         if isinstance(values, Mapping):
-            yield from ((f"{section}.{name}", value, origin) for name, value in values.items())
+            yield from ((f"{section}.{name}", value) for name, value in values.items())
         elif problem := _unknown(str(section), None, vars(Config())):
             problems.append(f"{section} = {values!r} ({origin}): {problem}")
         else:
             problems.append(f"{section} = {values!r} ({origin}): must be a mapping of keys to values")
 
 
-def _parse(overrides: Iterable[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
-    for text in overrides:
+def _parse(words: Iterable[str], origin: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    for text in words:
         key, equals, value = text.partition("=")
         if equals:
-            yield key.strip(), TypedText(value.strip()), "command line"
+            yield key.strip(), TypedText(value.strip())
         else:
-            problems.append(f"{text!r} (command line): must be section.key=value")
+            problems.append(f"{text!r} ({origin}): must be section.key=value")
 
 
 def _unknown(section: str, name: str | None, sections: Mapping[str, Any]) -> str | None:

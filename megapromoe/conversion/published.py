@@ -128,7 +128,7 @@ def _keep_buffers(
             if ours is None and value is not None and not torch.allclose(value, ordinary, rtol=1e-3, atol=1e-3):
                 values = ", ".join(f"{v:g}" for v in value.flatten()[:3].tolist())
                 raise ConversionError(
-                    f"{path}: {theirs} ({values} ...) is not the config's model.capacity_decay: set it to this value"
+                    f"{path}: {theirs} ({values} ...) is not the config's model.threshold_decay: set it to this value"
                 )
         else:
             continue

@@ -98,7 +98,7 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[s
         raise ConversionError(
             f"the config in the checkpoint holds an invalid value ({error}); give --config FILE"
         ) from error
-    return resolve(overrides=[*settings, *overrides])
+    return resolve(saved=settings, overrides=overrides)
 
 
 # ---- checks of the readers

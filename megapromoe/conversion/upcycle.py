@@ -222,15 +222,15 @@ def cluster(x_TD: Tensor, config: Config, seed: int = 0) -> Prototypes:
     weight_TE = _weights(score_TE, config.model)
     chosen_TK = score_TE.topk(top_k, dim=-1).indices
     mean = float(weight_TE.gather(-1, chosen_TK).sum(-1).mean())
-    # A mean cosine near zero would give unbounded scales; the weights of the other gates have a positive lower bound.
-    return Prototypes(prototype_ED, max(mean, 0.05) if config.model.gate == "identity" else mean)
+    # A mean cosine near zero would give unbounded scales; other weights have a positive lower bound.
+    return Prototypes(prototype_ED, max(mean, 0.05) if config.model.score_function == "identity" else mean)
 
 
 def _weights(score_TE: Tensor, model: ModelConfig) -> Tensor:
     """The routing weights (T, E) of all experts for each token, from the scores of whole images."""
-    if model.gate == "identity":
+    if model.score_function == "identity":
         return score_TE
-    if model.gate == "sigmoid":
+    if model.score_function == "sigmoid":
         return score_TE.sigmoid()
     if model.router == "promoe":
         return score_TE.softmax(-1)
@@ -281,7 +281,7 @@ def grow(
             ])  # fmt: skip
         if ".mlp.experts." not in name:
             return tensor
-        if old.gate == "softmax" and old.router == "promoe" and ".fc2." in name:
+        if old.score_function == "softmax" and old.router == "promoe" and ".fc2." in name:
             tensor = tensor * times  # a softmax over `times` as many experts; with expert choice it is over tokens
         return torch.stack([
             _noisy(tensor[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)

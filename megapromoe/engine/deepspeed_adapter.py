@@ -20,7 +20,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from packaging.version import Version
 from torch import Tensor, nn
 
-from megapromoe.config.options import Config
+from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.protocol import EngineError, Partition, Piece
 from megapromoe.nn.dit import DiT
@@ -337,25 +337,32 @@ def _mark_experts(model: DiT, mesh: Mesh) -> None:
 
 
 def _make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
-    """AdamW with parameter groups of their own for experts, which 0.19.8 requires for a model with experts.
+    """The optimizer `train.optimizer`, with parameter groups of their own for experts, which 0.19.8 requires.
 
-    Raises EngineError if `train.optimizer` cannot run on this machine.
+    Raises EngineError if its backend cannot run on this machine.
     """
     groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "dense"})
-    t = config.train
+    make = {"adamw": _make_adamw}[config.train.optimizer]
+    return make(config.train, groups)
+
+
+def _make_adamw(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Fused AdamW of `train.adamw_backend`. Raises EngineError if the backend cannot run on this machine."""
     betas = (t.beta1, t.beta2)
-    if t.optimizer == "torch":
+    if t.adamw_backend == "torch":
         return torch.optim.AdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
-    if t.optimizer == "apex":
+    if t.adamw_backend == "apex":
         try:
             from apex.optimizers import FusedAdam
         except ImportError as error:
             raise EngineError(
-                "train.optimizer = apex: NVIDIA apex is not installed (it is not the PyPI project of that name);"
-                " install it from its repository, or use train.optimizer=torch"
+                "train.adamw_backend = apex: NVIDIA apex is not installed (it is not the PyPI project of that name);"
+                " install it from its repository, or use train.adamw_backend=torch"
             ) from error
     else:
         if not torch.cuda.is_available():
-            raise EngineError("train.optimizer = deepspeed: its FusedAdam needs a GPU; use train.optimizer=torch")
+            raise EngineError(
+                "train.adamw_backend = deepspeed: its FusedAdam needs a GPU; use train.adamw_backend=torch"
+            )
         FusedAdam = deepspeed.ops.adam.FusedAdam
     return FusedAdam(groups, adam_w_mode=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)

@@ -62,13 +62,13 @@ class Engine:
         self.layouts: dict[str, ParameterLayout] = model.layouts
         self.stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         offloads = bool(ds.get("zero_optimization", {}).get("offload_optimizer"))
-        self.clips_on_device = self.stage > 0 and config.train.optimizer == "torch" and not offloads
+        self.clips_on_device = self.stage > 0 and config.train.adamw_backend == "torch" and not offloads
         backend_clips = self.stage > 0 and not self.clips_on_device
         bf16 = ds.get("bf16", {}).get("enabled", False)
         exact = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if bf16 else {}
         buffers = dict(model.named_buffers())
 
-        clip = config.train.clip if backend_clips else 0.0
+        clip = config.train.max_grad_norm if backend_clips else 0.0
         self._backend: ShardedBackend = DeepSpeedAdapter(model, config, mesh, ds, clip)
         for name, buffer in buffers.items():  # in bf16 a running mean would not change any more
             owner, _, attribute = name.rpartition(".")
@@ -120,7 +120,9 @@ class Engine:
         max_norm: float = math.inf,
         save: bool = False,
     ) -> StepResult:
-        """Applies one AdamW update after the last micro-step, with the gradient clipped to `train.clip`. Collective.
+        """Applies one AdamW update after the last micro-step. Collective.
+
+        The gradient is clipped to `train.max_grad_norm` before.
 
         All ranks skip the update if the gradient norm is not finite or larger than `max_norm`, or if `loss` is not
         finite on any rank.
@@ -145,7 +147,7 @@ class Engine:
 
     def _clip_on_device(self, result: StepResult) -> None:
         """Sets the divisor of the gradients in torch's fused AdamW, and whether it skips the update."""
-        clip = self.config.train.clip
+        clip = self.config.train.max_grad_norm
         norm = result.norm_on_device
         scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
         optimizer: Any = (
@@ -162,8 +164,8 @@ class Engine:
         if not result.applied:  # AdamW skips parameters without a gradient
             for p in self.module.parameters():
                 p.grad = None
-        elif self.config.train.clip:
-            scale = min(self.config.train.clip / (result.norm + 1e-6), 1.0)
+        elif self.config.train.max_grad_norm:
+            scale = min(self.config.train.max_grad_norm / (result.norm + 1e-6), 1.0)
             torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], scale)
 
     def _reduce_gradient_norm(self, loss: Tensor | None, votes: float) -> Tensor:
@@ -244,4 +246,4 @@ class Engine:
 
     def _counts_steps_by_group(self) -> bool:
         """Whether the optimizer has its step count in the parameter group, as those of apex and DeepSpeed."""
-        return self.config.train.optimizer != "torch"
+        return self.config.train.adamw_backend != "torch"

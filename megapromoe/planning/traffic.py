@@ -59,8 +59,8 @@ class Batch:
 
 
 def expected_batch(config: Config, layout: Layout) -> Batch:
-    """The mean micro-batch, in which a share `data.label_drop` of the images is null."""
-    return Batch(layout.micro_batch, layout.micro_batch * (1 - config.data.label_drop))
+    """The mean micro-batch, in which a share `data.condition_dropout` of the images is null."""
+    return Batch(layout.micro_batch, layout.micro_batch * (1 - config.data.condition_dropout))
 
 
 def has_unconditional(model: ModelConfig) -> bool:

@@ -61,7 +61,7 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
         problems.append(f"{', '.join(others)}: the run's model is fixed; only sample.key=value can be changed")
     if problems:
         raise SampleError("; ".join(problems))
-    return resolve(file=directory.config_file, overrides=overrides)
+    return resolve(file=directory.config_file, overrides=overrides, file_is_saved=True)
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:

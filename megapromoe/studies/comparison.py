@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megapromoe.config.options import ROUTERS, Config, ConfigError, to_dict
+from megapromoe.config.renamed_options import present_layer
 from megapromoe.config.resolve import resolve
 from megapromoe.studies.grid import setting_text
 from megapromoe.studies.recipe import Recipe, StudyError, make_recipe
@@ -54,18 +55,20 @@ def compare(
 
     Raises StudyError.
     """
-    if wrong := [f"--routers {name}: must be one of {', '.join(ROUTERS)}" for name in routers if name not in ROUTERS]:
+    wrong = [f"--routers {name}: must be one of {', '.join(ROUTERS)}" for name in routers if name not in ROUTERS]
+    settings = dict(present_layer((settings or {}).items(), "command line", wrong))
+    if wrong:
         raise StudyError(wrong)
     axes: dict[str, list] = {"preset": list(sizes), "model.num_experts": list(experts), "train.steps": list(steps)}
     variants = {router: _variant(router, axes) for router in routers}
     point = {"model.num_experts": max(experts)} if experts else {}
     models = {"": point, **{router: {**point, **variant["settings"]} for router, variant in variants.items()}}
-    fallbacks = _fallbacks(preset, settings or {}, models, routers, ranks)
+    fallbacks = _fallbacks(preset, settings, models, routers, ranks)
     for router in routers:
         variants[router]["settings"] |= fallbacks.get(router, {})
     content: dict[str, Any] = {
         "preset": preset,
-        "settings": dict(settings or {}),
+        "settings": settings,
         "axes": {key: values for key, values in axes.items() if values},
         "seeds": list(seeds),
         "variants": variants,

@@ -59,7 +59,7 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
         whole_point = dict(zip(recipe.axes, values, strict=True))
         for variant in recipe.variants:
             point = {key: value for key, value in whole_point.items() if key not in variant.without}
-            name = "-".join([variant.name, *(_label(k, v) for k, v in point.items()), f"seed{seed}"])
+            name = "-".join([variant.name, *(_label(recipe, k, v) for k, v in point.items()), f"seed{seed}"])
             if name in taken:  # a variant without an axis has one task; other duplicates are errors
                 if taken[name] != point:
                     values_of_both = [
@@ -176,7 +176,8 @@ def _value(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _label(key: str, value: Any) -> str:
+def _label(recipe: Recipe, key: str, value: Any) -> str:
+    key = recipe.former_axes.get(key, key)
     return f"{SHORT.get(key, key.partition('.')[2] or key)}{re.sub(r'[^A-Za-z0-9_.]', '_', setting_text(value))}"
 
 

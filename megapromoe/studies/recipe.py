@@ -30,11 +30,12 @@ axis.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
+from megapromoe.config.renamed_options import RENAMED, present_layer, present_names
 from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, Violations
@@ -91,6 +92,8 @@ class Recipe:
     evaluate: ImageEvaluation | None = option(None, "how sampled images are evaluated", kind=dict)
     ranks: int = option(1, "number of processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
+    # Former names of axes in a study.yaml: they are part of the names of its folders.
+    former_axes: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -108,18 +111,25 @@ def find_recipe(recipe: str) -> Path:
     return path
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file. Raises StudyError, naming the file and everything that is wrong."""
+def read_recipe(path: Path, saved: bool = False) -> Recipe:
+    """The recipe of a YAML file; `saved`: see `make_recipe`. Raises StudyError, naming the file and every problem."""
     try:
-        return make_recipe(read_yaml(Path(path)))
+        return make_recipe(read_yaml(Path(path)), saved)
     except UnreadableFile as error:
         raise StudyError([f"{path}: {error}; give a recipe"]) from error
     except StudyError as error:
         raise StudyError(f"{path}: {line}" for line in error.violations) from error
 
 
-def make_recipe(content: Any) -> Recipe:
-    """The recipe of plain dicts and lists. Raises StudyError with everything that is wrong with its form."""
+def make_recipe(content: Any, saved: bool = False) -> Recipe:
+    """The recipe of plain dicts and lists, by present option names.
+
+    Args:
+        saved: whether the content is the study.yaml of a study, and not a user's recipe: then its former option names
+            give no notice, and stay in the names of the study's folders.
+
+    Raises StudyError with everything that is wrong with its form.
+    """
     if not isinstance(content, Mapping):
         raise StudyError([f"a recipe must be a mapping, not a {type(content).__name__}"])
     values, problems = read_fields(Recipe, content)
@@ -134,10 +144,17 @@ def make_recipe(content: Any) -> Recipe:
             problems.append(f"{where}: a name consists of letters, digits, _ and ., since it is used in folder names")
         variant, wrong = read_fields(Variant, settings or {}, f"{where}.")
         problems += wrong
-        variant |= {"without": tuple(variant.get("without", ())), "settings": _typed(variant.get("settings", {}))}
+        variant["without"] = tuple(present_names(variant.get("without", ()), saved))
+        variant["settings"] = _settings(variant.get("settings", {}), f"{where}.settings", problems, saved)
         variants.append(Variant(str(name), **variant))
     values["variants"] = tuple(variants)
-    for key, axis in values.get("axes", {}).items():
+    axes = values.get("axes", {})
+    former_axes = {RENAMED[key]: key for key in axes if key in RENAMED}
+    for present, former in former_axes.items():
+        if present in axes:
+            problems.append(f"axes.{former}: is the former name of {present}, which is an axis as well; remove one")
+    values["axes"] = dict(zip(present_names(axes, saved), axes.values(), strict=True))
+    for key, axis in values["axes"].items():
         if not isinstance(axis, list) or not axis or len(set(map(str, axis))) < len(axis):
             problems.append(f"axes.{key} = {axis!r}: must be a list of different values")
             axis = ()
@@ -145,7 +162,8 @@ def make_recipe(content: Any) -> Recipe:
     if "active_parameters" in values:
         equal, wrong = read_fields(Equal, values["active_parameters"], "active_parameters.")
         problems += wrong
-        values["active_parameters"] = Equal(**equal | {"like": _typed(equal.get("like", {}))})
+        like = _settings(equal.get("like", {}), "active_parameters.like", problems, saved)
+        values["active_parameters"] = Equal(**equal | {"like": like})
     if "evaluate" in values:
         values["evaluate"], wrong = read_image_evaluation(values["evaluate"])
         problems += wrong
@@ -154,20 +172,24 @@ def make_recipe(content: Any) -> Recipe:
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
     if values.get("ranks", 1) != 1 and not values.get("launcher"):
         problems.append(f"ranks = {values['ranks']}: needs a launcher, such as [torchrun, --nproc-per-node, '4']")
+    values["settings"] = _settings(values.get("settings", {}), "settings", problems, saved)
     if problems:
         raise StudyError(problems)
     values |= {key: tuple(values[key]) for key in ("seeds", "seed_settings") if key in values}
+    if "seed_settings" in values:
+        values["seed_settings"] = tuple(dict.fromkeys(present_names(values["seed_settings"], saved)))
     values["launcher"] = tuple(map(str, values.get("launcher", ())))
-    values["settings"] = _typed(values.get("settings", {}))
-    return Recipe(**values)
+    return Recipe(**values, former_axes=former_axes if saved else {})
 
 
-def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with numbers for values that are text: from a command line, and in studies of earlier versions.
+def _settings(settings: Mapping[str, Any], where: str, problems: list[str], saved: bool) -> dict[str, Any]:
+    """Settings by present names, with numbers for values that are text.
 
-    Values of axes stay unchanged, because they are part of folder names.
+    Such text comes from a command line and from studies of earlier versions. Values of axes stay unchanged, because
+    they are part of folder names.
     """
-    return {key: typed_value(str(key), value) for key, value in settings.items()}
+    present = present_layer(settings.items(), where, problems, saved)
+    return {key: typed_value(str(key), value) for key, value in present}
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def plan(folder: Path, recipe: Recipe) -> Study:
     folder = Path(folder)
     file = folder / "study.yaml"
     if file.exists():
-        if _text(read_recipe(file)) != _text(recipe):
+        if _text(read_recipe(file, saved=True)) != _text(recipe):
             raise StudyError([f"{file}: is another study; choose another folder, or `run` the existing one"])
         return open_study(folder)
     ours = ("tasks", "study.yaml.")  # files left by a plan that was killed
@@ -188,11 +188,11 @@ def open_study(folder: Path) -> Study:
     file = folder / "study.yaml"
     if not file.is_file():
         raise StudyError([f"{folder}: holds no study.yaml; make a study with `plan {folder} --recipe FILE`"])
-    study = Study(folder, read_recipe(file), ())
+    study = Study(folder, read_recipe(file, saved=True), ())
     problems, tasks = [], []
     for task in expand(study.recipe):
         try:
-            planned = resolve(file=study.config(task), world=study.recipe.ranks)
+            planned = resolve(file=study.config(task), world=study.recipe.ranks, file_is_saved=True)
         except ConfigError as error:
             problems.append(f"{study.config(task)}: {error.violations[0]}")
         else:

@@ -146,7 +146,9 @@ def _train(
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
     dataset = _open_dataset(config)
-    stream = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    stream = SampleStream(
+        dataset, config.data.seed, config.data.condition_dropout, config.data.flip, config.model.null_class
+    )
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema, t.ema_warmup)
@@ -201,7 +203,7 @@ def _train(
             rate = learning_rate(t, step)
             compiling = 0.0
             watchdog.at(f"section 'update' of step {step + 1}")
-            max_norm = max_accepted_norm(t.spike, tracker.recent)
+            max_norm = max_accepted_norm(t.spike_factor, tracker.recent)
             result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             accumulator.end_step(result.applied_on_device)
             ema.update(result)
@@ -220,7 +222,7 @@ def _train(
                 if mesh.rank == 0 and tracker.average.has_initial_weights:
                     drawn = tracker.average.in_words()
                     logger.warning("picture of step %d: drawn with the averaged weights, %s", step, drawn)
-            too_many_damaged = accumulator.all_damaged > config.data.max_bad and step < t.steps
+            too_many_damaged = accumulator.all_damaged > config.data.max_damaged and step < t.steps
             last = tracker.stop or tracker.diverged or too_many_damaged or step == t.steps
             save = last or tracker.save or (t.save_every > 0 and step % t.save_every == 0)
             snapshot = t.snapshot_every > 0 and step % t.snapshot_every == 0
@@ -239,8 +241,8 @@ def _train(
                 checkpoints.finish(last=True)
             if too_many_damaged:
                 raise TrainingError(
-                    f"step {step}: {accumulator.all_damaged} samples had damaged records (data.max_bad ="
-                    f" {config.data.max_bad}), named in the warnings of all ranks; step {step} is saved: see"
+                    f"step {step}: {accumulator.all_damaged} samples had damaged records (data.max_damaged ="
+                    f" {config.data.max_damaged}), named in the warnings of all ranks; step {step} is saved: see"
                     f" `megapromoe data check {config.data.path}`, repair the files and repeat the command"
                 )
             if tracker.diverged or (step == t.steps and tracker.skipped_in_a_row):

@@ -124,12 +124,12 @@ def _describe_skipped(run: RunDirectory, config: Config, step: int, tracker: Ste
         command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run {folder}"
         advice = (
             f"At least {t.max_bad_steps} updates were applied after the checkpoint of step {proven.step}. Go back to it"
-            f" with a lower train.lr or train.clip:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
+            f" with a lower train.lr or train.max_grad_norm:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
         )
     else:
         advice = (
             f"No checkpoint has {t.max_bad_steps} applied updates after it, so none is known to be good: start a"
-            " new run, with another --run and a lower train.lr or train.clip"
+            " new run, with another --run and a lower train.lr or train.max_grad_norm"
         )
     return (
         f"step {step}: {t.max_bad_steps} steps in a row without a usable gradient (train.max_bad_steps); {saved}."

@@ -16,17 +16,17 @@ from megapromoe.engine.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
-RECENT, ENOUGH = 100, 20  # largest and smallest number of recent norms for `train.spike`
+RECENT, ENOUGH = 100, 20  # largest and smallest number of recent norms for `train.spike_factor`
 
 
-def max_accepted_norm(spike: float, recent: Sequence[float]) -> float:
+def max_accepted_norm(spike_factor: float, recent: Sequence[float]) -> float:
     """The gradient norm above which a step is skipped.
 
     Args:
-        spike: multiple of the median of the recent norms; 0: no limit.
+        spike_factor: multiple of the median of the recent norms; 0: no limit.
         recent: gradient norms of applied steps; there is no limit while they are fewer than `ENOUGH`.
     """
-    return spike * statistics.median(recent) if spike and len(recent) >= ENOUGH else math.inf
+    return spike_factor * statistics.median(recent) if spike_factor and len(recent) >= ENOUGH else math.inf
 
 
 class SaveClock:
@@ -79,7 +79,7 @@ class StepTracker:
         """Adds a step and reads the results of the steps before it; also its own result if that is needed now."""
         self._pending.append((step, result))
         regular = (self.t.log_every, self.t.sample_every, self.t.save_every, self.t.snapshot_every)
-        wanted = step == self.t.steps or self.t.spike or any(every and step % every == 0 for every in regular)
+        wanted = step == self.t.steps or self.t.spike_factor or any(every and step % every == 0 for every in regular)
         self._process(keep=0 if wanted else 1)
         if self.stop or self.diverged or self.save:
             self._process(keep=0)

@@ -112,8 +112,8 @@ def _precision(config: Config) -> str:
 def _optimizer(config: Config) -> str:
     t = config.train
     rate = f"learning rate {t.lr:g}, {t.schedule}" + (f" after {t.warmup:,} steps of warm-up" if t.warmup else "")
-    clip = f"gradient norm clipped to {t.clip:g}" if t.clip else "gradient norm not clipped"
-    return f"AdamW ({t.optimizer}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
+    clip = f"gradient norm clipped to {t.max_grad_norm:g}" if t.max_grad_norm else "gradient norm not clipped"
+    return f"AdamW ({t.adamw_backend}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
 
 
 PREVIEW_CLASSES = 10  # classes in the suggested command for samples

@@ -25,7 +25,7 @@ LAUNCHERS = ROOT / "launchers"
 STEPS = 24
 SETTINGS = [
     f"train.steps={STEPS}", "train.warmup=4", "train.schedule=constant", "train.log_every=1", "train.save_every=5",
-    "train.keep=50", "train.deepspeed=fp32_zero1", "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32",
+    "train.keep_last=50", "train.deepspeed=fp32_zero1", "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32",
     "train.global_batch=32",
 ]  # fmt: skip
 ENDLESS = ["train.steps=1000000", "train.save_every=1000000"]

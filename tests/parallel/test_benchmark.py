@@ -311,7 +311,7 @@ def test_models_share_parameters_and_agree():
 def test_the_update_keeps_fp32_masters():
     model = torch.nn.Linear(4, 4).bfloat16()
     start = model.weight.detach().float().clone()
-    t = replace(DIGITS.train, lr=1e-5, clip=0.0)
+    t = replace(DIGITS.train, lr=1e-5, max_grad_norm=0.0)
     update = models.Update(model, t)
     for _ in range(3):
         model.zero_grad()

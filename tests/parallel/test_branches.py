@@ -31,7 +31,7 @@ def start(folder: str, overrides: tuple[str, ...], stop_at: int = 0, options=Non
         return real_rate(t, step)
 
     loop.learning_rate = learning_rate
-    train(folder, "train.save_every=5", "train.keep=2", "train.keep_every=10", *overrides)
+    train(folder, "train.save_every=5", "train.keep_last=2", "train.keep_every=10", *overrides)
 
 
 def steps_logged(folder) -> list[int]:
@@ -160,7 +160,7 @@ def diverging(folder: str, overrides: tuple[str, ...], first: int, last: int = 1
             return self.real.loss(*arguments) * (float("inf") if first <= now <= last else 1.0)
 
     loop.make_objective = Objective
-    start(folder, ("train.save_every=1", "train.keep=2", "train.keep_every=0", *overrides))
+    start(folder, ("train.save_every=1", "train.keep_last=2", "train.keep_every=0", *overrides))
 
 
 @pytest.mark.full

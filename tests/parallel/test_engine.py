@@ -260,14 +260,16 @@ def test_missing_apex_is_named():
     try:
         import apex  # noqa: F401
     except ImportError:
-        with pytest.raises(AssertionError, match="EngineError: train.optimizer = apex: NVIDIA apex is not installed"):
-            run(1, engine_of, "train.optimizer=apex")
+        with pytest.raises(
+            AssertionError, match="EngineError: train.adamw_backend = apex: NVIDIA apex is not installed"
+        ):
+            run(1, engine_of, "train.adamw_backend=apex")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_deepspeeds_optimizer_needs_a_gpu():
-    with pytest.raises(AssertionError, match="EngineError: train.optimizer = deepspeed: its FusedAdam needs a GPU"):
-        run(1, engine_of, "train.optimizer=deepspeed")
+    with pytest.raises(AssertionError, match="EngineError: train.adamw_backend = deepspeed: its FusedAdam needs a GPU"):
+        run(1, engine_of, "train.adamw_backend=deepspeed")
 
 
 # ---- DeepSpeed's internals

@@ -76,8 +76,8 @@ def one_expert(model, mesh) -> None:
 
 
 PREPARE = {"": None, "one_expert": one_expert}
-ALL_NULL = ("data.label_drop=0.999999999",)
-NO_NULL = ("data.label_drop=0",)
+ALL_NULL = ("data.condition_dropout=0.999999999",)
+NO_NULL = ("data.condition_dropout=0",)
 TWELVE = ("model.num_experts=12",)
 EIGHT = ("model.num_experts=8",)
 ODD = ("train.global_batch=18",)
@@ -118,18 +118,20 @@ CASES = [
     *(Case(4, tp=2, ep=2, zero=z, what=NO_NULL) for z in (1, 3)),
     # Other routers and options under the same dispatch.
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_ec", "ec", "diffmoe")),
-    *(Case(4, tp=2, ep=2, zero=z, expert_tp=x, what=("model.router=promoe_ec", "model.gate=softmax"))
+    *(Case(4, tp=2, ep=2, zero=z, expert_tp=x, what=("model.router=promoe_ec", "model.score_function=softmax"))
       for z, x in ((1, False), (3, False), (2, True))),
-    Case(4, ep=4, what=("model.router=promoe_ec", "model.gate=softmax", *TWICE)),
+    Case(4, ep=4, what=("model.router=promoe_ec", "model.score_function=softmax", *TWICE)),
     *(Case(4, tp=2, ep=2, what=(f"model.router={r}",)) for r in ("promoe_linear", "classification", "kmeans")),
     Case(2, ep=2, what=("model.router=classification", "model.unconditional_expert=false")),
     Case(4, ep=2, what=("model.router=kmeans", "model.kmeans_decay=0", *TWICE)),
     *(Case(4, tp=2, ep=2, what=(*ALL_NULL, f"model.router={r}")) for r in ("classification", "kmeans")),
-    Case(4, tp=2, ep=2, what=("model.gate=identity",)),
+    Case(4, tp=2, ep=2, what=("model.score_function=identity",)),
     Case(4, tp=2, ep=2, what=("model.router=tc", "model.balance_weight=0.01")),
     Case(4, tp=2, what=("model.router=dense",)),
-    Case(4, tp=2, ep=2, what=("model.top_k=2", "model.gate=softmax", "model.qk_norm=true")),
-    Case(4, tp=2, ep=2, expert_tp=True, what=("model.top_k=2", "model.gate=sigmoid", "model.rcl_tokens=first")),
+    Case(4, tp=2, ep=2, what=("model.top_k=2", "model.score_function=softmax", "model.qk_norm=true")),
+    Case(
+        4, tp=2, ep=2, expert_tp=True, what=("model.top_k=2", "model.score_function=sigmoid", "model.rcl_tokens=first")
+    ),
     Case(4, tp=2, ep=2, what=("model.shared_expert=false", "model.unconditional_expert=false")),
     # Several shared and unconditional experts, widths of their own, fewer tokens than experts.
     *(Case(w, tp=t, ep=e, zero=z, expert_tp=x, what=SEVERAL) for w, t, e, z, x in

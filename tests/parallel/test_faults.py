@@ -247,7 +247,7 @@ def not_removable(folder: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     retention.shutil.rmtree = rmtree
-    train(folder, "parallel.ep=2", "train.save_every=1", "train.keep=1")
+    train(folder, "parallel.ep=2", "train.save_every=1", "train.keep_last=1")
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path):
@@ -282,7 +282,7 @@ def with_a_spike(folder: str, factor: float) -> None:
         return real(self, *inputs, loss=scaled)
 
     Engine.micro_step = micro_step
-    train(folder, "parallel.ep=2", "train.steps=30", "train.spike=20")
+    train(folder, "parallel.ep=2", "train.steps=30", "train.spike_factor=20")
 
 
 def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
@@ -294,12 +294,12 @@ def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
     assert manifest["step"] == 30 and manifest["updates"] == 29
     assert max(norms[25:]) < 10 * max(norms[15:24]), "it did not hurt"
     fault_table.append(
-        ("a gradient a million times too large, train.spike 20", "no rank updates, samples logged", "that step")
+        ("a gradient a million times too large, train.spike_factor 20", "no rank updates, samples logged", "that step")
     )
 
 
 def test_some_checkpoints_are_kept_for_good(tmp_path):
-    run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2", "train.keep_every=3", "train.steps=8")
+    run(1, train, str(tmp_path), "train.save_every=1", "train.keep_last=2", "train.keep_every=3", "train.steps=8")
     assert steps_in(tmp_path / "checkpoints") == [3, 5, 6, 7, 8]
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
-SETTINGS = ("train.steps=8", "train.save_every=1", "train.sample_every=1", "train.keep=2", "sample.steps=1",
+SETTINGS = ("train.steps=8", "train.save_every=1", "train.sample_every=1", "train.keep_last=2", "sample.steps=1",
             "model.in_channels=3", "train.max_failed_saves=9")  # fmt: skip
 
 

@@ -38,10 +38,10 @@ def test_damage_is_counted_over_all_ranks_and_ends_the_run_at_the_limit(tmp_path
     assert count[3] == 8 and count == sorted(count)  # 4 batches of 16 are an epoch of 64
     limit = count[2] - 1
     last = next(step for step, so_far in enumerate(count, 1) if so_far > limit)
-    errors = run(2, try_to_train, str(double), str(data), "parallel.ep=2", f"data.max_bad={limit}")
+    errors = run(2, try_to_train, str(double), str(data), "parallel.ep=2", f"data.max_damaged={limit}")
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"TrainingError True: step {last}: {count[last - 1]} samples had")
-    assert f"data.max_bad = {limit}" in errors[0] and steps_in(double / "checkpoints") == [last]
+    assert f"data.max_damaged = {limit}" in errors[0] and steps_in(double / "checkpoints") == [last]
     assert losses(double) == pytest.approx(losses(single)[:last], rel=1e-4) and damaged_samples(double) == count[:last]
 
 

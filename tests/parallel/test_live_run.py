@@ -33,7 +33,7 @@ def live(run, tmp_path) -> Path:
 
 
 def replace_newest(folder: Path) -> None:
-    """What a run with train.keep=1 does: the next checkpoint takes its name, then the one before is removed."""
+    """What a run with train.keep_last=1 does: the next checkpoint takes its name, then the one before is removed."""
     checkpoints = folder / "checkpoints"
     (old,) = steps_in(checkpoints)
     new = shutil.copytree(checkpoints / f"step-{old:08d}", checkpoints / f"step-{old + 1:08d}.writing")

@@ -89,7 +89,7 @@ MODELS = (
     ("model.router=kmeans",),
     ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=classification",),
-    ("model.top_k=2", "model.gate=sigmoid"),
+    ("model.top_k=2", "model.score_function=sigmoid"),
     ("model.num_shared_experts=3", "model.shared_expert_width=40", "model.num_unconditional_experts=2"),
 )
 LAYOUTS = (

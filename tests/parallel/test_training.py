@@ -145,7 +145,7 @@ def test_damage_is_named(tmp_path):
 
 
 def test_old_checkpoints_go(tmp_path):
-    run(1, train, str(tmp_path), "train.save_every=1", "train.keep=2")
+    run(1, train, str(tmp_path), "train.save_every=1", "train.keep_last=2")
     # The newest two; the newest with train.max_bad_steps = 3 updates after it, and the next that will have them.
     assert steps_in(tmp_path / "checkpoints") == [3, 4, 5, 6]
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {f"step-0000000{n}" for n in (3, 4, 5, 6)}

@@ -95,7 +95,7 @@ def test_the_mean_weight_of_a_softmax_gate_is_that_of_the_router(router):
     """Over experts by token choice, over the 16 tokens of an image by expert choice; however small it is."""
     tokens = torch.randn(64, 32, generator=torch.Generator().manual_seed(3))
     config = resolve(
-        "digits", overrides=[*SMALL, f"model.router={router}", "model.num_experts=4", "model.gate=softmax"]
+        "digits", overrides=[*SMALL, f"model.router={router}", "model.num_experts=4", "model.score_function=softmax"]
     )
     prototypes = cluster(tokens, config)
     score_TE = torch.nn.functional.normalize(tokens, dim=-1) @ prototypes.prototype_ED.T
@@ -113,7 +113,7 @@ def test_the_mean_weight_of_a_softmax_gate_is_that_of_the_router(router):
 
 def test_a_softmax_over_tokens_does_not_change_with_the_number_of_experts():
     """So that the experts of a grown expert-choice model need no larger outputs."""
-    small = state_of("model.router=promoe_ec", "model.num_experts=4", "model.gate=softmax")
+    small = state_of("model.router=promoe_ec", "model.num_experts=4", "model.score_function=softmax")
     big = grow(small, replace(small.config, model=replace(small.config.model, num_experts=8)), noise=0, spread=0)
     name = "blocks.1.mlp.experts.fc2.weight"
     assert torch.equal(big.read("ema", name), small.read("ema", name).repeat(2, 1, 1))
@@ -121,7 +121,7 @@ def test_a_softmax_over_tokens_does_not_change_with_the_number_of_experts():
 
 @pytest.mark.parametrize("gate", ["identity", "softmax"])
 def test_twice_the_experts_without_noise_compute_the_same(gate):
-    small = state_of(*PROMOE, f"model.gate={gate}")
+    small = state_of(*PROMOE, f"model.score_function={gate}")
     big = grow(small, replace(small.config, model=replace(small.config.model, num_experts=8)), noise=0, spread=0)
     torch.testing.assert_close(output(big), output(small), rtol=1e-5, atol=1e-6)
     noisy = grow(small, big.config)

@@ -388,7 +388,7 @@ def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "layout over 1 rank" in said and f"{tmp_path / 'new'}: a new run" in said
     assert yaml.safe_load(said)["model"]["depth"] == resolve("digits").model.depth
-    assert cli.main([*line, "data.label_drop=0.2", "train.steps=1000", "train.accumulation=2"]) == 0
+    assert cli.main([*line, "data.condition_dropout=0.2", "train.steps=1000", "train.accumulation=2"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["parameters"] == parameters(resolve("digits").model).in_words
     assert lines["data"] == "digits: 1,797 records of 1x8x8, 10 classes"

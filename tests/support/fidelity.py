@@ -85,7 +85,7 @@ def compare(case: str) -> Comparison:
     for name, value in layers.items():
         comparison.losses[name] = relative(sum(per_layer.values())[int(name.split(".")[1])], value)
     if "capacity_pred" in loss:
-        unweighted = per_layer["capacity"].sum() / config.model.capacity_weight
+        unweighted = per_layer["capacity"].sum() / config.model.capacity_predictor_weight
         comparison.losses["capacity_pred"] = relative(unweighted, loss["capacity_pred"])
     elif not layers:
         comparison.unexpected += [f"loss {name}" for name in per_layer]

@@ -32,7 +32,7 @@ def config_of(case: str) -> Config:
         top_k=moe.get("top_k", moe.get("capacity", 1)),
         expert_width=moe.get("moe_intermediate_size", 4 * arguments["hidden_size"]),
         shared_expert_width=moe.get("shared_expert_intermediate_size", 0),
-        gate=moe.get("router_weight_mode", "identity"),
+        score_function=moe.get("router_weight_mode", "identity"),
         rcl_weight=moe.get("routing_contrastive_lam", 0.0),
         rcl_temperature=moe.get("routing_contrastive_temperature", 0.07),
         balance_weight=0.01 if case == "tc" else moe.get("load_balance_loss_coef", 0.0),

@@ -21,7 +21,7 @@ from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 CASE = "long_run"
-RECIPE = TrainConfig(lr=1e-3, clip=0.5, global_batch=64, deepspeed="fp32_zero1")
+RECIPE = TrainConfig(lr=1e-3, max_grad_norm=0.5, global_batch=64, deepspeed="fp32_zero1")
 NULL_SHARE = 0.1
 OBJECTIVE = RectifiedFlow("uniform")  # sigma is given: u itself
 

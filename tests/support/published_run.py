@@ -13,7 +13,7 @@ from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 DECAY = 0.9999
-RECIPE = TrainConfig(lr=1e-3, clip=0.5, ema=DECAY, global_batch=8, deepspeed="fp32_zero1")
+RECIPE = TrainConfig(lr=1e-3, max_grad_norm=0.5, ema=DECAY, global_batch=8, deepspeed="fp32_zero1")
 
 
 def config() -> Config:

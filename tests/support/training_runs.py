@@ -11,7 +11,7 @@ from megapromoe.checkpoint.format import KINDS, Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.distributed import rendezvous, runtime
 
-QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep=9")
+QUICK = ("train.log_every=1", "train.save_every=3", "train.steps=6", "train.keep_last=9")
 
 
 def train(folder: str, *overrides: str) -> None:

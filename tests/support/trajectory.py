@@ -30,16 +30,16 @@ SMALL = (
     "model.in_channels=4",
     "model.num_classes=10",
     "model.num_experts=4",
-    "model.gate=sigmoid",
+    "model.score_function=sigmoid",
     "model.rcl_weight=0.1",
     "data.source=synthetic",
     "data.size=64",
-    "data.label_drop=0.25",
+    "data.condition_dropout=0.25",
     "train.global_batch=16",
     "train.lr=0.01",
     "train.eps=0.001",
     "train.ema=0.5",
-    "train.clip=0.5",
+    "train.max_grad_norm=0.5",
     "train.deepspeed=fp32_zero1",
 )
 
@@ -80,7 +80,9 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     objective = make_objective(config)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
-    loader = SampleStream(dataset, config.data.seed, config.data.label_drop, config.data.flip, config.model.null_class)
+    loader = SampleStream(
+        dataset, config.data.seed, config.data.condition_dropout, config.data.flip, config.model.null_class
+    )
     out = Trajectory()
     for step in range(steps):
         total = torch.zeros(())

@@ -36,7 +36,7 @@ def test_layers_override_each_other_in_order(tmp_path):
 
 
 def test_yaml_round_trip(tmp_path):
-    config = resolve("tc_l_e8", overrides=["train.eps=1e-9", "parallel.expert_tp=true", "model.gate=softmax"])
+    config = resolve("tc_l_e8", overrides=["train.eps=1e-9", "parallel.expert_tp=true", "model.score_function=softmax"])
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert resolve(file=file) == config
@@ -122,11 +122,11 @@ def test_layout_that_does_not_come_out_even_raises():
         ("train.lr=true", "must be a finite number"),
         ("model.depth=0", "model.depth = 0: must lie in [1, inf)"),
         ("train.lr=0", "train.lr = 0.0: must lie in (0, inf)"),
-        ("data.label_drop=1", "data.label_drop = 1.0: must lie in [0, 1)"),
+        ("data.condition_dropout=1", "data.condition_dropout = 1.0: must lie in [0, 1)"),
         ("sample.guidance_high=1.5", "sample.guidance_high = 1.5: must lie in [0, 1]"),
         (
-            "model.gate=sigmod",
-            "model.gate = 'sigmod': must be one of identity, sigmoid, softmax; did you mean",
+            "model.score_function=sigmod",
+            "model.score_function = 'sigmod': must be one of identity, sigmoid, softmax; did you mean",
         ),
         ("model.heads=7", "model.heads = 7: must divide model.hidden_size = 96; nearest: 4, 6, 8, 12"),
         ("model.hidden_size=92", None),
@@ -329,7 +329,7 @@ def test_own_deepspeed_file(tmp_path):
             '{"train_batch_size": 8}',
             "'train_batch_size' is set by the run's configuration; remove it and set train.glo",
         ),
-        ('{"gradient_clipping": 1.0}', "set train.clip"),
+        ('{"gradient_clipping": 1.0}', "set train.max_grad_norm"),
         ('{"optimizer": {}}', "set train.optimizer"),
         ('{"expert_parallel": {}}', "set parallel.ep"),
         ('{"fp16": {"enabled": true}}', "'fp16' is not supported"),

@@ -75,7 +75,7 @@ def test_no_loss_without_labelled_images():
 
 @pytest.mark.parametrize("gate", ["identity", "sigmoid"])
 def test_a_token_goes_to_the_centroid_with_the_largest_cosine(gate):
-    router, x = kmeans(gate=gate).eval(), tokens(3)
+    router, x = kmeans(score_function=gate).eval(), tokens(3)
     before = router.centroids.clone()
     routed = router(x)
     cosine_TE = torch.stack(

@@ -10,6 +10,7 @@ from support.documented_commands import DOCUMENTS, ROOT, helps, parsers
 
 from megapromoe.benchmark import gpu_program
 from megapromoe.config.options import Config, to_dict
+from megapromoe.config.renamed_options import RENAMED
 
 SETTINGS = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
 SECTIONS = "|".join(to_dict(Config()))
@@ -81,7 +82,10 @@ def test_every_setting_that_is_named_exists():
     named = [(place, match[0]) for place, text in texts() for match in SETTING.finditer(text)]
     assert len(named) > 300
     assert sorted({name for _, name in named} & SETTINGS) and len({name for _, name in named} & SETTINGS) > 60
-    assert sorted({f"{place}: {name}" for place, name in named if name not in SETTINGS | NO_SETTINGS}) == []
+    unknown = {(place, name) for place, name in named if name not in SETTINGS | NO_SETTINGS}
+    # The changelog lists the former names, which `test_renamed_options.py` compares with the table.
+    allowed = {("CHANGELOG.md", name) for name in RENAMED}
+    assert sorted(f"{place}: {name}" for place, name in unknown - allowed) == []
 
 
 def test_every_flag_that_is_named_exists():

@@ -1,4 +1,4 @@
-"""Routers and the MoE layer against the formulas, token by token: any K, each `model.gate`, each loss and ablation."""
+"""Routers and the MoE layer against the formulas, token by token: any K, score function, loss and ablation."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def weight_of(gate: str, scores: list[float], expert: int) -> float:
 @pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
 @pytest.mark.parametrize("K", [1, 2, E])
 def test_prototype_routing(gate, K):
-    router, x = filled(ROUTERS["promoe"](config_of(gate=gate, top_k=K))), tokens(3)
+    router, x = filled(ROUTERS["promoe"](config_of(score_function=gate, top_k=K))), tokens(3)
     assignment = router(x).assignment
     rows = list(zip(*(tensor.tolist() for tensor in assignment[:3]), strict=True))
     expected = []
@@ -143,7 +143,7 @@ def test_contrastive_loss_has_the_gradients_of_the_formula(counts):
 def test_balance_losses_by_hand(router, gate, form):
     """P is the routing weight if that is a softmax, otherwise the softmax of the routing weights."""
     config = config_of(router=router, top_k=2, balance_weight=0.5, balance_form=form, rcl_weight=0.0)
-    config = replace(config, gate=gate or config.gate)
+    config = replace(config, score_function=gate or config.score_function)
     module, x = filled(ROUTERS[router](config)).train(), tokens(4)
     routed = module(x)
     raw = module.scores(x).score if router == "promoe" else F.linear(x, module.gate)
@@ -199,7 +199,7 @@ def test_diffmoe_with_fewer_tokens_than_experts(experts):
 @pytest.mark.parametrize("gate", ["identity", "sigmoid", "softmax"])
 def test_the_weights_of_prototype_expert_choice(gate):
     """A softmax is over the tokens of the image, from which an expert chooses, not over experts."""
-    module = filled(ROUTERS["promoe_ec"](config_of(router="promoe_ec", gate=gate, top_k=2)))
+    module = filled(ROUTERS["promoe_ec"](config_of(router="promoe_ec", score_function=gate, top_k=2)))
     x = tokens(3)
     rows = zip(*(tensor.tolist() for tensor in module(x).assignment[:3]), strict=True)
     for token, expert, weight in rows:
@@ -251,7 +251,7 @@ def by_hand(moe: MoE, x, conditional: int, config: ModelConfig):
                 continue
             score_E = torch.stack([token @ p / (token.norm() * p.norm()) for p in moe.router.prototypes])
             weights = {"identity": score_E, "sigmoid": score_E.sigmoid(), "softmax": score_E.softmax(0)}
-            weight_E = weights[config.gate]
+            weight_E = weights[config.score_function]
             for e in score_E.argsort(descending=True).tolist()[: config.top_k]:
                 hidden = F.linear(token, moe.experts.fc1.weight[e], moe.experts.fc1.bias[e])
                 y = F.linear(F.gelu(hidden, approximate="tanh"), moe.experts.fc2.weight[e], moe.experts.fc2.bias[e])

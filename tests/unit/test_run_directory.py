@@ -73,7 +73,7 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
     start(tmp_path)
     changes = [
         "model.depth=6",
-        "data.label_drop=0.2",
+        "data.condition_dropout=0.2",
         "diffusion.shift=3",
         "train.beta2=0.99",
         "train.global_batch=64",
@@ -88,11 +88,11 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
 
 def test_force_lets_a_named_field_change_and_no_other(tmp_path):
     start(tmp_path)
-    config = resolve("digits", overrides=[*FIXED, "data.label_drop=0.2", "train.seed=3"])
+    config = resolve("digits", overrides=[*FIXED, "data.condition_dropout=0.2", "train.seed=3"])
     with pytest.raises(RunDirectoryError) as told:
-        RunDirectory.open(tmp_path, config, 1, force=["data.label_drop"])
-    assert "train.seed" in str(told.value) and "data.label_drop" not in str(told.value)
-    start(tmp_path, config, force=["data.label_drop", "train.seed"])
+        RunDirectory.open(tmp_path, config, 1, force=["data.condition_dropout"])
+    assert "train.seed" in str(told.value) and "data.condition_dropout" not in str(told.value)
+    start(tmp_path, config, force=["data.condition_dropout", "train.seed"])
     assert resolve(file=tmp_path / "config.yaml") == config
 
 

@@ -165,7 +165,7 @@ def test_batch_holds_the_record_of_its_position_with_flip_and_null_label():
     assert torch.equal(unflipped["noise_BCHW"], batch["noise_BCHW"])
 
 
-def test_flip_label_drop_and_time_are_independent():
+def test_flip_condition_dropout_and_time_are_independent():
     count = 4000
     mirrored, plain = (
         in_stream_order(stream_of(size=count, condition_dropout=0.5, flip=flip).batch(0, count))
@@ -311,7 +311,7 @@ def test_many_threads_make_the_stream_of_one():
 def config(source="synthetic", **model):
     fields = dict(in_channels=1, input_size=8, num_classes=10) | model
     return SimpleNamespace(
-        model=SimpleNamespace(**fields), data=SimpleNamespace(source=source, size=64, label_drop=0.1, seed=3)
+        model=SimpleNamespace(**fields), data=SimpleNamespace(source=source, size=64, condition_dropout=0.1, seed=3)
     )
 
 

@@ -42,7 +42,7 @@ def test_what_needs_a_step_looks_at_it(setting):
 
 
 def test_spikes_are_judged_by_all_norms_so_far():
-    assert all(own for _, own in looked_at(TrainConfig(steps=100, log_every=50, spike=3.0), 5))
+    assert all(own for _, own in looked_at(TrainConfig(steps=100, log_every=50, spike_factor=3.0), 5))
 
 
 def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():

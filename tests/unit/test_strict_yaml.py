@@ -125,9 +125,9 @@ def test_configurations_recipes_groups_and_stored_configs_are_read_so(tmp_path):
 
 def test_values_on_the_command_line_are_read_so():
     with pytest.raises(ConfigError) as error:
-        resolve("digits", overrides=["train.steps=010", "train.lr=1:30", "train.clip=[", "model.depth=4"])
+        resolve("digits", overrides=["train.steps=010", "train.lr=1:30", "train.max_grad_norm=[", "model.depth=4"])
     message = str(error.value)
     assert "train.steps = '010' (command line): must be a whole number (010 would be read in base 8" in message
     assert "train.lr = '1:30' (command line): must be a finite number (1:30 would be read in base 60" in message
-    assert "train.clip" in message and "model.depth" not in message
+    assert "train.max_grad_norm" in message and "model.depth" not in message
     assert resolve("digits", overrides=["train.steps=40", "train.lr=1e-4"]).train.steps == 40

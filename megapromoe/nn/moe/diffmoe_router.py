@@ -45,7 +45,7 @@ class DiffMoERouter(LinearRouter):
         is_chosen_TE = routing_cache.get_or_compute("chosen", lambda: self.best_of_group(score_TE.detach(), count))
         routing_cache.run_once("thresholds", lambda: self.update_thresholds(predicted_TE.detach().sigmoid()))
         loss = F.binary_cross_entropy_with_logits(predicted_TE, is_chosen_TE.float())
-        losses = {"capacity": self.config.capacity_weight * loss}
+        losses = {"capacity": self.config.capacity_predictor_weight * loss}
         return self.output(mask_choice(is_chosen_TE, score_TE), losses)
 
     def best_of_group(self, score_TE: Tensor, count: int) -> Tensor:
@@ -67,10 +67,10 @@ class DiffMoERouter(LinearRouter):
     def update_thresholds(self, predicted_TE: Tensor) -> None:
         """Moves each threshold towards the n-th largest prediction, n = `tokens_per_expert`. Collective.
 
-        Averaged over the ranks of the statistics group; the decay is `model.capacity_decay`.
+        Averaged over the ranks of the statistics group; the decay is `model.threshold_decay`.
         """
         nth_E = predicted_TE.topk(self.config.tokens_per_expert(predicted_TE.shape[0]), dim=0).values[-1]
         if self.statistics_group.size > 1:
             dist.all_reduce(nth_E, group=self.statistics_group.process_group)
-        decay = self.config.capacity_decay
+        decay = self.config.threshold_decay
         self.threshold.mul_(decay).add_(nth_E / self.statistics_group.size, alpha=1 - decay)

@@ -79,7 +79,7 @@ class KMeansRouter(Router):
 
     This is k-means on the sphere. In training, after a batch is routed, each centroid c is updated by the mean of the
     directions of its tokens over all data ranks: c ← decay·c + (1 - decay)·mean. Centroids get no gradient. The routing
-    weight is computed from the cosine as `model.gate` says, as in ProMoE.
+    weight is computed from the cosine as `model.score_function` says, as in ProMoE.
 
     Centroids are part of the model's state and equal on all ranks. They are saved with the model, but not averaged by
     the EMA. They are updated once for each micro-batch, also if activations are recomputed, and not at all by a

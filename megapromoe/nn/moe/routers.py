@@ -95,19 +95,19 @@ class Router(nn.Module):
     def routing_weights(self, score: Tensor, softmax_dim: int = -1) -> Tensor:
         """Routing weights from scores, of the same shape; they are not renormalised over the chosen experts.
 
-        `softmax_dim`: the dimension of a softmax (`model.gate=softmax`): experts if tokens choose, the tokens of an
-        image if experts choose.
+        `softmax_dim`: the dimension of a softmax (`model.score_function=softmax`): experts if tokens choose,
+        the tokens of an image if experts choose.
         """
-        if self.config.gate == "identity":
+        if self.config.score_function == "identity":
             return score
-        return score.sigmoid() if self.config.gate == "sigmoid" else score.softmax(softmax_dim)
+        return score.sigmoid() if self.config.score_function == "sigmoid" else score.softmax(softmax_dim)
 
     def probabilities(self, weight: Tensor) -> Tensor:
         """Each token's distribution over experts for the balance loss, from its weights (..., E) for all experts.
 
         Softmax weights are a distribution already; others pass through a softmax. Source: the ProMoE release.
         """
-        return weight if self.config.gate == "softmax" else weight.softmax(-1)
+        return weight if self.config.score_function == "softmax" else weight.softmax(-1)
 
     def balance_loss(self, p_BSE: Tensor, chosen_BSK: Tensor, routing_cache: RoutingCache) -> Tensor:
         """The weighted loss α·Σ_e P_e·f_e, over the batch or per image and averaged (`model.balance_form`).
