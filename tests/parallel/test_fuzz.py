@@ -6,7 +6,7 @@ import pytest
 from support.fuzz import HARMLESS, NAMED, OLDER, SILENT, Target, Unclear, damage, outcome_of, table
 from support.fuzz_program import checkpoint_tallies, data_tallies, must_not_be_silent, settings_tallies
 
-LEVELS = [(200, 40), pytest.param(2000, 120, marks=pytest.mark.full)]
+LEVELS = [(200, 40), pytest.param(1000, 120, marks=pytest.mark.full)]
 """Flips of the most important targets and of the others; 40 bring one damage of each kind that is no flip."""
 
 

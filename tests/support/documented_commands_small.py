@@ -122,19 +122,18 @@ def _encode(words: list[str], ranks: int) -> Small:
 
 
 def _benchmark(words: list[str], ranks: int) -> Small:
-    """One small model in two rounds on the CPU; the tables of docs/benchmarks.md are not filled."""
-    if "--fill" in words:
-        words = words[: words.index("--fill")] + words[words.index("--fill") + 2 :]
-    for option in ("--sizes", "--experts", "--images", "--contenders"):
+    """One small model in two rounds on the CPU; the tables of docs/benchmarks.md are not filled.
+
+    Commands that differ only in their sizes, rounds and folder have the same small form.
+    """
+    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--images", "--device"):
         if option in words:
             stop = words.index(option) + 1
             while stop < len(words) and not words[stop].startswith("--"):
                 stop += 1
-            if option != "--contenders":
-                words = words[: words.index(option)] + words[stop:]
-    quick = ["--sizes", "digits", "--images", "8", "--rounds", "2", "--steps", "2", "--device", "cpu"]
-    again = [] if "--again" in words else ["--again"]  # documents name one folder for several measurements
-    return Small([*[word for word in words if word not in ("cuda", "--device")], *quick, "--ranks", "2", *again])
+            words = words[: words.index(option)] + words[stop:]
+    quick = ["--sizes", "digits", "--images", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
+    return Small([*[word for word in words if word != "--again"], *quick, "--out", "runs/benchmark", "--again"])
 
 
 def _study(words: list[str], ranks: int) -> Small:
