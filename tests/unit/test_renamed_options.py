@@ -263,6 +263,14 @@ def test_both_spellings_in_one_part_of_a_recipe_are_refused(part):
         make_recipe(RECIPE | {"settings": {}} | part)
 
 
+@pytest.mark.parametrize(
+    "part", [{"axes": {1: [2]}}, {"variants": {"a": {"without": [["train.lr"]]}}}, {"seed_settings": [["train.seed"]]}]
+)
+def test_a_name_in_a_recipe_that_is_no_text_is_refused(part):
+    with pytest.raises(StudyError, match=r"(axes|variants.a.without|seed_settings): .* must be the name of an option"):
+        make_recipe(RECIPE | part)
+
+
 def test_a_study_with_former_names_is_opened_with_its_folders(tmp_path, notices):
     """Folders of tasks contain the name of an axis, so that of an earlier study stays."""
     study = plan(tmp_path, make_recipe(RECIPE | {"settings": {}, "axes": {"train.spike_factor": [7, 8]}}))
