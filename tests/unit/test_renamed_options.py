@@ -165,7 +165,8 @@ def test_a_former_value_and_the_option_that_it_sets_are_refused():
         "train.optimizer = 'apex' (command line): is the former spelling of train.optimizer=adamw"
         " train.adamw_backend=apex, and train.adamw_backend is given as well; remove train.optimizer",
     )
-    assert resolve("digits", overrides=["train.optimizer=adamw", "train.adamw_backend=apex"]).train.optimizer == "adamw"
+    train = resolve("digits", overrides=["train.optimizer=adamw", "train.optimizer=apex"]).train
+    assert (train.optimizer, train.adamw_backend) == ("adamw", "apex"), "the same option twice: the later one holds"
 
 
 def test_the_notice_of_a_former_value_names_the_present_settings(notices):
