@@ -19,6 +19,8 @@ from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.config.options import TrainConfig
 from megapromoe.config.renamed_options import RENAMED
+from megapromoe.conversion.exports import export
+from megapromoe.conversion.formats import open_state
 
 LAYOUTS = [
     full(1, ("train.deepspeed=fp32_zero0",)),
@@ -72,6 +74,8 @@ def test_a_run_with_former_names_of_options_resumes_to_the_bit(tmp_path):
     rewrite_with_former_names(former)
     names = [name.partition(".")[2] for name in RENAMED]
     assert all(re.search(rf"^  {name}:", (former / "config.yaml").read_text(), flags=re.M) for name in names)
+    export(open_state(former), tmp_path / "converted", "ours")
+    assert (tmp_path / "converted" / "config.yaml").read_text() == (present / "config.yaml").read_text()
     for folder in (present, former):
         run(1, train, str(folder))
     expected, found = state(present, 6), state(former, 6)
