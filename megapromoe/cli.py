@@ -183,8 +183,8 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
     with ignoring_output_errors():
         log = logging.getLogger("megapromoe")
         log.setLevel(logging.INFO if launch.rank == 0 else logging.WARNING)
-        if launch.rank:  # all ranks read the same options, so rank 0 logs the notices about them
-            logging.getLogger("megapromoe.config").setLevel(logging.ERROR)
+        # All ranks read the same options, so only rank 0 logs the notices about them.
+        logging.getLogger("megapromoe.config").setLevel(logging.NOTSET if launch.rank == 0 else logging.ERROR)
         if not log.handlers:
             log.addHandler(logging.StreamHandler())
         return _run_rank(command, options, launch)

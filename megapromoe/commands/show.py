@@ -78,12 +78,22 @@ def _keys() -> Iterator[str]:
         values = getattr(defaults, section.name)
         yield f"{section.name}: {str(type(values).__doc__).splitlines()[0]}"
         for f in fields(values):
-            valid = " | ".join(f.metadata["choices"]) or f.metadata["within"]
+            valid = " | ".join(f.metadata["choices"]) or _interval(f.metadata["within"])
             default = getattr(values, f.name)
             text = str(default).lower() if isinstance(default, bool) else default  # as in YAML: true, not True
             setting = f"{section.name}.{f.name}={text}"
-            yield f"  {setting:34} {f.metadata['help']}" + (f" ({valid})" if valid else "")
+            yield f"  {setting:36} {f.metadata['help']}" + (f" ({valid})" if valid else "")
         yield ""
+
+
+def _interval(within: str) -> str:
+    """An interval such as "[0, 1)" in words; "" for all numbers and for values that are no numbers."""
+    if not within or within == "(-inf, inf)":
+        return ""
+    low, high = within[1:-1].split(", ")
+    if high == "inf":
+        return f"{low} or more" if within[0] == "[" else f"above {low}"
+    return f"from {low} to {'' if within[-1] == ']' else 'below '}{high}"
 
 
 def describe(config: Config, world: int) -> Iterator[str]:

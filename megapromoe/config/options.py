@@ -49,52 +49,65 @@ class ModelConfig:
 
     router: str = option(
         "promoe",
-        "how tokens are routed: dense (no experts), ProMoE and variants, by classes or k-means, TC, EC, DiffMoE",
+        "how experts are chosen: dense has none; ProMoE by token choice (promoe) or expert choice (promoe_ec), without"
+        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines",
         ROUTERS,
     )
-    hidden_size: int = option(384, "hidden size D: channels of a token", within=ONE_UP)
-    depth: int = option(12, "number of transformer blocks L", within=ONE_UP)
-    heads: int = option(6, "number of attention heads", within=ONE_UP)
-    patch_size: int = option(2, "side of a patch, in pixels (or latent pixels) of the input", within=ONE_UP)
-    input_size: int = option(32, "side of the input, in pixels (in latent pixels for latents)", within=ONE_UP)
-    in_channels: int = option(4, "number of input channels C", within=ONE_UP)
+    hidden_size: int = option(384, "width D of the tokens, in channels", within=ONE_UP)
+    depth: int = option(12, "number L of transformer blocks", within=ONE_UP)
+    heads: int = option(6, "number of attention heads in each block", within=ONE_UP)
+    patch_size: int = option(2, "side of a patch, in pixels of the input (latent pixels for latents)", within=ONE_UP)
+    input_size: int = option(
+        32, "side of the input, in pixels (latent pixels for latents, 8 image pixels each)", within=ONE_UP
+    )
+    in_channels: int = option(4, "number C of input channels", within=ONE_UP)
     num_classes: int = option(1000, "number of classes; the null class has the next label, num_classes", within=ONE_UP)
     mlp_ratio: float = option(4.0, "width of a dense MLP, as a multiple of hidden_size", within=POSITIVE)
     qk_norm: bool = option(False, "apply LayerNorm to the queries and keys of each head")
-    learn_sigma: bool = option(True, "double the output channels, for DDPM's learned variance")
+    learn_sigma: bool = option(True, "predict the variance of DDPM as well, with twice the output channels")
     time_input: str = option(
         "dit",
-        "the time value that is embedded, from model time t in [0, 1000]: dit t, repa t/1000, sit 1 - t/1000",
+        "the value of the time embedding at model time t, which is 1000 for noise: dit t, repa t/1000, sit 1 - t/1000",
         TIME_INPUTS,
     )
     time_frequency_shift: int = option(
-        0, "time embedding: frequencies 10000^(-i / (128 - shift)); 1 as in diffusers", within="[0, 1]"
+        0,
+        "shift of the frequencies 10000^(-i / (128 - shift)) of the time embedding; 0 as in DiT, 1 as in diffusers",
+        within="[0, 1]",
     )
     mlp_norm_eps: float = option(
-        1e-6, "epsilon of the LayerNorm before an MLP or MoE; 1e-5 as in diffusers", within=POSITIVE
+        1e-6, "epsilon of the LayerNorm before an MLP or MoE; 1e-6 as in DiT, 1e-5 as in diffusers", within=POSITIVE
     )
-    num_experts: int = option(12, "number of routed experts E in each MoE block", within=ONE_UP)
+    num_experts: int = option(12, "number E of routed experts in each MoE block", within=ONE_UP)
     # Under token choice exactly K for each token. Under expert choice each expert takes int(S / E * top_k) of an image.
-    top_k: int = option(1, "number of routed experts K for each token; an average under expert choice", within=ONE_UP)
-    expert_ratio: float = option(2.0, "width F of an expert, as a multiple of hidden_size", within=POSITIVE)
+    top_k: int = option(
+        1, "number K of routed experts that process a token; the average under expert choice", within=ONE_UP
+    )
+    expert_ratio: float = option(2.0, "width F of a routed expert, as a multiple of hidden_size", within=POSITIVE)
     expert_width: int = option(
-        0, "width F of an expert in channels; 0: hidden_size * expert_ratio, rounded down", within=ZERO_UP
+        0, "width F of a routed expert, in channels; 0: hidden_size * expert_ratio, rounded down", within=ZERO_UP
     )
     moe_every: int = option(
-        2, "block i is an MoE block if (i+1) % moe_every == 0: 1 every block, 2 every second one", within=ONE_UP
+        2,
+        "distance between MoE blocks, in blocks; 1: every block is one, 2: every second block, from the second on",
+        within=ONE_UP,
     )
     shared_expert: bool = option(True, "ProMoE, classification, kmeans: add shared experts, which process every token")
     num_shared_experts: int = option(
-        1, "number of shared experts, with shared_expert; their outputs are summed", within=ONE_UP
+        1,
+        "number of shared experts in each MoE block, with shared_expert=true; their outputs are summed",
+        within=ONE_UP,
     )
     shared_expert_width: int = option(
-        0, "width of a shared expert in channels; 0: the width of the other experts", within=ZERO_UP
+        0, "width of a shared expert, in channels; 0: the width of a routed expert", within=ZERO_UP
     )
     unconditional_expert: bool = option(
         True, "ProMoE, classification, kmeans: add unconditional experts, for the tokens of null-class images"
     )
     num_unconditional_experts: int = option(
-        1, "number of unconditional experts, with unconditional_expert; their outputs are summed", within=ONE_UP
+        1,
+        "number of unconditional experts in each MoE block, with unconditional_expert=true; their outputs are summed",
+        within=ONE_UP,
     )
     score_function: str = option(
         "identity",
@@ -102,34 +115,42 @@ class ModelConfig:
         ("identity", "sigmoid", "softmax"),
     )
     rcl_weight: float = option(1.0, "ProMoE: weight of the routing contrastive loss (RCL)", within=ZERO_UP)
-    rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL, a divisor of its logits", within=POSITIVE)
+    rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL, which divides its logits", within=POSITIVE)
     rcl_tokens: str = option(
         "all",
-        "ProMoE: with top_k > 1, the RCL counts a token for all its experts or for the first one",
+        "ProMoE: whether the RCL counts a token for all of its top_k experts, or for the first one only",
         ("all", "first"),
     )
     classification_weight: float = option(1.0, "classification: weight of the super-class loss", within=ZERO_UP)
     superclasses: str = option(
         class_groups.CONTIGUOUS,
-        "classification: the super-class of each class: contiguous, modulo, a YAML or JSON file, or 0,0,1,...",
+        "classification: the super-class, and so the expert, of each class: contiguous, modulo, a YAML or JSON file, or"
+        " a list such as 0,0,1",
     )
-    kmeans_decay: float = option(0.9, "kmeans: decay of the running centroids; 0 as published", within="[0, 1)")
+    kmeans_decay: float = option(
+        0.9, "kmeans: decay of the running centroids at each step; 0 as published", within="[0, 1)"
+    )
     capacity_factor: float = option(
         0.0,
-        "slots of an expert, as a multiple of an even share of the rows; 0: no limit, no row is dropped",
+        "most rows (pairs of token and expert) for an expert, as a multiple of an even share; further rows are dropped;"
+        " 0: no limit",
         within=ZERO_UP,
     )
     batch_scope: str = option(
         "global",
-        "routers compute batch statistics over all data-parallel ranks (global) or over each rank",
+        "images over which routers compute batch statistics: of all data-parallel ranks (global), or of each rank",
         ("global", "rank"),
     )
     balance_weight: float = option(0.0, "weight of the balance loss; 0: no balance loss", within=ZERO_UP)
     balance_form: str = option(
-        "batch", "the balance loss balances experts over the batch or within each image", ("batch", "sequence")
+        "batch",
+        "images over which the balance loss balances the experts: the batch, or each image (sequence)",
+        ("batch", "sequence"),
     )
     capacity_predictor_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
-    threshold_decay: float = option(0.95, "DiffMoE: decay of the running thresholds", within="[0, 1)")
+    threshold_decay: float = option(
+        0.95, "DiffMoE: decay of the running score thresholds at each step", within="[0, 1)"
+    )
 
     @property
     def tokens(self) -> int:
@@ -229,7 +250,7 @@ class ParallelConfig:
     """How the model is split over the ranks."""
 
     tp: int = option(
-        1, "tensor-parallel size: number of ranks over which heads and MLP widths are split", within=ONE_UP
+        1, "tensor-parallel size: number of ranks over which attention heads and MLP widths are split", within=ONE_UP
     )
     ep: int = option(
         1, "expert-parallel size: number of ranks over which the routed experts are distributed", within=ONE_UP
@@ -237,7 +258,8 @@ class ParallelConfig:
     expert_tp: bool = option(False, "also split the width of each routed expert over the tp ranks")
     recompute: str = option(
         "none",
-        "activations recomputed in the backward pass: none, moe, blocks (without routers), all (least memory)",
+        "activations that the backward pass recomputes to save memory: none, those of MoE layers (moe), all but the"
+        " routers' (blocks), or all",
         ("none", "moe", "blocks", "all"),
     )
 
@@ -247,27 +269,35 @@ class DataConfig:
     """The training data."""
 
     source: str = option(
-        "digits", "source of the training data; latents: see docs/data.md; unset: the user must choose", SOURCES
+        UNSET,
+        "the training data: latents of your images (docs/data.md), a small data set, or random data for timing; unset:"
+        " the user must choose",
+        SOURCES,
     )
-    path: str = option("", "folder of the latents, or of fashion_mnist (empty: the folder of its Debian package)")
-    test_path: str = option("", "folder of latents for evaluation, which are not used in training")
-    size: int = option(65536, "number of images in the synthetic source", within=ONE_UP)
+    path: str = option(
+        "", "folder of the latents or of fashion_mnist; empty for fashion_mnist: the folder of its Debian package"
+    )
+    test_path: str = option("", "folder of latents for evaluation, which training does not use")
+    size: int = option(65536, "synthetic: number of images", within=ONE_UP)
     condition_dropout: float = option(
         0.1, "probability that a label is replaced by the null class, for classifier-free guidance", within="[0, 1)"
     )
     flip: bool = option(False, "mirror each image with probability 0.5")
-    seed: int = option(0, "seed of the sample stream: order, noise, time, flips and label drop", within=ZERO_UP)
+    seed: int = option(0, "seed of the sample stream: order, noise, time, flips and dropped conditions", within=ZERO_UP)
     workers: int = option(
-        1, "number of threads that prepare batches on each rank, and of batches prepared ahead", within="[1, 256]"
+        1,
+        "number of threads that prepare batches on each rank, and number of batches that they prepare ahead",
+        within="[1, 256]",
     )
     verify: bool = option(True, "latents: verify the checksum of each record when it is read")
     max_damaged: int = option(
         100,
-        "latents: number of damaged samples, over all ranks, that are skipped before the run ends with an error",
+        "latents: number of damaged samples, over all ranks, that the run replaces before it ends with an error",
         within=ZERO_UP,
     )
     cache: str = option(
-        "", "latents: folder on a local disk of each node, to which the shards are copied; empty: no copy"
+        "",
+        "latents: folder on a local disk of each node, to which the latents are copied before training; empty: no copy",
     )
 
 
@@ -277,7 +307,7 @@ class DiffusionConfig:
 
     objective: str = option("rf", "training objective: rectified flow (rf) or DDPM", ("rf", "ddpm"))
     time: str = option(
-        "logit_normal", "rf: distribution from which the time is sampled", ("logit_normal", "mode", "uniform")
+        "logit_normal", "rf: distribution from which the training time is sampled", ("logit_normal", "mode", "uniform")
     )
     logit_mean: float = option(0.0, "rf: mean of the logit of the time", within="(-inf, inf)")
     logit_std: float = option(1.0, "rf: standard deviation of the logit of the time", within=POSITIVE)
@@ -293,17 +323,21 @@ class SampleConfig:
     method: str = option("euler", "sampling method", ("euler", "heun", "ddpm", "ddim"))
     steps: int = option(250, "number of sampling steps", within=ONE_UP)
     guidance: float = option(1.5, "classifier-free guidance scale; 1: no guidance", within=ZERO_UP)
-    guidance_low: float = option(0.0, "lowest normalised time at which guidance is applied", within="[0, 1]")
-    guidance_high: float = option(1.0, "highest normalised time at which guidance is applied", within="[0, 1]")
-    batch: int = option(64, "number of images that a rank samples at once", within=ONE_UP)
-    seed: int = option(0, "seed of the sampled images", within=ZERO_UP)
+    guidance_low: float = option(
+        0.0, "lowest time at which guidance is applied; 0 is the image, 1 the noise", within="[0, 1]"
+    )
+    guidance_high: float = option(
+        1.0, "highest time at which guidance is applied; 0 is the image, 1 the noise", within="[0, 1]"
+    )
+    batch: int = option(64, "number of images that a rank samples in one batch", within=ONE_UP)
+    seed: int = option(0, "seed of the noise of sampled images", within=ZERO_UP)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The optimizer, the schedule, checkpoints and limits of training."""
 
-    steps: int = option(500_000, "number of optimizer steps", within=ONE_UP)
+    steps: int = option(500_000, "length of the training, in optimizer steps", within=ONE_UP)
     global_batch: int = option(256, "number of images in an optimizer step, over all ranks", within=ONE_UP)
     accumulation: int = option(1, "number of micro-batches in an optimizer step (gradient accumulation)", within=ONE_UP)
     lr: float = option(1e-4, "peak learning rate", within=POSITIVE)
@@ -312,21 +346,23 @@ class TrainConfig:
     eps: float = option(1e-8, "AdamW: epsilon", within=POSITIVE)
     weight_decay: float = option(0.0, "AdamW: weight decay", within=ZERO_UP)
     warmup: int = option(
-        0, "number of linear warm-up steps; a preset's value is limited to a tenth of train.steps", within=ZERO_UP
+        0,
+        "length of the linear warm-up of the learning rate, in steps; a preset's is at most a tenth of train.steps",
+        within=ZERO_UP,
     )
-    schedule: str = option("constant", "learning rate schedule after the warm-up", ("constant", "cosine"))
+    schedule: str = option("constant", "course of the learning rate after the warm-up", ("constant", "cosine"))
     min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", within=ZERO_UP)
     max_grad_norm: float = option(
-        0.5, "maximum gradient norm; gradients are scaled down to it; 0: no clipping", within=ZERO_UP
+        0.5, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping", within=ZERO_UP
     )
     ema: float = option(0.9999, "decay of the averaged weights (EMA) at each step", within="[0, 1)")
     ema_warmup: bool = option(
         False, "use decay min(ema, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
     )
-    optimizer: str = option("adamw", "the optimizer", ("adamw",))
+    optimizer: str = option("adamw", "optimizer", ("adamw",))
     adamw_backend: str = option(
         "torch",
-        "AdamW: the implementation, torch's fused one, NVIDIA apex's or DeepSpeed's",
+        "AdamW: implementation of the fused update",
         ("torch", "apex", "deepspeed"),
     )
     deepspeed: str = option(
@@ -335,20 +371,20 @@ class TrainConfig:
     compile: bool = option(False, "compile the dense layers with torch.compile; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
     timeout: float = option(
-        600.0, "seconds after which a collective that does not finish ends the run", within=POSITIVE
+        600.0, "longest duration of a collective, in seconds, after which the run ends with an error", within=POSITIVE
     )
     step_timeout: float = option(
         300.0,
-        "seconds after which a section of a step counts as a hang, which is reported and ends the run",
+        "longest duration of a section of a step, in seconds, after which the run reports a hang and ends",
         within=POSITIVE,
     )
-    log_every: int = option(10, "number of steps between metrics", within=ONE_UP)
+    log_every: int = option(10, "number of steps between log lines and metrics", within=ONE_UP)
     save_every: int = option(
         5000, "number of steps between checkpoints; 0: only the last step is saved", within=ZERO_UP
     )
     save_minutes: float = option(
         0.0,
-        "also save a checkpoint this many minutes after the start of the last save; 0: only by train.save_every",
+        "number of minutes between checkpoints, in addition to train.save_every; 0: only by train.save_every",
         within=ZERO_UP,
     )
     snapshot_every: int = option(
@@ -356,16 +392,16 @@ class TrainConfig:
         "number of steps between snapshots, which hold only the averaged weights and are all kept; 0: none",
         within=ZERO_UP,
     )
-    keep_last: int = option(2, "number of newest checkpoints that are kept", within=ONE_UP)
+    keep_last: int = option(2, "number of newest checkpoints to keep; older ones are removed", within=ONE_UP)
     keep_every: int = option(
-        0, "also keep the checkpoints of steps that are multiples of this; 0: none", within=ZERO_UP
+        0, "also keep each checkpoint whose step is a multiple of this number of steps; 0: none", within=ZERO_UP
     )
-    max_failed_saves: int = option(3, "number of consecutive failed saves that ends the run", within=ONE_UP)
-    sample_every: int = option(0, "number of steps between sample grids; 0: none", within=ZERO_UP)
-    max_bad_steps: int = option(3, "number of consecutive skipped updates that ends the run", within=ONE_UP)
+    max_failed_saves: int = option(3, "number of failed saves in a row that ends the run", within=ONE_UP)
+    sample_every: int = option(0, "number of steps between pictures of samples; 0: none", within=ZERO_UP)
+    max_bad_steps: int = option(3, "number of skipped updates in a row that ends the run", within=ONE_UP)
     spike_factor: float = option(
         0.0,
-        "skip an update whose gradient norm exceeds this multiple of the recent median; 0: skip none",
+        "skip an update whose gradient norm exceeds this multiple of the median of recent norms; 0: skip none",
         within=ZERO_UP,
     )
 

@@ -61,11 +61,11 @@ def present_layer(
         present = present_settings(key, value)
         if not is_former(key, value):
             result.append((key, value))
-        elif clashes := [name for name in present if name in given]:
+        elif clashes := [name for name in present if name in given and name != key]:
             if not saved:
                 problems.append(
                     f"{key} = {value!r} ({origin}): is the former spelling of {_words(key, present)}, and"
-                    f" {' and '.join(clashes)} {'is' if len(clashes) == 1 else 'are'} given as well; remove {key}"
+                    f" {', '.join(clashes)} is given as well; remove {key}"
                 )
         else:
             if not saved:

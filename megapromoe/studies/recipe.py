@@ -29,7 +29,7 @@ axis.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,11 +144,13 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
             problems.append(f"{where}: a name consists of letters, digits, _ and ., since it is used in folder names")
         variant, wrong = read_fields(Variant, settings or {}, f"{where}.")
         problems += wrong
-        variant["without"] = tuple(present_names(variant.get("without", ()), saved))
+        without = _names(variant.get("without", ()), f"{where}.without", problems)
+        variant["without"] = tuple(present_names(without, saved))
         variant["settings"] = _settings(variant.get("settings", {}), f"{where}.settings", problems, saved)
         variants.append(Variant(str(name), **variant))
     values["variants"] = tuple(variants)
-    axes = values.get("axes", {})
+    names = _names(values.get("axes", {}), "axes", problems)
+    axes = {name: values["axes"][name] for name in names}
     former_axes = {RENAMED[key]: key for key in axes if key in RENAMED}
     for present, former in former_axes.items():
         if present in axes:
@@ -173,13 +175,19 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
     if values.get("ranks", 1) != 1 and not values.get("launcher"):
         problems.append(f"ranks = {values['ranks']}: needs a launcher, such as [torchrun, --nproc-per-node, '4']")
     values["settings"] = _settings(values.get("settings", {}), "settings", problems, saved)
+    seeded = _names(values.get("seed_settings", Recipe.seed_settings), "seed_settings", problems)
     if problems:
         raise StudyError(problems)
-    values |= {key: tuple(values[key]) for key in ("seeds", "seed_settings") if key in values}
-    if "seed_settings" in values:
-        values["seed_settings"] = tuple(dict.fromkeys(present_names(values["seed_settings"], saved)))
+    values |= {"seeds": tuple(seeds), "seed_settings": tuple(dict.fromkeys(present_names(seeded, saved)))}
     values["launcher"] = tuple(map(str, values.get("launcher", ())))
     return Recipe(**values, former_axes=former_axes if saved else {})
+
+
+def _names(names: Iterable[Any], where: str, problems: list[str]) -> list[str]:
+    """The names of options in a part of a recipe; a sentence for each that is not text is appended to `problems`."""
+    entries = list(names)
+    problems += [f"{where}: {name!r} must be the name of an option" for name in entries if not isinstance(name, str)]
+    return [name for name in entries if isinstance(name, str)]
 
 
 def _settings(settings: Mapping[str, Any], where: str, problems: list[str], saved: bool) -> dict[str, Any]:

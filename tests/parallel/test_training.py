@@ -3,11 +3,13 @@
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.former_names import rewrite_with_former_names
 from support.levels import full
 from support.processes import WorkerFailed, run
 from support.training_runs import losses, state, train
@@ -16,6 +18,9 @@ import megapromoe.training.loop as loop
 from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.config.options import TrainConfig
+from megapromoe.config.renamed_options import RENAMED
+from megapromoe.conversion.exports import export
+from megapromoe.conversion.formats import open_state
 
 LAYOUTS = [
     full(1, ("train.deepspeed=fp32_zero0",)),
@@ -60,6 +65,24 @@ def test_resuming_at_another_layout_is_the_same_training(world, overrides, tmp_p
     for (kind, name), tensor in expected.items():
         off = (found[kind, name] - tensor).norm()
         assert off <= 1e-5 * tensor.norm() + 1e-6 * whole[kind], f"{kind} of {name}"
+
+
+def test_a_run_with_former_names_of_options_resumes_to_the_bit(tmp_path):
+    present, former = tmp_path / "present", tmp_path / "former"
+    run(1, train, str(present), "train.steps=3", "train.optimizer=adamw")
+    shutil.copytree(present, former)
+    rewrite_with_former_names(former)
+    names = [name.partition(".")[2] for name in RENAMED]
+    assert all(re.search(rf"^  {name}:", (former / "config.yaml").read_text(), flags=re.M) for name in names)
+    export(open_state(former), tmp_path / "converted", "ours")
+    assert (tmp_path / "converted" / "config.yaml").read_text() == (present / "config.yaml").read_text()
+    for folder in (present, former):
+        run(1, train, str(folder))
+    expected, found = state(present, 6), state(former, 6)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert losses(former) == losses(present) and len(losses(former)) == 6
+    assert (former / "config.yaml").read_text() == (present / "config.yaml").read_text()
+    assert json.loads((former / "environment.json").read_text())[1]["changed"] == {"train.steps": [3, 6]}
 
 
 def test_the_run_directory_explains_itself(tmp_path):

@@ -112,6 +112,9 @@ def test_show_keys_lists_every_field(capsys):
     everything = yaml.safe_load(to_yaml(Config()))
     assert shown == [f"{section}.{key}" for section, keys in everything.items() for key in keys]
     assert "parallel.expert_tp=false" in said and "(identity | sigmoid | softmax)" in said
+    for words in ("(1 or more)", "(above 0)", "(from 0 to below 1)", "(from 0 to 1)"):
+        assert words in said
+    assert "inf)" not in said
 
 
 def test_wrong_config_is_told_in_one_message(capsys):

@@ -1,6 +1,7 @@
 """The configuration: layering, every rule, one message for all violations."""
 
 import json
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from megapromoe.config.deepspeed_file import find_ds_configs, load_deepspeed
 from megapromoe.config.options import Config, ConfigError, Layout, to_dict
 from megapromoe.config.presets import PRESETS
-from megapromoe.config.resolve import check, resolve, to_yaml
+from megapromoe.config.resolve import check, check_trainable, resolve, to_yaml
 
 FIXED = ("model.hidden_size=96", "train.lr=0.001")  # the preset is tuned now and then; the sentences are not
 
@@ -49,6 +50,30 @@ def test_frozen_and_every_field_is_explained():
     for section in fields(Config):
         for f in fields(section.type):
             assert f.metadata["help"], f"{section.name}.{f.name}"
+
+
+UNITS = "blocks channels images micro-batches minutes pixels ranks seconds steps threads"
+COUNTED = "batches checkpoints classes experts heads saves samples snapshots updates"
+WITHOUT_UNIT = (
+    "decay epsilon factor learning_rate mean multiple norm probability scale seed shift temperature time weight"
+)
+
+
+def test_every_number_is_explained_with_its_unit():
+    known = {word.replace("_", " ") for word in (*UNITS.split(), *COUNTED.split(), *WITHOUT_UNIT.split())}
+    known |= {"standard deviation"}
+    for section in fields(Config):
+        for f in fields(section.type):
+            if f.type in (int, float):
+                words = set(re.findall(r"[\w-]+", f.metadata["help"]))
+                assert any(set(unit.split()) <= words for unit in known), f"{section.name}.{f.name}"
+
+
+def test_without_a_preset_the_user_chooses_the_data(tmp_path):
+    file = tmp_path / "model.yaml"
+    file.write_text("model: {hidden_size: 64, heads: 2}\n")
+    with pytest.raises(ConfigError, match="data.source = 'unset': no training data is chosen: give data.source"):
+        check_trainable(resolve(file=file))
 
 
 def test_derived_values():

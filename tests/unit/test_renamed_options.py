@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.former_names import former_sections, rewrite_with_former_names
 
 from megapromoe.checkpoint.manifest import MANIFEST, read_manifest, seal
 from megapromoe.checkpoint.origin import Origin
@@ -23,6 +24,7 @@ from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read
 from megapromoe.studies.study import open_study, plan
 
 OPTIONS = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
+ITS_TESTS = ("test_renamed_options.py", "test_former_options.py")
 ROOT = Path(__file__).parents[2]
 SAVED = {"train": {"spike": 7}, "data": {"source": "synthetic"}}
 
@@ -42,7 +44,7 @@ def _a_new_process():
 @pytest.fixture
 def notices(caplog):
     """A function that returns the notices logged so far."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="megapromoe.config")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "megapromoe.config.renamed_options"]
 
 
@@ -163,7 +165,8 @@ def test_a_former_value_and_the_option_that_it_sets_are_refused():
         "train.optimizer = 'apex' (command line): is the former spelling of train.optimizer=adamw"
         " train.adamw_backend=apex, and train.adamw_backend is given as well; remove train.optimizer",
     )
-    assert resolve("digits", overrides=["train.optimizer=adamw", "train.adamw_backend=apex"]).train.optimizer == "adamw"
+    train = resolve("digits", overrides=["train.optimizer=adamw", "train.optimizer=apex"]).train
+    assert (train.optimizer, train.adamw_backend) == ("adamw", "apex"), "the same option twice: the later one holds"
 
 
 def test_the_notice_of_a_former_value_names_the_present_settings(notices):
@@ -174,30 +177,12 @@ def test_the_notice_of_a_former_value_names_the_present_settings(notices):
 # ---- runs written before
 
 
-def former_sections(config):
-    """The sections of a config with each option by its former spelling, if it has one."""
-    sections = to_dict(config)
-    for former, present in RENAMED.items():
-        section, _, name = present.partition(".")
-        former_section, _, former_name = former.partition(".")
-        sections[former_section][former_name] = sections[section].pop(name)
-    for key, values in RENAMED_VALUES.items():
-        section, _, name = key.partition(".")
-        for value, settings in values.items():
-            if all(sections[s][n] == v for (s, _, n), v in ((k.partition("."), v) for k, v in settings.items())):
-                sections[section][name] = value
-                for other in settings.keys() - {key}:
-                    del sections[other.partition(".")[0]][other.partition(".")[2]]
-                break
-    return sections
-
-
 def former_run(folder, config):
     """A run directory that took a step, as a version with the former names left it."""
     with RunDirectory.open(folder, config, 1) as run:
         run.metrics.write_text('{"step": 1}\n')
     assert yaml.safe_load(run.config_file.read_text()) == to_dict(config)
-    run.config_file.write_text(yaml.safe_dump(former_sections(config), sort_keys=False))
+    rewrite_with_former_names(folder)
     return run
 
 
@@ -279,6 +264,14 @@ def test_both_spellings_in_one_part_of_a_recipe_are_refused(part):
         make_recipe(RECIPE | {"settings": {}} | part)
 
 
+@pytest.mark.parametrize(
+    "part", [{"axes": {1: [2]}}, {"variants": {"a": {"without": [["train.lr"]]}}}, {"seed_settings": [["train.seed"]]}]
+)
+def test_a_name_in_a_recipe_that_is_no_text_is_refused(part):
+    with pytest.raises(StudyError, match=r"(axes|variants.a.without|seed_settings): .* must be the name of an option"):
+        make_recipe(RECIPE | part)
+
+
 def test_a_study_with_former_names_is_opened_with_its_folders(tmp_path, notices):
     """Folders of tasks contain the name of an axis, so that of an earlier study stays."""
     study = plan(tmp_path, make_recipe(RECIPE | {"settings": {}, "axes": {"train.spike_factor": [7, 8]}}))
@@ -308,7 +301,7 @@ def test_a_study_of_options_takes_former_names(notices):
 
 
 def test_no_file_uses_a_former_spelling():
-    """The table and its test have them, and the changelog lists them."""
+    """The table and its tests have them, and the changelog lists them."""
     names = [re.escape(name) for name in RENAMED]
     names += [re.escape(name.partition(".")[2]) for name in RENAMED if "_" in name]  # so distinct that they stand alone
     values = [re.escape(f"{name}={value}") for name, values in RENAMED_VALUES.items() for value in values]
@@ -317,7 +310,7 @@ def test_no_file_uses_a_former_spelling():
     for folder in ("docs", "launchers", "megapromoe", "tests", "tools"):
         places += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".sh", ".py", ".yaml", ".csv")]
     assert len(places) > 300
-    places = [path for path in places if path.name not in ("renamed_options.py", Path(__file__).name)]
+    places = [path for path in places if path.name not in {*ITS_TESTS, "renamed_options.py"}]
     assert {str(path.relative_to(ROOT)): uses for path in places if (uses := former.findall(path.read_text()))} == {}
 
 
