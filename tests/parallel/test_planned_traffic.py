@@ -70,7 +70,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     config = small(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
-    ema = EMA(engine, 0.5)
+    ema = EMA(engine, [0.5])
     B = config.layout(mesh.world_size).micro_batch
     generator = torch.Generator().manual_seed(mesh.dp.rank)
     listener.seen = defaultdict(lambda: [0, 0])
@@ -94,7 +94,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     states = {
         "parameters": sum(p.numel() * p.element_size() for p in parameters),
         "optimizer": sum(m.nbytes for p in engine.partitions for m in engine.moments(p).values()),
-        "ema": sum(a.nbytes for a in ema.averages),
+        "ema": sum(a.nbytes for a in ema.averages[0]),
     }
     if engine.stage:
         states["optimizer"] += sum(p.master.nbytes for p in engine.partitions)
