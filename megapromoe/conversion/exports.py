@@ -75,15 +75,15 @@ def export(
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
-    if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
-        notes.append("the source is a snapshot with averages only: they are used for the trained weights too")
-        state = with_masters(state)
     if weights is not None or not _holds_all_averages(form):
         if weights is None and state.further_averages:
             first, *others = state.averages
             notes.append(f"{form} holds one average: {first}; not written: {', '.join(others)}; see --weights")
         state = with_one_average(state, weights or AVERAGE)
         weights = AVERAGE if weights is not None and is_average(weights) else weights
+    if MASTER not in state.kinds and form not in ("safetensors", "diffusers"):
+        notes.append("the source is a snapshot with averages only: they are used for the trained weights too")
+        state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
     with atomic_tree(destination, overwrite) as staging:
         if form == "ours":

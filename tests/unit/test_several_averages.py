@@ -283,6 +283,20 @@ def test_other_formats_hold_the_chosen_average(run, tmp_path, capsys, form):
     assert "it has ema=0.9999, ema=0.999, ema=0.9, master" in capsys.readouterr().err
 
 
+def test_a_snapshot_gives_the_chosen_average_as_both_weights(run, tmp_path):
+    state, name = open_state(run), "final_layer.linear.weight"
+    snapshot = replace(state, kinds=("ema", *FURTHER))
+    for weights, kind in ((None, "ema"), ("ema=0.9", "ema=0.9")):
+        export(snapshot, tmp_path / "a.pth", "published", weights, overwrite=True)
+        back = open_state(tmp_path / "a.pth", config=state.config)
+        for written in ("master", "ema"):
+            assert torch.equal(back.read(written, name), state.read(kind, name))
+    export(snapshot, tmp_path / "new", "ours")
+    back = open_state(tmp_path / "new")
+    for written, kind in (("master", "ema"), ("ema", "ema"), ("ema=0.9", "ema=0.9")):
+        assert torch.equal(back.read(written, name), state.read(kind, name))
+
+
 def test_ours_takes_no_choice(run, tmp_path, capsys):
     assert main(["convert", str(run), str(tmp_path / "new"), "--to", "ours", "--weights", "ema=0.9"]) == 1
     assert "holds both weights; leave the weights out" in capsys.readouterr().err
