@@ -18,7 +18,6 @@ from megapromoe.config.options import TrainConfig
 
 WARN_ABOVE = 0.05
 _TRAINING_KEYS = ("run", "branch", "recent_norms")  # the manifest of converted weights has none of these
-_DECAY_OPTIONS = ("ema_decay", "ema")  # the option's name, and that of earlier versions, in the config of a manifest
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def kinds_of_averages(manifest: Mapping[str, Any]) -> dict[str, Average]:
 
 def _decays(train: Mapping[str, Any]) -> list[float]:
     """The decays in the `train` section of a manifest's config; empty if there are none."""
-    value = next((train[name] for name in _DECAY_OPTIONS if name in train), None)
+    value = train.get("ema_decay")
     values: list[Any] = value if isinstance(value, list) else [value]
     return values if all(type(decay) in (int, float) for decay in values) else []
 

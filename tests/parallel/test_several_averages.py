@@ -72,7 +72,7 @@ def test_each_average_is_that_of_a_run_with_its_decay_alone(tmp_path, case):
 
 def change_the_list(folder: str) -> None:
     """Two steps with one decay, two with another before it, two with that one alone; each step is saved."""
-    every = ("train.save_every=1", "train.snapshot_every=0", "train.keep=9", "parallel.ep=1")
+    every = ("train.save_every=1", "train.snapshot_every=0", "train.keep_last=9", "parallel.ep=1")
     for steps, decays in ((2, "0.9"), (4, "[0.5,0.9]"), (6, "0.5")):
         train(folder, *every, f"train.steps={steps}", f"train.ema_decay={decays}")
     train(f"{folder}/straight", *every, "train.steps=4", "train.ema_decay=0.9")
