@@ -170,7 +170,7 @@ def ended_averages(saved: Sequence[Average], train: TrainConfig) -> list[Average
 
 
 def _continued(saved: Sequence[Average], train: TrainConfig) -> list[int | None]:
-    """For each of `train.ema_decays` the index of the saved average that it continues, or None."""
+    """For each decay of the start the index of the saved average that it continues, or None."""
     decays = [average.decay for average in saved]
     indices = [decays.index(decay) if decay in decays else None for decay in train.ema_decays]
     others = iter(index for index in range(len(saved)) if index not in indices)

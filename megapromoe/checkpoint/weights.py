@@ -73,10 +73,9 @@ def kind_of(weights: str, decays: Sequence[float | None], where: object) -> str:
         if decay is not None and average_kind(decay) == weights:
             return kind
     raise UnknownWeights(
-        f"weights = {weights}: {where} has no average of that decay; it has {_in_words(decays)}; use one of these"
+        f"weights = {weights}: {where} has no average of that decay, only {_in_words(decays)}; use one of these"
     )
 
 
 def _in_words(decays: Iterable[float | None]) -> str:
-    choices = ["ema (of an unknown decay)" if decay is None else average_kind(decay) for decay in decays]
-    return ", ".join([*choices, MASTER])
+    return ", ".join("ema (of an unknown decay)" if decay is None else average_kind(decay) for decay in decays)
