@@ -16,8 +16,8 @@ from megapromoe.checkpoint.step_folders import StepFolder
 from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import tensors_on_rank
 
-CHECKPOINT_BYTES = 4 * 4  # per parameter: fp32 master weight, two moments, averaged weight
-SNAPSHOT_BYTES = 4  # per parameter: the averaged weight
+TRAINING_BYTES = 3 * 4  # per parameter: fp32 master weight and two moments
+AVERAGE_BYTES = 4  # per parameter and decay: the averaged weight
 PICTURE_SIDE = 64  # pixels to which small images are enlarged, as in `diffusion/image_grid.py`
 SIMULATED_SAVES = 2000  # the saves for which `most_at_once` simulates the removal of old checkpoints
 
@@ -63,9 +63,10 @@ def disk(config: Config, step_seconds: float | None = None) -> DiskUsage:
     t = config.train
     between, by_clock = _steps_between(config, step_seconds)
     saves = math.ceil(t.steps / between)
+    averages = AVERAGE_BYTES * len(t.ema_decays)
     return DiskUsage(
-        checkpoint=elements(config) * CHECKPOINT_BYTES + buffer_bytes(config),
-        snapshot=elements(config) * SNAPSHOT_BYTES + buffer_bytes(config),
+        checkpoint=elements(config) * (TRAINING_BYTES + averages) + buffer_bytes(config),
+        snapshot=elements(config) * averages + buffer_bytes(config),
         checkpoints=saves,
         snapshots=t.steps // t.snapshot_every if t.snapshot_every else 0,
         pictures=t.steps // t.sample_every if t.sample_every else 0,

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megapromoe.checkpoint.average import Average, kinds_of_averages
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, seal
+from megapromoe.checkpoint.weights import kind_of
 from megapromoe.io import atomic_write, sha256_of, sync, write_text
 from megapromoe.io import commit as commit_staged
 from megapromoe.work_progress import Progress
@@ -34,6 +36,12 @@ from megapromoe.work_progress import Progress
 logger = logging.getLogger(__name__)
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+"""The kinds of tensors in every checkpoint. A run with several decays also has a kind for each further average."""
+
+
+def all_kinds(averages: Iterable[str]) -> tuple[str, ...]:
+    """The kinds of tensors in a checkpoint with averages of these kinds."""
+    return (*KINDS, *(kind for kind in averages if kind not in KINDS))
 
 
 class TensorFile(Protocol):
@@ -53,7 +61,8 @@ class Checkpoint:
         folder: the checkpoint folder.
         manifest: content of its manifest.json.
         shapes: parameter name -> shape of the full tensor.
-        kinds: the kinds of tensors that it contains, all of `KINDS` unless it is a snapshot.
+        averages: kind of tensors -> state of each average; the first is `ema`.
+        kinds: the kinds of tensors that it contains: `KINDS` and the further averages, or only averages in a snapshot.
     """
 
     def __init__(self, folder: Path):
@@ -72,12 +81,20 @@ class Checkpoint:
             if file.resolve().parent != self.folder.resolve():
                 raise CheckpointError(f"{file}: is a symbolic link out of its folder; put the file itself in its place")
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]
-        self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", KINDS))
+        self.averages: dict[str, Average] = kinds_of_averages(self.manifest)
+        self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", all_kinds(self.averages)))
         self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
         for entry in self.manifest["ranks"]:
             for name, start, stop, view in entry["parts"]:
                 self._parts.setdefault(name, []).append((entry["file"], start, stop, view))
         self._open: dict[str, TensorFile] = {}
+
+    def kind_of(self, weights: str) -> str:
+        """The kind of tensors of the chosen weights: `master`, `ema` or `ema=DECAY`.
+
+        Raises UnknownWeights, which lists the decays, if there is no average of that decay.
+        """
+        return kind_of(weights, [average.decay for average in self.averages.values()], self.folder)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads files number `part`, `part` + `parts`, ... completely and compares their hashes with the manifest.
@@ -112,7 +129,7 @@ class Checkpoint:
         """Assembles the full tensor of a parameter, float32.
 
         Args:
-            kind: "master", "exp_avg", "exp_avg_sq" or "ema".
+            kind: one of `kinds`.
             name: the parameter.
 
         Raises CheckpointError if a file is damaged, or if this is a snapshot without that kind.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megapromoe.checkpoint.format import KINDS
+from megapromoe.checkpoint.weights import average_kinds
 from megapromoe.distributed.agreement import this_rank
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
@@ -58,17 +58,18 @@ def copy_to_host(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buf
     return state
 
 
-def local_tensors(engine: Engine, ema: EMA, kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, Piece, Tensor]]:
-    """Yields (kind, piece, flat tensor) for all pieces on this rank, for `copy_to_host`."""
+def local_tensors(engine: Engine, ema: EMA, kinds: tuple[str, ...]) -> Iterator[tuple[str, Piece, Tensor]]:
+    """Yields (kind, piece, flat tensor) for all pieces on this rank and these kinds, for `copy_to_host`."""
     for piece, tensors in local_pieces(engine, ema):
         for kind in kinds:
             yield kind, piece, tensors[kind]
 
 
 def local_pieces(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:
-    """Yields each piece on this rank with views (flat, fp32) of its master weight, moments and average, by kind."""
-    for partition, average in zip(engine.partitions, ema.averages, strict=True):
-        flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
+    """Yields each piece on this rank with views (flat, fp32) of its master weight, moments and averages, by kind."""
+    kinds = average_kinds(ema.decays)
+    for partition, *averages in zip(engine.partitions, *ema.averages, strict=True):
+        flats = {"master": partition.master, **dict(zip(kinds, averages, strict=True)), **engine.moments(partition)}
         for piece in partition.pieces:
             span = slice(piece.offset, piece.offset + piece.stop - piece.start)
             yield piece, {kind: flat[span] for kind, flat in flats.items()}

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.average import averages_at_start
 from megapromoe.checkpoint.format import (
-    KINDS,
     Checkpoint,
     CheckpointError,
     OtherModel,
+    all_kinds,
     check_model,
     commit,
     write_rank,
@@ -35,7 +36,6 @@ from megapromoe.checkpoint.local_state import LocalState, copy_to_host, local_pi
 from megapromoe.checkpoint.manifest import FOLDER
 from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.retention import prune, remove_leftovers
-from megapromoe.checkpoint.snapshots import AVERAGES
 from megapromoe.checkpoint.step_folders import (
     folder_of,
     folders_without_manifest,
@@ -44,6 +44,7 @@ from megapromoe.checkpoint.step_folders import (
     steps_in,
     warn_without_manifest,
 )
+from megapromoe.checkpoint.weights import average_kinds
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
@@ -60,11 +61,13 @@ class Destination:
 
     Attributes:
         final: its name when it is complete.
-        kinds: the kinds of tensors to save, some of `KINDS`.
+        kinds: the kinds of tensors to save.
+        snapshot: whether it is a snapshot, without all kinds.
     """
 
     final: Path
     kinds: tuple[str, ...]
+    snapshot: bool = False
 
     @property
     def staging(self) -> Path:
@@ -74,7 +77,7 @@ class Destination:
     @property
     def metadata(self) -> dict[str, Any]:
         """The manifest entry for the kinds; a checkpoint, which has all kinds, has none."""
-        return {} if self.kinds == KINDS else {"kinds": list(self.kinds)}
+        return {"kinds": list(self.kinds)} if self.snapshot else {}
 
 
 class CheckpointManager:
@@ -112,12 +115,13 @@ class CheckpointManager:
         start = time.perf_counter()
         engine = self.engine
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
-        destinations = []
+        averages, destinations = average_kinds(self.ema.decays), []
+        kinds = all_kinds(averages) if checkpoint else averages
         if checkpoint:  # written first: a job that is about to be killed can resume from it
-            destinations.append(Destination(folder_of(self.root, metadata["step"]), KINDS))
+            destinations.append(Destination(folder_of(self.root, metadata["step"]), kinds))
         if snapshot:
-            destinations.append(Destination(snapshot_of(snapshots_beside(self.root), metadata["step"]), AVERAGES))
-        kinds = KINDS if checkpoint else AVERAGES
+            folder = snapshot_of(snapshots_beside(self.root), metadata["step"])
+            destinations.append(Destination(folder, averages, snapshot=True))
         state = copy_to_host(engine, local_tensors(engine, self.ema, kinds), buffers)
         size = sum(state.select_kinds(destination.kinds).bytes for destination in destinations)
         total = self._agree_to_start(destinations, size, metadata)
@@ -207,7 +211,7 @@ class CheckpointManager:
             if rank == 0:
                 commit(to.staging, to.final, world, metadata | to.metadata, self.commit_timeout)
                 problem = ""
-                if to.kinds == KINDS:
+                if not to.snapshot:
                     self._prune(metadata)
         except Exception as error:  # of any kind: an exception that ended the thread would be lost
             unexpected = not isinstance(error, CheckpointError | OSError)
@@ -279,7 +283,9 @@ def resume(
         if not damage:
             assert checkpoint is not None  # no rank had a problem, so this one has read it
             updates = int(checkpoint.manifest["updates"])
-            restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates)
+            starts = averages_at_start(list(checkpoint.averages.values()), engine.config.train)
+            sources = dict(zip(average_kinds(ema.decays), (start.source for start in starts), strict=True))
+            restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates, sources)
             return Resumed(checkpoint, damaged)
         if step is not None:
             raise CheckpointError(damage)
@@ -308,21 +314,24 @@ def restore(
     logical: Callable[[str, str], Tensor],
     buffer: Callable[[str], Tensor],
     updates: int,
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Restores the training state from full tensors. Collective.
 
     Args:
-        logical: (kind of `KINDS`, parameter name) -> full tensor.
+        logical: (kind, parameter name) -> full tensor.
         buffer: name -> tensor, for the persistent buffers of the model.
         updates: number of AdamW steps that the moments contain.
+        sources: kind of each average -> the kind that it is restored from, if that is another one.
     """
     targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
     for piece, tensors in local_pieces(engine, ema):
         targets.setdefault(piece.name, []).append((piece, tensors))
     for name, held in targets.items():
         watchdog.touch()
-        for kind in KINDS:
-            local = engine.layouts[name].local_shard(logical(kind, name), engine.mesh).view(-1)
+        for kind in all_kinds(average_kinds(ema.decays)):
+            source = (sources or {}).get(kind, kind)
+            local = engine.layouts[name].local_shard(logical(source, name), engine.mesh).view(-1)
             for piece, tensors in held:
                 tensors[kind].copy_(local[piece.start : piece.stop])
     for name, tensor in engine.module.state_dict().items():

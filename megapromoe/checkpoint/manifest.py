@@ -155,6 +155,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
     share = content.get("ema_initial_share")
     if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
         yield f"ema_initial_share = {_short(share)}: must be a number from 0 to 1"
+    yield from average_problems(content.get("ema_averages"))
     if type(content.get("ema_warmup", False)) is not bool:
         yield f"ema_warmup = {_short(content['ema_warmup'])}: must be true or false"
     norms = content.get("recent_norms", [])
@@ -173,6 +174,26 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         yield "ranks: must be a list of the ranks' files"
     else:
         yield from _rank_problems(shapes, ranks)
+
+
+def average_problems(averages: Any) -> Iterator[str]:
+    """Yields a sentence for each violated rule of the entry `ema_averages`, which is None for a single average."""
+    if averages is None:
+        return
+    if not isinstance(averages, list) or not averages or not all(isinstance(average, dict) for average in averages):
+        yield f"ema_averages = {_short(averages)}: must be a list of averages"
+        return
+    for average in averages:
+        decay, share = average.get("decay"), average.get("initial_share")
+        if type(decay) not in (int, float) or not 0 <= decay < 1:
+            yield f"ema_averages: decay = {_short(decay)}: must be a number from 0 to below 1"
+            return
+        if share is not None and not (type(share) in (int, float) and 0 <= share <= 1):
+            yield f"ema_averages: initial_share = {_short(share)}: must be a number from 0 to 1"
+        if not _is_count(average.get("updates")):
+            yield f"ema_averages: updates = {_short(average.get('updates'))}: must be a whole number, 0 or more"
+    if len({float(average["decay"]) for average in averages}) < len(averages):
+        yield "ema_averages: the decays must be different"
 
 
 def _rank_problems(shapes: dict[str, list[int]], ranks: list[Any]) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """Snapshots: only the averaged weights of a step, for evaluating many steps. A quarter of the size of a checkpoint.
 
-``snapshots/average-00001000/`` beside ``checkpoints/`` has the files and the manifest of a checkpoint, with one kind of
-tensors. Training cannot resume from it: its name differs from that of a checkpoint, and its manifest has the entry
-`kinds`, so it is refused even if it is renamed. Snapshots are never pruned. A run directory contains snapshots of the
-current history only: when a start goes back to an earlier step, later snapshots are moved to the branch folder, or
-removed if the same branch will repeat these steps.
+``snapshots/average-00001000/`` beside ``checkpoints/`` has the files and the manifest of a checkpoint, with the
+averages alone, one for each of `train.ema_decay`. Training cannot resume from it: its name differs from that of a
+checkpoint, and its manifest has the entry `kinds`, so it is refused even if it is renamed. Snapshots are never pruned.
+A run directory contains snapshots of the current history only: when a start goes back to an earlier step, later
+snapshots are moved to the branch folder, or removed if the same branch will repeat these steps.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from megapromoe.checkpoint.step_folders import (
     snapshots_beside,
     steps_in,
 )
+from megapromoe.checkpoint.weights import is_average
 
 logger = logging.getLogger(__name__)
-
-AVERAGES = ("ema",)
-"""The kinds of tensors in a snapshot."""
 
 
 def branch_of(folder: Path) -> str | None:
@@ -41,10 +39,10 @@ def readable_steps(checkpoints: Path, weights: str) -> list[int]:
 
     Args:
         checkpoints: the folder of checkpoints.
-        weights: "master": steps of checkpoints; "ema": also steps of snapshots.
+        weights: "master": steps of checkpoints; averaged weights: also steps of snapshots.
     """
     steps = set(steps_in(checkpoints))
-    return sorted(steps | set(snapshot_steps(snapshots_beside(checkpoints))) if weights == "ema" else steps)
+    return sorted(steps | set(snapshot_steps(snapshots_beside(checkpoints))) if is_average(weights) else steps)
 
 
 def choose_weights(checkpoints: Path, step: int | None, weights: str) -> Path:
@@ -54,7 +52,7 @@ def choose_weights(checkpoints: Path, step: int | None, weights: str) -> Path:
 
     Raises CheckpointError, which lists the existing steps, if there is none.
     """
-    if step is not None and weights == "ema":
+    if step is not None and is_average(weights):
         snapshot = snapshot_of(snapshots_beside(checkpoints), step)
         if (snapshot / MANIFEST).is_file():
             return snapshot

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megapromoe.commands.command_line import CommandError, file_errors, refuse_other_words
-from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
+from megapromoe.commands.options import checkpoint_config, checkpoint_config_options, weights_choice
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 EPILOG = """\
@@ -53,9 +53,11 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
     checkpoint_config_options(parser, "YAML of the run, such as its config.yaml")
     parser.add_argument(
         "--weights",
-        choices=("ema", "master"),
-        help="write only weights: averaged (ema) or as trained (master); default: ema for diffusers, all state for"
-        " safetensors; other formats contain both",
+        type=weights_choice,
+        metavar="WEIGHTS",
+        help="write only weights: averaged (ema), averaged with one of several decays (ema=DECAY), or as trained"
+        " (master); default: ema for diffusers, all state for safetensors; published and deepspeed contain trained and"
+        " averaged weights, of which ema=DECAY chooses the average",
     )
     parser.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint to read from a run; default: the latest"
@@ -94,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> int:
     from megapromoe.conversion.exports import export, exported_bytes, written_weights
     from megapromoe.conversion.formats import open_state, with_latest
-    from megapromoe.conversion.state import State
+    from megapromoe.conversion.state import State, with_one_average
     from megapromoe.work_progress import Progress
 
     config = checkpoint_config(options, options.overrides)
@@ -110,7 +112,8 @@ def _convert(options: argparse.Namespace) -> int:
     for note in (*state.notes, *notes):
         print(f"note: {note}")
     alone = options.weights or ("ema" if options.to == "diffusers" else None)
-    if state.average and alone and (warning := state.average.warning(alone)):
+    average = None if alone is None else with_one_average(state, alone).average
+    if average and alone and (warning := average.warning(alone)):
         print(f"warning: {warning}")
     print(f"written: {written_weights(state, options.to, options.weights)}")
     print(f"{options.dest}: {options.to}, step {state.step}, from {state.where} ({state.format})")

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megapromoe.checkpoint.weights import AVERAGE
 from megapromoe.commands.command_line import file_errors, takes_no_settings
 from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
 from megapromoe.config.options import Config
@@ -20,7 +21,7 @@ EPILOG = """\
 PATH and OTHER may be of different formats: a run directory or step folder, a published .pth, .safetensors, a
 diffusers or a DeepSpeed folder; see `megapromoe convert --help`. A checkpoint without a configuration, such as a
 .pth, is read with --config or --preset, or with the configuration of the other one. Kinds: master (the weights),
-exp_avg and exp_avg_sq (AdamW's moments), ema (averaged weights).
+exp_avg and exp_avg_sq (AdamW's moments), ema (averaged weights), ema=DECAY (those of each further train.ema_decay).
 
 For a run directory, its checkpoints and its abandoned branches are listed too.
 
@@ -112,7 +113,8 @@ def _open_both(
 
 def _facts(state: State, path: Path) -> dict[str, Any]:
     count = parameters(state.config.model)
-    warning = state.average.warning("ema") if state.average and "ema" in state.kinds else ""
+    averages = state.averages
+    warning = averages[AVERAGE].warning(AVERAGE) if AVERAGE in averages else ""
     files = [state.where] if state.where.is_file() else sorted(p for p in state.where.rglob("*") if p.is_file())
     return {
         "path": str(path),
@@ -126,7 +128,11 @@ def _facts(state: State, path: Path) -> dict[str, Any]:
         "layout": state.layout,
         "files": {file.name: file.stat().st_size for file in files},
         "notes": [*state.notes, *([warning] if warning else [])],
-        "initial_share": state.average.initial_share if state.average and "ema" in state.kinds else None,
+        "initial_share": averages[AVERAGE].initial_share if AVERAGE in averages else None,
+        "averages": {
+            kind: {"decay": average.decay, "initial_share": average.initial_share, "updates": average.updates}
+            for kind, average in averages.items()
+        },
     }
 
 
@@ -172,8 +178,10 @@ def _print_facts(report: dict[str, Any]) -> None:
     kinds = ", ".join(report["kinds"])
     print(f"  {report['parameters']:,} parameters ({table}), {report['buffers']} buffers; kinds: {kinds}")
     print(f"  saved as {report['layout']}; {len(report['files'])} files, {size:,} bytes")
-    if "ema" in report["kinds"]:
-        print(f"  averaged weights: {share_in_words(report['initial_share'])}")
+    for kind, average in report["averages"].items():
+        name = kind if average["decay"] is None else f"{kind}, decay {average['decay']:g}"
+        named = f" ({name})" if len(report["averages"]) > 1 else ""
+        print(f"  averaged weights{named}: {share_in_words(average['initial_share'])}")
     for note in report["notes"]:
         print(f"  note: {note}")
     if checkpoints := report.get("checkpoints"):

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megapromoe.checkpoint.weights import UnknownWeights, read_weights_choice
 from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
@@ -41,6 +42,14 @@ def checkpoint_config(options: argparse.Namespace, overrides: list[str]) -> Conf
     if options.config is None and options.preset is None:
         return None
     return resolve(options.preset, options.config, overrides, file_is_saved=_is_saved(options.config))
+
+
+def weights_choice(text: str) -> str:
+    """An argparse type: `ema`, `ema=DECAY` or `master`."""
+    try:
+        return read_weights_choice(text)
+    except UnknownWeights as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:

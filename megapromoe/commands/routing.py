@@ -11,7 +11,7 @@ from megapromoe.commands.command_line import (
     takes_no_settings,
     whole_number,
 )
-from megapromoe.commands.options import run_option
+from megapromoe.commands.options import run_option, weights_choice
 
 EPILOG = """\
 The command runs the model of the run on labelled images of the training data at a few noise levels, and analyses the
@@ -66,9 +66,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=whole_number(0), metavar="N", help="step of the checkpoint; default: the latest")
     parser.add_argument(
         "--weights",
-        choices=("ema", "master"),
+        type=weights_choice,
         default="ema",
-        help="averaged weights (ema) or weights as trained (master); default: ema",
+        metavar="WEIGHTS",
+        help="averaged weights (ema), those of one of several decays (ema=DECAY), or weights as trained (master);"
+        " default: ema",
     )
     parser.add_argument("--pictures", action="store_true", help="also write each picture as a PNG file")
 

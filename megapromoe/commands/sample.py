@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapromoe.commands.command_line import positive
-from megapromoe.commands.options import run_option
+from megapromoe.commands.options import run_option, weights_choice
 from megapromoe.config.options import ConfigError
 
 if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
@@ -82,9 +82,11 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
         parser.add_argument("--step", metavar="N", type=int, help=text)
     parser.add_argument(
         "--weights",
-        choices=("ema", "master"),
+        type=weights_choice,
         default="ema",
-        help="averaged weights (ema, default) or weights as trained (master)",
+        metavar="WEIGHTS",
+        help="averaged weights (ema, default), those of one of several decays (ema=DECAY), or weights as trained"
+        " (master)",
     )
     parser.add_argument(
         "--guidance",

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from megapromoe.commands.command_line import CommandError, file_errors, positive, refuse_other_words
-from megapromoe.commands.options import checkpoint_config, checkpoint_config_options
+from megapromoe.commands.options import checkpoint_config, checkpoint_config_options, weights_choice
 
 EPILOG = """\
 SOURCE is a checkpoint of any format (see `megapromoe convert --help`). The new model has the config of SOURCE, changed
@@ -47,7 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--images", type=positive, default=64, metavar="N", help="from dense: number of images for k-means; default: 64"
     )
     parser.add_argument(
-        "--weights", choices=("ema", "master"), default="ema", help="weights of SOURCE to use; default: ema"
+        "--weights",
+        type=weights_choice,
+        default="ema",
+        metavar="WEIGHTS",
+        help="weights of SOURCE to use: ema, ema=DECAY or master; default: ema",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of noise and k-means; default: 0")
     parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint in SOURCE; default: the latest")
@@ -74,30 +78,34 @@ def run(options: argparse.Namespace, launch: None) -> int:
 def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     """Writes the new run; returns notes for the user."""
     from megapromoe.checkpoint.average import share_in_words
+    from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
     from megapromoe.config.options import to_dict
     from megapromoe.conversion.exports import export, exported_bytes
     from megapromoe.conversion.formats import open_state
-    from megapromoe.conversion.state import checked, config_from
+    from megapromoe.conversion.state import checked, config_from, with_one_average
     from megapromoe.conversion.upcycle import check_fit, cluster, from_dense, grow, moe_inputs
     from megapromoe.work_progress import Progress, track
 
     config = checkpoint_config(options, [])
-    source = checked(open_state(options.source, config=config, step=step, objective=options.objective))
+    opened = open_state(options.source, config=config, step=step, objective=options.objective)
+    source = checked(with_one_average(opened, options.weights))
+    weights = AVERAGE if is_average(options.weights) else MASTER
     dense = source.config.model.router == "dense"
     router = ["model.router=promoe"] if dense else []
     config = config_from(to_dict(source.config), [*router, *options.overrides])
     if dense:
         check_fit(source, config, options.how)
-        tokens = moe_inputs(source, config, options.images, options.weights)
+        tokens = moe_inputs(source, config, options.images, weights)
         layers = track(tokens.items(), "layer", "k-means")
         prototypes = {block: cluster(x_TD, config, options.seed) for block, x_TD in layers}
-        state = from_dense(source, config, prototypes, options.how, options.noise, options.weights, options.seed)
+        state = from_dense(source, config, prototypes, options.how, options.noise, weights, options.seed)
     else:
-        state = grow(source, config, options.noise, options.spread, options.weights, options.seed)
+        state = grow(source, config, options.noise, options.spread, weights, options.seed)
     with Progress(exported_bytes(state, "ours"), "B", f"writing {options.dest}") as progress:
         notes = export(state, options.dest, "ours", overwrite=options.overwrite, progress=progress.update)
     average = source.average
     share = share_in_words(average.initial_share if average else None)
-    taken = f"from averaged weights (ema), {share}" if options.weights == "ema" else "from weights as trained (master)"
-    warning = average.warning(options.weights) if average else ""
+    chosen = f"averaged weights ({options.weights}), {share}"
+    taken = f"from {chosen if weights == AVERAGE else 'weights as trained (master)'}"
+    warning = average.warning(weights) if average else ""
     return [*state.notes, *notes, taken, *([f"warning: {warning}"] if warning else [])]

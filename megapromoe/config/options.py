@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapromoe.config import class_groups
-from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, nearest_divisors, nearest_multiples, option
+from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
 
 ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
@@ -355,9 +355,15 @@ class TrainConfig:
     max_grad_norm: float = option(
         0.5, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping", within=ZERO_UP
     )
-    ema: float = option(0.9999, "decay of the averaged weights (EMA) at each step", within="[0, 1)")
+    ema_decay: float | tuple[float, ...] = option(
+        0.9999,
+        "decay of the averaged weights (EMA) at each step; a list such as [0.9999,0.999] keeps an average for each, and"
+        " the first is the default of previews and commands",
+        within="[0, 1)",
+        kind=Numbers,
+    )
     ema_warmup: bool = option(
-        False, "use decay min(ema, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
+        False, "use decay min(ema_decay, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
     )
     optimizer: str = option("adamw", "optimizer", ("adamw",))
     adamw_backend: str = option(
@@ -405,6 +411,11 @@ class TrainConfig:
         within=ZERO_UP,
     )
 
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays of `ema_decay`, one or more; the first is that of previews and the default of commands."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -448,8 +459,11 @@ def ratio_of(width: int, size: int) -> float:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested dicts, section by section."""
-    return asdict(config)
+    """Plain nested dicts and lists, section by section."""
+    return {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        for section, values in asdict(config).items()
+    }
 
 
 # ---- rules, and their sentences

@@ -17,6 +17,12 @@ from typing import Any
 from megapromoe.config.strict_yaml import UnreadableFile, parse_yaml
 
 ONE_UP, ZERO_UP, POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
+
+
+class Numbers:
+    """The kind of a field that holds one number, or a tuple of several different ones."""
+
+
 KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -24,6 +30,7 @@ KINDS: dict[type, str] = {
     str: "text",
     list: "a list",
     dict: "a mapping",
+    Numbers: "a finite number, or a list of them such as [1,2]",
 }
 
 
@@ -90,6 +97,8 @@ def as_kind(value: Any, kind: type) -> Any:
             value = parse_yaml(value)
         except UnreadableFile:
             return None
+    if kind is Numbers:
+        return _as_numbers(value)
     if kind is float and not isinstance(value, bool):
         try:  # YAML reads "1e-4" as text
             number = float(value)
@@ -97,6 +106,18 @@ def as_kind(value: Any, kind: type) -> Any:
             return None
         return number if math.isfinite(number) else None
     return value if type(value) is kind else None
+
+
+def _as_numbers(value: Any) -> float | tuple[float, ...] | None:
+    """A number, or a tuple of two or more, from a number, a list, or text such as "1,2"; None if it is neither."""
+    if isinstance(value, str) and "," in value:
+        value = value.split(",")
+    if not isinstance(value, (list, tuple)):
+        return as_kind(value, float)
+    numbers = tuple(as_kind(number, float) for number in value)
+    if not numbers or None in numbers:
+        return None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def kind_rule(value: Any, kind: type) -> str:
@@ -115,12 +136,15 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
     choices, interval = metadata["choices"], metadata["within"]
     if choices:
         return None if value in choices else f"must be one of {', '.join(choices)}; {suggest(value, choices)}"
+    if isinstance(value, tuple) and len(set(value)) < len(value):
+        return "must hold each number once"
     if interval:
         low, high = (float(end) for end in interval[1:-1].split(","))
-        above = value >= low if interval[0] == "[" else value > low
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
-            return f"must lie in {interval}"
+        for number in value if isinstance(value, tuple) else (value,):
+            above = number >= low if interval[0] == "[" else number > low
+            below = number <= high if interval[-1] == "]" else number < high
+            if not (above and below):
+                return f"must lie in {interval}"
     return None
 
 

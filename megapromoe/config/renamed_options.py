@@ -19,6 +19,7 @@ RENAMED: dict[str, str] = {  # former dotted name -> present one
     "data.label_drop": "data.condition_dropout",
     "data.max_bad": "data.max_damaged",
     "train.clip": "train.max_grad_norm",
+    "train.ema": "train.ema_decay",
     "train.keep": "train.keep_last",
     "train.spike": "train.spike_factor",
 }

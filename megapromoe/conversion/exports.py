@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.checkpoint.average import share_in_words
-from megapromoe.checkpoint.format import KINDS
+from megapromoe.checkpoint.average import average_metadata, share_in_words
+from megapromoe.checkpoint.format import all_kinds
 from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
+from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
 from megapromoe.config.options import ModelConfig, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.conventions import in_our_sign
@@ -30,7 +31,7 @@ from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE
-from megapromoe.conversion.state import State, check_published, checked, with_masters
+from megapromoe.conversion.state import State, check_published, checked, with_masters, with_one_average
 from megapromoe.conversion.stream import (
     ConversionError,
     Entry,
@@ -41,8 +42,6 @@ from megapromoe.conversion.stream import (
 )
 from megapromoe.io import atomic_tree, sync, write_text
 from megapromoe.versions import versions
-
-WEIGHTS = ("ema", "master")
 
 
 def export(
@@ -60,21 +59,29 @@ def export(
         state: the checkpoint.
         destination: file or folder.
         form: one of `formats.FORMATS`. "ours" writes a run directory that `megapromoe train` resumes.
-        weights: "ema" or "master": write only these weights. None: "ema" for diffusers, the full state for safetensors.
-            Other formats hold both.
+        weights: "master", "ema" or "ema=DECAY": write only these weights. None: "ema" for diffusers, the full state for
+            safetensors. The formats published and deepspeed hold the trained weights and one average: "ema=DECAY"
+            chooses it, None takes the first. "ours" holds all of them.
         overwrite: replace a destination that is a checkpoint.
         progress: called with the number of bytes of each tensor.
         allow_nonfinite: write NaN and infinity, with a note, in place of an error.
 
-    Raises ConversionError if the destination exists or does not fit the format, or if a tensor is not finite.
+    Raises ConversionError if the destination exists or does not fit the format, or if a tensor is not finite;
+    UnknownWeights if the source has no average of that decay.
     """
     destination = Path(destination)
-    if weights is not None and form not in ("safetensors", "diffusers"):
+    if weights is not None and form not in ("safetensors", "diffusers") and not _chooses_average(form, weights):
         raise ConversionError(f"weights = {weights}: the format {form} holds both weights; leave the weights out")
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
-    if "master" not in state.kinds and weights is None and form not in ("safetensors", "diffusers"):
+    if weights is not None or not _holds_all_averages(form):
+        if weights is None and state.further_averages:
+            first, *others = state.averages
+            notes.append(f"{form} holds one average: {first}; not written: {', '.join(others)}; see --weights")
+        state = with_one_average(state, weights or AVERAGE)
+        weights = AVERAGE if weights is not None and is_average(weights) else weights
+    if MASTER not in state.kinds and form not in ("safetensors", "diffusers"):
         notes.append("the source is a snapshot with averages only: they are used for the trained weights too")
         state = with_masters(state)
     state = checked(state, notes if allow_nonfinite else None)
@@ -94,17 +101,34 @@ def export(
     return notes
 
 
+def _holds_all_averages(form: str) -> bool:
+    """Whether a format can hold several averages."""
+    return form in ("ours", "safetensors")
+
+
+def _chooses_average(form: str, weights: str) -> bool:
+    """Whether `weights` chooses the one average of a format that holds the trained weights too."""
+    return not _holds_all_averages(form) and is_average(weights) and weights != AVERAGE
+
+
 def written_weights(state: State, form: str, weights: str | None) -> str:
-    """A description of the weights that `export` writes, with the share of the initial weights in averaged ones."""
-    alone = weights or ("ema" if form == "diffusers" else None)
-    if alone == "master":
+    """A description of the weights that `export` writes, with the share of the initial weights in averaged ones.
+
+    Raises UnknownWeights if the source has no average of that decay.
+    """
+    alone = weights or (AVERAGE if form == "diffusers" else None)
+    if alone == MASTER:
         return "weights as trained (master)"
-    share = share_in_words(state.average.initial_share if state.average and "ema" in state.kinds else None)
-    if alone == "ema":
-        return f"averaged weights (ema), {share}"
-    if "ema" not in state.kinds:
+    if alone is not None or not _holds_all_averages(form):
+        state = with_one_average(state, alone or AVERAGE)
+    share = share_in_words(state.average.initial_share if state.average and AVERAGE in state.kinds else None)
+    if alone is not None and (form in ("safetensors", "diffusers")):
+        return f"averaged weights ({alone}), {share}"
+    if AVERAGE not in state.kinds:
         return f"all state ({', '.join(state.kinds)})"
-    return f"all state ({', '.join(state.kinds)}); ema is the averaged weights, {share}"
+    chosen = "" if alone is None else f" of {alone}"
+    others = "".join(f"; {kind}, {average.in_words()}" for kind, average in state.further_averages.items())
+    return f"all state ({', '.join(state.kinds)}); ema is the averaged weights{chosen}, {share}{others}"
 
 
 def _check_destination(state: State, destination: Path, form: str, overwrite: bool) -> None:
@@ -132,7 +156,12 @@ def _check_destination(state: State, destination: Path, form: str, overwrite: bo
 
 def exported_bytes(state: State, form: str, weights: str | None = None) -> int:
     """The bytes of parameters that `export` writes with the same arguments; names and buffers add very little."""
-    kinds = 4 if form == "ours" else 1 if weights or form == "diffusers" else len(state.kinds)
+    if form == "ours":
+        kinds = len(all_kinds(state.averages))
+    elif form == "diffusers" or (weights and form == "safetensors"):
+        kinds = 1
+    else:
+        kinds = len(state.kinds) - (0 if _holds_all_averages(form) else len(state.further_averages))
     return kinds * (state.nbytes // len(state.kinds))
 
 
@@ -178,14 +207,14 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         notes.append("the source has no averaged weights: they start as copies of the weights")
 
     def read_flat(kind: str, name: str) -> Tensor:
-        if kind not in state.kinds and kind != "ema":
+        if kind not in state.kinds and kind != AVERAGE:
             return torch.zeros(math.prod(state.shapes[name]))
-        return state.read(kind if kind in state.kinds else "master", name).view(-1)
+        return state.read(kind if kind in state.kinds else MASTER, name).view(-1)
 
     entries = {
         f"{kind}/{name}@0": Entry((math.prod(shape),), torch.float32, partial(read_flat, kind, name))
         for name, shape in state.shapes.items()
-        for kind in KINDS
+        for kind in all_kinds(state.averages)
     }
     entries |= {f"buffer/{name}": entry_of(tensor) for name, tensor in state.buffers.items()}
     file = checkpoint / "rank-00000.safetensors"
@@ -203,10 +232,13 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         "buffers": sorted(state.buffers),
         "ranks": [{"file": file.name, "size": size, "sha256": digest, "parts": parts}],
     }
-    if state.average is not None and "ema" in state.kinds:
-        # The warm-up of the average counts updates. If these start again at 0, the next start chooses the warm-up.
-        average = state.average if updates == state.average.updates else replace(state.average, warmup=None)
-        manifest |= average.metadata()
+    if state.average is not None and AVERAGE in state.kinds:
+        # The warm-up of an average counts updates. If these start again at 0, the next start chooses the warm-up.
+        averages = [
+            average if average.updates <= updates else replace(average, warmup=None, updates=updates)
+            for average in state.averages.values()
+        ]
+        manifest |= average_metadata(averages, updates)
     write_text(checkpoint / MANIFEST, seal(manifest))
     write_text(run.config_file, to_yaml(state.config))
     for path in (checkpoint, run.checkpoints, folder):
@@ -219,8 +251,12 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
 def _description(state: State, weights: str | None) -> dict[str, Any]:
     """The description that `safe_files.description` reads."""
     content: dict[str, Any] = {"step": state.step, "config": to_dict(state.config)}
-    if weights != "master" and state.average and state.average.initial_share is not None:
+    if weights != MASTER and state.average and state.average.initial_share is not None:
         content["initial_share"] = state.average.initial_share
+    if state.further_averages:
+        content["ema_averages"] = average_metadata(list(state.averages.values()), state.updates)["ema_averages"]
+    elif weights == AVERAGE and state.average and len(state.config.train.ema_decays) > 1:
+        content["ema_decay"] = state.average.decay
     return content | ({"weights": weights} if weights else {"updates": state.updates})
 
 

@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
 from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.snapshots import choose_weights
 from megapromoe.checkpoint.step_folders import steps_in
+from megapromoe.checkpoint.weights import AVERAGE, MASTER
 from megapromoe.config.options import Config
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
 from megapromoe.conversion.published import open_published
@@ -180,7 +180,7 @@ def _checkpoint(path: Path, step: int | None) -> _Streamed:
         return checkpoint
     run = RunDirectory(path)
     full = step is None or step in steps_in(run.checkpoints)
-    return _Streamed(choose_weights(run.checkpoints, step, "master" if full else "ema"))
+    return _Streamed(choose_weights(run.checkpoints, step, MASTER if full else AVERAGE))
 
 
 def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
@@ -197,12 +197,13 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         "ours",
         config,
         int(manifest["step"]),
-        int(manifest["updates"]) if checkpoint.kinds == KINDS else 0,
+        int(manifest["updates"]) if set(KINDS) <= set(checkpoint.kinds) else 0,
         checkpoint.kinds,
         shapes,
         {name: checkpoint.buffer(name) for name in names},
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
         converted="run" not in manifest,  # training gives each checkpoint the identity of its run
-        average=Average.of(manifest),
+        average=checkpoint.averages[AVERAGE],
+        further_averages={kind: average for kind, average in checkpoint.averages.items() if kind != AVERAGE},
     )

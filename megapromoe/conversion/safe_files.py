@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megapromoe.checkpoint.average import Average
-from megapromoe.checkpoint.format import KINDS
+from megapromoe.checkpoint.average import Average, kinds_of_averages
+from megapromoe.checkpoint.format import all_kinds
+from megapromoe.checkpoint.manifest import average_problems
+from megapromoe.checkpoint.weights import AVERAGE
 from megapromoe.config.options import Config
 from megapromoe.conversion import diffusers_dit
 from megapromoe.conversion.containers import check_tensors
@@ -70,6 +72,11 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
     share = stored.get("initial_share", 0.0)
     if type(share) not in (int, float) or not 0 <= share <= 1:
         raise ConversionError(f"{path}: its description is not valid (initial_share must be a number from 0 to 1)")
+    decay = stored.get("ema_decay", 0.0)
+    if type(decay) not in (int, float) or not 0 <= decay < 1:
+        raise ConversionError(f"{path}: its description is not valid (ema_decay must be a number from 0 to below 1)")
+    if wrong := next(average_problems(stored.get("ema_averages")), None):
+        raise ConversionError(f"{path}: its description is not valid ({wrong})")
     return stored
 
 
@@ -100,7 +107,8 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
     elif not stored_description:
         notes.append(ASK.format(config=describe(config)))
     shapes, buffer_shapes = model_shapes(config.model)
-    kinds = tuple(kind for kind in KINDS if any(name.startswith(f"{kind}/") for name in tensors))
+    averages = _averages(stored_description)
+    kinds = tuple(kind for kind in all_kinds(averages) if any(name.startswith(f"{kind}/") for name in tensors))
     prefix = "buffer/" if kinds else ""
     tables = {name for name in tensors if name in (f"{prefix}pos_embed", f"{prefix}ema.pos_embed")}
     if kinds:
@@ -134,12 +142,17 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         read if stored_description else in_our_sign(read, config),
         layout=_layout(file),
         notes=notes,
-        average=Average(
-            None,
-            stored_description.get("initial_share"),
-            int(stored_description.get("updates", stored_description.get("step", 0))),
-        ),
+        average=averages[AVERAGE],
+        further_averages={kind: average for kind, average in averages.items() if kind != AVERAGE},
     )
+
+
+def _averages(stored: Mapping[str, Any]) -> dict[str, Average]:
+    """The averages of a file by kind, from its description; the first one is `ema`."""
+    if "ema_averages" in stored:
+        return kinds_of_averages(stored)
+    updates = int(stored.get("updates", stored.get("step", 0)))
+    return {AVERAGE: Average(None, stored.get("initial_share"), updates, stored.get("ema_decay"))}
 
 
 def _open_native(

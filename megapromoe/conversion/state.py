@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.checkpoint.average import Average
+from megapromoe.checkpoint.weights import AVERAGE, is_average, kind_of
 from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
@@ -30,7 +31,7 @@ class State:
         where, format: path and format of the checkpoint.
         config: of the run.
         step, updates: optimizer steps of the run; updates that AdamW's moments contain. 0 if unknown.
-        kinds: those of `KINDS` that the checkpoint has.
+        kinds: those of `KINDS` that the checkpoint has, and those of further averages: see `checkpoint/weights.py`.
         shapes: our name -> shape of every parameter, in the order of our model.
         buffers: the model's persistent buffers; also constants whose values in a published file differ from ours:
             "pos_embed", and "ema.NAME" for tensors that are not parameters.
@@ -38,7 +39,8 @@ class State:
         layout: description of its files.
         notes: messages for the user.
         converted: whether a checkpoint of our format was written by a conversion and not by training.
-        average: the settings of the averaged weights; None if unknown.
+        average: the settings of the averaged weights of the kind `ema`; None if unknown.
+        further_averages: kind -> settings of each other average.
     """
 
     where: Path
@@ -54,6 +56,13 @@ class State:
     notes: list[str] = field(default_factory=list)
     converted: bool = False
     average: Average | None = None
+    further_averages: Mapping[str, Average] = field(default_factory=dict)
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """The settings of all averages that the checkpoint has, by kind; the first one is `ema`."""
+        first = {AVERAGE: self.average or Average(None, None, 0)} if AVERAGE in self.kinds else {}
+        return first | dict(self.further_averages)
 
     @property
     def known_updates(self) -> int | None:
@@ -61,7 +70,7 @@ class State:
 
         Of a snapshot, those of its average.
         """
-        if self.kinds == ("ema",) and self.average is not None and not self.converted:
+        if all(map(is_average, self.kinds)) and self.average is not None and not self.converted:
             return self.average.updates
         unknown = "exp_avg" not in self.kinds or (self.converted and self.updates == 0)
         return None if unknown else self.updates
@@ -212,6 +221,27 @@ def with_masters(state: State) -> State:
         state,
         kinds=("master", *state.kinds),
         read=lambda kind, name: state.read("ema" if kind == "master" else kind, name),
+    )
+
+
+def with_one_average(state: State, weights: str) -> State:
+    """The state with one average, as `ema`: the chosen one, or the first if `weights` is "master".
+
+    Args:
+        weights: `master`, `ema` or `ema=DECAY`.
+
+    Raises UnknownWeights, which lists the decays, if the checkpoint has no average of that decay.
+    """
+    averages = state.averages
+    kind = kind_of(weights, [average.decay for average in averages.values()], state.where)
+    if not is_average(kind) or kind not in averages:
+        kind = AVERAGE
+    return replace(
+        state,
+        kinds=tuple(k for k in state.kinds if k == AVERAGE or not is_average(k)),
+        read=lambda asked, name: state.read(kind if asked == AVERAGE else asked, name),
+        average=averages.get(kind, state.average),
+        further_averages={},
     )
 
 

@@ -298,7 +298,7 @@ def _initial_state(
 ) -> State:
     """A state at the start of training: the average equals the weights, and there are no moments."""
     notes = [*source.notes, note]
-    average = Average(None, 1.0, 0, config.train.ema)
+    average = Average(None, 1.0, 0, config.train.ema_decays[0])
     return State(
         source.where, "upcycled", config, 0, 0, ("master", "ema"), shapes, {}, read, notes=notes, average=average
     )

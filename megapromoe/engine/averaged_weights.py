@@ -1,13 +1,14 @@
-"""Exponential moving average (EMA) of the weights, sharded like the optimizer.
+"""Exponential moving averages (EMA) of the weights, sharded like the optimizer.
 
-Each master partition of the engine has a flat fp32 tensor of averages. An update is one lerp for each partition and
-needs no communication. At stage 0, where every parameter is a partition, it is a single fused lerp. Source: the paper's
-recipe, decay 0.9999. Warm-up of the decay: `config/average_decay.py`.
+For each decay, each master partition of the engine has a flat fp32 tensor of averages. An update is one lerp for each
+partition and decay and needs no communication. At stage 0, where every parameter is a partition, it is a single fused
+lerp for each decay. torch has no operation that updates several averages of a tensor at once, so the masters are read
+once for each decay. Source: the paper's recipe, decay 0.9999. Warm-up of the decay: `config/average_decay.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,68 +20,82 @@ from megapromoe.engine.step_result import StepResult
 
 
 class EMA:
-    """ema ← decay·ema + (1 - decay)·weights after every step.
+    """ema ← decay·ema + (1 - decay)·weights after every step, for each of several decays.
 
     Attributes:
-        averages: one flat fp32 tensor for each partition of the engine.
+        decays: the decays. The first is that of previews.
+        averages: for each decay, one flat fp32 tensor for each partition of the engine.
         warmup: whether the decay of the first updates is smaller, see `average_decay.decay_at`.
     """
 
-    def __init__(self, engine: Engine, decay: float, warmup: bool = False):
+    def __init__(self, engine: Engine, decays: Sequence[float], warmup: bool = False):
         """Starts with the current weights of the engine.
 
         Args:
             engine: whose weights are averaged.
-            decay: per optimizer step, 0 to 1.
-            warmup: use a smaller decay for the first updates.
+            decays: per optimizer step, 0 to 1; at least one.
+            warmup: use smaller decays for the first updates.
         """
-        self.engine, self.decay, self.warmup = engine, decay, warmup
-        self.averages: list[Tensor] = [p.master.detach().clone() for p in engine.partitions]
-        device = self.averages[0].device if self.averages else None
-        # The number of updates is on the device, because the host may not know yet whether a step was applied.
-        self._updates = torch.zeros((), dtype=torch.float64, device=device)
+        self.engine, self.decays, self.warmup = engine, tuple(decays), warmup
+        self.averages: list[list[Tensor]] = [
+            [p.master.detach().clone() for p in engine.partitions] for _ in self.decays
+        ]
+        device = engine.partitions[0].master.device if engine.partitions else None
+        # The numbers of updates are on the device, because the host may not know yet whether a step was applied.
+        self._updates = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.decays]
 
     @torch.no_grad()
-    def continue_from(self, updates: int, warmup: bool) -> None:
-        """Continues after a number of updates; the caller writes the tensors of `averages`."""
+    def continue_from(self, updates: Sequence[int], warmup: bool) -> None:
+        """Continues after a number of updates of each average; the caller writes the tensors of `averages`."""
         self.warmup = warmup
-        self._updates.fill_(updates)
+        for counter, count in zip(self._updates, updates, strict=True):
+            counter.fill_(count)
 
     @torch.no_grad()
     def update(self, result: StepResult) -> None:
         """Updates the averages if the step was applied. The host waits for the GPU only if it decides on clipping."""
         masters = [p.master.detach() for p in self.engine.partitions]
+        of_each_decay = zip(self.averages, self.decays, self._updates, strict=True)
         if self.engine.clips_on_device:
             applied = result.applied_on_device
-            weight = (applied * (1 - self._decay_on_device(applied))).float()
-            for average, master in zip(self.averages, masters, strict=True):
-                average.lerp_(master, weight)
+            for averages, decay, updates in of_each_decay:
+                weight = (applied * (1 - self._decay_on_device(applied, decay, updates))).float()
+                for average, master in zip(averages, masters, strict=True):
+                    average.lerp_(master, weight)
         elif result.applied:
-            decay = self.decay
-            if self.warmup:
-                self._updates += 1
-                decay = decay_at(int(self._updates), decay, True)
-            torch._foreach_lerp_(self.averages, masters, 1 - decay)
+            for averages, decay, updates in of_each_decay:
+                torch._foreach_lerp_(averages, masters, 1 - self._decay_on_host(decay, updates))
 
-    def _decay_on_device(self, applied: Tensor) -> Tensor | float:
-        """`decay_at` of this update, computed on the device."""
+    def _decay_on_host(self, decay: float, updates: Tensor) -> float:
+        """`decay_at` of this applied update; counts it in `updates`."""
         if not self.warmup:
-            return self.decay
-        self._updates += applied
-        return ((1 + self._updates) / (10 + self._updates)).clamp(max=self.decay)
+            return decay
+        updates += 1
+        return decay_at(int(updates), decay, True)
+
+    def _decay_on_device(self, applied: Tensor, decay: float, updates: Tensor) -> Tensor | float:
+        """`decay_at` of this update, computed on the device; counts it in `updates` if it is applied."""
+        if not self.warmup:
+            return decay
+        updates += applied
+        return ((1 + updates) / (10 + updates)).clamp(max=decay)
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Context in which the model has the averages as its weights. Collective; do not train within it."""
-        self._swap()
+    def swapped_in(self, index: int = 0) -> Iterator[None]:
+        """Context in which the model has averages as its weights. Collective; do not train within it.
+
+        Args:
+            index: position of the decay in `decays`.
+        """
+        self._swap(index)
         try:
             yield
         finally:
-            self._swap()
+            self._swap(index)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for partition, average in zip(self.engine.partitions, self.averages, strict=True):
+    def _swap(self, index: int) -> None:
+        for partition, average in zip(self.engine.partitions, self.averages[index], strict=True):
             weights = partition.master.detach().clone()
             partition.master.copy_(average)
             average.copy_(weights)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import snapshot_steps, steps_in
+from megapromoe.checkpoint.weights import is_average
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
@@ -276,7 +277,7 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
     steps: list[int] = []
     if launch.rank == 0:
         run = RunDirectory(request.run)
-        snapshots = snapshot_steps(run.snapshots) if request.weights == "ema" else []
+        snapshots = snapshot_steps(run.snapshots) if is_average(request.weights) else []
         steps = sorted({*steps_in(run.checkpoints), *snapshots})
     return [*broadcast_from_rank0(steps)] or [None]  # without checkpoints, opening the latest raises
 
@@ -316,9 +317,11 @@ def _generate_sets(
     out = request.out / f"step-{checkpoint.step:08d}-{digest}.npz"
     request = replace(request, step=checkpoint.step, out=out, named=True)
     sets = [ImageSet(place) for place in generate_in_session(request, launch, device)]
-    share = checkpoint.initial_share if request.weights == "ema" else 0.0
     configs = [c for c, _ in request.outputs()]
-    return [(images, _metadata(request, c, images, share)) for c, images in zip(configs, sets, strict=True)]
+    return [
+        (images, _metadata(request, c, images, checkpoint.initial_share))
+        for c, images in zip(configs, sets, strict=True)
+    ]
 
 
 def _metadata(request: GenerationRequest, config: Config, images: ImageSet, share: float | None) -> dict[str, Any]:

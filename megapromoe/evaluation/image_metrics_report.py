@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint.average import share_in_words
+from megapromoe.checkpoint.weights import is_average
 from megapromoe.evaluation.reference import EvaluationError
 from megapromoe.io import append_text, atomic_write, open_regular
 from megapromoe.plot_styles import assign
@@ -42,7 +43,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _initial(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line with the share of the initial weights in the averaged weights; for several steps, the largest share."""
-    if any(record.get("weights") != "ema" or "initial_share" not in record for record in records):
+    if not all(is_average(record.get("weights", "")) and "initial_share" in record for record in records):
         return []
     shares = [record["initial_share"] for record in records]
     largest = None if None in shares else max(shares)

@@ -175,7 +175,7 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     `planning.memory`. ZeRO partitions AdamW's states and the EMA from stage 1, the gradients from stage 2 and the
     parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
     AdamW keeps two fp32 moments and an fp32 master copy; plain fp32 training (stage 0) needs no master copy. The EMA is
-    fp32.
+    fp32, one for each of `train.ema_decay`.
 
     Raises ConfigError where a size of the layout does not divide, or the DeepSpeed file is wrong.
     """
@@ -193,7 +193,7 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     held = unsharded if stage == 0 else shard
     width = 2 if bf16 else 4
     optimizer = held * (8 if stage == 0 and not bf16 else 12)
-    ema = held * 4
+    ema = held * 4 * len(config.train.ema_decays)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return Memory(
         parameters=width * (shard if stage == 3 else unsharded),

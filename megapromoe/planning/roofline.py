@@ -31,7 +31,8 @@ GROUPED_KERNELS, EXPERT_KERNELS = 18, 10  # kernels of grouped products; kernels
 # Seconds of host time that DeepSpeed needs for each parameter: for its gradient; at stage 3 including the gather.
 HOOK, GATHER_HOOK = 30e-6, 200e-6
 PASSES = 6  # number of reads and writes of a saved activation or its gradient by kernels other than products
-UPDATE = 4 + 3 * 8 + 12  # bytes per element: gradient read, master and moments read and written, average updated
+UPDATE = 4 + 3 * 8  # bytes per element: gradient read, master and moments read and written
+AVERAGE_UPDATE = 12  # bytes per element and average: master read, average read and written
 HOST_RATE = 20e9  # bytes per second of host memory for each GPU, if the optimizer is offloaded
 
 
@@ -207,11 +208,13 @@ def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, c
 def _update(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
     """Seconds of AdamW and the averaged weights, from their memory traffic; on the host if they are offloaded."""
     states = memory_per_rank(config, layout.world)
-    elements = states.ema / 4
+    averages = len(config.train.ema_decays)
+    elements = states.ema / (4 * averages)
+    update = elements * (UPDATE + averages * AVERAGE_UPDATE)
     if states.host:
         moved = elements * zero_of(config).width + states.parameters
-        return elements * UPDATE / HOST_RATE + moved / (machine.pcie * assume.links)
-    return elements * UPDATE / (machine.hbm * assume.memory)
+        return update / HOST_RATE + moved / (machine.pcie * assume.links)
+    return update / (machine.hbm * assume.memory)
 
 
 def utilization(config: Config, layout: Layout, machine: Machine, seconds: float) -> float:

@@ -25,6 +25,7 @@ from megapromoe.checkpoint.origin import changed_settings
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.snapshots import choose_weights, readable_steps
 from megapromoe.checkpoint.step_folders import folder_of, snapshot_of
+from megapromoe.checkpoint.weights import AVERAGE, UnknownWeights, is_average, read_weights_choice
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import SampleError
@@ -68,19 +69,34 @@ def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") ->
     """Opens the checkpoint, or the snapshot of averaged weights, of a step; without a step, the newest checkpoint.
 
     Args:
-        weights: "ema" or "master".
+        weights: "ema", "ema=DECAY" or "master".
 
-    Raises SampleError for other `weights`; CheckpointError.
+    Raises SampleError for other `weights`, or if the checkpoint has no average of that decay; CheckpointError.
     """
-    if weights not in ("ema", "master"):
-        raise SampleError(f"weights = {weights!r}: must be ema or master")
     root = RunDirectory(run).checkpoints
-    return read_latest(root, step, lambda chosen: Checkpoint(choose_weights(root, chosen, weights)))
+
+    def opened(chosen: int) -> Checkpoint:
+        checkpoint = Checkpoint(choose_weights(root, chosen, weights))
+        checkpoint.kind_of(weights)  # raises if there is no such average
+        return checkpoint
+
+    try:
+        weights = read_weights_choice(weights)
+        return read_latest(root, step, opened)
+    except UnknownWeights as error:
+        raise SampleError(str(error)) from error
 
 
-def average_of(run: Path, step: int) -> Average:
-    """The state of the averaged weights in the checkpoint or snapshot of a step. Raises CheckpointError."""
-    return Average.of(find_checkpoint(run, step).manifest)
+def initial_share_of(run: Path, step: int, weights: str) -> float | None:
+    """The share of the initial weights in the chosen weights of a step; 0 for "master"; None: unknown.
+
+    Raises what `find_checkpoint` raises.
+    """
+    return _initial_share(find_checkpoint(run, step, weights), weights)
+
+
+def _initial_share(checkpoint: Checkpoint, weights: str) -> float | None:
+    return checkpoint.averages[checkpoint.kind_of(weights)].initial_share if is_average(weights) else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class CheckpointId:
     Attributes:
         step: step of the checkpoint.
         sha256: hash of its manifest file.
-        initial_share: share of the initial weights in its averaged weights; None: unknown.
+        initial_share: share of the initial weights in the chosen weights, 0 for weights as trained; None: unknown.
     """
 
     step: int
@@ -121,8 +137,7 @@ def identify_checkpoint(run: Path, step: int | None, weights: str, launch: runti
 
 def _identify(run: Path, step: int, weights: str) -> CheckpointId:
     checkpoint = find_checkpoint(run, step, weights)
-    share = Average.of(checkpoint.manifest).initial_share
-    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST), share)
+    return CheckpointId(step, sha256_of(checkpoint.folder / MANIFEST), _initial_share(checkpoint, weights))
 
 
 def checkpoint_exists(run: Path, checkpoint: CheckpointId) -> bool:
@@ -171,7 +186,8 @@ def load_model(
         run: the run directory.
         step: step of the checkpoint; None: the latest, repeated if the run removes it meanwhile. Required with a mesh,
             so that all ranks read the same checkpoint.
-        weights: "ema", the averaged weights, or "master", the weights as trained.
+        weights: "ema", the averaged weights; "ema=DECAY", those of one of several decays; or "master", the weights as
+            trained.
         device: device of the model.
         overrides: settings `sample.key=value`.
         mesh: parallel layout; then all its ranks call this. Each verifies the hashes of its share of the files, so only
@@ -180,7 +196,8 @@ def load_model(
     Returns:
         the model, the config of the run, the step of the checkpoint.
 
-    Raises SampleError, ConfigError (see `run_config`); CheckpointError if it is damaged or of another model.
+    Raises SampleError, see `run_config` and `find_checkpoint`; ConfigError; CheckpointError if it is damaged or of
+    another model.
     """
     config = run_config(run, overrides)
     mesh = mesh or UNSHARDED
@@ -198,11 +215,12 @@ def _load(
     model = build(config, mesh, device)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     _check_config(run, checkpoint, config)
-    if this_rank() == 0:
-        _report_average(run, step, weights, Average.of(checkpoint.manifest))
+    kind = checkpoint.kind_of(weights)
+    if this_rank() == 0 and kind in checkpoint.averages:
+        _report_average(run, step, weights, checkpoint.averages[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(weights, name), mesh))
+            parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(kind, name), mesh))
         for name, tensor in model.state_dict().items():
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))
@@ -213,8 +231,9 @@ def _report_average(run: Path, step: int, weights: str, average: Average) -> Non
     """Logs the share of the initial weights in the averaged weights, as a warning if it is too large."""
     if warning := average.warning(weights):
         logger.warning("step %d of %s: %s", step, run, warning)
-    elif weights == "ema":
-        logger.info("step %d of %s: averaged weights, %s", step, run, average.in_words())
+    else:
+        named = "" if average.decay is None or weights == AVERAGE else f" of decay {average.decay:g}"
+        logger.info("step %d of %s: averaged weights%s, %s", step, run, named, average.in_words())
 
 
 def _check_config(run: Path, checkpoint: Checkpoint, config: Config) -> None:

@@ -43,7 +43,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     from megapromoe.checkpoint.format import CheckpointError
     from megapromoe.data.datasets import DatasetError
     from megapromoe.evaluation.heldout import objective_loss, open_held_out
-    from megapromoe.sampling.run_model import average_of, load_model
+    from megapromoe.sampling.run_model import initial_share_of, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = []
@@ -57,7 +57,7 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
                 model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
                 dataset, split = open_held_out(config)
                 mean, error = objective_loss(model, config, dataset, draws, progress=progress.update)
-                share = average_of(study.run(task), step).initial_share if study.recipe.weights == "ema" else 0.0
+                share = initial_share_of(study.run(task), step, study.recipe.weights)
             except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
                 problems.append(f"{task.name}: {problem}")
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megapromoe.checkpoint.weights import UnknownWeights, is_average, kind_of
 from megapromoe.config.options import Config, ConfigError, ratio_of
 from megapromoe.config.resolve import resolve
 from megapromoe.planning.cost import flops_per_image, parameters
@@ -93,6 +94,10 @@ def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, se
     if recipe.evaluate is not None:
         layers = (*layers, _checkpoint_settings(recipe, layers))
     config = _resolve(recipe, *layers)
+    try:
+        kind_of(recipe.weights, config.train.ema_decays, f"train.ema_decay = {config.train.ema_decay}")
+    except UnknownWeights as error:
+        raise ConfigError([str(error)]) from error
     if recipe.evaluate is not None and (problems := problems_of(recipe.evaluate, config)):
         raise ConfigError(problems)
     equal = recipe.active_parameters
@@ -120,7 +125,7 @@ def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) 
     train = _resolve(recipe, *layers).train
     settings, problems = {}, []
     names = (
-        ("snapshot_every",) if recipe.weights == "ema" else ("save_every", "keep_every")
+        ("snapshot_every",) if is_average(recipe.weights) else ("save_every", "keep_every")
     )  # snapshots hold only the averages, so they are smaller
     for name in names:
         key, value = f"train.{name}", getattr(train, name)

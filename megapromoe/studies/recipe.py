@@ -15,7 +15,8 @@ A recipe is YAML:
       dense: {settings: {model.router: dense}, match: model.mlp_ratio, without: [model.num_experts]}
     active_parameters: {like: {model.num_experts: 16}, tolerance: 0.01, multiple: 8}
     baseline: dense                      # differences are computed against this variant
-    weights: ema                         # evaluated weights, or master; in short runs the average lags behind
+    weights: ema                         # evaluated weights, ema=DECAY for one of several decays, or master (in short
+        # runs the average lags behind)
     evaluate: {num: 500, every: 100}     # evaluate sampled images: see `image_evaluation.py`
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]
@@ -34,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megapromoe.checkpoint.weights import UnknownWeights, read_weights_choice
 from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
 from megapromoe.config.renamed_options import RENAMED, present_layer, present_names
 from megapromoe.config.resolve import typed_value
@@ -42,7 +44,6 @@ from megapromoe.errors import ExitCode, Violations
 from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_evaluation
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-WEIGHTS = ("ema", "master")
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 
 
@@ -88,7 +89,7 @@ class Recipe:
     seed_settings: tuple[str, ...] = option(("train.seed", "data.seed"), "config keys that a seed sets", kind=list)
     active_parameters: Equal | None = option(None, "how active parameters are kept equal", kind=dict)
     baseline: str | None = option(None, "differences are computed against this variant", kind=str)
-    weights: str = option("ema", "evaluated weights", WEIGHTS)
+    weights: str = option("ema", "evaluated weights: ema, ema=DECAY or master")
     evaluate: ImageEvaluation | None = option(None, "how sampled images are evaluated", kind=dict)
     ranks: int = option(1, "number of processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
@@ -169,6 +170,11 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
     if "evaluate" in values:
         values["evaluate"], wrong = read_image_evaluation(values["evaluate"])
         problems += wrong
+    if "weights" in values:
+        try:
+            values["weights"] = read_weights_choice(values["weights"])
+        except UnknownWeights as error:
+            problems.append(str(error))
     seeds = values.get("seeds", [0])
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")

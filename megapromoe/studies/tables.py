@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from megapromoe.checkpoint.average import WARN_ABOVE
+from megapromoe.checkpoint.weights import is_average
 from megapromoe.number_text import significant
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
@@ -161,7 +162,7 @@ def _initial(rows: Rows, recipe: Recipe) -> str:
     """A sentence on the largest share of initial weights in the averages; "" if it is unknown for a run."""
     shares = [row.get("initial_share") for row in rows]
     known = [share for share in shares if share is not None]
-    if recipe.weights != "ema" or len(known) < len(shares):
+    if not is_average(recipe.weights) or len(known) < len(shares):
         return ""
     too_much = ": too much, use `weights: master` in the recipe" if max(known) > WARN_ABOVE else ""
     return f" Of the averaged weights at most {max(known):.1%} are still the initial ones{too_much}."

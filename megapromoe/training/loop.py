@@ -151,7 +151,7 @@ def _train(
     )
     watchdog.starting("building the model and its engine")
     engine = Engine(build(config, mesh, device), config, mesh)
-    ema = EMA(engine, t.ema, t.ema_warmup)
+    ema = EMA(engine, t.ema_decays, t.ema_warmup)
     objective = make_objective(config)
 
     checkpoints = CheckpointManager(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint import history
-from megapromoe.checkpoint.average import Average, average_at_start
+from megapromoe.checkpoint.average import Average, averages_at_start, averages_of, ended_averages
 from megapromoe.checkpoint.manager import resume
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
@@ -17,6 +17,7 @@ from megapromoe.checkpoint.retention import newest_proven
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.snapshots import remove_later
 from megapromoe.checkpoint.step_folders import MAIN, step_folders
+from megapromoe.checkpoint.weights import MASTER
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.engine.averaged_weights import EMA
@@ -71,7 +72,7 @@ def restore_run(
             remove_later(run.checkpoints, 0)
         return {"step": 0, "branch": start.branch or MAIN}
     manifest = resumed.checkpoint.manifest
-    _continue_average(ema, Average.of(manifest), engine.config.train)
+    _continue_averages(ema, averages_of(manifest), engine.config.train)
     with raising_together(CheckpointError):
         if this_rank() == 0:
             reason = "; ".join(resumed.damaged.values()) or f"a start went back to step {manifest['step']}"
@@ -85,14 +86,23 @@ def restore_run(
     return {**manifest, "branch": start.branch or manifest.get("branch") or MAIN}
 
 
-def _continue_average(ema: EMA, saved: Average, train: TrainConfig) -> None:
-    average = average_at_start(saved, train)
-    ema.continue_from(average.updates, bool(average.warmup))
-    if average.warmup != train.ema_warmup:
+def _continue_averages(ema: EMA, saved: Sequence[Average], train: TrainConfig) -> None:
+    """Sets the numbers of updates and the warm-up. Logs averages that begin or end, and a warm-up that is ignored."""
+    starts = averages_at_start(saved, train)
+    warmup = bool(starts[0].average.warmup)
+    ema.continue_from([start.average.updates for start in starts], warmup)
+    for start in starts:
+        if start.source == MASTER:
+            logger.info("train.ema_decay: the average of decay %g begins at the current weights", start.average.decay)
+    for average in ended_averages(saved, train):
+        logger.warning(
+            "train.ema_decay: the average of decay %g ends; later checkpoints will not contain it", average.decay
+        )
+    if warmup != train.ema_warmup:
         logger.info(
             "train.ema_warmup = %s: ignored; the average of this run began %s warm-up, which cannot change after the"
             " first start of a run",
-            *(str(train.ema_warmup).lower(), "with" if average.warmup else "without"),
+            *(str(train.ema_warmup).lower(), "with" if warmup else "without"),
         )
 
 

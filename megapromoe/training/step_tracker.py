@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megapromoe.checkpoint.average import Average, average_at_start
+from megapromoe.checkpoint.average import Average, average_metadata, averages_at_start, averages_of
 from megapromoe.config.options import TrainConfig
 from megapromoe.engine.step_result import StepResult
 
@@ -56,7 +56,7 @@ class StepTracker:
     Attributes:
         updates: number of applied steps; a step whose gradient is not finite is not applied.
         recent: gradient norms of the last applied steps.
-        average: state of the averaged weights after these updates.
+        averages: state of the averaged weights after these updates, for each of `train.ema_decay`.
         stop: a rank received a stop request.
         save: a checkpoint is due by `train.save_minutes`.
         skipped_in_a_row: number of latest steps that were not applied.
@@ -67,13 +67,19 @@ class StepTracker:
         """Args: `t`: the train options; `manifest`: manifest of the loaded checkpoint, empty for a new run."""
         self.t = t
         self.updates: int = manifest.get("updates", 0)
-        self.average = average_at_start(Average.of(manifest) if "updates" in manifest else None, t)
+        saved = averages_of(manifest) if "updates" in manifest else ()
+        self.averages = [start.average for start in averages_at_start(saved, t)]
         self.recent = deque(manifest.get("recent_norms", []), maxlen=RECENT)
         skipped = manifest.get("skipped_in_a_row", 0)
         # A run that ended as diverged continues when it is started again, maybe with other settings or past bad data.
         self.skipped_in_a_row: int = skipped if skipped < t.max_bad_steps else 0
         self.stop = self.diverged = self.save = False
         self._pending: deque[tuple[int, StepResult]] = deque()  # steps whose results were not read yet
+
+    @property
+    def average(self) -> Average:
+        """State of the averages of the first decay, which previews are generated with."""
+        return self.averages[0]
 
     def add(self, step: int, result: StepResult) -> None:
         """Adds a step and reads the results of the steps before it; also its own result if that is needed now."""
@@ -94,7 +100,7 @@ class StepTracker:
             "updates": self.updates,
             "recent_norms": list(self.recent),
             "skipped_in_a_row": self.skipped_in_a_row,
-            **self.average.metadata(),
+            **average_metadata(self.averages, self.updates),
         }
 
     def _process(self, keep: int) -> None:
@@ -104,7 +110,9 @@ class StepTracker:
             self.stop, self.save = self.stop or result.stop, self.save or result.save
             if result.applied:
                 self.updates, self.skipped_in_a_row = self.updates + 1, 0
-                self.average = self.average.after_update(self.t.ema)
+                self.averages = [
+                    average.after_update(decay) for average, decay in zip(self.averages, self.t.ema_decays, strict=True)
+                ]
                 self.recent.append(result.norm)
                 continue
             self.skipped_in_a_row += 1

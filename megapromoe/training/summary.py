@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,7 +113,13 @@ def _optimizer(config: Config) -> str:
     t = config.train
     rate = f"learning rate {t.lr:g}, {t.schedule}" + (f" after {t.warmup:,} steps of warm-up" if t.warmup else "")
     clip = f"gradient norm clipped to {t.max_grad_norm:g}" if t.max_grad_norm else "gradient norm not clipped"
-    return f"AdamW ({t.adamw_backend}), {rate}; {clip}; averaged weights with decay {t.ema:g}"
+    return f"AdamW ({t.adamw_backend}), {rate}; {clip}; {_averages(t.ema_decays)}"
+
+
+def _averages(decays: Sequence[float]) -> str:
+    if len(decays) == 1:
+        return f"averaged weights with decay {decays[0]:g}"
+    return f"{len(decays)} averages of the weights, with decays {', '.join(f'{decay:g}' for decay in decays)}"
 
 
 PREVIEW_CLASSES = 10  # classes in the suggested command for samples

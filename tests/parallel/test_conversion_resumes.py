@@ -28,10 +28,10 @@ def resumed(folder: Path) -> dict:
     """What the trainer's own resume puts into an engine."""
     mesh = make_mesh()
     engine = Engine(build(config(), mesh), config(), mesh)
-    ema = EMA(engine, 0.9999)
+    ema = EMA(engine, [0.9999])
     manifest = resume(folder / "checkpoints", engine, ema).checkpoint.manifest
     held = {}
-    for partition, average in zip(engine.partitions, ema.averages, strict=True):
+    for partition, average in zip(engine.partitions, ema.averages[0], strict=True):
         flats = {"master": partition.master, "ema": average, **engine.moments(partition)}
         for p in partition.pieces:
             for kind, flat in flats.items():

@@ -162,7 +162,7 @@ def step(overrides: tuple[str, ...]) -> tuple[dict[str, Counts], Tally, int]:
     config = small("train.global_batch=8", *overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
-    ema = EMA(engine, 0.5)
+    ema = EMA(engine, [0.5])
     B = config.layout(mesh.world_size).micro_batch
 
     def batch():

@@ -27,7 +27,7 @@ def engine_of(*overrides: str) -> tuple[Engine, EMA]:
     model = build(config, mesh)
     stir(model, mesh)
     engine = Engine(model, config, mesh)
-    return engine, EMA(engine, config.train.ema)
+    return engine, EMA(engine, config.train.ema_decays)
 
 
 def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0):
@@ -88,7 +88,7 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
     engine, ema = engine_of(f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed={file}")
     result, _ = one_step(engine)
     ema.update(result)
-    before, averages = weights(engine), [average.clone() for average in ema.averages]
+    before, averages = weights(engine), [average.clone() for average in ema.averages[0]]
 
     def spoil(loss):
         if dist.get_rank() // tp != 0:  # one data-parallel rank only
@@ -98,7 +98,7 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
     bad, _ = one_step(engine, spoil, seed=1)
     ema.update(bad)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
-    unchanged &= all(torch.equal(a, b) for a, b in zip(averages, ema.averages, strict=True))
+    unchanged &= all(torch.equal(a, b) for a, b in zip(averages, ema.averages[0], strict=True))
     good, _ = one_step(engine, seed=2)
     moved = any(not torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
     finite = all(w.isfinite().all() for w in weights(engine))

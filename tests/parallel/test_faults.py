@@ -116,7 +116,7 @@ def resumed_with_warnings(root: str):
         config = small(*QUICK)
         mesh = make_mesh(1, 1, False, 60)
         engine = Engine(build(config, mesh), config, mesh)
-        resumed = checkpoint_module.resume(Path(root), engine, EMA(engine, 0.5))
+        resumed = checkpoint_module.resume(Path(root), engine, EMA(engine, [0.5]))
     return resumed.checkpoint.manifest["step"], "\n".join(messages)
 
 

@@ -70,7 +70,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     config = small(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
-    ema = EMA(engine, 0.5)
+    ema = EMA(engine, config.train.ema_decays)
     B = config.layout(mesh.world_size).micro_batch
     generator = torch.Generator().manual_seed(mesh.dp.rank)
     listener.seen = defaultdict(lambda: [0, 0])
@@ -94,7 +94,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     states = {
         "parameters": sum(p.numel() * p.element_size() for p in parameters),
         "optimizer": sum(m.nbytes for p in engine.partitions for m in engine.moments(p).values()),
-        "ema": sum(a.nbytes for a in ema.averages),
+        "ema": sum(a.nbytes for averages in ema.averages for a in averages),
     }
     if engine.stage:
         states["optimizer"] += sum(p.master.nbytes for p in engine.partitions)
@@ -160,7 +160,7 @@ def test_traffic_of_models():
         ("parallel.recompute=blocks", "model.moe_every=1", "model.batch_scope=rank"),
         ("model.router=promoe_ec", "parallel.recompute=blocks", "train.accumulation=2"),
         ("model.router=tc", "model.balance_weight=0.1", "model.balance_form=sequence"),
-        ("model.router=classification", "model.qk_norm=true"),
+        ("model.router=classification", "model.qk_norm=true", "train.ema_decay=[0.9,0.5]"),
         ("model.router=kmeans",),
         ("model.router=promoe_linear", "model.balance_weight=0.1"),
         ("parallel.recompute=moe", "model.capacity_factor=1.5"),

@@ -21,7 +21,7 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.sampling.run_model import load_model
 from megapromoe.training import loop
 
-WARMING = ("train.snapshot_every=2", "train.ema_warmup=true", "train.ema=0.999", "parallel.ep=2")
+WARMING = ("train.snapshot_every=2", "train.ema_warmup=true", "train.ema_decay=0.999", "parallel.ep=2")
 
 
 def averages(folder: Path) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ def go_back(folder: str, step: int) -> None:
 
 
 def test_a_checkpoint_of_a_version_without_warm_up_resumes_as_before(tmp_path):
-    plain = ("train.ema=0.9", "parallel.ep=2")
+    plain = ("train.ema_decay=0.9", "parallel.ep=2")
     run(2, train, str(tmp_path / "before"), *plain)
     old = shutil.copytree(tmp_path / "before", tmp_path / "old")
     shutil.rmtree(folder_of(old / "checkpoints", 6))
@@ -189,7 +189,7 @@ def pictures(folder: str) -> list[str]:
     """Warnings about pictures of a run that draws one, on this rank."""
     told = []
     loop.logger.warning = lambda text, *values: told.append(text % values)
-    few = ("train.sample_every=6", "model.in_channels=3", "sample.steps=2", "train.ema=0.999")
+    few = ("train.sample_every=6", "model.in_channels=3", "sample.steps=2", "train.ema_decay=0.999")
     train(folder, "parallel.ep=2", *few)
     return told
 

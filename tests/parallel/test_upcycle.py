@@ -163,7 +163,7 @@ def train_on(folder: Path) -> dict:
     config = resolve(file=folder / "config.yaml")
     mesh = make_mesh()
     engine = Engine(build(config, mesh), config, mesh)
-    checkpoint = resume(folder / "checkpoints", engine, EMA(engine, config.train.ema)).checkpoint
+    checkpoint = resume(folder / "checkpoints", engine, EMA(engine, config.train.ema_decays)).checkpoint
     losses = []
     generator = torch.Generator().manual_seed(0)
     x_BCHW, target = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(8, 1, 8, 8, generator=generator)

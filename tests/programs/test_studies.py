@@ -127,7 +127,7 @@ def test_everything_wrong_with_a_recipe_is_told_at_once():
         "did you mean settings?",
     ):
         assert said in message
-    assert "weights = 'mean': must be one of ema, master" in message
+    assert "weights = 'mean': must be ema or master" in message
     assert "tolerance" in message and "needs a launcher" in message
 
 

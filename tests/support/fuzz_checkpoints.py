@@ -41,7 +41,7 @@ class Resumed:
         self.root = root
         self.origin = RunDirectory(root.parent).origin(config)
         self.engine = Engine(build(config, mesh), config, mesh)
-        self.ema = EMA(self.engine, config.train.ema)
+        self.ema = EMA(self.engine, config.train.ema_decays)
 
     @torch.no_grad()
     def poison(self) -> None:
@@ -68,7 +68,7 @@ class Resumed:
         return json.dumps([self.state(), *(resumed.checkpoint.manifest.get(key) for key in keys)])
 
     def _tensors(self) -> list[torch.Tensor]:
-        found = [*self.ema.averages, *self.engine.module.state_dict().values()]
+        found = [*self.ema.averages[0], *self.engine.module.state_dict().values()]
         for partition in self.engine.partitions:
             found += [partition.master, *self.engine.moments(partition).values()]
         return found

@@ -55,7 +55,7 @@ def train(steps: int) -> dict:
     """The first steps by ours: losses of each, and after all of them the loss on the fixed draws."""
     mesh = make_mesh()
     engine = Engine(build(config(), mesh), config(), mesh)
-    ema = EMA(engine, RECIPE.ema)
+    ema = EMA(engine, RECIPE.ema_decays)
     start = parameters_of(CASE)
     zero = {name: torch.zeros_like(value) for name, value in start.items()}
     state = {"master": start, "ema": start, "exp_avg": zero, "exp_avg_sq": zero}

@@ -13,7 +13,7 @@ from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 DECAY = 0.9999
-RECIPE = TrainConfig(lr=1e-3, max_grad_norm=0.5, ema=DECAY, global_batch=8, deepspeed="fp32_zero1")
+RECIPE = TrainConfig(lr=1e-3, max_grad_norm=0.5, ema_decay=DECAY, global_batch=8, deepspeed="fp32_zero1")
 
 
 def config() -> Config:
@@ -24,7 +24,7 @@ def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> d
     """Steps first..last-1 of the published run from `state`: losses, norms, and the masters after every step."""
     mesh = make_mesh()
     engine = Engine(build(config(), mesh), config(), mesh)
-    ema = EMA(engine, DECAY)
+    ema = EMA(engine, [DECAY])
     restore(engine, ema, lambda kind, name: state[kind][name], None, updates=first)
     objective = RectifiedFlow("uniform")  # the published sigma is given: u itself
     said = {"mse": [], "aux": [], "norm": [], "masters": []}

@@ -39,8 +39,8 @@ def saved_run(folder: str, *overrides: str) -> None:
     config = tiny(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
     engine = Engine(build(config, mesh), config, mesh)
-    ema = EMA(engine, 0.5)
-    for average in ema.averages:
+    ema = EMA(engine, [0.5])
+    for average in ema.averages[0]:
         average.mul_(2.0).add_(0.01)
     (Path(folder) / "checkpoints").mkdir(exist_ok=True)
     manager = CheckpointManager(Path(folder) / "checkpoints", engine, ema, commit_timeout=60)
@@ -57,8 +57,8 @@ def stirred_run(folder: str, *overrides: str) -> None:
     """A run directory with a checkpoint whose averages are far from the initial zeros, so that all layers count."""
     config = tiny(*overrides)
     engine = Engine(build(config, make_mesh()), config, make_mesh())
-    ema = EMA(engine, 0.5)
-    for number, average in enumerate(ema.averages):
+    ema = EMA(engine, [0.5])
+    for number, average in enumerate(ema.averages[0]):
         average += torch.randn(average.shape, generator=torch.Generator().manual_seed(number)) * 0.15
     (Path(folder) / "checkpoints").mkdir()
     manager = CheckpointManager(Path(folder) / "checkpoints", engine, ema, commit_timeout=60)

@@ -38,7 +38,7 @@ SMALL = (
     "train.global_batch=16",
     "train.lr=0.01",
     "train.eps=0.001",
-    "train.ema=0.5",
+    "train.ema_decay=0.5",
     "train.max_grad_norm=0.5",
     "train.deepspeed=fp32_zero1",
 )
@@ -76,7 +76,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     if prepare:
         prepare(model, mesh)
     engine = Engine(model, config, mesh)
-    ema = EMA(engine, config.train.ema, config.train.ema_warmup)
+    ema = EMA(engine, config.train.ema_decays, config.train.ema_warmup)
     objective = make_objective(config)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)

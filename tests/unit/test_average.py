@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megapromoe.checkpoint.average import Average, average_at_start, share_in_words
+from megapromoe.checkpoint.average import Average, averages_at_start, share_in_words
 from megapromoe.config.average_decay import decay_at
 from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.config.presets import PRESETS
@@ -22,17 +22,17 @@ def average_over(weights: list[float], applied, decay: float, warmup: bool, on_d
     """The average after steps that leave `weights`, as `EMA` makes it; with `split`, resumed after so many steps."""
     master = torch.tensor([1.0])
     engine = SimpleNamespace(partitions=[SimpleNamespace(master=master)], clips_on_device=on_device)
-    ema, updates = EMA(engine, decay, warmup), 0
+    ema, updates = EMA(engine, [decay], warmup), 0
     for step, (weight, was_applied) in enumerate(zip(weights, applied, strict=True)):
         if split and step == split:
-            average = ema.averages[0]
-            ema = EMA(engine, decay, not warmup)
-            ema.averages[0].copy_(average)
-            ema.continue_from(updates, warmup)
+            average = ema.averages[0][0]
+            ema = EMA(engine, [decay], not warmup)
+            ema.averages[0][0].copy_(average)
+            ema.continue_from([updates], warmup)
         master.fill_(weight)
         ema.update(SimpleNamespace(applied=was_applied, applied_on_device=torch.tensor(was_applied)))
         updates += was_applied
-    return float(ema.averages[0])
+    return float(ema.averages[0][0])
 
 
 def expected_average(weights: list[float], applied, decay: float, warmup: bool) -> float:
@@ -69,21 +69,21 @@ def progressed(t: TrainConfig, manifest: dict, applied) -> StepTracker:
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_share_is_what_is_left_of_the_initial_weights(warmup):
     """Weights that are 1 at the start and 0 after each update: the average is the share itself."""
-    t = TrainConfig(ema=0.8, ema_warmup=warmup, log_every=1, save_every=0)
+    t = TrainConfig(ema_decay=0.8, ema_warmup=warmup, log_every=1, save_every=0)
     share = progressed(t, {}, APPLIED).average.initial_share
     assert share == pytest.approx(average_over([0.0] * len(APPLIED), APPLIED, 0.8, warmup, True), rel=1e-5)
     assert share == pytest.approx(math.prod(decay_at(u, 0.8, warmup) for u in range(1, sum(APPLIED) + 1)))
 
 
 def test_the_share_stays_right_where_the_decay_changes_at_a_resume():
-    t = TrainConfig(ema=0.9, log_every=1, save_every=0)
+    t = TrainConfig(ema_decay=0.9, log_every=1, save_every=0)
     first = progressed(t, {}, [True] * 10)
-    second = progressed(replace(t, ema=0.5), first.metadata() | {"config": to_dict(Config(train=t))}, [True] * 3)
+    second = progressed(replace(t, ema_decay=0.5), first.metadata() | {"config": to_dict(Config(train=t))}, [True] * 3)
     assert second.average.initial_share == pytest.approx(0.9**10 * 0.5**3)
 
 
 def test_warm_up_is_decided_at_the_first_start():
-    t = TrainConfig(ema=0.9, ema_warmup=True, log_every=1, save_every=0)
+    t = TrainConfig(ema_decay=0.9, ema_warmup=True, log_every=1, save_every=0)
     began = progressed(t, {}, [True] * 3)
     later = progressed(replace(t, ema_warmup=False), began.metadata(), [True])
     assert later.average.initial_share == pytest.approx(math.prod(decay_at(u, 0.9, True) for u in range(1, 5)))
@@ -93,7 +93,7 @@ def test_warm_up_is_decided_at_the_first_start():
 
 def earlier_manifest(**more) -> dict:
     """A manifest of a version without a warm-up."""
-    config = to_dict(Config(train=TrainConfig(ema=0.9999)))
+    config = to_dict(Config(train=TrainConfig(ema_decay=0.9999)))
     del config["train"]["ema_warmup"]
     return {"step": 250, "updates": 250, "config": config, **more}
 
@@ -101,20 +101,21 @@ def earlier_manifest(**more) -> dict:
 def test_of_an_earlier_checkpoint_the_share_follows_from_decay_and_updates():
     average = Average.of(earlier_manifest(run="abc", recent_norms=[]))
     assert average.initial_share == pytest.approx(0.9999**250) and average.warmup is False
-    warming = replace(resolve("digits").train, ema=0.9999)
-    assert average_at_start(average, warming).warmup is False, "it resumes as before, whatever the preset says now"
+    warming = replace(resolve("digits").train, ema_decay=0.9999)
+    resumed = averages_at_start([average], warming)[0].average
+    assert resumed.warmup is False, "it resumes as before, whatever the preset says now"
 
 
 def test_of_converted_weights_it_is_unknown_and_their_run_begins_with_the_start():
     average = Average.of(earlier_manifest())
     assert average.initial_share is None and average.warmup is None and not average.warning("ema")
-    assert average_at_start(average, TrainConfig(ema_warmup=True)).warmup is True
+    assert averages_at_start([average], TrainConfig(ema_warmup=True))[0].average.warmup is True
     assert "unknown" in average.in_words()
 
 
 def test_a_warning_names_share_and_remedy_above_five_percent():
     average = Average(False, 0.0501, 250, 0.9999)
-    for part in ("5.0%", "train.ema = 0.9999", "250 updates", "--weights master", "train.ema_warmup=true"):
+    for part in ("5.0%", "train.ema_decay = 0.9999", "250 updates", "--weights master", "train.ema_warmup=true"):
         assert part in average.warning("ema")
     assert not average.warning("master")
     assert not Average(False, 0.05, 250, 0.9999).warning("ema")
@@ -126,4 +127,4 @@ def test_a_warning_names_share_and_remedy_above_five_percent():
 def test_small_presets_warm_up_and_large_ones_keep_the_published_constant(name):
     train = resolve(name).train
     assert train.ema_warmup is (name in ("digits", "fashion"))
-    assert train.ema_warmup or train.ema == 0.9999
+    assert train.ema_warmup or train.ema_decay == 0.9999

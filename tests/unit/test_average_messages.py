@@ -19,8 +19,8 @@ from megapromoe.sampling.run_model import identify_checkpoint, load_model
 from megapromoe.studies.study import open_study, plan
 from megapromoe.studies.tables import to_markdown
 
-SMALL = ("model.hidden_size=16", "model.depth=2", "model.heads=2", "model.num_experts=2", "train.ema=0.9999")
-STILL = "97.5% of the averaged weights are still the initial ones (train.ema = 0.9999, 250 updates)"
+SMALL = ("model.hidden_size=16", "model.depth=2", "model.heads=2", "model.num_experts=2", "train.ema_decay=0.9999")
+STILL = "97.5% of the averaged weights are still the initial ones (train.ema_decay = 0.9999, 250 updates)"
 
 
 @pytest.fixture

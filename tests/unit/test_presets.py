@@ -58,7 +58,7 @@ def test_published_recipe():
         0.999,
         0,
     )
-    assert (train.warmup, train.max_grad_norm, train.ema, train.steps) == (0, 0.5, 0.9999, 500_000)
+    assert (train.warmup, train.max_grad_norm, train.ema_decay, train.steps) == (0, 0.5, 0.9999, 500_000)
     assert (config.sample.method, config.sample.steps) == ("euler", 250)
     assert config.data.flip and config.data.condition_dropout == 0.1
     assert (config.diffusion.objective, config.diffusion.time) == ("rf", "logit_normal")

@@ -12,7 +12,7 @@ from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError, com
 from megapromoe.checkpoint.history import complete_moves, leave_branch, left_branches
 from megapromoe.checkpoint.retention import remove_leftovers
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.checkpoint.snapshots import AVERAGES, choose_weights, readable_steps, remove_later
+from megapromoe.checkpoint.snapshots import choose_weights, readable_steps, remove_later
 from megapromoe.checkpoint.step_folders import folder_of, snapshot_of, steps_in
 from megapromoe.checkpoint.step_folders import snapshot_steps as steps_of
 from megapromoe.cli import main
@@ -24,6 +24,8 @@ from megapromoe.conversion.stream import ConversionError
 from megapromoe.sampling.run_model import load_model
 
 CONFIG = resolve("digits", overrides=["model.hidden_size=16", "model.depth=2", "model.heads=2", "model.num_experts=2"])
+
+AVERAGES = ("ema",)
 
 
 def save(run: RunDirectory, step: int, kinds: tuple[str, ...] = KINDS, branch: str = "main") -> Path:
