@@ -139,7 +139,7 @@ def test_a_run_that_diverges_is_not_queued_again(cluster):
     assert code == "1" and newest != "none", "the last applied state is saved"
     assert cluster.job(job.number)["Restarts"] == "0"
     assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.said()
-    assert "start a new run, with another --run and a lower train.lr" in (job.run / "diverged.txt").read_text()
+    assert "start a new run, with another --run-dir and a lower train.lr" in (job.run / "diverged.txt").read_text()
 
 
 @pytest.mark.full
@@ -385,7 +385,7 @@ def test_a_study_runs_as_an_array_and_is_collected(cluster, tmp_path):
     tiny = ["train.steps=400", "train.warmup=0", "train.log_every=1", "model.hidden_size=32", "train.global_batch=32"]
     call("plan", str(study), "--preset", "digits", "--experts", "2", "4", "--seeds", "0", *tiny)
     output = f"--output={tmp_path}/%a.log"
-    number = re.search(r"\d+$", call("submit", str(study), "--at-once", "2", output, "--cpus-per-task=1").strip())[0]
+    number = re.search(r"\d+$", call("submit", str(study), "--jobs", "2", output, "--cpus-per-task=1").strip())[0]
 
     def ended() -> bool:
         return number not in cluster.command("squeue", "-h", "-o", "%F")

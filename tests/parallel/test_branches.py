@@ -165,7 +165,7 @@ def diverging(folder: str, overrides: tuple[str, ...], first: int, last: int = 1
 
 @pytest.mark.full
 def test_a_run_that_diverges_from_the_start_says_that_nothing_is_proven(tmp_path):
-    with pytest.raises(WorkerFailed, match=r"step 5: 3 steps in a row .*start a new run, with another --run"):
+    with pytest.raises(WorkerFailed, match=r"step 5: 3 steps in a row .*start a new run, with another --run-dir"):
         run(2, diverging, str(tmp_path), ("parallel.ep=2",), 3)
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 5)).manifest
     assert (manifest["step"], manifest["updates"], manifest["skipped_in_a_row"]) == (5, 2, 3)
@@ -174,7 +174,7 @@ def test_a_run_that_diverges_from_the_start_says_that_nothing_is_proven(tmp_path
 def test_a_run_that_diverges_names_a_proven_checkpoint_and_the_command(tmp_path):
     with pytest.raises(WorkerFailed) as failed:
         run(2, diverging, str(tmp_path), ("parallel.ep=2", "train.steps=30"), 21)
-    command = re.search(r"megapromoe train --config \S+ --run \S+ --step (\d+) train.lr=(\S+)", str(failed.value))
+    command = re.search(r"megapromoe train --config \S+ --run-dir \S+ --step (\d+) train.lr=(\S+)", str(failed.value))
     assert command and command[1] == "17", "three updates came after it: 18, 19, 20"
     assert command[0] in (tmp_path / "diverged.txt").read_text(), "launchers see that repeating cannot help"
     assert steps_in(tmp_path / "checkpoints")[0] == 17

@@ -75,7 +75,9 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
 
 def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
     request = GenerationRequest(run, tmp_path / "drawn", 112)
-    with pytest.raises(EvaluationError, match="112 images are too few for the covariance of 112 .*use --num 113"):
+    with pytest.raises(
+        EvaluationError, match="112 images are too few for the covariance of 112 .*use --num-images 113"
+    ):
         image_metrics.evaluate(Evaluation(request, None, "data"), ALONE)
     real_digits(tmp_path / "few.npz", 50)
     with pytest.raises(EvaluationError, match="few.npz: 50 images are too few .*113 are needed"):
@@ -104,7 +106,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path,
 
 
 def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
-    words = ["--run", str(run), "--num", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
+    words = ["--run-dir", str(run), "--num-images", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
     assert command.run(parsed(*words, "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     assert "Fréchet distance (digits classifier)" in capsys.readouterr().out
     assert command.run(parsed(*words, "--json"), ALONE) == 0
@@ -119,10 +121,16 @@ def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
     "words, said",
     [
         ([], ["give one of them"]),
-        (["--run", "r", "--images", "i"], ["give one of them"]),
-        (["--run", "r"], ["--num: is needed"]),
-        (["--images", "i", "--num", "5", "--plot", "p"], ["--num: is for", "--plot: is for", "--reference: is needed"]),
-        (["--run", "r", "--every-step", "--step", "3"], ["--num: is needed", "--every-step, --step 3: give one"]),
+        (["--run-dir", "r", "--images", "i"], ["give one of them"]),
+        (["--run-dir", "r"], ["--num-images: is needed"]),
+        (
+            ["--images", "i", "--num-images", "5", "--plot", "p"],
+            ["--num-images: is for", "--plot: is for", "--reference: is needed"],
+        ),
+        (
+            ["--run-dir", "r", "--every-step", "--step", "3"],
+            ["--num-images: is needed", "--every-step, --step 3: give one"],
+        ),
         (["--images", "i", "--every-step"], ["--every-step: is for sampling", "--reference: is needed"]),
     ],
 )

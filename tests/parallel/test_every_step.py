@@ -101,7 +101,16 @@ def test_a_table_and_a_picture_of_several_steps(tmp_path, monkeypatch):
 
 
 def test_the_command_evaluates_every_step(long_run, tmp_path, trained, capsys):
-    words = ["--run", str(long_run), "--num", "120", "--guidance", "1.5", "--samples", str(tmp_path / "kept")]
+    words = [
+        "--run-dir",
+        str(long_run),
+        "--num-images",
+        "120",
+        "--guidance",
+        "1.5",
+        "--samples",
+        str(tmp_path / "kept"),
+    ]
     assert command.run(parsed(*words, "--every-step", "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     said = capsys.readouterr().out
     assert said.startswith("120 images of each of 2 steps (ema weights)") and "step 1,200" in said

@@ -160,15 +160,29 @@ def test_a_rank_loads_its_part_only(run):
 
 
 def test_the_command_draws_a_set(run, tmp_path):
-    words = ["--run", str(run), "--num", "5", "--class", "3", "--guidance", "1", "2", "--seed", "4", "--steps", "2"]
+    words = [
+        "--run-dir",
+        str(run),
+        "--num-images",
+        "5",
+        "--class",
+        "3",
+        "--guidance",
+        "1",
+        "2",
+        "--seed",
+        "4",
+        "--steps",
+        "2",
+    ]
     assert command.run(parsed(*words, "--out", str(tmp_path / "a.npz")), ALONE) == 0
     with np.load(tmp_path / "a-guidance-2.npz") as stored:
         facts = json.loads(str(stored["request"]))
         assert stored["arr_1"].tolist() == [3] * 5
     assert (facts["sample"]["seed"], facts["sample"]["steps"], facts["sample"]["guidance"]) == (4, 2, 2.0)
     with pytest.raises(ConfigError) as error:
-        command.run(parsed("--run", "r", "--out", "o.png", "--tp", "2", "--guidance", "1", "2"), ALONE)
-    assert "--tp: needs --num" in str(error.value) and "several scales: needs --num" in str(error.value)
+        command.run(parsed("--run-dir", "r", "--out", "o.png", "--tp", "2", "--guidance", "1", "2"), ALONE)
+    assert "--tp: needs --num-images" in str(error.value) and "several scales: needs --num-images" in str(error.value)
 
 
 @pytest.mark.parametrize("module", [command, evaluate], ids=["sample", "evaluate"])

@@ -182,7 +182,7 @@ def train_on(folder: Path) -> dict:
 def test_the_tool_makes_runs_that_train(tmp_path, capsys):
     dense = state_of("model.router=dense")
     export(replace(dense, kinds=("master", "ema")), tmp_path / "dense", "ours")
-    command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--images", "8"]
+    command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--num-images", "8"]
     assert main(["upcycle", *command]) == 0
     result = run(1, train_on, tmp_path / "promoe")[0]
     assert result["step"] == 0 and result["losses"][-1] < result["losses"][0]

@@ -140,11 +140,14 @@ def test_help_imports_no_command_and_show_only_its_own():
     needless = SLOW | {"yaml", "logging", "pydantic"}
     modules = imported_by("--help")
     ours = {name for name in modules if name.startswith("megapromoe")}
-    assert ours == {f"megapromoe{name}" for name in ("", ".cli", ".commands", ".commands.command_line", ".errors")}
+    assert ours == {"megapromoe", "megapromoe.cli", "megapromoe.errors", "megapromoe.commands"} | {
+        "megapromoe.commands.command_line",
+        "megapromoe.commands.renamed_flags",
+    }
     assert not needless & modules
     modules = imported_by("show", "--preset", "digits")
     commands = {name.split(".")[2] for name in modules if name.startswith("megapromoe.commands.")}
-    assert commands == {"command_line", "options", "show"}
+    assert commands == {"command_line", "options", "renamed_flags", "show"}
     assert not SLOW & modules
 
 
@@ -155,14 +158,14 @@ def test_every_command_has_help_that_needs_no_torch(name):
 
 def test_the_table_of_commands_and_their_files_agree():
     files = {path.stem for path in (ROOT / "megapromoe" / "commands").glob("*.py")}
-    assert files - {"__init__", "command_line", "options"} == set(cli.COMMANDS)
+    assert files - {"__init__", "command_line", "options", "renamed_flags"} == set(cli.COMMANDS)
     for name in cli.COMMANDS:
         command = cli.load(name)
         assert command.EPILOG and command.JOB in (True, False) and command.arguments and command.run
 
 
 @pytest.mark.parametrize(
-    "line", [["data", "check", "x"], ["inspect", "x"], ["launchers", "x"], ["routing", "--run", "x"]]
+    "line", [["data", "check", "x"], ["inspect", "x"], ["launchers", "x"], ["routing", "--run-dir", "x"]]
 )
 def test_a_command_that_takes_no_settings_refuses_them(line, capsys):
     for more, reason in (["model.depth=3"], "takes no settings"), (["a", "b"], "unrecognized arguments"):
@@ -242,7 +245,9 @@ def test_what_a_tool_starts_imports_the_same_package(tmp_path):
     assert (tmp_path / "path").read_text().split(os.pathsep)[0] == str(ROOT)
 
 
-@pytest.mark.parametrize("line", [[], ["fly"], ["train"], ["train", "--run", "x", "--pre", "digits"], ["show", "-q"]])
+@pytest.mark.parametrize(
+    "line", [[], ["fly"], ["train"], ["train", "--run-dir", "x", "--pre", "digits"], ["show", "-q"]]
+)
 def test_a_wrong_command_exits_with_2(capsys, line):
     with pytest.raises(SystemExit) as left:
         cli.main(line)
@@ -295,7 +300,7 @@ def test_help_that_nobody_reads_ends_without_a_word(name, unread):
 
 @pytest.mark.full
 def test_a_dry_run_of_a_rank_shown_to_nobody_ends_without_a_word(unread, tmp_path):
-    done = with_output(["train", "--run", str(tmp_path / "run"), "--dry-run"], unread)
+    done = with_output(["train", "--run-dir", str(tmp_path / "run"), "--dry-run"], unread)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -323,7 +328,7 @@ def test_a_rank_goes_on_where_its_output_cannot_be_written(where, unread, tmp_pa
         "def run(options, launch):\n"
         "    for i in range(20000): print('x' * 80); print('x' * 80, file=sys.stderr)\n"
         "    sys.stdout.flush(); open(options.run / 'end', 'w').close(); return 0\n"
-        "cli.load('train').run = run; sys.exit(cli.main(['train', '--run', '.']))"
+        "cli.load('train').run = run; sys.exit(cli.main(['train', '--run-dir', '.']))"
     )
     with contextlib.ExitStack() as stack:
         output = unread if where == "unread" else stack.enter_context(open(where, "w"))
@@ -336,7 +341,7 @@ def test_a_rank_goes_on_where_its_output_cannot_be_written(where, unread, tmp_pa
 
 
 def test_train_hands_over_the_resolved_config(trained, tmp_path):
-    line = ["train", "train.lr=1e-2", "--run", str(tmp_path), "model.depth=2"]
+    line = ["train", "train.lr=1e-2", "--run-dir", str(tmp_path), "model.depth=2"]
     assert cli.main(line) == 0
     config = resolve("digits", overrides=["train.lr=1e-2", "model.depth=2"])
     assert trained == [(config, tmp_path, LaunchEnvironment("python"), None, (), None)]
@@ -345,7 +350,7 @@ def test_train_hands_over_the_resolved_config(trained, tmp_path):
 
 
 def test_the_word_that_the_deepspeed_launcher_adds_is_no_error(trained, tmp_path):
-    assert cli.main(["--local_rank=1", "train", "--run", str(tmp_path)]) == 0
+    assert cli.main(["--local_rank=1", "train", "--run-dir", str(tmp_path)]) == 0
     assert trained
 
 
@@ -358,9 +363,9 @@ def test_a_config_file_replaces_the_default_preset(trained, tmp_path):
 
 def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", world=3))
-    assert cli.main(["train", "--run", "x", "parallel.tp=2"]) == 2
+    assert cli.main(["train", "--run-dir", "x", "parallel.tp=2"]) == 2
     said = capsys.readouterr().err
-    assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run" not in said
+    assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run-dir" not in said
     assert not trained
 
 
@@ -368,7 +373,7 @@ def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys
     waited = []
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
-    assert cli.main(["train", "--run", "x", "model.dept=2"]) == 2
+    assert cli.main(["train", "--run-dir", "x", "model.dept=2"]) == 2
     assert capsys.readouterr().err == ""
     assert waited == [cli.GRACE]
 
@@ -378,12 +383,12 @@ def test_a_wrong_launch_exits_with_2(trained, monkeypatch, capsys):
         raise LaunchError("RANK is set but WORLD_SIZE not")
 
     monkeypatch.setattr(launch_environment, "detect", detect)
-    assert cli.main(["train", "--run", "x"]) == 2
+    assert cli.main(["train", "--run-dir", "x"]) == 2
     assert capsys.readouterr().err == "megapromoe: RANK is set but WORLD_SIZE not\n"
 
 
 def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
-    line = ["train", "--run", str(tmp_path / "new"), "--dry-run"]
+    line = ["train", "--run-dir", str(tmp_path / "new"), "--dry-run"]
     assert cli.main([*line, "--yaml"]) == 0
     said = capsys.readouterr().out
     assert "layout over 1 rank" in said and f"{tmp_path / 'new'}: a new run" in said
@@ -402,11 +407,11 @@ def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
 def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys):
     with RunDirectory.open(tmp_path, resolve("digits"), 1) as run:
         run.metrics.write_text('{"step": 1}\n')
-    assert cli.main(["train", "--run", str(tmp_path), "--dry-run", "model.depth=6"]) == 2
+    assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run", "model.depth=6"]) == 2
     assert "model.depth: the run has 4, not 6" in capsys.readouterr().err
     before = sorted(tmp_path.rglob("*"))
     latents = ["data.source=latents", f"data.path={tmp_path / 'nowhere'}", f"data.cache={tmp_path / 'cache'}"]
-    assert cli.main(["train", "--run", str(tmp_path), "--dry-run", *latents]) == 2
+    assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run", *latents]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("megapromoe: 2 problems in this start:") and "data.source: the run has" in said.err
     assert f"{tmp_path / 'nowhere'} holds no manifest.json; create it with megapromoe encode" in said.err
@@ -419,7 +424,7 @@ def test_dry_run_opens_the_data(trained, tmp_path, capsys):
     write(tmp_path / "latents", Arrays(count=40, classes=4, shape=(2, 4, 4)))
     model = ["model.in_channels=2", "model.input_size=4", "model.num_classes=4", "train.global_batch=8"]
     data = ["data.source=latents", f"data.path={tmp_path / 'latents'}", f"data.cache={tmp_path / 'cache'}"]
-    line = ["train", "--run", str(tmp_path / "new"), "--dry-run", *model, *data]
+    line = ["train", "--run-dir", str(tmp_path / "new"), "--dry-run", *model, *data]
     assert cli.main(line) == 0
     assert "latents: 40 records of 2x4x4, 4 classes" in capsys.readouterr().out
     for fault, said in {
@@ -437,7 +442,7 @@ def test_dry_run_opens_the_data(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("digits", "fashion")])
 def test_a_large_preset_trains_on_nothing_that_was_not_chosen(preset, trained, tmp_path, capsys):
-    line = ["train", "--preset", preset, "--run", str(tmp_path / "run")]
+    line = ["train", "--preset", preset, "--run-dir", str(tmp_path / "run")]
     remedies = ["data.source=latents data.path=DIR", "data.source=synthetic"]
     for words in ([], ["--dry-run"]):
         assert cli.main([*line, *words]) == 2
@@ -475,7 +480,7 @@ def test_what_reads_no_data_needs_none(words, alone, tmp_path, monkeypatch, caps
 
 def test_changing_the_steps_of_a_run_does_not_change_its_warm_up(trained, tmp_path, capsys):
     def warmup(*words: str) -> int:
-        assert cli.main(["train", "--run", str(tmp_path), *words]) == 0
+        assert cli.main(["train", "--run-dir", str(tmp_path), *words]) == 0
         return trained[-1][0].train.warmup
 
     with RunDirectory.open(tmp_path, resolve("digits", overrides=["train.steps=20"]), 1) as run:
@@ -483,21 +488,21 @@ def test_changing_the_steps_of_a_run_does_not_change_its_warm_up(trained, tmp_pa
         run.metrics.write_text('{"step": 1}\n')
     assert warmup("train.steps=20") == warmup() == warmup("train.steps=9000") == 2
     assert warmup("train.warmup=7") == 7
-    assert cli.main(["train", "--run", str(tmp_path), "--dry-run"]) == 0
+    assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "train.steps: 20 -> 500" in said and "train.warmup" not in said
 
 
 def test_dry_run_of_a_run_in_use_may_be_tried_again(trained, tmp_path, capsys):
     with RunDirectory.claim(tmp_path, resolve("digits"), 1):
-        assert cli.main(["train", "--run", str(tmp_path), "--dry-run"]) == 1
+        assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run"]) == 1
     assert "in use by a live run" in capsys.readouterr().err
-    assert cli.main(["train", "--run", str(tmp_path), "--yaml"]) == 2 and not trained
+    assert cli.main(["train", "--run-dir", str(tmp_path), "--yaml"]) == 2 and not trained
 
 
 def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
     fails_with(monkeypatch, trained, RunInUse("runs/a: in use"))
-    assert cli.main(["train", "--run", "x"]) == 1
+    assert cli.main(["train", "--run-dir", "x"]) == 1
     assert capsys.readouterr().err == "megapromoe: runs/a: in use\n"
 
 
@@ -515,7 +520,7 @@ def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, c
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
-    assert cli.main(["train", "--run", "x"]) == code
+    assert cli.main(["train", "--run-dir", "x"]) == code
     assert capsys.readouterr().err == said
 
 
@@ -525,23 +530,23 @@ def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained,
     loop = sys.modules["megapromoe.training.loop"]
     monkeypatch.setattr(loop, "train", lambda *_: SampleStream.micro_batches(0, 2, 0, 1, 7))
     with pytest.raises(ValueError, match="train.global_batch: 7"):
-        cli.main(["train", "--run", "x"])
+        cli.main(["train", "--run-dir", "x"])
     monkeypatch.setattr(loop, "train", lambda *_: json.loads("no json"))
     with pytest.raises(ValueError):
-        cli.main(["train", "--run", "x"])
+        cli.main(["train", "--run-dir", "x"])
     fails_with(monkeypatch, trained, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["train", "--run", "x"])
+        cli.main(["train", "--run-dir", "x"])
 
 
 def test_a_package_that_is_missing_is_named_with_the_environment_and_is_not_tried_again(trained, monkeypatch, capsys):
     fails_with(monkeypatch, trained, ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.ops"))
-    assert cli.main(["train", "--run", "x"]) == 2
+    assert cli.main(["train", "--run-dir", "x"]) == 2
     said = capsys.readouterr().err
     assert f"deepspeed is not installed in the environment that this process runs in, {sys.prefix}; install" in said
     wheel = ImportError("libcudart.so.12: cannot open shared object file", name="torch._C", path="/x/torch/_C.so")
     fails_with(monkeypatch, trained, wheel)
-    assert cli.main(["train", "--run", "x"]) == 2
+    assert cli.main(["train", "--run-dir", "x"]) == 2
     assert "torch, in the environment" in capsys.readouterr().err
     for bug in (
         ModuleNotFoundError("no", name="megapromoe.nothing"),
@@ -550,12 +555,12 @@ def test_a_package_that_is_missing_is_named_with_the_environment_and_is_not_trie
     ):
         fails_with(monkeypatch, trained, bug)
         with pytest.raises(ImportError):
-            cli.main(["train", "--run", "x"])
+            cli.main(["train", "--run-dir", "x"])
 
 
 def test_an_interrupt_exits_with_130(trained, monkeypatch, capsys):
     fails_with(monkeypatch, trained, KeyboardInterrupt())
-    assert cli.main(["train", "--run", "x"]) == 130
+    assert cli.main(["train", "--run-dir", "x"]) == 130
     assert capsys.readouterr().err == "megapromoe: interrupted\n"
 
 
@@ -563,7 +568,7 @@ def test_an_interrupt_exits_with_130(trained, monkeypatch, capsys):
 def test_an_exit_code_needs_no_place_for_the_message():
     """stderr is a file on a full disk, or a terminal that is gone."""
     with open("/dev/full", "w") as full:
-        words = ["train", "--run", "x", "train.steps=none"]
+        words = ["train", "--run-dir", "x", "train.steps=none"]
         done = subprocess.run([sys.executable, "-m", "megapromoe", *words], stderr=full, timeout=60)
     assert done.returncode == 2
 
@@ -584,7 +589,7 @@ def test_torchrun_passes_the_command_on_and_one_rank_tells_what_is_wrong(tmp_pat
 
 def test_sample_hands_everything_on(sampled, tmp_path):
     out = tmp_path / "grid.png"
-    line = ["sample", "--run", str(tmp_path), "--class", "3", "5", "sample.batch=8", "--guidance", "1.5"]
+    line = ["sample", "--run-dir", str(tmp_path), "--class", "3", "5", "sample.batch=8", "--guidance", "1.5"]
     line += [
         "--out",
         str(out),
@@ -615,22 +620,22 @@ def test_sample_hands_everything_on(sampled, tmp_path):
 
 
 def test_sample_draws_all_classes_by_default(sampled, tmp_path):
-    assert cli.main(["sample", "--run", "r", "--out", "o.png", "--per-class", "2"]) == 0
+    assert cli.main(["sample", "--run-dir", "r", "--out", "o.png", "--per-class", "2"]) == 0
     assert sampled[0][0] == GenerationRequest(Path("r"), Path("o.png"), 2, preview=True)
     assert (sampled[0][0].step, sampled[0][0].weights, sampled[0][0].overrides) == (None, "ema", ())
 
 
 def test_sample_writes_into_the_run_by_default(sampled):
-    assert cli.main(["sample", "--run", "r"]) == 0
+    assert cli.main(["sample", "--run-dir", "r"]) == 0
     assert sampled[0][0] == GenerationRequest(
         Path("r"), Path("r/samples/step.png"), 10, preview=True, complete_name=True
     )
-    assert cli.main(["sample", "--run", "r", "--num", "8"]) == 0
+    assert cli.main(["sample", "--run-dir", "r", "--num-images", "8"]) == 0
     assert sampled[1][0] == GenerationRequest(Path("r"), Path("r/samples/step"), 8, complete_name=True)
 
 
 def test_sample_changes_only_how_images_are_drawn(sampled, capsys):
-    assert cli.main(["sample", "--run", "r", "--out", "o.png", "model.depth=3", "train.lr=1"]) == 2
+    assert cli.main(["sample", "--run-dir", "r", "--out", "o.png", "model.depth=3", "train.lr=1"]) == 2
     said = capsys.readouterr().err
     assert "'model.depth=3'" in said and "'train.lr=1'" in said
     assert not sampled
@@ -639,5 +644,5 @@ def test_sample_changes_only_how_images_are_drawn(sampled, capsys):
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_count_must_be_positive(sampled, capsys, count):
     with pytest.raises(SystemExit) as left:
-        cli.main(["sample", "--run", "r", "--out", "o.png", "--count", count])
+        cli.main(["sample", "--run-dir", "r", "--out", "o.png", "--count", count])
     assert left.value.code == 2

@@ -65,7 +65,7 @@ def test_there_are_commands_of_every_place():
 
 
 def test_a_command_without_a_rule_fails():
-    for text in ("megapromoe fly --high", "python tools/plot_routing.py --run x", "docker run megapromoe"):
+    for text in ("megapromoe fly --high", "python tools/plot_routing.py --run-dir x", "docker run megapromoe"):
         with pytest.raises(NoRule, match="how a test runs this command"):
             small(text)
 
@@ -190,7 +190,7 @@ def make_workspace(folder: str) -> None:
             "train.global_batch=8",
             "train.deepspeed=fp32_zero1",
         ]
-        assert cli.main(["train", "--run", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
+        assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
     for name in ("mine", "promoe_l", "promoe_b"):
         shutil.copytree("runs/digits", f"runs/{name}")
     shutil.copytree("runs/xl", "runs/promoe_xl")

@@ -19,7 +19,7 @@ START = [
 
 
 def started(folder: Path | str, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megapromoe", *START, "--run", str(folder), *words]
+    command = [sys.executable, "-m", "megapromoe", *START, "--run-dir", str(folder), *words]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI", "RANK"))}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env | {"OMP_NUM_THREADS": "1"})
 

@@ -115,7 +115,7 @@ def test_the_main_job_starts_a_layout_that_its_ranks_allow(tool, monkeypatch, ra
         returncode = 3
 
     monkeypatch.setattr(tool.subprocess, "run", lambda command, env: started.append((command, env)) or Ended)
-    monkeypatch.setattr("sys.argv", ["train_digits.py", "train.lr=0.5", "--ranks", ranks, "--run", "here"])
+    monkeypatch.setattr("sys.argv", ["train_digits.py", "train.lr=0.5", "--ranks", ranks, "--run-dir", "here"])
     assert tool.main() == 3  # a failed training is the job's own failure
     ((command, env),) = started
     text = " ".join(command)
@@ -136,7 +136,7 @@ def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_
     monkeypatch.setattr(
         "megapromoe.evaluation.report.write_report", lambda *arguments: {"accuracy": accuracy, "steps": steps}
     )
-    monkeypatch.setattr("sys.argv", ["train_digits.py", "--run", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["train_digits.py", "--run-dir", str(tmp_path)])
     assert tool.main() == code
     said = capsys.readouterr()
     assert ("95% are required only after the default of 500 steps" in said.out) == (steps != 500)

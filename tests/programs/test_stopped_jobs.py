@@ -98,7 +98,7 @@ def torchrun(*words: str) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, full(signal.SIGHUP)])
 def test_a_process_alone_saves(number, jobs, tmp_path, fault_table):
     folder = tmp_path / "run"
-    job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run", str(folder))
+    job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run-dir", str(folder))
     wait_for(lambda: steps(folder) >= 3, job)
     job.send_signal(number)
     output, _ = job.communicate(timeout=60)

@@ -27,9 +27,7 @@ def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
     done = study.run(study.tasks[2]) / "checkpoints" / "step-00000003"
     done.mkdir(parents=True)
     (done / "manifest.json").write_text("{}")
-    assert (
-        main(["study", "submit", str(tmp_path), "--at-once", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
-    )
+    assert main(["study", "submit", str(tmp_path), "--jobs", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
     words = capsys.readouterr().out.split()
     assert words[:5] == ["sbatch", "--array=0-1,3-5%2", "--time=5", "--partition", "gpu"]
     assert words[5:] == [str(ROOT / "launchers" / "scaling_experts.sh"), str(tmp_path)]
@@ -124,7 +122,7 @@ def test_wrong_commands_are_told(tmp_path, capsys):
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digit"]) == 2
     assert "did you mean digits" in capsys.readouterr().err
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--seeds", "1", "train.steps=3"]) == 2
-    assert "remove seeds, settings" in capsys.readouterr().err
+    assert "remove --seeds, settings" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 

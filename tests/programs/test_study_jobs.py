@@ -152,7 +152,7 @@ def test_evaluations_wait_for_the_trainings_of_the_same_numbers(tmp_path, monkey
     study = evaluating_study(tmp_path, seeds=[0, 1, 2])
     script = f"{ROOT / 'launchers' / 'scaling_experts.sh'} {study.folder}"
     wait = "--dependency=aftercorr:41 --kill-on-invalid-dep=yes"
-    assert submitted(study, tmp_path, monkeypatch, capsys, "--at-once", "2", "--time=5") == [
+    assert submitted(study, tmp_path, monkeypatch, capsys, "--jobs", "2", "--time=5") == [
         f"--array=0-2%2 --time=5 {script}",
         f"--array=0-2%2 --time=5 {wait} {script} --evaluate",
     ]

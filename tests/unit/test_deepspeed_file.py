@@ -163,8 +163,8 @@ def test_everything_wrong_with_the_file_is_in_the_message_of_every_command(tmp_p
     messages = []
     for command in (
         ["show"],
-        ["train", "--run", str(tmp_path / "run"), "--dry-run"],
-        ["train", "--run", str(tmp_path)],
+        ["train", "--run-dir", str(tmp_path / "run"), "--dry-run"],
+        ["train", "--run-dir", str(tmp_path)],
     ):
         assert cli.main([*command, "--preset", "digits", setting, "train.lr=-1"]) == 2
         messages.append(capsys.readouterr().err)

@@ -202,14 +202,14 @@ def test_the_command_evaluates_what_the_recipe_says(tmp_path):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     evaluate.arguments(parser)
     read = parser.parse_args(job.words(tmp_path / "run")[1:])
-    assert read.run == tmp_path / "run" and read.num == 200 and read.weights == "master"
+    assert read.run == tmp_path / "run" and read.num_images == 200 and read.weights == "master"
     assert [float(scale) for scale in read.guidance] == [1.0, 1.5] and read.step == [2, 4, 6]
     assert (read.steps, read.reference, read.split) == ("4", "data", "train")
     assert (read.features, read.autoencoder) == ("digits", None)
 
 
-def test_torchrun_hands_the_words_on(tmp_path):
-    """It takes what begins like an option of its own for one, wherever it stands: --run, --num."""
+def test_torchrun_passes_the_command_of_an_evaluation(tmp_path):
+    """torchrun refuses flags that begin like several of its own, also behind the name of the program."""
     from torch.distributed.run import parse_args
 
     job = evaluation_of(evaluated(SECTION | {"autoencoder": "vae"}), expand(evaluated())[0])

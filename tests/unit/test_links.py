@@ -156,7 +156,7 @@ def test_the_lock_of_a_node_cache_is_no_link(folder, target):
 def test_the_picture_of_a_plan_replaces_a_link(folder, target):
     link(folder / "plan.png", target)
     link(folder / "plan.json", target)
-    words = ["plan", "--preset", "promoe_s", "--gpu", "h100", "--plot", "plan.png", "--json", "plan.json"]
+    words = ["plan", "--preset", "promoe_s", "--gpu", "h100", "--plot", "plan.png", "--report", "plan.json"]
     done = subprocess.run(
         [sys.executable, "-m", "megapromoe", *words], cwd=folder, capture_output=True, text=True, timeout=120
     )

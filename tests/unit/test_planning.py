@@ -149,7 +149,7 @@ def test_accumulation_is_raised_only_where_nothing_else_fits():
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(
-        PlanError, match=r"global_batch = 256: of 4096 GPUs .* multiple of 512; nearest: 512 \(--batch\)"
+        PlanError, match=r"global_batch = 256: of 4096 GPUs .* multiple of 512; nearest: 512 \(--global-batch\)"
     ):
         find("promoe_xl", 4096)
     with pytest.raises(PlanError, match=r"global_batch = 100: .* multiple of 8; nearest: 96, 104"):
@@ -162,7 +162,9 @@ def test_the_sizes_offered_first_need_no_tensor_parallelism():
         find("promoe_xl", 64, "train.global_batch=100")
     before, after = str(said.value).split("; or ")
     assert "64 take different images at tp 1" in before and before.endswith("nearest: 64, 128")
-    assert after.startswith("8 do at tp 8, which splits each layer over 8 GPUs") and after.endswith("96, 104 (--batch)")
+    assert after.startswith("8 do at tp 8, which splits each layer over 8 GPUs") and after.endswith(
+        "96, 104 (--global-batch)"
+    )
     for tp, sizes in ((1, (64, 128)), (8, (96, 104))):
         for size in sizes:
             check(resolve("promoe_xl", overrides=[f"train.global_batch={size}", f"parallel.tp={tp}"]), 64)
@@ -333,7 +335,7 @@ def test_the_command_ends_with_a_line_to_paste(capsys):
 
 
 def test_the_command_of_other_presets_is_a_whole_one(capsys):
-    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--batch", "64", "train.lr=3e-4")
+    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--global-batch", "64", "train.lr=3e-4")
     words = shlex.split(out.strip().splitlines()[-1])
     assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words and "--resv-ports=1" not in words
     overrides = [w for w in words if "=" in w and not w.startswith("--")]
@@ -343,7 +345,7 @@ def test_the_command_of_other_presets_is_a_whole_one(capsys):
 
 def test_json_and_plot(capsys, tmp_path):
     files = tmp_path / "plans.json", tmp_path / "memory.png"
-    code, _, _ = planned(capsys, "--preset", "promoe_b", "--json", str(files[0]), "--plot", str(files[1]))
+    code, _, _ = planned(capsys, "--preset", "promoe_b", "--report", str(files[0]), "--plot", str(files[1]))
     content = json.loads(files[0].read_text())
     assert code == 0 and content["estimates"] is True and files[1].read_bytes().startswith(b"\x89PNG")
     first = content["layouts"][0]
@@ -369,7 +371,7 @@ def test_figures_of_your_own(capsys):
         (("--usable", "1.5"), "must be at most 1"),
         (("--imbalance", "0.5"), "must be at least 1"),
         (("--plot", "memory.bmp"), "must end in .png"),
-        (("--json", "/nowhere/plans.json"), "/nowhere"),
+        (("--report", "/nowhere/plans.json"), "/nowhere"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(capsys, words, said):

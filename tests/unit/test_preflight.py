@@ -333,7 +333,7 @@ def test_an_expectation_decides_what_is_slow():
     assert verdict_of(cluster_of(), pair_gbps=350).exit_code == 0
     high = verdict_of(cluster_of(), pair_gbps=370)
     assert (high.exit_code, high.bad_nodes) == (1, ())
-    assert any("--expect-gbps" in row.remedy for row in high.rows)
+    assert any("--expect-gbs" in row.remedy for row in high.rows)
 
 
 def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():

@@ -83,7 +83,7 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
         assert change.split("=")[0] in told
     assert "the run has 4, not 6" in told
     assert "train.lr" not in told
-    assert "--run" in told
+    assert "--run-dir" in told
 
 
 def test_force_lets_a_named_field_change_and_no_other(tmp_path):
@@ -247,7 +247,7 @@ def test_whoever_opened_a_lock_that_was_removed_meanwhile_takes_the_new_one(tmp_
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_path_that_can_be_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="--run"):
+    with pytest.raises(RunDirectoryError, match="--run-dir"):
         RunDirectory.open(tmp_path / name, CONFIG, 1)
     assert (tmp_path / "file").read_text() == ""
 

@@ -73,7 +73,7 @@ def test_a_log_ends_with_what_was_reached():
     assert lines[1] == "trained for 1:00:00, of which 0:00:00 since the last start"
     assert lines[2:] == [
         "checkpoint: runs/x/checkpoints/step-00000500",
-        "next: megapromoe sample --run runs/x --out runs/x/samples.png",
+        "next: megapromoe sample --run-dir runs/x --out runs/x/samples.png",
     ]
     stopped = list(closing_lines(resolve("digits"), RUN, 28, None, clock))
     assert stopped[0] == "stopped: step 28 of 500" and stopped[-1].endswith("step-00000028")
