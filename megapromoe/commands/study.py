@@ -41,7 +41,7 @@ EPILOG = f"""\
   megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
-{", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without --recipe, the other options of
+{", ".join(recipe_names())}, or a YAML file; docs/study.md explains them. Without --recipe, the other options of
 `plan` define it. Each command has a --help.
 
 exit codes: 0 done, 1 a task failed or there is no result yet, 2 the command or the recipe is wrong, 75 stopped by a

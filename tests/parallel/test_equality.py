@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.backends import grouped
 from support.levels import factors_of, full_unless, pairwise
+from support.page_sections import write_section
 from support.processes import run
 from support.trajectory import Trajectory, deviations, train
 
@@ -234,13 +235,11 @@ def write_table(file: Path, rows: list) -> None:
     """The matrix as Markdown."""
     kinds = ("losses", "norms", "gradients", "parameters", "averages")
     lines = [
-        "# Equality matrix",
-        "",
-        "Every layout trains the same function. Each row trains 5 AdamW steps of a small model in fp32 at one layout",
-        "and on one process (ZeRO-0), and shows the largest deviation over steps or tensors **in units of the limit**:",
-        "1e-5 relative for losses and clip norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first",
-        "step, parameters and averages after the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3,",
-        "because otherwise the rounding noise of gradients that are mathematically zero would become full steps.",
+        "Each row trains 5 AdamW steps of a small model in fp32 at one layout and on one process (ZeRO-0), and shows",
+        "the largest deviation over steps or tensors **in units of the limit**: 1e-5 relative for losses and clip",
+        "norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first step, parameters and averages after",
+        "the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3, because otherwise the rounding noise of",
+        "gradients that are mathematically zero would become full steps.",
         "",
         "Written by `make equality`.",
         "",
@@ -251,4 +250,4 @@ def write_table(file: Path, rows: list) -> None:
         lines.append(f"| {name} | " + " | ".join(f"{found[kind][0]:.3f}" for kind in kinds) + " |")
     worst = max(value for _, found in rows for value, _ in found.values())
     lines += ["", f"{len(rows)} cases, largest deviation {worst:.3f} of the limit."]
-    file.write_text("\n".join(lines) + "\n")
+    write_section(file, "Every layout trains the same function", "\n".join(lines))

@@ -62,7 +62,9 @@ def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     when = {"write": f"rank {rank} killed while it writes its file", "commit": "killed between shards and manifest"}[
         place
     ]
-    fault_table.append((when, "the checkpoint before is used, identical state after", "3 steps, one save interval"))
+    fault_table.append(
+        (when, "the previous checkpoint is used, identical state afterwards", "3 steps, one save interval")
+    )
 
 
 # ---- damage
@@ -83,7 +85,11 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
     assert losses(spoilt) == losses(straight)
     Checkpoint(folder_of(spoilt / "checkpoints", 6)).verify()  # made anew on the way
     fault_table.append(
-        ("a flipped bit in the newest checkpoint", "file named, the one before used, identical losses", "3 steps")
+        (
+            "a flipped bit in the newest checkpoint",
+            "the file is named, the previous checkpoint is used, identical losses",
+            "3 steps",
+        )
     )
 
     for step in (3, 6, 9):
@@ -106,7 +112,7 @@ def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_a
         run(2, train, str(tmp_path), "parallel.ep=2")
     assert losses(tmp_path) == lines and old.is_dir() and new.is_dir()
     fault_table.append(
-        ("the manifests of all checkpoints are lost", "named, refused, nothing is begun anew or removed", "nothing")
+        ("the manifests of all checkpoints are lost", "named and refused; nothing is started or removed", "nothing")
     )
 
 
@@ -146,7 +152,7 @@ def test_a_shard_of_another_step_is_named(tmp_path, fault_table):
     new.write_bytes(old.read_bytes())
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: is of step 3, not 6"):
         run(2, from_step, str(tmp_path), 6)
-    fault_table.append(("a shard of another step, --step", "file named with its step, refused", "nothing"))
+    fault_table.append(("a shard of another step, --step", "the file and its step are named, refused", "nothing"))
 
 
 # ---- saves that fail
@@ -171,7 +177,11 @@ def test_a_full_disk_is_told_and_training_goes_on_up_to_a_limit(tmp_path, fault_
     assert len(losses(tmp_path)) == 4, "training went on over two failed saves"
     Checkpoint(folder_of(tmp_path / "checkpoints", 1)).verify()
     fault_table.append(
-        ("disk full", '"need X, have Y", training goes on, ends after train.max_failed_saves', "the saves")
+        (
+            "disk full",
+            "the bytes needed and free are named, training continues, ends after train.max_failed_saves",
+            "the saves",
+        )
     )
 
 
@@ -206,7 +216,7 @@ def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_pat
         Checkpoint(folder_of(tmp_path / "checkpoints", step)).verify()
     assert len(losses(tmp_path)) == 4
     fault_table.append(
-        (f"rank {rank} cannot write its file", "named, training goes on, the next save is whole", "that save")
+        (f"rank {rank} cannot write its file", "named, training continues, the next save is complete", "that save")
     )
 
 
@@ -236,7 +246,7 @@ def test_a_save_that_fails_in_any_way_is_a_failed_save(place, kind, tmp_path, fa
         run(2, failing, str(tmp_path), place, kind)
     assert steps_in(tmp_path / "checkpoints") == [1] and len(losses(tmp_path)) == 4
     what = f"{kind.__name__} in the thread that saves"
-    fault_table.append((what, "named, training goes on, ends after train.max_failed_saves", "the saves"))
+    fault_table.append((what, "named, training continues, ends after train.max_failed_saves", "the saves"))
 
 
 def not_removable(folder: str) -> None:
@@ -326,7 +336,7 @@ def test_another_stream_is_refused_without_a_flag(change, tmp_path, fault_table)
     assert {p: p.read_bytes() for p in before} == before
     run(2, with_allowed, str(tmp_path), (key,), change)
     assert len(losses(tmp_path)) == 6
-    fault_table.append((f"{key} changed", "refused with the list of differences; goes on with --allow", "nothing"))
+    fault_table.append((f"{key} changed", "refused with the list of differences; continues with --allow", "nothing"))
 
 
 def read_only(folder: str) -> None:

@@ -70,7 +70,7 @@ def test_a_full_disk_costs_saves_and_no_log(tmp_path, fault_table):
         steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 9))
     what = "named once; metrics, TensorBoard and samples wait in memory, and are written when there is room"
-    fault_table.append(("no byte left on the disk, for some steps", what, "the saves of these steps"))
+    fault_table.append(("the disk is full for some steps", what, "the saves of these steps"))
 
 
 def test_a_renamed_folder_costs_saves_and_no_log(tmp_path, fault_table):

@@ -1,4 +1,4 @@
-"""No damage to a file that the trainer reads back goes unseen. The full table: `make fuzz`, docs/damage.md."""
+"""No damage to a file that the trainer reads back goes unseen. The full table: `make fuzz`, docs/faults.md."""
 
 import json
 

@@ -1,6 +1,6 @@
 """A run saved at one layout goes on at another: ten further steps are the same training, to rounding.
 
-`make layouts` writes the matrix to docs/layout_changes.md.
+`make layouts` writes the matrix into docs/equality.md.
 """
 
 from functools import cache
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.levels import full
+from support.page_sections import write_section
 from support.processes import run
 from support.training_runs import losses, state, train
 
@@ -84,8 +85,6 @@ def test_ten_further_steps_at_another_layout(before, after, place, tmp_path, tab
 def write_table(file: Path, rows: list[tuple]) -> None:
     """The matrix as Markdown."""
     lines = [
-        "# Layout changes",
-        "",
         f"A run is saved after {SAVED} steps at one layout and continues at another for {LAST - SAVED} steps (12",
         "experts, fp32). It is compared with the same run without interruption at the first layout. Deviations are",
         "relative: of the loss of the worst step, and of the worst tensor among master weights, moments and averages",
@@ -98,4 +97,4 @@ def write_table(file: Path, rows: list[tuple]) -> None:
         "|---|---|---|---|",
         *(f"| {before} | {after} | {a:.1e} | {b:.1e} |" for before, after, a, b in rows),
     ]
-    file.write_text("\n".join(lines) + "\n")
+    write_section(file, "A run that changes its layout", "\n".join(lines))

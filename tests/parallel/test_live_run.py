@@ -173,7 +173,7 @@ def test_all_ranks_choose_the_same_latest_checkpoint(live, tmp_path, fault_table
     assert as_job(2, tmp_path, sampled_beside_a_live_run, request) == [[tmp_path / "images.npz"]] * 2
     with np.load(tmp_path / "images.npz") as stored:
         assert json.loads(str(stored["request"]))["step"] == 5 and stored["arr_0"].shape[0] == 12
-    what = "the latest is looked for again, by all ranks together"
+    what = "all ranks together read the latest checkpoint again"
     fault_table.append(("sample, while the run removes the checkpoint that it reads", what, "nothing"))
 
 

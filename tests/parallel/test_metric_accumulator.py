@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_leaves_the_means_of_its_window(tmp_path, faul
     fault_table.append(
         (
             "a loss that is not finite",
-            "no rank updates; the logged means are of the other steps, with their number",
+            "no rank updates; the logged means are those of the other steps, with their number",
             "that step",
         )
     )

@@ -52,7 +52,7 @@ def test_there_are_commands_of_every_place():
         "CONTRIBUTING.md",
         "docs/cluster.md",
         "docs/data.md",
-        "docs/scaling.md",
+        "docs/study.md",
         "megapromoe",
     } <= places
     assert {

@@ -157,14 +157,14 @@ def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table
     fault_table.append(
         (
             f"a rank freezes while it writes {'the last' if last else 'a'} checkpoint",
-            "named by the others, exit code 76, no half checkpoint",
+            "named by the others, exit code 76, no partial checkpoint",
             "the steps since the last save",
         )
     )
 
 
 def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_the_next(tmp_path, fault_table):
-    """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training goes on."""
+    """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training continues."""
     settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=24"]
     call = f"patient_start(); hang_in(1, {WRITE!r})"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
@@ -218,7 +218,9 @@ def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, t
     for rank in (0, 1):
         text = said(tmp_path, rank)
         assert re.search(rf"furthest behind: rank 1, last in {place} .*Repeat the command to resume", text), text
-    fault_table.append((f"a rank hangs in `{command[0]}`", "named with its place, exit code 76", "nothing"))
+    fault_table.append(
+        (f"a rank hangs in `{command[0]}`", "the rank and its section are named, exit code 76", "nothing")
+    )
 
 
 def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
@@ -254,7 +256,9 @@ def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fa
     # It freezes as this section begins, and may have reported only the one before.
     assert re.search(r"silent: rank 1, last in section '(data|forward and backward)' of step 1", text), text
     assert "17 s more for this" in text, text
-    fault_table.append(("a rank freezes in the first, compiling step", "named with its place, exit code 76", "nothing"))
+    fault_table.append(
+        ("a rank freezes in the first, compiling step", "the rank and its section are named, exit code 76", "nothing")
+    )
 
 
 def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp_path, fault_table):
@@ -265,7 +269,7 @@ def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp
     assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
     assert "silent: rank 1, last in start-up: reading the checkpoint" in said(tmp_path, 0), said(tmp_path, 0)
     fault_table.append(
-        ("a rank freezes while it reads the checkpoint", "named with its place, exit code 76", "nothing")
+        ("a rank freezes while it reads the checkpoint", "the rank and its section are named, exit code 76", "nothing")
     )
 
 
@@ -296,8 +300,9 @@ def test_a_rank_that_freezes_in_encode_is_named_and_the_command_repeated_goes_on
     fault_table.append(
         (
             f"rank {frozen} freezes in `encode`",
-            f"{'the holder of the store' if frozen == 0 else 'the rank'} is named, exit code 76; repeated, it goes on",
-            "the shard in work",
+            f"{'the holder of the store' if frozen == 0 else 'the rank'} is named, exit code 76;"
+            " the repeated command continues",
+            "the shard that was being encoded",
         )
     )
 

@@ -35,7 +35,7 @@ WRONG = {
         "nowhere",
     ),
     "a step that has no checkpoint": (lambda folder: ["--step", "5"], "has no complete checkpoint of step 5"),
-    "a folder with files of something else": (foreign, "is not empty (holds thesis.tex)"),
+    "a folder with other files": (foreign, "is not empty (holds thesis.tex)"),
 }
 
 
