@@ -189,11 +189,11 @@ def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
     way = train_grouped if case.grouped else train
     ours = run(case.world, way, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
-    found = deviations(ours, expected)
-    table.append((case.name, found))
+    measured = deviations(ours, expected)
+    table.append((case.name, measured))
     assert min(expected.norms) > 0 and max(expected.norms) > 0.5, "the clip norm is not active"
     assert all(math.isfinite(loss) for loss in ours.losses)
-    worst = {kind: f"{value:.3g} × the limit at {where}" for kind, (value, where) in found.items() if not value <= 1}
+    worst = {kind: f"{value:.3g} × the limit at {where}" for kind, (value, where) in measured.items() if not value <= 1}
     assert not worst, f"{case.name}: {worst}"
 
 
@@ -205,15 +205,15 @@ ROW = re.compile(r"^\| (\d) · (\d) · (\d) \| (\d) \| ([\d.]+) \| ([\d.]+) \| (
 @pytest.mark.full
 def test_the_table_of_the_readme_is_what_one_step_gives(tmp_path, shared_folder, request):
     """Loss and gradient norm to the six digits that the README says, and their differences below its limit."""
-    one = alone(EIGHT, "", shared_folder)
-    measured = [(Case(1, zero=0, what=EIGHT), one.losses[0], one.norms[0])]
+    single = alone(EIGHT, "", shared_folder)
+    measured = [(Case(1, zero=0, what=EIGHT), single.losses[0], single.norms[0])]
     for case in SHOWN:
         (tmp_path / case.name).mkdir()
         ours = run(case.world, train, case.overrides(), str(tmp_path / case.name), 1, None)[0]
         measured.append((case, ours.losses[0], ours.norms[0]))
     rows = []
     for case, loss, norm in measured:
-        apart = [abs(a / b - 1) for a, b in ((loss, one.losses[0]), (norm, one.norms[0]))]
+        apart = [abs(a / b - 1) for a, b in ((loss, single.losses[0]), (norm, single.norms[0]))]
         assert max(apart) < 1e-6
         cells = [f"{case.tp} · {case.ep} · {case.zero}", str(case.world), f"{loss:.6g}", f"{norm:.6g}"]
         cells += ["–", "–"] if case.world == 1 else [f"{value:.0e}" if value else "0" for value in apart]
@@ -246,8 +246,8 @@ def write_table(file: Path, rows: list) -> None:
         "| case | " + " | ".join(kinds) + " |",
         "|---|" + "---|" * len(kinds),
     ]
-    for name, found in rows:
-        lines.append(f"| {name} | " + " | ".join(f"{found[kind][0]:.3f}" for kind in kinds) + " |")
-    worst = max(value for _, found in rows for value, _ in found.values())
+    for name, deviations_of_case in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{deviations_of_case[kind][0]:.3f}" for kind in kinds) + " |")
+    worst = max(value for _, deviations_of_case in rows for value, _ in deviations_of_case.values())
     lines += ["", f"{len(rows)} cases, largest deviation {worst:.3f} of the limit."]
     write_section(file, "Every layout trains the same function", "\n".join(lines))

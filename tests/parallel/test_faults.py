@@ -31,11 +31,11 @@ def killed_in(place: str, folder: str, rank: int) -> None:
     """Trains; the rank's process ends without a word at `place` of the save of step 6."""
     real_write, real_commit = checkpoint_module.write_rank, checkpoint_module.commit
 
-    def write_rank(aside, number, tensors, parts, step):
+    def write_rank(staging, number, tensors, parts, step):
         if step == 6 and torch.distributed.get_rank() == rank and place == "write":
-            (aside / f"rank-{number:05d}.safetensors").write_bytes(b"half a file")
+            (staging / f"rank-{number:05d}.safetensors").write_bytes(b"half a file")
             os._exit(9)
-        return real_write(aside, number, tensors, parts, step)
+        return real_write(staging, number, tensors, parts, step)
 
     def commit(*arguments):
         if arguments[3]["step"] == 6 and place == "commit":
@@ -57,8 +57,8 @@ def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     run(2, train, str(cut), "parallel.ep=2")
     assert steps_in(cut / "checkpoints") == [3, 6]
     assert not list((cut / "checkpoints").glob("*.writing"))
-    expected, found = state(straight, 6), state(cut, 6)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, actual = state(straight, 6), state(cut, 6)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     when = {"write": f"rank {rank} killed while it writes its file", "commit": "killed between shards and manifest"}[
         place
     ]
@@ -104,8 +104,8 @@ def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_a
     old, new = (folder_of(checkpoints, step) for step in (3, 6))
     lines = losses(tmp_path)
     (new / "manifest.json").rename(tmp_path / "kept.json")
-    (said,) = run(1, resumed_with_warnings, str(checkpoints))
-    assert said[0] == 3 and f"{new}: has no manifest.json" in said[1]
+    (messages,) = run(1, resumed_with_warnings, str(checkpoints))
+    assert messages[0] == 3 and f"{new}: has no manifest.json" in messages[1]
     assert choose_checkpoint(checkpoints) == old and f"{new}: has no manifest.json" in caplog.text  # by `sample`
     (old / "manifest.json").unlink()
     with pytest.raises(WorkerFailed, match="holds step-00000003, step-00000006, none a whole checkpoint of its step"):
@@ -189,12 +189,12 @@ def unwritable(folder: str, rank: int) -> None:
     """One rank's files cannot be written from step 4 on, once."""
     real = checkpoint_module.write_rank
 
-    def write_rank(aside, number, tensors, parts, step):
+    def write_rank(staging, number, tensors, parts, step):
         if step == 2 and number == rank:
-            return real(aside / "gone", number, tensors, parts, step) or real(
-                aside, number, {"x": "no tensor"}, [], step
+            return real(staging / "gone", number, tensors, parts, step) or real(
+                staging, number, {"x": "no tensor"}, [], step
             )
-        return real(aside, number, tensors, parts, step)
+        return real(staging, number, tensors, parts, step)
 
     checkpoint_module.write_rank = write_rank
     checkpoint_module.CheckpointManager.__init__ = _impatient(checkpoint_module.CheckpointManager.__init__)
@@ -270,7 +270,7 @@ def test_a_save_stalls_training_for_a_copy_only(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (saved,) = [line for line in lines if "save_stall_ms" in line]
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 3)).manifest
-    written = sum(one["size"] for one in manifest["ranks"])
+    written = sum(entry["size"] for entry in manifest["ranks"])
     assert 0.9 * written < saved["save_bytes"] < written
     assert manifest["run"] == Checkpoint(folder_of(tmp_path / "checkpoints", 6)).manifest["run"]
 

@@ -70,10 +70,12 @@ def test_labels_take_turns_or_are_drawn_for_each_image(run):
     request = GenerationRequest(run, Path("x"), 25)
     assert request.labels(config).tolist() == [i % 10 for i in range(25)]
     assert GenerationRequest(run, Path("x"), 5, only=(7, 2)).labels(config).tolist() == [7, 2, 7, 2, 7]
-    many = GenerationRequest(run, Path("x"), 4000, classes="random").labels(config)
-    assert np.abs(np.bincount(many, minlength=10) - 400).max() < 100
-    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(config) == many[:30]).all()
-    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(tiny("sample.seed=1")) != many[:30]).any()
+    random_labels = GenerationRequest(run, Path("x"), 4000, classes="random").labels(config)
+    assert np.abs(np.bincount(random_labels, minlength=10) - 400).max() < 100
+    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(config) == random_labels[:30]).all()
+    assert (
+        GenerationRequest(run, Path("x"), 30, classes="random").labels(tiny("sample.seed=1")) != random_labels[:30]
+    ).any()
 
 
 # ---- what is drawn
@@ -118,9 +120,9 @@ def test_each_guidance_scale_has_a_set(run, tmp_path):
     places = generate_images(GenerationRequest(run, tmp_path / "a.npz", 5, scales=("1.0", "2.5")), ALONE)
     assert [p.name for p in places] == ["a-guidance-1.npz", "a-guidance-2.5.npz"]
     generate_images(GenerationRequest(run, tmp_path / "b.npz", 5, overrides=("sample.guidance=2.5",)), ALONE)
-    one, two, alone = (ImageSet(p).read(0, 5) for p in (*places, tmp_path / "b.npz"))
+    first, two, alone = (ImageSet(p).read(0, 5) for p in (*places, tmp_path / "b.npz"))
     np.testing.assert_array_equal(two, alone)
-    assert (one != two).any()
+    assert (first != two).any()
     folders = generate_images(GenerationRequest(run, tmp_path / "c", 5, scales=(1, 2.5)), ALONE)
     assert folders == [tmp_path / "c" / "guidance-1", tmp_path / "c" / "guidance-2.5"]
     np.testing.assert_array_equal(ImageSet(folders[1]).read(0, 5), alone)
@@ -129,9 +131,9 @@ def test_each_guidance_scale_has_a_set(run, tmp_path):
 def test_three_ranks_draw_the_set_of_one(run, tmp_path):
     generate_images(GenerationRequest(run, tmp_path / "one.npz", 18, classes="random"), ALONE)
     as_job(3, tmp_path, generate_images, GenerationRequest(run, tmp_path / "three.npz", 18, classes="random"))
-    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "three.npz") as three:
+    with np.load(tmp_path / "one.npz") as single, np.load(tmp_path / "three.npz") as three:
         for name in ("arr_0", "arr_1"):
-            np.testing.assert_array_equal(one[name], three[name])
+            np.testing.assert_array_equal(single[name], three[name])
 
 
 def test_a_model_split_over_ranks_draws_the_same_images(run, tmp_path):
@@ -139,22 +141,22 @@ def test_a_model_split_over_ranks_draws_the_same_images(run, tmp_path):
     generate_images(GenerationRequest(run, tmp_path / "whole.npz", 22), ALONE)
     for name, world, tp, ep in (("two", 2, 1, 2), ("four", 4, 1, 2), ("both", 4, 2, 2)):
         as_job(world, tmp_path, generate_images, GenerationRequest(run, tmp_path / f"{name}.npz", 22, tp=tp, ep=ep))
-    whole, two, four, both = (
+    unsplit, two, four, both = (
         ImageSet(tmp_path / f"{name}.npz").read(0, 22).astype(int) for name in ("whole", "two", "four", "both")
     )
     np.testing.assert_array_equal(two, four)
     for split in (two, both):  # equal to rounding: a byte may differ by one, here and there
-        assert np.abs(split - whole).max() <= 1 and (split != whole).mean() < 0.01
+        assert np.abs(split - unsplit).max() <= 1 and (split != unsplit).mean() < 0.01
 
 
 def test_a_rank_loads_its_part_only(run):
-    one = Group((0,), 0)
-    whole, *_ = load_model(run)
+    single_rank = Group((0,), 0)
+    unsplit, *_ = load_model(run)
     for rank, experts in ((0, 2), (1, 1)):
         ep = Group((0, 1), rank)
-        part, *_ = load_model(run, mesh=Mesh(one, one, one, ep, one))
+        part, *_ = load_model(run, mesh=Mesh(single_rank, single_rank, single_rank, ep, single_rank))
         name = "blocks.1.mlp.experts.fc1.weight"
-        held, logical = dict(part.named_parameters())[name], dict(whole.named_parameters())[name]
+        held, logical = dict(part.named_parameters())[name], dict(unsplit.named_parameters())[name]
         assert held.shape[0] == 2 and logical.shape[0] == 3
         assert torch.equal(held[:experts], logical[2 * rank : 2 * rank + experts])
 
@@ -231,8 +233,8 @@ def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
 
 def test_ranks_stop_together_and_go_on_together(run, tmp_path):
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").mkdir(parents=True)  # one rank cannot write its chunk
-    said = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
-    assert len(set(said)) == 1 and "cannot be written (Is a directory); completed images are kept" in said[0]
+    messages = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
+    assert len(set(messages)) == 1 and "cannot be written (Is a directory); completed images are kept" in messages[0]
     assert (tmp_path / "set.npz.parts" / "chunk-000000.npy").exists()
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").rmdir()
     assert (

@@ -65,8 +65,8 @@ def fails_with(monkeypatch, trained, error: BaseException) -> None:
 
 def test_show_lists_every_preset_with_its_size(capsys):
     assert cli.main(["show"]) == 0
-    said = capsys.readouterr().out
-    rows = {line.split()[0]: line for line in said.splitlines() if line}
+    output = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in output.splitlines() if line}
     assert set(PRESETS) <= set(rows)
     assert "1,062,684,704" in rows["promoe_l"] and "458,262,560" in rows["promoe_l"]
     assert "dense" in rows["dit_l"]
@@ -83,13 +83,13 @@ def test_show_prints_a_config_that_can_be_read_back(capsys, tmp_path):
 
 def test_show_tells_size_and_layout(capsys):
     cli.main(["show", "--preset", "promoe_s", "--ranks", "8", "parallel.tp=2", "parallel.ep=8"])
-    said = capsys.readouterr().out
-    assert "total 75,543,584  trainable 75,445,280  active 32,993,312" in said
-    assert "layout over 8 ranks" in said
-    assert "tp 2 x data parallel dp 4" in said
-    assert "2 on 4 ranks, 1 on 4 ranks of an ep group" in said
-    assert "micro-batch 64 x dp 4" in said
-    assert "on the device" in said
+    output = capsys.readouterr().out
+    assert "total 75,543,584  trainable 75,445,280  active 32,993,312" in output
+    assert "layout over 8 ranks" in output
+    assert "tp 2 x data parallel dp 4" in output
+    assert "2 on 4 ranks, 1 on 4 ranks of an ep group" in output
+    assert "micro-batch 64 x dp 4" in output
+    assert "on the device" in output
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,20 @@ def test_show_takes_the_fewest_ranks(capsys, overrides, ranks):
 
 def test_show_keys_lists_every_field(capsys):
     assert cli.main(["show", "--keys"]) == 0
-    said = capsys.readouterr().out
-    shown = [line.split("=")[0].strip() for line in said.splitlines() if line.startswith("  ")]
+    output = capsys.readouterr().out
+    shown = [line.split("=")[0].strip() for line in output.splitlines() if line.startswith("  ")]
     everything = yaml.safe_load(to_yaml(Config()))
     assert shown == [f"{section}.{key}" for section, keys in everything.items() for key in keys]
-    assert "parallel.expert_tp=false" in said and "(identity | sigmoid | softmax)" in said
+    assert "parallel.expert_tp=false" in output and "(identity | sigmoid | softmax)" in output
 
 
 def test_wrong_config_is_told_in_one_message(capsys):
     assert cli.main(["show", "--preset", "digits", "model.dept=3", "--ranks", "3", "lr=1"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "3 problems" in said.err and "did you mean depth" in said.err and "train.global_batch" in said.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        "3 problems" in captured.err and "did you mean depth" in captured.err and "train.global_batch" in captured.err
+    )
 
 
 def imported_by(*words: str) -> set[str]:
@@ -177,8 +179,8 @@ def test_a_command_that_takes_no_settings_refuses_them(line, capsys):
 def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["launchers", str(tmp_path / "file")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(f"megapromoe: {tmp_path}/file") and said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"megapromoe: {tmp_path}/file") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_an_interrupt_says_how_to_continue(module, function, line, monkeypatch, 
 
     monkeypatch.setattr(cli.load(module), function, interrupt)
     assert cli.main([module, *line]) == 130
-    said = capsys.readouterr().err
-    assert said.startswith("megapromoe: interrupted") and "repeat the command to continue" in said
+    errors = capsys.readouterr().err
+    assert errors.startswith("megapromoe: interrupted") and "repeat the command to continue" in errors
 
 
 # ---- tools/, the same commands from a checkout
@@ -364,8 +366,8 @@ def test_a_config_file_replaces_the_default_preset(trained, tmp_path):
 def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", world=3))
     assert cli.main(["train", "--run-dir", "x", "parallel.tp=2"]) == 2
-    said = capsys.readouterr().err
-    assert "parallel.tp = 2: must divide the 3 ranks" in said and "--run-dir" not in said
+    errors = capsys.readouterr().err
+    assert "parallel.tp = 2: must divide the 3 ranks" in errors and "--run-dir" not in errors
     assert not trained
 
 
@@ -390,9 +392,9 @@ def test_a_wrong_launch_exits_with_2(trained, monkeypatch, capsys):
 def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
     line = ["train", "--run-dir", str(tmp_path / "new"), "--dry-run"]
     assert cli.main([*line, "--yaml"]) == 0
-    said = capsys.readouterr().out
-    assert "layout over 1 rank" in said and f"{tmp_path / 'new'}: a new run" in said
-    assert yaml.safe_load(said)["model"]["depth"] == resolve("digits").model.depth
+    output = capsys.readouterr().out
+    assert "layout over 1 rank" in output and f"{tmp_path / 'new'}: a new run" in output
+    assert yaml.safe_load(output)["model"]["depth"] == resolve("digits").model.depth
     assert cli.main([*line, "data.condition_dropout=0.2", "train.steps=1000", "train.accumulation=2"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["parameters"] == parameters(resolve("digits").model).in_words
@@ -412,10 +414,12 @@ def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys
     before = sorted(tmp_path.rglob("*"))
     latents = ["data.source=latents", f"data.path={tmp_path / 'nowhere'}", f"data.cache={tmp_path / 'cache'}"]
     assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run", *latents]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("megapromoe: 2 problems in this start:") and "data.source: the run has" in said.err
-    assert f"{tmp_path / 'nowhere'} holds no manifest.json; create it with megapromoe encode" in said.err
-    assert "4 blocks" in said.out and f"{tmp_path}: refused, see below" in said.out
+    captured = capsys.readouterr()
+    assert (
+        captured.err.startswith("megapromoe: 2 problems in this start:") and "data.source: the run has" in captured.err
+    )
+    assert f"{tmp_path / 'nowhere'} holds no manifest.json; create it with megapromoe encode" in captured.err
+    assert "4 blocks" in captured.out and f"{tmp_path}: refused, see below" in captured.out
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -427,13 +431,13 @@ def test_dry_run_opens_the_data(trained, tmp_path, capsys):
     line = ["train", "--run-dir", str(tmp_path / "new"), "--dry-run", *model, *data]
     assert cli.main(line) == 0
     assert "latents: 40 records of 2x4x4, 4 classes" in capsys.readouterr().out
-    for fault, said in {
+    for fault, message in {
         "train.global_batch=41": "holds 40 records, fewer than train.global_batch = 41",
         "model.in_channels=4": "records have shape (2, 4, 4), the model takes (4, 4, 4)",
         "model.num_classes=9": "4 classes, the model has 9",
     }.items():
         assert cli.main([*line, fault]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     next((tmp_path / "latents").glob("shard-*")).unlink()
     assert cli.main(line) == 2
     assert "cannot be opened" in capsys.readouterr().err
@@ -446,8 +450,8 @@ def test_a_large_preset_trains_on_nothing_that_was_not_chosen(preset, trained, t
     remedies = ["data.source=latents data.path=DIR", "data.source=synthetic"]
     for words in ([], ["--dry-run"]):
         assert cli.main([*line, *words]) == 2
-        said = capsys.readouterr().err
-        assert "data.source = 'unset': no training data is chosen" in said and all(r in said for r in remedies)
+        errors = capsys.readouterr().err
+        assert "data.source = 'unset': no training data is chosen" in errors and all(r in errors for r in remedies)
     assert not trained and not (tmp_path / "run").exists()
     assert cli.main([*line, "data.path=latents"]) == 2
     assert "data.path = 'latents': is for data.source = latents or fashion_mnist: set that" in capsys.readouterr().err
@@ -489,8 +493,8 @@ def test_changing_the_steps_of_a_run_does_not_change_its_warm_up(trained, tmp_pa
     assert warmup("train.steps=20") == warmup() == warmup("train.steps=9000") == 2
     assert warmup("train.warmup=7") == 7
     assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "train.steps: 20 -> 500" in said and "train.warmup" not in said
+    output = capsys.readouterr().out
+    assert "train.steps: 20 -> 500" in output and "train.warmup" not in output
 
 
 def test_dry_run_of_a_run_in_use_may_be_tried_again(trained, tmp_path, capsys):
@@ -507,7 +511,7 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "error, said, code",
+    "error, message, code",
     [
         (RunInUse, "", 1),
         (RunDirectoryError, "", 2),
@@ -516,12 +520,12 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
         (LaunchError, "megapromoe, rank 1: why\n", 2),
     ],
 )
-def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, said, code):
+def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, message, code):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
     assert cli.main(["train", "--run-dir", "x"]) == code
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained, monkeypatch):
@@ -542,8 +546,8 @@ def test_what_is_no_error_for_the_user_is_a_bug_and_keeps_its_traceback(trained,
 def test_a_package_that_is_missing_is_named_with_the_environment_and_is_not_tried_again(trained, monkeypatch, capsys):
     fails_with(monkeypatch, trained, ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed.ops"))
     assert cli.main(["train", "--run-dir", "x"]) == 2
-    said = capsys.readouterr().err
-    assert f"deepspeed is not installed in the environment that this process runs in, {sys.prefix}; install" in said
+    errors = capsys.readouterr().err
+    assert f"deepspeed is not installed in the environment that this process runs in, {sys.prefix}; install" in errors
     wheel = ImportError("libcudart.so.12: cannot open shared object file", name="torch._C", path="/x/torch/_C.so")
     fails_with(monkeypatch, trained, wheel)
     assert cli.main(["train", "--run-dir", "x"]) == 2
@@ -636,8 +640,8 @@ def test_sample_writes_into_the_run_by_default(sampled):
 
 def test_sample_changes_only_how_images_are_drawn(sampled, capsys):
     assert cli.main(["sample", "--run-dir", "r", "--out", "o.png", "model.depth=3", "train.lr=1"]) == 2
-    said = capsys.readouterr().err
-    assert "'model.depth=3'" in said and "'train.lr=1'" in said
+    errors = capsys.readouterr().err
+    assert "'model.depth=3'" in errors and "'train.lr=1'" in errors
     assert not sampled
 
 

@@ -33,16 +33,16 @@ COMMANDS = documented()
 
 def forms(kind: str, cheap: bool | None = None) -> list[str]:
     """Documented commands whose small form is of a kind; a command without a rule is of every kind, and fails."""
-    found = []
+    texts = []
     for command in COMMANDS:
         try:
             form = small(command.text)
         except NoRule:
-            found.append(command.text)
+            texts.append(command.text)
         else:
             if form.kind == kind and cheap in (None, form.cheap):
-                found.append(command.text)
-    return found
+                texts.append(command.text)
+    return texts
 
 
 def test_there_are_commands_of_every_place():

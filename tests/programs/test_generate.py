@@ -76,24 +76,24 @@ def test_ranks_draw_the_images_of_one(overrides):
     config = tiny(*overrides)
     model = stirred(config)
     labels = [i % 11 for i in range(10)]  # 10 is the null class
-    whole = generate(model, config, labels, range(10))
-    assert whole.shape == (10, 1, 8, 8) and whole.std() > 0.1
+    single = generate(model, config, labels, range(10))
+    assert single.shape == (10, 1, 8, 8) and single.std() > 0.1
     for world in (2, 4):
         for rank in range(world):
             for numbers in ranges_of(rank, world, 10, 4):
                 part = generate(model, config, labels[numbers.start : numbers.stop], numbers)
-                assert torch.equal(part, whole[numbers.start : numbers.stop])
+                assert torch.equal(part, single[numbers.start : numbers.stop])
 
 
 def test_an_image_is_fixed_by_seed_index_and_label():
     config = tiny()
     model = stirred(config)
-    whole = generate(model, config, [1, 2, 3, 4, 5, 6], range(6))
+    images = generate(model, config, [1, 2, 3, 4, 5, 6], range(6))
     for index in (0, 3, 5):  # in other company, equal to rounding
-        torch.testing.assert_close(generate(model, config, [index + 1], [index])[0], whole[index])
-    assert not torch.equal(generate(model, config, [7], [0])[0], whole[0])
-    assert not torch.equal(generate(model, config, [1], [1])[0], whole[0])
-    assert not torch.equal(generate(model, tiny("sample.seed=1"), [1], [0])[0], whole[0])
+        torch.testing.assert_close(generate(model, config, [index + 1], [index])[0], images[index])
+    assert not torch.equal(generate(model, config, [7], [0])[0], images[0])
+    assert not torch.equal(generate(model, config, [1], [1])[0], images[0])
+    assert not torch.equal(generate(model, tiny("sample.seed=1"), [1], [0])[0], images[0])
 
 
 def test_the_run_s_shift_of_noise_levels_is_used():
@@ -103,10 +103,10 @@ def test_the_run_s_shift_of_noise_levels_is_used():
 
 
 def test_the_model_s_mode_is_restored_and_progress_reported():
-    model, seen = stirred(tiny()).train(), []
-    generate(model, tiny(), [1] * 6, range(6), progress=lambda done, total: seen.append((done, total)))
+    model, reported = stirred(tiny()).train(), []
+    generate(model, tiny(), [1] * 6, range(6), progress=lambda done, total: reported.append((done, total)))
     assert model.training
-    assert seen == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
+    assert reported == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
 
 
 def gathered(request: tuple[Path, int], launch: LaunchEnvironment) -> list | None:
@@ -240,12 +240,12 @@ def test_three_ranks_write_the_images_of_one(run, tmp_path):
         run, tmp_path / "one.npz", 5, only=(3, 5), preview=True, overrides=("sample.guidance=2",)
     )
     generate_images(request, ALONE)
-    there = tmp_path / "three.npz"
-    assert as_job(3, tmp_path, generate_images, replace(request, out=there)) == [[there]] * 3
-    one, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
-    assert one["labels"].tolist() == [3] * 5 + [5] * 5 and one["seed"] == 0
-    np.testing.assert_array_equal(one["images"], three["images"])
-    np.testing.assert_array_equal(one["labels"], three["labels"])
+    file = tmp_path / "three.npz"
+    assert as_job(3, tmp_path, generate_images, replace(request, out=file)) == [[file]] * 3
+    single, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
+    assert single["labels"].tolist() == [3] * 5 + [5] * 5 and single["seed"] == 0
+    np.testing.assert_array_equal(single["images"], three["images"])
+    np.testing.assert_array_equal(single["labels"], three["labels"])
 
 
 def test_all_that_is_wrong_is_reported_at_once(run, tmp_path):

@@ -151,8 +151,8 @@ def test_steps_have_all_variables_and_neighbours_a_socket():
 def test_a_run_directory_that_cannot_be_made_is_a_wrong_configuration():
     """Every attempt would fail at the same place."""
     job = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "NTASKS": "8", "JOB_NAME": "x", "JOB_NODELIST": "n1"}
-    said = call("promoe_s", DATA, code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
-    assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in said
+    output = call("promoe_s", DATA, code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
+    assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in output
 
 
 def test_ranks_meet_where_slurm_or_the_user_says():
@@ -162,7 +162,7 @@ def test_ranks_meet_where_slurm_or_the_user_says():
 
 
 @pytest.mark.parametrize(
-    "words, env, said",
+    "words, env, message",
     [
         (["parallel.ep=3", "train.lr=fast"], {}, "2 problems in the configuration"),
         (["--nodes=3"], {}, "nearest: 240, 264"),
@@ -178,9 +178,9 @@ def test_ranks_meet_where_slurm_or_the_user_says():
         (["--", "--config", "no.yaml"], {}, "no.yaml: cannot be read"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
-    assert said in call("promoe_b", "--dry-run", *words, code=2, **env)
-    assert said in call("promoe_b", *words, code=2, **env)
+def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, message):
+    assert message in call("promoe_b", "--dry-run", *words, code=2, **env)
+    assert message in call("promoe_b", *words, code=2, **env)
 
 
 @pytest.mark.parametrize("script, words", [("promoe_l", ()), ("local", ("promoe_b", "parallel.ep=1"))])
@@ -215,22 +215,22 @@ def test_a_python_can_be_chosen(tmp_path):
 
 def test_without_a_choice_it_is_the_environment_beside_the_launchers_or_what_path_finds(tmp_path):
     shutil.copytree(LAUNCHERS, tmp_path / "launchers")
-    found, beside = tmp_path / "found" / "bin", tmp_path / ".venv" / "bin"
-    for folder in (found, beside):
+    on_path, beside = tmp_path / "found" / "bin", tmp_path / ".venv" / "bin"
+    for folder in (on_path, beside):
         folder.mkdir(parents=True)
         (folder / "megapromoe").write_text(f'#!/bin/sh\necho "{folder}: $1" >&2\nexit 2\n')
         (folder / "megapromoe").chmod(0o755)
 
-    def said(path: str) -> str:
+    def errors_with(path: str) -> str:
         command = ["bash", str(tmp_path / "launchers" / "promoe_b.sh"), "--dry-run"]
         done = subprocess.run(command, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert done.returncode == 2
         return done.stderr
 
-    assert said(f"{found}:/usr/bin:/bin") == f"{beside}: show\n"
+    assert errors_with(f"{on_path}:/usr/bin:/bin") == f"{beside}: show\n"
     shutil.rmtree(tmp_path / ".venv")
-    assert said(f"{found}:/usr/bin:/bin") == f"{found}: show\n"
-    assert "megapromoe is not on PATH; set MEGAPROMOE_ENV" in said("/usr/bin:/bin")
+    assert errors_with(f"{on_path}:/usr/bin:/bin") == f"{on_path}: show\n"
+    assert "megapromoe is not on PATH; set MEGAPROMOE_ENV" in errors_with("/usr/bin:/bin")
 
 
 def test_a_machine_without_slurm_is_told(tmp_path):
@@ -244,8 +244,8 @@ def test_outside_a_job_the_script_submits_itself(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     sbatch.chmod(0o755)
-    said = call("promoe_l", "--hold", DATA, PATH=f"{tmp_path}:{ENV['PATH']}")
-    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), DATA]
+    output = call("promoe_l", "--hold", DATA, PATH=f"{tmp_path}:{ENV['PATH']}")
+    assert output.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), DATA]
 
 
 # ---- as text
@@ -275,8 +275,8 @@ def test_scripts_are_strict_and_know_no_site(script):
 
 @pytest.mark.parametrize("name", [*SIZES, "local", "mpirun", "scaling_experts"])
 def test_help_teaches(name):
-    said = call(name, "--help")
-    assert f"launchers/{name}.sh" in said and "MEGAPROMOE_ENV" in said and "section.key=value" in said
+    output = call(name, "--help")
+    assert f"launchers/{name}.sh" in output and "MEGAPROMOE_ENV" in output and "section.key=value" in output
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -353,7 +353,7 @@ def test_mpirun_trains_the_same(local, ranks, tmp_path):
 
 def test_a_cache_folder_of_another_user_is_refused(tmp_path):
     (tmp_path / "cache").symlink_to(tmp_path)
-    said = call(
+    output = call(
         "local", "digits", *TINY, NPROC="1", RUN_DIR=str(tmp_path / "run"), NODE_CACHE=str(tmp_path / "cache"), code=2
     )
-    assert "set NODE_CACHE" in said and not list((tmp_path / "run").glob("config.yaml"))
+    assert "set NODE_CACHE" in output and not list((tmp_path / "run").glob("config.yaml"))

@@ -42,9 +42,9 @@ WRONG = {
 @pytest.mark.full
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_start_that_can_never_succeed_ends_with_2(fault, tmp_path, fault_table):
-    make, said = WRONG[fault]
+    make, message = WRONG[fault]
     done = started(tmp_path, *make(tmp_path))
-    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
     fault_table.append((fault, "named, exit code 2: launchers do not queue the job again", "nothing"))
 

@@ -138,11 +138,11 @@ def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_
     )
     monkeypatch.setattr("sys.argv", ["train_digits.py", "--run-dir", str(tmp_path)])
     assert tool.main() == code
-    said = capsys.readouterr()
-    assert ("95% are required only after the default of 500 steps" in said.out) == (steps != 500)
-    assert ("is below 95%" in said.err) == bool(code)
+    captured = capsys.readouterr()
+    assert ("95% are required only after the default of 500 steps" in captured.out) == (steps != 500)
+    assert ("is below 95%" in captured.err) == bool(code)
     if steps != 500:
-        assert f"accuracy {accuracy:.1%} after {steps} steps" in said.out
+        assert f"accuracy {accuracy:.1%} after {steps} steps" in captured.out
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["steps=3"], ["--rank", "2"]])

@@ -39,8 +39,8 @@ def test_axes_may_be_presets_and_steps():
             "variants": {"promoe": {}},
         }
     )
-    found = {task.name: (task.config.model.hidden_size, task.config.train.steps) for task in expand(made)}
-    assert found == {
+    sizes = {task.name: (task.config.model.hidden_size, task.config.train.steps) for task in expand(made)}
+    assert sizes == {
         "promoe-promoe_s-steps10-seed0": (384, 10),
         "promoe-promoe_s-steps20-seed0": (384, 20),
         "promoe-promoe_b-steps10-seed0": (768, 10),
@@ -118,7 +118,7 @@ def test_everything_wrong_with_a_recipe_is_told_at_once():
             }
         )
     message = str(caught.value)
-    for said in (
+    for expected in (
         "did you mean preset?",
         "preset: is missing",
         "model.num_experts",
@@ -126,7 +126,7 @@ def test_everything_wrong_with_a_recipe_is_told_at_once():
         "a/b",
         "did you mean settings?",
     ):
-        assert said in message
+        assert expected in message
     assert "weights = 'mean': must be one of ema, master" in message
     assert "tolerance" in message and "needs a launcher" in message
 
@@ -226,8 +226,8 @@ def planned(folder, capsys, *words: str, code: int = 0) -> str:
     """What `study plan` says of ProMoE, token choice and dense."""
     routers = [] if "--routers" in words else ["--routers", "promoe", "tc", "dense"]
     assert main(["study", "plan", str(folder), "--preset", "promoe_b", "--seeds", "0", *routers, *words]) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
 
 
 def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, capsys):
@@ -254,8 +254,8 @@ def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, c
 def test_a_setting_that_a_model_cannot_take_is_that_of_the_preset_there(routers, setting, expected, tmp_path, capsys):
     planned(tmp_path, capsys, "--routers", *routers.split(), "--ranks", "8", "--launcher", "srun python", setting)
     section, _, name = setting.partition("=")[0].partition(".")
-    found = {task.variant: getattr(getattr(task.config, section), name) for task in open_study(tmp_path).tasks}
-    assert found == expected
+    values = {task.variant: getattr(getattr(task.config, section), name) for task in open_study(tmp_path).tasks}
+    assert values == expected
 
 
 def test_a_preset_whose_own_router_cannot_take_a_setting_is_no_hindrance(tmp_path, capsys):

@@ -53,12 +53,12 @@ def test_two_real_commands_at_once_train_and_evaluate_one_study(tmp_path):
     words = [sys.executable, "-m", "megapromoe", "study", "run", str(study.folder)]
     commands = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        said = [command.communicate(timeout=600)[1] for command in commands]
+        errors = [command.communicate(timeout=600)[1] for command in commands]
     finally:
         for command in commands:
             command.kill()
-    assert [command.returncode for command in commands] == [0, 0], said
-    assert all("2 of 2 done, 0 failed" in text for text in said)
+    assert [command.returncode for command in commands] == [0, 0], errors
+    assert all("2 of 2 done, 0 failed" in text for text in errors)
     for task in study.tasks:
         steps = [json.loads(line)["step"] for line in (study.run(task) / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3] and study.loss_file(task).exists()
@@ -156,8 +156,8 @@ def submitted(folder, launcher: str, ranks: int, capsys, *words: str, code: int 
     if not folder.exists():
         plan(folder, recipe(seeds=[0], ranks=ranks, launcher=launcher.split()))
     assert main(["study", "submit", str(folder), "--dry-run", *words]) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out.split("--array=0-1 ")[1].split(str(ROOT))[0].strip()
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out.split("--array=0-1 ")[1].split(str(ROOT))[0].strip()
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_submit_asks_for_what_the_ranks_need(launcher, ranks, words, expected, t
 
 
 def test_ranks_that_the_launcher_cannot_reach_are_refused(tmp_path, capsys):
-    said = submitted(tmp_path / "s", "torchrun --standalone --nproc-per-node 16", 16, capsys, code=2)
-    assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in said
+    message = submitted(tmp_path / "s", "torchrun --standalone --nproc-per-node 16", 16, capsys, code=2)
+    assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in message
     assert submitted(tmp_path / "s", "", 16, capsys, "--gpus-per-node=16").startswith("--nodes=1 --ntasks=1 ")
-    said = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
-    assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in said
+    message = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
+    assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in message
 
 
 def test_srun_is_asked_to_save_by_the_signal_that_it_hands_on(tmp_path):

@@ -119,9 +119,9 @@ def test_an_evaluation_says_the_largest_share(run):
 def test_averages_of_a_study_warm_up_unless_its_recipe_says_otherwise(tmp_path):
     study = plan(tmp_path / "s", recipe(preset="promoe_s", settings={}))
     assert all(task.config.train.ema_warmup for task in study.tasks)
-    told = plan(tmp_path / "told", recipe(settings={"train.ema_warmup": False}))
-    assert not any(task.config.train.ema_warmup for task in told.tasks)
-    assert [task.config for task in open_study(tmp_path / "told").tasks] == [task.config for task in told.tasks]
+    explicit = plan(tmp_path / "told", recipe(settings={"train.ema_warmup": False}))
+    assert not any(task.config.train.ema_warmup for task in explicit.tasks)
+    assert [task.config for task in open_study(tmp_path / "told").tasks] == [task.config for task in explicit.tasks]
 
 
 def test_a_study_that_was_planned_before_goes_on_with_its_constant_decay(tmp_path):
@@ -133,13 +133,13 @@ def test_a_study_that_was_planned_before_goes_on_with_its_constant_decay(tmp_pat
 
 
 def test_results_of_a_study_name_the_largest_share(tmp_path):
-    found = rows(finished(tmp_path, recipe()))
-    shares = [0.002 * number for number in range(len(found))]
-    with_shares = [row | {"initial_share": share} for row, share in zip(found, shares, strict=True)]
+    results = rows(finished(tmp_path, recipe()))
+    shares = [0.002 * number for number in range(len(results))]
+    with_shares = [row | {"initial_share": share} for row, share in zip(results, shares, strict=True)]
     text = to_markdown(with_shares, recipe(), [], [])
     assert f"Of the averaged weights at most {max(shares):.1%} are still the initial ones." in text
     with_shares[0]["initial_share"] = 0.975
     text = to_markdown(with_shares, recipe(), [], [])
     assert "at most 97.5% are still the initial ones: too much, use `weights: master`" in text
-    assert "still the initial" not in to_markdown(found, recipe(), [], []), "losses of an earlier version"
+    assert "still the initial" not in to_markdown(results, recipe(), [], []), "losses of an earlier version"
     assert "still the initial" not in to_markdown(with_shares, recipe(weights="master"), [], [])

@@ -20,12 +20,12 @@ def nested(key: str, value) -> dict:
 
 
 def merged(*contents: dict) -> dict:
-    whole: dict = {}
+    result: dict = {}
     for content in contents:
         for key, value in content.items():
-            inner = whole.get(key)
-            whole[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return whole
+            inner = result.get(key)
+            result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
 
 
 def written(tmp_path, content) -> str:
@@ -37,9 +37,9 @@ def written(tmp_path, content) -> str:
 def refused_by_show(setting: str, capsys) -> list[str]:
     """The sentences with which `show` refuses a setting."""
     assert cli.main(["show", "--preset", "digits", setting]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err.splitlines()[1:]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()[1:]
 
 
 def value_with_an_effect(key: str):

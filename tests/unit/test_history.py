@@ -111,7 +111,7 @@ def test_pictures_of_sample_go_with_their_step(run):
 def contents(run: RunDirectory) -> dict[str, int]:
     """How often each step's checkpoint, picture and log line are in the run and its complete branches."""
     count: dict[str, int] = {}
-    folders = [run.folder, *(one.folder for one in left_branches(run))]
+    folders = [run.folder, *(branch.folder for branch in left_branches(run))]
     for folder in folders:
         for path in [*folder.glob("checkpoints/step-*"), *folder.glob("samples/*.png")]:
             count[path.name] = count.get(path.name, 0) + 1
@@ -123,14 +123,14 @@ def test_a_branch_folder_that_is_damaged_or_of_another_kind_is_never_removed(run
     (left.folder / "branch.json").write_text("{")
     kept = leave_branch(run, 10, "why")
     (kept.folder / "branch.json").unlink()
-    own = run.branches / "notes"
-    own.mkdir()
+    notes = run.branches / "notes"
+    notes.mkdir()
     complete_moves(run)
     assert steps_in(left.folder / "checkpoints") == [25, 30, 35, 40] and steps_in(kept.folder / "checkpoints") == [
         15,
         20,
     ]
-    assert own.is_dir() and left_branches(run) == [] and "main-after-20/branch.json: is damaged" in caplog.text
+    assert notes.is_dir() and left_branches(run) == [] and "main-after-20/branch.json: is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("killed_at", range(16))

@@ -123,8 +123,8 @@ def refused(section, **changes) -> str:
 def test_the_widths_of_the_classifiers_are_those_that_are_checked():
     import torch
 
-    seen = features.Classifier(8, 1, 10)(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    assert max(seen.pooled_ND.shape[1], seen.spatial_NP.flatten(1).shape[1]) == names.CLASSIFIER_FEATURES
+    outputs = features.Classifier(8, 1, 10)(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert max(outputs.pooled_ND.shape[1], outputs.spatial_NP.flatten(1).shape[1]) == names.CLASSIFIER_FEATURES
 
 
 def test_every_that_no_task_reaches():
@@ -133,13 +133,16 @@ def test_every_that_no_task_reaches():
 
 def test_data_without_a_classifier_or_pixels():
     latents = resolve("promoe_s", overrides=["data.source=latents", "data.path=x"])
-    said = "\n".join(problems_of(ImageEvaluation(num=200), latents))
-    assert "evaluate.features: there is no classifier for 'latents'; give the file of the standard Inception" in said
+    messages = "\n".join(problems_of(ImageEvaluation(num=200), latents))
     assert (
-        "evaluate.autoencoder: is missing" in said and "evaluate.reference = 'data': the runs train on latents" in said
+        "evaluate.features: there is no classifier for 'latents'; give the file of the standard Inception" in messages
     )
-    whole = ImageEvaluation(num=200, features="i.pth", autoencoder="vae", reference="r.npz")
-    assert problems_of(whole, latents) == []
+    assert (
+        "evaluate.autoencoder: is missing" in messages
+        and "evaluate.reference = 'data': the runs train on latents" in messages
+    )
+    complete = ImageEvaluation(num=200, features="i.pth", autoencoder="vae", reference="r.npz")
+    assert problems_of(complete, latents) == []
 
 
 def test_files_are_found_from_other_folders(tmp_path, monkeypatch):
@@ -239,12 +242,13 @@ def test_a_plan_tells_what_the_evaluations_cost(tmp_path, capsys):
     file.write_text(yaml.safe_dump(recipe_dict(evaluated(axes={}))))
     made = expand(evaluated(axes={}))
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", str(file), "--throughput", "1e6"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # 3 checkpoints, 200 images, 4 steps of the sampler; at scale 1 one pass, at 1.5 two.
     job = evaluation_of(evaluated(axes={}), made[0])
     flops = 2 * job.flops(3)
     assert job.flops(3) == 3 * 200 * 4 * 3 * flops_per_image(made[0].config.model).forward
     assert (
-        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of sampling" in said
+        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of sampling"
+        in output
     )
-    assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in said
+    assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in output

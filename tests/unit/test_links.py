@@ -118,12 +118,12 @@ def test_a_dangling_lock_makes_no_file(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("look", [True, False])
-def test_a_pipe_as_lock_is_not_waited_for(run_folder, look):
+@pytest.mark.parametrize("only_read", [True, False])
+def test_a_pipe_as_lock_is_not_waited_for(run_folder, only_read):
     (run_folder / "run.lock").unlink()
     os.mkfifo(run_folder / "run.lock")
     with pytest.raises(RunDirectoryError, match="is no regular file; remove it"):
-        RunDirectory(run_folder).state(CONFIG) if look else RunDirectory.open(run_folder, CONFIG, 1)
+        RunDirectory(run_folder).state(CONFIG) if only_read else RunDirectory.open(run_folder, CONFIG, 1)
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])

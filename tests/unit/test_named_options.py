@@ -56,27 +56,27 @@ def flags() -> set[str]:
 
 def strings_of(file: Path) -> list[tuple[int, str]]:
     """The strings of a file with their lines, docstrings among them; a formatted one in one piece."""
-    found = []
+    strings = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
             parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
-            found.append((node.lineno, "".join(map(str, parts))))
+            strings.append((node.lineno, "".join(map(str, parts))))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append((node.lineno, node.value))
-    return found
+            strings.append((node.lineno, node.value))
+    return strings
 
 
 def texts() -> list[tuple[str, str]]:
     """Everything that users read, with its place."""
-    found = [(str(path.relative_to(ROOT)), path.read_text()) for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"]]
+    places = [(str(path.relative_to(ROOT)), path.read_text()) for path in [*DOCUMENTS, ROOT / "CHANGELOG.md"]]
     for script in (ROOT / "launchers").glob("*.sh"):
-        told = re.findall(r"^##.*|HELP\+?='[^']*'|(?:die|note|echo) \"[^\"]*\"", script.read_text(), flags=re.M)
-        found.append((f"launchers/{script.name}", "\n".join(told)))
-    found += list(helps().items())
+        messages = re.findall(r"^##.*|HELP\+?='[^']*'|(?:die|note|echo) \"[^\"]*\"", script.read_text(), flags=re.M)
+        places.append((f"launchers/{script.name}", "\n".join(messages)))
+    places += list(helps().items())
     for file in (ROOT / "megapromoe").rglob("*.py"):
         sentences = [(line, text) for line, text in strings_of(file) if text.count(" ") > 2]
-        found += [(f"{file.relative_to(ROOT)}:{line}", text) for line, text in sentences]
-    return found
+        places += [(f"{file.relative_to(ROOT)}:{line}", text) for line, text in sentences]
+    return places
 
 
 def test_every_setting_that_is_named_exists():

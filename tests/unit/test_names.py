@@ -15,7 +15,7 @@ REFUSED = {
     *("seen", "turn", "scene", "look", "lean", "around", "stray", "follow"),
 }
 
-# Packages, or patterns of files, that are clean. Add a package when its last name of `REFUSED` is gone.
+# Packages and folders of programs, or patterns of files.
 CLEAN = (
     "megapromoe/*.py",
     "megapromoe/benchmark",
@@ -36,6 +36,12 @@ CLEAN = (
     "megapromoe/studies",
     "megapromoe/training",
     "tools",
+    "tests/*.py",
+    "tests/cluster",
+    "tests/parallel",
+    "tests/programs",
+    "tests/support",
+    "tests/unit",
 )
 
 SHAPE = re.compile(r"(?<=[a-z])_[A-Z0-9]*[A-Z][A-Za-z0-9]*$")  # the suffix of `x_BSD`

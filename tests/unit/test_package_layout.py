@@ -32,15 +32,15 @@ ORDER = (
 
 def modules(tree: ast.AST) -> set[str]:
     """Dotted names of all that a file imports, wherever in it."""
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             # `from a import b`: b may be a module
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def package_of(file: Path) -> str:

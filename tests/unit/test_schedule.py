@@ -74,9 +74,9 @@ def opened(folder) -> RunDirectory:
 
 
 def test_a_dry_run_says_what_the_learning_rate_becomes(tmp_path):
-    said = opened(tmp_path).state(config("train.steps=200"), progress="continues from step-00000100", step=100)
-    assert "continues from step-00000100; changes\n  train.steps: 100 -> 200\n  learning rate: " in said
-    assert said.endswith("-> 0.0005 at step 101 (0 without these changes)")
+    state = opened(tmp_path).state(config("train.steps=200"), progress="continues from step-00000100", step=100)
+    assert "continues from step-00000100; changes\n  train.steps: 100 -> 200\n  learning rate: " in state
+    assert state.endswith("-> 0.0005 at step 101 (0 without these changes)")
 
 
 def test_open_notes_what_changed_for_the_log(tmp_path):

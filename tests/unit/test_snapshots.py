@@ -36,8 +36,8 @@ def save(run: RunDirectory, step: int, kinds: tuple[str, ...] = KINDS, branch: s
     tensors = {f"{kind}/{name}@0": (state.read(kind, name) + step).view(-1) for kind in kinds for name in shapes}
     parts = []
     for name, shape in shapes.items():
-        whole = [[0, n] for n in shape]
-        parts.append([name, 0, torch.Size(shape).numel(), [list(shape), [[whole, whole]]]])
+        full_range = [[0, n] for n in shape]
+        parts.append([name, 0, torch.Size(shape).numel(), [list(shape), [[full_range, full_range]]]])
     assert not write_rank(staging, 0, tensors, parts, step)
     facts = {"step": step, "updates": step, "run": "abc", "branch": branch, "config": to_dict(CONFIG), "buffers": []}
     facts |= {"shapes": {name: list(shape) for name, shape in shapes.items()}}

@@ -12,22 +12,22 @@ class Step:
     """A step's result that says whether anybody looked."""
 
     def __init__(self, applied: bool = True, stop: bool = False, norm: float = 1.0, save: bool = False):
-        self.said, self.looked = (applied, stop, norm, save), False
+        self.values, self.looked = (applied, stop, norm, save), False
 
     def __getattr__(self, name: str):
         self.looked = True
-        return dict(zip(("applied", "stop", "norm", "save"), self.said, strict=True))[name]
+        return dict(zip(("applied", "stop", "norm", "save"), self.values, strict=True))[name]
 
 
 def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
     """Of each step: was the one before it looked at, and it itself, when it was taken in?"""
-    progress, results, seen = StepTracker(t, {}), [], []
+    progress, results, looked = StepTracker(t, {}), [], []
     for step in range(1, steps + 1):
         results.append(Step())
         progress.add(step, results[-1])
-        seen.append((all(r.looked for r in results[:-1]), results[-1].looked))
+        looked.append((all(r.looked for r in results[:-1]), results[-1].looked))
     assert progress.updates == sum(r.looked for r in results)
-    return seen
+    return looked
 
 
 def test_a_step_is_looked_at_when_the_next_is_under_way():
@@ -38,11 +38,11 @@ def test_a_step_is_looked_at_when_the_next_is_under_way():
 @pytest.mark.parametrize("setting", ["log_every", "save_every", "sample_every", "snapshot_every"])
 def test_what_needs_a_step_looks_at_it(setting):
     t = TrainConfig(**{"steps": 100, "log_every": 50, "save_every": 0, setting: 3})
-    assert [own for _, own in looked_at(t, 7)] == [False, False, True, False, False, True, False]
+    assert [itself for _, itself in looked_at(t, 7)] == [False, False, True, False, False, True, False]
 
 
 def test_spikes_are_judged_by_all_norms_so_far():
-    assert all(own for _, own in looked_at(TrainConfig(steps=100, log_every=50, spike_factor=3.0), 5))
+    assert all(itself for _, itself in looked_at(TrainConfig(steps=100, log_every=50, spike_factor=3.0), 5))
 
 
 def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():

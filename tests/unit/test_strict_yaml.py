@@ -62,7 +62,7 @@ def test_a_number_that_reads_in_two_ways_is_refused(text, named):
 
 def test_all_that_is_wrong_is_in_one_message():
     message = refusal("a: 010\nb: {c: 1, c: 2}\nd: [1:30]\na: 1\n")
-    assert all(said in message for said in ("a: 010", "b.c occurs twice", "d[0]: 1:30", "a occurs twice"))
+    assert all(part in message for part in ("a: 010", "b.c occurs twice", "d[0]: 1:30", "a occurs twice"))
 
 
 def bomb(levels, width=9):

@@ -168,8 +168,8 @@ def test_a_large_checkpoint_is_checked_with_lines(tmp_path, clock, capsys, monke
     blocks = bytes(3 << 20)
     (tmp_path / "rank").write_bytes(blocks)
     checkpoint = object.__new__(format.Checkpoint)
-    one = {"file": "rank", "size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}
-    checkpoint.folder, checkpoint.manifest = tmp_path, {"ranks": [one, one | {"size": 0, "file": "of rank 1"}]}
+    entry = {"file": "rank", "size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}
+    checkpoint.folder, checkpoint.manifest = tmp_path, {"ranks": [entry, entry | {"size": 0, "file": "of rank 1"}]}
 
     def slow():
         clock.now += 4.0
