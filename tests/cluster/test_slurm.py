@@ -242,7 +242,7 @@ def test_a_failure_is_tried_again_but_not_for_ever(cluster, tmp_path):
     assert "2 failures without a new checkpoint: given up" in job.output()
 
 
-def test_a_wrong_configuration_is_told_once(cluster):
+def test_a_wrong_configuration_is_reported_once(cluster):
     job = two_by_two(cluster, "wrong", "parallel.ep=3", "train.lr=fast")
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
@@ -348,7 +348,7 @@ def test_sbatch_would_take_every_documented_command(cluster):
 
 
 @pytest.mark.full
-def test_the_ranks_of_a_study_lie_over_nodes(cluster, tmp_path):
+def test_the_ranks_of_a_study_are_on_several_nodes(cluster, tmp_path):
     """Two ranks on two nodes by srun, with the options of sbatch that `submit` finds itself."""
     study = tmp_path / "study"
     tool = [sys.executable, str(ROOT / "tools" / "scaling_study.py")]

@@ -221,7 +221,7 @@ def engine_of(path: str, content: dict) -> None:
         ({ZERO: {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "ZeRORuntimeException: "),
     ],
 )
-def test_what_deepspeed_refuses_is_one_sentence_that_names_the_file(content, reason, tmp_path):
+def test_a_file_that_deepspeed_refuses_is_named_in_one_sentence(content, reason, tmp_path):
     with pytest.raises(AssertionError) as caught:
         run(1, engine_of, "own.json", content)
     sentence = str(caught.value).strip().splitlines()[-1]

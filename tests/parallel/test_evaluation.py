@@ -73,7 +73,7 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
         image_metrics_report.append(single, tmp_path)
 
 
-def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
+def test_incomparable_sets_are_refused_before_sampling(run, tmp_path, trained):
     request = GenerationRequest(run, tmp_path / "drawn", 112)
     with pytest.raises(
         EvaluationError, match="112 images are too few for the covariance of 112 .*use --num-images 113"

@@ -98,7 +98,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
         run(2, train, str(spoilt), "parallel.ep=2", "train.steps=12")
 
 
-def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_anew(tmp_path, caplog, fault_table):
+def test_step_folders_without_a_complete_checkpoint_are_named_and_no_new_run_starts(tmp_path, caplog, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2")
     checkpoints = tmp_path / "checkpoints"
     old, new = (folder_of(checkpoints, step) for step in (3, 6))
@@ -134,7 +134,7 @@ def from_step(folder: str, step: int) -> None:
     train(folder, "parallel.ep=2", "train.steps=9")
 
 
-def test_a_step_that_was_asked_for_is_taken_or_refused(tmp_path):
+def test_a_requested_step_is_used_or_refused(tmp_path):
     run(2, train, str(tmp_path), "parallel.ep=2")
     before = losses(tmp_path)
     run(2, from_step, str(tmp_path), 3)
@@ -170,7 +170,7 @@ def without_room(folder: str, steps: int, room: int) -> None:
     train(folder, "parallel.ep=2", f"train.steps={steps}", "train.save_every=1", "train.max_failed_saves=3")
 
 
-def test_a_full_disk_is_told_and_training_goes_on_up_to_a_limit(tmp_path, fault_table):
+def test_a_full_disk_is_reported_and_training_continues_up_to_a_limit(tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .* no room, need [\d,]+ bytes, have 1,000"):
         run(2, without_room, str(tmp_path), 9, 1000)
     assert steps_in(tmp_path / "checkpoints") == [1]
@@ -295,7 +295,7 @@ def with_a_spike(folder: str, factor: float) -> None:
     train(folder, "parallel.ep=2", "train.steps=30", "train.spike_factor=20")
 
 
-def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
+def test_a_loss_spike_is_skipped(tmp_path, fault_table):
     run(2, with_a_spike, str(tmp_path), 1e6)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     norms = [line["gradient_norm"] for line in lines]

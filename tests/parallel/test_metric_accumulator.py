@@ -76,7 +76,7 @@ def waits_of_a_step() -> list[dict]:
     return counts
 
 
-def test_a_step_is_taken_in_without_a_wait_or_a_message():
+def test_a_step_is_accumulated_without_a_wait_or_a_message():
     assert run(1, waits_of_a_step) == [[{"waits": {}, "sent": {}}] * 2]
 
 

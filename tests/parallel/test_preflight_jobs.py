@@ -132,7 +132,7 @@ def other_data():
     storage.open_dataset = changed
 
 
-def test_faults_of_three_nodes_are_told_apart(tmp_path):
+def test_faults_of_three_nodes_are_distinguished(tmp_path):
     faults = {1: odd_version, 2: skewed_clock, 3: other_data}
     codes, output, report, bad = preflight(tmp_path, faults=faults)
     assert codes == [3] * 4 and bad == ["n1", "n3"]

@@ -65,7 +65,7 @@ def test_a_group_is_the_ranks_that_share_experts_or_matrices():
     assert ReplicaLayout.of(6, 8, 2, 2, 2) == ReplicaLayout(1, group_size=2, group=1, num_groups=2, is_first=True)
 
 
-def test_labels_take_turns_or_are_drawn_for_each_image(run):
+def test_labels_are_balanced_or_random_for_each_image(run):
     config = tiny()
     request = GenerationRequest(run, Path("x"), 25)
     assert request.labels(config).tolist() == [i % 10 for i in range(25)]
@@ -128,7 +128,7 @@ def test_each_guidance_scale_has_a_set(run, tmp_path):
     np.testing.assert_array_equal(ImageSet(folders[1]).read(0, 5), alone)
 
 
-def test_three_ranks_draw_the_set_of_one(run, tmp_path):
+def test_three_ranks_sample_the_set_of_one_rank(run, tmp_path):
     generate_images(GenerationRequest(run, tmp_path / "one.npz", 18, classes="random"), ALONE)
     as_job(3, tmp_path, generate_images, GenerationRequest(run, tmp_path / "three.npz", 18, classes="random"))
     with np.load(tmp_path / "one.npz") as single, np.load(tmp_path / "three.npz") as three:
@@ -201,7 +201,7 @@ def test_torchrun_takes_no_option_for_its_own(module):
 # ---- begun again
 
 
-def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
+def test_a_stopped_job_continues(run, tmp_path, monkeypatch):
     generate_images(GenerationRequest(run, tmp_path / "whole.npz", 10), ALONE)
     drawn, write = [], ImageSetWriter.write
     for out in (tmp_path / "set.npz", tmp_path / "set"):
@@ -231,7 +231,7 @@ def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
         drawn.clear()
 
 
-def test_ranks_stop_together_and_go_on_together(run, tmp_path):
+def test_ranks_stop_and_continue_together(run, tmp_path):
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").mkdir(parents=True)  # one rank cannot write its chunk
     messages = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
     assert len(set(messages)) == 1 and "cannot be written (Is a directory); completed images are kept" in messages[0]
@@ -279,7 +279,7 @@ def test_one_job_at_a_time_draws_a_set(tmp_path):
 # ---- refused
 
 
-def test_all_that_is_wrong_is_told_at_once(run, tmp_path):
+def test_all_problems_are_reported_together(run, tmp_path):
     with pytest.raises(SampleError) as error:
         bad = GenerationRequest(run, tmp_path / "x.png", 0, "sorted", (3, 10), scales=(1, "1.0"), tp=2, ep=2)
         generate_images(bad, ALONE)

@@ -90,7 +90,7 @@ def test_planned_sizes_are_those_of_the_files(straight, tmp_path, settings):
         assert planned.peak == 2 * planned.checkpoint + 3 * planned.snapshot
 
 
-def test_a_run_that_was_killed_goes_on_exactly_and_its_snapshots_are_made_again(straight, tmp_path):
+def test_a_killed_run_continues_exactly_and_writes_its_snapshots_again(straight, tmp_path):
     """The newest checkpoint is of step 3, and snapshots of the lost steps are there."""
     killed = shutil.copytree(straight, tmp_path / "killed")
     shutil.rmtree(folder_of(killed / "checkpoints", 6))

@@ -167,7 +167,7 @@ def broken(folder: str) -> None:
     train(folder, "parallel.ep=2")
 
 
-def test_a_run_that_only_overflows_ends_and_says_so(tmp_path):
+def test_a_run_that_only_overflows_ends_with_a_message(tmp_path):
     with pytest.raises(WorkerFailed, match=r"3 steps in a row without a usable gradient .*max_bad_steps"):
         run(2, broken, str(tmp_path))
 

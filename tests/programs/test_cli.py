@@ -81,7 +81,7 @@ def test_show_prints_a_config_that_can_be_read_back(capsys, tmp_path):
     assert capsys.readouterr().out == file.read_text()
 
 
-def test_show_tells_size_and_layout(capsys):
+def test_show_prints_size_and_layout(capsys):
     cli.main(["show", "--preset", "promoe_s", "--ranks", "8", "parallel.tp=2", "parallel.ep=8"])
     output = capsys.readouterr().out
     assert "total 75,543,584  trainable 75,445,280  active 32,993,312" in output
@@ -114,7 +114,7 @@ def test_show_keys_lists_every_field(capsys):
     assert "parallel.expert_tp=false" in output and "(identity | sigmoid | softmax)" in output
 
 
-def test_wrong_config_is_told_in_one_message(capsys):
+def test_all_problems_of_a_config_are_in_one_message(capsys):
     assert cli.main(["show", "--preset", "digits", "model.dept=3", "--ranks", "3", "lr=1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -176,7 +176,7 @@ def test_a_command_that_takes_no_settings_refuses_them(line, capsys):
         assert left.value.code == 2 and reason in capsys.readouterr().err
 
 
-def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
+def test_an_error_of_the_operating_system_is_one_message(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["launchers", str(tmp_path / "file")]) == 1
     errors = capsys.readouterr().err
@@ -191,7 +191,7 @@ def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
         ("benchmark", "_measure", ["layer", "--device", "cpu", "--sizes", "digits"]),
     ],
 )
-def test_an_interrupt_says_how_to_continue(module, function, line, monkeypatch, capsys, alone):
+def test_an_interrupt_prints_how_to_continue(module, function, line, monkeypatch, capsys, alone):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -288,20 +288,20 @@ OUTPUTS = {  # of each command that prints without a run: words that print much
     "line", [*OUTPUTS.values(), ["--help"], ["--version"], ["data", "check", "--help"]], ids=" ".join
 )
 @pytest.mark.parametrize("unbuffered", ["", full("1")], ids=["buffered", "unbuffered"])
-def test_output_that_nobody_reads_ends_a_command_without_a_word(line, unbuffered, unread, tmp_path):
+def test_closed_output_ends_a_command_without_a_message(line, unbuffered, unread, tmp_path):
     done = with_output(line, unread, cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_that_nobody_reads_ends_without_a_word(name, unread):
+def test_help_with_closed_output_ends_without_a_message(name, unread):
     done = with_output([name, "--help"], unread)
     assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.full
-def test_a_dry_run_of_a_rank_shown_to_nobody_ends_without_a_word(unread, tmp_path):
+def test_a_dry_run_with_closed_output_ends_without_a_message(unread, tmp_path):
     done = with_output(["train", "--run-dir", str(tmp_path / "run"), "--dry-run"], unread)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -342,7 +342,7 @@ def test_a_rank_goes_on_where_its_output_cannot_be_written(where, unread, tmp_pa
 # ---- train
 
 
-def test_train_hands_over_the_resolved_config(trained, tmp_path):
+def test_train_passes_the_resolved_config_on(trained, tmp_path):
     line = ["train", "train.lr=1e-2", "--run-dir", str(tmp_path), "model.depth=2"]
     assert cli.main(line) == 0
     config = resolve("digits", overrides=["train.lr=1e-2", "model.depth=2"])
@@ -351,7 +351,7 @@ def test_train_hands_over_the_resolved_config(trained, tmp_path):
     assert trained[1][3:] == (7, ("data.seed", "train.seed"), None)
 
 
-def test_the_word_that_the_deepspeed_launcher_adds_is_no_error(trained, tmp_path):
+def test_the_option_that_the_deepspeed_launcher_adds_is_accepted(trained, tmp_path):
     assert cli.main(["--local_rank=1", "train", "--run-dir", str(tmp_path)]) == 0
     assert trained
 
@@ -406,7 +406,7 @@ def test_dry_run_describes_and_starts_nothing(trained, tmp_path, capsys):
     assert not trained and not (tmp_path / "new").exists()
 
 
-def test_dry_run_tells_that_the_start_would_be_refused(trained, tmp_path, capsys):
+def test_dry_run_reports_that_the_start_would_be_refused(trained, tmp_path, capsys):
     with RunDirectory.open(tmp_path, resolve("digits"), 1) as run:
         run.metrics.write_text('{"step": 1}\n')
     assert cli.main(["train", "--run-dir", str(tmp_path), "--dry-run", "model.depth=6"]) == 2
@@ -520,7 +520,7 @@ def test_errors_of_the_package_are_sentences(trained, monkeypatch, capsys):
         (LaunchError, "megapromoe, rank 1: why\n", 2),
     ],
 )
-def test_a_rank_other_than_0_tells_what_only_it_may_know(trained, monkeypatch, capsys, error, message, code):
+def test_another_rank_than_0_reports_its_own_error(trained, monkeypatch, capsys, error, message, code):
     monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     fails_with(monkeypatch, trained, error("why"))
@@ -577,7 +577,7 @@ def test_an_exit_code_needs_no_place_for_the_message():
     assert done.returncode == 2
 
 
-def test_torchrun_passes_the_command_on_and_one_rank_tells_what_is_wrong(tmp_path):
+def test_torchrun_passes_the_command_on_and_one_rank_reports_the_error(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "megapromoe", "train", "--run-dir", str(tmp_path / "run"), "trian.lr=1", "parallel.tp=4"]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
@@ -591,7 +591,7 @@ def test_torchrun_passes_the_command_on_and_one_rank_tells_what_is_wrong(tmp_pat
 # ---- sample
 
 
-def test_sample_hands_everything_on(sampled, tmp_path):
+def test_sample_passes_all_options_on(sampled, tmp_path):
     out = tmp_path / "grid.png"
     line = ["sample", "--run-dir", str(tmp_path), "--class", "3", "5", "sample.batch=8", "--guidance", "1.5"]
     line += [

@@ -72,7 +72,7 @@ def test_chunks_share_out_every_image_once():
         ("model.router=diffmoe",),
     ],
 )
-def test_ranks_draw_the_images_of_one(overrides):
+def test_several_ranks_sample_the_images_of_one_rank(overrides):
     config = tiny(*overrides)
     model = stirred(config)
     labels = [i % 11 for i in range(10)]  # 10 is the null class
@@ -127,7 +127,7 @@ def gathered(request: tuple[Path, int], launch: LaunchEnvironment) -> list | Non
         return written["images"][:, 0, 1, 1].tolist()
 
 
-def test_images_of_all_ranks_meet_in_order(tmp_path):
+def test_images_of_all_ranks_are_gathered_in_order(tmp_path):
     first, *others = as_job(3, tmp_path, gathered, (tmp_path / "a.npz", 18))
     assert first == list(range(18)) and others == [None, None]
     # two ranks have nothing to send
@@ -174,7 +174,7 @@ def test_weights_are_not_used_with_another_config_than_theirs(run, tmp_path):
     assert load_model(other)[2] == 2, "the learning rate is free"
 
 
-def test_what_cannot_be_loaded_is_said(run, tmp_path):
+def test_a_run_that_cannot_be_loaded_is_refused_with_the_reason(run, tmp_path):
     with pytest.raises(SampleError, match="no config.yaml"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match=r"step = 7: .* there are 1, 2"):
@@ -205,7 +205,7 @@ def test_a_picture_has_a_row_for_each_class(run, tmp_path):
     assert os.listdir(out.parent) == ["grid.png"]
 
 
-def test_images_of_one_class_make_a_square(run, tmp_path):
+def test_images_of_one_class_form_a_square(run, tmp_path):
     preview(run, tmp_path / "grid.png", (3,), 5)
     assert imread(tmp_path / "grid.png").shape[:2] == (2 * 66 + 2, 3 * 66 + 2)
 
@@ -235,7 +235,7 @@ def test_requests_that_differ_have_default_places_that_differ(run, tmp_path):
     assert len(names) == 6 and all(re.fullmatch(r"step-00000002-[0-9a-f]{6}(\.png)?", name) for name in names)
 
 
-def test_three_ranks_write_the_images_of_one(run, tmp_path):
+def test_three_ranks_write_the_images_of_one_rank(run, tmp_path):
     request = GenerationRequest(
         run, tmp_path / "one.npz", 5, only=(3, 5), preview=True, overrides=("sample.guidance=2",)
     )

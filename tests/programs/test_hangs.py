@@ -282,7 +282,7 @@ def images(folder: Path, count: int = 24) -> Path:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_rank_that_freezes_in_encode_is_named_and_the_command_repeated_goes_on(frozen, tmp_path, fault_table):
+def test_a_rank_that_freezes_in_encode_is_named_and_the_repeated_command_continues(frozen, tmp_path, fault_table):
     """Rank 0 holds the store; the others have nothing to do any more, and wait for it."""
     source, out = images(tmp_path / "images"), tmp_path / "latents"
     words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]

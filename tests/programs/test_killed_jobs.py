@@ -81,7 +81,7 @@ def undisturbed(ranks, tmp_path_factory) -> list[float]:
     return losses(folder)
 
 
-def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, tmp_path, fault_table):
+def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks, restarts=1)
     wait_for(lambda: logged(folder) >= 12, launcher=job)
@@ -106,7 +106,7 @@ def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, t
 
 
 @pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all ranks, twice"), full(signal.SIGUSR1, "one rank")])
-def test_a_signal_saves_and_asks_for_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
+def test_a_signal_saves_and_requests_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks)
     wait_for(lambda: logged(folder) >= 7, launcher=job)

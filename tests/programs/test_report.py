@@ -146,7 +146,7 @@ def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["steps=3"], ["--rank", "2"]])
-def test_the_main_job_refuses_what_it_does_not_know(tool, monkeypatch, arguments):
+def test_the_main_job_refuses_unknown_options(tool, monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["train_digits.py", *arguments])
     with pytest.raises(SystemExit) as error:
         tool.arguments()

@@ -22,7 +22,7 @@ from megapromoe.studies.study import open_study, plan
 ROOT = Path(__file__).parents[2]
 
 
-def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
+def test_submit_requests_only_missing_tasks(tmp_path, capsys):
     study = plan(tmp_path, recipe(seeds=[0, 1, 2]))
     done = study.run(study.tasks[2]) / "checkpoints" / "step-00000003"
     done.mkdir(parents=True)
@@ -33,7 +33,7 @@ def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
     assert words[5:] == [str(ROOT / "launchers" / "scaling_experts.sh"), str(tmp_path)]
 
 
-def test_submit_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys):
+def test_submit_returns_the_exit_code_of_sbatch(tmp_path, monkeypatch, capsys):
     study = plan(tmp_path / "study", recipe(seeds=[0]))
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\npwd > "$0.where"\necho "$@" > "$0.words"\nexit 4\n')
@@ -105,7 +105,7 @@ def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_commands_are_told(tmp_path, capsys):
+def test_wrong_commands_are_refused_with_the_reason(tmp_path, capsys):
     assert main(["study", "run", str(tmp_path)]) == 2
     assert "holds no study.yaml" in capsys.readouterr().err
     assert main(["study", "plan", str(tmp_path / "s"), "--preset", "digits", "--routers", "promo"]) == 2
@@ -176,7 +176,7 @@ def submitted(folder, launcher: str, ranks: int, capsys, *words: str, code: int 
          " --nodelist=n1"),
     ],
 )  # fmt: skip
-def test_submit_asks_for_what_the_ranks_need(launcher, ranks, words, expected, tmp_path, capsys):
+def test_submit_requests_the_gpus_of_the_ranks(launcher, ranks, words, expected, tmp_path, capsys):
     assert submitted(tmp_path / "s", launcher, ranks, capsys, *words) == expected
 
 
@@ -188,7 +188,7 @@ def test_ranks_that_the_launcher_cannot_reach_are_refused(tmp_path, capsys):
     assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in message
 
 
-def test_srun_is_asked_to_save_by_the_signal_that_it_hands_on(tmp_path):
+def test_srun_gets_the_signal_to_save_that_it_forwards(tmp_path):
     """It would kill the ranks at SIGTERM."""
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\ntrap \'echo USR1 > "$0.heard"; exit 75\' USR1\n: > "$0.started"\n'

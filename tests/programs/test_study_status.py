@@ -57,7 +57,7 @@ def test_a_forecast_is_unknown_before_anything_is_measured(tmp_path):
     assert in_words(None, datetime(2026, 1, 1)) == "unknown"
 
 
-def test_a_running_training_tells_its_end_and_that_of_the_trainings_behind_it(tmp_path):
+def test_a_running_training_shows_its_end_and_that_of_waiting_trainings(tmp_path):
     study = Files(evaluating_study(tmp_path, evaluate=None))
     first, second = study.jobs()
     study.logged[first.name] = (1, 1e9 + 95)
@@ -77,7 +77,7 @@ def test_work_before_this_start_is_no_speed(tmp_path):
     assert forecast.job_left(running(first, 90.0, done_before=2)) == pytest.approx(10), "one step in ten seconds"
 
 
-def test_jobs_that_ended_tell_of_the_others_and_several_run_at_once(tmp_path):
+def test_finished_jobs_predict_the_others_when_several_run_together(tmp_path):
     study = Files(evaluating_study(tmp_path, seeds=[0, 1, 2, 3]))
     jobs = study.jobs()
     training, evaluation, *_ = jobs
@@ -167,7 +167,7 @@ def test_the_status_disturbs_no_run(tmp_path):
         assert lock is not None
 
 
-def test_help_teaches_the_states(capsys):
+def test_help_explains_the_states(capsys):
     for words, parts in (
         (["status"], ["running", "waiting", "stopped", "failed", "The exit code is 0"]),
         (["run"], ["--evaluate", "`evaluate`"]),

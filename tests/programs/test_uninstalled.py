@@ -27,7 +27,7 @@ metadata.distribution = distribution
 """
 
 
-def test_it_trains_saves_and_goes_on(tmp_path):
+def test_a_run_trains_saves_and_continues(tmp_path):
     checkout, run = tmp_path / "checkout", tmp_path / "run"
     for folder in ("megapromoe", "ds_configs"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))

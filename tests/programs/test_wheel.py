@@ -48,7 +48,7 @@ def program(unpacked: Path, folder: Path, *words: str) -> str:
     return call(unpacked, folder, sys.executable, "-m", "megapromoe", *words)
 
 
-def test_it_holds_the_package_whole_and_nothing_else(wheel):
+def test_the_wheel_has_the_complete_package_and_nothing_else(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = {
         p.relative_to(ROOT).as_posix() for end in ("py", "yaml", "typed") for p in ROOT.glob(f"megapromoe/**/*.{end}")

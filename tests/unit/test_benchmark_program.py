@@ -140,6 +140,6 @@ def test_a_dry_run_lists_the_cases(capsys):
     assert len(lines) == 3 * 2 + 2 * 2 and any("E256" in line for line in lines)
 
 
-def test_the_program_knows_what_the_library_has():
+def test_the_program_has_the_names_of_the_library():
     assert benchmark.CONTENDERS == baselines.CONTENDERS and benchmark.ROUTINGS == routing_patterns.ROUTINGS
     assert benchmark.SIZES == suite.SIZES and benchmark.EXPERIMENTS == suite.EXPERIMENTS

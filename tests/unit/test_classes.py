@@ -31,7 +31,7 @@ def test_groups_of_a_file(tmp_path, kind):
     assert groups == {"animals": (2, 3, 5, 6, 7), "vehicles": (0, 9)} and list(groups) == ["animals", "vehicles"]
 
 
-def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
+def test_all_problems_of_a_file_are_reported_together(tmp_path):
     text = "a: [1, 12]\nb: 3\nc: [x, 7-4, -1, 1.5, true]\nd: []\ne: [2, 1-3]\n"
     messages = violations(written(tmp_path, text))
     for expected in (
@@ -105,5 +105,5 @@ def test_rules_of_the_configuration(words, message):
     assert len(raised.value.violations) == 1 and message in str(raised.value)
 
 
-def test_superclasses_are_nobody_elses_concern():
+def test_superclasses_are_read_only_for_the_router_that_needs_them():
     resolve("digits", overrides=["model.superclasses=nowhere.json", "model.num_experts=11"])

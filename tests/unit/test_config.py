@@ -98,7 +98,7 @@ def test_layout(world, overrides, layout):
     assert resolve("digits", overrides=overrides, world=world).layout(world) == layout
 
 
-def test_layout_that_does_not_come_out_even_raises():
+def test_a_layout_that_does_not_divide_raises():
     with pytest.raises(ConfigError, match=r"parallel\.tp = 2: must divide the 3 ranks; nearest: 1, 3"):
         resolve("digits", overrides=["parallel.tp=2"]).layout(3)
 
@@ -267,7 +267,7 @@ def test_everything_wrong_is_in_one_message(tmp_path):
     assert str(file) in message
 
 
-def test_a_refused_value_is_told_once():
+def test_a_refused_value_is_reported_once():
     """A rule on a field whose value was already refused would only repeat or mislead."""
     (violation,) = violations("model.heads=many", "parallel.tp=2")
     assert "a whole number" in violation

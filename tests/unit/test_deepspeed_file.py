@@ -143,7 +143,7 @@ def test_combinations_that_do_not_train_are_refused(content, reason, tmp_path, c
         ({"zero_optimization": {}, "activation_checkpointing": {"cpu_checkpointing": False}}, {}),
     ],
 )
-def test_what_has_no_effect_is_left_out(content, left, tmp_path, capsys):
+def test_deepspeed_values_without_effect_are_left_out(content, left, tmp_path, capsys):
     """Such values stand in many files that are copied around; every reader then sees the same."""
     setting = written(tmp_path, content)
     read = load_deepspeed(resolve("digits", overrides=[setting]))

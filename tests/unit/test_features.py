@@ -160,7 +160,7 @@ class Small(torch.nn.Module):
         return x.view(len(x), -1, 16).float().mean(dim=(1, 2)).unsqueeze(1)
 
 
-def test_what_a_network_cannot_take_is_reported(tmp_path):
+def test_data_that_a_network_cannot_take_is_reported(tmp_path):
     file = tmp_path / "small.pt"
     sha = scripted(file, Small())
     for name, count, side in (("real", 9, 4), ("few", 3, 4), ("wide", 9, 5)):

@@ -36,7 +36,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_step_is_asked_for_once(run):
+def test_a_step_is_requested_once(run):
     start = plan_start(run, 20)
     assert (start.step, start.branch, start.note) == (20, "step-20", "")
     left = leave_branch(run, 20, "a reason")
@@ -171,7 +171,7 @@ def test_a_kill_at_any_instant_loses_nothing_and_is_completed(run, killed_at, mo
     assert not list(Path(run.branches).glob("*/*.writing"))
 
 
-def test_a_dry_run_says_where_a_start_would_begin(run):
+def test_a_dry_run_shows_where_a_start_would_begin(run):
     assert progress(run) == "continues from step-00000040, branch 'main'"
     moved = f"its checkpoints of steps 25, 30, 35, 40 would move to {run.branches}"
     assert progress(run, 20) == f"begins branch 'step-20' at step-00000020; {moved}"

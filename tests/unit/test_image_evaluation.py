@@ -195,7 +195,7 @@ def test_a_record_of_earlier_versions_does_not_count(tmp_path):
     assert job.missing_steps(tmp_path) == (2, 4, 6)
 
 
-def test_the_command_evaluates_what_the_recipe_says(tmp_path):
+def test_the_command_has_the_values_of_the_recipe(tmp_path):
     """Read by the parser of the command itself."""
     import argparse
 
@@ -221,14 +221,14 @@ def test_torchrun_passes_the_command_of_an_evaluation(tmp_path):
     assert (read.training_script, read.training_script_args) == ("megapromoe", words)
 
 
-def test_scales_that_no_short_text_holds_are_found_again(tmp_path):
+def test_scales_with_many_digits_are_written_in_full(tmp_path):
     """The command line has every digit: else the figures would never be those that were asked for."""
     job = evaluation_of(evaluated(SECTION | {"guidance": [1 / 3]}), expand(evaluated())[0])
     words = job.words(tmp_path)
     assert float(words[words.index("--guidance") + 1]) == 1 / 3
 
 
-def test_what_the_recipe_asks_for_goes_before_what_was_evaluated_by_hand(tmp_path):
+def test_requested_evaluations_take_precedence_over_manual_ones(tmp_path):
     from megapromoe.studies.curves import figures
 
     study = finished(tmp_path, evaluated(seeds=[0], axes={}))
@@ -237,7 +237,7 @@ def test_what_the_recipe_asks_for_goes_before_what_was_evaluated_by_hand(tmp_pat
     assert [row["value"] for row in figures(study, task)] == [9.0]
 
 
-def test_a_plan_tells_what_the_evaluations_cost(tmp_path, capsys):
+def test_a_plan_shows_the_cost_of_evaluations(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_dict(evaluated(axes={}))))
     made = expand(evaluated(axes={}))

@@ -112,7 +112,7 @@ def test_a_position_draws_with_noise_of_its_own(folder):
 # Damage
 
 
-def test_a_damaged_record_is_named_and_the_next_of_the_epoch_stands_in(folder, caplog):
+def test_a_damaged_record_is_named_and_replaced_by_the_next_of_the_epoch(folder, caplog):
     good = loader(Latents(folder))
     order = good.indices(np.arange(80))
     path = damage(folder, 1, 3)  # record 19
@@ -368,7 +368,7 @@ def test_a_run_records_its_data_set(folder, tmp_path):
 # Checking
 
 
-def test_check_finds_nothing_in_what_is_whole_and_reads_all_of_it(folder):
+def test_check_reads_every_record_and_reports_nothing_for_intact_data(folder):
     read = []
     assert check(folder, read.append) == [] and sum(read) == 40 * read_manifest(folder).record_bytes
 

@@ -61,7 +61,7 @@ def test_a_link_is_replaced_by_what_is_written(folder, target, place, kind, conc
     assert path.read_text() == "ours" and not path.is_symlink() and os.listdir(folder) == ["file"]
 
 
-def test_libraries_that_write_to_a_name_find_no_link_there(folder, target):
+def test_libraries_that_write_to_a_path_find_no_link(folder, target):
     link(io.staging_path(folder / "file"), target)
     with io.atomic_path(folder / "file") as staging:
         staging.write_text("ours")

@@ -109,7 +109,7 @@ def test_flags_of_others_are_not_ours():
     }
 
 
-def test_the_tests_see_what_is_missing():
+def test_the_tests_detect_what_is_missing():
     assert SETTING.search("set train.lrr=1")[0] == "train.lrr" not in SETTINGS
     assert FLAG.findall("give --no-such-flag=1") == ["--no-such-flag"] and "--no-such-flag" not in flags()
     assert isinstance(parsers()["megapromoe --help"], argparse.ArgumentParser) and not SETTING.search(

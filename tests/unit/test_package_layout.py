@@ -116,7 +116,7 @@ def test_no_file_is_a_drawer():
     assert not [f for f in FILES if f.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
-def test_the_rules_see_what_they_forbid():
+def test_the_rules_detect_what_they_forbid():
     code = "def f():\n    from megapromoe import cli\n    import megapromoe.training.loop\n    os.getenv('X')"
     assert packages_imported(ast.parse(code)) == {"cli", "training"}
     assert reads_environment(ast.parse(code)) and reads_environment(ast.parse("from os import environ"))

@@ -45,14 +45,14 @@ def test_every_layout_is_tried_once():
         assert plan.layout == plan.config.layout(8) and plan.memory.peak <= result.limit
 
 
-def test_the_limit_parts_what_fits_from_what_does_not():
+def test_the_limit_separates_plans_that_fit_from_others():
     result = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
     assert result.limit == 18 * GIB and result.fitting and result.too_large
     assert all(p.memory.peak <= result.limit for p in result.fitting)
     assert all(p.memory.peak > result.limit for p in result.too_large)
 
 
-def test_what_is_fixed_stays():
+def test_fixed_settings_stay():
     result = find(
         "promoe_xl", 8, "parallel.ep=4", "train.deepspeed=bf16_zero2", fixed={"parallel.ep", "train.deepspeed"}
     )
@@ -173,7 +173,7 @@ def test_the_sizes_offered_first_need_no_tensor_parallelism():
     assert "tp 8" not in str(error.value)
 
 
-def test_what_fits_nowhere_says_the_smallest_and_a_remedy():
+def test_a_model_that_fits_nowhere_is_refused_with_the_smallest_need_and_a_remedy():
     with pytest.raises(PlanError) as error:
         find("promoe_xl", 1, machine=replace(H100, memory=4 * GIB))
     text = str(error.value)
@@ -190,7 +190,7 @@ def test_a_config_that_cannot_run_is_refused_as_such():
 # ---- time
 
 
-def test_groups_meet_the_network_as_their_ranks_lie():
+def test_the_nodes_of_every_group_agree_with_the_rank_tables():
     """Nodes and neighbours of every group, against the mesh's own tables."""
     for tp, ep, split in ((1, 8, False), (2, 4, False), (2, 4, True), (8, 16, False), (4, 2, True)):
         tables = rank_tables(64, tp, ep, split)
@@ -261,7 +261,7 @@ def test_dispatch_sends_the_lower_bound():
 # ---- words
 
 
-def test_reasons_speak_of_the_best():
+def test_reasons_are_given_for_the_best_plan():
     result = find("promoe_xl", 64, "model.num_experts=64")
     best = result.best
     lines = list(reasons(result, H100))
@@ -334,7 +334,7 @@ def test_the_command_ends_with_a_line_to_paste(capsys):
     assert sum(line.lstrip()[:2] in ("1 ", "2 ", "3 ", "4 ") for line in out.splitlines()) == 3
 
 
-def test_the_command_of_other_presets_is_a_whole_one(capsys):
+def test_the_command_of_other_presets_is_complete(capsys):
     code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--global-batch", "64", "train.lr=3e-4")
     words = shlex.split(out.strip().splitlines()[-1])
     assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words and "--resv-ports=1" not in words
@@ -355,7 +355,7 @@ def test_json_and_plot(capsys, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["memory.png", "plans.json"]
 
 
-def test_figures_of_your_own(capsys):
+def test_values_of_the_machine_can_be_given(capsys):
     _, usual, _ = planned(capsys, "--preset", "promoe_xl")
     options = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
     _, changed, _ = planned(capsys, "--preset", "promoe_xl", *options)
@@ -374,7 +374,7 @@ def test_figures_of_your_own(capsys):
         (("--report", "/nowhere/plans.json"), "/nowhere"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(capsys, words, message):
+def test_mistakes_are_reported_in_one_sentence(capsys, words, message):
     code, out, err = planned(capsys, *words)
     assert code == 1 and not out and err.startswith("megapromoe: ") and message in err
 

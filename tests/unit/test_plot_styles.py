@@ -34,7 +34,7 @@ def triples(styles):
 
 
 @pytest.mark.parametrize("place", (0, 7, 23))
-def test_24_variants_have_24_styles_and_the_baseline_is_black_wherever_it_stands(place):
+def test_24_variants_have_24_styles_and_the_baseline_is_black_at_any_position(place):
     for baseline in ("dense", "zz", "_a"):
         names = [*NAMES[:place], baseline, *NAMES[place:]]
         styles = assign(names, baseline)
@@ -45,7 +45,7 @@ def test_24_variants_have_24_styles_and_the_baseline_is_black_wherever_it_stands
         assert len({(style.colour, style.line) for style in styles.values()}) == 24
 
 
-def test_no_style_comes_twice_up_to_the_largest_number():
+def test_no_style_is_used_twice_up_to_the_largest_number():
     assert len(triples(assign(range(DISTINCT)))) == DISTINCT == 240
     assert BASELINE_COLOUR not in {style.colour for style in assign(range(DISTINCT)).values()}
 
@@ -145,7 +145,7 @@ def test_no_text_covers_another_where_variants_have_points(tmp_path):
         assert not overlapping(figure), name
 
 
-def test_the_measure_sees_texts_that_overlap():
+def test_the_overlap_measure_detects_overlapping_texts():
     figure = Figure()
     figure.text(0.5, 0.5, "one")
     figure.text(0.51, 0.5, "another")
@@ -212,7 +212,7 @@ def test_a_log_axis_has_labels_over_less_than_a_decade_too(low, high):
 @pytest.mark.parametrize(
     ("rates", "text"), [((1, 1), "the same number"), ((1, 1.004), "at most 0.4 %"), ((1, 1.5), "at most 50 %")]
 )
-def test_how_far_operations_differ_is_said_in_per_cent(tmp_path, rates, text):
+def test_differences_of_operations_are_shown_in_per_cent(tmp_path, rates, text):
     study = finished(tmp_path, recipe(axes={}, variants={"a": {}, "b": {}}))
     results = rows(study)
     for row in results:

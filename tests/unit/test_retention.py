@@ -69,7 +69,7 @@ def test_multiples_stay():
     assert run_of(13, lambda step: True, keep_every=5)[-1] == [5, 10, 11, 12, 13]
 
 
-def test_what_is_not_of_this_history_is_neither_counted_nor_removed(tmp_path):
+def test_folders_of_another_history_are_neither_counted_nor_removed(tmp_path):
     for step in (1, 2, 3, 4, 5, 6):
         saved(tmp_path, step)
     foreign = saved(tmp_path, 30, run="another")

@@ -85,7 +85,7 @@ def test_every_router_can_be_drawn(router, tmp_path):
     assert np.sum(numbers["load"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_expert_choice_leaves_tokens_that_nobody_took():
+def test_expert_choice_leaves_tokens_without_an_expert():
     model, config = tiny("model.router=promoe_ec")
     model.blocks[1].mlp.router.prototypes.data[:] = model.blocks[1].mlp.router.prototypes.data[0]
     routing = measure_routing(model, config, Digits(), images=8)

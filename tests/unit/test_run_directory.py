@@ -60,7 +60,7 @@ def test_a_new_run_explains_itself(tmp_path):
     assert entry["changed"] == {}
 
 
-def test_each_start_adds_an_entry_that_tells_what_changed(tmp_path):
+def test_each_start_adds_an_entry_with_its_changes(tmp_path):
     start(tmp_path)
     start(tmp_path, resolve("digits", overrides=[*FIXED, "train.steps=9000", "parallel.ep=2", "sample.steps=7"]), 2)
     first, second = json.loads((tmp_path / "environment.json").read_text())
@@ -96,7 +96,7 @@ def test_force_lets_a_named_field_change_and_no_other(tmp_path):
     assert resolve(file=tmp_path / "config.yaml") == config
 
 
-def test_a_field_the_stored_config_does_not_know_had_its_default(tmp_path):
+def test_a_field_missing_in_the_stored_config_has_its_default(tmp_path):
     start(tmp_path)
     file = tmp_path / "config.yaml"
     kept = [line for line in file.read_text().splitlines() if "rcl_weight" not in line]
@@ -221,7 +221,7 @@ def test_a_folder_that_was_there_stays(tmp_path):
     assert tmp_path.is_dir() and not any(tmp_path.iterdir())
 
 
-def test_whoever_opened_a_lock_that_was_removed_meanwhile_takes_the_new_one(tmp_path, monkeypatch):
+def test_a_start_that_opened_a_removed_lock_takes_the_new_one(tmp_path, monkeypatch):
     """The first start fails between the second one's opening and locking of run.lock."""
     folder, taken = tmp_path / "run", []
     first = RunDirectory.claim(folder, CONFIG, 1)
@@ -312,7 +312,7 @@ def test_every_run_has_an_identity_of_its_own_which_stays(tmp_path):
     assert len(RunDirectory(tmp_path / "a").identity()) == 12
 
 
-def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
+def test_state_describes_what_a_start_would_do_and_changes_nothing(tmp_path):
     folder = tmp_path / "run"
     assert "new run" in RunDirectory(folder).state(CONFIG)
     assert not folder.exists()

@@ -95,7 +95,7 @@ def test_differences_pair_the_seeds(tmp_path):
     assert list(groups(rows(study), study.recipe))[-1] == ("dense", ())
 
 
-def test_a_trend_is_seen_through_the_seeds(tmp_path):
+def test_a_trend_is_detected_despite_differences_of_seeds(tmp_path):
     slopes = (0.1, 0.2)
     made = recipe(axes={"model.num_experts": [2, 4, 8]})
     study = finished(tmp_path, made, lambda t: 5 * t.seed + slopes[t.seed] * math.log2(t.config.model.num_experts))
@@ -213,7 +213,7 @@ def test_fits_go_along_experts_and_along_compute(tmp_path):
 # ---- the held-out loss
 
 
-def test_the_held_out_loss_is_what_its_definition_says():
+def test_the_held_out_loss_follows_its_definition():
     import torch
 
     from megapromoe.diffusion.noise import normals, permutation
@@ -244,7 +244,7 @@ def test_the_held_out_loss_is_what_its_definition_says():
         objective_loss(model, config, dataset, draws=1)
 
 
-def test_figures_of_drawn_images_are_taken_in(tmp_path):
+def test_metrics_of_sampled_images_are_collected(tmp_path):
     study = finished(tmp_path, recipe(axes={}))
     first, second = study.tasks
     for task, old, new in ((first, 9.0, 1.5), (second, 9.0, 2.5)):
@@ -299,7 +299,7 @@ def of_three_steps(task):
         yield step, 5.0, 9000, 7.0
 
 
-def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
+def test_metrics_over_training_are_written_and_plotted(tmp_path, capsys):
     study = finished(tmp_path, recipe())
     evaluations(study, of_three_steps)
     assert main(["study", "collect", str(tmp_path)]) == 0

@@ -70,7 +70,7 @@ def test_tokens_that_are_not_finite_are_refused_before_k_means():
         cluster(tokens, resolve("digits", overrides=SMALL))
 
 
-def test_what_the_source_computes_of_time_is_kept():
+def test_the_time_input_of_the_source_must_be_kept():
     dense = state_of("model.router=dense", "model.time_input=sit")
     other = resolve("digits", overrides=[*SMALL, "model.router=promoe"])
     with pytest.raises(ConversionError, match="model.time_input = dit: must be the source's sit"):
