@@ -179,7 +179,10 @@ def evaluate_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     short = tuple(node for node, free in written.items() if free < limits.free_bytes)
     if short:
         result = f"{min(written[node] for node in short) / GIB:.1f} GiB free"
-        remedy = "free space, lower train.keep_last, save fewer snapshots (train.snapshot_every), or choose another --run-dir"
+        remedy = (
+            "free space, lower train.keep_last, save fewer snapshots (train.snapshot_every), or choose another"
+            " --run-dir"
+        )
         # A shared file system is full on all nodes. If only some nodes lack space, these use another file system.
         blame = () if len(short) == len(written) else short
         rows.append(Row("free space", short, result, limit, FAIL, remedy, blame, setup=not blame))

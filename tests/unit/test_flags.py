@@ -139,7 +139,7 @@ def test_an_old_spelling_is_read_as_the_new_one_with_a_notice(command, old):
     for words in ([old, *value], [f"{old}={value[0]}"]):
         read = cli.parse([*command.split(), *needed, *words])
         (notice,) = read.notices
-        assert notice == f"{old} is now {new}: version 0.1.0 accepts the old spelling, the next one does not"
+        assert notice == f"{old} is now spelled {new}; the next release refuses the former spelling"
         same = {"notices": [], "words": expected.words}
         assert vars(read) | same == vars(expected)
 
@@ -158,15 +158,15 @@ def test_one_rank_prints_one_notice(rank, lines, monkeypatch, capsys):
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("test", rank=rank, world=2))
     monkeypatch.setattr(cli.load("sample"), "run", lambda options, launch: 0)
     assert cli.main(["sample", "--run", "r", "--num=4"]) == 0
-    notices = [line for line in capsys.readouterr().err.splitlines() if "old spelling" in line]
-    start = "megapromoe: --run is now --run-dir, --num is now --num-images: version"
+    notices = [line for line in capsys.readouterr().err.splitlines() if "former spelling" in line]
+    start = "megapromoe: --run is now spelled --run-dir, --num is now spelled --num-images; the next"
     assert len(notices) == lines and all(line.startswith(start) for line in notices)
 
 
 def test_a_command_without_ranks_prints_the_notice(monkeypatch, capsys):
     monkeypatch.setattr(cli.load("plan"), "run", lambda options, launch: 0)
     assert cli.main(["plan", "--batch", "64"]) == 0
-    assert "--batch is now --global-batch" in capsys.readouterr().err
+    assert "--batch is now spelled --global-batch" in capsys.readouterr().err
     assert cli.main(["plan", "--global-batch", "64"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -9,7 +9,7 @@ from support import fuzz_program
 from support.documented_commands import DOCUMENTS, ROOT, helps, parsers
 
 from megapromoe.benchmark import gpu_program
-from megapromoe.commands.renamed_flags import RENAMED
+from megapromoe.commands.renamed_flags import RENAMED as RENAMED_FLAGS
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.renamed_options import RENAMED
 
@@ -94,7 +94,7 @@ def test_every_flag_that_is_named_exists():
     named = [(place, flag) for place, text in texts() for flag in FLAG.findall(text)]
     assert len(named) > 300
     old = {("docs/troubleshooting.md", "--run"), ("docs/troubleshooting.md", "--num")}  # what torchrun refuses
-    old |= {("CHANGELOG.md", flag) for table in RENAMED.values() for flag in table}
+    old |= {("CHANGELOG.md", flag) for table in RENAMED_FLAGS.values() for flag in table}
     assert {flag for _, flag in old & set(named)} == {flag for _, flag in old}
     assert sorted({f"{place}: {flag}" for place, flag in set(named) - old if flag not in known}) == []
 
