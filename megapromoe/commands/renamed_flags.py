@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-# Command, or command of `study`, -> former spelling -> present one. torchrun refuses every flag that is the beginning of
-# several of its own, even behind the name of the program it starts: the first two are. Others had two meanings.
+# Command, or command of `study`, -> former spelling -> present one. torchrun refuses a flag with which several of its
+# own begin, even after the name of the program: `--run`, `--num`. The others had two meanings or two names.
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "plan": {"--batch": "--global-batch", "--json": "--report"},
     "check": {"--run": "--run-dir", "--expect-gbps": "--expect-gbs"},
