@@ -48,13 +48,13 @@ fidelity: env
 	$(BIN)/python -m pytest -q tests/unit/test_golden.py tests/parallel/test_long_run.py --fidelity-table docs/fidelity.md
 
 layouts: env
-	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/layout_changes.md
+	$(BIN)/python -m pytest -q tests/parallel/test_layout_change.py --layout-table docs/equality.md
 
 faults: env
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --fault-table docs/faults.md
 
 fuzz: env
-	$(BIN)/python tools/fuzz.py --out docs/damage.md
+	$(BIN)/python tools/fuzz.py --out docs/faults.md
 
 # The tests of docs/compatibility.md under one torch, and their row there: make compat TORCH=2.11.0. In an environment of
 # its own with all else as in constraints.txt (but setuptools, on which torch sets limits), kept until `make clean`. The

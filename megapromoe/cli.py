@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from megapromoe import __version__
 from megapromoe.commands.command_line import SETTING, checked_output
+from megapromoe.commands.renamed_flags import renamed
 from megapromoe.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ _EXAMPLES = """\
 examples:
   megapromoe show                                          the presets
   megapromoe show --preset promoe_b --ranks 8 parallel.ep=8
-  megapromoe train --run runs/digits                       digits, one process
+  megapromoe train --run-dir runs/digits                       digits, one process
   torchrun --nproc-per-node 4 -m megapromoe train --run-dir runs/digits parallel.tp=2 parallel.ep=2
-  megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
+  megapromoe sample --run-dir runs/digits --class 3 --guidance 1.5 --out grid.png
   megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster
 
 exit codes: 0 done, 1 the run failed, 2 the command, the config, a path, the launcher or the installation is wrong
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse(sys.argv[1:] if argv is None else argv)
             command = load(options.command)
             if not command.JOB:
+                _print_notices(options)
                 return command.run(options, None)
         return _as_a_rank(command, options)
     except UserError as error:
@@ -113,6 +115,11 @@ def missing_package(error: ImportError) -> str | None:
     return None
 
 
+def _print_notices(options: argparse.Namespace) -> None:
+    for notice in options.notices:
+        _print_error(f"megapromoe: {notice}")
+
+
 def _print_error(message: str) -> None:
     """Prints on stderr. Errors are ignored (closed terminal, full disk): then only the exit code reports the error."""
     with contextlib.suppress(OSError):
@@ -126,13 +133,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         overrides: words of the form section.key=value, at any position, also after options that take a list; then
             words that are not options, which the configuration reports together with its other problems.
         passed_on: unknown words, for a command that passes them to another program.
-        words: the whole command line.
+        words: the whole command line, in the present spelling of flags.
+        notices: a line about flags in an old spelling, or nothing.
     """
+    words, notices = renamed(next((word for word in words if word in COMMANDS), ""), words)
     settings = [word for word in words if SETTING.match(word)]
     others = [word for word in words if not SETTING.match(word)]
     parser = _parser(next((word for word in others if word in COMMANDS), None))
     options, unknown = parser.parse_known_args(others)
-    options.words = list(words)
+    options.words, options.notices = words, notices
     options.passed_on, unknown = (unknown, []) if options.passes_on else ([], unknown)
     if settings and options.no_settings:
         parser.error(f"{settings[0]}: {options.no_settings}")
@@ -187,6 +196,8 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
         logging.getLogger("megapromoe.config").setLevel(logging.NOTSET if launch.rank == 0 else logging.ERROR)
         if not log.handlers:
             log.addHandler(logging.StreamHandler())
+        if launch.rank == 0:
+            _print_notices(options)
         return _run_rank(command, options, launch)
 
 

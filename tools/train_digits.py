@@ -1,6 +1,6 @@
 """The main example: trains a ProMoE on the digits with four processes, samples images and writes a report.
 
-    python tools/train_digits.py [--run runs/digits] [--ranks 4] [section.key=value ...]
+    python tools/train_digits.py [--run-dir runs/digits] [--ranks 4] [section.key=value ...]
 
 Trains the `digits` preset with tensor parallelism 2, expert parallelism 2 and ZeRO-1, and writes samples.png,
 loss.png, routing.png, report.json and report.md into the run directory. Repeat the command to resume training, or to
@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import checkout  # noqa: F401, makes the package importable in this process and in those that train
+
+from megapromoe.commands.renamed_flags import with_new_names
 
 REQUIRED_ACCURACY = 0.95
 SAMPLES = 500
@@ -73,10 +75,15 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     run = Path("runs/digits")
-    parser.add_argument("--run", type=Path, default=run, metavar="DIR", help=f"run directory; default: {run}")
+    parser.add_argument(
+        "--run-dir", type=Path, dest="run", default=run, metavar="DIR", help=f"run directory; default: {run}"
+    )
     parser.add_argument("--ranks", type=int, default=4, metavar="N", help="processes; default: 4")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="other settings")
-    options = parser.parse_intermixed_args()
+    words, notices = with_new_names(sys.argv[1:], {"--run": "--run-dir"})
+    options = parser.parse_intermixed_args(words)
+    for notice in notices:
+        print(f"train_digits: {notice}", file=sys.stderr)
     if options.ranks < 1:
         parser.error(f"--ranks {options.ranks}: must be at least 1")
     if wrong := [text for text in options.overrides if not re.match(r"\w+\.\w+=", text)]:
@@ -88,7 +95,6 @@ def train(run: Path, ranks: int, overrides: list[str]) -> int:
     """Trains until the preset's last step; returns the launcher's exit code."""
     degree = 2 if ranks % 2 == 0 else 1
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # --run-dir and not --run, which the launcher would take as an abbreviation of one of its own options.
     command += ["-m", "megapromoe", "train", "--preset", "digits", "--run-dir", str(run)]
     command += [f"parallel.tp={degree}", f"parallel.ep={degree}", *overrides]
     # One thread per process, because all processes share the cores.

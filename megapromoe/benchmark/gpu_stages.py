@@ -61,7 +61,7 @@ def stage_commands(stage: str, out: Path, device: str, quick: bool, seconds: flo
     if stage in ("step", "layer"):
         return _benchmarks(stage, folder, device, quick)
     if stage == "profile":
-        model = ("--preset", "digits", "--images", "8", "--steps", "2") if quick else ("--preset", "promoe_l")
+        model = ("--preset", "digits", "--batch", "8", "--steps", "2") if quick else ("--preset", "promoe_l")
         limit = ("--seconds", f"{seconds / 2:.0f}")  # the table and the trace take time too
         words = ("-m", "megapromoe.benchmark.profile_step", *model, *limit, "--device", device, "--out", str(folder))
         return [StageCommand("profile", words)]
@@ -71,21 +71,21 @@ def stage_commands(stage: str, out: Path, device: str, quick: bool, seconds: flo
 def _benchmarks(stage: str, folder: Path, device: str, quick: bool) -> list[StageCommand]:
     base = ("-m", "megapromoe", "benchmark", stage, "--device", device)
     if quick:
-        few = ("--quick", "--routing", "real", "--contenders", "ours", "dense")
+        few = ("--quick", "--routing", "real", "--implementations", "ours", "dense")
         return [StageCommand("eager", (*base, *few, "--out", str(folder / "eager")))]
     if stage == "layer":
-        what = ("--sizes", "s", "l", "xl", "--contenders", "ours", "loop", "dense", "--rounds", "15")
+        what = ("--sizes", "s", "l", "xl", "--implementations", "ours", "loop", "dense", "--rounds", "15")
         return [StageCommand("eager", (*base, *what, "--out", str(folder / "eager")))]
     sizes = ("--sizes", "l", "xl", "--rounds", "7")
-    eager = (*sizes, "--contenders", "ours", "loop", "dense", "--out", str(folder / "eager"))
-    compiled = (*sizes, "--contenders", "ours", "dense", "--compile", "--out", str(folder / "compiled"))
+    eager = (*sizes, "--implementations", "ours", "loop", "dense", "--out", str(folder / "eager"))
+    compiled = (*sizes, "--implementations", "ours", "dense", "--compile", "--out", str(folder / "compiled"))
     return [StageCommand("eager", (*base, *eager)), StageCommand("compiled", (*base, *compiled))]
 
 
 def _trainings(folder: Path, device: str, quick: bool) -> list[StageCommand]:
     precision = "bf16" if device == "cuda" else "fp32"
     base = ("-m", "megapromoe", "train")
-    digits = ["--preset", "digits", "--run", str(folder / "digits"), f"train.deepspeed={precision}_zero1"]
+    digits = ["--preset", "digits", "--run-dir", str(folder / "digits"), f"train.deepspeed={precision}_zero1"]
     if quick:
         digits += ["train.steps=4", "train.log_every=2", "train.global_batch=32"]
         digits += ["train.sample_every=0", "train.warmup=0"]
@@ -93,7 +93,7 @@ def _trainings(folder: Path, device: str, quick: bool) -> list[StageCommand]:
         digits += ["train.steps=200"]
     commands = [StageCommand("digits", (*base, *digits), signal.SIGTERM)]
     if not quick:
-        large = ["--preset", "promoe_l", "--run", str(folder / "promoe_l"), f"train.deepspeed={precision}_zero1"]
+        large = ["--preset", "promoe_l", "--run-dir", str(folder / "promoe_l"), f"train.deepspeed={precision}_zero1"]
         large += ["train.steps=50", "train.log_every=5", "train.global_batch=64", "train.save_every=0"]
         large += ["data.source=synthetic"]
         commands.append(StageCommand("promoe_l", (*base, *large), signal.SIGTERM))

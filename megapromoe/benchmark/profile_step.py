@@ -1,6 +1,6 @@
 """Profiles training steps with torch's profiler: the longest kernels, and the time in which the device is idle.
 
-    python -m megapromoe.benchmark.profile_step --preset promoe_l --images 64 --device cuda --out DIR
+    python -m megapromoe.benchmark.profile_step --preset promoe_l --batch 64 --device cuda --out DIR
 
 Writes `profile.txt`, a table of kernels; `trace.json.gz` for https://ui.perfetto.dev; and `profile.json`.
 """
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--preset", default="promoe_l", help="default: promoe_l")
-    add("--images", type=int, default=64, metavar="B", help="images of a micro-batch; default: 64")
+    add("--batch", type=int, default=64, metavar="B", help="images of a micro-batch; default: 64")
     add("--steps", type=int, default=5, metavar="N", help="steps to profile; default: 5")
     add("--seconds", type=float, default=300.0, metavar="S", help="no step starts after so many seconds; default: 300")
     add("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=torch.bfloat16 if gpu else torch.float32,
         threads=torch.get_num_threads(),
         rounds=1,
-        images=options.images,
+        images=options.batch,
         contenders=(),
         compile=options.compile,
     )

@@ -231,12 +231,13 @@ class RunDirectory:
         except OSError as error:
             where, reason = error.filename or self.folder, error.strerror or error
             raise RunDirectoryError(
-                f"{where}: {reason}; a run needs to read and write this folder: correct that, or choose another --run"
+                f"{where}: {reason}; a run needs to read and write this folder: correct that,"
+                " or choose another --run-dir"
             ) from error
 
     def _refuse_foreign_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
-            raise RunDirectoryError(f"{self.folder}: is a file; a run needs a folder, choose another --run")
+            raise RunDirectoryError(f"{self.folder}: is a file; a run needs a folder, choose another --run-dir")
         if not self.folder.is_dir() or self.config_file.exists():
             return
         # A start that was killed early leaves these files; a launcher creates its logs before the run starts.
@@ -247,7 +248,7 @@ class RunDirectory:
         if others or any(self.checkpoints.glob("*")):
             content = ", ".join(others[:3]) or self.checkpoints.name
             rule = f"is not empty (holds {content}) and has no config.yaml, so it is no run"
-            raise RunDirectoryError(f"{self.folder}: {rule}; choose another --run, or an empty folder")
+            raise RunDirectoryError(f"{self.folder}: {rule}; choose another --run-dir, or an empty folder")
 
     def _make_and_lock(self) -> None:
         """Creates the folder if needed and locks it; repeats this if a failed start removed the folder meanwhile."""
@@ -268,7 +269,7 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
         raise RunInUse(
-            f"{self.folder}: other starts create and remove it repeatedly; try again, or choose another --run"
+            f"{self.folder}: other starts create and remove it repeatedly; try again, or choose another --run-dir"
         )
 
     def _take_lock(self, probe: bool = False) -> None:
@@ -287,7 +288,7 @@ class RunDirectory:
             lock.seek(0)
             owner = lock.read().strip() or "another process"
             lock.close()
-            remedy = "wait for it or stop it, or choose another --run"
+            remedy = "wait for it or stop it, or choose another --run-dir"
             raise RunInUse(f"{self.folder}: in use by a live run ({owner}); {remedy}") from error
         except OSError as error:  # some cluster file systems are mounted without locks
             logger.warning(
@@ -320,7 +321,7 @@ class RunDirectory:
             listed = "".join(f"\n  - {key}: the run has {changed[key][0]!r}, not {changed[key][1]!r}" for key in fixed)
             raise RunDirectoryError(
                 f"{self.config_file}: this folder belongs to a run with another config; "
-                f"choose another --run, or restore these fields:{listed}"
+                f"choose another --run-dir, or restore these fields:{listed}"
             )
         assert before is not None and now is not None
         raise RunDirectoryError(

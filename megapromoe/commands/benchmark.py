@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from megapromoe.benchmark.suite import BenchmarkCase
 
 EPILOG = """\
-Implementations (--contenders): ours; loop, a loop over experts with boolean masks; dense, a dense model of equal FLOPs;
-joined, ours with the shared and the unconditional expert in one MLP; bmm, batched products with equal capacity;
+--implementations: ours; loop, a loop over experts with boolean masks; dense, a dense model of equal FLOPs; joined,
+ours with the shared and the unconditional expert in one MLP; bmm, batched products with equal capacity;
 deepspeed-capacity and deepspeed-nodrop, DeepSpeed's MoE. Each round times all of them in random order, so that load on
 the machine affects all alike. `traffic` starts a few CPU processes, counts messages and bytes, and compares them with
 the lower bound; it measures no time.
@@ -36,7 +36,7 @@ examples:
   megapromoe benchmark all --quick --out runs/benchmark-quick                    # a test, about a minute
   megapromoe benchmark layer --sizes digits s b --out runs/benchmark
   megapromoe benchmark layer --sizes s --experts 4 16 64 256 --routing balanced skewed --out runs/benchmark-experts
-  megapromoe benchmark step --sizes l xl --images 32 64 128 --device cuda --out runs/benchmark-gpu \\
+  megapromoe benchmark step --sizes l xl --batch 32 64 128 --device cuda --out runs/benchmark-gpu \\
       --fill docs/benchmarks.md
 
 exit codes: 0 measured, 1 a measurement failed or the folder holds results of other settings, 2 the command is wrong"""
@@ -47,7 +47,7 @@ EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
 ROUTINGS = ("real", "balanced", "skewed")
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
-QUICK = {"sizes": ["digits"], "rounds": 2, "images": [8], "ranks": [2], "steps": 2}
+QUICK = {"sizes": ["digits"], "rounds": 2, "batch": [8], "ranks": [2], "steps": 2}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +78,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="assignment of tokens to experts; default: all three",
     )
     add(
-        "--contenders",
+        "--implementations",
         nargs="+",
         choices=CONTENDERS,
         default=None,
         help="implementations to measure; default: all, for whole models: ours loop dense",
     )
     add(
-        "--images",
+        "--batch",
         nargs="+",
         type=positive,
         default=[],
@@ -136,7 +136,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--quick",
         action="store_true",
-        help="digits, 8 images, 2 rounds: a test that everything runs; the timings are not meaningful",
+        help="digits, batch 8, 2 rounds: a test that everything runs; the timings are not meaningful",
     )
     add("--dry-run", action="store_true", help="list the cases without measuring them")
 
@@ -162,14 +162,14 @@ def run(options: argparse.Namespace, launch: None) -> int:
         threads=options.threads,
         rounds=options.rounds,
         images=1,
-        contenders=tuple(options.contenders or ()),
+        contenders=tuple(options.implementations or ()),
         null=options.null,
         seed=options.seed,
         sample_steps=options.steps,
         compile=options.compile,
     )
     experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
-    wanted = cases(experiments, options.sizes, options.experts, options.images, options.routing, options.ranks, device)
+    wanted = cases(experiments, options.sizes, options.experts, options.batch, options.routing, options.ranks, device)
     for case in wanted:
         case.config.layout(1)  # checks every size and number of experts before the first measurement
     if options.dry_run:

@@ -12,7 +12,7 @@ Start it with the launcher and the settings of the run. Without a launcher it te
   megapromoe check
   torchrun --nproc-per-node 8 -m megapromoe check --preset promoe_l --run-dir runs/l parallel.ep=4
   srun --kill-on-bad-exit=1 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
-      --preset promoe_xl --run runs/xl --bad-nodes runs/xl/preflight/bad-nodes parallel.ep=8
+      --preset promoe_xl --run-dir runs/xl --bad-nodes runs/xl/preflight/bad-nodes parallel.ep=8
 (without --kill-on-bad-exit srun would wait for a rank that does not exit)
 It takes about a minute, and checks in this order: all ranks connect; versions are equal; every GPU computes
 correct products at the speed of the others, and reports no errors; host memory, /dev/shm, limits, settings;
@@ -37,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         metavar="FILE",
         type=Path,
-        help="write all results to this JSON file; default: preflight/report.json in --run",
+        help="write all results to this JSON file; default: preflight/report.json in --run-dir",
     )
     parser.add_argument(
         "--bad-nodes",
@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="write the names of faulty nodes to this file, one per line; empty if there are none",
     )
     parser.add_argument(
-        "--expect-gbps",
+        "--expect-gbs",
         metavar="X",
         type=positive_number,
         help="GB/s in each direction that any two nodes must reach, over all their ranks; default: half of the usual",
@@ -55,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--min-free-gib",
         metavar="X",
         type=positive_number,
-        help="GiB of disk space that must be free in --run; default: the space that the checkpoints need",
+        help="GiB of disk space that must be free in --run-dir; default: the space that the checkpoints need",
     )
     parser.add_argument(
         "--max-skew",
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, launch) -> int:
     else:  # without the space that checkpoints of a continued run already take
         free = max(0, checkpoint_bytes(config) - (saved_bytes(options.run) if options.run else 0))
     limits = Limits(
-        pair_gbps=options.expect_gbps,
+        pair_gbps=options.expect_gbs,
         free_bytes=free,
         skew=options.max_skew,
         host_bytes=memory_per_rank(config, launch.world).host * launch.local_world,

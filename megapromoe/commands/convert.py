@@ -14,7 +14,7 @@ The values of all tensors stay equal to the bit. docs/convert.md describes what 
 
 formats:
   ours         a run directory (SOURCE may also be one of its checkpoints/step-XXXXXXXX); as DEST, a run that
-               `megapromoe train --config DEST/config.yaml --run DEST` continues
+               `megapromoe train --config DEST/config.yaml --run-dir DEST` continues
   published    a .pth of the ProMoE release, with EMA and optimizer: ProMoE (TC, EC), DiT, TC-DiT, EC-DiT, DiffMoE; as
                SOURCE also what training of DiT, SiT, REPA and DiffMoE saves (model, ema, opt, args), or a state_dict
   safetensors  one file with all state, or only weights (--weights); as SOURCE also several files with their index

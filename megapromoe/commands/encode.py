@@ -32,7 +32,7 @@ examples:
   torchrun --nproc-per-node 8 -m megapromoe encode --images imagenet/train \\
       --autoencoder sd-vae-ft-ema --out latents/train --batch 64 --workers 12
   megapromoe encode --images photos --autoencoder none --resolution 64 --out pixels
-  megapromoe train --preset promoe_b --run runs/b data.source=latents data.path=latents/train
+  megapromoe train --preset promoe_b --run-dir runs/b data.source=latents data.path=latents/train
 
 exit codes: 0 done, 1 failed, 2 the command is wrong, 76 a rank hung (repeat the command)"""
 JOB = True

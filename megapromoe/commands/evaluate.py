@@ -10,11 +10,11 @@ from megapromoe.commands.sample import drawing_options, generation_request, num_
 from megapromoe.config.options import ConfigError
 
 EPILOG = """\
-Samples --num images from --run (or reads --images) and compares them with real images. Start it under torchrun,
-srun or mpirun to divide the work; repeat it to continue after an interruption, or to evaluate the same images
-with another network. With --every-step it evaluates each checkpoint that the run keeps and each snapshot of its
+Samples images from the run in --run-dir, or reads --images, and compares them with real images. Start it under
+torchrun, srun or mpirun to divide the work; repeat it to continue after an interruption, or to evaluate the same
+images with another network. With --every-step it evaluates each checkpoint that the run keeps and each snapshot of its
 averages, for a curve over training.
-Results are printed and, with --run, appended to evaluation.jsonl in the folder of the run.
+Results are printed and, with --run-dir, appended to evaluation.jsonl in the folder of the run.
 
 The feature network (--features):
   digits, fashion_mnist   a small classifier, trained by this command on the real images; default for such data
@@ -27,8 +27,8 @@ The feature network (--features):
 Only the standard Inception gives an FID; other networks give a Fréchet distance (NAME).
 
 examples:
-  megapromoe evaluate --run runs/digits --num 1797 --guidance 1 1.5 2 --plot guidance.png
-  megapromoe evaluate --run runs/digits --num 500 --guidance 1 1.5 --every-step --plot training.png
+  megapromoe evaluate --run-dir runs/digits --num-images 1797 --guidance 1 1.5 2 --plot guidance.png
+  megapromoe evaluate --run-dir runs/digits --num-images 500 --guidance 1 1.5 --every-step --plot training.png
   torchrun --nproc-per-node 8 -m megapromoe evaluate --run-dir runs/xl --num-images 50000 --guidance 1.0 1.5 \\
       --autoencoder models/sd-vae --reference VIRTUAL_imagenet256_labeled.npz --features inception.pth
   megapromoe evaluate --images samples.npz --reference photos/ --features inception.pth
@@ -42,12 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", metavar="PATH", type=Path, help="evaluate this .npz or folder of images instead of a run"
     )
-    num_option(parser, "with --run: number of images for each guidance scale; published results use 50000")
+    num_option(parser, "with --run-dir: number of images for each guidance scale; published results use 50000")
     parser.add_argument(
         "--reference",
         metavar="PATH",
         help="real images: an .npz in the layout of guided-diffusion, a folder of images, digits, fashion_mnist, or"
-        " data, the training data of the run (the default with --run)",
+        " data, the training data of the run (the default with --run-dir)",
     )
     parser.add_argument(
         "--split",
@@ -70,7 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         metavar="FILE",
         type=Path,
-        help="with --run: write a PNG of the distance over the guidance scale or over the steps",
+        help="with --run-dir: write a PNG of the distance over the guidance scale or over the steps",
     )
     drawing_options(parser, several_steps=True)
     parser.add_argument(
@@ -120,17 +120,16 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ConfigError that lists all options that cannot be combined."""
     wrong = []
     if (options.run is None) == (options.images is None):
-        wrong.append("--run, --images: give one of them, a run to sample from or existing images")
-    elif options.run is not None and options.num is None:
-        wrong.append("--num: is needed with --run, the number of images to sample")
+        wrong.append("--run-dir, --images: give one of them, a run to sample from or existing images")
+    elif options.run is not None and options.num_images is None:
+        wrong.append("--num-images: is needed with --run-dir, the number of images to sample")
     elif options.images is not None:
-        drawing = {"--num": options.num, "--guidance": options.guidance, "--class": options.only}
-        drawing |= {
-            f"--{n}": getattr(options, n) for n in ("classes", "step", "steps", "seed", "method", "autoencoder")
-        }
+        drawing = {"--num-images": options.num_images, "--guidance": options.guidance, "--class": options.only}
+        drawing |= {f"--{n}": getattr(options, n) for n in ("labels", "step", "steps", "seed", "method", "autoencoder")}
         drawing |= {"--samples": options.samples, "--plot": options.plot, "overrides": options.overrides}
         drawing |= {"--tp": options.tp > 1, "--ep": options.ep > 1, "--every-step": options.every_step}
-        wrong += [f"{name}: is for sampling from a --run, not for --images" for name, value in drawing.items() if value]
+        rule = "is for sampling from a --run-dir, not for --images"
+        wrong += [f"{name}: {rule}" for name, value in drawing.items() if value]
         if options.reference is None:
             wrong.append("--reference: is needed with --images, the real images to compare with")
     if options.every_step and options.step is not None:

@@ -53,10 +53,8 @@ def weights_choice(text: str) -> str:
 
 
 def run_option(parser: argparse.ArgumentParser, text: str, required: bool = True) -> None:
-    """Adds --run, the folder of a run."""
-    # torchrun parses --run at any position as an abbreviation of its own options.
-    text += "; under torchrun write --run-dir"
-    parser.add_argument("--run", "--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
+    """Adds --run-dir, the folder of a run."""
+    parser.add_argument("--run-dir", metavar="DIR", dest="run", type=Path, required=required, help=text)
 
 
 def resolve_options(options: argparse.Namespace, world: int | None, run_warmup: int | None = None) -> Config:

@@ -29,7 +29,7 @@ examples:
   megapromoe plan --preset promoe_xl --nodes 8 --gpu h100
   megapromoe plan --preset promoe_xl --experts 64 --nodes 8 --plot memory.png
   megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
-  megapromoe plan --preset promoe_xl --nodes 512 --batch 4096 --json plans.json
+  megapromoe plan --preset promoe_xl --nodes 512 --global-batch 4096 --report plans.json
 
 For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
 communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
@@ -60,9 +60,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="the kind of GPU; default: h100")
     parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="GPUs in a node; default: 8")
     parser.add_argument("--experts", metavar="E", type=positive, help="short for model.num_experts=E")
-    parser.add_argument("--batch", metavar="N", type=positive, help="short for train.global_batch=N")
+    parser.add_argument("--global-batch", metavar="N", type=positive, help="short for train.global_batch=N")
     parser.add_argument("--top", metavar="N", type=positive, default=8, help="number of layouts to list; default: 8")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all layouts with all their values")
+    parser.add_argument(
+        "--report", metavar="FILE", type=Path, help="write all layouts with all their values to this JSON file"
+    )
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
     )
@@ -85,7 +87,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, launch) -> int:
-    short = {"model.num_experts": options.experts, "train.global_batch": options.batch}
+    short = {"model.num_experts": options.experts, "train.global_batch": options.global_batch}
     options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
     world = options.nodes * options.gpus_per_node
     with file_errors():
@@ -95,8 +97,8 @@ def run(options: argparse.Namespace, launch) -> int:
         options.overrides = present_words(options.overrides)  # a part of the proposed command
         fixed = frozenset(word.partition("=")[0].strip() for word in options.overrides) & set(FREE)
         result = search(config, world, machine, assume, fixed)
-        if options.json:
-            _write_json(options.json, result, machine, assume)
+        if options.report:
+            _write_json(options.report, result, machine, assume)
         if options.plot:
             from megapromoe.planning.plot import draw
 
@@ -150,7 +152,7 @@ def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
         yield f"  pictures    {usage.pictures:7,} of at most {_size(usage.picture)} (samples); {most}"
     yield f"  {_size(usage.peak)} of disk, and the logs"
     if storage_gbs is None:
-        yield "  for the time of saves give --storage-gbs; `megapromoe check --run` measures it"
+        yield "  for the time of saves give --storage-gbs; `megapromoe check --run-dir` measures it"
         return
     checkpoint_seconds, total_seconds = (size / storage_gbs / 1e9 for size in (usage.checkpoint, usage.written))
     yield (
@@ -188,7 +190,7 @@ def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
     name, number = options.preset or "planned", str(options.gpus_per_node)
     start = ["srun", f"--nodes={options.nodes}"]
     start += [f"--ntasks-per-node={number}", f"--gpus-per-node={number}"]
-    return shlex.join([*start, "megapromoe", "train", *recipe, "--run", f"runs/{name}", *words])
+    return shlex.join([*start, "megapromoe", "train", *recipe, "--run-dir", f"runs/{name}", *words])
 
 
 def _machine(options: argparse.Namespace) -> Machine:

@@ -25,21 +25,21 @@ A file of subsets (YAML or JSON) maps names to classes:
 Without such a file each class is a subset; with more than 20 classes, two random subsets of up to 200 are compared.
 
 examples:
-  megapromoe routing --run runs/digits
-  megapromoe routing --run runs/promoe_l --images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
-  megapromoe routing --run runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
+  megapromoe routing --run-dir runs/digits
+  megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
+  megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
 
 exit codes: 0 done, 1 the run cannot be read or has no routing, 2 the command is wrong"""
 JOB = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe routing --run DIR [options]"
+    parser.usage = "megapromoe routing --run-dir DIR [options]"
     takes_no_settings(parser)
     run_option(parser, "the folder of the run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: RUN/routing")
     parser.add_argument(
-        "--images", type=whole_number(1), default=500, metavar="N", help="number of training images; default: 500"
+        "--num-images", type=whole_number(1), default=500, metavar="N", help="number of training images; default: 500"
     )
     parser.add_argument(
         "--layers", type=comma_separated(int), metavar="B,B,...", help="indices of blocks; default: all with experts"
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
     out = options.out or options.run / "routing"
     request = Request(
-        options.images, options.levels, options.layers, options.subsets, options.tokens, options.singular_vectors
+        options.num_images, options.levels, options.layers, options.subsets, options.tokens, options.singular_vectors
     )
     try:
         with file_errors():

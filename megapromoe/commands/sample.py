@@ -18,14 +18,14 @@ if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to 
 EPILOG = """\
 With --count: a few images of each class, as one picture (.png, a row for each class) or as arrays (.npz:
 `images`, float in [-1, 1], `labels`, `seed`).
-With --num: a set of this many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
+With --num-images: a set of this many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
 (`arr_0`, uint8 NHWC; `arr_1`, labels). Start it under torchrun, srun or mpirun to divide the work: the images
 are the same for any number of ranks. Repeat the command to continue after an interruption.
 
 examples:
-  megapromoe sample --run runs/digits
-  megapromoe sample --run runs/digits --class 3 --guidance 1.5 --out grid.png
-  megapromoe sample --run runs/digits --num 1000 --guidance 1 1.5 2 --out samples.npz
+  megapromoe sample --run-dir runs/digits
+  megapromoe sample --run-dir runs/digits --class 3 --guidance 1.5 --out grid.png
+  megapromoe sample --run-dir runs/digits --num-images 1000 --guidance 1 1.5 2 --out samples.npz
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --out samples.npz \\
       --autoencoder models/sd-vae-ft-ema
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set \\
@@ -42,32 +42,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="PATH",
         type=Path,
-        help="a .png for a grid or a .npz for arrays; with --num: a folder for PNG files, or a .npz. Default: in"
-        " RUN/samples, a .png, or with --num a folder, whose name has the step and a digest of the request, so that"
-        " different requests have different files",
+        help="a .png for a grid or a .npz for arrays; with --num-images: a folder for PNG files, or a .npz. Default: in"
+        " RUN/samples, a .png, or with --num-images a folder. Its name has the step and a digest of the request, so"
+        " that different requests have different files",
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument(
-        "--count", "--per-class", metavar="N", type=positive, default=10, help="images of each class; default: 10"
-    )
+    amount.add_argument("--count", metavar="N", type=positive, default=10, help="images of each class; default: 10")
     num_option(amount, "sample a set of N images in total")
     drawing_options(parser)
 
 
 def num_option(parser: argparse._ActionsContainer, text: str) -> None:
-    """Adds --num, the number of images of a set."""
-    # torchrun parses --num at any position as an abbreviation of its own options.
-    text += "; under torchrun write --num-images"
-    parser.add_argument("--num", "--num-images", metavar="N", type=positive, dest="num", help=text)
+    """Adds --num-images, the number of images of a set."""
+    parser.add_argument("--num-images", metavar="N", type=positive, help=text)
 
 
 def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False) -> None:
     """Adds the sampling options that `generation_request` reads; `several_steps`: --step takes a list."""
     parser.add_argument("--class", metavar="C", dest="only", type=int, nargs="+", help="classes; default: all")
     parser.add_argument(
-        "--classes",
+        "--labels",
         choices=("balanced", "random"),
-        help="with --num: equally many images of each class (default), or a random class for each image",
+        help="with --num-images: equally many images of each class (default), or a random class for each image",
     )
     if several_steps:
         parser.add_argument(
@@ -93,17 +89,17 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
         metavar="X",
         nargs="+",
         default=[],
-        help="classifier-free guidance scale, 1: no guidance; with --num several, for a set each;"
+        help="classifier-free guidance scale, 1: no guidance; with --num-images several, for a set each;"
         " default: from the run's config",
     )
-    for option, text in (
-        ("--steps", "number of sampling steps"),
-        ("--seed", "seed of the images"),
-        ("--method", "sampling method"),
+    for option, metavar, text in (
+        ("--steps", "N", "number of sampling steps"),
+        ("--seed", "N", "seed of the images"),
+        ("--method", "NAME", "sampling method"),
     ):  # short for overrides
-        parser.add_argument(option, metavar="X", help=f"{text}; default: from the run's config")
+        parser.add_argument(option, metavar=metavar, help=f"{text}; default: from the run's config")
     parser.add_argument(
-        "--autoencoder", metavar="NAME", help="autoencoder that decodes sampled latents: a folder or a name on the hub"
+        "--autoencoder", metavar="PATH", help="autoencoder that decodes sampled latents: a folder or a name on the hub"
     )
     for option, text in (("--tp", "tensor"), ("--ep", "expert")):
         parser.add_argument(
@@ -111,19 +107,19 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
             metavar="N",
             type=positive,
             default=1,
-            help=f"with --num: {text}-parallel size, for a model too large for one rank",
+            help=f"with --num-images: {text}-parallel size, for a model too large for one rank",
         )
 
 
 def generation_request(options: argparse.Namespace, out: Path, named: bool = False) -> GenerationRequest:
-    """The request of the options: a set with --num, else --count images of each class. Raises ConfigError."""
+    """The request of the options: a set with --num-images, else --count images of each class. Raises ConfigError."""
     from megapromoe.sampling.request import GenerationRequest
 
     return GenerationRequest(
         run=options.run,
         out=out,
-        num=options.count if options.num is None else options.num,
-        classes=options.classes or "balanced",
+        num=options.count if options.num_images is None else options.num_images,
+        classes=options.labels or "balanced",
         only=None if options.only is None else tuple(options.only),
         scales=tuple(options.guidance),
         step=options.step,
@@ -133,7 +129,7 @@ def generation_request(options: argparse.Namespace, out: Path, named: bool = Fal
         tp=options.tp,
         ep=options.ep,
         named=named,
-        preview=options.num is None,
+        preview=options.num_images is None,
     )
 
 
@@ -150,12 +146,12 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    place = options.out or options.run / "samples" / ("step.png" if options.num is None else "step")
+    place = options.out or options.run / "samples" / ("step.png" if options.num_images is None else "step")
     request = replace(generation_request(options, place), complete_name=options.out is None)
     if request.preview:
-        needed = {"--classes": options.classes, "--tp": options.tp > 1, "--ep": options.ep > 1}
+        needed = {"--labels": options.labels, "--tp": options.tp > 1, "--ep": options.ep > 1}
         needed["--guidance with several scales"] = len(options.guidance) > 1
-        if wrong := [f"{option}: needs --num, a set of images" for option, used in needed.items() if used]:
+        if wrong := [f"{option}: needs --num-images, a set of images" for option, used in needed.items() if used]:
             raise ConfigError(wrong)
     from megapromoe.sampling.generation import generate_images
 

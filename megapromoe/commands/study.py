@@ -41,7 +41,7 @@ EPILOG = f"""\
   megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
-{", ".join(recipe_names())}, or a YAML file; docs/scaling.md explains them. Without --recipe, the other options of
+{", ".join(recipe_names())}, or a YAML file; docs/study.md explains them. Without --recipe, the other options of
 `plan` define it. Each command has a --help.
 
 exit codes: 0 done, 1 a task failed or there is no result yet, 2 the command or the recipe is wrong, 75 stopped by a
@@ -85,7 +85,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="train nothing; evaluate images of trained tasks, as the recipe defines",
     )
     run_parser.add_argument(
-        "--jobs", type=positive, default=1, metavar="J", help="number of tasks that run at the same time; default: 1"
+        "--jobs", type=positive, default=1, metavar="N", help="number of tasks that run at the same time; default: 1"
     )
 
     summary = "Shows whether each job is done, running, waiting, stopped or failed; starts and changes nothing."
@@ -95,9 +95,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     submit = command("submit", _submit, summary, _SUBMIT_EXAMPLE)
     submit.set_defaults(passes_on=True)
     submit.add_argument(
-        "--at-once",
+        "--jobs",
         type=positive,
-        metavar="M",
+        metavar="N",
         help="number of jobs of the array that run at the same time; default: all",
     )
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
@@ -146,7 +146,7 @@ example:
     data.source=latents data.path=latents/train"""
 _SUBMIT_EXAMPLE = """\
 Options after STUDY that are not listed are passed to sbatch:
-  megapromoe study submit runs/experts --at-once 4 --partition=gpu --time=12:00:00
+  megapromoe study submit runs/experts --jobs 4 --partition=gpu --time=12:00:00
 A task gets a GPU for each of its ranks. Ranks on several nodes need srun: plan --ranks 16 --launcher "srun python".
 Evaluations are a separate array; each of its jobs waits for the training of the same task (aftercorr).
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
@@ -165,7 +165,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs="+", metavar="PRESET", help="presets of several sizes to compare, instead of --preset"
     )
     parser.add_argument(
-        "--steps", type=int, nargs="+", metavar="N", help="numbers of training steps, each for a separate run"
+        "--train-steps", type=int, nargs="+", metavar="N", help="numbers of training steps, each for a separate run"
     )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="seeds of each combination; default: 0 1 2")
     parser.add_argument(
@@ -223,8 +223,8 @@ def _plan(options: argparse.Namespace) -> int:
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe of --recipe, or the one that the other options define. Raises StudyError."""
     if options.recipe is not None:
-        replaced = ("preset", "experts", "sizes", "steps", "seeds", "routers", "ranks", "launcher")
-        given = [name for name in replaced if getattr(options, name)]
+        replaced = ("preset", "experts", "sizes", "train_steps", "seeds", "routers", "ranks", "launcher")
+        given = [f"--{name.replace('_', '-')}" for name in replaced if getattr(options, name)]
         given += ["settings"] if options.overrides else []
         if given:
             raise StudyError(
@@ -237,7 +237,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         preset=options.preset or options.sizes[0],
         sizes=options.sizes or (),
         experts=options.experts or (),
-        steps=options.steps or (),
+        steps=options.train_steps or (),
         seeds=options.seeds or DEFAULT_SEEDS,
         routers=options.routers or ["promoe"],
         ranks=options.ranks or 1,
@@ -294,7 +294,7 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     script, environment = launchers_folder() / LAUNCHER, runtime.job_environment()
     try:
-        return submit(study, arrays, script, options.passed_on, options.at_once, environment, options.dry_run)
+        return submit(study, arrays, script, options.passed_on, options.jobs, environment, options.dry_run)
     except FileNotFoundError as error:
         raise FileError("sbatch is not on PATH; submit from a login node, or use `run`") from error
 

@@ -20,10 +20,10 @@ by model.router=promoe and the given settings.
   A ProMoE        with model.num_experts=N, a multiple of its number: each expert is split into several, with noise.
 
 DEST is a run directory; train it with
-  megapromoe train --run DEST --config DEST/config.yaml
+  megapromoe train --run-dir DEST --config DEST/config.yaml
 
 examples:
-  megapromoe upcycle runs/dit_b runs/promoe_b model.num_experts=12 --images 256
+  megapromoe upcycle runs/dit_b runs/promoe_b model.num_experts=12 --num-images 256
   megapromoe upcycle runs/promoe_b runs/promoe_b_e24 model.num_experts=24 --noise 0.02
 
 exit codes: 0 done, 1 a checkpoint cannot be read, used or written, 2 the command or the config is wrong"""
@@ -44,7 +44,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--spread", type=float, default=0.05, help="noise on split prototypes, relative to their length; default: 0.05"
     )
     parser.add_argument(
-        "--images", type=positive, default=64, metavar="N", help="from dense: number of images for k-means; default: 64"
+        "--num-images",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="from dense: number of images for k-means; default: 64",
     )
     parser.add_argument(
         "--weights",
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
         notes = with_latest(options.source, options.step, lambda step: _upcycle(options, step))
     for note in notes:
         print(f"note: {note}")
-    print(f"{options.dest}: step 0; megapromoe train --run {options.dest} --config {options.dest / 'config.yaml'}")
+    print(f"{options.dest}: step 0; megapromoe train --run-dir {options.dest} --config {options.dest / 'config.yaml'}")
     return 0
 
 
@@ -95,7 +99,7 @@ def _upcycle(options: argparse.Namespace, step: int | None) -> list[str]:
     config = config_from(to_dict(source.config), [*router, *options.overrides])
     if dense:
         check_fit(source, config, options.how)
-        tokens = moe_inputs(source, config, options.images, weights)
+        tokens = moe_inputs(source, config, options.num_images, weights)
         layers = track(tokens.items(), "layer", "k-means")
         prototypes = {block: cluster(x_TD, config, options.seed) for block, x_TD in layers}
         state = from_dense(source, config, prototypes, options.how, options.noise, weights, options.seed)

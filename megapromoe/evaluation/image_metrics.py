@@ -107,7 +107,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.LaunchEnvironment) -> list[
     with distributed_session(launch, *limits) as device:
         watchdog.starting("opening the network that makes features")
         network = _open_network(evaluation, name, device, launch)
-        remedy = "{} images" if request is None else "--num {}"
+        remedy = "{} images" if request is None else "--num-images {}"
         watchdog.starting("opening the reference")
         with raising_together(EvaluationError):
             reference = open_reference(evaluation.reference, evaluation.split, config, network)

@@ -197,7 +197,7 @@ def _cannot_divide(config: Config, world: int, machine: Machine, fixed: frozense
             )
         return (
             f"train.global_batch = {batch}: of {world} GPUs {which} it must be a multiple of {unit}; nearest:"
-            f" {_near(batch, unit)} (--batch)"
+            f" {_near(batch, unit)} (--global-batch)"
         )
     check(tried[0], world)
     return f"no layout of {world} GPUs divides evenly; try another number of nodes"

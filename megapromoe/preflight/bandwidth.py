@@ -211,7 +211,7 @@ def evaluate_pairs(cluster: Cluster, limits: Limits) -> Iterator[Row]:
                 remedy += "; no other pair shows which of the two is at fault"
         elif serious:
             remedy = (
-                "all nodes are slow: check the value of --expect-gbps and the network; with a third node the faulty one"
+                "all nodes are slow: check the value of --expect-gbs and the network; with a third node the faulty one"
                 " can be determined"
             )
         else:

@@ -147,7 +147,7 @@ def evaluate_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
         return
     files_of = {cluster.node_of[rank]: files for rank, files in cluster.findings["files"].items()}
     if not files_of:
-        yield Row("files", (), "not checked", "", SKIP, "give --run to check the run directory")
+        yield Row("files", (), "not checked", "", SKIP, "give --run-dir to check the run directory")
         return
     nodes = tuple(files_of)
     rows: list[Row] = []
@@ -180,7 +180,8 @@ def evaluate_files(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     if short:
         result = f"{min(written[node] for node in short) / GIB:.1f} GiB free"
         remedy = (
-            "free space, lower train.keep_last, save fewer snapshots (train.snapshot_every), or choose another --run"
+            "free space, lower train.keep_last, save fewer snapshots (train.snapshot_every), or choose another"
+            " --run-dir"
         )
         # A shared file system is full on all nodes. If only some nodes lack space, these use another file system.
         blame = () if len(short) == len(written) else short

@@ -122,7 +122,7 @@ class GenerationRequest:
             problems.append(f"count = {self.num}: must be at least 1")
         if len(self.scales) > 1:
             problems.append(
-                f"guidance = {', '.join(map(str, self.scales))}: give one scale, or --num for a set of each"
+                f"guidance = {', '.join(map(str, self.scales))}: give one scale, or --num-images for a set of each"
             )
         if self.out.suffix not in PREVIEW_FORMATS:
             problems.append(f"out = {self.out}: must end in {' or '.join(PREVIEW_FORMATS)}")

@@ -57,7 +57,7 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
     overrides = list(overrides)
     problems = []
     if not directory.config_file.is_file():
-        problems.append(f"{run}: has no config.yaml, so it is no run; give the --run of `megapromoe train`")
+        problems.append(f"{run}: has no config.yaml, so it is no run; give the --run-dir of `megapromoe train`")
     if others := [text for text in overrides if not text.strip().startswith("sample.")]:
         problems.append(f"{', '.join(others)}: the run's model is fixed; only sample.key=value can be changed")
     if problems:

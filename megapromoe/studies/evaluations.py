@@ -69,7 +69,7 @@ class Evaluation:
         return tuple(step for step in self.steps if any((step, scale) not in known for scale in self.scales))
 
     def words(self, run: Path) -> list[str]:
-        """Arguments of `megapromoe` that evaluate the missing steps, in spellings that torchrun does not interpret."""
+        """Arguments of `megapromoe` that evaluate the missing steps."""
         section = self.section
         words = ["evaluate", "--run-dir", str(run), "--num-images", str(section.num), "--weights", self.weights]
         words += ["--guidance", *map(repr, self.scales)]

@@ -29,7 +29,6 @@ def command(study: Study, job: Job) -> list[str]:
     start = list(study.recipe.launcher) or [sys.executable]
     if isinstance(job, Evaluation):
         return [*start, "-m", "megapromoe", *job.words(study.run(job.task))]
-    # --run-dir, because torchrun parses --run as an abbreviation of its own options.
     words = ["--config", str(study.config(job)), "--run-dir", str(study.run(job))]
     return [*start, "-m", "megapromoe", "train", *words]
 

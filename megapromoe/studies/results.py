@@ -67,7 +67,7 @@ def why_no_figures(study: Study, rows: Rows, figure_rows: Rows) -> str | None:
     if study.recipe.evaluate is not None:
         return f"no evaluation is done; run `megapromoe study run {study.folder}`"
     task = f"{study.folder / 'runs' / rows[0]['task']}"
-    by_hand = f"evaluate runs by hand: megapromoe evaluate --run {task} --num N"
+    by_hand = f"evaluate runs by hand: megapromoe evaluate --run-dir {task} --num-images N"
     return f"no images were evaluated; add a section `evaluate` to the recipe, or {by_hand}"
 
 

@@ -131,7 +131,7 @@ def _describe_skipped(run: RunDirectory, config: Config, step: int, tracker: Ste
     proven = newest_proven(checkpoints, tracker.updates, t.max_bad_steps)
     if proven:
         folder = shlex.quote(str(run.folder))
-        command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run {folder}"
+        command = f"megapromoe train --config {shlex.quote(str(run.config_file))} --run-dir {folder}"
         advice = (
             f"At least {t.max_bad_steps} updates were applied after the checkpoint of step {proven.step}. Go back to it"
             f" with a lower train.lr or train.max_grad_norm:\n  {command} --step {proven.step} train.lr={t.lr / 3:.3g}"
@@ -139,7 +139,7 @@ def _describe_skipped(run: RunDirectory, config: Config, step: int, tracker: Ste
     else:
         advice = (
             f"No checkpoint has {t.max_bad_steps} applied updates after it, so none is known to be good: start a"
-            " new run, with another --run and a lower train.lr or train.max_grad_norm"
+            " new run, with another --run-dir and a lower train.lr or train.max_grad_norm"
         )
     return (
         f"step {step}: {t.max_bad_steps} steps in a row without a usable gradient (train.max_bad_steps); {saved}."

@@ -150,7 +150,7 @@ def sample_command(config: Config, folder: Path) -> str:
     """A shell command that generates some images of a run: a picture, or arrays if the model generates latents."""
     model = config.model
     ending = "png" if model.in_channels in (1, 3) else "npz"
-    words = ["megapromoe", "sample", "--run", str(folder), "--out", str(folder / f"samples.{ending}")]
+    words = ["megapromoe", "sample", "--run-dir", str(folder), "--out", str(folder / f"samples.{ending}")]
     if model.num_classes > PREVIEW_CLASSES:  # all classes would take long
         words += ["--class", *map(str, range(PREVIEW_CLASSES)), "--count", "4"]
     return shlex.join(words)

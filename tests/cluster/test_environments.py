@@ -42,7 +42,7 @@ def who(tmp_path_factory) -> str:
     return f"{sys.executable} {file}"
 
 
-def said(file: Path) -> list[str]:
+def sorted_lines(file: Path) -> list[str]:
     return sorted(file.read_text().splitlines())
 
 
@@ -69,13 +69,13 @@ def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path
     cluster.command("salloc", *ALLOCATION, "bash", str(script), cwd=tmp_path)
     alone = ["python 0 of 1 at 127.0.0.1:0"]
     for name in ("salloc", "one", "interactive"):
-        assert said(tmp_path / name) == alone, name
+        assert sorted_lines(tmp_path / name) == alone, name
     for name, tasks in (("two", 2), ("preserved", 2), ("pmi2", 2), ("nested", 3)):
-        lines = said(tmp_path / name)
+        lines = sorted_lines(tmp_path / name)
         place = lines[0].rpartition(" ")[2]
         assert lines == [f"srun {rank} of {tasks} at {place}" for rank in range(tasks)], name
         assert place.startswith("127.0.0.1:"), "the names of these nodes mean nothing to the resolver"
-    assert said(tmp_path / "torchrun") == [f"torchrun {rank} of 2 at n1:7" for rank in range(2)]
+    assert sorted_lines(tmp_path / "torchrun") == [f"torchrun {rank} of 2 at n1:7" for rank in range(2)]
     fault_table.append(
         ("a start without srun in a shell of an allocation of 4 tasks", "one process, which trains", "nothing")
     )
@@ -88,7 +88,7 @@ def test_a_batch_script_is_alone_also_if_a_task_of_another_job_submitted_it(clus
     batch(cluster, tmp_path, f"{who} {tmp_path}/outer\nsrun -n3 -N2 bash -c '{step}'")
     assert "SLURM_STEP_NUM_TASKS=3\n" in (tmp_path / "environment").read_text(), "the step's variables are handed on"
     for name in ("outer", "inner"):
-        assert said(tmp_path / name) == ["python 0 of 1 at 127.0.0.1:0"], name
+        assert sorted_lines(tmp_path / name) == ["python 0 of 1 at 127.0.0.1:0"], name
 
 
 HYDRA = shutil.which("mpiexec.hydra")
@@ -152,7 +152,7 @@ def test_two_jobs_on_a_node_get_ports_of_their_own(cluster, who, tmp_path):
         subprocess.Popen([*command, str(script)], env=cluster.env, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     numbers = [job.communicate(timeout=120)[0].strip() for job in jobs]
-    places = [said(tmp_path / f"{number}.who") for number in numbers]
+    places = [sorted_lines(tmp_path / f"{number}.who") for number in numbers]
     assert [place[0].rpartition(":")[2] for place in places] == [str(port_of_step(int(n), 0)) for n in numbers]
     ports = {(tmp_path / f"{number}.port").read_text().strip() for number in numbers}
     assert len(ports) == 2 and all(20000 <= int(port) < 30000 for port in ports)

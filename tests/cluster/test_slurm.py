@@ -52,7 +52,7 @@ class Job:
         self.log = self.where / f"{name}-{self.number}.log"
         self.run = self.where / "runs" / f"{name}-{self.number}"
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def state(self) -> str:
@@ -77,7 +77,7 @@ class Job:
         def happened() -> bool:
             over = self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
             done = condition()
-            assert done or not over, f"{what}: job is {self.state()}\n{self.said()}"
+            assert done or not over, f"{what}: job is {self.state()}\n{self.output()}"
             return done
 
         self.cluster.wait(happened, what, 400)
@@ -108,15 +108,15 @@ def undisturbed(cluster) -> Job:
 @pytest.mark.parametrize("script", ["promoe_s.sh", "promoe_b.sh", "promoe_l.sh", "promoe_xl.sh"])
 def test_sbatch_would_take_it(script, cluster):
     for nodes in (1, 4):
-        said = cluster.command("sbatch", "--test-only", f"--nodes={nodes}", str(LAUNCHERS / script), "parallel.ep=8")
-        assert re.search(rf"to start at .* using {nodes * 128} processors on nodes n", said)
+        output = cluster.command("sbatch", "--test-only", f"--nodes={nodes}", str(LAUNCHERS / script), "parallel.ep=8")
+        assert re.search(rf"to start at .* using {nodes * 128} processors on nodes n", output)
     too_many = cluster.command("sbatch", "--test-only", "--nodes=9", str(LAUNCHERS / script), check=False)
     assert "allocation failure" in too_many
 
 
 def test_sbatch_would_take_the_array(cluster):
-    said = cluster.command("sbatch", "--test-only", "--array=0-11%4", str(LAUNCHERS / "scaling_experts.sh"), "study")
-    assert "to start at" in said
+    output = cluster.command("sbatch", "--test-only", "--array=0-11%4", str(LAUNCHERS / "scaling_experts.sh"), "study")
+    assert "to start at" in output
 
 
 def test_two_nodes_train_together(undisturbed, cluster):
@@ -127,7 +127,7 @@ def test_two_nodes_train_together(undisturbed, cluster):
     logs = undisturbed.run / "logs" / f"{undisturbed.number}.0"
     assert sorted(p.name for p in logs.iterdir()) == [f"rank-{r:04d}.log" for r in range(4)]
     assert f"step {STEPS}/{STEPS}" in (logs / "rank-0000.log").read_text()
-    assert f"step {STEPS}/{STEPS}" in undisturbed.said(), "rank 0 is heard in the log of the job"
+    assert f"step {STEPS}/{STEPS}" in undisturbed.output(), "rank 0 is heard in the log of the job"
     assert cluster.job(undisturbed.number)["Restarts"] == "0"
 
 
@@ -138,8 +138,8 @@ def test_a_run_that_diverges_is_not_queued_again(cluster):
     ((_, newest, code, _),) = job.attempts()
     assert code == "1" and newest != "none", "the last applied state is saved"
     assert cluster.job(job.number)["Restarts"] == "0"
-    assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.said()
-    assert "start a new run, with another --run and a lower train.lr" in (job.run / "diverged.txt").read_text()
+    assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.output()
+    assert "start a new run, with another --run-dir and a lower train.lr" in (job.run / "diverged.txt").read_text()
 
 
 @pytest.mark.full
@@ -158,7 +158,7 @@ def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_
     Checkpoint(folder_of(job.run / "checkpoints", saved)).verify()
 
     job.wait_for(lambda: job.steps() >= saved + 3, "steps after the requeue")
-    assert f"continuing from {job.run}/checkpoints/{newest}" in job.said()
+    assert f"continuing from {job.run}/checkpoints/{newest}" in job.output()
     assert cluster.job(job.number)["Restarts"] == "1"
 
     cluster.command("scancel", job.number)
@@ -183,12 +183,12 @@ def test_a_requeued_run_has_the_losses_of_an_undisturbed_one(undisturbed, cluste
 
 def processes_on(node: str) -> list[int]:
     """Everything that SLURM has started on a node."""
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and f"\0SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 @pytest.mark.full
@@ -238,15 +238,15 @@ def test_a_failure_is_tried_again_but_not_for_ever(cluster, tmp_path):
     job.finish("FAILED")
     assert [attempt[1:3] for attempt in job.attempts()] == [["none", "76"]] * 2
     assert cluster.job(job.number)["ExitCode"] == "76:0"
-    assert job.said().count("rank-0003: rank 3: no luck") == 2
-    assert "2 failures without a new checkpoint: given up" in job.said()
+    assert job.output().count("rank-0003: rank 3: no luck") == 2
+    assert "2 failures without a new checkpoint: given up" in job.output()
 
 
-def test_a_wrong_configuration_is_told_once(cluster):
+def test_a_wrong_configuration_is_reported_once(cluster):
     job = two_by_two(cluster, "wrong", "parallel.ep=3", "train.lr=fast")
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
-    assert job.said().count("train.lr") == 1 and "parallel.ep = 3" in job.said()
+    assert job.output().count("train.lr") == 1 and "parallel.ep = 3" in job.output()
     assert not job.run.exists()
 
 
@@ -259,12 +259,12 @@ def test_data_that_no_node_can_read_costs_one_allocation(preflight, cluster, tmp
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
     assert [attempt[1:3] for attempt in job.attempts()] == [["none", "2"]]
-    assert "not queued again: repeating cannot help" in job.said()
+    assert "not queued again: repeating cannot help" in job.output()
     logs = job.run / "logs" / f"{job.number}.0"
     if preflight == "0":
-        assert f"{tmp_path}/nowhere" in job.said()
+        assert f"{tmp_path}/nowhere" in job.output()
     else:
-        assert "on any nodes, by its configuration or installation: data" in job.said()
+        assert "on any nodes, by its configuration or installation: data" in job.output()
         assert (logs / "bad_nodes").read_text() == ""
         assert f"{tmp_path}/nowhere" in (logs / "check.json").read_text()  # its table wraps the long path
         fault_table.append(("a data path that no node can read", "named, exit code 2, not queued again", "one start"))
@@ -299,7 +299,7 @@ def test_what_repeating_cannot_mend_is_not_queued_again(code, cluster, tmp_path)
     job = two_by_two(cluster, f"broken{code}", MEGAPROMOE_ENV=environment, before=["ulimit", "-S", "-l", "64;"])
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
-    assert len(job.attempts()) == 1 and "not queued again: repeating cannot help" in job.said()
+    assert len(job.attempts()) == 1 and "not queued again: repeating cannot help" in job.output()
     soft, hard = (job.run / "logs" / f"{job.number}.0" / "rank-0003.log").read_text().split()[2:]
     assert soft == hard != "64", "the shell that called sbatch has 64 KiB of locked memory"
 
@@ -332,7 +332,7 @@ def test_a_node_that_fails_the_check_is_left_out(tmp_path_factory):
             ["step-00000004", "0", "n[1,3-5]"],
         ]
         assert cluster.job(job.number)["ExcNodeList"] == "n2"
-        assert "queued again without n2" in job.said()
+        assert "queued again without n2" in job.output()
         assert (job.run / "logs" / f"{job.number}.0" / "bad_nodes").read_text() == "n2\n"
         assert (job.run / "logs" / f"{job.number}.1" / "check.json").exists()
 
@@ -343,12 +343,12 @@ def test_sbatch_would_take_every_documented_command(cluster):
     for text in commands:
         words = shlex.split(re.sub(r"\[.*?\]", "", text))[1:]
         words = [str(ROOT / word) if word.startswith("launchers/") else word for word in words]
-        said = cluster.command("sbatch", "--test-only", *words)
-        assert re.search(r"to start at .* using \d+ processors on nodes n", said), f"{text}: {said}"
+        output = cluster.command("sbatch", "--test-only", *words)
+        assert re.search(r"to start at .* using \d+ processors on nodes n", output), f"{text}: {output}"
 
 
 @pytest.mark.full
-def test_the_ranks_of_a_study_lie_over_nodes(cluster, tmp_path):
+def test_the_ranks_of_a_study_are_on_several_nodes(cluster, tmp_path):
     """Two ranks on two nodes by srun, with the options of sbatch that `submit` finds itself."""
     study = tmp_path / "study"
     tool = [sys.executable, str(ROOT / "tools" / "scaling_study.py")]
@@ -385,7 +385,7 @@ def test_a_study_runs_as_an_array_and_is_collected(cluster, tmp_path):
     tiny = ["train.steps=400", "train.warmup=0", "train.log_every=1", "model.hidden_size=32", "train.global_batch=32"]
     call("plan", str(study), "--preset", "digits", "--experts", "2", "4", "--seeds", "0", *tiny)
     output = f"--output={tmp_path}/%a.log"
-    number = re.search(r"\d+$", call("submit", str(study), "--at-once", "2", output, "--cpus-per-task=1").strip())[0]
+    number = re.search(r"\d+$", call("submit", str(study), "--jobs", "2", output, "--cpus-per-task=1").strip())[0]
 
     def ended() -> bool:
         return number not in cluster.command("squeue", "-h", "-o", "%F")

@@ -45,8 +45,8 @@ def test_an_evaluation_waits_for_its_training_and_goes_where_that_failed(cluster
         return done.stdout
 
     call("plan", str(study), "--recipe", str(tmp_path / "recipe.yaml"))
-    said = call("submit", str(study), f"--output={tmp_path}/%A_%a.log", "--cpus-per-task=1")
-    assert said.count("Submitted batch job") == 2 and "--dependency=aftercorr:" in said
+    output = call("submit", str(study), f"--output={tmp_path}/%A_%a.log", "--cpus-per-task=1")
+    assert output.count("Submitted batch job") == 2 and "--dependency=aftercorr:" in output
     cluster.wait(lambda: not cluster.command("squeue", "-h", "-o", "%F").strip(), "both arrays", 400)
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     status = call("status", str(study))

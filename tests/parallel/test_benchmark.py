@@ -118,7 +118,7 @@ def whole_models() -> list[dict]:
     return [measure(DIGITS, "real", wanted) for measure in (models.measure_step, models.measure_sample)]
 
 
-def test_deepspeed_in_whole_models():
+def test_deepspeed_layers_in_complete_models():
     ((step, sampling),) = run(1, whole_models)
     for figures in (step["contenders"], sampling["contenders"]):
         assert all(f["ratio"]["median"] > 0 and f["counts"]["total"]["kernels"] for f in figures.values()), figures
@@ -132,7 +132,7 @@ def test_baselines_have_one_shared_and_one_unconditional_expert(number):
         outcome(make_contender("loop", moe).train(), x_BSD, 3)
 
 
-def test_deepspeed_says_why_it_cannot():
+def test_a_deepspeed_layer_without_a_job_cannot_run():
     moe, _ = first_layer(DIGITS, "real", SETTINGS)
     with pytest.raises(CannotRun, match="needs a torch.distributed job"):
         make_contender("deepspeed-nodrop", moe)

@@ -94,7 +94,7 @@ def test_a_damaged_newer_checkpoint_is_moved_not_replaced(tmp_path):
 
 
 @pytest.mark.full
-def test_a_folder_in_the_way_of_a_save_is_kept(tmp_path):
+def test_a_folder_with_the_name_of_a_new_checkpoint_is_kept(tmp_path):
     run(1, train, str(tmp_path), "train.steps=3")
     copy = shutil.copytree(folder_of(tmp_path / "checkpoints", 3), folder_of(tmp_path / "checkpoints", 6))
     manifest = (copy / "manifest.json").read_bytes()
@@ -106,7 +106,7 @@ def test_a_folder_in_the_way_of_a_save_is_kept(tmp_path):
 # ---- checkpoints of other runs
 
 
-def test_a_checkpoint_of_another_run_needs_a_word(tmp_path):
+def test_a_checkpoint_of_another_run_needs_allow(tmp_path):
     ours, other = tmp_path / "ours", tmp_path / "other"
     run(1, train, str(ours), "train.steps=3")
     run(1, train, str(other), "train.lr=0.02")
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_run_needs_a_word(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["data.seed=7", full("data.size=48"), full("train.seed=3")])
-def test_a_checkpoint_of_other_settings_needs_a_word(setting, tmp_path):
+def test_a_checkpoint_of_other_settings_needs_allow(setting, tmp_path):
     """As when config.yaml was replaced by another run's."""
     key, _, value = setting.partition("=")
     run(1, train, str(tmp_path), "train.steps=3")
@@ -164,8 +164,8 @@ def diverging(folder: str, overrides: tuple[str, ...], first: int, last: int = 1
 
 
 @pytest.mark.full
-def test_a_run_that_diverges_from_the_start_says_that_nothing_is_proven(tmp_path):
-    with pytest.raises(WorkerFailed, match=r"step 5: 3 steps in a row .*start a new run, with another --run"):
+def test_a_run_that_diverges_from_the_start_reports_that_no_checkpoint_is_proven(tmp_path):
+    with pytest.raises(WorkerFailed, match=r"step 5: 3 steps in a row .*start a new run, with another --run-dir"):
         run(2, diverging, str(tmp_path), ("parallel.ep=2",), 3)
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 5)).manifest
     assert (manifest["step"], manifest["updates"], manifest["skipped_in_a_row"]) == (5, 2, 3)
@@ -174,7 +174,7 @@ def test_a_run_that_diverges_from_the_start_says_that_nothing_is_proven(tmp_path
 def test_a_run_that_diverges_names_a_proven_checkpoint_and_the_command(tmp_path):
     with pytest.raises(WorkerFailed) as failed:
         run(2, diverging, str(tmp_path), ("parallel.ep=2", "train.steps=30"), 21)
-    command = re.search(r"megapromoe train --config \S+ --run \S+ --step (\d+) train.lr=(\S+)", str(failed.value))
+    command = re.search(r"megapromoe train --config \S+ --run-dir \S+ --step (\d+) train.lr=(\S+)", str(failed.value))
     assert command and command[1] == "17", "three updates came after it: 18, 19, 20"
     assert command[0] in (tmp_path / "diverged.txt").read_text(), "launchers see that repeating cannot help"
     assert steps_in(tmp_path / "checkpoints")[0] == 17
@@ -192,6 +192,6 @@ def test_a_run_that_ends_with_skipped_steps_fails(tmp_path):
 
 
 @pytest.mark.full
-def test_skipped_steps_behind_which_all_is_well_change_nothing(tmp_path):
+def test_skipped_steps_followed_by_good_ones_change_nothing(tmp_path):
     run(1, diverging, str(tmp_path), ("train.steps=9",), 4, 5)
     assert Checkpoint(folder_of(tmp_path / "checkpoints", 9)).manifest["updates"] == 7

@@ -41,7 +41,7 @@ def resumed(folder: Path) -> dict:
     return {"step": manifest["step"], "updates": manifest["updates"], "held": held}
 
 
-def test_the_published_run_goes_on_from_its_conversion(tmp_path):
+def test_the_published_run_continues_from_its_conversion(tmp_path):
     export(open_state(PUBLISHED, config=config_that_runs()), tmp_path / "run", "ours")
     assert_reproduced(run(1, continue_run, tmp_path / "run")[0], 3)
     results = run(2, resumed, tmp_path / "run")

@@ -16,10 +16,10 @@ from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
 LAYOUT = ("parallel.ep=2", "train.accumulation=2")
-EVERY, SHARDED, FLAT, WHOLE = (0, 1, 2, 3), (1, 2, 3), (1, 2), (3,)
+EVERY, SHARDED, FLAT, STAGE_3 = (0, 1, 2, 3), (1, 2, 3), (1, 2), (3,)
 # A value other than DeepSpeed's default for each supported key that is no block, and the stages at which it is tried.
 VALUES: dict[str, tuple[object, tuple[int, ...]]] = {
-    f"{ZERO}.contiguous_gradients": (False, WHOLE),
+    f"{ZERO}.contiguous_gradients": (False, STAGE_3),
     f"{ZERO}.reduce_scatter": (True, SHARDED),
     f"{ZERO}.reduce_bucket_size": (3000, SHARDED),
     f"{ZERO}.use_multi_rank_bucket_allreduce": (False, FLAT),
@@ -29,18 +29,18 @@ VALUES: dict[str, tuple[object, tuple[int, ...]]] = {
     f"{ZERO}.round_robin_gradients": (True, FLAT),
     f"{ZERO}.parameter_alignment": (True, FLAT),
     f"{ZERO}.ignore_unused_parameters": (False, FLAT),
-    f"{ZERO}.sub_group_size": (1000, WHOLE),
-    f"{ZERO}.stage3_prefetch_bucket_size": (0, WHOLE),
-    f"{ZERO}.stage3_param_persistence_threshold": (600, WHOLE),
-    f"{ZERO}.stage3_model_persistence_threshold": (1000, WHOLE),
-    f"{ZERO}.stage3_max_live_parameters": (100, WHOLE),
-    f"{ZERO}.stage3_max_reuse_distance": (0, WHOLE),
-    f"{ZERO}.stage3_use_all_reduce_for_fetch_params": (True, WHOLE),
-    f"{ZERO}.stage3_allgather_sequential": (True, WHOLE),
-    f"{ZERO}.memory_efficient_linear": (False, WHOLE),
-    f"{ZERO}.override_module_apply": (False, WHOLE),
-    f"{ZERO}.log_trace_cache_warnings": (True, WHOLE),
-    f"{ZERO}.enable_sanity_checks": (True, WHOLE),
+    f"{ZERO}.sub_group_size": (1000, STAGE_3),
+    f"{ZERO}.stage3_prefetch_bucket_size": (0, STAGE_3),
+    f"{ZERO}.stage3_param_persistence_threshold": (600, STAGE_3),
+    f"{ZERO}.stage3_model_persistence_threshold": (1000, STAGE_3),
+    f"{ZERO}.stage3_max_live_parameters": (100, STAGE_3),
+    f"{ZERO}.stage3_max_reuse_distance": (0, STAGE_3),
+    f"{ZERO}.stage3_use_all_reduce_for_fetch_params": (True, STAGE_3),
+    f"{ZERO}.stage3_allgather_sequential": (True, STAGE_3),
+    f"{ZERO}.memory_efficient_linear": (False, STAGE_3),
+    f"{ZERO}.override_module_apply": (False, STAGE_3),
+    f"{ZERO}.log_trace_cache_warnings": (True, STAGE_3),
+    f"{ZERO}.enable_sanity_checks": (True, STAGE_3),
     "zero_allow_untested_optimizer": (False, EVERY),
     "zero_force_ds_cpu_optimizer": (False, EVERY),
     "steps_per_print": (1, EVERY),
@@ -221,7 +221,7 @@ def engine_of(path: str, content: dict) -> None:
         ({ZERO: {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "ZeRORuntimeException: "),
     ],
 )
-def test_what_deepspeed_refuses_is_one_sentence_that_names_the_file(content, reason, tmp_path):
+def test_a_file_that_deepspeed_refuses_is_named_in_one_sentence(content, reason, tmp_path):
     with pytest.raises(AssertionError) as caught:
         run(1, engine_of, "own.json", content)
     sentence = str(caught.value).strip().splitlines()[-1]

@@ -226,7 +226,7 @@ def reductions_before(deepspeed: str) -> tuple[int, int]:
     return first[0], called[0]
 
 
-def test_expert_gradients_travel_during_the_backward_pass(tmp_path):
+def test_expert_gradients_are_reduced_during_the_backward_pass(tmp_path):
     for early, every in run(4, reductions_before, small_buckets(tmp_path, 1, True)):
         assert 0 < early < every
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.backends import grouped
 from support.levels import factors_of, full_unless, pairwise
+from support.page_sections import write_section
 from support.processes import run
 from support.trajectory import Trajectory, deviations, train
 
@@ -188,11 +189,11 @@ def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
     way = train_grouped if case.grouped else train
     ours = run(case.world, way, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
-    found = deviations(ours, expected)
-    table.append((case.name, found))
+    measured = deviations(ours, expected)
+    table.append((case.name, measured))
     assert min(expected.norms) > 0 and max(expected.norms) > 0.5, "the clip norm is not active"
     assert all(math.isfinite(loss) for loss in ours.losses)
-    worst = {kind: f"{value:.3g} × the limit at {where}" for kind, (value, where) in found.items() if not value <= 1}
+    worst = {kind: f"{value:.3g} × the limit at {where}" for kind, (value, where) in measured.items() if not value <= 1}
     assert not worst, f"{case.name}: {worst}"
 
 
@@ -204,15 +205,15 @@ ROW = re.compile(r"^\| (\d) · (\d) · (\d) \| (\d) \| ([\d.]+) \| ([\d.]+) \| (
 @pytest.mark.full
 def test_the_table_of_the_readme_is_what_one_step_gives(tmp_path, shared_folder, request):
     """Loss and gradient norm to the six digits that the README says, and their differences below its limit."""
-    one = alone(EIGHT, "", shared_folder)
-    measured = [(Case(1, zero=0, what=EIGHT), one.losses[0], one.norms[0])]
+    single = alone(EIGHT, "", shared_folder)
+    measured = [(Case(1, zero=0, what=EIGHT), single.losses[0], single.norms[0])]
     for case in SHOWN:
         (tmp_path / case.name).mkdir()
         ours = run(case.world, train, case.overrides(), str(tmp_path / case.name), 1, None)[0]
         measured.append((case, ours.losses[0], ours.norms[0]))
     rows = []
     for case, loss, norm in measured:
-        apart = [abs(a / b - 1) for a, b in ((loss, one.losses[0]), (norm, one.norms[0]))]
+        apart = [abs(a / b - 1) for a, b in ((loss, single.losses[0]), (norm, single.norms[0]))]
         assert max(apart) < 1e-6
         cells = [f"{case.tp} · {case.ep} · {case.zero}", str(case.world), f"{loss:.6g}", f"{norm:.6g}"]
         cells += ["–", "–"] if case.world == 1 else [f"{value:.0e}" if value else "0" for value in apart]
@@ -234,21 +235,19 @@ def write_table(file: Path, rows: list) -> None:
     """The matrix as Markdown."""
     kinds = ("losses", "norms", "gradients", "parameters", "averages")
     lines = [
-        "# Equality matrix",
-        "",
-        "Every layout trains the same function. Each row trains 5 AdamW steps of a small model in fp32 at one layout",
-        "and on one process (ZeRO-0), and shows the largest deviation over steps or tensors **in units of the limit**:",
-        "1e-5 relative for losses and clip norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first",
-        "step, parameters and averages after the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3,",
-        "because otherwise the rounding noise of gradients that are mathematically zero would become full steps.",
+        "Each row trains 5 AdamW steps of a small model in fp32 at one layout and on one process (ZeRO-0), and shows",
+        "the largest deviation over steps or tensors **in units of the limit**: 1e-5 relative for losses and clip",
+        "norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first step, parameters and averages after",
+        "the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3, because otherwise the rounding noise of",
+        "gradients that are mathematically zero would become full steps.",
         "",
         "Written by `make equality`.",
         "",
         "| case | " + " | ".join(kinds) + " |",
         "|---|" + "---|" * len(kinds),
     ]
-    for name, found in rows:
-        lines.append(f"| {name} | " + " | ".join(f"{found[kind][0]:.3f}" for kind in kinds) + " |")
-    worst = max(value for _, found in rows for value, _ in found.values())
+    for name, deviations_of_case in rows:
+        lines.append(f"| {name} | " + " | ".join(f"{deviations_of_case[kind][0]:.3f}" for kind in kinds) + " |")
+    worst = max(value for _, deviations_of_case in rows for value, _ in deviations_of_case.values())
     lines += ["", f"{len(rows)} cases, largest deviation {worst:.3f} of the limit."]
-    file.write_text("\n".join(lines) + "\n")
+    write_section(file, "Every layout trains the same function", "\n".join(lines))

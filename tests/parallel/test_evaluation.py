@@ -54,28 +54,30 @@ def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
     """Images are drawn once, by two ranks, and then taken as they are."""
     evaluation = Evaluation(GenerationRequest(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")
     two, also = as_job(2, tmp_path, image_metrics.evaluate, evaluation)
-    one = image_metrics.evaluate(evaluation, ALONE)
-    assert [r["guidance"] for r in one] == [1.0, 3.0] and two[0]["figures"] == also[0]["figures"]
-    for a, b in zip(one, two, strict=True):
+    single = image_metrics.evaluate(evaluation, ALONE)
+    assert [r["guidance"] for r in single] == [1.0, 3.0] and two[0]["figures"] == also[0]["figures"]
+    for a, b in zip(single, two, strict=True):
         assert a["figures"] == pytest.approx(b["figures"], rel=1e-9)
         assert a["images"] == b["images"] and a["features"] == b["features"] and a["step"] == 3
-    assert one[0]["figures"] != one[1]["figures"]
+    assert single[0]["figures"] != single[1]["figures"]
     assert len(list((tmp_path / "drawn").iterdir())) == 2
-    said = image_metrics_report.table(one)
-    assert "130 images of step 3 (ema weights) against digits (1,797 images)" in said and "guidance 3" in said
-    image_metrics_report.append(one, tmp_path / "evaluation.jsonl")
-    image_metrics_report.append(one[:1], tmp_path / "evaluation.jsonl")
+    text = image_metrics_report.table(single)
+    assert "130 images of step 3 (ema weights) against digits (1,797 images)" in text and "guidance 3" in text
+    image_metrics_report.append(single, tmp_path / "evaluation.jsonl")
+    image_metrics_report.append(single[:1], tmp_path / "evaluation.jsonl")
     lines = (tmp_path / "evaluation.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == one, "the same figures of the same request are one line"
-    image_metrics_report.plot(one, tmp_path / "plot.png")
+    assert [json.loads(line) for line in lines] == single, "the same figures of the same request are one line"
+    image_metrics_report.plot(single, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 300
     with pytest.raises(EvaluationError, match="the figures are above"):
-        image_metrics_report.append(one, tmp_path)
+        image_metrics_report.append(single, tmp_path)
 
 
-def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path, trained):
+def test_incomparable_sets_are_refused_before_sampling(run, tmp_path, trained):
     request = GenerationRequest(run, tmp_path / "drawn", 112)
-    with pytest.raises(EvaluationError, match="112 images are too few for the covariance of 112 .*use --num 113"):
+    with pytest.raises(
+        EvaluationError, match="112 images are too few for the covariance of 112 .*use --num-images 113"
+    ):
         image_metrics.evaluate(Evaluation(request, None, "data"), ALONE)
     real_digits(tmp_path / "few.npz", 50)
     with pytest.raises(EvaluationError, match="few.npz: 50 images are too few .*113 are needed"):
@@ -104,29 +106,35 @@ def test_what_cannot_be_compared_is_said_before_anything_is_drawn(run, tmp_path,
 
 
 def test_the_command_evaluates_prints_and_keeps(run, tmp_path, trained, capsys):
-    words = ["--run", str(run), "--num", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
+    words = ["--run-dir", str(run), "--num-images", "120", "--guidance", "1", "2", "--samples", str(tmp_path / "kept")]
     assert command.run(parsed(*words, "--plot", str(tmp_path / "plot.png")), ALONE) == 0
     assert "Fréchet distance (digits classifier)" in capsys.readouterr().out
     assert command.run(parsed(*words, "--json"), ALONE) == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     kept = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
-    assert [r["guidance"] for r in said] == [1.0, 2.0]
-    assert [r | {"time": ""} for r in kept] == [r | {"time": ""} for r in said], "repeated, it adds no line"
+    assert [r["guidance"] for r in printed] == [1.0, 2.0]
+    assert [r | {"time": ""} for r in kept] == [r | {"time": ""} for r in printed], "repeated, it adds no line"
     assert (tmp_path / "plot.png").is_file()
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, messages",
     [
         ([], ["give one of them"]),
-        (["--run", "r", "--images", "i"], ["give one of them"]),
-        (["--run", "r"], ["--num: is needed"]),
-        (["--images", "i", "--num", "5", "--plot", "p"], ["--num: is for", "--plot: is for", "--reference: is needed"]),
-        (["--run", "r", "--every-step", "--step", "3"], ["--num: is needed", "--every-step, --step 3: give one"]),
+        (["--run-dir", "r", "--images", "i"], ["give one of them"]),
+        (["--run-dir", "r"], ["--num-images: is needed"]),
+        (
+            ["--images", "i", "--num-images", "5", "--plot", "p"],
+            ["--num-images: is for", "--plot: is for", "--reference: is needed"],
+        ),
+        (
+            ["--run-dir", "r", "--every-step", "--step", "3"],
+            ["--num-images: is needed", "--every-step, --step 3: give one"],
+        ),
         (["--images", "i", "--every-step"], ["--every-step: is for sampling", "--reference: is needed"]),
     ],
 )
-def test_options_that_do_not_go_together(words, said):
+def test_options_that_do_not_go_together(words, messages):
     with pytest.raises(ConfigError) as error:
         command.run(parsed(*words), ALONE)
-    assert all(part in str(error.value) for part in said)
+    assert all(part in str(error.value) for part in messages)

@@ -55,9 +55,9 @@ def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monke
     alone = []
     for step in (3, 1200):
         alone += image_metrics.evaluate(Evaluation(replace(request, step=step), None, "data"), ALONE)
-    for one, other, job in zip(records, alone, both[0], strict=True):
-        assert one["figures"] == other["figures"] == pytest.approx(job["figures"], rel=1e-9)
-        assert one["images"] == other["images"] == job["images"]
+    for together, separate, job in zip(records, alone, both[0], strict=True):
+        assert together["figures"] == separate["figures"] == pytest.approx(job["figures"], rel=1e-9)
+        assert together["images"] == separate["images"] == job["images"]
     assert records[0]["figures"] != records[2]["figures"]
 
 
@@ -77,8 +77,8 @@ def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trai
 
 def record_of(step, guidance, distance):
     features = {"name": "x", "standard": False, "declared": False}
-    said = {"count": 130, "reference": "digits", "reference_count": 1797, "features": features, "weights": "ema"}
-    return said | {"step": step, "guidance": guidance, "figures": {"Fréchet distance (x)": distance}}
+    values = {"count": 130, "reference": "digits", "reference_count": 1797, "features": features, "weights": "ema"}
+    return values | {"step": step, "guidance": guidance, "figures": {"Fréchet distance (x)": distance}}
 
 
 def test_a_table_and_a_picture_of_several_steps(tmp_path, monkeypatch):
@@ -101,10 +101,19 @@ def test_a_table_and_a_picture_of_several_steps(tmp_path, monkeypatch):
 
 
 def test_the_command_evaluates_every_step(long_run, tmp_path, trained, capsys):
-    words = ["--run", str(long_run), "--num", "120", "--guidance", "1.5", "--samples", str(tmp_path / "kept")]
+    words = [
+        "--run-dir",
+        str(long_run),
+        "--num-images",
+        "120",
+        "--guidance",
+        "1.5",
+        "--samples",
+        str(tmp_path / "kept"),
+    ]
     assert command.run(parsed(*words, "--every-step", "--plot", str(tmp_path / "plot.png")), ALONE) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("120 images of each of 2 steps (ema weights)") and "step 1,200" in said
+    output = capsys.readouterr().out
+    assert output.startswith("120 images of each of 2 steps (ema weights)") and "step 1,200" in output
     kept = [json.loads(line) for line in (long_run / "evaluation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in kept] == [3, 1200] and (tmp_path / "plot.png").is_file()
     assert command.run(parsed(*words, "--json"), ALONE) == 0

@@ -31,11 +31,11 @@ def killed_in(place: str, folder: str, rank: int) -> None:
     """Trains; the rank's process ends without a word at `place` of the save of step 6."""
     real_write, real_commit = checkpoint_module.write_rank, checkpoint_module.commit
 
-    def write_rank(aside, number, tensors, parts, step):
+    def write_rank(staging, number, tensors, parts, step):
         if step == 6 and torch.distributed.get_rank() == rank and place == "write":
-            (aside / f"rank-{number:05d}.safetensors").write_bytes(b"half a file")
+            (staging / f"rank-{number:05d}.safetensors").write_bytes(b"half a file")
             os._exit(9)
-        return real_write(aside, number, tensors, parts, step)
+        return real_write(staging, number, tensors, parts, step)
 
     def commit(*arguments):
         if arguments[3]["step"] == 6 and place == "commit":
@@ -57,12 +57,14 @@ def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     run(2, train, str(cut), "parallel.ep=2")
     assert steps_in(cut / "checkpoints") == [3, 6]
     assert not list((cut / "checkpoints").glob("*.writing"))
-    expected, found = state(straight, 6), state(cut, 6)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, actual = state(straight, 6), state(cut, 6)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     when = {"write": f"rank {rank} killed while it writes its file", "commit": "killed between shards and manifest"}[
         place
     ]
-    fault_table.append((when, "the checkpoint before is used, identical state after", "3 steps, one save interval"))
+    fault_table.append(
+        (when, "the previous checkpoint is used, identical state afterwards", "3 steps, one save interval")
+    )
 
 
 # ---- damage
@@ -83,7 +85,11 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
     assert losses(spoilt) == losses(straight)
     Checkpoint(folder_of(spoilt / "checkpoints", 6)).verify()  # made anew on the way
     fault_table.append(
-        ("a flipped bit in the newest checkpoint", "file named, the one before used, identical losses", "3 steps")
+        (
+            "a flipped bit in the newest checkpoint",
+            "the file is named, the previous checkpoint is used, identical losses",
+            "3 steps",
+        )
     )
 
     for step in (3, 6, 9):
@@ -92,21 +98,21 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
         run(2, train, str(spoilt), "parallel.ep=2", "train.steps=12")
 
 
-def test_step_folders_without_a_whole_checkpoint_are_named_and_no_start_begins_anew(tmp_path, caplog, fault_table):
+def test_step_folders_without_a_complete_checkpoint_are_named_and_no_new_run_starts(tmp_path, caplog, fault_table):
     run(2, train, str(tmp_path), "parallel.ep=2")
     checkpoints = tmp_path / "checkpoints"
     old, new = (folder_of(checkpoints, step) for step in (3, 6))
     lines = losses(tmp_path)
     (new / "manifest.json").rename(tmp_path / "kept.json")
-    (said,) = run(1, resumed_with_warnings, str(checkpoints))
-    assert said[0] == 3 and f"{new}: has no manifest.json" in said[1]
+    (messages,) = run(1, resumed_with_warnings, str(checkpoints))
+    assert messages[0] == 3 and f"{new}: has no manifest.json" in messages[1]
     assert choose_checkpoint(checkpoints) == old and f"{new}: has no manifest.json" in caplog.text  # by `sample`
     (old / "manifest.json").unlink()
     with pytest.raises(WorkerFailed, match="holds step-00000003, step-00000006, none a whole checkpoint of its step"):
         run(2, train, str(tmp_path), "parallel.ep=2")
     assert losses(tmp_path) == lines and old.is_dir() and new.is_dir()
     fault_table.append(
-        ("the manifests of all checkpoints are lost", "named, refused, nothing is begun anew or removed", "nothing")
+        ("the manifests of all checkpoints are lost", "named and refused; nothing is started or removed", "nothing")
     )
 
 
@@ -128,7 +134,7 @@ def from_step(folder: str, step: int) -> None:
     train(folder, "parallel.ep=2", "train.steps=9")
 
 
-def test_a_step_that_was_asked_for_is_taken_or_refused(tmp_path):
+def test_a_requested_step_is_used_or_refused(tmp_path):
     run(2, train, str(tmp_path), "parallel.ep=2")
     before = losses(tmp_path)
     run(2, from_step, str(tmp_path), 3)
@@ -146,7 +152,7 @@ def test_a_shard_of_another_step_is_named(tmp_path, fault_table):
     new.write_bytes(old.read_bytes())
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: is of step 3, not 6"):
         run(2, from_step, str(tmp_path), 6)
-    fault_table.append(("a shard of another step, --step", "file named with its step, refused", "nothing"))
+    fault_table.append(("a shard of another step, --step", "the file and its step are named, refused", "nothing"))
 
 
 # ---- saves that fail
@@ -164,14 +170,18 @@ def without_room(folder: str, steps: int, room: int) -> None:
     train(folder, "parallel.ep=2", f"train.steps={steps}", "train.save_every=1", "train.max_failed_saves=3")
 
 
-def test_a_full_disk_is_told_and_training_goes_on_up_to_a_limit(tmp_path, fault_table):
+def test_a_full_disk_is_reported_and_training_continues_up_to_a_limit(tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .* no room, need [\d,]+ bytes, have 1,000"):
         run(2, without_room, str(tmp_path), 9, 1000)
     assert steps_in(tmp_path / "checkpoints") == [1]
     assert len(losses(tmp_path)) == 4, "training went on over two failed saves"
     Checkpoint(folder_of(tmp_path / "checkpoints", 1)).verify()
     fault_table.append(
-        ("disk full", '"need X, have Y", training goes on, ends after train.max_failed_saves', "the saves")
+        (
+            "disk full",
+            "the bytes needed and free are named, training continues, ends after train.max_failed_saves",
+            "the saves",
+        )
     )
 
 
@@ -179,12 +189,12 @@ def unwritable(folder: str, rank: int) -> None:
     """One rank's files cannot be written from step 4 on, once."""
     real = checkpoint_module.write_rank
 
-    def write_rank(aside, number, tensors, parts, step):
+    def write_rank(staging, number, tensors, parts, step):
         if step == 2 and number == rank:
-            return real(aside / "gone", number, tensors, parts, step) or real(
-                aside, number, {"x": "no tensor"}, [], step
+            return real(staging / "gone", number, tensors, parts, step) or real(
+                staging, number, {"x": "no tensor"}, [], step
             )
-        return real(aside, number, tensors, parts, step)
+        return real(staging, number, tensors, parts, step)
 
     checkpoint_module.write_rank = write_rank
     checkpoint_module.CheckpointManager.__init__ = _impatient(checkpoint_module.CheckpointManager.__init__)
@@ -206,7 +216,7 @@ def test_a_save_that_one_rank_cannot_write_leaves_the_others_valid(rank, tmp_pat
         Checkpoint(folder_of(tmp_path / "checkpoints", step)).verify()
     assert len(losses(tmp_path)) == 4
     fault_table.append(
-        (f"rank {rank} cannot write its file", "named, training goes on, the next save is whole", "that save")
+        (f"rank {rank} cannot write its file", "named, training continues, the next save is complete", "that save")
     )
 
 
@@ -236,7 +246,7 @@ def test_a_save_that_fails_in_any_way_is_a_failed_save(place, kind, tmp_path, fa
         run(2, failing, str(tmp_path), place, kind)
     assert steps_in(tmp_path / "checkpoints") == [1] and len(losses(tmp_path)) == 4
     what = f"{kind.__name__} in the thread that saves"
-    fault_table.append((what, "named, training goes on, ends after train.max_failed_saves", "the saves"))
+    fault_table.append((what, "named, training continues, ends after train.max_failed_saves", "the saves"))
 
 
 def not_removable(folder: str) -> None:
@@ -260,7 +270,7 @@ def test_a_save_stalls_training_for_a_copy_only(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (saved,) = [line for line in lines if "save_stall_ms" in line]
     manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 3)).manifest
-    written = sum(one["size"] for one in manifest["ranks"])
+    written = sum(entry["size"] for entry in manifest["ranks"])
     assert 0.9 * written < saved["save_bytes"] < written
     assert manifest["run"] == Checkpoint(folder_of(tmp_path / "checkpoints", 6)).manifest["run"]
 
@@ -285,7 +295,7 @@ def with_a_spike(folder: str, factor: float) -> None:
     train(folder, "parallel.ep=2", "train.steps=30", "train.spike_factor=20")
 
 
-def test_a_loss_spike_is_passed_over(tmp_path, fault_table):
+def test_a_loss_spike_is_skipped(tmp_path, fault_table):
     run(2, with_a_spike, str(tmp_path), 1e6)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     norms = [line["gradient_norm"] for line in lines]
@@ -326,7 +336,7 @@ def test_another_stream_is_refused_without_a_flag(change, tmp_path, fault_table)
     assert {p: p.read_bytes() for p in before} == before
     run(2, with_allowed, str(tmp_path), (key,), change)
     assert len(losses(tmp_path)) == 6
-    fault_table.append((f"{key} changed", "refused with the list of differences; goes on with --allow", "nothing"))
+    fault_table.append((f"{key} changed", "refused with the list of differences; continues with --allow", "nothing"))
 
 
 def read_only(folder: str) -> None:

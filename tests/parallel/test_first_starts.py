@@ -95,8 +95,8 @@ FAULTS = {
 def test_data_that_cannot_be_used_leaves_nothing_behind(fault, data, tmp_path):
     folder = tmp_path / "run"
     latent = ("data.source=latents", f"data.path={data / fault}", "data.flip=false")
-    (said,) = run(1, try_to_train, str(folder), *latent)
-    assert FAULTS[fault] in said
+    (message,) = run(1, try_to_train, str(folder), *latent)
+    assert FAULTS[fault] in message
     assert not folder.exists()
     if fault in ("nosuch", "few"):
         assert run(1, try_to_train, str(folder)) == [""]
@@ -118,16 +118,16 @@ def test_a_rank_that_cannot_build_the_model_leaves_the_folder_to_any_other_start
 
 def fails_on(folder: str, rank: int) -> None:
     """Raises what a rank raised, so that the job ends as when a process of it ends."""
-    if said := try_without_a_model(folder, rank):
-        raise RuntimeError(said)
+    if message := try_without_a_model(folder, rank):
+        raise RuntimeError(message)
 
 
 def test_the_run_that_took_a_step_keeps_its_folder(tmp_path):
     folder = tmp_path / "run"
     assert run(1, try_to_train, str(folder)) == [""]
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    (said,) = run(1, try_to_train, str(folder), "model.depth=2", "train.steps=2")
-    assert "belongs to a run with another config" in said and "model.depth: the run has 4, not 2" in said
-    (said,) = run(1, try_to_train, str(folder), "data.source=latents", "data.path=nosuch")
-    assert "data.source: the run has" in said
+    (message,) = run(1, try_to_train, str(folder), "model.depth=2", "train.steps=2")
+    assert "belongs to a run with another config" in message and "model.depth: the run has 4, not 2" in message
+    (message,) = run(1, try_to_train, str(folder), "data.source=latents", "data.path=nosuch")
+    assert "data.source: the run has" in message
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -64,18 +64,18 @@ def check(folder: Path, warnings: list[str]) -> list[str]:
 
 def test_a_full_disk_costs_saves_and_no_log(tmp_path, fault_table):
     with small_disk(tmp_path / "disk", "24m") as disk:
-        (said,) = run(1, disturbed, str(disk / "run"), 3, 6, "full")
-        failed = check(disk / "run", said)
+        (messages,) = run(1, disturbed, str(disk / "run"), 3, 6, "full")
+        failed = check(disk / "run", messages)
         assert len(failed) == 3 and all("no room" in w or "No space left" in w for w in failed)
         steps = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 9))
     what = "named once; metrics, TensorBoard and samples wait in memory, and are written when there is room"
-    fault_table.append(("no byte left on the disk, for some steps", what, "the saves of these steps"))
+    fault_table.append(("the disk is full for some steps", what, "the saves of these steps"))
 
 
 def test_a_renamed_folder_costs_saves_and_no_log(tmp_path, fault_table):
-    (said,) = run(1, disturbed, str(tmp_path / "run"), 3, 6, "renamed")
-    failed = check(tmp_path / "run", said)
+    (messages,) = run(1, disturbed, str(tmp_path / "run"), 3, 6, "renamed")
+    failed = check(tmp_path / "run", messages)
     assert 3 <= len(failed) <= 4, "and perhaps the save that was being written"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     what = "named once; logs wait in memory, and are written when the folder is back"

@@ -1,4 +1,4 @@
-"""No damage to a file that the trainer reads back goes unseen. The full table: `make fuzz`, docs/damage.md."""
+"""No damage to a file that the trainer reads back goes unseen. The full table: `make fuzz`, docs/faults.md."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_damage_to_text_files_is_a_sentence_or_a_setting(flips, tmp_path):
     print(table(list(tallies.values())))
 
 
-def test_the_program_sees_what_a_careless_reader_does_not(tmp_path):
+def test_the_program_detects_damage_that_a_reader_overlooks(tmp_path):
     """A reader without a hash is silent, one that raises anything is unclear, and files are as they were."""
     file = tmp_path / "numbers.json"
     file.write_text("[10, 20, 30, 40]")

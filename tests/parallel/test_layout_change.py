@@ -1,6 +1,6 @@
 """A run saved at one layout goes on at another: ten further steps are the same training, to rounding.
 
-`make layouts` writes the matrix to docs/layout_changes.md.
+`make layouts` writes the matrix into docs/equality.md.
 """
 
 from functools import cache
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.levels import full
+from support.page_sections import write_section
 from support.processes import run
 from support.training_runs import losses, state, train
 
@@ -18,10 +19,10 @@ SAVED, LAST = 3, 13
 LIMIT = 1e-5
 
 # Layouts: ranks, tp, ep, ZeRO stage, more.
-ONE = (1, 1, 1, 0)
+SINGLE_RANK = (1, 1, 1, 0)
 CASES = [
-    full((2, 1, 2, 1), ONE),
-    (ONE, (4, 2, 2, 1)),
+    full((2, 1, 2, 1), SINGLE_RANK),
+    (SINGLE_RANK, (4, 2, 2, 1)),
     full((4, 2, 2, 1), (2, 2, 1, 2)),
     full((4, 2, 2, 3), (4, 1, 4, 1)),
     full((4, 1, 4, 2), (4, 2, 2, 3)),
@@ -72,10 +73,10 @@ def test_ten_further_steps_at_another_layout(before, after, place, tmp_path, tab
     run(after[0], train, str(moved), *overrides(after), f"train.steps={LAST}")
     assert len(losses(moved)) == len(losses(straight)) == LAST
     in_losses = max(abs(a - b) / abs(b) for a, b in zip(losses(moved), losses(straight), strict=True))
-    expected, found = state(straight, LAST), state(moved, LAST)
-    whole = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
+    expected, actual = state(straight, LAST), state(moved, LAST)
+    norms = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
     in_state = max(
-        float((found[kind, n] - t).norm() / (t.norm() + 0.1 * whole[kind])) for (kind, n), t in expected.items()
+        float((actual[kind, n] - t).norm() / (t.norm() + 0.1 * norms[kind])) for (kind, n), t in expected.items()
     )
     table.append((name(before), name(after), in_losses, in_state))
     assert in_losses <= LIMIT and in_state <= LIMIT
@@ -84,8 +85,6 @@ def test_ten_further_steps_at_another_layout(before, after, place, tmp_path, tab
 def write_table(file: Path, rows: list[tuple]) -> None:
     """The matrix as Markdown."""
     lines = [
-        "# Layout changes",
-        "",
         f"A run is saved after {SAVED} steps at one layout and continues at another for {LAST - SAVED} steps (12",
         "experts, fp32). It is compared with the same run without interruption at the first layout. Deviations are",
         "relative: of the loss of the worst step, and of the worst tensor among master weights, moments and averages",
@@ -98,4 +97,4 @@ def write_table(file: Path, rows: list[tuple]) -> None:
         "|---|---|---|---|",
         *(f"| {before} | {after} | {a:.1e} | {b:.1e} |" for before, after, a, b in rows),
     ]
-    file.write_text("\n".join(lines) + "\n")
+    write_section(file, "A run that changes its layout", "\n".join(lines))

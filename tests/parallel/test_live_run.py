@@ -82,13 +82,13 @@ def test_looking_again_has_an_end(live, replaced):
         load_model(live)
 
 
-def test_a_step_that_was_asked_for_is_no_other(live, replaced):
+def test_a_requested_step_is_never_replaced_by_another(live, replaced):
     replaced(1)
     with pytest.raises(CheckpointError, match="step-00000003"):
         load_model(live, step=3)
 
 
-def test_a_damaged_latest_checkpoint_is_not_passed_over_in_silence(live):
+def test_a_damaged_latest_checkpoint_is_refused(live):
     file = live / "checkpoints" / "step-00000003" / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -173,7 +173,7 @@ def test_all_ranks_choose_the_same_latest_checkpoint(live, tmp_path, fault_table
     assert as_job(2, tmp_path, sampled_beside_a_live_run, request) == [[tmp_path / "images.npz"]] * 2
     with np.load(tmp_path / "images.npz") as stored:
         assert json.loads(str(stored["request"]))["step"] == 5 and stored["arr_0"].shape[0] == 12
-    what = "the latest is looked for again, by all ranks together"
+    what = "all ranks together read the latest checkpoint again"
     fault_table.append(("sample, while the run removes the checkpoint that it reads", what, "nothing"))
 
 
@@ -209,7 +209,7 @@ def test_a_conversion_is_of_the_latest_checkpoint(place, live, replaced, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["inspect", "upcycle"])
-def test_other_readers_look_again_too(command, live, replaced, tmp_path, capsys):
+def test_other_readers_also_try_the_new_latest_checkpoint(command, live, replaced, tmp_path, capsys):
     replaced(2)
     words = {"inspect": [str(live), "--json"], "upcycle": [str(live), str(tmp_path / "new"), "model.num_experts=6"]}
     assert cli.main([command, *words[command], "--config", str(live / "config.yaml")]) == 0

@@ -22,6 +22,6 @@ def test_the_first_hundred_steps(fidelity, request):
         assert max(off[:STEPS]) <= LIMIT, off.index(max(off[:STEPS]))
     if steps == ALL:
         tail = slice(-300, None)
-        means = [math.fsum(one["loss"][tail]) / 300 for one in (ours, published)]
+        means = [math.fsum(losses["loss"][tail]) / 300 for losses in (ours, published)]
         assert means[0] == pytest.approx(means[1], rel=1e-3)
         assert ours["fixed"] == pytest.approx(published["fixed"], rel=1e-3)

@@ -76,7 +76,7 @@ def waits_of_a_step() -> list[dict]:
     return counts
 
 
-def test_a_step_is_taken_in_without_a_wait_or_a_message():
+def test_a_step_is_accumulated_without_a_wait_or_a_message():
     assert run(1, waits_of_a_step) == [[{"waits": {}, "sent": {}}] * 2]
 
 
@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_leaves_the_means_of_its_window(tmp_path, faul
     fault_table.append(
         (
             "a loss that is not finite",
-            "no rank updates; the logged means are of the other steps, with their number",
+            "no rank updates; the logged means are those of the other steps, with their number",
             "that step",
         )
     )

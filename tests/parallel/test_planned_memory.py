@@ -154,8 +154,8 @@ def test_a_budget_adds_up():
     assert even.imbalance > 0 and skewed.imbalance / even.imbalance == pytest.approx((1.5 * 4 / 3 - 1) / (4 / 3 - 1))
     assert even.buckets == 2 * 50_000_000 * 2  # two buckets in bf16: communication overlaps
     offloaded = resolve("dit_b", overrides=["train.deepspeed=bf16_zero2_offload"], world=8)
-    lean = budget(offloaded, offloaded.layout(8))
-    assert lean.optimizer == lean.ema == 0 and lean.host > 0
+    offloaded_budget = budget(offloaded, offloaded.layout(8))
+    assert offloaded_budget.optimizer == offloaded_budget.ema == 0 and offloaded_budget.host > 0
 
 
 def test_memory_falls_where_it_should():

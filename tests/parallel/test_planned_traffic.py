@@ -40,7 +40,7 @@ class Listener:
 
     def __init__(self):
         self.on = False
-        self.seen: dict = {}
+        self.measured: dict = {}
         for name in (*OPS, *OTHERS):  # before DeepSpeed takes some of them by value
             self.listen(name)
 
@@ -52,7 +52,7 @@ class Listener:
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
             if self.on and len(ranks) > 1:
                 ours = not sys._getframe(1).f_globals["__name__"].startswith("deepspeed")
-                line = self.seen[ours, OPS.get(name, name), ranks]
+                line = self.measured[ours, OPS.get(name, name), ranks]
                 line[0] += 1
                 line[1] += payload(name, [*arguments, *named.values()]) if name in OPS else 0
             return real(*arguments, **named)
@@ -73,7 +73,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     ema = EMA(engine, config.train.ema_decays)
     B = config.layout(mesh.world_size).micro_batch
     generator = torch.Generator().manual_seed(mesh.dp.rank)
-    listener.seen = defaultdict(lambda: [0, 0])
+    listener.measured = defaultdict(lambda: [0, 0])
     for step in range(3):  # at first, stage 3 compares notes and traces the model
         listener.on = step == 2
         for micro in range(config.train.accumulation):
@@ -99,7 +99,7 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     if engine.stage:
         states["optimizer"] += sum(p.master.nbytes for p in engine.partitions)
     engine.close()
-    return {key: tuple(line) for key, line in listener.seen.items()}, states
+    return {key: tuple(line) for key, line in listener.measured.items()}, states
 
 
 def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
@@ -123,17 +123,17 @@ def compare(world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool =
     for number, overrides in enumerate(cases):
         travelled, expected = 0, 0.0
         for rank in range(world):
-            seen, states = ranks[rank][number]
+            measured, states = ranks[rank][number]
             plan = planned(overrides, world, rank)
-            assert seen.keys() == plan.keys(), overrides
+            assert measured.keys() == plan.keys(), overrides
             for key, (calls, size) in plan.items():
                 ours, op, _ = key
                 if ours or calls_of_deepspeed:
-                    assert seen[key][0] == calls, (overrides, key)
+                    assert measured[key][0] == calls, (overrides, key)
                 if op == "all_to_all":  # what a rank sends back is what it got: the sum over ranks is fixed
-                    travelled, expected = travelled + seen[key][1], expected + size
+                    travelled, expected = travelled + measured[key][1], expected + size
                 else:
-                    assert seen[key][1] == pytest.approx(size, rel=1e-12), (overrides, key)
+                    assert measured[key][1] == pytest.approx(size, rel=1e-12), (overrides, key)
             memory = memory_per_rank(small(*overrides), world)
             assert states == {name: getattr(memory, name) for name in states}, overrides
         assert travelled == pytest.approx(expected, rel=1e-12), overrides

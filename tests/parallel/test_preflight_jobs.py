@@ -100,7 +100,7 @@ def verdicts(report: dict, check_name: str) -> dict[str, str]:
 
 def test_a_good_allocation_passes(tmp_path):
     run = tmp_path / "run"
-    codes, output, report, bad = preflight(tmp_path, "--run", str(run), "parallel.tp=2", "parallel.ep=2")
+    codes, output, report, bad = preflight(tmp_path, "--run-dir", str(run), "parallel.tp=2", "parallel.ep=2")
     assert (codes, bad, report["bad_nodes"]) == ([0] * 4, [], [])
     assert "preflight passed (4 nodes, 4 ranks)" in output and "no GPU: CPU run" in output
     network = report["found"]["network"]
@@ -132,7 +132,7 @@ def other_data():
     storage.open_dataset = changed
 
 
-def test_faults_of_three_nodes_are_told_apart(tmp_path):
+def test_faults_of_three_nodes_are_distinguished(tmp_path):
     faults = {1: odd_version, 2: skewed_clock, 3: other_data}
     codes, output, report, bad = preflight(tmp_path, faults=faults)
     assert codes == [3] * 4 and bad == ["n1", "n3"]
@@ -169,7 +169,7 @@ def test_faults_of_network_and_file_system(tmp_path):
     """Rank 2 sends wrong values, rank 3 is slow towards all nodes, and rank 1 has another run directory."""
     faults = {1: local_run_directory, 2: wrong_values, 3: slow_link}
     codes, output, report, bad = preflight(
-        tmp_path, "--run", str(tmp_path / "run"), "--expect-gbps", "0.001", "parallel.ep=2", faults=faults
+        tmp_path, "--run-dir", str(tmp_path / "run"), "--expect-gbs", "0.001", "parallel.ep=2", faults=faults
     )
     assert codes == [3] * 4 and bad == ["n1", "n2", "n3"]
     assert verdicts(report, "files") == {"n1": FAIL}
@@ -295,7 +295,7 @@ def test_where_the_holder_of_the_store_is_frozen_the_others_end(tmp_path, fault,
 
 def test_a_run_directory_that_cannot_be_written_blames_the_setup(tmp_path):
     (tmp_path / "file").write_text("")
-    codes, output, report, bad = preflight(tmp_path, "--run", str(tmp_path / "file" / "run"))
+    codes, output, report, bad = preflight(tmp_path, "--run-dir", str(tmp_path / "file" / "run"))
     assert codes == [2] * 4 and bad == []
     assert verdicts(report, "files") and "Not a directory" in " ".join(output.split())
 
@@ -305,7 +305,7 @@ def test_a_run_directory_that_cannot_be_written_blames_the_setup(tmp_path):
 
 def test_alone(tmp_path, capsys):
     launch = runtime.LaunchEnvironment("python")
-    options = options_of(["--run", str(tmp_path / "run"), "--bad-nodes", str(tmp_path / "bad")])
+    options = options_of(["--run-dir", str(tmp_path / "run"), "--bad-nodes", str(tmp_path / "bad")])
     try:
         assert check.run(options, launch) == 0
     finally:
@@ -320,7 +320,7 @@ def test_alone(tmp_path, capsys):
 def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     options = options_of(
-        ["--run", str(tmp_path / "run"), "--min-free-gib", "1e9", "--report", str(tmp_path / "file" / "report")]
+        ["--run-dir", str(tmp_path / "run"), "--min-free-gib", "1e9", "--report", str(tmp_path / "file" / "report")]
     )
     with pytest.raises(job.PreflightError, match="file: (File exists|Not a directory)"):
         check.run(options, runtime.LaunchEnvironment("python"))
@@ -330,13 +330,13 @@ def test_too_little_room_and_no_place_for_the_report(tmp_path, capsys):
 
 
 def test_a_wrong_config_is_reported_before_anything_starts(tmp_path):
-    options = options_of(["--run", str(tmp_path / "run"), "parallel.ep=3", "train.lr=fast"])
+    options = options_of(["--run-dir", str(tmp_path / "run"), "parallel.ep=3", "train.lr=fast"])
     with pytest.raises(ConfigError, match="2 problems"):
         check.run(options, runtime.LaunchEnvironment("srun", 0, 4))
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("words", [["--timeout", "0"], ["--expect-gbps", "fast"], ["--max-skew", "-1"]])
+@pytest.mark.parametrize("words", [["--timeout", "0"], ["--expect-gbs", "fast"], ["--max-skew", "-1"]])
 def test_limits_are_positive_numbers(words, capsys):
     with pytest.raises(SystemExit):
         options_of(words)

@@ -94,7 +94,7 @@ def sleep() -> None:
         (sleep, 0.3, r"ranks \[0, 1\] did not end in time"),
     ],
 )
-def test_a_failed_job_is_told_and_its_workers_are_replaced(function, limit, message):
+def test_a_failed_job_is_reported_and_its_workers_are_replaced(function, limit, message):
     before = run(2, rank_and_process)
     with pytest.raises(WorkerFailed, match=message):
         run(2, function, limit=limit)
@@ -113,7 +113,7 @@ def test_a_worker_with_a_thread_is_replaced():
     assert len(set(before) & set(after)) == 0 and {p for _, p in before} & {p for _, p in after} == {before[1][1]}
 
 
-def test_what_cannot_be_pickled_is_told():
+def test_results_that_cannot_be_pickled_are_reported():
     with pytest.raises(WorkerFailed, match="cannot pickle"):
         run(1, threading.Lock)
 

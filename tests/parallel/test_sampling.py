@@ -65,15 +65,17 @@ def test_a_group_is_the_ranks_that_share_experts_or_matrices():
     assert ReplicaLayout.of(6, 8, 2, 2, 2) == ReplicaLayout(1, group_size=2, group=1, num_groups=2, is_first=True)
 
 
-def test_labels_take_turns_or_are_drawn_for_each_image(run):
+def test_labels_are_balanced_or_random_for_each_image(run):
     config = tiny()
     request = GenerationRequest(run, Path("x"), 25)
     assert request.labels(config).tolist() == [i % 10 for i in range(25)]
     assert GenerationRequest(run, Path("x"), 5, only=(7, 2)).labels(config).tolist() == [7, 2, 7, 2, 7]
-    many = GenerationRequest(run, Path("x"), 4000, classes="random").labels(config)
-    assert np.abs(np.bincount(many, minlength=10) - 400).max() < 100
-    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(config) == many[:30]).all()
-    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(tiny("sample.seed=1")) != many[:30]).any()
+    random_labels = GenerationRequest(run, Path("x"), 4000, classes="random").labels(config)
+    assert np.abs(np.bincount(random_labels, minlength=10) - 400).max() < 100
+    assert (GenerationRequest(run, Path("x"), 30, classes="random").labels(config) == random_labels[:30]).all()
+    assert (
+        GenerationRequest(run, Path("x"), 30, classes="random").labels(tiny("sample.seed=1")) != random_labels[:30]
+    ).any()
 
 
 # ---- what is drawn
@@ -118,20 +120,20 @@ def test_each_guidance_scale_has_a_set(run, tmp_path):
     places = generate_images(GenerationRequest(run, tmp_path / "a.npz", 5, scales=("1.0", "2.5")), ALONE)
     assert [p.name for p in places] == ["a-guidance-1.npz", "a-guidance-2.5.npz"]
     generate_images(GenerationRequest(run, tmp_path / "b.npz", 5, overrides=("sample.guidance=2.5",)), ALONE)
-    one, two, alone = (ImageSet(p).read(0, 5) for p in (*places, tmp_path / "b.npz"))
+    first, two, alone = (ImageSet(p).read(0, 5) for p in (*places, tmp_path / "b.npz"))
     np.testing.assert_array_equal(two, alone)
-    assert (one != two).any()
+    assert (first != two).any()
     folders = generate_images(GenerationRequest(run, tmp_path / "c", 5, scales=(1, 2.5)), ALONE)
     assert folders == [tmp_path / "c" / "guidance-1", tmp_path / "c" / "guidance-2.5"]
     np.testing.assert_array_equal(ImageSet(folders[1]).read(0, 5), alone)
 
 
-def test_three_ranks_draw_the_set_of_one(run, tmp_path):
+def test_three_ranks_sample_the_set_of_one_rank(run, tmp_path):
     generate_images(GenerationRequest(run, tmp_path / "one.npz", 18, classes="random"), ALONE)
     as_job(3, tmp_path, generate_images, GenerationRequest(run, tmp_path / "three.npz", 18, classes="random"))
-    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "three.npz") as three:
+    with np.load(tmp_path / "one.npz") as single, np.load(tmp_path / "three.npz") as three:
         for name in ("arr_0", "arr_1"):
-            np.testing.assert_array_equal(one[name], three[name])
+            np.testing.assert_array_equal(single[name], three[name])
 
 
 def test_a_model_split_over_ranks_draws_the_same_images(run, tmp_path):
@@ -139,36 +141,50 @@ def test_a_model_split_over_ranks_draws_the_same_images(run, tmp_path):
     generate_images(GenerationRequest(run, tmp_path / "whole.npz", 22), ALONE)
     for name, world, tp, ep in (("two", 2, 1, 2), ("four", 4, 1, 2), ("both", 4, 2, 2)):
         as_job(world, tmp_path, generate_images, GenerationRequest(run, tmp_path / f"{name}.npz", 22, tp=tp, ep=ep))
-    whole, two, four, both = (
+    unsplit, two, four, both = (
         ImageSet(tmp_path / f"{name}.npz").read(0, 22).astype(int) for name in ("whole", "two", "four", "both")
     )
     np.testing.assert_array_equal(two, four)
     for split in (two, both):  # equal to rounding: a byte may differ by one, here and there
-        assert np.abs(split - whole).max() <= 1 and (split != whole).mean() < 0.01
+        assert np.abs(split - unsplit).max() <= 1 and (split != unsplit).mean() < 0.01
 
 
 def test_a_rank_loads_its_part_only(run):
-    one = Group((0,), 0)
-    whole, *_ = load_model(run)
+    single_rank = Group((0,), 0)
+    unsplit, *_ = load_model(run)
     for rank, experts in ((0, 2), (1, 1)):
         ep = Group((0, 1), rank)
-        part, *_ = load_model(run, mesh=Mesh(one, one, one, ep, one))
+        part, *_ = load_model(run, mesh=Mesh(single_rank, single_rank, single_rank, ep, single_rank))
         name = "blocks.1.mlp.experts.fc1.weight"
-        held, logical = dict(part.named_parameters())[name], dict(whole.named_parameters())[name]
+        held, logical = dict(part.named_parameters())[name], dict(unsplit.named_parameters())[name]
         assert held.shape[0] == 2 and logical.shape[0] == 3
         assert torch.equal(held[:experts], logical[2 * rank : 2 * rank + experts])
 
 
 def test_the_command_draws_a_set(run, tmp_path):
-    words = ["--run", str(run), "--num", "5", "--class", "3", "--guidance", "1", "2", "--seed", "4", "--steps", "2"]
+    words = [
+        "--run-dir",
+        str(run),
+        "--num-images",
+        "5",
+        "--class",
+        "3",
+        "--guidance",
+        "1",
+        "2",
+        "--seed",
+        "4",
+        "--steps",
+        "2",
+    ]
     assert command.run(parsed(*words, "--out", str(tmp_path / "a.npz")), ALONE) == 0
     with np.load(tmp_path / "a-guidance-2.npz") as stored:
         facts = json.loads(str(stored["request"]))
         assert stored["arr_1"].tolist() == [3] * 5
     assert (facts["sample"]["seed"], facts["sample"]["steps"], facts["sample"]["guidance"]) == (4, 2, 2.0)
     with pytest.raises(ConfigError) as error:
-        command.run(parsed("--run", "r", "--out", "o.png", "--tp", "2", "--guidance", "1", "2"), ALONE)
-    assert "--tp: needs --num" in str(error.value) and "several scales: needs --num" in str(error.value)
+        command.run(parsed("--run-dir", "r", "--out", "o.png", "--tp", "2", "--guidance", "1", "2"), ALONE)
+    assert "--tp: needs --num-images" in str(error.value) and "several scales: needs --num-images" in str(error.value)
 
 
 @pytest.mark.parametrize("module", [command, evaluate], ids=["sample", "evaluate"])
@@ -185,7 +201,7 @@ def test_torchrun_takes_no_option_for_its_own(module):
 # ---- begun again
 
 
-def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
+def test_a_stopped_job_continues(run, tmp_path, monkeypatch):
     generate_images(GenerationRequest(run, tmp_path / "whole.npz", 10), ALONE)
     drawn, write = [], ImageSetWriter.write
     for out in (tmp_path / "set.npz", tmp_path / "set"):
@@ -215,10 +231,10 @@ def test_a_stopped_job_goes_on(run, tmp_path, monkeypatch):
         drawn.clear()
 
 
-def test_ranks_stop_together_and_go_on_together(run, tmp_path):
+def test_ranks_stop_and_continue_together(run, tmp_path):
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").mkdir(parents=True)  # one rank cannot write its chunk
-    said = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
-    assert len(set(said)) == 1 and "cannot be written (Is a directory); completed images are kept" in said[0]
+    messages = as_job(2, tmp_path, generate_images, GenerationRequest(run, tmp_path / "set.npz", 18))
+    assert len(set(messages)) == 1 and "cannot be written (Is a directory); completed images are kept" in messages[0]
     assert (tmp_path / "set.npz.parts" / "chunk-000000.npy").exists()
     (tmp_path / "set.npz.parts" / "chunk-000001.npy.writing").rmdir()
     assert (
@@ -263,7 +279,7 @@ def test_one_job_at_a_time_draws_a_set(tmp_path):
 # ---- refused
 
 
-def test_all_that_is_wrong_is_told_at_once(run, tmp_path):
+def test_all_problems_are_reported_together(run, tmp_path):
     with pytest.raises(SampleError) as error:
         bad = GenerationRequest(run, tmp_path / "x.png", 0, "sorted", (3, 10), scales=(1, "1.0"), tp=2, ep=2)
         generate_images(bad, ALONE)

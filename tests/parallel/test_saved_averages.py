@@ -31,8 +31,8 @@ def averages(folder: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.logical("ema", name) for name in checkpoint.shapes}
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def equal(expected: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return expected.keys() == other.keys() and all(torch.equal(expected[name], other[name]) for name in expected)
 
 
 def share(folder: Path, step: int) -> float:
@@ -90,7 +90,7 @@ def test_planned_sizes_are_those_of_the_files(straight, tmp_path, settings):
         assert planned.peak == 2 * planned.checkpoint + 3 * planned.snapshot
 
 
-def test_a_run_that_was_killed_goes_on_exactly_and_its_snapshots_are_made_again(straight, tmp_path):
+def test_a_killed_run_continues_exactly_and_writes_its_snapshots_again(straight, tmp_path):
     """The newest checkpoint is of step 3, and snapshots of the lost steps are there."""
     killed = shutil.copytree(straight, tmp_path / "killed")
     shutil.rmtree(folder_of(killed / "checkpoints", 6))
@@ -108,18 +108,18 @@ def test_a_run_that_was_killed_goes_on_exactly_and_its_snapshots_are_made_again(
 @pytest.mark.parametrize("world, tp, ep", [full(1, 1, 1), (2, 2, 1)])
 def test_a_snapshot_is_sampled_from_at_another_layout(straight, world, tp, ep):
     expected = run(2, images, str(straight), 4, 1, 2)[0]
-    found = run(world, images, str(straight), 4, tp, ep)[0]
-    assert torch.allclose(found, expected, atol=1e-4) and expected.std() > 0.1
+    sampled = run(world, images, str(straight), 4, tp, ep)[0]
+    assert torch.allclose(sampled, expected, atol=1e-4) and expected.std() > 0.1
 
 
 @pytest.mark.parametrize("world, overrides", [full(4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero3")),
                                               (1, ("parallel.ep=1", "train.deepspeed=fp32_zero0"))])  # fmt: skip
 def test_averages_that_warm_up_are_equal_at_every_layout(straight, tmp_path, world, overrides):
     run(world, train, str(tmp_path / "other"), *WARMING, *overrides)
-    found, expected = (averages(snapshot_of(f / "snapshots", 6)) for f in (tmp_path / "other", straight))
-    whole = torch.stack([tensor.norm() for tensor in expected.values()]).norm()
+    actual, expected = (averages(snapshot_of(f / "snapshots", 6)) for f in (tmp_path / "other", straight))
+    total_norm = torch.stack([tensor.norm() for tensor in expected.values()]).norm()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-6 * whole, name
+        assert (actual[name] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-6 * total_norm, name
 
 
 def snapshots_unwritable(folder: str) -> None:
@@ -187,14 +187,14 @@ def test_a_save_by_the_clock_is_at_the_same_step_on_every_rank(tmp_path):
 
 def pictures(folder: str) -> list[str]:
     """Warnings about pictures of a run that draws one, on this rank."""
-    told = []
-    loop.logger.warning = lambda text, *values: told.append(text % values)
+    warnings = []
+    loop.logger.warning = lambda text, *values: warnings.append(text % values)
     few = ("train.sample_every=6", "model.in_channels=3", "sample.steps=2", "train.ema_decay=0.999")
     train(folder, "parallel.ep=2", *few)
-    return told
+    return warnings
 
 
 def test_a_picture_that_is_drawn_with_initial_weights_is_named(tmp_path):
-    told = run(2, pictures, str(tmp_path))
+    warnings = run(2, pictures, str(tmp_path))
     line = "picture of step 6: drawn with the averaged weights, 99.4% of them still the initial weights"
-    assert told == [[line], []]
+    assert warnings == [[line], []]

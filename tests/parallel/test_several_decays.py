@@ -39,8 +39,8 @@ def checkpoint(folder: Path, step: int = 3) -> Checkpoint:
     return opened
 
 
-def kind_equals(one: Checkpoint, kind: str, other: Checkpoint, other_kind: str) -> bool:
-    return all(torch.equal(one.logical(kind, name), other.logical(other_kind, name)) for name in other.shapes)
+def kind_equals(checkpoint_a: Checkpoint, kind: str, other: Checkpoint, other_kind: str) -> bool:
+    return all(torch.equal(checkpoint_a.logical(kind, name), other.logical(other_kind, name)) for name in other.shapes)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} ranks, {', '.join(case[1:])}")
@@ -103,6 +103,9 @@ def test_all_averages_go_on_at_another_layout(tmp_path):
     moved, straight = checkpoint(tmp_path / "run"), checkpoint(tmp_path / "straight")
     for kind in ("ema", "ema=0.9"):
         expected = {name: straight.logical(kind, name) for name in straight.shapes}
-        whole = torch.stack([tensor.norm() for tensor in expected.values()]).norm()
+        norm_of_all = torch.stack([tensor.norm() for tensor in expected.values()]).norm()
         for name, tensor in expected.items():
-            assert (moved.logical(kind, name) - tensor).norm() <= 1e-5 * tensor.norm() + 1e-6 * whole, (kind, name)
+            assert (moved.logical(kind, name) - tensor).norm() <= 1e-5 * tensor.norm() + 1e-6 * norm_of_all, (
+                kind,
+                name,
+            )

@@ -121,7 +121,7 @@ def test_on_one_device_nothing_is_read_back(factor, top_k):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_check_for_syncs_sees_one():
+def test_the_check_for_syncs_detects_one():
     with pytest.raises(RuntimeError, match="meta tensors"):
         torch.zeros(3, device="meta").sum().item()
 

@@ -29,10 +29,10 @@ def moments_of_a_rank(x):
 
 def test_moments_in_one_pass():
     x = vectors(50, 6, offset=1e6)  # far from zero, where sums of squares cancel
-    found = moments_of(x, [1, 30, 19])
-    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False), rtol=1e-8)
-    assert found.count == 50
+    computed = moments_of(x, [1, 30, 19])
+    np.testing.assert_allclose(computed.mean, x.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(computed.covariance, np.cov(x, rowvar=False), rtol=1e-8)
+    assert computed.count == 50
     for mean, covariance, count in processes.run(3, moments_of_a_rank, x):
         np.testing.assert_allclose(mean, x.mean(0), rtol=1e-13)
         np.testing.assert_allclose(covariance, np.cov(x, rowvar=False), rtol=1e-8)
@@ -91,9 +91,9 @@ def test_precision_and_recall_are_the_published_ones(monkeypatch):
     real, drawn = vectors(60, 5, 1), vectors(45, 5, 1) * 0.7 + 0.5
     real[7] = real[8] = real[9]  # equal ones
     for k in (1, 3):
-        found = precision_recall(torch.from_numpy(real), torch.from_numpy(drawn), k)
-        assert found == published_precision_recall(real, drawn, k)
-        assert 0 < found[0] < 1 and 0 < found[1] < 1
+        computed = precision_recall(torch.from_numpy(real), torch.from_numpy(drawn), k)
+        assert computed == published_precision_recall(real, drawn, k)
+        assert 0 < computed[0] < 1 and 0 < computed[1] < 1
     same = torch.from_numpy(real)
     assert precision_recall(same, same) == (1.0, 1.0)
     assert precision_recall(same, same + 1e3) == (0.0, 0.0)

@@ -42,8 +42,8 @@ def test_resuming_is_bit_exact(world, overrides, tmp_path):
     run(world, train, str(resumed), "train.steps=3", *overrides)
     run(world, train, str(resumed), *overrides)
     assert steps_in(straight / "checkpoints") == steps_in(resumed / "checkpoints") == [3, 6]
-    expected, found = state(straight, 6), state(resumed, 6)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, actual = state(straight, 6), state(resumed, 6)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     assert losses(resumed) == losses(straight) and len(losses(straight)) == 6
     moved = state(straight, 3)
     assert not torch.equal(moved["master", "blocks.1.mlp.experts.fc1.weight"],
@@ -60,11 +60,11 @@ def test_resuming_at_another_layout_is_the_same_training(world, overrides, tmp_p
     run(2, train, str(moved), "train.steps=3", *at)
     run(world, train, str(moved), *overrides)
     assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)
-    expected, found = state(straight, 6), state(moved, 6)
-    whole = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
+    expected, actual = state(straight, 6), state(moved, 6)
+    norms = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
     for (kind, name), tensor in expected.items():
-        off = (found[kind, name] - tensor).norm()
-        assert off <= 1e-5 * tensor.norm() + 1e-6 * whole[kind], f"{kind} of {name}"
+        off = (actual[kind, name] - tensor).norm()
+        assert off <= 1e-5 * tensor.norm() + 1e-6 * norms[kind], f"{kind} of {name}"
 
 
 def test_a_run_with_former_names_of_options_resumes_to_the_bit(tmp_path):
@@ -78,8 +78,8 @@ def test_a_run_with_former_names_of_options_resumes_to_the_bit(tmp_path):
     assert (tmp_path / "converted" / "config.yaml").read_text() == (present / "config.yaml").read_text()
     for folder in (present, former):
         run(1, train, str(folder))
-    expected, found = state(present, 6), state(former, 6)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, resumed = state(present, 6), state(former, 6)
+    assert all(torch.equal(resumed[key], expected[key]) for key in expected)
     assert losses(former) == losses(present) and len(losses(former)) == 6
     assert (former / "config.yaml").read_text() == (present / "config.yaml").read_text()
     assert json.loads((former / "environment.json").read_text())[1]["changed"] == {"train.steps": [3, 6]}
@@ -127,16 +127,16 @@ def test_drawing_samples_does_not_change_the_training(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    mine, other = tmp_path / "mine", tmp_path / "other"
-    run(2, train, str(mine), "train.steps=3", "parallel.ep=2", "model.num_experts=8")
+    folder, other = tmp_path / "mine", tmp_path / "other"
+    run(2, train, str(folder), "train.steps=3", "parallel.ep=2", "model.num_experts=8")
     run(2, train, str(other), "train.steps=3", "parallel.ep=2")
-    shutil.rmtree(mine / "checkpoints")
-    shutil.copytree(other / "checkpoints", mine / "checkpoints")
-    before = {p: p.read_bytes() for p in (mine / "checkpoints").rglob("*") if p.is_file()}
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    before = {p: p.read_bytes() for p in (folder / "checkpoints").rglob("*") if p.is_file()}
     with pytest.raises(
         WorkerFailed, match=r"another model(.|\n)*prototypes: the checkpoint has \(4, 32\), the model \(8, 32\)"
     ):
-        run(2, train, str(mine), "parallel.ep=2", "model.num_experts=8")
+        run(2, train, str(folder), "parallel.ep=2", "model.num_experts=8")
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -190,7 +190,7 @@ def broken(folder: str) -> None:
     train(folder, "parallel.ep=2")
 
 
-def test_a_run_that_only_overflows_ends_and_says_so(tmp_path):
+def test_a_run_that_only_overflows_ends_with_a_message(tmp_path):
     with pytest.raises(WorkerFailed, match=r"3 steps in a row without a usable gradient .*max_bad_steps"):
         run(2, broken, str(tmp_path))
 

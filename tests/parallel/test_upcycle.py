@@ -68,7 +68,7 @@ def test_a_slice_has_all_hidden_units_once():
         assert torch.equal(torch.cat([shared, expert]), full)
 
 
-def test_noise_parts_the_routed_experts_and_nothing_else_and_is_seeded():
+def test_noise_changes_only_the_routed_experts_and_is_seeded():
     dense, made = made_from_dense(0.1)
     name = "blocks.1.mlp.experts.fc1.weight"
     routed = made.read("ema", name)
@@ -131,7 +131,7 @@ def test_twice_the_experts_without_noise_compute_the_same(gate):
     assert 0 < gap < 0.1
 
 
-def test_what_does_not_fit_is_told_at_once():
+def test_all_mismatches_are_reported_together():
     dense = state_of("model.router=dense")
     config = resolve("digits", overrides=[*SMALL, *PROMOE, "model.depth=4", "model.expert_ratio=1.5"])
     with pytest.raises(ConversionError, match="model.depth = 4.*\n.*model.expert_ratio = 1.5"):
@@ -182,7 +182,7 @@ def train_on(folder: Path) -> dict:
 def test_the_tool_makes_runs_that_train(tmp_path, capsys):
     dense = state_of("model.router=dense")
     export(replace(dense, kinds=("master", "ema")), tmp_path / "dense", "ours")
-    command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--images", "8"]
+    command = [str(tmp_path / "dense"), str(tmp_path / "promoe"), "model.num_experts=4", "--num-images", "8"]
     assert main(["upcycle", *command]) == 0
     result = run(1, train_on, tmp_path / "promoe")[0]
     assert result["step"] == 0 and result["losses"][-1] < result["losses"][0]

@@ -69,13 +69,13 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
     clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "node"}
     jobs: list[subprocess.Popen] = []
 
-    def said(rank: int) -> str:
-        return (tmp_path / f"said-{rank}").read_text()
+    def output_of(rank: int) -> str:
+        return (tmp_path / f"output-{rank}").read_text()
 
     def wait_until(condition, limit: float) -> None:
         deadline = time.monotonic() + limit
         while not condition():
-            assert time.monotonic() < deadline, said(0)[-3000:] + said(1)[-3000:]
+            assert time.monotonic() < deadline, output_of(0)[-3000:] + output_of(1)[-3000:]
             time.sleep(0.05)
 
     def steps() -> int:
@@ -87,10 +87,10 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
             who = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             env = clean | {key: str(value) for key, value in who.items()} | {"OMP_NUM_THREADS": "1"}
             command = ["ip", "netns", "exec", name, sys.executable, *words]
-            with open(tmp_path / f"said-{rank}", "wb") as out:
+            with open(tmp_path / f"output-{rank}", "wb") as out:
                 jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
         wait_until(lambda: steps() >= 5 or any(job.poll() is not None for job in jobs), 300)
-        assert [job.poll() for job in jobs] == [None, None], said(0)[-3000:] + said(1)[-3000:]
+        assert [job.poll() for job in jobs] == [None, None], output_of(0)[-3000:] + output_of(1)[-3000:]
         ip("-n", two_nodes[cut], "link", "set", "node", "down")
         broken = time.monotonic()
         wait_until(lambda: all(job.poll() is not None for job in jobs), BOUND)
@@ -100,10 +100,10 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
             if job.poll() is None:
                 job.send_signal(signal.SIGKILL)
             job.wait()
-    assert [job.returncode for job in jobs] == [76, 76], said(0)[-3000:] + said(1)[-3000:]
+    assert [job.returncode for job in jobs] == [76, 76], output_of(0)[-3000:] + output_of(1)[-3000:]
     place = r"no progress for \d+ s \(train.step_timeout = 4\) in section '[a-z ]+' of step \d+; "
-    assert re.search(rf"rank 0: {place}silent: rank 1, last in section", said(0)), said(0)[-3000:]
-    assert re.search(rf"rank 1: {place}the process that holds the job's store", said(1)), said(1)[-3000:]
+    assert re.search(rf"rank 0: {place}silent: rank 1, last in section", output_of(0)), output_of(0)[-3000:]
+    assert re.search(rf"rank 1: {place}the process that holds the job's store", output_of(1)), output_of(1)[-3000:]
     fault_table.append(
         (
             f"the network between two nodes is cut, on {('the side with the store', 'the other side')[cut]}",

@@ -33,16 +33,16 @@ COMMANDS = documented()
 
 def forms(kind: str, cheap: bool | None = None) -> list[str]:
     """Documented commands whose small form is of a kind; a command without a rule is of every kind, and fails."""
-    found = []
+    texts = []
     for command in COMMANDS:
         try:
             form = small(command.text)
         except NoRule:
-            found.append(command.text)
+            texts.append(command.text)
         else:
             if form.kind == kind and cheap in (None, form.cheap):
-                found.append(command.text)
-    return found
+                texts.append(command.text)
+    return texts
 
 
 def test_there_are_commands_of_every_place():
@@ -52,7 +52,7 @@ def test_there_are_commands_of_every_place():
         "CONTRIBUTING.md",
         "docs/cluster.md",
         "docs/data.md",
-        "docs/scaling.md",
+        "docs/study.md",
         "megapromoe",
     } <= places
     assert {
@@ -65,7 +65,7 @@ def test_there_are_commands_of_every_place():
 
 
 def test_a_command_without_a_rule_fails():
-    for text in ("megapromoe fly --high", "python tools/plot_routing.py --run x", "docker run megapromoe"):
+    for text in ("megapromoe fly --high", "python tools/plot_routing.py --run-dir x", "docker run megapromoe"):
         with pytest.raises(NoRule, match="how a test runs this command"):
             small(text)
 
@@ -190,7 +190,7 @@ def make_workspace(folder: str) -> None:
             "train.global_batch=8",
             "train.deepspeed=fp32_zero1",
         ]
-        assert cli.main(["train", "--run", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
+        assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
     for name in ("mine", "promoe_l", "promoe_b"):
         shutil.copytree("runs/digits", f"runs/{name}")
     shutil.copytree("runs/xl", "runs/promoe_xl")

@@ -39,12 +39,12 @@ CLIP = "train.clip: is now spelled train.max_grad_norm; the next release refuses
 
 
 def test_rank_0_gives_one_notice_of_a_former_name(trained, monkeypatch, notices, tmp_path):
-    line = ["train", "--run", str(tmp_path), "train.clip=2"]
-    for rank, said in ((1, []), (0, [CLIP]), (1, [])):
+    line = ["train", "--run-dir", str(tmp_path), "train.clip=2"]
+    for rank, expected in ((1, []), (0, [CLIP]), (1, [])):
         monkeypatch.setattr(
             launch_environment, "detect", lambda rank=rank: LaunchEnvironment("torchrun", rank, world=2)
         )
-        assert notices(*line) == said
+        assert notices(*line) == expected
     assert {call[0].train.max_grad_norm for call in trained} == {2.0}
 
 
@@ -54,15 +54,15 @@ def test_files_that_the_program_wrote_with_former_names_give_no_notice(trained, 
     (study / "tasks").mkdir(parents=True)
     (study / "study.yaml").touch()
     copied.parent.mkdir()
-    for file, said in ((run / "config.yaml", []), (study / "tasks" / "tc.yaml", []), (copied, [CLIP])):
+    for file, expected in ((run / "config.yaml", []), (study / "tasks" / "tc.yaml", []), (copied, [CLIP])):
         file.write_text("train: {clip: 2}\ndata: {source: synthetic}\n")
-        assert notices("train", "--config", str(file), "--run", str(tmp_path / "new")) == said
+        assert notices("train", "--config", str(file), "--run-dir", str(tmp_path / "new")) == expected
         assert trained.pop()[0].train.max_grad_norm == 2
 
 
 def test_a_former_name_in_allow(trained, notices, tmp_path):
-    said = notices("train", "--run", str(tmp_path), "--allow", "data.label_drop", "--allow", "data")
-    assert said == [
+    messages = notices("train", "--run-dir", str(tmp_path), "--allow", "data.label_drop", "--allow", "data")
+    assert messages == [
         "data.label_drop: is now spelled data.condition_dropout; the next release refuses the former spelling"
     ]
     assert trained[0][4] == ("data.condition_dropout", "data")
@@ -70,5 +70,5 @@ def test_a_former_name_in_allow(trained, notices, tmp_path):
 
 def test_a_command_that_plan_proposes_has_the_present_names(notices, capsys):
     assert notices("plan", "--preset", "promoe_b", "--gpus-per-node", "2", "train.clip=2") == [CLIP]
-    said = capsys.readouterr().out
-    assert "train.max_grad_norm=2" in said and "train.clip" not in said
+    output = capsys.readouterr().out
+    assert "train.max_grad_norm=2" in output and "train.clip" not in output

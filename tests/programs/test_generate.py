@@ -72,28 +72,28 @@ def test_chunks_share_out_every_image_once():
         ("model.router=diffmoe",),
     ],
 )
-def test_ranks_draw_the_images_of_one(overrides):
+def test_several_ranks_sample_the_images_of_one_rank(overrides):
     config = tiny(*overrides)
     model = stirred(config)
     labels = [i % 11 for i in range(10)]  # 10 is the null class
-    whole = generate(model, config, labels, range(10))
-    assert whole.shape == (10, 1, 8, 8) and whole.std() > 0.1
+    single = generate(model, config, labels, range(10))
+    assert single.shape == (10, 1, 8, 8) and single.std() > 0.1
     for world in (2, 4):
         for rank in range(world):
             for numbers in ranges_of(rank, world, 10, 4):
                 part = generate(model, config, labels[numbers.start : numbers.stop], numbers)
-                assert torch.equal(part, whole[numbers.start : numbers.stop])
+                assert torch.equal(part, single[numbers.start : numbers.stop])
 
 
 def test_an_image_is_fixed_by_seed_index_and_label():
     config = tiny()
     model = stirred(config)
-    whole = generate(model, config, [1, 2, 3, 4, 5, 6], range(6))
+    images = generate(model, config, [1, 2, 3, 4, 5, 6], range(6))
     for index in (0, 3, 5):  # in other company, equal to rounding
-        torch.testing.assert_close(generate(model, config, [index + 1], [index])[0], whole[index])
-    assert not torch.equal(generate(model, config, [7], [0])[0], whole[0])
-    assert not torch.equal(generate(model, config, [1], [1])[0], whole[0])
-    assert not torch.equal(generate(model, tiny("sample.seed=1"), [1], [0])[0], whole[0])
+        torch.testing.assert_close(generate(model, config, [index + 1], [index])[0], images[index])
+    assert not torch.equal(generate(model, config, [7], [0])[0], images[0])
+    assert not torch.equal(generate(model, config, [1], [1])[0], images[0])
+    assert not torch.equal(generate(model, tiny("sample.seed=1"), [1], [0])[0], images[0])
 
 
 def test_the_run_s_shift_of_noise_levels_is_used():
@@ -103,10 +103,10 @@ def test_the_run_s_shift_of_noise_levels_is_used():
 
 
 def test_the_model_s_mode_is_restored_and_progress_reported():
-    model, seen = stirred(tiny()).train(), []
-    generate(model, tiny(), [1] * 6, range(6), progress=lambda done, total: seen.append((done, total)))
+    model, reported = stirred(tiny()).train(), []
+    generate(model, tiny(), [1] * 6, range(6), progress=lambda done, total: reported.append((done, total)))
     assert model.training
-    assert seen == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
+    assert reported == [(done, 6) for done in range(1, 7)]  # two chunks of three steps
 
 
 def gathered(request: tuple[Path, int], launch: LaunchEnvironment) -> list | None:
@@ -127,7 +127,7 @@ def gathered(request: tuple[Path, int], launch: LaunchEnvironment) -> list | Non
         return written["images"][:, 0, 1, 1].tolist()
 
 
-def test_images_of_all_ranks_meet_in_order(tmp_path):
+def test_images_of_all_ranks_are_gathered_in_order(tmp_path):
     first, *others = as_job(3, tmp_path, gathered, (tmp_path / "a.npz", 18))
     assert first == list(range(18)) and others == [None, None]
     # two ranks have nothing to send
@@ -174,7 +174,7 @@ def test_weights_are_not_used_with_another_config_than_theirs(run, tmp_path):
     assert load_model(other)[2] == 2, "the learning rate is free"
 
 
-def test_what_cannot_be_loaded_is_said(run, tmp_path):
+def test_a_run_that_cannot_be_loaded_is_refused_with_the_reason(run, tmp_path):
     with pytest.raises(SampleError, match="no config.yaml"):
         load_model(tmp_path)
     with pytest.raises(CheckpointError, match=r"step = 7: .* there are 1, 2"):
@@ -205,7 +205,7 @@ def test_a_picture_has_a_row_for_each_class(run, tmp_path):
     assert os.listdir(out.parent) == ["grid.png"]
 
 
-def test_images_of_one_class_make_a_square(run, tmp_path):
+def test_images_of_one_class_form_a_square(run, tmp_path):
     preview(run, tmp_path / "grid.png", (3,), 5)
     assert imread(tmp_path / "grid.png").shape[:2] == (2 * 66 + 2, 3 * 66 + 2)
 
@@ -235,17 +235,17 @@ def test_requests_that_differ_have_default_places_that_differ(run, tmp_path):
     assert len(names) == 6 and all(re.fullmatch(r"step-00000002-[0-9a-f]{6}(\.png)?", name) for name in names)
 
 
-def test_three_ranks_write_the_images_of_one(run, tmp_path):
+def test_three_ranks_write_the_images_of_one_rank(run, tmp_path):
     request = GenerationRequest(
         run, tmp_path / "one.npz", 5, only=(3, 5), preview=True, overrides=("sample.guidance=2",)
     )
     generate_images(request, ALONE)
-    there = tmp_path / "three.npz"
-    assert as_job(3, tmp_path, generate_images, replace(request, out=there)) == [[there]] * 3
-    one, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
-    assert one["labels"].tolist() == [3] * 5 + [5] * 5 and one["seed"] == 0
-    np.testing.assert_array_equal(one["images"], three["images"])
-    np.testing.assert_array_equal(one["labels"], three["labels"])
+    file = tmp_path / "three.npz"
+    assert as_job(3, tmp_path, generate_images, replace(request, out=file)) == [[file]] * 3
+    single, three = (np.load(tmp_path / f"{name}.npz") for name in ("one", "three"))
+    assert single["labels"].tolist() == [3] * 5 + [5] * 5 and single["seed"] == 0
+    np.testing.assert_array_equal(single["images"], three["images"])
+    np.testing.assert_array_equal(single["labels"], three["labels"])
 
 
 def test_all_that_is_wrong_is_reported_at_once(run, tmp_path):

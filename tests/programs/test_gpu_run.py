@@ -222,7 +222,7 @@ def described(monkeypatch):
 
 
 @pytest.mark.full
-def test_a_stage_goes_on_where_it_was_stopped(tmp_path, monkeypatch, described, capsys):
+def test_a_stopped_stage_continues(tmp_path, monkeypatch, described, capsys):
     """The finished process is not run again; what the other one left is still there."""
     first = python("first", f"open({str(tmp_path / 'first')!r}, 'a').write('x')")
     second = python("second", f"import time; open({str(tmp_path / 'second')!r}, 'a').write('x'); time.sleep({{}})")
@@ -280,7 +280,7 @@ def test_an_error_of_the_system_is_one_line(error, text, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == text
 
 
-def test_the_limit_is_no_part_of_the_figures(tmp_path):
+def test_the_time_limit_is_not_recorded_with_the_results(tmp_path):
     run = GpuRun(tmp_path, ROOT, 540.0, {}, MACHINE)
     for seconds in (100.0, 500.0):
         (command,) = stage_commands("profile", tmp_path, "cuda", False, seconds)
@@ -324,7 +324,7 @@ def test_wrong_words_are_refused_with_the_rule(name, capsys):
     assert capsys.readouterr().err.startswith(f"gpu_run: {message}")
 
 
-def test_it_runs_from_a_whole_checkout_alone(tmp_path, capsys):
+def test_gpu_run_needs_a_complete_checkout(tmp_path, capsys):
     assert main(["tests", "--dry-run"], tmp_path) == 2
     assert "run this from a complete checkout" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ STARTED: list[subprocess.Popen] = []
 
 
 def start(folder: Path, *words: str, world: int = RANKS, program: str = "") -> list[subprocess.Popen]:
-    """`megapromoe WORDS` on every rank, told by variables alone; what each says is in the file `said-RANK`."""
+    """`megapromoe WORDS` on every rank, told by variables alone; what each says is in the file `output-RANK`."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def start(folder: Path, *words: str, world: int = RANKS, program: str = "") -> l
         who = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         env = clean | {name: str(value) for name, value in who.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        with open(folder / f"said-{rank}", "wb") as out:
+        with open(folder / f"output-{rank}", "wb") as out:
             command = [sys.executable, "-m", "megapromoe", *words]
             if program:  # Python, with the folder of the tests as its first argument
                 command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), *words]
@@ -59,14 +59,14 @@ def hanging(call: str) -> str:
     return f"import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; {call}"
 
 
-def said(folder: Path, rank: int) -> str:
-    return (folder / f"said-{rank}").read_text()
+def output_of(folder: Path, rank: int) -> str:
+    return (folder / f"output-{rank}").read_text()
 
 
 def wait_until(condition, folder: Path, limit: float = 240.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < deadline, "\n".join(file.read_text()[-3000:] for file in folder.glob("said-*"))
+        assert time.monotonic() < deadline, "\n".join(file.read_text()[-3000:] for file in folder.glob("output-*"))
         time.sleep(0.05)
 
 
@@ -91,8 +91,8 @@ def test_a_frozen_holder_of_the_store_is_named_by_the_others(tmp_path, fault_tab
         assert re.search(
             rf"rank {rank}: no progress for \d+ s \(train.step_timeout = 4\) in section '[a-z ]+' of step \d+; the"
             r" process that holds the job's store \(rank 0 or the launcher\) does not answer",
-            said(tmp_path, rank),
-        ), said(tmp_path, rank)
+            output_of(tmp_path, rank),
+        ), output_of(tmp_path, rank)
     assert took < 60
     fault_table.append(
         (
@@ -112,10 +112,10 @@ def test_a_hung_job_leaves_the_stacks_of_every_rank_that_runs(tmp_path):
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     assert [job.returncode for job in jobs] == [76] * RANKS
     for rank in range(RANKS):
-        text = said(tmp_path, rank)
+        text = output_of(tmp_path, rank)
         assert "furthest behind: rank 2, last in section 'data' of step 4" in text, text
         assert "most recent call first" in text and "in _train" in text, text
-    assert "in wait_for_ever" in said(tmp_path, 2) and "in wait_for_ever" not in said(tmp_path, 0)
+    assert "in wait_for_ever" in output_of(tmp_path, 2) and "in wait_for_ever" not in output_of(tmp_path, 0)
 
 
 def test_a_rank_that_hangs_before_the_first_step_is_named(tmp_path):
@@ -125,7 +125,7 @@ def test_a_rank_that_hangs_before_the_first_step_is_named(tmp_path):
     )  # fmt: skip
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     for rank in range(RANKS):
-        text = said(tmp_path, rank)
+        text = output_of(tmp_path, rank)
         assert jobs[rank].returncode == 76 and "rank 1, last in start-up: opening the data" in text, text
 
 
@@ -150,27 +150,27 @@ def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table
     call = f"patient_start(); hang_in(1, {WRITE!r}, freeze)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
     started = time.monotonic()
-    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
-    assert "silent: rank 1, last in " in said(tmp_path, 0), said(tmp_path, 0)
+    assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
+    assert "silent: rank 1, last in " in output_of(tmp_path, 0), output_of(tmp_path, 0)
     assert time.monotonic() - started < 200
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*[0-9]")), "a checkpoint without that rank's file"
     fault_table.append(
         (
             f"a rank freezes while it writes {'the last' if last else 'a'} checkpoint",
-            "named by the others, exit code 76, no half checkpoint",
+            "named by the others, exit code 76, no partial checkpoint",
             "the steps since the last save",
         )
     )
 
 
 def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_the_next(tmp_path, fault_table):
-    """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training goes on."""
+    """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training continues."""
     settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=24"]
     call = f"patient_start(); hang_in(1, {WRITE!r})"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
-    assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
+    assert end_of(jobs, tmp_path) == [76, 76], output_of(tmp_path, 0)
     for rank in (0, 1):
-        text = said(tmp_path, rank)
+        text = output_of(tmp_path, rank)
         assert "furthest behind: rank 1, last in writing this rank's file of the checkpoint of step 100" in text, text
         assert "s more for this" in text
     fault_table.append(
@@ -188,7 +188,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     settings = ["train.steps=1", "train.step_timeout=6", "train.timeout=120", "sample.steps=4", "sample.batch=4"]
     (job,) = start(folder, *training(folder, *settings), world=1)
-    assert job.wait(timeout=240) == 0, said(folder, 0)
+    assert job.wait(timeout=240) == 0, output_of(folder, 0)
     return folder / "run"
 
 
@@ -214,11 +214,13 @@ def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, t
         world=2,
         program=hanging(f"patient_start(); hang_in(1, {target!r})"),
     )
-    assert end_of(jobs, tmp_path) == [76, 76], said(tmp_path, 0)
+    assert end_of(jobs, tmp_path) == [76, 76], output_of(tmp_path, 0)
     for rank in (0, 1):
-        text = said(tmp_path, rank)
+        text = output_of(tmp_path, rank)
         assert re.search(rf"furthest behind: rank 1, last in {place} .*Repeat the command to resume", text), text
-    fault_table.append((f"a rank hangs in `{command[0]}`", "named with its place, exit code 76", "nothing"))
+    fault_table.append(
+        (f"a rank hangs in `{command[0]}`", "the rank and its section are named, exit code 76", "nothing")
+    )
 
 
 def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
@@ -226,7 +228,7 @@ def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
     settings = ["train.steps=2", "train.sample_every=2", "train.step_timeout=4", "sample.steps=24", "sample.batch=64"]
     call = "patient_start(); slow_sampler(0.5)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
-    assert end_of(jobs, tmp_path) == [0, 0], said(tmp_path, 0)
+    assert end_of(jobs, tmp_path) == [0, 0], output_of(tmp_path, 0)
     assert list((tmp_path / "run" / "samples").glob("step-*2.png"))
 
 
@@ -241,7 +243,7 @@ def test_a_first_step_that_compiles_may_take_longer(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         words = training(folder, *settings, "train.compile=true")
-        assert end_of(start(folder, *words, world=2, program=hanging(program)), folder) == codes, said(folder, 0)
+        assert end_of(start(folder, *words, world=2, program=hanging(program)), folder) == codes, output_of(folder, 0)
 
 
 def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fault_table):
@@ -249,12 +251,14 @@ def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fa
     settings = ["train.step_timeout=4", "train.timeout=24", "train.compile=true"]
     program = f"patient_start(); compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(program))
-    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
-    text = said(tmp_path, 0)
+    assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
+    text = output_of(tmp_path, 0)
     # It freezes as this section begins, and may have reported only the one before.
     assert re.search(r"silent: rank 1, last in section '(data|forward and backward)' of step 1", text), text
     assert "17 s more for this" in text, text
-    fault_table.append(("a rank freezes in the first, compiling step", "named with its place, exit code 76", "nothing"))
+    fault_table.append(
+        ("a rank freezes in the first, compiling step", "the rank and its section are named, exit code 76", "nothing")
+    )
 
 
 def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp_path, fault_table):
@@ -262,10 +266,10 @@ def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp
     settings = ["train.steps=100", "train.step_timeout=4", "train.timeout=48", "sample.steps=4", "sample.batch=4"]
     call = "hang_in(1, 'megapromoe.checkpoint.format:Checkpoint.verify', freeze)"
     jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
-    assert end_of(jobs, tmp_path, frozen=1) == [76], said(tmp_path, 0)
-    assert "silent: rank 1, last in start-up: reading the checkpoint" in said(tmp_path, 0), said(tmp_path, 0)
+    assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
+    assert "silent: rank 1, last in start-up: reading the checkpoint" in output_of(tmp_path, 0), output_of(tmp_path, 0)
     fault_table.append(
-        ("a rank freezes while it reads the checkpoint", "named with its place, exit code 76", "nothing")
+        ("a rank freezes while it reads the checkpoint", "the rank and its section are named, exit code 76", "nothing")
     )
 
 
@@ -278,26 +282,27 @@ def images(folder: Path, count: int = 24) -> Path:
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_a_rank_that_freezes_in_encode_is_named_and_the_command_repeated_goes_on(frozen, tmp_path, fault_table):
+def test_a_rank_that_freezes_in_encode_is_named_and_the_repeated_command_continues(frozen, tmp_path, fault_table):
     """Rank 0 holds the store; the others have nothing to do any more, and wait for it."""
     source, out = images(tmp_path / "images"), tmp_path / "latents"
     words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
     words += ["--shard-size", "4", "--step-timeout", "4"]
     call = f"patient_start(); hang_in({frozen}, 'megapromoe.data.encode:_write_shard', freeze, 2)"
     jobs = start(tmp_path, *words, world=2, program=hanging(call))
-    assert end_of(jobs, tmp_path, frozen=frozen) == [76], said(tmp_path, 1 - frozen)
-    text = said(tmp_path, 1 - frozen)
+    assert end_of(jobs, tmp_path, frozen=frozen) == [76], output_of(tmp_path, 1 - frozen)
+    text = output_of(tmp_path, 1 - frozen)
     blamed = "the process that holds the job's store" if frozen == 0 else "silent: rank 1, last in shard"
     assert blamed in text and "(--step-timeout = 4)" in text, text
     jobs[frozen].kill()
     again = tmp_path / "again"
-    assert end_of(start(again, *words, world=2), again) == [0, 0], said(again, 0)
-    assert f"{out}: 24 records" in said(again, 0)
+    assert end_of(start(again, *words, world=2), again) == [0, 0], output_of(again, 0)
+    assert f"{out}: 24 records" in output_of(again, 0)
     fault_table.append(
         (
             f"rank {frozen} freezes in `encode`",
-            f"{'the holder of the store' if frozen == 0 else 'the rank'} is named, exit code 76; repeated, it goes on",
-            "the shard in work",
+            f"{'the holder of the store' if frozen == 0 else 'the rank'} is named, exit code 76;"
+            " the repeated command continues",
+            "the shard that was being encoded",
         )
     )
 
@@ -311,11 +316,11 @@ def test_a_rank_that_freezes_in_encode_under_torchrun_is_named(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     command += [sys.executable, "-c", program, str(Path(__file__).parents[1]), *words]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-    with open(tmp_path / "said-0", "wb") as output:
+    with open(tmp_path / "output-0", "wb") as output:
         job = subprocess.Popen(command, env=clean, stdout=output, stderr=subprocess.STDOUT)
     STARTED.append(job)
     assert end_of([job], tmp_path) == [1]
-    text = said(tmp_path, 0)
+    text = output_of(tmp_path, 0)
     assert re.search(
         r"no progress for \d+ s \(--step-timeout = 4\) in .*; silent: rank 1, last in shard [24] of 6", text
     )

@@ -81,7 +81,7 @@ def undisturbed(ranks, tmp_path_factory) -> list[float]:
     return losses(folder)
 
 
-def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, tmp_path, fault_table):
+def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks, restarts=1)
     wait_for(lambda: logged(folder) >= 12, launcher=job)
@@ -99,21 +99,21 @@ def test_kill_9_mid_step_and_the_supervisor_brings_it_back(ranks, undisturbed, t
     assert job.returncode == 0, output[-3000:]
     assert losses(folder) == undisturbed
     assert len(json.loads((folder / "environment.json").read_text())) == 2
-    what, lost = "resumed by itself, identical losses", f"{back:.0f} s from the kill to the next step"
+    what, lost = "resumed automatically, identical losses", f"{back:.0f} s from the kill to the next step"
     fault_table.append(
-        ("kill -9 of a rank mid-step, under torchrun --max-restarts", what, f"{lost}, at most 5 steps again")
+        ("kill -9 of a rank during a step, under torchrun --max-restarts", what, f"{lost}, at most 5 steps repeated")
     )
 
 
-@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all twice"), full(signal.SIGUSR1, "one")])
-def test_a_signal_saves_and_asks_for_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
+@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all ranks, twice"), full(signal.SIGUSR1, "one rank")])
+def test_a_signal_saves_and_requests_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks)
     wait_for(lambda: logged(folder) >= 7, launcher=job)
     pids = ranks_of(job)
-    for pid in pids if who == "all twice" else pids[-1:]:
+    for pid in pids if who == "all ranks, twice" else pids[-1:]:
         os.kill(pid, number)
-        if who == "all twice":
+        if who == "all ranks, twice":
             os.kill(pid, number)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
@@ -123,7 +123,11 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, who, ranks, undisturbed, 
     assert steps_in(folder / "checkpoints")[-1] == step
     Checkpoint(folder_of(folder / "checkpoints", step)).verify()
     fault_table.append(
-        (f"{number.name} to {who}", "agreed step, saved, exit code 75, identical losses after", "nothing")
+        (
+            f"{number.name} to {who}",
+            "all ranks save after the same step, exit code 75, identical losses afterwards",
+            "nothing",
+        )
     )
     job = start(folder, ranks)
     output, _ = job.communicate(timeout=240)

@@ -36,7 +36,7 @@ def finished(command: list[str], env=ENV) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> list[float]:
     folder = tmp_path_factory.mktemp("alone") / "run"
-    done = finished([*MAIN, *RUN, "--run", str(folder)])
+    done = finished([*MAIN, *RUN, "--run-dir", str(folder)])
     assert done.returncode == 0, done.stderr
     return losses(folder)
 
@@ -66,7 +66,7 @@ def test_launchers_start_the_same_run(launcher, alone, tmp_path):
 def test_srun_environment(alone, tmp_path):
     env = {**ENV, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_RESV_PORTS": free_port(),
            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}  # fmt: skip
-    command = [*MAIN, *RUN, *TWO, "--run", str(tmp_path / "run")]
+    command = [*MAIN, *RUN, *TWO, "--run-dir", str(tmp_path / "run")]
     ranks = [
         subprocess.Popen(command, env={**env, "SLURM_PROCID": r, "SLURM_LOCALID": r}, stderr=subprocess.PIPE, text=True)
         for r in "01"
@@ -80,7 +80,7 @@ def test_srun_environment(alone, tmp_path):
 def test_bad_config_ends_every_rank_with_code_2_and_one_message(tmp_path):
     """More data ranks than images divide over, a misspelt key, a wrong type: told before any group is made."""
     env = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    bad = [*MAIN, *RUN, "--run", str(tmp_path / "run"), "parallel.ep=3", "model.num_expert=4", "train.lr=fast"]
+    bad = [*MAIN, *RUN, "--run-dir", str(tmp_path / "run"), "parallel.ep=3", "model.num_expert=4", "train.lr=fast"]
     ends = [finished(bad, {**env, "RANK": r}) for r in "01"]
     assert [e.returncode for e in ends] == [2, 2]
     for word in ("parallel.ep", "did you mean num_experts", "train.lr"):

@@ -114,7 +114,7 @@ def test_options_of_sbatch_are_passed_on():
     assert commands["train"][commands["train"].index("--run-dir") + 1] == str(ROOT / "runs" / "mine-JOBID")
 
 
-def test_variables_do_what_the_help_says(tmp_path):
+def test_variables_do_what_the_help_describes(tmp_path):
     env = {"PRESET": "dit_b", "RUN_DIR": str(tmp_path / "with space"), "PREFLIGHT": "0", "NODE_CACHE": "/cache"}
     env |= {"CONTAINER_IMAGE": "registry#megapromoe:1", "CONTAINER_MOUNTS": "/data:/data:ro"}
     env |= {"SRUN_ARGS": "--cpu-bind=cores -v"}
@@ -151,18 +151,18 @@ def test_steps_have_all_variables_and_neighbours_a_socket():
 def test_a_run_directory_that_cannot_be_made_is_a_wrong_configuration():
     """Every attempt would fail at the same place."""
     job = {"JOB_ID": "1", "JOB_NUM_NODES": "1", "NTASKS": "8", "JOB_NAME": "x", "JOB_NODELIST": "n1"}
-    said = call("promoe_s", DATA, code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
-    assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in said
+    output = call("promoe_s", DATA, code=2, RUN_DIR="/dev/null/run", **{f"SLURM_{name}": v for name, v in job.items()})
+    assert "RUN_DIR=/dev/null/run: cannot be made or written; choose another" in output
 
 
-def test_ranks_meet_where_slurm_or_the_user_says():
+def test_ranks_connect_at_the_address_of_slurm_or_the_user():
     commands = printed("promoe_s")
     assert "--resv-ports=1" in commands["train"] and commands["node"][-1] != "ask"
     assert "--resv-ports=1" not in printed("promoe_s", MASTER_PORT="29500")["train"]
 
 
 @pytest.mark.parametrize(
-    "words, env, said",
+    "words, env, message",
     [
         (["parallel.ep=3", "train.lr=fast"], {}, "2 problems in the configuration"),
         (["--nodes=3"], {}, "nearest: 240, 264"),
@@ -178,9 +178,9 @@ def test_ranks_meet_where_slurm_or_the_user_says():
         (["--", "--config", "no.yaml"], {}, "no.yaml: cannot be read"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_submitted(words, env, said):
-    assert said in call("promoe_b", "--dry-run", *words, code=2, **env)
-    assert said in call("promoe_b", *words, code=2, **env)
+def test_jobs_that_cannot_run_are_refused_before_submission(words, env, message):
+    assert message in call("promoe_b", "--dry-run", *words, code=2, **env)
+    assert message in call("promoe_b", *words, code=2, **env)
 
 
 @pytest.mark.parametrize("script, words", [("promoe_l", ()), ("local", ("promoe_b", "parallel.ep=1"))])
@@ -215,25 +215,25 @@ def test_a_python_can_be_chosen(tmp_path):
 
 def test_without_a_choice_it_is_the_environment_beside_the_launchers_or_what_path_finds(tmp_path):
     shutil.copytree(LAUNCHERS, tmp_path / "launchers")
-    found, beside = tmp_path / "found" / "bin", tmp_path / ".venv" / "bin"
-    for folder in (found, beside):
+    on_path, beside = tmp_path / "found" / "bin", tmp_path / ".venv" / "bin"
+    for folder in (on_path, beside):
         folder.mkdir(parents=True)
         (folder / "megapromoe").write_text(f'#!/bin/sh\necho "{folder}: $1" >&2\nexit 2\n')
         (folder / "megapromoe").chmod(0o755)
 
-    def said(path: str) -> str:
+    def errors_with(path: str) -> str:
         command = ["bash", str(tmp_path / "launchers" / "promoe_b.sh"), "--dry-run"]
         done = subprocess.run(command, env=ENV | {"PATH": path}, capture_output=True, text=True)
         assert done.returncode == 2
         return done.stderr
 
-    assert said(f"{found}:/usr/bin:/bin") == f"{beside}: show\n"
+    assert errors_with(f"{on_path}:/usr/bin:/bin") == f"{beside}: show\n"
     shutil.rmtree(tmp_path / ".venv")
-    assert said(f"{found}:/usr/bin:/bin") == f"{found}: show\n"
-    assert "megapromoe is not on PATH; set MEGAPROMOE_ENV" in said("/usr/bin:/bin")
+    assert errors_with(f"{on_path}:/usr/bin:/bin") == f"{on_path}: show\n"
+    assert "megapromoe is not on PATH; set MEGAPROMOE_ENV" in errors_with("/usr/bin:/bin")
 
 
-def test_a_machine_without_slurm_is_told(tmp_path):
+def test_a_machine_without_slurm_is_reported(tmp_path):
     for name in ("bash", "sed", "realpath", "dirname", "basename", "nproc"):
         (tmp_path / name).symlink_to(shutil.which(name, path=ENV["PATH"]))
     assert "launchers/local.sh" in call("promoe_s", DATA, code=2, PATH=str(tmp_path))
@@ -244,8 +244,8 @@ def test_outside_a_job_the_script_submits_itself(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     sbatch.chmod(0o755)
-    said = call("promoe_l", "--hold", DATA, PATH=f"{tmp_path}:{ENV['PATH']}")
-    assert said.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), DATA]
+    output = call("promoe_l", "--hold", DATA, PATH=f"{tmp_path}:{ENV['PATH']}")
+    assert output.splitlines() == ["--hold", str(LAUNCHERS / "promoe_l.sh"), DATA]
 
 
 # ---- as text
@@ -255,7 +255,7 @@ def scripts() -> list[Path]:
     return sorted(LAUNCHERS.glob("*.sh"))
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_reports_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", *map(str, scripts())], capture_output=True, text=True, cwd=ROOT)
@@ -263,7 +263,7 @@ def test_shellcheck_has_nothing_to_say():
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda p: p.name)
-def test_scripts_are_strict_and_know_no_site(script):
+def test_scripts_are_strict_and_name_no_site(script):
     text = script.read_text()
     sourced = script.name in ("prologue.sh", "slurm.sh", "promoe.sh")
     assert "set -euo pipefail" in text or sourced
@@ -274,9 +274,9 @@ def test_scripts_are_strict_and_know_no_site(script):
 
 
 @pytest.mark.parametrize("name", [*SIZES, "local", "mpirun", "scaling_experts"])
-def test_help_teaches(name):
-    said = call(name, "--help")
-    assert f"launchers/{name}.sh" in said and "MEGAPROMOE_ENV" in said and "section.key=value" in said
+def test_help_has_the_options_and_examples(name):
+    output = call(name, "--help")
+    assert f"launchers/{name}.sh" in output and "MEGAPROMOE_ENV" in output and "section.key=value" in output
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -304,7 +304,7 @@ def test_the_local_layout_is_what_the_planner_proposes_on_one_machine():
             assert search(resolve(preset), ranks, machine, Assumptions()).best.layout.ep == 1, (gpu, preset, ranks)
 
 
-def test_host_files_say_how_many(tmp_path):
+def test_host_files_give_the_number_of_processes(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two machines\nhost1 slots=3\nhost2 slots = 1\n")
     (tmp_path / "mpirun").touch(mode=0o755)
@@ -353,7 +353,7 @@ def test_mpirun_trains_the_same(local, ranks, tmp_path):
 
 def test_a_cache_folder_of_another_user_is_refused(tmp_path):
     (tmp_path / "cache").symlink_to(tmp_path)
-    said = call(
+    output = call(
         "local", "digits", *TINY, NPROC="1", RUN_DIR=str(tmp_path / "run"), NODE_CACHE=str(tmp_path / "cache"), code=2
     )
-    assert "set NODE_CACHE" in said and not list((tmp_path / "run").glob("config.yaml"))
+    assert "set NODE_CACHE" in output and not list((tmp_path / "run").glob("config.yaml"))

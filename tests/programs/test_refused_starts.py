@@ -19,7 +19,7 @@ START = [
 
 
 def started(folder: Path | str, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megapromoe", *START, "--run", str(folder), *words]
+    command = [sys.executable, "-m", "megapromoe", *START, "--run-dir", str(folder), *words]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI", "RANK"))}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env | {"OMP_NUM_THREADS": "1"})
 
@@ -35,16 +35,16 @@ WRONG = {
         "nowhere",
     ),
     "a step that has no checkpoint": (lambda folder: ["--step", "5"], "has no complete checkpoint of step 5"),
-    "a folder with files of something else": (foreign, "is not empty (holds thesis.tex)"),
+    "a folder with other files": (foreign, "is not empty (holds thesis.tex)"),
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_start_that_can_never_succeed_ends_with_2(fault, tmp_path, fault_table):
-    make, said = WRONG[fault]
+    make, message = WRONG[fault]
     done = started(tmp_path, *make(tmp_path))
-    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
     fault_table.append((fault, "named, exit code 2: launchers do not queue the job again", "nothing"))
 

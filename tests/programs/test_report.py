@@ -115,7 +115,7 @@ def test_the_main_job_starts_a_layout_that_its_ranks_allow(tool, monkeypatch, ra
         returncode = 3
 
     monkeypatch.setattr(tool.subprocess, "run", lambda command, env: started.append((command, env)) or Ended)
-    monkeypatch.setattr("sys.argv", ["train_digits.py", "train.lr=0.5", "--ranks", ranks, "--run", "here"])
+    monkeypatch.setattr("sys.argv", ["train_digits.py", "train.lr=0.5", "--ranks", ranks, "--run-dir", "here"])
     assert tool.main() == 3  # a failed training is the job's own failure
     ((command, env),) = started
     text = " ".join(command)
@@ -136,17 +136,17 @@ def test_the_required_accuracy_is_for_the_default_length(tool, monkeypatch, tmp_
     monkeypatch.setattr(
         "megapromoe.evaluation.report.write_report", lambda *arguments: {"accuracy": accuracy, "steps": steps}
     )
-    monkeypatch.setattr("sys.argv", ["train_digits.py", "--run", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["train_digits.py", "--run-dir", str(tmp_path)])
     assert tool.main() == code
-    said = capsys.readouterr()
-    assert ("95% are required only after the default of 500 steps" in said.out) == (steps != 500)
-    assert ("is below 95%" in said.err) == bool(code)
+    captured = capsys.readouterr()
+    assert ("95% are required only after the default of 500 steps" in captured.out) == (steps != 500)
+    assert ("is below 95%" in captured.err) == bool(code)
     if steps != 500:
-        assert f"accuracy {accuracy:.1%} after {steps} steps" in said.out
+        assert f"accuracy {accuracy:.1%} after {steps} steps" in captured.out
 
 
 @pytest.mark.parametrize("arguments", [["--ranks", "0"], ["steps=3"], ["--rank", "2"]])
-def test_the_main_job_refuses_what_it_does_not_know(tool, monkeypatch, arguments):
+def test_the_main_job_refuses_unknown_options(tool, monkeypatch, arguments):
     monkeypatch.setattr("sys.argv", ["train_digits.py", *arguments])
     with pytest.raises(SystemExit) as error:
         tool.arguments()

@@ -98,7 +98,7 @@ def torchrun(*words: str) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGINT, full(signal.SIGHUP)])
 def test_a_process_alone_saves(number, jobs, tmp_path, fault_table):
     folder = tmp_path / "run"
-    job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run", str(folder))
+    job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run-dir", str(folder))
     wait_for(lambda: steps(folder) >= 3, job)
     job.send_signal(number)
     output, _ = job.communicate(timeout=60)
@@ -134,7 +134,7 @@ def test_ctrl_c_under_torchrun(jobs, tmp_path, fault_table):
     output, _ = job.communicate(timeout=90)
     assert job.returncode != 0 and "asked to stop: step" in output, output[-3000:]
     check_saved(folder)
-    fault_table.append(("Ctrl-C under torchrun", "agreed step, saved", "nothing"))
+    fault_table.append(("Ctrl-C under torchrun", "all ranks save after the same step", "nothing"))
 
 
 @pytest.mark.full
@@ -160,7 +160,7 @@ def launcher_command(launcher: str, folder: Path) -> list[str]:
         port = str(s.getsockname()[1])
     return {
         "torchrun": torchrun("--max-restarts", "3", "-m", "megapromoe", *job),
-        "torchrun, behind a shell": torchrun("--no-python", "sh", "-c", '"$@"; true', "sh", *MAIN, *job),
+        "torchrun, started by a shell": torchrun("--no-python", "sh", "-c", '"$@"; true', "sh", *MAIN, *job),
         "deepspeed": [
             *(sys.executable, "-m", "deepspeed.launcher.launch", "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19"),
             *(f"--master_port={port}", "--module", "megapromoe", *job),
@@ -169,7 +169,9 @@ def launcher_command(launcher: str, folder: Path) -> list[str]:
     }[launcher]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", full("torchrun, behind a shell"), full("deepspeed"), full("mpirun")])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", full("torchrun, started by a shell"), full("deepspeed"), full("mpirun")]
+)
 def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_path, fault_table):
     """Also where the launcher holds the store of the job, as torchrun does."""
     folder = tmp_path / "run"

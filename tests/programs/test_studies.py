@@ -39,8 +39,8 @@ def test_axes_may_be_presets_and_steps():
             "variants": {"promoe": {}},
         }
     )
-    found = {task.name: (task.config.model.hidden_size, task.config.train.steps) for task in expand(made)}
-    assert found == {
+    sizes = {task.name: (task.config.model.hidden_size, task.config.train.steps) for task in expand(made)}
+    assert sizes == {
         "promoe-promoe_s-steps10-seed0": (384, 10),
         "promoe-promoe_s-steps20-seed0": (384, 20),
         "promoe-promoe_b-steps10-seed0": (768, 10),
@@ -104,7 +104,7 @@ def test_a_written_study_has_numbers_and_those_with_text_are_still_read(tmp_path
     capsys.readouterr()
 
 
-def test_everything_wrong_with_a_recipe_is_told_at_once():
+def test_all_problems_of_a_recipe_are_reported_together():
     with pytest.raises(StudyError) as caught:
         make_recipe(
             {
@@ -118,7 +118,7 @@ def test_everything_wrong_with_a_recipe_is_told_at_once():
             }
         )
     message = str(caught.value)
-    for said in (
+    for expected in (
         "did you mean preset?",
         "preset: is missing",
         "model.num_experts",
@@ -126,12 +126,12 @@ def test_everything_wrong_with_a_recipe_is_told_at_once():
         "a/b",
         "did you mean settings?",
     ):
-        assert said in message
+        assert expected in message
     assert "weights = 'mean': must be ema or master" in message
     assert "tolerance" in message and "needs a launcher" in message
 
 
-def test_configs_that_cannot_run_are_told_with_the_tasks_that_have_them():
+def test_configs_that_cannot_run_are_reported_with_their_tasks():
     with pytest.raises(
         StudyError, match=r"model.heads = 5.*\[promoe-e2-seed0, promoe-e4-seed0, .* and 1 more\]"
     ) as caught:
@@ -143,7 +143,7 @@ def test_configs_that_cannot_run_are_told_with_the_tasks_that_have_them():
         expand(recipe(variants={"promoe": {"settings": {"model.num_experts": 3}}}))
 
 
-def test_values_that_files_cannot_tell_apart_are_refused():
+def test_values_that_give_equal_file_names_are_refused():
     """The second would never be trained."""
     made = recipe(preset="fashion", axes={"data.path": ["a/b", "a_b", "c"]}, seeds=[0])
     with pytest.raises(StudyError, match="data.path = 'a/b' and 'a_b': both are named promoe-patha_b-seed0 in files"):
@@ -193,7 +193,7 @@ def test_a_study_of_an_earlier_version_keeps_its_warm_up(tmp_path):
         open_study(tmp_path)
 
 
-def test_a_recipe_that_has_come_to_mean_something_else_is_refused(tmp_path):
+def test_a_study_whose_configs_differ_from_its_recipe_is_refused(tmp_path):
     study = plan(tmp_path, recipe())
     file = study.config(study.tasks[1])
     file.write_text(file.read_text().replace("lr: 0.004", "lr: 0.003"))
@@ -226,8 +226,8 @@ def planned(folder, capsys, *words: str, code: int = 0) -> str:
     """What `study plan` says of ProMoE, token choice and dense."""
     routers = [] if "--routers" in words else ["--routers", "promoe", "tc", "dense"]
     assert main(["study", "plan", str(folder), "--preset", "promoe_b", "--seeds", "0", *routers, *words]) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
 
 
 def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, capsys):
@@ -251,11 +251,11 @@ def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, c
         ("dense tc", "parallel.ep=4", {"dense": 1, "tc": 4}),
     ],
 )
-def test_a_setting_that_a_model_cannot_take_is_that_of_the_preset_there(routers, setting, expected, tmp_path, capsys):
+def test_a_setting_that_a_model_cannot_take_keeps_the_value_of_its_preset(routers, setting, expected, tmp_path, capsys):
     planned(tmp_path, capsys, "--routers", *routers.split(), "--ranks", "8", "--launcher", "srun python", setting)
     section, _, name = setting.partition("=")[0].partition(".")
-    found = {task.variant: getattr(getattr(task.config, section), name) for task in open_study(tmp_path).tasks}
-    assert found == expected
+    values = {task.variant: getattr(getattr(task.config, section), name) for task in open_study(tmp_path).tasks}
+    assert values == expected
 
 
 def test_a_preset_whose_own_router_cannot_take_a_setting_is_no_hindrance(tmp_path, capsys):

@@ -22,20 +22,18 @@ from megapromoe.studies.study import open_study, plan
 ROOT = Path(__file__).parents[2]
 
 
-def test_submit_asks_for_the_missing_ones_alone(tmp_path, capsys):
+def test_submit_requests_only_missing_tasks(tmp_path, capsys):
     study = plan(tmp_path, recipe(seeds=[0, 1, 2]))
     done = study.run(study.tasks[2]) / "checkpoints" / "step-00000003"
     done.mkdir(parents=True)
     (done / "manifest.json").write_text("{}")
-    assert (
-        main(["study", "submit", str(tmp_path), "--at-once", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
-    )
+    assert main(["study", "submit", str(tmp_path), "--jobs", "2", "--dry-run", "--time=5", "--partition", "gpu"]) == 0
     words = capsys.readouterr().out.split()
     assert words[:5] == ["sbatch", "--array=0-1,3-5%2", "--time=5", "--partition", "gpu"]
     assert words[5:] == [str(ROOT / "launchers" / "scaling_experts.sh"), str(tmp_path)]
 
 
-def test_submit_hands_on_what_sbatch_says(tmp_path, monkeypatch, capsys):
+def test_submit_returns_the_exit_code_of_sbatch(tmp_path, monkeypatch, capsys):
     study = plan(tmp_path / "study", recipe(seeds=[0]))
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\npwd > "$0.where"\necho "$@" > "$0.words"\nexit 4\n')
@@ -55,12 +53,12 @@ def test_two_real_commands_at_once_train_and_evaluate_one_study(tmp_path):
     words = [sys.executable, "-m", "megapromoe", "study", "run", str(study.folder)]
     commands = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        said = [command.communicate(timeout=600)[1] for command in commands]
+        errors = [command.communicate(timeout=600)[1] for command in commands]
     finally:
         for command in commands:
             command.kill()
-    assert [command.returncode for command in commands] == [0, 0], said
-    assert all("2 of 2 done, 0 failed" in text for text in said)
+    assert [command.returncode for command in commands] == [0, 0], errors
+    assert all("2 of 2 done, 0 failed" in text for text in errors)
     for task in study.tasks:
         steps = [json.loads(line)["step"] for line in (study.run(task) / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3] and study.loss_file(task).exists()
@@ -107,7 +105,7 @@ def test_a_tiny_study_end_to_end_killed_in_between(tmp_path, capsys):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_commands_are_told(tmp_path, capsys):
+def test_wrong_commands_are_refused_with_the_reason(tmp_path, capsys):
     assert main(["study", "run", str(tmp_path)]) == 2
     assert "holds no study.yaml" in capsys.readouterr().err
     assert main(["study", "plan", str(tmp_path / "s"), "--preset", "digits", "--routers", "promo"]) == 2
@@ -124,7 +122,7 @@ def test_wrong_commands_are_told(tmp_path, capsys):
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digit"]) == 2
     assert "did you mean digits" in capsys.readouterr().err
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--seeds", "1", "train.steps=3"]) == 2
-    assert "remove seeds, settings" in capsys.readouterr().err
+    assert "remove --seeds, settings" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
@@ -158,8 +156,8 @@ def submitted(folder, launcher: str, ranks: int, capsys, *words: str, code: int 
     if not folder.exists():
         plan(folder, recipe(seeds=[0], ranks=ranks, launcher=launcher.split()))
     assert main(["study", "submit", str(folder), "--dry-run", *words]) == code
-    said = capsys.readouterr()
-    return said.err if code else said.out.split("--array=0-1 ")[1].split(str(ROOT))[0].strip()
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out.split("--array=0-1 ")[1].split(str(ROOT))[0].strip()
 
 
 @pytest.mark.parametrize(
@@ -178,19 +176,19 @@ def submitted(folder, launcher: str, ranks: int, capsys, *words: str, code: int 
          " --nodelist=n1"),
     ],
 )  # fmt: skip
-def test_submit_asks_for_what_the_ranks_need(launcher, ranks, words, expected, tmp_path, capsys):
+def test_submit_requests_the_gpus_of_the_ranks(launcher, ranks, words, expected, tmp_path, capsys):
     assert submitted(tmp_path / "s", launcher, ranks, capsys, *words) == expected
 
 
 def test_ranks_that_the_launcher_cannot_reach_are_refused(tmp_path, capsys):
-    said = submitted(tmp_path / "s", "torchrun --standalone --nproc-per-node 16", 16, capsys, code=2)
-    assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in said
+    message = submitted(tmp_path / "s", "torchrun --standalone --nproc-per-node 16", 16, capsys, code=2)
+    assert "16 ranks take 2 nodes of 8 GPUs; plan the study with --launcher 'srun python'" in message
     assert submitted(tmp_path / "s", "", 16, capsys, "--gpus-per-node=16").startswith("--nodes=1 --ntasks=1 ")
-    said = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
-    assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in said
+    message = submitted(tmp_path / "t", "srun python", 8, capsys, "--nodes=3", code=2)
+    assert "ranks = 8: do not divide evenly over 3 nodes; give --nodes=N, N one of 1, 2, 4, 8" in message
 
 
-def test_srun_is_asked_to_save_by_the_signal_that_it_hands_on(tmp_path):
+def test_srun_gets_the_signal_to_save_that_it_forwards(tmp_path):
     """It would kill the ranks at SIGTERM."""
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/sh\ntrap \'echo USR1 > "$0.heard"; exit 75\' USR1\n: > "$0.started"\n'

@@ -38,7 +38,7 @@ def test_each_training_is_evaluated_when_it_is_done_and_never_again(tmp_path):
     assert len(starts(study)) == 4, "nothing again"
 
 
-def test_a_repeated_evaluation_goes_on_with_the_steps_that_are_missing(tmp_path):
+def test_a_repeated_evaluation_continues_with_the_missing_steps(tmp_path):
     """It failed after the first checkpoint; the next start is asked for the second alone."""
     code = """
 if sys.argv[3] == "train":
@@ -66,7 +66,7 @@ def test_an_evaluation_that_claims_success_without_its_figures_has_failed(tmp_pa
     assert outcome["said"].endswith("evaluation.jsonl lacks results of step 2, 4 that match the recipe")
 
 
-def test_one_task_says_nothing_of_the_end_of_the_study(tmp_path, capfd):
+def test_a_single_task_prints_no_expected_end_of_the_study(tmp_path, capfd):
     study = evaluating_study(tmp_path)
     runs.run_tasks(study, study.tasks[:1])
     first = capfd.readouterr().err.splitlines()[0]
@@ -82,7 +82,7 @@ def test_images_of_a_training_that_failed_are_not_evaluated(tmp_path, capfd):
     assert "promoe-seed0-evaluation: not started, its training is not done (failed" in capfd.readouterr().err
 
 
-def test_asked_to_stop_an_evaluation_ends_and_is_taken_up_again(tmp_path):
+def test_a_stopped_evaluation_ends_and_is_continued(tmp_path):
     code = """
 if sys.argv[3] == "train":
     train()
@@ -114,7 +114,7 @@ def test_a_task_of_an_array_trains_or_evaluates(tmp_path, capsys, monkeypatch):
     assert "the recipe has no section `evaluate`" in capsys.readouterr().err
 
 
-def test_run_says_what_starts_and_when_it_should_end(tmp_path, capfd):
+def test_run_prints_what_starts_and_its_expected_end(tmp_path, capfd):
     study = evaluating_study(tmp_path, "time.sleep(0.2); train() if sys.argv[3] == 'train' else evaluate()")
     runs.run_tasks(study, study.jobs())
     lines = capfd.readouterr().err.splitlines()
@@ -152,7 +152,7 @@ def test_evaluations_wait_for_the_trainings_of_the_same_numbers(tmp_path, monkey
     study = evaluating_study(tmp_path, seeds=[0, 1, 2])
     script = f"{ROOT / 'launchers' / 'scaling_experts.sh'} {study.folder}"
     wait = "--dependency=aftercorr:41 --kill-on-invalid-dep=yes"
-    assert submitted(study, tmp_path, monkeypatch, capsys, "--at-once", "2", "--time=5") == [
+    assert submitted(study, tmp_path, monkeypatch, capsys, "--jobs", "2", "--time=5") == [
         f"--array=0-2%2 --time=5 {script}",
         f"--array=0-2%2 --time=5 {wait} {script} --evaluate",
     ]
@@ -178,7 +178,7 @@ def test_without_a_number_of_the_trainings_nothing_waits(tmp_path, monkeypatch, 
     assert "printed no job id, which the evaluations need" in capsys.readouterr().err
 
 
-def test_the_job_script_hands_on_what_it_evaluates(tmp_path):
+def test_the_job_script_passes_the_evaluation_option_on(tmp_path):
     (tmp_path / "study.yaml").touch()
     script = str(ROOT / "launchers" / "scaling_experts.sh")
     env = {**os.environ, "MEGAPROMOE_PYTHON": sys.executable}

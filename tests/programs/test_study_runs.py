@@ -72,7 +72,7 @@ def test_a_training_that_claims_success_without_its_last_step_has_failed(tmp_pat
     assert set(runs.run_tasks(study, study.tasks).values()) == {1}
 
 
-def test_a_launcher_that_is_not_there_is_told(tmp_path):
+def test_a_missing_launcher_is_reported(tmp_path):
     study = plan(tmp_path, recipe(seeds=[0], launcher=["no-such-launcher"]))
     codes = runs.run_tasks(study, study.tasks[:1])
     assert codes == {"promoe-e2-seed0": 127}
@@ -89,7 +89,7 @@ def test_exit_codes():
     assert runs.exit_code({}) == 0
 
 
-def test_asked_to_stop_the_running_save_and_the_waiting_do_not_start(tmp_path):
+def test_when_stopped_running_tasks_save_and_waiting_ones_do_not_start(tmp_path):
     code = """
 def stop(*_): save(saved + 1); sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
@@ -116,7 +116,7 @@ def test_two_commands_at_once_train_each_task_once_and_report_no_failure(tmp_pat
 
 
 @pytest.mark.parametrize("code, result, count", [(3, 3, 0), (75, 0, 1), (None, 0, 1)])
-def test_what_another_command_reports_of_its_task_holds(code, result, count, tmp_path, capsys, monkeypatch):
+def test_the_outcome_reported_by_another_command_is_kept(code, result, count, tmp_path, capsys, monkeypatch):
     """It failed: that is the task's end. It was stopped, or killed before it could say anything: trained here."""
     monkeypatch.setattr(runs, "POLL", 0.02)
     study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
@@ -159,7 +159,7 @@ def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path, monkeypatch
     assert len(starts(study)) == 1 and len(calls) >= 3
 
 
-def test_asked_to_stop_a_command_does_not_wait_for_others(tmp_path):
+def test_a_stopped_command_does_not_wait_for_others(tmp_path):
     study = plan(tmp_path / "s", recipe(seeds=[0], axes={}, launcher=stand_in(tmp_path, ALONE)))
     with lock_task(study, study.tasks[0]):
         assert runs.run_tasks(study, study.tasks, 1, lambda: True) == {study.tasks[0].name: 75}
@@ -179,7 +179,7 @@ def test_tasks_are_trained_on_a_file_system_without_locks(tmp_path, monkeypatch,
     )
 
 
-def test_a_task_that_a_signal_killed_says_so(tmp_path, capfd):
+def test_a_task_killed_by_a_signal_is_reported(tmp_path, capfd):
     code = "os.kill(os.getpid(), signal.SIGKILL)"
     study = plan(tmp_path / "s", recipe(seeds=[0], launcher=stand_in(tmp_path, code)))
     runs.run_tasks(study, study.tasks[:1])
@@ -189,7 +189,7 @@ def test_a_task_that_a_signal_killed_says_so(tmp_path, capfd):
     assert "promoe-e2-seed0: killed by SIGKILL after" in capfd.readouterr().err
 
 
-def test_a_task_killed_together_with_the_program_that_started_it_says_so(tmp_path):
+def test_a_task_killed_together_with_its_program_is_reported(tmp_path):
     code = """
 (run.parent.parent / "started").write_text(str(saved))
 run.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ time.sleep(60)
     assert study.state(study.tasks[0]).endswith("none of 3 steps saved, 2 logged")
 
 
-def test_a_task_in_training_says_so(tmp_path):
+def test_a_task_in_training_is_shown_with_its_process(tmp_path):
     from megapromoe.checkpoint.run_directory import RunDirectory
 
     study = plan(tmp_path / "s", recipe(seeds=[0]))

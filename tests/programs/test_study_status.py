@@ -51,22 +51,22 @@ def test_a_forecast_is_unknown_before_anything_is_measured(tmp_path):
     study = Files(evaluating_study(tmp_path))
     training, evaluation, *_ = study.jobs()
     forecast = Forecast(study, 1, clock=lambda: 100.0)
-    one = running(training, 90.0)
-    assert forecast.job_left(one) is None and forecast.all_left([one], [evaluation]) is None
+    job = running(training, 90.0)
+    assert forecast.job_left(job) is None and forecast.all_left([job], [evaluation]) is None
     assert forecast.all_left([], []) == 0
     assert in_words(None, datetime(2026, 1, 1)) == "unknown"
 
 
-def test_a_running_training_tells_its_end_and_that_of_the_trainings_behind_it(tmp_path):
+def test_a_running_training_shows_its_end_and_that_of_waiting_trainings(tmp_path):
     study = Files(evaluating_study(tmp_path, evaluate=None))
     first, second = study.jobs()
     study.logged[first.name] = (1, 1e9 + 95)
     forecast = Forecast(study, 1, clock=lambda: 100.0)
-    one = running(first, 90.0)  # 1 of 4 steps in 10 s
-    assert forecast.job_left(one) == pytest.approx(30)
-    assert forecast.all_left([one], [second]) == pytest.approx(30 + 40)
+    job = running(first, 90.0)  # 1 of 4 steps in 10 s
+    assert forecast.job_left(job) == pytest.approx(30)
+    assert forecast.all_left([job], [second]) == pytest.approx(30 + 40)
     study.logged[first.name] = (3, 1e9 + 80)
-    assert forecast.job_left(one) is None, "these lines are of an earlier start"
+    assert forecast.job_left(job) is None, "these lines are of an earlier start"
 
 
 def test_work_before_this_start_is_no_speed(tmp_path):
@@ -77,7 +77,7 @@ def test_work_before_this_start_is_no_speed(tmp_path):
     assert forecast.job_left(running(first, 90.0, done_before=2)) == pytest.approx(10), "one step in ten seconds"
 
 
-def test_jobs_that_ended_tell_of_the_others_and_several_run_at_once(tmp_path):
+def test_finished_jobs_predict_the_others_when_several_run_together(tmp_path):
     study = Files(evaluating_study(tmp_path, seeds=[0, 1, 2, 3]))
     jobs = study.jobs()
     training, evaluation, *_ = jobs
@@ -167,7 +167,7 @@ def test_the_status_disturbs_no_run(tmp_path):
         assert lock is not None
 
 
-def test_help_teaches_the_states(capsys):
+def test_help_explains_the_states(capsys):
     for words, parts in (
         (["status"], ["running", "waiting", "stopped", "failed", "The exit code is 0"]),
         (["run"], ["--evaluate", "`evaluate`"]),
@@ -175,5 +175,5 @@ def test_help_teaches_the_states(capsys):
     ):
         with pytest.raises(SystemExit) as left:
             main(["study", *words, "--help"])
-        said = capsys.readouterr().out
-        assert left.value.code == 0 and all(part in said for part in parts)
+        output = capsys.readouterr().out
+        assert left.value.code == 0 and all(part in output for part in parts)

@@ -27,7 +27,7 @@ metadata.distribution = distribution
 """
 
 
-def test_it_trains_saves_and_goes_on(tmp_path):
+def test_a_run_trains_saves_and_continues(tmp_path):
     checkout, run = tmp_path / "checkout", tmp_path / "run"
     for folder in ("megapromoe", "ds_configs"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -44,7 +44,7 @@ def test_it_trains_saves_and_goes_on(tmp_path):
         log = done.stderr.splitlines()
         assert f"run        {run}: {'begins at step 0' if steps == 2 else 'resumes from step 2'}" in log
         assert sum(line.startswith(f"step {steps}/{steps}  ") and "denoising loss" in line for line in log) == 1
-        assert log[-1].startswith("next: megapromoe sample --run ") and f"checkpoint: {run}" in log[-2]
+        assert log[-1].startswith("next: megapromoe sample --run-dir ") and f"checkpoint: {run}" in log[-2]
     assert len(losses(run)) == 3
     times = [json.loads(line)["elapsed_seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert times == sorted(times) and times[0] > 0, "the second start goes on with the clock of the first"

@@ -48,7 +48,7 @@ def program(unpacked: Path, folder: Path, *words: str) -> str:
     return call(unpacked, folder, sys.executable, "-m", "megapromoe", *words)
 
 
-def test_it_holds_the_package_whole_and_nothing_else(wheel):
+def test_the_wheel_has_the_complete_package_and_nothing_else(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = {
         p.relative_to(ROOT).as_posix() for end in ("py", "yaml", "typed") for p in ROOT.glob(f"megapromoe/**/*.{end}")
@@ -75,16 +75,16 @@ def test_a_study_is_planned_by_the_name_of_its_recipe(unpacked, tmp_path):
 
 
 def test_launchers_are_written_out_and_start_the_installed_package(unpacked, tmp_path):
-    said = program(unpacked, tmp_path, "launchers", "jobs")
+    output = program(unpacked, tmp_path, "launchers", "jobs")
     scripts = {path.name: path for path in (tmp_path / "jobs").iterdir()}
     assert sorted(scripts) == sorted(path.name for path in (ROOT / "launchers").glob("*.sh"))
-    assert sorted(Path(line).name for line in said.splitlines()) == sorted(scripts)
+    assert sorted(Path(line).name for line in output.splitlines()) == sorted(scripts)
     for name, path in scripts.items():
         assert path.read_bytes() == (ROOT / "launchers" / name).read_bytes()
         assert os.access(path, os.X_OK) == os.access(ROOT / "launchers" / name, os.X_OK)
     chosen = {"MEGAPROMOE_PYTHON": sys.executable}
-    said = call(unpacked, tmp_path, "bash", "jobs/promoe_xl.sh", "--dry-run", "--nodes=2", **chosen)
-    assert f"{tmp_path}/jobs/promoe_xl.sh" in said and f"{sys.executable} -m megapromoe train" in said
+    output = call(unpacked, tmp_path, "bash", "jobs/promoe_xl.sh", "--dry-run", "--nodes=2", **chosen)
+    assert f"{tmp_path}/jobs/promoe_xl.sh" in output and f"{sys.executable} -m megapromoe train" in output
     tiny = ["train.steps=2", "train.warmup=0", "model.hidden_size=32", "train.save_every=0"]
     run = {"NPROC": "1", "RUN_DIR": "run", "NODE_CACHE": str(tmp_path / "cache")}
     call(unpacked, tmp_path, "jobs/local.sh", "digits", *tiny, **chosen, **run)

@@ -95,9 +95,9 @@ def _spaces() -> list:
     modules = [module for name, module in list(sys.modules.items()) if module is not None and _is_watched(name)]
     named = [v for module in modules for v in vars(module).values() if issubclass(type(v), types.ModuleType)]
     classes = [v for module in modules for v in vars(module).values() if issubclass(type(v), type)]
-    classes = [one for one in classes if _is_watched(one.__module__)]
-    found = {id(space): space for space in (*modules, *named, *classes, torch.Tensor, torch.nn.Module)}
-    return list(found.values())
+    classes = [cls for cls in classes if _is_watched(cls.__module__)]
+    spaces = {id(space): space for space in (*modules, *named, *classes, torch.Tensor, torch.nn.Module)}
+    return list(spaces.values())
 
 
 def _contents(space) -> tuple[dict, list]:
@@ -105,13 +105,13 @@ def _contents(space) -> tuple[dict, list]:
     values = {name: _copied(value) for name, value in vars(space).items()}
     if isinstance(space, types.ModuleType) and not _is_watched(space.__name__):
         return {name: value for name, value in values.items() if callable(value)}, []
-    found = []
+    containers = []
     if isinstance(space, types.ModuleType):  # those of classes hold what was loaded once, such as compiled operators
-        found += [value for name, value in values.items() if not name.startswith("__")]
+        containers += [value for name, value in values.items() if not name.startswith("__")]
     for value in values.values():
         if type(value) is types.FunctionType:
-            found += getattr(inspect.unwrap(value), "__defaults__", None) or ()
-    return values, [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+            containers += getattr(inspect.unwrap(value), "__defaults__", None) or ()
+    return values, [(value, value.copy()) for value in containers if type(value) in _CONTAINERS]
 
 
 def _put_back(space, values: dict, containers: list) -> None:

@@ -99,11 +99,11 @@ def row(outcomes: Mapping[str, str], repeated: int) -> tuple[str, ...]:
         outcomes: test -> "passed", "failed" or "skipped".
         repeated: how many of them have their outcome from a second try, alone.
     """
-    found, count = versions(("torch", "deepspeed")), Counter(outcomes.values())
+    installed, count = versions(("torch", "deepspeed")), Counter(outcomes.values())
     failures = sorted(test.removeprefix("tests/") for test, outcome in outcomes.items() if outcome == "failed")
     failed = "<br>".join((str(len(failures)), *(f"`{test}`" for test in failures)))
     today = datetime.now(UTC).date().isoformat()
-    environment = (found["torch"], found["deepspeed"], platform.python_version(), today)
+    environment = (installed["torch"], installed["deepspeed"], platform.python_version(), today)
     return (*environment, str(count["passed"]), failed.replace("|", "\\|"), str(count["skipped"]), str(repeated))
 
 

@@ -47,36 +47,36 @@ class Documented:
 
 def commands_in(text: str, place: str) -> list[Documented]:
     """The commands of lines of code: continued lines are joined, comments and descriptions in a column are cut off."""
-    found = []
+    commands = []
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         words = re.split(r"\s{2,}|\s#", line.strip())[0]
         for part in words.split(" && "):
             if _COMMAND.match(part) and " " in part:
-                found.append(Documented(part, place))
-    return found
+                commands.append(Documented(part, place))
+    return commands
 
 
 def in_documents() -> list[Documented]:
     """Of fenced blocks of shell, and of indented lines that are commands."""
-    found = []
+    commands = []
     for document in DOCUMENTS:
         text, place = document.read_text(), str(document.relative_to(ROOT))
         for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S):
-            found += commands_in(block, place)
+            commands += commands_in(block, place)
         outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         indented = "\n".join(line for line in outside.splitlines() if re.match(r" {4}\S", line))
-        found += commands_in(indented, place)
-    return found
+        commands += commands_in(indented, place)
+    return commands
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Of the program, of every command, and of every command of `study`, by the words that print their help."""
-    found = {"megapromoe --help": cli._parser(None)}
+    by_words = {"megapromoe --help": cli._parser(None)}
     for name in cli.COMMANDS:
         chosen = _children(cli._parser(name))[name]
-        found[f"megapromoe {name} --help"] = chosen
-        found |= {f"megapromoe {name} {inner} --help": parser for inner, parser in _children(chosen).items()}
-    return found
+        by_words[f"megapromoe {name} --help"] = chosen
+        by_words |= {f"megapromoe {name} {inner} --help": parser for inner, parser in _children(chosen).items()}
+    return by_words
 
 
 def helps() -> dict[str, str]:
@@ -91,26 +91,26 @@ def _children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 def in_helps() -> list[Documented]:
     """Of the epilogs: their indented lines. Lines of usage, which hold brackets or bars, are no commands."""
-    found = []
+    commands = []
     for place, text in helps().items():
         after_usage = text.partition("\n\n")[2]
         lines = re.sub(r"\\\n\s*", "", after_usage).splitlines()
-        found += commands_in("\n".join(line for line in lines if re.match(r"  \S", line)), place)
-    return found
+        commands += commands_in("\n".join(line for line in lines if re.match(r"  \S", line)), place)
+    return commands
 
 
 def in_launchers() -> list[Documented]:
     """Of the comments that are a launcher's help, and of the help that is common to those for SLURM."""
-    found = []
+    commands = []
     for script in sorted((ROOT / "launchers").glob("*.sh")):
         place, text = f"launchers/{script.name}", script.read_text()
-        found += commands_in("\n".join(re.findall(r"^##   (\S.*)$", text, flags=re.M)), place)
+        commands += commands_in("\n".join(re.findall(r"^##   (\S.*)$", text, flags=re.M)), place)
         for quoted in re.findall(r'HELP="\n(.*?)"', text, flags=re.S):
-            found += commands_in(quoted.replace("$size", "promoe_b"), place)
-    return found
+            commands += commands_in(quoted.replace("$size", "promoe_b"), place)
+    return commands
 
 
 def documented() -> list[Documented]:
     """All of them, each text once."""
-    found = {command.text: command for command in [*in_documents(), *in_helps(), *in_launchers()]}
-    return list(found.values())
+    by_text = {command.text: command for command in [*in_documents(), *in_helps(), *in_launchers()]}
+    return list(by_text.values())

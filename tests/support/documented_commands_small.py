@@ -26,14 +26,12 @@ PLACEHOLDERS = {
 }
 # Numbers that are small in a test. Steps of checkpoints are those of the runs in the folder.
 SMALLER = {
-    r"(--num|--num-images) \d+": r"\1 12",
+    r"--num-images \d+": "--num-images 12",
     r"--step \d+": "--step 2",
     r"step-00000250": "step-00000001",
     r"step-00000500": "step-00000002",
     r"--count \d+": "--count 1",
     r"--class 207": "--class 2",
-    r"--images (2000|1797)": "--images 40",
-    r"--images 256": "--images 16",
     r"--layers \S+": "--layers 1",
     r"--steps 15": "--steps 2",
     r"--resolution 64": "--resolution 16",
@@ -71,10 +69,7 @@ class Small:
 def _train(words: list[str], ranks: int) -> Small:
     layout = {word.split("=")[0]: int(word.split("=")[1]) for word in words if re.match(r"parallel\.[te]p=\d+$", word)}
     ranks = max([1, *layout.values()]) if ranks > 1 else 1
-    words = [
-        word.replace("runs/", "new/") if words[i - 1] in ("--run", "--run-dir") else word
-        for i, word in enumerate(words)
-    ]
+    words = [word.replace("runs/", "new/") if words[i - 1] == "--run-dir" else word for i, word in enumerate(words)]
     digits = "digits" in words or "--preset" not in words
     source = [] if digits or "data.source=latents" in words else ["data.source=synthetic", "data.size=64"]
     latents = (
@@ -107,7 +102,7 @@ def _evaluate(words: list[str], ranks: int) -> Small:
     if "inception.pth" in words:
         return Small([*words, "--sha256", "HASH", "sample.batch=12", *few], min(ranks, 2))
     # A classifier of digits has 128 features, and their covariance needs more images than that.
-    words = ["130" if words[i - 1] == "--num" else word for i, word in enumerate(words)]
+    words = ["130" if words[i - 1] == "--num-images" else word for i, word in enumerate(words)]
     words = ["digits" if word == "fashion_mnist" else word for word in words]
     return Small(
         [*[word for word in words if word not in ("--split", "test")], "sample.batch=130", *few], min(ranks, 2)
@@ -126,13 +121,13 @@ def _benchmark(words: list[str], ranks: int) -> Small:
 
     Commands that differ only in their sizes, rounds and folder have the same small form.
     """
-    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--images", "--device"):
+    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device"):
         if option in words:
             stop = words.index(option) + 1
             while stop < len(words) and not words[stop].startswith("--"):
                 stop += 1
             words = words[: words.index(option)] + words[stop:]
-    quick = ["--sizes", "digits", "--images", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
+    quick = ["--sizes", "digits", "--batch", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
     return Small([*[word for word in words if word != "--again"], *quick, "--out", "runs/benchmark", "--again"])
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-HEADER = """\
-# Faults
+from support.page_sections import write_section
 
+HEADING = "Faults in small runs"
+HEADER = """\
 Each row is a fault that a test causes in a small run, what happens, what is lost, and the test. Written by
 `make faults`, which runs only these tests.
 
@@ -63,5 +64,5 @@ class FaultTable:
         if self.skipped:
             text += "\nNot run on this machine:\n\n"
             text += "".join(f"* `{test}`: {reason}\n" for test, reason in sorted(self.skipped.items()))
-        self.file.write_text(text)
+        write_section(self.file, HEADING, text)
         terminalreporter.write_line(f"{self.file}: {len(self.rows)} faults")

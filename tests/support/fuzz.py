@@ -74,19 +74,19 @@ def damage(target: Target, flips: int, seed: int) -> Tally:
     sound = {file: file.read_bytes() for file in [*target.files, *target.donors]}
     kinds = ["flip"] * flips + [OTHERS[n % len(OTHERS)] for n in range(flips // FLIPS_PER_OTHER)]
     for number, kind in enumerate(kinds):
-        one = _damage(kind, target, sound, chosen)
-        for file, content in one.contents.items():
+        change = _damage(kind, target, sound, chosen)
+        for file, content in change.contents.items():
             file.unlink() if content is None else file.write_bytes(content)
         try:
-            outcome = target.classify(one)
+            outcome = target.classify(change)
         except Exception as error:
-            raise Unclear(f"{target.name}, seed {seed}, damage {number}: {one.words}: {error!r}") from error
+            raise Unclear(f"{target.name}, seed {seed}, damage {number}: {change.words}: {error!r}") from error
         finally:
-            for file in one.contents:
+            for file in change.contents:
                 file.write_bytes(sound[file])
             target.reset()
         if outcome == SILENT:
-            tally.silent.append(one.words)
+            tally.silent.append(change.words)
         tally.outcomes[outcome] += 1
         tally.flips += kind == "flip"
     return tally

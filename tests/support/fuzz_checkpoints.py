@@ -68,10 +68,10 @@ class Resumed:
         return json.dumps([self.state(), *(resumed.checkpoint.manifest.get(key) for key in keys)])
 
     def _tensors(self) -> list[torch.Tensor]:
-        found = [*self.ema.averages[0], *self.engine.module.state_dict().values()]
+        tensors = [*self.ema.averages[0], *self.engine.module.state_dict().values()]
         for partition in self.engine.partitions:
-            found += [partition.master, *self.engine.moments(partition).values()]
-        return found
+            tensors += [partition.master, *self.engine.moments(partition).values()]
+        return tensors
 
 
 def fuzz_resume(folder: str, flips: int, seed: int) -> Tally:
@@ -87,7 +87,7 @@ def fuzz_resume(folder: str, flips: int, seed: int) -> Tally:
     assert len({poisoned, *expected.values()}) == 3
     newest, count = folder_of(root, NEW), 0
 
-    def classify(one: Damage) -> str:
+    def classify(change: Damage) -> str:
         nonlocal count
         count += 1
         asked = NEW if count % 4 == 0 else None

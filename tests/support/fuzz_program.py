@@ -10,6 +10,7 @@ from support.fuzz import SILENT, Tally, table
 from support.fuzz_checkpoints import fuzz_conversion, fuzz_resume, fuzz_sampling, fuzz_unhashed, make_run
 from support.fuzz_data import fuzz_check, fuzz_encoding, fuzz_training_data
 from support.fuzz_settings import fuzz_metrics, fuzz_run_folder, fuzz_user_files
+from support.page_sections import write_section
 
 LIMIT = 3600.0  # seconds for one target in a worker process
 HASHED = ("checkpoint", "latents")  # kinds of files of which nothing may be silent
@@ -70,7 +71,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--flips", metavar="N", type=int, default=2000, help="of checkpoints and latents; default 2000")
     parser.add_argument("--others", metavar="N", type=int, default=500, help="flips of other files; default 500")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="default 0")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the table into this Markdown file")
     parser.add_argument("--show-silent", metavar="N", type=int, default=0, help="print so many silent ones of each")
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,5 +86,5 @@ def main(words: Sequence[str]) -> int:
             print(f"silent, {tally.name}: {words_of_one}")
     if options.out:
         command = f"`python tools/fuzz.py --flips {options.flips} --others {options.others} --seed {options.seed}`"
-        options.out.write_text(f"# Damaged files\n\nWritten by {command}.\n\n{NOTES}\n{table(tallies)}\n")
+        write_section(options.out, "Damaged files", f"Written by {command}.\n\n{NOTES}\n{table(tallies)}\n")
     return int(any(tally.outcomes[SILENT] for tally in tallies if must_not_be_silent(tally)))

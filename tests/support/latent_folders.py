@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megapromoe.config.options import Config
+from megapromoe.config.resolve import resolve
 from megapromoe.data import encode
 from megapromoe.data.images import Item, Scan
 from megapromoe.data.latents import HEADER, read_manifest
@@ -91,3 +93,10 @@ def damage(folder: Path, shard: int, place: int, byte: int = 3) -> Path:
         file.seek(-1, 1)
         file.write(bytes([value ^ 1]))
     return path
+
+
+def latents_config(path: Path, *overrides: str, size: int = 4, channels: int = 2, classes: int = 4) -> Config:
+    """The config of a training on latents of `Arrays`."""
+    settings = (f"data.path={path}", f"model.input_size={size}", f"model.in_channels={channels}", "data.flip=true")
+    more = (f"model.num_classes={classes}", "train.global_batch=8", "data.source=latents", "train.warmup=0")
+    return resolve("digits", overrides=[*settings, *more, *overrides])

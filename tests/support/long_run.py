@@ -60,7 +60,7 @@ def train(steps: int) -> dict:
     zero = {name: torch.zeros_like(value) for name, value in start.items()}
     state = {"master": start, "ema": start, "exp_avg": zero, "exp_avg_sq": zero}
     restore(engine, ema, lambda kind, name: state[kind][name], None, updates=0)
-    draws, said = Draws(1, RECIPE.global_batch), {"loss": [], "rcl": []}
+    draws, losses = Draws(1, RECIPE.global_batch), {"loss": [], "rcl": []}
     for _ in range(steps):
         clean, noise, sigma, y, conditional = draws.next()
         x, t = OBJECTIVE.corrupt(clean, noise, sigma)
@@ -70,12 +70,12 @@ def train(steps: int) -> dict:
             return mse + auxiliary.total(), (mse.detach(), auxiliary.losses["rcl"].detach().sum())
 
         mse, rcl = engine.micro_step(x, t, y, conditional, loss=loss)
-        said["loss"].append(float(mse))
-        said["rcl"].append(float(rcl))
+        losses["loss"].append(float(mse))
+        losses["rcl"].append(float(rcl))
         engine.step(RECIPE.lr)
-    said["fixed"] = fixed_loss(engine)
+    losses["fixed"] = fixed_loss(engine)
     engine.close()
-    return said
+    return losses
 
 
 @torch.no_grad()

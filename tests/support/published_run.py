@@ -27,7 +27,7 @@ def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> d
     ema = EMA(engine, [DECAY])
     restore(engine, ema, lambda kind, name: state[kind][name], None, updates=first)
     objective = RectifiedFlow("uniform")  # the published sigma is given: u itself
-    said = {"mse": [], "aux": [], "norm": [], "masters": []}
+    recorded = {"mse": [], "aux": [], "norm": [], "masters": []}
     for step in range(first, last):
         given = tensors_of("published_run", f"step{step}")
         order, conditional = null_last(given["y"], config().model.null_class)
@@ -39,14 +39,14 @@ def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> d
             return mse + auxiliary.total(), (mse.detach(), sum(auxiliary.losses.values()).detach())
 
         mse, aux = engine.micro_step(x, t, y, conditional, loss=loss)
-        said["mse"].append(mse)
-        said["aux"].append(aux)
+        recorded["mse"].append(mse)
+        recorded["aux"].append(aux)
         result = engine.step(RECIPE.lr)
-        said["norm"].append(result.norm)
+        recorded["norm"].append(result.norm)
         ema.update(result)
-        said["masters"].append(masters(engine))
+        recorded["masters"].append(masters(engine))
     engine.close()
-    return said
+    return recorded
 
 
 def masters(engine: Engine) -> dict[str, torch.Tensor]:
@@ -58,20 +58,20 @@ def masters(engine: Engine) -> dict[str, torch.Tensor]:
     return out
 
 
-def assert_reproduced(said: dict, first: int) -> None:
+def assert_reproduced(recorded: dict, first: int) -> None:
     expected = tensors_of("published_run", "final")
     for i, step in enumerate(range(first, 6)):
         given = tensors_of("published_run", f"step{step}")
-        torch.testing.assert_close(said["mse"][i], given["loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(recorded["mse"][i], given["loss"], rtol=1e-5, atol=0)
         # The published code forms this loss in float32 from logits near 1/0.07, whose last digit is worth 9.5e-7.
-        torch.testing.assert_close(said["aux"][i], given["aux"], rtol=1e-5, atol=5e-7)
-        total, theirs = said["mse"][i] + said["aux"][i].sum(), given["loss"] + given["aux"].sum()
+        torch.testing.assert_close(recorded["aux"][i], given["aux"], rtol=1e-5, atol=5e-7)
+        total, theirs = recorded["mse"][i] + recorded["aux"][i].sum(), given["loss"] + given["aux"].sum()
         torch.testing.assert_close(total, theirs, rtol=1e-5, atol=0)
-        assert abs(said["norm"][i] / float(given["grad_norm"]) - 1) < 1e-5, f"step {step}"
+        assert abs(recorded["norm"][i] / float(given["grad_norm"]) - 1) < 1e-5, f"step {step}"
     final = from_published(expected, config().model)
     assert len(final) > 30
     for name, theirs in final.items():
-        ours = said["masters"][-1][name]
+        ours = recorded["masters"][-1][name]
         if name.endswith("attn.qkv.bias"):
             # The gradient of a key's bias is zero by mathematics; AdamW makes full steps of its rounding noise.
             width = config().model.hidden_size

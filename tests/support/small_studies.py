@@ -11,14 +11,14 @@ TINY |= {"train.steps": 3, "train.warmup": 0, "train.log_every": 1, "train.save_
 
 
 def recipe(**changes):
-    said = {
+    values = {
         "preset": "digits",
         "settings": TINY,
         "axes": {"model.num_experts": [2, 4]},
         "seeds": [0, 1],
         "variants": {"promoe": {}},
     }
-    return make_recipe(said | changes)
+    return make_recipe(values | changes)
 
 
 def compared(**changes):

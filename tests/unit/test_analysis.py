@@ -283,7 +283,7 @@ def test_the_program_refuses_in_words(tmp_path):
         assert "Traceback" not in done.stderr
         return done.returncode, done.stderr
 
-    code, text = run_command("--run", str(tmp_path), "--levels", "a,b")
+    code, text = run_command("--run-dir", str(tmp_path), "--levels", "a,b")
     assert code == 2 and "must be numbers separated by commas, not 'a,b'" in text
-    code, text = run_command("--run", str(tmp_path))
+    code, text = run_command("--run-dir", str(tmp_path))
     assert code == 1 and "has no config.yaml, so it is no run" in text

@@ -46,7 +46,7 @@ def test_means_and_deviations_of_channels_are_used_as_diffusers_pipelines_do(aut
     assert torch.allclose(opened.decode(latents), opened.model.decode(raw).sample.clamp(-1, 1), atol=1e-5)
 
 
-def test_autoencoders_that_cannot_be_opened_say_why(autoencoders, tmp_path):
+def test_autoencoders_that_cannot_be_opened_are_refused_with_the_reason(autoencoders, tmp_path):
     with pytest.raises(AutoencoderError, match="no such folder, and no owner/name"):
         open_autoencoder("nothing")
     with pytest.raises(AutoencoderError, match="cannot be opened: .*config.json"):

@@ -49,9 +49,9 @@ def expected_average(weights: list[float], applied, decay: float, warmup: bool) 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9, True), (0.4, True)])
 def test_an_average_is_that_of_the_formula_and_counts_applied_steps(decay, warmup, on_device):
     weights = [math.sin(step) for step in range(len(APPLIED))]
-    found = average_over(weights, APPLIED, decay, warmup, on_device)
-    assert found == pytest.approx(expected_average(weights, APPLIED, decay, warmup), abs=1e-6)
-    assert average_over(weights, APPLIED, decay, warmup, on_device, split=7) == found, "exact upon resume"
+    average = average_over(weights, APPLIED, decay, warmup, on_device)
+    assert average == pytest.approx(expected_average(weights, APPLIED, decay, warmup), abs=1e-6)
+    assert average_over(weights, APPLIED, decay, warmup, on_device, split=7) == average, "exact upon resume"
 
 
 def test_the_decay_warms_up_to_the_constant():

@@ -41,7 +41,7 @@ def test_a_model_of_such_averages_is_opened_with_a_warning(run, caplog):
     assert not caplog.text
 
 
-def test_a_small_share_is_said_without_a_warning(run, tmp_path, caplog):
+def test_a_small_share_is_printed_without_a_warning(run, tmp_path, caplog):
     state = open_state(run)
     export(replace(state, average=Average(True, 0.004, 250, 0.9999)), tmp_path / "trained", "ours")
     with caplog.at_level("INFO"):
@@ -59,7 +59,7 @@ def test_a_small_share_is_said_without_a_warning(run, tmp_path, caplog):
         ("published", "a.pth", [], "ema is the averaged weights, 97.5% of them still the initial weights"),
     ],
 )
-def test_convert_says_which_weights_it_wrote(run, tmp_path, capsys, form, dest, options, line):
+def test_convert_prints_which_weights_it_wrote(run, tmp_path, capsys, form, dest, options, line):
     assert main(["convert", str(run), str(tmp_path / dest), "--to", form, *options]) == 0
     printed = capsys.readouterr().out
     assert line in printed
@@ -74,7 +74,7 @@ def test_the_help_of_convert_names_the_default(capsys):
 
 
 @pytest.mark.parametrize(("form", "dest"), [("safetensors", "a.safetensors"), ("diffusers", "folder"), ("ours", "new")])
-def test_the_share_travels_with_the_averages(run, tmp_path, form, dest):
+def test_the_share_is_stored_with_the_averages(run, tmp_path, form, dest):
     export(open_state(run), tmp_path / dest, form)
     assert open_state(tmp_path / dest).average.initial_share == 0.9999**250
 
@@ -84,7 +84,7 @@ def test_weights_as_trained_have_no_share_of_initial_ones(run, tmp_path):
     assert open_state(tmp_path / "a.safetensors").average.initial_share is None
 
 
-def test_inspect_says_it(run, capsys):
+def test_inspect_prints_the_share_of_initial_weights(run, capsys):
     assert main(["inspect", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "averaged weights: 97.5% of them still the initial weights" in printed and STILL in printed
@@ -92,7 +92,7 @@ def test_inspect_says_it(run, capsys):
     assert json.loads(capsys.readouterr().out)["initial_share"] == 0.9999**250
 
 
-def test_upcycle_says_it_and_its_run_begins_with_new_initial_weights(run, tmp_path, capsys):
+def test_upcycle_prints_the_share_and_its_run_starts_with_new_initial_weights(run, tmp_path, capsys):
     assert main(["upcycle", str(run), str(tmp_path / "new"), "model.num_experts=4"]) == 0
     printed = capsys.readouterr().out
     assert "from averaged weights (ema), 97.5% of them still the initial weights" in printed and STILL in printed
@@ -104,7 +104,7 @@ def test_upcycle_says_it_and_its_run_begins_with_new_initial_weights(run, tmp_pa
     assert "from weights as trained (master)" in printed and "warning" not in printed
 
 
-def test_an_evaluation_says_the_largest_share(run):
+def test_an_evaluation_prints_the_largest_share(run):
     share = identify_checkpoint(run, None, "ema", type("LaunchEnvironment", (), {"rank": 0})).initial_share
     assert share == 0.9999**250
     record = {"count": 9, "reference": "digits", "reference_count": 9, "guidance": 1.0, "weights": "ema", "figures": {}}
@@ -116,15 +116,15 @@ def test_an_evaluation_says_the_largest_share(run):
     assert "averaged" not in table([records[0] | {"weights": "master"}])
 
 
-def test_averages_of_a_study_warm_up_unless_its_recipe_says_otherwise(tmp_path):
+def test_averages_of_a_study_warm_up_unless_its_recipe_disables_it(tmp_path):
     study = plan(tmp_path / "s", recipe(preset="promoe_s", settings={}))
     assert all(task.config.train.ema_warmup for task in study.tasks)
-    told = plan(tmp_path / "told", recipe(settings={"train.ema_warmup": False}))
-    assert not any(task.config.train.ema_warmup for task in told.tasks)
-    assert [task.config for task in open_study(tmp_path / "told").tasks] == [task.config for task in told.tasks]
+    explicit = plan(tmp_path / "told", recipe(settings={"train.ema_warmup": False}))
+    assert not any(task.config.train.ema_warmup for task in explicit.tasks)
+    assert [task.config for task in open_study(tmp_path / "told").tasks] == [task.config for task in explicit.tasks]
 
 
-def test_a_study_that_was_planned_before_goes_on_with_its_constant_decay(tmp_path):
+def test_a_study_planned_by_an_older_version_keeps_its_constant_decay(tmp_path):
     study = plan(tmp_path, recipe())
     for task in study.tasks:
         file = study.config(task)
@@ -133,13 +133,13 @@ def test_a_study_that_was_planned_before_goes_on_with_its_constant_decay(tmp_pat
 
 
 def test_results_of_a_study_name_the_largest_share(tmp_path):
-    found = rows(finished(tmp_path, recipe()))
-    shares = [0.002 * number for number in range(len(found))]
-    with_shares = [row | {"initial_share": share} for row, share in zip(found, shares, strict=True)]
+    results = rows(finished(tmp_path, recipe()))
+    shares = [0.002 * number for number in range(len(results))]
+    with_shares = [row | {"initial_share": share} for row, share in zip(results, shares, strict=True)]
     text = to_markdown(with_shares, recipe(), [], [])
     assert f"Of the averaged weights at most {max(shares):.1%} are still the initial ones." in text
     with_shares[0]["initial_share"] = 0.975
     text = to_markdown(with_shares, recipe(), [], [])
     assert "at most 97.5% are still the initial ones: too much, use `weights: master`" in text
-    assert "still the initial" not in to_markdown(found, recipe(), [], []), "losses of an earlier version"
+    assert "still the initial" not in to_markdown(results, recipe(), [], []), "losses of an earlier version"
     assert "still the initial" not in to_markdown(with_shares, recipe(weights="master"), [], [])

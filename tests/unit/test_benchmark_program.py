@@ -13,7 +13,7 @@ from megapromoe.commands import benchmark
 
 
 def words(out: Path, *more: str) -> list[str]:
-    some = ["--sizes", "digits", "--images", "4", "--rounds", "2", "--steps", "2", "--null", "0.25", "--device", "cpu"]
+    some = ["--sizes", "digits", "--batch", "4", "--rounds", "2", "--steps", "2", "--null", "0.25", "--device", "cpu"]
     return [*some, "--out", str(out), *more]
 
 
@@ -22,7 +22,10 @@ def measured(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("benchmark")
     for experiment in ("layer", "step", "sample"):
         names = ["ours", "loop", "dense", "bmm"]
-        assert main(["benchmark", experiment, *words(out, "--routing", "real", "skewed", "--contenders", *names)]) == 0
+        assert (
+            main(["benchmark", experiment, *words(out, "--routing", "real", "skewed", "--implementations", *names)])
+            == 0
+        )
     return out
 
 
@@ -51,12 +54,12 @@ def test_a_repeated_command_measures_nothing(measured, monkeypatch):
     monkeypatch.setattr(suite, "_measure", None)  # a call would raise
     before = json.loads((measured / "benchmark.json").read_text())["scenes"]
     names = ["ours", "loop", "dense", "bmm"]
-    assert main(["benchmark", "step", *words(measured, "--routing", "skewed", "--contenders", *names)]) == 0
+    assert main(["benchmark", "step", *words(measured, "--routing", "skewed", "--implementations", *names)]) == 0
     assert json.loads((measured / "benchmark.json").read_text())["scenes"] == before
 
 
 def test_other_settings_are_not_mixed_in(measured, capsys):
-    assert main(["benchmark", "step", *words(measured, "--routing", "real", "--contenders", "ours", "dense")]) == 1
+    assert main(["benchmark", "step", *words(measured, "--routing", "real", "--implementations", "ours", "dense")]) == 1
     message = capsys.readouterr().err
     assert "contenders: ['ours', 'loop', 'dense', 'bmm'] in the file, ['ours', 'dense'] now" in message
     assert "use another --out, or --again" in message
@@ -66,7 +69,7 @@ def test_again_measures_again_and_keeps_other_cases(measured, tmp_path):
     held = json.loads((measured / "benchmark.json").read_text())
     (tmp_path / "benchmark.json").write_text(json.dumps(held))
     names = ["ours", "loop", "dense", "bmm"]
-    more = ["--routing", "real", "--contenders", *names, "--again"]
+    more = ["--routing", "real", "--implementations", *names, "--again"]
     assert main(["benchmark", "sample", *words(tmp_path, *more)]) == 0
     now = json.loads((tmp_path / "benchmark.json").read_text())["scenes"]
     assert [key for key in now if now[key] != held["scenes"][key]] == ["sample digits E4 B4 real"]
@@ -106,7 +109,7 @@ def test_the_tables_of_the_documentation_can_be_filled():
 
 WRONG = {
     "an unknown size": (["layer", "--sizes", "xxl"], "invalid choice: 'xxl'"),
-    "an unknown contender": (["layer", "--contenders", "ous"], "invalid choice: 'ous'"),
+    "an unknown contender": (["layer", "--implementations", "ous"], "invalid choice: 'ous'"),
     "no rounds": (["layer", "--rounds", "0"], "must be a whole number of at least 1, not '0'"),
     "a share of 2": (["layer", "--null", "2"], "must be a number from 0 to 1, not '2'"),
 }
@@ -137,6 +140,6 @@ def test_a_dry_run_lists_the_cases(capsys):
     assert len(lines) == 3 * 2 + 2 * 2 and any("E256" in line for line in lines)
 
 
-def test_the_program_knows_what_the_library_has():
+def test_the_program_has_the_names_of_the_library():
     assert benchmark.CONTENDERS == baselines.CONTENDERS and benchmark.ROUTINGS == routing_patterns.ROUTINGS
     assert benchmark.SIZES == suite.SIZES and benchmark.EXPERIMENTS == suite.EXPERIMENTS

@@ -21,8 +21,8 @@ def save(root, step):
     staging, final = root / f"step-{step:08d}.writing", folder_of(root, step)
     staging.mkdir(parents=True)
     rows = [[[2, 3], [[[[0, 2], [0, 3]], [[2 * r, 2 * r + 2], [0, 3]]]]] for r in (0, 1)]
-    whole = [[3], [[[[0, 3]], [[0, 3]]]]]
-    parts = [[["w", 0, 6, rows[0]], ["b", 0, 3, whole]], [["w", 0, 2, rows[1]], ["w", 2, 6, rows[1]]]]
+    full_range = [[3], [[[[0, 3]], [[0, 3]]]]]
+    parts = [[["w", 0, 6, rows[0]], ["b", 0, 3, full_range]], [["w", 0, 2, rows[1]], ["w", 2, 6, rows[1]]]]
     generator = torch.Generator().manual_seed(step)
     for rank in (0, 1):
         tensors = {f"{k}/{n}@{a}": torch.randn(z - a, generator=generator) for n, a, z, _ in parts[rank] for k in KINDS}
@@ -210,7 +210,7 @@ def spoil_hash(root, count, seed):
     folder = folder_of(root, 6)
     expected, older = state(folder), state(folder_of(root, 3))
 
-    def classify(one):
+    def classify(change):
         outcome = outcome_of(lambda: state(folder), CheckpointError, expected)
         if outcome == NAMED:
             step, value, passed = newest(root)

@@ -31,9 +31,9 @@ def test_groups_of_a_file(tmp_path, kind):
     assert groups == {"animals": (2, 3, 5, 6, 7), "vehicles": (0, 9)} and list(groups) == ["animals", "vehicles"]
 
 
-def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
+def test_all_problems_of_a_file_are_reported_together(tmp_path):
     text = "a: [1, 12]\nb: 3\nc: [x, 7-4, -1, 1.5, true]\nd: []\ne: [2, 1-3]\n"
-    said = violations(written(tmp_path, text))
+    messages = violations(written(tmp_path, text))
     for expected in (
         "a: 12: classes are 0..9",
         "b: must be a list",
@@ -45,13 +45,13 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(tmp_path):
         "d: must be a list",
         "e: class 2 is listed twice",
     ):
-        assert expected in said
-    assert said.count("\n") == 8
+        assert expected in messages
+    assert messages.count("\n") == 8
 
 
-@pytest.mark.parametrize("text, said", [("[1, 2]", "must be a mapping"), ("a: [", "is not YAML"), ("", "must be")])
-def test_files_that_hold_no_groups(tmp_path, text, said):
-    assert said in violations(written(tmp_path, text))
+@pytest.mark.parametrize("text, message", [("[1, 2]", "must be a mapping"), ("a: [", "is not YAML"), ("", "must be")])
+def test_files_that_hold_no_groups(tmp_path, text, message):
+    assert message in violations(written(tmp_path, text))
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -79,12 +79,12 @@ def test_superclasses_of_a_file_are_written_into_the_config(tmp_path):
 
 
 def test_a_file_that_is_no_partition(tmp_path):
-    said = violations(written(tmp_path, "a: [0-4]\nb: [4-6]\n"), read=superclasses_in)
-    assert "class 4 is in a and in b" in said and "3 of 10 classes are in no group: 7, 8, 9" in said
+    messages = violations(written(tmp_path, "a: [0-4]\nb: [4-6]\n"), read=superclasses_in)
+    assert "class 4 is in a and in b" in messages and "3 of 10 classes are in no group: 7, 8, 9" in messages
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (["model.superclasses=nowhere.json"], "model.superclasses = 'nowhere.json': nowhere.json: cannot be read"),
         (["model.superclasses=wordnet"], "model.superclasses = 'wordnet': must be contiguous, modulo, a .yaml"),
@@ -99,11 +99,11 @@ def test_a_file_that_is_no_partition(tmp_path):
         (["model.router=kmeans", "model.kmeans_decay=1"], "model.kmeans_decay = 1.0: must lie in [0, 1)"),
     ],
 )
-def test_rules_of_the_configuration(words, said):
+def test_rules_of_the_configuration(words, message):
     with pytest.raises(ConfigError) as raised:
         resolve("digits", overrides=[*GUIDED, *words])
-    assert len(raised.value.violations) == 1 and said in str(raised.value)
+    assert len(raised.value.violations) == 1 and message in str(raised.value)
 
 
-def test_superclasses_are_nobody_elses_concern():
+def test_superclasses_are_read_only_for_the_router_that_needs_them():
     resolve("digits", overrides=["model.superclasses=nowhere.json", "model.num_experts=11"])

@@ -123,7 +123,7 @@ def test_layout(world, overrides, layout):
     assert resolve("digits", overrides=overrides, world=world).layout(world) == layout
 
 
-def test_layout_that_does_not_come_out_even_raises():
+def test_a_layout_that_does_not_divide_raises():
     with pytest.raises(ConfigError, match=r"parallel\.tp = 2: must divide the 3 ranks; nearest: 1, 3"):
         resolve("digits", overrides=["parallel.tp=2"]).layout(3)
 
@@ -234,8 +234,8 @@ def test_one_wrong_value_is_one_violation(override, expected):
     ],
 )
 def test_combinations(overrides, expected):
-    found = violations(*overrides)
-    assert len(found) == 1 and expected in found[0]
+    messages = violations(*overrides)
+    assert len(messages) == 1 and expected in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_everything_wrong_is_in_one_message(tmp_path):
     assert str(file) in message
 
 
-def test_a_refused_value_is_told_once():
+def test_a_refused_value_is_reported_once():
     """A rule on a field whose value was already refused would only repeat or mislead."""
     (violation,) = violations("model.heads=many", "parallel.tp=2")
     assert "a whole number" in violation
@@ -403,8 +403,8 @@ def test_unsupported_deepspeed_combinations_are_refused_with_the_reason(tmp_path
 
 def test_deepspeed_combinations_are_reported_with_all_other_violations(tmp_path):
     file = deepspeed_file(tmp_path, json.dumps({"bf16": BF16, "zero_optimization": {"stage": 0}}))
-    found = violations(file, "train.lr=-1")
-    assert len(found) == 2 and any("stage 0" in v for v in found) and any("train.lr" in v for v in found)
+    messages = violations(file, "train.lr=-1")
+    assert len(messages) == 2 and any("stage 0" in v for v in messages) and any("train.lr" in v for v in messages)
 
 
 def test_loading_a_wrong_deepspeed_file_raises():
@@ -415,9 +415,16 @@ def test_loading_a_wrong_deepspeed_file_raises():
 
 @pytest.mark.parametrize("preset", ["digits", "fashion"])
 def test_the_preset_s_warm_up_shrinks_with_the_training(preset, tmp_path):
-    own = PRESETS[preset]["train"]["warmup"]
-    assert resolve(preset).train.warmup == own, "the preset's own length"
-    for steps, warmup in ((10 * own, own), (10 * own - 1, own - 1), (50, 5), (5, 0), (1, 0), (10**6, own)):
+    preset_warmup = PRESETS[preset]["train"]["warmup"]
+    assert resolve(preset).train.warmup == preset_warmup, "the preset's own length"
+    for steps, warmup in (
+        (10 * preset_warmup, preset_warmup),
+        (10 * preset_warmup - 1, preset_warmup - 1),
+        (50, 5),
+        (5, 0),
+        (1, 0),
+        (10**6, preset_warmup),
+    ):
         assert resolve(preset, overrides=[f"train.steps={steps}"]).train.warmup == warmup
     file = tmp_path / "c.yaml"
     file.write_text("train: {steps: 50}")

@@ -46,5 +46,5 @@ def test_the_workflow_only_calls_the_test_command():
     assert job["steps"][0]["uses"].startswith("actions/checkout@")
 
 
-def test_the_command_line_knows_the_formats_of_the_library():
+def test_the_command_line_has_the_formats_of_the_library():
     assert convert.FORMATS == formats.FORMATS

@@ -36,7 +36,7 @@ def assert_same(first: State, second: State, kinds: tuple[str, ...] = KINDS) -> 
 
 @pytest.mark.parametrize("form", ["ours", "published", "safetensors", "deepspeed"])
 @pytest.mark.parametrize("case", CASES)
-def test_all_state_comes_back_to_the_bit(tmp_path, case, form):
+def test_all_state_is_restored_bit_for_bit(tmp_path, case, form):
     state = state_of(case)
     destination = tmp_path / NAMES[form]
     assert export(state, destination, form) == []
@@ -48,7 +48,7 @@ def test_all_state_comes_back_to_the_bit(tmp_path, case, form):
 
 @pytest.mark.parametrize("form", ["diffusers", "safetensors"])
 @pytest.mark.parametrize("weights", ["ema", "master"])
-def test_weights_alone_come_back_to_the_bit(tmp_path, form, weights):
+def test_weights_alone_are_restored_bit_for_bit(tmp_path, form, weights):
     state = state_of("diffmoe")
     export(state, tmp_path / NAMES[form], form, weights)
     back = open_state(tmp_path / NAMES[form])
@@ -72,7 +72,7 @@ def test_published_names_are_those_of_the_release(tmp_path, case):
 
 @pytest.mark.parametrize("form", ["ours", "published", "safetensors", "deepspeed"])
 @pytest.mark.parametrize("unconditional", [1, 2])
-def test_several_dense_experts_come_back_to_the_bit(tmp_path, form, unconditional):
+def test_several_dense_experts_are_restored_bit_for_bit(tmp_path, form, unconditional):
     """Also of widths of their own; in published files under names made like those of the release."""
     config = config_that_runs("promoe_tc")
     several = {"num_shared_experts": 3, "shared_expert_width": 20, "num_unconditional_experts": unconditional}
@@ -97,7 +97,7 @@ def test_several_dense_experts_come_back_to_the_bit(tmp_path, form, unconditiona
         assert f"blocks.3.mlp.experts.{4 + unconditional}.down_proj.bias" not in shapes
 
 
-def test_the_published_run_goes_there_and_back_to_the_bit(tmp_path):
+def test_the_published_run_is_converted_in_both_directions_bit_for_bit(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config_that_runs()))
     assert main(["convert", str(PUBLISHED), str(tmp_path / "run"), "--to", "ours", "--config", str(path)]) == 0

@@ -52,7 +52,7 @@ def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
     assert "no code of the file was executed" in capsys.readouterr().err and not trace.exists()
 
 
-def test_errors_say_what_is_wrong_and_what_to_do(tmp_path, capsys):
+def test_errors_have_the_problem_and_the_remedy(tmp_path, capsys):
     def says(*command: str, code: int = 1) -> str:
         assert main(["convert", *map(str, command)]) == code
         return capsys.readouterr().err

@@ -51,11 +51,11 @@ def test_parameters_of_the_built_model(change):
 
 
 def test_active_follows_top_k():
-    one = parameters(SMALL)
+    small = parameters(SMALL)
     two = parameters(replace(SMALL, top_k=2))
-    per_expert = one.by_part["routed experts"] // SMALL.num_experts
-    assert two.active - one.active == per_expert
-    assert one.total - one.active == 5 * per_expert + one.by_part["unconditional expert"]
+    per_expert = small.by_part["routed experts"] // SMALL.num_experts
+    assert two.active - small.active == per_expert
+    assert small.total - small.active == 5 * per_expert + small.by_part["unconditional expert"]
 
 
 @pytest.mark.parametrize("preset, giga_macs", [("dit_b", 23.01), ("dit_l", 80.71), ("dit_xl", 118.64)])
@@ -110,11 +110,11 @@ def test_operations_of_several_shared_experts_that_torch_counts():
 
 
 def test_active_parameters_have_all_shared_and_no_unconditional_expert():
-    one = parameters(SMALL)
+    small = parameters(SMALL)
     several = parameters(replace(SMALL, num_shared_experts=3, num_unconditional_experts=2))
-    per_expert = one.by_part["shared expert"]
-    assert several.active - one.active == 2 * per_expert
-    assert several.total - one.total == 3 * per_expert
+    per_expert = small.by_part["shared expert"]
+    assert several.active - small.active == 2 * per_expert
+    assert several.total - small.total == 3 * per_expert
 
 
 @pytest.mark.parametrize("router, top_k, rows", [("promoe", 2, 32), ("promoe_ec", 2, 30), ("ec", 1, 12), ("tc", 1, 16)])

@@ -20,12 +20,12 @@ def nested(key: str, value) -> dict:
 
 
 def merged(*contents: dict) -> dict:
-    whole: dict = {}
+    result: dict = {}
     for content in contents:
         for key, value in content.items():
-            inner = whole.get(key)
-            whole[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return whole
+            inner = result.get(key)
+            result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
 
 
 def written(tmp_path, content) -> str:
@@ -37,9 +37,9 @@ def written(tmp_path, content) -> str:
 def refused_by_show(setting: str, capsys) -> list[str]:
     """The sentences with which `show` refuses a setting."""
     assert cli.main(["show", "--preset", "digits", setting]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    return said.err.splitlines()[1:]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err.splitlines()[1:]
 
 
 def value_with_an_effect(key: str):
@@ -143,7 +143,7 @@ def test_combinations_that_do_not_train_are_refused(content, reason, tmp_path, c
         ({"zero_optimization": {}, "activation_checkpointing": {"cpu_checkpointing": False}}, {}),
     ],
 )
-def test_what_has_no_effect_is_left_out(content, left, tmp_path, capsys):
+def test_deepspeed_values_without_effect_are_left_out(content, left, tmp_path, capsys):
     """Such values stand in many files that are copied around; every reader then sees the same."""
     setting = written(tmp_path, content)
     read = load_deepspeed(resolve("digits", overrides=[setting]))
@@ -163,8 +163,8 @@ def test_everything_wrong_with_the_file_is_in_the_message_of_every_command(tmp_p
     messages = []
     for command in (
         ["show"],
-        ["train", "--run", str(tmp_path / "run"), "--dry-run"],
-        ["train", "--run", str(tmp_path)],
+        ["train", "--run-dir", str(tmp_path / "run"), "--dry-run"],
+        ["train", "--run-dir", str(tmp_path)],
     ):
         assert cli.main([*command, "--preset", "digits", setting, "train.lr=-1"]) == 2
         messages.append(capsys.readouterr().err)

@@ -86,7 +86,7 @@ def test_a_config_of_another_model_is_refused(tmp_path, model):
             open_state(tmp_path)
 
 
-def test_a_model_without_variance_is_asked_for_its_objective(tmp_path):
+def test_a_model_without_variance_needs_the_objective_option(tmp_path):
     diffusers.DiTTransformer2DModel(**SIZES | {"num_layers": 1}, out_channels=3).save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match="--objective"):
         open_state(tmp_path)

@@ -18,7 +18,7 @@ def simulated(steps: int, between: int, keep: int, keep_every: int, needed: int)
         folders.append(StepFolder(None, step, step))
         most = max(most, len(folders))
         gone = removable(folders, step, keep, keep_every, needed)
-        folders = [one for one in folders if one not in gone]
+        folders = [folder for folder in folders if folder not in gone]
     return most
 
 
@@ -39,16 +39,16 @@ def test_a_long_run_is_counted_without_all_of_its_saves():
 
 
 def test_a_run_of_the_published_size():
-    found = disk(resolve("promoe_xl", overrides=["train.snapshot_every=10000", "train.sample_every=50000"]))
-    assert found.checkpoint == 1_567_438_880 * 16 and found.snapshot == 1_567_438_880 * 4
-    assert (found.checkpoints, found.snapshots, found.pictures, found.most_checkpoints) == (100, 50, 10, 3)
-    assert found.peak == 3 * found.checkpoint + 50 * found.snapshot + 10 * found.picture and found.exact
+    usage = disk(resolve("promoe_xl", overrides=["train.snapshot_every=10000", "train.sample_every=50000"]))
+    assert usage.checkpoint == 1_567_438_880 * 16 and usage.snapshot == 1_567_438_880 * 4
+    assert (usage.checkpoints, usage.snapshots, usage.pictures, usage.most_checkpoints) == (100, 50, 10, 3)
+    assert usage.peak == 3 * usage.checkpoint + 50 * usage.snapshot + 10 * usage.picture and usage.exact
 
 
 def test_experts_that_do_not_divide_are_saved_with_their_spare_slots():
-    whole, spare = (disk(resolve("promoe_s", overrides=[f"parallel.ep={ep}"])).snapshot for ep in (4, 8))
+    even, spare = (disk(resolve("promoe_s", overrides=[f"parallel.ep={ep}"])).snapshot for ep in (4, 8))
     expert = 384 * 768 * 2 + 768 + 384
-    assert spare - whole == 4 * 6 * 4 * expert, "4 more slots in 6 layers"
+    assert spare - even == 4 * 6 * 4 * expert, "4 more slots in 6 layers"
 
 
 @pytest.mark.parametrize("preset", ["digits", "fashion", "promoe_s"])
@@ -74,7 +74,7 @@ def test_saves_by_the_clock_are_an_estimate_from_the_time_of_a_step():
     assert disk(config, step_seconds=0.05).checkpoints == 2, "the steps come before the clock"
 
 
-def test_plan_says_what_is_saved_and_the_time_only_with_a_bandwidth(capsys):
+def test_plan_shows_saved_bytes_and_their_time_only_with_a_bandwidth(capsys):
     words = ["plan", "--preset", "promoe_xl", "train.snapshot_every=10000", "train.keep_every=100000"]
     assert main(words) == 0
     out = capsys.readouterr().out

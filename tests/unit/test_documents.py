@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from support.documented_commands import DOCUMENTS, ROOT
+from support.fault_table import HEADER, HEADING
+from support.page_sections import write_section
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 DOCS = ROOT / "docs"
@@ -63,6 +65,38 @@ def test_the_readme_is_short_and_links_the_glossary():
     assert len(text.splitlines()) <= 150
     assert "(docs/glossary.md)" in text and "(docs/troubleshooting.md)" in text
     assert "(../docs/glossary.md)" in (ROOT / "megapromoe" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_program_replaces_its_section_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\nIntroduction.\n\n## First\n\nold\n\n### Part\n\nold\n\n## Last\n\ntext\n")
+    write_section(page, "First", "new\n")
+    assert page.read_text() == "# Page\n\nIntroduction.\n\n## First\n\nnew\n\n## Last\n\ntext\n"
+    write_section(page, "Last", "end")
+    write_section(page, "Added", "more")
+    assert page.read_text().endswith("## First\n\nnew\n\n## Last\n\nend\n\n## Added\n\nmore\n")
+    write_section(tmp_path / "new.md", "Only", "text")
+    assert (tmp_path / "new.md").read_text() == "## Only\n\ntext\n"
+
+
+@pytest.mark.parametrize(
+    "name, headings",
+    [
+        ("equality.md", ["Every layout trains the same function", "A run that changes its layout"]),
+        ("faults.md", [HEADING, "Damaged files"]),
+    ],
+)
+def test_written_sections_are_in_their_pages(name, headings, tmp_path):
+    """Each page is as its programs would write it from the same numbers."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    start, *sections = re.split(r"^## ", text, flags=re.M)
+    assert [section.partition("\n")[0] for section in sections] == headings and start.startswith("# ")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    for section in sections:
+        heading, _, content = section.partition("\n")
+        write_section(tmp_path / name, heading, content)
+    assert (tmp_path / name).read_text(encoding="utf-8") == text
+    assert name != "faults.md" or f"## {HEADING}\n\n{HEADER}" in text
 
 
 def test_modules_of_the_glossary_exist():

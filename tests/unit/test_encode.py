@@ -72,7 +72,7 @@ def test_half_precision_is_measured_against_the_posterior(tmp_path):
     assert read_manifest(write(tmp_path / "pixels", Arrays(stochastic=False))).rounding is None
 
 
-def test_a_killed_job_goes_on_with_the_first_unfinished_shard(tmp_path):
+def test_a_killed_job_continues_with_the_first_unfinished_shard(tmp_path):
     complete = files(write(tmp_path / "whole"))
 
     class Dying(Arrays):

@@ -44,7 +44,7 @@ def test_the_documents_name_every_code_and_every_class_that_sets_one():
         assert re.search(rf"\b{code.value} ", cli._EXAMPLES)
 
 
-def test_the_launchers_know_the_codes():
+def test_the_launchers_use_the_same_exit_codes():
     text = (ROOT / "launchers" / "slurm.sh").read_text()
     for code in (ExitCode.MISCONFIGURED, ExitCode.BAD_NODES, ExitCode.STOPPED, ExitCode.HUNG):
         assert re.search(rf"\b{code.value}\b", text.partition("Exit codes:")[2].partition("'")[0])
@@ -86,7 +86,7 @@ def test_errors_of_different_codes_are_tried_again(monkeypatch):
     assert code_of(monkeypatch, [("other", 2)], Wrong("w")) == 2
 
 
-def test_repeating_cannot_help_the_named_kinds_alone():
+def test_only_the_named_errors_get_the_exit_code_of_a_misconfiguration():
     for error, code in ((Failed("f"), 2), (UserError("u"), 1)):
         with pytest.raises(UserError) as ended, repeating_cannot_help(Failed):
             raise error

@@ -21,11 +21,11 @@ def report(of, when="call", passed=True, reason=None):
 @pytest.fixture
 def table(tmp_path):
     """A table and the lines that it tells the terminal."""
-    said = []
-    terminal = SimpleNamespace(write_line=said.append)
+    lines = []
+    terminal = SimpleNamespace(write_line=lines.append)
     plugin = FaultTable(tmp_path / "faults.md")
     plugin.end = lambda status=0: plugin.pytest_terminal_summary(terminal, status)
-    plugin.said = said
+    plugin.lines = lines
     return plugin
 
 
@@ -35,7 +35,7 @@ def test_only_tests_with_rows_run(table):
     items = [item("a"), item("b", "tmp_path", "fault_table"), item("c", "tmp_path")]
     b = items[1]
     table.pytest_collection_modifyitems(config, items)
-    assert items == [b] and [one.nodeid for one in left_out] == ["tests/a", "tests/c"]
+    assert items == [b] and [test.nodeid for test in left_out] == ["tests/a", "tests/c"]
 
 
 def test_rows_of_passed_tests_are_written_with_their_tests_and_reasons(table):
@@ -50,20 +50,20 @@ def test_rows_of_passed_tests_are_written_with_their_tests_and_reasons(table):
     assert "| kill -9 | resumed | 5 steps | `tests/test_kill.py::test_kill` |\n" in text
     assert text.count("`tests/test_kill.py::test_kill`") == 2 and "make faults" in text
     assert "Not run on this machine:\n\n* `tests/test_cut.py::test_cut`: no namespaces\n" in text
-    assert table.said == [f"{table.file}: 2 faults"]
+    assert table.lines == [f"{table.file}: 2 faults"]
 
 
 @pytest.mark.parametrize("status, rows", [(1, True), (0, False)], ids=["a test failed", "no rows"])
 def test_a_table_that_would_lack_rows_is_not_written(status, rows, table):
-    one, other = item("test_a.py::test_a"), item("test_b.py::test_b")
-    Rows(one).append(("a", "b", "c"))
-    table.pytest_runtest_logreport(report(one))
+    with_rows, other = item("test_a.py::test_a"), item("test_b.py::test_b")
+    Rows(with_rows).append(("a", "b", "c"))
+    table.pytest_runtest_logreport(report(with_rows))
     if rows:
         Rows(other).append(("a", "b", "c"))
     table.pytest_runtest_logreport(report(other))
     table.end(status)
-    assert not table.file.exists() and "is not written" in table.said[-1]
-    assert rows or "no rows, though they ask for the table: tests/test_b.py::test_b" in table.said[0]
+    assert not table.file.exists() and "is not written" in table.lines[-1]
+    assert rows or "no rows, though they ask for the table: tests/test_b.py::test_b" in table.lines[0]
 
 
 def test_one_case_of_a_test_may_add_the_rows_of_all(table):

@@ -19,14 +19,14 @@ from megapromoe.sampling.image_sets import ImageSet, ImageSetError
 
 def test_the_classifier_of_digits_is_the_same_each_time():
     torch.set_num_threads(2)
-    one, real = open_network("digits", "cpu"), open_pixels("digits")
+    network, real = open_network("digits", "cpu"), open_pixels("digits")
     torch.set_num_threads(1)
-    assert one.sha256 == open_network("digits", "cpu").sha256
-    assert not one.standard and one.title("FID", "Fréchet distance") == "Fréchet distance (digits classifier)"
-    seen = one(torch.from_numpy(real.read(0, 2000)))
-    assert [f.shape for f in seen] == [(1797, 64), (1797, 112), (1797, 10)]
-    assert (seen.probabilities_NK.argmax(1).numpy() == real.labels).mean() > 0.99
-    torch.testing.assert_close(seen.probabilities_NK.sum(1), torch.ones(1797))
+    assert network.sha256 == open_network("digits", "cpu").sha256
+    assert not network.standard and network.title("FID", "Fréchet distance") == "Fréchet distance (digits classifier)"
+    features_of_train = network(torch.from_numpy(real.read(0, 2000)))
+    assert [f.shape for f in features_of_train] == [(1797, 64), (1797, 112), (1797, 10)]
+    assert (features_of_train.probabilities_NK.argmax(1).numpy() == real.labels).mean() > 0.99
+    torch.testing.assert_close(features_of_train.probabilities_NK.sum(1), torch.ones(1797))
 
 
 class Halves(torch.nn.Module):
@@ -160,7 +160,7 @@ class Small(torch.nn.Module):
         return x.view(len(x), -1, 16).float().mean(dim=(1, 2)).unsqueeze(1)
 
 
-def test_what_a_network_cannot_take_is_reported(tmp_path):
+def test_data_that_a_network_cannot_take_is_reported(tmp_path):
     file = tmp_path / "small.pt"
     sha = scripted(file, Small())
     for name, count, side in (("real", 9, 4), ("few", 3, 4), ("wide", 9, 5)):

@@ -67,7 +67,7 @@ def test_the_documentation_has_these_layouts():
     assert rows == [(name, layout.how) for name, layout in LAYOUTS.items()]
 
 
-def test_nan_is_refused_with_the_name_and_an_option_goes_on(tmp_path, capsys):
+def test_nan_is_refused_with_the_tensor_name_and_accepted_with_an_option(tmp_path, capsys):
     path = LAYOUTS["NaN or infinity in any of them"].make(tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(config()))
     command = ["convert", str(path), str(tmp_path / "run"), "--to", "ours", "--config", str(tmp_path / "config.yaml")]

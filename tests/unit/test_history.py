@@ -36,7 +36,7 @@ def run(tmp_path):
     return run
 
 
-def test_a_step_is_asked_for_once(run):
+def test_a_step_is_requested_once(run):
     start = plan_start(run, 20)
     assert (start.step, start.branch, start.note) == (20, "step-20", "")
     left = leave_branch(run, 20, "a reason")
@@ -111,7 +111,7 @@ def test_pictures_of_sample_go_with_their_step(run):
 def contents(run: RunDirectory) -> dict[str, int]:
     """How often each step's checkpoint, picture and log line are in the run and its complete branches."""
     count: dict[str, int] = {}
-    folders = [run.folder, *(one.folder for one in left_branches(run))]
+    folders = [run.folder, *(branch.folder for branch in left_branches(run))]
     for folder in folders:
         for path in [*folder.glob("checkpoints/step-*"), *folder.glob("samples/*.png")]:
             count[path.name] = count.get(path.name, 0) + 1
@@ -123,14 +123,14 @@ def test_a_branch_folder_that_is_damaged_or_of_another_kind_is_never_removed(run
     (left.folder / "branch.json").write_text("{")
     kept = leave_branch(run, 10, "why")
     (kept.folder / "branch.json").unlink()
-    own = run.branches / "notes"
-    own.mkdir()
+    notes = run.branches / "notes"
+    notes.mkdir()
     complete_moves(run)
     assert steps_in(left.folder / "checkpoints") == [25, 30, 35, 40] and steps_in(kept.folder / "checkpoints") == [
         15,
         20,
     ]
-    assert own.is_dir() and left_branches(run) == [] and "main-after-20/branch.json: is damaged" in caplog.text
+    assert notes.is_dir() and left_branches(run) == [] and "main-after-20/branch.json: is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("killed_at", range(16))
@@ -171,7 +171,7 @@ def test_a_kill_at_any_instant_loses_nothing_and_is_completed(run, killed_at, mo
     assert not list(Path(run.branches).glob("*/*.writing"))
 
 
-def test_a_dry_run_says_where_a_start_would_begin(run):
+def test_a_dry_run_shows_where_a_start_would_begin(run):
     assert progress(run) == "continues from step-00000040, branch 'main'"
     moved = f"its checkpoints of steps 25, 30, 35, 40 would move to {run.branches}"
     assert progress(run, 20) == f"begins branch 'step-20' at step-00000020; {moved}"

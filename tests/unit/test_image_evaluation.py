@@ -123,8 +123,8 @@ def refused(section, **changes) -> str:
 def test_the_widths_of_the_classifiers_are_those_that_are_checked():
     import torch
 
-    seen = features.Classifier(8, 1, 10)(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    assert max(seen.pooled_ND.shape[1], seen.spatial_NP.flatten(1).shape[1]) == names.CLASSIFIER_FEATURES
+    outputs = features.Classifier(8, 1, 10)(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    assert max(outputs.pooled_ND.shape[1], outputs.spatial_NP.flatten(1).shape[1]) == names.CLASSIFIER_FEATURES
 
 
 def test_every_that_no_task_reaches():
@@ -133,13 +133,16 @@ def test_every_that_no_task_reaches():
 
 def test_data_without_a_classifier_or_pixels():
     latents = resolve("promoe_s", overrides=["data.source=latents", "data.path=x"])
-    said = "\n".join(problems_of(ImageEvaluation(num=200), latents))
-    assert "evaluate.features: there is no classifier for 'latents'; give the file of the standard Inception" in said
+    messages = "\n".join(problems_of(ImageEvaluation(num=200), latents))
     assert (
-        "evaluate.autoencoder: is missing" in said and "evaluate.reference = 'data': the runs train on latents" in said
+        "evaluate.features: there is no classifier for 'latents'; give the file of the standard Inception" in messages
     )
-    whole = ImageEvaluation(num=200, features="i.pth", autoencoder="vae", reference="r.npz")
-    assert problems_of(whole, latents) == []
+    assert (
+        "evaluate.autoencoder: is missing" in messages
+        and "evaluate.reference = 'data': the runs train on latents" in messages
+    )
+    complete = ImageEvaluation(num=200, features="i.pth", autoencoder="vae", reference="r.npz")
+    assert problems_of(complete, latents) == []
 
 
 def test_files_are_found_from_other_folders(tmp_path, monkeypatch):
@@ -192,7 +195,7 @@ def test_a_record_of_earlier_versions_does_not_count(tmp_path):
     assert job.missing_steps(tmp_path) == (2, 4, 6)
 
 
-def test_the_command_evaluates_what_the_recipe_says(tmp_path):
+def test_the_command_has_the_values_of_the_recipe(tmp_path):
     """Read by the parser of the command itself."""
     import argparse
 
@@ -202,14 +205,14 @@ def test_the_command_evaluates_what_the_recipe_says(tmp_path):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     evaluate.arguments(parser)
     read = parser.parse_args(job.words(tmp_path / "run")[1:])
-    assert read.run == tmp_path / "run" and read.num == 200 and read.weights == "master"
+    assert read.run == tmp_path / "run" and read.num_images == 200 and read.weights == "master"
     assert [float(scale) for scale in read.guidance] == [1.0, 1.5] and read.step == [2, 4, 6]
     assert (read.steps, read.reference, read.split) == ("4", "data", "train")
     assert (read.features, read.autoencoder) == ("digits", None)
 
 
-def test_torchrun_hands_the_words_on(tmp_path):
-    """It takes what begins like an option of its own for one, wherever it stands: --run, --num."""
+def test_torchrun_passes_the_command_of_an_evaluation(tmp_path):
+    """torchrun refuses flags that begin like several of its own, also behind the name of the program."""
     from torch.distributed.run import parse_args
 
     job = evaluation_of(evaluated(SECTION | {"autoencoder": "vae"}), expand(evaluated())[0])
@@ -218,14 +221,14 @@ def test_torchrun_hands_the_words_on(tmp_path):
     assert (read.training_script, read.training_script_args) == ("megapromoe", words)
 
 
-def test_scales_that_no_short_text_holds_are_found_again(tmp_path):
+def test_scales_with_many_digits_are_written_in_full(tmp_path):
     """The command line has every digit: else the figures would never be those that were asked for."""
     job = evaluation_of(evaluated(SECTION | {"guidance": [1 / 3]}), expand(evaluated())[0])
     words = job.words(tmp_path)
     assert float(words[words.index("--guidance") + 1]) == 1 / 3
 
 
-def test_what_the_recipe_asks_for_goes_before_what_was_evaluated_by_hand(tmp_path):
+def test_requested_evaluations_take_precedence_over_manual_ones(tmp_path):
     from megapromoe.studies.curves import figures
 
     study = finished(tmp_path, evaluated(seeds=[0], axes={}))
@@ -234,17 +237,18 @@ def test_what_the_recipe_asks_for_goes_before_what_was_evaluated_by_hand(tmp_pat
     assert [row["value"] for row in figures(study, task)] == [9.0]
 
 
-def test_a_plan_tells_what_the_evaluations_cost(tmp_path, capsys):
+def test_a_plan_shows_the_cost_of_evaluations(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe_dict(evaluated(axes={}))))
     made = expand(evaluated(axes={}))
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", str(file), "--throughput", "1e6"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     # 3 checkpoints, 200 images, 4 steps of the sampler; at scale 1 one pass, at 1.5 two.
     job = evaluation_of(evaluated(axes={}), made[0])
     flops = 2 * job.flops(3)
     assert job.flops(3) == 3 * 200 * 4 * 3 * flops_per_image(made[0].config.model).forward
     assert (
-        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of sampling" in said
+        f"evaluations: 2, one after each training; 2,400 images of 6 checkpoints, {flops:.3g} FLOPs of sampling"
+        in output
     )
-    assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in said
+    assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in output

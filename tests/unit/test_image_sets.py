@@ -12,7 +12,7 @@ from megapromoe.sampling.image_set_writer import ImageSetWriter
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError, open_array
 
 
-def test_an_npz_is_read_from_where_it_lies(tmp_path):
+def test_an_npz_is_memory_mapped_in_place(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
     np.savez(tmp_path / "plain.npz", arr_0=images, mu=np.arange(3.0))
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images)
@@ -85,7 +85,7 @@ def test_16_bit_pictures_keep_their_grays(tmp_path):
     assert pixels.shape == (256, 256, 1) and (np.bincount(pixels.ravel(), minlength=256)[1:255] == 257).all()
 
 
-def test_hidden_pictures_are_passed_over(tmp_path, caplog):
+def test_hidden_pictures_are_ignored(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megapromoe")
     for name in ("a", "b"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")

@@ -63,7 +63,7 @@ def test_an_error_of_the_disk_keeps_the_old_content(file, monkeypatch):
     assert file.read_text() == "old" and os.listdir(file.parent) == ["file"]
 
 
-def test_what_a_killed_process_left_is_replaced(file):
+def test_files_of_a_killed_process_are_replaced(file):
     died = subprocess.run([sys.executable, "-c", DIES_WHILE_IT_WRITES, str(file)])
     assert died.returncode == -signal.SIGKILL
     assert file.read_text() == "old" and sorted(os.listdir(file.parent)) == ["file", "file.writing"]
@@ -71,7 +71,7 @@ def test_what_a_killed_process_left_is_replaced(file):
     assert file.read_text() == "new" and os.listdir(file.parent) == ["file"]
 
 
-def test_folders_are_made_only_where_asked_for(tmp_path):
+def test_folders_are_created_only_on_request(tmp_path):
     with pytest.raises(FileNotFoundError):
         io.write_text(tmp_path / "misspelt" / "file", "x")
     assert not (tmp_path / "misspelt").exists()

@@ -61,7 +61,7 @@ def test_a_link_is_replaced_by_what_is_written(folder, target, place, kind, conc
     assert path.read_text() == "ours" and not path.is_symlink() and os.listdir(folder) == ["file"]
 
 
-def test_libraries_that_write_to_a_name_find_no_link_there(folder, target):
+def test_libraries_that_write_to_a_path_find_no_link(folder, target):
     link(io.staging_path(folder / "file"), target)
     with io.atomic_path(folder / "file") as staging:
         staging.write_text("ours")
@@ -118,12 +118,12 @@ def test_a_dangling_lock_makes_no_file(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("look", [True, False])
-def test_a_pipe_as_lock_is_not_waited_for(run_folder, look):
+@pytest.mark.parametrize("only_read", [True, False])
+def test_a_pipe_as_lock_is_not_waited_for(run_folder, only_read):
     (run_folder / "run.lock").unlink()
     os.mkfifo(run_folder / "run.lock")
     with pytest.raises(RunDirectoryError, match="is no regular file; remove it"):
-        RunDirectory(run_folder).state(CONFIG) if look else RunDirectory.open(run_folder, CONFIG, 1)
+        RunDirectory(run_folder).state(CONFIG) if only_read else RunDirectory.open(run_folder, CONFIG, 1)
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard"])
@@ -156,7 +156,7 @@ def test_the_lock_of_a_node_cache_is_no_link(folder, target):
 def test_the_picture_of_a_plan_replaces_a_link(folder, target):
     link(folder / "plan.png", target)
     link(folder / "plan.json", target)
-    words = ["plan", "--preset", "promoe_s", "--gpu", "h100", "--plot", "plan.png", "--json", "plan.json"]
+    words = ["plan", "--preset", "promoe_s", "--gpu", "h100", "--plot", "plan.png", "--report", "plan.json"]
     done = subprocess.run(
         [sys.executable, "-m", "megapromoe", *words], cwd=folder, capture_output=True, text=True, timeout=120
     )

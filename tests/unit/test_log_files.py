@@ -99,7 +99,7 @@ def test_a_write_that_ends_half_way_leaves_no_part_of_a_line(folder):
     assert path.read_bytes() == record * 5
 
 
-def test_what_a_failed_write_left_is_cut_off_later(folder, monkeypatch):
+def test_the_rest_of_a_failed_write_is_removed_later(folder, monkeypatch):
     """Where the file cannot even be made shorter."""
     path = folder / "log"
     file = AppendedFile(path, LogFolder(folder))
@@ -174,7 +174,7 @@ def test_removed_files_and_folders_begin_again(folder, caplog):
     assert len(lines) == 1 and [p.name for p in (folder / "samples").iterdir()] == ["step-00000002.png"]
 
 
-def test_what_waits_is_bounded(folder, caplog, monkeypatch):
+def test_pending_log_entries_are_bounded(folder, caplog, monkeypatch):
     monkeypatch.setattr(log_files, "MAX_PENDING", 25)
     file = AppendedFile(folder / "log", LogFolder(folder))
     moved = folder.rename(folder.with_name("moved"))

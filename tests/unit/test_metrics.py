@@ -137,9 +137,9 @@ def test_expert_statistics():
     assert stats["load_max_over_mean"] == 2
     # Layer 0: shares 1/2, 1/4, 1/4 have 1.5 of 2 bits; layer 1 is even.
     assert stats["load_entropy"] == pytest.approx((0.75 + 1) / 2)
-    even, one = torch.ones(2, 4), torch.tensor([[5.0, 0, 0, 0]])
+    even, single_expert = torch.ones(2, 4), torch.tensor([[5.0, 0, 0, 0]])
     assert expert_statistics(even) == {"dead_experts": 0, "load_max_over_mean": 1, "load_entropy": 1}
-    assert expert_statistics(one) == {"dead_experts": 3, "load_max_over_mean": 4, "load_entropy": 0}
+    assert expert_statistics(single_expert) == {"dead_experts": 3, "load_max_over_mean": 4, "load_entropy": 0}
 
 
 def test_expert_statistics_of_nothing():

@@ -1,4 +1,4 @@
-"""Names of variables, functions and classes say what they hold: an AST check refuses the vaguest ones."""
+"""Names of variables, functions, classes and tests: an AST check refuses the vaguest ones."""
 
 import ast
 import re
@@ -15,28 +15,16 @@ REFUSED = {
     *("seen", "turn", "scene", "look", "lean", "around", "stray", "follow"),
 }
 
-# Packages, or patterns of files, that are clean. Add a package when its last name of `REFUSED` is gone.
-CLEAN = (
-    "megapromoe/*.py",
-    "megapromoe/benchmark",
-    "megapromoe/checkpoint",
-    "megapromoe/commands",
-    "megapromoe/config",
-    "megapromoe/conversion",
-    "megapromoe/data",
-    "megapromoe/diffusion",
-    "megapromoe/distributed",
-    "megapromoe/engine",
-    "megapromoe/evaluation",
-    "megapromoe/nn",
-    "megapromoe/planning",
-    "megapromoe/preflight",
-    "megapromoe/routing_analysis",
-    "megapromoe/sampling",
-    "megapromoe/studies",
-    "megapromoe/training",
-    "tools",
-)
+# In the name of a test: programs do not talk, and a test that fails is read by people who have not written it.
+REFUSED_IN_TESTS = {
+    *("told", "tell", "tells", "said", "say", "says", "speak", "speaks", "hear", "hears", "heard", "teach", "teaches"),
+    *("know", "knows", "nobody", "whoever", "meet", "meets", "travel", "travels", "lie", "lies", "hands", "anew"),
+    *("aside", "kin", "stray", "careless", "asked"),
+}
+
+# All folders with code.
+FOLDERS = ("megapromoe", "tests", "tools", "launchers", "examples")
+CLEAN = [folder for folder in FOLDERS if any((ROOT / folder).rglob("*.py"))]
 
 SHAPE = re.compile(r"(?<=[a-z])_[A-Z0-9]*[A-Z][A-Za-z0-9]*$")  # the suffix of `x_BSD`
 
@@ -64,12 +52,19 @@ def refused(source: str) -> list[str]:
     return [f"line {line}: {name}" for line, name, word in sorted(names) if word in REFUSED]
 
 
-@pytest.mark.parametrize("package", CLEAN)
-def test_clean_packages_stay_clean(package):
-    files = sorted((ROOT / package).rglob("*.py")) or sorted(ROOT.glob(package))
-    assert files, f"{package}: has no files"
+@pytest.mark.parametrize("folder", CLEAN)
+def test_no_name_is_refused(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"{folder}: has no files"
     problems = {str(file.relative_to(ROOT)): names for file in files if (names := refused(file.read_text()))}
     assert not problems, "name each variable after what it holds"
+
+
+def test_names_of_tests_are_plain():
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    names = [(file.name, name) for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)]
+    assert len(names) > 1000
+    assert not [f"{file}: {name}" for file, name in names if REFUSED_IN_TESTS & set(name.split("_"))]
 
 
 PLANTED = {
@@ -106,10 +101,10 @@ def test_words_inside_a_name_and_uses_of_a_name_are_not_refused():
     assert refused(source) == []
 
 
-def test_a_planted_name_in_a_clean_package_is_found(tmp_path, monkeypatch):
+def test_a_planted_name_in_a_file_is_reported(tmp_path, monkeypatch):
     """The whole check, on a tree with one file that has a refused name."""
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "planted.py").write_text("def f(told):\n    return told\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     with pytest.raises(AssertionError, match=r"planted\.py.*line 1: told"):
-        test_clean_packages_stay_clean("tools")
+        test_no_name_is_refused("tools")

@@ -105,7 +105,7 @@ def test_extreme_draws_stay_finite():
         assert t.min() >= 0 and t.max() <= 1000
 
 
-def test_make_objective_takes_every_field_and_names_what_it_does_not_know():
+def test_make_objective_takes_every_field_and_names_unknown_ones():
     assert make_objective(diffusion_config()) == RectifiedFlow("mode", 0.1, 0.9, 0.7, 3.0)
     assert isinstance(make_objective(diffusion_config(objective="ddpm")), DDPM)
     with pytest.raises(ValueError, match="diffusion.objective: 'edm'"):

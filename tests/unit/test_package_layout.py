@@ -32,15 +32,15 @@ ORDER = (
 
 def modules(tree: ast.AST) -> set[str]:
     """Dotted names of all that a file imports, wherever in it."""
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute"
             # `from a import b`: b may be a module
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def package_of(file: Path) -> str:
@@ -116,7 +116,7 @@ def test_no_file_is_a_drawer():
     assert not [f for f in FILES if f.stem in ("utils", "util", "helpers", "common", "misc")]
 
 
-def test_the_rules_see_what_they_forbid():
+def test_the_rules_detect_what_they_forbid():
     code = "def f():\n    from megapromoe import cli\n    import megapromoe.training.loop\n    os.getenv('X')"
     assert packages_imported(ast.parse(code)) == {"cli", "training"}
     assert reads_environment(ast.parse(code)) and reads_environment(ast.parse("from os import environ"))

@@ -36,42 +36,42 @@ def test_every_layout_is_tried_once():
     """8 ranks: tp and ep of 1, 2, 4, 8; experts split or not where tp > 1; 3 stages; 4 ways to recompute."""
     tried = list(candidates(resolve("promoe_xl"), 8, H100))
     assert len(tried) == len(set(tried)) == (4 + 3 * 4 * 2) * 3 * 4
-    found = find("promoe_xl", 8)
-    assert len(found.fitting) + len(found.too_large) + found.impossible == len(tried)
+    result = find("promoe_xl", 8)
+    assert len(result.fitting) + len(result.too_large) + result.impossible == len(tried)
     # With split experts ep must divide 8 / tp: no for tp, ep of 2, 8; 4, 4 and 8; 8, 2, 4 and 8.
-    assert found.impossible == 6 * 3 * 4
-    for plan in found.fitting:
+    assert result.impossible == 6 * 3 * 4
+    for plan in result.fitting:
         check(plan.config, 8)
-        assert plan.layout == plan.config.layout(8) and plan.memory.peak <= found.limit
+        assert plan.layout == plan.config.layout(8) and plan.memory.peak <= result.limit
 
 
-def test_the_limit_parts_what_fits_from_what_does_not():
-    found = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
-    assert found.limit == 18 * GIB and found.fitting and found.too_large
-    assert all(p.memory.peak <= found.limit for p in found.fitting)
-    assert all(p.memory.peak > found.limit for p in found.too_large)
+def test_the_limit_separates_plans_that_fit_from_others():
+    result = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
+    assert result.limit == 18 * GIB and result.fitting and result.too_large
+    assert all(p.memory.peak <= result.limit for p in result.fitting)
+    assert all(p.memory.peak > result.limit for p in result.too_large)
 
 
-def test_what_is_fixed_stays():
-    found = find(
+def test_fixed_settings_stay():
+    result = find(
         "promoe_xl", 8, "parallel.ep=4", "train.deepspeed=bf16_zero2", fixed={"parallel.ep", "train.deepspeed"}
     )
-    assert {(p.layout.ep, p.stage) for p in found.fitting} == {(4, 2)}
+    assert {(p.layout.ep, p.stage) for p in result.fitting} == {(4, 2)}
 
 
 def test_four_thousand_gpus_in_seconds():
     start = time.monotonic()
-    found = find("promoe_xl", 4096, "train.global_batch=4096", "model.num_experts=64")
+    result = find("promoe_xl", 4096, "train.global_batch=4096", "model.num_experts=64")
     # tp 1, 2, 4, 8; ep 1 to 64; split or not where tp > 1; 3 stages; 4 ways to recompute.
-    assert len(found.fitting) + len(found.too_large) + found.impossible == (7 + 3 * 7 * 2) * 3 * 4
+    assert len(result.fitting) + len(result.too_large) + result.impossible == (7 + 3 * 7 * 2) * 3 * 4
     assert time.monotonic() - start < 60  # takes one or two where nothing else runs
 
 
 def test_among_equals_the_simplest_wins():
-    found = find("promoe_xl", 64)
-    fastest = min(p.time.total for p in found.fitting)
-    assert found.best.time.total <= fastest * CLOSE
-    assert found.best.complexity == min(p.complexity for p in found.fitting if p.time.total <= fastest * CLOSE)
+    result = find("promoe_xl", 64)
+    fastest = min(p.time.total for p in result.fitting)
+    assert result.best.time.total <= fastest * CLOSE
+    assert result.best.complexity == min(p.complexity for p in result.fitting if p.time.total <= fastest * CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,13 @@ def test_among_equals_the_simplest_wins():
 )
 def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, world, experts, gpu, nodes_of_ep):
     """The second is faster over nodes, by less than `ACROSS`; the third by twice."""
-    found = find(preset, world, f"model.num_experts={experts}", machine=MACHINES[gpu])
-    best = found.best
+    result = find(preset, world, f"model.num_experts={experts}", machine=MACHINES[gpu])
+    best = result.best
     assert best.ep_nodes == nodes_of(best.layout.ep, best.layout.etp, MACHINES[gpu]) == nodes_of_ep
-    inside = min(p.time.total for p in found.fitting if p.ep_nodes == 1)
-    fastest = min(p.time.total for p in found.fitting)
+    inside = min(p.time.total for p in result.fitting if p.ep_nodes == 1)
+    fastest = min(p.time.total for p in result.fitting)
     assert (inside > ACROSS * fastest) == (nodes_of_ep > 1)
-    words = "\n".join(reasons(found, MACHINES[gpu]))
+    words = "\n".join(reasons(result, MACHINES[gpu]))
     if nodes_of_ep > 1:
         figures = f"{1e3 * best.time.total:.1f} against {1e3 * inside:.1f} ms a step"
         assert f"ep {best.layout.ep} spans 4 nodes" in words and figures in words.splitlines()[-1]
@@ -101,32 +101,32 @@ def test_experts_are_spread_over_nodes_where_nothing_else_fits():
     inside, across = (min(p.memory.peak for p in plans if (p.ep_nodes > 1) == spread) for spread in (False, True))
     assert across < inside
     small = replace(machine, memory=int((inside + across) / 2 / ASSUME.usable))
-    found = find("promoe_xl", 16, "model.num_experts=64", machine=small)
-    assert found.best.ep_nodes > 1 and "no layout with ep inside a node fits" in "\n".join(reasons(found, small))
+    result = find("promoe_xl", 16, "model.num_experts=64", machine=small)
+    assert result.best.ep_nodes > 1 and "no layout with ep inside a node fits" in "\n".join(reasons(result, small))
 
 
 @pytest.mark.full
 def test_a_list_has_no_near_duplicates():
     for preset, experts, world in (("promoe_xl", 12, 32), ("promoe_xl", 64, 64), ("dit_b", 1, 8)):
-        found = find(preset, world, *([f"model.num_experts={experts}"] if experts > 1 else []))
-        listed = fold(found.fitting)
-        assert listed[0][0] is found.best and sum(count for _, count in listed) == len(found.fitting)
-        assert len(listed) < len(found.fitting)
-        for plan in found.fitting:  # each is like one that is listed, or is listed
+        result = find(preset, world, *([f"model.num_experts={experts}"] if experts > 1 else []))
+        listed = fold(result.fitting)
+        assert listed[0][0] is result.best and sum(count for _, count in listed) == len(result.fitting)
+        assert len(listed) < len(result.fitting)
+        for plan in result.fitting:  # each is like one that is listed, or is listed
             assert any(
                 abs(plan.time.total / p.time.total - 1) < 2 * (ALIKE - 1) + 0.001
                 and abs(plan.memory.peak / p.memory.peak - 1) < 2 * (ALIKE - 1) + 0.001
                 for p, _ in listed
             )
-    simple, *rest = (replace(found.best, ep_nodes=n) for n in (1, 2, 3))
+    simple, *rest = (replace(result.best, ep_nodes=n) for n in (1, 2, 3))
     assert fold([*rest, simple]) == [(simple, 3)]
 
 
 @pytest.mark.full
 def test_each_reason_has_two_choices_two_times_two_memories_and_what_decides():
     for world, experts in ((8, 12), (32, 12), (64, 64)):
-        found = find("promoe_xl", world, f"model.num_experts={experts}")
-        for line in list(reasons(found, H100))[:4]:
+        result = find("promoe_xl", world, f"model.num_experts={experts}")
+        for line in list(reasons(result, H100))[:4]:
             assert re.fullmatch(
                 r"(\w+ )?\w+, not (\w+ )?\w+( \(with [\w ,]+\))?: [\d.]+ against [\d.]+ ms a step, [\d.]+ against"
                 r" [\d.]+ GiB; (a difference below 10% is within the error of the estimates, so the simpler layout is"
@@ -138,9 +138,9 @@ def test_each_reason_has_two_choices_two_times_two_memories_and_what_decides():
 def test_accumulation_is_raised_only_where_nothing_else_fits():
     small, batch, kept = replace(H100, memory=20 * GIB), ("train.global_batch=1024",), frozenset({"parallel.recompute"})
     assert not find("promoe_xl", 8, *batch, fixed=kept).accumulation_changed
-    found = find("promoe_xl", 8, *batch, machine=small, fixed=kept)
-    assert found.accumulation_changed and found.best.config.train.accumulation > 1
-    assert any("which changes the results" in line for line in reasons(found, small))
+    result = find("promoe_xl", 8, *batch, machine=small, fixed=kept)
+    assert result.accumulation_changed and result.best.config.train.accumulation > 1
+    assert any("which changes the results" in line for line in reasons(result, small))
     dense = find("dit_xl", 8, *batch, machine=small, fixed=kept)
     assert any("the results stay the same" in line for line in reasons(dense, small))
     with pytest.raises(PlanError, match="no layout fits"):
@@ -149,7 +149,7 @@ def test_accumulation_is_raised_only_where_nothing_else_fits():
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
     with pytest.raises(
-        PlanError, match=r"global_batch = 256: of 4096 GPUs .* multiple of 512; nearest: 512 \(--batch\)"
+        PlanError, match=r"global_batch = 256: of 4096 GPUs .* multiple of 512; nearest: 512 \(--global-batch\)"
     ):
         find("promoe_xl", 4096)
     with pytest.raises(PlanError, match=r"global_batch = 100: .* multiple of 8; nearest: 96, 104"):
@@ -158,23 +158,25 @@ def test_a_batch_that_does_not_divide_names_the_nearest():
 
 def test_the_sizes_offered_first_need_no_tensor_parallelism():
     """Those of tp 8 alone come after them, and say so. What is offered can run."""
-    with pytest.raises(PlanError) as said:
+    with pytest.raises(PlanError) as error:
         find("promoe_xl", 64, "train.global_batch=100")
-    before, after = str(said.value).split("; or ")
+    before, after = str(error.value).split("; or ")
     assert "64 take different images at tp 1" in before and before.endswith("nearest: 64, 128")
-    assert after.startswith("8 do at tp 8, which splits each layer over 8 GPUs") and after.endswith("96, 104 (--batch)")
+    assert after.startswith("8 do at tp 8, which splits each layer over 8 GPUs") and after.endswith(
+        "96, 104 (--global-batch)"
+    )
     for tp, sizes in ((1, (64, 128)), (8, (96, 104))):
         for size in sizes:
             check(resolve("promoe_xl", overrides=[f"train.global_batch={size}", f"parallel.tp={tp}"]), 64)
-    with pytest.raises(PlanError, match="at least 64 take different images") as said:
+    with pytest.raises(PlanError, match="at least 64 take different images") as error:
         find("promoe_xl", 64, "train.global_batch=100", "parallel.tp=1", fixed=frozenset({"parallel.tp"}))
-    assert "tp 8" not in str(said.value)
+    assert "tp 8" not in str(error.value)
 
 
-def test_what_fits_nowhere_says_the_smallest_and_a_remedy():
-    with pytest.raises(PlanError) as said:
+def test_a_model_that_fits_nowhere_is_refused_with_the_smallest_need_and_a_remedy():
+    with pytest.raises(PlanError) as error:
         find("promoe_xl", 1, machine=replace(H100, memory=4 * GIB))
-    text = str(said.value)
+    text = str(error.value)
     assert "no layout fits 3.6 GiB of each H100" in text and "take more nodes" in text
     needed = float(text.split("needs ")[1].split(" GiB")[0])
     assert needed > 3.6
@@ -188,7 +190,7 @@ def test_a_config_that_cannot_run_is_refused_as_such():
 # ---- time
 
 
-def test_groups_meet_the_network_as_their_ranks_lie():
+def test_the_nodes_of_every_group_agree_with_the_rank_tables():
     """Nodes and neighbours of every group, against the mesh's own tables."""
     for tp, ep, split in ((1, 8, False), (2, 4, False), (2, 4, True), (8, 16, False), (4, 2, True)):
         tables = rank_tables(64, tp, ep, split)
@@ -259,13 +261,13 @@ def test_dispatch_sends_the_lower_bound():
 # ---- words
 
 
-def test_reasons_speak_of_the_best():
-    found = find("promoe_xl", 64, "model.num_experts=64")
-    best = found.best
-    said = list(reasons(found, H100))
-    assert said[0].startswith(f"tp {best.layout.tp}, not tp ") and said[1].startswith(f"ep {best.layout.ep}, not ep ")
-    assert said[2].startswith(best.config.train.deepspeed) and "limited by" in limits(best)
-    (rule, alone, spread, verdict) = experts_in_parallel(found)
+def test_reasons_are_given_for_the_best_plan():
+    result = find("promoe_xl", 64, "model.num_experts=64")
+    best = result.best
+    lines = list(reasons(result, H100))
+    assert lines[0].startswith(f"tp {best.layout.tp}, not tp ") and lines[1].startswith(f"ep {best.layout.ep}, not ep ")
+    assert lines[2].startswith(best.config.train.deepspeed) and "limited by" in limits(best)
+    (rule, alone, spread, verdict) = experts_in_parallel(result)
     assert "E*F = 147,456" in rule and "EP sends fewer bytes" in rule
     assert alone.strip().startswith("ep 1: ") and f"ep {best.layout.ep}: " in spread and "EP is faster" in verdict
     assert not list(experts_in_parallel(find("dit_b", 8)))
@@ -273,17 +275,17 @@ def test_reasons_speak_of_the_best():
 
 def test_expert_parallelism_pays_below_the_break_even_and_not_above():
     few = next(experts_in_parallel(find("promoe_l", 64)))
-    many = next(experts_in_parallel(find("promoe_l", 1, "train.global_batch=256")))
-    assert few.endswith("it sends fewer bytes") and many.endswith("it sends more bytes")
+    large_batch = next(experts_in_parallel(find("promoe_l", 1, "train.global_batch=256")))
+    assert few.endswith("it sends fewer bytes") and large_batch.endswith("it sends more bytes")
 
 
 def test_the_verdicts_in_bytes_and_in_time_do_not_contradict_each_other():
     """Where EP sends fewer bytes but its time is about equal, neither sentence claims that EP is faster."""
-    found = find("promoe_xl", 8)
-    rule, *_, verdict = experts_in_parallel(found)
+    result = find("promoe_xl", 8)
+    rule, *_, verdict = experts_in_parallel(result)
     assert rule.endswith("it sends fewer bytes")
     assert verdict.startswith("  EP is about as fast: it differs by ")
-    plans = sorted(found.fitting, key=lambda p: p.time.total)
+    plans = sorted(result.fitting, key=lambda p: p.time.total)
     fast, slow = plans[0], plans[-1]
     assert slow.time.total > CLOSE * fast.time.total
     assert "EP is faster: it saves" in explain._verdict_in_time(slow, fast, True)
@@ -296,8 +298,8 @@ def test_the_verdicts_in_bytes_and_in_time_do_not_contradict_each_other():
 @pytest.mark.parametrize("preset", ["promoe_xl", "digits", "dit_b"])
 def test_the_settings_make_the_plan(preset):
     base = resolve(preset)
-    found = search(base, 4, H100, ASSUME)
-    for plan in (found.best, found.fitting[-1]):
+    result = search(base, 4, H100, ASSUME)
+    for plan in (result.best, result.fitting[-1]):
         words = [f"{key}={value}" for key, value in settings(plan, base).items()]
         assert resolve(preset, overrides=words, world=4) == plan.config
 
@@ -317,8 +319,8 @@ def test_flat_groups_of_experts_are_those_of_deepspeed():
 def planned(capsys, *words: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `megapromoe plan`."""
     code = main(["plan", *words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def test_the_command_ends_with_a_line_to_paste(capsys):
@@ -332,8 +334,8 @@ def test_the_command_ends_with_a_line_to_paste(capsys):
     assert sum(line.lstrip()[:2] in ("1 ", "2 ", "3 ", "4 ") for line in out.splitlines()) == 3
 
 
-def test_the_command_of_other_presets_is_a_whole_one(capsys):
-    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--batch", "64", "train.lr=3e-4")
+def test_the_command_of_other_presets_is_complete(capsys):
+    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--global-batch", "64", "train.lr=3e-4")
     words = shlex.split(out.strip().splitlines()[-1])
     assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words and "--resv-ports=1" not in words
     overrides = [w for w in words if "=" in w and not w.startswith("--")]
@@ -343,7 +345,7 @@ def test_the_command_of_other_presets_is_a_whole_one(capsys):
 
 def test_json_and_plot(capsys, tmp_path):
     files = tmp_path / "plans.json", tmp_path / "memory.png"
-    code, _, _ = planned(capsys, "--preset", "promoe_b", "--json", str(files[0]), "--plot", str(files[1]))
+    code, _, _ = planned(capsys, "--preset", "promoe_b", "--report", str(files[0]), "--plot", str(files[1]))
     content = json.loads(files[0].read_text())
     assert code == 0 and content["estimates"] is True and files[1].read_bytes().startswith(b"\x89PNG")
     first = content["layouts"][0]
@@ -353,28 +355,28 @@ def test_json_and_plot(capsys, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["memory.png", "plans.json"]
 
 
-def test_figures_of_your_own(capsys):
+def test_values_of_the_machine_can_be_given(capsys):
     _, usual, _ = planned(capsys, "--preset", "promoe_xl")
-    own = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
-    _, changed, _ = planned(capsys, "--preset", "promoe_xl", *own)
+    options = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
+    _, changed, _ = planned(capsys, "--preset", "promoe_xl", *options)
     assert "fit 71.1 GiB each" in usual and "fit 20.0 GiB each" in changed
     assert "H100 80GB SXM, changed: 500 TFLOP/s" in changed and "2.00 times the mean" in changed
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         (("--preset", "promoe_xl", "--memory-gib", "2", "--gpus-per-node", "2"), "no layout fits 1.8 GiB"),
         (("--preset", "promoe_xl", "--nodes", "512"), "multiple of 512"),
         (("--usable", "1.5"), "must be at most 1"),
         (("--imbalance", "0.5"), "must be at least 1"),
         (("--plot", "memory.bmp"), "must end in .png"),
-        (("--json", "/nowhere/plans.json"), "/nowhere"),
+        (("--report", "/nowhere/plans.json"), "/nowhere"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(capsys, words, said):
+def test_mistakes_are_reported_in_one_sentence(capsys, words, message):
     code, out, err = planned(capsys, *words)
-    assert code == 1 and not out and err.startswith("megapromoe: ") and said in err
+    assert code == 1 and not out and err.startswith("megapromoe: ") and message in err
 
 
 def test_numbers_must_be_numbers(capsys):

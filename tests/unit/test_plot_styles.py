@@ -34,7 +34,7 @@ def triples(styles):
 
 
 @pytest.mark.parametrize("place", (0, 7, 23))
-def test_24_variants_have_24_styles_and_the_baseline_is_black_wherever_it_stands(place):
+def test_24_variants_have_24_styles_and_the_baseline_is_black_at_any_position(place):
     for baseline in ("dense", "zz", "_a"):
         names = [*NAMES[:place], baseline, *NAMES[place:]]
         styles = assign(names, baseline)
@@ -45,7 +45,7 @@ def test_24_variants_have_24_styles_and_the_baseline_is_black_wherever_it_stands
         assert len({(style.colour, style.line) for style in styles.values()}) == 24
 
 
-def test_no_style_comes_twice_up_to_the_largest_number():
+def test_no_style_is_used_twice_up_to_the_largest_number():
     assert len(triples(assign(range(DISTINCT)))) == DISTINCT == 240
     assert BASELINE_COLOUR not in {style.colour for style in assign(range(DISTINCT)).values()}
 
@@ -93,13 +93,13 @@ def study_of(tmp_path, count, axes=None):
 
 
 def pictures(study):
-    found = rows(study)
-    drawn = {"experts": draw_experts(study, found), "compute": draw_compute(study, found)}
-    drawn |= {"routing": draw_routing(study, found), "cost": draw_cost(study, found, "a note")}
+    results = rows(study)
+    drawn = {"experts": draw_experts(study, results), "compute": draw_compute(study, results)}
+    drawn |= {"routing": draw_routing(study, results), "cost": draw_cost(study, results, "a note")}
     return {
         name: figure
         for name, figure in (
-            drawn | {"images": draw_images(study, found), "evaluations": draw_evaluations(study, found)}
+            drawn | {"images": draw_images(study, results), "evaluations": draw_evaluations(study, results)}
         ).items()
         if figure
     }
@@ -112,8 +112,8 @@ def overlapping(figure):
     hidden = {tick for ax in figure.findobj(match=lambda a: hasattr(a, "get_xticks")) for tick in unseen_ticks(ax)}
     boxes = [(t.get_text(), Text.get_window_extent(t)) for t in texts if t not in hidden]
     return [
-        (one, other)
-        for (one, a), (other, b) in itertools.combinations(boxes, 2)
+        (first, other)
+        for (first, a), (other, b) in itertools.combinations(boxes, 2)
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
     ]
 
@@ -145,7 +145,7 @@ def test_no_text_covers_another_where_variants_have_points(tmp_path):
         assert not overlapping(figure), name
 
 
-def test_the_measure_sees_texts_that_overlap():
+def test_the_overlap_measure_detects_overlapping_texts():
     figure = Figure()
     figure.text(0.5, 0.5, "one")
     figure.text(0.51, 0.5, "another")
@@ -210,15 +210,15 @@ def test_a_log_axis_has_labels_over_less_than_a_decade_too(low, high):
 
 
 @pytest.mark.parametrize(
-    ("rates", "said"), [((1, 1), "the same number"), ((1, 1.004), "at most 0.4 %"), ((1, 1.5), "at most 50 %")]
+    ("rates", "text"), [((1, 1), "the same number"), ((1, 1.004), "at most 0.4 %"), ((1, 1.5), "at most 50 %")]
 )
-def test_how_far_operations_differ_is_said_in_per_cent(tmp_path, rates, said):
+def test_differences_of_operations_are_shown_in_per_cent(tmp_path, rates, text):
     study = finished(tmp_path, recipe(axes={}, variants={"a": {}, "b": {}}))
-    found = rows(study)
-    for row in found:
+    results = rows(study)
+    for row in results:
         row["training_flops"] = 1e9 * rates["ab".index(row["variant"])]
-    (ax,) = draw_compute(study, found).axes
-    assert said in ax.get_title() and "factor" not in ax.get_title()
+    (ax,) = draw_compute(study, results).axes
+    assert text in ax.get_title() and "factor" not in ax.get_title()
 
 
 @pytest.mark.full
@@ -238,14 +238,14 @@ def test_bars_of_memory_fill_the_picture_of_a_plan_and_have_their_figures(tmp_pa
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     machine = replace(MACHINES["h100"], memory=memory * GIB)
-    found = search(resolve("promoe_xl"), 8, machine, Assumptions())
-    draw_plan(found.fitting[:top], machine, found.limit, "promoe_xl", tmp_path / "x.png")
+    result = search(resolve("promoe_xl"), 8, machine, Assumptions())
+    draw_plan(result.fitting[:top], machine, result.limit, "promoe_xl", tmp_path / "x.png")
     (figure,) = drawn
     assert not overlapping(figure)
     (ax,) = figure.axes
-    longest = max(plan.memory.peak for plan in found.fitting[:top]) / GIB
+    longest = max(plan.memory.peak for plan in result.fitting[:top]) / GIB
     assert 0.75 < longest / ax.get_xlim()[1] < 0.85
-    peaks = [plan.memory.peak for plan in found.fitting[:top]]
+    peaks = [plan.memory.peak for plan in result.fitting[:top]]
     figures = [f"{peak / GIB:.1f} GiB, {peak / machine.memory:.0%}" for peak in peaks]
     assert figures == [text.get_text().strip() for text in ax.texts]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -258,8 +258,8 @@ def test_bars_of_a_benchmark_differ_in_colour_or_hatch(scenes, ways):
     ratio = {"ratio": {"median": 1.1, "low": 1.05, "high": 1.2}}
     contenders = {"dense": ratio} | {f"way {n}": ratio for n in range(ways)}
     names = ("size", "experts", "images", "routing")
-    found = [dict(zip(names, ("digits", 4, n, "real"), strict=True), contenders=contenders) for n in range(scenes)]
-    figure = draw_benchmark(found, "title")
+    cases = [dict(zip(names, ("digits", 4, n, "real"), strict=True), contenders=contenders) for n in range(scenes)]
+    figure = draw_benchmark(cases, "title")
     assert not overlapping(figure)
     bars = [drawn[0] for drawn in figure.axes[0].containers if isinstance(drawn, BarContainer)]
     assert len(bars) == len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == ways

@@ -75,7 +75,7 @@ def test_names_of_classes_in_pictures_of_routing():
     }
     for name, figure in drawn_figures.items():
         shown = labels(figure)
-        assert {literal(one) for one in NAMES} <= set(shown), name
+        assert {literal(class_name) for class_name in NAMES} <= set(shown), name
 
 
 @pytest.mark.full

@@ -39,7 +39,7 @@ def test_outliers_need_a_majority():
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 7, 8, 31, 32])
-def test_every_pair_meets_once_in_rounds_of_disjoint_pairs(nodes):
+def test_every_pair_is_measured_once_in_rounds_of_disjoint_pairs(nodes):
     rounds = pair_rounds(nodes)
     met = [tuple(sorted(pair)) for pairs in rounds for pair in pairs]
     assert sorted(met) == list(combinations(range(nodes), 2))
@@ -48,7 +48,7 @@ def test_every_pair_meets_once_in_rounds_of_disjoint_pairs(nodes):
 
 
 @pytest.mark.parametrize("nodes", [33, 64, 101])
-def test_many_nodes_meet_in_a_ring_and_at_random(nodes):
+def test_many_nodes_are_paired_in_a_ring_and_at_random(nodes):
     rounds = pair_rounds(nodes)
     assert len(rounds) == bandwidth.ALL_PAIRS
     assert all(len({node for pair in pairs for node in pair}) == 2 * len(pairs) for pairs in rounds)
@@ -333,10 +333,10 @@ def test_an_expectation_decides_what_is_slow():
     assert verdict_of(cluster_of(), pair_gbps=350).exit_code == 0
     high = verdict_of(cluster_of(), pair_gbps=370)
     assert (high.exit_code, high.bad_nodes) == (1, ())
-    assert any("--expect-gbps" in row.remedy for row in high.rows)
+    assert any("--expect-gbs" in row.remedy for row in high.rows)
 
 
-def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_asked_for():
+def test_without_gpus_slowness_is_a_warning_unless_a_speed_is_required():
     cluster = cluster_of()
     for rank, network in cluster.findings["network"].items():
         cluster.findings["network"][rank] = replace(network, device="cpu")

@@ -62,7 +62,7 @@ print(", ".join(values.get(n, "[N/A]") for n in names))
 """
 
 
-def test_fields_that_nvidia_smi_does_not_know_are_omitted(tmp_path, monkeypatch):
+def test_fields_unknown_to_nvidia_smi_are_omitted(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text(SMI.format(python=sys.executable))
     program.chmod(0o755)

@@ -106,7 +106,7 @@ def test_both_spellings_in_one_layer_are_refused(tmp_path, words):
         resolve("digits", file)
 
 
-def test_suggestions_know_only_present_names():
+def test_suggestions_have_only_present_names():
     with pytest.raises(ConfigError) as raised:
         resolve("digits", overrides=["train.spike_factr=7"])
     assert "did you mean spike_factor?" in str(raised.value)

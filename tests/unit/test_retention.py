@@ -30,9 +30,9 @@ def run_of(steps: int, applied, keep: int = 2, keep_every: int = 0, save_every: 
         updates += applied(step)
         if step % save_every == 0:
             kept.append(StepFolder(Path(f"{step}"), step, updates))
-            for one in removable(kept, updates, keep, keep_every, needed):
-                kept.remove(one)
-            history.append([one.step for one in kept])
+            for checkpoint in removable(kept, updates, keep, keep_every, needed):
+                kept.remove(checkpoint)
+            history.append([checkpoint.step for checkpoint in kept])
     return history
 
 
@@ -69,7 +69,7 @@ def test_multiples_stay():
     assert run_of(13, lambda step: True, keep_every=5)[-1] == [5, 10, 11, 12, 13]
 
 
-def test_what_is_not_of_this_history_is_neither_counted_nor_removed(tmp_path):
+def test_folders_of_another_history_are_neither_counted_nor_removed(tmp_path):
     for step in (1, 2, 3, 4, 5, 6):
         saved(tmp_path, step)
     foreign = saved(tmp_path, 30, run="another")
@@ -79,7 +79,7 @@ def test_what_is_not_of_this_history_is_neither_counted_nor_removed(tmp_path):
     (damaged / "manifest.json").write_text("{")
     prune(tmp_path, "ours", step=6, updates=6, keep=2, keep_every=0, needed=1)
     assert steps_in(tmp_path) == [5, 6, 30, 40, 50]
-    assert all(one.exists() for one in (foreign, later, misnamed, damaged))
+    assert all(path.exists() for path in (foreign, later, misnamed, damaged))
 
 
 def test_of_a_link_the_link_is_removed(tmp_path):

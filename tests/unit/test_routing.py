@@ -45,14 +45,14 @@ def test_counts_are_those_of_the_routers_themselves():
     """Every token has one expert at each noise level, in batches of any size."""
     model, config = tiny()
     dataset = open_dataset(config)
-    found = measure_routing(model, config, dataset, images=20)
-    layers, classes, experts = found.rows_LCE.shape
-    assert (layers, classes, experts) == (1, 10, 4) and found.blocks == (1,)
-    per_class = np.bincount(found.labels, minlength=10) * config.model.tokens * 3  # top 1, three noise levels
-    np.testing.assert_array_equal(found.rows_LCE[0].sum(1), per_class)
-    whole = measure_routing(model, resolve("digits", overrides=(*TINY, "sample.batch=64")), dataset, images=20)
-    np.testing.assert_array_equal(found.rows_LCE, whole.rows_LCE)
-    np.testing.assert_array_equal(found.expert_LNS, whole.expert_LNS)
+    routing = measure_routing(model, config, dataset, images=20)
+    layers, classes, experts = routing.rows_LCE.shape
+    assert (layers, classes, experts) == (1, 10, 4) and routing.blocks == (1,)
+    per_class = np.bincount(routing.labels, minlength=10) * config.model.tokens * 3  # top 1, three noise levels
+    np.testing.assert_array_equal(routing.rows_LCE[0].sum(1), per_class)
+    in_one_batch = measure_routing(model, resolve("digits", overrides=(*TINY, "sample.batch=64")), dataset, images=20)
+    np.testing.assert_array_equal(routing.rows_LCE, in_one_batch.rows_LCE)
+    np.testing.assert_array_equal(routing.expert_LNS, in_one_batch.expert_LNS)
 
 
 def test_token_maps_and_classes_follow_the_router():
@@ -68,10 +68,10 @@ def test_token_maps_and_classes_follow_the_router():
         return routed._replace(assignment=routed.assignment._replace(expert_R=expert_BS.flatten()))
 
     router.register_forward_hook(known)
-    found = measure_routing(model, config, Digits(), images=40)
-    for number, label in enumerate(found.labels):
-        assert found.expert_LNS[0, number].tolist() == [3] + [label % 4] * (config.model.tokens - 1)
-    share_CE = found.share_LCE[0]
+    routing = measure_routing(model, config, Digits(), images=40)
+    for number, label in enumerate(routing.labels):
+        assert routing.expert_LNS[0, number].tolist() == [3] + [label % 4] * (config.model.tokens - 1)
+    share_CE = routing.share_LCE[0]
     for label in range(10):
         expected = np.eye(4)[label % 4] * 15 / 16 + np.eye(4)[3] / 16
         np.testing.assert_allclose(share_CE[label], expected)
@@ -85,17 +85,17 @@ def test_every_router_can_be_drawn(router, tmp_path):
     assert np.sum(numbers["load"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_expert_choice_leaves_tokens_that_nobody_took():
+def test_expert_choice_leaves_tokens_without_an_expert():
     model, config = tiny("model.router=promoe_ec")
     model.blocks[1].mlp.router.prototypes.data[:] = model.blocks[1].mlp.router.prototypes.data[0]
-    found = measure_routing(model, config, Digits(), images=8)
+    routing = measure_routing(model, config, Digits(), images=8)
     # All experts prefer the same int(16 / 4) tokens.
-    assert ((found.expert_LNS[0] >= 0).sum(1) == 4).all()
+    assert ((routing.expert_LNS[0] >= 0).sum(1) == 4).all()
 
 
 def test_many_layers_and_experts_fit_a_picture():
     rng = np.random.default_rng(0)
-    found = Routing(
+    routing = Routing(
         tuple(range(1, 25, 2)),
         (0.1, 0.5, 0.9),
         rng.integers(0, 50, (3, 12, 30, 24)),
@@ -104,7 +104,7 @@ def test_many_layers_and_experts_fit_a_picture():
         rng.normal(size=(30, 4, 8, 8)),
         np.arange(30),
     )
-    figure = routing_figure(found, tuple(f"class {c}" for c in range(30)), 4)
+    figure = routing_figure(routing, tuple(f"class {c}" for c in range(30)), 4)
     heat, maps, load = figure.subfigs
     assert len(heat.axes) == 12 + 1  # and the colour bar
     assert len(maps.axes) == (1 + 4) * 10
@@ -122,7 +122,7 @@ def test_dense_models_are_refused_in_words(tmp_path):
 def test_recording_ends_with_its_context():
     model, config = tiny()
     x, t, y = torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-    with recorded(model) as seen:
+    with recorded(model) as records:
         model(x, t, y, 2)
     model(x, t, y, 2)
-    assert len(seen) == 1
+    assert len(records) == 1

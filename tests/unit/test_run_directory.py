@@ -40,12 +40,12 @@ def start(folder: Path, config=CONFIG, world: int = 1, **options) -> RunDirector
 def refusal(folder: Path, config=CONFIG) -> str:
     """The message with which `open` refuses; `state` must say the same, and nothing may change."""
     before = files(folder) if folder.is_dir() else None
-    with pytest.raises(RunDirectoryError) as told:
+    with pytest.raises(RunDirectoryError) as error:
         RunDirectory.open(folder, config, 1)
-    with pytest.raises(RunDirectoryError, match=re.escape(str(told.value))):
+    with pytest.raises(RunDirectoryError, match=re.escape(str(error.value))):
         RunDirectory(folder).state(config)
     assert (files(folder) if folder.is_dir() else None) == before
-    return str(told.value)
+    return str(error.value)
 
 
 def test_a_new_run_explains_itself(tmp_path):
@@ -60,7 +60,7 @@ def test_a_new_run_explains_itself(tmp_path):
     assert entry["changed"] == {}
 
 
-def test_each_start_adds_an_entry_that_tells_what_changed(tmp_path):
+def test_each_start_adds_an_entry_with_its_changes(tmp_path):
     start(tmp_path)
     start(tmp_path, resolve("digits", overrides=[*FIXED, "train.steps=9000", "parallel.ep=2", "sample.steps=7"]), 2)
     first, second = json.loads((tmp_path / "environment.json").read_text())
@@ -78,25 +78,25 @@ def test_another_model_data_or_optimizer_is_refused_with_all_differences(tmp_pat
         "train.beta2=0.99",
         "train.global_batch=64",
     ]
-    told = refusal(tmp_path, resolve("digits", overrides=[*FIXED, *changes, "train.lr=1e-4"]))
+    message = refusal(tmp_path, resolve("digits", overrides=[*FIXED, *changes, "train.lr=1e-4"]))
     for change in changes:
-        assert change.split("=")[0] in told
-    assert "the run has 4, not 6" in told
-    assert "train.lr" not in told
-    assert "--run" in told
+        assert change.split("=")[0] in message
+    assert "the run has 4, not 6" in message
+    assert "train.lr" not in message
+    assert "--run-dir" in message
 
 
 def test_force_lets_a_named_field_change_and_no_other(tmp_path):
     start(tmp_path)
     config = resolve("digits", overrides=[*FIXED, "data.condition_dropout=0.2", "train.seed=3"])
-    with pytest.raises(RunDirectoryError) as told:
+    with pytest.raises(RunDirectoryError) as error:
         RunDirectory.open(tmp_path, config, 1, force=["data.condition_dropout"])
-    assert "train.seed" in str(told.value) and "data.condition_dropout" not in str(told.value)
+    assert "train.seed" in str(error.value) and "data.condition_dropout" not in str(error.value)
     start(tmp_path, config, force=["data.condition_dropout", "train.seed"])
     assert resolve(file=tmp_path / "config.yaml") == config
 
 
-def test_a_field_the_stored_config_does_not_know_had_its_default(tmp_path):
+def test_a_field_missing_in_the_stored_config_has_its_default(tmp_path):
     start(tmp_path)
     file = tmp_path / "config.yaml"
     kept = [line for line in file.read_text().splitlines() if "rcl_weight" not in line]
@@ -133,9 +133,9 @@ def test_a_checkpoint_of_unknown_data_can_be_trained_on_any(tmp_path):
     start(tmp_path, chosen)
     assert "data.size: the run has 99, not 98" in refusal(tmp_path, resolve(file=write_config(tmp_path, 98)))
     other = resolve("promoe_s", overrides=["data.source=synthetic", "model.depth=10"])
-    with pytest.raises(OtherRun, match="model.depth") as told:
+    with pytest.raises(OtherRun, match="model.depth") as error:
         Origin("run", None, other).check(tmp_path, manifest)
-    assert "data." not in str(told.value)
+    assert "data." not in str(error.value)
 
 
 def write_config(folder: Path, size: int) -> Path:
@@ -176,8 +176,8 @@ def test_a_start_that_took_no_step_does_not_claim_the_folder(tmp_path, other, fa
         assert len(entries) == 2, "the same run, which goes on"
     else:
         key = OTHER[other][0].partition("=")[0]
-        said = f"its run took no step and becomes a new run with the new config (different: {key})"
-        assert said in state and said in caplog.text
+        message = f"its run took no step and becomes a new run with the new config (different: {key})"
+        assert message in state and message in caplog.text
         assert len(entries) == 1 and corrected.identity() != failed and entries[0]["changed"] == {}
 
 
@@ -221,20 +221,20 @@ def test_a_folder_that_was_there_stays(tmp_path):
     assert tmp_path.is_dir() and not any(tmp_path.iterdir())
 
 
-def test_whoever_opened_a_lock_that_was_removed_meanwhile_takes_the_new_one(tmp_path, monkeypatch):
+def test_a_start_that_opened_a_removed_lock_takes_the_new_one(tmp_path, monkeypatch):
     """The first start fails between the second one's opening and locking of run.lock."""
     folder, taken = tmp_path / "run", []
     first = RunDirectory.claim(folder, CONFIG, 1)
     take = RunDirectory._take_lock
 
-    def slowly(run: RunDirectory, look: bool = False) -> None:
+    def slowly(run: RunDirectory, only_read: bool = False) -> None:
         if not taken:
             stale = run.lock_file.open("r+")
             first.close()
             fcntl.flock(stale, fcntl.LOCK_EX)
             run._lock = stale
         else:
-            take(run, look)
+            take(run, only_read)
         taken.append(run)
 
     monkeypatch.setattr(RunDirectory, "_take_lock", slowly)
@@ -247,7 +247,7 @@ def test_whoever_opened_a_lock_that_was_removed_meanwhile_takes_the_new_one(tmp_
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_path_that_can_be_no_folder_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirectoryError, match="--run"):
+    with pytest.raises(RunDirectoryError, match="--run-dir"):
         RunDirectory.open(tmp_path / name, CONFIG, 1)
     assert (tmp_path / "file").read_text() == ""
 
@@ -312,7 +312,7 @@ def test_every_run_has_an_identity_of_its_own_which_stays(tmp_path):
     assert len(RunDirectory(tmp_path / "a").identity()) == 12
 
 
-def test_state_tells_what_a_start_would_do_and_changes_nothing(tmp_path):
+def test_state_describes_what_a_start_would_do_and_changes_nothing(tmp_path):
     folder = tmp_path / "run"
     assert "new run" in RunDirectory(folder).state(CONFIG)
     assert not folder.exists()

@@ -59,7 +59,7 @@ def test_elapsed_seconds_never_fall():
     assert times == [5.0, 7.0, 7.0, 9.0]
 
 
-def test_the_clock_goes_on_where_the_checkpoint_was(resumed, monkeypatch):
+def test_the_clock_continues_from_the_checkpoint(resumed, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     assert elapsed_before({"step": 20, "elapsed_seconds": 31.5}, resumed, 128) == 31.5
@@ -85,7 +85,7 @@ def test_every_auxiliary_loss_of_every_router_has_a_name():
     assert {name for pair in named for name in pair if name} == set(AUXILIARY_LOSSES)
 
 
-def test_tensorboard_shows_the_curves_of_a_resumed_run_whole(tmp_path):
+def test_tensorboard_has_complete_curves_of_a_resumed_run(tmp_path):
     lines = [FORMER | {"step": step, "denoising": step / 10} for step in (10, 20)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for first in (20, 30):  # the second start of this version does not repeat them

@@ -298,7 +298,7 @@ def test_several_threads_keep_the_order_and_make_as_many_batches_ahead():
     assert not loader_threads()
 
 
-def test_many_threads_make_the_stream_of_one():
+def test_many_threads_give_the_stream_of_one_thread():
     ranges = [range(i, i + 5) for i in range(0, 60, 5)]
     single, four = (list(prefetch(stream_of(), ranges, workers)) for workers in (1, 4))
     assert_same(in_stream_order(*single), in_stream_order(*four))

@@ -135,7 +135,7 @@ def test_ddpm_step_adds_noise_of_the_learned_deviation():
     torch.testing.assert_close(inputs[1], mean + std * fresh, rtol=1e-5, atol=1e-5)
 
 
-def test_ddpm_asks_for_each_noise_once_and_none_at_the_end():
+def test_ddpm_draws_each_noise_once_and_none_at_the_end():
     asked, done = [], []
     sample(
         PerfectDDPM(5),
@@ -247,7 +247,7 @@ def diffmoe():
     return model, config
 
 
-def test_diffmoe_sees_conditional_and_null_images_apart():
+def test_diffmoe_gets_conditional_and_null_images_in_separate_batches():
     """As in published sampling: experts choose among all tokens of a call."""
     model, config = diffmoe()
     labels, null = torch.tensor([3, 1, 4, 1]), torch.full((4,), config.model.null_class)

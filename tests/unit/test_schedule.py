@@ -13,7 +13,7 @@ def config(*overrides: str):
     return resolve("digits", overrides=[*COSINE, *overrides])
 
 
-def test_a_cosine_that_is_extended_raises_the_learning_rate_and_says_so():
+def test_extending_a_cosine_raises_the_learning_rate_with_a_log_line():
     lines = describe_changes(config("train.steps=200"), {"train.steps": [100, 200]}, 100)
     last, now = learning_rate(config().train, 99), learning_rate(config("train.steps=200").train, 100)
     assert now > 1000 * last
@@ -33,7 +33,7 @@ def test_a_cosine_that_is_extended_raises_the_learning_rate_and_says_so():
         ({"train.min_lr": [0.0, 1e-4]}, ("train.min_lr=1e-4",)),
     ],
 )
-def test_every_setting_of_the_schedule_is_heard_of(changed, now):
+def test_a_change_of_any_schedule_setting_is_described(changed, now):
     before = learning_rate(config().train, 50)
     after = learning_rate(config(*now).train, 50)
     (setting, rate) = describe_changes(config(*now), changed, 50)
@@ -58,7 +58,7 @@ def test_no_learning_rate_is_named_where_no_step_follows_or_preceded():
     assert len(describe_changes(config("train.lr=2e-3"), {"train.lr": [1e-3, 2e-3]}, 0)) == 1
 
 
-def test_values_of_other_versions_and_hands_do_no_harm():
+def test_unreadable_or_missing_stored_values_are_listed_without_an_error():
     changed = {"train.lr": ["fast", 1e-3], "train.gone": [3, None], "train.steps": [None, 100]}
     assert describe_changes(config(), changed, 50) == [
         "train.lr: 'fast' -> 0.001",
@@ -73,10 +73,10 @@ def opened(folder) -> RunDirectory:
     return run
 
 
-def test_a_dry_run_says_what_the_learning_rate_becomes(tmp_path):
-    said = opened(tmp_path).state(config("train.steps=200"), progress="continues from step-00000100", step=100)
-    assert "continues from step-00000100; changes\n  train.steps: 100 -> 200\n  learning rate: " in said
-    assert said.endswith("-> 0.0005 at step 101 (0 without these changes)")
+def test_a_dry_run_shows_the_new_learning_rate(tmp_path):
+    state = opened(tmp_path).state(config("train.steps=200"), progress="continues from step-00000100", step=100)
+    assert "continues from step-00000100; changes\n  train.steps: 100 -> 200\n  learning rate: " in state
+    assert state.endswith("-> 0.0005 at step 101 (0 without these changes)")
 
 
 def test_open_notes_what_changed_for_the_log(tmp_path):

@@ -329,7 +329,7 @@ def test_help_and_errors_name_the_choices(capsys):
             main([command, "--help"])
         assert "ema=DECAY" in " ".join(capsys.readouterr().out.split()), command
     with pytest.raises(SystemExit):
-        main(["sample", "--run", "x", "--out", "y", "--weights", "ema=2"])
+        main(["sample", "--run-dir", "x", "--out", "y", "--weights", "ema=2"])
     assert "weights = 'ema=2': must be ema or master, or ema=DECAY" in " ".join(capsys.readouterr().err.split())
 
 
@@ -358,11 +358,11 @@ def test_a_wrong_entry_of_a_manifest_is_refused(run, tmp_path, entry, rule):
 
 
 def test_plans_count_the_averages():
-    one, three = (resolve("dit_b", overrides=["train.snapshot_every=1000", *more]) for more in ((), LISTED[-1:]))
-    assert memory_per_rank(three, 4).ema == 3 * memory_per_rank(one, 4).ema
-    assert memory_per_rank(three, 4).optimizer == memory_per_rank(one, 4).optimizer
-    assert disk(three).snapshot == 3 * disk(one).snapshot
-    assert disk(three).checkpoint == disk(one).checkpoint + 2 * disk(one).snapshot
+    single, three = (resolve("dit_b", overrides=["train.snapshot_every=1000", *more]) for more in ((), LISTED[-1:]))
+    assert memory_per_rank(three, 4).ema == 3 * memory_per_rank(single, 4).ema
+    assert memory_per_rank(three, 4).optimizer == memory_per_rank(single, 4).optimizer
+    assert disk(three).snapshot == 3 * disk(single).snapshot
+    assert disk(three).checkpoint == disk(single).checkpoint + 2 * disk(single).snapshot
     assert len(all_kinds(("ema", *FURTHER))) == 6
 
 

@@ -38,8 +38,8 @@ def save(run: RunDirectory, step: int, kinds: tuple[str, ...] = KINDS, branch: s
     tensors = {f"{kind}/{name}@0": (state.read(kind, name) + step).view(-1) for kind in kinds for name in shapes}
     parts = []
     for name, shape in shapes.items():
-        whole = [[0, n] for n in shape]
-        parts.append([name, 0, torch.Size(shape).numel(), [list(shape), [[whole, whole]]]])
+        full_range = [[0, n] for n in shape]
+        parts.append([name, 0, torch.Size(shape).numel(), [list(shape), [[full_range, full_range]]]])
     assert not write_rank(staging, 0, tensors, parts, step)
     facts = {"step": step, "updates": step, "run": "abc", "branch": branch, "config": to_dict(CONFIG), "buffers": []}
     facts |= {"shapes": {name: list(shape) for name, shape in shapes.items()}}
@@ -73,7 +73,7 @@ def test_averages_of_a_step_are_read_from_its_snapshot_and_weights_from_its_chec
     assert step == 30 and torch.equal(parameter, random_state(CONFIG).read("ema", name) + 30)
 
 
-def test_a_run_with_snapshots_alone_says_which_there_are(run):
+def test_a_run_with_only_snapshots_lists_them(run):
     shutil.rmtree(run.checkpoints)
     with pytest.raises(CheckpointError, match="no complete checkpoint.* --weights ema, of steps 10, 20"):
         load_model(run.folder)
@@ -104,7 +104,7 @@ def test_a_damaged_snapshot_or_a_copy_of_another_step_is_named(run):
         load_model(run.folder, 60)
 
 
-def test_what_a_killed_save_left_is_no_snapshot_and_is_removed(run):
+def test_files_of_a_killed_save_are_no_snapshot_and_are_removed(run):
     left_over = shutil.copytree(snapshot_of(run.snapshots, 30), run.snapshots / "average-00000070.writing")
     assert steps_of(run.snapshots) == [10, 20, 30, 40, 50]
     remove_leftovers(run.snapshots)
@@ -120,7 +120,7 @@ def test_snapshots_of_later_steps_move_with_the_branch_that_is_left(run):
         load_model(run.folder, 30)
 
 
-def test_snapshots_after_the_newest_checkpoint_are_a_branch_only_where_a_start_was_asked_to_go_back(run):
+def test_snapshots_after_the_newest_checkpoint_become_a_branch_only_with_the_step_option(run):
     assert leave_branch(run, 40, "a crash") is None
     save(run, 60, AVERAGES, branch="second")
     left = leave_branch(run, 40, "asked", asked=True)

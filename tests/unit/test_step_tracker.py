@@ -12,40 +12,40 @@ class Step:
     """A step's result that says whether anybody looked."""
 
     def __init__(self, applied: bool = True, stop: bool = False, norm: float = 1.0, save: bool = False):
-        self.said, self.looked = (applied, stop, norm, save), False
+        self.values, self.looked = (applied, stop, norm, save), False
 
     def __getattr__(self, name: str):
         self.looked = True
-        return dict(zip(("applied", "stop", "norm", "save"), self.said, strict=True))[name]
+        return dict(zip(("applied", "stop", "norm", "save"), self.values, strict=True))[name]
 
 
 def looked_at(t: TrainConfig, steps: int) -> list[tuple[int, bool]]:
     """Of each step: was the one before it looked at, and it itself, when it was taken in?"""
-    progress, results, seen = StepTracker(t, {}), [], []
+    progress, results, looked = StepTracker(t, {}), [], []
     for step in range(1, steps + 1):
         results.append(Step())
         progress.add(step, results[-1])
-        seen.append((all(r.looked for r in results[:-1]), results[-1].looked))
+        looked.append((all(r.looked for r in results[:-1]), results[-1].looked))
     assert progress.updates == sum(r.looked for r in results)
-    return seen
+    return looked
 
 
-def test_a_step_is_looked_at_when_the_next_is_under_way():
+def test_a_step_result_is_read_after_the_next_step_has_started():
     t = TrainConfig(steps=8, log_every=4, save_every=0)
     assert looked_at(t, 8) == [(True, step in (4, 8)) for step in range(1, 9)]
 
 
 @pytest.mark.parametrize("setting", ["log_every", "save_every", "sample_every", "snapshot_every"])
-def test_what_needs_a_step_looks_at_it(setting):
+def test_a_result_is_read_at_once_if_its_step_logs_saves_or_samples(setting):
     t = TrainConfig(**{"steps": 100, "log_every": 50, "save_every": 0, setting: 3})
-    assert [own for _, own in looked_at(t, 7)] == [False, False, True, False, False, True, False]
+    assert [itself for _, itself in looked_at(t, 7)] == [False, False, True, False, False, True, False]
 
 
 def test_spikes_are_judged_by_all_norms_so_far():
-    assert all(own for _, own in looked_at(TrainConfig(steps=100, log_every=50, spike_factor=3.0), 5))
+    assert all(itself for _, itself in looked_at(TrainConfig(steps=100, log_every=50, spike_factor=3.0), 5))
 
 
-def test_a_vote_to_stop_is_found_one_step_late_and_then_nothing_is_left_behind():
+def test_a_vote_to_stop_is_read_one_step_late_and_no_result_stays_unread():
     manifest = {"updates": 7, "recent_norms": [0.5]}
     progress, last = StepTracker(TrainConfig(steps=100, log_every=50), manifest), Step(norm=3.0)
     progress.add(1, Step(stop=True, norm=2.0))
@@ -69,13 +69,13 @@ def test_a_save_by_the_clock_is_found_one_step_late_and_due_once():
 
 @pytest.mark.parametrize("stopping", [0, 1, 5000])
 @pytest.mark.parametrize("saving", [0, 1, 5000])
-def test_votes_to_stop_and_to_save_travel_in_one_number(stopping, saving):
+def test_votes_to_stop_and_to_save_are_reduced_as_one_number(stopping, saving):
     votes = sum([votes_of(True, False)] * stopping) + sum([votes_of(False, True)] * saving) + votes_of(False, False)
     result = StepResult(torch.tensor([4.0, votes], dtype=torch.float64), max_norm=10.0)
     assert (result.stop, result.save, result.norm) == (stopping > 0, saving > 0, 2.0)
 
 
-def test_rank_0_alone_asks_for_a_save_when_its_time_has_come():
+def test_only_rank_0_requests_a_save_when_it_is_due():
     seconds = 0.0
     clocks = [SaveClock(0.5, rank, lambda: seconds) for rank in (0, 1)] + [SaveClock(0.0, 0, lambda: seconds)]
     asked = []

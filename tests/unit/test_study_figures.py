@@ -82,7 +82,7 @@ def printed(command, study, capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_collect_says_why_a_file_is_not_written(tmp_path, capsys):
+def test_collect_prints_why_a_file_is_not_written(tmp_path, capsys):
     study = finished(tmp_path / "s", recipe())
     lines = printed("collect", study, capsys)
     for name in ("curves.csv", "evaluations.csv"):
@@ -109,7 +109,7 @@ def test_a_file_of_an_earlier_collect_is_called_older(study, capsys):
     assert line.endswith("; the file that is there is older")
 
 
-def test_plot_says_why_a_picture_is_not_drawn(tmp_path, capsys):
+def test_plot_prints_why_a_picture_is_not_drawn(tmp_path, capsys):
     study = finished(tmp_path / "s", recipe(axes={}))
     lines = printed("plot", study, capsys)
     assert any(

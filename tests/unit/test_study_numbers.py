@@ -29,13 +29,13 @@ from megapromoe.studies.tables import differences, fits, groups, mean_of, to_csv
 
 def test_collected_numbers_are_exact(tmp_path):
     study = finished(tmp_path, compared(settings=TINY | {"train.steps": 20}))
-    found = row(study, study.tasks[0])
-    assert found["training_loss"] == 1 + 19.5 and found["dead_experts"] == 19.5, "steps 19 and 20: the last tenth"
-    assert found["dead_share"] == 19.5 / 2
-    assert found["images_per_second"] == 100 + (10**2 + 11**2) / 2
-    assert found["memory_bytes"] == 999 and found["fixed_loss"] == 0.5
-    assert found["images"] == 320 and found["experts"] == 2 and found["model.num_experts"] == 2
-    assert found["training_flops"] == found["flops_per_image"] * 320
+    result = row(study, study.tasks[0])
+    assert result["training_loss"] == 1 + 19.5 and result["dead_experts"] == 19.5, "steps 19 and 20: the last tenth"
+    assert result["dead_share"] == 19.5 / 2
+    assert result["images_per_second"] == 100 + (10**2 + 11**2) / 2
+    assert result["memory_bytes"] == 999 and result["fixed_loss"] == 0.5
+    assert result["images"] == 320 and result["experts"] == 2 and result["model.num_experts"] == 2
+    assert result["training_flops"] == result["flops_per_image"] * 320
     dense = next(r for r in rows(study) if r["variant"] == "dense")
     assert dense["experts"] is None and dense["dead_share"] is None and "model.num_experts" not in dense
     table = list(csv.DictReader(to_csv(rows(study)).splitlines()))
@@ -44,16 +44,16 @@ def test_collected_numbers_are_exact(tmp_path):
 
 def test_a_loss_of_another_checkpoint_does_not_count(tmp_path, capsys):
     study = finished(tmp_path, recipe(seeds=[0]))
-    one, other = study.tasks
-    file = study.loss_file(one)
+    first, other = study.tasks
+    file = study.loss_file(first)
     file.write_text(file.read_text().replace('"step": 3', '"step": 2'))
-    assert not evaluated(study, one) and evaluated(study, other) and not evaluated(study, other, draws=5)
+    assert not evaluated(study, first) and evaluated(study, other) and not evaluated(study, other, draws=5)
     file.write_text(file.read_text().replace('"step": 2', '"step": 3').replace('"ema"', '"master"'))
-    assert not evaluated(study, one), "of other weights"
+    assert not evaluated(study, first), "of other weights"
     with pytest.raises(StudyError, match="not computed yet"):
-        row(study, one)
+        row(study, first)
     assert main(["study", "plot", str(tmp_path)]) == 0
-    assert f"not computed yet (run `collect`): {one.name}" in capsys.readouterr().err
+    assert f"not computed yet (run `collect`): {first.name}" in capsys.readouterr().err
 
 
 def test_baselines_leave_out_what_belongs_to_promoe_experts():
@@ -78,15 +78,15 @@ def test_differences_pair_the_seeds(tmp_path):
         return 10.0 * task.seed + extra[task.variant]
 
     study = finished(tmp_path, compared(), loss)
-    found = differences(rows(study), study.recipe, "dense")
-    assert found["tc", (("model.num_experts", 2),)].mean == pytest.approx(0.11)
-    assert found["tc", (("model.num_experts", 4),)].mean == pytest.approx(0.21)
-    assert found["promoe", (("model.num_experts", 4),)].mean == pytest.approx(-0.3)
-    assert not found["tc", (("model.num_experts", 2),)].differs, "two seeds 0.02 apart say ± 0.127"
-    assert found["promoe", (("model.num_experts", 4),)].differs
-    assert not [key for key in found if key[0] == "dense"]
-    assert found["tc", None].mean == pytest.approx(0.16) and found["tc", None].runs == 2
-    assert found["tc", None].half == pytest.approx(12.7062 * 0.01, rel=1e-4), "0.15 and 0.17: two seeds, not four runs"
+    result = differences(rows(study), study.recipe, "dense")
+    assert result["tc", (("model.num_experts", 2),)].mean == pytest.approx(0.11)
+    assert result["tc", (("model.num_experts", 4),)].mean == pytest.approx(0.21)
+    assert result["promoe", (("model.num_experts", 4),)].mean == pytest.approx(-0.3)
+    assert not result["tc", (("model.num_experts", 2),)].differs, "two seeds 0.02 apart say ± 0.127"
+    assert result["promoe", (("model.num_experts", 4),)].differs
+    assert not [key for key in result if key[0] == "dense"]
+    assert result["tc", None].mean == pytest.approx(0.16) and result["tc", None].runs == 2
+    assert result["tc", None].half == pytest.approx(12.7062 * 0.01, rel=1e-4), "0.15 and 0.17: two seeds, not four runs"
     to_tc = differences(rows(study), study.recipe, "tc")
     assert to_tc["dense", ()].mean == pytest.approx(-0.16) and to_tc["dense", ()].runs == 2
     assert to_tc["promoe", (("model.num_experts", 4),)].mean == pytest.approx(-0.51)
@@ -95,13 +95,13 @@ def test_differences_pair_the_seeds(tmp_path):
     assert list(groups(rows(study), study.recipe))[-1] == ("dense", ())
 
 
-def test_a_trend_is_seen_through_the_seeds(tmp_path):
+def test_a_trend_is_detected_despite_differences_of_seeds(tmp_path):
     slopes = (0.1, 0.2)
     made = recipe(axes={"model.num_experts": [2, 4, 8]})
     study = finished(tmp_path, made, lambda t: 5 * t.seed + slopes[t.seed] * math.log2(t.config.model.num_experts))
-    found = trends(rows(study), study.recipe)
-    assert found["promoe", ()].mean == pytest.approx(0.15) and found["promoe", ()].runs == 2
-    assert found["promoe", ()].half == pytest.approx(12.7062 * 0.05, rel=1e-4)
+    result = trends(rows(study), study.recipe)
+    assert result["promoe", ()].mean == pytest.approx(0.15) and result["promoe", ()].runs == 2
+    assert result["promoe", ()].half == pytest.approx(12.7062 * 0.05, rel=1e-4)
     partial = [r for r in rows(study) if not (r["seed"] == 1 and r["experts"] == 8)]
     assert trends(partial, study.recipe)["promoe", ()].mean == pytest.approx(0.1)
 
@@ -202,18 +202,18 @@ def test_fits_go_along_experts_and_along_compute(tmp_path):
     study = finished(
         tmp_path, made, lambda t: 1 / t.config.model.num_experts + 1 / t.config.train.steps + 0.001 * t.seed
     )
-    found = fits(rows(study), study.recipe)
-    assert set(found) == {
+    result = fits(rows(study), study.recipe)
+    assert set(result) == {
         *(("promoe", "experts", (("train.steps", steps),)) for steps in (3, 6, 12, 24)),
         *(("promoe", "training_flops", (("model.num_experts", experts),)) for experts in (2, 4, 8, 16)),
     }
-    assert all(law.c == pytest.approx(1, abs=0.02) and not law.fit_warnings for law in found.values())
+    assert all(law.c == pytest.approx(1, abs=0.02) and not law.fit_warnings for law in result.values())
 
 
 # ---- the held-out loss
 
 
-def test_the_held_out_loss_is_what_its_definition_says():
+def test_the_held_out_loss_follows_its_definition():
     import torch
 
     from megapromoe.diffusion.noise import normals, permutation
@@ -244,7 +244,7 @@ def test_the_held_out_loss_is_what_its_definition_says():
         objective_loss(model, config, dataset, draws=1)
 
 
-def test_figures_of_drawn_images_are_taken_in(tmp_path):
+def test_metrics_of_sampled_images_are_collected(tmp_path):
     study = finished(tmp_path, recipe(axes={}))
     first, second = study.tasks
     for task, old, new in ((first, 9.0, 1.5), (second, 9.0, 2.5)):
@@ -256,13 +256,13 @@ def test_figures_of_drawn_images_are_taken_in(tmp_path):
         ]
         text = "\n".join(json.dumps(record) for record in records)
         (study.run(task) / "evaluation.jsonl").write_text(text + '\n{"step": 3, half a li')
-    found = rows(study)
+    results = rows(study)
     name = "evaluated: Fréchet distance (X), 1,500 images, guidance "
-    assert [(row[name + "1"], row[name + "2"]) for row in found] == [(1.5, 7.0), (2.5, 7.0)]
-    text = to_markdown(found, study.recipe, [], ["promoe"])
+    assert [(row[name + "1"], row[name + "2"]) for row in results] == [(1.5, 7.0), (2.5, 7.0)]
+    text = to_markdown(results, study.recipe, [], ["promoe"])
     assert "1,500 images, guidance 1, features of X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
     assert "1,500 images, guidance 2, features of X" in text and "| promoe | 7 / 7 |" in text
-    losses, distances = draw_images(study, found).axes  # each scale at one step: nothing over training
+    losses, distances = draw_images(study, results).axes  # each scale at one step: nothing over training
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
     assert sorted(y for line in distances.lines for y in line.get_xdata()) == [1.5, 2.5, 7.0, 7.0]
     assert draw_images(study, rows(finished(tmp_path / "unseen", recipe(axes={})))) is None
@@ -299,24 +299,24 @@ def of_three_steps(task):
         yield step, 5.0, 9000, 7.0
 
 
-def test_figures_over_training_are_told_and_drawn(tmp_path, capsys):
+def test_metrics_over_training_are_written_and_plotted(tmp_path, capsys):
     study = finished(tmp_path, recipe())
     evaluations(study, of_three_steps)
     assert main(["study", "collect", str(tmp_path)]) == 0
     lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(lines) == 2 * (4 * (6 + 3) - 1), "the newest of each"
-    told = {}
+    values = {}
     for line in lines:
         if line["figure"] == "Fréchet distance (X)" and line["count"] == "1500":
             key = ("variant", "model.num_experts", "seed", "step", "guidance")
-            told[tuple(line[name] for name in key)] = float(line["value"])
+            values[tuple(line[name] for name in key)] = float(line["value"])
     expected = {}
     for task in study.tasks:
         for step, guidance, count, value in of_three_steps(task):
             if count == 1500:
                 who = ("promoe", str(task.config.model.num_experts), str(task.seed), str(step), f"{guidance:g}")
                 expected[who] = pytest.approx(value, rel=1e-6)
-    assert told == expected and min(told.values()) > 0
+    assert values == expected and min(values.values()) > 0
 
     text = (tmp_path / "results.md").read_text()
     section = text.partition("## Over training\n\n")[2].partition("\n\n## ")[0]
@@ -364,15 +364,15 @@ def test_one_step_makes_no_curve(tmp_path, capsys):
 
 
 def test_curves_are_of_the_scale_with_most_steps():
-    def found(*places):
+    def rows_of(*places):
         row = {"figure": "D (X)", "count": 1500}
         return [row | {"task": t, "step": s, "guidance": g, "value": 10.0 * s + g} for t, s, g in places]
 
     name = "D (X), 1,500 images"
-    most = found(("a", 2, 1.0), ("a", 1, 1.0), ("b", 1, 1.0), ("a", 2, 4.0), ("b", 1, 4.0), ("c", 3, 4.0))
+    most = rows_of(("a", 2, 1.0), ("a", 1, 1.0), ("b", 1, 1.0), ("a", 2, 4.0), ("b", 1, 4.0), ("c", 3, 4.0))
     curves = curves_of(most, name)
     assert curves.guidance == 1.0, "of one run: three runs at a step each are no curve"
     assert curves.values == {"a": {1: 11.0, 2: 21.0}, "b": {1: 11.0}} and curves.steps == [1, 2]
     assert curves.mean(["a", "b"]) == {1: 11.0} and curves.mean(["a", "c"]) == {}
-    assert curves_of(found(("a", 1, 2.0), ("a", 2, 2.0), ("a", 1, 1.5), ("a", 2, 1.5)), name).guidance == 2.0
+    assert curves_of(rows_of(("a", 1, 2.0), ("a", 2, 2.0), ("a", 1, 1.5), ("a", 2, 1.5)), name).guidance == 2.0
     assert curves_of(most, "D (X), 500 images") is None and curves_of(most[3:], name) is None

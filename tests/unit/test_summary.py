@@ -28,26 +28,26 @@ def rows(config, world=1, **options) -> dict[str, str]:
 
 def test_the_lines_of_a_run_name_what_it_is():
     config = resolve("digits", overrides=["parallel.tp=2", "parallel.ep=2", "train.accumulation=2"], world=4)
-    found = rows(config, 4, dataset=open_dataset(config), device="cpu")
+    lines = rows(config, 4, dataset=open_dataset(config), device="cpu")
     names = ("model", "parameters", "data", "steps", "batch", "layout", "precision", "optimizer", "device", "run")
-    assert tuple(found) == names
-    assert "2 of them with 4 experts" in found["model"]
-    assert found["data"] == "digits: 1,797 records of 1x8x8, 10 classes"
-    assert found["batch"] == "128 images = 32 for a rank x data parallel 2 x accumulation 2"
-    assert found["layout"] == "4 ranks: tensor parallel tp 2, expert parallel ep 2, data parallel dp 2; ZeRO 1"
-    assert found["steps"].endswith("64,000 in all, 35.6 passes over the data")
-    assert found["precision"].startswith("fp32") and found["run"] == "runs/x: begins at step 0"
+    assert tuple(lines) == names
+    assert "2 of them with 4 experts" in lines["model"]
+    assert lines["data"] == "digits: 1,797 records of 1x8x8, 10 classes"
+    assert lines["batch"] == "128 images = 32 for a rank x data parallel 2 x accumulation 2"
+    assert lines["layout"] == "4 ranks: tensor parallel tp 2, expert parallel ep 2, data parallel dp 2; ZeRO 1"
+    assert lines["steps"].endswith("64,000 in all, 35.6 passes over the data")
+    assert lines["precision"].startswith("fp32") and lines["run"] == "runs/x: begins at step 0"
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_summary(name):
     config = resolve(name)
-    found = rows(config)
-    assert f"{parameters(config.model).total:,} parameters" in found["parameters"]
-    assert "device" not in found and ("not chosen yet" in found["data"]) == (config.data.source == UNSET)
+    lines = rows(config)
+    assert f"{parameters(config.model).total:,} parameters" in lines["parameters"]
+    assert "device" not in lines and ("not chosen yet" in lines["data"]) == (config.data.source == UNSET)
     synthetic = rows(resolve(name, overrides=["data.source=synthetic"]))
-    assert "random numbers" in synthetic["data"] and "random numbers" not in found["data"]
-    assert ("experts" in found["model"]) == bool(config.model.moe_blocks)
+    assert "random numbers" in synthetic["data"] and "random numbers" not in lines["data"]
+    assert ("experts" in lines["model"]) == bool(config.model.moe_blocks)
 
 
 def test_the_summary_needs_no_torch():
@@ -73,7 +73,7 @@ def test_a_log_ends_with_what_was_reached():
     assert lines[1] == "trained for 1:00:00, of which 0:00:00 since the last start"
     assert lines[2:] == [
         "checkpoint: runs/x/checkpoints/step-00000500",
-        "next: megapromoe sample --run runs/x --out runs/x/samples.png",
+        "next: megapromoe sample --run-dir runs/x --out runs/x/samples.png",
     ]
     stopped = list(closing_lines(resolve("digits"), RUN, 28, None, clock))
     assert stopped[0] == "stopped: step 28 of 500" and stopped[-1].endswith("step-00000028")

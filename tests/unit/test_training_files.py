@@ -87,7 +87,7 @@ def test_a_given_objective_must_not_contradict_the_file(tmp_path):
         ),
     ],
 )
-def test_arguments_of_training_tell_the_model(arguments, model, objective):
+def test_the_model_is_read_from_the_training_arguments(arguments, model, objective):
     made = config_of(Path("a.pt"), arguments)
     m = made.model
     assert (m.time_input, m.hidden_size, m.depth, m.patch_size, m.input_size, m.learn_sigma) == model

@@ -58,7 +58,7 @@ def test_a_source_that_is_not_finite_is_refused_by_its_tensors_name(tmp_path, ca
     source = with_value(state_of(f"model.router={router}"), "blocks.0.attn.qkv.weight", value)
     export(source, tmp_path / "source", "ours", allow_nonfinite=True)
     command = [str(tmp_path / "source"), str(tmp_path / "made"), f"model.num_experts={8 if router == 'promoe' else 4}"]
-    assert main(["upcycle", *command, "--images", "8"]) == 1
+    assert main(["upcycle", *command, "--num-images", "8"]) == 1
     assert "of blocks.0.attn.qkv.weight holds NaN or infinity" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
 
@@ -70,7 +70,7 @@ def test_tokens_that_are_not_finite_are_refused_before_k_means():
         cluster(tokens, resolve("digits", overrides=SMALL))
 
 
-def test_what_the_source_computes_of_time_is_kept():
+def test_the_time_input_of_the_source_must_be_kept():
     dense = state_of("model.router=dense", "model.time_input=sit")
     other = resolve("digits", overrides=[*SMALL, "model.router=promoe"])
     with pytest.raises(ConversionError, match="model.time_input = dit: must be the source's sit"):
@@ -80,7 +80,7 @@ def test_what_the_source_computes_of_time_is_kept():
 def test_a_dense_model_of_sit_becomes_a_promoe_of_its_time(tmp_path):
     dense = state_of("model.router=dense", "model.time_input=sit")
     export(dense, tmp_path / "dense", "ours")
-    assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "made"), "--images", "8"]) == 0
+    assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "made"), "--num-images", "8"]) == 0
     assert open_state(tmp_path / "made").config.model.time_input == "sit"
     manifest = next((tmp_path / "made").rglob("manifest.json"))
     assert json.loads(manifest.read_text())["config"]["model"]["time_input"] == "sit"

@@ -47,7 +47,7 @@ def lines(capsys):
     return capsys.readouterr().err.splitlines()
 
 
-def test_a_line_soon_one_a_minute_and_a_last_one(clock, capsys):
+def test_the_first_line_comes_early_then_one_a_minute_and_a_last_one(clock, capsys):
     with Progress(50_000, "image", "samples.npz", terminal=False, clock=clock) as progress:
         work(progress, clock, 5, 1.0, 100)
         assert lines(capsys) == ["samples.npz: 500 of 50,000 images (1 %), 100 images/s, 8 min left"]
@@ -60,7 +60,7 @@ def test_a_line_soon_one_a_minute_and_a_last_one(clock, capsys):
     assert lines(capsys) == ["samples.npz: 50,000 images in 8 min, 100 images/s"]
 
 
-def test_an_hour_of_work_has_a_line_a_minute_whatever_the_batches_take(clock, capsys):
+def test_an_hour_of_work_prints_a_line_a_minute_for_any_duration_of_batches(clock, capsys):
     for seconds in (0.1, 7.0, 59.0):
         with Progress(None, "row", "x", terminal=False, clock=clock) as progress:
             work(progress, clock, int(3600 / seconds), seconds)
@@ -81,7 +81,7 @@ def test_the_rate_is_that_of_the_last_minutes(clock, capsys):
         assert lines(capsys)[-1].endswith("1 images/s, 107 min left")
 
 
-def test_what_an_earlier_start_did_counts_for_no_rate(clock, capsys):
+def test_items_of_an_earlier_start_do_not_count_for_the_rate(clock, capsys):
     with Progress(1000, "image", "x", done=900, terminal=False, clock=clock) as progress:
         work(progress, clock, 10, 1.0)
     first, last = lines(capsys)
@@ -105,7 +105,7 @@ def test_bytes_are_sizes(clock, capsys):
     assert last == "writing x: 3.5 GiB in 9 s, 398.2 MiB/s"
 
 
-def test_nothing_done_yet_and_what_is_in_work(clock, capsys):
+def test_a_line_without_finished_items_shows_the_note(clock, capsys):
     with Progress(4, "image", "x", terminal=False, clock=clock) as progress:
         clock.now += 30
         progress.note("step 3/250")
@@ -139,7 +139,7 @@ def test_a_terminal_has_the_bar_and_other_ranks_have_nothing(clock, capsys):
         assert lines(capsys) == []
 
 
-def test_work_that_fails_says_where(clock, capsys):
+def test_failed_work_reports_its_place(clock, capsys):
     with pytest.raises(OSError), Progress(10, "batch", "x", terminal=False, clock=clock) as progress:
         work(progress, clock, 4, 5.0)
         raise OSError("the disk is full")
@@ -168,8 +168,8 @@ def test_a_large_checkpoint_is_checked_with_lines(tmp_path, clock, capsys, monke
     blocks = bytes(3 << 20)
     (tmp_path / "rank").write_bytes(blocks)
     checkpoint = object.__new__(format.Checkpoint)
-    one = {"file": "rank", "size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}
-    checkpoint.folder, checkpoint.manifest = tmp_path, {"ranks": [one, one | {"size": 0, "file": "of rank 1"}]}
+    entry = {"file": "rank", "size": len(blocks), "sha256": hashlib.sha256(blocks).hexdigest()}
+    checkpoint.folder, checkpoint.manifest = tmp_path, {"ranks": [entry, entry | {"size": 0, "file": "of rank 1"}]}
 
     def slow():
         clock.now += 4.0
