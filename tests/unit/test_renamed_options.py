@@ -305,7 +305,7 @@ def test_no_file_uses_a_former_spelling():
     names = [re.escape(name) for name in RENAMED]
     names += [re.escape(name.partition(".")[2]) for name in RENAMED if "_" in name]  # so distinct that they stand alone
     values = [re.escape(f"{name}={value}") for name, values in RENAMED_VALUES.items() for value in values]
-    former = re.compile(rf"(?<![\w.])(?:{'|'.join(names + values)})(?![\w.]*\w)")
+    former = re.compile(rf"\b(?:{'|'.join(names + values)})\b")
     places = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
     for folder in ("docs", "launchers", "megapromoe", "tests", "tools"):
         places += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".md", ".sh", ".py", ".yaml", ".csv")]
