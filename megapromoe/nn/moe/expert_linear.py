@@ -86,12 +86,15 @@ class ExpertLinear(LogicalModule):
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Applies to each row (R, in), sorted by expert, the layer of its expert: (R, out). R may be 0."""
+        weight: Tensor = self.weight
         bias: Tensor = self.bias
+        if weight.dtype != x_RD.dtype:  # under autocast, which does not know our functions
+            weight, bias = weight.to(x_RD.dtype), bias.to(x_RD.dtype)
         if self.is_down_projection and self.region.is_sharded:
             bias = self.region.copy_to_region(bias) / self.region.size
         if has_grouped_mm_kernel(x_RD):
-            return _GroupedExperts.apply(x_RD, self.weight, bias, offsets, self.epilogue, self.gelu)
-        return _LoopedExperts.apply(x_RD, self.weight, bias, offsets.host_end_E, self.gelu)
+            return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.epilogue, self.gelu)
+        return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
 
 
 class ExpertDownLinear(ExpertLinear):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.options import ModelConfig
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.nn.layers import Mlp, SummedMlps
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
@@ -117,7 +117,8 @@ class MoE(RegionModule):
         self.experts = Experts(config.num_experts, D, width)
         self.shared = _dense_experts(config.shared_experts, D, config.shared_width)
         self.unconditional = _dense_experts(config.unconditional_experts, D, width)
-        self.dispatcher = Dispatcher(config.num_experts)
+        self.dispatcher: Dispatcher
+        self.set_mesh(UNSHARDED)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
@@ -280,7 +281,11 @@ def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
     whole must compute a new one, as linear layers do.
     """
-    return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
+    if count == x.shape[0]:
+        return x, x, x[count:]
+    if torch.compiler.is_compiling():  # compiled code of plain slices is as good, and dynamo cannot trace the function
+        return x, x[:count], x[count:]
+    return _SplitConditional.apply(x, count)
 
 
 class _SplitConditional(torch.autograd.Function):
