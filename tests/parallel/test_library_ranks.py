@@ -93,7 +93,7 @@ OPTIONS = [
     {"router": "promoe_ec"},
     {"router": "kmeans"},
     {"router": "tc", "balance_weight": 0.1, "num_experts": 3, "top_k": 2},
-    {"gate": "sigmoid", "num_shared_experts": 2, "expert_width": 24},
+    {"score_function": "sigmoid", "num_shared_experts": 2, "expert_width": 24},
     {"router": "diffmoe"},
     {"router": "classification"},
 ]

@@ -111,7 +111,7 @@ def test_the_options_are_those_of_a_model():
     "options, message",
     [
         ({"top_k": 5}, "top_k = 5: must be at most num_experts = 4"),
-        ({"top_k": 0, "gate": "sigmod"}, r"2 problems in the options of MoE:\n.*top_k = 0: must lie in .*\n.*sigmoid"),
+        ({"top_k": 0, "score_function": "sigmod"}, r"2 problems in the options of MoE:\n.*top_k = 0: must lie in .*\n.*sigmoid"),
         ({"top": 1}, "'top' is not a key of MoE; did you mean top_k"),
         ({"expert_width": 1.5}, "expert_width = 1.5: must be a whole number"),
         ({"router": "promo"}, "router = 'promo': must be one of .*; did you mean promoe"),
@@ -196,7 +196,7 @@ def test_gradients_in_float64(router, top_k):
     """Of tokens and of all parameters, of output and losses."""
     torch.manual_seed(3)
     # DiffMoE's predictor learns from detached tokens: without its loss all gradients are those of the function.
-    options = {"top_k": top_k, "expert_width": 8, "num_classes": 3, "capacity_weight": 0.0}
+    options = {"top_k": top_k, "expert_width": 8, "num_classes": 3, "capacity_predictor_weight": 0.0}
     moe = MoE(hidden_size=8, num_experts=3, router=router, **options).double().train()
     for p in moe.parameters():
         nn.init.normal_(p, std=0.5)

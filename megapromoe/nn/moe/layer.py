@@ -104,7 +104,7 @@ class MoE(RegionModule):
             num_experts: routed experts E.
             router: a name in `ROUTERS`, or a subclass of `Router`.
             options: the other options of `ModelConfig` that concern the layer, by the same names: `top_k`,
-                `expert_width`, `gate`, `rcl_weight`, `capacity_factor` ...
+                `expert_width`, `score_function`, `rcl_weight`, `capacity_factor` ...
 
         Raises LayerError, listing everything that is wrong with them.
         """
