@@ -111,7 +111,10 @@ def test_the_options_are_those_of_a_model():
     "options, message",
     [
         ({"top_k": 5}, "top_k = 5: must be at most num_experts = 4"),
-        ({"top_k": 0, "score_function": "sigmod"}, r"2 problems in the options of MoE:\n.*top_k = 0: must lie in .*\n.*sigmoid"),
+        (
+            {"top_k": 0, "score_function": "sigmod"},
+            r"2 problems in the options of MoE:\n.*top_k = 0: must lie in .*\n.*sigmoid",
+        ),
         ({"top": 1}, "'top' is not a key of MoE; did you mean top_k"),
         ({"expert_width": 1.5}, "expert_width = 1.5: must be a whole number"),
         ({"router": "promo"}, "router = 'promo': must be one of .*; did you mean promoe"),
