@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from megapromoe.errors import UserError
 from megapromoe.nn.layers import Mlp
-from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import PrototypeRouter, RouterOutput
+from megapromoe.nn.moe.assignment import TokenAssignment
+from megapromoe.nn.moe.auxiliary import MoEAuxiliary
+from megapromoe.nn.moe.layer import MoE, auxiliary_of
+from megapromoe.nn.moe.routers import PrototypeRouter
 
 # Slots of an expert over its even share of the tokens; the usual choice of GShard and Switch.
 CAPACITY_FACTOR = 1.25
@@ -33,30 +32,27 @@ def dense_experts(moe: MoE) -> tuple[Mlp, Mlp]:
 def prototypes_of(moe: MoE) -> Tensor:
     """The prototypes of the router, (E, D). Raises CannotRun for a router without prototypes."""
     if not isinstance(moe.router, PrototypeRouter):
-        raise CannotRun(f"model.router = {moe.router.config.router!r}: needs one with prototypes, such as promoe_tc")
+        raise CannotRun(f"model.router = {moe.config.router!r}: needs one with prototypes, such as promoe_tc")
     return moe.router.prototypes
 
 
 class BaselineWrapper(nn.Module):
-    """A layer that runs the routed experts of an `MoE` in another way, with the same methods and parameters."""
+    """A layer that runs the routed experts of an `MoE` in another way, with the same parameters and results."""
 
     def __init__(self, moe: MoE):
         super().__init__()
         self.moe = moe
 
-    @property
-    def dropped(self) -> float:
-        """Share of the rows of the last call that were dropped, 0 to 1."""
-        return 0.0
+    def forward(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None) -> tuple[Tensor, MoEAuxiliary]:
+        inputs, routed = self.moe.route(x_BSD, num_conditional, y_B)
+        y_BSD, dropped = self.run_experts(*inputs)
+        return y_BSD, auxiliary_of(routed, dropped)
 
-    def route(self, *arguments: Any) -> RouterOutput:
-        return self.moe.route(*arguments)
-
-    def num_routed_images(self, *arguments: Any) -> int:
-        return self.moe.num_routed_images(*arguments)
-
-    def auxiliary_losses(self, router_outputs: Sequence[RouterOutput]) -> dict[str, Tensor]:
-        return self.moe.auxiliary_losses(router_outputs)
+    def run_experts(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_conditional: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `MoE.run_experts`; all images without a class are null images, since there is an unconditional expert."""
+        raise NotImplementedError
 
     def dense_output(self, x_TD: Tensor, num_conditional_tokens: int) -> Tensor:
         """Output (T, D) of the shared and the unconditional expert; tokens after the conditional ones are null."""

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, Layer, dense_experts
 from megapromoe.nn.layers import Mlp
+from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import RouterOutput
 
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 
@@ -54,7 +54,7 @@ def make_contender(name: str, moe: MoE) -> Layer:
 
 def dense(moe: MoE) -> Mlp:
     """An MLP as wide as all experts of a token together: shared and routed, or shared and unconditional."""
-    config, weight = moe.router.config, moe.experts.fc1.weight
+    config, weight = moe.config, moe.experts.fc1.weight
     width = config.top_k * config.moe_width + config.shared_experts * config.shared_width
     mlp = Mlp(config.hidden_size, width)
     mlp = mlp.to(weight.device, weight.dtype)
@@ -70,9 +70,11 @@ class Loop(BaselineWrapper):
     formula.
     """
 
-    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
+    def run_experts(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_conditional: int
+    ) -> tuple[Tensor, Tensor | None]:
         B, S, D = x_BSD.shape
-        x_TD, moe, assignment = x_BSD.reshape(B * S, D), self.moe, routed.assignment
+        x_TD, moe = x_BSD.reshape(B * S, D), self.moe
         shared, unconditional = dense_experts(moe)
         E, K = moe.router.num_experts, assignment.top_k
         num_conditional_tokens = num_conditional * S
@@ -92,7 +94,7 @@ class Loop(BaselineWrapper):
                 mask_T = expert_TK[:, k] == e
                 if mask_T.any():
                     y_TD[mask_T] += weight_TK[mask_T, k, None] * expert(x_TD[mask_T])
-        return (y_TD + shared(x_TD)).view(B, S, D)
+        return (y_TD + shared(x_TD)).view(B, S, D), None
 
 
 def _mlp(weight1_FD: Tensor, bias1_F: Tensor, weight2_DF: Tensor, bias2_D: Tensor, x_RD: Tensor) -> Tensor:
@@ -105,10 +107,12 @@ class Joined(BaselineWrapper):
     It has the same FLOPs and fewer passes over null tokens, but copies the weights.
     """
 
-    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
+    def run_experts(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_conditional: int
+    ) -> tuple[Tensor, Tensor | None]:
         B, S, D = x_BSD.shape
         x_TD, moe, n = x_BSD.reshape(B * S, D), self.moe, num_conditional * S
-        dispatched = moe.dispatcher.dispatch(x_TD[:n], routed.assignment, B * S)
+        dispatched = moe.dispatcher.dispatch(x_TD[:n], assignment, B * S)
         shared, unconditional = dense_experts(moe)
         weight1_FD = torch.cat([shared.fc1.weight, unconditional.fc1.weight])
         bias1_F = torch.cat([shared.fc1.bias, unconditional.fc1.bias])
@@ -116,7 +120,7 @@ class Joined(BaselineWrapper):
         null_TD = _mlp(weight1_FD, bias1_F, weight2_DF, shared.fc2.bias + unconditional.fc2.bias, x_TD[n:])
         y_TD = torch.cat([shared(x_TD[:n]), null_TD])
         expert_outputs = moe.dispatcher.run_experts(dispatched, moe.experts)
-        return moe.dispatcher.combine(expert_outputs, y_TD).view(B, S, D)
+        return moe.dispatcher.combine(expert_outputs, y_TD).view(B, S, D), expert_outputs.dropped
 
 
 class BatchedCapacity(BaselineWrapper):
@@ -128,24 +132,19 @@ class BatchedCapacity(BaselineWrapper):
     def __init__(self, moe: MoE, capacity_factor: float = CAPACITY_FACTOR):
         super().__init__(moe)
         self.capacity_factor = capacity_factor
-        self.kept_R: Tensor | None = None
 
-    @property
-    def dropped(self) -> float:
-        if self.kept_R is None or not self.kept_R.numel():
-            return 0.0
-        return 1 - float(self.kept_R.float().mean())
-
-    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
+    def run_experts(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_conditional: int
+    ) -> tuple[Tensor, Tensor | None]:
         B, S, D = x_BSD.shape
         x_TD = x_BSD.reshape(B * S, D)
-        token_R, expert_R, weight_R = routed.assignment[:3]
+        token_R, expert_R, weight_R = assignment[:3]
         E, R = self.moe.router.num_experts, token_R.shape[0]
         Q = math.ceil(self.capacity_factor * R / E)  # slots of an expert
         hits_RE = (expert_R.unsqueeze(1) == torch.arange(E, device=expert_R.device)).long()
         rank_R = (hits_RE.cumsum(0) * hits_RE).sum(1) - 1  # among the rows of its expert
         kept_R = rank_R < Q
-        self.kept_R = kept_R
+        dropped = (~kept_R).float().sum() / max(R, 1)
         slot_R = torch.where(kept_R, expert_R * Q + rank_R, E * Q)  # dropped rows share one slot at the end
 
         rows = x_TD.new_zeros(E * Q + 1, D).index_copy(0, slot_R, x_TD.index_select(0, token_R))
@@ -155,4 +154,4 @@ class BatchedCapacity(BaselineWrapper):
         y_EQD = torch.baddbmm(fc2.bias[:, None], hidden_EQF, fc2.weight.mT)
         y = torch.cat([y_EQD.view(E * Q, D), y_EQD.new_zeros(1, D)]).index_select(0, slot_R)
         y_TD = self.dense_output(x_TD, num_conditional * S).index_add(0, token_R, y * weight_R.to(y.dtype).unsqueeze(1))
-        return y_TD.view(B, S, D)
+        return y_TD.view(B, S, D), dropped

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, CannotRun, prototypes_of
 from megapromoe.nn.layers import Mlp
-from megapromoe.nn.moe.assignment import TokenAssignment
+from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import RouterOutput
 
 BALANCE_WEIGHT = 0.01  # of its balance loss, which replaces our contrastive loss
 
@@ -31,7 +30,7 @@ class DeepSpeedLayer(BaselineWrapper):
 
     def __init__(self, moe: MoE, drops: bool, ep: int = 1):
         super().__init__(moe)
-        config = moe.router.config
+        config = moe.config
         if config.top_k != 1:
             raise CannotRun(
                 f"model.top_k = {config.top_k}: needs model.top_k=1, since DeepSpeed renormalises the weights of more"
@@ -70,35 +69,20 @@ class DeepSpeedLayer(BaselineWrapper):
                     theirs.bias.copy_(ours.bias[e])
         self.drops = drops
 
-    @property
-    def load_E(self) -> Tensor:
-        """Rows of each expert in the last call, dropped ones included, (E,)."""
-        return self.routed.deepspeed_moe.exp_counts
-
-    @property
-    def dropped(self) -> float:
-        """Share of the rows of the last call that were dropped, 0 to 1."""
-        if not self.drops:
-            return 0.0
-        rows = int(self.load_E.sum())
-        slots = -(-rows * CAPACITY_FACTOR // self.moe.router.num_experts)
-        return 1 - float(self.load_E.clamp(max=max(slots, 4)).sum()) / max(rows, 1)  # 4: its min_capacity
-
-    def route(self, x_BSD: Tensor, *_) -> RouterOutput:
-        """Returns an empty assignment; DeepSpeed's gate chooses in `forward`, which also sets the balance loss."""
-        none_R = torch.zeros(0, dtype=torch.long, device=x_BSD.device)
-        zero = x_BSD.new_zeros((), dtype=torch.float32)
-        losses = {"balance": zero} if self.training else {}
-        load_E = zero.new_zeros(self.moe.router.num_experts)
-        return RouterOutput(TokenAssignment(none_R, none_R, none_R.float()), losses, load_E, zero)
-
-    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
+    def forward(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None) -> tuple[Tensor, MoEAuxiliary]:
+        """DeepSpeed's gate chooses the experts; its balance loss replaces our losses."""
         B, S, D = x_BSD.shape
         x_TD, n = x_BSD.reshape(B * S, D), num_conditional * S
         y_TD = self.dense_output(x_TD, n)
+        zero = x_BSD.new_zeros((), dtype=torch.float32)
+        loss, load_E = zero, zero.new_zeros(self.moe.config.num_experts)
         if n:
-            routed_TD, loss, _ = self.routed(x_TD[:n])
-            if self.training:
-                routed.losses["balance"] = BALANCE_WEIGHT * loss
+            routed_TD, balance, _ = self.routed(x_TD[:n])
             y_TD = torch.cat([y_TD[:n] + routed_TD, y_TD[n:]])
-        return y_TD.view(B, S, D)
+            loss, load_E = BALANCE_WEIGHT * balance, self.routed.deepspeed_moe.exp_counts.to(zero)
+        dropped = zero
+        if self.drops:
+            slots = max(-(-n * CAPACITY_FACTOR // self.moe.config.num_experts), 4)  # 4: its min_capacity
+            dropped = 1 - load_E.clamp(max=slots).sum() / max(n, 1)
+        losses = {"balance": loss} if self.training else {}
+        return y_TD.view(B, S, D), MoEAuxiliary(losses, {}, load_E, zero, dropped)

@@ -19,8 +19,9 @@ from megapromoe.config.options import Config, ModelConfig, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import Block, DiT
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
-from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.layer import MoE, auxiliary_of
 from megapromoe.nn.parallelize import build
 from megapromoe.planning import cost
 
@@ -143,7 +144,7 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
 def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> list[int]:
     """Tokens of each expert. Raises BenchmarkError if they are not as planned."""
     with torch.no_grad():
-        load_E = [int(rows) for rows in moe.route(x_BSD, num_conditional).load_E]
+        load_E = [int(rows) for rows in moe.route(x_BSD, num_conditional)[1].load_E]
     if routing != "real" and load_E != (planned := planned_counts(routing, sum(load_E), len(load_E))):
         raise BenchmarkError(f"{routing} routing: experts got {load_E} tokens, planned were {planned}")
     return load_E
@@ -192,8 +193,8 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int) -> d
     handle = moe.experts.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
     try:
         with torch.no_grad():
-            routed = moe.route(x_BSD, num_conditional)
-            moe(x_BSD, routed, num_conditional)
+            inputs, _ = moe.route(x_BSD, num_conditional)
+            moe.run_experts(*inputs)
     finally:
         handle.remove()
     if len(calls) != 1:
@@ -201,7 +202,7 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int) -> d
     rows_RD, offsets = calls[0]
     rows_RD = rows_RD.detach().clone().requires_grad_()
     shared, unconditional = dense_experts(moe)
-    grad_RD, grad_R = torch.ones_like(rows_RD), torch.ones_like(routed.assignment.weight_R)
+    grad_RD, grad_R = torch.ones_like(rows_RD), torch.ones_like(inputs.assignment.weight_R)
     outputs: list[Tensor] = []
 
     def prepare() -> None:
@@ -210,8 +211,9 @@ def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int) -> d
         outputs.clear()
 
     def route() -> None:
-        routed = moe.route(x_BSD, num_conditional)
-        outputs.extend([routed.assignment.weight_R, *moe.auxiliary_losses([routed]).values()])
+        _, routed = moe.route(x_BSD, num_conditional)
+        losses = auxiliary_losses([auxiliary_of(routed, None)])
+        outputs.extend([routed.assignment.weight_R, *losses.values()])
 
     def dense() -> None:
         outputs.extend([shared(x_BSD), unconditional(x_BSD[num_conditional:])])

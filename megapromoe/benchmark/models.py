@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -24,6 +25,7 @@ from megapromoe.diffusion.samplers import guided, sample
 from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.dit import DiT
+from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import PrototypeRouter, RouterOutput
 from megapromoe.nn.parallelize import build
@@ -98,9 +100,9 @@ def _measure(
                 compile_dense(model)
             planned = _PlannedRouting(model, routing)
             works[name] = make(model)
-            _run(works[name])  # raises if the contender cannot run
+            with _dropped_by(model) as dropped[name]:
+                _run(works[name])  # raises if the contender cannot run
             planned.check()
-            dropped[name] = [m.dropped for m in model.modules() if isinstance(m, BaselineWrapper)]
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
             works.pop(name, None)
@@ -108,9 +110,24 @@ def _measure(
     figures = summary(samples, reference="dense")
     for name, work in works.items():
         figures[name]["flops"] = {"useful": flops_per_image(name == "dense") * settings.images}
-        figures[name]["dropped"] = sum(dropped[name]) / max(len(dropped[name]), 1)
+        figures[name]["dropped"] = sum(map(float, dropped[name])) / max(len(dropped[name]), 1)
         figures[name] |= _counted(work, settings.device)
     return {"contenders": figures | cannot, "tokens": settings.images * config.model.tokens}
+
+
+@contextmanager
+def _dropped_by(model: DiT) -> Iterator[list[Tensor]]:
+    """Collects the share of rows that each call of a baseline's layer dropped during the block."""
+    dropped: list[Tensor] = []
+
+    def record(_module: nn.Module, _args: tuple, output: tuple[Tensor, MoEAuxiliary]) -> None:
+        if output[1].dropped is not None:
+            dropped.append(output[1].dropped)
+
+    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, BaselineWrapper)]
+    yield dropped
+    for handle in handles:
+        handle.remove()
 
 
 def _run(work: Work) -> None:

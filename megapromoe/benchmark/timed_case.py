@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.benchmark.baseline_wrapper import BaselineWrapper, Layer
+from megapromoe.benchmark.baseline_wrapper import Layer
 from megapromoe.benchmark.counters import Counter
 from megapromoe.benchmark.measure import Work
 from megapromoe.nn.layers import Mlp
-from megapromoe.nn.moe.layer import split_conditional
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
 
 
 class TimedCase:
@@ -22,11 +22,12 @@ class TimedCase:
         self.layer, self.x_BSD, self.grad_BSD, self.num_conditional = layer, x_BSD, grad_BSD, num_conditional
         self.work = Work({"forward": self.forward, "backward": self.backward}, self.prepare)
         self.outputs: list[Tensor] = []
+        self._dropped: Tensor | None = None
 
     @property
     def dropped(self) -> float:
         """Share of the rows of the last run that were dropped, 0 to 1."""
-        return self.layer.dropped if isinstance(self.layer, BaselineWrapper) else 0.0
+        return 0.0 if self._dropped is None else float(self._dropped)
 
     def prepare(self) -> None:
         self.layer.zero_grad(set_to_none=True)
@@ -37,11 +38,9 @@ class TimedCase:
         if isinstance(self.layer, Mlp):
             self.outputs = [self.layer(self.x_BSD)]
             return
-        # As in `nn.dit.Block`. All contenders route the conditional images only.
-        x_BSD, routed_BSD, _ = split_conditional(self.x_BSD, self.num_conditional)
-        routed = self.layer.route(routed_BSD, self.num_conditional)
-        y_BSD = self.layer(x_BSD, routed, self.num_conditional)
-        self.outputs = [y_BSD, *self.layer.auxiliary_losses([routed]).values()]
+        y_BSD, auxiliary = self.layer(self.x_BSD, self.num_conditional)
+        self.outputs = [y_BSD, *auxiliary_losses([auxiliary]).values()]
+        self._dropped = auxiliary.dropped
 
     def backward(self) -> None:
         backward(self.outputs, [self.grad_BSD])

@@ -24,7 +24,8 @@ from megapromoe.config.options import Config
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.parameter_layout import ExpertPlacement
-from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
+from megapromoe.nn.moe.layer import auxiliary_of
 
 CONTENDERS = ("ours", "deepspeed-capacity", "deepspeed-nodrop")  # those that have expert parallelism
 MINUTES = 5
@@ -67,26 +68,31 @@ def count_messages(name: str, config: Config, routing: str, settings: Settings) 
     settings = replace(settings, device=torch.device("cpu"), seed=settings.seed + 1000 * mesh.rank)
     moe, x_BSD = first_layer(config, routing, settings, mesh)
     check_load(moe, x_BSD, routing, settings.num_conditional)
-    layer: MoE | BaselineWrapper = moe
+    other: BaselineWrapper | None = None
     if name != "ours":
         from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer  # slow to import
 
         try:
-            layer = DeepSpeedLayer(moe, drops=name == "deepspeed-capacity", ep=mesh.world_size)
+            other = DeepSpeedLayer(moe, drops=name == "deepspeed-capacity", ep=mesh.world_size).train()
         except CannotRun as error:
             return {"cannot": str(error)}
-    layer.train()
+    moe.train()
     with Counter() as counter:
         counter.phase("route")
-        routed = layer.route(x_BSD, settings.num_conditional)
-        counter.phase("forward")
-        y_BSD = layer(x_BSD, routed, settings.num_conditional)
+        if other is None:
+            inputs, routed = moe.route(x_BSD, settings.num_conditional)
+            counter.phase("forward")
+            y_BSD, dropped = moe.run_experts(*inputs)
+            auxiliary = auxiliary_of(routed, dropped)
+        else:  # its gate is a part of the layer
+            counter.phase("forward")
+            y_BSD, auxiliary = other(x_BSD, settings.num_conditional)
         counter.phase("losses")
-        losses = layer.auxiliary_losses([routed]).values()
+        losses = auxiliary_losses([auxiliary]).values()
         counter.phase("backward")
         (y_BSD.sum() + sum(loss.sum() for loss in losses)).backward()
     with torch.no_grad():
-        expert_R = moe.route(x_BSD, settings.num_conditional).assignment.expert_R
+        expert_R = moe.route(x_BSD, settings.num_conditional)[0].assignment.expert_R
     owner_R = (
         ExpertPlacement(config.model.num_experts, mesh.world_size).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
     )

@@ -178,14 +178,19 @@ class ModelConfig:
         return self.shared_expert_width or self.moe_width
 
     @property
+    def has_two_step_router(self) -> bool:
+        """Whether the layer can have shared and unconditional experts: our two-step routers, and those of users."""
+        return self.router in TWO_STEP_ROUTERS or self.router not in ROUTERS
+
+    @property
     def shared_experts(self) -> int:
         """Shared experts of an MoE layer; none without the two-step router."""
-        return self.num_shared_experts if self.router in TWO_STEP_ROUTERS and self.shared_expert else 0
+        return self.num_shared_experts if self.has_two_step_router and self.shared_expert else 0
 
     @property
     def unconditional_experts(self) -> int:
         """Experts that all tokens of null-class images visit; none without the two-step router."""
-        return self.num_unconditional_experts if self.router in TWO_STEP_ROUTERS and self.unconditional_expert else 0
+        return self.num_unconditional_experts if self.has_two_step_router and self.unconditional_expert else 0
 
     @property
     def out_channels(self) -> int:

@@ -7,7 +7,6 @@ from megapromoe.config.options import (
     EXPERT_CHOICE_ROUTERS,
     FIXED_SIZES,
     GUIDED_ROUTERS,
-    TWO_STEP_ROUTERS,
     UNSET,
     Config,
     ModelConfig,
@@ -77,18 +76,10 @@ def rules(config: Config) -> Iterator[Rule]:
     else:
         if parallel.ep > experts:
             yield ("parallel.ep", "model.num_experts"), f"must be at most model.num_experts = {experts}"
-        if model.top_k > experts:
-            yield ("model.top_k", "model.num_experts"), f"must be at most model.num_experts = {experts}"
         if model.moe_every > model.depth:
             rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
             yield ("model.moe_every", "model.depth", "model.router"), rule
-    yield from _guided_rules(model)
-    yield from _dense_expert_rules(model)
-    if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
-        rule = (
-            f"must be 0 with model.router = {model.router!r}, which never assigns more than an even share to an expert"
-        )
-        yield ("model.capacity_factor", "model.router"), rule
+    yield from layer_rules(model)
     if model.router == "ec" and model.expert_capacity < 1:
         most = model.tokens * model.top_k
         rule = f"must be at most {most} = tokens * top_k, or no expert selects a token of an image"
@@ -137,6 +128,19 @@ def rules(config: Config) -> Iterator[Rule]:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
 
 
+def layer_rules(model: ModelConfig) -> Iterator[Rule]:
+    """The broken rules of the options of an MoE layer, which also hold for a layer outside of our models."""
+    if model.router != "dense" and model.top_k > model.num_experts:
+        yield ("model.top_k", "model.num_experts"), f"must be at most model.num_experts = {model.num_experts}"
+    yield from _guided_rules(model)
+    yield from _dense_expert_rules(model)
+    if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
+        rule = (
+            f"must be 0 with model.router = {model.router!r}, which never assigns more than an even share to an expert"
+        )
+        yield ("model.capacity_factor", "model.router"), rule
+
+
 def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
     """The broken rules of the options of shared and unconditional experts, for a model without such experts."""
     if model.router == "dense":  # ignores all options of experts
@@ -147,7 +151,7 @@ def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
     ):
         if count:
             continue
-        two_step = model.router in TWO_STEP_ROUTERS
+        two_step = model.has_two_step_router
         why = (
             f"model.{kind}_expert = false"
             if two_step

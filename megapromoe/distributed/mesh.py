@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Self
 
 import numpy as np
 import torch.distributed as dist
@@ -33,6 +34,10 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        """The same group: a copy of a model communicates with the same ranks."""
+        return self
 
 
 SINGLE_RANK = Group((0,), 0)

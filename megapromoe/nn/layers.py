@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, ColumnLinear, Region, RowLinear
+from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, ones, xavier_uniform, zeros
+from megapromoe.nn.tensor_parallel import ColumnLinear, Linear, QkvLinear, RegionModule, RowLinear
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
@@ -31,13 +32,31 @@ def position_table(tokens_per_side: int, width: int) -> Tensor:
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
 
 
+class PatchConvolution(LogicalModule, nn.Conv2d):
+    """A convolution that starts as a linear layer on its patch does."""
+
+    rules = {"weight": ParameterRule(xavier_uniform), "bias": ParameterRule(zeros)}
+
+
+class TimeLinear(Linear):
+    """A linear layer of the time embedding."""
+
+    rules = {"weight": ParameterRule(Normal(0.02)), "bias": ParameterRule(zeros)}
+
+
+class LabelTable(LogicalModule, nn.Embedding):
+    """A vector for each label."""
+
+    rules = {"weight": ParameterRule(Normal(0.02))}
+
+
 class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to tokens (B, S, D): a convolution with kernel = stride = patch, as one matmul."""
 
     def __init__(self, patch: int, channels: int, width: int):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.proj = PatchConvolution(channels, width, kernel_size=patch, stride=patch)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # Contiguous, because the following layers keep this memory layout, and each LayerNorm would copy its input.
@@ -60,7 +79,7 @@ class TimeEmbed(nn.Module):
         super().__init__()
         self.time_input = time_input
         self.frequency_shift = frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(self.SINUSOIDS, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(TimeLinear(self.SINUSOIDS, width), nn.SiLU(), TimeLinear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
         half = self.SINUSOIDS // 2
@@ -80,33 +99,29 @@ class LabelEmbed(nn.Module):
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
-        # An uninitialised table: the default initialisation would import torch's compiler on the meta device.
-        table = torch.empty(num_classes + 1, width)
-        self.embedding_table = nn.Embedding(num_classes + 1, width, _weight=table)
+        self.embedding_table = LabelTable(num_classes + 1, width)
 
     def forward(self, y_B: Tensor) -> Tensor:
         return self.embedding_table(y_B)
 
 
-class HeadNorm(nn.LayerNorm):
+class HeadNorm(RegionModule, nn.LayerNorm):
     """LayerNorm over the channels of one head, with the same weights for every head; tp divides the heads."""
 
-    region: Region = NO_TENSOR_PARALLEL
+    rules = {"weight": ParameterRule(ones), "bias": ParameterRule(zeros)}
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.region.copy_to_region(self.weight), self.region.copy_to_region(self.bias)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(RegionModule):
     """Multi-head self-attention over an image's tokens, x (B, S, D) -> (B, S, D). A region: tp divides the heads."""
-
-    region: Region = NO_TENSOR_PARALLEL
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
         self.head_width = width // heads
-        self.qkv = ColumnLinear(width, 3 * width)
+        self.qkv = QkvLinear(width, 3 * width)
         self.q_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
         self.proj = RowLinear(width, width)
@@ -119,10 +134,8 @@ class Attention(nn.Module):
         return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
 
 
-class Mlp(nn.Module):
+class Mlp(RegionModule):
     """Linear(D→F) · tanh-GELU · Linear(F→D). A region: tp divides F."""
-
-    region: Region = NO_TENSOR_PARALLEL
 
     def __init__(self, width: int, hidden: int):
         super().__init__()

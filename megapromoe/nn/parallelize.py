@@ -1,49 +1,41 @@
-"""Builds this rank's part of the logical model.
+"""One rank's part of the logical model: built from a configuration, or taken from a model that somebody has made.
 
 `build` describes the model on the meta device, allocates this rank's slice of each parameter, and sets regions and
 dispatchers. Initial values depend only on (seed, name, expert), so the logical model is the same at every (tp, ep).
+
+`parallelize` divides an existing model, such as one of another project that contains our layers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapromoe.config.options import Config
-from megapromoe.distributed.mesh import SINGLE_RANK, Mesh, make_mesh
-from megapromoe.distributed.parameter_layout import ParameterLayout, Split
+from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.dit import Block, DiT
-from megapromoe.nn.layers import Attention, HeadNorm, Mlp
-from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
-from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
-from megapromoe.nn.moe.expert_linear import ExpertLinear
-from megapromoe.nn.moe.layer import MoE
-from megapromoe.nn.moe.routers import Router
-from megapromoe.nn.tensor_parallel import GatheredLinear, Region, RowLinear
-
-# The dimension that tensor parallelism splits, by the end of the parameter's name. Parameters that are not listed are
-# replicated: embeddings, the final layer, routers, and biases that are added after the sum over ranks.
-SPLITS = [
-    (r"\.attn\.qkv\.(weight|bias)", Split(0, blocks=3)),
-    (r"\.attn\.proj\.weight", Split(1)),
-    (r"\.mlp\.experts\.fc1\.(weight|bias)", Split(1)),
-    (r"\.mlp\.experts\.fc2\.weight", Split(2)),
-    (r"\.mlp(\.(shared|unconditional)(\.\d+)?)?\.fc1\.(weight|bias)", Split(0)),
-    (r"\.mlp(\.(shared|unconditional)(\.\d+)?)?\.fc2\.weight", Split(1)),
-    (r"blocks\.\d+\.adaLN_modulation\.1\.(weight|bias)", Split(0)),
-]
+from megapromoe.nn.logical_module import LogicalModule, initial_value
+from megapromoe.nn.sharding import Sharding
 
 
-def layouts(model: DiT) -> dict[str, ParameterLayout]:
-    """The layout of every parameter of a model at its logical shapes."""
+def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
+    """The layout of every parameter of a model at its logical shapes, from the types of its modules.
+
+    Parameters of modules of other libraries are replicated.
+    """
     table = {}
     for name, parameter in model.named_parameters():
-        split = next((split for pattern, split in SPLITS if re.search(pattern + "$", name)), None)
-        table[name] = ParameterLayout(name, tuple(parameter.shape), split, expert=".mlp.experts." in name)
+        module, attribute = _owner(model, name)
+        split, has_experts = None, False
+        if isinstance(module, LogicalModule):
+            has_experts = module.has_experts
+            split = module.rules[attribute].split if attribute in module.rules else None
+        table[name] = ParameterLayout(name, tuple(parameter.shape), split, expert=has_experts)
     return table
 
 
@@ -58,57 +50,80 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
         model = DiT(config.model)
     model.layouts = layouts(model)
     for name, layout in model.layouts.items():
-        owner, attribute = _owner(model, name)
+        module, attribute = _owner(model, name)
         parameter = nn.Parameter(torch.empty(layout.local_shape(mesh), device=device))
-        owner.register_parameter(attribute, parameter)
         with torch.no_grad():
-            initialize_parameter(parameter, model, layout, mesh, config.train.seed)
+            _write_initial_value(parameter, module, attribute, layout, mesh, config.train.seed)
+        module.register_parameter(attribute, parameter)
     for name, buffer in list(model.named_buffers()):
-        owner, attribute = _owner(model, name)
-        value = model.initial_buffer(name, buffer.shape, _generator(config.train.seed, name))
-        persistent = attribute not in owner._non_persistent_buffers_set
-        owner.register_buffer(attribute, value.to(device), persistent=persistent)
-    apply_parallelism(model, config, mesh)
+        module, attribute = _owner(model, name)
+        value = initial_value(module, attribute, buffer.shape, buffer.dtype, _generator(config.train.seed, name))
+        persistent = attribute not in module._non_persistent_buffers_set
+        module.register_buffer(attribute, value.to(device), persistent=persistent)
+    apply_parallelism(model, mesh)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = config.parallel.recompute
     if config.train.compile:
         compile_dense(model)
     return model
 
 
-def apply_parallelism(model: DiT, config: Config, mesh: Mesh) -> None:
-    """Sets on the modules what depends on the mesh: regions, dispatchers, statistics groups; and recomputation."""
-    region = Region(mesh.tp)
-    expert_region = Region(mesh.tp) if mesh.expert_tp else Region()
+@torch.no_grad()
+def parallelize(model: nn.Module, mesh: Mesh) -> Sharding:
+    """Divides a model over the ranks of a mesh. Collective; the logical model is that of rank 0.
+
+    Every rank has made the whole model, which may be of any class. Our layers in it keep this rank's part of their
+    parameters, and communicate from then on; all other parameters are replicated. Parameters stay the same objects, but
+    their shapes change: make the optimizer afterwards, and save the model by `Sharding.state_dict`.
+
+    Args:
+        model: at its logical shapes, on the device of this rank.
+        mesh: of `make_mesh`.
+
+    Returns:
+        what a training loop needs to reduce gradients, to clip them and to save the model.
+
+    Raises ValueError if tp does not divide a dimension that it splits.
+    """
+    table = layouts(model)
+    shapes = {name: layout.local_shape(mesh) for name, layout in table.items()}  # raises before anything changes
+    if mesh.world.size > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            packed = tensor.data.contiguous()
+            dist.broadcast(packed, mesh.world.ranks[0], group=mesh.world.process_group)
+            tensor.data.copy_(packed)
+    for name, parameter in model.named_parameters():
+        if shapes[name] != tuple(parameter.shape):
+            parameter.data = table[name].local_shard(parameter.data, mesh)
+            parameter.grad = None
+    apply_parallelism(model, mesh)
+    if isinstance(model, DiT):
+        model.layouts = table
+    return Sharding(model, mesh, table)
+
+
+def apply_parallelism(model: nn.Module, mesh: Mesh) -> None:
+    """Sets on the modules what depends on the mesh: regions, dispatchers, statistics groups."""
     for module in model.modules():
-        if isinstance(module, (Attention, HeadNorm, Mlp, RowLinear, GatheredLinear, MoE)):
-            module.region = region
-        elif isinstance(module, ExpertLinear):
-            module.region = expert_region
-        elif isinstance(module, Router):
-            module.statistics_group = mesh.dp if config.model.batch_scope == "global" else SINGLE_RANK
-        elif isinstance(module, Block):
-            module.recompute = config.parallel.recompute
-        if isinstance(module, MoE):
-            num_experts, capacity_factor = config.model.num_experts, config.model.capacity_factor
-            if capacity_factor:
-                module.dispatcher = CapacityDispatcher(num_experts, mesh.ep, capacity_factor, region, mesh.expert_tp)
-            elif mesh.ep.size > 1:
-                module.dispatcher = ExpertParallelDispatcher(num_experts, mesh.ep, region, mesh.expert_tp)
-            else:
-                module.dispatcher = Dispatcher(num_experts, region, mesh.expert_tp)
+        if isinstance(module, LogicalModule):
+            module.set_mesh(mesh)
 
 
-def initialize_parameter(parameter: Tensor, model: DiT, layout: ParameterLayout, mesh: Mesh, seed: int) -> None:
+def _write_initial_value(
+    parameter: Tensor, module: nn.Module, attribute: str, layout: ParameterLayout, mesh: Mesh, seed: int
+) -> None:
     """Writes this rank's slice of the logical initial value into the parameter; spare expert slots get zeros."""
     if not layout.expert:
         generator = _generator(seed, layout.name)
-        value = model.initial_value(layout.name, torch.Size(layout.shape), generator)
+        value = initial_value(module, attribute, torch.Size(layout.shape), parameter.dtype, generator)
         parameter.copy_(layout.local_shard(value, mesh))
         return
     parameter.zero_()
     expert_layout = ParameterLayout(layout.name, (1, *layout.shape[1:]), layout.split, expert=False)
     for slot, expert in enumerate(layout.placement(mesh).owned(mesh.ep.rank)):
         generator = _generator(seed, layout.name, expert)
-        value = model.initial_value(layout.name, torch.Size(layout.shape[1:]), generator)[None]
+        value = initial_value(module, attribute, torch.Size(layout.shape[1:]), parameter.dtype, generator)[None]
         parameter[slot] = (expert_layout.local_shard(value, mesh) if mesh.expert_tp else value)[0]
 
 

@@ -3,7 +3,7 @@
 A *region* is a part of the model whose ranks all have the same input and each compute a part of the result: heads of an
 attention, columns of an MLP, rows of an MoE layer. `copy_to_region` marks the input (its backward sums the gradients of
 all ranks), `reduce_from_region` sums the partial outputs. Without tensor parallelism both are the identity, so the
-model is the same code. `parallelize.py` sets the regions.
+model is the same code. `set_mesh` sets the region of a module.
 
 Source: the conjugate operators f and g of Megatron-LM (arXiv 1909.08053, section 3).
 """
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.distributed.collectives import copy_to_group, gather_last_dim, reduce_from_group
-from megapromoe.distributed.mesh import SINGLE_RANK, Group
+from megapromoe.distributed.mesh import SINGLE_RANK, Group, Mesh
+from megapromoe.distributed.parameter_layout import Split
+from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, zeros
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,44 @@ class Region:
 NO_TENSOR_PARALLEL = Region()
 
 
-class ColumnLinear(nn.Linear):
+class RegionModule(LogicalModule):
+    """A module that is a region, or that begins, ends or is inside one."""
+
+    region: Region = NO_TENSOR_PARALLEL
+
+    def set_mesh(self, mesh: Mesh) -> None:
+        self.region = Region(mesh.tp)
+
+
+class Linear(LogicalModule, nn.Linear):
+    """A linear layer that starts as the linear layers of DiT do; every rank has all of it."""
+
+    rules = {"weight": ParameterRule(xavier_uniform), "bias": ParameterRule(zeros)}
+
+
+class ColumnLinear(Linear):
     """Linear layer inside a region, with the output features divided: x (..., in) -> (..., out/tp)."""
 
+    rules = {"weight": ParameterRule(xavier_uniform, Split(0)), "bias": ParameterRule(zeros, Split(0))}
 
-class RowLinear(nn.Linear):
+
+class QkvLinear(ColumnLinear):
+    """Queries, keys and values in one layer: each third of the output features is divided."""
+
+    rules = {
+        "weight": ParameterRule(xavier_uniform, Split(0, blocks=3)),
+        "bias": ParameterRule(zeros, Split(0, blocks=3)),
+    }
+
+
+class RowLinear(RegionModule, Linear):
     """Linear layer with the input features divided: x (..., in/tp) -> (..., out), summed over ranks, ends a region.
 
     With `partial` it returns the partial output and the bias: the caller adds up several layers before one sum over
     ranks, and adds the bias after it. The bias is None if it is in the output already.
     """
 
-    region: Region = NO_TENSOR_PARALLEL
+    rules = {"weight": ParameterRule(xavier_uniform, Split(1)), "bias": ParameterRule(zeros)}
 
     @overload
     def forward(self, x: Tensor, partial: Literal[False] = False) -> Tensor: ...
@@ -84,10 +112,16 @@ class RowLinear(nn.Linear):
         return (y, self.bias.clone()) if partial else self.region.reduce_from_region(y) + self.bias
 
 
-class GatheredLinear(nn.Linear):
+class GatheredLinear(RegionModule, Linear):
     """Linear layer whose output features are computed in slices and concatenated: x (..., in) -> (..., out)."""
 
-    region: Region = NO_TENSOR_PARALLEL
+    rules = {"weight": ParameterRule(xavier_uniform, Split(0)), "bias": ParameterRule(zeros, Split(0))}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.region.gather_from_region(F.linear(self.region.copy_to_region(x), self.weight, self.bias))
+
+
+class Modulation(GatheredLinear):
+    """The linear layer of adaLN-Zero: shifts, scales and residual gates that start at zero."""
+
+    rules = {"weight": ParameterRule(zeros, Split(0)), "bias": ParameterRule(zeros, Split(0))}

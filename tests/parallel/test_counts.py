@@ -20,6 +20,8 @@ from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
+from megapromoe.nn.moe.layer import auxiliary_of
 from megapromoe.nn.moe.prototypes import ContrastiveInputs
 from megapromoe.nn.parallelize import build
 from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS
@@ -38,11 +40,11 @@ def layer(*overrides: str, dtype=torch.float32, images: int = IMAGES, backend: s
     grad_BSD, y_B = torch.ones_like(x_BSD), torch.zeros(images, dtype=torch.long)
     with BACKENDS[backend](), Counter() as counter:
         counter.phase("route")
-        routed = moe.route(x_BSD, settings.num_conditional, y_B)
+        inputs, routed = moe.route(x_BSD, settings.num_conditional, y_B)
         counter.phase("forward")
-        y_BSD = moe(x_BSD, routed, settings.num_conditional)
+        y_BSD, dropped = moe.run_experts(*inputs)
         counter.phase("losses")
-        losses = list(moe.auxiliary_losses([routed]).values())
+        losses = list(auxiliary_losses([auxiliary_of(routed, dropped)]).values())
         counter.phase("backward")
         torch.autograd.backward([y_BSD, *losses], [grad_BSD, *map(torch.ones_like, losses)])
     peak = counter.live(without=[p.grad for p in moe.parameters()])
@@ -100,12 +102,15 @@ def test_losses_of_all_layers_are_computed_at_once():
     """The contrastive loss of four layers launches as many operators as that of one, forward and backward."""
     settings = Settings(torch.device("cpu"), torch.float32, 1, 1, IMAGES, (), null=NULL / IMAGES)
     moe, x_BSD = first_layer(resolve("digits"), "real", settings)
-    routed = moe.train().route(x_BSD, settings.num_conditional)
+    _, auxiliary = moe.train()(x_BSD, settings.num_conditional)
 
     def launched(layers: int) -> int:
-        leaf = ContrastiveInputs(*(tensor.detach().requires_grad_() for tensor in routed.contrastive_inputs))
+        inputs = auxiliary.joint_losses["rcl"]
+        assert isinstance(inputs, ContrastiveInputs)
+        leaves = [tensor.detach().requires_grad_() for tensor in (inputs.prototype_ED, inputs.sum_ED, inputs.count_E)]
+        leaf = ContrastiveInputs(*leaves, inputs.weight, inputs.temperature, inputs.group)
         with Counter() as counter:
-            (loss_L,) = moe.auxiliary_losses([routed._replace(contrastive_inputs=leaf)] * layers).values()
+            (loss_L,) = auxiliary_losses([auxiliary._replace(joint_losses={"rcl": leaf})] * layers).values()
             loss_L.sum().backward()
         return counter.total.kernels - 2 * (layers - 1)  # autograd adds up the layers' gradients of the leaves
 

@@ -97,15 +97,15 @@ def test_a_second_pass_routes_as_the_first(router, monkeypatch):
     model = build(small("model.depth=2", *router, "parallel.recompute=all")).train()
     stir(model, make_mesh())
     moe, assignments, states = model.blocks[1].mlp, [], []
-    forward, route = moe.forward, moe.route
+    run_experts, route = moe.run_experts, moe.route
     buffers = list(moe.router.buffers())
 
-    def recorded(x_BSD, routed, conditional):
-        assignments.append((routed.assignment.token_R.clone(), routed.assignment.expert_R.clone()))
+    def recorded(x_BSD, assignment, num_routed_images):
+        assignments.append((assignment.token_R.clone(), assignment.expert_R.clone()))
         states.append([b.clone() for b in buffers])
-        return forward(x_BSD, routed, conditional)
+        return run_experts(x_BSD, assignment, num_routed_images)
 
-    monkeypatch.setattr(moe, "forward", recorded)
+    monkeypatch.setattr(moe, "run_experts", recorded)
     monkeypatch.setattr(moe, "route", lambda x, *more: route(-x if assignments else x, *more))
     prediction, auxiliary = model(torch.randn(4, 4, 8, 8), torch.ones(4), torch.tensor([1, 2, 3, 10]), 3)
     (prediction.square().mean() + auxiliary.total()).backward()

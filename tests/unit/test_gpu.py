@@ -6,6 +6,7 @@ import torch
 from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.layer import Settings, first_layer
 from megapromoe.config.resolve import resolve
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HAS_GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
@@ -25,8 +26,8 @@ def layer(*overrides: str, dtype=BF16, routing: str = "real"):
 def outcome(moe, x_BSD, grad_BSD, conditional) -> list[torch.Tensor]:
     """Output, the contrastive loss, and the gradients of tokens and parameters."""
     leaves = [x_BSD, *moe.parameters()]
-    routed = moe.route(x_BSD, conditional)
-    y_BSD, (loss,) = moe(x_BSD, routed, conditional), moe.auxiliary_losses([routed]).values()
+    y_BSD, auxiliary = moe(x_BSD, conditional)
+    (loss,) = auxiliary_losses([auxiliary]).values()
     gradients = torch.autograd.grad([y_BSD, loss], leaves, [grad_BSD, torch.ones_like(loss)])
     return [y_BSD.detach(), loss.detach(), *gradients]
 

@@ -106,8 +106,16 @@ def test_only_the_runtime_reads_the_environment():
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=name_of)
 def test_packages_hold_no_code(file):
+    """The library `nn` re-exports its public names, all of them and no others."""
     docstring, *rest = tree_of(file).body
     assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
+    if file == PACKAGE / "nn" / "__init__.py":
+        *imports, public = rest
+        assert all(isinstance(node, ast.ImportFrom) for node in imports)
+        names = sorted(alias.name for node in imports for alias in node.names)
+        assert isinstance(public, ast.Assign) and public.targets[0].id == "__all__"
+        assert sorted(ast.literal_eval(public.value)) == names
+        return
     versions = [n for n in rest if isinstance(n, ast.Assign) and n.targets[0].id == "__version__"]
     assert rest == versions and (not rest or file == PACKAGE / "__init__.py")
 

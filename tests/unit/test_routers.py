@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.nn.moe.assignment import top_counts
-from megapromoe.nn.moe.layer import ROUTERS, MoE, mlps_of, split_conditional
+from megapromoe.nn.moe.auxiliary import auxiliary_loss, auxiliary_losses
+from megapromoe.nn.moe.layer import ROUTERS, MoE, auxiliary_of, mlps_of
 from megapromoe.nn.moe.prototypes import contrastive_loss, cosine_scores, differentiable
 
 
@@ -63,7 +64,7 @@ def test_contrastive_loss_by_hand(rcl_tokens, K):
         [torch.stack([F.cosine_similarity(router.prototypes[i], means[j], dim=0) for j in used]) for i in used]
     )
     expected = 2.0 * F.cross_entropy(logits / 0.3, torch.arange(len(used)))
-    (loss,) = router.auxiliary_losses([routed])["rcl"]
+    (loss,) = auxiliary_losses([auxiliary_of(routed, None)])["rcl"]
     torch.testing.assert_close(loss, expected)
     ours = torch.autograd.grad(loss, router.prototypes, retain_graph=True)[0]
     torch.testing.assert_close(ours, torch.autograd.grad(expected, router.prototypes)[0])
@@ -272,10 +273,9 @@ def test_moe_layer_by_hand(K, shared, unconditional, conditional):
         unconditional_expert=unconditional > 0,
         num_unconditional_experts=max(unconditional, 1),
     )
-    moe, x = filled(MoE(config)), tokens(3).requires_grad_()
+    moe, x = filled(MoE.from_config(config)), tokens(3).requires_grad_()
     leaves = [x, *moe.parameters()]
-    all_BSD, routed_BSD, _ = split_conditional(x, moe.num_routed_images(x, conditional))
-    y = moe(all_BSD, moe.route(routed_BSD, conditional), conditional)
+    y, _ = moe(x, conditional)
     expected = by_hand(moe, x, conditional, config)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     grad = torch.linspace(-1, 1, y.numel()).view_as(y)
@@ -289,13 +289,10 @@ def test_moe_layer_by_hand(K, shared, unconditional, conditional):
 @pytest.mark.parametrize("conditional", [0, 3])
 def test_every_parameter_stays_in_the_graph(router, conditional):
     """All parameters get a gradient from a batch of null images only, or without any: ZeRO would hang without one."""
-    config = config_of(router=router, balance_weight=0.1)
-    moe, x = filled(MoE(config)).train(), tokens(3)
-    for buffer in moe.buffers():
-        buffer.zero_()  # buffers of a layer that `build` did not make are uninitialised
-    routed = moe.route(x, conditional, torch.tensor([0, 1, config.null_class]))
-    loss = moe(x, routed, conditional).sum() + sum(loss.sum() for loss in moe.auxiliary_losses([routed]).values())
-    loss.backward()
+    config = config_of(router=router, balance_weight=0.0 if router == "kmeans" else 0.1)
+    moe, x = filled(MoE.from_config(config)).train(), tokens(3)
+    y, auxiliary = moe(x, conditional, torch.tensor([0, 1, config.null_class]))
+    (y.sum() + auxiliary_loss([auxiliary])).backward()
     missing = [name for name, p in moe.named_parameters() if p.grad is None]
     assert not missing
     assert all(p.grad.isfinite().all() for p in moe.parameters())

@@ -28,11 +28,7 @@ from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
 class CapacityDispatcher(Dispatcher):
-    """Runs rows through experts of an ep group of one or more ranks, with a fixed number of rows from each rank.
-
-    Attributes:
-        dropped: share of this rank's rows that the last call dropped, a scalar tensor.
-    """
+    """Runs rows through experts of an ep group of one or more ranks, with a fixed number of rows from each rank."""
 
     def __init__(
         self,
@@ -55,7 +51,6 @@ class CapacityDispatcher(Dispatcher):
         super().__init__(num_experts, region, expert_tp)
         self.placement = ExpertPlacement(num_experts, group.size)
         self.group, self.capacity_factor = group, capacity_factor
-        self.dropped = torch.zeros(())
 
     def tokens_per_expert(self, max_rows: int) -> int:
         """Slots for the rows of one rank for one expert: capacity_factor·max_rows/E, rounded up, at least 1.
@@ -73,11 +68,11 @@ class CapacityDispatcher(Dispatcher):
         rank_R = torch.arange(expert_slot_R.shape[0], device=rows_RD.device) - first_E[expert_slot_R]
         # All dropped rows get the same extra slot at the end, which is not sent.
         slot_R = torch.where(rank_R < Q, expert_slot_R * Q + rank_R, num_slots)
-        self.dropped = (rank_R >= Q).float().sum() / max(expert_slot_R.shape[0], 1)
+        dropped = (rank_R >= Q).float().sum() / max(expert_slot_R.shape[0], 1)
         slots = _ScatterToSlots.apply(rows_RD, slot_R, num_slots)
         equal_parts = [experts_per_rank * Q] * ep
         all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
-        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts_per_rank, Q)
+        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts_per_rank, Q, dropped)
 
 
 class _SlotRows(NamedTuple):
@@ -91,6 +86,8 @@ class _SlotRows(NamedTuple):
     experts_per_rank: int
     tokens_per_expert: int
     """Slots for the rows of one rank for one expert."""
+    dropped: Tensor
+    """Share of the rows without a slot, scalar."""
 
     def run_experts(self, experts: Experts) -> _SlotOutputs:
         group, num_experts, Q = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert

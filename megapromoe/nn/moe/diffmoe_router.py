@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
+from megapromoe.nn.logical_module import Normal, ParameterRule, zeros
 from megapromoe.nn.moe.assignment import mask_choice, top_counts
+from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import LinearRouter, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.nn.tensor_parallel import Linear
 
 
 class DiffMoERouter(LinearRouter):
@@ -23,12 +26,13 @@ class DiffMoERouter(LinearRouter):
     predicted probability exceeds a threshold, which is a running mean from training.
     """
 
+    rules = {"gate": ParameterRule(Normal(0.006)), "threshold": ParameterRule(zeros)}
     threshold: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         D, E = config.hidden_size, config.num_experts
-        self.predictor = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, E))
+        self.predictor = nn.Sequential(Linear(D, D), nn.SiLU(), Linear(D, E))
         self.register_buffer("threshold", torch.zeros(E))
 
     def forward(
@@ -36,7 +40,7 @@ class DiffMoERouter(LinearRouter):
     ) -> RouterOutput:
         routing_cache = routing_cache or RoutingCache()
         score_TE = self.scores(x_BSD).flatten(0, 1)
-        predicted_TE = self.predictor(x_BSD.detach().flatten(0, 1)).float()
+        predicted_TE = router_precision(self.predictor(x_BSD.detach().flatten(0, 1)))
         if not self.training:
             is_chosen_TE = top_counts(score_TE, (predicted_TE.sigmoid() > self.threshold).sum(0))
             return self.output(mask_choice(is_chosen_TE, score_TE), {})
@@ -44,7 +48,7 @@ class DiffMoERouter(LinearRouter):
         count = self.config.tokens_per_expert(group_tokens)
         is_chosen_TE = routing_cache.get_or_compute("chosen", lambda: self.best_of_group(score_TE.detach(), count))
         routing_cache.run_once("thresholds", lambda: self.update_thresholds(predicted_TE.detach().sigmoid()))
-        loss = F.binary_cross_entropy_with_logits(predicted_TE, is_chosen_TE.float())
+        loss = F.binary_cross_entropy_with_logits(predicted_TE, is_chosen_TE.to(predicted_TE.dtype))
         losses = {"capacity": self.config.capacity_predictor_weight * loss}
         return self.output(mask_choice(is_chosen_TE, score_TE), losses)
 

@@ -42,6 +42,10 @@ Experts = Callable[[Tensor, ExpertOffsets], Tensor]
 class DispatchedRows(Protocol):
     """Rows that are being sent to their experts."""
 
+    @property
+    def dropped(self) -> Tensor | None:
+        """Share of this rank's rows that were dropped, a scalar; None for dispatchers that drop none."""
+
     def run_experts(self, experts: Experts) -> OutputRows:
         """Applies the experts and starts to send their outputs back."""
 
@@ -78,6 +82,8 @@ class ExpertOutputs(NamedTuple):
 
     metadata: DispatchMetadata
     rows: OutputRows
+    dropped: Tensor | None
+    """See `DispatchedRows.dropped`."""
 
 
 class Dispatcher:
@@ -124,7 +130,8 @@ class Dispatcher:
 
     def run_experts(self, dispatched: Dispatched, experts: Experts) -> ExpertOutputs:
         """Applies the experts to their rows and starts to send the outputs back."""
-        return ExpertOutputs(dispatched.metadata, dispatched.rows.run_experts(experts))
+        rows = dispatched.rows
+        return ExpertOutputs(dispatched.metadata, rows.run_experts(experts), rows.dropped)
 
     def combine(self, outputs: ExpertOutputs, base_TD: Tensor) -> Tensor:
         """Adds each output, times its routing weight, to its token.
@@ -162,6 +169,10 @@ class _LocalRows(NamedTuple):
     expert_slot_R: Tensor
     end_E: Tensor
     host_copy: AsyncHostCopy | None
+
+    @property
+    def dropped(self) -> None:
+        return None
 
     def run_experts(self, experts: Experts) -> _LocalOutputs:
         return _LocalOutputs(self, experts)
@@ -211,6 +222,10 @@ class _RemoteRows(NamedTuple):
     """Rows that this rank receives, (source rank, expert)."""
     host_counts: AsyncHostCopy
     """For each rank: rows to it, and rows from it for each expert."""
+
+    @property
+    def dropped(self) -> None:
+        return None
 
     def run_experts(self, experts: Experts) -> _RemoteOutputs:
         group = self.dispatch_all_to_all.group

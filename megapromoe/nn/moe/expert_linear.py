@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.parameter_layout import Split
+from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, zeros
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
@@ -50,39 +53,55 @@ def grouped_mm_skips_empty_groups(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(LogicalModule):
     """One linear layer for each expert of this rank: weight (experts, out, in), bias (experts, out).
 
     If experts are split over tp, the output of the down projection is a partial sum; its bias, which is replicated, is
     divided by the number of ranks.
     """
 
+    rules = {"weight": ParameterRule(xavier_uniform, Split(1)), "bias": ParameterRule(zeros, Split(1))}
+    has_experts = True
+    is_down_projection = False
     region: Region = NO_TENSOR_PARALLEL
 
-    def __init__(self, experts: int, d_in: int, d_out: int, gelu: bool = False, is_down_projection: bool = False):
-        """Makes a layer with uninitialised parameters.
+    def __init__(self, experts: int, d_in: int, d_out: int, gelu: bool = False):
+        """Makes a layer.
 
         Args:
             experts: number of experts of this rank.
             d_in: input width.
             d_out: output width.
             gelu: apply a tanh-GELU to the output.
-            is_down_projection: this is the last layer of an expert.
         """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, d_out, d_in))
         self.bias = nn.Parameter(torch.empty(experts, d_out))
-        self.gelu, self.is_down_projection = gelu, is_down_projection
+        self.gelu = gelu
         self.epilogue = add_bias_gelu if gelu else add_bias
+        self.reset_parameters()
+
+    def set_mesh(self, mesh: Mesh) -> None:
+        self.region = Region(mesh.tp) if mesh.expert_tp else NO_TENSOR_PARALLEL
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Applies to each row (R, in), sorted by expert, the layer of its expert: (R, out). R may be 0."""
+        weight: Tensor = self.weight
         bias: Tensor = self.bias
+        if weight.dtype != x_RD.dtype:  # under autocast, which does not know our functions
+            weight, bias = weight.to(x_RD.dtype), bias.to(x_RD.dtype)
         if self.is_down_projection and self.region.is_sharded:
             bias = self.region.copy_to_region(bias) / self.region.size
         if has_grouped_mm_kernel(x_RD):
-            return _GroupedExperts.apply(x_RD, self.weight, bias, offsets, self.epilogue, self.gelu)
-        return _LoopedExperts.apply(x_RD, self.weight, bias, offsets.host_end_E, self.gelu)
+            return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.epilogue, self.gelu)
+        return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
+
+
+class ExpertDownLinear(ExpertLinear):
+    """The last linear layer of each expert, whose input features tensor parallelism divides."""
+
+    rules = {"weight": ParameterRule(xavier_uniform, Split(2)), "bias": ParameterRule(zeros)}
+    is_down_projection = True
 
 
 # Epilogues of a grouped product. `nn/compile.py` compiles each into one kernel. Both write into the product.

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.collectives import differentiable_all_reduce
+from megapromoe.nn.logical_module import ParameterRule, even_shares, random_directions
 from megapromoe.nn.moe.assignment import token_choice
+from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import Router, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.nn.tensor_parallel import Linear
 
 NO_SUPERCLASS = -1  # super-class of the null class
 DEAD_EXPERT_SHARE = 0.01  # a centroid is moved if its share of the tokens is below this part of an even share
@@ -39,17 +42,25 @@ class ClassificationRouter(Router):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_experts)
+        self.classifier = Linear(config.hidden_size, config.num_experts)
         table = torch.empty(config.num_classes + 1, dtype=torch.int64)
         self.register_buffer("superclass_of_class", table, persistent=False)
+        self.reset_parameters()
+
+    def initialize(self, name: str, value: Tensor, generator: torch.Generator | None = None) -> None:
+        if name == "superclass_of_class":
+            value.copy_(torch.tensor([*self.config.superclass_of, NO_SUPERCLASS]))
+        else:
+            super().initialize(name, value, generator)
 
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
     ) -> RouterOutput:
         routing_cache = routing_cache or RoutingCache()
         S = x_BSD.shape[1]
-        mean_BD = x_BSD.float().mean(1)
-        logit_BE = F.linear(mean_BD, self.classifier.weight.float(), self.classifier.bias.float())
+        mean_BD = router_precision(x_BSD).mean(1)
+        weight_ED, bias_E = router_precision(self.classifier.weight), router_precision(self.classifier.bias)
+        logit_BE = F.linear(mean_BD, weight_ED, bias_E)
         p_BE = logit_BE.softmax(-1)
         chosen_B = routing_cache.get_or_compute("chosen", lambda: p_BE.argmax(-1))
         weight_B = p_BE.gather(-1, chosen_B[:, None])[:, 0]
@@ -69,7 +80,7 @@ class ClassificationRouter(Router):
         target_B = self.superclass_of_class[y_B]
         has_class_B = target_B != NO_SUPERCLASS
         loss_B = F.cross_entropy(logit_BE, target_B, ignore_index=NO_SUPERCLASS, reduction="none")
-        packed = torch.stack([loss_B.sum(), has_class_B.sum().float()])
+        packed = torch.stack([loss_B.sum(), has_class_B.sum().to(loss_B.dtype)])
         total, images = self.sum_over_group("cross-entropy", packed, routing_cache)
         return total / images.clamp(min=1)
 
@@ -93,6 +104,7 @@ class KMeansRouter(Router):
     size has to be read by the host.
     """
 
+    rules = {"centroids": ParameterRule(random_directions), "share": ParameterRule(even_shares)}
     centroids: Tensor
     share: Tensor
 
@@ -100,12 +112,13 @@ class KMeansRouter(Router):
         super().__init__(config)
         self.register_buffer("centroids", torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("share", torch.empty(config.num_experts))
+        self.reset_parameters()
 
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
     ) -> RouterOutput:
         routing_cache = routing_cache or RoutingCache()
-        unit_TD = F.normalize(x_BSD.float(), dim=-1).flatten(0, 1)
+        unit_TD = F.normalize(router_precision(x_BSD), dim=-1).flatten(0, 1)
         # The centroids before their update: a second pass needs the same scores as the first.
         centroid_ED = routing_cache.get_or_compute("centroids", lambda: F.normalize(self.centroids, dim=-1))
         score_TE = unit_TD @ centroid_ED.T

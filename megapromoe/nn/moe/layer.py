@@ -4,22 +4,32 @@ Output: shared(x) + Σ weight·expert(x) for the tokens of conditional images, s
 null images. With several shared or unconditional experts, their outputs are summed. Null images are the last of a batch
 and their number is known on the host, so the unconditional expert runs on a slice and its tokens are never dispatched.
 
+The layer has two steps, `route` and `run_experts`, which `forward` calls one after the other. A block that recomputes
+activations calls them separately, because routing must not be repeated.
+
 Source: ProMoE, arXiv 2510.24711, "Two-step router".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.options import ModelConfig
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.nn.layers import Mlp, SummedMlps
+from megapromoe.nn.moe.assignment import TokenAssignment
+from megapromoe.nn.moe.auxiliary import MoEAuxiliary
+from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
 from megapromoe.nn.moe.diffmoe_router import DiffMoERouter
-from megapromoe.nn.moe.dispatcher import Dispatcher
-from megapromoe.nn.moe.expert_linear import ExpertLinear, ExpertOffsets
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
+from megapromoe.nn.moe.expert_linear import ExpertDownLinear, ExpertLinear, ExpertOffsets
 from megapromoe.nn.moe.guided_routers import ClassificationRouter, KMeansRouter
+from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -27,15 +37,16 @@ from megapromoe.nn.moe.routers import (
     PrototypeRouter,
     Router,
     RouterOutput,
+    TokenChoiceRouter,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
-from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
+from megapromoe.nn.tensor_parallel import RegionModule
 
-ROUTERS: dict[str, type[Router]] = {
+ROUTERS: Mapping[str, type[Router]] = {
     "promoe": PrototypeRouter,
     "promoe_ec": PrototypeExpertChoiceRouter,
     "promoe_linear": LinearRouter,
-    "tc": LinearRouter,
+    "tc": TokenChoiceRouter,
     "ec": ExpertChoiceRouter,
     "diffmoe": DiffMoERouter,
     "classification": ClassificationRouter,
@@ -44,36 +55,108 @@ ROUTERS: dict[str, type[Router]] = {
 """`model.router` -> class."""
 
 
+class ExpertInputs(NamedTuple):
+    """What `MoE.run_experts` takes: the decision of `MoE.route` for these tokens."""
+
+    x_BSD: Tensor
+    """The tokens of all images, connected to the graph such that backward takes few operators."""
+    assignment: TokenAssignment
+    """The rows of the routed images."""
+    num_routed_images: int
+    """How many images, the first ones, are routed."""
+
+
 class Experts(nn.Module):
     """The routed experts of one rank: Linear(D→F) · tanh-GELU · Linear(F→D) each, with stacked parameters."""
 
     def __init__(self, experts: int, width: int, hidden: int):
         super().__init__()
         self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
-        self.fc2 = ExpertLinear(experts, hidden, width, is_down_projection=True)
+        self.fc2 = ExpertDownLinear(experts, hidden, width)
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
         return self.fc2(self.fc1(x_RD, offsets), offsets)
 
 
-class MoE(nn.Module):
+class MoE(RegionModule):
     """Router, routed experts, shared and unconditional experts.
 
     The layer is one region: tensor parallelism divides the columns of the dense experts and the rows of the routed
     ones.
+
+    `output, auxiliary = moe(x, num_conditional=n)`: the auxiliary output has the losses, which must be added to the
+    loss of the model (`auxiliary_loss`), and what the layer did, for logs. The layer keeps nothing of a call.
     """
 
-    region: Region = NO_TENSOR_PARALLEL
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        router: str | type[Router] = "promoe",
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        """Makes a layer with initial values.
 
-    def __init__(self, config: ModelConfig):
+        Args:
+            hidden_size: channels D of a token.
+            num_experts: routed experts E.
+            router: a name in `ROUTERS`, or a subclass of `Router`.
+            options: the other options of `ModelConfig` that concern the layer, by the same names: `top_k`,
+                `expert_width`, `score_function`, `rcl_weight`, `capacity_factor` ...
+
+        Raises LayerError, listing everything that is wrong with them.
+        """
         super().__init__()
+        name = router if isinstance(router, str) else f"{router.__module__}:{router.__qualname__}"
+        config = layer_config(name, {"hidden_size": hidden_size, "num_experts": num_experts, **options})
         D, width = config.hidden_size, config.moe_width
-        self.router = ROUTERS[config.router](config)
+        self.config = config
+        self.router = (ROUTERS[router] if isinstance(router, str) else router)(config)
         self.experts = Experts(config.num_experts, D, width)
         self.shared = _dense_experts(config.shared_experts, D, config.shared_width)
         self.unconditional = _dense_experts(config.unconditional_experts, D, width)
-        self.dispatcher = Dispatcher(config.num_experts)
+        self.dispatcher: Dispatcher
+        self.set_mesh(UNSHARDED)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> Self:
+        """The layer of a model with this configuration."""
+        return cls(router=config.router, **{name: getattr(config, name) for name in LAYER_FIELDS})
+
+    def set_mesh(self, mesh: Mesh) -> None:
+        super().set_mesh(mesh)
+        num_experts, factor = self.config.num_experts, self.config.capacity_factor
+        if mesh.ep.size > num_experts:
+            raise ValueError(f"ep = {mesh.ep.size}: must be at most num_experts = {num_experts}")
+        if factor:
+            self.dispatcher = CapacityDispatcher(num_experts, mesh.ep, factor, self.region, mesh.expert_tp)
+        elif mesh.ep.size > 1:
+            self.dispatcher = ExpertParallelDispatcher(num_experts, mesh.ep, self.region, mesh.expert_tp)
+        else:
+            self.dispatcher = Dispatcher(num_experts, self.region, mesh.expert_tp)
+
+    def forward(
+        self, x: Tensor, num_conditional: int | None = None, y: Tensor | None = None
+    ) -> tuple[Tensor, MoEAuxiliary]:
+        """Applies the layer.
+
+        Args:
+            x: tokens (B, S, D) of B images, or (S, D) of one; those of conditional images first.
+            num_conditional: how many images are conditional; None: all. The others are null images, whose tokens visit
+                the unconditional experts.
+            y: the labels (B,) of the images, int64; only the classification router needs them, in training.
+
+        Returns:
+            the output, shaped as x, without the residual connection; and what the layer did.
+
+        Raises ValueError if the shapes do not fit or `num_conditional` is not between 0 and B.
+        """
+        x_BSD = x.unsqueeze(0) if x.dim() == 2 else x
+        inputs, routed = self.route(x_BSD, x_BSD.shape[0] if num_conditional is None else num_conditional, y)
+        y_BSD, dropped = self.run_experts(*inputs)
+        return y_BSD.view(x.shape), auxiliary_of(routed, dropped)
 
     def route(
         self,
@@ -81,35 +164,47 @@ class MoE(nn.Module):
         num_conditional: int,
         y_B: Tensor | None = None,
         routing_cache: RoutingCache | None = None,
-    ) -> RouterOutput:
-        """Assigns experts to the tokens of the routed images.
+    ) -> tuple[ExpertInputs, RouterOutput]:
+        """The first step: assigns experts to the tokens of the routed images.
 
         Args:
-            x_BSD: tokens of all images, or only of the routed ones, which come first.
+            x_BSD: tokens of all images, those of conditional images first.
             num_conditional: how many images are not null.
-            y_B: the labels of all images; only the classification router needs them.
+            y_B: the labels of all images.
             routing_cache: the decisions of an earlier pass over the same batch.
+
+        Returns:
+            the arguments of `run_experts`, and the output of the router.
         """
-        images = self.num_routed_images(x_BSD, num_conditional)
-        return self.router(x_BSD[:images], None if y_B is None else y_B[:images], routing_cache)
+        self._check(x_BSD, num_conditional, y_B)
+        # Without an unconditional expert all images are routed.
+        images = x_BSD.shape[0] if self.unconditional is None else num_conditional
+        x_BSD, routed_BSD, _ = split_conditional(x_BSD, images)
+        labels_B = None if y_B is None else y_B[:images]
+        if _autocast_dtype(x_BSD):  # routers compute in float32: rounding could change their choice
+            with torch.autocast(x_BSD.device.type, enabled=False):
+                routed = self.router(router_precision(routed_BSD), labels_B, routing_cache)
+        else:
+            routed = self.router(routed_BSD, labels_B, routing_cache)
+        return ExpertInputs(x_BSD, routed.assignment, images), routed
 
-    def num_routed_images(self, x_BSD: Tensor, num_conditional: int) -> int:
-        """How many images are routed: the conditional ones, or all of them if there is no unconditional expert."""
-        return x_BSD.shape[0] if self.unconditional is None else num_conditional
+    def run_experts(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_routed_images: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The second step: applies the experts; the arguments are the fields of `ExpertInputs`.
 
-    def auxiliary_losses(self, router_outputs: Sequence[RouterOutput]) -> dict[str, Tensor]:
-        """The weighted losses (M,) of M layers that are configured as this one. Collective."""
-        return self.router.auxiliary_losses(router_outputs)
-
-    def forward(self, x_BSD: Tensor, routed: RouterOutput, num_conditional: int) -> Tensor:
-        """Tokens (B, S, D), those of `num_conditional` conditional images first -> (B, S, D)."""
+        Returns:
+            the output (B, S, D), and the share of this rank's rows that were dropped, None if none can be.
+        """
+        if dtype := _autocast_dtype(x_BSD):
+            x_BSD = x_BSD.to(dtype)
         B, S, D = x_BSD.shape
         x_TD = self.region.copy_to_region(x_BSD).reshape(B * S, D)
-        num_routed_tokens = self.num_routed_images(x_BSD, num_conditional) * S
+        num_routed_tokens = num_routed_images * S
         x_TD, routed_TD, null_TD = split_conditional(x_TD, num_routed_tokens)
 
         # The shared and the unconditional experts run between the calls of the dispatcher and overlap communication.
-        dispatched = self.dispatcher.dispatch(routed_TD, routed.assignment, B * S)
+        dispatched = self.dispatcher.dispatch(routed_TD, assignment, B * S)
         shared, unconditional = mlps_of(self.shared), mlps_of(self.unconditional)
         hidden = [mlp.hidden(x_TD) for mlp in shared]
         null_hidden = [mlp.hidden(null_TD) for mlp in unconditional]
@@ -127,7 +222,29 @@ class MoE(nn.Module):
             y_TD = y_TD + bias
         if null_bias is not None:
             y_TD = torch.cat([y_TD[:num_routed_tokens], y_TD[num_routed_tokens:] + null_bias])
-        return y_TD.view(B, S, D)
+        return y_TD.view(B, S, D), expert_outputs.dropped
+
+    def _check(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None) -> None:
+        D = self.config.hidden_size
+        if x_BSD.dim() != 3 or x_BSD.shape[2] != D:
+            raise ValueError(f"x has the shape {tuple(x_BSD.shape)}: must be (images, tokens, {D}) or (tokens, {D})")
+        B = x_BSD.shape[0]
+        if not 0 <= num_conditional <= B:
+            raise ValueError(f"num_conditional = {num_conditional}: must be between 0 and {B}, the images of x")
+        if y_B is not None and y_B.shape != (B,):
+            raise ValueError(f"y has the shape {tuple(y_B.shape)}: must be ({B},), a label for each image of x")
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of x; None if autocast is off."""
+    device = x.device.type
+    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_enabled else None
+
+
+def auxiliary_of(routed: RouterOutput, dropped: Tensor | None) -> MoEAuxiliary:
+    """What a layer returns besides its output, from the results of its two steps."""
+    return MoEAuxiliary(routed.losses, routed.joint_losses, routed.load_E, routed.mean_weight, dropped)
 
 
 def _dense_experts(count: int, hidden: int, width: int) -> Mlp | SummedMlps | None:
@@ -164,20 +281,26 @@ def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
     whole must compute a new one, as linear layers do.
     """
-    return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
+    if count == x.shape[0]:
+        return x, x, x[count:]
+    if torch.compiler.is_compiling():  # compiled code of plain slices is as good, and dynamo cannot trace the function
+        return x, x[:count], x[count:]
+    return _SplitConditional.apply(x, count)
 
 
 class _SplitConditional(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count):
-        ctx.count = count
+        ctx.count, ctx.shape = count, x.shape
         ctx.set_materialize_grads(False)
         return x.view_as(x), x[:count], x[count:]
 
     @staticmethod
     def backward(ctx, grad, grad_first, grad_rest):
-        if grad is None:  # x as a whole was not used, both parts were
+        if grad is None and grad_first is not None and grad_rest is not None:
             return torch.cat([grad_first, grad_rest]), None
+        if grad is None:  # neither x as a whole nor one of its parts was used
+            grad = (grad_rest if grad_first is None else grad_first).new_zeros(ctx.shape)
         if grad_first is not None:
             grad[: ctx.count].add_(grad_first)
         if grad_rest is not None:

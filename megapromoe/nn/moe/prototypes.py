@@ -6,7 +6,7 @@ Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,35 @@ from megapromoe.distributed.mesh import Group
 
 
 class ContrastiveInputs(NamedTuple):
-    """What the contrastive loss of one layer is computed from, float32.
-
-    `prototype_ED`: a copy of the prototypes (E, D), because ZeRO-3 frees a parameter when the forward of its module
-    returns. `sum_ED`, `count_E`: the sum (E, D) and the number (E,) of this rank's tokens of each expert.
-    """
+    """What the contrastive loss of one layer is computed from; a `JointLoss`."""
 
     prototype_ED: Tensor
+    """A copy of the prototypes, because ZeRO-3 frees a parameter when the forward of its module returns."""
     sum_ED: Tensor
+    """The sum of this rank's tokens of each expert, float32."""
     count_E: Tensor
+    """The number of this rank's tokens of each expert, float32."""
+    weight: float
+    """Factor of the loss."""
+    temperature: float
+    """Divides the cosines."""
+    group: Group
+    """The ranks over whose tokens the loss is computed."""
+
+    @property
+    def joint_key(self) -> Hashable:
+        return type(self), self.sum_ED.shape, self.sum_ED.dtype, self.weight, self.temperature, self.group
+
+    @staticmethod
+    def joint_loss(layers: Sequence[ContrastiveInputs]) -> Tensor:
+        """The weighted losses (M,) of M layers over the tokens of all ranks. Collective."""
+        first = layers[0]
+        return first.weight * contrastive_losses(layers, first.temperature, first.group)
+
+
+def router_precision(x: Tensor) -> Tensor:
+    """The tensor in the precision in which routers compute: float64 if it has that, otherwise float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class CosineScores(NamedTuple):
@@ -46,8 +66,8 @@ class CosineScores(NamedTuple):
 @torch.no_grad()
 def cosine_scores(x: Tensor, prototype_ED: Tensor) -> CosineScores:
     """Computes the cosines of tokens x (..., D) and prototypes (E, D): a product, divided by the lengths."""
-    x_TD = x.flatten(0, -2).float()
-    prototype_length_E = _length(prototype_ED.float())
+    x_TD = router_precision(x.flatten(0, -2))
+    prototype_length_E = _length(router_precision(prototype_ED))
     unit_ED = prototype_ED / prototype_length_E
     length_T = _length(x_TD)
     score_TE = (x_TD @ unit_ED.T).div_(length_T)
@@ -137,7 +157,7 @@ class _DifferentiableScores(torch.autograd.Function):
                 grad_TD += grad_sum_ED.index_select(0, chosen[:, k])
             grad_TD.addmm_(scaled_TE, unit_ED)
         grad_x = grad_TD.addcmul_(x_TD, parallel_T, value=-1).to(x.dtype)
-        grad_unit_ED = scaled_TE.T @ x_TD.float()
+        grad_unit_ED = scaled_TE.T @ router_precision(x_TD)
         grad_prototype_ED = _gradient_of_unnormalised(grad_unit_ED, unit_ED, prototype_length_E)
         return grad_x.view_as(x), grad_prototype_ED.to(ctx.prototype_dtype), *[None] * 6
 
@@ -159,7 +179,7 @@ class _ContrastiveLoss(torch.autograd.Function):
         weight_E = used_E.double() / used_E.sum(-1, keepdim=True).clamp_(min=1)
         ctx.save_for_backward(length_E, direction_ED, log_p_EE, weight_E)
         ctx.temperature, ctx.shape, ctx.dtypes = temperature, prototype_ED.shape, (prototype_ED.dtype, sum_ED.dtype)
-        return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().float()
+        return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().to(ctx.dtypes[1])
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,10 +1,11 @@
 """Routers: which experts a token is sent to, and with which routing weights.
 
-`diffmoe_router.py` and `guided_routers.py` have more of them; the table of all is `layer.ROUTERS`.
+`diffmoe_router.py` and `guided_routers.py` have more of them; the table of all is `layer.ROUTERS`. A router of one's
+own is a subclass of `Router` with the same methods.
 
 Every router takes tokens x (B, S, D) and labels y (B,), which only the classification router uses, and returns a
-`RouterOutput`. Scores are computed in float32. B may be 0: results are then empty, every loss is 0, and all parameters
-stay in the autograd graph.
+`RouterOutput`. Scores are computed in float32 (in float64 for float64 tokens), also under autocast. B may be 0: results
+are then empty, every loss is 0, and all parameters stay in the autograd graph.
 
 Statistics of a batch (centroids, balance, the choice of DiffMoE) are computed over `Router.statistics_group`: all
 data-parallel ranks with `model.batch_scope=global`, this rank with `rank`.
@@ -16,7 +17,7 @@ Shape letters besides the usual ones: Q tokens that an expert takes of each imag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,14 @@ from torch.nn import functional as F
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.collectives import differentiable_all_reduce
-from megapromoe.distributed.mesh import SINGLE_RANK, Group
+from megapromoe.distributed.mesh import SINGLE_RANK, Group, Mesh
+from megapromoe.nn.logical_module import (
+    LogicalModule,
+    Normal,
+    ParameterRule,
+    kaiming_uniform,
+    xavier_uniform,
+)
 from megapromoe.nn.moe.assignment import (
     TokenAssignment,
     expert_choice,
@@ -33,36 +41,39 @@ from megapromoe.nn.moe.assignment import (
     token_choice,
     top_k,
 )
+from megapromoe.nn.moe.auxiliary import JointLoss
 from megapromoe.nn.moe.prototypes import (
     ContrastiveInputs,
     CosineScores,
     contrastive_loss,
-    contrastive_losses,
     cosine_scores,
     differentiable,
+    router_precision,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
 
 
 class RouterOutput(NamedTuple):
-    """What a router decides for a batch.
-
-    `assignment`: the rows (token, expert, routing weight) over the B·S tokens. `losses`: name -> weighted scalar.
-    `load_E`: rows of each expert, float32 (E,). `mean_weight`: mean routing weight of the rows, scalar.
-    `contrastive_inputs`: for the loss that `Router.auxiliary_losses` computes for all layers together.
-    """
+    """What a router decides for a batch; see `MoEAuxiliary` for the fields besides the assignment."""
 
     assignment: TokenAssignment
-    losses: dict[str, Tensor]
+    """The rows (token, expert, routing weight) over the B·S tokens."""
+    losses: Mapping[str, Tensor]
+    joint_losses: Mapping[str, JointLoss]
     load_E: Tensor
     mean_weight: Tensor
-    contrastive_inputs: ContrastiveInputs | None = None
 
 
-class Router(nn.Module):
+class Router(LogicalModule):
     """Base class of routers.
 
+    A subclass defines `forward`, and gives its parameters and buffers `rules`. Parameters are replicated over the ranks
+    of a tensor-parallel group, which route the same tokens and must decide the same. Buffers are saved in checkpoints,
+    and must be equal on all ranks.
+
     Attributes:
+        config: options of the layer.
+        num_experts: routed experts E.
         statistics_group: the ranks over which statistics of a batch are computed.
     """
 
@@ -73,24 +84,42 @@ class Router(nn.Module):
         self.config = config
         self.num_experts = config.num_experts
 
-    def auxiliary_losses(self, router_outputs: Sequence[RouterOutput]) -> dict[str, Tensor]:
-        """The weighted losses (M,) of M layers, from the outputs of their routers, all of this class. Collective."""
-        names = router_outputs[0].losses
-        return {name: torch.stack([output.losses[name] for output in router_outputs]) for name in names}
+    def forward(
+        self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
+    ) -> RouterOutput:
+        """Assigns experts to tokens.
+
+        Args:
+            x_BSD: tokens of the images that are routed, B of which may be 0.
+            y_B: their labels, int64.
+            routing_cache: the decisions of an earlier pass over the same batch; its methods are used for the choice of
+                experts, for collectives and for updates of state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def set_mesh(self, mesh: Mesh) -> None:
+        self.statistics_group = mesh.dp if self.config.batch_scope == "global" else SINGLE_RANK
 
     def output(
         self,
         assignment: TokenAssignment,
-        losses: dict[str, Tensor],
+        losses: Mapping[str, Tensor],
         load_E: Tensor | None = None,
-        contrastive_inputs: ContrastiveInputs | None = None,
+        joint_losses: Mapping[str, JointLoss] | None = None,
     ) -> RouterOutput:
-        """Adds the statistics; `load_E` only if it is known already."""
+        """Adds the statistics.
+
+        Args:
+            assignment: the rows.
+            losses: name -> weighted scalar.
+            load_E: rows of each expert, float32, if they are known already.
+            joint_losses: losses that are computed for all layers together.
+        """
         expert_R, weight_R = assignment.expert_R, assignment.weight_R
         with torch.no_grad():
             load_E = rows_per_expert(expert_R, self.num_experts).float() if load_E is None else load_E
             mean_weight = weight_R.sum(dtype=torch.float32) / max(weight_R.shape[0], 1)
-        return RouterOutput(assignment, losses, load_E, mean_weight, contrastive_inputs)
+        return RouterOutput(assignment, losses, joint_losses or {}, load_E, mean_weight)
 
     def routing_weights(self, score: Tensor, softmax_dim: int = -1) -> Tensor:
         """Routing weights from scores, of the same shape; they are not renormalised over the chosen experts.
@@ -147,9 +176,12 @@ class PrototypeRouter(Router):
     Source: ProMoE, arXiv 2510.24711, "Prototypical routing" and "Routing contrastive learning".
     """
 
+    rules = {"prototypes": ParameterRule(Normal(0.02))}
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.prototypes = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.reset_parameters()
 
     def scores(self, x: Tensor) -> CosineScores:
         """Cosines of tokens (..., D) with this layer's prototypes, without gradients."""
@@ -173,21 +205,15 @@ class PrototypeRouter(Router):
 
         weight_BSE = self.routing_weights(score_BSE)
         assignment = token_choice(chosen_BSK, weight_BSE.gather(-1, chosen_BSK))
-        contrastive_inputs = None
+        joint_losses: dict[str, JointLoss] = {}
         if sum_ED is not None and count_E is not None:
-            contrastive_inputs = ContrastiveInputs(self.prototypes.double(), sum_ED, count_E)
+            inputs = self.prototypes.double(), sum_ED, count_E
+            settings = self.config.rcl_weight, self.config.rcl_temperature, self.statistics_group
+            joint_losses["rcl"] = ContrastiveInputs(*inputs, *settings)
         losses = {}
         if self.training and self.config.balance_weight:
             losses["balance"] = self.balance_loss(self.probabilities(weight_BSE), chosen_BSK, routing_cache)
-        return self.output(assignment, losses, count_E if counts_all else None, contrastive_inputs)
-
-    def auxiliary_losses(self, router_outputs: Sequence[RouterOutput]) -> dict[str, Tensor]:
-        losses = super().auxiliary_losses(router_outputs)
-        inputs = [output.contrastive_inputs for output in router_outputs if output.contrastive_inputs is not None]
-        if inputs:
-            loss_M = contrastive_losses(inputs, self.config.rcl_temperature, self.statistics_group)
-            losses["rcl"] = self.config.rcl_weight * loss_M
-        return losses
+        return self.output(assignment, losses, count_E if counts_all else None, joint_losses)
 
 
 class PrototypeExpertChoiceRouter(PrototypeRouter):
@@ -210,7 +236,7 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
         assignment = expert_choice(chosen_BEQ, weight_BEQ, S)
         losses = {}
         if self.training and self.config.rcl_weight:
-            rows_BRD = x_BSD.float().gather(1, chosen_BEQ.flatten(1).unsqueeze(-1).expand(-1, -1, D))
+            rows_BRD = router_precision(x_BSD).gather(1, chosen_BEQ.flatten(1).unsqueeze(-1).expand(-1, -1, D))
             sum_BED = rows_BRD.view(B, self.num_experts, Q, D).sum(2)
             count_BE = sum_BED.new_full((B, self.num_experts), Q)
             loss_B = contrastive_loss(self.prototypes, sum_BED, count_BE, self.config.rcl_temperature)
@@ -221,16 +247,20 @@ class PrototypeExpertChoiceRouter(PrototypeRouter):
 class LinearRouter(Router):
     """Softmax of a linear layer without bias; a token takes its top-K experts, weights not renormalised.
 
-    With `model.router=tc` this is TC-DiT, with `promoe_linear` ProMoE's two-step router without prototypes.
+    With `model.router=promoe_linear` this is ProMoE's two-step router without prototypes. That is not published; its
+    gate starts like other matrices.
     """
+
+    rules = {"gate": ParameterRule(xavier_uniform)}
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.gate = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.reset_parameters()
 
     def scores(self, x_BSD: Tensor) -> Tensor:
         """Softmax scores (B, S, E), float32."""
-        return F.linear(x_BSD.float(), self.gate.float()).softmax(-1)
+        return F.linear(router_precision(x_BSD), router_precision(self.gate)).softmax(-1)
 
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
@@ -245,8 +275,16 @@ class LinearRouter(Router):
         return self.output(assignment, losses)
 
 
+class TokenChoiceRouter(LinearRouter):
+    """TC-DiT: the same routing without a shared and an unconditional expert, and another start."""
+
+    rules = {"gate": ParameterRule(kaiming_uniform)}
+
+
 class ExpertChoiceRouter(LinearRouter):
     """EC-DiT: each expert takes its int(S/E·K) best tokens of each image. Source: arXiv 2410.02098."""
+
+    rules = {"gate": ParameterRule(Normal(0.006))}
 
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None

@@ -70,6 +70,8 @@ class AddToTokens(torch.autograd.Function):
     def backward(ctx, grad_TD):
         y_RD, weight_R, token_R, order_R, inverse_R = ctx.saved_tensors
         grad_RD = grad_TD.index_select(0, token_R)
-        # A dot product for each row, summed in float32. Float32 copies of the rows would be the layer's memory peak.
-        grad_weight_R = (grad_RD * y_RD).sum(-1, dtype=torch.float32)[inverse_R]
+        # A dot product for each row, summed in float32 or float64. Float32 copies of the rows would be the layer's
+        # memory peak.
+        sum_dtype = torch.promote_types(y_RD.dtype, torch.float32)
+        grad_weight_R = (grad_RD * y_RD).sum(-1, dtype=sum_dtype)[inverse_R]
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None

@@ -1,0 +1,83 @@
+"""The options of one MoE layer that is used outside of our models: those fields of `ModelConfig` that concern it."""
+
+from dataclasses import fields
+from typing import Any, TypedDict
+
+from megapromoe.config.options import ROUTERS, ModelConfig
+from megapromoe.config.reader import as_kind, kind_of, kind_rule, range_rule, suggest, unknown_key
+from megapromoe.config.rules import layer_rules
+from megapromoe.errors import ExitCode, Violations
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options of an MoE layer besides its sizes and its router; `ModelConfig` has their meanings and defaults."""
+
+    top_k: int
+    expert_width: int
+    expert_ratio: float
+    shared_expert: bool
+    num_shared_experts: int
+    shared_expert_width: int
+    unconditional_expert: bool
+    num_unconditional_experts: int
+    score_function: str
+    rcl_weight: float
+    rcl_temperature: float
+    rcl_tokens: str
+    balance_weight: float
+    balance_form: str
+    batch_scope: str
+    capacity_factor: float
+    num_classes: int
+    superclasses: str
+    classification_weight: float
+    kmeans_decay: float
+    capacity_predictor_weight: float
+    threshold_decay: float
+
+
+LAYER_FIELDS = ("hidden_size", "num_experts", *LayerOptions.__annotations__)
+
+
+class LayerError(Violations):
+    """Options with which an MoE layer cannot be made."""
+
+    subject = "the options of MoE"
+    exit_code = ExitCode.MISCONFIGURED
+
+
+def layer_config(router: str, options: dict[str, Any]) -> ModelConfig:
+    """The configuration of a layer, whose other fields have their defaults.
+
+    Args:
+        router: a name in `options.ROUTERS`, or "module:class".
+        options: values of `LAYER_FIELDS`.
+
+    Raises LayerError, listing everything that is wrong.
+    """
+    known = {f.name: f for f in fields(ModelConfig)}
+    problems, values = [], {}
+    for name, value in options.items():
+        if problem := unknown_key(name, LAYER_FIELDS, "MoE"):
+            problems.append(problem)
+            continue
+        kind = kind_of(known[name])
+        typed = as_kind(value, kind)
+        rule = kind_rule(value, kind) if typed is None else range_rule(typed, known[name].metadata)
+        if rule:
+            problems.append(f"{name} = {value!r}: {rule}")
+        else:
+            values[name] = typed
+    if router not in ROUTERS and ":" not in router:
+        problems.append(f"router = {router!r}: must be one of {', '.join(ROUTERS[1:])}; {suggest(router, ROUTERS[1:])}")
+    if router == "dense":
+        problems.append("router = 'dense': has no experts; choose another, or use megapromoe.nn.Mlp")
+    if not problems:
+        config = ModelConfig(router=router, **values)
+        broken = [(keys[0].removeprefix("model."), rule) for keys, rule in layer_rules(config)]
+        if config.moe_width < 1:
+            broken.append(("expert_ratio", f"times hidden_size = {config.hidden_size} must be at least 1"))
+        problems = [f"{name} = {getattr(config, name)!r}: {rule}".replace("model.", "") for name, rule in broken]
+    if problems:
+        raise LayerError(problems)
+    return config
