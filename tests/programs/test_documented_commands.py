@@ -191,7 +191,7 @@ def make_workspace(folder: str) -> None:
             "train.deepspeed=fp32_zero1",
         ]
         assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
-    for name in ("mine", "promoe_l", "promoe_b"):
+    for name in ("first", "promoe_l", "promoe_b"):
         shutil.copytree("runs/digits", f"runs/{name}")
     shutil.copytree("runs/xl", "runs/promoe_xl")
     Path("tiny.yaml").write_text(yaml.safe_dump({"preset": "digits", "settings": TINY, "variants": {"promoe": {}}}))
