@@ -37,11 +37,6 @@ class Average:
     updates: int
     decay: float | None = None
 
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> Average:
-        """The average of the first decay in a manifest that `read_manifest` has checked."""
-        return averages_of(manifest)[0]
-
     def after_update(self, decay: float) -> Average:
         """Returns the state after one more update, with `decay` or, during warm-up, with `decay_at(...)`."""
         updates, share = self.updates + 1, self.initial_share
@@ -86,7 +81,7 @@ def averages_of(manifest: Mapping[str, Any]) -> tuple[Average, ...]:
     updates = int(manifest.get("updates", 0))
     if entries := manifest.get("ema_averages"):
         warmup = manifest.get("ema_warmup")
-        return tuple(Average(warmup, e["initial_share"], int(e["updates"]), float(e["decay"])) for e in entries)
+        return tuple(Average(warmup, e.get("initial_share"), int(e["updates"]), float(e["decay"])) for e in entries)
     if "ema_initial_share" in manifest or "ema_warmup" in manifest:
         return (Average(manifest.get("ema_warmup"), manifest.get("ema_initial_share"), updates, decay),)
     if not any(key in manifest for key in _TRAINING_KEYS):
@@ -121,7 +116,7 @@ def _decays(train: Mapping[str, Any]) -> list[float]:
     """The decays in the `train` section of a manifest's config; empty if there are none."""
     value = train.get("ema_decay")
     values: list[Any] = value if isinstance(value, list) else [value]
-    return values if all(type(decay) in (int, float) for decay in values) else []
+    return [float(decay) for decay in values] if all(type(decay) in (int, float) for decay in values) else []
 
 
 # ---- at the start of training

@@ -149,8 +149,8 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
 
 def _averages(stored: Mapping[str, Any]) -> dict[str, Average]:
     """The averages of a file by kind, from its description; the first one is `ema`."""
-    if "ema_averages" in stored:
-        return kinds_of_averages(stored)
+    if entries := stored.get("ema_averages"):
+        return kinds_of_averages({"ema_averages": entries})
     updates = int(stored.get("updates", stored.get("step", 0)))
     return {AVERAGE: Average(None, stored.get("initial_share"), updates, stored.get("ema_decay"))}
 

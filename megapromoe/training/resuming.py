@@ -91,13 +91,14 @@ def _continue_averages(ema: EMA, saved: Sequence[Average], train: TrainConfig) -
     starts = averages_at_start(saved, train)
     warmup = bool(starts[0].average.warmup)
     ema.continue_from([start.average.updates for start in starts], warmup)
-    for start in starts:
-        if start.source == MASTER:
-            logger.info("train.ema_decay: the average of decay %g begins at the current weights", start.average.decay)
-    for average in ended_averages(saved, train):
-        logger.warning(
-            "train.ema_decay: the average of decay %g ends; later checkpoints will not contain it", average.decay
-        )
+    begun = [start.average for start in starts if start.source == MASTER]
+    if this_rank() == 0:
+        for average in begun:
+            logger.info("train.ema_decay: the average of decay %g begins at the current weights", average.decay)
+        for average in ended_averages(saved, train):
+            logger.warning(
+                "train.ema_decay: the average of decay %g ends; later checkpoints will not contain it", average.decay
+            )
     if warmup != train.ema_warmup:
         logger.info(
             "train.ema_warmup = %s: ignored; the average of this run began %s warm-up, which cannot change after the"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megapromoe.checkpoint.average import Average, averages_at_start, share_in_words
+from megapromoe.checkpoint.average import Average, averages_at_start, averages_of, share_in_words
 from megapromoe.config.average_decay import decay_at
 from megapromoe.config.options import Config, TrainConfig, to_dict
 from megapromoe.config.presets import PRESETS
@@ -99,7 +99,7 @@ def earlier_manifest(**more) -> dict:
 
 
 def test_of_an_earlier_checkpoint_the_share_follows_from_decay_and_updates():
-    average = Average.of(earlier_manifest(run="abc", recent_norms=[]))
+    average = averages_of(earlier_manifest(run="abc", recent_norms=[]))[0]
     assert average.initial_share == pytest.approx(0.9999**250) and average.warmup is False
     warming = replace(resolve("digits").train, ema_decay=0.9999)
     resumed = averages_at_start([average], warming)[0].average
@@ -107,7 +107,7 @@ def test_of_an_earlier_checkpoint_the_share_follows_from_decay_and_updates():
 
 
 def test_of_converted_weights_it_is_unknown_and_their_run_begins_with_the_start():
-    average = Average.of(earlier_manifest())
+    average = averages_of(earlier_manifest())[0]
     assert average.initial_share is None and average.warmup is None and not average.warning("ema")
     assert averages_at_start([average], TrainConfig(ema_warmup=True))[0].average.warmup is True
     assert "unknown" in average.in_words()

@@ -341,6 +341,7 @@ def test_help_and_errors_name_the_choices(capsys):
         ({"decay": "x"}, "decay = 'x'"),
         ({"initial_share": 2}, "initial_share = 2: must be a number from 0 to 1"),
         ({"updates": -1}, "updates = -1: must be a whole number"),
+        ({"updates": None}, "updates = None: must be a whole number"),
     ],
 )
 def test_a_wrong_entry_of_a_manifest_is_refused(run, tmp_path, entry, rule):
