@@ -1,6 +1,6 @@
 """Images from a checkpoint of `megapromoe train`, as a tensor.
 
-megapromoe train --preset digits --run runs/digits
+megapromoe train --preset digits --run-dir runs/digits
 python examples/sample_checkpoint.py runs/digits
 """
 
