@@ -148,11 +148,11 @@ def initial_value(
             " or derive the class from megapromoe.nn.LogicalModule and give it `rules`"
         )
     # Modules of other libraries draw from torch's default generator, and all their tensors at once.
-    whole = _empty_copy(module)
+    module_copy = _empty_copy(module)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        reset(whole)
-    return getattr(whole, name).detach()
+        reset(module_copy)
+    return getattr(module_copy, name).detach()
 
 
 def _empty_copy(module: nn.Module) -> nn.Module:
