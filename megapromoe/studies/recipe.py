@@ -15,8 +15,7 @@ A recipe is YAML:
       dense: {settings: {model.router: dense}, match: model.mlp_ratio, without: [model.num_experts]}
     active_parameters: {like: {model.num_experts: 16}, tolerance: 0.01, multiple: 8}
     baseline: dense                      # differences are computed against this variant
-    weights: ema                         # evaluated weights, ema=DECAY for one of several decays, or master (in short
-        # runs the average lags behind)
+    weights: ema                         # evaluated: ema, ema=DECAY or master; in short runs averages lag behind
     evaluate: {num: 500, every: 100}     # evaluate sampled images: see `image_evaluation.py`
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]

@@ -23,7 +23,10 @@ from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 from megapromoe.sampling.run_model import load_model
 
-TINY = ("model.hidden_size=16", "model.heads=2", "model.depth=2", "model.num_experts=2", "train.global_batch=8")
+TINY = (
+    *("model.hidden_size=16", "model.heads=2", "model.depth=2", "model.num_experts=2"),
+    *("train.global_batch=8", "train.ema_decay=[0.5,0.9]"),
+)
 OLD, NEW = 3, 6  # steps of the two checkpoints; the newer one is damaged
 
 
@@ -64,11 +67,11 @@ class Resumed:
         resumed = resume(self.root, self.engine, self.ema, step, self.origin.check)
         if resumed is None:
             return None
-        keys = ("step", "updates", "recent_norms", "run", "branch", "data")
+        keys = ("step", "updates", "recent_norms", "run", "branch", "data", "ema_averages")
         return json.dumps([self.state(), *(resumed.checkpoint.manifest.get(key) for key in keys)])
 
     def _tensors(self) -> list[torch.Tensor]:
-        tensors = [*self.ema.averages[0], *self.engine.module.state_dict().values()]
+        tensors = [*sum(self.ema.averages, []), *self.engine.module.state_dict().values()]
         for partition in self.engine.partitions:
             tensors += [partition.master, *self.engine.moments(partition).values()]
         return tensors
