@@ -39,7 +39,7 @@ check: env docs
 docs: env
 	@site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && $(BIN)/mkdocs build --quiet --strict --site-dir "$$site"
 
-# The tables in docs/, measured anew.
+# Measures the tables in docs/ again.
 equality: env
 	$(BIN)/python -m pytest -q tests/parallel/test_equality.py --equality-table docs/equality.md \
 		--readme-table README.md

@@ -151,7 +151,7 @@ def left_branches(run: RunDirectory) -> list[LeftBranch]:
     return sorted(branches, key=lambda branch: (branch.left, branch.folder.name))
 
 
-def leave_branch(run: RunDirectory, after: int, reason: str, asked: bool = False) -> LeftBranch | None:
+def leave_branch(run: RunDirectory, after: int, reason: str, requested: bool = False) -> LeftBranch | None:
     """Moves all results of steps later than `after` to a branch folder. Returns None if there are none.
 
     Called by the process that owns the run directory, before it writes.
@@ -159,13 +159,13 @@ def leave_branch(run: RunDirectory, after: int, reason: str, asked: bool = False
     Args:
         after: the step that the run goes back to.
         reason: why, for branch.json.
-        asked: the user requested to go back (`--step`). Then later snapshots without a later checkpoint are moved too.
+        requested: the user gave `--step` to go back. Then later snapshots without a later checkpoint are moved too.
 
     Raises OSError.
     """
     later = [folder for folder in step_folders(run.checkpoints) if folder.step > after]
     snapshots = tuple(step for step in snapshot_steps(run.snapshots) if step > after)
-    if not later and not (asked and snapshots):
+    if not later and not (requested and snapshots):
         return None
     names = [checkpoint.branch for checkpoint in reversed(later) if checkpoint.updates is not None]
     names += [name for step in reversed(snapshots) if (name := branch_of(snapshot_of(run.snapshots, step)))]

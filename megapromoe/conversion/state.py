@@ -239,7 +239,7 @@ def with_one_average(state: State, weights: str) -> State:
     return replace(
         state,
         kinds=tuple(k for k in state.kinds if k == AVERAGE or not is_average(k)),
-        read=lambda asked, name: state.read(kind if asked == AVERAGE else asked, name),
+        read=lambda requested, name: state.read(kind if requested == AVERAGE else requested, name),
         average=averages.get(kind, state.average),
         further_averages={},
     )

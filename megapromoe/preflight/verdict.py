@@ -153,8 +153,8 @@ def evaluate(cluster: Cluster, limits: Limits, rules: Iterable[Rule]) -> Verdict
     return Verdict(rows, (), 0, f"passed ({where}){warnings}")
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'s' * (number != 1)}"
 
 
 # ---- which node is at fault

@@ -49,9 +49,9 @@ def figures(study: Study, task: Task) -> list[dict[str, Any]]:
     for record in records:
         for name, value in record["figures"].items():
             values[record["step"], record["guidance"], record["count"], name] = value
-    who = {"task": task.name, "variant": task.variant, "seed": task.seed, **task.point}
+    identity = {"task": task.name, "variant": task.variant, "seed": task.seed, **task.point}
     names = ("step", "guidance", "count", "figure", "value")
-    return [{**who, **dict(zip(names, (*key, value), strict=True))} for key, value in values.items()]
+    return [{**identity, **dict(zip(names, (*key, value), strict=True))} for key, value in values.items()]
 
 
 def titled(row: dict[str, Any]) -> str:

@@ -52,8 +52,8 @@ class Evaluation:
         """Whether a line of `evaluation.jsonl` matches this evaluation, at any step and scale."""
         section = self.section
         wanted = {"count": section.num, "weights": self.weights, "autoencoder": section.autoencoder}
-        asked = {"reference": section.reference, "split": section.split, "features": section.features}
-        wanted |= {"asked": asked}
+        requested = {"reference": section.reference, "split": section.split, "features": section.features}
+        wanted |= {"asked": requested}
         wanted |= {"classes": "balanced", "only": None}
         sampler = record.get("sample", {}).get("steps")
         return wanted.items() <= record.items() and sampler == section.sampler_steps(self.task.config)

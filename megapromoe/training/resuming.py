@@ -76,7 +76,7 @@ def restore_run(
     with raising_together(CheckpointError):
         if this_rank() == 0:
             reason = "; ".join(resumed.damaged.values()) or f"a start went back to step {manifest['step']}"
-            if left := history.leave_branch(run, manifest["step"], reason, asked=start.step is not None):
+            if left := history.leave_branch(run, manifest["step"], reason, requested=start.step is not None):
                 steps = ", ".join(map(str, sorted({*left.steps, *left.snapshots})))
                 logger.warning(
                     "moved the checkpoints of later steps (%s) and their log lines to %s", steps, left.folder

@@ -29,7 +29,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def who(tmp_path_factory) -> str:
+def describe_rank(tmp_path_factory) -> str:
     """The command of a program that appends who it is to the file that its first word names."""
     file = tmp_path_factory.mktemp("who") / "who.py"
     file.write_text(
@@ -53,18 +53,19 @@ def batch(cluster: slurm.Cluster, folder: Path, body: str, *options: str, **env:
     cluster.command(*command, env=env, check=False)
 
 
-def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path, fault_table):
+def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, describe_rank, tmp_path, fault_table):
     """One allocation, in which srun starts fewer tasks than it has, a step in a step, and an interactive step."""
     script = tmp_path / "all.sh"
     script.write_text(
-        f"{who} salloc\n"
-        f"srun -n1 {who} one\n"
-        f"srun -n2 {who} two\n"
-        f"srun --preserve-env -n2 {who} preserved\n"
-        f"srun --mpi=pmi2 -n2 {who} pmi2\n"
-        f"srun --interactive --preserve-env {who} interactive\n"
-        f"srun -n1 bash -c 'srun --overlap -n3 {who} nested'\n"
-        f"srun -n2 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=n1 MASTER_PORT=7 {who} torchrun'\n"
+        f"{describe_rank} salloc\n"
+        f"srun -n1 {describe_rank} one\n"
+        f"srun -n2 {describe_rank} two\n"
+        f"srun --preserve-env -n2 {describe_rank} preserved\n"
+        f"srun --mpi=pmi2 -n2 {describe_rank} pmi2\n"
+        f"srun --interactive --preserve-env {describe_rank} interactive\n"
+        f"srun -n1 bash -c 'srun --overlap -n3 {describe_rank} nested'\n"
+        "srun -n2 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=n1 MASTER_PORT=7"
+        f" {describe_rank} torchrun'\n"
     )
     cluster.command("salloc", *ALLOCATION, "bash", str(script), cwd=tmp_path)
     alone = ["python 0 of 1 at 127.0.0.1:0"]
@@ -81,11 +82,11 @@ def test_shells_and_scripts_are_alone_and_tasks_are_ranks(cluster, who, tmp_path
     )
 
 
-def test_a_batch_script_is_alone_also_if_a_task_of_another_job_submitted_it(cluster, who, tmp_path):
+def test_a_batch_script_is_alone_also_if_a_task_of_another_job_submitted_it(cluster, describe_rank, tmp_path):
     inner = tmp_path / "inner.sh"
-    inner.write_text(f"#!/bin/bash\nenv > {tmp_path}/environment\n{who} {tmp_path}/inner\n")
+    inner.write_text(f"#!/bin/bash\nenv > {tmp_path}/environment\n{describe_rank} {tmp_path}/inner\n")
     step = f"[ $SLURM_PROCID != 1 ] || sbatch --wait --overcommit -n1 -N1 --output=/dev/null {inner}"
-    batch(cluster, tmp_path, f"{who} {tmp_path}/outer\nsrun -n3 -N2 bash -c '{step}'")
+    batch(cluster, tmp_path, f"{describe_rank} {tmp_path}/outer\nsrun -n3 -N2 bash -c '{step}'")
     assert "SLURM_STEP_NUM_TASKS=3\n" in (tmp_path / "environment").read_text(), "the step's variables are handed on"
     for name in ("outer", "inner"):
         assert sorted_lines(tmp_path / name) == ["python 0 of 1 at 127.0.0.1:0"], name
@@ -96,9 +97,9 @@ HYDRA = shutil.which("mpiexec.hydra")
 
 @pytest.mark.skipif(HYDRA is None, reason="mpiexec.hydra of MPICH is not installed")
 @pytest.mark.parametrize("words", [["-n", "4"], ["-launcher", "fork", "-hosts", "localhost", "-n", "2"]], ids=" ".join)
-def test_mpich_in_a_batch_script_does_not_train_alone(words, cluster, who, tmp_path, fault_table):
+def test_mpich_in_a_batch_script_does_not_train_alone(words, cluster, describe_rank, tmp_path, fault_table):
     """The mpi4py of the tests is for Open MPI: each process would take itself for the only one."""
-    batch(cluster, tmp_path, shlex.join([HYDRA, *words, *shlex.split(who), str(tmp_path / "who")]))
+    batch(cluster, tmp_path, shlex.join([HYDRA, *words, *shlex.split(describe_rank), str(tmp_path / "who")]))
     assert not (tmp_path / "who").exists()
     text = (tmp_path / "job.log").read_text()
     assert (
@@ -139,10 +140,10 @@ def test_the_line_of_a_plan_starts_where_slurm_reserves_no_ports(cluster, tmp_pa
         assert (start["launcher"], start["layout"]["world"]) == ("srun", 4)
 
 
-def test_two_jobs_on_a_node_get_ports_of_their_own(cluster, who, tmp_path):
+def test_two_jobs_on_a_node_get_ports_of_their_own(cluster, describe_rank, tmp_path):
     """Both at the same time: the port of the step, and the one that the launchers' node.sh finds free."""
     body = (
-        f"srun -n2 -N1 {who} {tmp_path}/$SLURM_JOB_ID.who\n"
+        f"srun -n2 -N1 {describe_rank} {tmp_path}/$SLURM_JOB_ID.who\n"
         f"srun -n1 -N1 bash {ROOT}/launchers/node.sh {tmp_path}/cache ask > {tmp_path}/$SLURM_JOB_ID.port\n"
     )
     script = tmp_path / "two.sh"

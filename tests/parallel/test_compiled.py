@@ -142,10 +142,10 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
     """Only GPUs have this fusion; this test checks that inductor gets the option and that torch has it."""
     from torch._inductor import list_options
 
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: asked.append(settings.get("options")) or f)
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
     compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    assert len(asked) > 5 and asked[0] == options and set(options or ()) <= set(list_options())
+    assert len(calls) > 5 and calls[0] == options and set(options or ()) <= set(list_options())
 
 
 def test_stage_3_is_refused():

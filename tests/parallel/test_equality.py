@@ -187,8 +187,8 @@ def table(request):
 @pytest.mark.parametrize("case", full_unless(QUICK, CASES), ids=lambda case: case.name)
 def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
-    way = train_grouped if case.grouped else train
-    ours = run(case.world, way, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
+    training = train_grouped if case.grouped else train
+    ours = run(case.world, training, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
     measured = deviations(ours, expected)
     table.append((case.name, measured))
     assert min(expected.norms) > 0 and max(expected.norms) > 0.5, "the clip norm is not active"

@@ -127,8 +127,8 @@ def snapshots_unwritable(folder: str) -> None:
     real = manager.write_rank
 
     def write_rank(staging, number, tensors, parts, step):
-        gone = staging / "gone" if "snapshots" in staging.parts else staging
-        return real(gone, number, tensors, parts, step)
+        folder = staging / "gone" if "snapshots" in staging.parts else staging
+        return real(folder, number, tensors, parts, step)
 
     manager.write_rank = write_rank
     real_init = manager.CheckpointManager.__init__

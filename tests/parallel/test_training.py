@@ -203,7 +203,7 @@ def test_learning_rate_schedules():
     assert math.isclose(loop.learning_rate(cosine, 8), 1.5) and math.isclose(loop.learning_rate(cosine, 12), 1.0)
 
 
-class Heard(logging.Handler):
+class RecordedMessages(logging.Handler):
     """The messages of a logger."""
 
     def __init__(self):
@@ -214,20 +214,20 @@ class Heard(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def heard_in_training(folder: str, *overrides: str) -> list[str]:
+def messages_of_training(folder: str, *overrides: str) -> list[str]:
     """What the training loop logs on this rank of what changed since the last start."""
-    heard = Heard()
-    loop.logger.addHandler(heard)
+    handler = RecordedMessages()
+    loop.logger.addHandler(handler)
     loop.logger.setLevel(logging.INFO)
     train(folder, *overrides)
-    return [line for line in heard.lines if line.startswith("changed since")]
+    return [line for line in handler.lines if line.startswith("changed since")]
 
 
 def test_a_resume_logs_what_changed_and_what_the_learning_rate_becomes(tmp_path):
     cosine = ("train.schedule=cosine", "train.lr=0.01", "train.log_every=1")
-    first, others = run(2, heard_in_training, str(tmp_path), *cosine, "train.steps=3")
+    first, others = run(2, messages_of_training, str(tmp_path), *cosine, "train.steps=3")
     assert first == others == []
-    first, others = run(2, heard_in_training, str(tmp_path), *cosine, "train.steps=6", "parallel.ep=2")
+    first, others = run(2, messages_of_training, str(tmp_path), *cosine, "train.steps=6", "parallel.ep=2")
     assert first == [
         "changed since the last start: parallel.ep: 1 -> 2",
         "changed since the last start: train.steps: 3 -> 6",

@@ -84,8 +84,8 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
 
     try:
         for rank, name in enumerate(two_nodes):
-            who = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            env = clean | {key: str(value) for key, value in who.items()} | {"OMP_NUM_THREADS": "1"}
+            ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            env = clean | {key: str(value) for key, value in ranks.items()} | {"OMP_NUM_THREADS": "1"}
             command = ["ip", "netns", "exec", name, sys.executable, *words]
             with open(tmp_path / f"output-{rank}", "wb") as out:
                 jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))

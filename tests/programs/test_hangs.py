@@ -32,8 +32,8 @@ def start(folder: Path, *words: str, world: int = RANKS, program: str = "") -> l
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
     jobs = []
     for rank in range(world):
-        who = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-        env = clean | {name: str(value) for name, value in who.items()}
+        ranks = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+        env = clean | {name: str(value) for name, value in ranks.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         with open(folder / f"output-{rank}", "wb") as out:
             command = [sys.executable, "-m", "megapromoe", *words]

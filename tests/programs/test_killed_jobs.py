@@ -105,15 +105,15 @@ def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, 
     )
 
 
-@pytest.mark.parametrize("number, who", [(signal.SIGTERM, "all ranks, twice"), full(signal.SIGUSR1, "one rank")])
-def test_a_signal_saves_and_requests_a_requeue(number, who, ranks, undisturbed, tmp_path, fault_table):
+@pytest.mark.parametrize("number, receivers", [(signal.SIGTERM, "all ranks, twice"), full(signal.SIGUSR1, "one rank")])
+def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks)
     wait_for(lambda: logged(folder) >= 7, launcher=job)
     pids = ranks_of(job)
-    for pid in pids if who == "all ranks, twice" else pids[-1:]:
+    for pid in pids if receivers == "all ranks, twice" else pids[-1:]:
         os.kill(pid, number)
-        if who == "all ranks, twice":
+        if receivers == "all ranks, twice":
             os.kill(pid, number)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_requests_a_requeue(number, who, ranks, undisturbed, 
     Checkpoint(folder_of(folder / "checkpoints", step)).verify()
     fault_table.append(
         (
-            f"{number.name} to {who}",
+            f"{number.name} to {receivers}",
             "all ranks save after the same step, exit code 75, identical losses afterwards",
             "nothing",
         )

@@ -125,7 +125,7 @@ def test_the_outcome_reported_by_another_command_is_kept(code, result, count, tm
     study.outcome_file(task).write_text(json.dumps({"code": 9, "said": "of an earlier start"}))
     lock, calls = lock_task(study, task), []
 
-    def asked():
+    def stop_requested():
         calls.append(None)
         if len(calls) == 3:
             if code is not None:
@@ -133,7 +133,7 @@ def test_the_outcome_reported_by_another_command_is_kept(code, result, count, tm
             lock.close()
         return False
 
-    assert runs.run_tasks(study, study.tasks, 1, asked) == {task.name: result}
+    assert runs.run_tasks(study, study.tasks, 1, stop_requested) == {task.name: result}
     assert capsys.readouterr().err.count("left to it") == 1
     assert (len(starts(study)) if (study.folder / "starts").exists() else 0) == count
 
@@ -147,7 +147,7 @@ def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path, monkeypatch
     first.wait()
     calls = []
 
-    def asked():
+    def stop_requested():
         calls.append(None)
         if len(calls) == 3:
             assert not study.done(study.tasks[0]) and starts(study) == [study.tasks[0].name]
@@ -155,7 +155,7 @@ def test_a_task_of_a_command_that_was_killed_is_waited_for(tmp_path, monkeypatch
         return False
 
     monkeypatch.setattr(runs, "POLL", 0.02)
-    assert set(runs.run_tasks(study, study.tasks, 1, asked).values()) == {0}
+    assert set(runs.run_tasks(study, study.tasks, 1, stop_requested).values()) == {0}
     assert len(starts(study)) == 1 and len(calls) >= 3
 
 

@@ -53,11 +53,11 @@ class Layout:
 
 WEIGHTS = ("master",)
 SIT = {"model": "SiT-S/2", "path_type": "Linear", "prediction": "velocity"}
-ASKED = "does not contain its training objective"
+NO_OBJECTIVE = "does not contain its training objective"
 
 LAYOUTS = {
     "`.pth`: only names and tensors": Layout(
-        saved(weights), "read as masters and averages; moments start at zero", kinds=WEIGHTS, notes=(ASKED,)
+        saved(weights), "read as masters and averages; moments start at zero", kinds=WEIGHTS, notes=(NO_OBJECTIVE,)
     ),
     "the same without `pos_embed`": Layout(
         saved(lambda: weights(table=False)), "read; positions are computed", kinds=WEIGHTS
@@ -145,7 +145,7 @@ LAYOUTS = {
     "DiffMoE: `model`, `ema`, `opt`, `args` with only a path": Layout(
         saved(lambda: training(config="config/000.yaml")),
         "read, with moments; `args` do not contain what it predicts: give `--objective`",
-        notes=(ASKED,),
+        notes=(NO_OBJECTIVE,),
     ),
     "SiT with `path_type` GVP or VP, or `prediction` score or noise": Layout(
         saved(lambda: training(**SIT | {"path_type": "GVP"})),
@@ -204,7 +204,10 @@ LAYOUTS = {
         saved(more_positions), "refused", refused=r"its pos_embed is \(1, 64, 32\), the config's model has 16 positions"
     ),
     "safetensors: only names and tensors": Layout(
-        safetensors_file(weights), "read as masters and averages; moments start at zero", kinds=WEIGHTS, notes=(ASKED,)
+        safetensors_file(weights),
+        "read as masters and averages; moments start at zero",
+        kinds=WEIGHTS,
+        notes=(NO_OBJECTIVE,),
     ),
     "safetensors in half precision": Layout(
         safetensors_file(lambda: weights(dtype=torch.float16)),

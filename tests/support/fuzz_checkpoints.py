@@ -93,19 +93,19 @@ def fuzz_resume(folder: str, flips: int, seed: int) -> Tally:
     def classify(change: Damage) -> str:
         nonlocal count
         count += 1
-        asked = NEW if count % 4 == 0 else None
+        requested = NEW if count % 4 == 0 else None
         run.poison()
         with warnings_of() as messages:
             try:
-                value = run.read(asked)
+                value = run.read(requested)
             except CheckpointError as error:
                 assert run.state() == poisoned, f"refused, but it changed the state: {error}"
-                assert asked and (str(newest) in str(error) or f"step {NEW}" in str(error)), error
+                assert requested and (str(newest) in str(error) or f"step {NEW}" in str(error)), error
                 return NAMED
         if value == expected[NEW]:
             return HARMLESS
         passed = any(str(newest) in message for message in messages)
-        return OLDER if value == expected[OLD] and asked is None and passed else SILENT
+        return OLDER if value == expected[OLD] and requested is None and passed else SILENT
 
     files = sorted(newest.iterdir())
     return damage(Target("checkpoint, `train`", files, classify, sorted(folder_of(root, OLD).iterdir())), flips, seed)

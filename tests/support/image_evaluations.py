@@ -12,12 +12,12 @@ def evaluated(section=SECTION, **changes):
     return recipe(**({"settings": settings, "evaluate": section} | changes))
 
 
-ASKED = {"reference": "data", "split": "train", "features": "digits"}
+REQUESTED = {"reference": "data", "split": "train", "features": "digits"}
 
 
 def record(step, guidance, value=5.0, **changes):
     line = {"step": step, "guidance": guidance, "count": 200, "weights": "ema", "classes": "balanced", "only": None}
-    line |= {"autoencoder": None, "sample": {"steps": 4}, "asked": ASKED}
+    line |= {"autoencoder": None, "sample": {"steps": 4}, "asked": REQUESTED}
     return line | {"figures": {"Fréchet distance (X)": value}} | changes
 
 

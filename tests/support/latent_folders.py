@@ -29,7 +29,7 @@ class Arrays:
             "resolution": 8 * shape[1],
             "crop": "adm centre crop",
         }
-        self.asked = []
+        self.requested = []
 
     def record(self, item):
         shape = (
@@ -44,7 +44,7 @@ class Arrays:
 
     def records(self, items):
         for item in items:
-            self.asked.append(item)
+            self.requested.append(item)
             yield item, self.record(item), ""
 
 

@@ -53,43 +53,43 @@ def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
 
 
 def test_errors_have_the_problem_and_the_remedy(tmp_path, capsys):
-    def says(*command: str, code: int = 1) -> str:
+    def error_of(*command: str, code: int = 1) -> str:
         assert main(["convert", *map(str, command)]) == code
         return capsys.readouterr().err
 
     run = tmp_path / "run"
-    assert "there is no such file" in says(tmp_path / "no.pth", run, "--to", "ours")
-    assert "--config FILE" in says(PUBLISHED, run, "--to", "ours")
+    assert "there is no such file" in error_of(tmp_path / "no.pth", run, "--to", "ours")
+    assert "--config FILE" in error_of(PUBLISHED, run, "--to", "ours")
     (tmp_path / "a.txt").write_text("text")
-    assert "not a checkpoint of a known format" in says(tmp_path / "a.txt", run, "--to", "ours")
+    assert "not a checkpoint of a known format" in error_of(tmp_path / "a.txt", run, "--to", "ours")
     (tmp_path / "b.safetensors").write_text("text")
-    assert "not a safetensors file, or is damaged" in says(tmp_path / "b.safetensors", run, "--to", "ours")
-    message = says(PUBLISHED, run, "--to", "ours", "--preset", "promoe_s")
+    assert "not a safetensors file, or is damaged" in error_of(tmp_path / "b.safetensors", run, "--to", "ours")
+    message = error_of(PUBLISHED, run, "--to", "ours", "--preset", "promoe_s")
     assert (
         "another model" in message and "the file has (32,), the config's model (384,)" in message and "more" in message
     )
     path = tmp_path / "c.yaml"
     path.write_text(to_yaml(config_that_runs()))
-    assert "the given format is ours, but the checkpoint is published" in says(
+    assert "the given format is ours, but the checkpoint is published" in error_of(
         *(PUBLISHED, run, "--to", "ours", "--from", "ours", "--config", path)
     )
     given = ("--to", "ours", "--config", path)
-    assert "did you mean depth?" in says(PUBLISHED, run, *given, "model.dept=3", code=2)
-    assert "leave the step out" in says(PUBLISHED, run, *given, "--step", 3)
+    assert "did you mean depth?" in error_of(PUBLISHED, run, *given, "model.dept=3", code=2)
+    assert "leave the step out" in error_of(PUBLISHED, run, *given, "--step", 3)
     assert not run.exists()
     assert main(["convert", *map(str, (PUBLISHED, run, *given))]) == 0
     capsys.readouterr()
-    assert "exists; choose another, or --overwrite" in says(PUBLISHED, run, *given)
+    assert "exists; choose another, or --overwrite" in error_of(PUBLISHED, run, *given)
     assert main(["convert", *map(str, (PUBLISHED, run, *given, "--overwrite"))]) == 0
-    assert "no such checkpoint; there are 3" in says(run, tmp_path / "d.pth", "--to", "published", "--step", 7)
-    assert "its name must end in .pth" in says(run, tmp_path / "d", "--to", "published")
-    assert "is inside the source" in says(run, run / "checkpoints", "--to", "deepspeed", "--overwrite")
+    assert "no such checkpoint; there are 3" in error_of(run, tmp_path / "d.pth", "--to", "published", "--step", 7)
+    assert "its name must end in .pth" in error_of(run, tmp_path / "d", "--to", "published")
+    assert "is inside the source" in error_of(run, run / "checkpoints", "--to", "deepspeed", "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("text")
-    assert "known format" in says(run, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
+    assert "known format" in error_of(run, tmp_path / "mine", "--to", "deepspeed", "--overwrite")
     (run / "metrics.jsonl").write_text("{}")
-    assert "never overwritten" in says(PUBLISHED, run, *given, "--overwrite")
-    assert "give DEST and --to FORMAT, or --what" in says(PUBLISHED, code=2)
+    assert "never overwritten" in error_of(PUBLISHED, run, *given, "--overwrite")
+    assert "give DEST and --to FORMAT, or --what" in error_of(PUBLISHED, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.safetensors", "c.yaml", "mine", "run"]
 
 

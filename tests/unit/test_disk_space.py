@@ -17,8 +17,8 @@ def simulated(steps: int, between: int, keep: int, keep_every: int, needed: int)
     for step in dict.fromkeys([*range(between, steps + 1, between), steps]):
         folders.append(StepFolder(None, step, step))
         most = max(most, len(folders))
-        gone = removable(folders, step, keep, keep_every, needed)
-        folders = [folder for folder in folders if folder not in gone]
+        removed = removable(folders, step, keep, keep_every, needed)
+        folders = [folder for folder in folders if folder not in removed]
     return most
 
 

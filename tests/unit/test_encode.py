@@ -89,11 +89,11 @@ def test_a_killed_job_continues_with_the_first_unfinished_shard(tmp_path):
     (tmp_path / "killed" / "shard-00001.npy.writing").write_bytes(b"left by a process that was killed")
     again, reported = Arrays(), []
     encode.encode(again, tmp_path / "killed", shard_size=16, progress=reported.append)
-    assert [item.path for item in again.asked] == [item.path for item in again.scan.items[16:]]
+    assert [item.path for item in again.requested] == [item.path for item in again.scan.items[16:]]
     assert files(tmp_path / "killed") == complete and sum(reported) == 40
     (tmp_path / "killed" / "part-00001.json").write_text("")  # a stray file changes nothing
     done = Arrays()
-    assert encode.encode(done, tmp_path / "killed", shard_size=16).records == 40 and not done.asked
+    assert encode.encode(done, tmp_path / "killed", shard_size=16).records == 40 and not done.requested
 
 
 def interrupted(folder):
@@ -147,7 +147,7 @@ def test_a_damaged_part_is_named_and_its_shard_written_again(tmp_path, caplog):
         caplog.clear()
         source = Arrays()
         encode.encode(source, folder, shard_size=16)
-        assert len(source.asked) == 40 and f"{part} is damaged; its shard is written again" in caplog.text
+        assert len(source.requested) == 40 and f"{part} is damaged; its shard is written again" in caplog.text
         assert files(folder) == complete
 
 
@@ -158,7 +158,7 @@ def test_a_part_of_the_version_without_hashes_is_used(tmp_path):
     part.write_text(json.dumps(content))
     source = Arrays()
     encode.encode(source, tmp_path / "l", shard_size=16)
-    assert len(source.asked) == 24 and files(tmp_path / "l") == files(write(tmp_path / "whole"))
+    assert len(source.requested) == 24 and files(tmp_path / "l") == files(write(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\x00"], ids=range(4))

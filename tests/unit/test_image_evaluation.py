@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from support.image_evaluations import ASKED, SECTION, evaluated, record, write
+from support.image_evaluations import REQUESTED, SECTION, evaluated, record, write
 from support.small_studies import TINY, finished, recipe
 
 from megapromoe.cli import main
@@ -174,9 +174,9 @@ def test_steps_without_all_their_figures_are_missing(tmp_path):
         {"only": [3]},
         {"classes": "random"},
         {"sample": {"steps": 5}},
-        {"asked": ASKED | {"features": "other.pth"}},
-        {"asked": ASKED | {"reference": "photos"}},
-        {"asked": ASKED | {"split": "test"}},
+        {"asked": REQUESTED | {"features": "other.pth"}},
+        {"asked": REQUESTED | {"reference": "photos"}},
+        {"asked": REQUESTED | {"split": "test"}},
         {"autoencoder": "vae"},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -175,8 +175,8 @@ def test_a_run_records_its_data_set(folder, tmp_path):
     assert "becomes a new run with the new config (different: the data)" in RunDirectory(tmp_path / "no step").state(
         settings
     )
-    with RunDirectory.open(tmp_path / "no step", settings, 1) as anew:
-        assert anew.origin(settings).data == data_identity(settings)
+    with RunDirectory.open(tmp_path / "no step", settings, 1) as new_run:
+        assert new_run.origin(settings).data == data_identity(settings)
     RunDirectory.open(run, settings, 1, ["data"]).close()
     RunDirectory.open(run, settings, 1).close()
     entries = json.loads((run / "environment.json").read_text())

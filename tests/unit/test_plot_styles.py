@@ -253,16 +253,16 @@ def test_bars_of_memory_fill_the_picture_of_a_plan_and_have_their_figures(tmp_pa
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("scenes", "ways"), [(1, 1), (18, 4), (30, 12)])
-def test_bars_of_a_benchmark_differ_in_colour_or_hatch(scenes, ways):
+@pytest.mark.parametrize(("scenes", "count"), [(1, 1), (18, 4), (30, 12)])
+def test_bars_of_a_benchmark_differ_in_colour_or_hatch(scenes, count):
     ratio = {"ratio": {"median": 1.1, "low": 1.05, "high": 1.2}}
-    contenders = {"dense": ratio} | {f"way {n}": ratio for n in range(ways)}
+    contenders = {"dense": ratio} | {f"way {n}": ratio for n in range(count)}
     names = ("size", "experts", "images", "routing")
     cases = [dict(zip(names, ("digits", 4, n, "real"), strict=True), contenders=contenders) for n in range(scenes)]
     figure = draw_benchmark(cases, "title")
     assert not overlapping(figure)
     bars = [drawn[0] for drawn in figure.axes[0].containers if isinstance(drawn, BarContainer)]
-    assert len(bars) == len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == ways
+    assert len(bars) == len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == count
 
 
 def test_areas_have_different_colours():

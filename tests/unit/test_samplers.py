@@ -136,16 +136,16 @@ def test_ddpm_step_adds_noise_of_the_learned_deviation():
 
 
 def test_ddpm_draws_each_noise_once_and_none_at_the_end():
-    asked, done = [], []
+    requested, done = [], []
     sample(
         PerfectDDPM(5),
         start(),
         "ddpm",
         5,
-        noise_at=lambda k: asked.append(k) or start(draw=k),
+        noise_at=lambda k: requested.append(k) or start(draw=k),
         progress=done.append,
     )
-    assert asked == [1, 2, 3, 4] and done == [1, 2, 3, 4, 5]
+    assert requested == [1, 2, 3, 4] and done == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("method", ["euler", "heun", "ddpm", "ddim"])

@@ -123,7 +123,7 @@ def test_snapshots_of_later_steps_move_with_the_branch_that_is_left(run):
 def test_snapshots_after_the_newest_checkpoint_become_a_branch_only_with_the_step_option(run):
     assert leave_branch(run, 40, "a crash") is None
     save(run, 60, AVERAGES, branch="second")
-    left = leave_branch(run, 40, "asked", asked=True)
+    left = leave_branch(run, 40, "asked", requested=True)
     assert (left.name, left.steps, left.snapshots) == ("second", (), (50, 60))
     assert steps_of(run.snapshots) == [10, 20, 30, 40]
 

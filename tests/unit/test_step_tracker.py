@@ -78,12 +78,12 @@ def test_votes_to_stop_and_to_save_are_reduced_as_one_number(stopping, saving):
 def test_only_rank_0_requests_a_save_when_it_is_due():
     seconds = 0.0
     clocks = [SaveClock(0.5, rank, lambda: seconds) for rank in (0, 1)] + [SaveClock(0.0, 0, lambda: seconds)]
-    asked = []
+    requests = []
     for seconds in (29.0, 30.0, 31.0, 45.0, 60.9, 61.0):
-        asked.append([clock.due() for clock in clocks])
+        requests.append([clock.due() for clock in clocks])
         if seconds == 31.0:
             clocks[0].restart()
-    assert asked == [[late, False, False] for late in (False, True, True, False, False, True)]
+    assert requests == [[late, False, False] for late in (False, True, True, False, False, True)]
 
 
 def test_steps_that_were_not_applied_are_no_updates_and_too_many_end_the_run(caplog):

@@ -314,8 +314,8 @@ def test_metrics_over_training_are_written_and_plotted(tmp_path, capsys):
     for task in study.tasks:
         for step, guidance, count, value in of_three_steps(task):
             if count == 1500:
-                who = ("promoe", str(task.config.model.num_experts), str(task.seed), str(step), f"{guidance:g}")
-                expected[who] = pytest.approx(value, rel=1e-6)
+                identity = ("promoe", str(task.config.model.num_experts), str(task.seed), str(step), f"{guidance:g}")
+                expected[identity] = pytest.approx(value, rel=1e-6)
     assert values == expected and min(values.values()) > 0
 
     text = (tmp_path / "results.md").read_text()
