@@ -21,9 +21,26 @@ AUXILIARY_LOSSES = {
     "classification": "classification_loss",
     "capacity": "capacity_loss",
 }
+# Losses of users' routers are logged as "NAME_loss".
 LOSSES = (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS)
 # Names in metrics.jsonl before version 0.1; `loss` was the total.
 _FORMER_NAMES = {"loss": TOTAL_LOSS, "denoising": DENOISING_LOSS, **AUXILIARY_LOSSES}
+
+
+def logged_loss(name: str) -> str:
+    """The name in metrics.jsonl of an auxiliary loss, which a user's router may have added.
+
+    Raises ValueError for a name that would be logged as another loss.
+    """
+    logged = AUXILIARY_LOSSES.get(name, f"{name}_loss")
+    if logged in (DENOISING_LOSS, TOTAL_LOSS) or (name not in AUXILIARY_LOSSES and logged in LOSSES):
+        raise ValueError(f"a router has a loss {name!r}, which would be logged as {logged!r}: give it another name")
+    return logged
+
+
+def is_auxiliary_loss(logged: str) -> bool:
+    """Whether a key of metrics.jsonl is an auxiliary loss."""
+    return logged.endswith("_loss") and logged not in (DENOISING_LOSS, TOTAL_LOSS)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

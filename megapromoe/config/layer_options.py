@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any, TypedDict
 
+from megapromoe.config import custom_routers
 from megapromoe.config.options import ROUTERS, ModelConfig
 from megapromoe.config.reader import as_kind, kind_of, kind_rule, range_rule, suggest, unknown_key
 from megapromoe.config.rules import layer_rules
@@ -46,12 +47,13 @@ class LayerError(Violations):
     exit_code = ExitCode.MISCONFIGURED
 
 
-def layer_config(router: str, options: dict[str, Any]) -> ModelConfig:
+def layer_config(router: str, options: dict[str, Any], is_class: bool = False) -> ModelConfig:
     """The configuration of a layer, whose other fields have their defaults.
 
     Args:
-        router: a name in `options.ROUTERS`, or "module:class".
+        router: a value of `model.router`, or the name of a class.
         options: values of `LAYER_FIELDS`.
+        is_class: `router` is the name of a class.
 
     Raises LayerError, listing everything that is wrong.
     """
@@ -68,7 +70,7 @@ def layer_config(router: str, options: dict[str, Any]) -> ModelConfig:
             problems.append(f"{name} = {value!r}: {rule}")
         else:
             values[name] = typed
-    if router not in ROUTERS and ":" not in router:
+    if router not in ROUTERS and not is_class and not custom_routers.is_reference(router):
         problems.append(f"router = {router!r}: must be one of {', '.join(ROUTERS[1:])}; {suggest(router, ROUTERS[1:])}")
     if router == "dense":
         problems.append("router = 'dense': has no experts; choose another, or use megapromoe.nn.Mlp")

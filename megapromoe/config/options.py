@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megapromoe.config import class_groups
+from megapromoe.config import class_groups, custom_routers
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
 
@@ -50,8 +50,13 @@ class ModelConfig:
     router: str = option(
         "promoe",
         "how experts are chosen: dense has none; ProMoE by token choice (promoe) or expert choice (promoe_ec), without"
-        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines",
+        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines; FILE.py:CLASS, or an"
+        " entry point of the group megapromoe.routers, is a router of one's own",
         ROUTERS,
+        accepts=custom_routers.is_reference,
+    )
+    router_version: str = option(
+        "", "hash of the file of one's own router, or version of its package; empty: recorded when a run begins"
     )
     hidden_size: int = option(384, "width D of the tokens, in channels", within=ONE_UP)
     depth: int = option(12, "number L of transformer blocks", within=ONE_UP)
@@ -178,9 +183,14 @@ class ModelConfig:
         return self.shared_expert_width or self.moe_width
 
     @property
+    def has_custom_router(self) -> bool:
+        """Whether the router is a class that a user has defined."""
+        return self.router not in ROUTERS
+
+    @property
     def has_two_step_router(self) -> bool:
         """Whether the layer can have shared and unconditional experts: our two-step routers, and those of users."""
-        return self.router in TWO_STEP_ROUTERS or self.router not in ROUTERS
+        return self.router in TWO_STEP_ROUTERS or self.has_custom_router
 
     @property
     def shared_experts(self) -> int:
@@ -233,9 +243,11 @@ class ModelConfig:
         """Whether the output for an image depends on the other images of a call, outside of training too.
 
         DiffMoE selects among the tokens of the whole batch. With a capacity factor, the other rows decide which rows
-        are dropped.
+        are dropped. What a user's router does is not known.
         """
-        return self.router == "diffmoe" or (self.router != "dense" and self.capacity_factor > 0)
+        if self.router == "dense":
+            return False
+        return self.router == "diffmoe" or self.has_custom_router or self.capacity_factor > 0
 
     @property
     def superclass_of(self) -> tuple[int, ...]:

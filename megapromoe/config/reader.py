@@ -10,7 +10,7 @@ building the models takes 0.10 s of CPU time at each start; importing the config
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -39,14 +39,20 @@ class TypedText(str):
 
 
 def option(
-    default: Any, help: str = "", choices: Collection[str] = (), within: str = "", kind: type | None = None
+    default: Any,
+    help: str = "",
+    choices: Collection[str] = (),
+    within: str = "",
+    kind: type | None = None,
+    accepts: Callable[[str], bool] | None = None,
 ) -> Any:
     """A dataclass field with its default, one line of help, and the valid `choices` or interval, such as "[0, 1)".
 
     Args:
         kind: one of `KINDS`; needed only if the annotation of the field is not one of them.
+        accepts: whether a value besides the `choices` is valid.
     """
-    metadata = {"help": help, "choices": tuple(choices), "within": within, "kind": kind}
+    metadata = {"help": help, "choices": tuple(choices), "within": within, "kind": kind, "accepts": accepts}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -135,7 +141,12 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
     """The rule of the field's metadata that a value of the right kind violates; None if it violates none."""
     choices, interval = metadata["choices"], metadata["within"]
     if choices:
-        return None if value in choices else f"must be one of {', '.join(choices)}; {suggest(value, choices)}"
+        accepts = metadata["accepts"]
+        return (
+            None
+            if value in choices or (accepts and accepts(value))
+            else f"must be one of {', '.join(choices)}; {suggest(value, choices)}"
+        )
     if isinstance(value, tuple) and len(set(value)) < len(value):
         return "must hold each number once"
     if interval:

@@ -29,7 +29,7 @@ from megapromoe.nn.dit import DiT
 from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
-from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_seconds, metrics_of
+from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_seconds, is_auxiliary_loss, metrics_of
 from megapromoe.sampling.run_model import load_model
 from megapromoe.versions import versions
 
@@ -85,7 +85,8 @@ def training_figures(lines: list[dict[str, Any]], config: Config) -> dict[str, A
     last = lines[-1]["step"]
     final = [line for line in lines if line["step"] > last - FINAL_STEPS]
     losses = {}
-    for name in LOSSES:
+    of_users = dict.fromkeys(name for line in final for name in line if is_auxiliary_loss(name) and name not in LOSSES)
+    for name in (*LOSSES, *of_users):
         if values := [line[name] for line in final if line.get(name) is not None]:  # null: it was not finite
             losses[name] = float(np.mean(values))
     steps = np.diff([0, *(line["step"] for line in lines)])

@@ -9,6 +9,7 @@ dispatchers. Initial values depend only on (seed, name, expert), so the logical 
 from __future__ import annotations
 
 import hashlib
+import logging
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,10 @@ from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.logical_module import LogicalModule, initial_value
+from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.sharding import Sharding
+
+logger = logging.getLogger(__name__)
 
 
 def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
@@ -64,6 +68,8 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = config.parallel.recompute
+    if config.model.has_custom_router:
+        _compare_with_plan(model)
     if config.train.compile:
         compile_dense(model)
     return model
@@ -108,6 +114,21 @@ def apply_parallelism(model: nn.Module, mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, LogicalModule):
             module.set_mesh(mesh)
+
+
+def _compare_with_plan(model: DiT) -> None:
+    """Logs a warning if a user's router has more or fewer parameters than its class states for plans."""
+    router = next((module for module in model.modules() if isinstance(module, Router)), None)
+    if router is None:
+        return
+    planned = sum(layer.parameters for layer in router.planned_layers(model.config))
+    built = sum(p.numel() for p in router.parameters())
+    if planned != built:
+        logger.warning(
+            "model.router = %r: has %d parameters in a layer, but planned_layers() of the class counts %d; parameters,"
+            " FLOPs and utilisation that are shown are wrong by that",
+            *(model.config.router, built, planned),
+        )
 
 
 def _write_initial_value(

@@ -5,8 +5,9 @@ S tokens of an image, L blocks, E routed experts, K experts of a token.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megapromoe.config.custom_routers import load_router
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import Config, Layout, ModelConfig
 
@@ -71,7 +72,9 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     yield from _mlp("MLP", D, model.mlp_width, dense, dense * S)
     if moe:
         F, E = model.moe_width, model.num_experts
-        if model.router == "classification":
+        if model.has_custom_router:
+            yield from _custom_router(model, moe)
+        elif model.router == "classification":
             yield Linear("router", D, E, moe, moe)  # one row: the mean token of the image
         else:  # prototypes or gate; the centroids of k-means are not parameters
             yield Linear("router", D, E, 0 if model.router == "kmeans" else moe, moe * S, bias=False)
@@ -85,6 +88,12 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
             yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0)
     yield Linear("final layer", D, 2 * D, 1, 1)
     yield Linear("final layer", D, patch * model.out_channels, 1, S)
+
+
+def _custom_router(model: ModelConfig, moe: int) -> Iterator[Linear]:
+    """The layers of a user's router, which its class describes for one MoE layer."""
+    for layer in load_router(model.router, model.router_version).planned_layers(model):
+        yield replace(layer, copies=layer.copies * moe, rows=layer.rows * moe)
 
 
 def _mlp(part: str, D: int, width: int, copies: int, rows: int) -> Iterator[Linear]:

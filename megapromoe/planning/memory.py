@@ -176,7 +176,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router == "kmeans":
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "lengths, scores", T * (2 + E) * 4)
-    if model.router in GATE_ROUTERS:
+    if model.router in GATE_ROUTERS or model.has_custom_router:  # a user's router counts as a gate
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "scores", T * E * 4)
     if model.router == "diffmoe":

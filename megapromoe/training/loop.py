@@ -29,7 +29,13 @@ from megapromoe.data.sources import open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
-from megapromoe.distributed.agreement import raise_if_any_rank_failed, raising_together, this_rank, watched_job
+from megapromoe.distributed.agreement import (
+    broadcast_from_rank0,
+    raise_if_any_rank_failed,
+    raising_together,
+    this_rank,
+    watched_job,
+)
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.stop_requests import StopRequest, install_signal_handlers
 from megapromoe.engine.averaged_weights import EMA
@@ -150,6 +156,8 @@ def _train(
         dataset, config.data.seed, config.data.condition_dropout, config.data.flip, config.model.null_class
     )
     watchdog.starting("building the model and its engine")
+    if config.model.has_custom_router:
+        _check_router_version(config)
     engine = Engine(build(config, mesh, device), config, mesh)
     ema = EMA(engine, t.ema_decays, t.ema_warmup)
     objective = make_objective(config)
@@ -269,6 +277,15 @@ def _open_dataset(config: Config) -> Dataset:
     wrong = ExitCode.MISCONFIGURED
     with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True, exit_code=wrong):
         return open_dataset(config)
+
+
+def _check_router_version(config: Config) -> None:
+    """Raises TrainingError if the ranks have different versions of a user's router. Collective."""
+    version = config.model.router_version
+    expected, problem = broadcast_from_rank0(version), None
+    if version != expected:
+        problem = f"model.router = {config.model.router!r}: is {version}, rank 0 has {expected}; copy one to all nodes"
+    raise_if_any_rank_failed(problem, TrainingError, name_ranks=True, exit_code=ExitCode.MISCONFIGURED)
 
 
 def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator: MetricAccumulator) -> Tensor:

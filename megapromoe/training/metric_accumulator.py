@@ -16,7 +16,7 @@ from megapromoe.distributed.mesh import Mesh
 from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
-from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, TOTAL_LOSS
+from megapromoe.run_lines import DENOISING_LOSS, TOTAL_LOSS, logged_loss
 from megapromoe.training.metrics import expert_statistics, memory, throughput
 
 LOAD, ROUTING_WEIGHT = "expert_load", "gate"
@@ -54,7 +54,7 @@ class MetricAccumulator:
             auxiliary: auxiliary losses, routing weights and expert loads of the MoE layers.
         """
         values = {DENOISING_LOSS: denoising.detach()}
-        values |= {AUXILIARY_LOSSES[name]: loss_L.detach().sum() for name, loss_L in auxiliary.losses.items()}
+        values |= {logged_loss(name): loss_L.detach().sum() for name, loss_L in auxiliary.losses.items()}
         values[TOTAL_LOSS] = total.detach()
         if auxiliary.dropped_M is not None:
             values["dropped_rows"] = auxiliary.dropped_M.mean()

@@ -27,7 +27,14 @@ from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.io import is_own_file, write_text
 from megapromoe.number_text import clock_text, share_of, significant
-from megapromoe.run_lines import AUXILIARY_LOSSES, DENOISING_LOSS, LOSSES, TOTAL_LOSS, former_lines_of
+from megapromoe.run_lines import (
+    AUXILIARY_LOSSES,
+    DENOISING_LOSS,
+    LOSSES,
+    TOTAL_LOSS,
+    former_lines_of,
+    is_auxiliary_loss,
+)
 from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
 from megapromoe.training.run_clock import RunClock
 from megapromoe.training.tensorboard_events import EventFile
@@ -169,9 +176,12 @@ class Metrics:
 
     def _show(self, step: int, values: Mapping[str, float | None]) -> None:
         numbers = {key: value for key, value in values.items() if value is not None}
-        if not numbers.keys() & set(AUXILIARY_LOSSES.values()):
+        auxiliary = [key for key in numbers if is_auxiliary_loss(key)]
+        if not auxiliary:
             numbers.pop(TOTAL_LOSS, None)
         shown = {name: text(numbers[key]) for key, name, text in SHOWN if key in numbers}
+        of_users = [key for key in auxiliary if key not in LOSSES]
+        shown |= {key.removesuffix("_loss"): f"{numbers[key]:.4g}" for key in of_users}
         if "dead_experts" in numbers:
             shown["dead experts"] = share_of(numbers["dead_experts"], self._experts)
         if self._bar is not None:

@@ -41,7 +41,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        what = [w.partition(".")[2] for w in self.what] + ([self.prepare] if self.prepare else [])
+        what = [w.partition(".")[2].replace(f"{ROOT}/", "") for w in self.what] + (
+            [self.prepare] if self.prepare else []
+        )
         what += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         what += ["grouped products"] if self.grouped else []
         split = "+experts" if self.expert_tp else ""
@@ -76,6 +78,8 @@ def one_expert(model, mesh) -> None:
             parameter.data.add_(layout.local_shard(logical, mesh))
 
 
+ROOT = Path(__file__).parents[2]
+BIASED = (f"model.router={ROOT}/examples/my_router.py:BiasedRouter",)  # a router of a user
 PREPARE = {"": None, "one_expert": one_expert}
 ALL_NULL = ("data.condition_dropout=0.999999999",)
 NO_NULL = ("data.condition_dropout=0",)
@@ -150,6 +154,8 @@ CASES = [
     *(Case(4, ep=4, zero=z, prepare="one_expert", grouped=True) for z in (1, 2)),
     Case(4, tp=2, ep=2, expert_tp=True, grouped=True, recompute="all"),
     *(Case(4, tp=2, ep=2, recompute="all", what=(f"model.router={r}", *TWICE)) for r in ("kmeans", "diffmoe")),
+    Case(4, tp=2, ep=2, zero=3, recompute="all", what=BIASED),
+    Case(4, tp=2, ep=2, expert_tp=True, what=(*BIASED, "model.top_k=2", *TWICE)),
 ]  # fmt: skip
 
 
@@ -197,7 +203,7 @@ def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     assert not worst, f"{case.name}: {worst}"
 
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 SHOWN = [Case(4, tp=2, ep=2, what=EIGHT), Case(4, ep=4, zero=2, what=EIGHT), Case(8, ep=8, zero=3, what=EIGHT)]
 ROW = re.compile(r"^\| (\d) · (\d) · (\d) \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.e-]+|–) \| ([\d.e-]+|–) \|\n", re.M)
 

@@ -62,14 +62,23 @@ def test_running_statistics_stay_in_float32_under_bf16():
     assert run(1, bf16_statistics) == [({torch.float32}, True)]
 
 
-def test_a_run_is_continued_with_its_centroids_at_another_layout(tmp_path):
-    settings = ("model.router=kmeans", "model.kmeans_decay=0.5", "train.save_every=0", "train.log_every=1")
+BIASED = f"model.router={Path(__file__).parents[2]}/examples/my_router.py:BiasedRouter"
+
+
+@pytest.mark.parametrize(
+    "router, of_layer",
+    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), ((BIASED,), 1)],
+    ids=["kmeans", "a user's"],
+)
+def test_a_run_is_continued_with_its_state_at_another_layout(router, of_layer, tmp_path):
+    settings = (*router, "train.save_every=0", "train.log_every=1")
     straight, moved = tmp_path / "straight", tmp_path / "moved"
     run(1, train_run, str(straight), *settings, "train.steps=6")
     run(2, train_run, str(moved), *settings, "train.steps=3", "parallel.ep=2")
     run(2, train_run, str(moved), *settings, "train.steps=6", "parallel.tp=2")
     expected, resumed = buffers(straight / "checkpoints", 6), buffers(moved / "checkpoints", 6)
-    assert expected.keys() == resumed.keys() and len(resumed) == 4
+    assert expected.keys() == resumed.keys() and len(resumed) == 2 * of_layer
+    assert all(value.any() for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
     assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)

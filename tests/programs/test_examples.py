@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from support.processes import run
 from support.sampled_runs import saved_run, tiny
+from support.training_runs import train as train_run
 
 from megapromoe.config.resolve import to_yaml
+from megapromoe.run_lines import metrics_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -58,6 +60,16 @@ def test_over_ranks_by_torchrun():
 def test_model_from_preset():
     (text,) = run(1, output_of, "model_from_preset")
     assert re.search(r"[\d,]+ parameters, loss [\d.]+, losses \['rcl'\]", text)
+
+
+def test_my_router(tmp_path):
+    """In a run: its loss is logged, and the images of its checkpoint can be generated."""
+    router = f"model.router={EXAMPLES / 'my_router.py'}:BiasedRouter"
+    run(1, train_run, str(tmp_path), router, "train.steps=2")
+    lines = metrics_of(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and all(line["z_loss"] > 0 for line in lines)
+    (text,) = run(1, output_of, "sample_checkpoint", tmp_path)
+    assert text.startswith("step 2: images (4, 4, 8, 8), values from ")
 
 
 def test_sample_checkpoint(tmp_path):

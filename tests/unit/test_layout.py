@@ -130,6 +130,37 @@ def test_gates_start_as_published(router, low, high, spread):
     assert float(fc1.abs().max()) == pytest.approx((6 / (256 + 512)) ** 0.5, rel=0.01)
 
 
+# (router, parameter or buffer): its first and its last number. They must never change: a run is repeated by its seed.
+INITIAL = {
+    ("promoe", "x_embedder.proj.weight"): (-0.1021533, -0.0381418),
+    ("promoe", "t_embedder.mlp.2.weight"): (-0.0204741, 0.0121642),
+    ("promoe", "y_embedder.embedding_table.weight"): (-0.0179142, -0.0192782),
+    ("promoe", "blocks.0.attn.qkv.weight"): (0.0685244, -0.1988697),
+    ("promoe", "blocks.0.mlp.fc2.weight"): (-0.1899816, -0.1129346),
+    ("promoe", "blocks.1.mlp.router.prototypes"): (-0.0001015, 0.0088777),
+    ("promoe", "blocks.1.mlp.experts.fc1.weight"): (-0.0985426, 0.0333202),
+    ("promoe", "blocks.1.mlp.experts.fc2.weight"): (0.1685568, 0.1488421),
+    ("promoe", "blocks.1.mlp.shared.fc1.weight"): (-0.1351385, 0.1448941),
+    ("promoe", "blocks.3.mlp.unconditional.fc2.weight"): (-0.0931732, 0.0188218),
+    ("promoe_linear", "blocks.1.mlp.router.gate"): (0.3846493, -0.2402184),
+    ("tc", "blocks.1.mlp.router.gate"): (0.1665580, -0.1040176),
+    ("ec", "blocks.1.mlp.router.gate"): (-0.0157436, 0.0163655),
+    ("diffmoe", "blocks.1.mlp.router.gate"): (-0.0157436, 0.0163655),
+    ("diffmoe", "blocks.1.mlp.router.predictor.2.weight"): (-0.0688349, -0.1541702),
+    ("classification", "blocks.1.mlp.router.classifier.weight"): (0.2297939, -0.2479141),
+    ("kmeans", "blocks.1.mlp.router.centroids"): (-0.0261123, -0.1361792),
+}
+
+
+@pytest.mark.parametrize("router", dict.fromkeys(router for router, _ in INITIAL))
+def test_initial_values_are_those_of_the_first_version(router):
+    state = build(small(f"model.router={router}")).state_dict()
+    for (of_router, name), (first, last) in INITIAL.items():
+        if of_router == router:
+            values = state[name].flatten()
+            assert [float(values[0]), float(values[-1])] == pytest.approx([first, last], abs=1e-7), name
+
+
 def test_every_published_size_has_a_layout_on_eight_ranks():
     with torch.device("meta"):
         from megapromoe.nn.dit import DiT

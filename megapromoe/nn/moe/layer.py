@@ -18,6 +18,7 @@ from typing import NamedTuple, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from megapromoe.config.custom_routers import RouterError, load_router
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
@@ -53,6 +54,23 @@ ROUTERS: Mapping[str, type[Router]] = {
     "kmeans": KMeansRouter,
 }
 """`model.router` -> class."""
+
+
+def router_class(router: str, version: str = "") -> type[Router]:
+    """The class that a value of `model.router` names.
+
+    Args:
+        router: a name in `ROUTERS`, or a reference to a user's router.
+        version: `model.router_version`; empty: not checked.
+
+    Raises RouterError if a user's router cannot be loaded, has another version, or is no subclass of `Router`.
+    """
+    if router in ROUTERS:
+        return ROUTERS[router]
+    loaded = load_router(router, version)
+    if not (isinstance(loaded, type) and issubclass(loaded, Router)):
+        raise RouterError(f"model.router = {router!r}: must be a subclass of megapromoe.nn.Router")
+    return loaded
 
 
 class ExpertInputs(NamedTuple):
@@ -102,7 +120,7 @@ class MoE(RegionModule):
         Args:
             hidden_size: channels D of a token.
             num_experts: routed experts E.
-            router: a name in `ROUTERS`, or a subclass of `Router`.
+            router: a name in `ROUTERS`, a subclass of `Router`, or what names one (`config/custom_routers.py`).
             options: the other options of `ModelConfig` that concern the layer, by the same names: `top_k`,
                 `expert_width`, `score_function`, `rcl_weight`, `capacity_factor` ...
 
@@ -110,10 +128,11 @@ class MoE(RegionModule):
         """
         super().__init__()
         name = router if isinstance(router, str) else f"{router.__module__}:{router.__qualname__}"
-        config = layer_config(name, {"hidden_size": hidden_size, "num_experts": num_experts, **options})
+        sizes = {"hidden_size": hidden_size, "num_experts": num_experts}
+        config = layer_config(name, sizes | dict(options), is_class=not isinstance(router, str))
         D, width = config.hidden_size, config.moe_width
         self.config = config
-        self.router = (ROUTERS[router] if isinstance(router, str) else router)(config)
+        self.router = (router_class(router) if isinstance(router, str) else router)(config)
         self.experts = Experts(config.num_experts, D, width)
         self.shared = _dense_experts(config.shared_experts, D, config.shared_width)
         self.unconditional = _dense_experts(config.unconditional_experts, D, width)
@@ -123,7 +142,8 @@ class MoE(RegionModule):
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
         """The layer of a model with this configuration."""
-        return cls(router=config.router, **{name: getattr(config, name) for name in LAYER_FIELDS})
+        router = router_class(config.router, config.router_version) if config.has_custom_router else config.router
+        return cls(router=router, **{name: getattr(config, name) for name in LAYER_FIELDS})
 
     def set_mesh(self, mesh: Mesh) -> None:
         super().set_mesh(mesh)

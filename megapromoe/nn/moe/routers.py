@@ -51,6 +51,7 @@ from megapromoe.nn.moe.prototypes import (
     router_precision,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.planning import cost
 
 
 class RouterOutput(NamedTuple):
@@ -96,6 +97,15 @@ class Router(LogicalModule):
                 experts, for collectives and for updates of state.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    @classmethod
+    def planned_layers(cls, config: ModelConfig) -> list[cost.Linear]:
+        """The parameters and products of the router of one layer, for plans, counts and utilisation.
+
+        The default is a product of tokens and experts without bias. Routers of `ROUTERS` are in `planning/cost.py`,
+        which imports no torch.
+        """
+        return [cost.Linear("router", config.hidden_size, config.num_experts, 1, config.tokens, bias=False)]
 
     def set_mesh(self, mesh: Mesh) -> None:
         self.statistics_group = mesh.dp if self.config.batch_scope == "global" else SINGLE_RANK

@@ -1,0 +1,229 @@
+"""Routers of users: `model.router=FILE.py:CLASS` or an entry point; what is recorded, refused, counted and logged."""
+
+import copy
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.trajectory import small
+
+from megapromoe.checkpoint.origin import fixed_changes
+from megapromoe.config.custom_routers import RouterError, load_router
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.nn import MoE, auxiliary_loss
+from megapromoe.nn.parallelize import build, layouts
+from megapromoe.planning import cost
+from megapromoe.run_lines import is_auxiliary_loss, logged_loss
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_router.py"
+BIASED = f"model.router={EXAMPLE}:BiasedRouter"
+
+FOREIGN = """
+import torch
+from torch import nn
+from megapromoe.nn import ParameterRule, Router, token_choice, top_k, zeros
+from megapromoe.planning.cost import Linear
+
+class Deep(Router):
+    \"\"\"Two linear layers of torch's own, and a parameter with a rule.\"\"\"
+    rules = {"temperature": ParameterRule(zeros)}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.Sequential(nn.Linear(config.hidden_size, 8), nn.SiLU(), nn.Linear(8, config.num_experts))
+        self.temperature = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def planned_layers(cls, config):
+        return [
+            Linear("router", config.hidden_size, 8, 1, config.tokens),
+            Linear("router", 8, config.num_experts, 1, config.tokens),
+            Linear("router", 1, 1, 1, 0, bias=False),
+        ]
+
+    def forward(self, x_BSD, y_B=None, routing_cache=None):
+        score = (self.layers(x_BSD.float()) * self.temperature.exp()).softmax(-1)
+        chosen = top_k(score.detach(), self.config.top_k)
+        return self.output(token_choice(chosen, score.gather(-1, chosen)), {})
+
+class Uncounted(Deep):
+    planned_layers = Router.planned_layers
+
+class NoRouter:
+    pass
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "router.py"
+    path.write_text(FOREIGN)
+    return path
+
+
+# ---- configuration
+
+
+def test_the_config_records_the_absolute_path_and_the_hash(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    model = small("model.router=router.py:Deep").model
+    assert model.router == f"{file}:Deep" and model.router_version.startswith("sha256:")
+    assert model.has_two_step_router and model.shared_experts == model.unconditional_experts == 1
+    file.write_text(FOREIGN + "\n")
+    assert small("model.router=router.py:Deep").model.router_version != model.router_version
+    assert small().model.router_version == ""
+
+
+def test_a_saved_config_keeps_what_it_recorded_and_another_router_replaces_it(file, tmp_path):
+    config = small(f"model.router={file}:Deep")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    file.write_text(FOREIGN + "\n")
+    assert resolve(file=saved) == config, "a run has the version with which it began"
+    with pytest.raises(RouterError, match=r"is sha256:\w+, but the run has model.router_version = 'sha256:"):
+        build(resolve(file=saved))
+    present = resolve(file=saved, overrides=[f"model.router={file}:Deep"])
+    build(present)
+    changed = {"model.router_version": [config.model.router_version, present.model.router_version]}
+    assert fixed_changes(changed) == ["model.router_version"], "a run is not continued with it unless --allow names it"
+    assert resolve(file=saved, overrides=["model.router=promoe"]).model.router_version == ""
+    file.unlink()
+    assert resolve(file=saved) == config, "a run without its file can still be listed"
+    with pytest.raises(RouterError, match=r"the file cannot be read \(No such file"):
+        build(resolve(file=saved))
+
+
+@pytest.mark.parametrize(
+    "router, message",
+    [
+        ("none.py:Deep", r"the file cannot be read \(No such file or directory\); give .* FILE\.py:CLASS"),
+        ("router.py", "must be one of dense, promoe"),
+        ("promo", "did you mean promoe"),
+        ("os:system", "must be one of dense, promoe"),
+    ],
+)
+def test_a_router_that_is_none_is_refused_with_the_configuration(router, message, file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(ConfigError, match=message):
+        small(f"model.router={router}")
+
+
+def test_files_that_have_no_such_router_are_named(file):
+    with pytest.raises(RouterError, match=r"the file has no class Deeper; it has Deep, Uncounted, NoRouter"):
+        build(small(f"model.router={file}:Deeper"))
+    with pytest.raises(RouterError, match=r"must be a subclass of megapromoe\.nn\.Router"):
+        build(small(f"model.router={file}:NoRouter"))
+    for content, message in (
+        ("\n1 / 0\n", r"ZeroDivisionError.*, line 2\)"),
+        ("def (", "SyntaxError"),
+        ("import no_such", "no_such"),
+    ):
+        file.write_text(content)
+        with pytest.raises(RouterError, match=f"cannot be executed .*{message}"):
+            load_router(f"{file}:Deep")
+
+
+def test_a_file_is_not_searched_for_and_changes_no_path(file, monkeypatch):
+    """Neither its folder nor its name can be imported, before and after."""
+    monkeypatch.chdir(file.parent.parent)
+    path, modules = list(sys.path), set(sys.modules)
+    first = load_router(f"{file}:Deep")
+    assert first is load_router(f"{file}:Deep") and sys.path == path
+    assert {name.rpartition("_")[0] for name in set(sys.modules) - modules} == {"megapromoe_router"}
+    with pytest.raises(ConfigError):
+        small("model.router=router.py:Deep")
+
+
+def test_an_entry_point(file, monkeypatch):
+    deep = load_router(f"{file}:Deep")
+    point = SimpleNamespace(
+        value="package:Deep", dist=SimpleNamespace(name="package", version="1.2"), load=lambda: deep
+    )
+
+    def entry_points(group, name):
+        return [point] if (group, name) == ("megapromoe.routers", "deep") else []
+
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
+    config = small("model.router=deep")
+    assert (config.model.router, config.model.router_version) == ("deep", "package 1.2")
+    assert type(build(config).blocks[1].mlp.router) is deep
+    point.dist.version = "1.3"
+    with pytest.raises(RouterError, match=r"is package 1\.3, but the run has model\.router_version = 'package 1\.2'"):
+        build(config)
+
+
+# ---- the model
+
+
+def test_modules_of_torch_start_as_torch_starts_them_determined_by_the_seed(file):
+    def state(*overrides):
+        return build(small(f"model.router={file}:Deep", *overrides)).state_dict()
+
+    torch.manual_seed(1)
+    first, other = state(), state("train.seed=1")
+    torch.manual_seed(2)
+    names = [name for name in first if ".router.layers." in name]
+    assert len(names) == 8
+    for name, value in state().items():
+        assert torch.equal(value, first[name])
+    for name in names:
+        inputs = 32 if ".layers.0." in name else 8
+        assert 0.5 / inputs**0.5 < first[name].abs().max() <= 1 / inputs**0.5, "torch's own rule"
+        assert not torch.equal(first[name], other[name])
+
+
+def test_costs_are_those_of_the_built_model(file, caplog):
+    for router in (BIASED, f"model.router={file}:Deep"):
+        config = small(router)
+        model = build(config)
+        count = sum(layout_size(shape) for shape in (layout.shape for layout in layouts(model).values()))
+        assert cost.parameters(config.model).trainable == count and not caplog.text
+    build(small(f"model.router={file}:Uncounted"))
+    assert "has 301 parameters in a layer, but planned_layers() of the class counts 128" in caplog.text
+
+
+def layout_size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def test_in_a_layer_of_somebody_else(file):
+    x = torch.randn(3, 9, 16)
+    for router in (f"{file}:Deep", load_router(f"{file}:Deep")):
+        torch.manual_seed(0)
+        moe = MoE(hidden_size=16, num_experts=4, router=router).train()
+        y, auxiliary = copy.deepcopy(moe)(x, 2)
+        (y.square().mean() + auxiliary_loss([auxiliary])).backward()
+        assert y.isfinite().all() and auxiliary.load_E.sum() == 2 * 9
+
+
+def test_the_example_balances_its_experts():
+    torch.manual_seed(0)
+    moe = MoE(hidden_size=16, num_experts=4, router=f"{EXAMPLE}:BiasedRouter").train()
+    x = torch.randn(8, 16, 16) + 2 * torch.randn(16)  # tokens that are alike
+
+    def imbalance() -> float:
+        load_E = moe(x)[1].load_E
+        return float(load_E.max() / load_E.mean())
+
+    first = imbalance()
+    for _ in range(150):
+        last = imbalance()
+    assert first > 2 and last < 1.6
+    bias = moe.router.bias.clone()
+    moe.eval()(x)
+    assert torch.equal(moe.router.bias, bias), "evaluation does not change the state"
+
+
+# ---- losses
+
+
+def test_losses_are_logged_by_their_names():
+    assert (logged_loss("rcl"), logged_loss("z")) == ("contrastive_loss", "z_loss")
+    assert is_auxiliary_loss("z_loss") and not is_auxiliary_loss("total_loss") and not is_auxiliary_loss("gate")
+    for name in ("total", "denoising", "contrastive"):
+        with pytest.raises(ValueError, match=f"a router has a loss '{name}', which would be logged as '{name}_loss'"):
+            logged_loss(name)
