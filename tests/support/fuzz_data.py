@@ -13,7 +13,7 @@ from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.cli import main
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
-from megapromoe.data import encode
+from megapromoe.data import encode, shard_job
 from megapromoe.data.datasets import DatasetError
 from megapromoe.data.encode import EncodeError
 from megapromoe.data.latents import Latents
@@ -118,7 +118,7 @@ def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["part-00000.json", "plan.json", "shard-00000.npy"]
     expected = {path.name: path.read_bytes() for path in complete.iterdir() if path.name != "plan.json"}
-    logging.getLogger(encode.__name__).setLevel(logging.WARNING)
+    logging.getLogger(shard_job.__name__).setLevel(logging.WARNING)
 
     def read() -> dict[str, bytes]:
         encode.encode(_Source(), folder, shard_size=4)
