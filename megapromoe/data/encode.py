@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,8 @@ class EncodedImages:
         batch: images per call of the autoencoder.
         workers: threads that read images while the autoencoder runs.
         dtype: type of the stored latents, "float16" or "float32"; pixels are stored as uint8.
+        mirror: encode mirror images too.
+        open_item: the file of an item, or its content; default: the file `folder` / path.
     """
 
     def __init__(
@@ -68,13 +71,16 @@ class EncodedImages:
         batch: int = 32,
         workers: int = 1,
         dtype: str = "float16",
+        mirror: bool = True,
+        open_item: Callable[[Item], Path | BytesIO] | None = None,
     ):
-        self.folder, self.scan, self.autoencoder = Path(folder), scan, autoencoder
+        self.scan, self.autoencoder, self.mirror = scan, autoencoder, mirror
+        self._open = open_item or (lambda item: Path(folder) / item.path)
         self.batch, self.workers, self.pixels = batch, workers, autoencoder.identity["kind"] == "pixels"
         self.manifest_fields: dict[str, Any] = {
             "shape": autoencoder.latent_shape(resolution),
             "dtype": "uint8" if self.pixels else dtype,
-            "mirror": "exact" if self.pixels else "stored",
+            "mirror": "none" if not mirror else "exact" if self.pixels else "stored",
             "stochastic": autoencoder.stochastic,
             "scale": autoencoder.scale,
             "shift": autoencoder.shift,
@@ -101,14 +107,14 @@ class EncodedImages:
 
     def _read(self, item: Item) -> np.ndarray | str:
         try:
-            return read_image(self.folder / item.path, self.manifest_fields["resolution"], self.autoencoder.channels)
+            return read_image(self._open(item), self.manifest_fields["resolution"], self.autoencoder.channels)
         except ImageError as error:
             return str(error)
 
     def _encode(self, images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images).float() / 127.5 - 1
         views = []
-        for view in (x,) if self.pixels else (x, x.flip(-1)):
+        for view in (x,) if self.pixels or not self.mirror else (x, x.flip(-1)):
             parts = [part for part in self.autoencoder.encode(view) if part is not None]
             views.append(torch.stack(parts, dim=1))
         return torch.stack(views, dim=1).cpu().numpy()

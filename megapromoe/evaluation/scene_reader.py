@@ -106,14 +106,14 @@ def _windows(images_BHW: np.ndarray) -> np.ndarray:
 def arrangements() -> list[tuple[int, ...]]:
     """All sets of at most four boxes without overlap, as `scenes.arrange` makes them: of each box its place."""
     side, ends = range(LARGEST_PLACE + 1), (0, LARGEST_PLACE)
-    found: list[list[Box]] = [[]]
-    found += [[(row, column)] for row in side for column in side]
+    boxes_of_all: list[list[Box]] = [[]]
+    boxes_of_all += [[(row, column)] for row in side for column in side]
     for transposed in (False, True):
         rows: list[list[Box]] = []
         rows += [[(0, a), (DIGIT, b)] for a in side for b in side]
         rows += [[(0, a), *((DIGIT, b) for b in ends)] for a in side]
         rows += [[*((0, a) for a in ends), (DIGIT, b)] for b in side]
         rows += [[*((0, a) for a in ends), *((DIGIT, b) for b in ends)]]
-        found += [[(b, a) for a, b in boxes] if transposed else boxes for boxes in rows]
-    places = (tuple(sorted(row * (LARGEST_PLACE + 1) + column for row, column in boxes)) for boxes in found)
+        boxes_of_all += [[(b, a) for a, b in boxes] if transposed else boxes for boxes in rows]
+    places = (tuple(sorted(row * (LARGEST_PLACE + 1) + column for row, column in boxes)) for boxes in boxes_of_all)
     return list(dict.fromkeys(places))

@@ -120,9 +120,9 @@ def scores(shown: Sequence[Prompt], images_BHWC: np.ndarray, reader: SceneReader
         images_BHWC: uint8 (B, CANVAS, CANVAS, 3).
     """
     counts = {task: [0, 0] for task in TASKS if any(p.task == task for p in shown)}
-    for one, digits in zip(shown, reader.read(images_BHWC), strict=True):
-        counts[one.task][0] += is_right(one.stated, digits)
-        counts[one.task][1] += 1
+    for asked, digits in zip(shown, reader.read(images_BHWC), strict=True):
+        counts[asked.task][0] += is_right(asked.stated, digits)
+        counts[asked.task][1] += 1
     return {task: (right, total) for task, (right, total) in counts.items()}
 
 

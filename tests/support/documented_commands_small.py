@@ -208,6 +208,8 @@ ELSEWHERE = {
     r"tensorboard --logdir \S+$": "a program of a package that we need",
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
+    r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
+    r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",
     r"megapromoe convert (0400000\.pt|SiT-XL-2-256\.pt) .*$": "tests/unit/test_foreign_layouts.py",

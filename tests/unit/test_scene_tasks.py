@@ -53,7 +53,7 @@ def test_prompts_of_five_tasks_are_held_out_combinations():
 
 def test_held_out_prompts_are_no_captions_of_training():
     data = Scenes(600)
-    captions = {data.scene(index).caption for index in range(600)}
+    captions = {data.scene_at(index).caption for index in range(600)}
     asked = {p.text.removeprefix("a picture of ") for p in prompts() if p.task != "single object"}
     assert not [c for c in captions for text in asked if c == text or c == f"a picture of {text}"]
 
@@ -169,7 +169,7 @@ def test_every_scene_is_one_of_the_arrangements_that_the_reader_tries():
     assert len(sets) == len(arrangements()) == 275
     data = Scenes(200)
     for index in range(200):
-        boxes = [box for places in data.scene(index).boxes for box in places]
+        boxes = [box for places in data.scene_at(index).boxes for box in places]
         assert frozenset(row * 9 + column for row, column in boxes) in sets
 
 

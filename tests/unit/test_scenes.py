@@ -22,7 +22,7 @@ GOLDEN = "e9f7572d92bab7c0"  # the first 50 scenes of seed 0: trained models dep
 @pytest.fixture(scope="module")
 def scenes():
     data = Scenes(COUNT)
-    return [data.scene(index) for index in range(COUNT)]
+    return [data.scene_at(index) for index in range(COUNT)]
 
 
 def facts(scene) -> dict[str, set]:
@@ -65,7 +65,7 @@ def test_training_never_shows_a_held_out_combination_and_shows_the_others(kind, 
     assert not shown & held_out
     assert len(shown & seen) > 0.85 * len(seen)
     test_split = Scenes(COUNT // 2, split="test")
-    assert set().union(*(facts(test_split.scene(i))[kind] for i in range(len(test_split)))) & held_out
+    assert set().union(*(facts(test_split.scene_at(i))[kind] for i in range(len(test_split)))) & held_out
 
 
 def test_every_word_of_a_held_out_combination_is_in_training():
@@ -89,15 +89,15 @@ def test_train_and_test_are_made_of_different_images():
 
 def test_a_scene_depends_on_seed_split_and_index_only(scenes):
     again = Scenes(3)
-    assert again.scene(2).to_dict() == scenes[2].to_dict() and (again.scene(2).pixels == scenes[2].pixels).all()
-    others = [Scenes(3, seed=1).scene(2), Scenes(3, split="test").scene(2), again.scene(1)]
+    assert again.scene_at(2).to_dict() == scenes[2].to_dict() and (again.scene_at(2).pixels == scenes[2].pixels).all()
+    others = [Scenes(3, seed=1).scene_at(2), Scenes(3, split="test").scene_at(2), again.scene_at(1)]
     assert all((other.pixels != scenes[2].pixels).any() for other in others)
     digest = hashlib.sha256()
     for scene in scenes[:50]:
         digest.update(json.dumps(scene.to_dict()).encode() + scene.pixels.tobytes())
     assert digest.hexdigest()[:16] == GOLDEN
     with pytest.raises(IndexError, match="scene 3 of 3"):
-        again.scene(3)
+        again.scene_at(3)
 
 
 def test_the_data_set_gives_pixels_of_one_class(scenes):

@@ -32,7 +32,7 @@ Box = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Scene:
+class DigitScene:
     """A picture of digits, and its descriptions.
 
     Attributes:
@@ -106,7 +106,7 @@ class Scenes(ArrayDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def scene(self, index: int) -> Scene:
+    def scene_at(self, index: int) -> DigitScene:
         """Scene number `index`, with its caption."""
         if not 0 <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
@@ -119,11 +119,11 @@ class Scenes(ArrayDataset):
                 break
         stated = states(shown, draws)
         words = caption(stated, draws)
-        return Scene(paint(groups, boxes, self.digits, draws), shown, boxes, stated, words)
+        return DigitScene(paint(groups, boxes, self.digits, draws), shown, boxes, stated, words)
 
     def read(self, indices_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, 3, CANVAS, CANVAS) float32 in [-1, 1] and labels (B), all 0."""
-        pixels = np.stack([self.scene(int(index)).pixels for index in indices_B])
+        pixels = np.stack([self.scene_at(int(index)).pixels for index in indices_B])
         return pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1, self.labels[indices_B]
 
 
