@@ -136,7 +136,7 @@ class TextJob(ShardJob):
         if values.shape[1] != self.encoder.width:
             raise EncodeError(
                 f"caption {_short(caption)}: its features have width {values.shape[1]}, the encoder's configuration"
-                f" says {self.encoder.width}; check the encoder"
+                f" gives {self.encoder.width}; check the encoder"
             )
         if not np.isfinite(values).all():
             raise EncodeError(f"caption {_short(caption)}: its features are not finite; check the encoder")

@@ -32,12 +32,12 @@ def pictures(reader):
 
 
 def test_prompts_of_five_tasks_are_held_out_combinations():
-    held, seen = prompts(), prompts(held_out=False)
-    assert {p.task for p in held} == {p.task for p in seen} == set(TASKS)
+    held, trained = prompts(), prompts(held_out=False)
+    assert {p.task for p in held} == {p.task for p in trained} == set(TASKS)
     for p in held:
         if p.task != "single object":
             assert held_out_parts(p.stated), p
-    assert not [p for p in seen if held_out_parts(p.stated)]
+    assert not [p for p in trained if held_out_parts(p.stated)]
     texts = {task: [p.text for p in held if p.task == task] for task in TASKS}
     assert texts["single object"][8] == "a picture of an eight" and len(texts["single object"]) == 10
     assert "a picture of a zero and a two" in texts["two objects"] and len(texts["two objects"]) == 9

@@ -1,4 +1,4 @@
-"""Scenes: determined by seed and index, what captions say is true, and held-out combinations are never in training."""
+"""Scenes: determined by seed and index; captions are true; held-out combinations are never in training."""
 
 import hashlib
 import json
@@ -25,15 +25,13 @@ def scenes():
     return [data.scene_at(index) for index in range(COUNT)]
 
 
-def facts(scene) -> dict[str, set]:
+def facts(s) -> dict[str, set]:
     """The combinations in a scene, from its digits and their places alone."""
-    digits = [
-        (g.digit, g.colour, box) for g, boxes in zip(scene.shown.groups, scene.boxes, strict=True) for box in boxes
-    ]
+    digits = [(g.digit, g.colour, box) for g, boxes in zip(s.shown.groups, s.boxes, strict=True) for box in boxes]
     names = {digit for digit, _, _ in digits}
     result = {
         "colour": {(colour, digit) for digit, colour, _ in digits},
-        "count": {(len(boxes), g.digit) for g, boxes in zip(scene.shown.groups, scene.boxes, strict=True)},
+        "count": {(len(boxes), g.digit) for g, boxes in zip(s.shown.groups, s.boxes, strict=True)},
         "pair": {(a, b) for a, b in product(names, names) if a < b},
         "place": set(),
     }
@@ -59,11 +57,11 @@ HELD_OUT = {
 @pytest.mark.parametrize("kind", HELD_OUT)
 def test_training_never_shows_a_held_out_combination_and_shows_the_others(kind, scenes):
     listed, held, others = HELD_OUT[kind]
-    held_out, seen = set(listed(True)), set(listed(False))
-    assert len(held_out) == held and len(seen) == others and not held_out & seen
-    shown = set().union(*(facts(scene)[kind] for scene in scenes))
+    held_out, trained = set(listed(True)), set(listed(False))
+    assert len(held_out) == held and len(trained) == others and not held_out & trained
+    shown = set().union(*(facts(s)[kind] for s in scenes))
     assert not shown & held_out
-    assert len(shown & seen) > 0.85 * len(seen)
+    assert len(shown & trained) > 0.85 * len(trained)
     test_split = Scenes(COUNT // 2, split="test")
     assert set().union(*(facts(test_split.scene_at(i))[kind] for i in range(len(test_split)))) & held_out
 
@@ -93,8 +91,8 @@ def test_a_scene_depends_on_seed_split_and_index_only(scenes):
     others = [Scenes(3, seed=1).scene_at(2), Scenes(3, split="test").scene_at(2), again.scene_at(1)]
     assert all((other.pixels != scenes[2].pixels).any() for other in others)
     digest = hashlib.sha256()
-    for scene in scenes[:50]:
-        digest.update(json.dumps(scene.to_dict()).encode() + scene.pixels.tobytes())
+    for s in scenes[:50]:
+        digest.update(json.dumps(s.to_dict()).encode() + s.pixels.tobytes())
     assert digest.hexdigest()[:16] == GOLDEN
     with pytest.raises(IndexError, match="scene 3 of 3"):
         again.scene_at(3)
@@ -107,15 +105,15 @@ def test_the_data_set_gives_pixels_of_one_class(scenes):
 
 
 def test_digits_do_not_overlap_and_all_ink_is_in_their_boxes(scenes):
-    for scene in scenes:
-        boxes = [box for places in scene.boxes for box in places]
-        assert [len(places) for places in scene.boxes] == [g.count for g in scene.shown.groups]
+    for s in scenes:
+        boxes = [box for places in s.boxes for box in places]
+        assert [len(places) for places in s.boxes] == [g.count for g in s.shown.groups]
         assert 1 <= len(boxes) <= 4
         covered = np.zeros((CANVAS, CANVAS), int)
         for top, left in boxes:
             covered[top : top + DIGIT, left : left + DIGIT] += 1
         assert covered.max() == 1 and covered.sum() == len(boxes) * DIGIT**2
-        assert not scene.pixels[covered == 0].any()
+        assert not s.pixels[covered == 0].any()
 
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -133,7 +131,7 @@ BETWEEN = {
 
 
 def understood(text: str) -> Description:
-    """What a caption says, by a grammar that shares nothing with the wording; checks articles and plurals."""
+    """What a caption states, by a grammar that shares nothing with the wording; checks articles and plurals."""
     text = re.sub(r"^(a picture of|an image of|a drawing of|a scene with) ", "", text)
     verb = re.match(r"there (is|are) ", text)
     text = text[verb.end() :] if verb else text
@@ -160,16 +158,16 @@ def understood(text: str) -> Description:
     return Description(tuple(groups), relations)
 
 
-def test_captions_say_what_is_true_in_correct_and_varied_words(scenes):
-    for scene in scenes:
-        said = understood(scene.caption)
-        assert said in (scene.stated, scene.stated.swapped()), scene.caption
-        bare = tuple(Group(g.count, g.digit) for g in scene.shown.groups)
-        assert scene.stated.groups in (scene.shown.groups, bare)
-        assert set(scene.stated.relations) <= set(scene.shown.relations) and len(scene.stated.relations) < 2
-        if len({g.digit for g in scene.shown.groups}) < len(scene.shown.groups):
-            assert scene.stated.groups == scene.shown.groups, "only their colours tell the groups apart"
-    texts = {scene.caption for scene in scenes}
+def test_captions_state_what_is_true_in_correct_and_varied_words(scenes):
+    for s in scenes:
+        meaning = understood(s.caption)
+        assert meaning in (s.stated, s.stated.swapped()), s.caption
+        bare = tuple(Group(g.count, g.digit) for g in s.shown.groups)
+        assert s.stated.groups in (s.shown.groups, bare)
+        assert set(s.stated.relations) <= set(s.shown.relations) and len(s.stated.relations) < 2
+        if len({g.digit for g in s.shown.groups}) < len(s.shown.groups):
+            assert s.stated.groups == s.shown.groups, "the groups differ in their colours alone"
+    texts = {s.caption for s in scenes}
     assert len(texts) > 0.6 * COUNT
     for word in (" in ", "there are", "there is", "a drawing of", "6", "sixes", "an eight", "beneath", "on top of"):
         assert any(word in text for text in texts), word
@@ -188,8 +186,8 @@ def test_wording_of_given_descriptions():
 def test_draws_are_uniform_and_independent_of_each_other():
     values = [Draws(0, "die", index).below(6) for index in range(600)]
     assert all(70 < values.count(face) < 130 for face in range(6))
-    one = Draws(5, "die", 3)
-    sequence = [one.below(1000) for _ in range(200)]
+    draws = Draws(5, "die", 3)
+    sequence = [draws.below(1000) for _ in range(200)]
     assert len(set(sequence)) > 150
     again = Draws(5, "die", 3)
     assert [again.below(1000) for _ in range(200)] == sequence

@@ -52,7 +52,7 @@ def test_features_are_the_last_hidden_states_of_each_token(name, kind, longest, 
         if is_cut:
             continue
         alone = model(**encoder.tokenizer(caption, return_tensors="pt")).last_hidden_state[0].detach().numpy()
-        assert of_batch.dtype == np.float32 and np.allclose(of_batch, alone, atol=1e-5), "padding is not seen"
+        assert of_batch.dtype == np.float32 and np.allclose(of_batch, alone, atol=1e-5), "padding has no influence"
     shorter = open_text_encoder(str(encoders / name), max_tokens=4)
     features, cut = shorter.encode(CAPTIONS)
     assert [len(f) for f in features] == [min(len(i), 4) for i in ids] and cut == [len(i) > 4 for i in ids]
@@ -77,7 +77,7 @@ def test_of_a_model_that_reads_images_too_only_the_text_part_is_used(encoders):
 
 
 @needs_transformers
-def test_the_identity_tells_encoders_apart(encoders, tmp_path):
+def test_another_encoder_or_tokenizer_has_another_identity(encoders, tmp_path):
     encoder = open_text_encoder(str(encoders / "bert"))
     shutil.copytree(encoders / "bert", tmp_path / "elsewhere")
     check_same_encoder(encoder.identity, open_text_encoder(str(tmp_path / "elsewhere")))
@@ -109,7 +109,7 @@ def test_encoders_that_cannot_be_opened_are_named(encoders, tmp_path):
         open_text_encoder(str(pickled))
 
 
-def test_without_transformers_the_message_says_what_to_install(tmp_path, monkeypatch):
+def test_without_transformers_the_message_names_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(TextEncoderError, match=r"needs transformers: pip install 'megapromoe\[text\]'"):
@@ -127,13 +127,13 @@ def test_without_transformers_the_message_says_what_to_install(tmp_path, monkeyp
 def test_word_tokens_carry_the_binding_that_pooled_features_lose():
     encoder = open_text_encoder("minilm")
     assert encoder.width == 384 and encoder.identity["sha256"].startswith("b7c2ab4ef2b3")
-    (one, other), _ = encoder.encode(["a red three above a blue seven", "a blue three above a red seven"])
+    (first, second), _ = encoder.encode(["a red three above a blue seven", "a blue three above a red seven"])
 
     def cosine(a, b):
         return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
-    assert cosine(one.mean(axis=0), other.mean(axis=0)) > 0.97
-    assert encoder.tokenizer.tokenize("a red three")[1] == "red" and cosine(one[2], other[2]) < 0.7
+    assert cosine(first.mean(axis=0), second.mean(axis=0)) > 0.97
+    assert encoder.tokenizer.tokenize("a red three")[1] == "red" and cosine(first[2], second[2]) < 0.7
 
 
 # ---- the command

@@ -124,7 +124,7 @@ class Broken(WordEncoder):
         (Broken(np.nan), {}, "caption 'small picture 0': its features are not finite; check the encoder"),
         (Broken(np.inf), {"dtype": "bfloat16"}, "its features are not finite"),
         (Broken(1e6), {}, r"beyond float16; store as bfloat16 \(--text-dtype bfloat16\)"),
-        (Broken(1, extra=2), {}, "its features have width 8, the encoder's configuration says 6; check the encoder"),
+        (Broken(1, extra=2), {}, "its features have width 8, the encoder's configuration gives 6; check the encoder"),
     ],
     ids=["nan", "infinite", "float16", "width"],
 )

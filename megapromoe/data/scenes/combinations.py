@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Description:
-    """What a scene shows, or what a caption says about it.
+    """What a scene shows, or what a caption states about it.
 
     Attributes:
         groups: one or two; two groups differ in digit or colour.
