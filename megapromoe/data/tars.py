@@ -11,11 +11,13 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from megapromoe.data.images import ImageError
 
 _META = re.compile(r"__[^/]*__($|/)")  # files that the library ignores
+OPEN_FILES = 16  # tars that are kept open
 
 
 class TarError(ImageError):
@@ -76,6 +78,8 @@ class TarFiles:
         folder = os.path.commonpath([path.parent for path in paths])
         self._names = [os.path.relpath(path, folder) for path in paths]
         self._members: dict[str, Member] = {}
+        # Threads read near each other. A file that leaves the cache is closed when its last reader is done.
+        self._file = lru_cache(maxsize=OPEN_FILES)(lambda number: open(paths[number], "rb"))  # noqa: SIM115
 
     def samples(self) -> Iterator[Sample]:
         """All samples. Raises TarError for a file that is damaged, compressed or has two files of one name."""
@@ -97,8 +101,11 @@ class TarFiles:
 
     def read(self, member: Member) -> bytes:
         """The content of a file."""
-        with open(self.paths[member.tar], "rb") as file:
+        try:
+            file = self._file(member.tar)
             content = os.pread(file.fileno(), member.size, member.offset)
+        except OSError as error:
+            raise TarError(f"{self.paths[member.tar]} cannot be read: {error.strerror}; check its disk") from error
         if len(content) != member.size:
             raise TarError(f"{self.paths[member.tar]} is cut off within {member.path}; write it again")
         return content
