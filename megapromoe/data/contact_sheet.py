@@ -52,6 +52,13 @@ def contact_sheet(data: Latents, classes: Sequence[int], count: int, autoencoder
     return sheet
 
 
+def first_pictures(data: Latents, indices: Sequence[int], autoencoder: Autoencoder | None) -> list[np.ndarray]:
+    """The means of some records as uint8 (H, W, 3), without mirror images; arguments and exceptions as above."""
+    if autoencoder is not None:
+        check_same_autoencoder(data.manifest.autoencoder, autoencoder)
+    return [_pictures(data, index, False, autoencoder)[0] for index in indices]
+
+
 def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
     """The text, cut to the width of the margin and ended with three dots if it is too long."""
     if font.getlength(text) <= MARGIN - 8:

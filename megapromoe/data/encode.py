@@ -1,24 +1,19 @@
 """The encoding job: many ranks write the records of images (or of another `Source`) into latent shards.
 
-Shard k holds the files [k * n, (k + 1) * n) of the source, n = `shard_size`; the ranks take shards in turn. So the
-output has the same bytes for any number of ranks, and a job that was killed resumes with its first unfinished shard.
-The ranks communicate through files in the folder only: each writes `part-K.json` next to its shard K; when all exist,
-rank 0 writes the index and finally the manifest. Source files that cannot be read are skipped and listed.
+`shard_job.py` divides the work and resumes it. Source files that cannot be read are skipped and listed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,21 +24,13 @@ from safetensors.numpy import save
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest
+from megapromoe.data.shard_job import SHARD_SIZE, EncodeError, ShardJob, discard, run_job
 from megapromoe.distributed import watchdog
-from megapromoe.errors import UserError
-from megapromoe.io import SUFFIX, atomic_write, sha256_of, sha256_of_json, write_bytes, write_json, write_text
+from megapromoe.io import atomic_write, sha256_of, write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
-PLAN = "plan.json"
-PART_HASH = "part_sha256"  # key of a part: the hash of its other keys; earlier versions did not write it
-PART = {"sha256", "labels", "crc32", "names", "skipped", "error_squares", "noise_squares"}  # the other keys
-SHARD_SIZE = 32768  # files; 1.07 GB for latents of the SD-VAE at 256 x 256
-POLL = 0.5  # seconds between checks for the parts of other ranks
-
-
-class EncodeError(UserError):
-    """Latents cannot be written, or would mix with other data."""
+PART_KEYS = frozenset(("sha256", "labels", "crc32", "names", "skipped", "error_squares", "noise_squares"))
 
 
 class Source(Protocol):
@@ -71,6 +58,8 @@ class EncodedImages:
         batch: images per call of the autoencoder.
         workers: threads that read images while the autoencoder runs.
         dtype: type of the stored latents, "float16" or "float32"; pixels are stored as uint8.
+        mirror: encode mirror images too.
+        open_item: the file of an item, or its content; default: the file `folder` / path.
     """
 
     def __init__(
@@ -82,13 +71,16 @@ class EncodedImages:
         batch: int = 32,
         workers: int = 1,
         dtype: str = "float16",
+        mirror: bool = True,
+        open_item: Callable[[Item], Path | BytesIO] | None = None,
     ):
-        self.folder, self.scan, self.autoencoder = Path(folder), scan, autoencoder
+        self.scan, self.autoencoder, self.mirror = scan, autoencoder, mirror
+        self._open = open_item or (lambda item: Path(folder) / item.path)
         self.batch, self.workers, self.pixels = batch, workers, autoencoder.identity["kind"] == "pixels"
         self.manifest_fields: dict[str, Any] = {
             "shape": autoencoder.latent_shape(resolution),
             "dtype": "uint8" if self.pixels else dtype,
-            "mirror": "exact" if self.pixels else "stored",
+            "mirror": "none" if not mirror else "exact" if self.pixels else "stored",
             "stochastic": autoencoder.stochastic,
             "scale": autoencoder.scale,
             "shift": autoencoder.shift,
@@ -115,14 +107,14 @@ class EncodedImages:
 
     def _read(self, item: Item) -> np.ndarray | str:
         try:
-            return read_image(self.folder / item.path, self.manifest_fields["resolution"], self.autoencoder.channels)
+            return read_image(self._open(item), self.manifest_fields["resolution"], self.autoencoder.channels)
         except ImageError as error:
             return str(error)
 
     def _encode(self, images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images).float() / 127.5 - 1
         views = []
-        for view in (x,) if self.pixels else (x, x.flip(-1)):
+        for view in (x,) if self.pixels or not self.mirror else (x, x.flip(-1)):
             parts = [part for part in self.autoencoder.encode(view) if part is not None]
             views.append(torch.stack(parts, dim=1))
         return torch.stack(views, dim=1).cpu().numpy()
@@ -155,29 +147,38 @@ def encode(
             missing.
         ImageError: no file of the source can be read.
     """
-    folder, progress = Path(folder), progress or (lambda _: None)
-    plan = _plan(source, shard_size)
-    with _exclusive_folder(folder, plan, rank, world, wait_timeout) as done:
-        if done:
-            progress(len(source.scan.items))
-            return read_manifest(folder) if rank == 0 else None
-        shards = math.ceil(len(source.scan.items) / shard_size)
-        progress_of_job = _JobProgress(folder, source, shard_size, shards, progress if rank == 0 else None)
-        for number in range(rank, shards, world):
-            items = source.scan.items[number * shard_size : (number + 1) * shard_size]
-            watchdog.at(f"shard {number + 1} of {shards} of {folder}")
-            if _read_part(folder, number) is None:
-                _write_shard(source, folder, number, items, progress_of_job.add_own if rank == 0 else progress)
-                logger.info("%s: shard %d of %d", folder, number + 1, shards)
-            elif rank:
-                progress(len(items))
-            progress_of_job.add_finished_shards()
-        if rank:
-            return None
-        watchdog.at(f"waiting for the other ranks' shards of {folder}")
-        _wait_for_shards(folder, shards, wait_timeout, progress_of_job)
-        watchdog.at(f"writing the index of {folder}")
-        return _merge(source, folder, shards)
+    job = LatentsJob(source, folder, shard_size)
+    run_job(job, rank, world, wait_timeout, progress)
+    return read_manifest(job.folder) if rank == 0 else None
+
+
+class LatentsJob(ShardJob):
+    """Writes the latents of a source."""
+
+    inputs, manifest_file, part_keys = "images", MANIFEST, PART_KEYS
+
+    def __init__(self, source: Source, folder: Path, shard_size: int = SHARD_SIZE):
+        super().__init__(folder, len(source.scan.items), shard_size)
+        self.source = source
+
+    def plan(self) -> dict[str, Any]:
+        return _plan(self.source, self.shard_size)
+
+    def shard_name(self, number: int) -> str:
+        return _shard_name(number)
+
+    def write_shard(self, number: int, progress: Callable[[int], Any]) -> dict[str, Any]:
+        numbers = self.items_of_shard(number)
+        return _write_shard(
+            self.source, self.folder, number, self.source.scan.items[numbers.start : numbers.stop], progress
+        )
+
+    def merge(self, parts: list[dict[str, Any]]) -> None:
+        if not any(part["labels"] for part in parts):
+            discard(self)
+            path, reason = parts[-1]["skipped"][-1]
+            raise ImageError(f"none of {self.num_items} files could be read; {path}: {reason}")
+        _merge(self.source, self.folder, parts)
 
 
 def _plan(source: Source, shard_size: int) -> dict[str, Any]:
@@ -190,71 +191,10 @@ def _plan(source: Source, shard_size: int) -> dict[str, Any]:
     return json.loads(json.dumps(plan))
 
 
-@contextlib.contextmanager
-def _exclusive_folder(folder: Path, plan: dict[str, Any], rank: int, world: int, wait_timeout: float) -> Iterator[bool]:
-    """Gives this job exclusive access to the folder; yields whether the latents are complete already.
-
-    Rank 0 writes the plan and holds a lock on it; the other ranks wait for the plan and compare it with theirs. A job
-    of one rank that fails before its first shard is finished removes the plan. With several ranks the plan is kept,
-    because others may still be writing.
-    """
-    path = folder / PLAN
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(not path.name.endswith(SUFFIX) for path in folder.iterdir()):
-                raise EncodeError(f"{folder} holds other files; give an empty or a new folder")
-            write_json(path, plan, indent=1)
-    deadline = time.monotonic() + wait_timeout
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise EncodeError(
-                f"{path}: rank 0 has not written it within {wait_timeout:g} s; start all ranks on one shared folder"
-            )
-        time.sleep(POLL)
-    try:
-        before = json.loads(path.read_bytes())
-        if not isinstance(before, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise EncodeError(f"{path} is damaged: {error}; take it from a copy, or encode into a new folder") from error
-    if different := sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key)):
-        changes = ", ".join(f"{key} was {_short(before.get(key))}, is {_short(plan.get(key))}" for key in different)
-        unused = ", or remove this one, in which no shard is finished" if _is_unused(folder) else ""
-        raise EncodeError(
-            f"{folder} was started with other settings or images: {changes}; repeat the first command, or give another"
-            f" folder{unused}"
-        )
-    with open(path) as file:
-        if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise EncodeError(f"{folder}: another job is writing to it; wait for that job, or stop it") from error
-        try:
-            yield (folder / MANIFEST).exists()
-        except Exception:
-            if world == 1 and _is_unused(folder):
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
-
-
-def _is_unused(folder: Path) -> bool:
-    """Whether no job has finished a shard in the folder."""
-    return not (folder / MANIFEST).exists() and not any(folder.glob("part-*.json"))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _write_shard(
     source: Source, folder: Path, number: int, items: Sequence[Item], progress: Callable[[int], Any]
-) -> None:
-    """Writes a shard and then its part file, whose existence marks the shard as finished."""
+) -> dict[str, Any]:
+    """Writes a shard and returns its part: what the index and the manifest contain of it."""
     manifest_fields, path = source.manifest_fields, folder / _shard_name(number)
     labels, crc32, names, skipped = [], [], [], []
     error_squares, noise_squares = 0.0, 0.0
@@ -290,8 +230,7 @@ def _write_shard(
         "names": names,
         "skipped": skipped,
     }
-    part |= {"error_squares": error_squares, "noise_squares": noise_squares}
-    write_json(folder / _part_name(number), part | {PART_HASH: sha256_of_json(part)})
+    return part | {"error_squares": error_squares, "noise_squares": noise_squares}
 
 
 def record_bytes(manifest_fields: dict[str, Any]) -> int:
@@ -307,89 +246,10 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.npy"
 
 
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.json"
-
-
-def _read_part(folder: Path, number: int) -> dict[str, Any] | None:
-    """The part file of a finished shard; None if the shard is not finished, or, with a warning, if it is damaged."""
-    path = folder / _part_name(number)
-    if not (folder / _shard_name(number)).exists() or not path.exists():
-        return None
-    try:
-        part = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        part = None
-    if isinstance(part, dict):
-        digest = part.pop(PART_HASH, None)
-        if part.keys() == PART and digest in (None, sha256_of_json(part)):
-            return part
-    logger.warning("%s is damaged; its shard is written again", path)
-    return None
-
-
-class _JobProgress:
-    """Reports every file of the job once to rank 0's `progress`, no matter which rank has encoded it."""
-
-    def __init__(
-        self, folder: Path, source: Source, shard_size: int, shards: int, progress: Callable[[int], Any] | None
-    ):
-        self.folder, self.progress, self.unfinished = folder, progress, set(range(shards))
-        self.sizes = [min(shard_size, len(source.scan.items) - k * shard_size) for k in range(shards)]
-        self.own_current = 0  # reported files of this rank's current shard
-
-    def add_own(self, count: int) -> None:
-        """Reports `count` files of this rank."""
-        self.own_current += count
-        if self.progress is not None:
-            self.progress(count)
-
-    def add_finished_shards(self) -> None:
-        """Reports the files of newly finished shards that have not been reported yet."""
-        if self.progress is None:
-            return
-        for number in sorted(k for k in self.unfinished if (self.folder / _part_name(k)).exists()):
-            self.unfinished.discard(number)
-            reported = min(self.own_current, self.sizes[number])
-            self.own_current -= reported
-            self.progress(self.sizes[number] - reported)
-
-
-def _wait_for_shards(folder: Path, shards: int, wait_timeout: float, progress_of_job: _JobProgress) -> None:
-    """Waits until every shard is finished. Raises EncodeError after `wait_timeout` seconds without a new one."""
-    remaining, since = shards, time.monotonic()
-    while missing := [number for number in range(shards) if not (folder / _part_name(number)).exists()]:
-        progress_of_job.add_finished_shards()
-        if len(missing) < remaining:
-            remaining, since = len(missing), time.monotonic()
-        if time.monotonic() - since > wait_timeout:
-            raise EncodeError(
-                f"{folder}: no shard was finished within {wait_timeout:g} s, {len(missing)} shards are missing, the"
-                f" first {_shard_name(missing[0])}; another rank may have ended: repeat the command"
-            )
-        time.sleep(POLL)
-    progress_of_job.add_finished_shards()
-
-
-def _merge(source: Source, folder: Path, shards: int) -> Manifest:
-    """Writes the index and the manifest from the part files, and then removes these."""
-    parts = []
-    for number in range(shards):
-        part = _read_part(folder, number)
-        if part is None:
-            raise EncodeError(
-                f"{folder / _shard_name(number)} or its part file is missing or damaged; repeat the command"
-            )
-        parts.append(part)
+def _merge(source: Source, folder: Path, parts: list[dict[str, Any]]) -> None:
+    """Writes the index and the manifest."""
     skipped = [*source.scan.skipped, *(tuple(pair) for part in parts for pair in part["skipped"])]
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))
-    if not labels:
-        first, reason = skipped[-1]
-        for number in range(shards):  # so that the next attempt reads the files again
-            (folder / _part_name(number)).unlink()
-            (folder / _shard_name(number)).unlink()
-        (folder / PLAN).unlink(missing_ok=True)
-        raise ImageError(f"none of {len(source.scan.items)} files could be read; {first}: {reason}")
     encoded = [os.fsencode(name) for name in names]
     index: dict[str, np.ndarray] = {
         "labels": np.array(labels, np.int32),
@@ -416,8 +276,3 @@ def _merge(source: Source, folder: Path, shards: int) -> Manifest:
     for label in sorted(empty):
         logger.warning("class %r has no readable file", manifest.class_names[label])
     write_text(folder / MANIFEST, manifest.to_json())
-    for number in range(shards):
-        (folder / _part_name(number)).unlink()
-    for unfinished in folder.glob(f"*{SUFFIX}"):
-        unfinished.unlink()
-    return manifest

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def scan(folder: Path, suffixes: frozenset[str] = SUFFIXES, one_class: bool = Fa
     folder = Path(folder)
     if not folder.is_dir():
         raise ImageError(f"{folder}: no such folder; give a folder with one subfolder per class")
-    paths, hidden = _files(folder)
+    paths, hidden = list_files(folder)
     good = [path for path in paths if path.lower().endswith(tuple(suffixes))]
     kept = set(good)
     skipped = tuple((path, "not the name of an image") for path in paths if path not in kept)
@@ -153,7 +154,7 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdecimal()
 
 
-def _files(folder: Path) -> tuple[list[str], list[str]]:
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted relative paths of all files below `folder`, and the paths of hidden files and folders.
 
     Links are followed, except to a folder that contains the link.
@@ -179,7 +180,7 @@ def _files(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(files), hidden
 
 
-def read_image(path: Path, resolution: int, channels: int = 3) -> np.ndarray:
+def read_image(path: Path | BytesIO, resolution: int, channels: int = 3) -> np.ndarray:
     """Reads the centre crop of an image, uint8 (channels, resolution, resolution); see `open_image`.
 
     The EXIF orientation is not applied, as in the published ImageNet latents.
@@ -192,20 +193,21 @@ def read_image(path: Path, resolution: int, channels: int = 3) -> np.ndarray:
 
 
 def open_image(
-    path: Path, mode: str | None = None, edit: Callable[[Image.Image], Image.Image] = lambda image: image
+    path: Path | BytesIO, mode: str | None = None, edit: Callable[[Image.Image], Image.Image] = lambda image: image
 ) -> Image.Image:
     """Opens an image file with 8 bits per channel; of several frames, the first.
 
     Gray, CMYK, palette, 16-bit and transparent images are converted.
 
     Args:
+        path: a file, or its content.
         mode: "RGB" or "L"; None: "L" for gray images without transparency, otherwise "RGB".
         edit: applied to the image while its file is open.
 
     Raises ImageError with the reason, without the path, if the file is damaged or not an image, has more than
     `MAX_PIXELS` pixels, or holds values for which black and white are not defined.
     """
-    if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+    if isinstance(path, Path) and path.exists() and not path.is_file():  # reading a pipe or a device may never end
         raise ImageError("is not a regular file")
     try:
         with Image.open(path) as file:
@@ -226,7 +228,8 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise ImageError(f"has more than {MAX_PIXELS:,} pixels ({error}); scale it down") from error
     except Exception as error:  # Pillow raises exceptions of many types for damaged files
-        reason = " ".join(str(error).replace(str(path), path.name).split())
+        reason = str(error).replace(str(path), path.name if isinstance(path, Path) else "it")
+        reason = " ".join(reason.split())
         raise ImageError(f"{type(error).__name__}: {reason}") from error
 
 

@@ -110,12 +110,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise LatentsError(f"{path} is not a regular file; restore it from a copy, or encode again")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        unfinished = (Path(folder) / "plan.json").exists()
-        remedy = (
-            "its encoding is not finished: repeat megapromoe encode"
-            if unfinished
-            else "create it with megapromoe encode"
-        )
+        remedy = "create it with megapromoe encode"
+        if (Path(folder) / "text.json").exists():
+            remedy = "it holds text features alone: give the folder of the latents"
+        elif (Path(folder) / "plan.json").exists():
+            remedy = "its encoding is not finished: repeat megapromoe encode"
         raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise LatentsError(f"{path} cannot be read: {error}; restore it from a copy, or encode again") from error

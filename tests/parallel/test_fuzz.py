@@ -4,7 +4,13 @@ import json
 
 import pytest
 from support.fuzz import HARMLESS, NAMED, OLDER, SILENT, Target, Unclear, damage, outcome_of, table
-from support.fuzz_program import checkpoint_tallies, data_tallies, must_not_be_silent, settings_tallies
+from support.fuzz_program import (
+    checkpoint_tallies,
+    data_tallies,
+    must_not_be_silent,
+    settings_tallies,
+    text_tallies,
+)
 
 LEVELS = [(200, 40), pytest.param(1000, 120, marks=pytest.mark.full)]
 """Flips of the most important targets and of the others; 40 bring one damage of each kind that is no flip."""
@@ -33,6 +39,13 @@ def test_no_damage_to_latents_is_silent(flips, others, tmp_path):
     assert checked.flips == trained.flips == flips and checked.outcomes[NAMED] >= 0.9 * flips
     assert trained.outcomes[NAMED] >= 0.7 * flips
     assert encoded.outcomes[SILENT] == 0 and encoded.outcomes[NAMED] >= 0.8 * others
+
+
+@pytest.mark.parametrize("flips", [80, pytest.param(500, marks=pytest.mark.full)])
+def test_no_damage_to_text_features_is_silent(flips, tmp_path):
+    tallies = text_tallies(tmp_path, flips, flips)
+    not_silent(tallies)
+    assert all(tally.flips == flips and tally.outcomes[NAMED] >= 0.6 * flips for tally in tallies)
 
 
 @pytest.mark.parametrize("flips", [8, pytest.param(400, marks=pytest.mark.full)])

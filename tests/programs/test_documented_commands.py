@@ -133,6 +133,8 @@ def test_what_commands_of_others_name_exists(text):
         assert (ROOT / form.by).is_file()
         if text.startswith("megapromoe"):
             assert cli.parse(text.split()[1:]).command == text.split()[1]
+        elif text.startswith("python -m megapromoe."):
+            assert (ROOT / text.split()[2].replace(".", "/")).with_suffix(".py").is_file()
         else:
             assert text.split("gpu_run.py ")[1].split()[0] in ("all", "step")
 

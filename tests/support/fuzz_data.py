@@ -1,4 +1,4 @@
-"""Latents under damage, read back by `data check` and as training reads them; and the parts of an encoding."""
+"""Latents and text features under damage, read back by `data check` and as training reads; parts of an encoding."""
 
 import contextlib
 import io
@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 from support.fuzz import HARMLESS, NAMED, SILENT, Damage, Tally, Target, damage, outcome_of, snapshot, warnings_of
 from support.latent_folders import Arrays, write
+from support.text_folders import CAPTIONS, write_text
 
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.cli import main
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
-from megapromoe.data import encode
+from megapromoe.data import encode, shard_job
 from megapromoe.data.datasets import DatasetError
 from megapromoe.data.encode import EncodeError
 from megapromoe.data.latents import Latents
 from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset
+from megapromoe.data.text_features import TextFeatures
 
 RECORDS = 6
 
@@ -118,7 +120,7 @@ def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["part-00000.json", "plan.json", "shard-00000.npy"]
     expected = {path.name: path.read_bytes() for path in complete.iterdir() if path.name != "plan.json"}
-    logging.getLogger(encode.__name__).setLevel(logging.WARNING)
+    logging.getLogger(shard_job.__name__).setLevel(logging.WARNING)
 
     def read() -> dict[str, bytes]:
         encode.encode(_Source(), folder, shard_size=4)
@@ -133,3 +135,47 @@ def fuzz_encoding(root: Path, flips: int, seed: int) -> Tally:
     files = [folder / "plan.json", folder / "part-00000.json"]
     donors = [complete / "plan.json", complete / "manifest.json"]
     return damage(Target("plan and parts of `encode`", files, classify, donors, snapshot(folder)), flips, seed)
+
+
+def _text_folders(root: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder of text features, and those of another one of the same form."""
+    others = [f"{caption} of others" for caption in CAPTIONS]
+    folders = (write_text(root / name, captions) for name, captions in (("text", CAPTIONS), ("others", others)))
+    files, donors = (sorted(path for path in folder.iterdir() if path.name != "plan.json") for folder in folders)
+    return files, donors
+
+
+def text_contents(folder: Path) -> list:
+    """All that a folder of text features gives."""
+    data = TextFeatures(folder)
+    return [data.manifest, [[data.caption(i), data.features(i).tolist()] for i in range(len(data))]]
+
+
+def fuzz_text_check(root: Path, flips: int, seed: int) -> Tally:
+    """The command `data check` on text features."""
+    files, donors = _text_folders(root)
+    folder = files[0].parent
+    expected = text_contents(folder)
+
+    def classify(_: Damage) -> str:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings_of():
+            code = main(["data", "check", str(folder)])
+        if code == 1:
+            assert str(folder) in output.getvalue(), output.getvalue()
+            return NAMED
+        return HARMLESS if text_contents(folder) == expected else SILENT
+
+    return damage(Target("text features, `data check`", files, classify, donors), flips, seed)
+
+
+def fuzz_text_reading(root: Path, flips: int, seed: int) -> Tally:
+    """Text features as they are read for training: all captions and features."""
+    files, donors = _text_folders(root)
+    folder = files[0].parent
+    expected = text_contents(folder)
+
+    def classify(_: Damage) -> str:
+        return outcome_of(lambda: text_contents(folder), DatasetError, expected)
+
+    return damage(Target("text features, reading", files, classify, donors), flips, seed)

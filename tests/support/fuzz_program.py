@@ -8,12 +8,12 @@ from pathlib import Path
 from support import processes
 from support.fuzz import SILENT, Tally, table
 from support.fuzz_checkpoints import fuzz_conversion, fuzz_resume, fuzz_sampling, fuzz_unhashed, make_run
-from support.fuzz_data import fuzz_check, fuzz_encoding, fuzz_training_data
+from support.fuzz_data import fuzz_check, fuzz_encoding, fuzz_text_check, fuzz_text_reading, fuzz_training_data
 from support.fuzz_settings import fuzz_metrics, fuzz_run_folder, fuzz_user_files
 from support.page_sections import write_section
 
 LIMIT = 3600.0  # seconds for one target in a worker process
-HASHED = ("checkpoint", "latents")  # kinds of files of which nothing may be silent
+HASHED = ("checkpoint", "latents", "text features")  # kinds of files of which nothing may be silent
 
 NOTES = """\
 Each case damages one file. In most cases one bit is flipped. In the others the file is truncated, gets a block of
@@ -25,10 +25,10 @@ their sizes. Then the real reader reads. The result is one of:
 * **harmless**: exactly the same was read as from the undamaged files;
 * **silent**: something else was read, without a message.
 
-For checkpoints and latents no case may be silent, which tests check. Files that people write and edit have no hash. If
-a digit in them becomes another digit, that is another valid setting, which cannot be recognised as damage. Settings
-that define a run are compared with those of its folder. Manifests of format 1, from before manifests had a hash, are
-read with a notice.
+For checkpoints, latents and text features no case may be silent, which tests check. Files that people write and edit
+have no hash. If a digit in them becomes another digit, that is another valid setting, which cannot be recognised as
+damage. Settings that define a run are compared with those of its folder. Manifests of format 1, from before manifests
+had a hash, are read with a notice.
 """
 
 
@@ -50,6 +50,13 @@ def data_tallies(root: Path, flips: int, seed: int, others: int) -> list[Tally]:
         fuzz_training_data(root / "training", flips, seed),
         fuzz_encoding(root / "encoding", others, seed),
     ]
+
+
+def text_tallies(root: Path, flips: int, seed: int) -> list[Tally]:
+    """Of text features, by `flips` flips for each of their readers."""
+    for name in ("check", "reading"):
+        (root / name).mkdir(parents=True)
+    return [fuzz_text_check(root / "check", flips, seed), fuzz_text_reading(root / "reading", flips, seed)]
 
 
 def settings_tallies(root: Path, flips: int, seed: int) -> list[Tally]:
@@ -78,6 +85,7 @@ def main(words: Sequence[str]) -> int:
         root = Path(folder)
         tallies = checkpoint_tallies(root / "checkpoints", options.flips, options.seed, options.others)
         tallies += data_tallies(root / "data", options.flips, options.seed, options.others)
+        tallies += text_tallies(root / "text", options.others, options.seed)
         tallies += settings_tallies(root / "settings", options.others, options.seed)
     processes.stop_workers()
     print(table(tallies))

@@ -20,4 +20,4 @@ def autoencoders(tmp_path_factory):
 @pytest.fixture
 def impatient(monkeypatch):
     """Ranks that wait for each other while latents are written look often."""
-    monkeypatch.setattr("megapromoe.data.encode.POLL", 0.01)
+    monkeypatch.setattr("megapromoe.data.shard_job.POLL", 0.01)

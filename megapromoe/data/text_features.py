@@ -1,0 +1,290 @@
+"""Text features on disk: one feature for each token of each caption; each record is checked when it is read.
+
+    DIR/text.json             width, type, encoder, longest caption, shards with their SHA-256; written last
+    DIR/text.safetensors      for each record: shard, first row, rows, CRC-32, end of its caption in `captions`
+    DIR/text-00000.npy ...    rows (tokens, D) in C order; bfloat16 is stored as the uint16 of its bits
+
+Beside latents, DIR is the folder `text` in that of the latents, and record i belongs to record i of the latents. Equal
+captions of a shard are stored once. See docs/data.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from megapromoe.data.datasets import DamagedRecords, DatasetError
+from megapromoe.data.latents import HEADER, npy_header
+from megapromoe.io import sha256_of, sha256_of_json
+
+FORMAT = 1
+FOLDER = "text"  # in a folder of latents
+MANIFEST, INDEX = "text.json", "text.safetensors"
+STORED = {"float16": "float16", "bfloat16": "uint16"}  # numpy's type in the files
+_SHARD = re.compile(r"[\w-][\w.-]*")
+_WIDEST = 1 << 20
+_COLUMNS = ("shard", "first", "rows", "crc32", "caption_ends")
+_REMEDY = "restore it from a copy, or encode again"
+
+
+class TextFeaturesError(DatasetError):
+    """Text features cannot be opened or used as requested."""
+
+    on_all_ranks = True  # every rank opens the same files
+
+
+class UnreadableText(TextFeaturesError):
+    """A shard cannot be read, possibly on this rank only."""
+
+    on_all_ranks = False
+
+
+@dataclass(frozen=True)
+class TextShard:
+    """A shard: file name, number of tokens, SHA-256 of the file."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TextManifest:
+    """The description of a folder of text features; see the module's docstring."""
+
+    format: int
+    width: int
+    dtype: str
+    encoder: dict[str, str]
+    """Name, kind, SHA-256 of weights and tokenizer; see `text_encoder.TextEncoder`."""
+    max_tokens: int
+    records: int
+    cut: int
+    """Number of captions that were longer than `max_tokens`."""
+    latents_sha256: str
+    """Identity of the manifest of the latents beside which the features are; "" for captions alone."""
+    index_sha256: str
+    shards: tuple[TextShard, ...]
+    skipped: tuple[tuple[str, str], ...]
+    """Place and reason of captions that were left out."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the feature of a token."""
+        return 2 * self.width
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, which contains the hashes of all files: identifies the data set."""
+        return sha256_of_json(asdict(self))
+
+    def to_json(self) -> str:
+        """The manifest as JSON, with its identity as `sha256`."""
+        return json.dumps(asdict(self) | {"sha256": self.identity}, indent=1) + "\n"
+
+
+def text_folder(folder: Path) -> Path | None:
+    """Where the text features of a folder are: beside its latents, or in itself; None if it has none."""
+    return next((path for path in (Path(folder) / FOLDER, Path(folder)) if (path / MANIFEST).exists()), None)
+
+
+def read_text_manifest(folder: Path) -> TextManifest:
+    """Reads the manifest of a folder of text features; raises TextFeaturesError if it is missing or invalid."""
+    path = Path(folder) / MANIFEST
+    try:
+        if path.exists() and not path.is_file():
+            raise TextFeaturesError(f"{path} is not a regular file; {_REMEDY}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TextFeaturesError(
+            f"{folder} holds no {MANIFEST}; create it with megapromoe encode --captions, or repeat that command"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise TextFeaturesError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        version = content.get("format") if isinstance(content, dict) else None
+        raise TextFeaturesError(
+            f"{path}: format {version!r}, this version reads {FORMAT}; encode again, or use the version that wrote it"
+        )
+    try:
+        if content.pop("sha256", None) != sha256_of_json(content):
+            raise ValueError("it does not match its hash")
+        known = {field.name for field in fields(TextManifest)}
+        if set(content) != known:
+            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or unknown")
+        content["shards"] = tuple(TextShard(**shard) for shard in content["shards"])
+        content["skipped"] = tuple(tuple(pair) for pair in content["skipped"])
+        manifest = TextManifest(**content)
+        if problem := next(_form_problems(manifest), None):
+            raise ValueError(problem)
+    except (TypeError, ValueError, KeyError) as error:
+        raise TextFeaturesError(f"{path} is damaged: {error}; {_REMEDY}") from error
+    return manifest
+
+
+def _form_problems(m: TextManifest) -> Iterator[str]:
+    """A message for each field that is not valid in this format."""
+    for name, value, least, most in (
+        ("width", m.width, 1, _WIDEST),
+        ("max_tokens", m.max_tokens, 1, _WIDEST),
+        ("records", m.records, 0, 1 << 48),
+        ("cut", m.cut, 0, 1 << 48),
+        *(("the number of rows of a shard", shard.rows, 0, 1 << 48) for shard in m.shards),
+    ):
+        if type(value) is not int or not least <= value <= most:
+            yield f"{name} {value!r} is not a whole number, {least} to {most}"
+    if m.dtype not in STORED:
+        yield f"dtype {m.dtype!r} is not one of {', '.join(STORED)}"
+    if not isinstance(m.encoder, dict) or not isinstance(m.index_sha256, str) or not isinstance(m.latents_sha256, str):
+        yield "encoder, index_sha256 or latents_sha256 are not of this format"
+    files = [shard.file for shard in m.shards]
+    if len(set(files)) < len(files) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
+        yield "shards are not different files of this folder"
+
+
+class TextFeatures:
+    """Captions and their features, by record.
+
+    Records are read with pread and not through a memory map, because a failing disk would end the process with SIGBUS.
+
+    Args:
+        folder: folder of the text features.
+        verify: compare each record with its checksum when it is read.
+
+    Raises TextFeaturesError, which lists every file that is missing, damaged or has a wrong size.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True):
+        self.folder, self.verify = Path(folder), verify
+        self.manifest = m = read_text_manifest(self.folder)
+        self.width = m.width
+        self._columns = _read_index(self.folder, m)
+        self._files = _open_shards(self.folder, m)
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Number of tokens of every record, int64 (records,)."""
+        return self._columns["rows"].astype(np.int64)
+
+    def caption(self, index: int) -> str:
+        """The caption of a record."""
+        ends = self._columns["caption_ends"]
+        with safe_open(self.folder / INDEX, "np") as file:
+            return bytes(file.get_slice("captions")[int(ends[index - 1]) if index else 0 : int(ends[index])]).decode()
+
+    def features(self, index: int) -> np.ndarray:
+        """The features of a record, float32 (N, D), N tokens.
+
+        Raises DamagedRecords if its checksum is wrong, UnreadableText if its file cannot be read.
+        """
+        shard, first, rows, crc32 = (int(self._columns[name][index]) for name in ("shard", "first", "rows", "crc32"))
+        file, size = self._files[shard], rows * self.manifest.row_bytes
+        try:
+            data = os.pread(file.fileno(), size, HEADER + first * self.manifest.row_bytes)
+        except OSError as error:
+            raise UnreadableText(f"{file.name}, record {index}: {error.strerror}; check its disk") from error
+        if len(data) != size or (self.verify and zlib.crc32(data) != crc32):
+            raise DamagedRecords([0], f"{file.name}, record {index} is damaged: wrong checksum")
+        return decoded(data, self.manifest.dtype).reshape(rows, self.width)
+
+
+def encoded(features: np.ndarray, dtype: str) -> np.ndarray:
+    """Features float32 as they are stored: rounded to float16, or the bits of bfloat16, rounded to even."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):  # the encoding job refuses what is not finite
+            return features.astype(np.float16)
+    bits = np.ascontiguousarray(features, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(features), 0x7FC0, rounded).astype(np.uint16)
+
+
+def decoded(data: bytes, dtype: str) -> np.ndarray:
+    """Stored features as float32, flat."""
+    if dtype == "float16":
+        return np.frombuffer(data, np.float16).astype(np.float32)
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _read_index(folder: Path, m: TextManifest) -> dict[str, np.ndarray]:
+    """The columns of the index; raises TextFeaturesError."""
+    path = folder / INDEX
+    try:
+        if path.exists() and not path.is_file():
+            raise TextFeaturesError(f"{path} is not a regular file; {_REMEDY}")
+        if sha256_of(path) != m.index_sha256:
+            raise TextFeaturesError(f"{path} is damaged: its SHA-256 differs from that in the manifest; {_REMEDY}")
+        with safe_open(path, "np") as file:
+            columns = {name: file.get_tensor(name) for name in _COLUMNS}
+    except (OSError, SafetensorError) as error:
+        raise TextFeaturesError(f"{path} cannot be read: {error}; {_REMEDY}") from error
+    if any(len(column) != m.records for column in columns.values()):
+        raise TextFeaturesError(f"{path} does not list {m.records} records, which the manifest gives; encode again")
+    return columns
+
+
+def _open_shards(folder: Path, m: TextManifest) -> list[Any]:
+    """Opens the shards and checks their sizes; raises TextFeaturesError, which lists all that are missing or wrong."""
+    files: list[Any] = []
+    problems = []
+    for shard in m.shards:
+        path, expected = folder / shard.file, HEADER + shard.rows * m.row_bytes
+        if path.exists() and not path.is_file():
+            problems.append(f"{path} is not a regular file")
+            continue
+        try:
+            files.append(open(path, "rb"))  # noqa: SIM115, kept open
+            if (size := os.fstat(files[-1].fileno()).st_size) != expected:
+                problems.append(f"{path} has {size:,} bytes, not {expected:,}")
+        except OSError as error:
+            problems.append(f"{path} cannot be opened: {error.strerror}")
+    if problems:
+        for file in files:
+            file.close()
+        raise TextFeaturesError("; ".join(problems) + "; restore them from a copy, or encode again")
+    return files
+
+
+def check_text(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:
+    """Reads all text features and lists every problem: SHA-256, headers, checksums, values that are not finite.
+
+    Args:
+        folder: folder of the text features.
+        progress: called with the number of bytes of each shard that was read.
+
+    Raises TextFeaturesError if the folder cannot be opened.
+    """
+    data, problems = TextFeatures(folder), []
+    for shard in data.manifest.shards:
+        path = data.folder / shard.file
+        with open(path, "rb") as file:
+            header = file.read(HEADER)
+        if header != npy_header((shard.rows, data.width), STORED[data.manifest.dtype]):
+            problems.append(f"{path}: its header is not that of {shard.rows} tokens")
+        if sha256_of(path) != shard.sha256:
+            problems.append(f"{path}: its SHA-256 differs from that in the manifest")
+        if progress:
+            progress(HEADER + shard.rows * data.manifest.row_bytes)
+    for index in range(len(data)):
+        try:
+            if not np.isfinite(data.features(index)).all():
+                problems.append(f"{data.folder}, record {index} ({data.caption(index)!r}): not finite")
+        except DamagedRecords as error:
+            problems.append(str(error))
+    return problems
+
+
+def text_bytes(m: TextManifest) -> int:
+    """Bytes of all shards."""
+    return sum(HEADER + shard.rows * m.row_bytes for shard in m.shards)
