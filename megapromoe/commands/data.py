@@ -202,14 +202,17 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _speed(options: argparse.Namespace) -> int:
+    from megapromoe.data.caption_batches import captions_beside
     from megapromoe.data.latents import Latents
     from megapromoe.data.node_cache import cache_shards
     from megapromoe.data.sample_stream import SampleStream, prefetch
+    from megapromoe.data.text_features import text_folder
 
     data = Latents(options.folder)
     if options.cache:
         data = Latents(options.folder, cache_shards(options.folder, options.cache, data.manifest))
-    loader = SampleStream(data, 0, 0.1, data.manifest.mirror != "none", data.num_classes)
+    captions = captions_beside(data) if text_folder(options.folder) else None
+    loader = SampleStream(data, 0, 0.1, data.manifest.mirror != "none", data.num_classes, captions)
     size = options.batch
     batches = prefetch(loader, (range(i * size, (i + 1) * size) for i in range(1 << 40)), options.workers)
     try:
@@ -224,6 +227,8 @@ def _speed(options: argparse.Namespace) -> int:
         batches.close()
     rate = count / seconds
     shape = "x".join(map(str, data.shape))
+    if captions:
+        shape += f" with captions of {captions.max_tokens} tokens, width {captions.text.width}"
     print(f"{significant(rate)} images/s in {options.workers} threads, {shape}, batches of {size}")
     print(f"{significant(count / used)} images per second of CPU time: the rate of one core that is otherwise idle")
     if (preset := preset_of_shape(data.shape)) is None:

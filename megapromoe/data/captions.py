@@ -179,6 +179,8 @@ def _beside_images(source: Path, skip: bool) -> CaptionedImages:
     if not images:
         raise CaptionError(f"{source}: none of its {len(paths)} files is an image or a .tar; give another folder")
     texts = {path.rpartition(".")[0]: path for path in paths if path.lower().endswith(".txt")}
+    if not texts and (lists := [path for path in paths if path.endswith(".jsonl")]):
+        raise CaptionError(f"{source} holds no .txt files; give {source / lists[0]}, if it holds the captions")
     for path in images:
         stem = path.rpartition(".")[0]
         content = (source / texts[stem]).read_bytes() if stem in texts else None

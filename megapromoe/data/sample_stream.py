@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from megapromoe.data.caption_batches import CaptionBatch, Captions
 from megapromoe.data.datasets import DamagedRecords, Dataset, DatasetError
 from megapromoe.diffusion.noise import normals, permutation, uniforms
 
@@ -33,6 +34,7 @@ class Batch:
         positions_B: stream position, int64.
         num_conditional: number of samples that keep their label; they come first.
         damaged: number of samples whose record could not be used and was replaced by the next good one of its epoch.
+        captions: text features, if the stream has captions; those of the null class have no tokens.
     """
 
     clean_BCHW: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     positions_B: torch.Tensor
     num_conditional: int
     damaged: int = 0
+    captions: CaptionBatch | None = None
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -62,6 +65,7 @@ class Batch:
             u_B=change(self.u_B),
             labels_B=change(self.labels_B),
             positions_B=change(self.positions_B),
+            captions=None if self.captions is None else self.captions.each(change),
         )
 
 
@@ -74,14 +78,24 @@ class SampleStream:
         condition_dropout: probability in [0, 1] that a sample's label is replaced by the null class.
         flip: mirror half of the samples left to right.
         null_class: the label that means "no class"; no record may have it.
+        captions: text features of the records, which are dropped together with the labels; None: without.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, condition_dropout: float, flip: bool, null_class: int):
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        condition_dropout: float,
+        flip: bool,
+        null_class: int,
+        captions: Captions | None = None,
+    ):
         self.dataset = dataset
         self.seed = seed
         self.condition_dropout = condition_dropout
         self.flip = flip
         self.null_class = null_class
+        self.captions = captions
         # A batch lies in one epoch, or in two at the end of an epoch.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(dataset)))
 
@@ -104,12 +118,12 @@ class SampleStream:
             raise ValueError(f"a batch needs first >= 0 and count >= 1, got first {first}, count {count}")
         positions_B = np.arange(first, first + count, dtype=np.int64)
         mirror_B = uniforms(self.seed, "flip", positions_B) < 0.5 if self.flip else np.zeros(count, bool)
-        clean_BCHW, labels_B, damaged = self._records(positions_B, mirror_B)
+        drop_B = uniforms(self.seed, "label drop", positions_B) < self.condition_dropout
+        clean_BCHW, labels_B, captions, damaged = self._records(positions_B, mirror_B, drop_B)
         noise_BCHW = normals(self.seed, "noise", positions_B, self.dataset.shape)
         # Rounding to float32 must not give 1, for which the time is not defined.
         below_one = np.nextafter(np.float32(1), np.float32(0))
         u_B = np.minimum(uniforms(self.seed, "time", positions_B).astype(np.float32), below_one)
-        drop_B = uniforms(self.seed, "label drop", positions_B) < self.condition_dropout
         labels_B = np.where(drop_B, self.null_class, labels_B)
         order_B = np.argsort(drop_B, kind="stable")
 
@@ -124,10 +138,13 @@ class SampleStream:
             positions_B=ordered(positions_B),
             num_conditional=count - int(drop_B.sum()),
             damaged=damaged,
+            captions=None if captions is None else captions.each(lambda tensor: tensor[torch.from_numpy(order_B)]),
         )
 
-    def _records(self, positions_B: np.ndarray, mirror_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Images and labels at these positions, and the number of damaged records that were replaced.
+    def _records(
+        self, positions_B: np.ndarray, mirror_B: np.ndarray, drop_B: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, CaptionBatch | None, int]:
+        """Images, labels and captions at these positions, and the number of damaged records that were replaced.
 
         A damaged record is replaced by the next good one in the order of the epoch, which does not depend on the rank.
         """
@@ -139,11 +156,12 @@ class SampleStream:
             indices_B = self.indices(epoch_B * size + (place_B + offset_B) % size)
             try:
                 clean_BCHW = dataset.sample(indices_B, mirror_B, normal_BCHW)
+                captions = self.captions.batch(indices_B, drop_B) if self.captions is not None else None
             except DamagedRecords as error:
                 offset_B[error.rows] += 1
                 problem = error
             else:
-                return clean_BCHW, dataset.labels[indices_B], int((offset_B > 0).sum())
+                return clean_BCHW, dataset.labels[indices_B], captions, int((offset_B > 0).sum())
         raise DatasetError(f"none of {size} records can be used; {problem}")
 
     @staticmethod

@@ -185,7 +185,11 @@ class TextFeatures:
             return bytes(file.get_slice("captions")[int(ends[index - 1]) if index else 0 : int(ends[index])]).decode()
 
     def features(self, index: int) -> np.ndarray:
-        """The features of a record, float32 (N, D), N tokens.
+        """The features of a record, float32 (N, D), N tokens; raises as `stored`."""
+        return decoded(self.stored(index), self.manifest.dtype)
+
+    def stored(self, index: int) -> np.ndarray:
+        """The features of a record as they are stored, (N, D): float16, or uint16 with the bits of bfloat16.
 
         Raises DamagedRecords if its checksum is wrong, UnreadableText if its file cannot be read.
         """
@@ -197,7 +201,7 @@ class TextFeatures:
             raise UnreadableText(f"{file.name}, record {index}: {error.strerror}; check its disk") from error
         if len(data) != size or (self.verify and zlib.crc32(data) != crc32):
             raise DamagedRecords([0], f"{file.name}, record {index} is damaged: wrong checksum")
-        return decoded(data, self.manifest.dtype).reshape(rows, self.width)
+        return np.frombuffer(data, STORED[self.manifest.dtype]).reshape(rows, self.width)
 
 
 def encoded(features: np.ndarray, dtype: str) -> np.ndarray:
@@ -210,11 +214,9 @@ def encoded(features: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(features), 0x7FC0, rounded).astype(np.uint16)
 
 
-def decoded(data: bytes, dtype: str) -> np.ndarray:
-    """Stored features as float32, flat."""
-    if dtype == "float16":
-        return np.frombuffer(data, np.float16).astype(np.float32)
-    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+def decoded(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Stored features as float32."""
+    return stored.astype(np.float32) if dtype == "float16" else (stored.astype(np.uint32) << 16).view(np.float32)
 
 
 def _read_index(folder: Path, m: TextManifest) -> dict[str, np.ndarray]:

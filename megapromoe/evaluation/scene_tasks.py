@@ -120,9 +120,9 @@ def scores(shown: Sequence[Prompt], images_BHWC: np.ndarray, reader: SceneReader
         images_BHWC: uint8 (B, CANVAS, CANVAS, 3).
     """
     counts = {task: [0, 0] for task in TASKS if any(p.task == task for p in shown)}
-    for asked, digits in zip(shown, reader.read(images_BHWC), strict=True):
-        counts[asked.task][0] += is_right(asked.stated, digits)
-        counts[asked.task][1] += 1
+    for requested, digits in zip(shown, reader.read(images_BHWC), strict=True):
+        counts[requested.task][0] += is_right(requested.stated, digits)
+        counts[requested.task][1] += 1
     return {task: (right, total) for task, (right, total) in counts.items()}
 
 
@@ -132,10 +132,10 @@ def ceiling(images: int = CEILING_IMAGES, seed: int = CEILING_SEED, held_out: bo
     Args:
         images: at least so many for each task, the same number for each of its prompts.
     """
-    asked = prompts(held_out)
+    requested = prompts(held_out)
     shown = []
     for task in TASKS:
-        of_task = [p for p in asked if p.task == task]
+        of_task = [p for p in requested if p.task == task]
         shown += [p for p in of_task for _ in range(math.ceil(images / len(of_task)))]
     digits = DigitImages("test")
     pictures = [real_scene(p.stated, digits, Draws(seed, "ceiling", i)) for i, p in enumerate(shown)]

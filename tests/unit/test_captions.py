@@ -90,6 +90,9 @@ def test_problems_of_files_beside_images(tmp_path):
     captioned = read_captions(folder, skip=True)
     assert [item.path for item in captioned.items] == ["im2.PNG", "im4.PNG"]
     assert ("notes.txt", "not the name of an image") in captioned.scan.skipped and len(captioned.scan.skipped) == 4
+    listed = write_captioned(tmp_path / "listed", "jsonl")
+    with pytest.raises(CaptionError, match=f"{listed.parent} holds no .txt files; give {listed}, if it holds the"):
+        read_captions(listed.parent)
     with_mark = write_captioned(tmp_path / "windows", "txt")
     (with_mark / "im0.txt").write_bytes("\ufeffa caption".encode())
     assert read_captions(with_mark).items[0].caption == "a caption"

@@ -1,6 +1,7 @@
 """Encoders of transformers: small ones of every kind, the one in a PyPI package, and the command that uses them."""
 
 import importlib.util
+import json
 import shutil
 
 import numpy as np
@@ -101,6 +102,15 @@ def test_encoders_that_cannot_be_opened_are_named(encoders, tmp_path):
         (folder / damage).write_bytes(b"{")
         with pytest.raises(TextEncoderError, match=f"text encoder '{folder}' cannot be opened: .*; give a folder with"):
             open_text_encoder(str(folder))
+    custom = tmp_path / "custom"
+    shutil.copytree(encoders / "bert", custom)
+    (custom / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    config = json.loads((custom / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (custom / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TextEncoderError, match=f"text encoder '{custom}' cannot be opened: .*; give a folder with"):
+        open_text_encoder(str(custom))
+    assert not (tmp_path / "executed").exists()
     pickled = tmp_path / "pickled"
     shutil.copytree(encoders / "bert", pickled)
     (pickled / "model.safetensors").unlink()
