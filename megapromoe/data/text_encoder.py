@@ -102,11 +102,13 @@ def open_text_encoder(name: str, device: torch.device | str = "cpu", max_tokens:
     transformers.logging.set_verbosity_error()  # weights of the other parts of a model are reported as unexpected
     transformers.logging.disable_progress_bar()
     # No code of the folder is executed, and no pickle is read: safetensors only.
-    local = {"pretrained_model_name_or_path": str(folder), "local_files_only": True, "trust_remote_code": False}
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(**local)
-        model = _model_class(transformers, config).from_pretrained(**local, use_safetensors=True, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**local)
+        config = transformers.AutoConfig.from_pretrained(str(folder), **local)
+        model = _model_class(transformers, config).from_pretrained(
+            str(folder), **local, use_safetensors=True, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **local)
     except Exception as error:  # raised by transformers for files that are missing, damaged or of another kind
         reason = " ".join(str(error).split())
         raise TextEncoderError(

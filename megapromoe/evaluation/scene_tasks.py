@@ -120,9 +120,9 @@ def scores(shown: Sequence[Prompt], images_BHWC: np.ndarray, reader: SceneReader
         images_BHWC: uint8 (B, CANVAS, CANVAS, 3).
     """
     counts = {task: [0, 0] for task in TASKS if any(p.task == task for p in shown)}
-    for requested, digits in zip(shown, reader.read(images_BHWC), strict=True):
-        counts[requested.task][0] += is_right(requested.stated, digits)
-        counts[requested.task][1] += 1
+    for shown_prompt, digits in zip(shown, reader.read(images_BHWC), strict=True):
+        counts[shown_prompt.task][0] += is_right(shown_prompt.stated, digits)
+        counts[shown_prompt.task][1] += 1
     return {task: (right, total) for task, (right, total) in counts.items()}
 
 
@@ -132,10 +132,10 @@ def ceiling(images: int = CEILING_IMAGES, seed: int = CEILING_SEED, held_out: bo
     Args:
         images: at least so many for each task, the same number for each of its prompts.
     """
-    requested = prompts(held_out)
+    all_prompts = prompts(held_out)
     shown = []
     for task in TASKS:
-        of_task = [p for p in requested if p.task == task]
+        of_task = [p for p in all_prompts if p.task == task]
         shown += [p for p in of_task for _ in range(math.ceil(images / len(of_task)))]
     digits = DigitImages("test")
     pictures = [real_scene(p.stated, digits, Draws(seed, "ceiling", i)) for i, p in enumerate(shown)]
@@ -161,7 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Prints the ceiling as a table."""
     parser = argparse.ArgumentParser(prog="python -m megapromoe.evaluation.scene_tasks", description=main.__doc__)
     parser.add_argument(
-        "--images",
+        "--num-images",
         type=int,
         metavar="N",
         default=CEILING_IMAGES,
@@ -170,9 +170,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, metavar="N", default=CEILING_SEED, help="default 0")
     parser.add_argument("--seen", action="store_true", help="prompts of combinations that training shows")
     options = parser.parse_args(words)
-    if options.images < 1:
-        parser.error(f"--images {options.images}: must be at least 1")
-    print(table(ceiling(options.images, options.seed, held_out=not options.seen)))
+    if options.num_images < 1:
+        parser.error(f"--num-images {options.num_images}: must be at least 1")
+    print(table(ceiling(options.num_images, options.seed, held_out=not options.seen)))
     return 0
 
 

@@ -12,6 +12,7 @@ from megapromoe.benchmark import gpu_program
 from megapromoe.commands.renamed_flags import RENAMED as RENAMED_FLAGS
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.renamed_options import RENAMED
+from megapromoe.evaluation import scene_tasks
 
 SETTINGS = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
 SECTIONS = "|".join(to_dict(Config()))
@@ -38,7 +39,7 @@ OTHERS = {
     "deepspeed": "--module",
     "tensorboard": "--logdir",
     "Open MPI": "--prefix",
-    "pip": "--force-reinstall --no-binary",
+    "pip": "--force-reinstall --no-binary --no-deps",
     "docker": "--ipc --shm-size",
     "nvidia-smi": "--gpu-reset",
 }
@@ -48,7 +49,8 @@ def flags() -> set[str]:
     """Of every command, of the tools and of the launchers."""
     known = {flag for parser in parsers().values() for action in parser._actions for flag in action.option_strings}
 
-    for program in (gpu_program, fuzz_program):  # of `tools/gpu_run.py` and `tools/fuzz.py`
+    # Of `tools/gpu_run.py`, `tools/fuzz.py` and `python -m megapromoe.evaluation.scene_tasks`.
+    for program in (gpu_program, fuzz_program, scene_tasks):
         known |= set(FLAG.findall(Path(program.__file__).read_text()))
     known.add("--dry-run")  # of launchers
     return known | {flag for words in OTHERS.values() for flag in words.split()}

@@ -22,12 +22,12 @@ def reader():
 def pictures(reader):
     """A real scene of each prompt that is read as right: prompt, pixels, the digits that are read."""
     digits, kept = DigitImages("test"), []
-    requested = prompts()
-    images = np.stack([real_scene(p.stated, digits, Draws(3, "test", i)) for i, p in enumerate(requested)])
-    for p, image, read in zip(requested, images, reader.read(images), strict=True):
+    all_prompts = prompts()
+    images = np.stack([real_scene(p.stated, digits, Draws(3, "test", i)) for i, p in enumerate(all_prompts)])
+    for p, image, read in zip(all_prompts, images, reader.read(images), strict=True):
         if is_right(p.stated, read):
             kept.append((p, image, read))
-    assert len(kept) > 0.9 * len(requested)
+    assert len(kept) > 0.9 * len(all_prompts)
     return kept
 
 
@@ -54,8 +54,8 @@ def test_prompts_of_five_tasks_are_held_out_combinations():
 def test_held_out_prompts_are_no_captions_of_training():
     data = Scenes(600)
     captions = {data.scene_at(index).caption for index in range(600)}
-    requested = {p.text.removeprefix("a picture of ") for p in prompts() if p.task != "single object"}
-    assert not [c for c in captions for text in requested if c == text or c == f"a picture of {text}"]
+    texts = {p.text.removeprefix("a picture of ") for p in prompts() if p.task != "single object"}
+    assert not [c for c in captions for text in texts if c == text or c == f"a picture of {text}"]
 
 
 def test_real_scenes_are_read_nearly_without_errors():
@@ -75,8 +75,8 @@ def test_the_documents_show_the_ceiling_as_it_is_printed(capsys):
 def wrong(pictures, reader, change) -> tuple[int, int]:
     """Changes every picture that `change` accepts; returns how many are judged right afterwards, and their number."""
     changed = [(p, change(p, image.copy(), read)) for p, image, read in pictures]
-    requested, images = zip(*((p, image) for p, image in changed if image is not None), strict=True)
-    counts = scores(requested, np.stack(images), reader)
+    expected, images = zip(*((p, image) for p, image in changed if image is not None), strict=True)
+    counts = scores(expected, np.stack(images), reader)
     return sum(right for right, _ in counts.values()), sum(total for _, total in counts.values())
 
 
@@ -140,12 +140,12 @@ def test_another_digit_is_wrong(pictures, reader):
 
 
 def test_no_picture_at_all_is_right(reader):
-    requested = prompts()[::4]
-    blank = np.zeros((len(requested), 16, 16, 3), np.uint8)
+    some_prompts = prompts()[::4]
+    blank = np.zeros((len(some_prompts), 16, 16, 3), np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, blank.shape, dtype=np.uint8)
     grey = np.full_like(blank, 128)
     for images in (blank, noise, grey):
-        assert sum(right for right, _ in scores(requested, images, reader).values()) == 0
+        assert sum(right for right, _ in scores(some_prompts, images, reader).values()) == 0
     assert reader.read(blank[:2]) == [(), ()]
     assert all(d.digit is None for digits in reader.read(noise) for d in digits)
 
