@@ -1,6 +1,6 @@
 """A router of one's own: experts are balanced by a bias instead of a loss.
 
-    megapromoe train --preset digits --run runs/mine model.router=examples/my_router.py:BiasedRouter
+    megapromoe train --preset digits --run-dir runs/first model.router=examples/my_router.py:BiasedRouter
 
 A token goes to the K experts with the largest sigmoid score plus bias; its routing weights are the scores alone. After
 each batch the bias of an expert rises if it got fewer tokens than an even share, and falls if it got more. A small loss

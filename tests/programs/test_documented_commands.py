@@ -116,6 +116,7 @@ def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
     words = [word for word in words[words.index("train") :] if word not in ("--config", "x/config.yaml")]
     monkeypatch.chdir(tmp_path)
     Path("latents").symlink_to(latents)
+    Path("examples").symlink_to(ROOT / "examples")
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
@@ -173,6 +174,7 @@ def make_workspace(folder: str) -> None:
     """Writes it; in a worker, since it trains."""
     leave_job()
     os.chdir(folder)
+    Path("examples").symlink_to(ROOT / "examples")
     autoencoders = write_autoencoders(Path("autoencoders"))
     for name in ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "models/sd-vae-ft-ema", "models/sd-vae"):
         Path(name).parent.mkdir(exist_ok=True)

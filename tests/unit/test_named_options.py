@@ -75,7 +75,7 @@ def texts() -> list[tuple[str, str]]:
         messages = re.findall(r"^##.*|HELP\+?='[^']*'|(?:die|note|echo) \"[^\"]*\"", script.read_text(), flags=re.M)
         places.append((f"launchers/{script.name}", "\n".join(messages)))
     places += list(helps().items())
-    for file in (ROOT / "megapromoe").rglob("*.py"):
+    for file in (file for folder in ("megapromoe", "examples", "tools") for file in (ROOT / folder).rglob("*.py")):
         sentences = [(line, text) for line, text in strings_of(file) if text.count(" ") > 2]
         places += [(f"{file.relative_to(ROOT)}:{line}", text) for line, text in sentences]
     return places
