@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any, TypedDict
 
-from megapromoe.config import custom_routers
+from megapromoe.config import extensions
 from megapromoe.config.options import ROUTERS, ModelConfig
 from megapromoe.config.reader import as_kind, kind_of, kind_rule, range_rule, suggest, unknown_key
 from megapromoe.config.rules import layer_rules
@@ -70,7 +70,7 @@ def layer_config(router: str, options: dict[str, Any], is_class: bool = False) -
             problems.append(f"{name} = {value!r}: {rule}")
         else:
             values[name] = typed
-    if router not in ROUTERS and not is_class and not custom_routers.is_reference(router):
+    if router not in ROUTERS and not is_class and not extensions.ROUTER.accepts(router):
         problems.append(f"router = {router!r}: must be one of {', '.join(ROUTERS[1:])}; {suggest(router, ROUTERS[1:])}")
     if router == "dense":
         problems.append("router = 'dense': has no experts; choose another, or use megapromoe.nn.Mlp")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megapromoe.config import class_groups, custom_routers
+from megapromoe.config import class_groups, extensions
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
 
@@ -22,6 +22,7 @@ TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # routers that can have a balance loss
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
+SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim")
 TIME_INPUTS = ("dit", "repa", "sit")
 UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
@@ -53,10 +54,7 @@ class ModelConfig:
         " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines; FILE.py:CLASS, or an"
         " entry point of the group megapromoe.routers, is a router of one's own",
         ROUTERS,
-        accepts=custom_routers.is_reference,
-    )
-    router_version: str = option(
-        "", "hash of the file of one's own router, or version of its package; empty: recorded when a run begins"
+        accepts=extensions.ROUTER.accepts,
     )
     hidden_size: int = option(384, "width D of the tokens, in channels", within=ONE_UP)
     depth: int = option(12, "number L of transformer blocks", within=ONE_UP)
@@ -337,7 +335,12 @@ class DiffusionConfig:
 class SampleConfig:
     """How images are sampled."""
 
-    method: str = option("euler", "sampling method", ("euler", "heun", "ddpm", "ddim"))
+    method: str = option(
+        "euler",
+        "sampling method; FILE.py:FUNCTION, or an entry point of the group megapromoe.samplers, is one of one's own",
+        SAMPLING_METHODS,
+        accepts=extensions.SAMPLER.accepts,
+    )
     steps: int = option(250, "number of sampling steps", within=ONE_UP)
     guidance: float = option(1.5, "classifier-free guidance scale; 1: no guidance", within=ZERO_UP)
     guidance_low: float = option(

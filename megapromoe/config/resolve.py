@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from megapromoe.config import class_groups, custom_routers
+from megapromoe.config import class_groups, extensions
 from megapromoe.config.deepspeed_file import read_deepspeed
 from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
@@ -101,8 +101,7 @@ def resolve(
         train = sections["train"]
         warmup = min(train.warmup, train.steps // SHORTEST_WARMUPS) if run_warmup is None else run_warmup
         sections["train"] = replace(train, warmup=warmup)
-    same_layer = origins.get("model.router_version") == origins.get("model.router")
-    config = _with_router_version(Config(**sections), same_layer, problems, refused)
+    config = _with_extensions(Config(**sections), problems, refused)
     config = _with_superclasses(config, problems, refused)
     problems += _violations(config, world, refused)
     if problems:
@@ -143,24 +142,21 @@ def to_yaml(config: Config) -> str:
 # ---- reading the layers
 
 
-def _with_router_version(config: Config, is_recorded: bool, problems: list[str], refused: set[str]) -> Config:
-    """The config with the absolute path of a user's router and, unless a run has recorded it, with its version.
-
-    Args:
-        is_recorded: `model.router_version` is of the same layer as `model.router`.
-    """
-    model = config.model
-    if not model.has_custom_router or "model.router" in refused or not custom_routers.is_reference(model.router):
-        return replace(config, model=replace(model, router_version="")) if model.router_version else config
-    router = custom_routers.with_absolute_path(model.router)
-    version = model.router_version if is_recorded else ""
-    try:
-        version = version or custom_routers.version_of(router)
-    except custom_routers.RouterError as error:
-        problems.append(str(error))
-        refused.add("model.router")
-        return config
-    return replace(config, model=replace(model, router=router, router_version=version))
+def _with_extensions(config: Config, problems: list[str], refused: set[str]) -> Config:
+    """The config in which the names of users' code have absolute paths and versions, see `extensions`."""
+    for point in (extensions.ROUTER, extensions.SAMPLER):
+        section, _, name = point.option.partition(".")
+        values = getattr(config, section)
+        value = getattr(values, name)
+        built_in = values.__dataclass_fields__[name].metadata["choices"]
+        if value in built_in or point.option in refused or not point.accepts(value):
+            continue
+        try:
+            config = replace(config, **{section: replace(values, **{name: point.recorded(value)})})
+        except extensions.ExtensionError as error:
+            problems.append(str(error))
+            refused.add(point.option)
+    return config
 
 
 def _with_superclasses(config: Config, problems: list[str], refused: set[str]) -> Config:

@@ -7,6 +7,7 @@ from megapromoe.config.options import (
     EXPERT_CHOICE_ROUTERS,
     FIXED_SIZES,
     GUIDED_ROUTERS,
+    SAMPLING_METHODS,
     UNSET,
     Config,
     ModelConfig,
@@ -88,7 +89,7 @@ def rules(config: Config) -> Iterator[Rule]:
 
     objective = config.diffusion.objective
     methods = {"rf": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}[objective]
-    if sample.method not in methods:
+    if sample.method in SAMPLING_METHODS and sample.method not in methods:
         rule = f"must be {' or '.join(methods)} with diffusion.objective = {objective!r}"
         yield ("sample.method", "diffusion.objective"), rule
     if objective == "ddpm" and sample.steps > 1000:

@@ -18,11 +18,11 @@ from megapromoe.conversion.state import (
     check_floats,
     check_positions,
     check_same,
-    config_from,
     model_shapes,
     needed,
     place,
     reader,
+    stored_config,
 )
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.conversion.torch_files import read_pickle
@@ -61,7 +61,7 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None, objectiv
     description = main.get("megapromoe") or {}
     if not isinstance(description, Mapping):
         raise ConversionError(f"{file}: its megapromoe is not a mapping")
-    config = config or (config_from(description["config"]) if "config" in description else None)
+    config = config or (stored_config(description["config"]) if "config" in description else None)
     config = needed(config, path)
     notes: list[str] = []
     if objective and description:

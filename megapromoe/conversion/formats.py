@@ -31,7 +31,7 @@ from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
 from megapromoe.conversion.published import open_published
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE, description, open_safetensors, read_weights, weights_file
 from megapromoe.conversion.sharded import INDEX, is_index
-from megapromoe.conversion.state import State, config_from, model_shapes, needed
+from megapromoe.conversion.state import State, model_shapes, needed, stored_config
 from megapromoe.conversion.stream import ConversionError, Stored, read_safetensors
 from megapromoe.conversion.torch_files import read_pickle
 
@@ -187,7 +187,7 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
     checkpoint = _checkpoint(path, step)
     checkpoint.verify()
     manifest = checkpoint.manifest
-    config = needed(config or (config_from(manifest["config"]) if "config" in manifest else None), path)
+    config = needed(config or (stored_config(manifest["config"]) if "config" in manifest else None), path)
     shapes, _ = model_shapes(config.model)
     check_model(checkpoint, shapes)
     names = [name.removeprefix("buffer/") for name in manifest.get("buffers", [])]

@@ -21,10 +21,10 @@ from megapromoe.conversion.state import (
     check_floats,
     check_positions,
     check_same,
-    config_from,
     model_shapes,
     needed,
     reader,
+    stored_config,
 )
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.conversion.torch_files import read_pickle
@@ -99,7 +99,7 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
     if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
         return _open_native(path, content, tensors, config, objective)
-    config = config or (config_from(stored_description["config"]) if "config" in stored_description else None)
+    config = config or (stored_config(stored_description["config"]) if "config" in stored_description else None)
     config = needed(config, path)
     notes: list[str] = []
     if objective:

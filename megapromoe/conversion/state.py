@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.weights import AVERAGE, is_average, kind_of
-from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
+from megapromoe.config import extensions
+from megapromoe.config.options import PUBLISHED_ROUTERS, ROUTERS, SAMPLING_METHODS, Config, ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.nn.dit import DiT
@@ -108,6 +109,24 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[s
             f"the config in the checkpoint holds an invalid value ({error}); give --config FILE"
         ) from error
     return resolve(saved=settings, overrides=overrides)
+
+
+def stored_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """`config_from` of a config that is in a checkpoint.
+
+    Raises ConversionError if it names code of a user: opening a checkpoint of somebody else must execute none.
+    """
+    config = config_from(sections)
+    for point, value, built_in in (
+        (extensions.ROUTER, config.model.router, ROUTERS),
+        (extensions.SAMPLER, config.sample.method, SAMPLING_METHODS),
+    ):
+        if value not in built_in:
+            raise ConversionError(
+                f"the config in the checkpoint names code, {point.option} = {value!r}, which is executed only if you"
+                " name it: give --config FILE, the config.yaml of the run"
+            )
+    return config
 
 
 # ---- checks of the readers

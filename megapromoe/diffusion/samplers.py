@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megapromoe.config import extensions
 from megapromoe.diffusion.objectives import (
     TIME_SCALE,
     DDPMSchedule,
@@ -30,6 +31,8 @@ NoiseAt = Callable[[int], Tensor]
 """Step k = 1 .. steps-1 -> unit normal (B, C, H, W)."""
 Progress = Callable[[int], None]
 """Called with the number of finished steps."""
+Sampler = Callable[[Predict, Tensor, int, float, NoiseAt | None, Progress], Tensor]
+"""(predict, initial noise (B, C, H, W), steps, shift, noise of each step, progress) -> images (B, C, H, W)."""
 
 
 def guided(
@@ -114,21 +117,28 @@ def sample(
     Args:
         predict: raw output of the model, see `guided`.
         noise_BCHW: unit normal, on the device of the model.
-        method: "euler" or "heun" for rectified flow, "ddpm" or "ddim" for DDPM.
+        method: "euler" or "heun" for rectified flow, "ddpm" or "ddim" for DDPM; or what names a user's `Sampler`, see
+            `config/extensions.py`.
         steps: number of steps; Heun calls the model twice in each except the last.
         shift: of the noise levels, as in training; only for rectified flow.
         noise_at: unit normal of step k = 1 .. steps-1, like `noise_BCHW`; only for "ddpm".
         progress: called after each step with the number of finished steps.
 
     Raises:
-        ValueError: unknown method, steps out of range, or "ddpm" without `noise_at`.
+        ValueError: unknown method, steps out of range, "ddpm" without `noise_at`, or images of another shape.
+        ExtensionError: a user's sampler that cannot be loaded or has changed.
     """
-    if method not in SAMPLERS:
+    if method not in SAMPLERS and not extensions.SAMPLER.accepts(method):
         raise ValueError(f"sample.method: {method!r} is not known; use one of {', '.join(SAMPLERS)}")
     if steps < 1:
         raise ValueError(f"sample.steps: {steps} is below 1")
     done = progress or (lambda step: None)
-    return SAMPLERS[method](predict, noise_BCHW.float(), steps, shift, noise_at, done)
+    sampler = SAMPLERS[method] if method in SAMPLERS else extensions.SAMPLER.load(method)
+    images = sampler(predict, noise_BCHW.float(), steps, shift, noise_at, done)
+    if not isinstance(images, Tensor) or images.shape != noise_BCHW.shape:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"sample.method = {method!r}: returned {shape}, must be images {tuple(noise_BCHW.shape)}")
+    return images.float()
 
 
 def _velocity(predict: Predict, x_BCHW: Tensor, sigma: float) -> Tensor:
@@ -204,4 +214,4 @@ def _ddim(
     return x_BCHW
 
 
-SAMPLERS = {"euler": _euler, "heun": _heun, "ddpm": _ddpm, "ddim": _ddim}
+SAMPLERS: dict[str, Sampler] = {"euler": _euler, "heun": _heun, "ddpm": _ddpm, "ddim": _ddim}

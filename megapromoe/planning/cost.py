@@ -7,7 +7,7 @@ S tokens of an image, L blocks, E routed experts, K experts of a token.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megapromoe.config.custom_routers import load_router
+from megapromoe.config import extensions
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import Config, Layout, ModelConfig
 
@@ -92,7 +92,7 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
 
 def _custom_router(model: ModelConfig, moe: int) -> Iterator[Linear]:
     """The layers of a user's router, which its class describes for one MoE layer."""
-    for layer in load_router(model.router, model.router_version).planned_layers(model):
+    for layer in extensions.ROUTER.load(model.router).planned_layers(model):
         yield replace(layer, copies=layer.copies * moe, rows=layer.rows * moe)
 
 

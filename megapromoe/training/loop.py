@@ -280,11 +280,11 @@ def _open_dataset(config: Config) -> Dataset:
 
 
 def _check_router_version(config: Config) -> None:
-    """Raises TrainingError if the ranks have different versions of a user's router. Collective."""
-    version = config.model.router_version
-    expected, problem = broadcast_from_rank0(version), None
-    if version != expected:
-        problem = f"model.router = {config.model.router!r}: is {version}, rank 0 has {expected}; copy one to all nodes"
+    """Raises TrainingError if the ranks have different files of a user's router. Collective."""
+    router = config.model.router
+    expected, problem = broadcast_from_rank0(router), None
+    if router != expected:
+        problem = f"model.router = {router!r}: rank 0 has {expected!r}; copy one file to all nodes"
     raise_if_any_rank_failed(problem, TrainingError, name_ranks=True, exit_code=ExitCode.MISCONFIGURED)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.extensions import shown
 from megapromoe.config.options import UNSET, Config
 from megapromoe.number_text import clock_text, significant
 from megapromoe.planning.cost import flops_per_image, parameters
@@ -60,7 +61,7 @@ def _model(config: Config) -> str:
     if m.moe_blocks:
         blocks += f", {len(m.moe_blocks)} of them with {m.num_experts} experts, {m.top_k} for a token"
     flops = significant(flops_per_image(m).training / 1e9)
-    return f"{m.router}, {blocks}; {flops} GFLOP to train on an image"
+    return f"{shown(m.router)}, {blocks}; {flops} GFLOP to train on an image"
 
 
 def _data(config: Config, dataset: Dataset | None) -> str:

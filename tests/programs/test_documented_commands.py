@@ -28,6 +28,7 @@ from megapromoe.data.autoencoder import open_autoencoder
 from megapromoe.distributed import launch_environment
 from megapromoe.distributed.launch_environment import LaunchEnvironment
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMANDS = documented()
 
 
@@ -116,7 +117,7 @@ def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
     words = [word for word in words[words.index("train") :] if word not in ("--config", "x/config.yaml")]
     monkeypatch.chdir(tmp_path)
     Path("latents").symlink_to(latents)
-    Path("examples").symlink_to(ROOT / "examples")
+    Path("examples").symlink_to(EXAMPLES)
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
@@ -166,6 +167,7 @@ def test_launchers_print_what_they_would_run(text, tmp_path):
 def workspace(tmp_path_factory) -> Path:
     """A folder in which the documents' names exist: runs, latents, images, checkpoints, an autoencoder, a network."""
     folder = tmp_path_factory.mktemp("workspace")
+    (folder / "examples").symlink_to(EXAMPLES)
     processes.run(1, make_workspace, str(folder))
     return folder
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from support.golden_states import NAMES, PUBLISHED, config_that_runs, state_of
 
 from megapromoe.checkpoint.format import CheckpointError
 from megapromoe.cli import main
-from megapromoe.config.resolve import to_yaml
+from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.stream import ConversionError
@@ -50,6 +51,34 @@ def test_a_malicious_deepspeed_folder_is_refused(tmp_path, capsys):
     torch.save({"x": Payload(f"touch {trace}")}, tmp_path / "deep" / name)
     assert main(["convert", str(tmp_path / "deep"), str(tmp_path / "run"), "--to", "ours"]) == 1
     assert "no code of the file was executed" in capsys.readouterr().err and not trace.exists()
+
+
+EVIL_ROUTER = """
+from megapromoe.nn.moe.routers import PrototypeRouter
+open({trace!r}, "w").close()
+
+class Evil(PrototypeRouter):
+    pass
+"""
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "deepspeed", "ours"])
+def test_code_that_a_config_names_is_executed_only_if_the_user_gives_the_config(tmp_path, capsys, kind):
+    trace, router = tmp_path / "executed", tmp_path / "router.py"
+    router.write_text(EVIL_ROUTER.format(trace=str(trace)))
+    state = state_of("promoe_tc")
+    config = resolve(saved=[f"model.router={router}:Evil"])
+    config = replace(state.config, model=replace(state.config.model, router=config.model.router))
+    path = tmp_path / ("evil.safetensors" if kind == "safetensors" else "evil")
+    export(replace(state, config=config), path, kind)
+    trace.unlink(missing_ok=True)
+    for name in [name for name in sys.modules if name.startswith("megapromoe_extension")]:
+        del sys.modules[name]  # so that it would be executed again
+    command = ["convert", str(path), str(tmp_path / "again.safetensors"), "--to", "safetensors"]
+    assert main(command) == 1
+    assert "names code, model.router = " in capsys.readouterr().err and not trace.exists()
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert main([*command, "--config", str(tmp_path / "config.yaml")]) == 0 and trace.exists()
 
 
 def test_errors_have_the_problem_and_the_remedy(tmp_path, capsys):

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config.custom_routers import RouterError, load_router
+from megapromoe.config import extensions
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
@@ -56,20 +56,16 @@ ROUTERS: Mapping[str, type[Router]] = {
 """`model.router` -> class."""
 
 
-def router_class(router: str, version: str = "") -> type[Router]:
+def router_class(router: str) -> type[Router]:
     """The class that a value of `model.router` names.
 
-    Args:
-        router: a name in `ROUTERS`, or a reference to a user's router.
-        version: `model.router_version`; empty: not checked.
-
-    Raises RouterError if a user's router cannot be loaded, has another version, or is no subclass of `Router`.
+    Raises ExtensionError if a user's router cannot be loaded, has changed, or is no subclass of `Router`.
     """
     if router in ROUTERS:
         return ROUTERS[router]
-    loaded = load_router(router, version)
+    loaded = extensions.ROUTER.load(router)
     if not (isinstance(loaded, type) and issubclass(loaded, Router)):
-        raise RouterError(f"model.router = {router!r}: must be a subclass of megapromoe.nn.Router")
+        raise extensions.ExtensionError(f"model.router = {router!r}: must be a subclass of megapromoe.nn.Router")
     return loaded
 
 
@@ -120,7 +116,7 @@ class MoE(RegionModule):
         Args:
             hidden_size: channels D of a token.
             num_experts: routed experts E.
-            router: a name in `ROUTERS`, a subclass of `Router`, or what names one (`config/custom_routers.py`).
+            router: a name in `ROUTERS`, a subclass of `Router`, or what names one (`config/extensions.py`).
             options: the other options of `ModelConfig` that concern the layer, by the same names: `top_k`,
                 `expert_width`, `score_function`, `rcl_weight`, `capacity_factor` ...
 
@@ -142,8 +138,7 @@ class MoE(RegionModule):
     @classmethod
     def from_config(cls, config: ModelConfig) -> Self:
         """The layer of a model with this configuration."""
-        router = router_class(config.router, config.router_version) if config.has_custom_router else config.router
-        return cls(router=router, **{name: getattr(config, name) for name in LAYER_FIELDS})
+        return cls(router=config.router, **{name: getattr(config, name) for name in LAYER_FIELDS})
 
     def set_mesh(self, mesh: Mesh) -> None:
         super().set_mesh(mesh)

@@ -1,6 +1,7 @@
-"""Routers of users: `model.router=FILE.py:CLASS` or an entry point; what is recorded, refused, counted and logged."""
+"""Routers and samplers of users, in files and entry points: what is recorded, refused, counted and logged."""
 
 import copy
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 import torch
 from support.trajectory import small
 
-from megapromoe.checkpoint.origin import fixed_changes
-from megapromoe.config.custom_routers import RouterError, load_router
-from megapromoe.config.options import ConfigError
+from megapromoe.checkpoint.origin import changed_settings, fixed_changes
+from megapromoe.config.extensions import ROUTER, ExtensionError, shown
+from megapromoe.config.options import ConfigError, to_dict
 from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.diffusion.samplers import sample
 from megapromoe.nn import MoE, auxiliary_loss
 from megapromoe.nn.parallelize import build, layouts
 from megapromoe.planning import cost
@@ -71,11 +73,10 @@ def file(tmp_path) -> Path:
 def test_the_config_records_the_absolute_path_and_the_hash(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     model = small("model.router=router.py:Deep").model
-    assert model.router == f"{file}:Deep" and model.router_version.startswith("sha256:")
+    assert re.fullmatch(rf"{file}:Deep@sha256:[0-9a-f]{{16}}", model.router) and shown(model.router) == "router.py:Deep"
     assert model.has_two_step_router and model.shared_experts == model.unconditional_experts == 1
     file.write_text(FOREIGN + "\n")
-    assert small("model.router=router.py:Deep").model.router_version != model.router_version
-    assert small().model.router_version == ""
+    assert small("model.router=router.py:Deep").model.router != model.router
 
 
 def test_a_saved_config_keeps_what_it_recorded_and_another_router_replaces_it(file, tmp_path):
@@ -84,23 +85,23 @@ def test_a_saved_config_keeps_what_it_recorded_and_another_router_replaces_it(fi
     saved.write_text(to_yaml(config))
     file.write_text(FOREIGN + "\n")
     assert resolve(file=saved) == config, "a run has the version with which it began"
-    with pytest.raises(RouterError, match=r"is sha256:\w+, but the run has model.router_version = 'sha256:"):
+    with pytest.raises(ExtensionError, match=r"has changed: it is sha256:\w+ now; .* name it in model\.router again"):
         build(resolve(file=saved))
     present = resolve(file=saved, overrides=[f"model.router={file}:Deep"])
     build(present)
-    changed = {"model.router_version": [config.model.router_version, present.model.router_version]}
-    assert fixed_changes(changed) == ["model.router_version"], "a run is not continued with it unless --allow names it"
-    assert resolve(file=saved, overrides=["model.router=promoe"]).model.router_version == ""
+    changed = changed_settings(to_dict(config), present)
+    assert fixed_changes(changed) == ["model.router"], "a run is not continued with it unless --allow names it"
+    assert resolve(file=saved, overrides=["model.router=promoe"]).model.router == "promoe"
     file.unlink()
     assert resolve(file=saved) == config, "a run without its file can still be listed"
-    with pytest.raises(RouterError, match=r"the file cannot be read \(No such file"):
+    with pytest.raises(ExtensionError, match=r"the file cannot be read \(No such file"):
         build(resolve(file=saved))
 
 
 @pytest.mark.parametrize(
     "router, message",
     [
-        ("none.py:Deep", r"the file cannot be read \(No such file or directory\); give .* FILE\.py:CLASS"),
+        ("none.py:Deep", r"the file cannot be read \(No such file or directory\); give .* FILE\.py:NAME"),
         ("router.py", "must be one of dense, promoe"),
         ("promo", "did you mean promoe"),
         ("os:system", "must be one of dense, promoe"),
@@ -113,9 +114,9 @@ def test_a_router_that_is_none_is_refused_with_the_configuration(router, message
 
 
 def test_files_that_have_no_such_router_are_named(file):
-    with pytest.raises(RouterError, match=r"the file has no class Deeper; it has Deep, Uncounted, NoRouter"):
+    with pytest.raises(ExtensionError, match=r"the file has no Deeper; it has Deep, Uncounted, NoRouter"):
         build(small(f"model.router={file}:Deeper"))
-    with pytest.raises(RouterError, match=r"must be a subclass of megapromoe\.nn\.Router"):
+    with pytest.raises(ExtensionError, match=r"must be a subclass of megapromoe\.nn\.Router"):
         build(small(f"model.router={file}:NoRouter"))
     for content, message in (
         ("\n1 / 0\n", r"ZeroDivisionError.*, line 2\)"),
@@ -123,23 +124,23 @@ def test_files_that_have_no_such_router_are_named(file):
         ("import no_such", "no_such"),
     ):
         file.write_text(content)
-        with pytest.raises(RouterError, match=f"cannot be executed .*{message}"):
-            load_router(f"{file}:Deep")
+        with pytest.raises(ExtensionError, match=f"cannot be executed .*{message}"):
+            ROUTER.load(f"{file}:Deep")
 
 
 def test_a_file_is_not_searched_for_and_changes_no_path(file, monkeypatch):
     """Neither its folder nor its name can be imported, before and after."""
     monkeypatch.chdir(file.parent.parent)
     path, modules = list(sys.path), set(sys.modules)
-    first = load_router(f"{file}:Deep")
-    assert first is load_router(f"{file}:Deep") and sys.path == path
-    assert {name.rpartition("_")[0] for name in set(sys.modules) - modules} == {"megapromoe_router"}
+    first = ROUTER.load(f"{file}:Deep")
+    assert first is ROUTER.load(f"{file}:Deep") and sys.path == path
+    assert {name.rpartition("_")[0] for name in set(sys.modules) - modules} == {"megapromoe_extension"}
     with pytest.raises(ConfigError):
         small("model.router=router.py:Deep")
 
 
 def test_an_entry_point(file, monkeypatch):
-    deep = load_router(f"{file}:Deep")
+    deep = ROUTER.load(f"{file}:Deep")
     point = SimpleNamespace(
         value="package:Deep", dist=SimpleNamespace(name="package", version="1.2"), load=lambda: deep
     )
@@ -149,10 +150,10 @@ def test_an_entry_point(file, monkeypatch):
 
     monkeypatch.setattr(metadata, "entry_points", entry_points)
     config = small("model.router=deep")
-    assert (config.model.router, config.model.router_version) == ("deep", "package 1.2")
+    assert config.model.router == "deep@package 1.2" and shown(config.model.router) == "deep"
     assert type(build(config).blocks[1].mlp.router) is deep
     point.dist.version = "1.3"
-    with pytest.raises(RouterError, match=r"is package 1\.3, but the run has model\.router_version = 'package 1\.2'"):
+    with pytest.raises(ExtensionError, match=r"'deep@package 1\.2': has changed: it is package 1\.3 now"):
         build(config)
 
 
@@ -192,7 +193,7 @@ def layout_size(shape: tuple[int, ...]) -> int:
 
 def test_in_a_layer_of_somebody_else(file):
     x = torch.randn(3, 9, 16)
-    for router in (f"{file}:Deep", load_router(f"{file}:Deep")):
+    for router in (f"{file}:Deep", ROUTER.load(f"{file}:Deep")):
         torch.manual_seed(0)
         moe = MoE(hidden_size=16, num_experts=4, router=router).train()
         y, auxiliary = copy.deepcopy(moe)(x, 2)
@@ -227,3 +228,40 @@ def test_losses_are_logged_by_their_names():
     for name in ("total", "denoising", "contrastive"):
         with pytest.raises(ValueError, match=f"a router has a loss '{name}', which would be logged as '{name}_loss'"):
             logged_loss(name)
+
+
+# ---- samplers
+
+SAMPLER_FILE = """
+from megapromoe.diffusion.samplers import sample as ours
+
+def two_halves(predict, x_BCHW, steps, shift, noise_at, done):
+    return ours(predict, x_BCHW, "euler", steps, shift, progress=done)
+
+def wrong(predict, x_BCHW, steps, shift, noise_at, done):
+    return x_BCHW[:1]
+"""
+
+
+def test_a_sampler_of_a_user(tmp_path):
+    file = tmp_path / "sampler.py"
+    file.write_text(SAMPLER_FILE)
+    config = small(f"sample.method={file}:two_halves", "sample.steps=3")
+    assert re.fullmatch(rf"{file}:two_halves@sha256:\w+", config.sample.method)
+    noise, finished = torch.randn(2, 1, 4, 4), []
+
+    def predict(x, time):
+        return x * time / 1000
+
+    images = sample(predict, noise, config.sample.method, 3, progress=finished.append)
+    assert torch.equal(images, sample(predict, noise, "euler", 3)) and finished == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"returned \(1, 1, 4, 4\), must be images \(2, 1, 4, 4\)"):
+        sample(predict, noise, f"{file}:wrong", 3)
+    small(f"sample.method={file}:two_halves", "diffusion.objective=ddpm")  # may be for any objective
+    file.write_text(SAMPLER_FILE + "\n")
+    with pytest.raises(ExtensionError, match=r"sample\.method = .*: has changed: .* name it in sample\.method again"):
+        sample(predict, noise, config.sample.method, 3)
+    with pytest.raises(
+        ConfigError, match="sample.method = 'eulr': must be one of euler, heun, ddpm, ddim; did you mean"
+    ):
+        small("sample.method=eulr")
