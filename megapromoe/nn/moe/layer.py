@@ -216,7 +216,7 @@ class MoE(RegionModule):
             y_TD = torch.zeros_like(x_TD)
         if unconditional:
             null_TD, null_bias = _partial_sum(unconditional, null_hidden)
-            y_TD = _AddFrom.apply(y_TD, null_TD, num_routed_tokens)
+            y_TD = _add_from(y_TD, null_TD, num_routed_tokens)
         y_TD = self.region.reduce_from_region(self.dispatcher.combine(expert_outputs, y_TD))
         if bias is not None:
             y_TD = y_TD + bias
@@ -281,11 +281,9 @@ def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
     whole must compute a new one, as linear layers do.
     """
-    if count == x.shape[0]:
-        return x, x, x[count:]
-    if torch.compiler.is_compiling():  # compiled code of plain slices is as good, and dynamo cannot trace the function
+    if torch.compiler.is_compiling():  # it fuses the backward of slices, and `count` may not be known to it
         return x, x[:count], x[count:]
-    return _SplitConditional.apply(x, count)
+    return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
 
 
 class _SplitConditional(torch.autograd.Function):
@@ -308,8 +306,15 @@ class _SplitConditional(torch.autograd.Function):
         return grad, None
 
 
+def _add_from(x_TD: Tensor, rows_RD: Tensor, start: int) -> Tensor:
+    """Adds rows to the rows of `x_TD` from index `start` on; unless compiled, in place."""
+    if torch.compiler.is_compiling():  # see `row_permutations.add_to_tokens`
+        return torch.cat([x_TD[:start], x_TD[start:] + rows_RD])
+    return _AddFrom.apply(x_TD, rows_RD, start)
+
+
 class _AddFrom(torch.autograd.Function):
-    """Adds rows to the rows of `x_TD` from index `start` on, in place."""
+    """`_add_from` in place."""
 
     @staticmethod
     def forward(ctx, x_TD, rows_RD, start):
