@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -102,7 +101,7 @@ def count(models: Sequence[str], ranks: Sequence[int], modes: Sequence[str]) -> 
 
 def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # before CUDA starts and DeepSpeed is imported
+    runtime.use_cpu()
     runtime.prepare()
     launch = runtime.LaunchEnvironment("python", rank, world, rank, world)
     runtime.init_process_group(launch, 60 * MINUTES, dist.FileStore(f"{folder}/store", world))

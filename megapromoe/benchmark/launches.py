@@ -155,24 +155,34 @@ def count_step(config: Config, mesh: Mesh, compiled: bool = False, images: int =
     Returns phase -> what is issued: "forward", "loss" and "backward" of the model alone; "deepspeed forward" and
     "deepspeed backward", what DeepSpeed adds to them; "norm" of the gradients, "update" by DeepSpeed and AdamW, "ema".
     """
-    settings = Settings(torch.device("cpu"), torch.float32, 1, 1, images, (), null=NULL_SHARE)
-    batch = Batch(config, settings)
+    batch = _batch(config, images)
+    backend = LoweringBackend(batch.num_conditional) if compiled else None
+    alone = count_model(config, mesh, backend, images)
     with grouped_experts():
-        backend = LoweringBackend(settings.num_conditional) if compiled else None
-        model = _model(config, mesh, backend).bfloat16().train()
-        alone = _count_model(model, batch, backend)
-        del model
-        backend = LoweringBackend(settings.num_conditional) if compiled else None
-        model = _model(config, mesh, backend).train()
-        engine = Engine(model, config, mesh)
+        engine = Engine(_model(config, mesh, backend).train(), config, mesh)
         try:
             under = _count_engine(engine, batch, config, backend)
         finally:
             engine.close()
-    phases = {name: alone[name] for name in ("forward", "loss", "backward")}
     for name in ("forward", "backward"):
-        phases[f"deepspeed {name}"] = under[name].without(alone[name])
-    return phases | {name: under[name] for name in ("norm", "update", "ema")}
+        alone[f"deepspeed {name}"] = under[name].without(alone[name])
+    return alone | {name: under[name] for name in ("norm", "update", "ema")}
+
+
+def count_model(
+    config: Config, mesh: Mesh, backend: LoweringBackend | None = None, images: int = IMAGES
+) -> dict[str, Issued]:
+    """Counts "forward", "loss" and "backward" of the model alone, in bf16, after a first pass. Collective.
+
+    `backend`: compiles the model; None: eager.
+    """
+    batch = _batch(config, images)
+    with grouped_experts():
+        return _count_passes(_model(config, mesh, backend).bfloat16().train(), batch, backend)
+
+
+def _batch(config: Config, images: int) -> Batch:
+    return Batch(config, Settings(torch.device("cpu"), torch.float32, 1, 1, images, (), null=NULL_SHARE))
 
 
 def _model(config: Config, mesh: Mesh, backend: LoweringBackend | None) -> DiT:
@@ -182,7 +192,7 @@ def _model(config: Config, mesh: Mesh, backend: LoweringBackend | None) -> DiT:
     return model
 
 
-def _count_model(model: DiT, batch: Batch, backend: LoweringBackend | None) -> dict[str, Issued]:
+def _count_passes(model: DiT, batch: Batch, backend: LoweringBackend | None) -> dict[str, Issued]:
     inputs = _inputs(batch)
     for _ in range(2):
         model.zero_grad(set_to_none=True)

@@ -151,8 +151,8 @@ class Dispatcher:
         """
         metadata = outputs.metadata
         y_RD, weight_R = outputs.rows.combine_rows(), metadata.assignment.weight_R
-        if metadata.assignment.top_k and torch.compiler.is_compiling():
-            return add_to_tokens(base_TD, y_RD, weight_R, metadata)
+        if metadata.inverse_R is not None and torch.compiler.is_compiling():
+            return add_to_tokens(base_TD, y_RD, metadata.assignment, metadata.order_R, metadata.inverse_R)
         if metadata.assignment.top_k:
             return AddToTokens.apply(base_TD, y_RD, weight_R, metadata)
         return base_TD.index_add(0, metadata.token_R, y_RD * weight_R[metadata.order_R].to(y_RD.dtype).unsqueeze(1))

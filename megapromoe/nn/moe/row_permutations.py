@@ -4,15 +4,10 @@ Autograd's backward of `index_select` would add the gradients into zeros, which 
 not reproducible on GPUs.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megapromoe.nn.moe.dispatcher import DispatchMetadata
+from megapromoe.nn.moe.assignment import TokenAssignment
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
@@ -84,13 +79,16 @@ class AddToTokens(torch.autograd.Function):
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None
 
 
-def add_to_tokens(base_TD: Tensor, y_RD: Tensor, weight_R: Tensor, metadata: DispatchMetadata) -> Tensor:
+def add_to_tokens(
+    base_TD: Tensor, y_RD: Tensor, assignment: TokenAssignment, order_R: Tensor, inverse_R: Tensor
+) -> Tensor:
     """`AddToTokens` in a new tensor, for torch.compile, which fuses it.
 
     It does not write into `base_TD`: torch.compile of torch 2.11 loses the gradient of a tensor that an
     autograd.Function changed in place and returned (pytorch issue 180642).
     """
-    y_RD = Permute.apply(y_RD, metadata.inverse_R, metadata.order_R) * weight_R.to(y_RD.dtype).unsqueeze(1)
-    y_TD = y_RD.view(-1, metadata.assignment.top_k, y_RD.shape[1]).sum(1)
-    first, stop = metadata.assignment.first_token, metadata.assignment.first_token + y_TD.shape[0]
+    weight_R1 = assignment.weight_R.to(y_RD.dtype).unsqueeze(1)
+    y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, assignment.top_k, y_RD.shape[1])
+    y_TD, first = y_TKD.sum(1), assignment.first_token
+    stop = first + y_TD.shape[0]
     return torch.cat([base_TD[:first], base_TD[first:stop] + y_TD, base_TD[stop:]])
