@@ -1,6 +1,6 @@
 """A backend of torch.compile that counts what inductor would launch, and computes by the graph's own operators.
 
-Inductor lowers and fuses each graph as for a CPU, but nothing is built from its C++: neither a compiler nor its minutes
+Inductor lowers and fuses each graph as for a CPU, except that it fuses joins of tensors, as for a GPU. Nothing is built from its C++: neither a compiler nor its minutes
 are needed. A *launch* is one group of fused operators, or one call of an operator that inductor does not generate (a
 product, attention, a sort). What the package's own custom operators issue is counted when they run.
 """
@@ -91,7 +91,7 @@ class LoweringBackend:
             call(group, wrapper, name)
 
         with ExitStack() as stack:
-            stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1))
+            stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1, force_pointwise_cat=True))
             stack.enter_context(patch.object(GraphLowering, "codegen", codegen))
             stack.enter_context(patch.object(KernelGroup, "call_kernel", call_kernel))
             stack.enter_context(patch.object(AsyncCompile, "cpp_pybinding", lambda *_: _not_built))

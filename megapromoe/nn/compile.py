@@ -55,6 +55,10 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
             for module in block.modules():
                 if isinstance(module, ExpertLinear):
                     module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
+    if all(map(compiles_whole, model.blocks)):
+        setattr(model, "conditions", _unbound_conditions(len(model.blocks) + 1))  # noqa: B010  # mypy: not a method
+        if any(isinstance(block.mlp, MoE) for block in model.blocks):
+            regions.append((model, "auxiliary"))
     for module, name in regions:
         setattr(module, name, _in_training(model, getattr(module, name), backend, options))
 
@@ -84,6 +88,15 @@ def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
         return run_block(eager, x_BSD, c_BD, y_B, conditional)
 
     return forward
+
+
+def _unbound_conditions(count: int) -> Callable:
+    """`DiT.conditions`, such that backward adds the gradients of all blocks at once, not one after the other."""
+
+    def conditions(c_BD: Tensor) -> tuple[Tensor, ...]:
+        return c_BD.expand(count, *c_BD.shape).unbind()
+
+    return conditions
 
 
 def _static_regions(block: Any) -> list[tuple[nn.Module, str]]:

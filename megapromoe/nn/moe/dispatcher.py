@@ -144,14 +144,14 @@ class Dispatcher:
 
         Args:
             outputs: of `run_experts`.
-            base_TD: the rest of the layer's output, (T or more, D); it is overwritten.
+            base_TD: the rest of the layer's output, (T or more, D), compiled (T, D); it is overwritten.
 
         Returns:
             base + Σ weight·expert(x) over the rows of this rank; in a sharded region a partial sum.
         """
         metadata = outputs.metadata
         y_RD, weight_R = outputs.rows.combine_rows(), metadata.assignment.weight_R
-        if metadata.inverse_R is not None and torch.compiler.is_compiling():
+        if metadata.inverse_R is not None and torch.compiler.is_compiling() and not self.region.is_sharded:
             return add_to_tokens(base_TD, y_RD, metadata.assignment, metadata.order_R, metadata.inverse_R)
         if metadata.assignment.top_k:
             return AddToTokens.apply(base_TD, y_RD, weight_R, metadata)

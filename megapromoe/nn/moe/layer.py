@@ -216,8 +216,14 @@ class MoE(RegionModule):
             y_TD = torch.zeros_like(x_TD)
         if unconditional:
             null_TD, null_bias = _partial_sum(unconditional, null_hidden)
-            y_TD = _add_from(y_TD, null_TD, num_routed_tokens)
-        y_TD = self.region.reduce_from_region(self.dispatcher.combine(expert_outputs, y_TD))
+        if torch.compiler.is_compiling():  # it fuses both parts with what follows
+            rest_TD = y_TD[num_routed_tokens:]
+            rest_TD = rest_TD + null_TD if unconditional else rest_TD
+            y_TD = torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
+        else:
+            y_TD = _AddFrom.apply(y_TD, null_TD, num_routed_tokens) if unconditional else y_TD
+            y_TD = self.dispatcher.combine(expert_outputs, y_TD)
+        y_TD = self.region.reduce_from_region(y_TD)
         if bias is not None:
             y_TD = y_TD + bias
         if null_bias is not None:
@@ -306,15 +312,8 @@ class _SplitConditional(torch.autograd.Function):
         return grad, None
 
 
-def _add_from(x_TD: Tensor, rows_RD: Tensor, start: int) -> Tensor:
-    """Adds rows to the rows of `x_TD` from index `start` on; unless compiled, in place."""
-    if torch.compiler.is_compiling():  # see `row_permutations.add_to_tokens`
-        return torch.cat([x_TD[:start], x_TD[start:] + rows_RD])
-    return _AddFrom.apply(x_TD, rows_RD, start)
-
-
 class _AddFrom(torch.autograd.Function):
-    """`_add_from` in place."""
+    """Adds rows to the rows of `x_TD` from index `start` on, in place."""
 
     @staticmethod
     def forward(ctx, x_TD, rows_RD, start):

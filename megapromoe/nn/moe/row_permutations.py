@@ -82,13 +82,11 @@ class AddToTokens(torch.autograd.Function):
 def add_to_tokens(
     base_TD: Tensor, y_RD: Tensor, assignment: TokenAssignment, order_R: Tensor, inverse_R: Tensor
 ) -> Tensor:
-    """`AddToTokens` in a new tensor, for torch.compile, which fuses it.
+    """`AddToTokens` in a new tensor, for torch.compile, which fuses it; only for rows of all tokens of `base_TD`.
 
     It does not write into `base_TD`: torch.compile of torch 2.11 loses the gradient of a tensor that an
     autograd.Function changed in place and returned (pytorch issue 180642).
     """
     weight_R1 = assignment.weight_R.to(y_RD.dtype).unsqueeze(1)
     y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, assignment.top_k, y_RD.shape[1])
-    y_TD, first = y_TKD.sum(1), assignment.first_token
-    stop = first + y_TD.shape[0]
-    return torch.cat([base_TD[:first], base_TD[first:stop] + y_TD, base_TD[stop:]])
+    return base_TD + (y_TKD.squeeze(1) if assignment.top_k == 1 else y_TKD.sum(1))
