@@ -159,10 +159,7 @@ class Counter(TorchDispatchMode):
         self._memory(inputs, outputs)
         if _waits(func, name, args, kwargs, outputs):
             self.now.waits[name] += 1
-        returns = func._schema.returns
-        view = bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
-        if not view and name not in NO_KERNEL and (not outputs or any(t.numel() for t in outputs)):
-            self.now.kernels += 1
+        self.now.kernels += is_kernel(func, outputs)
         if flops := FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket):
             self.now.flops += int(flops(*args, **kwargs, out_val=out))
         return out
@@ -220,6 +217,14 @@ class _HostReads(TorchFunctionMode):
         if name in ("tolist", "numpy") and args[0].device.type == "cpu":
             self.counter.now.waits[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def is_kernel(func, outputs: list[Tensor]) -> bool:
+    """Whether this call of an operator computed or copied: views, allocations and empty results do not count."""
+    returns = func._schema.returns
+    view = bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
+    name = func._schema.name.partition("::")[2]
+    return not view and name not in NO_KERNEL and (not outputs or any(t.numel() for t in outputs))
 
 
 def _waits(func, name: str, args: tuple, kwargs: dict, outputs: list[Tensor]) -> bool:

@@ -24,7 +24,7 @@ from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
 from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.nn.compile import compile_dense
-from megapromoe.nn.dit import DiT
+from megapromoe.nn.dit import AuxiliaryOutput, DiT
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import PrototypeRouter, RouterOutput
@@ -211,7 +211,10 @@ class Batch:
     def loss(self, model: DiT) -> Tensor:
         """The training loss, as in `training.loop`."""
         x_BCHW, t_B = self.objective.corrupt(self.clean, self.noise, self.u_B)
-        prediction, auxiliary = model(x_BCHW, t_B, self.labels_B, self.num_conditional)
+        return self.loss_of(*model(x_BCHW, t_B, self.labels_B, self.num_conditional))
+
+    def loss_of(self, prediction: Tensor, auxiliary: AuxiliaryOutput) -> Tensor:
+        """The training loss of the model's output for this batch."""
         return self.objective.loss(prediction, self.clean, self.noise, self.u_B) + auxiliary.total()
 
 

@@ -44,6 +44,11 @@ def prepare() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def use_cpu() -> None:
+    """Hides GPUs from this process; call it before anything asks torch for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @dataclass(frozen=True)
 class Job:
     """An initialized job: this rank's device, and the key-value store of the job."""

@@ -1,9 +1,18 @@
-"""Applies torch.compile to the parts of the model whose shapes do not depend on the routing.
+"""Applies torch.compile to the model in training.
 
-Each compiled region is a function of its own, so the graph breaks only between them: at the routers and at the
-dispatch. All but one have the same shapes in every step, those of a whole micro-batch. The exception is the epilogue of
-the routed experts' grouped products (bias and GELU), which is compiled for any number of rows. Code that runs on a part
-of the images stays eager: the routers and the unconditional expert. So does evaluation, whose batches have other sizes.
+Without tensor and expert parallelism each block is compiled as a whole: one graph for all dense blocks, and one for all
+MoE blocks, with router, dispatch and experts. The number of conditional images differs from step to step, and with it
+the sizes of everything that is routed. It enters as a size that the compiler does not know (torch: *unbacked*), so the
+same code runs for every number, also for 0, 1 and all. Products of experts are operators that the compiler does not
+look into (`moe/expert_operators.py`).
+
+With tensor or expert parallelism, and with activation recompute, only the parts of a block are compiled whose shapes do
+not depend on the routing. Each is a function of its own, so the graph breaks only between them: at the routers, the
+dispatch and the messages. All but one have the shapes of a whole micro-batch. The exception is the epilogue of the
+routed experts' grouped products (bias and GELU), which is compiled for any number of rows. The routers and the
+unconditional expert stay eager.
+
+Evaluation is eager: its batches have other sizes.
 """
 
 from __future__ import annotations
@@ -12,10 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import Mlp
+from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.expert_linear import ExpertLinear
 from megapromoe.nn.moe.layer import MoE, mlps_of
 
@@ -24,7 +34,7 @@ _LONG_SEQUENCE = 4096
 
 
 def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
-    """Replaces the dense functions of the model by compiled ones, which are used in training mode.
+    """Replaces functions of the model by compiled ones, which are used in training mode.
 
     They are compiled in the first step; blocks of the same kind share the compiled code.
 
@@ -34,19 +44,69 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
 
     Raises, in the first step, torch's error if a function cannot be compiled as a whole.
     """
+    options = _options(model, backend)
     regions: list[tuple[nn.Module, str]] = [(model, "embed"), (model.final_layer, "forward")]
+    run_block = torch.compile(_run_block, backend=backend, fullgraph=True, dynamic=False, options=options)
     for block in model.blocks:
-        regions += [(block, "attention_half"), (block, "residual")]
-        if isinstance(block.mlp, Mlp):
-            regions.append((block.mlp, "forward"))
-    for module in model.modules():
-        if isinstance(module, MoE):
-            regions += [(mlp, "hidden") for mlp in mlps_of(module.shared)]
+        if compiles_whole(block):
+            block.forward = _whole_block(model, block.forward, run_block)
+        else:
+            regions += _static_regions(block)
+            for module in block.modules():
+                if isinstance(module, ExpertLinear):
+                    module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
+    if all(map(compiles_whole, model.blocks)):
+        setattr(model, "conditions", _unbound_conditions(len(model.blocks) + 1))  # noqa: B010  # mypy: not a method
+        if any(isinstance(block.mlp, MoE) for block in model.blocks):
+            regions.append((model, "auxiliary"))
     for module, name in regions:
-        setattr(module, name, _in_training(model, getattr(module, name), backend, _options(model, backend)))
-    for module in model.modules():
-        if isinstance(module, ExpertLinear):
-            module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
+        setattr(module, name, _in_training(model, getattr(module, name), backend, options))
+
+
+def compiles_whole(block: Any) -> bool:
+    """Whether a `Block` is compiled as one graph: all of it is on this device, and nothing is recomputed."""
+    if block.recompute != "none" or block.attn.region.is_sharded:
+        return False
+    return isinstance(block.mlp, Mlp) or (isinstance(block.mlp, MoE) and block.mlp.dispatcher.placement.ep == 1)
+
+
+def _run_block(
+    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: Tensor
+) -> tuple[Tensor, MoEAuxiliary | None]:
+    """`Block.forward`, with a tensor whose length is the number of conditional images."""
+    num_conditional = conditional.shape[0]
+    torch._check(num_conditional <= x_BSD.shape[0])
+    return eager(x_BSD, c_BD, y_B, num_conditional)
+
+
+def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
+    def forward(x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int) -> tuple[Tensor, MoEAuxiliary | None]:
+        if not model.training:
+            return eager(x_BSD, c_BD, y_B, num_conditional)
+        conditional = torch.empty(num_conditional)
+        torch._dynamo.decorators.mark_unbacked(conditional, 0)
+        return run_block(eager, x_BSD, c_BD, y_B, conditional)
+
+    return forward
+
+
+def _unbound_conditions(count: int) -> Callable:
+    """`DiT.conditions`, such that backward adds the gradients of all blocks at once, not one after the other."""
+
+    def conditions(c_BD: Tensor) -> tuple[Tensor, ...]:
+        return c_BD.expand(count, *c_BD.shape).unbind()
+
+    return conditions
+
+
+def _static_regions(block: Any) -> list[tuple[nn.Module, str]]:
+    """The functions of a `Block` whose shapes do not depend on the routing."""
+    regions: list[tuple[nn.Module, str]] = [(block, "attention_half"), (block, "residual")]
+    if isinstance(block.mlp, Mlp):
+        regions.append((block.mlp, "forward"))
+    elif isinstance(block.mlp, MoE):
+        regions += [(mlp, "hidden") for mlp in mlps_of(block.mlp.shared)]
+    return regions
 
 
 def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:

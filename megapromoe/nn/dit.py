@@ -185,18 +185,23 @@ class DiT(LogicalModule):
         """
         x_BSD, c_BD = self.embed(x_BCHW, t_B, y_B)
         num_conditional = len(y_B) if num_conditional is None else num_conditional
+        *block_conditions, final_c_BD = self.conditions(c_BD)
         layers = []
-        for block in self.blocks:
+        for block, c_BD in zip(self.blocks, block_conditions, strict=True):
             x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional)
             if auxiliary is not None:
                 layers.append(auxiliary)
-        return self.unpatchify(self.final_layer(x_BSD, c_BD)), self.auxiliary(layers)
+        return self.unpatchify(self.final_layer(x_BSD, final_c_BD)), self.auxiliary(layers)
 
     def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, S, D) and condition (B, D), in the dtype of the model."""
         dtype = self.x_embedder.proj.weight.dtype
         x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
         return x_BSD, self.t_embedder(t_B) + self.y_embedder(y_B)
+
+    def conditions(self, c_BD: Tensor) -> Sequence[Tensor]:
+        """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""
+        return [c_BD] * (len(self.blocks) + 1)
 
     def auxiliary(self, layers: Sequence[MoEAuxiliary]) -> AuxiliaryOutput:
         """Computes the losses of all MoE layers and collects their statistics. Collective."""

@@ -1,11 +1,11 @@
-"""torch.compile of the dense regions: the same training, each region compiled as a whole and once."""
+"""torch.compile: the same training, each block or part of a block compiled as a whole and once."""
 
 import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.backends import grouped
+from support.backends import BACKENDS, grouped
 from support.levels import full
 from support.processes import run
 from support.trajectory import deviations, small, stir, train
@@ -15,10 +15,12 @@ from megapromoe.config.options import ConfigError
 from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.moe.layer import ROUTERS, MoE
 from megapromoe.nn.parallelize import build
 
-# Embedding, attention half, residual, MLP, shared expert, final layer, and the epilogues of two grouped products.
-COMPILED_REGIONS = 8
+# With tensor or expert parallelism: embedding, attention half, residual, MLP, shared expert, final layer, and the
+# epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer.
+COMPILED_REGIONS, WHOLE_BLOCKS = 8, 4
 
 
 def by_graph(model, mesh) -> None:
@@ -40,6 +42,7 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
         ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=true"),
         full(("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")),
+        full(("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
     ],
     ids=" ".join,
 )
@@ -49,7 +52,8 @@ def test_training_is_the_same_and_nothing_is_compiled_twice(overrides, tmp_path)
         (tmp_path / name).mkdir()
     overrides = ("model.depth=10", "train.global_batch=8", *overrides)
     for plain, compiled, graphs, breaks in run(2, pair, overrides, str(tmp_path)):
-        assert (graphs, breaks) == (COMPILED_REGIONS, {})
+        divided = any(override.startswith(("parallel.tp", "parallel.ep")) for override in overrides)
+        assert (graphs, breaks) == (COMPILED_REGIONS if divided else WHOLE_BLOCKS, {})
         if plain:
             too_large = {kind: value for kind, value in deviations(compiled, plain).items() if not value[0] <= 1}
             assert not too_large
@@ -87,6 +91,57 @@ def test_collectives_have_the_same_gradients_compiled():
             assert all(tensor.norm() > 0.1 for tensor in tensors), name
             for tensor, expected in zip(ours[name], tensors, strict=True):
                 torch.testing.assert_close(tensor, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+COMPILED_CASES = {
+    "promoe": (),
+    "two experts a token": ("model.top_k=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2"),
+    "capacity": ("model.capacity_factor=1.25",),
+    "promoe_ec": ("model.router=promoe_ec",),
+    "promoe_linear": ("model.router=promoe_linear", "model.balance_weight=0.01"),
+    "tc": ("model.router=tc", "model.top_k=2"),
+    "ec": ("model.router=ec",),
+    "diffmoe": ("model.router=diffmoe",),
+    "classification": ("model.router=classification", "model.superclasses=modulo"),
+    "kmeans": ("model.router=kmeans",),
+    "no unconditional expert": ("model.unconditional_expert=false", "model.shared_expert=false"),
+    "dense": ("model.router=dense",),
+}
+LOOPED = ("two experts a token",)
+
+
+@pytest.mark.parametrize("case", [name if name == "promoe" else full(name) for name in COMPILED_CASES])
+def test_a_block_is_one_graph_for_any_number_of_null_images(case):
+    """Of every router; outputs, losses, state and gradients are those of the eager model."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (build(small("model.depth=2", *COMPILED_CASES[case])).train() for _ in range(2))
+    for model in (plain, compiled):
+        stir(model, make_mesh())
+    by_graph(compiled, None)
+    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 1
+    for conditional in (3, 0, 4, 1, 2):
+        with BACKENDS["looped" if case in LOOPED else "grouped"]():
+            (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
+        torch.testing.assert_close(y, y_plain, rtol=1e-4, atol=1e-5)
+        for (name, parameter), ours, theirs in zip(plain.named_parameters(), gradients, gradients_plain, strict=True):
+            if theirs is None:
+                assert ours is None or not ours.any(), name
+                continue
+            parts = zip(ours, theirs, strict=True) if ".experts." in name else [(ours, theirs)]
+            for number, (part, expected) in enumerate(parts):  # experts with few rows have small gradients
+                limit = 1e-4 * float(expected.abs().max()) + 1e-7
+                torch.testing.assert_close(
+                    part, expected, rtol=1e-4, atol=limit, msg=f"{name} {number} {parameter.shape}"
+                )
+        for (name, buffer), expected in zip(compiled.named_buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(buffer, expected, msg=name)
+        assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (graphs, {}), conditional
+
+
+def test_every_router_is_compiled():
+    compiled = {option.removeprefix("model.router=") for options in COMPILED_CASES.values() for option in options}
+    assert {"promoe", *ROUTERS} <= compiled | {"promoe"}
 
 
 def outcome(model, images: int, conditional: int):
@@ -145,7 +200,7 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
     compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    assert len(calls) > 5 and calls[0] == options and set(options or ()) <= set(list_options())
+    assert calls == 3 * [options] and set(options or ()) <= set(list_options())  # embedding, blocks, final layer
 
 
 def test_stage_3_is_refused():

@@ -176,7 +176,6 @@ def make_workspace(folder: str) -> None:
     """Writes it; in a worker, since it trains."""
     leave_job()
     os.chdir(folder)
-    Path("examples").symlink_to(ROOT / "examples")
     autoencoders = write_autoencoders(Path("autoencoders"))
     for name in ("sd-vae-ft-ema", "stabilityai/sd-vae-ft-ema", "models/sd-vae-ft-ema", "models/sd-vae"):
         Path(name).parent.mkdir(exist_ok=True)

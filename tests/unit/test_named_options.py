@@ -8,7 +8,7 @@ from pathlib import Path
 from support import fuzz_program
 from support.documented_commands import DOCUMENTS, ROOT, helps, parsers
 
-from megapromoe.benchmark import gpu_program
+from megapromoe.benchmark import gpu_program, launch_program
 from megapromoe.commands.renamed_flags import RENAMED as RENAMED_FLAGS
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.renamed_options import RENAMED
@@ -49,8 +49,8 @@ def flags() -> set[str]:
     """Of every command, of the tools and of the launchers."""
     known = {flag for parser in parsers().values() for action in parser._actions for flag in action.option_strings}
 
-    # Of `tools/gpu_run.py`, `tools/fuzz.py` and `python -m megapromoe.evaluation.scene_tasks`.
-    for program in (gpu_program, fuzz_program, scene_tasks):
+    # Programs in `tools/`, and `python -m megapromoe.evaluation.scene_tasks`.
+    for program in (gpu_program, launch_program, fuzz_program, scene_tasks):
         known |= set(FLAG.findall(Path(program.__file__).read_text()))
     known.add("--dry-run")  # of launchers
     return known | {flag for words in OTHERS.values() for flag in words.split()}

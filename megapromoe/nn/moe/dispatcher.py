@@ -32,7 +32,13 @@ from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import TokenAssignment, rows_per_expert
 from megapromoe.nn.moe.expert_linear import ExpertOffsets, has_grouped_mm_kernel
-from megapromoe.nn.moe.row_permutations import AddToTokens, GatherTokens, Permute, inverse_permutation
+from megapromoe.nn.moe.row_permutations import (
+    AddToTokens,
+    GatherTokens,
+    Permute,
+    add_to_tokens,
+    inverse_permutation,
+)
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 Experts = Callable[[Tensor, ExpertOffsets], Tensor]
@@ -138,13 +144,15 @@ class Dispatcher:
 
         Args:
             outputs: of `run_experts`.
-            base_TD: the rest of the layer's output, (T or more, D); it is overwritten.
+            base_TD: the rest of the layer's output, (T or more, D), compiled (T, D); it is overwritten.
 
         Returns:
             base + Σ weight·expert(x) over the rows of this rank; in a sharded region a partial sum.
         """
         metadata = outputs.metadata
         y_RD, weight_R = outputs.rows.combine_rows(), metadata.assignment.weight_R
+        if metadata.inverse_R is not None and torch.compiler.is_compiling() and not self.region.is_sharded:
+            return add_to_tokens(base_TD, y_RD, metadata.assignment, metadata.order_R, metadata.inverse_R)
         if metadata.assignment.top_k:
             return AddToTokens.apply(base_TD, y_RD, weight_R, metadata)
         return base_TD.index_add(0, metadata.token_R, y_RD * weight_R[metadata.order_R].to(y_RD.dtype).unsqueeze(1))
@@ -158,7 +166,8 @@ class Dispatcher:
             max_rows: the largest R of any rank.
         """
         end_E = end_offsets(expert_slot_R, self.placement.slots)
-        host_copy = None if has_grouped_mm_kernel(rows_RD) else AsyncHostCopy(end_E)
+        on_device = has_grouped_mm_kernel(rows_RD) or torch.compiler.is_compiling()
+        host_copy = None if on_device else AsyncHostCopy(end_E)
         return _LocalRows(rows_RD, expert_slot_R, end_E, host_copy)
 
 

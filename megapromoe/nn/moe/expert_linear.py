@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import Split
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, zeros
+from megapromoe.nn.moe.expert_operators import TracedExperts, offsets_on_host
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
@@ -92,6 +93,11 @@ class ExpertLinear(LogicalModule):
             weight, bias = weight.to(x_RD.dtype), bias.to(x_RD.dtype)
         if self.is_down_projection and self.region.is_sharded:
             bias = self.region.copy_to_region(bias) / self.region.size
+        if torch.compiler.is_compiling():
+            grouped, skips_empty = has_grouped_mm_kernel(x_RD), grouped_mm_skips_empty_groups(x_RD)
+            end_E = offsets.end_E if grouped else offsets_on_host(offsets.end_E)  # one copy for both layers
+            arguments = offsets.expert_R, end_E, grouped, skips_empty, self.gelu
+            return TracedExperts.apply(x_RD, weight, bias, *arguments)
         if has_grouped_mm_kernel(x_RD):
             return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.epilogue, self.gelu)
         return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)

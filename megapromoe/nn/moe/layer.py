@@ -231,8 +231,14 @@ class MoE(RegionModule):
             y_TD = torch.zeros_like(x_TD)
         if unconditional:
             null_TD, null_bias = _partial_sum(unconditional, null_hidden)
-            y_TD = _AddFrom.apply(y_TD, null_TD, num_routed_tokens)
-        y_TD = self.region.reduce_from_region(self.dispatcher.combine(expert_outputs, y_TD))
+        if torch.compiler.is_compiling():  # it fuses both parts with what follows
+            rest_TD = y_TD[num_routed_tokens:]
+            rest_TD = rest_TD + null_TD if unconditional else rest_TD
+            y_TD = torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
+        else:
+            y_TD = _AddFrom.apply(y_TD, null_TD, num_routed_tokens) if unconditional else y_TD
+            y_TD = self.dispatcher.combine(expert_outputs, y_TD)
+        y_TD = self.region.reduce_from_region(y_TD)
         if bias is not None:
             y_TD = y_TD + bias
         if null_bias is not None:
@@ -296,11 +302,9 @@ def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
     whole must compute a new one, as linear layers do.
     """
-    if count == x.shape[0]:
-        return x, x, x[count:]
-    if torch.compiler.is_compiling():  # compiled code of plain slices is as good, and dynamo cannot trace the function
+    if torch.compiler.is_compiling():  # it fuses the backward of slices, and `count` may not be known to it
         return x, x[:count], x[count:]
-    return _SplitConditional.apply(x, count)
+    return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
 
 
 class _SplitConditional(torch.autograd.Function):

@@ -7,6 +7,8 @@ not reproducible on GPUs.
 import torch
 from torch import Tensor
 
+from megapromoe.nn.moe.assignment import TokenAssignment
+
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
     """The permutation that undoes `order_R`, int64 (R,)."""
@@ -75,3 +77,16 @@ class AddToTokens(torch.autograd.Function):
         sum_dtype = torch.promote_types(y_RD.dtype, torch.float32)
         grad_weight_R = (grad_RD * y_RD).sum(-1, dtype=sum_dtype)[inverse_R]
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None
+
+
+def add_to_tokens(
+    base_TD: Tensor, y_RD: Tensor, assignment: TokenAssignment, order_R: Tensor, inverse_R: Tensor
+) -> Tensor:
+    """`AddToTokens` in a new tensor, for torch.compile, which fuses it; only for rows of all tokens of `base_TD`.
+
+    It does not write into `base_TD`: torch.compile of torch 2.11 loses the gradient of a tensor that an
+    autograd.Function changed in place and returned (pytorch issue 180642).
+    """
+    weight_R1 = assignment.weight_R.to(y_RD.dtype).unsqueeze(1)
+    y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, assignment.top_k, y_RD.shape[1])
+    return base_TD + (y_TKD.squeeze(1) if assignment.top_k == 1 else y_TKD.sum(1))

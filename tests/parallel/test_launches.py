@@ -1,0 +1,87 @@
+"""What the host issues in a training step at the depth of XL, and that the counting is right."""
+
+from collections import Counter as Tally
+
+import pytest
+import torch
+from support.processes import run
+
+from megapromoe.benchmark.launch_program import PHASES, markdown
+from megapromoe.benchmark.launches import IssueCounter, Issued, count_model, count_step, narrow
+from megapromoe.benchmark.lowered import LoweringBackend
+from megapromoe.distributed.mesh import UNSHARDED, make_mesh
+
+# ---- the counting
+
+
+def test_operators_bytes_and_phases_of_a_known_program():
+    a, b = torch.ones(8, 4), torch.ones(4, 2)
+    with IssueCounter() as counter:
+        counter.phase("products")
+        c = a @ b  # its bytes are not counted
+        counter.phase("elementwise")
+        d = c.t().relu()  # a view is not counted
+        d.add_(torch.ones(1, 1).expand(2, 8))  # two are: ones and add_; the expanded tensor has one number
+    assert counter.phases["products"] == Issued(Tally(mm=1))
+    assert counter.phases["elementwise"] == Issued(Tally(relu=1, ones=1, add_=1), moved=4 * (16 + 16 + 1 + 17 + 16))
+
+
+def test_launches_of_a_known_compiled_program():
+    """A product, and one kernel for all that is elementwise; each call counts."""
+
+    def program(x, w):
+        return (x @ w).sigmoid() * 2 + 1
+
+    backend = LoweringBackend(unknown_size=1)
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    x, w = torch.ones(8, 4), torch.ones(4, 16)
+    for _ in range(2):
+        with IssueCounter(backend) as counter:
+            counter.phase("compiled")
+            y = compiled(x, w)
+            counter.phase("eager")
+            z = y + 1
+    torch.testing.assert_close(z, program(x, w) + 1)
+    assert counter.phases["compiled"] == Issued(Tally(mm=1), fused=1, moved=2 * 8 * 16 * 4)
+    assert counter.phases["eager"] == Issued(Tally(add=1), moved=2 * 8 * 16 * 4)
+    assert backend.issued.total == 4 and len(backend.graphs) == 1
+
+
+def test_the_table_has_every_phase():
+    figures = {"launches": 1234, "operators": {}, "fused": 0, "moved": 0, "messages": 2}
+    step = {"model": "promoe_s", "ranks": 2, "mode": "eager", "phases": dict.fromkeys(PHASES, figures)}
+    table = markdown({"steps": [step], "images": 8, "torch": "2.13.0", "deepspeed": "0.19.8"})
+    assert table.splitlines()[-1] == f"| promoe_s | 2 | eager | {'1,234 | ' * 8}16 |"
+
+
+# ---- what a step issues
+
+
+def steps(names: tuple[str, ...]) -> list[dict[str, Issued]]:
+    mesh = make_mesh(timeout=120)
+    return [count_step(narrow(name, "train.global_batch=8"), mesh) for name in names]
+
+
+# Forward, loss, backward of the model; what DeepSpeed adds to forward and backward; norm, update, averages. DeepSpeed
+# copies the gradient of each parameter.
+EAGER = {"promoe_xl": (1099, 9, 1978, 1, 870, 23, 25, 3), "dit_xl": (529, 7, 1264, 1, 588, 23, 17, 2)}
+
+
+@pytest.mark.full
+def test_launches_of_an_eager_step():
+    for name, phases in zip(EAGER, run(1, steps, tuple(EAGER))[0], strict=True):
+        assert tuple(issued.launches for issued in phases.values()) == EAGER[name]
+
+
+# Forward, loss, backward of the model.
+COMPILED = {"promoe_xl": (526, 9, 834), "dit_xl": (320, 7, 610)}
+
+
+@pytest.mark.full
+def test_launches_of_a_compiled_model():
+    """All blocks of a kind are one graph, forward and backward: with embedding and final layer, eight of ProMoE."""
+    for name, expected in COMPILED.items():
+        backend = LoweringBackend(unknown_size=7)
+        phases = count_model(narrow(name), UNSHARDED, backend)
+        assert tuple(issued.launches for issued in phases.values()) == expected
+        assert len(backend.graphs) == (8 if name == "promoe_xl" else 6)
