@@ -1,8 +1,9 @@
 """A backend of torch.compile that counts what inductor would launch, and computes by the graph's own operators.
 
 Inductor lowers and fuses each graph as for a CPU, except that it fuses joins of tensors, as for a GPU. Nothing is built
-from its C++, so no compiler and no minutes are needed. A *launch* is one group of fused operators, or one call of an operator that inductor does not generate (a
-product, attention, a sort). What the package's own custom operators issue is counted when they run.
+from its C++: neither a compiler nor its minutes are needed. A *launch* is one call in inductor's wrapper: of a kernel
+that it generated, or of an operator that it does not generate (a product, attention, a sort). What the package's own
+custom operators issue is counted when they run.
 """
 
 from __future__ import annotations
