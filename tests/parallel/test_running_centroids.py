@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from support.training_runs import losses
 from support.training_runs import train as train_run
@@ -67,7 +68,7 @@ BIASED = f"model.router={Path(__file__).parents[2]}/examples/my_router.py:Biased
 
 @pytest.mark.parametrize(
     "router, of_layer",
-    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), ((BIASED,), 1)],
+    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), full((BIASED,), 1)],
     ids=["kmeans", "a user's"],
 )
 def test_a_run_is_continued_with_its_state_at_another_layout(router, of_layer, tmp_path):
