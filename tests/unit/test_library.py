@@ -10,10 +10,11 @@ import pytest
 import torch
 from support.foreign_network import NUM_CLASSES, D, E, Network, S, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions
 from megapromoe.config.options import ModelConfig
-from megapromoe.nn import ROUTERS, DiT, LayerError, MoE, Router, auxiliary_loss, auxiliary_losses
+from megapromoe.nn import ROUTERS, DiT, LayerError, MoE, Router, RoutingCache, auxiliary_loss, auxiliary_losses
 
 CLASSES = {"num_classes": NUM_CLASSES, "superclasses": "contiguous"}
 
@@ -260,6 +261,22 @@ def test_copies_and_states(router):
     with torch.no_grad():
         copied.experts.fc1.weight.add_(1)
     assert torch.equal(moe(x, 2)[0], expected)
+
+
+@pytest.mark.parametrize("router", ["promoe", "kmeans", "diffmoe"])
+def test_recomputed_activations(router):
+    """Results are those without recomputation, and routers train their state once."""
+    moe, results = layer(router).train(), []
+    for recompute in (False, True):
+        trained, x = copy.deepcopy(moe), tokens().requires_grad_()
+        if recompute:
+            y, auxiliary = checkpoint(trained, x, 2, LABELS, RoutingCache(), use_reentrant=False)
+        else:
+            y, auxiliary = trained(x, 2, LABELS)
+        (y.square().mean() + auxiliary_loss([auxiliary])).backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in trained.parameters()), *trained.buffers()])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 def test_a_whole_module_can_be_pickled():
