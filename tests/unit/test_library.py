@@ -232,6 +232,23 @@ def test_autocast(router):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in moe.parameters())
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_bfloat16(router):
+    """A layer with all its tensors in bfloat16; the router computes in float32."""
+    moe, x = layer(router).train(), tokens()
+    exact, exact_auxiliary = copy.deepcopy(moe)(x, 2, LABELS)
+    moe, x = moe.bfloat16(), x.bfloat16().requires_grad_()
+    assert all(p.dtype == torch.bfloat16 for p in moe.parameters())
+    assert all(b.dtype == torch.float32 for b in moe.buffers() if b.is_floating_point()), "state keeps its precision"
+    y, auxiliary = moe(x, 2, LABELS)
+    assert y.dtype == torch.bfloat16 and auxiliary.mean_weight.dtype == torch.float32
+    assert (y.float() - exact).norm() < 0.1 * exact.norm()
+    loss = auxiliary_loss([auxiliary])
+    torch.testing.assert_close(loss, auxiliary_loss([exact_auxiliary]), rtol=0.05, atol=0.01)
+    (y.float().square().mean() + loss).backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in moe.parameters())
+
+
 def test_a_model_under_autocast():
     config = ModelConfig(hidden_size=32, depth=2, heads=2, input_size=4, num_experts=E, qk_norm=True)
     model = DiT(config)
