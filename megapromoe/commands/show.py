@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import OVERRIDES, config_options, resolve_options
+from megapromoe.config import extensions
 from megapromoe.config.options import UNSET, Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import check, check_trainable, resolve, to_yaml
@@ -78,7 +79,8 @@ def _keys() -> Iterator[str]:
         values = getattr(defaults, section.name)
         yield f"{section.name}: {str(type(values).__doc__).splitlines()[0]}"
         for f in fields(values):
-            valid = " | ".join(f.metadata["choices"]) or _interval(f.metadata["within"])
+            choices = [*f.metadata["choices"], *([extensions.FORM] if f.metadata["accepts"] else [])]
+            valid = " | ".join(choices) or _interval(f.metadata["within"])
             default = getattr(values, f.name)
             text = str(default).lower() if isinstance(default, bool) else default  # as in YAML: true, not True
             setting = f"{section.name}.{f.name}={text}"

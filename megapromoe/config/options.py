@@ -51,8 +51,8 @@ class ModelConfig:
     router: str = option(
         "promoe",
         "how experts are chosen: dense has none; ProMoE by token choice (promoe) or expert choice (promoe_ec), without"
-        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines; FILE.py:CLASS, or an"
-        " entry point of the group megapromoe.routers, is a router of one's own",
+        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines; or one's own, see"
+        " docs/library.md",
         ROUTERS,
         accepts=extensions.ROUTER.accepts,
     )
@@ -337,7 +337,7 @@ class SampleConfig:
 
     method: str = option(
         "euler",
-        "sampling method; FILE.py:FUNCTION, or an entry point of the group megapromoe.samplers, is one of one's own",
+        "sampling method, or one's own, see docs/library.md",
         SAMPLING_METHODS,
         accepts=extensions.SAMPLER.accepts,
     )

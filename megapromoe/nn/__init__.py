@@ -5,6 +5,7 @@ docs/library.md describes the public names.
 
 from megapromoe.config.layer_options import LayerError
 from megapromoe.distributed.mesh import Mesh, make_mesh
+from megapromoe.distributed.parameter_layout import Split
 from megapromoe.nn.dit import AuxiliaryOutput, DiT
 from megapromoe.nn.layers import Attention, Mlp, modulate
 from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, xavier_uniform, zeros
@@ -33,6 +34,7 @@ __all__ = [
     "RouterOutput",
     "RoutingCache",
     "Sharding",
+    "Split",
     "TokenAssignment",
     "auxiliary_loss",
     "auxiliary_losses",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.foreign_network import NUM_CLASSES, D, E, Network, tokens
+from support.levels import full
 from support.processes import run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -97,8 +98,10 @@ OPTIONS = [
     {"router": "diffmoe"},
     {"router": "classification"},
 ]
-CASES = [(layout, OPTIONS[i]) for layout in LAYOUTS for i in range(2)]
-CASES += [(layout, options) for layout, options in zip(("ep 2", "tp 2 ep 2") * 3, OPTIONS[2:], strict=False)]
+QUICK = {("ep 2", 0), ("tp 2", 1), ("dp 2", 0), ("tp 2 ep 2", 3), ("expert tp 2", 1)}  # layout, number of the options
+ALL = [(layout, number) for layout in LAYOUTS for number in (0, 1)]
+ALL += [("ep 2" if number % 2 == 0 else "tp 2 ep 2", number) for number in range(2, len(OPTIONS))]
+CASES = [(pytest.param if case in QUICK else full)(case[0], OPTIONS[case[1]]) for case in ALL]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +154,9 @@ def plain(options: dict, data_ranks: int) -> dict:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("wrapper", ["fsdp", "ddp"])
-@pytest.mark.parametrize("router", ["promoe", "promoe_ec"])
+@pytest.mark.parametrize(
+    "router, wrapper", [("promoe", "fsdp"), full("promoe", "ddp"), full("promoe_ec", "fsdp"), ("promoe_ec", "ddp")]
+)
 def test_torchs_own_data_parallelism(router, wrapper):
     expected = plain({"router": router}, 2)
     for state in run(2, wrapped, {"router": router}, wrapper):

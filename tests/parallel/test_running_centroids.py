@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from support.training_runs import losses
 from support.training_runs import train as train_run
@@ -14,6 +15,7 @@ from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
+from megapromoe.training.loop import TrainingError
 
 
 def buffers(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -62,12 +64,13 @@ def test_running_statistics_stay_in_float32_under_bf16():
     assert run(1, bf16_statistics) == [({torch.float32}, True)]
 
 
-BIASED = f"model.router={Path(__file__).parents[2]}/examples/my_router.py:BiasedRouter"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "my_router.py"
+BIASED = f"model.router={EXAMPLE}:BiasedRouter"
 
 
 @pytest.mark.parametrize(
     "router, of_layer",
-    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), ((BIASED,), 1)],
+    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), full((BIASED,), 1)],
     ids=["kmeans", "a user's"],
 )
 def test_a_run_is_continued_with_its_state_at_another_layout(router, of_layer, tmp_path):
@@ -82,3 +85,18 @@ def test_a_run_is_continued_with_its_state_at_another_layout(router, of_layer, t
     for name, value in expected.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5)
     assert losses(moved) == pytest.approx(losses(straight), rel=1e-5)
+
+
+def other_file_on_a_node(folder: str) -> None:
+    """Starts a run whose file of a router has another content on rank 1. Collective."""
+    rank = torch.distributed.get_rank()
+    file = Path(folder) / f"rank{rank}.py"
+    file.write_text(EXAMPLE.read_text() + "#" * rank)
+    with pytest.raises(
+        TrainingError, match=r"rank 1: model\.router = .*rank1\.py:.*: rank 0 has .*copy one file to all"
+    ):
+        train_run(str(Path(folder) / "run"), f"model.router={file}:BiasedRouter")
+
+
+def test_ranks_with_different_routers_are_named(tmp_path):
+    run(2, other_file_on_a_node, str(tmp_path))

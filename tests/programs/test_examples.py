@@ -62,6 +62,7 @@ def test_model_from_preset():
     assert re.search(r"[\d,]+ parameters, loss [\d.]+, losses \['rcl'\]", text)
 
 
+@pytest.mark.full
 def test_my_router(tmp_path):
     """In a run: its loss is logged, and the images of its checkpoint can be generated."""
     router = f"model.router={EXAMPLES / 'my_router.py'}:BiasedRouter"

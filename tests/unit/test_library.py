@@ -10,10 +10,11 @@ import pytest
 import torch
 from support.foreign_network import NUM_CLASSES, D, E, Network, S, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions
 from megapromoe.config.options import ModelConfig
-from megapromoe.nn import ROUTERS, DiT, LayerError, MoE, Router, auxiliary_loss, auxiliary_losses
+from megapromoe.nn import ROUTERS, DiT, LayerError, MoE, Router, RoutingCache, auxiliary_loss, auxiliary_losses
 
 CLASSES = {"num_classes": NUM_CLASSES, "superclasses": "contiguous"}
 
@@ -231,6 +232,23 @@ def test_autocast(router):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in moe.parameters())
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_bfloat16(router):
+    """A layer with all its tensors in bfloat16; the router computes in float32."""
+    moe, x = layer(router).train(), tokens()
+    exact, exact_auxiliary = copy.deepcopy(moe)(x, 2, LABELS)
+    moe, x = moe.bfloat16(), x.bfloat16().requires_grad_()
+    assert all(p.dtype == torch.bfloat16 for p in moe.parameters())
+    assert all(b.dtype == torch.float32 for b in moe.buffers() if b.is_floating_point()), "state keeps its precision"
+    y, auxiliary = moe(x, 2, LABELS)
+    assert y.dtype == torch.bfloat16 and auxiliary.mean_weight.dtype == torch.float32
+    assert (y.float() - exact).norm() < 0.1 * exact.norm()
+    loss = auxiliary_loss([auxiliary])
+    torch.testing.assert_close(loss, auxiliary_loss([exact_auxiliary]), rtol=0.05, atol=0.01)
+    (y.float().square().mean() + loss).backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in moe.parameters())
+
+
 def test_a_model_under_autocast():
     config = ModelConfig(hidden_size=32, depth=2, heads=2, input_size=4, num_experts=E, qk_norm=True)
     model = DiT(config)
@@ -262,6 +280,22 @@ def test_copies_and_states(router):
     assert torch.equal(moe(x, 2)[0], expected)
 
 
+@pytest.mark.parametrize("router", ["promoe", "kmeans", "diffmoe"])
+def test_recomputed_activations(router):
+    """Results are those without recomputation, and routers train their state once."""
+    moe, results = layer(router).train(), []
+    for recompute in (False, True):
+        trained, x = copy.deepcopy(moe), tokens().requires_grad_()
+        if recompute:
+            y, auxiliary = checkpoint(trained, x, 2, LABELS, RoutingCache(), use_reentrant=False)
+        else:
+            y, auxiliary = trained(x, 2, LABELS)
+        (y.square().mean() + auxiliary_loss([auxiliary])).backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in trained.parameters()), *trained.buffers()])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 def test_a_whole_module_can_be_pickled():
     """torch.save of the module itself, which some projects do."""
     moe, file = layer(), io.BytesIO()
@@ -271,13 +305,13 @@ def test_a_whole_module_can_be_pickled():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("router", ["promoe", "ec"])
-def test_compile_of_a_foreign_module(router):
-    """Graphs may break at our layer; results and gradients are those of the eager module, for other batches too."""
+@pytest.mark.parametrize("router, backend", [("promoe", "aot_eager"), ("ec", "eager")])
+def test_compile_of_a_foreign_module(router, backend):
+    """One graph; results and gradients are those of the eager module, for other batches too."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     network = Network(router=router).train()
-    compiled = torch.compile(network, backend="aot_eager")
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
     for B, num_conditional in ((3, 2), (4, 4), (3, 0)):
         results = []
         for module in (network, compiled):

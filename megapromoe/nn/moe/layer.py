@@ -153,7 +153,11 @@ class MoE(RegionModule):
             self.dispatcher = Dispatcher(num_experts, self.region, mesh.expert_tp)
 
     def forward(
-        self, x: Tensor, num_conditional: int | None = None, y: Tensor | None = None
+        self,
+        x: Tensor,
+        num_conditional: int | None = None,
+        y: Tensor | None = None,
+        routing_cache: RoutingCache | None = None,
     ) -> tuple[Tensor, MoEAuxiliary]:
         """Applies the layer.
 
@@ -162,6 +166,8 @@ class MoE(RegionModule):
             num_conditional: how many images are conditional; None: all. The others are null images, whose tokens visit
                 the unconditional experts.
             y: the labels (B,) of the images, int64; only the classification router needs them, in training.
+            routing_cache: one for each batch, if activations are recomputed: the second pass over the batch then routes
+                as the first, and does not communicate statistics or train the state of the router again.
 
         Returns:
             the output, shaped as x, without the residual connection; and what the layer did.
@@ -169,7 +175,9 @@ class MoE(RegionModule):
         Raises ValueError if the shapes do not fit or `num_conditional` is not between 0 and B.
         """
         x_BSD = x.unsqueeze(0) if x.dim() == 2 else x
-        inputs, routed = self.route(x_BSD, x_BSD.shape[0] if num_conditional is None else num_conditional, y)
+        inputs, routed = self.route(
+            x_BSD, x_BSD.shape[0] if num_conditional is None else num_conditional, y, routing_cache
+        )
         y_BSD, dropped = self.run_experts(*inputs)
         return y_BSD.view(x.shape), auxiliary_of(routed, dropped)
 

@@ -17,8 +17,8 @@ Shape letters besides the usual ones: Q tokens that an expert takes of each imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,18 @@ class Router(LogicalModule):
         which imports no torch.
         """
         return [cost.Linear("router", config.hidden_size, config.num_experts, 1, config.tokens, bias=False)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `nn.Module`, but float32 buffers keep their precision: in bfloat16 a running mean would not change."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            current = self._buffers[name]
+            if buffer is None or current is None or buffer.dtype != torch.float32:
+                continue
+            if torch.finfo(current.dtype).bits < 32:
+                self._buffers[name] = buffer.to(current.device)
+        return self
 
     def set_mesh(self, mesh: Mesh) -> None:
         self.statistics_group = mesh.dp if self.config.batch_scope == "global" else SINGLE_RANK
