@@ -15,7 +15,8 @@ from megapromoe.config.options import UNSET, Config, to_dict
 # and what is tuned during a run: the learning rate and its schedule, clipping and the decay of the average.
 FIXED = (
     "model",
-    *(f"data.{name}" for name in ("source", "path", "size", "condition_dropout", "flip", "seed")),
+    *(f"data.{name}" for name in ("source", "path", "size", "flip", "seed")),
+    *(f"data.{name}" for name in ("condition_dropout", "condition_dropout_stratum")),
     "diffusion",
     *(f"train.{name}" for name in ("seed", "global_batch", "accumulation")),
     *(f"train.{name}" for name in ("beta1", "beta2", "eps", "weight_decay")),

@@ -297,6 +297,13 @@ class DataConfig:
     condition_dropout: float = option(
         0.1, "probability that a label is replaced by the null class, for classifier-free guidance", within="[0, 1)"
     )
+    condition_dropout_stratum: int = option(
+        0,
+        "0: each label is dropped independently of the others; n: of each n consecutive samples of the stream exactly"
+        " n * condition_dropout labels are dropped (stratified), so that all micro-batches have equally many null"
+        " images; must divide the images of a micro-batch",
+        within=ZERO_UP,
+    )
     flip: bool = option(False, "mirror each image with probability 0.5")
     seed: int = option(0, "seed of the sample stream: order, noise, time, flips and dropped conditions", within=ZERO_UP)
     workers: int = option(
@@ -314,6 +321,16 @@ class DataConfig:
         "",
         "latents: folder on a local disk of each node, to which the latents are copied before training; empty: no copy",
     )
+
+    def drops_whole_numbers(self, stratum: int) -> bool:
+        """Whether `condition_dropout` of `stratum` samples is a whole number, to the rounding of a decimal fraction."""
+        dropped = stratum * self.condition_dropout
+        return abs(dropped - round(dropped)) < 1e-9 * max(stratum, 1)
+
+    @property
+    def dropped_per_stratum(self) -> int:
+        """Conditions dropped in each stratum of `condition_dropout_stratum` samples; 0 without strata."""
+        return round(self.condition_dropout_stratum * self.condition_dropout)
 
 
 @dataclass(frozen=True)
@@ -518,3 +535,24 @@ def world_rules(config: Config, world: int) -> Iterator[Rule]:
         near = nearest_multiples(train.global_batch, unit)
         rule = f"must be a multiple of {dp} data ranks * {train.accumulation} micro-batches; nearest: {near}"
         yield ("train.global_batch", "train.accumulation", "parallel.tp"), rule
+    elif world % tp == 0:
+        yield from _stratum_rules(config, train.global_batch // (dp * train.accumulation))
+
+
+def _stratum_rules(config: Config, micro_batch: int) -> Iterator[Rule]:
+    """The broken rule on the strata of dropped conditions in micro-batches of `micro_batch` images."""
+    stratum, rate = config.data.condition_dropout_stratum, config.data.condition_dropout
+    if not stratum or micro_batch % stratum == 0:
+        return
+    divisors = [n for n in range(1, micro_batch + 1) if micro_batch % n == 0]
+    if fitting := [n for n in divisors if config.data.drops_whole_numbers(n)]:
+        remedy = f"use {' or '.join(map(str, fitting))}, or 0 for independent dropout"
+    elif micro_batch > 1:
+        dropped = min(max(round(micro_batch * rate), 1), micro_batch - 1)
+        remedy = (
+            f"use {micro_batch} with data.condition_dropout={dropped / micro_batch!r}, or 0 for independent dropout"
+        )
+    else:
+        remedy = "use 0 for independent dropout, or a larger train.global_batch"
+    fields = ("data.condition_dropout_stratum", "train.global_batch", "train.accumulation", "parallel.tp")
+    yield fields, f"must divide the micro-batch of a rank, {micro_batch} images; {remedy}"

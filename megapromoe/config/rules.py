@@ -1,5 +1,6 @@
 """The rules between options that hold for any number of ranks, each with its remedy."""
 
+import math
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
@@ -112,6 +113,15 @@ def rules(config: Config) -> Iterator[Rule]:
                     f"must be {needed} with data.source = {data.source!r}: {size}x{size} pixels, 1 channel, 10 classes"
                 )
                 yield (f"model.{name}", "data.source"), rule
+    stratum, rate = data.condition_dropout_stratum, data.condition_dropout
+    if not data.drops_whole_numbers(stratum):
+        nearest_counts = {math.floor(stratum * rate), math.ceil(stratum * rate)}
+        rates = " or ".join(f"{count / stratum!r}" for count in sorted(nearest_counts) if count < stratum)
+        rule = (
+            f"times data.condition_dropout = {rate} must be a whole number, the labels dropped of each {stratum}"
+            f" samples; set data.condition_dropout to {rates}, or data.condition_dropout_stratum to 0"
+        )
+        yield ("data.condition_dropout_stratum", "data.condition_dropout"), rule
     if data.source == "latents" and not data.path:
         yield ("data.path", "data.source"), "must be the folder of the latents with data.source = 'latents'"
     for name, sources in (("path", ("latents", "fashion_mnist")), ("test_path", ("latents",)), ("cache", ("latents",))):

@@ -6,6 +6,11 @@ integer, and the stream is the same for every world size, batch size and accumul
 
 Condition dropout is decided on the host, when a batch is built: batches are ordered [conditional | null], and
 `num_conditional` gives the size of the first part.
+
+Stratified dropout drops a fixed number of conditions in each stratum of n consecutive positions, [0, n), [n, 2n), ...
+Every position is still dropped with the same probability, but two of one stratum are no longer independent. If n
+divides the micro-batch, all micro-batches have equally many null samples. Strata depend on neither ranks nor
+accumulation, so every layout drops the same samples.
 """
 
 from collections import deque
@@ -79,6 +84,8 @@ class SampleStream:
         flip: mirror half of the samples left to right.
         null_class: the label that means "no class"; no record may have it.
         captions: text features of the records, which are dropped together with the labels; None: without.
+        dropout_stratum: samples of a stratum, of which `condition_dropout` are dropped, a whole number; 0: each sample
+            is dropped independently.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class SampleStream:
         flip: bool,
         null_class: int,
         captions: Captions | None = None,
+        dropout_stratum: int = 0,
     ):
         self.dataset = dataset
         self.seed = seed
@@ -96,6 +104,7 @@ class SampleStream:
         self.flip = flip
         self.null_class = null_class
         self.captions = captions
+        self.dropout_stratum = dropout_stratum
         # A batch lies in one epoch, or in two at the end of an epoch.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(dataset)))
 
@@ -118,7 +127,7 @@ class SampleStream:
             raise ValueError(f"a batch needs first >= 0 and count >= 1, got first {first}, count {count}")
         positions_B = np.arange(first, first + count, dtype=np.int64)
         mirror_B = uniforms(self.seed, "flip", positions_B) < 0.5 if self.flip else np.zeros(count, bool)
-        drop_B = uniforms(self.seed, "label drop", positions_B) < self.condition_dropout
+        drop_B = self._dropped(positions_B)
         clean_BCHW, labels_B, captions, damaged = self._records(positions_B, mirror_B, drop_B)
         noise_BCHW = normals(self.seed, "noise", positions_B, self.dataset.shape)
         # Rounding to float32 must not give 1, for which the time is not defined.
@@ -140,6 +149,20 @@ class SampleStream:
             damaged=damaged,
             captions=None if captions is None else captions.each(lambda tensor: tensor[torch.from_numpy(order_B)]),
         )
+
+    def _dropped(self, positions_B: np.ndarray) -> np.ndarray:
+        """Whether the condition of each of some consecutive stream positions is dropped, bool (B,)."""
+        size = self.dropout_stratum
+        if not size:
+            return uniforms(self.seed, "label drop", positions_B) < self.condition_dropout
+        first = positions_B[0] // size * size
+        stop = (positions_B[-1] // size + 1) * size
+        # The positions with the smallest numbers of their stratum: all choices are equally probable.
+        numbers = uniforms(self.seed, "label drop", np.arange(first, stop, dtype=np.int64)).reshape(-1, size)
+        order = np.argsort(numbers, axis=1, kind="stable")[:, : round(size * self.condition_dropout)]
+        dropped = np.zeros(numbers.shape, dtype=bool)
+        np.put_along_axis(dropped, order, True, axis=1)
+        return dropped.ravel()[positions_B - first]
 
     def _records(
         self, positions_B: np.ndarray, mirror_B: np.ndarray, drop_B: np.ndarray

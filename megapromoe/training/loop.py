@@ -153,7 +153,12 @@ def _train(
     watchdog.starting("opening the data")
     dataset = _open_dataset(config)
     stream = SampleStream(
-        dataset, config.data.seed, config.data.condition_dropout, config.data.flip, config.model.null_class
+        dataset,
+        config.data.seed,
+        config.data.condition_dropout,
+        config.data.flip,
+        config.model.null_class,
+        dropout_stratum=config.data.condition_dropout_stratum,
     )
     watchdog.starting("building the model and its engine")
     if config.model.has_custom_router:

@@ -86,10 +86,15 @@ def _steps(config: Config, dataset: Dataset | None) -> str:
 
 def _batch(config: Config, world: int) -> str:
     layout, t = config.layout(world), config.train
-    return (
+    text = (
         f"{t.global_batch:,} images = {layout.micro_batch:,} for a rank x data parallel {layout.dp}"
         f" x accumulation {t.accumulation}"
     )
+    if stratum := config.data.condition_dropout_stratum:
+        dropped = config.data.dropped_per_stratum
+        null = layout.micro_batch // stratum * dropped
+        text += f"; {null} of a rank's micro-batch are null images, {dropped} of each {stratum}"
+    return text
 
 
 def _layout(config: Config, world: int) -> str:

@@ -126,6 +126,19 @@ def test_on_one_device_nothing_is_read_back(factor, top_k):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("router", ["promoe_linear", "classification", "kmeans", "tc"])
+def test_with_a_capacity_no_router_reads_back(router):
+    """The same for a small model with each other router of token choice, and the loss of its training."""
+    config = small(f"model.router={router}", "model.capacity_factor=1.25", "model.score_function=identity")
+    with torch.device("meta"):
+        model = DiT(config.model).train().bfloat16()
+        apply_parallelism(model, make_mesh(1, 1, timeout=60))
+        images, labels = torch.zeros(4, 4, 8, 8), torch.zeros(4, dtype=torch.long)
+        prediction, auxiliary = model(images, torch.zeros(4), labels, 3)
+        (prediction.sum() + auxiliary.total()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_the_check_for_syncs_detects_one():
     with pytest.raises(RuntimeError, match="meta tensors"):
         torch.zeros(3, device="meta").sum().item()

@@ -89,6 +89,17 @@ def test_captions_belong_to_their_position_at_every_layout(folder):
         assert torch.equal(joined[order], getattr(complete.captions, name)[complete.positions_B.argsort()])
 
 
+def test_stratified_dropout_drops_captions_with_their_labels(folder):
+    """Of each 8 samples 2 have neither label nor caption, in batches of any layout."""
+    data = Latents(folder)
+    samples = SampleStream(data, 7, 0.25, True, data.num_classes, captions_beside(data), dropout_stratum=8)
+    for first, count in ((0, 24), (24, 8), (32, 16)):
+        batch = samples.batch(first, count)
+        assert batch.num_conditional == count * 3 // 4
+        assert batch.captions.mask_BN.any(dim=1).tolist() == [row < batch.num_conditional for row in range(count)]
+        assert not batch.captions.features_BND[batch.num_conditional :].any()
+
+
 @pytest.mark.parametrize(("dropout", "conditional"), [(0.0, 12), (1.0, 0)])
 def test_batches_without_null_or_without_conditional_images(dropout, conditional, folder):
     batch = stream(folder, dropout=dropout).batch(0, 12)

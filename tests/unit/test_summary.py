@@ -39,6 +39,15 @@ def test_the_lines_of_a_run_name_what_it_is():
     assert lines["precision"].startswith("fp32") and lines["run"] == "runs/x: begins at step 0"
 
 
+def test_the_batch_names_the_null_images_of_stratified_dropout():
+    options = ["data.condition_dropout=0.125", "data.condition_dropout_stratum=8", "train.accumulation=2"]
+    config = resolve("digits", overrides=options, world=2)
+    assert rows(config, 2)["batch"] == (
+        "128 images = 32 for a rank x data parallel 2 x accumulation 2; 4 of a rank's micro-batch are null images,"
+        " 1 of each 8"
+    )
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_a_summary(name):
     config = resolve(name)
