@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, Layer, dense_experts
+from megapromoe.benchmark.baseline_wrapper import CAPACITY_FACTOR, BaselineWrapper, CannotRun, Layer, dense_experts
 from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.layer import MoE
@@ -38,14 +38,16 @@ def make_contender(name: str, moe: MoE) -> Layer:
     """
     if name == "ours":
         return moe
+    if name == "dense":
+        return dense(moe)
+    if moe.config.activation != "gelu":
+        raise CannotRun(f"model.activation = {moe.config.activation!r}: needs model.activation=gelu")
     if name == "loop":
         return Loop(moe)
     if name == "joined":
         return Joined(moe)
     if name == "bmm":
         return BatchedCapacity(moe)
-    if name == "dense":
-        return dense(moe)
     # Only two contenders need DeepSpeed, which takes seconds to import.
     from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer
 
@@ -56,7 +58,7 @@ def dense(moe: MoE) -> Mlp:
     """An MLP as wide as all experts of a token together: shared and routed, or shared and unconditional."""
     config, weight = moe.config, moe.experts.fc1.weight
     width = config.top_k * config.moe_width + config.shared_experts * config.shared_width
-    mlp = Mlp(config.hidden_size, width)
+    mlp = Mlp(config.hidden_size, width, config.activation)
     mlp = mlp.to(weight.device, weight.dtype)
     for name, p in mlp.named_parameters():
         nn.init.xavier_uniform_(p) if name.endswith("weight") else nn.init.zeros_(p)

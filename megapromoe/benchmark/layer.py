@@ -135,10 +135,10 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
     """The input (B, S, D) of the MoE layer in the second block of a model."""
     first, second = cast(tuple[Block, Block], tuple(model.blocks))
     with torch.no_grad():
-        condition = model.t_embedder(torch.full((len(latents),), 1000.0)) + model.y_embedder(labels_B)
-        x_BSD, h_BSD, gate_BD = first.attention_half(model.x_embedder(latents) + model.pos_embed, condition)
+        x_BSD, _, condition, rotation = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
+        x_BSD, h_BSD, gate_BD = first.attention_half(x_BSD, condition, rotation)
         x_BSD = x_BSD + gate_BD.unsqueeze(1) * first.mlp(h_BSD)
-        return second.attention_half(x_BSD, condition)[1].clone()
+        return second.attention_half(x_BSD, condition, rotation)[1].clone()
 
 
 def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> list[int]:
@@ -167,24 +167,26 @@ def necessary_bytes(model: ModelConfig, settings: Settings, width: int, dense: b
     """The memory that a layer needs besides its input and parameters, if backward recomputes nothing; in bytes.
 
     Kept for backward, per token: the output D, and 2·F for each dense expert or MLP, its hidden values before and after
-    the activation. Per routed row: the sorted row D, its output D (for the gradient of its routing weight), and 2·F. In
-    backward F more for each routed row, or for each token of the dense contender: the gradient of the hidden values is
-    made before any of the above is freed. With `capacity_factor` there are as many rows as slots.
+    the activation (3·F for a SwiGLU). Per routed row: the sorted row D, its output D (for the gradient of its routing
+    weight), and the same. In backward F more for each routed row, or for each token of the dense contender: the
+    gradient of the hidden values is made before any of the above is freed. With `capacity_factor` there are as many
+    rows as slots.
 
     Args:
         width: bytes of an element.
         dense: for the dense contender.
     """
     D, F, S = model.hidden_size, model.moe_width, model.tokens
+    hidden = model.hidden_projections + 1
     T, R = settings.images * S, settings.num_conditional * S * model.top_k
     if dense:
         F = dense_model(model).mlp_width
-        return width * (T * D + 3 * T * F)
+        return width * (T * D + (hidden + 1) * T * F)
     null = T - settings.num_conditional * S
     if model.capacity_factor:
         R = model.num_experts * math.ceil(model.capacity_factor * T * model.top_k / model.num_experts)
     dense_hidden = T * model.shared_experts * model.shared_width + null * model.unconditional_experts * F
-    return width * (T * D + 2 * dense_hidden + R * (2 * D + 3 * F))
+    return width * (T * D + hidden * dense_hidden + R * (2 * D + (hidden + 1) * F))
 
 
 def _parts(moe: MoE, x_BSD: Tensor, grad_BSD: Tensor, num_conditional: int) -> dict[str, Work]:

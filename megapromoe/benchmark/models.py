@@ -154,7 +154,8 @@ def _counted(work: Work, device: torch.device) -> dict[str, Any]:
 
 def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
     """The model with the contender's layers. "dense" is a new model, others share all parameters of `ours`."""
-    device, dtype = ours.pos_embed.device, ours.pos_embed.dtype
+    weight = ours.x_embedder.proj.weight
+    device, dtype = weight.device, weight.dtype
     if name == "dense":
         return build(replace(config, model=dense_model(config.model)), UNSHARDED).to(device, dtype)
     if name.startswith("deepspeed") and routing != "real":

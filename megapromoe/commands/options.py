@@ -15,7 +15,7 @@ OVERRIDES = """\
 config: the defaults <- --preset <- --config FILE <- section.key=value, where later ones override earlier ones.
 Sections are model, parallel, data, diffusion, sample and train; `megapromoe show --keys` lists their keys.
 Values are written as in YAML:
-  parallel.tp=2   train.lr=3e-4   model.qk_norm=true   model.score_function=sigmoid
+  parallel.tp=2   train.lr=3e-4   model.qk_norm=layer   model.score_function=sigmoid
 All mistakes are reported together, before anything starts."""
 
 

@@ -16,6 +16,7 @@ class LayerOptions(TypedDict, total=False):
     top_k: int
     expert_width: int
     expert_ratio: float
+    activation: str
     shared_expert: bool
     num_shared_experts: int
     shared_expert_width: int

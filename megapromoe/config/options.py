@@ -24,6 +24,7 @@ BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # router
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim")
 TIME_INPUTS = ("dit", "repa", "sit")
+ACTIVATIONS = ("gelu", "swiglu")
 UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
 NO_DATA = (
@@ -66,7 +67,31 @@ class ModelConfig:
     in_channels: int = option(4, "number C of input channels", within=ONE_UP)
     num_classes: int = option(1000, "number of classes; the null class has the next label, num_classes", within=ONE_UP)
     mlp_ratio: float = option(4.0, "width of a dense MLP, as a multiple of hidden_size", within=POSITIVE)
-    qk_norm: bool = option(False, "apply LayerNorm to the queries and keys of each head")
+    activation: str = option(
+        "gelu",
+        "hidden layer of MLPs and experts: gelu, one projection to the width and a tanh-GELU; swiglu, two projections"
+        " to the width, of which one passes a SiLU and gates the other",
+        ACTIVATIONS,
+    )
+    norm: str = option(
+        "layer", "normalisation of the tokens in blocks and final layer: LayerNorm or RMSNorm", ("layer", "rms")
+    )
+    qk_norm: str = option(
+        "none",
+        "normalisation of the queries and keys of each head: none, LayerNorm or RMSNorm",
+        ("none", "layer", "rms"),
+    )
+    positions: str = option(
+        "sincos",
+        "positions of tokens: sincos, a fixed table that is added to the tokens; rope, rotations of the queries and"
+        " keys of each head by row and column",
+        ("sincos", "rope"),
+    )
+    modulation: str = option(
+        "block",
+        "adaLN: a linear layer in each block (block), or one for all blocks (shared) with a learned table in each",
+        ("block", "shared"),
+    )
     learn_sigma: bool = option(True, "predict the variance of DDPM as well, with twice the output channels")
     time_input: str = option(
         "dit",
@@ -79,7 +104,7 @@ class ModelConfig:
         within="[0, 1]",
     )
     mlp_norm_eps: float = option(
-        1e-6, "epsilon of the LayerNorm before an MLP or MoE; 1e-6 as in DiT, 1e-5 as in diffusers", within=POSITIVE
+        1e-6, "epsilon of the norm before an MLP or MoE; 1e-6 as in DiT, 1e-5 as in diffusers", within=POSITIVE
     )
     num_experts: int = option(12, "number E of routed experts in each MoE block", within=ONE_UP)
     # Under token choice exactly K for each token. Under expert choice each expert takes int(S / E * top_k) of an image.
@@ -159,6 +184,16 @@ class ModelConfig:
     def tokens(self) -> int:
         """Tokens S of an image."""
         return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def position_constants(self) -> int:
+        """Elements of the constant table of positions, which is not trained; 0 for rotations."""
+        return self.tokens * self.hidden_size if self.positions == "sincos" else 0
+
+    @property
+    def hidden_projections(self) -> int:
+        """Projections from the tokens to the hidden width of an MLP or expert: 2 with a gate, else 1."""
+        return 2 if self.activation == "swiglu" else 1
 
     @property
     def head_dim(self) -> int:

@@ -7,8 +7,11 @@ study.yaml), it is accepted without a notice, for as long as such files are read
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
+
+from megapromoe.config.strict_yaml import UnreadableFile, parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +32,20 @@ RENAMED_VALUES: dict[str, dict[str, dict[str, Any]]] = {
         backend: {"train.optimizer": "adamw", "train.adamw_backend": backend}
         for backend in ("torch", "apex", "deepspeed")
     },
+    "model.qk_norm": {"false": {"model.qk_norm": "none"}, "true": {"model.qk_norm": "layer"}},
 }
 
 
 def is_former(key: str, value: Any) -> bool:
     """Whether a setting has a former name, or a former value of a present name."""
-    return key in RENAMED or (isinstance(value, str) and value in RENAMED_VALUES.get(key, {}))
+    return key in RENAMED or (key in RENAMED_VALUES and _spelling(value) in RENAMED_VALUES[key])
 
 
 def present_settings(key: str, value: Any) -> dict[str, Any]:
     """What a setting means, by present names; a setting that is not former is returned unchanged."""
     if not is_former(key, value):
         return {key: value}
-    return {RENAMED[key]: value} if key in RENAMED else dict(RENAMED_VALUES[key][value])
+    return {RENAMED[key]: value} if key in RENAMED else dict(RENAMED_VALUES[key][_spelling(value)])
 
 
 def present_layer(
@@ -108,13 +112,22 @@ def present_words(words: Iterable[str]) -> list[str]:
     return result
 
 
+def _spelling(value: Any) -> str:
+    """A value as `RENAMED_VALUES` writes it; all spellings of true and false in YAML are "true" and "false"."""
+    if isinstance(value, str):
+        with suppress(UnreadableFile):
+            parsed = parse_yaml(value)
+            value = parsed if isinstance(parsed, bool) else value
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _words(key: str, present: Mapping[str, Any]) -> str:
     """The present spelling: the name if only that has changed, else settings."""
     return RENAMED[key] if key in RENAMED else " ".join(f"{name}={value}" for name, value in present.items())
 
 
 def _notify(key: str, value: Any, present: Mapping[str, Any]) -> None:
-    _log_once(key if key in RENAMED else f"{key}={value}", _words(key, present))
+    _log_once(key if key in RENAMED else f"{key}={_spelling(value)}", _words(key, present))
 
 
 @cache

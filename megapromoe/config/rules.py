@@ -14,7 +14,7 @@ from megapromoe.config.options import (
     ModelConfig,
     Rule,
 )
-from megapromoe.config.reader import nearest_divisors, nearest_multiples
+from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
 
 def rules(config: Config) -> Iterator[Rule]:
@@ -31,9 +31,15 @@ def rules(config: Config) -> Iterator[Rule]:
     if size % model.heads:
         near = nearest_divisors(model.heads, size)
         yield ("model.heads", "model.hidden_size"), f"must divide model.hidden_size = {size}; nearest: {near}"
-    if size % 4:
+    if model.positions == "rope" and size % model.heads == 0 and model.head_dim % 4:
+        heads = [h for h in range(1, size + 1) if size % h == 0 and size // h % 4 == 0]
+        remedy = f"nearest: {nearest(model.heads, heads)}" if heads else "none does, choose another model.hidden_size"
+        rule = f"must divide model.hidden_size = {size} into heads of a multiple of 4 channels with rope; {remedy}"
+        yield ("model.heads", "model.hidden_size", "model.positions"), rule
+    if model.positions == "sincos" and size % 4:
         near = nearest_multiples(size, 4)
-        yield ("model.hidden_size",), f"must be a multiple of 4 (sine and cosine of x and y); nearest: {near}"
+        rule = f"must be a multiple of 4 (sine and cosine of x and y); nearest: {near}"
+        yield ("model.hidden_size", "model.positions"), rule
     if model.input_size % model.patch_size:
         near = nearest_divisors(model.patch_size, model.input_size)
         rule = f"must divide model.input_size = {model.input_size}; nearest: {near}"

@@ -95,6 +95,11 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         "learn_sigma": str(has["out_channels"] != has["in_channels"]).lower(),
         "time_frequency_shift": 1,
         "mlp_norm_eps": has["norm_eps"],
+        "activation": "gelu",
+        "norm": "layer",
+        "qk_norm": "none",
+        "positions": "sincos",
+        "modulation": "block",
     }
     settings = [f"model.{key}={value}" for key, value in model.items()]
     described = resolve(overrides=[*settings, "data.source=unset"])

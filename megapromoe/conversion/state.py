@@ -142,13 +142,28 @@ def needed(config: Config | None, path: Path) -> Config:
     return config
 
 
+# What blocks of published checkpoints can have.
+PUBLISHED_BLOCKS = {
+    "activation": ("gelu",),
+    "norm": ("layer",),
+    "qk_norm": ("none", "layer"),
+    "positions": ("sincos",),
+    "modulation": ("block",),
+}
+
+
 def check_published(config: Config, path: Path) -> None:
-    """Raises ConversionError unless there are published checkpoints with the model's router."""
+    """Raises ConversionError unless there are published checkpoints with the model's router and blocks."""
     router = config.model.router
     if router not in PUBLISHED_ROUTERS:
         raise ConversionError(
             f"{path}: the published format does not support model.router = {router}; use another format"
         )
+    for name, values in PUBLISHED_BLOCKS.items():
+        if (value := getattr(config.model, name)) not in values:
+            raise ConversionError(
+                f"{path}: the published format does not support model.{name} = {value}; use another format"
+            )
 
 
 def check_same(path: Path, actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

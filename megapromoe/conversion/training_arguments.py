@@ -53,7 +53,7 @@ def config_of(path: Path, arguments: Mapping[str, Any]) -> Config | None:
         "patch_size": int(name[3]),
         "input_size": side // _LATENT_SIDE,
         "num_classes": arguments.get("num_classes", 1000),
-        "qk_norm": str(bool(arguments.get("qk_norm", False))).lower(),
+        "qk_norm": "layer" if arguments.get("qk_norm", False) else "none",
         "learn_sigma": str(objective != "repa").lower(),
     }
     settings = [f"model.{key}={value}" for key, value in model.items()]

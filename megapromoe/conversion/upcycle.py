@@ -3,11 +3,13 @@
 Both return a `State` of step 0 without moments, whose tensors are computed when they are read. Noise is a function of
 (seed, name, expert), so the order of reading does not matter.
 
-Dense to ProMoE: a block's MLP, fc2(gelu(fc1 x)), is a sum over its hidden units. "slice" divides the units into n =
-width / expert width parts: the first part goes to the shared expert, the other parts go in turn to the routed experts
-and the unconditional expert. "copy" (experts of the MLP's width) gives all units to each expert. The output weights are
-scaled so that shared + routing weight · expert approximates the MLP: exactly for the null class with two parts; for
-other classes up to the variation of the routing weight around its mean, which is measured on real tokens.
+Dense to ProMoE: a block's MLP, fc2(gelu(fc1 x)) or its SwiGLU, is a sum over its hidden units. "slice" divides the
+units into n = width / expert width parts: the first part goes to the shared expert, the other parts go in turn to the
+routed experts and the unconditional expert. "copy" (experts of the MLP's width) gives all units to each expert. The
+output weights are scaled so that shared + routing weight · expert approximates the MLP: exactly for the null class with
+two parts; for other classes up to the variation of the routing weight around its mean, which is measured on real
+tokens.
+
 Source: sparse upcycling, arXiv 2212.05055.
 """
 
@@ -95,7 +97,8 @@ def check_fit(dense: State, config: Config, how: str) -> None:
         problems.append(f"model.router = {new.router}: must be promoe or promoe_ec")
     same = ("hidden_size", "depth", "heads", "patch_size", "input_size", "in_channels", "num_classes")
     computed = ("time_input", "time_frequency_shift", "mlp_norm_eps")
-    for name in (*same, "mlp_ratio", "qk_norm", "learn_sigma", *computed):
+    blocks = ("activation", "norm", "qk_norm", "positions", "modulation")
+    for name in (*same, "mlp_ratio", *blocks, "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")
     option, mlp = f"model.expert_ratio = {new.expert_ratio}", f"{old.mlp_ratio}"
@@ -138,8 +141,8 @@ def _from_mlp(
         """The tensor of an expert with the index-th part of the hidden units and a scaled output."""
         width = model.moe_width
         units = slice(index * width, (index + 1) * width)
-        if projection == "fc1":
-            return tensor[units]
+        if projection == "fc1":  # a SwiGLU has two projections to the hidden units
+            return tensor.unflatten(0, (model.hidden_projections, -1))[:, units].flatten(0, 1)
         if kind == "weight":
             return tensor[:, units] * scale
         # The output bias must be added once: by the shared expert, which processes every token, if there is one.

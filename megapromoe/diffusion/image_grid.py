@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def generate(
     """
     s, m = config.sample, config.model
     shape = (m.in_channels, m.input_size, m.input_size)
-    device = model.get_buffer("pos_embed").device
+    device = next(chain(model.buffers(), model.parameters())).device
     ranges = chunk_ranges(len(labels), s.batch)
     training = model.training
     model.eval()

@@ -28,6 +28,7 @@ from megapromoe.nn.layers import Mlp
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.expert_linear import ExpertLinear
 from megapromoe.nn.moe.layer import MoE, mlps_of
+from megapromoe.nn.rotary import Rotation
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
 _LONG_SEQUENCE = 4096
@@ -56,7 +57,7 @@ def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
                 if isinstance(module, ExpertLinear):
                     module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
     if all(map(compiles_whole, model.blocks)):
-        setattr(model, "conditions", _unbound_conditions(len(model.blocks) + 1))  # noqa: B010  # mypy: not a method
+        setattr(model, "conditions", _unbound_conditions(len(model.blocks)))  # noqa: B010  # mypy: not a method
         if any(isinstance(block.mlp, MoE) for block in model.blocks):
             regions.append((model, "auxiliary"))
     for module, name in regions:
@@ -71,21 +72,23 @@ def compiles_whole(block: Any) -> bool:
 
 
 def _run_block(
-    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: Tensor
+    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: Tensor, rotation: Rotation | None
 ) -> tuple[Tensor, MoEAuxiliary | None]:
     """`Block.forward`, with a tensor whose length is the number of conditional images."""
     num_conditional = conditional.shape[0]
     torch._check(num_conditional <= x_BSD.shape[0])
-    return eager(x_BSD, c_BD, y_B, num_conditional)
+    return eager(x_BSD, c_BD, y_B, num_conditional, rotation)
 
 
 def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
-    def forward(x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int) -> tuple[Tensor, MoEAuxiliary | None]:
+    def forward(
+        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None
+    ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
-            return eager(x_BSD, c_BD, y_B, num_conditional)
+            return eager(x_BSD, c_BD, y_B, num_conditional, rotation)
         conditional = torch.empty(num_conditional)
         torch._dynamo.decorators.mark_unbacked(conditional, 0)
-        return run_block(eager, x_BSD, c_BD, y_B, conditional)
+        return run_block(eager, x_BSD, c_BD, y_B, conditional, rotation)
 
     return forward
 
@@ -93,8 +96,10 @@ def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
 def _unbound_conditions(count: int) -> Callable:
     """`DiT.conditions`, such that backward adds the gradients of all blocks at once, not one after the other."""
 
-    def conditions(c_BD: Tensor) -> tuple[Tensor, ...]:
-        return c_BD.expand(count, *c_BD.shape).unbind()
+    def conditions(c_BD: Tensor, modulation: Tensor | None) -> tuple[Tensor, ...]:
+        if modulation is None:
+            return c_BD.expand(count + 1, *c_BD.shape).unbind()
+        return *modulation.expand(count, *modulation.shape).unbind(), c_BD
 
     return conditions
 

@@ -6,14 +6,15 @@ part of it, with initial values that depend only on a seed.
 Initial values, which each kind of layer defines in its `rules`:
 
 ======================================  ==================================================
-adaLN of blocks and final layer, final  0
-linear
+adaLN of blocks and final layer, tables  0
+of a shared adaLN, final linear
 biases                                  0
 label table, the time MLP, prototypes   normal, σ 0.02
 router of TC                            uniform within ±1/√D (Kaiming, a = √5)
 routers of EC and DiffMoE               normal, σ 0.006
 other matrices (each expert separately) Xavier uniform; the patch convolution as linear
 qk_norm weight                          1
+SwiGLU: gate and up projection          as two matrices
 ======================================  ==================================================
 
 Source: DiT's initialize_weights; the ProMoE release for prototypes and routers.
@@ -43,6 +44,8 @@ from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary, auxiliary_losses
 from megapromoe.nn.moe.layer import MoE, auxiliary_of
 from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.nn.norms import token_norm
+from megapromoe.nn.rotary import Rotation, image_angles, rotation_of
 from megapromoe.nn.tensor_parallel import Linear, Modulation
 
 
@@ -64,39 +67,70 @@ class AuxiliaryOutput(NamedTuple):
         return sum(loss.sum() for loss in self.losses.values())
 
 
+class Embedded(NamedTuple):
+    """The inputs of the blocks and of the final layer."""
+
+    x_BSD: Tensor
+    """Tokens."""
+    c_BD: Tensor
+    """Conditions."""
+    modulation: Tensor | None
+    """With `model.modulation=shared`: shifts, scales and residual gates (B, 6D) that all blocks have in common."""
+    rotation: Rotation | None
+    """With `model.positions=rope`: of queries and keys."""
+
+
 class Block(nn.Module):
     """Attention and an MLP or MoE layer, each with normalisation, modulation and a residual gate (adaLN-Zero)."""
 
     def __init__(self, config: ModelConfig, moe: bool):
         super().__init__()
         D = config.hidden_size
-        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
+        self.norm1 = token_norm(config.norm, D)
         self.attn = Attention(D, config.heads, config.qk_norm)
-        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=config.mlp_norm_eps)
-        self.mlp: MoE | Mlp = MoE.from_config(config) if moe else Mlp(D, int(D * config.mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
+        self.norm2 = token_norm(config.norm, D, config.mlp_norm_eps)
+        self.mlp: MoE | Mlp = MoE.from_config(config) if moe else Mlp(D, config.mlp_width, config.activation)
+        if config.modulation == "shared":
+            self.modulation_table = ModulationTable(6 * D)
+        else:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
+        self.has_table = config.modulation == "shared"
         self.recompute = "none"
 
     def forward(
-        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int
+        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None = None
     ) -> tuple[Tensor, MoEAuxiliary | None]:
-        """Applies the block to tokens (B, S, D) with conditions (B, D).
+        """Applies the block.
 
-        Returns the tokens, and the auxiliary output of the MoE layer (None for a dense block).
+        Args:
+            x_BSD: tokens.
+            c_BD: conditions; with `model.modulation=shared` the modulation that all blocks have in common, (B, 6D).
+            y_B: labels.
+            num_conditional: how many images are not null.
+            rotation: of the queries and keys; None for positions that are added to the tokens.
+
+        Returns:
+            the tokens, and the auxiliary output of the MoE layer (None for a dense block).
 
         In training, `recompute` selects what is freed after forward and computed again in backward: "moe" the MoE
         layer; "blocks" both halves of the block, but not its router; "all" the block, which keeps its input and the
         decisions of its router.
         """
-        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache()
+        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache(), rotation
         return self._call(self.forward_with_cache, *arguments, recompute=self._recomputes("all"))
 
     def forward_with_cache(
-        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, routing_cache: RoutingCache
+        self,
+        x_BSD: Tensor,
+        c_BD: Tensor,
+        y_B: Tensor,
+        num_conditional: int,
+        routing_cache: RoutingCache,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         """`forward`; a second pass with the same cache uses the routing decisions of the first."""
         recompute = self._recomputes("blocks")
-        x_BSD, h_BSD, gate_BD = self._call(self.attention_half, x_BSD, c_BD, recompute=recompute)
+        x_BSD, h_BSD, gate_BD = self._call(self.attention_half, x_BSD, c_BD, rotation, recompute=recompute)
         if isinstance(self.mlp, Mlp):
             return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute)), None
         if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
@@ -108,11 +142,17 @@ class Block(nn.Module):
         y_BSD, dropped = self._call(self.mlp.run_experts, *inputs, recompute=self._recomputes("moe", "blocks"))
         return self.residual(x_BSD, gate_BD, y_BSD), auxiliary_of(routed, dropped)
 
-    def attention_half(self, x_BSD: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_half(
+        self, x_BSD: Tensor, c_BD: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The block up to its MLP: the residual stream, the MLP's input, and the MLP's residual gate (B, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).chunk(6, dim=1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation)
         return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2
+
+    def modulation(self, c_BD: Tensor) -> Tensor:
+        """Shifts, scales and residual gates (B, 6D)."""
+        return self.modulation_table(c_BD) if self.has_table else self.adaLN_modulation(c_BD)
 
     def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
         """The residual connection around the MLP or MoE layer, with its residual gate."""
@@ -128,6 +168,20 @@ class Block(nn.Module):
         return function(*arguments)
 
 
+class ModulationTable(LogicalModule):
+    """What one block adds to the modulation that all blocks share, (B, n) -> (B, n). Source: PixArt (2310.00426)."""
+
+    rules = {"weight": ParameterRule(zeros)}
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def forward(self, modulation: Tensor) -> Tensor:
+        return modulation + self.weight
+
+
 class ZeroLinear(Linear):
     """A linear layer that starts at zero."""
 
@@ -137,9 +191,9 @@ class ZeroLinear(Linear):
 class FinalLayer(nn.Module):
     """Normalises, modulates, and projects each token to its patch: (B, S, D) -> (B, S, p·p·channels)."""
 
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, width: int, patch: int, channels: int, norm: str):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(norm, width)
         self.linear = ZeroLinear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
 
@@ -164,8 +218,11 @@ class DiT(LogicalModule):
         self.y_embedder = LabelEmbed(config.num_classes, D)
         self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_blocks) for i in range(config.depth))
         self.channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.final_layer = FinalLayer(D, config.patch_size, self.channels)
-        self.register_buffer("pos_embed", torch.empty(1, config.tokens, D), persistent=False)
+        self.final_layer = FinalLayer(D, config.patch_size, self.channels, config.norm)
+        if config.modulation == "shared":
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
+        if config.positions == "sincos":
+            self.register_buffer("pos_embed", torch.empty(1, config.tokens, D), persistent=False)
         self._reset_own_parameters()
 
     def forward(
@@ -183,30 +240,37 @@ class DiT(LogicalModule):
         Returns:
             the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `AuxiliaryOutput`.
         """
-        x_BSD, c_BD = self.embed(x_BCHW, t_B, y_B)
+        x_BSD, c_BD, modulation, rotation = self.embed(x_BCHW, t_B, y_B)
         num_conditional = len(y_B) if num_conditional is None else num_conditional
-        *block_conditions, final_c_BD = self.conditions(c_BD)
+        *block_conditions, final_c_BD = self.conditions(c_BD, modulation)
         layers = []
         for block, c_BD in zip(self.blocks, block_conditions, strict=True):
-            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional)
+            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, rotation)
             if auxiliary is not None:
                 layers.append(auxiliary)
         return self.unpatchify(self.final_layer(x_BSD, final_c_BD)), self.auxiliary(layers)
 
-    def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, S, D) and condition (B, D), in the dtype of the model."""
-        dtype = self.x_embedder.proj.weight.dtype
-        x_BSD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
-        return x_BSD, self.t_embedder(t_B) + self.y_embedder(y_B)
+    def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Embedded:
+        """What the blocks get, in the dtype of the model."""
+        dtype, config = self.x_embedder.proj.weight.dtype, self.config
+        x_BSD, rotation = self.x_embedder(x_BCHW.to(dtype)), None
+        if config.positions == "sincos":
+            x_BSD = x_BSD + self.pos_embed.to(dtype)
+        else:
+            side = config.input_size // config.patch_size
+            rotation = rotation_of(image_angles(side, config.head_dim, x_BSD.device))
+        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+        modulation = self.adaLN_modulation(c_BD) if config.modulation == "shared" else None
+        return Embedded(x_BSD, c_BD, modulation, rotation)
 
-    def conditions(self, c_BD: Tensor) -> Sequence[Tensor]:
+    def conditions(self, c_BD: Tensor, modulation: Tensor | None) -> Sequence[Tensor]:
         """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""
-        return [c_BD] * (len(self.blocks) + 1)
+        return [c_BD if modulation is None else modulation] * len(self.blocks) + [c_BD]
 
     def auxiliary(self, layers: Sequence[MoEAuxiliary]) -> AuxiliaryOutput:
         """Computes the losses of all MoE layers and collects their statistics. Collective."""
         if not layers:
-            empty = self.pos_embed.new_zeros(0)
+            empty = self.x_embedder.proj.weight.new_zeros(0)
             return AuxiliaryOutput({}, empty.view(0, 0), empty)
         load_ME = torch.stack([layer.load_E for layer in layers])
         weight_M = torch.stack([layer.mean_weight for layer in layers])

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, ones, xavier_uniform, zeros
-from megapromoe.nn.tensor_parallel import ColumnLinear, Linear, QkvLinear, RegionModule, RowLinear
+from megapromoe.nn.activations import hidden_values
+from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, xavier_uniform, zeros
+from megapromoe.nn.norms import head_norm
+from megapromoe.nn.rotary import Rotation, rotate
+from megapromoe.nn.tensor_parallel import ColumnLinear, GateUpLinear, Linear, QkvLinear, RegionModule, RowLinear
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
@@ -105,41 +108,44 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(y_B)
 
 
-class HeadNorm(RegionModule, nn.LayerNorm):
-    """LayerNorm over the channels of one head, with the same weights for every head; tp divides the heads."""
-
-    rules = {"weight": ParameterRule(ones), "bias": ParameterRule(zeros)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.region.copy_to_region(self.weight), self.region.copy_to_region(self.bias)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
 class Attention(RegionModule):
-    """Multi-head self-attention over an image's tokens, x (B, S, D) -> (B, S, D). A region: tp divides the heads."""
+    """Multi-head self-attention over a sequence of tokens, x (B, S, D) -> (B, S, D). A region: tp divides the heads."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool):
+    def __init__(self, width: int, heads: int, qk_norm: str = "none"):
         super().__init__()
         self.head_width = width // heads
         self.qkv = QkvLinear(width, 3 * width)
-        self.q_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_width) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(qk_norm, self.head_width)
+        self.k_norm = head_norm(qk_norm, self.head_width)
         self.proj = RowLinear(width, width)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Applies attention; `rotation` rotates queries and keys by the positions of their tokens."""
         B, S, _ = x_BSD.shape
         qkv = self.qkv(self.region.copy_to_region(x_BSD)).view(B, S, 3, -1, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y_BHSd = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        y_BHSd = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
 
 
 class Mlp(RegionModule):
-    """Linear(D→F) · tanh-GELU · Linear(F→D). A region: tp divides F."""
+    """Linear(D→F) · tanh-GELU · Linear(F→D), or with two first layers and a SwiGLU. A region: tp divides F."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, activation: str = "gelu"):
+        """Makes an MLP.
+
+        Args:
+            width: D.
+            hidden: F.
+            activation: a value of `model.activation`.
+        """
         super().__init__()
-        self.fc1 = ColumnLinear(width, hidden)
+        self.activation = activation
+        is_gated = activation == "swiglu"
+        self.fc1 = GateUpLinear(width, 2 * hidden) if is_gated else ColumnLinear(width, hidden)
         self.fc2 = RowLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,8 +154,8 @@ class Mlp(RegionModule):
     # `forward` in two halves, for callers inside a region.
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Hidden values (..., F/tp) of x (..., D), after the GELU."""
-        return F.gelu(self.fc1(x), approximate="tanh")
+        """Hidden values (..., F/tp) of x (..., D), after the activation."""
+        return hidden_values(self.fc1(x), self.activation)
 
     def partial(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The partial output for hidden values, and the bias to add after the sum over ranks (or None)."""

@@ -40,6 +40,12 @@ def xavier_uniform(value: Tensor, generator: torch.Generator | None = None) -> N
     nn.init.xavier_uniform_(value.view(value.shape[0], -1), generator=generator)
 
 
+def xavier_uniform_halves(value: Tensor, generator: torch.Generator | None = None) -> None:
+    """Two matrices stacked in dimension 0, each of which starts as a matrix of its own."""
+    for half in value.chunk(2):
+        xavier_uniform(half, generator)
+
+
 def kaiming_uniform(value: Tensor, generator: torch.Generator | None = None) -> None:
     """Uniform within ±1/√(input width), which is torch's default for a linear layer."""
     nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)

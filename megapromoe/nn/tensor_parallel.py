@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from megapromoe.distributed.collectives import copy_to_group, gather_last_dim, reduce_from_group
 from megapromoe.distributed.mesh import SINGLE_RANK, Group, Mesh
 from megapromoe.distributed.parameter_layout import Split
-from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, zeros
+from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, xavier_uniform_halves, zeros
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ class QkvLinear(ColumnLinear):
     rules = {
         "weight": ParameterRule(xavier_uniform, Split(0, blocks=3)),
         "bias": ParameterRule(zeros, Split(0, blocks=3)),
+    }
+
+
+class GateUpLinear(ColumnLinear):
+    """The two projections of a SwiGLU in one layer, [gate | up]: each half of the output features is divided."""
+
+    rules = {
+        "weight": ParameterRule(xavier_uniform_halves, Split(0, blocks=2)),
+        "bias": ParameterRule(zeros, Split(0, blocks=2)),
     }
 
 

@@ -64,12 +64,17 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     yield Linear("time embedding", TIME_SINUSOIDS, D, 1, 1)
     yield Linear("time embedding", D, D, 1, 1)
     yield Linear("class embedding", model.num_classes + 1, D, 1, 0, bias=False)
-    yield Linear("adaLN", D, 6 * D, L, L, split="columns")
+    if model.modulation == "shared":
+        yield Linear("shared adaLN", D, 6 * D, 1, 1, split="columns")
+        yield Linear("adaLN", 1, 6 * D, L, 0, bias=False)
+    else:
+        yield Linear("adaLN", D, 6 * D, L, L, split="columns")
     yield Linear("attention", D, 3 * D, L, L * S, split="columns")
     yield Linear("attention", D, D, L, L * S, split="rows")
-    if model.qk_norm:  # weight and bias over a head's channels, for queries and for keys
-        yield Linear("attention", 1, model.head_dim, 2 * L, 0)
-    yield from _mlp("MLP", D, model.mlp_width, dense, dense * S)
+    if model.qk_norm != "none":  # weight, and bias of LayerNorm, over a head's channels, for queries and for keys
+        yield Linear("attention", 1, model.head_dim, 2 * L, 0, bias=model.qk_norm == "layer")
+    hidden = model.hidden_projections
+    yield from _mlp("MLP", D, model.mlp_width, dense, dense * S, hidden)
     if moe:
         F, E = model.moe_width, model.num_experts
         if model.has_custom_router:
@@ -81,11 +86,11 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
         if model.router == "diffmoe":
             yield Linear("capacity predictor", D, D, moe, moe * S)
             yield Linear("capacity predictor", D, E, moe, moe * S)
-        yield from _mlp("routed experts", D, F, moe * E, moe * model.rows_per_image)
+        yield from _mlp("routed experts", D, F, moe * E, moe * model.rows_per_image, hidden)
         if shared := moe * model.shared_experts:
-            yield from _mlp("shared expert", D, model.shared_width, shared, shared * S)
+            yield from _mlp("shared expert", D, model.shared_width, shared, shared * S, hidden)
         if model.unconditional_experts:
-            yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0)
+            yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0, hidden)
     yield Linear("final layer", D, 2 * D, 1, 1)
     yield Linear("final layer", D, patch * model.out_channels, 1, S)
 
@@ -96,8 +101,9 @@ def _custom_router(model: ModelConfig, moe: int) -> Iterator[Linear]:
         yield replace(layer, copies=layer.copies * moe, rows=layer.rows * moe)
 
 
-def _mlp(part: str, D: int, width: int, copies: int, rows: int) -> Iterator[Linear]:
-    yield Linear(part, D, width, copies, rows, split="columns")
+def _mlp(part: str, D: int, width: int, copies: int, rows: int, hidden: int) -> Iterator[Linear]:
+    """MLPs with `hidden` projections to the hidden width, of which one is a gate if there are two."""
+    yield Linear(part, D, hidden * width, copies, rows, split="columns")
     yield Linear(part, width, D, copies, rows, split="rows")
 
 
@@ -120,15 +126,16 @@ class Parameters:
     @property
     def in_words(self) -> str:
         """The three counts in a sentence, with the difference between the total and the trained ones."""
-        return (
-            f"{self.total:,} parameters, {self.active:,} active; {self.trainable:,} trained, the other"
-            f" {self.total - self.trainable:,} are the constant table of positions"
-        )
+        counts = f"{self.total:,} parameters, {self.active:,} active"
+        if self.total == self.trainable:
+            return f"{counts}; all are trained"
+        others = f"{self.total - self.trainable:,} are the constant table of positions"
+        return f"{counts}; {self.trainable:,} trained, the other {others}"
 
 
 def parameters(model: ModelConfig) -> Parameters:
     """Counts the parameters of a model exactly."""
-    by_part: dict[str, int] = {"positions": model.tokens * model.hidden_size}
+    by_part: dict[str, int] = {"positions": model.position_constants}
     for layer in layers(model):
         by_part[layer.part] = by_part.get(layer.part, 0) + layer.parameters
     total = sum(by_part.values())

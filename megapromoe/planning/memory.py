@@ -50,7 +50,8 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
     """
     model, b, recompute = config.model, zero_of(config).width, config.parallel.recompute
     depth, moe = model.depth, len(model.moe_blocks)
-    ends, block_inputs = _ends(model, batch, b), _times(depth, _block_input(model, batch, b))
+    ends = _ends(model, batch, b, recompute in ("blocks", "all"))
+    block_inputs = _times(depth, _block_input(model, batch, b))
     if recompute == "all":
         return [*ends, *block_inputs, *_times(moe, _routing_results(model, batch))]
     kept = [*ends, *_times(moe, _router(config, layout, batch, b)), *_times(depth, _residual(model, batch, b))]
@@ -61,7 +62,7 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
         *kept,
         *_times(depth, _attention_half(config, layout, batch, b)),
         *_times(depth - (0 if keeps_input else moe), _input(model, batch, b)),
-        *_times(depth - moe, _mlp("MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
+        *_times(depth - moe, _mlp(model, "MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
         *_times(0 if recompute == "moe" else moe, _moe(config, layout, batch, b)),
     ]
 
@@ -71,13 +72,19 @@ def _times(count: int, lines: Iterator[Saved]) -> Iterator[Saved]:
         yield line._replace(bytes=line.bytes * count)
 
 
-def _ends(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+def _ends(model: ModelConfig, batch: Batch, b: int, recomputes_blocks: bool) -> Iterator[Saved]:
     """Embeddings, the final layer and the loss."""
     B, D = batch.images, model.hidden_size
     T, pixels = B * model.tokens, B * model.in_channels * model.input_size**2
     yield Saved("embeddings", "images, in the model's type", pixels * b)
     yield Saved("embeddings", "sinusoids, around the time MLP's SiLU", B * (TIME_SINUSOIDS + 2 * D) * b)
     yield Saved("embeddings", "condition", B * D * b)
+    if model.positions == "rope":
+        yield Saved("embeddings", "cosines and sines of positions", model.tokens * model.head_dim * 4)
+    if model.modulation == "shared":
+        yield Saved("adaLN", "SiLU of the condition", B * D * b)
+        if recomputes_blocks:  # it is an input of each of them
+            yield Saved("adaLN", "shared shifts, scales, gates", B * 6 * D * b)
     yield Saved("final layer", "input, normalised, modulated", 3 * T * D * b)
     yield Saved("final layer", "SiLU, 1 + scale", 2 * B * D * b)
     yield Saved("loss", "difference", pixels * 4)
@@ -113,23 +120,31 @@ def _attention_half(config: Config, layout: Layout, batch: Batch, b: int) -> Ite
     model, tp = config.model, layout.tp
     B, D = batch.images, model.hidden_size
     T = B * model.tokens
-    yield Saved("adaLN", "SiLU, 1 + scale of both halves", 3 * B * D * b)
+    yield Saved("adaLN", "1 + scale of both halves", 2 * B * D * b)
+    if model.modulation == "block":
+        yield Saved("adaLN", "SiLU", B * D * b)
     yield Saved("norm1", "block's input, normalised, modulated", 3 * T * D * b)
     yield Saved("attention", "queries, keys, values", 3 * T * D / tp * b)
-    if model.qk_norm:
-        yield Saved("attention", "normalised queries and keys", 2 * T * D / tp * b)
+    if model.qk_norm == "layer":
         yield Saved("attention", "means and deviations", 4 * T * model.heads / tp * b)
+    elif model.qk_norm == "rms":
+        yield Saved("attention", "root mean squares", 2 * T * model.heads / tp * 4)
+    if model.qk_norm != "none" or model.positions == "rope":
+        yield Saved("attention", "normalised or rotated queries and keys", 2 * T * D / tp * b)
         yield Saved("attention", "weighted values, heads together again", T * D / tp * b)
     yield Saved("attention", "weighted values", T * D / tp * b)
     yield Saved("attention", "logarithms of the softmax's sums", T * model.heads / tp * 4)
     yield Saved("residual", "attention's output, under its gate", T * D * b)
     yield Saved("norm2", "tokens, normalised", 2 * T * D * b)
-    yield Saved("norms", "means and deviations", 4 * T * b)
+    if model.norm == "layer":
+        yield Saved("norms", "means and deviations", 4 * T * b)
+    else:
+        yield Saved("norms", "root mean squares", 2 * T * 4)
 
 
-def _mlp(part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]:
-    yield Saved(part, "before the GELU", rows * width / tp * b)
-    yield Saved(part, "after the GELU", rows * width / tp * b)
+def _mlp(model: ModelConfig, part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]:
+    yield Saved(part, "before the activation", model.hidden_projections * rows * width / tp * b)
+    yield Saved(part, "after the activation", rows * width / tp * b)
 
 
 def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
@@ -141,12 +156,13 @@ def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved
     R = routed_rows(model, batch)  # rows of all ranks of a region, which divide the rows or split every expert
     local_rows, width = (R, F / layout.etp) if layout.etp > 1 else (R / tp, F)
     if model.shared_experts:
-        yield from _mlp("shared expert", model.shared_experts * model.shared_width, T, tp, b)
+        yield from _mlp(model, "shared expert", model.shared_experts * model.shared_width, T, tp, b)
     if null:
-        yield from _mlp("unconditional expert", model.unconditional_experts * F, null, tp, b)
+        yield from _mlp(model, "unconditional expert", model.unconditional_experts * F, null, tp, b)
     yield Saved("routed experts", "rows", local_rows * D * b, rows=True)
-    yield Saved("routed experts", "before the GELU", local_rows * width * b, rows=True)
-    yield Saved("routed experts", "after the GELU", local_rows * width * b, rows=True)
+    before = model.hidden_projections * local_rows * width * b
+    yield Saved("routed experts", "before the activation", before, rows=True)
+    yield Saved("routed experts", "after the activation", local_rows * width * b, rows=True)
     yield Saved("routed experts", "outputs, under their weights", local_rows * D * b)
     yield Saved("dispatch", "orders, tokens, experts", 6 * local_rows * INDEX)
     if _by_expert(model):
@@ -216,13 +232,14 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
     D, T = model.hidden_size, batch.images * model.tokens
     R, moe = routed_rows(model, batch) / (1 if layout.etp > 1 else tp), len(model.moe_blocks)
     attention = (2 * T * D + 6 * T * D / tp) * b
-    dense = (2 * T * D + 2 * T * model.mlp_width / tp) * b
+    hidden = 2 if model.activation == "gelu" else 5  # gradients of hidden values, with their products in a SwiGLU
+    dense = (2 * T * D + hidden * T * model.mlp_width / tp) * b
     router = 2 * routed_images(model, batch) * model.tokens * D * 4  # float32 tokens and their gradient
-    rows = 2 * R * (D + model.moe_width / layout.etp)
+    rows = R * (2 * D + hidden * model.moe_width / layout.etp)
     shared = T * model.shared_experts * model.shared_width / tp
     halves = [(attention, [*_attention_half(config, layout, batch, b), *_input(model, batch, b)])]
     if moe < model.depth:
-        halves.append((dense, list(_mlp("MLP", model.mlp_width, T, tp, b))))
+        halves.append((dense, list(_mlp(model, "MLP", model.mlp_width, T, tp, b))))
     if moe:
         halves.append(((2 * T * D + rows + shared) * b + router, list(_moe(config, layout, batch, b))))
     replicated, routed = tensors_on_rank(model, layout)

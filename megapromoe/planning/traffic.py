@@ -103,12 +103,14 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
 
     # With recomputation the attention half runs its forward pass twice. An MLP or MoE is recomputed up to its final sum
     # over tp; the sum is repeated too if the output, which the residual gate needs, is not saved.
-    yield tensor("adaLN: join slices", "all_gather", L * again, B * 6 * D * b, "forward")
-    yield tensor("adaLN: gradient of the condition", "all_reduce", L, B * D * b, "backward")
+    modulations, repeated = (1, 1) if model.modulation == "shared" else (L, again)  # a shared one is not recomputed
+    yield tensor("adaLN: join slices", "all_gather", modulations * repeated, B * 6 * D * b, "forward")
+    yield tensor("adaLN: gradient of the condition", "all_reduce", modulations, B * D * b, "backward")
     yield tensor("attention: sum of heads", "all_reduce", L * again, T * D * b, "forward")
     yield tensor("attention: gradient of its input", "all_reduce", L, T * D * b, "backward")
-    if model.qk_norm:  # weight and bias, of queries and keys
-        yield tensor("qk_norm: gradients", "all_reduce", 4 * L, model.head_dim * b, "backward")
+    if model.qk_norm != "none":  # weight, and bias of LayerNorm, of queries and keys
+        tensors = 4 if model.qk_norm == "layer" else 2
+        yield tensor("qk_norm: gradients", "all_reduce", tensors * L, model.head_dim * b, "backward")
     yield tensor("MLP or MoE: sum of parts", "all_reduce", L * again_sum, T * D * b, "forward")
     yield tensor("MLP or MoE: gradient of its input", "all_reduce", L, T * D * b, "backward")
     if not moe:

@@ -113,7 +113,7 @@ def analyse(
     cosine_LEE = [measures.cosine_matrix(router_vectors(moe)) for moe in layers]
     k = request.top_k or max(1, min(m.hidden_size, m.moe_width) // 8)
     overlaps = expert_overlaps(layers, routing.blocks, k)
-    baselines = {"channels": k / m.hidden_size, "hidden units": k / m.moe_width}
+    baselines = {"channels": k / m.hidden_size, "hidden units": k / (m.hidden_projections * m.moe_width)}
     ratios = ratios_of(routing)
     mean_LUU = [measures.off_diagonal_mean(js_UU) for js_UU in js_LUU]
     mean_cosine = [measures.off_diagonal_mean(cosine_EE) for cosine_EE in cosine_LEE]

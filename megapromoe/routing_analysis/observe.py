@@ -192,7 +192,7 @@ def measure_routing(
     picked_N = np.linspace(0, len(dataset) - 1, N).astype(np.int64)
     clean_NCHW, labels_N = dataset.read(picked_N)
     noise_NCHW = image_noise(config.sample.seed, picked_N.tolist(), dataset.shape)
-    objective, device = make_objective(config), model.pos_embed.device
+    objective, device = make_objective(config), model.x_embedder.proj.weight.device
 
     rows_MLCE = np.zeros((len(levels), L, C, E), dtype=np.int64)
     visits_LV = np.zeros((L, E + 1), dtype=np.int64)

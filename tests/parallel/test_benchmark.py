@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megapromoe.benchmark import baselines, layer, measure, models, routing_patterns, suite, traffic
 from megapromoe.benchmark.baseline_wrapper import CannotRun
-from megapromoe.benchmark.baselines import BatchedCapacity, make_contender
+from megapromoe.benchmark.baselines import CONTENDERS, BatchedCapacity, make_contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
 from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.distributed import mesh
@@ -132,6 +132,15 @@ def test_baselines_have_one_shared_and_one_unconditional_expert(number):
     moe, x_BSD = first_layer(replace(DIGITS, model=replace(DIGITS.model, **{number: 2})), "real", SETTINGS)
     with pytest.raises(CannotRun, match="model.num_shared_experts=1 and model.num_unconditional_experts=1"):
         outcome(make_contender("loop", moe).train(), x_BSD, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name not in ("ours", "dense")])
+def test_baselines_compute_no_swiglu(name):
+    moe, x_BSD = first_layer(replace(DIGITS, model=replace(DIGITS.model, activation="swiglu")), "real", SETTINGS)
+    with pytest.raises(CannotRun, match="model.activation = 'swiglu': needs model.activation=gelu"):
+        make_contender(name, moe)
+    for kind in ("ours", "dense"):
+        assert all(t.isfinite().all() for t in outcome(make_contender(kind, moe).train(), x_BSD, 3).values())
 
 
 def test_a_deepspeed_layer_without_a_job_cannot_run():

@@ -21,6 +21,8 @@ from megapromoe.nn.parallelize import build
 # With tensor or expert parallelism: embedding, attention half, residual, MLP, shared expert, final layer, and the
 # epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer.
 COMPILED_REGIONS, WHOLE_BLOCKS = 8, 4
+BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
+BLOCKS = (*BLOCKS, "model.modulation=shared")
 
 
 def by_graph(model, mesh) -> None:
@@ -40,7 +42,9 @@ def pair(overrides: tuple[str, ...], folder: str):
     "overrides",
     [
         full(("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
-        ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=true"),
+        ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer"),
+        full(("model.depth=4", "parallel.tp=2", "parallel.ep=2", *BLOCKS)),
+        full(("model.depth=4", *BLOCKS)),
         full(("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")),
         full(("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
     ],

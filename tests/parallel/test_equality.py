@@ -72,7 +72,7 @@ def one_expert(model, mesh) -> None:
             signs = torch.full((model.config.num_experts, 1), -1.0)
             signs[0] = 1.0
             parameter.data.copy_(signs * direction)
-        if name.startswith("blocks.") and name.endswith("adaLN_modulation.1.bias"):
+        if name.endswith("adaLN_modulation.1.bias") and not name.startswith("final_layer."):
             logical = torch.zeros(6 * width)
             logical[3 * width : 4 * width] = 5.0 * direction  # the shift of the MLP's input
             parameter.data.add_(layout.local_shard(logical, mesh))
@@ -93,6 +93,9 @@ SEVERAL = (
     "model.num_unconditional_experts=2",
     "model.expert_width=44",
 )
+
+BLOCKS = {"activation": "swiglu", "norm": "rms", "qk_norm": "rms", "positions": "rope", "modulation": "shared"}
+ALL_OPTIONS = tuple(f"model.{name}={value}" for name, value in BLOCKS.items())
 
 CASES = [
     *(Case(1, zero=z) for z in (1, 2, 3)),
@@ -133,7 +136,7 @@ CASES = [
     Case(4, tp=2, ep=2, what=("model.score_function=identity",)),
     Case(4, tp=2, ep=2, what=("model.router=tc", "model.balance_weight=0.01")),
     Case(4, tp=2, what=("model.router=dense",)),
-    Case(4, tp=2, ep=2, what=("model.top_k=2", "model.score_function=softmax", "model.qk_norm=true")),
+    Case(4, tp=2, ep=2, what=("model.top_k=2", "model.score_function=softmax", "model.qk_norm=layer")),
     Case(
         4, tp=2, ep=2, expert_tp=True, what=("model.top_k=2", "model.score_function=sigmoid", "model.rcl_tokens=first")
     ),
@@ -159,9 +162,23 @@ CASES = [
 ]  # fmt: skip
 
 
+# Options of blocks, all together; `test_block_options.py` has each alone.
+OPTIONS = [
+    Case(4, tp=2, ep=2, what=ALL_OPTIONS),
+    Case(4, tp=2, ep=2, expert_tp=True, zero=3, recompute="all", what=(*ALL_OPTIONS, *SEVERAL)),
+    Case(4, tp=2, ep=2, zero=2, what=ALL_OPTIONS),
+    Case(4, ep=4, zero=2, what=(*ALL_OPTIONS, *TWICE), prepare="one_expert"),
+    Case(2, tp=2, zero=3, what=(*ALL_OPTIONS, "model.router=dense")),
+    Case(4, tp=4, ep=2, what=(*ALL_OPTIONS, *ALL_NULL), recompute="blocks"),
+    Case(4, tp=2, ep=2, what=(*ALL_OPTIONS, *NO_NULL), grouped=True),
+    Case(4, tp=2, ep=2, expert_tp=True, zero=0, what=("model.activation=swiglu", "model.qk_norm=rms"), grouped=True),
+]
+
 QUICK = pairwise(
     [factors_of(c.overrides(), world=c.world, prepare=c.prepare, grouped=c.grouped) for c in CASES],
 )
+QUICK += [len(CASES)]
+CASES += OPTIONS
 
 
 @cache

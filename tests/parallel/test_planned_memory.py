@@ -81,7 +81,7 @@ TINY = (*S, "model.hidden_size=64", "model.heads=4", "model.input_size=8", "trai
 MODELS = (
     (),
     ("model.router=dense",),
-    ("model.router=dense", "model.qk_norm=true"),
+    ("model.router=dense", "model.qk_norm=layer"),
     ("model.router=promoe_ec",),
     ("model.router=tc", "model.balance_weight=0.1"),
     ("model.router=ec",),
@@ -92,21 +92,34 @@ MODELS = (
     ("model.top_k=2", "model.score_function=sigmoid"),
     ("model.num_shared_experts=3", "model.shared_expert_width=40", "model.num_unconditional_experts=2"),
 )
+BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
+BLOCKS = (*BLOCKS, "model.modulation=shared")
+MODELS = (*MODELS, BLOCKS)
+OPTIONS = (*((option,) for option in BLOCKS), (*BLOCKS, "model.router=dense"))
 LAYOUTS = (
     ("parallel.tp=2",),
     ("parallel.tp=2", "model.router=dense"),
-    ("parallel.tp=2", "parallel.ep=2", "model.qk_norm=true"),
+    ("parallel.tp=2", "parallel.ep=2", "model.qk_norm=layer"),
     ("parallel.tp=2", "parallel.expert_tp=true"),
     ("parallel.ep=2", "train.global_batch=8"),
     ("parallel.tp=2", "model.router=ec"),
     ("parallel.tp=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2", "model.expert_width=96"),
+    ("parallel.tp=2", *BLOCKS),
+    ("parallel.tp=2", "parallel.expert_tp=true", *BLOCKS),
 )
 
 
 @pytest.mark.parametrize(
     "world, variants, kind",
-    [(1, MODELS, "bf16"), full(1, MODELS, "fp32"), full(2, LAYOUTS, "bf16"), full(2, LAYOUTS, "fp32")],
-    ids=["models bf16", "models fp32", "layouts bf16", "layouts fp32"],
+    [
+        (1, MODELS, "bf16"),
+        full(1, MODELS, "fp32"),
+        full(1, OPTIONS, "bf16"),
+        full(1, OPTIONS, "fp32"),
+        full(2, LAYOUTS, "bf16"),
+        full(2, LAYOUTS, "fp32"),
+    ],
+    ids=["models bf16", "models fp32", "options bf16", "options fp32", "layouts bf16", "layouts fp32"],
 )
 @pytest.mark.parametrize("size, close", [full(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):

@@ -154,19 +154,20 @@ def test_traffic_with_data_ranks_beside_both():
 
 def test_traffic_of_models():
     what = (
-        ("parallel.expert_tp=true", "model.qk_norm=true", "train.deepspeed=fp32_zero0"),
+        ("parallel.expert_tp=true", "model.qk_norm=layer", "train.deepspeed=fp32_zero0"),
         ("parallel.recompute=blocks", "train.accumulation=2", "train.deepspeed=bf16_zero2", "model.num_experts=3"),
         ("model.top_k=2", "model.balance_weight=0.1", "model.unconditional_expert=false"),
         ("parallel.recompute=blocks", "model.moe_every=1", "model.batch_scope=rank"),
         ("model.router=promoe_ec", "parallel.recompute=blocks", "train.accumulation=2"),
         ("model.router=tc", "model.balance_weight=0.1", "model.balance_form=sequence"),
-        ("model.router=classification", "model.qk_norm=true", "train.ema_decay=[0.9,0.5]"),
+        ("model.router=classification", "model.qk_norm=layer", "train.ema_decay=[0.9,0.5]"),
         ("model.router=kmeans",),
         ("model.router=promoe_linear", "model.balance_weight=0.1"),
         ("parallel.recompute=moe", "model.capacity_factor=1.5"),
         ("parallel.recompute=all", "model.balance_weight=0.1"),
         ("parallel.recompute=all", "model.router=kmeans"),
         ("model.num_shared_experts=3", "model.shared_expert_width=20", "model.num_unconditional_experts=2"),
+        ("model.modulation=shared", "model.qk_norm=rms", "model.activation=swiglu", "parallel.recompute=all"),
     )
     compare(4, [(*TWO, "parallel.tp=2", "parallel.ep=2", *more) for more in what])
 

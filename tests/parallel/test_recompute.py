@@ -17,7 +17,7 @@ from megapromoe.planning.traffic import Batch, collectives
 POLICIES = ("moe", "blocks", "all")
 ROUTERS = (
     ("model.router=promoe", "model.balance_weight=0.1"),
-    ("model.router=promoe", "model.top_k=2", "model.qk_norm=true"),
+    ("model.router=promoe", "model.top_k=2", "model.qk_norm=layer"),
     ("model.router=promoe", "model.capacity_factor=1.0"),
     ("model.router=promoe_ec",),
     ("model.router=classification", "model.balance_weight=0.1", "model.balance_form=sequence"),
@@ -26,6 +26,8 @@ ROUTERS = (
     ("model.router=tc", "model.balance_weight=0.1"),
     ("model.router=ec",),
     ("model.router=diffmoe",),
+    ("model.router=promoe", "model.activation=swiglu", "model.norm=rms", "model.positions=rope"),
+    ("model.router=promoe", "model.modulation=shared", "model.qk_norm=rms"),
     ("model.router=dense",),
 )
 NULL = 1

@@ -37,14 +37,18 @@ def output(state: State, null: bool = False) -> torch.Tensor:
     return _load_model(state, "ema")(x_BCHW, t_B, y_B, 0 if null else 6)[0]
 
 
+BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
+BLOCKS = (*BLOCKS, "model.modulation=shared")
+
+
 def made_from_dense(noise: float, how: str = "slice", *settings: str) -> tuple[State, State]:
-    dense = state_of("model.router=dense")
+    dense = state_of("model.router=dense", *(setting for setting in settings if setting in BLOCKS))
     config = resolve("digits", overrides=[*SMALL, *PROMOE, *settings])
     prototypes = {b: cluster(x, config) for b, x in moe_inputs(dense, config, images=32).items()}
     return dense, from_dense(dense, config, prototypes, how, noise)
 
 
-@pytest.mark.parametrize("how, settings", [("slice", ()), ("copy", ("model.expert_ratio=4.0",))])
+@pytest.mark.parametrize("how, settings", [("slice", ()), ("copy", ("model.expert_ratio=4.0",)), ("slice", BLOCKS)])
 def test_for_the_null_class_a_dense_model_and_its_promoe_are_one(how, settings):
     dense, made = made_from_dense(0.0, how, *settings)
     torch.testing.assert_close(output(made, null=True), output(dense, null=True), rtol=1e-4, atol=1e-5)

@@ -89,13 +89,13 @@ def test_recipes_survive_writing(path):
 
 
 def test_a_written_study_has_numbers_and_those_with_text_are_still_read(tmp_path, capsys):
-    texts = {"train.steps": "300", "train.lr": "1e-3", "model.qk_norm": "true", "data.source": "digits"}
+    texts = {"train.steps": "300", "train.lr": "1e-3", "model.learn_sigma": "true", "data.source": "digits"}
     call = ["study", "plan", str(tmp_path / "s"), "--preset", "digits", "--experts", "2", "4", "--seeds", "0"]
     call += ["--routers", "promoe", "tc", *settings(texts)]
     assert main(call) == 0
     file = tmp_path / "s" / "study.yaml"
     content = yaml.safe_load(file.read_text())
-    typed = {"train.steps": 300, "train.lr": 0.001, "model.qk_norm": True, "data.source": "digits"}
+    typed = {"train.steps": 300, "train.lr": 0.001, "model.learn_sigma": True, "data.source": "digits"}
     assert {key: content["settings"][key] for key in texts} == typed
     tasks = [(task.name, task.config) for task in open_study(tmp_path / "s").tasks]
     file.write_text(yaml.safe_dump(content | {"settings": content["settings"] | texts}, sort_keys=False))  # as 0.1 did

@@ -53,7 +53,7 @@ def parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def is_zero(name: str, config: ModelConfig) -> bool:
     """Is this gradient zero by mathematics? A key's bias adds the same to all of a query's scores."""
-    return name.endswith("attn.qkv.bias[k]") and not config.qk_norm
+    return name.endswith("attn.qkv.bias[k]") and config.qk_norm != "layer"
 
 
 def compare(case: str) -> Comparison:

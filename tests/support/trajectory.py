@@ -138,7 +138,7 @@ def stir(model, mesh) -> None:
     """
     for name, parameter in model.named_parameters():
         layout = model.layouts[name]
-        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer.linear"):
+        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer.linear") or "table" in name:
             seed = int.from_bytes(name.encode(), "little") % (2**31)
             scale = 1.0 if name.endswith("adaLN_modulation.1.bias") else 0.2
             value = np.random.default_rng(seed).standard_normal(layout.shape) * scale

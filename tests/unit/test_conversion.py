@@ -20,6 +20,7 @@ from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.conversion.published_names import constants
 from megapromoe.conversion.state import State
+from megapromoe.conversion.stream import ConversionError
 from megapromoe.conversion.torch_files import read_pickle
 from megapromoe.planning.cost import parameters
 
@@ -95,6 +96,31 @@ def test_several_dense_experts_are_restored_bit_for_bit(tmp_path, form, uncondit
         last = state.read("master", "blocks.3.mlp.unconditional" + (".1" if unconditional == 2 else "") + ".fc2.bias")
         assert torch.equal(tree["model_state_dict"][f"blocks.3.mlp.experts.{3 + unconditional}.down_proj.bias"], last)
         assert f"blocks.3.mlp.experts.{4 + unconditional}.down_proj.bias" not in shapes
+
+
+BLOCKS = {"activation": "swiglu", "norm": "rms", "qk_norm": "rms", "positions": "rope", "modulation": "shared"}
+
+
+@pytest.mark.parametrize("form", ["ours", "safetensors", "deepspeed", "diffusers"])
+def test_options_of_blocks_are_restored_bit_for_bit(tmp_path, form):
+    config = config_that_runs("promoe_tc")
+    state = random_state(replace(config, model=replace(config.model, **BLOCKS)))
+    export(state, tmp_path / NAMES[form], form)
+    back = open_state(tmp_path / NAMES[form])
+    assert back.config.model == state.config.model
+    if form == "diffusers":
+        assert all(torch.equal(back.read("master", name), state.read("ema", name)) for name in state.shapes)
+    else:
+        assert_same(state, back)
+
+
+@pytest.mark.parametrize("option, value", BLOCKS.items())
+def test_options_of_blocks_that_published_files_cannot_express_are_refused(tmp_path, option, value):
+    config = config_that_runs("promoe_tc")
+    state = random_state(replace(config, model=replace(config.model, **{option: value})))
+    with pytest.raises(ConversionError, match=rf"does not support model.{option} = {value}; use another format"):
+        export(state, tmp_path / "a.pth", "published")
+    assert not (tmp_path / "a.pth").exists()
 
 
 def test_the_published_run_is_converted_in_both_directions_bit_for_bit(tmp_path):

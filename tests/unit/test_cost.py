@@ -16,6 +16,13 @@ from megapromoe.nn.parallelize import build, layouts
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
 SMALL = ModelConfig(hidden_size=32, depth=4, heads=4, input_size=8, num_classes=10, num_experts=6, expert_ratio=1.5)
+ALL_OPTIONS = {
+    "activation": "swiglu",
+    "norm": "rms",
+    "qk_norm": "rms",
+    "positions": "rope",
+    "modulation": "shared",
+}
 
 
 @pytest.mark.parametrize("experts, millions", [(4, 659.6), (8, 861.2), (16, 1264), (32, 2070), (64, 3682), (128, 6907)])
@@ -28,17 +35,23 @@ def test_published_sweep_over_experts(experts, millions):
     "change",
     [
         {},
-        {"router": "dense", "qk_norm": True},
+        {"router": "dense", "qk_norm": "layer"},
         {"router": "promoe_ec", "shared_expert": False, "moe_every": 1},
         {"router": "tc", "unconditional_expert": False, "learn_sigma": False},
         {"router": "classification", "shared_expert": False},
         {"router": "kmeans", "unconditional_expert": False},
         {"router": "promoe_linear"},
         {"router": "ec", "top_k": 2},
-        {"router": "diffmoe", "qk_norm": True, "mlp_ratio": 3.0},
+        {"router": "diffmoe", "qk_norm": "layer", "mlp_ratio": 3.0},
         {"num_shared_experts": 3, "shared_expert_width": 20, "num_unconditional_experts": 2},
         {"expert_width": 13, "num_shared_experts": 2, "unconditional_expert": False},
         {"router": "kmeans", "num_unconditional_experts": 4, "shared_expert": False, "expert_width": 31},
+        {"activation": "swiglu", "num_shared_experts": 2, "shared_expert_width": 20, "expert_width": 13},
+        {"router": "dense", "activation": "swiglu", "mlp_ratio": 2.5},
+        {"norm": "rms", "qk_norm": "rms"},
+        {"positions": "rope"},
+        {"modulation": "shared", "qk_norm": "layer"},
+        ALL_OPTIONS,
     ],
 )
 def test_parameters_of_the_built_model(change):
@@ -47,7 +60,8 @@ def test_parameters_of_the_built_model(change):
         built = sum(p.numel() for p in DiT(model).parameters())
     counted = parameters(model)
     assert counted.trainable == built
-    assert counted.total == built + model.tokens * model.hidden_size == sum(counted.by_part.values())
+    positions = 0 if model.positions == "rope" else model.tokens * model.hidden_size
+    assert counted.total == built + positions == sum(counted.by_part.values())
 
 
 def test_active_follows_top_k():
@@ -72,7 +86,7 @@ def test_operations_of_promoe_are_those_of_dit():
     assert sparse.training == 3 * sparse.forward == 3 * sum(sparse.by_part.values())
 
 
-@pytest.mark.parametrize("change", [{}, {"qk_norm": True, "learn_sigma": False, "mlp_ratio": 3.0}])
+@pytest.mark.parametrize("change", [{}, {"qk_norm": "layer", "learn_sigma": False, "mlp_ratio": 3.0}, ALL_OPTIONS])
 def test_operations_that_torch_counts(change):
     config = resolve("digits", overrides=["model.router=dense"])
     config = replace(config, model=replace(config.model, **change))
@@ -141,7 +155,9 @@ def first_rank(layout):
     "overrides",
     [
         [],
-        ["parallel.tp=2", "model.qk_norm=true"],
+        ["parallel.tp=2", "model.qk_norm=layer"],
+        ["parallel.tp=2", "parallel.ep=4", *(f"model.{name}={value}" for name, value in ALL_OPTIONS.items())],
+        ["parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.activation=swiglu"],
         ["parallel.ep=8", "model.num_experts=12"],
         ["parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true"],
         ["model.router=diffmoe", "parallel.tp=4", "parallel.ep=2"],

@@ -86,6 +86,16 @@ def test_a_config_of_another_model_is_refused(tmp_path, model):
             open_state(tmp_path)
 
 
+@pytest.mark.parametrize("setting", ["norm=rms", "activation=swiglu", "qk_norm=layer", "modulation=shared"])
+def test_a_config_with_other_blocks_is_refused(tmp_path, model, setting):
+    model.save_pretrained(tmp_path)
+    described = open_state(tmp_path).config.model
+    option, _, value = setting.partition("=")
+    config = replace(open_state(tmp_path).config, model=replace(described, **{option: value}))
+    with pytest.raises(ConversionError, match=f"with model.{option} = .*, but the given config has {value}"):
+        open_state(tmp_path, config=config)
+
+
 def test_a_model_without_variance_needs_the_objective_option(tmp_path):
     diffusers.DiTTransformer2DModel(**SIZES | {"num_layers": 1}, out_channels=3).save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match="--objective"):

@@ -104,6 +104,7 @@ def test_the_options_are_those_of_a_model():
     assert all(known[name] is kind for name, kind in get_type_hints(LayerOptions).items())
     used = set(LAYER_FIELDS) | {"router"}
     of_the_backbone = {"depth", "heads", "patch_size", "input_size", "in_channels", "mlp_ratio", "qk_norm"}
+    of_the_backbone |= {"norm", "positions", "modulation"}
     of_the_backbone |= {"learn_sigma", "time_input", "time_frequency_shift", "mlp_norm_eps", "moe_every"}
     assert used | of_the_backbone == set(known) and not used & of_the_backbone
 
@@ -250,7 +251,7 @@ def test_bfloat16(router):
 
 
 def test_a_model_under_autocast():
-    config = ModelConfig(hidden_size=32, depth=2, heads=2, input_size=4, num_experts=E, qk_norm=True)
+    config = ModelConfig(hidden_size=32, depth=2, heads=2, input_size=4, num_experts=E, qk_norm="layer")
     model = DiT(config)
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import Split
-from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, zeros
+from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, xavier_uniform_halves, zeros
 from megapromoe.nn.moe.expert_operators import TracedExperts, offsets_on_host
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
@@ -101,6 +101,15 @@ class ExpertLinear(LogicalModule):
         if has_grouped_mm_kernel(x_RD):
             return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.epilogue, self.gelu)
         return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
+
+
+class ExpertGateUpLinear(ExpertLinear):
+    """The two projections of each expert's SwiGLU in one layer, [gate | up]."""
+
+    rules = {
+        "weight": ParameterRule(xavier_uniform_halves, Split(1, blocks=2)),
+        "bias": ParameterRule(zeros, Split(1, blocks=2)),
+    }
 
 
 class ExpertDownLinear(ExpertLinear):

@@ -22,13 +22,14 @@ from megapromoe.config import extensions
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
+from megapromoe.nn.activations import swiglu
 from megapromoe.nn.layers import Mlp, SummedMlps
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
 from megapromoe.nn.moe.diffmoe_router import DiffMoERouter
 from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
-from megapromoe.nn.moe.expert_linear import ExpertDownLinear, ExpertLinear, ExpertOffsets
+from megapromoe.nn.moe.expert_linear import ExpertDownLinear, ExpertGateUpLinear, ExpertLinear, ExpertOffsets
 from megapromoe.nn.moe.guided_routers import ClassificationRouter, KMeansRouter
 from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import (
@@ -81,16 +82,21 @@ class ExpertInputs(NamedTuple):
 
 
 class Experts(nn.Module):
-    """The routed experts of one rank: Linear(D→F) · tanh-GELU · Linear(F→D) each, with stacked parameters."""
+    """The routed experts of one rank, each an MLP as `Mlp` is, with stacked parameters."""
 
-    def __init__(self, experts: int, width: int, hidden: int):
+    def __init__(self, experts: int, width: int, hidden: int, activation: str):
         super().__init__()
-        self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
+        self.is_swiglu = activation == "swiglu"
+        if self.is_swiglu:
+            self.fc1: ExpertLinear = ExpertGateUpLinear(experts, width, 2 * hidden)
+        else:
+            self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
         self.fc2 = ExpertDownLinear(experts, hidden, width)
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
-        return self.fc2(self.fc1(x_RD, offsets), offsets)
+        hidden_RF = self.fc1(x_RD, offsets)
+        return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
 
 
 class MoE(RegionModule):
@@ -129,9 +135,9 @@ class MoE(RegionModule):
         D, width = config.hidden_size, config.moe_width
         self.config = config
         self.router = (router_class(router) if isinstance(router, str) else router)(config)
-        self.experts = Experts(config.num_experts, D, width)
-        self.shared = _dense_experts(config.shared_experts, D, config.shared_width)
-        self.unconditional = _dense_experts(config.unconditional_experts, D, width)
+        self.experts = Experts(config.num_experts, D, width, config.activation)
+        self.shared = _dense_experts(config.shared_experts, D, config.shared_width, config.activation)
+        self.unconditional = _dense_experts(config.unconditional_experts, D, width, config.activation)
         self.dispatcher: Dispatcher
         self.set_mesh(UNSHARDED)
 
@@ -276,14 +282,14 @@ def auxiliary_of(routed: RouterOutput, dropped: Tensor | None) -> MoEAuxiliary:
     return MoEAuxiliary(routed.losses, routed.joint_losses, routed.load_E, routed.mean_weight, dropped)
 
 
-def _dense_experts(count: int, hidden: int, width: int) -> Mlp | SummedMlps | None:
+def _dense_experts(count: int, hidden: int, width: int, activation: str) -> Mlp | SummedMlps | None:
     """`count` shared or unconditional experts.
 
     A single expert is an `Mlp`, not a `SummedMlps`: older checkpoints have its parameters under these names.
     """
     if count > 1:
-        return SummedMlps(Mlp(hidden, width) for _ in range(count))
-    return Mlp(hidden, width) if count else None
+        return SummedMlps(Mlp(hidden, width, activation) for _ in range(count))
+    return Mlp(hidden, width, activation) if count else None
 
 
 def mlps_of(experts: Mlp | SummedMlps | None) -> list[Mlp]:
