@@ -24,14 +24,15 @@ from megapromoe.benchmark.counters import FLOPS, is_kernel
 from megapromoe.benchmark.layer import Settings
 from megapromoe.benchmark.lowered import LoweringBackend
 from megapromoe.benchmark.models import Batch
-from megapromoe.config.options import Config
+from megapromoe.config.options import Config, ModelConfig
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.compile import compile_dense
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe import dispatcher, expert_linear
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
 from megapromoe.nn.parallelize import build
 
 IMAGES, NULL_SHARE = 8, 1 / 8
@@ -237,6 +238,75 @@ def _count_engine(engine: Engine, batch: Batch, config: Config, backend: Lowerin
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
     x_BCHW, t_B = batch.objective.corrupt(batch.clean, batch.noise, batch.u_B)
     return x_BCHW, t_B, batch.labels_B, batch.num_conditional
+
+
+def count_blocks(compiled: bool, images: int = IMAGES) -> dict[str, dict[str, float]]:
+    """Bytes that the elementwise operators of a dense and of an MoE block move, forward and backward.
+
+    Returns "dense" and "moe" -> "forward", "backward" and "minimum" (`minimum_moved`, of both together), each in
+    activations: D bf16 numbers for each token. ProMoE-S with two heads, 64 tokens an image.
+    """
+    config = resolve(
+        "promoe_s", overrides=[*NARROW[1:], "model.input_size=16", "model.heads=2", "model.hidden_size=256"]
+    )
+    m, batch = config.model, _batch(config, images)
+    x_BSD = torch.randn(images, m.tokens, m.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    c_BD = torch.randn(images, m.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    backend = LoweringBackend(batch.num_conditional) if compiled else None
+    model = _model(config, UNSHARDED, backend).bfloat16().train()
+    share, figures = batch.num_conditional / images, {}
+    for name, block in zip(("dense", "moe"), model.blocks, strict=False):
+        with grouped_experts():
+            for _ in range(2):
+                model.zero_grad(set_to_none=True)  # nothing is added to earlier gradients
+                x_BSD.grad = c_BD.grad = None
+                with IssueCounter(backend) as counter:
+                    counter.phase("forward")
+                    y_BSD, auxiliary = block(x_BSD, c_BD, batch.labels_B, batch.num_conditional)
+                    counter.phase("losses")
+                    losses = [*auxiliary_losses([auxiliary]).values()] if auxiliary else []
+                    outputs = [y_BSD, *losses]
+                    gradients = [torch.ones_like(y) for y in outputs]
+                    counter.phase("backward")
+                    torch.autograd.backward(outputs, gradients)
+        unit = x_BSD.numel() * x_BSD.element_size()
+        figures[name] = {phase: counter.phases[phase].moved / unit for phase in ("forward", "backward")}
+        figures[name]["minimum"] = sum(sum(pair) for pair in minimum_moved(m, name, share).values())
+    return figures
+
+
+def minimum_moved(m: ModelConfig, block: str, routed: float) -> dict[str, tuple[float, float]]:
+    """The activations (D bf16 numbers for each token) that the elementwise groups of a block must read and write.
+
+    A group is all that lies between two calls of products, attention or a sort, whose inputs and outputs are in memory.
+    It reads each of its tensors once and writes each once. Parameters, and what is smaller than the activations, are
+    left out, and so are the gradients of biases, which can be summed by the group that writes what they sum.
+
+    Args:
+        m: of a ProMoE with one shared and one unconditional expert and top-1 routing.
+        block: "dense" or "moe".
+        routed: share of the tokens that are routed.
+
+    Returns group -> forward, backward.
+    """
+    groups = {
+        "norm, modulation": (2.0, 4.0),  # backward adds the gradient of the residual connection
+        "gradients of q, k and v joined": (0.0, 6.0),
+    }
+    if block == "dense":
+        return groups | {
+            "residual, norm, modulation": (4.0, 6.0),
+            "GELU": (2 * m.mlp_width / m.hidden_size, 3 * m.mlp_width / m.hidden_size),
+            "residual": (3.0, 3.0),
+        }
+    width = (m.shared_width + m.moe_width) / m.hidden_size
+    return groups | {
+        "residual, norm, modulation": (4.0, 7.0),  # the gradients of shared and of other experts are apart
+        "tokens for the router, float32": (2 * routed, 4 * routed),  # backward: of the sums, then of the tokens
+        "rows of the experts": (2 * routed, 0.0),  # their gradient is part of the group before
+        "GELU": (2 * width, 3 * width),
+        "combination, residual": (4.0, 4 + routed),
+    }
 
 
 def grouped_experts() -> ExitStack:

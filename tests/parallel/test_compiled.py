@@ -19,8 +19,8 @@ from megapromoe.nn.moe.layer import ROUTERS, MoE
 from megapromoe.nn.parallelize import build
 
 # With tensor or expert parallelism: embedding, attention half, residual, MLP, shared expert, final layer, and the
-# epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer.
-COMPILED_REGIONS, WHOLE_BLOCKS = 8, 4
+# epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer, losses.
+COMPILED_REGIONS, WHOLE_BLOCKS = 8, 5
 
 
 def by_graph(model, mesh) -> None:
@@ -119,7 +119,7 @@ def test_a_block_is_one_graph_for_any_number_of_null_images(case):
     for model in (plain, compiled):
         stir(model, make_mesh())
     by_graph(compiled, None)
-    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 1
+    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 2
     for conditional in (3, 0, 4, 1, 2):
         with BACKENDS["looped" if case in LOOPED else "grouped"]():
             (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
@@ -200,7 +200,8 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
     compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    assert calls == 3 * [options] and set(options or ()) <= set(list_options())  # embedding, blocks, final layer
+    # Blocks, embedding, final layer, losses.
+    assert calls == 4 * [options] and set(options or ()) <= set(list_options())
 
 
 def test_stage_3_is_refused():
