@@ -8,7 +8,7 @@ same under DeepSpeed; the difference is DeepSpeed's share.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,8 @@ from megapromoe.benchmark.counters import FLOPS, is_kernel
 from megapromoe.benchmark.layer import Settings
 from megapromoe.benchmark.lowered import LoweringBackend
 from megapromoe.benchmark.models import Batch
-from megapromoe.config.options import Config, ModelConfig
+from megapromoe.benchmark.moved_bytes import minimum_moved, moved_bytes
+from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.engine.averaged_weights import EMA
@@ -116,32 +117,8 @@ class IssueCounter(TorchDispatchMode):
         if is_kernel(func, outputs):
             self.now.operators[func._schema.name.partition("::")[2]] += 1
             if func._overloadpacket not in FLOPS and func._overloadpacket not in flop_registry:
-                self.now.moved += moved_bytes(func, tree_leaves((args, kwargs)), outputs)
+                self.now.moved += moved_bytes(func, args, kwargs or {}, outputs)
         return out
-
-
-def moved_bytes(func: Any, inputs: Iterable[Any], outputs: Iterable[Tensor]) -> int:
-    """Bytes that an elementwise operator, reduction or copy reads and writes.
-
-    Every input is read once, unless the operator only overwrites it. An expanded tensor counts at the size of its
-    memory. Of the table of a gather only as many rows are read as the result has.
-    """
-    read, name = 0, func._schema.name.partition("::")[2]
-    written = sum(map(_bytes, outputs))
-    overwrites = name in ("copy_", "fill_", "zero_")
-    for number, tensor in enumerate(t for t in inputs if isinstance(t, Tensor)):
-        if overwrites and number == 0:
-            continue
-        table = number == 0 and name in ("index_select", "gather", "embedding", "index")
-        read += min(_bytes(tensor), written) if table else _bytes(tensor)
-    return read + written
-
-
-def _bytes(tensor: Tensor) -> int:
-    numbers = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        numbers *= size if stride or not size else 1
-    return numbers * tensor.element_size()
 
 
 def narrow(preset: str, *overrides: str, width: int = 4) -> Config:
@@ -273,40 +250,6 @@ def count_blocks(compiled: bool, images: int = IMAGES) -> dict[str, dict[str, fl
         figures[name] = {phase: counter.phases[phase].moved / unit for phase in ("forward", "backward")}
         figures[name]["minimum"] = sum(sum(pair) for pair in minimum_moved(m, name, share).values())
     return figures
-
-
-def minimum_moved(m: ModelConfig, block: str, routed: float) -> dict[str, tuple[float, float]]:
-    """The activations (D bf16 numbers for each token) that the elementwise groups of a block must read and write.
-
-    A group is all that lies between two calls of products, attention or a sort, whose inputs and outputs are in memory.
-    It reads each of its tensors once and writes each once. Parameters, and what is smaller than the activations, are
-    left out, and so are the gradients of biases, which can be summed by the group that writes what they sum.
-
-    Args:
-        m: of a ProMoE with one shared and one unconditional expert and top-1 routing.
-        block: "dense" or "moe".
-        routed: share of the tokens that are routed.
-
-    Returns group -> forward, backward.
-    """
-    groups = {
-        "norm, modulation": (2.0, 4.0),  # backward adds the gradient of the residual connection
-        "gradients of q, k and v joined": (0.0, 6.0),
-    }
-    if block == "dense":
-        return groups | {
-            "residual, norm, modulation": (4.0, 6.0),
-            "GELU": (2 * m.mlp_width / m.hidden_size, 3 * m.mlp_width / m.hidden_size),
-            "residual": (3.0, 3.0),
-        }
-    width = (m.shared_width + m.moe_width) / m.hidden_size
-    return groups | {
-        "residual, norm, modulation": (4.0, 7.0),  # the gradients of shared and of other experts are apart
-        "tokens for the router, float32": (2 * routed, 4 * routed),  # backward: of the sums, then of the tokens
-        "rows of the experts": (2 * routed, 0.0),  # their gradient is part of the group before
-        "GELU": (2 * width, 3 * width),
-        "combination, residual": (4.0, 4 + routed),
-    }
 
 
 def grouped_experts() -> ExitStack:
