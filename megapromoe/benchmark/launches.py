@@ -30,7 +30,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe import dispatcher, expert_linear
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
@@ -166,7 +166,7 @@ def _batch(config: Config, images: int) -> Batch:
 def _model(config: Config, mesh: Mesh, backend: LoweringBackend | None) -> DiT:
     model = build(config, mesh)
     if backend:
-        compile_dense(model, backend)
+        compile_model(model, backend)
     return model
 
 

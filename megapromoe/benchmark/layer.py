@@ -43,7 +43,7 @@ class Settings:
         null: share of the images without a class, 0 to 1; their number is rounded.
         seed: of weights and tokens.
         sample_steps, guidance: of the sampler.
-        compile: torch.compile of the dense regions of all models in training. Counts are taken without it.
+        compile: torch.compile of all models in training. Counts are taken without it.
     """
 
     device: torch.device

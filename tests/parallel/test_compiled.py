@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from megapromoe.config.options import ConfigError
 from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.layer import ROUTERS, MoE
 from megapromoe.nn.parallelize import build
 
@@ -25,7 +25,7 @@ COMPILED_REGIONS, WHOLE_BLOCKS = 8, 5
 
 def by_graph(model, mesh) -> None:
     """Compiles graphs as for inductor but runs them operator by operator, without a C++ compiler."""
-    compile_dense(model, "aot_eager")
+    compile_model(model, "aot_eager")
 
 
 def pair(overrides: tuple[str, ...], folder: str):
@@ -162,7 +162,7 @@ def test_evaluation_stays_eager():
         raise RuntimeError("asked to compile")
 
     model = build(small("model.depth=2"))
-    compile_dense(model, refuse)
+    compile_model(model, refuse)
     outcome(model.eval(), 3, 2)
     with pytest.raises(Exception, match="asked to compile"):
         outcome(model.train(), 3, 2)
@@ -199,7 +199,7 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
 
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
-    compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
+    compile_model(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
     # Blocks, embedding, final layer, losses.
     assert calls == 4 * [options] and set(options or ()) <= set(list_options())
 
