@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from megapromoe.benchmark.launches import IMAGES, MODELS, count_step, narrow
+from megapromoe.benchmark.launches import IMAGES, MODELS, count_blocks, count_step, narrow
+from megapromoe.benchmark.moved_bytes import UPDATE_MINIMUM
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.errors import UserError
 from megapromoe.io import write_json, write_text
+from megapromoe.nn.dit import DiT
 from megapromoe.versions import versions
 
 MINUTES = 60
@@ -86,8 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 def count(models: Sequence[str], ranks: Sequence[int], modes: Sequence[str]) -> dict[str, Any]:
     """Counts all combinations that exist: dense models are not counted with ep.
 
-    Returns JSON: "steps", a list of cases with "model", "ranks", "mode" and "phases", those of rank 0 as in
-    `launches.count_step`; "images" of a rank's micro-batch, and versions.
+    Returns JSON: "steps", a list of cases with "model", "ranks", "mode", "parameters" of the model and "phases", those
+    of rank 0 as in `launches.count_step`; "blocks", mode -> `launches.count_blocks`; "images" of a rank's micro-batch,
+    and versions.
     """
     steps = []
     for world in ranks:
@@ -96,7 +99,8 @@ def count(models: Sequence[str], ranks: Sequence[int], modes: Sequence[str]) -> 
             arguments = (world, folder, names, tuple(modes))
             multiprocessing.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
             steps += json.loads((Path(folder) / "steps.json").read_text())
-    return {"steps": steps, "images": IMAGES, **versions(("megapromoe", "torch", "deepspeed"))}
+    blocks = {mode: count_blocks(mode == "compiled") for mode in modes}
+    return {"steps": steps, "blocks": blocks, "images": IMAGES, **versions(("megapromoe", "torch", "deepspeed"))}
 
 
 def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequence[str]) -> None:
@@ -113,7 +117,9 @@ def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequ
                 config = narrow(name, f"parallel.ep={world}", f"train.global_batch={IMAGES * world}")
                 phases = count_step(config, mesh, mode == "compiled")
                 figures = {phase: {"launches": issued.launches, **vars(issued)} for phase, issued in phases.items()}
-                steps.append({"model": name, "ranks": world, "mode": mode, "phases": figures})
+                parameters = sum(p.numel() for p in DiT(config.model).parameters())
+                case = {"model": name, "ranks": world, "mode": mode, "parameters": parameters}
+                steps.append({**case, "phases": figures})
         if rank == 0:
             (Path(folder) / "steps.json").write_text(json.dumps(steps))
         dist.barrier()
@@ -122,19 +128,41 @@ def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequ
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The launches of every phase as a table."""
-    head = ["model", "ranks", "mode", *PHASES.values(), "messages"]
+    """Three tables: launches of every phase, bytes of the blocks, bytes of the update on one rank."""
     lines = [
         f"Launches of a training step, {document['images']} images a rank, one of them null; torch {document['torch']},"
         f" DeepSpeed {document['deepspeed']}.",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
+        *_rows(["model", "ranks", "mode", *PHASES.values(), "messages"]),
     ]
     for step in document["steps"]:
         figures = [step["phases"][phase] for phase in PHASES]
         launches = [f"{figure['launches']:,}" for figure in figures]
         messages = sum(figure["messages"] for figure in figures)
-        cells = [step["model"], step["ranks"], step["mode"], *launches, messages]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += _rows([step["model"], step["ranks"], step["mode"], *launches, messages], head=False)
+    head = ["block", "mode", "forward", "backward", "minimum", "over it"]
+    lines += [
+        "",
+        "Moved by elementwise operators of a block, in activations (D bf16 numbers a token).",
+        "",
+        *_rows(head),
+    ]
+    for mode, blocks in document["blocks"].items():
+        for name, figure in blocks.items():
+            moved = [figure["forward"], figure["backward"], figure["minimum"]]
+            over = (figure["forward"] + figure["backward"]) / figure["minimum"]
+            lines += _rows([name, mode, *(f"{value:.1f}" for value in moved), f"{over:.2f}"], head=False)
+    minimum = sum(UPDATE_MINIMUM.values())
+    lines += ["", "Moved by an update on one rank, in bytes for each parameter.", ""]
+    lines += _rows(["model", "norm", "update", "averages", "all", "minimum", "over it"])
+    for step in document["steps"]:
+        if (step["ranks"], step["mode"]) == (1, "eager"):
+            moved = [step["phases"][phase]["moved"] / step["parameters"] for phase in ("norm", "update", "ema")]
+            cells = [*(f"{value:.1f}" for value in (*moved, sum(moved))), minimum, f"{sum(moved) / minimum:.2f}"]
+            lines += _rows([step["model"], *cells], head=False)
     return "\n".join(lines) + "\n"
+
+
+def _rows(cells: Sequence[Any], head: bool = True) -> list[str]:
+    row = f"| {' | '.join(map(str, cells))} |"
+    return [row, f"|{'---|' * len(cells)}"] if head else [row]

@@ -8,7 +8,7 @@ same under DeepSpeed; the difference is DeepSpeed's share.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +24,16 @@ from megapromoe.benchmark.counters import FLOPS, is_kernel
 from megapromoe.benchmark.layer import Settings
 from megapromoe.benchmark.lowered import LoweringBackend
 from megapromoe.benchmark.models import Batch
+from megapromoe.benchmark.moved_bytes import minimum_moved, moved_bytes
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe import dispatcher, expert_linear
+from megapromoe.nn.moe.auxiliary import auxiliary_losses
 from megapromoe.nn.parallelize import build
 
 IMAGES, NULL_SHARE = 8, 1 / 8
@@ -115,32 +117,8 @@ class IssueCounter(TorchDispatchMode):
         if is_kernel(func, outputs):
             self.now.operators[func._schema.name.partition("::")[2]] += 1
             if func._overloadpacket not in FLOPS and func._overloadpacket not in flop_registry:
-                self.now.moved += moved_bytes(func, tree_leaves((args, kwargs)), outputs)
+                self.now.moved += moved_bytes(func, args, kwargs or {}, outputs)
         return out
-
-
-def moved_bytes(func: Any, inputs: Iterable[Any], outputs: Iterable[Tensor]) -> int:
-    """Bytes that an elementwise operator, reduction or copy reads and writes.
-
-    Every input is read once, unless the operator only overwrites it. An expanded tensor counts at the size of its
-    memory. Of the table of a gather only as many rows are read as the result has.
-    """
-    read, name = 0, func._schema.name.partition("::")[2]
-    written = sum(map(_bytes, outputs))
-    overwrites = name in ("copy_", "fill_", "zero_")
-    for number, tensor in enumerate(t for t in inputs if isinstance(t, Tensor)):
-        if overwrites and number == 0:
-            continue
-        table = number == 0 and name in ("index_select", "gather", "embedding", "index")
-        read += min(_bytes(tensor), written) if table else _bytes(tensor)
-    return read + written
-
-
-def _bytes(tensor: Tensor) -> int:
-    numbers = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        numbers *= size if stride or not size else 1
-    return numbers * tensor.element_size()
 
 
 def narrow(preset: str, *overrides: str, width: int = 4) -> Config:
@@ -188,7 +166,7 @@ def _batch(config: Config, images: int) -> Batch:
 def _model(config: Config, mesh: Mesh, backend: LoweringBackend | None) -> DiT:
     model = build(config, mesh)
     if backend:
-        compile_dense(model, backend)
+        compile_model(model, backend)
     return model
 
 
@@ -237,6 +215,41 @@ def _count_engine(engine: Engine, batch: Batch, config: Config, backend: Lowerin
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
     x_BCHW, t_B = batch.objective.corrupt(batch.clean, batch.noise, batch.u_B)
     return x_BCHW, t_B, batch.labels_B, batch.num_conditional
+
+
+def count_blocks(compiled: bool, images: int = IMAGES) -> dict[str, dict[str, float]]:
+    """Bytes that the elementwise operators of a dense and of an MoE block move, forward and backward.
+
+    Returns "dense" and "moe" -> "forward", "backward" and "minimum" (`minimum_moved`, of both together), each in
+    activations: D bf16 numbers for each token. ProMoE-S with two heads, 64 tokens an image.
+    """
+    config = resolve(
+        "promoe_s", overrides=[*NARROW[1:], "model.input_size=16", "model.heads=2", "model.hidden_size=256"]
+    )
+    m, batch = config.model, _batch(config, images)
+    x_BSD = torch.randn(images, m.tokens, m.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    c_BD = torch.randn(images, m.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    backend = LoweringBackend(batch.num_conditional) if compiled else None
+    model = _model(config, UNSHARDED, backend).bfloat16().train()
+    share, figures = batch.num_conditional / images, {}
+    for name, block in zip(("dense", "moe"), model.blocks, strict=False):
+        with grouped_experts():
+            for _ in range(2):
+                model.zero_grad(set_to_none=True)  # nothing is added to earlier gradients
+                x_BSD.grad = c_BD.grad = None
+                with IssueCounter(backend) as counter:
+                    counter.phase("forward")
+                    y_BSD, auxiliary = block(x_BSD, c_BD, batch.labels_B, batch.num_conditional)
+                    counter.phase("losses")
+                    losses = [*auxiliary_losses([auxiliary]).values()] if auxiliary else []
+                    outputs = [y_BSD, *losses]
+                    gradients = [torch.ones_like(y) for y in outputs]
+                    counter.phase("backward")
+                    torch.autograd.backward(outputs, gradients)
+        unit = x_BSD.numel() * x_BSD.element_size()
+        figures[name] = {phase: counter.phases[phase].moved / unit for phase in ("forward", "backward")}
+        figures[name]["minimum"] = sum(sum(pair) for pair in minimum_moved(m, name, share).values())
+    return figures
 
 
 def grouped_experts() -> ExitStack:

@@ -43,7 +43,7 @@ class Settings:
         null: share of the images without a class, 0 to 1; their number is rounded.
         seed: of weights and tokens.
         sample_steps, guidance: of the sampler.
-        compile: torch.compile of the dense regions of all models in training. Counts are taken without it.
+        compile: torch.compile of all models in training. Counts are taken without it.
     """
 
     device: torch.device
@@ -135,7 +135,8 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
     """The input (B, S, D) of the MoE layer in the second block of a model."""
     first, second = cast(tuple[Block, Block], tuple(model.blocks))
     with torch.no_grad():
-        x_BSD, _, condition, rotation = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
+        x_BSD, c_BD, modulation, rotation = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
+        condition, *_ = model.conditions(c_BD, modulation)
         x_BSD, h_BSD, gate_BD = first.attention_half(x_BSD, condition, rotation)
         x_BSD = x_BSD + gate_BD.unsqueeze(1) * first.mlp(h_BSD)
         return second.attention_half(x_BSD, condition, rotation)[1].clone()

@@ -23,7 +23,7 @@ from megapromoe.config.options import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import guided, sample
 from megapromoe.distributed.mesh import UNSHARDED
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import AuxiliaryOutput, DiT
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.layer import MoE
@@ -97,7 +97,7 @@ def _measure(
         try:
             model = _model(name, ours, config, routing)
             if settings.compile:
-                compile_dense(model)
+                compile_model(model)
             planned = _PlannedRouting(model, routing)
             works[name] = make(model)
             with _dropped_by(model) as dropped[name]:

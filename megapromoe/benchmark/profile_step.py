@@ -26,7 +26,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.errors import UserError
 from megapromoe.io import atomic_path, write_json, write_text
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.parallelize import build
 from megapromoe.number_text import significant
 from megapromoe.planning import cost
@@ -114,7 +114,7 @@ def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
     torch.manual_seed(settings.seed)
     model = build(config, UNSHARDED).to(settings.device, settings.dtype).train()
     if settings.compile:
-        compile_dense(model)
+        compile_model(model)
     batch, update = Batch(config, settings), Update(model, config.train)
 
     def step() -> None:

@@ -446,7 +446,7 @@ class TrainConfig:
     deepspeed: str = option(
         "bf16_zero1", "DeepSpeed configuration: the name of a file in ds_configs, or a path to a .json file"
     )
-    compile: bool = option(False, "compile the dense layers with torch.compile; the first step then takes minutes")
+    compile: bool = option(False, "compile the blocks with torch.compile; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
     timeout: float = option(
         600.0, "longest duration of a collective, in seconds, after which the run ends with an error", within=POSITIVE

@@ -34,7 +34,7 @@ from megapromoe.nn.rotary import Rotation
 _LONG_SEQUENCE = 4096
 
 
-def compile_dense(model: DiT, backend: str | Callable = "inductor") -> None:
+def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     """Replaces functions of the model by compiled ones, which are used in training mode.
 
     They are compiled in the first step; blocks of the same kind share the compiled code.

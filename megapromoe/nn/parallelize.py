@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import Block, DiT
 from megapromoe.nn.logical_module import LogicalModule, initial_value
 from megapromoe.nn.moe.routers import Router
@@ -71,7 +71,7 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
     if config.model.has_custom_router:
         _compare_with_plan(model)
     if config.train.compile:
-        compile_dense(model)
+        compile_model(model)
     return model
 
 

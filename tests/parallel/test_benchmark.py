@@ -16,7 +16,7 @@ from megapromoe.benchmark.baselines import CONTENDERS, BatchedCapacity, make_con
 from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
 from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.distributed import mesh
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
 
 CPU = torch.device("cpu")
@@ -190,9 +190,9 @@ def test_whole_models_are_compiled_alike(monkeypatch):
 
     def by_graph(model):
         compiled.append(type(model.blocks[1].mlp).__name__)
-        compile_dense(model, "aot_eager")
+        compile_model(model, "aot_eager")
 
-    monkeypatch.setattr(models, "compile_dense", by_graph)
+    monkeypatch.setattr(models, "compile_model", by_graph)
     figures = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
     assert compiled == ["MoE", "Loop", "Mlp"]
     assert all(f["counts"]["total"]["kernels"] > 300 for f in figures.values())  # counted in eager mode

@@ -14,20 +14,20 @@ from torch._dynamo.utils import counters
 from megapromoe.config.options import ConfigError
 from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.nn.compile import compile_dense
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.layer import ROUTERS, MoE
 from megapromoe.nn.parallelize import build
 
 # With tensor or expert parallelism: embedding, attention half, residual, MLP, shared expert, final layer, and the
-# epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer.
-COMPILED_REGIONS, WHOLE_BLOCKS = 8, 4
+# epilogues of two grouped products. Otherwise: embedding, dense block, MoE block, final layer, losses.
+COMPILED_REGIONS, WHOLE_BLOCKS = 8, 5
 BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
 BLOCKS = (*BLOCKS, "model.modulation=shared")
 
 
 def by_graph(model, mesh) -> None:
     """Compiles graphs as for inductor but runs them operator by operator, without a C++ compiler."""
-    compile_dense(model, "aot_eager")
+    compile_model(model, "aot_eager")
 
 
 def pair(overrides: tuple[str, ...], folder: str):
@@ -123,7 +123,7 @@ def test_a_block_is_one_graph_for_any_number_of_null_images(case):
     for model in (plain, compiled):
         stir(model, make_mesh())
     by_graph(compiled, None)
-    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 1
+    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 2
     for conditional in (3, 0, 4, 1, 2):
         with BACKENDS["looped" if case in LOOPED else "grouped"]():
             (y, gradients), (y_plain, gradients_plain) = (outcome(model, 4, conditional) for model in (compiled, plain))
@@ -166,7 +166,7 @@ def test_evaluation_stays_eager():
         raise RuntimeError("asked to compile")
 
     model = build(small("model.depth=2"))
-    compile_dense(model, refuse)
+    compile_model(model, refuse)
     outcome(model.eval(), 3, 2)
     with pytest.raises(Exception, match="asked to compile"):
         outcome(model.train(), 3, 2)
@@ -203,8 +203,9 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
 
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
-    compile_dense(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    assert calls == 3 * [options] and set(options or ()) <= set(list_options())  # embedding, blocks, final layer
+    compile_model(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
+    # Blocks, embedding, final layer, losses.
+    assert calls == 4 * [options] and set(options or ()) <= set(list_options())
 
 
 def test_stage_3_is_refused():

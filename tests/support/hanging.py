@@ -87,8 +87,8 @@ def compile_by_graph() -> None:
     """Models are compiled without a C++ compiler, which takes seconds instead of minutes."""
     from megapromoe.nn import parallelize
 
-    real = parallelize.compile_dense
-    parallelize.compile_dense = lambda model: real(model, "aot_eager")
+    real = parallelize.compile_model
+    parallelize.compile_model = lambda model: real(model, "aot_eager")
 
 
 def patient_start() -> None:

@@ -73,4 +73,5 @@ def _losses(name: str, layers: Sequence[MoEAuxiliary]) -> Tensor:
         if len(groups) == 1 and not complete:
             return loss_M
         joint |= dict(zip(members, loss_M.unbind(), strict=True))
-    return torch.stack([loss for _, loss in sorted((complete | joint).items())])
+    losses = complete | joint
+    return torch.stack([losses[m] for m in range(len(layers)) if m in losses])

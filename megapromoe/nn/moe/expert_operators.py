@@ -77,6 +77,20 @@ def _(
     return x_RD.new_empty(x_RD.shape), weight_EFD.new_empty(weight_EFD.shape)
 
 
+@torch.library.custom_op("megapromoe::gelu_backward", mutates_args=())
+def gelu_backward(grad_RF: Tensor, input_RF: Tensor) -> Tensor:
+    """The gradient of the input of a tanh-GELU, in one pass.
+
+    Inductor would compute the tanh in float32 before the gradient is there, and write and read it once more.
+    """
+    return torch.ops.aten.gelu_backward(grad_RF, input_RF, approximate="tanh")
+
+
+@gelu_backward.register_fake
+def _(grad_RF: Tensor, input_RF: Tensor) -> Tensor:
+    return torch.empty_like(input_RF)
+
+
 def _split(tensors: tuple[Tensor, ...], end_E: Tensor) -> list[tuple[Tensor, ...]]:
     """The rows of each expert, for each tensor."""
     ends = end_E.tolist()[:-1]
@@ -86,26 +100,24 @@ def _split(tensors: tuple[Tensor, ...], end_E: Tensor) -> list[tuple[Tensor, ...
 class TracedExperts(torch.autograd.Function):
     """A linear layer of experts, optionally with GELU, for torch.compile, which fuses bias and GELU.
 
-    It keeps the product without bias: the compiler computes the GELU's input again in backward. The gradient of the
-    biases is a product with the one-hot matrix of the rows' experts, which is reproducible, unlike index_add, and which
-    both layers of the experts share.
+    The gradient of the biases is a product with the one-hot matrix of the rows' experts, which both layers of the
+    experts share. Unlike index_add it is reproducible.
     """
 
     @staticmethod
     def forward(ctx, x_RD, weight_EFD, bias_EF, expert_R, end_E, grouped, skips_empty, gelu):
         y_RF = expert_product(x_RD, weight_EFD, end_E, grouped)
-        ctx.save_for_backward(x_RD, weight_EFD, bias_EF, expert_R, end_E, y_RF)
-        ctx.grouped, ctx.skips_empty, ctx.gelu = grouped, skips_empty, gelu
         y_RF = y_RF + bias_EF.index_select(0, expert_R)
+        ctx.save_for_backward(x_RD, weight_EFD, expert_R, end_E, y_RF if gelu else None)
+        ctx.grouped, ctx.skips_empty = grouped, skips_empty
         return F.gelu(y_RF, approximate="tanh") if gelu else y_RF
 
     @staticmethod
     def backward(ctx, grad_RF):
-        x_RD, weight_EFD, bias_EF, expert_R, end_E, y_RF = ctx.saved_tensors
-        if ctx.gelu:
-            y_RF = y_RF + bias_EF.index_select(0, expert_R)
-            grad_RF = torch.ops.aten.gelu_backward(grad_RF, y_RF, approximate="tanh")
+        x_RD, weight_EFD, expert_R, end_E, gelu_input_RF = ctx.saved_tensors
+        if gelu_input_RF is not None:
+            grad_RF = gelu_backward(grad_RF, gelu_input_RF)
         gradients = expert_product_backward(grad_RF, x_RD, weight_EFD, end_E, ctx.grouped, ctx.skips_empty)
-        every_E = torch.arange(bias_EF.shape[0], device=expert_R.device)
+        every_E = torch.arange(weight_EFD.shape[0], device=expert_R.device)
         is_expert_ER = (expert_R == every_E.unsqueeze(1)).to(grad_RF.dtype)
         return *gradients, is_expert_ER @ grad_RF, *[None] * 5
