@@ -97,6 +97,7 @@ OPTIONS = [
     {"score_function": "sigmoid", "num_shared_experts": 2, "expert_width": 24},
     {"router": "diffmoe"},
     {"router": "classification"},
+    {"activation": "swiglu", "expert_width": 24},
 ]
 QUICK = {("ep 2", 0), ("tp 2", 1), ("dp 2", 0), ("tp 2 ep 2", 3), ("expert tp 2", 1)}  # layout, number of the options
 ALL = [(layout, number) for layout in LAYOUTS for number in (0, 1)]
@@ -120,6 +121,7 @@ def test_a_foreign_model_trains_the_same_on_a_mesh(layout, options):
                 result["state"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
         experts, width = options.get("num_experts", E), options.get("expert_width", 2 * D)
+        width *= 2 if options.get("activation") == "swiglu" else 1
         assert result["shape"] == (-(-experts // ep), width // (tp if expert_tp else 1), D)
 
 

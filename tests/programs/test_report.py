@@ -54,6 +54,9 @@ def test_figures_of_known_lines():
     timed = [line | {"elapsed_seconds": 3.0 * line["step"]} for line in lines]
     assert training_figures(timed, config)["elapsed_seconds"] == 600.0
     assert training_figures(lines[:2], config)["final_loss"] == 6.5
+    with_router = [line | {"z_loss": 0.25, "expert_loss": None} for line in lines]  # losses of a user's router
+    losses = {"denoising_loss": 1.0, "total_loss": 1.5, "z_loss": 0.25}
+    assert training_figures(with_router, config)["final_losses"] == losses
     with pytest.raises(ReportError, match="no line"):
         training_figures([], config)
 

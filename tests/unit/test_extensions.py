@@ -27,7 +27,7 @@ BIASED = f"model.router={EXAMPLE}:BiasedRouter"
 FOREIGN = """
 import torch
 from torch import nn
-from megapromoe.nn import ParameterRule, Router, token_choice, top_k, zeros
+from megapromoe.nn import ROUTERS, ParameterRule, Router, token_choice, top_k, zeros
 from megapromoe.planning.cost import Linear
 
 class Deep(Router):
@@ -54,6 +54,13 @@ class Deep(Router):
 
 class Uncounted(Deep):
     planned_layers = Router.planned_layers
+
+class Sparse(ROUTERS["promoe"]):
+    def forward(self, *arguments):
+        routed = super().forward(*arguments)
+        if not self.training:
+            return routed
+        return routed._replace(losses={**routed.losses, "weight": 0.1 * routed.assignment.weight_R.square().mean()})
 
 class NoRouter:
     pass
@@ -114,7 +121,7 @@ def test_a_router_that_is_none_is_refused_with_the_configuration(router, message
 
 
 def test_files_that_have_no_such_router_are_named(file):
-    with pytest.raises(ExtensionError, match=r"the file has no Deeper; it has Deep, Uncounted, NoRouter"):
+    with pytest.raises(ExtensionError, match=r"the file has no Deeper; it has Deep, Uncounted, Sparse, NoRouter"):
         build(small(f"model.router={file}:Deeper"))
     with pytest.raises(ExtensionError, match=r"must be a subclass of megapromoe\.nn\.Router"):
         build(small(f"model.router={file}:NoRouter"))
@@ -220,6 +227,21 @@ def test_the_example_balances_its_experts():
 
 
 # ---- losses
+
+
+def test_a_loss_is_added_to_a_router_of_ours(file):
+    """With the contrastive loss of all layers; it reaches the prototypes, and is part of the loss of the model."""
+    config = small(f"model.router={file}:Sparse", "model.rcl_weight=0.5")
+    model, ours = build(config).train(), build(small("model.rcl_weight=0.5")).train()
+    ours.load_state_dict(model.state_dict())
+    arguments = torch.randn(4, 4, 8, 8), torch.ones(4), torch.tensor([1, 2, 3, 10]), 3
+    (_, auxiliary), (_, expected) = model(*arguments), ours(*arguments)
+    assert auxiliary.losses.keys() == {"rcl", "weight"} and auxiliary.losses["weight"].shape == (2,)
+    assert torch.equal(auxiliary.losses["rcl"], expected.losses["rcl"])
+    torch.testing.assert_close(auxiliary.total(), expected.total() + auxiliary.losses["weight"].sum())
+    auxiliary.losses["weight"].sum().backward()
+    assert model.blocks[1].mlp.router.prototypes.grad.any()
+    assert model.eval()(*arguments)[1].losses == {}
 
 
 def test_losses_are_logged_by_their_names():

@@ -197,11 +197,18 @@ def test_losses_of_different_layers():
     "router, top_k",
     [*((router, 1) for router in ROUTERS), *((r, 2) for r in ROUTERS if r not in ("classification", "kmeans"))],
 )
-def test_gradients_in_float64(router, top_k):
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_gradients_in_float64(activation, router, top_k):
     """Of tokens and of all parameters, of output and losses."""
     torch.manual_seed(3)
     # DiffMoE's predictor learns from detached tokens: without its loss all gradients are those of the function.
-    options = {"top_k": top_k, "expert_width": 8, "num_classes": 3, "capacity_predictor_weight": 0.0}
+    options = {
+        "activation": activation,
+        "top_k": top_k,
+        "expert_width": 8,
+        "num_classes": 3,
+        "capacity_predictor_weight": 0.0,
+    }
     moe = MoE(hidden_size=8, num_experts=3, router=router, **options).double().train()
     for p in moe.parameters():
         nn.init.normal_(p, std=0.5)
@@ -217,10 +224,10 @@ def test_gradients_in_float64(router, top_k):
     assert torch.autograd.gradcheck(outputs, (x, *moe.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_autocast(router):
+@pytest.mark.parametrize("router, activation", [*((router, "gelu") for router in ROUTERS), ("promoe", "swiglu")])
+def test_autocast(router, activation):
     """Experts compute in bfloat16, the router as without autocast; gradients have the dtype of their parameters."""
-    moe, x = layer(router).train(), tokens()
+    moe, x = layer(router, activation=activation).train(), tokens()
     exact, exact_auxiliary = copy.deepcopy(moe)(x, 2, LABELS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, auxiliary = moe(x, num_conditional=2, y=LABELS)
@@ -233,10 +240,10 @@ def test_autocast(router):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in moe.parameters())
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_bfloat16(router):
+@pytest.mark.parametrize("router, activation", [*((router, "gelu") for router in ROUTERS), ("promoe", "swiglu")])
+def test_bfloat16(router, activation):
     """A layer with all its tensors in bfloat16; the router computes in float32."""
-    moe, x = layer(router).train(), tokens()
+    moe, x = layer(router, activation=activation).train(), tokens()
     exact, exact_auxiliary = copy.deepcopy(moe)(x, 2, LABELS)
     moe, x = moe.bfloat16(), x.bfloat16().requires_grad_()
     assert all(p.dtype == torch.bfloat16 for p in moe.parameters())
