@@ -23,7 +23,8 @@ from safetensors.numpy import save
 
 from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.data.images import ImageError, Item, Scan, read_image
-from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, npy_header, read_manifest
+from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, read_manifest
+from megapromoe.data.shard_files import npy_header
 from megapromoe.data.shard_job import SHARD_SIZE, EncodeError, ShardJob, discard, run_job
 from megapromoe.distributed import watchdog
 from megapromoe.io import atomic_write, sha256_of, write_bytes, write_text

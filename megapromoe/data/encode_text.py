@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from megapromoe.data import latents
 from megapromoe.data.captions import CaptionedItem
+from megapromoe.data.shard_files import npy_header
 from megapromoe.data.shard_job import SHARD_SIZE, EncodeError, ShardJob, run_job
 from megapromoe.data.text_encoder import TextEncoder, check_same_encoder
 from megapromoe.data.text_features import (
@@ -100,7 +101,7 @@ class TextJob(ShardJob):
         places: dict[str, tuple[int, int, int, bool]] = {}  # caption -> first row, rows, CRC-32, whether it is cut
         rows, done = 0, 0
         with atomic_write(path) as file:
-            file.seek(len(npy_header(0, self.encoder.width, stored)))
+            file.seek(len(npy_header((0, self.encoder.width), stored)))
             for start in range(0, len(captions), WINDOW * self.batch):
                 window = captions[start : start + WINDOW * self.batch]
                 features = self._encode(window)
@@ -116,7 +117,7 @@ class TextJob(ShardJob):
                 progress(now - done)
                 done = now
             file.seek(0)
-            file.write(npy_header(rows, self.encoder.width, stored))
+            file.write(npy_header((rows, self.encoder.width), stored))
         columns = zip(*(places[item.caption] for item in items), strict=True)
         part = dict(zip(("first", "rows", "crc32", "cut"), map(list, columns), strict=True))
         return part | {"sha256": sha256_of(path), "shard_rows": rows}
@@ -225,11 +226,6 @@ def largest_difference(data: TextFeatures, encoder: TextEncoder, captions: int =
             return math.inf, len(indices)
         difference, largest = max(difference, np.abs(stored - again).max()), max(largest, np.abs(stored).max())
     return float(difference / largest) if largest else 0.0, len(indices)
-
-
-def npy_header(rows: int, width: int, dtype: str) -> bytes:
-    """The header of a shard."""
-    return latents.npy_header((rows, width), dtype)
 
 
 def _short(caption: str) -> str:

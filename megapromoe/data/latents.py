@@ -12,31 +12,36 @@ log-variance. The values are raw: `scale` and `shift` of the manifest are applie
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
-import re
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megapromoe.data.datasets import DamagedRecords, DatasetError
-from megapromoe.io import sha256_of, sha256_of_json
+from megapromoe.data.shard_files import (
+    HEADER,
+    are_file_names,
+    hashed_json,
+    npy_header,
+    open_shards,
+    read_hashed_json,
+    read_index,
+)
+from megapromoe.io import sha256_of_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
-HEADER = 128  # bytes before the first record of a shard: a .npy header, padded
 DTYPES = ("uint8", "float16", "float32")
 MIRRORS = ("stored", "exact", "none")
-_SHARD = re.compile(r"[\w-][\w.-]*")
 _LONGEST_SIDE = 1 << 20
 
 
@@ -96,7 +101,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as JSON, with its identity as `sha256`."""
-        return json.dumps(asdict(self) | {"sha256": self.identity}, indent=1) + "\n"
+        return hashed_json(self)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -104,43 +109,24 @@ def read_manifest(folder: Path) -> Manifest:
 
     Manifests of older versions have no hash; they are read, and a log message says so.
     """
-    path = Path(folder) / MANIFEST
-    try:
-        if path.exists() and not path.is_file():
-            raise LatentsError(f"{path} is not a regular file; restore it from a copy, or encode again")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        remedy = "create it with megapromoe encode"
-        if (Path(folder) / "text.json").exists():
-            remedy = "it holds text features alone: give the folder of the latents"
-        elif (Path(folder) / "plan.json").exists():
-            remedy = "its encoding is not finished: repeat megapromoe encode"
-        raise LatentsError(f"{folder} holds no {MANIFEST}; {remedy}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LatentsError(f"{path} cannot be read: {error}; restore it from a copy, or encode again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        version = content.get("format") if isinstance(content, dict) else None
-        raise LatentsError(
-            f"{path}: format {version!r}, this version reads {FORMAT}; encode again, or use the version that wrote it"
-        )
-    try:
-        if "sha256" not in content:
-            logger.info("%s was written by an older version and has no hash: damage may not be detected", path)
-        elif content.pop("sha256") != sha256_of_json(content):
-            raise ValueError("it does not match its hash")
-        known = {field.name for field in fields(Manifest)}
-        if set(content) != known:
-            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or unknown")
-        lists = ("shape", "class_names", "scale", "shift")
-        content |= {name: tuple(content[name]) for name in lists}
+    folder = Path(folder)
+
+    def convert(content: dict[str, Any]) -> Manifest:
+        content |= {name: tuple(content[name]) for name in ("shape", "class_names", "scale", "shift")}
         content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
         content["skipped"] = tuple(tuple(pair) for pair in content["skipped"])
-        manifest = Manifest(**content)
-        if problem := next(_form_problems(manifest), None):
-            raise ValueError(problem)
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise LatentsError(f"{path} is damaged: {error}; restore it from a copy, or encode again") from error
-    return manifest
+        return Manifest(**content)
+
+    def missing() -> str:
+        remedy = "create it with megapromoe encode"
+        if (folder / "text.json").exists():
+            remedy = "it holds text features alone: give the folder of the latents"
+        elif (folder / "plan.json").exists():
+            remedy = "its encoding is not finished: repeat megapromoe encode"
+        return f"{folder} holds no {MANIFEST}; {remedy}"
+
+    path, error = folder / MANIFEST, LatentsError
+    return read_hashed_json(path, Manifest, FORMAT, convert, _form_problems, missing, error, has_unhashed_versions=True)
 
 
 def _form_problems(m: Manifest) -> Iterator[str]:
@@ -158,8 +144,7 @@ def _form_problems(m: Manifest) -> Iterator[str]:
         yield "autoencoder, resolution or index_sha256 are not of this format"
     if m.rounding is not None and type(m.rounding) not in (int, float):
         yield "rounding is not a number"
-    files = [shard.file for shard in m.shards]
-    if len(set(files)) < len(files) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
+    if not are_file_names(shard.file for shard in m.shards):
         yield "shards are not different files of this folder"
     if not all(type(shard.records) is int and 0 <= shard.records < 1 << 48 for shard in m.shards):
         yield "the number of records of a shard is not a whole number"
@@ -183,15 +168,19 @@ class Latents:
         self.manifest = m = read_manifest(self.folder)
         self.shape, self.num_classes, self.class_names = m.shape, len(m.class_names), m.class_names
         self.stochastic = m.stochastic
-        self.labels, self._crc32, self._name_ends = _read_index(self.folder, m)
+        index = read_index(
+            self.folder / INDEX, m.index_sha256, ("labels", "crc32", "name_ends"), m.records, LatentsError
+        )
+        self.labels = index["labels"].astype(np.int64)
+        self._crc32, self._name_ends = index["crc32"], index["name_ends"]
         self._first = np.concatenate([[0], np.cumsum([shard.records for shard in m.shards])])
         self._scale, self._shift = (np.asarray(v, np.float32)[:, None, None] for v in (m.scale, m.shift))
         self._damaged: set[int] = set()
-        self._files = _open_shards(self.folder, m)
+        self._files = _open(self.folder, m, m.shards)
         self._copies: dict[str, BinaryIO] = {}
         if cache is not None:
             cached = [shard for shard in m.shards if (Path(cache) / shard.file).exists()]
-            self._copies = dict(zip((s.file for s in cached), _open_shards(Path(cache), m, cached), strict=True))
+            self._copies = dict(zip((s.file for s in cached), _open(Path(cache), m, cached), strict=True))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -269,49 +258,9 @@ class UnreadableError(LatentsError):
     on_all_ranks = False
 
 
-def _read_index(folder: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads labels (int64), checksums and ends of names of all records; raises LatentsError."""
-    path = folder / INDEX
-    try:
-        if path.exists() and not path.is_file():
-            raise LatentsError(f"{path} is not a regular file; restore it from a copy, or encode again")
-        if sha256_of(path) != manifest.index_sha256:
-            raise LatentsError(
-                f"{path} is damaged: its SHA-256 differs from that in the manifest; restore it from a copy, or encode"
-                " again"
-            )
-        with safe_open(path, "np") as file:
-            labels, crc32, ends = (file.get_tensor(name) for name in ("labels", "crc32", "name_ends"))
-    except (OSError, SafetensorError) as error:
-        raise LatentsError(f"{path} cannot be read: {error}; restore it from a copy, or encode again") from error
-    if not len(labels) == len(crc32) == len(ends) == manifest.records:
-        raise LatentsError(
-            f"{path} lists {len(labels)} records, but the manifest gives {manifest.records}; encode again"
-        )
-    return labels.astype(np.int64), crc32, ends
-
-
-def _open_shards(folder: Path, manifest: Manifest, shards: list[Shard] | None = None) -> list[BinaryIO]:
-    """Opens shards and checks their sizes; raises LatentsError, which lists all that are missing or wrong."""
-    files: list[BinaryIO] = []
-    problems = []
-    for shard in manifest.shards if shards is None else shards:
-        path = folder / shard.file
-        expected = HEADER + shard.records * manifest.record_bytes
-        if path.exists() and not path.is_file():
-            problems.append(f"{path} is not a regular file")
-            continue
-        try:
-            files.append(open(path, "rb"))  # noqa: SIM115, kept open
-            if (size := os.fstat(files[-1].fileno()).st_size) != expected:
-                problems.append(f"{path} has {size:,} bytes, not {expected:,}")
-        except OSError as error:
-            problems.append(f"{path} cannot be opened: {error.strerror}")
-    if problems:
-        for file in files:
-            file.close()
-        raise LatentsError("; ".join(problems) + "; restore them from a copy, or encode again")
-    return files
+def _open(folder: Path, m: Manifest, shards: Sequence[Shard]) -> list[BinaryIO]:
+    """Opens shards in a folder; raises LatentsError."""
+    return open_shards({folder / shard.file: shard.records * m.record_bytes for shard in shards}, LatentsError)
 
 
 def check(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:
@@ -369,9 +318,3 @@ def scaled_deviation(folder: Path, records: int = 1024) -> tuple[float, int]:
         count, total, squares = count + values.size, total + values.sum(), squares + np.square(values).sum()
         used += 1
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else math.nan, used
-
-
-def npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """The header of a .npy file, version 1.0, of a C-ordered array, padded to `HEADER` bytes."""
-    text = repr({"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
-    return b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.encode().ljust(HEADER - 11) + b"\n"

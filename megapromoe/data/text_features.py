@@ -10,30 +10,34 @@ captions of a shard are stored once. See docs/data.md.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megapromoe.data.datasets import DamagedRecords, DatasetError
-from megapromoe.data.latents import HEADER, npy_header
+from megapromoe.data.shard_files import (
+    HEADER,
+    are_file_names,
+    hashed_json,
+    npy_header,
+    open_shards,
+    read_hashed_json,
+    read_index,
+)
 from megapromoe.io import sha256_of, sha256_of_json
 
 FORMAT = 1
 FOLDER = "text"  # in a folder of latents
 MANIFEST, INDEX = "text.json", "text.safetensors"
 STORED = {"float16": "float16", "bfloat16": "uint16"}  # numpy's type in the files
-_SHARD = re.compile(r"[\w-][\w.-]*")
 _WIDEST = 1 << 20
 _COLUMNS = ("shard", "first", "rows", "crc32", "caption_ends")
-_REMEDY = "restore it from a copy, or encode again"
 
 
 class TextFeaturesError(DatasetError):
@@ -89,7 +93,7 @@ class TextManifest:
 
     def to_json(self) -> str:
         """The manifest as JSON, with its identity as `sha256`."""
-        return json.dumps(asdict(self) | {"sha256": self.identity}, indent=1) + "\n"
+        return hashed_json(self)
 
 
 def text_folder(folder: Path) -> Path | None:
@@ -99,36 +103,17 @@ def text_folder(folder: Path) -> Path | None:
 
 def read_text_manifest(folder: Path) -> TextManifest:
     """Reads the manifest of a folder of text features; raises TextFeaturesError if it is missing or invalid."""
-    path = Path(folder) / MANIFEST
-    try:
-        if path.exists() and not path.is_file():
-            raise TextFeaturesError(f"{path} is not a regular file; {_REMEDY}")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TextFeaturesError(
-            f"{folder} holds no {MANIFEST}; create it with megapromoe encode --captions, or repeat that command"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise TextFeaturesError(f"{path} cannot be read: {error}; {_REMEDY}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        version = content.get("format") if isinstance(content, dict) else None
-        raise TextFeaturesError(
-            f"{path}: format {version!r}, this version reads {FORMAT}; encode again, or use the version that wrote it"
-        )
-    try:
-        if content.pop("sha256", None) != sha256_of_json(content):
-            raise ValueError("it does not match its hash")
-        known = {field.name for field in fields(TextManifest)}
-        if set(content) != known:
-            raise ValueError(f"keys {sorted(set(content) ^ known)} are missing or unknown")
+
+    def convert(content: dict[str, Any]) -> TextManifest:
         content["shards"] = tuple(TextShard(**shard) for shard in content["shards"])
         content["skipped"] = tuple(tuple(pair) for pair in content["skipped"])
-        manifest = TextManifest(**content)
-        if problem := next(_form_problems(manifest), None):
-            raise ValueError(problem)
-    except (TypeError, ValueError, KeyError) as error:
-        raise TextFeaturesError(f"{path} is damaged: {error}; {_REMEDY}") from error
-    return manifest
+        return TextManifest(**content)
+
+    def missing() -> str:
+        return f"{folder} holds no {MANIFEST}; create it with megapromoe encode --captions, or repeat that command"
+
+    path, error = Path(folder) / MANIFEST, TextFeaturesError
+    return read_hashed_json(path, TextManifest, FORMAT, convert, _form_problems, missing, error)
 
 
 def _form_problems(m: TextManifest) -> Iterator[str]:
@@ -146,8 +131,7 @@ def _form_problems(m: TextManifest) -> Iterator[str]:
         yield f"dtype {m.dtype!r} is not one of {', '.join(STORED)}"
     if not isinstance(m.encoder, dict) or not isinstance(m.index_sha256, str) or not isinstance(m.latents_sha256, str):
         yield "encoder, index_sha256 or latents_sha256 are not of this format"
-    files = [shard.file for shard in m.shards]
-    if len(set(files)) < len(files) or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in files):
+    if not are_file_names(shard.file for shard in m.shards):
         yield "shards are not different files of this folder"
 
 
@@ -167,8 +151,9 @@ class TextFeatures:
         self.folder, self.verify = Path(folder), verify
         self.manifest = m = read_text_manifest(self.folder)
         self.width = m.width
-        self._columns = _read_index(self.folder, m)
-        self._files = _open_shards(self.folder, m)
+        self._columns = read_index(self.folder / INDEX, m.index_sha256, _COLUMNS, m.records, TextFeaturesError)
+        sizes = {self.folder / shard.file: shard.rows * m.row_bytes for shard in m.shards}
+        self._files = open_shards(sizes, TextFeaturesError)
 
     def __len__(self) -> int:
         return self.manifest.records
@@ -217,45 +202,6 @@ def encoded(features: np.ndarray, dtype: str) -> np.ndarray:
 def decoded(stored: np.ndarray, dtype: str) -> np.ndarray:
     """Stored features as float32."""
     return stored.astype(np.float32) if dtype == "float16" else (stored.astype(np.uint32) << 16).view(np.float32)
-
-
-def _read_index(folder: Path, m: TextManifest) -> dict[str, np.ndarray]:
-    """The columns of the index; raises TextFeaturesError."""
-    path = folder / INDEX
-    try:
-        if path.exists() and not path.is_file():
-            raise TextFeaturesError(f"{path} is not a regular file; {_REMEDY}")
-        if sha256_of(path) != m.index_sha256:
-            raise TextFeaturesError(f"{path} is damaged: its SHA-256 differs from that in the manifest; {_REMEDY}")
-        with safe_open(path, "np") as file:
-            columns = {name: file.get_tensor(name) for name in _COLUMNS}
-    except (OSError, SafetensorError) as error:
-        raise TextFeaturesError(f"{path} cannot be read: {error}; {_REMEDY}") from error
-    if any(len(column) != m.records for column in columns.values()):
-        raise TextFeaturesError(f"{path} does not list {m.records} records, which the manifest gives; encode again")
-    return columns
-
-
-def _open_shards(folder: Path, m: TextManifest) -> list[Any]:
-    """Opens the shards and checks their sizes; raises TextFeaturesError, which lists all that are missing or wrong."""
-    files: list[Any] = []
-    problems = []
-    for shard in m.shards:
-        path, expected = folder / shard.file, HEADER + shard.rows * m.row_bytes
-        if path.exists() and not path.is_file():
-            problems.append(f"{path} is not a regular file")
-            continue
-        try:
-            files.append(open(path, "rb"))  # noqa: SIM115, kept open
-            if (size := os.fstat(files[-1].fileno()).st_size) != expected:
-                problems.append(f"{path} has {size:,} bytes, not {expected:,}")
-        except OSError as error:
-            problems.append(f"{path} cannot be opened: {error.strerror}")
-    if problems:
-        for file in files:
-            file.close()
-        raise TextFeaturesError("; ".join(problems) + "; restore them from a copy, or encode again")
-    return files
 
 
 def check_text(folder: Path, progress: Callable[[int], Any] | None = None) -> list[str]:

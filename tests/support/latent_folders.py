@@ -9,7 +9,8 @@ from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.data import encode
 from megapromoe.data.images import Item, Scan
-from megapromoe.data.latents import HEADER, read_manifest
+from megapromoe.data.latents import read_manifest
+from megapromoe.data.shard_files import HEADER
 
 
 class Arrays:

@@ -10,8 +10,9 @@ from megapromoe.cli import main
 from megapromoe.data.caption_batches import Captions, captions_beside
 from megapromoe.data.captions import CaptionedItem
 from megapromoe.data.encode_text import TextJob, encode_text
-from megapromoe.data.latents import HEADER, Latents
+from megapromoe.data.latents import Latents
 from megapromoe.data.sample_stream import SampleStream, prefetch
+from megapromoe.data.shard_files import HEADER
 from megapromoe.data.text_features import TextFeatures, TextFeaturesError
 
 COUNT, DROPOUT = 24, 0.3

@@ -10,8 +10,9 @@ from support.latent_folders import Arrays, damage, write
 
 from megapromoe.data import node_cache
 from megapromoe.data.datasets import DamagedRecords, DatasetError
-from megapromoe.data.latents import HEADER, Latents, read_manifest
+from megapromoe.data.latents import Latents, read_manifest
 from megapromoe.data.sample_stream import SampleStream
+from megapromoe.data.shard_files import HEADER
 from megapromoe.diffusion.noise import normals
 
 

@@ -7,7 +7,8 @@ import pytest
 from support.latent_folders import damage, latents_config, write
 
 from megapromoe.data import node_cache
-from megapromoe.data.latents import HEADER, LatentsError, read_manifest
+from megapromoe.data.latents import LatentsError, read_manifest
+from megapromoe.data.shard_files import HEADER
 from megapromoe.data.sources import open_dataset
 
 

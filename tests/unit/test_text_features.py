@@ -13,7 +13,8 @@ from support.text_folders import CAPTIONS, WordEncoder, items, write_text
 from megapromoe.cli import main
 from megapromoe.data.datasets import DamagedRecords
 from megapromoe.data.encode_text import TextJob, encode_text, largest_difference
-from megapromoe.data.latents import HEADER, LatentsError, read_manifest
+from megapromoe.data.latents import LatentsError, read_manifest
+from megapromoe.data.shard_files import HEADER
 from megapromoe.data.shard_job import EncodeError
 from megapromoe.data.text_encoder import TextEncoderError
 from megapromoe.data.text_features import (
