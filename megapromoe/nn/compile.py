@@ -6,11 +6,11 @@ the sizes of everything that is routed. It enters as a size that the compiler do
 same code runs for every number, also for 0, 1 and all. Products of experts are operators that the compiler does not
 look into (`moe/expert_operators.py`).
 
-With tensor or expert parallelism, and with activation recompute, only the parts of a block are compiled whose shapes do
-not depend on the routing. Each is a function of its own, so the graph breaks only between them: at the routers, the
-dispatch and the messages. All but one have the shapes of a whole micro-batch. The exception is the epilogue of the
-routed experts' grouped products (bias and GELU), which is compiled for any number of rows. The routers and the
-unconditional expert stay eager.
+With tensor or expert parallelism, and with activation recompute, parts of a block are compiled. Each is a function of
+its own, so the graph breaks only between them: at the dispatch and the messages. The router is compiled for any number
+of conditional images, except with `parallel.recompute=all`, which runs it twice with the same decisions; the epilogue
+of the routed experts' grouped products (bias and GELU) for any number of rows. The others have the shapes of a whole
+micro-batch. The unconditional expert stays eager.
 
 Evaluation is eager: its batches have other sizes.
 """
@@ -25,9 +25,12 @@ from torch import Tensor, nn
 
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import Mlp
+from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.expert_linear import ExpertLinear
-from megapromoe.nn.moe.layer import MoE, mlps_of
+from megapromoe.nn.moe.layer import ExpertInputs, MoE, mlps_of
+from megapromoe.nn.moe.routers import RouterOutput
+from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.rotary import Rotation
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
@@ -48,11 +51,14 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     options = _options(model, backend)
     regions: list[tuple[nn.Module, str]] = [(model, "embed"), (model.final_layer, "forward")]
     run_block = torch.compile(_run_block, backend=backend, fullgraph=True, dynamic=False, options=options)
+    run_route = torch.compile(_run_route, backend=backend, fullgraph=True, dynamic=False, options=options)
     for block in model.blocks:
         if compiles_whole(block):
             block.forward = _whole_block(model, block.forward, run_block)
         else:
             regions += _static_regions(block)
+            if isinstance(block.mlp, MoE) and block.recompute != "all":
+                setattr(block.mlp, "route", _route(model, block.mlp, run_route))  # noqa: B010  # mypy: not a method
             for module in block.modules():
                 if isinstance(module, ExpertLinear):
                     module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
@@ -86,11 +92,41 @@ def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
             return eager(x_BSD, c_BD, y_B, num_conditional, rotation)
-        conditional = torch.empty(num_conditional)
-        torch._dynamo.decorators.mark_unbacked(conditional, 0)
-        return run_block(eager, x_BSD, c_BD, y_B, conditional, rotation)
+        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional), rotation)
 
     return forward
+
+
+def _unknown_size(size: int) -> Tensor:
+    """A tensor whose length compiled code does not know."""
+    tensor = torch.empty(size)
+    torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    return tensor
+
+
+def _run_route(
+    eager: Callable, x_BSD: Tensor, y_B: Tensor | None, conditional: Tensor
+) -> tuple[Tensor, TokenAssignment, RouterOutput]:
+    """`MoE.route`, with a tensor whose length is the number of conditional images."""
+    num_conditional = conditional.shape[0]
+    torch._check(num_conditional <= x_BSD.shape[0])
+    inputs, routed = eager(x_BSD, num_conditional, y_B, RoutingCache())
+    return inputs.x_BSD, inputs.assignment, routed
+
+
+def _route(model: DiT, moe: MoE, run_route: Callable) -> Callable:
+    eager = moe.route
+
+    def route(
+        x_BSD: Tensor, num_conditional: int, y_B: Tensor | None, routing_cache: RoutingCache
+    ) -> tuple[ExpertInputs, RouterOutput]:
+        if not model.training:
+            return eager(x_BSD, num_conditional, y_B, routing_cache)
+        images = x_BSD.shape[0] if moe.unconditional is None else num_conditional
+        x_BSD, assignment, routed = run_route(eager, x_BSD, y_B, _unknown_size(num_conditional))
+        return ExpertInputs(x_BSD, assignment, images), routed
+
+    return route
 
 
 def _unbound_conditions(count: int) -> Callable:

@@ -85,8 +85,7 @@ def slow_sampler(seconds: float) -> None:
 
 def compile_by_graph() -> None:
     """Models are compiled without a C++ compiler, which takes seconds instead of minutes."""
-    from megapromoe.nn import parallelize
-
+    parallelize = importlib.import_module("megapromoe.nn.parallelize")  # the package has a function of this name
     real = parallelize.compile_model
     parallelize.compile_model = lambda model: real(model, "aot_eager")
 
