@@ -84,7 +84,7 @@ class ExpertInputs(NamedTuple):
 class Experts(nn.Module):
     """The routed experts of one rank, each an MLP as `Mlp` is, with stacked parameters."""
 
-    def __init__(self, experts: int, width: int, hidden: int, activation: str):
+    def __init__(self, experts: int, width: int, hidden: int, activation: str = "gelu"):
         super().__init__()
         self.is_swiglu = activation == "swiglu"
         if self.is_swiglu:
