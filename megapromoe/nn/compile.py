@@ -88,7 +88,7 @@ def _run_block(
 
 def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
     def forward(
-        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None
+        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None = None
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
             return eager(x_BSD, c_BD, y_B, num_conditional, rotation)

@@ -206,8 +206,8 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
     compile_model(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    # Blocks, embedding, final layer, losses.
-    assert calls == 4 * [options] and set(options or ()) <= set(list_options())
+    # Blocks, routers, embedding, final layer, losses.
+    assert calls == 5 * [options] and set(options or ()) <= set(list_options())
 
 
 def test_stage_3_is_refused():

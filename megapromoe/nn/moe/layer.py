@@ -245,7 +245,7 @@ class MoE(RegionModule):
             y_TD = torch.zeros_like(x_TD)
         if unconditional:
             null_TD, null_bias = _partial_sum(unconditional, null_hidden)
-        if torch.compiler.is_compiling():  # it fuses both parts with what follows
+        if torch.compiler.is_compiling() and not self.region.is_sharded:  # it fuses both parts with what follows
             rest_TD = y_TD[num_routed_tokens:]
             rest_TD = rest_TD + null_TD if unconditional else rest_TD
             y_TD = torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
