@@ -190,7 +190,7 @@ def _ddpm(
         raise ValueError("sample.method 'ddpm' draws noise in each step: give noise_at, or use 'ddim'")
     schedule = DDPMSchedule(steps)
     for k, i in enumerate(reversed(range(steps)), start=1):
-        at = schedule.at(torch.tensor([i], device=x_BCHW.device))
+        at = schedule.at(torch.full((1,), i, device=x_BCHW.device))
         eps, v = split_output(predict(x_BCHW, float(schedule.times[i])), x_BCHW.shape[1])
         mean = posterior_mean(at, clean_from_noise(at, x_BCHW, eps), x_BCHW)
         if i > 0:
@@ -206,7 +206,7 @@ def _ddim(
     """Deterministic steps (eta 0). Source: Song et al. 2020 (DDIM), eq. 12."""
     schedule = DDPMSchedule(steps)
     for k, i in enumerate(reversed(range(steps)), start=1):
-        at = schedule.at(torch.tensor([i], device=x_BCHW.device))
+        at = schedule.at(torch.full((1,), i, device=x_BCHW.device))
         eps, _ = split_output(predict(x_BCHW, float(schedule.times[i])), x_BCHW.shape[1])
         clean = clean_from_noise(at, x_BCHW, eps)
         x_BCHW = at["sqrt_alpha_bar_prev"] * clean + at["sqrt_one_minus_prev"] * eps

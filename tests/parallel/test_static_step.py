@@ -21,6 +21,8 @@ Compared = tuple[str, TracedStep, TracedStep]
 """The first difference of two steps, empty if there is none, and both without their operators."""
 
 STRATIFIED = ("data.condition_dropout=0.25", "data.condition_dropout_stratum=4")
+# Independent dropout, with a seed for which the two steps have different numbers of null images.
+INDEPENDENT_DROPOUT = ("data.condition_dropout=0.25", "data.seed=3")
 CAPACITY = ("model.capacity_factor=1.25",)
 # DeepSpeed reads its overflow flag, a tensor that is on the host on every machine.
 HOST_TENSOR = {"update": {"_local_scalar_dense": 1}}
@@ -62,11 +64,14 @@ def check_data_differ(ranks: list[Compared], top_k: int) -> None:
         assert all(max(load_E) == sum(load_E) / top_k for load_E in b.load_ME)
 
 
-def check_static(ranks: list[Compared], reads: dict = HOST_TENSOR) -> None:
+def check_static(ranks: list[Compared], what: Case) -> None:
     for first_difference, a, b in ranks:
         assert first_difference == ""
-        assert a.reads == b.reads == reads
-        assert a.null == b.null and all(a.null)
+        assert a.reads == b.reads == HOST_TENSOR
+    if set(INDEPENDENT_DROPOUT) <= {*what[1]}:
+        assert any(a.null != b.null for _, a, b in ranks)
+    else:
+        assert all(a.null == b.null and all(a.null) for _, a, b in ranks)
 
 
 QUICK = case("model.router=promoe", "model.top_k=2", *CAPACITY, backend="looped")
@@ -78,6 +83,8 @@ ALL = tuple(
 )
 SETTINGS = (
     case(*CAPACITY, "model.balance_weight=0.1", "parallel.recompute=all"),
+    case(*CAPACITY, "model.balance_weight=0.1", "model.balance_form=sequence", "model.batch_scope=rank"),
+    case(*CAPACITY, "model.router=tc", dropout=INDEPENDENT_DROPOUT),  # has no unconditional expert
     case(*CAPACITY, "model.unconditional_expert=false", "train.accumulation=2", "train.deepspeed=fp32_zero2"),
 )
 EP, TP = ("parallel.ep=2",), ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=blocks")
@@ -108,29 +115,38 @@ GROUPS = {
 def test_a_step_with_a_capacity_factor_is_static(group, what):
     """For every router that allows a capacity factor, on one rank and over an ep group."""
     ranks = [rank[what] for rank in compared(*GROUPS[group])]
-    check_static(ranks)
+    check_static(ranks, what)
     check_data_differ(ranks, 2 if "model.top_k=2" in what[1] else 1)
 
 
-DROPLESS = tuple(case(f"model.router={router}") for router in ("promoe", "promoe_ec", "ec", "tc", "dense"))
+DROPLESS = (
+    *(case(f"model.router={router}") for router in ("promoe", "promoe_ec")),
+    *(case(f"model.router={router}", dropout=INDEPENDENT_DROPOUT) for router in ("dense", "tc", "ec")),
+)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("what", DROPLESS, ids=name)
 def test_without_a_capacity_factor_a_step_is_static_on_one_rank(what):
-    """With grouped products, for routers that assign a fixed number of rows."""
-    check_static([rank[what] for rank in compared(1, DROPLESS)])
+    """With grouped products, for routers that assign a fixed number of rows.
+
+    Models without unconditional experts need no strata either: null images are not separated.
+    """
+    check_static([rank[what] for rank in compared(1, DROPLESS)], what)
 
 
 # Steps that are not static: the reads of the host, and whether operators and shapes differ as well.
-INDEPENDENT = case(*CAPACITY, "data.seed=3", dropout=("data.condition_dropout=0.25",))
+INDEPENDENT = case(*CAPACITY, dropout=INDEPENDENT_DROPOUT)
 LAYERS = 2  # with experts
 OTHERS = {
     1: {
         INDEPENDENT: (HOST_TENSOR, True),
         case("model.router=promoe", backend="looped"): ({"forward": {"tolist": LAYERS}, **HOST_TENSOR}, True),
         case("model.router=diffmoe"): ({"forward": {"nonzero": LAYERS}, **HOST_TENSOR}, False),
-        case(*CAPACITY, "train.deepspeed=fp32_zero0"): ({"update": {"tolist": 1}}, True),
+        case(*CAPACITY, "train.deepspeed=fp32_zero0"): (
+            {"update": {"tolist": 1, "from host": 1}},  # the second is a tensor that stays on the host
+            True,
+        ),
     },
     2: {
         case("model.router=promoe", *EP): ({"forward": {"tolist": LAYERS}, **HOST_TENSOR}, True),

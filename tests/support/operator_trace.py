@@ -33,12 +33,17 @@ class OperatorTrace(TorchDispatchMode):
     """Records each operator, below autograd: its name, and its arguments and results without the values of tensors.
 
     Numbers among the arguments are recorded with their values: a graph of the step would contain them.
+
+    Attributes:
+        calls: the operators.
+        copies_to_host: calls of `cpu()`.
+        copies_from_host: tensors made from numbers of the host. On a GPU the host waits until they are copied.
     """
 
     def __init__(self):
         super().__init__()
         self.calls: list[tuple] = []
-        self.copies_to_host = 0
+        self.copies_to_host = self.copies_from_host = 0
         self._functions = _CopiesToHost(self)
 
     def __enter__(self):
@@ -51,6 +56,7 @@ class OperatorTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
+        self.copies_from_host += function is torch.ops.aten.lift_fresh.default
         self.calls.append((str(function), _described(arguments), _described(named or {}), _described(result)))
         return result
 
@@ -86,7 +92,8 @@ class TracedStep:
 
     Attributes:
         calls: the operators.
-        reads: phase -> operator -> how often the host reads a value or a size from the device.
+        reads: phase, "forward" (with backward) or "update" -> operator -> how often the host reads a value or a size
+            from the device; "from host": how often it copies its own numbers to the device and waits.
         null: null images in each micro-batch.
         load_ME: rows of each expert on this rank, summed over the micro-batches.
         dropped: share of this rank's rows that were dropped, mean over layers; 0 without a capacity factor.
@@ -166,14 +173,24 @@ def _step(engine, ema, objective, accumulator, batches: list[Batch], before_upda
 
 
 def _traced(engine, ema, objective, accumulator, batches: list[Batch]) -> TracedStep:
+    waits = {"forward": Tally(), "update": Tally()}
+
+    def end_phase(name: str) -> None:
+        copies = Tally({"cpu": trace.copies_to_host, "from host": trace.copies_from_host})
+        waits[name] = counter.phases[name].waits + copies
+        trace.copies_to_host = trace.copies_from_host = 0
+
+    def before_update() -> None:
+        end_phase("forward")
+        counter.phase("update")
+
     with Counter() as counter, OperatorTrace() as trace:
-        result = _step(engine, ema, objective, accumulator, batches, lambda: counter.phase("update"))
-    waits = {name: Tally(counts.waits) for name, counts in counter.phases.items()}
-    waits["forward"]["cpu"] += trace.copies_to_host
+        result = _step(engine, ema, objective, accumulator, batches, before_update)
+    end_phase("update")
     outputs = accumulator.outputs
     return TracedStep(
         calls=trace.calls,
-        reads={name: dict(+tally) for name, tally in waits.items() if +tally},
+        reads={name: dict(tally) for name, tally in waits.items() if tally},
         null=[len(batch) - batch.num_conditional for batch in batches],
         load_ME=sum(output.load_ME for output in outputs).tolist(),
         dropped=0.0 if outputs[0].dropped_M is None else float(outputs[0].dropped_M.mean()),

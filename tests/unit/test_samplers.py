@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from support.operator_trace import OperatorTrace
 
 from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import generate
@@ -162,6 +163,19 @@ def test_a_sampler_adds_no_dependence_on_the_batch(method):
     batch = images([0, 1, 2, 3, 4])
     assert torch.equal(batch, torch.cat([images([0, 1, 2]), images([3, 4])]))
     assert torch.equal(batch[[4, 0, 2]], images([4, 0, 2]))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun", "ddpm", "ddim"])
+def test_a_step_makes_no_tensor_from_numbers_of_the_host(method):
+    """On a GPU the host would wait in each step until it is copied."""
+
+    def copies(steps):
+        noise = start()
+        with OperatorTrace() as trace:
+            sample(lambda x, time: torch.cat([x, x], dim=1), noise, method, steps, noise_at=lambda k: noise)
+        return trace.copies_from_host
+
+    assert copies(2) == copies(6)
 
 
 def test_sample_refuses_what_it_cannot_do():

@@ -171,8 +171,7 @@ class Router(LogicalModule):
         count_BSE = torch.zeros_like(p_BSE).scatter_add_(-1, chosen_BSK, ones)
         if self.config.balance_form == "batch":
             count_E, p_E = count_BSE.sum((0, 1)), p_BSE.sum((0, 1))
-            tokens = p_E.new_tensor(float(p_BSE.shape[0] * p_BSE.shape[1]))
-            packed = torch.cat([count_E, p_E, tokens[None]])
+            packed = _with_number(torch.cat([count_E, p_E]), p_BSE.shape[0] * p_BSE.shape[1])
             packed = self.sum_over_group("balance", packed, routing_cache)
             count_E, p_E, tokens = packed[: self.num_experts], packed[self.num_experts : -1], packed[-1].clamp(min=1)
             f_E = self.num_experts * count_E / (tokens * self.config.top_k)
@@ -183,13 +182,24 @@ class Router(LogicalModule):
 
     def mean_over_images(self, name: str, value_B: Tensor, routing_cache: RoutingCache) -> Tensor:
         """Mean over the images of the statistics group, scalar; 0 if it has none."""
-        packed = torch.stack([value_B.sum(), value_B.new_tensor(float(value_B.shape[0]))])
+        packed = _with_number(value_B.sum()[None], value_B.shape[0])
         total, images = self.sum_over_group(name, packed, routing_cache)
         return total / images.clamp(min=1)
 
     def sum_over_group(self, name: str, x: Tensor, routing_cache: RoutingCache) -> Tensor:
         """Differentiable sum over the statistics group, communicated once for a batch under this name."""
         return routing_cache.get_or_compute(name, lambda: differentiable_all_reduce(x, self.statistics_group))
+
+
+def _with_number(x_N: Tensor, number: int) -> Tensor:
+    """Appends a number of the host to a vector, (N + 1,).
+
+    The number becomes an argument of a kernel. A tensor made from it would be copied to a GPU, for which the host
+    waits and which a CUDA graph cannot capture.
+    """
+    if torch.compiler.is_compiling():  # the number may be symbolic, which pad does not take
+        return torch.cat([x_N, x_N.new_full((1,), float(number))])
+    return F.pad(x_N, (0, 1), value=float(number))
 
 
 class PrototypeRouter(Router):
