@@ -135,11 +135,11 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
     """The input (B, S, D) of the MoE layer in the second block of a model."""
     first, second = cast(tuple[Block, Block], tuple(model.blocks))
     with torch.no_grad():
-        x_BSD, c_BD, modulation, rotation = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
-        condition, *_ = model.conditions(c_BD, modulation)
-        x_BSD, h_BSD, gate_BD = first.attention_half(x_BSD, condition, rotation)
+        embedded = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
+        condition, *_ = model.conditions(embedded.c_BD, embedded.modulation)
+        x_BSD, h_BSD, gate_BD, _ = first.attention_half(embedded.x_BSD, condition, embedded.context)
         x_BSD = x_BSD + gate_BD.unsqueeze(1) * first.mlp(h_BSD)
-        return second.attention_half(x_BSD, condition, rotation)[1].clone()
+        return second.attention_half(x_BSD, condition, embedded.context)[1].clone()
 
 
 def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> list[int]:

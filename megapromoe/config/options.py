@@ -25,6 +25,7 @@ EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim")
 TIME_INPUTS = ("dit", "repa", "sit")
 ACTIVATIONS = ("gelu", "swiglu")
+CONDITIONS = ("class", "text")
 UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
 NO_DATA = (
@@ -65,7 +66,17 @@ class ModelConfig:
         32, "side of the input, in pixels (latent pixels for latents, 8 image pixels each)", within=ONE_UP
     )
     in_channels: int = option(4, "number C of input channels", within=ONE_UP)
+    condition: str = option(
+        "class", "what an image is generated from: a class, or a text whose tokens take part in attention", CONDITIONS
+    )
     num_classes: int = option(1000, "number of classes; the null class has the next label, num_classes", within=ONE_UP)
+    text_width: int = option(0, "condition=text: width of a text feature, in channels", within=ZERO_UP)
+    text_tokens: int = option(0, "condition=text: length of the longest text, in tokens", within=ZERO_UP)
+    text_ffn: int = option(
+        0,
+        "condition=text: width of an MLP of the text tokens in each block but the last, in channels; 0: none",
+        within=ZERO_UP,
+    )
     mlp_ratio: float = option(4.0, "width of a dense MLP, as a multiple of hidden_size", within=POSITIVE)
     activation: str = option(
         "gelu",
@@ -186,9 +197,19 @@ class ModelConfig:
         return (self.input_size // self.patch_size) ** 2
 
     @property
+    def has_text(self) -> bool:
+        """Whether images are generated from texts."""
+        return self.condition == "text"
+
+    @property
+    def sequence(self) -> int:
+        """Tokens in the attention of an image: its own, and those of the longest text."""
+        return self.tokens + self.text_tokens
+
+    @property
     def position_constants(self) -> int:
-        """Elements of the constant table of positions, which is not trained; 0 for rotations."""
-        return self.tokens * self.hidden_size if self.positions == "sincos" else 0
+        """Elements of the constant tables of positions, which are not trained; 0 for rotations."""
+        return self.sequence * self.hidden_size if self.positions == "sincos" else 0
 
     @property
     def hidden_projections(self) -> int:

@@ -87,6 +87,7 @@ def rules(config: Config) -> Iterator[Rule]:
         if model.moe_every > model.depth:
             rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
             yield ("model.moe_every", "model.depth", "model.router"), rule
+    yield from _condition_rules(config)
     yield from layer_rules(model)
     if model.router == "ec" and model.expert_capacity < 1:
         most = model.tokens * model.top_k
@@ -143,6 +144,34 @@ def rules(config: Config) -> Iterator[Rule]:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
     if train.schedule == "cosine" and train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
+
+
+def _condition_rules(config: Config) -> Iterator[Rule]:
+    """The broken rules of classes and texts."""
+    model, data = config.model, config.data
+    if not model.has_text:
+        for name in ("text_width", "text_tokens", "text_ffn"):
+            if getattr(model, name):
+                rule = "must be 0 with model.condition = 'class'; or set model.condition=text"
+                yield (f"model.{name}", "model.condition"), rule
+        return
+    needed = {"text_width": "the channels of the text features", "text_tokens": "the most tokens of a text"}
+    for name, what in needed.items():
+        if not getattr(model, name):
+            yield (f"model.{name}", "model.condition"), f"must be {what}, 1 or more, with model.condition = 'text'"
+    if model.num_classes != ModelConfig.num_classes:
+        rule = f"must be {ModelConfig.num_classes}, its default, with model.condition = 'text', which has no classes"
+        yield ("model.num_classes", "model.condition"), rule
+    if model.router == "classification":
+        rule = "must be another with model.condition = 'text', which has no classes"
+        yield ("model.router", "model.condition"), rule
+    if data.source not in ("latents", UNSET):
+        rule = "must be latents with model.condition = 'text'; other sources have no captions"
+        yield ("data.source", "model.condition"), rule
+    if model.text_ffn % config.parallel.tp:
+        near = nearest_divisors(config.parallel.tp, model.text_ffn)
+        rule = f"must divide model.text_ffn = {model.text_ffn}; nearest: {near}"
+        yield ("parallel.tp", "model.text_ffn"), rule
 
 
 def layer_rules(model: ModelConfig) -> Iterator[Rule]:

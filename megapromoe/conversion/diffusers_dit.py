@@ -100,6 +100,7 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         "qk_norm": "none",
         "positions": "sincos",
         "modulation": "block",
+        "condition": "class",
     }
     settings = [f"model.{key}={value}" for key, value in model.items()]
     described = resolve(overrides=[*settings, "data.source=unset"])

@@ -142,13 +142,14 @@ def needed(config: Config | None, path: Path) -> Config:
     return config
 
 
-# What blocks of published checkpoints can have.
+# What models of published checkpoints can have.
 PUBLISHED_BLOCKS = {
     "activation": ("gelu",),
     "norm": ("layer",),
     "qk_norm": ("none", "layer"),
     "positions": ("sincos",),
     "modulation": ("block",),
+    "condition": ("class",),
 }
 
 

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.layers import Mlp
+from megapromoe.nn.layers import AttentionContext, Mlp
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.expert_linear import ExpertLinear
 from megapromoe.nn.moe.layer import ExpertInputs, MoE, mlps_of
 from megapromoe.nn.moe.routers import RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
-from megapromoe.nn.rotary import Rotation
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
 _LONG_SEQUENCE = 4096
@@ -78,21 +77,21 @@ def compiles_whole(block: Any) -> bool:
 
 
 def _run_block(
-    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, conditional: Tensor, rotation: Rotation | None
+    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, conditional: Tensor, context: AttentionContext
 ) -> tuple[Tensor, MoEAuxiliary | None]:
     """`Block.forward`, with a tensor whose length is the number of conditional images."""
     num_conditional = conditional.shape[0]
     torch._check(num_conditional <= x_BSD.shape[0])
-    return eager(x_BSD, c_BD, y_B, num_conditional, rotation)
+    return eager(x_BSD, c_BD, y_B, num_conditional, context)
 
 
 def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
     def forward(
-        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None = None
+        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
-            return eager(x_BSD, c_BD, y_B, num_conditional, rotation)
-        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional), rotation)
+            return eager(x_BSD, c_BD, y_B, num_conditional, context)
+        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional), context)
 
     return forward
 

@@ -9,7 +9,8 @@ Initial values, which each kind of layer defines in its `rules`:
 adaLN of blocks and final layer, tables  0
 of a shared adaLN, final linear
 biases                                  0
-label table, the time MLP, prototypes   normal, σ 0.02
+label table, vector of no text, the     normal, σ 0.02
+time MLP, prototypes
 router of TC                            uniform within ±1/√D (Kaiming, a = √5)
 routers of EC and DiffMoE               normal, σ 0.006
 other matrices (each expert separately) Xavier uniform; the patch convolution as linear
@@ -32,21 +33,25 @@ from torch.utils.checkpoint import checkpoint
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.layers import (
+    NO_CONTEXT,
     Attention,
+    AttentionContext,
     LabelEmbed,
     Mlp,
     PatchEmbed,
     TimeEmbed,
     modulate,
     position_table,
+    sequence_table,
 )
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary, auxiliary_losses
 from megapromoe.nn.moe.layer import MoE, auxiliary_of
 from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.norms import token_norm
-from megapromoe.nn.rotary import Rotation, image_angles, rotation_of
+from megapromoe.nn.rotary import image_angles, rotation_of, sequence_angles
 from megapromoe.nn.tensor_parallel import Linear, Modulation
+from megapromoe.nn.text_condition import TextCondition, TextEmbed
 
 
 class AuxiliaryOutput(NamedTuple):
@@ -71,19 +76,18 @@ class Embedded(NamedTuple):
     """The inputs of the blocks and of the final layer."""
 
     x_BSD: Tensor
-    """Tokens."""
+    """Tokens, those of a text first."""
     c_BD: Tensor
     """Conditions."""
     modulation: Tensor | None
     """With `model.modulation=shared`: shifts, scales and residual gates (B, 6D) that all blocks have in common."""
-    rotation: Rotation | None
-    """With `model.positions=rope`: of queries and keys."""
+    context: AttentionContext
 
 
 class Block(nn.Module):
     """Attention and an MLP or MoE layer, each with normalisation, modulation and a residual gate (adaLN-Zero)."""
 
-    def __init__(self, config: ModelConfig, moe: bool):
+    def __init__(self, config: ModelConfig, moe: bool, last: bool = False):
         super().__init__()
         D = config.hidden_size
         self.norm1 = token_norm(config.norm, D)
@@ -95,19 +99,25 @@ class Block(nn.Module):
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
         self.has_table = config.modulation == "shared"
+        self.text_mlp = Mlp(D, config.text_ffn, config.activation) if config.text_ffn and not last else None
         self.recompute = "none"
 
     def forward(
-        self, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor, num_conditional: int, rotation: Rotation | None = None
+        self,
+        x_BSD: Tensor,
+        c_BD: Tensor,
+        y_B: Tensor | None,
+        num_conditional: int,
+        context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         """Applies the block.
 
         Args:
-            x_BSD: tokens.
+            x_BSD: tokens; with `model.condition=text` those of the text, then those of the image.
             c_BD: conditions; with `model.modulation=shared` the modulation that all blocks have in common, (B, 6D).
-            y_B: labels.
+            y_B: labels; None with `model.condition=text`.
             num_conditional: how many images are not null.
-            rotation: of the queries and keys; None for positions that are added to the tokens.
+            context: of attention.
 
         Returns:
             the tokens, and the auxiliary output of the MoE layer (None for a dense block).
@@ -116,47 +126,63 @@ class Block(nn.Module):
         layer; "blocks" both halves of the block, but not its router; "all" the block, which keeps its input and the
         decisions of its router.
         """
-        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache(), rotation
+        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache(), context
         return self._call(self.forward_with_cache, *arguments, recompute=self._recomputes("all"))
 
     def forward_with_cache(
         self,
         x_BSD: Tensor,
         c_BD: Tensor,
-        y_B: Tensor,
+        y_B: Tensor | None,
         num_conditional: int,
         routing_cache: RoutingCache,
-        rotation: Rotation | None = None,
+        context: AttentionContext = NO_CONTEXT,
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         """`forward`; a second pass with the same cache uses the routing decisions of the first."""
         recompute = self._recomputes("blocks")
-        x_BSD, h_BSD, gate_BD = self._call(self.attention_half, x_BSD, c_BD, rotation, recompute=recompute)
+        x_BSD, h_BSD, gate_BD, text_BND = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
         if isinstance(self.mlp, Mlp):
-            return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute)), None
+            return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
         if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
             y_BSD, auxiliary = self._call(self.mlp, h_BSD, num_conditional, y_B, recompute=recompute)
-            return self.residual(x_BSD, gate_BD, y_BSD), auxiliary
+            return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary
         inputs, routed = self.mlp.route(h_BSD, num_conditional, y_B, routing_cache)
         # Only the tokens and their assignment: a checkpoint would keep everything else although the experts do not
         # use it.
         y_BSD, dropped = self._call(self.mlp.run_experts, *inputs, recompute=self._recomputes("moe", "blocks"))
-        return self.residual(x_BSD, gate_BD, y_BSD), auxiliary_of(routed, dropped)
+        return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary_of(routed, dropped)
 
     def attention_half(
-        self, x_BSD: Tensor, c_BD: Tensor, rotation: Rotation | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The block up to its MLP: the residual stream, the MLP's input, and the MLP's residual gate (B, D)."""
+        self, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The block up to its MLP.
+
+        Returns:
+            the residual stream of the image, the MLP's input, the MLP's residual gate (B, D); and with text its tokens
+            at the end of the block.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).chunk(6, dim=1)
-        x_BSD = x_BSD + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation)
-        return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2
+        rotation, mask, num_text = context
+        y_BSD = gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
+        if mask is None:
+            x_BSD = x_BSD + y_BSD
+            return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, None
+        # Two sums and not slices of one, so that the tokens of the image are contiguous: experts take no others.
+        text_BND = x_BSD[:, :num_text] + y_BSD[:, :num_text]
+        x_BSD = x_BSD[:, num_text:] + y_BSD[:, num_text:]
+        if self.text_mlp is not None:
+            text_y_BND = self.text_mlp(modulate(self.norm2(text_BND), shift2, scale2))
+            text_BND = text_BND + gate2.unsqueeze(1) * text_y_BND
+        return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, text_BND
 
     def modulation(self, c_BD: Tensor) -> Tensor:
         """Shifts, scales and residual gates (B, 6D)."""
         return self.modulation_table(c_BD) if self.has_table else self.adaLN_modulation(c_BD)
 
-    def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor) -> Tensor:
-        """The residual connection around the MLP or MoE layer, with its residual gate."""
-        return x_BSD + gate_BD.unsqueeze(1) * y_BSD
+    def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, text_BND: Tensor | None = None) -> Tensor:
+        """The residual connection around the MLP or MoE layer, with its residual gate; the text tokens come first."""
+        x_BSD = x_BSD + gate_BD.unsqueeze(1) * y_BSD
+        return x_BSD if text_BND is None else torch.cat([text_BND, x_BSD], dim=1)
 
     def _recomputes(self, *policies: str) -> bool:
         return self.training and self.recompute in policies
@@ -206,6 +232,7 @@ class DiT(LogicalModule):
     """The diffusion transformer. Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711)."""
 
     pos_embed: Tensor
+    text_pos_embed: Tensor
     layouts: dict[str, ParameterLayout]
     """Parameter name -> layout; set by `parallelize.build` and `parallelize.parallelize`."""
 
@@ -215,53 +242,101 @@ class DiT(LogicalModule):
         D = config.hidden_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, D)
         self.t_embedder = TimeEmbed(D, config.time_input, config.time_frequency_shift)
-        self.y_embedder = LabelEmbed(config.num_classes, D)
-        self.blocks = nn.ModuleList(Block(config, moe=i in config.moe_blocks) for i in range(config.depth))
+        if config.has_text:
+            self.text_embedder = TextEmbed(config.text_width, D, config.norm)
+        else:
+            self.y_embedder = LabelEmbed(config.num_classes, D)
+        last = config.depth - 1
+        self.blocks = nn.ModuleList(Block(config, i in config.moe_blocks, i == last) for i in range(config.depth))
         self.channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.final_layer = FinalLayer(D, config.patch_size, self.channels, config.norm)
         if config.modulation == "shared":
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
         if config.positions == "sincos":
             self.register_buffer("pos_embed", torch.empty(1, config.tokens, D), persistent=False)
+            if config.has_text:
+                self.register_buffer("text_pos_embed", torch.empty(1, config.text_tokens, D), persistent=False)
         self._reset_own_parameters()
 
     def forward(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor, num_conditional: int | None = None
+        self, x_BCHW: Tensor, t_B: Tensor, condition: Tensor | TextCondition, num_conditional: int | None = None
     ) -> tuple[Tensor, AuxiliaryOutput]:
         """Predicts noise or velocity for a batch, conditional images first.
 
         Args:
             x_BCHW: noisy images or latents.
             t_B: model time in [0, 1000], float32.
-            y_B: labels, int64; the first `num_conditional` are classes, the others the null class (num_classes).
+            condition: labels (B,), int64, of which the first `num_conditional` are classes, the others the null class
+                (num_classes); or with `model.condition=text` texts, of which those of null images are ignored.
             num_conditional: how many images are not null (None: all); a Python number, so that the host need not wait
                 for the GPU.
 
         Returns:
             the raw prediction (B, 2C, H, W), or (B, C, H, W) without `learn_sigma`; and `AuxiliaryOutput`.
+
+        Raises TypeError for labels if the model needs texts, or the reverse; ValueError for texts that do not fit.
         """
-        x_BSD, c_BD, modulation, rotation = self.embed(x_BCHW, t_B, y_B)
-        num_conditional = len(y_B) if num_conditional is None else num_conditional
+        num_conditional = len(x_BCHW) if num_conditional is None else num_conditional
+        y_B, text = self._check(condition, len(x_BCHW), num_conditional)
+        x_BSD, c_BD, modulation, context = self.embed(x_BCHW, t_B, y_B, *text)
         *block_conditions, final_c_BD = self.conditions(c_BD, modulation)
         layers = []
         for block, c_BD in zip(self.blocks, block_conditions, strict=True):
-            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, rotation)
+            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, context)
             if auxiliary is not None:
                 layers.append(auxiliary)
+        if context.num_text:
+            x_BSD = x_BSD[:, context.num_text :]
         return self.unpatchify(self.final_layer(x_BSD, final_c_BD)), self.auxiliary(layers)
 
-    def embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Embedded:
-        """What the blocks get, in the dtype of the model."""
+    def _check(
+        self, condition: Tensor | TextCondition, images: int, num_conditional: int
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        """The labels, or the features and the mask of the texts, in which null images have no tokens."""
+        if isinstance(condition, TextCondition) != self.config.has_text:
+            needed = "a TextCondition" if self.config.has_text else "a tensor of labels"
+            kind = type(condition).__name__
+            raise TypeError(f"condition is a {kind}: must be {needed} with model.condition = {self.config.condition!r}")
+        if not isinstance(condition, TextCondition):
+            return condition, ()
+        condition.check(self.config, images)
+        condition = condition.without_null(num_conditional)
+        return None, (condition.features_BND, condition.mask_BN)
+
+    def embed(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None,
+        features_BND: Tensor | None = None,
+        mask_BN: Tensor | None = None,
+    ) -> Embedded:
+        """What the blocks get, in the dtype of the model: from labels, or from the features and the mask of texts."""
         dtype, config = self.x_embedder.proj.weight.dtype, self.config
-        x_BSD, rotation = self.x_embedder(x_BCHW.to(dtype)), None
+        x_BSD, context = self.x_embedder(x_BCHW.to(dtype)), NO_CONTEXT
         if config.positions == "sincos":
             x_BSD = x_BSD + self.pos_embed.to(dtype)
         else:
             side = config.input_size // config.patch_size
-            rotation = rotation_of(image_angles(side, config.head_dim, x_BSD.device))
-        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
+            angle_S = image_angles(side, config.head_dim, x_BSD.device)
+        c_BD = self.t_embedder(t_B)
+        if features_BND is None or mask_BN is None:
+            c_BD = c_BD + self.y_embedder(y_B)
+        else:
+            N = features_BND.shape[1]
+            text_BND, text_BD = self.text_embedder(features_BND, mask_BN)
+            c_BD = c_BD + text_BD
+            if config.positions == "sincos":
+                text_BND = text_BND + self.text_pos_embed[:, :N].to(dtype)
+            else:
+                angle_S = torch.cat([sequence_angles(N, config.head_dim, x_BSD.device), angle_S])
+            is_image = mask_BN.new_ones(x_BSD.shape[:2])
+            context = AttentionContext(mask=torch.cat([mask_BN, is_image], dim=1)[:, None, None], num_text=N)
+            x_BSD = torch.cat([text_BND, x_BSD], dim=1)
+        if config.positions == "rope":
+            context = context._replace(rotation=rotation_of(angle_S))
         modulation = self.adaLN_modulation(c_BD) if config.modulation == "shared" else None
-        return Embedded(x_BSD, c_BD, modulation, rotation)
+        return Embedded(x_BSD, c_BD, modulation, context)
 
     def conditions(self, c_BD: Tensor, modulation: Tensor | None) -> Sequence[Tensor]:
         """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""
@@ -289,5 +364,7 @@ class DiT(LogicalModule):
         if name == "pos_embed":
             side = self.config.input_size // self.config.patch_size
             value.copy_(position_table(side, self.config.hidden_size)[None])
+        elif name == "text_pos_embed":
+            value.copy_(sequence_table(self.config.text_tokens, self.config.hidden_size)[None])
         else:
             super().initialize(name, value, generator)

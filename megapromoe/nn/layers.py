@@ -8,6 +8,7 @@ Source: DiT (Peebles & Xie, arXiv 2212.09748).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, x
 from megapromoe.nn.norms import head_norm
 from megapromoe.nn.rotary import Rotation, rotate
 from megapromoe.nn.tensor_parallel import ColumnLinear, GateUpLinear, Linear, QkvLinear, RegionModule, RowLinear
+
+
+def sequence_table(length: int, width: int) -> Tensor:
+    """Fixed 1-D sine-cosine positions of a sequence, float32 (length, D)."""
+    omega = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angle = np.arange(length)[:, None] * omega[None]
+    return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], axis=1)).float()
 
 
 def position_table(tokens_per_side: int, width: int) -> Tensor:
@@ -108,6 +116,20 @@ class LabelEmbed(nn.Module):
         return self.embedding_table(y_B)
 
 
+class AttentionContext(NamedTuple):
+    """What the attention of all blocks of a forward pass has in common."""
+
+    rotation: Rotation | None = None
+    """Of queries and keys, with `model.positions=rope`."""
+    mask: Tensor | None = None
+    """Bool, (B, 1, 1, N + S): which tokens are keys, with `model.condition=text`."""
+    num_text: int = 0
+    """Number N of text tokens, which precede those of the image."""
+
+
+NO_CONTEXT = AttentionContext()
+
+
 class Attention(RegionModule):
     """Multi-head self-attention over a sequence of tokens, x (B, S, D) -> (B, S, D). A region: tp divides the heads."""
 
@@ -119,15 +141,21 @@ class Attention(RegionModule):
         self.k_norm = head_norm(qk_norm, self.head_width)
         self.proj = RowLinear(width, width)
 
-    def forward(self, x_BSD: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Applies attention; `rotation` rotates queries and keys by the positions of their tokens."""
+    def forward(self, x_BSD: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None) -> Tensor:
+        """Applies attention.
+
+        Args:
+            x_BSD: tokens.
+            rotation: of queries and keys, by the positions of their tokens.
+            mask: bool, (B, 1, 1, S): which keys take part; None: all.
+        """
         B, S, _ = x_BSD.shape
         qkv = self.qkv(self.region.copy_to_region(x_BSD)).view(B, S, 3, -1, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y_BHSd = F.scaled_dot_product_attention(q, k, v)
+        y_BHSd = F.scaled_dot_product_attention(q, k, v, mask)
         return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
 
 

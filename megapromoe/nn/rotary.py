@@ -31,6 +31,11 @@ def image_angles(tokens_per_side: int, head_width: int, device: torch.device) ->
     return torch.cat([_angles(column, head_width // 4), _angles(row, head_width // 4)], dim=1)
 
 
+def sequence_angles(length: int, head_width: int, device: torch.device) -> Tensor:
+    """Angles (N, d/2) of the tokens of a text, whose pairs all rotate by its one position; float64."""
+    return _angles(torch.arange(length, device=device), head_width // 2)
+
+
 def rotation_of(angle_S: Tensor) -> Rotation:
     """The rotation by angles (S, d/2)."""
     return Rotation(angle_S.cos().float(), angle_S.sin().float())

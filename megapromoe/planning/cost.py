@@ -1,7 +1,7 @@
 """Counts the parameters and floating-point operations of a model, and the bytes of its states on a rank. No torch.
 
 Everything is derived from one table of the model's linear layers, `layers`. Letters: D hidden size, F expert width,
-S tokens of an image, L blocks, E routed experts, K experts of a token.
+S tokens of an image, N tokens of a text, L blocks, E routed experts, K experts of a token.
 """
 
 from collections.abc import Iterator
@@ -63,14 +63,22 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     yield Linear("patch embedding", model.in_channels * patch, D, 1, S)
     yield Linear("time embedding", TIME_SINUSOIDS, D, 1, 1)
     yield Linear("time embedding", D, D, 1, 1)
-    yield Linear("class embedding", model.num_classes + 1, D, 1, 0, bias=False)
+    N = model.text_tokens  # texts count with their largest number of tokens
+    if model.has_text:
+        yield Linear("text embedding", model.text_width, D, 1, N)
+        yield Linear("text embedding", D, D, 1, N)
+        yield Linear("text embedding", 1, D, 1, 0, bias=False)  # the vector of no text
+        if model.text_ffn:
+            yield from _mlp("text MLP", D, model.text_ffn, L - 1, (L - 1) * N, model.hidden_projections)
+    else:
+        yield Linear("class embedding", model.num_classes + 1, D, 1, 0, bias=False)
     if model.modulation == "shared":
         yield Linear("shared adaLN", D, 6 * D, 1, 1, split="columns")
         yield Linear("adaLN", 1, 6 * D, L, 0, bias=False)
     else:
         yield Linear("adaLN", D, 6 * D, L, L, split="columns")
-    yield Linear("attention", D, 3 * D, L, L * S, split="columns")
-    yield Linear("attention", D, D, L, L * S, split="rows")
+    yield Linear("attention", D, 3 * D, L, L * (N + S), split="columns")
+    yield Linear("attention", D, D, L, L * (N + S), split="rows")
     if model.qk_norm != "none":  # weight, and bias of LayerNorm, over a head's channels, for queries and for keys
         yield Linear("attention", 1, model.head_dim, 2 * L, 0, bias=model.qk_norm == "layer")
     hidden = model.hidden_projections
@@ -164,7 +172,9 @@ def flops_per_image(model: ModelConfig) -> Flops:
     for layer in layers(model):
         if layer.rows:
             by_part[layer.part] = by_part.get(layer.part, 0) + layer.flops
-    by_part["attention"] += 2 * 2 * model.tokens**2 * model.hidden_size * model.depth
+    if model.has_text:  # the mean of a text's tokens
+        by_part["text embedding"] += 2 * model.text_tokens * model.hidden_size
+    by_part["attention"] += 2 * 2 * model.sequence**2 * model.hidden_size * model.depth
     forward = sum(by_part.values())
     return Flops(forward, 3 * forward, by_part)
 

@@ -61,6 +61,7 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
     return [
         *kept,
         *_times(depth, _attention_half(config, layout, batch, b)),
+        *_times(depth - 1, _text_mlp(config, layout, batch, b)),
         *_times(depth - (0 if keeps_input else moe), _input(model, batch, b)),
         *_times(depth - moe, _mlp(model, "MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
         *_times(0 if recompute == "moe" else moe, _moe(config, layout, batch, b)),
@@ -79,13 +80,17 @@ def _ends(model: ModelConfig, batch: Batch, b: int, recomputes_blocks: bool) -> 
     yield Saved("embeddings", "images, in the model's type", pixels * b)
     yield Saved("embeddings", "sinusoids, around the time MLP's SiLU", B * (TIME_SINUSOIDS + 2 * D) * b)
     yield Saved("embeddings", "condition", B * D * b)
+    if model.has_text:
+        yield Saved("embeddings", "text features", B * model.text_tokens * model.text_width * b)
+        yield Saved("embeddings", "text, around the GELU", 2 * B * model.text_tokens * D * b)
     if model.positions == "rope":
-        yield Saved("embeddings", "cosines and sines of positions", model.tokens * model.head_dim * 4)
+        yield Saved("embeddings", "cosines and sines of positions", model.sequence * model.head_dim * 4)
     if model.modulation == "shared":
         yield Saved("adaLN", "SiLU of the condition", B * D * b)
         if recomputes_blocks:  # it is an input of each of them
             yield Saved("adaLN", "shared shifts, scales, gates", B * 6 * D * b)
-    yield Saved("final layer", "input, normalised, modulated", 3 * T * D * b)
+    yield Saved("final layer", "input", B * model.sequence * D * b)
+    yield Saved("final layer", "normalised, modulated", 2 * T * D * b)
     yield Saved("final layer", "SiLU, 1 + scale", 2 * B * D * b)
     yield Saved("loss", "difference", pixels * 4)
 
@@ -99,7 +104,7 @@ def _residual(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
 
 def _block_input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
     """The input from which a block is recomputed."""
-    yield Saved("residual", "block's input", batch.images * model.tokens * model.hidden_size * b)
+    yield Saved("residual", "block's input", batch.images * model.sequence * model.hidden_size * b)
 
 
 def _input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
@@ -119,27 +124,41 @@ def _attention_half(config: Config, layout: Layout, batch: Batch, b: int) -> Ite
     """The attention half of a block."""
     model, tp = config.model, layout.tp
     B, D = batch.images, model.hidden_size
-    T = B * model.tokens
+    T, A = B * model.tokens, B * model.sequence  # of images; of images and texts
     yield Saved("adaLN", "1 + scale of both halves", 2 * B * D * b)
     if model.modulation == "block":
         yield Saved("adaLN", "SiLU", B * D * b)
-    yield Saved("norm1", "block's input, normalised, modulated", 3 * T * D * b)
-    yield Saved("attention", "queries, keys, values", 3 * T * D / tp * b)
+    yield Saved("norm1", "block's input, normalised, modulated", 3 * A * D * b)
+    yield Saved("attention", "queries, keys, values", 3 * A * D / tp * b)
     if model.qk_norm == "layer":
-        yield Saved("attention", "means and deviations", 4 * T * model.heads / tp * b)
+        yield Saved("attention", "means and deviations", 4 * A * model.heads / tp * b)
     elif model.qk_norm == "rms":
-        yield Saved("attention", "root mean squares", 2 * T * model.heads / tp * 4)
+        yield Saved("attention", "root mean squares", 2 * A * model.heads / tp * 4)
     if model.qk_norm != "none" or model.positions == "rope":
-        yield Saved("attention", "normalised or rotated queries and keys", 2 * T * D / tp * b)
-        yield Saved("attention", "weighted values, heads together again", T * D / tp * b)
-    yield Saved("attention", "weighted values", T * D / tp * b)
-    yield Saved("attention", "logarithms of the softmax's sums", T * model.heads / tp * 4)
-    yield Saved("residual", "attention's output, under its gate", T * D * b)
+        yield Saved("attention", "normalised or rotated queries and keys", 2 * A * D / tp * b)
+        yield Saved("attention", "weighted values, heads together again", A * D / tp * b)
+    yield Saved("attention", "weighted values", A * D / tp * b)
+    yield Saved("attention", "logarithms of the softmax's sums", A * model.heads / tp * 4)
+    yield Saved("residual", "attention's output, under its gate", A * D * b)
+    if model.has_text:
+        yield Saved("attention", "mask", A * b)
     yield Saved("norm2", "tokens, normalised", 2 * T * D * b)
     if model.norm == "layer":
-        yield Saved("norms", "means and deviations", 4 * T * b)
+        yield Saved("norms", "means and deviations", 2 * (A + T) * b)
     else:
-        yield Saved("norms", "root mean squares", 2 * T * 4)
+        yield Saved("norms", "root mean squares", (A + T) * 4)
+
+
+def _text_mlp(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """The MLP of the text tokens of a block, with its norm and residual connection."""
+    model, D = config.model, config.model.hidden_size
+    rows = batch.images * model.text_tokens
+    if not model.text_ffn:
+        return
+    yield Saved("text MLP", "tokens, normalised, modulated", 3 * rows * D * b)
+    yield Saved("norms", "means and deviations", 2 * rows * b if model.norm == "layer" else rows * 4)
+    yield from _mlp(model, "text MLP", model.text_ffn, rows, layout.tp, b)
+    yield Saved("residual", "the text MLP's output, under its gate", rows * D * b)
 
 
 def _mlp(model: ModelConfig, part: str, width: int, rows: float, tp: int, b: int) -> Iterator[Saved]:
@@ -231,13 +250,15 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
     model, b, tp = config.model, zero_of(config).width, layout.tp
     D, T = model.hidden_size, batch.images * model.tokens
     R, moe = routed_rows(model, batch) / (1 if layout.etp > 1 else tp), len(model.moe_blocks)
-    attention = (2 * T * D + 6 * T * D / tp) * b
+    A = batch.images * model.sequence
+    attention = (2 * A * D + 6 * A * D / tp) * b
     hidden = 2 if model.activation == "gelu" else 5  # gradients of hidden values, with their products in a SwiGLU
     dense = (2 * T * D + hidden * T * model.mlp_width / tp) * b
     router = 2 * routed_images(model, batch) * model.tokens * D * 4  # float32 tokens and their gradient
     rows = R * (2 * D + hidden * model.moe_width / layout.etp)
     shared = T * model.shared_experts * model.shared_width / tp
-    halves = [(attention, [*_attention_half(config, layout, batch, b), *_input(model, batch, b)])]
+    attention_half = [*_attention_half(config, layout, batch, b), *_text_mlp(config, layout, batch, b)]
+    halves = [(attention, [*attention_half, *_input(model, batch, b)])]
     if moe < model.depth:
         halves.append((dense, list(_mlp(model, "MLP", model.mlp_width, T, tp, b))))
     if moe:

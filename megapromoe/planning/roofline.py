@@ -143,7 +143,7 @@ def _product(
 def _attention(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
     """Seconds of attention in one micro-batch: two products forward; five backward, which include the scores again."""
     model = config.model
-    forward = 4 * model.tokens**2 * model.hidden_size * model.depth * layout.micro_batch / layout.tp
+    forward = 4 * model.sequence**2 * model.hidden_size * model.depth * layout.micro_batch / layout.tp
     passes = 3.5 + ("attention" in RECOMPUTED_PARTS[config.parallel.recompute])
     peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
     return forward * passes / (peak * assume.attention)

@@ -20,7 +20,7 @@ from megapromoe.planning.cost import flat_shards, layers, tensors_on_rank
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
-BLOCKS = ("adaLN", "attention", "MLP", *MOE)
+BLOCKS = ("adaLN", "attention", "text MLP", "MLP", *MOE)
 # Parts of `cost.layers` that are recomputed in the backward pass, for each value of `parallel.recompute`.
 RECOMPUTED_PARTS = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "router", "capacity predictor")}
 
@@ -106,8 +106,13 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
     modulations, repeated = (1, 1) if model.modulation == "shared" else (L, again)  # a shared one is not recomputed
     yield tensor("adaLN: join slices", "all_gather", modulations * repeated, B * 6 * D * b, "forward")
     yield tensor("adaLN: gradient of the condition", "all_reduce", modulations, B * D * b, "backward")
-    yield tensor("attention: sum of heads", "all_reduce", L * again, T * D * b, "forward")
-    yield tensor("attention: gradient of its input", "all_reduce", L, T * D * b, "backward")
+    attended = B * model.sequence * D * b
+    yield tensor("attention: sum of heads", "all_reduce", L * again, attended, "forward")
+    yield tensor("attention: gradient of its input", "all_reduce", L, attended, "backward")
+    if model.text_ffn:
+        text = B * model.text_tokens * D * b
+        yield tensor("text MLP: sum of parts", "all_reduce", (L - 1) * again, text, "forward")
+        yield tensor("text MLP: gradient of its input", "all_reduce", L - 1, text, "backward")
     if model.qk_norm != "none":  # weight, and bias of LayerNorm, of queries and keys
         tensors = 4 if model.qk_norm == "layer" else 2
         yield tensor("qk_norm: gradients", "all_reduce", tensors * L, model.head_dim * b, "backward")

@@ -174,11 +174,26 @@ OPTIONS = [
     Case(4, tp=2, ep=2, expert_tp=True, zero=0, what=("model.activation=swiglu", "model.qk_norm=rms"), grouped=True),
 ]
 
+# Texts of 0 to 5 tokens. The first case is quick.
+TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "model.text_width=6")
+TEXT = (*TEXT, "model.text_tokens=5")
+WITH_FFN = (*TEXT, *ALL_OPTIONS, "model.text_ffn=24")
+TEXTS = [
+    Case(4, tp=2, ep=2, zero=2, what=WITH_FFN),
+    Case(4, tp=2, ep=2, expert_tp=True, zero=3, what=WITH_FFN, recompute="all"),
+    Case(1, zero=3, what=TEXT),
+    Case(3, ep=3, zero=0, what=(*TEXT, *ODD)),
+    Case(8, ep=8, what=(*TEXT, *TWELVE)),
+    Case(4, tp=4, ep=2, what=(*WITH_FFN, *ALL_NULL), recompute="blocks"),
+    Case(4, tp=2, ep=2, zero=3, what=(*TEXT, *NO_NULL, *TWICE), grouped=True),
+    Case(2, tp=2, zero=2, what=(*WITH_FFN, "model.router=dense")),
+]
+
 QUICK = pairwise(
     [factors_of(c.overrides(), world=c.world, prepare=c.prepare, grouped=c.grouped) for c in CASES],
 )
-QUICK += [len(CASES)]
-CASES += OPTIONS
+QUICK += [len(CASES), len(CASES) + len(OPTIONS)]
+CASES += [*OPTIONS, *TEXTS]
 
 
 @cache

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.parallelize import build
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.memory import budget, saved_tensors, transient
 from megapromoe.planning.traffic import Batch
 
@@ -61,8 +62,12 @@ def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
             p.data = p.data.bfloat16()
     m, B = config.model, config.layout(mesh.world_size).micro_batch
     x = torch.randn(B, m.in_channels, m.input_size, m.input_size)
-    y = torch.randint(m.num_classes, (B,))
-    y[B - NULL :] = m.num_classes
+    if m.has_text:
+        features = torch.randn(B, m.text_tokens, m.text_width)
+        y = TextCondition(features.bfloat16(), torch.ones(B, m.text_tokens, dtype=torch.bool))
+    else:
+        y = torch.randint(m.num_classes, (B,))
+        y[B - NULL :] = m.num_classes
     t = 1000 * torch.rand(B)
     with Living(model) as living:
         prediction, auxiliary = model(x, t, y, B - NULL)
@@ -95,7 +100,14 @@ MODELS = (
 BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
 BLOCKS = (*BLOCKS, "model.modulation=shared")
 MODELS = (*MODELS, BLOCKS)
-OPTIONS = (*((option,) for option in BLOCKS), (*BLOCKS, "model.router=dense"))
+TEXT = ("data.source=unset", "model.condition=text", "model.text_width=48", "model.text_tokens=40")
+OPTIONS = (
+    *((option,) for option in BLOCKS),
+    (*BLOCKS, "model.router=dense"),
+    TEXT,
+    (*TEXT, "model.text_ffn=96"),
+    (*TEXT, *BLOCKS, "model.text_ffn=96", "model.moe_every=1"),
+)
 LAYOUTS = (
     ("parallel.tp=2",),
     ("parallel.tp=2", "model.router=dense"),
@@ -106,6 +118,7 @@ LAYOUTS = (
     ("parallel.tp=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2", "model.expert_width=96"),
     ("parallel.tp=2", *BLOCKS),
     ("parallel.tp=2", "parallel.expert_tp=true", *BLOCKS),
+    ("parallel.tp=2", "parallel.ep=2", *TEXT, *BLOCKS, "model.text_ffn=96"),
 )
 
 

@@ -14,6 +14,7 @@ from megapromoe.distributed.mesh import make_mesh, rank_tables
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.cost import memory_per_rank
 from megapromoe.planning.traffic import Batch, collectives
 
@@ -78,8 +79,11 @@ def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
         listener.on = step == 2
         for micro in range(config.train.accumulation):
             x, t = torch.randn(B, 4, 8, 8, generator=generator), 1000 * torch.rand(B, generator=generator)
-            y = torch.randint(10, (B,), generator=generator)
+            y: torch.Tensor | TextCondition = torch.randint(10, (B,), generator=generator)
             y[B - NULL :] = 10
+            if config.model.has_text:
+                N, width = config.model.text_tokens, config.model.text_width
+                y = TextCondition(torch.randn(B, N, width, generator=generator), torch.ones(B, N, dtype=torch.bool))
 
             def loss(prediction, auxiliary):
                 total = prediction.float().square().mean() + auxiliary.total()
@@ -140,6 +144,8 @@ def compare(world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool =
 
 
 TWO = ("model.depth=2",)
+TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "model.text_width=6")
+TEXT = (*TEXT, "model.text_tokens=5")
 
 
 def test_traffic_of_layouts():
@@ -168,6 +174,7 @@ def test_traffic_of_models():
         ("parallel.recompute=all", "model.router=kmeans"),
         ("model.num_shared_experts=3", "model.shared_expert_width=20", "model.num_unconditional_experts=2"),
         ("model.modulation=shared", "model.qk_norm=rms", "model.activation=swiglu", "parallel.recompute=all"),
+        (*TEXT, "model.text_ffn=24", "parallel.recompute=blocks"),
     )
     compare(4, [(*TWO, "parallel.tp=2", "parallel.ep=2", *more) for more in what])
 

@@ -12,6 +12,7 @@ from megapromoe.benchmark.counters import Counter
 from megapromoe.config.options import ConfigError
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.parallelize import build
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.traffic import Batch, collectives
 
 POLICIES = ("moe", "blocks", "all")
@@ -30,6 +31,8 @@ ROUTERS = (
     ("model.router=promoe", "model.modulation=shared", "model.qk_norm=rms"),
     ("model.router=dense",),
 )
+TEXT = ("model.router=promoe", "data.source=unset", "model.condition=text", "model.num_classes=1000")
+TEXT = (*TEXT, "model.text_width=6", "model.text_tokens=5", "model.text_ffn=24")
 NULL = 1
 
 
@@ -43,6 +46,9 @@ def outcome(overrides: tuple[str, ...]) -> dict:
     x, t = torch.randn(B, 4, 8, 8, generator=generator), 1000 * torch.rand(B, generator=generator)
     y = torch.randint(10, (B,), generator=generator)
     y[B - NULL :] = 10
+    if config.model.has_text:
+        features = torch.randn(B, config.model.text_tokens, config.model.text_width, generator=generator)
+        y = TextCondition(features, torch.ones(features.shape[:2], dtype=torch.bool))
     with Counter() as counter:
         prediction, auxiliary = model(x, t, y, B - NULL)
         loss = prediction.square().mean() + auxiliary.total()
@@ -78,7 +84,7 @@ def test_every_policy_is_none_for_every_router(world, layout):
     """Results are equal to the last bit. Statistics over ranks are communicated once."""
     cases = [
         (*router, *(layout if "dense" not in router[0] else layout[:1]), f"parallel.recompute={policy}")
-        for router in ROUTERS
+        for router in (*ROUTERS, TEXT)
         for policy in ("none", *POLICIES)
         if not (policy == "moe" and "dense" in router[0])
     ]

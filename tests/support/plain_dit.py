@@ -1,7 +1,8 @@
 """DiT written down plainly in float64 from its parameters: one image at a time, no fused operators, no masks.
 
-It knows dense blocks and ProMoE by token choice, and all options of blocks. Parameters are a mapping of names to
-tensors, in which autograd finds the gradients. Images of a batch are computed separately.
+It knows dense blocks and ProMoE by token choice, all options of blocks, and text. Parameters are a mapping of names to
+tensors, in which autograd finds the gradients. Images of a batch are computed separately; text tokens that are masked
+out are left out.
 """
 
 import math
@@ -20,7 +21,7 @@ def plain_dit(
     config: ModelConfig,
     x_BCHW: Tensor,
     t_B: Tensor,
-    labels: list[int],
+    conditions: list,
     num_conditional: int,
 ) -> Tensor:
     """The raw prediction (B, c, H, W).
@@ -30,16 +31,16 @@ def plain_dit(
         config: of the model.
         x_BCHW: images, float64.
         t_B: model times.
-        labels: of each image.
+        conditions: of each image, its label, or its text: features (N, D_text) and which of them are valid (N,).
         num_conditional: how many images are not null.
     """
     images = []
     for b, x_CHW in enumerate(x_BCHW):
-        images.append(_image(p, config, x_CHW, float(t_B[b]), labels[b], b < num_conditional))
+        images.append(_image(p, config, x_CHW, float(t_B[b]), conditions[b], b < num_conditional))
     return torch.stack(images)
 
 
-def _image(p: Parameters, m: ModelConfig, x_CHW: Tensor, t: float, condition: int, conditional: bool) -> Tensor:
+def _image(p: Parameters, m: ModelConfig, x_CHW: Tensor, t: float, condition, conditional: bool) -> Tensor:
     size, side = m.patch_size, m.input_size // m.patch_size
     patches, places = [], []
     for row in range(side):
@@ -50,9 +51,15 @@ def _image(p: Parameters, m: ModelConfig, x_CHW: Tensor, t: float, condition: in
     if m.positions == "sincos":
         x_SD = x_SD + torch.stack([_sincos(column, m.hidden_size // 2, row) for row, column in places])
     angles = torch.stack([_image_angle(row, column, m.head_dim) for row, column in places])
-    c_D = _time(p, t) + p["y_embedder.embedding_table.weight"][condition]
+    c_D, text_ND = _time(p, t), x_SD[:0]
+    if isinstance(condition, int):
+        c_D = c_D + p["y_embedder.embedding_table.weight"][condition]
+    else:
+        c_text_D, text_ND, text_angles = _text(p, m, *condition, conditional)
+        c_D = c_D + c_text_D
+        angles = torch.cat([text_angles, angles])
     for block in range(m.depth):
-        x_SD = _block(p, m, block, x_SD, c_D, angles, conditional)
+        text_ND, x_SD = _block(p, m, block, text_ND, x_SD, c_D, angles, conditional)
     shift, scale = _linear(p, "final_layer.adaLN_modulation.1", _silu(c_D)).chunk(2)
     x_SP = _linear(p, "final_layer.linear", _norm(m.norm, x_SD, 1e-6) * (1 + scale) + shift)
     out = torch.zeros(m.out_channels, m.input_size, m.input_size, dtype=torch.float64)
@@ -62,18 +69,22 @@ def _image(p: Parameters, m: ModelConfig, x_CHW: Tensor, t: float, condition: in
     return out
 
 
-def _block(p, m, block, x_SD, c_D, angles, conditional) -> Tensor:
-    name = f"blocks.{block}"
+def _block(p, m, block, text_ND, x_SD, c_D, angles, conditional) -> tuple[Tensor, Tensor]:
+    name, N = f"blocks.{block}", len(text_ND)
     if m.modulation == "shared":
         modulation = _linear(p, "adaLN_modulation.1", _silu(c_D)) + p[f"{name}.modulation_table.weight"]
     else:
         modulation = _linear(p, f"{name}.adaLN_modulation.1", _silu(c_D))
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
-    x_SD = x_SD + gate1 * _attention(p, m, f"{name}.attn", _norm(m.norm, x_SD, 1e-6) * (1 + scale1) + shift1, angles)
-    h_SD = _norm(m.norm, x_SD, m.mlp_norm_eps) * (1 + scale2) + shift2
+    z_ND = torch.cat([text_ND, x_SD])
+    z_ND = z_ND + gate1 * _attention(p, m, f"{name}.attn", _norm(m.norm, z_ND, 1e-6) * (1 + scale1) + shift1, angles)
+    h_ND = _norm(m.norm, z_ND, m.mlp_norm_eps) * (1 + scale2) + shift2
+    text_ND, x_SD = z_ND[:N], z_ND[N:]
+    if f"{name}.text_mlp.fc1.weight" in p:
+        text_ND = text_ND + gate2 * _mlp(p, m, f"{name}.text_mlp", h_ND[:N])
     if block in m.moe_blocks:
-        return x_SD + gate2 * _moe(p, m, f"{name}.mlp", h_SD, conditional)
-    return x_SD + gate2 * _mlp(p, m, f"{name}.mlp", h_SD)
+        return text_ND, x_SD + gate2 * _moe(p, m, f"{name}.mlp", h_ND[N:], conditional)
+    return text_ND, x_SD + gate2 * _mlp(p, m, f"{name}.mlp", h_ND[N:])
 
 
 def _attention(p, m: ModelConfig, name: str, x_SD: Tensor, angles: Tensor) -> Tensor:
@@ -170,3 +181,16 @@ def _rotated(x_Sd: Tensor, angle_S: Tensor) -> Tensor:
     real, imaginary = x_Sd.chunk(2, dim=1)
     turned = torch.complex(real, imaginary) * torch.exp(1j * angle_S)
     return torch.cat([turned.real, turned.imag], dim=1)
+
+
+def _text(p, m: ModelConfig, features_ND: Tensor, mask_N: Tensor, conditional: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A text's part of the condition (D,), its tokens and their angles; those that are masked out are left out."""
+    kept = [n for n in range(len(features_ND)) if conditional and mask_N[n]]
+    h_ND = _linear(p, "text_embedder.mlp.0", _norm(m.norm, features_ND[kept], 1e-6))
+    h_ND = 0.5 * h_ND * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h_ND + 0.044715 * h_ND**3)))
+    text_ND = _linear(p, "text_embedder.mlp.2", h_ND)
+    c_D = text_ND.mean(0) if kept else p["text_embedder.null"]
+    angles = torch.stack([n * _frequencies(m.head_dim // 2) for n in kept]) if kept else torch.empty(0, m.head_dim // 2)
+    if m.positions == "sincos" and kept:
+        text_ND = text_ND + torch.stack([_sincos(n, m.hidden_size) for n in kept])
+    return c_D, text_ND, angles.double()

@@ -14,12 +14,13 @@ from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Synthetic
-from megapromoe.data.sample_stream import SampleStream
+from megapromoe.data.sample_stream import Batch, SampleStream
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
+from megapromoe.nn.text_condition import TextCondition
 
 # Adam turns rounding noise in gradients that are zero by mathematics into full steps; a large eps damps that.
 SMALL = (
@@ -98,7 +99,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
                 total_loss = mse + auxiliary.total()
                 return total_loss, total_loss.detach()
 
-            total += engine.micro_step(x, t, batch.labels_B, batch.num_conditional, loss=loss)
+            total += engine.micro_step(x, t, condition_of(config, batch), batch.num_conditional, loss=loss)
             if number < len(ranges) - 1:
                 engine.finish_micro_step()
         dist.all_reduce(total, group=mesh.dp.process_group)
@@ -127,6 +128,20 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     dist.barrier()
     engine.close()
     return out if dist.get_rank() == 0 else None
+
+
+def condition_of(config: Config, batch: Batch) -> torch.Tensor | TextCondition:
+    """The labels of a batch; for a text model texts that depend on the stream position alone, of all lengths from 0.
+
+    Those of null images are as long as others: the model must not see them.
+    """
+    if not config.model.has_text:
+        return batch.labels_B
+    tokens, width = config.model.text_tokens, config.model.text_width
+    texts = [np.random.default_rng(p).standard_normal((tokens, width)) for p in batch.positions_B.tolist()]
+    lengths_B = batch.positions_B % (tokens + 1)
+    mask_BN = torch.arange(tokens) < lengths_B.unsqueeze(1)
+    return TextCondition(torch.from_numpy(np.stack(texts)).float(), mask_BN)
 
 
 @torch.no_grad()

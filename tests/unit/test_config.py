@@ -52,7 +52,7 @@ def test_frozen_and_every_field_is_explained():
             assert f.metadata["help"], f"{section.name}.{f.name}"
 
 
-UNITS = "blocks channels images micro-batches minutes pixels ranks seconds steps threads"
+UNITS = "blocks channels images micro-batches minutes pixels ranks seconds steps threads tokens"
 COUNTED = "batches checkpoints classes experts heads saves samples snapshots updates"
 WITHOUT_UNIT = (
     "decay epsilon factor learning_rate mean multiple norm probability scale seed shift temperature time weight"

@@ -101,10 +101,14 @@ def test_several_dense_experts_are_restored_bit_for_bit(tmp_path, form, uncondit
 BLOCKS = {"activation": "swiglu", "norm": "rms", "qk_norm": "rms", "positions": "rope", "modulation": "shared"}
 
 
+TEXT = {"condition": "text", "num_classes": 1000, "text_width": 6, "text_tokens": 5, "text_ffn": 24}
+
+
 @pytest.mark.parametrize("form", ["ours", "safetensors", "deepspeed", "diffusers"])
-def test_options_of_blocks_are_restored_bit_for_bit(tmp_path, form):
+def test_options_of_blocks_and_texts_are_restored_bit_for_bit(tmp_path, form):
     config = config_that_runs("promoe_tc")
-    state = random_state(replace(config, model=replace(config.model, **BLOCKS)))
+    data = replace(config.data, source="unset")
+    state = random_state(replace(config, data=data, model=replace(config.model, **BLOCKS, **TEXT)))
     export(state, tmp_path / NAMES[form], form)
     back = open_state(tmp_path / NAMES[form])
     assert back.config.model == state.config.model
@@ -114,7 +118,7 @@ def test_options_of_blocks_are_restored_bit_for_bit(tmp_path, form):
         assert_same(state, back)
 
 
-@pytest.mark.parametrize("option, value", BLOCKS.items())
+@pytest.mark.parametrize("option, value", [*BLOCKS.items(), ("condition", "text")])
 def test_options_of_blocks_that_published_files_cannot_express_are_refused(tmp_path, option, value):
     config = config_that_runs("promoe_tc")
     state = random_state(replace(config, model=replace(config.model, **{option: value})))

@@ -13,6 +13,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build, layouts
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
 SMALL = ModelConfig(hidden_size=32, depth=4, heads=4, input_size=8, num_classes=10, num_experts=6, expert_ratio=1.5)
@@ -23,6 +24,7 @@ ALL_OPTIONS = {
     "positions": "rope",
     "modulation": "shared",
 }
+TEXT = {"condition": "text", "num_classes": 1000, "text_width": 12, "text_tokens": 6}
 
 
 @pytest.mark.parametrize("experts, millions", [(4, 659.6), (8, 861.2), (16, 1264), (32, 2070), (64, 3682), (128, 6907)])
@@ -52,6 +54,9 @@ def test_published_sweep_over_experts(experts, millions):
         {"positions": "rope"},
         {"modulation": "shared", "qk_norm": "layer"},
         ALL_OPTIONS,
+        TEXT,
+        {**TEXT, **ALL_OPTIONS, "text_ffn": 40, "moe_every": 1},
+        {**TEXT, "router": "dense", "depth": 1, "text_ffn": 40},
     ],
 )
 def test_parameters_of_the_built_model(change):
@@ -60,7 +65,7 @@ def test_parameters_of_the_built_model(change):
         built = sum(p.numel() for p in DiT(model).parameters())
     counted = parameters(model)
     assert counted.trainable == built
-    positions = 0 if model.positions == "rope" else model.tokens * model.hidden_size
+    positions = 0 if model.positions == "rope" else (model.tokens + model.text_tokens) * model.hidden_size
     assert counted.total == built + positions == sum(counted.by_part.values())
 
 
@@ -97,6 +102,19 @@ def test_operations_that_torch_counts(change):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(x, torch.zeros(images), torch.zeros(images, dtype=torch.int64), images)
     assert counter.get_total_flops() == images * flops_per_image(config.model).forward
+
+
+@pytest.mark.parametrize("change", [{}, {**ALL_OPTIONS, "text_ffn": 40}])
+def test_operations_of_texts_that_torch_counts(change):
+    config = resolve("promoe_s", overrides=["model.router=dense", "model.depth=3", "model.input_size=8"])
+    config = replace(config, model=replace(config.model, **TEXT, **change))
+    model = build(config)
+    counter = FlopCounterMode(display=False)
+    images, m = 3, config.model
+    texts = TextCondition(torch.zeros(images, m.text_tokens, m.text_width), torch.ones(images, m.text_tokens).bool())
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.zeros(images, 4, 8, 8), torch.zeros(images), texts, images)
+    assert counter.get_total_flops() == images * flops_per_image(m).forward
 
 
 def products_of_experts(config):
