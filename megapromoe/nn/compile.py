@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.layers import AttentionContext, Mlp
+from megapromoe.nn.layers import NO_CONTEXT, AttentionContext, Mlp
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.expert_linear import ExpertLinear
@@ -87,7 +87,7 @@ def _run_block(
 
 def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
     def forward(
-        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext
+        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
             return eager(x_BSD, c_BD, y_B, num_conditional, context)
