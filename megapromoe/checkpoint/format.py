@@ -202,8 +202,10 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
         tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
         parts: [name, start, stop, view] of each piece; each kind of tensor has an entry for it.
 
-    The receipt contains the size and the hash of the file, or the problem. If a rank cannot write its receipt either,
-    `commit` reports the rank after its timeout.
+    The receipt contains the size and the hash of the file, or the problem.
+
+    Raises CheckpointError if the receipt cannot be written. `commit`, on rank 0, reports other ranks without a receipt
+    after its timeout.
     """
     file, problem = folder / f"rank-{rank:05d}.safetensors", ""
     receipt: dict[str, Any] = {"file": file.name, "parts": parts}
@@ -219,7 +221,7 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
             if file.exists():  # safetensors creates files that only their owner can read
                 os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
-        problem = problem or f"{error.filename or folder}: {error.strerror}"
+        raise CheckpointError(problem or f"{error.filename or folder}: {error.strerror}") from error
     return problem
 
 
@@ -233,11 +235,14 @@ def commit(staging: Path, final: Path, world: int, metadata: dict[str, Any], com
         metadata: entries of the manifest other than the files: step, updates, shapes, buffers, ...
         commit_timeout: seconds to wait for the receipts.
 
-    Raises CheckpointError, naming the ranks that had a problem or did not write in time; OSError.
+    Raises CheckpointError, naming the ranks that had a problem or did not write in time, and at once if the staging
+    folder is gone; OSError.
     """
     deadline = time.monotonic() + commit_timeout
     paths = [staging / f"rank-{rank:05d}.json" for rank in range(world)]
     while missing := [p.stem for p in paths if not p.exists()]:
+        if not staging.is_dir():
+            raise CheckpointError(f"{staging}: was removed or renamed while the checkpoint was written")
         if time.monotonic() > deadline:
             raise CheckpointError(f"{staging}: {', '.join(missing[:8])} did not write within {commit_timeout:.0f} s")
         time.sleep(0.02)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import threading
 
 import pytest
 import torch
@@ -239,3 +241,17 @@ def test_no_flipped_bit_is_silent(root, count):
 def test_read_manifest_gives_what_was_sealed(tmp_path):
     folder = save(tmp_path, 12)
     assert read_manifest(folder)["shapes"] == SHAPES
+
+
+def test_a_save_whose_folder_is_renamed_ends_at_once(tmp_path):
+    """Before its receipt is written, and while it waits for those of others; not after the timeout of 600 s."""
+    staging, moved = tmp_path / "staging", tmp_path / "moved"
+    moved.mkdir()
+    with pytest.raises(CheckpointError, match=re.escape(str(staging))):
+        write_rank(staging, 0, {}, [], 1)
+    staging.mkdir()
+    write_rank(staging, 0, {}, [], 1)
+    renaming = threading.Timer(0.2, staging.rename, [moved / "staging"])
+    renaming.start()
+    with pytest.raises(CheckpointError, match="staging: was removed or renamed while the checkpoint was written"):
+        commit(staging, tmp_path / "step-00000001", 2, {"step": 1}, 600)
