@@ -118,6 +118,44 @@ PRESETS: dict[str, Preset] = {
             "save_every": 250,
         },
     },
+    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. The recipe is
+    # like that of `fashion`, and was not tuned.
+    "scenes": {
+        "model": {
+            "condition": "text",
+            "text_width": 384,
+            "text_tokens": 24,
+            "text_ffn": 256,
+            "hidden_size": 128,
+            "depth": 6,
+            "heads": 4,
+            "patch_size": 2,
+            "input_size": 16,
+            "in_channels": 3,
+            "num_experts": 4,
+            "shared_expert": False,
+            "learn_sigma": False,
+            "activation": "swiglu",
+            "norm": "rms",
+            "qk_norm": "rms",
+            "positions": "rope",
+            "modulation": "shared",
+        },
+        "data": {"source": UNSET},
+        "sample": {"method": "euler", "steps": 30, "guidance": 3.0},
+        "train": {
+            "steps": 2000,
+            "global_batch": 64,
+            "lr": 1e-3,
+            "warmup": 50,
+            "schedule": "cosine",
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.99,
+            "ema_warmup": True,
+            "deepspeed": "fp32_zero1",
+            "save_every": 500,
+        },
+    },
     # A small ProMoE of Fashion-MNIST's clothes, for some minutes on a laptop. Not from the paper.
     "fashion": {
         "model": {

@@ -11,7 +11,7 @@ from megapromoe.planning.cost import parameters
 
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
-    names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion t2i_3b tc_t2i_12b promoe_t2i_12b"
+    names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion scenes t2i_3b tc_t2i_12b promoe_t2i_12b"
     assert set(PRESETS) == set(names.split())
 
 
