@@ -118,8 +118,8 @@ PRESETS: dict[str, Preset] = {
             "save_every": 250,
         },
     },
-    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. The recipe is
-    # like that of `fashion`, and was not tuned.
+    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. The recipe
+    # is like that of `fashion`, and was not tuned.
     "scenes": {
         "model": {
             "condition": "text",
