@@ -1,5 +1,6 @@
 """Training on latents with captions: at two layouts, resumed at another, and refusals of captions that do not fit."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.processes import run
 from support.text_folders import WordEncoder
 from support.training_runs import losses, state, train
 
+from megapromoe.checkpoint.run_directory import data_identity
 from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
@@ -26,12 +28,17 @@ TEXT = (*TEXT, "model.text_width=6", "model.text_tokens=4", "model.positions=rop
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory) -> Path:
     """Records whose captions have 2 to 4 tokens."""
-    folder, source = tmp_path_factory.mktemp("captioned") / "latents", Arrays(count=COUNT, shape=(4, 8, 8))
-    write(folder, source, shard_size=32)
-    captions = (" ".join(["some"] * (1 + i % 3)) + f" {i}" for i in range(COUNT))
-    items = [CaptionedItem(item.path, 0, caption) for item, caption in zip(source.scan.items, captions, strict=True)]
-    encode_text(TextJob(items, WordEncoder(), folder / "text", "float16", shard_size=32, beside=folder))
+    folder = tmp_path_factory.mktemp("captioned") / "latents"
+    write(folder, Arrays(count=COUNT, shape=(4, 8, 8)), shard_size=32)
+    write_captions(folder, WordEncoder())
     return folder
+
+
+def write_captions(folder: Path, encoder: WordEncoder) -> None:
+    captions = (" ".join(["some"] * (1 + i % 3)) + f" {i}" for i in range(COUNT))
+    records = Arrays(count=COUNT).scan.items
+    items = [CaptionedItem(item.path, 0, caption) for item, caption in zip(records, captions, strict=True)]
+    encode_text(TextJob(items, encoder, folder / "text", "float16", shard_size=32, beside=folder))
 
 
 def try_to_train(folder: str, *overrides: str) -> str:
@@ -80,6 +87,19 @@ def test_random_captions_depend_on_the_record_and_are_dropped():
 def test_captions_that_do_not_fit_are_refused(latents, tmp_path, overrides, message):
     (error,) = run(1, try_to_train, str(tmp_path / "run"), f"data.path={latents}", *overrides)
     assert message in error
+
+
+def test_captions_of_another_encoder_are_other_data(latents, tmp_path):
+    """So a run does not continue on them unless `--allow data` says so."""
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    texts = resolve("promoe_s", overrides=[*TEXT, f"data.path={folder}"])
+    classes = resolve("promoe_s", overrides=["data.source=latents", f"data.path={folder}"])
+    before = data_identity(texts), data_identity(classes)
+    shutil.rmtree(folder / "text")
+    assert data_identity(texts) is None and data_identity(classes) == before[1]
+    write_captions(folder, WordEncoder(sha256="cd" * 32))
+    assert data_identity(texts) not in (None, before[0]) and data_identity(classes) == before[1] != before[0]
 
 
 def test_latents_without_captions_are_refused(tmp_path, capsys):
