@@ -18,7 +18,8 @@ from megapromoe.benchmark.timed_case import TimedCase, backward
 from megapromoe.config.options import Config, ModelConfig, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
-from megapromoe.nn.dit import Block, DiT
+from megapromoe.nn.block import Block
+from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
 from megapromoe.nn.moe.layer import MoE, auxiliary_of

@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megapromoe.benchmark.layer import Settings
+from megapromoe.benchmark.layer import BenchmarkError, Settings
 from megapromoe.benchmark.measure import make_clock
 from megapromoe.benchmark.models import Batch, Update
 from megapromoe.config.options import Config
@@ -129,6 +129,14 @@ def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
     return step
 
 
+def _config_of(preset: str) -> Config:
+    """A preset. Raises BenchmarkError for a model of texts, since the measured batches have classes; ConfigError."""
+    config = resolve(preset)
+    if config.model.has_text:
+        raise BenchmarkError(f"--preset {preset}: is conditioned by text; profile one that is conditioned by classes")
+    return config
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="profile_step", description=__doc__, allow_abbrev=False)
@@ -153,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compile=options.compile,
     )
     try:
-        figures = profile_step(resolve(options.preset), settings, options.steps, options.seconds, options.out)
+        figures = profile_step(_config_of(options.preset), settings, options.steps, options.seconds, options.out)
     except UserError as error:
         print(f"profile_step: {error}", file=sys.stderr)
         return error.exit_code

@@ -392,13 +392,17 @@ class RunDirectory:
 def data_identity(config: Config) -> str | None:
     """SHA-256 of the manifest of the latents that a run trains on; None for other sources, or if it cannot be read.
 
-    Opening the data set later raises the reason.
+    With `model.condition=text` that of the captions' manifest, which contains the latents' and the encoder's. Opening
+    the data set later raises the reason.
     """
     if config.data.source != "latents":
         return None
-    from megapromoe.data.latents import LatentsError, read_manifest  # imports numpy and safetensors
+    from megapromoe.data.datasets import DatasetError  # these import numpy and safetensors
+    from megapromoe.data.latents import read_manifest
+    from megapromoe.data.text_features import FOLDER, read_text_manifest
 
+    folder = Path(config.data.path)
     try:
-        return read_manifest(Path(config.data.path)).identity
-    except LatentsError:
+        return (read_text_manifest(folder / FOLDER) if config.model.has_text else read_manifest(folder)).identity
+    except DatasetError:
         return None

@@ -4,7 +4,7 @@
 with the published recipe: batch 256, AdamW at 1e-4 without weight decay or warm-up, clipping at 0.5, EMA
 0.9999, horizontal flips, 500K steps of rectified flow, sampled with 250 Euler steps. Values that they have in common
 are the defaults of the options; the user chooses the training data. Comments give the trainable and the active
-parameters, and the published FID-50K after 500K steps at guidance 1.5.
+parameters, and the published FID-50K after 500K steps at guidance 1.5. `*t2i*` are conditioned by text.
 """
 
 from typing import Any
@@ -31,6 +31,41 @@ def _published(size: str, router: str, **model: Any) -> Preset:
     }
 
 
+# The text-to-image models of ProMoE's last experiment. The paper states 36 layers, 16 heads, the width 11,008, the
+# experts, 3 B active parameters of 12 B, batch, learning rate, weight decay, steps and guidance. Inferred: 11,008 is
+# the width of SwiGLU MLPs at D 2048, as in Qwen2.5-3B, and every block has experts; a modulation in each block would
+# add 0.9 B, so it is shared. Neither stated nor inferred: RMSNorm, rotary positions, and the sizes of images and texts,
+# here 512 pixels through an autoencoder of 16 channels, and 256 tokens of 3584 channels, those of Qwen2.5-VL-7B.
+_TEXT = {
+    "condition": "text",
+    "text_width": 3584,
+    "text_tokens": 256,
+    "hidden_size": 2048,
+    "depth": 36,
+    "heads": 16,
+    "input_size": 64,
+    "in_channels": 16,
+    "mlp_ratio": 5.375,  # 11,008 channels
+    "expert_width": 11008,
+    "moe_every": 1,
+    "learn_sigma": False,
+    "activation": "swiglu",
+    "norm": "rms",
+    "qk_norm": "rms",
+    "positions": "rope",
+    "modulation": "shared",
+}
+
+
+def _text_to_image(router: str, **model: Any) -> Preset:
+    return {
+        "model": {"router": router, **_TEXT, **model},
+        "data": {"source": UNSET},
+        "sample": {"steps": 50, "guidance": 5.0},
+        "train": {"steps": 400_000, "global_batch": 384, "weight_decay": 0.02},
+    }
+
+
 PRESETS: dict[str, Preset] = {
     # ProMoE, token choice: 12 routed (top-1), 1 shared, 1 unconditional expert. Source: arXiv 2510.24711.
     "promoe_s": _published("s", "promoe"),  # 75.4M, 33.0M
@@ -50,6 +85,12 @@ PRESETS: dict[str, Preset] = {
     "diffmoe_b_e8": _published("b", "diffmoe", **_BASELINE),  # 332.5M
     "diffmoe_l_e8": _published("l", "diffmoe", **_BASELINE),  # 1.176B
     "diffmoe_xl_e8": _published("xl", "diffmoe", **_BASELINE),  # 1.735B
+    # Text-to-image: a dense model, and two with 4 times its parameters. Source: arXiv 2510.24711, appendix A.
+    "t2i_3b": _text_to_image("dense"),  # 3.090B
+    "tc_t2i_12b": _text_to_image(  # 12.833B, 3.091B
+        "tc", num_experts=5, shared_expert=False, unconditional_expert=False, balance_weight=0.01
+    ),
+    "promoe_t2i_12b": _text_to_image("promoe", num_experts=4, shared_expert=False),  # 12.833B, 3.091B
     # A small ProMoE of scikit-learn's 8x8 digits, for a few minutes on a laptop. Not from the paper.
     "digits": {
         "model": {
@@ -75,6 +116,44 @@ PRESETS: dict[str, Preset] = {
             "ema_warmup": True,
             "deepspeed": "fp32_zero1",
             "save_every": 250,
+        },
+    },
+    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. The recipe
+    # is like that of `fashion`, and was not tuned.
+    "scenes": {
+        "model": {
+            "condition": "text",
+            "text_width": 384,
+            "text_tokens": 24,
+            "text_ffn": 256,
+            "hidden_size": 128,
+            "depth": 6,
+            "heads": 4,
+            "patch_size": 2,
+            "input_size": 16,
+            "in_channels": 3,
+            "num_experts": 4,
+            "shared_expert": False,
+            "learn_sigma": False,
+            "activation": "swiglu",
+            "norm": "rms",
+            "qk_norm": "rms",
+            "positions": "rope",
+            "modulation": "shared",
+        },
+        "data": {"source": UNSET},
+        "sample": {"method": "euler", "steps": 30, "guidance": 3.0},
+        "train": {
+            "steps": 2000,
+            "global_batch": 64,
+            "lr": 1e-3,
+            "warmup": 50,
+            "schedule": "cosine",
+            "max_grad_norm": 1.0,
+            "ema_decay": 0.99,
+            "ema_warmup": True,
+            "deepspeed": "fp32_zero1",
+            "save_every": 500,
         },
     },
     # A small ProMoE of Fashion-MNIST's clothes, for some minutes on a laptop. Not from the paper.

@@ -165,9 +165,12 @@ def _condition_rules(config: Config) -> Iterator[Rule]:
     if model.router == "classification":
         rule = "must be another with model.condition = 'text', which has no classes"
         yield ("model.router", "model.condition"), rule
-    if data.source not in ("latents", UNSET):
-        rule = "must be latents with model.condition = 'text'; other sources have no captions"
+    if data.source not in ("latents", "synthetic", UNSET):
+        rule = "must be latents or synthetic with model.condition = 'text'; other sources have no captions"
         yield ("data.source", "model.condition"), rule
+    if config.train.sample_every:
+        rule = "must be 0 with model.condition = 'text': pictures during training are those of classes"
+        yield ("train.sample_every", "model.condition"), rule
     if model.text_ffn % config.parallel.tp:
         near = nearest_divisors(config.parallel.tp, model.text_ffn)
         rule = f"must divide model.text_ffn = {model.text_ffn}; nearest: {near}"

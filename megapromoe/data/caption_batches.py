@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from megapromoe.data.datasets import DamagedRecords
 from megapromoe.data.latents import Latents
 from megapromoe.data.text_features import FOLDER, TextFeatures, TextFeaturesError
+from megapromoe.diffusion.noise import normals
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,6 +32,34 @@ class CaptionBatch:
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CaptionBatch:
         """The batch with `change` applied to both tensors."""
         return CaptionBatch(change(self.features_BND), change(self.mask_BN))
+
+
+class CaptionSource(Protocol):
+    """Captions of the records of a data set."""
+
+    def batch(self, indices_B: np.ndarray, drop_B: np.ndarray) -> CaptionBatch:
+        """The text features of records; those of dropped captions have no tokens."""
+
+
+class SyntheticCaptions:
+    """Random text features, float16, computed from (seed, record): for timing. Record i has 1 + i mod N tokens.
+
+    Args:
+        width: channels of a feature.
+        max_tokens: tokens N of the longest caption.
+        seed: of the features.
+    """
+
+    def __init__(self, width: int, max_tokens: int, seed: int):
+        self.width, self.max_tokens, self.seed = width, max_tokens, seed
+
+    def batch(self, indices_B: np.ndarray, drop_B: np.ndarray) -> CaptionBatch:
+        """The text features of records; those of dropped captions have no tokens."""
+        lengths_B = np.where(drop_B, 0, 1 + indices_B % self.max_tokens)
+        mask_BN = np.arange(self.max_tokens) < lengths_B[:, None]
+        features_BND = normals(self.seed, "synthetic caption", indices_B, (self.max_tokens, self.width))
+        features_BND = (features_BND * mask_BN[..., None]).astype(np.float16)
+        return CaptionBatch(torch.from_numpy(features_BND), torch.from_numpy(mask_BN))
 
 
 class Captions:

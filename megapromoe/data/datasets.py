@@ -97,7 +97,7 @@ def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
             f"records have shape {tuple(dataset.shape)}, the model takes {shape}: "
             f"set model.in_channels={dataset.shape[0]} and model.input_size={dataset.shape[1]}"
         )
-    if dataset.num_classes != model.num_classes:
+    if not model.has_text and dataset.num_classes != model.num_classes:
         problems.append(
             f"{dataset.num_classes} classes, the model has {model.num_classes}: "
             f"set model.num_classes={dataset.num_classes}"
@@ -108,7 +108,7 @@ def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
     if len(labels) != len(dataset):
         problems.append(f"{len(labels)} labels for {len(dataset)} records: one label a record is needed")
     wrong = np.flatnonzero((labels < 0) | (labels >= model.num_classes))
-    if len(wrong):
+    if len(wrong) and not model.has_text:
         problems.append(
             f"record {wrong[0]} has label {labels[wrong[0]]}, labels must be in 0..{model.num_classes - 1} "
             f"({len(wrong)} of {len(labels)} records are out of range): "

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from megapromoe.data.caption_batches import CaptionBatch, Captions
+from megapromoe.data.caption_batches import CaptionBatch, CaptionSource
 from megapromoe.data.datasets import DamagedRecords, Dataset, DatasetError
 from megapromoe.diffusion.noise import normals, permutation, uniforms
 
@@ -95,7 +95,7 @@ class SampleStream:
         condition_dropout: float,
         flip: bool,
         null_class: int,
-        captions: Captions | None = None,
+        captions: CaptionSource | None = None,
         dropout_stratum: int = 0,
     ):
         self.dataset = dataset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megapromoe.config.options import NO_DATA, UNSET, Config
+from megapromoe.data.caption_batches import CaptionSource, SyntheticCaptions, captions_beside
 from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
@@ -48,6 +49,27 @@ def open_dataset(config: Config, split: str = "train") -> Dataset:
         dataset = Synthetic(shape, model.num_classes, data.size, data.seed)
     check_dataset(dataset, model)
     return dataset
+
+
+def open_captions(config: Config, dataset: Dataset) -> CaptionSource | None:
+    """The captions of a data set with `model.condition=text`, else None.
+
+    Raises DatasetError if the data set has none, or if they do not fit the model.
+    """
+    model = config.model
+    if not model.has_text:
+        return None
+    if isinstance(dataset, Synthetic):
+        return SyntheticCaptions(model.text_width, model.text_tokens, config.data.seed)
+    if not isinstance(dataset, Latents):
+        raise DatasetError(f"data.source = {config.data.source!r}: has no captions for model.condition = 'text'")
+    captions = captions_beside(dataset, model.text_tokens)
+    if captions.text.width != model.text_width:
+        raise DatasetError(
+            f"{captions.text.folder}: text features have {captions.text.width} channels, the model takes"
+            f" {model.text_width}: set model.text_width={captions.text.width}"
+        )
+    return captions
 
 
 def _open_latents(config: Config, split: str) -> Latents:

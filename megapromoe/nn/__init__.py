@@ -16,6 +16,7 @@ from megapromoe.nn.moe.routers import Router, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.parallelize import build, parallelize
 from megapromoe.nn.sharding import Sharding
+from megapromoe.nn.text_condition import TextCondition
 
 __all__ = [
     "ROUTERS",
@@ -35,6 +36,7 @@ __all__ = [
     "RoutingCache",
     "Sharding",
     "Split",
+    "TextCondition",
     "TokenAssignment",
     "auxiliary_loss",
     "auxiliary_losses",

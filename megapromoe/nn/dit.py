@@ -6,8 +6,8 @@ part of it, with initial values that depend only on a seed.
 Initial values, which each kind of layer defines in its `rules`:
 
 ======================================  ==================================================
-adaLN of blocks and final layer, tables  0
-of a shared adaLN, final linear
+adaLN of blocks and final layer, its    0
+tables in blocks, final linear
 biases                                  0
 label table, vector of no text, the     normal, σ 0.02
 time MLP, prototypes
@@ -23,21 +23,19 @@ Source: DiT's initialize_weights; the ProMoE release for prototypes and routers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
+from megapromoe.nn.block import Block
 from megapromoe.nn.layers import (
     NO_CONTEXT,
-    Attention,
     AttentionContext,
     LabelEmbed,
-    Mlp,
     PatchEmbed,
     TimeEmbed,
     modulate,
@@ -46,8 +44,6 @@ from megapromoe.nn.layers import (
 )
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary, auxiliary_losses
-from megapromoe.nn.moe.layer import MoE, auxiliary_of
-from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.norms import token_norm
 from megapromoe.nn.rotary import image_angles, rotation_of, sequence_angles
 from megapromoe.nn.tensor_parallel import Linear, Modulation
@@ -82,130 +78,6 @@ class Embedded(NamedTuple):
     modulation: Tensor | None
     """With `model.modulation=shared`: shifts, scales and residual gates (B, 6D) that all blocks have in common."""
     context: AttentionContext
-
-
-class Block(nn.Module):
-    """Attention and an MLP or MoE layer, each with normalisation, modulation and a residual gate (adaLN-Zero)."""
-
-    def __init__(self, config: ModelConfig, moe: bool, last: bool = False):
-        super().__init__()
-        D = config.hidden_size
-        self.norm1 = token_norm(config.norm, D)
-        self.attn = Attention(D, config.heads, config.qk_norm)
-        self.norm2 = token_norm(config.norm, D, config.mlp_norm_eps)
-        self.mlp: MoE | Mlp = MoE.from_config(config) if moe else Mlp(D, config.mlp_width, config.activation)
-        if config.modulation == "shared":
-            self.modulation_table = ModulationTable(6 * D)
-        else:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
-        self.has_table = config.modulation == "shared"
-        self.text_mlp = Mlp(D, config.text_ffn, config.activation) if config.text_ffn and not last else None
-        self.recompute = "none"
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        c_BD: Tensor,
-        y_B: Tensor | None,
-        num_conditional: int,
-        context: AttentionContext = NO_CONTEXT,
-    ) -> tuple[Tensor, MoEAuxiliary | None]:
-        """Applies the block.
-
-        Args:
-            x_BSD: tokens; with `model.condition=text` those of the text, then those of the image.
-            c_BD: conditions; with `model.modulation=shared` the modulation that all blocks have in common, (B, 6D).
-            y_B: labels; None with `model.condition=text`.
-            num_conditional: how many images are not null.
-            context: of attention.
-
-        Returns:
-            the tokens, and the auxiliary output of the MoE layer (None for a dense block).
-
-        In training, `recompute` selects what is freed after forward and computed again in backward: "moe" the MoE
-        layer; "blocks" both halves of the block, but not its router; "all" the block, which keeps its input and the
-        decisions of its router.
-        """
-        arguments = x_BSD, c_BD, y_B, num_conditional, RoutingCache(), context
-        return self._call(self.forward_with_cache, *arguments, recompute=self._recomputes("all"))
-
-    def forward_with_cache(
-        self,
-        x_BSD: Tensor,
-        c_BD: Tensor,
-        y_B: Tensor | None,
-        num_conditional: int,
-        routing_cache: RoutingCache,
-        context: AttentionContext = NO_CONTEXT,
-    ) -> tuple[Tensor, MoEAuxiliary | None]:
-        """`forward`; a second pass with the same cache uses the routing decisions of the first."""
-        recompute = self._recomputes("blocks")
-        x_BSD, h_BSD, gate_BD, text_BND = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
-        if isinstance(self.mlp, Mlp):
-            return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
-        if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
-            y_BSD, auxiliary = self._call(self.mlp, h_BSD, num_conditional, y_B, recompute=recompute)
-            return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary
-        inputs, routed = self.mlp.route(h_BSD, num_conditional, y_B, routing_cache)
-        # Only the tokens and their assignment: a checkpoint would keep everything else although the experts do not
-        # use it.
-        y_BSD, dropped = self._call(self.mlp.run_experts, *inputs, recompute=self._recomputes("moe", "blocks"))
-        return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary_of(routed, dropped)
-
-    def attention_half(
-        self, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The block up to its MLP.
-
-        Returns:
-            the residual stream of the image, the MLP's input, the MLP's residual gate (B, D); and with text its tokens
-            at the end of the block.
-        """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).chunk(6, dim=1)
-        rotation, mask, num_text = context
-        y_BSD = gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
-        if mask is None:
-            x_BSD = x_BSD + y_BSD
-            return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, None
-        # Two sums and not slices of one, so that the tokens of the image are contiguous: experts take no others.
-        text_BND = x_BSD[:, :num_text] + y_BSD[:, :num_text]
-        x_BSD = x_BSD[:, num_text:] + y_BSD[:, num_text:]
-        if self.text_mlp is not None:
-            text_y_BND = self.text_mlp(modulate(self.norm2(text_BND), shift2, scale2))
-            text_BND = text_BND + gate2.unsqueeze(1) * text_y_BND
-        return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, text_BND
-
-    def modulation(self, c_BD: Tensor) -> Tensor:
-        """Shifts, scales and residual gates (B, 6D)."""
-        return self.modulation_table(c_BD) if self.has_table else self.adaLN_modulation(c_BD)
-
-    def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, text_BND: Tensor | None = None) -> Tensor:
-        """The residual connection around the MLP or MoE layer, with its residual gate; the text tokens come first."""
-        x_BSD = x_BSD + gate_BD.unsqueeze(1) * y_BSD
-        return x_BSD if text_BND is None else torch.cat([text_BND, x_BSD], dim=1)
-
-    def _recomputes(self, *policies: str) -> bool:
-        return self.training and self.recompute in policies
-
-    @staticmethod
-    def _call(function: Callable, *arguments: Any, recompute: bool) -> Any:
-        if recompute:
-            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return function(*arguments)
-
-
-class ModulationTable(LogicalModule):
-    """What one block adds to the modulation that all blocks share, (B, n) -> (B, n). Source: PixArt (2310.00426)."""
-
-    rules = {"weight": ParameterRule(zeros)}
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def forward(self, modulation: Tensor) -> Tensor:
-        return modulation + self.weight
 
 
 class ZeroLinear(Linear):

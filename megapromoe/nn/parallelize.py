@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
+from megapromoe.nn.block import Block
 from megapromoe.nn.compile import compile_model
-from megapromoe.nn.dit import Block, DiT
+from megapromoe.nn.dit import DiT
 from megapromoe.nn.logical_module import LogicalModule, initial_value
 from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.sharding import Sharding

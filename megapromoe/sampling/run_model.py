@@ -62,7 +62,13 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
         problems.append(f"{', '.join(others)}: the run's model is fixed; only sample.key=value can be changed")
     if problems:
         raise SampleError("; ".join(problems))
-    return resolve(file=directory.config_file, overrides=overrides, file_is_saved=True)
+    config = resolve(file=directory.config_file, overrides=overrides, file_is_saved=True)
+    if config.model.has_text:
+        raise SampleError(
+            f"{run}: is a model with model.condition = text, and this command needs classes; use its weights in code"
+            " (megapromoe.nn.DiT, docs/library.md)"
+        )
+    return config
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:

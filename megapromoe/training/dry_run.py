@@ -14,7 +14,7 @@ from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, RunInUse
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset, DatasetError
-from megapromoe.data.sources import open_dataset
+from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.errors import ExitCode, UserError, Violations
 
 
@@ -52,6 +52,7 @@ def examine_start(
         problems.append(error)
     try:
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
+        open_captions(config, dataset)
     except DatasetError as error:
         problems.append(error)
     if not problems:

@@ -23,9 +23,10 @@ from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
+from megapromoe.data.caption_batches import CaptionSource
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
-from megapromoe.data.sources import open_dataset
+from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.diffusion.image_grid import generate, grid, picture_scale
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
@@ -43,6 +44,7 @@ from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
 from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.parallelize import build
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
@@ -151,13 +153,14 @@ def _train(
     watchdog.starting("making the groups")
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
-    dataset = _open_dataset(config)
+    dataset, captions = _open_dataset(config)
     stream = SampleStream(
         dataset,
         config.data.seed,
         config.data.condition_dropout,
         config.data.flip,
         config.model.null_class,
+        captions,
         dropout_stratum=config.data.condition_dropout_stratum,
     )
     watchdog.starting("building the model and its engine")
@@ -184,7 +187,8 @@ def _train(
         logger.info("changed since the last start: %s", line)
     if step >= t.steps:
         logger.info("%s: all %d steps are done; to continue, set train.steps to a larger number", run.folder, step)
-        logger.info("next: %s", sample_command(config, run.folder))
+        if not config.model.has_text:  # `megapromoe sample` takes classes
+            logger.info("next: %s", sample_command(config, run.folder))
         return
 
     index_ranges = (
@@ -273,15 +277,16 @@ def _train(
     engine.close()
 
 
-def _open_dataset(config: Config) -> Dataset:
-    """Opens the data set; a failure on any rank is raised on all. Collective.
+def _open_dataset(config: Config) -> tuple[Dataset, CaptionSource | None]:
+    """Opens the data set, and its captions if the model takes texts. Collective: a failure is raised on every rank.
 
     If no rank can open it, the path or the settings are wrong, and repeating cannot help. If only some ranks cannot,
     their nodes may be at fault.
     """
     wrong = ExitCode.MISCONFIGURED
     with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True, exit_code=wrong):
-        return open_dataset(config)
+        dataset = open_dataset(config)
+        return dataset, open_captions(config, dataset)
 
 
 def _check_router_version(config: Config) -> None:
@@ -303,7 +308,10 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator:
         accumulator.add(denoising, total, auxiliary)
         return total, total.detach()
 
-    return engine.micro_step(x_BCHW, t_B, batch.labels_B, batch.num_conditional, loss=loss)
+    condition: Tensor | TextCondition = batch.labels_B
+    if batch.captions is not None:
+        condition = TextCondition(batch.captions.features_BND, batch.captions.mask_BN)
+    return engine.micro_step(x_BCHW, t_B, condition, batch.num_conditional, loss=loss)
 
 
 def _generate_preview(engine: Engine, ema: EMA, config: Config) -> np.ndarray:

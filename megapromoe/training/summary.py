@@ -72,9 +72,11 @@ def _data(config: Config, dataset: Dataset | None) -> str:
     if data.source == "synthetic":
         where += " (random numbers, nothing can be learnt from them)"
     if dataset is None:
-        return f"{where}: records of {m.in_channels}x{m.input_size}x{m.input_size}, {m.num_classes:,} classes"
+        kind = f"captions of up to {m.text_tokens} tokens" if m.has_text else f"{m.num_classes:,} classes"
+        return f"{where}: records of {m.in_channels}x{m.input_size}x{m.input_size}, {kind}"
     shape = "x".join(map(str, dataset.shape))
-    return f"{where}: {len(dataset):,} records of {shape}, {dataset.num_classes:,} classes"
+    kind = f"captions of up to {m.text_tokens} tokens" if m.has_text else f"{dataset.num_classes:,} classes"
+    return f"{where}: {len(dataset):,} records of {shape}, {kind}"
 
 
 def _steps(config: Config, dataset: Dataset | None) -> str:
@@ -148,7 +150,7 @@ def closing_lines(
     yield f"{'done' if step >= t.steps else 'stopped'}: step {step:,} of {t.steps:,}{reached}"
     yield f"trained for {clock_text(clock.elapsed)}, of which {clock_text(clock.of_this_start)} since the last start"
     yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, step)}"
-    if step >= t.steps:
+    if step >= t.steps and not config.model.has_text:  # `megapromoe sample` takes classes
         yield f"next: {sample_command(config, folder)}"
 
 

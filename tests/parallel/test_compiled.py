@@ -24,6 +24,8 @@ from megapromoe.nn.parallelize import build
 COMPILED_REGIONS, WHOLE_BLOCKS = 9, 5
 BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
 BLOCKS = (*BLOCKS, "model.modulation=shared")
+TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "model.text_width=6")
+TEXT = (*TEXT, "model.text_tokens=5")
 
 
 def by_graph(model, mesh) -> None:
@@ -45,7 +47,7 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
         ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer"),
         full(("model.depth=4", "parallel.tp=2", "parallel.ep=2", *BLOCKS)),
-        full(("model.depth=4", *BLOCKS)),
+        full(("model.depth=4", *BLOCKS, *TEXT)),
         full(("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")),
         full(("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
     ],

@@ -137,7 +137,7 @@ def test_each_policy_needs_less_than_the_one_before():
 
 def test_evaluation_recomputes_nothing(monkeypatch):
     model = build(small("parallel.recompute=all")).eval()
-    monkeypatch.setattr("megapromoe.nn.dit.checkpoint", None)
+    monkeypatch.setattr("megapromoe.nn.block.checkpoint", None)
     model(torch.randn(2, 4, 8, 8), torch.ones(2), torch.tensor([1, 10]), 1)
 
 

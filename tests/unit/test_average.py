@@ -126,5 +126,5 @@ def test_a_warning_names_share_and_remedy_above_five_percent():
 @pytest.mark.parametrize("name", PRESETS)
 def test_small_presets_warm_up_and_large_ones_keep_the_published_constant(name):
     train = resolve(name).train
-    assert train.ema_warmup is (name in ("digits", "fashion"))
+    assert train.ema_warmup is (name in ("digits", "fashion", "scenes"))
     assert train.ema_warmup or train.ema_decay == 0.9999

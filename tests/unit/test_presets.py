@@ -1,21 +1,25 @@
 """Every preset resolves, alone and over many ranks, and says what the published tables say."""
 
 import pytest
+import torch
 
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
+from megapromoe.nn.dit import DiT
 from megapromoe.planning.cost import parameters
 
 
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
-    assert set(PRESETS) == {*names.split(), "diffmoe_b_e8", "diffmoe_l_e8", "diffmoe_xl_e8", "digits", "fashion"}
+    names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion scenes t2i_3b tc_t2i_12b promoe_t2i_12b"
+    assert set(PRESETS) == set(names.split())
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_resolves_on_one_rank_and_on_eight(name):
     resolve(name, world=1)
-    experts = [] if name.startswith("dit") else [f"parallel.ep={4 if name in ('digits', 'fashion') else 8}"]
+    model = resolve(name).model
+    experts = [] if model.router == "dense" else [f"parallel.ep={8 if model.num_experts >= 8 else 4}"]
     tensor = ["parallel.tp=2"]
     config = resolve(name, overrides=experts + tensor, world=8)
     assert config.layout(8).micro_batch == config.train.global_batch // 4
@@ -62,3 +66,19 @@ def test_published_recipe():
     assert (config.sample.method, config.sample.steps) == ("euler", 250)
     assert config.data.flip and config.data.condition_dropout == 0.1
     assert (config.diffusion.objective, config.diffusion.time) == ("rf", "logit_normal")
+
+
+@pytest.mark.parametrize(
+    "name, billions, active", [("t2i_3b", 3.0, 3.0), ("tc_t2i_12b", 12.8, 3.0), ("promoe_t2i_12b", 12.8, 3.0)]
+)
+def test_text_to_image_models_have_the_stated_sizes(name, billions, active):
+    """The paper's "12 B, 3 B active", from the inferred shape; to the last parameter those of the built model."""
+    model = resolve(name).model
+    counted = parameters(model)
+    assert counted.total / 1e9 == pytest.approx(billions, abs=0.1) and counted.active / 1e9 == pytest.approx(
+        active, abs=0.1
+    )
+    with torch.device("meta"):
+        assert counted.trainable == counted.total == sum(p.numel() for p in DiT(model).parameters())
+    dense = parameters(resolve("t2i_3b").model)
+    assert counted.active - dense.active == counted.by_part.get("router", 0), "a token passes one FFN in all three"

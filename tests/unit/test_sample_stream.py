@@ -311,7 +311,8 @@ def test_many_threads_give_the_stream_of_one_thread():
 def config(source="synthetic", **model):
     fields = dict(in_channels=1, input_size=8, num_classes=10) | model
     return SimpleNamespace(
-        model=SimpleNamespace(**fields), data=SimpleNamespace(source=source, size=64, condition_dropout=0.1, seed=3)
+        model=SimpleNamespace(**fields, has_text=False),
+        data=SimpleNamespace(source=source, size=64, condition_dropout=0.1, seed=3),
     )
 
 

@@ -64,7 +64,7 @@ def test_the_summary_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not resolve(name).model.has_text])
 def test_the_next_command_is_one_that_sample_takes(name, tmp_path):
     folder = tmp_path / "a run"
     write_text(folder / "config.yaml", to_yaml(resolve(name)), parents=True)
@@ -73,6 +73,13 @@ def test_the_next_command_is_one_that_sample_takes(name, tmp_path):
     options = parse(words[1:])
     assert options.command == "sample" and options.run == folder
     generation_request(options, options.out).checked(world=1)
+
+
+def test_no_command_is_suggested_that_a_text_model_does_not_have():
+    config = resolve("t2i_3b", overrides=["data.source=synthetic"])
+    lines = list(closing_lines(config, RUN, config.train.steps, None, RunClock(1.0, 0, 1)))
+    assert lines[-1].startswith("checkpoint:")
+    assert "captions of up to 256 tokens" in rows(config)["data"]
 
 
 def test_a_log_ends_with_what_was_reached():

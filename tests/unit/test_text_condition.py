@@ -212,7 +212,7 @@ TEXT = ["model.condition=text", "model.text_width=8", "model.text_tokens=4"]
         (["model.condition=text", "model.text_width=4"], "model.text_tokens = 0: must be the most tokens of a text"),
         ([*TEXT, "model.num_classes=10"], "model.num_classes = 10: must be 1000, its default, with model.condition"),
         ([*TEXT, "model.router=classification"], "model.router = 'classification': must be another with model.cond"),
-        ([*TEXT, "data.source=synthetic"], "data.source = 'synthetic': must be latents with model.condition = 'text'"),
+        ([*TEXT, "data.source=digits"], "data.source = 'digits': must be latents or synthetic with model.condition"),
         (
             [*TEXT, "model.text_ffn=9", "parallel.tp=2"],
             r"parallel.tp = 2: must divide model.text_ffn = 9; nearest: 1, 3",

@@ -1,0 +1,126 @@
+"""Training on latents with captions: at two layouts, resumed at another, and refusals of captions that do not fit."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.latent_folders import Arrays, write
+from support.processes import run
+from support.text_folders import WordEncoder
+from support.training_runs import losses, state, train
+
+from megapromoe.checkpoint.run_directory import data_identity
+from megapromoe.cli import main
+from megapromoe.config.options import ConfigError
+from megapromoe.config.resolve import resolve
+from megapromoe.data.caption_batches import SyntheticCaptions
+from megapromoe.data.captions import CaptionedItem
+from megapromoe.data.encode_text import TextJob, encode_text
+from megapromoe.training import loop
+
+COUNT = 64
+TEXT = ("data.source=latents", "data.flip=true", "data.workers=2", "model.condition=text", "model.num_classes=1000")
+TEXT = (*TEXT, "model.text_width=6", "model.text_tokens=4", "model.positions=rope", "model.text_ffn=16")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """Records whose captions have 2 to 4 tokens."""
+    folder = tmp_path_factory.mktemp("captioned") / "latents"
+    write(folder, Arrays(count=COUNT, shape=(4, 8, 8)), shard_size=32)
+    write_captions(folder, WordEncoder())
+    return folder
+
+
+def write_captions(folder: Path, encoder: WordEncoder) -> None:
+    captions = (" ".join(["some"] * (1 + i % 3)) + f" {i}" for i in range(COUNT))
+    records = Arrays(count=COUNT).scan.items
+    items = [CaptionedItem(item.path, 0, caption) for item, caption in zip(records, captions, strict=True)]
+    encode_text(TextJob(items, encoder, folder / "text", "float16", shard_size=32, beside=folder))
+
+
+def try_to_train(folder: str, *overrides: str) -> str:
+    try:
+        train(folder, *TEXT, *overrides)
+    except loop.TrainingError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_run_on_captions_is_the_same_at_another_layout_and_resumes_at_it(latents, tmp_path):
+    data = f"data.path={latents}"
+    single, divided = tmp_path / "one", tmp_path / "two"
+    assert run(1, try_to_train, str(single), data) == ["trained"]
+    assert run(1, try_to_train, str(divided), data, "train.steps=3") == ["trained"]
+    assert run(2, try_to_train, str(divided), data, "parallel.tp=2", "parallel.ep=2") == ["trained"] * 2
+    assert len(losses(single)) == 6 and losses(divided) == pytest.approx(losses(single), rel=1e-4)
+    expected, ours = state(single, 6), state(divided, 6)
+    assert expected.keys() == ours.keys() and ("master", "text_embedder.null") in ours
+    for key, tensor in expected.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=str(key))
+
+
+def test_a_text_model_trains_on_random_data_for_timing(tmp_path):
+    assert run(1, try_to_train, str(tmp_path / "run"), "data.source=synthetic", "train.steps=2") == ["trained"]
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_random_captions_depend_on_the_record_and_are_dropped():
+    captions = SyntheticCaptions(6, 4, seed=0)
+    indices_B, drop_B = np.array([3, 5, 3, 6]), np.array([False, False, True, False])
+    batch = captions.batch(indices_B, drop_B)
+    assert batch.mask_BN.sum(1).tolist() == [4, 2, 0, 3] and batch.features_BND.dtype == torch.float16
+    assert not batch.features_BND[~batch.mask_BN].any() and batch.features_BND[batch.mask_BN].all(dim=-1).all()
+    again = captions.batch(indices_B[3:], drop_B[3:])
+    assert torch.equal(again.features_BND[0], batch.features_BND[3])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model.text_width=8"], "text features have 6 channels, the model takes 8: set model.text_width=6"),
+        (["model.text_tokens=3"], "captions have more than 3 tokens, record 2 has 4"),
+    ],
+)
+def test_captions_that_do_not_fit_are_refused(latents, tmp_path, overrides, message):
+    (error,) = run(1, try_to_train, str(tmp_path / "run"), f"data.path={latents}", *overrides)
+    assert message in error
+
+
+def test_captions_of_another_encoder_are_other_data(latents, tmp_path):
+    """So a run does not continue on them unless `--allow data` says so."""
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    texts = resolve("promoe_s", overrides=[*TEXT, f"data.path={folder}"])
+    classes = resolve("promoe_s", overrides=["data.source=latents", f"data.path={folder}"])
+    before = data_identity(texts), data_identity(classes)
+    shutil.rmtree(folder / "text")
+    assert data_identity(texts) is None and data_identity(classes) == before[1]
+    write_captions(folder, WordEncoder(sha256="cd" * 32))
+    assert data_identity(texts) not in (None, before[0]) and data_identity(classes) == before[1] != before[0]
+
+
+def test_latents_without_captions_are_refused(tmp_path, capsys):
+    write(tmp_path / "plain", Arrays(count=COUNT, shape=(4, 8, 8)))
+    settings = [*TEXT, f"data.path={tmp_path / 'plain'}", "model.in_channels=4", "model.input_size=8"]
+    command = ["train", "--run-dir", str(tmp_path / "run"), "--dry-run", *settings, "train.global_batch=16"]
+    assert main(command) == 2
+    assert f"{tmp_path / 'plain' / 'text'}" in capsys.readouterr().err
+
+
+def test_pictures_during_training_need_classes():
+    overrides = ["model.condition=text", "model.text_width=6", "model.text_tokens=4", "train.sample_every=5"]
+    with pytest.raises(ConfigError, match="train.sample_every = 5: must be 0 with model.condition = 'text'"):
+        resolve("promoe_s", overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    "command", [("sample",), ("evaluate", "--num-images", "8"), ("routing",)], ids=["sample", "evaluate", "routing"]
+)
+def test_commands_that_need_classes_refuse_a_text_model(latents, tmp_path, capsys, command):
+    folder = tmp_path / "run"
+    assert run(1, try_to_train, str(folder), f"data.path={latents}", "train.steps=3") == ["trained"]
+    assert main([*command, "--run-dir", str(folder)]) in (1, 2)
+    assert "is a model with model.condition = text, and this command needs classes" in capsys.readouterr().err
