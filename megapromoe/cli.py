@@ -48,7 +48,7 @@ _EXAMPLES = """\
 examples:
   megapromoe show                                          the presets
   megapromoe show --preset promoe_b --ranks 8 parallel.ep=8
-  megapromoe train --run-dir runs/digits                       digits, one process
+  megapromoe train --run-dir runs/digits                   digits, one process
   torchrun --nproc-per-node 4 -m megapromoe train --run-dir runs/digits parallel.tp=2 parallel.ep=2
   megapromoe sample --run-dir runs/digits --class 3 --guidance 1.5 --out grid.png
   megapromoe plan --preset promoe_xl --nodes 4 --gpu h100  layouts, memory and hours on a cluster

@@ -10,6 +10,7 @@ A test is marked by `@pytest.mark.full`, a case by `pytest.param(..., marks=pyte
 that the quick level leaves out by `support.levels`.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,15 @@ def pytest_collection_modifyitems(items):
 def pytest_sessionfinish():
     if processes := sys.modules.get("support.processes"):
         processes.stop_workers()
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers():
+    """Restores the levels that `cli.main` sets, which differ between ranks."""
+    levels = {name: logging.getLogger(name).level for name in ("megapromoe", "megapromoe.config")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

@@ -171,6 +171,7 @@ def test_a_run_that_diverges_from_the_start_reports_that_no_checkpoint_is_proven
     assert (manifest["step"], manifest["updates"], manifest["skipped_in_a_row"]) == (5, 2, 3)
 
 
+@pytest.mark.full
 def test_a_run_that_diverges_names_a_proven_checkpoint_and_the_command(tmp_path):
     with pytest.raises(WorkerFailed) as failed:
         run(2, diverging, str(tmp_path), ("parallel.ep=2", "train.steps=30"), 21)

@@ -45,7 +45,7 @@ def pair(overrides: tuple[str, ...], folder: str):
     "overrides",
     [
         full(("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
-        ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer"),
+        full(("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer")),
         full(("model.depth=4", "parallel.tp=2", "parallel.ep=2", *BLOCKS)),
         full(("model.depth=4", *BLOCKS, *TEXT)),
         full(("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")),

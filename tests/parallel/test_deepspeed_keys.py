@@ -92,7 +92,8 @@ def plain(tmp_path_factory) -> Callable[[int], list[float]]:
     return functools.cache(lambda stage: trained(tmp_path_factory.mktemp("plain"), stage))
 
 
-@pytest.mark.parametrize("stage", [full(0), full(1), full(2), 3])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_all_supported_keys_together_train_as_a_plain_file(stage, plain, tmp_path):
     assert trained(tmp_path, stage, *keys_of(stage)) == pytest.approx(plain(stage), rel=1e-6)
 

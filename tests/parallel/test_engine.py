@@ -145,7 +145,7 @@ def bf16_start(zero: int) -> dict:
     return {"exact": bool(held), "dtypes": dtypes, "losses": losses}
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("zero", [full(1), 2, full(3)])
 def test_bf16_keeps_exact_masters_and_learns(zero):
     for result in run(4, bf16_start, zero):
         assert result["exact"], "masters were rounded to bf16"
@@ -194,8 +194,8 @@ def small_buckets(folder, stage: int, overlap: bool) -> str:
     return f"train.deepspeed={path}"
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("overlap", [True, full(False)])
+@pytest.mark.parametrize("zero", [full(1), 2])
 def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
     layout = ("parallel.ep=2", "model.num_experts=8")
     for name in ("large", "split"):

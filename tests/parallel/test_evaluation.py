@@ -50,6 +50,7 @@ def test_figures_are_those_of_the_features(tmp_path, trained, network):
     assert (precision, recall) == precision_recall(b.pooled_ND, a.pooled_ND)
 
 
+@pytest.mark.full
 def test_a_run_is_evaluated_alike_on_one_rank_and_on_two(run, tmp_path):
     """Images are drawn once, by two ranks, and then taken as they are."""
     evaluation = Evaluation(GenerationRequest(run, tmp_path / "drawn", 130, scales=(1.0, 3.0)), None, "data")

@@ -134,6 +134,7 @@ def from_step(folder: str, step: int) -> None:
     train(folder, "parallel.ep=2", "train.steps=9")
 
 
+@pytest.mark.full
 def test_a_requested_step_is_used_or_refused(tmp_path):
     run(2, train, str(tmp_path), "parallel.ep=2")
     before = losses(tmp_path)

@@ -36,6 +36,7 @@ def test_operators_bytes_and_phases_of_a_known_program():
     assert counter.phases["elementwise"] == Issued(Tally(relu=1, ones=1, add_=1), moved=4 * (16 + 16 + 1 + 17 + 16))
 
 
+@pytest.mark.full
 def test_launches_of_a_known_compiled_program():
     """A product, and one kernel for all that is elementwise; each call counts."""
 

@@ -6,7 +6,6 @@ import weakref
 
 import pytest
 import torch
-from support.levels import full
 from support.processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -122,19 +121,20 @@ LAYOUTS = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "world, variants, kind",
     [
         (1, MODELS, "bf16"),
-        full(1, MODELS, "fp32"),
-        full(1, OPTIONS, "bf16"),
-        full(1, OPTIONS, "fp32"),
-        full(2, LAYOUTS, "bf16"),
-        full(2, LAYOUTS, "fp32"),
+        (1, MODELS, "fp32"),
+        (1, OPTIONS, "bf16"),
+        (1, OPTIONS, "fp32"),
+        (2, LAYOUTS, "bf16"),
+        (2, LAYOUTS, "fp32"),
     ],
     ids=["models bf16", "models fp32", "options bf16", "options fp32", "layouts bf16", "layouts fp32"],
 )
-@pytest.mark.parametrize("size, close", [full(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
+@pytest.mark.parametrize("size, close", [(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):
     """After the forward pass within 2 % (where scores and indices weigh as much as tokens, 10 %); the peak of both
     passes within what is planned, and not far below."""

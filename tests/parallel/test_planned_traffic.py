@@ -158,6 +158,7 @@ def test_traffic_with_data_ranks_beside_both():
     compare(8, [(*TWO, "parallel.tp=4", "parallel.ep=4")])
 
 
+@pytest.mark.full
 def test_traffic_of_models():
     what = (
         ("parallel.expert_tp=true", "model.qk_norm=layer", "train.deepspeed=fp32_zero0"),

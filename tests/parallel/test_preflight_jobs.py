@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.levels import full
 from support.processes import context, start_server
 
 from megapromoe.checkpoint.run_directory import RunDirectory
@@ -210,12 +209,13 @@ def stuck():
     storage.open_dataset = wait
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "fault, stage, how",
     [
         (frozen, "reduce_scatter in world", "silent"),
-        full(killed, "all_to_all in edp", "silent"),
-        full(stuck, "data", "not finished"),
+        (killed, "all_to_all in edp", "silent"),
+        (stuck, "data", "not finished"),
     ],
 )
 def test_a_hang_is_ended_and_named(tmp_path, fault, stage, how):

@@ -4,7 +4,6 @@ from collections import Counter as Tally
 
 import pytest
 import torch
-from support.levels import full
 from support.processes import run
 from support.trajectory import small, stir
 
@@ -77,9 +76,8 @@ def planned(overrides: tuple[str, ...], world: int) -> Tally:
     return calls
 
 
-@pytest.mark.parametrize(
-    "world, layout", [(1, ()), full(4, ("parallel.tp=2", "parallel.ep=2"))], ids=["one", "tp 2 ep 2"]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("world, layout", [(1, ()), (4, ("parallel.tp=2", "parallel.ep=2"))], ids=["one", "tp 2 ep 2"])
 def test_every_policy_is_none_for_every_router(world, layout):
     """Results are equal to the last bit. Statistics over ranks are communicated once."""
     cases = [

@@ -161,6 +161,7 @@ def go_back(folder: str, step: int) -> None:
     train(folder, *WARMING, "train.steps=5", "train.lr=0.003")
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_a_version_without_warm_up_resumes_as_before(tmp_path):
     plain = ("train.ema_decay=0.9", "parallel.ep=2")
     run(2, train, str(tmp_path / "before"), *plain)

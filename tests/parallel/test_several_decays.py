@@ -19,7 +19,7 @@ SHORT = ("train.steps=3", "train.save_every=2", "train.snapshot_every=3", "train
 TWO = (2, "parallel.ep=2", "train.deepspeed=fp32_zero1")
 FOUR = (4, "parallel.tp=2", "parallel.ep=2", "train.deepspeed=fp32_zero2")
 CASES = [
-    TWO,
+    full(TWO),
     full(FOUR),
     full((4, "parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "train.deepspeed=fp32_zero3")),
     full((2, "parallel.ep=1", "train.deepspeed=bf16_zero1")),

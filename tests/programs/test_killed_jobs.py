@@ -67,7 +67,7 @@ def wait_for(condition, limit: float = 120.0, launcher: subprocess.Popen | None 
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module", params=[2, full(4)], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
 def ranks(request) -> int:
     return request.param
 
@@ -81,6 +81,7 @@ def undisturbed(ranks, tmp_path_factory) -> list[float]:
     return losses(folder)
 
 
+@pytest.mark.full
 def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks, restarts=1)
@@ -105,7 +106,8 @@ def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, 
     )
 
 
-@pytest.mark.parametrize("number, receivers", [(signal.SIGTERM, "all ranks, twice"), full(signal.SIGUSR1, "one rank")])
+@pytest.mark.full
+@pytest.mark.parametrize("number, receivers", [(signal.SIGTERM, "all ranks, twice"), (signal.SIGUSR1, "one rank")])
 def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start(folder, ranks)

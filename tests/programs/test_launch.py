@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.levels import full
 from support.training_runs import losses
 
 from megapromoe.distributed.launch_environment import LaunchError, detect
@@ -51,7 +50,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.parametrize("launcher", [full("torchrun"), full("deepspeed"), "mpirun"])
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
 def test_launchers_start_the_same_run(launcher, alone, tmp_path):
     command = commands(tmp_path / "run")[launcher]
     if shutil.which(command[0], path=ENV["PATH"]) is None:
@@ -63,6 +63,7 @@ def test_launchers_start_the_same_run(launcher, alone, tmp_path):
     assert start["layout"]["world"] == 2 and start["layout"]["ep"] == 2
 
 
+@pytest.mark.full
 def test_srun_environment(alone, tmp_path):
     env = {**ENV, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_RESV_PORTS": free_port(),
            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}  # fmt: skip

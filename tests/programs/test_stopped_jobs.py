@@ -169,9 +169,8 @@ def launcher_command(launcher: str, folder: Path) -> list[str]:
     }[launcher]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torchrun", full("torchrun, started by a shell"), full("deepspeed"), full("mpirun")]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "torchrun, started by a shell", "deepspeed", "mpirun"])
 def test_ranks_save_and_end_when_their_launcher_is_killed(launcher, jobs, tmp_path, fault_table):
     """Also where the launcher holds the store of the job, as torchrun does."""
     folder = tmp_path / "run"

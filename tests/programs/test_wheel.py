@@ -74,6 +74,7 @@ def test_a_study_is_planned_by_the_name_of_its_recipe(unpacked, tmp_path):
     assert submitted[2:] == [str(unpacked / "megapromoe/launchers/scaling_experts.sh"), str(tmp_path / "study")]
 
 
+@pytest.mark.full
 def test_launchers_are_written_out_and_start_the_installed_package(unpacked, tmp_path):
     output = program(unpacked, tmp_path, "launchers", "jobs")
     scripts = {path.name: path for path in (tmp_path / "jobs").iterdir()}

@@ -17,6 +17,7 @@ from megapromoe.evaluation.statistics import Normal, frechet_distance
 from megapromoe.sampling.image_sets import ImageSet, ImageSetError
 
 
+@pytest.mark.full
 def test_the_classifier_of_digits_is_the_same_each_time():
     torch.set_num_threads(2)
     network, real = open_network("digits", "cpu"), open_pixels("digits")
