@@ -13,6 +13,8 @@ model, where other blocks compute the tokens, the scores of the planned experts 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,12 +70,24 @@ class PlannedChoice:
 
     def __init__(self, router: PrototypeRouter, pattern: str):
         self.router, self.pattern = router, pattern
-        self.bonus: dict[tuple[int, ...], Tensor] = {}
-        """Shape (B, S, E) -> what is added to scores."""
 
     def __call__(self, score_BSE: Tensor) -> Tensor:
-        if (shape := tuple(score_BSE.shape)) not in self.bonus:
-            B, S, E = shape
-            onehot_TE = F.one_hot(planned_experts(self.pattern, B * S, E), E).to(score_BSE)
-            self.bonus[shape] = 3 * onehot_TE.view(B, S, E)  # cosines differ by at most 2
-        return type(self.router).choose(self.router, score_BSE + self.bonus[shape])
+        raised = _raise_in_a_graph if torch.compiler.is_compiling() else raise_planned
+        return type(self.router).choose(self.router, raised(score_BSE, self.pattern))
+
+
+def raise_planned(score_BSE: Tensor, pattern: str) -> Tensor:
+    """Cosines (B, S, E), with 3 added to that of each token's planned expert."""
+    return score_BSE + _bonus(tuple(score_BSE.shape), pattern, score_BSE.dtype, score_BSE.device)
+
+
+@cache
+def _bonus(shape: tuple[int, ...], pattern: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    B, S, E = shape
+    onehot_TE = F.one_hot(planned_experts(pattern, B * S, E), E).to(device, dtype)
+    return 3 * onehot_TE.view(B, S, E)  # cosines differ by at most 2
+
+
+# In a compiled graph the number of images is not known, and the planned experts depend on it.
+_raise_in_a_graph = torch.library.custom_op("megapromoe::raise_planned", raise_planned, mutates_args=())
+_raise_in_a_graph.register_fake(lambda score_BSE, pattern: torch.empty_like(score_BSE))

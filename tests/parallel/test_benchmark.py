@@ -16,6 +16,7 @@ from megapromoe.benchmark.baselines import CONTENDERS, BatchedCapacity, make_con
 from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
 from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.distributed import mesh
+from megapromoe.nn import MoE
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
 
@@ -237,6 +238,20 @@ def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
     monkeypatch.setattr(models.PlannedChoice, "__call__", lambda self, score: score.argmax(-1, keepdim=True))
     with pytest.raises(BenchmarkError, match="skewed routing: experts got"):
         models.measure_step(DIGITS, "skewed", SETTINGS)
+
+
+def test_a_planned_choice_is_part_of_a_graph_for_any_number_of_images():
+    torch._dynamo.reset()
+    choice = models.PlannedChoice(MoE(hidden_size=8, num_experts=4).router, "skewed")
+    compiled = torch.compile(choice.__call__, backend="aot_eager", fullgraph=True)
+    for images in (3, 1, 5):
+        score_BSE = torch.rand(images, 16, 4)
+        expected = choice(score_BSE)
+        assert expected.flatten().bincount(minlength=4).tolist() == routing_patterns.planned_counts(
+            "skewed", images * 16, 4
+        )
+        torch._dynamo.decorators.mark_unbacked(score_BSE, 0)
+        assert torch.equal(compiled(score_BSE), expected)
 
 
 # ---- paired statistics
