@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn import Normal, ParameterRule, Router, RouterOutput, RoutingCache, token_choice, top_k, zeros
 
 BIAS_STEP = 0.01

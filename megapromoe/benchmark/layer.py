@@ -15,7 +15,8 @@ from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
 from megapromoe.benchmark.routing_patterns import bias_tokens_towards, planned_counts, planned_experts
 from megapromoe.benchmark.timed_case import TimedCase, backward
-from megapromoe.config.options import Config, ModelConfig, ratio_of
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import Config, ratio_of
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.errors import UserError
 from megapromoe.nn.block import Block

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 
 UPDATE_MINIMUM = {"gradient": 2, "master": 8, "moments": 16, "average": 8, "parameter": 2}
 """Bytes for each parameter that an update in bf16 must move: it reads the bf16 gradient, reads and writes the fp32

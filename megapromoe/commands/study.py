@@ -20,7 +20,7 @@ from megapromoe.commands.command_line import (
     whole_number,
 )
 from megapromoe.commands.launchers import launchers_folder
-from megapromoe.config.options import ROUTERS
+from megapromoe.config.model_options import ROUTERS
 from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare

@@ -4,8 +4,8 @@ from dataclasses import fields
 from typing import Any, TypedDict
 
 from megapromoe.config import extensions
-from megapromoe.config.options import ROUTERS, ModelConfig
-from megapromoe.config.reader import as_kind, kind_of, kind_rule, range_rule, suggest, unknown_key
+from megapromoe.config.model_options import ROUTERS, ModelConfig
+from megapromoe.config.reader import read_values, suggest
 from megapromoe.config.rules import layer_rules
 from megapromoe.errors import ExitCode, Violations
 
@@ -58,19 +58,8 @@ def layer_config(router: str, options: dict[str, Any], is_class: bool = False) -
 
     Raises LayerError, listing everything that is wrong.
     """
-    known = {f.name: f for f in fields(ModelConfig)}
-    problems, values = [], {}
-    for name, value in options.items():
-        if problem := unknown_key(name, LAYER_FIELDS, "MoE"):
-            problems.append(problem)
-            continue
-        kind = kind_of(known[name])
-        typed = as_kind(value, kind)
-        rule = kind_rule(value, kind) if typed is None else range_rule(typed, known[name].metadata)
-        if rule:
-            problems.append(f"{name} = {value!r}: {rule}")
-        else:
-            values[name] = typed
+    known = {f.name: f for f in fields(ModelConfig) if f.name in LAYER_FIELDS}
+    values, problems = read_values(known, options, "MoE")
     if router not in ROUTERS and not is_class and not extensions.ROUTER.accepts(router):
         problems.append(f"router = {router!r}: must be one of {', '.join(ROUTERS[1:])}; {suggest(router, ROUTERS[1:])}")
     if router == "dense":

@@ -31,6 +31,16 @@ def _published(size: str, router: str, **model: Any) -> Preset:
     }
 
 
+# Blocks of text-to-image models, and velocity without a learned variance.
+_TEXT_BLOCK = {
+    "learn_sigma": False,
+    "activation": "swiglu",
+    "norm": "rms",
+    "qk_norm": "rms",
+    "positions": "rope",
+    "modulation": "shared",
+}
+
 # The text-to-image models of ProMoE's last experiment. The paper states 36 layers, 16 heads, the width 11,008, the
 # experts, 3 B active parameters of 12 B, batch, learning rate, weight decay, steps and guidance. Inferred: 11,008 is
 # the width of SwiGLU MLPs at D 2048, as in Qwen2.5-3B, and every block has experts; a modulation in each block would
@@ -48,12 +58,7 @@ _TEXT = {
     "mlp_ratio": 5.375,  # 11,008 channels
     "expert_width": 11008,
     "moe_every": 1,
-    "learn_sigma": False,
-    "activation": "swiglu",
-    "norm": "rms",
-    "qk_norm": "rms",
-    "positions": "rope",
-    "modulation": "shared",
+    **_TEXT_BLOCK,
 }
 
 
@@ -134,12 +139,7 @@ PRESETS: dict[str, Preset] = {
             "in_channels": 3,
             "num_experts": 4,
             "shared_expert": False,
-            "learn_sigma": False,
-            "activation": "swiglu",
-            "norm": "rms",
-            "qk_norm": "rms",
-            "positions": "rope",
-            "modulation": "shared",
+            **_TEXT_BLOCK,
         },
         "data": {"source": UNSET},
         "sample": {"method": "euler", "steps": 30, "guidance": 3.0},

@@ -67,18 +67,33 @@ def read_fields(reads: type, content: Mapping[Any, Any], prefix: str = "") -> tu
         prefix: put before field names in sentences, such as "variants.tc.".
     """
     known = {f.name: f for f in fields(reads) if f.metadata}
+    given = {name: value for name, value in content.items() if value is not None or name not in known}
+    return read_values(known, given, prefix.rstrip(".") or "the file", prefix)
+
+
+def read_values(
+    known: Mapping[str, Field], content: Mapping[Any, Any], where: str, prefix: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """The values of a mapping for known fields, and a sentence for each violation.
+
+    Args:
+        known: name -> field made by `option`.
+        content: name -> value.
+        where: what the keys belong to, for sentences.
+        prefix: put before field names in sentences.
+    """
     values, problems = {}, []
     for name, value in content.items():
-        if problem := unknown_key(name, known, prefix.rstrip(".") or "the file"):
+        if problem := unknown_key(name, known, where):
             problems.append(problem)
-        elif value is not None:
-            kind = kind_of(known[name])
-            typed = as_kind(value, kind)
-            rule = kind_rule(value, kind) if typed is None else range_rule(typed, known[name].metadata)
-            if rule:
-                problems.append(f"{prefix}{name} = {value!r}: {rule}")
-            else:
-                values[name] = typed
+            continue
+        kind = kind_of(known[name])
+        typed = as_kind(value, kind)
+        rule = kind_rule(value, kind) if typed is None else range_rule(typed, known[name].metadata)
+        if rule:
+            problems.append(f"{prefix}{name} = {value!r}: {rule}")
+        else:
+            values[name] = typed
     return values, problems
 
 

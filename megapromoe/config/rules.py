@@ -4,16 +4,8 @@ import math
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
-from megapromoe.config.options import (
-    EXPERT_CHOICE_ROUTERS,
-    FIXED_SIZES,
-    GUIDED_ROUTERS,
-    SAMPLING_METHODS,
-    UNSET,
-    Config,
-    ModelConfig,
-    Rule,
-)
+from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ModelConfig
+from megapromoe.config.options import FIXED_SIZES, SAMPLING_METHODS, UNSET, Config, Rule
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
 

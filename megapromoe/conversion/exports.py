@@ -24,7 +24,8 @@ from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
-from megapromoe.config.options import ModelConfig, to_dict
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.conversion.conventions import in_our_sign
 from megapromoe.conversion.foreign import deepspeed_names

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint.format import KINDS
-from megapromoe.config.options import PUBLISHED_ROUTERS, Config, ModelConfig
+from megapromoe.config.model_options import PUBLISHED_ROUTERS, ModelConfig
+from megapromoe.config.options import Config
 from megapromoe.conversion.adamw import groups_and_states, moments, note_settings, whole_steps
 from megapromoe.conversion.containers import check_tensors, strip_wrappers
 from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective

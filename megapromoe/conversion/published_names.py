@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from megapromoe.config.options import PROMOE_ROUTERS, ModelConfig
+from megapromoe.config.model_options import PROMOE_ROUTERS, ModelConfig
 from megapromoe.nn.layers import position_table
 
 _LAYER = re.compile(r"(blocks\.\d+\.mlp)\.(.+)")

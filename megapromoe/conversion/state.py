@@ -15,7 +15,8 @@ from torch import Tensor
 from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.weights import AVERAGE, is_average, kind_of
 from megapromoe.config import extensions
-from megapromoe.config.options import PUBLISHED_ROUTERS, ROUTERS, SAMPLING_METHODS, Config, ModelConfig
+from megapromoe.config.model_options import PUBLISHED_ROUTERS, ROUTERS, ModelConfig
+from megapromoe.config.options import SAMPLING_METHODS, Config
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.nn.dit import DiT

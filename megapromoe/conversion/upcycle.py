@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megapromoe.checkpoint.average import Average
-from megapromoe.config.options import PROMOE_ROUTERS, Config, ModelConfig
+from megapromoe.config.model_options import PROMOE_ROUTERS, ModelConfig
+from megapromoe.config.options import Config
 from megapromoe.conversion.state import State, is_finite, model_shapes
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.data.sample_stream import SampleStream

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.diffusion import noise
 from megapromoe.errors import UserError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.layers import NO_CONTEXT, Attention, AttentionContext, Mlp, modulate
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.block import Block
 from megapromoe.nn.layers import (

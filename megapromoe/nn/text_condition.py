@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule
 from megapromoe.nn.norms import token_norm
 from megapromoe.nn.tensor_parallel import Linear

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from megapromoe.config import extensions
 from megapromoe.config.deepspeed_file import load_deepspeed
-from megapromoe.config.options import Config, Layout, ModelConfig
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import Config, Layout
 
 TIME_SINUSOIDS = 256
 # Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.

@@ -10,14 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megapromoe.config.options import (
-    BALANCED_ROUTERS,
-    GATE_ROUTERS,
-    PROMOE_ROUTERS,
-    Config,
-    Layout,
-    ModelConfig,
-)
+from megapromoe.config.model_options import BALANCED_ROUTERS, GATE_ROUTERS, PROMOE_ROUTERS, ModelConfig
+from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
 from megapromoe.planning.traffic import (
     Batch,

@@ -10,12 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megapromoe.config.options import (
-    BALANCED_ROUTERS,
-    Config,
-    Layout,
-    ModelConfig,
-)
+from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
+from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import flat_shards, layers, tensors_on_rank
 from megapromoe.planning.zero import Zero, zero_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megapromoe.config.options import ROUTERS, Config, ConfigError, to_dict
+from megapromoe.config.model_options import ROUTERS
+from megapromoe.config.options import Config, ConfigError, to_dict
 from megapromoe.config.renamed_options import present_layer
 from megapromoe.config.resolve import resolve
 from megapromoe.studies.grid import setting_text

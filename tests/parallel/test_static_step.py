@@ -13,7 +13,7 @@ from support.levels import full
 from support.operator_trace import TracedStep, difference, traced_steps
 from support.processes import run
 
-from megapromoe.config.options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ROUTERS
+from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ROUTERS
 
 Case = tuple[str, tuple[str, ...]]
 """Implementation of experts, and overrides."""

@@ -15,21 +15,22 @@ def alone(monkeypatch):
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("python"))
 
 
+def _replaced(monkeypatch, module: str, function: str) -> list[tuple]:
+    """Replaces a function, and the module it is in, by one that notes its arguments; returns these."""
+    calls: list[tuple] = []
+    replacement = types.ModuleType(module)
+    setattr(replacement, function, lambda *arguments: calls.append(arguments))
+    monkeypatch.setitem(sys.modules, module, replacement)
+    return calls
+
+
 @pytest.fixture
 def trained(monkeypatch, alone):
-    """`training.loop`, replaced by one that notes its arguments."""
-    calls = []
-    loop = types.ModuleType("megapromoe.training.loop")
-    loop.train = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "megapromoe.training.loop", loop)
-    return calls
+    """The arguments of each call of `train`, which does nothing."""
+    return _replaced(monkeypatch, "megapromoe.training.loop", "train")
 
 
 @pytest.fixture
 def sampled(monkeypatch, alone):
-    """`sampling.generation`, replaced by one that notes its arguments."""
-    calls = []
-    generation = types.ModuleType("megapromoe.sampling.generation")
-    generation.generate_images = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "megapromoe.sampling.generation", generation)
-    return calls
+    """The arguments of each call of `generate_images`, which does nothing."""
+    return _replaced(monkeypatch, "megapromoe.sampling.generation", "generate_images")

@@ -1,25 +1,11 @@
 """Former names of options on command lines: one notice on one rank, and none for files that the program wrote."""
 
-import sys
-import types
-
 import pytest
 
 from megapromoe import cli
 from megapromoe.config import renamed_options
 from megapromoe.distributed import launch_environment
 from megapromoe.distributed.launch_environment import LaunchEnvironment
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """`training.loop`, replaced by one that notes its arguments, in one process whatever launched the tests."""
-    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("python"))
-    calls = []
-    loop = types.ModuleType("megapromoe.training.loop")
-    loop.train = lambda *arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "megapromoe.training.loop", loop)
-    return calls
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ STARTED: list[subprocess.Popen] = []
 
 
 def start(folder: Path, *words: str, world: int = RANKS, program: str = "") -> list[subprocess.Popen]:
-    """`megapromoe WORDS` on every rank, told by variables alone; what each says is in the file `output-RANK`."""
+    """`megapromoe WORDS` on every rank, by environment variables alone; each writes the file `output-RANK`."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

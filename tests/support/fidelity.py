@@ -10,7 +10,7 @@ import torch
 from support.golden_cases import config_of, null_last, parameters_of, tensors_of
 from torch import Tensor
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.conversion.published_names import from_published
 from megapromoe.nn.parallelize import build
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megapromoe.config.options import Config, ModelConfig
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import Config
 from megapromoe.conversion.published_names import from_published
 
 FOLDER = Path(__file__).parents[1] / "golden"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 
 Parameters = Mapping[str, Tensor]
 

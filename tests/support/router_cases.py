@@ -2,7 +2,7 @@
 
 import torch
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 
 D, S, E = 16, 9, 5
 

@@ -14,7 +14,7 @@ import torch
 from support.digits_models import tiny
 from support.levels import full
 
-from megapromoe.config.options import ROUTERS
+from megapromoe.config.model_options import ROUTERS
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
 from megapromoe.routing_analysis import figures, measures, report

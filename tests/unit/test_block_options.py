@@ -9,7 +9,8 @@ from support.levels import full
 from support.plain_dit import plain_dit
 from torch.nn import functional as F
 
-from megapromoe.config.options import ConfigError, ModelConfig
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.nn import Mlp
 from megapromoe.nn.activations import swiglu

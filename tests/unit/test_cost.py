@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.nn.dit import DiT

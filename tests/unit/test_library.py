@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn import ROUTERS, DiT, LayerError, MoE, Router, RoutingCache, auxiliary_loss, auxiliary_losses
 
 CLASSES = {"num_classes": NUM_CLASSES, "superclasses": "contiguous"}

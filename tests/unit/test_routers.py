@@ -8,7 +8,7 @@ import torch
 from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.moe.assignment import top_counts
 from megapromoe.nn.moe.auxiliary import auxiliary_loss, auxiliary_losses
 from megapromoe.nn.moe.layer import ROUTERS, MoE, auxiliary_of, mlps_of

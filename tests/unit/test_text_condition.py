@@ -7,7 +7,8 @@ import torch
 from support.levels import full
 from support.plain_dit import plain_dit
 
-from megapromoe.config.options import ConfigError, ModelConfig
+from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.text_condition import TextCondition

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.logical_module import Normal, ParameterRule, zeros
 from megapromoe.nn.moe.assignment import mask_choice, top_counts
 from megapromoe.nn.moe.prototypes import router_precision

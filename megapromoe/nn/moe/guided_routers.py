@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.nn.logical_module import ParameterRule, even_shares, random_directions
 from megapromoe.nn.moe.assignment import token_choice

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megapromoe.config import extensions
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.nn.activations import swiglu
 from megapromoe.nn.layers import Mlp, SummedMlps

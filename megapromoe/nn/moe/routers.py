@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megapromoe.config.options import ModelConfig
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.distributed.mesh import SINGLE_RANK, Group, Mesh
 from megapromoe.nn.logical_module import (
