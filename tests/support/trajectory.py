@@ -146,7 +146,7 @@ def condition_of(config: Config, batch: Batch) -> torch.Tensor | TextCondition:
 
 @torch.no_grad()
 def stir(model, mesh) -> None:
-    """Gives parameters that start at zero logical values that depend on their name alone.
+    """Gives parameters that start at zero, and tables, logical values that depend on their name alone.
 
     So large that every part of the model, experts above all, has a good share of the gradient: a limit relative to the
     whole then says something about each part.
