@@ -21,8 +21,13 @@ from megapromoe.number_text import significant
 from megapromoe.run_lines import DENOISING_LOSS, current_names
 
 STAGES = ("tests", "step", "profile", "layer", "train")  # the most important first
-TESTS = ("tests/unit/test_gpu.py", "tests/unit/test_golden.py", "tests/parallel/test_published_run.py")
-QUICK_TESTS = TESTS[:2]
+TESTS = (
+    "tests/unit/test_gpu.py",
+    "tests/unit/test_gpu_model.py",
+    "tests/unit/test_golden.py",
+    "tests/parallel/test_published_run.py",
+)
+QUICK_TESTS = TESTS[:3]
 
 
 @dataclass(frozen=True)

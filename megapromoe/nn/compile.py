@@ -91,15 +91,19 @@ def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         if not model.training:
             return eager(x_BSD, c_BD, y_B, num_conditional, context)
-        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional), context)
+        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional, x_BSD.shape[0]), context)
 
     return forward
 
 
-def _unknown_size(size: int) -> Tensor:
-    """A tensor whose length compiled code does not know."""
+def _unknown_size(size: int, largest: int) -> Tensor:
+    """A tensor whose length, at most `largest`, compiled code does not know.
+
+    Inductor chooses the blocks of its kernels for a typical length. Without a hint it takes the largest, so that the
+    null images would be none: it then handles their elements one by one, or divides by zero (torch 2.11).
+    """
     tensor = torch.empty(size)
-    torch._dynamo.decorators.mark_unbacked(tensor, 0)
+    torch._dynamo.decorators.mark_unbacked(tensor, 0, hint_override=max(largest - max(largest // 8, 1), 1))
     return tensor
 
 
@@ -122,7 +126,7 @@ def _route(model: DiT, moe: MoE, run_route: Callable) -> Callable:
         if not model.training:
             return eager(x_BSD, num_conditional, y_B, routing_cache)
         images = x_BSD.shape[0] if moe.unconditional is None else num_conditional
-        x_BSD, assignment, routed = run_route(eager, x_BSD, y_B, _unknown_size(num_conditional))
+        x_BSD, assignment, routed = run_route(eager, x_BSD, y_B, _unknown_size(num_conditional, x_BSD.shape[0]))
         return ExpertInputs(x_BSD, assignment, images), routed
 
     return route

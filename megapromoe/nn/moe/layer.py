@@ -273,7 +273,8 @@ class MoE(RegionModule):
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast on the device of x; None if autocast is off."""
     device = x.device.type
-    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not torch.amp.is_autocast_available: torch.compile of torch 2.11 cannot trace it.
+    is_enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_enabled else None
 
 
