@@ -7,6 +7,7 @@ from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.layer import Settings, first_layer
 from megapromoe.config.resolve import resolve
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
+from megapromoe.nn.moe.prototypes import cosine_scores, differentiable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HAS_GROUPED = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
@@ -78,3 +79,24 @@ def test_experts_are_the_loop(routing, dtype, limit):
     moe, *rest = layer(routing=routing, dtype=dtype)
     for result, expected in zip(outcome(moe, *rest), outcome(make_contender("loop", moe), *rest), strict=True):
         torch.testing.assert_close(result, expected, rtol=limit, atol=limit * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routers_multiply_bfloat16_tokens_as_precisely_as_float32_ones(top_k):
+    """Scores, sums of tokens and gradients, against the same tokens and prototypes in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(4, 250, 384, generator=generator, device="cuda").to(BF16).requires_grad_()
+    prototypes = torch.randn(12, 384, generator=generator, device="cuda").to(BF16).requires_grad_()
+    weights = torch.randn(4, 250, 12, generator=generator, device="cuda")
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, prototypes)]
+        scores = cosine_scores(*leaves)
+        score, sums, counts = differentiable(*leaves, scores, chosen)
+        loss = (score * weights).sum() + sums.square().sum() / 1e4
+        return [score.detach(), sums.detach(), counts, *torch.autograd.grad(loss, leaves)]
+
+    chosen = cosine_scores(x.double(), prototypes.double()).score.topk(top_k, dim=-1).indices
+    limits = (1e-6, 1e-6, 0, 3e-3, 3e-3)  # gradients are rounded to bfloat16
+    for result, exact, limit in zip(results(BF16), results(torch.float64), limits, strict=True):
+        assert (result.double() - exact).norm() <= limit * exact.norm()

@@ -9,6 +9,7 @@ from support.router_cases import D, E, S, config_of, filled, tokens
 from torch.nn import functional as F
 
 from megapromoe.config.model_options import ModelConfig
+from megapromoe.nn.moe import prototypes as prototypes_module
 from megapromoe.nn.moe.assignment import top_counts
 from megapromoe.nn.moe.auxiliary import auxiliary_loss, auxiliary_losses
 from megapromoe.nn.moe.layer import ROUTERS, MoE, auxiliary_of, mlps_of
@@ -87,11 +88,27 @@ def test_contrastive_loss_leaves_unused_experts_out():
     torch.testing.assert_close(contrastive_loss(prototypes, sums, counts, 0.2), expected)
 
 
+def multiply_without_copies(monkeypatch) -> None:
+    """Makes routers compute as on a GPU, where bfloat16 tokens are multiplied as they are."""
+    monkeypatch.setattr(prototypes_module, "has_exact_product", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(prototypes_module, "_exact_product", lambda a, b: a.float() @ b.float())
+
+
+def test_a_product_with_bfloat16_tokens_is_nearly_that_of_float32(monkeypatch):
+    multiply_without_copies(monkeypatch)
+    a, b = torch.randn(5, 300), torch.randn(300, 7).to(torch.bfloat16)
+    exact = a.double() @ b.double()
+    assert (prototypes_module.product(a, b) - exact).norm() < 2e-5 * exact.norm()
+    assert (a.to(torch.bfloat16).double() @ b.double() - exact).norm() > 5e-4 * exact.norm()
+
+
 @pytest.mark.parametrize("K", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, copies", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("count", [4, 0])
-def test_cosine_scores_and_their_gradients_are_the_formula(K, dtype, count):
+def test_cosine_scores_and_their_gradients_are_the_formula(K, dtype, copies, count, monkeypatch):
     """Against autograd of cosine_similarity and index_add, for tokens that chose some prototypes and not others."""
+    if not copies:
+        multiply_without_copies(monkeypatch)
     x = tokens(count).to(dtype).requires_grad_()
     prototypes = torch.randn(E, D, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
     leaves, scores = (x, prototypes), cosine_scores(x, prototypes)

@@ -38,6 +38,7 @@ from megapromoe.nn.moe.row_permutations import (
     Permute,
     add_to_tokens,
     inverse_permutation,
+    sort_by_expert,
 )
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
@@ -124,7 +125,8 @@ class Dispatcher:
             assignment = assignment.shard(self.region, x_TD.shape[0])
         shards = 1 if self.expert_tp else self.region.size
         max_rows = -(-max_tokens // shards) * max(assignment.top_k, 1)
-        expert_slot_R, order_R = torch.sort(self.placement.slot_of(assignment.expert_R), stable=True)
+        slots = self.placement.ep * self.placement.slots
+        expert_slot_R, order_R = sort_by_expert(self.placement.slot_of(assignment.expert_R), slots)
         token_R = assignment.tokens_of(order_R)
         if assignment.top_k:
             inverse_R = inverse_permutation(order_R)
@@ -249,7 +251,7 @@ class _RemoteRows(NamedTuple):
         ep, experts_per_rank = self.receive_counts.shape
         expert_of_cell = torch.arange(experts_per_rank, device=received_RD.device).repeat(ep)
         unsorted_R = torch.repeat_interleave(expert_of_cell, self.receive_counts.flatten(), output_size=sum(receive))
-        expert_R, order_R = torch.sort(unsorted_R, stable=True)
+        expert_R, order_R = sort_by_expert(unsorted_R, experts_per_rank)
         inverse_R = inverse_permutation(order_R)
         offsets = ExpertOffsets(expert_R, end_offsets(expert_R, experts_per_rank), list(accumulate(count_E)))
         y_RD = experts(Permute.apply(received_RD, order_R, inverse_R), offsets)
