@@ -66,14 +66,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return router_precision(a) @ router_precision(b)
     if a.dtype == b.dtype:
         return _exact_product(a, b)
-    high = a.to(b.dtype)
-    low = (a - high.float()).to(b.dtype)
-    high_product, low_product = _exact_product(torch.cat([high, low]), b).chunk(2)
+    # Truncated by a mask: torch.compile would remove a conversion to bfloat16 and back, and the low part with it.
+    high = (a.view(torch.int32) & -(1 << 16)).view(torch.float32)
+    low = a - high
+    high_product, low_product = _exact_product(torch.cat([high, low]).to(b.dtype), b).chunk(2)
     return high_product + low_product
 
 
 def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.contiguous(), b, out_dtype=torch.float32)
 
 
 class CosineScores(NamedTuple):
@@ -170,9 +171,9 @@ class _DifferentiableScores(torch.autograd.Function):
         if chosen is not None:
             chosen = chosen.flatten(0, -2)
             score_TE = score.flatten(0, -2)
-            is_chosen_TE = torch.zeros_like(score_TE, dtype=x_TD.dtype).scatter_(-1, chosen, 1.0)
-            sum_ED = product(is_chosen_TE.T.contiguous(), x_TD)
-            count_E = is_chosen_TE.sum(0, dtype=score.dtype)
+            is_chosen_TE = torch.zeros_like(score_TE).scatter_(-1, chosen, 1.0)
+            sum_ED = product(is_chosen_TE.T.to(x_TD.dtype), x_TD)
+            count_E = is_chosen_TE.sum(0)
             ctx.mark_non_differentiable(count_E)
         ctx.save_for_backward(x, prototype_length_E, unit_ED, length_T, score, chosen)
         return score.view_as(score), sum_ED, count_E
