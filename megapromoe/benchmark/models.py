@@ -21,7 +21,7 @@ from megapromoe.benchmark.routing_patterns import PlannedChoice, planned_counts
 from megapromoe.benchmark.timed_case import counts_as_json
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.diffusion.objectives import make_objective
-from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.diffusion.samplers import Labels, guided, sample
 from megapromoe.distributed.mesh import UNSHARDED
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import AuxiliaryOutput, DiT
@@ -73,7 +73,8 @@ def measure_sample(config: Config, routing: str, settings: Settings) -> dict:
         model.eval()
 
         def run() -> None:
-            predict = guided(model, labels_B, m.null_class, settings.guidance, two_calls=m.images_depend_on_batch)
+            labels = Labels(labels_B, m.null_class)
+            predict = guided(model, labels, settings.guidance, two_calls=m.images_depend_on_batch)
             sample(predict, noise, "euler", settings.sample_steps)
 
         return Work({"sample": run})

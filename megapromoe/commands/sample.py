@@ -13,6 +13,7 @@ from megapromoe.config.options import ConfigError
 
 if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
     from megapromoe.distributed.runtime import LaunchEnvironment
+    from megapromoe.sampling.prompts import Prompt
     from megapromoe.sampling.request import GenerationRequest
 
 EPILOG = """\
@@ -21,6 +22,11 @@ With --count: a few images of each class, as one picture (.png, a row for each c
 With --num-images: a set of this many images, as a folder of PNG files or one .npz in the layout of guided-diffusion
 (`arr_0`, uint8 NHWC; `arr_1`, labels). Start it under torchrun, srun or mpirun to divide the work: the images
 are the same for any number of ranks. Repeat the command to continue after an interruption.
+
+With --prompt or --prompts, for a model of texts (model.condition=text): --count and --num-images are images of each
+prompt. The text encoder is that of the run's captions; an empty prompt is an image without a condition. A file of
+prompts has one on each line; a .jsonl has lines {"prompt": "a red three", "seed": 7, "id": "r3"}, where seed and id may
+be left out. --geneval takes GenEval's evaluation_metadata.jsonl and writes its folders, of 4 images a prompt.
 
 examples:
   megapromoe sample --run-dir runs/digits
@@ -31,9 +37,13 @@ examples:
   torchrun --nproc-per-node 8 -m megapromoe sample --run-dir runs/xl --num-images 50000 --ep 4 --out set \\
       --autoencoder models/sd-vae-ft-ema
                                                   each model is split over 4 ranks, in 2 groups
+  megapromoe sample --run-dir runs/scenes --prompt "two red threes above a blue seven" --guidance 5 --method unipc
+  megapromoe sample --run-dir runs/scenes --prompts prompts.txt --num-images 16 --out samples.npz
+  megapromoe sample --run-dir runs/t2i --geneval evaluation_metadata.jsonl --autoencoder models/vae --out geneval
 
 Overrides: section `sample` only."""
 JOB = True
+GENEVAL_IMAGES = 4  # images of a prompt, as in GenEval
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +57,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         " that different requests have different files",
     )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--count", metavar="N", type=positive, default=10, help="images of each class; default: 10")
-    num_option(amount, "sample a set of N images in total")
+    amount.add_argument(
+        "--count",
+        metavar="N",
+        type=positive,
+        help="images of each class or prompt; default: 10 of a class, 4 of a prompt",
+    )
+    num_option(amount, "sample a set of N images in total, or of each prompt")
+    _prompt_options(parser)
     drawing_options(parser)
+
+
+def _prompt_options(parser: argparse.ArgumentParser) -> None:
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="what the images show, in words; may be repeated"
+    )
+    texts.add_argument("--prompts", metavar="FILE", type=Path, help="a file of prompts: one a line, or a .jsonl")
+    texts.add_argument("--geneval", metavar="FILE", type=Path, help="GenEval's evaluation_metadata.jsonl")
+    parser.add_argument(
+        "--text-encoder", metavar="PATH", help="encoder of the prompts, if its folder is not where the run's data names"
+    )
 
 
 def num_option(parser: argparse._ActionsContainer, text: str) -> None:
@@ -146,8 +174,19 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    place = options.out or options.run / "samples" / ("step.png" if options.num_images is None else "step")
-    request = replace(generation_request(options, place), complete_name=options.out is None)
+    prompts = _prompts(options)
+    if options.geneval is not None and options.num_images is None:
+        options.num_images = options.count or GENEVAL_IMAGES
+    options.count = options.count or (10 if prompts is None else 4)
+    name = "step" if options.geneval is None else "geneval"
+    place = options.out or options.run / "samples" / (f"{name}.png" if options.num_images is None else name)
+    request = replace(
+        generation_request(options, place),
+        complete_name=options.out is None,
+        prompts=prompts,
+        text_encoder=options.text_encoder,
+        geneval=options.geneval is not None,
+    )
     if request.preview:
         needed = {"--labels": options.labels, "--tp": options.tp > 1, "--ep": options.ep > 1}
         needed["--guidance with several scales"] = len(options.guidance) > 1
@@ -157,3 +196,14 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
 
     generate_images(request, launch)
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> tuple[Prompt, ...] | None:
+    """The prompts of the options; None for classes. Raises SampleError."""
+    from megapromoe.sampling.prompts import prompt_of, read_geneval, read_prompts
+
+    if options.prompt is not None:
+        return tuple(prompt_of(text) for text in options.prompt)
+    if options.prompts is not None:
+        return tuple(read_prompts(options.prompts))
+    return None if options.geneval is None else tuple(read_geneval(options.geneval))

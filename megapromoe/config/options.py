@@ -14,7 +14,7 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
 
-SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim")
+SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim", "unipc", "dpm_solver++")
 UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
 NO_DATA = (
@@ -129,7 +129,7 @@ class SampleConfig:
 
     method: str = option(
         "euler",
-        "sampling method, or one's own, see docs/library.md",
+        "sampling method, or one's own, see docs/library.md; unipc and dpm_solver++ need diffusers",
         SAMPLING_METHODS,
         accepts=extensions.SAMPLER.accepts,
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from megapromoe.config import class_groups
 from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ModelConfig
-from megapromoe.config.options import FIXED_SIZES, SAMPLING_METHODS, UNSET, Config, Rule
+from megapromoe.config.options import FIXED_SIZES, UNSET, Config, Rule
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
 
@@ -89,8 +89,9 @@ def rules(config: Config) -> Iterator[Rule]:
 
     objective = config.diffusion.objective
     methods = {"rf": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}[objective]
-    if sample.method in SAMPLING_METHODS and sample.method not in methods:
-        rule = f"must be {' or '.join(methods)} with diffusion.objective = {objective!r}"
+    other_methods = {"rf": ("ddpm", "ddim"), "ddpm": ("euler", "heun")}[objective]
+    if sample.method in other_methods:
+        rule = f"must be {', '.join(methods)}, unipc or dpm_solver++ with diffusion.objective = {objective!r}"
         yield ("sample.method", "diffusion.objective"), rule
     if objective == "ddpm" and sample.steps > 1000:
         yield (

@@ -70,7 +70,7 @@ class CaptionProblems:
 
     def caption(self, place: str, content: bytes | str | None) -> str | None:
         """The caption in `content`, or None after noting why it cannot be used; None as content: it is missing."""
-        text, reason = _normalised(content)
+        text, reason = normalised(content)
         if reason:
             self.add(place, reason)
         return text
@@ -94,7 +94,7 @@ class CaptionProblems:
         return tuple(sorted((p, f"caption {reason}") for reason, places in self._places.items() for p in places))
 
 
-def _normalised(content: bytes | str | None) -> tuple[str | None, str]:
+def normalised(content: bytes | str | None) -> tuple[str | None, str]:
     """A caption and "", or None and why there is none."""
     if content is None:
         return None, "missing"

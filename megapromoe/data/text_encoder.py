@@ -56,6 +56,10 @@ class TextEncoder:
         }
         """Name, class, and SHA-256 of the weights and of the tokenizer. The manifest of text features records it."""
 
+    def token_counts(self, captions: Sequence[str]) -> list[int]:
+        """The number of tokens of each caption before it is cut, with special tokens."""
+        return [len(ids) for ids in self.tokenizer(list(captions), verbose=False)["input_ids"]]
+
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Features of captions, which run as one batch.
@@ -64,7 +68,7 @@ class TextEncoder:
             Of each caption: its features (tokens, width) float32, with those of special tokens; and whether it was cut.
         """
         texts = list(captions)
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        lengths = self.token_counts(texts)
         batch = self.tokenizer(texts, truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt")
         mask_BN = batch["attention_mask"]
         hidden_BND = self.model(

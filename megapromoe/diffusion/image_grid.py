@@ -1,7 +1,7 @@
 """Generates numbered images from a model, and arranges images in a grid.
 
-Image i is determined by (sample.seed, i, label) and, if the output of the model depends on its batch as that of
-DiffMoE, by the other images of its chunk. Chunks of `sample.batch` images are the same at any number of ranks, so
+Image i is determined by (its seed, i, its class or text) and, if the output of the model depends on its batch as that
+of DiffMoE, by the other images of its chunk. Chunks of `sample.batch` images are the same at any number of ranks, so
 images do not depend on the number of ranks.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megapromoe.config.options import Config
 from megapromoe.diffusion.noise import image_noise
-from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.diffusion.samplers import Condition, Labels, guided, sample
 from megapromoe.distributed import watchdog
 from megapromoe.errors import UserError
 from megapromoe.io import atomic_path
@@ -43,9 +43,10 @@ def chunk_ranges(count: int, batch: int) -> list[range]:
 def generate(
     model: nn.Module,
     config: Config,
-    labels: Sequence[int],
+    condition: Sequence[int] | Condition,
     indices: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Tensor:
     """Generates images (N, C, H, W), float32 on the device of the model, in chunks of `sample.batch`.
 
@@ -55,31 +56,44 @@ def generate(
         model: unsharded; or sharded, if the ranks of its tensor-parallel group call this with the same arguments, and
             those of its expert-parallel group call it at the same time.
         config: of the run; `sample` and `diffusion.shift` define the sampler.
-        labels: class of each image; model.null_class generates an image without a class.
-        indices: number of each image, which determines its noise.
+        condition: class of each image, where model.null_class generates an image without a class; or texts, in which
+            one without tokens generates an image without a text.
+        indices: number of each image, which determines its noise, together with its seed.
         progress: called after each step of the sampler with (finished steps, steps of all chunks).
+        seeds: seed of each image; None: `sample.seed`.
     """
     s, m = config.sample, config.model
     shape = (m.in_channels, m.input_size, m.input_size)
     device = next(chain(model.buffers(), model.parameters())).device
-    ranges = chunk_ranges(len(labels), s.batch)
+    if isinstance(condition, Sequence):
+        condition = Labels(torch.tensor(condition, dtype=torch.int64), m.null_class)
+    condition = condition.to(device)
+    seeds = [s.seed] * len(indices) if seeds is None else seeds
+    ranges = chunk_ranges(len(indices), s.batch)
     training = model.training
     model.eval()
     parts = [torch.empty(0, *shape, device=device)]
     for number, chunk in enumerate(ranges):
-        labels_B = torch.tensor(labels[chunk.start : chunk.stop], device=device)
-        noise = partial(_noise, s.seed, indices[chunk.start : chunk.stop], shape, device)
+        start, stop = chunk.start, chunk.stop
+        noise = partial(_noise, seeds[start:stop], indices[start:stop], shape, device)
         two_calls = m.images_depend_on_batch
         interval = s.guidance_low, s.guidance_high
-        predict = guided(model, labels_B, m.null_class, s.guidance, *interval, two_calls=two_calls)
+        predict = guided(model, condition.part(start, stop), s.guidance, *interval, two_calls=two_calls)
         report = partial(_report, progress, number * s.steps, len(ranges) * s.steps)
-        parts.append(sample(predict, noise(0), s.method, s.steps, config.diffusion.shift, noise, report))
+        shift, objective = config.diffusion.shift, config.diffusion.objective
+        parts.append(sample(predict, noise(0), s.method, s.steps, shift, noise, report, objective))
     model.train(training)
     return torch.cat(parts)
 
 
-def _noise(seed: int, indices: Sequence[int], shape: tuple[int, ...], device: torch.device, draw: int) -> Tensor:
-    return image_noise(seed, indices, shape, draw).to(device)
+def _noise(
+    seeds: Sequence[int], indices: Sequence[int], shape: tuple[int, ...], device: torch.device, draw: int
+) -> Tensor:
+    noise = torch.empty(len(indices), *shape)
+    for seed in dict.fromkeys(seeds):
+        rows = [row for row, other in enumerate(seeds) if other == seed]
+        noise[rows] = image_noise(seed, [indices[row] for row in rows], shape, draw)
+    return noise.to(device)
 
 
 def _report(progress: Callable[[int, int], None] | None, before: int, total: int, step: int) -> None:

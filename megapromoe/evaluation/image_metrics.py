@@ -38,7 +38,13 @@ from megapromoe.evaluation.statistics import Moments, Normal, Score, frechet_dis
 from megapromoe.sampling.generation import generate_in_session
 from megapromoe.sampling.image_sets import ImageSet
 from megapromoe.sampling.request import GenerationRequest
-from megapromoe.sampling.run_model import CheckpointRemoved, identify_checkpoint, retry_while_removed
+from megapromoe.sampling.run_model import (
+    CheckpointRemoved,
+    check_has_classes,
+    identify_checkpoint,
+    retry_while_removed,
+    run_config,
+)
 from megapromoe.work_progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -101,6 +107,8 @@ def evaluate(evaluation: Evaluation, launch: runtime.LaunchEnvironment) -> list[
     kept.
     """
     request, sets = evaluation.request, []
+    if request is not None:
+        check_has_classes(request.run, run_config(request.run))
     config = None if request is None else request.checked(launch.world)
     name = _network_name(evaluation, config)
     limits = (TIMEOUT, STEP_TIMEOUT) if config is None else (config.train.timeout, config.train.step_timeout)

@@ -30,7 +30,7 @@ from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.planning.cost import parameters
 from megapromoe.routing_analysis.figures import routing_picture
 from megapromoe.run_lines import DENOISING_LOSS, LOSSES, TOTAL_LOSS, elapsed_seconds, is_auxiliary_loss, metrics_of
-from megapromoe.sampling.run_model import load_model
+from megapromoe.sampling.run_model import check_has_classes, load_model, run_config
 from megapromoe.versions import versions
 
 FINAL_STEPS = 100  # the final loss is the mean of the lines that were logged in the last steps
@@ -136,6 +136,7 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     Raises ReportError; also what `load_model` raises.
     """
     directory = RunDirectory(run)
+    check_has_classes(run, run_config(run))
     model, config, step = load_model(run, device="cuda" if torch.cuda.is_available() else "cpu")
     if not directory.metrics.is_file():
         raise ReportError(f"{directory.metrics}: is missing; the folder is not a run, or a part of it was moved")

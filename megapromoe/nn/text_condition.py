@@ -40,6 +40,18 @@ class TextCondition:
         """The texts on a device."""
         return TextCondition(self.features_BND.to(device), self.mask_BN.to(device))
 
+    def is_null(self) -> Tensor:
+        """Whether each text has no tokens, bool (B,)."""
+        return ~self.mask_BN.any(dim=1)
+
+    def select(self, rows: Tensor, num_conditional: int) -> TextCondition:
+        """The texts `rows`, int64 (n,). The model ignores those of null images, all but the first `num_conditional`."""
+        return TextCondition(self.features_BND[rows], self.mask_BN[rows])
+
+    def part(self, start: int, stop: int) -> TextCondition:
+        """The texts start .. stop - 1."""
+        return TextCondition(self.features_BND[start:stop], self.mask_BN[start:stop])
+
     def without_null(self, num_conditional: int) -> TextCondition:
         """The texts of which those of null images, all but the first `num_conditional`, have no tokens."""
         if num_conditional == len(self):

@@ -18,7 +18,7 @@ from megapromoe.number_text import share_of
 from megapromoe.routing_analysis import figures
 from megapromoe.routing_analysis.analysis import Request, Section, analyse, check_top_k, choose_subsets
 from megapromoe.routing_analysis.observe import chosen_layers, measure_routing
-from megapromoe.sampling.run_model import load_model
+from megapromoe.sampling.run_model import check_has_classes, load_model, run_config
 from megapromoe.work_progress import Progress
 
 
@@ -44,6 +44,7 @@ def write_routing_report(
 
     Raises RoutingError, ClassGroupError, or what `load_model` and `open_dataset` raise, before anything is written.
     """
+    check_has_classes(run, run_config(run))
     model, config, step = load_model(run, step, weights, "cuda" if torch.cuda.is_available() else "cpu")
     chosen_layers(config, request.layers, request.levels)
     check_top_k(config, request.top_k)

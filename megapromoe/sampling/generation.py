@@ -1,7 +1,7 @@
 """Generates images of a run on all ranks of a job: a preview of a few images, or a set of, say, 50,000.
 
-Image i depends on (sample.seed, i, its class) only. Images are generated in chunks of `sample.batch`, which are the
-same for any number of ranks, because DiffMoE selects among all tokens of a chunk. `ReplicaLayout` assigns chunks to
+Image i depends on (its seed, i, its class or prompt) only. Images are generated in chunks of `sample.batch`, which are
+the same for any number of ranks, because DiffMoE selects among all tokens of a chunk. `ReplicaLayout` assigns chunks to
 ranks, and an `ImageWriter` stores the chunks and assembles the output. The same request continues an interrupted set.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,15 +20,19 @@ from torch import Tensor
 
 from megapromoe.config.options import Config
 from megapromoe.data.autoencoder import Autoencoder
+from megapromoe.diffusion import multistep
 from megapromoe.diffusion.image_grid import SampleError, chunk_ranges, generate
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import broadcast_from_rank0, distributed_session, raising_together
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.dit import DiT
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.sampling.decoding import decoded, open_decoder
+from megapromoe.sampling.geneval_writer import GenEvalWriter
 from megapromoe.sampling.image_set_writer import ImageSetWriter
 from megapromoe.sampling.image_sets import ImageSetError
 from megapromoe.sampling.preview_writer import PreviewWriter
+from megapromoe.sampling.prompt_features import Features, PromptEncoder, condition_of, open_prompt_encoder
 from megapromoe.sampling.replica_layout import ReplicaLayout
 from megapromoe.sampling.request import GenerationRequest
 from megapromoe.sampling.run_model import (
@@ -64,7 +68,7 @@ class ImageWriter(Protocol):
         """Assembles `out` from all chunks atomically. Collective. Raises ImageSetError, possibly on rank 0 only.
 
         Args:
-            labels: class of each image, int64 (N,).
+            labels: class of each image, or number of its prompt, int64 (N,).
         """
 
     def abandon(self) -> bool:
@@ -101,27 +105,38 @@ def _generate(request: GenerationRequest, launch: runtime.LaunchEnvironment, dev
     watchdog.starting(f"choosing the checkpoint of {request.run}")
     checkpoint = identify_checkpoint(request.run, request.step, request.weights, launch)
     request = replace(request, step=checkpoint.step)
+    request = replace(request, prompts=broadcast_from_rank0(request.prompts))  # files of nodes may differ
     with raising_together(SampleError):
+        multistep.check_available(config.sample.method)
         decoder = _open_decoder(request, config, device)
+        encoder = None if request.prompts is None else open_prompt_encoder(config, request.text_encoder, device)
+        if encoder is not None and request.prompts is not None:
+            encoder.check(request.prompts)
     if request.complete_name:
-        request = request.with_complete_name(config, decoder)
+        request = request.with_complete_name(config, decoder, encoder)
     outputs = [(c, _make_writer(request, c, place, decoder)) for c, place in request.outputs()]
     watchdog.starting("opening the output")
     try:
         missing: list[list[int] | None] = []
         with raising_together(ImageSetError):
             if launch.rank == 0:
-                missing = [writer.open(request.identity_at(checkpoint, c, decoder)) for c, writer in outputs]
+                missing = [writer.open(request.identity_at(checkpoint, c, decoder, encoder)) for c, writer in outputs]
         missing = broadcast_from_rank0(missing)
         replica = None
         if any(missing):
+            layout = ReplicaLayout.of_job(launch, request.tp, request.ep, config.parallel.expert_tp)
+            # Before the model is loaded, so that a device need not hold both.
+            features = _encode_prompts(request, config, encoder, layout, missing)
+            encoder = None
             try:
-                replica = _load_replica(request, checkpoint, config, decoder, launch, device)
+                model = _load_shard(request, checkpoint, config, launch, device)
             except CheckpointRemoved as removed:
                 free = launch.rank != 0 or all([writer.abandon() for _, writer in outputs])
                 if not broadcast_from_rank0(free):
                     raise SampleError(f"{removed}; {request.out} has images of it, use another --out") from removed
                 raise
+            source = f"step {request.step} of {request.run}"
+            replica = Replica(model, decoder, request, features, layout, launch, source)
         for (config, writer), chunks in zip(outputs, missing, strict=True):
             labels = request.labels(config)
             if chunks is None:
@@ -147,14 +162,16 @@ def _open_decoder(request: GenerationRequest, config: Config, device: torch.devi
 
 
 def _make_writer(request: GenerationRequest, config: Config, place: Path, decoder: Autoencoder | None) -> ImageWriter:
-    count, batch = len(request.labels(config)), config.sample.batch
+    count, batch, prompts = len(request.labels(config)), config.sample.batch, request.prompts
     if request.preview:
         columns = request.num if count > request.num else math.ceil(math.sqrt(count))
-        return PreviewWriter(place, count, batch, columns, config.sample.seed)
+        texts = None if prompts is None else [prompt.text for prompt in prompts]
+        return PreviewWriter(place, count, batch, columns, config.sample.seed, texts)
     side, channels = config.model.input_size, config.model.in_channels
     if decoder is not None:
         side, channels = decoder.resolution(side), decoder.channels
-    return ImageSetWriter(place, count, batch, (side, side, channels))
+    make = GenEvalWriter if request.geneval else ImageSetWriter
+    return make(place, count, batch, (side, side, channels), prompts)
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,8 @@ class Replica:
     Attributes:
         model: the model, or this rank's shard of it.
         decoder: autoencoder for generated latents; None: the output is not decoded.
+        request: what to generate.
+        features: text features of the prompts of this rank's images.
         layout: assignment of chunks to replicas.
         launch: this rank.
         source: origin of the weights, for messages.
@@ -171,6 +190,8 @@ class Replica:
 
     model: DiT
     decoder: Autoencoder | None
+    request: GenerationRequest
+    features: Features
     layout: ReplicaLayout
     launch: runtime.LaunchEnvironment
     source: str
@@ -179,7 +200,7 @@ class Replica:
         """Generates the missing chunks of images and passes them to the writer. Collective.
 
         Args:
-            labels: class of each image of the complete output, int64 (N,).
+            labels: class of each image of the complete output, or number of its prompt, int64 (N,).
             missing: numbers of the chunks to generate.
 
         Raises SampleError on every rank if values are not finite or the writer cannot store them.
@@ -197,11 +218,18 @@ class Replica:
                 with raising_together(SampleError, catch=(SampleError,)):
                     if chunk is not None:
                         numbers = ranges[chunk]
-                        classes = labels[numbers.start : numbers.stop].tolist()
-                        images = generate(self.model, config, classes, numbers, progress=show)
+                        condition = self._condition(config, labels[numbers.start : numbers.stop])
+                        seeds, indices = self.request.noise_of(config, labels, numbers)
+                        images = generate(self.model, config, condition, indices, show, seeds)
                         self._keep(chunk, images, numbers, writer, keep=chunk in chunks)
                     watchdog.at(f"waiting for the other ranks after chunks {', '.join(map(str, chunks))}")
                 progress.update(sum(len(ranges[c]) for c in chunks))
+
+    def _condition(self, config: Config, labels_B: np.ndarray) -> list[int] | TextCondition:
+        prompts = self.request.prompts
+        if prompts is None:
+            return labels_B.tolist()
+        return condition_of(self.features, [prompts[p].text for p in labels_B], config.model.text_tokens)
 
     def _keep(self, chunk: int, images: Tensor, numbers: range, writer: ImageWriter, keep: bool) -> None:
         if not images.isfinite().all():
@@ -218,14 +246,36 @@ class Replica:
                 ) from error
 
 
-def _load_replica(
+def _encode_prompts(
+    request: GenerationRequest,
+    config: Config,
+    encoder: PromptEncoder | None,
+    layout: ReplicaLayout,
+    missing: Sequence[list[int] | None],
+) -> Features:
+    """The text features of the prompts of the missing chunks that this rank generates. Collective."""
+    if request.prompts is None or encoder is None:
+        return {}
+    watchdog.starting("encoding the prompts", math.inf)
+    labels = request.labels(config)
+    ranges = chunk_ranges(len(labels), config.sample.batch)
+    texts: dict[str, None] = {}  # in order, without repetitions
+    for chunks in missing:
+        for chunk, _ in layout.rounds(chunks or [], len(ranges) - 1):
+            if chunk is not None:
+                numbers = ranges[chunk]
+                texts |= {request.prompts[p].text: None for p in labels[numbers.start : numbers.stop]}
+    with raising_together(SampleError):
+        return encoder.encode(texts)
+
+
+def _load_shard(
     request: GenerationRequest,
     checkpoint: CheckpointId,
     config: Config,
-    decoder: Autoencoder | None,
     launch: runtime.LaunchEnvironment,
     device: torch.device,
-) -> Replica:
+) -> DiT:
     """Loads this rank's shard of the model. Collective.
 
     Raises SampleError on every rank, CheckpointRemoved if the run removed the checkpoint meanwhile.
@@ -235,10 +285,8 @@ def _load_replica(
     mesh = make_mesh(request.tp, request.ep, expert_tp, config.train.timeout) if launch.world > 1 else None
     try:
         with raising_together(SampleError):
-            model, _, step = load_model(request.run, checkpoint.step, request.weights, device, request.overrides, mesh)
+            return load_model(request.run, checkpoint.step, request.weights, device, request.overrides, mesh)[0]
     except SampleError as error:
         if broadcast_from_rank0(launch.rank == 0 and not checkpoint_exists(request.run, checkpoint)):
             raise CheckpointRemoved(f"step {checkpoint.step} of {request.run} was removed while it was read") from error
         raise
-    layout = ReplicaLayout.of(launch.rank, launch.world, request.tp, request.ep, request.tp if expert_tp else 1)
-    return Replica(model, decoder, layout, launch, f"step {step} of {request.run}")

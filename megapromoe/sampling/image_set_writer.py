@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +24,11 @@ from megapromoe import io
 from megapromoe.diffusion.image_grid import chunk_ranges, to_bytes
 from megapromoe.distributed.agreement import this_rank
 from megapromoe.sampling.image_sets import ImageSetError, entries
+from megapromoe.sampling.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
+PROMPTS = "prompts.jsonl"  # in a folder, a line for each image: its file and its prompt
 REQUEST = "request"  # identity of the images of a set: `request.json` in a folder, an entry of an .npz
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -34,14 +36,22 @@ _PNG_END = b"IEND\xaeB`\x82"
 class ImageSetWriter:
     """Writes `out`, a folder or an .npz; see `generation.ImageWriter`."""
 
-    def __init__(self, out: Path, count: int, batch: int, shape: tuple[int, int, int]):
+    def __init__(
+        self,
+        out: Path,
+        count: int,
+        batch: int,
+        shape: tuple[int, int, int],
+        prompts: Sequence[Prompt] | None = None,
+    ):
         """Args:
         out: path of the set.
         count: number of images of the set.
         batch: images per chunk; the last chunk may have fewer.
         shape: (H, W, C) of an image.
+        prompts: have equally many images each; None: classes.
         """
-        self.out, self.count, self.shape = Path(out), count, shape
+        self.out, self.count, self.shape, self.prompts = Path(out), count, shape, prompts
         self.archive = self.out.suffix == ".npz"
         self.folder = self.out.with_name(f"{self.out.name}.parts")
         self.ranges = chunk_ranges(count, batch)
@@ -79,6 +89,7 @@ class ImageSetWriter:
                 np.save(file, images)
             return
         for path, image in zip(self._pictures(chunk), images, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with io.atomic_write(path) as file:
                 Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="png")
 
@@ -115,11 +126,21 @@ class ImageSetWriter:
             self._lock = None
 
     def _finish_folder(self, labels: np.ndarray) -> None:
-        with io.atomic_write(self.folder / "labels.npy") as file:
-            np.save(file, labels)
-        for leftover in [*self.folder.glob(f"*{io.SUFFIX}"), *self.folder.glob("*.lock")]:
+        self._describe(labels)
+        for leftover in [*self.folder.rglob(f"*{io.SUFFIX}"), *self.folder.glob("*.lock")]:
             leftover.unlink()
         io.commit(self.folder, self.out)
+
+    def _describe(self, labels: np.ndarray) -> None:
+        """Writes what each image of a folder shows. Raises OSError."""
+        if self.prompts is None:
+            with io.atomic_write(self.folder / "labels.npy") as file:
+                np.save(file, labels)
+            return
+        files = [path.name for chunk in range(len(self.ranges)) for path in self._pictures(chunk)]
+        records = [{"file": file} | self.prompts[p].record() for file, p in zip(files, labels, strict=True)]
+        lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        io.write_text(self.folder / PROMPTS, lines)
 
     def _finish_archive(self, labels: np.ndarray) -> None:
         with (
@@ -132,7 +153,10 @@ class ImageSetWriter:
                 for chunk in range(len(self.ranges)):
                     file.write(np.load(self._array(chunk), allow_pickle=False).tobytes())
             request = (self.folder / f"{REQUEST}.json").read_text()
-            for name, array in (("arr_1", labels), (REQUEST, np.array(request))):
+            arrays = {"arr_1": labels, REQUEST: np.array(request)}
+            if self.prompts is not None:
+                arrays["prompts"] = np.array([prompt.text for prompt in self.prompts])
+            for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w") as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)
         shutil.rmtree(self.folder)

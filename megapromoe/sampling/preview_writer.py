@@ -1,8 +1,9 @@
-"""Writes a few images to one file: a picture with a grid, or an .npz with arrays."""
+"""Writes a few images to one file: a picture with a grid, with captions for prompts, or an .npz with arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,34 @@ import torch
 from torch import Tensor
 
 from megapromoe import io
+from megapromoe.data.caption_sheet import CELL, caption_sheet
 from megapromoe.diffusion.image_grid import grid, picture_scale, write_png
 from megapromoe.distributed.agreement import gather_to_rank0
 from megapromoe.sampling.image_sets import ImageSetError
 
+ROW = 4  # images of a prompt that are shown in one row
+SHEET = 1600  # pixels: width of a picture of prompts, unless one prompt is wider
+
 
 class PreviewWriter:
-    """Writes `out`, a .png or an .npz (`images`, float, `labels`, `seed`); see `generation.ImageWriter`.
+    """Writes `out`, a .png or an .npz (`images`, float, `labels`, `prompts`, `seed`); see `generation.ImageWriter`.
 
     Ranks keep their chunks in memory, so only rank 0 needs access to `out`, and no other files are written. A repeated
     command replaces `out`.
     """
 
-    def __init__(self, out: Path, count: int, batch: int, columns: int, seed: int):
+    def __init__(
+        self, out: Path, count: int, batch: int, columns: int, seed: int, prompts: Sequence[str] | None = None
+    ):
         """Args:
         out: path of the file, .png or .npz.
         count: total number of images.
         batch: images per chunk; the last chunk may have fewer.
         columns: images in a row of the grid.
         seed: seed of the images, stored in an .npz.
+        prompts: texts, which have equally many images each; None: classes.
         """
-        self.out, self.columns, self.seed = Path(out), columns, seed
+        self.out, self.columns, self.seed, self.prompts = Path(out), columns, seed, prompts
         self.num_chunks = -(-count // batch)
         self._chunks: dict[int, Tensor] = {}
 
@@ -62,10 +70,15 @@ class PreviewWriter:
         images = torch.cat([chunks[number] for number in range(self.num_chunks)])
         try:
             if self.out.suffix == ".npz":
+                arrays: dict[str, Any] = {"images": images.numpy(), "labels": labels, "seed": np.array(self.seed)}
+                if self.prompts is not None:
+                    arrays["prompts"] = np.array(self.prompts)
                 with io.atomic_write(self.out) as file:
-                    np.savez(file, images=images.numpy(), labels=labels, seed=np.array(self.seed))
-            else:
+                    np.savez(file, **arrays)
+            elif self.prompts is None:
                 write_png(self.out, grid(images, self.columns, picture_scale(images.shape[-1])))
+            else:
+                write_png(self.out, prompt_sheet(images, self.prompts))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -79,3 +92,18 @@ class PreviewWriter:
 
     def _unwritable(self, error: OSError) -> ImageSetError:
         return ImageSetError(f"out = {self.out}: cannot be written ({error.strerror}); give another path")
+
+
+def prompt_sheet(images_BCHW: Tensor | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """A picture of images above their prompts: uint8 (height, width, 3).
+
+    Args:
+        images_BCHW: in [-1, 1], clipped, with 1 or 3 channels; as many for each prompt, prompt by prompt.
+        prompts: texts; an empty one is shown as "(no prompt)".
+    """
+    count, scale = len(images_BCHW) // len(prompts), picture_scale(images_BCHW.shape[-1])
+    side = math.ceil(math.sqrt(count)) if count > ROW else count
+    cells = [grid(images_BCHW[i * count : (i + 1) * count], side, scale) for i in range(len(prompts))]
+    width = max(cells[0].shape[1], CELL)
+    columns = min(max(1, SHEET // width), max(1, math.ceil(math.sqrt(len(prompts) * cells[0].shape[0] / width))))
+    return np.asarray(caption_sheet(cells, [text or "(no prompt)" for text in prompts], columns))

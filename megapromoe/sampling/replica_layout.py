@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megapromoe.distributed.launch_environment import LaunchEnvironment
+
 
 @dataclass(frozen=True)
 class ReplicaLayout:
@@ -38,6 +40,11 @@ class ReplicaLayout:
         size = math.lcm(tp, ep * etp)
         group, place = divmod(rank, size)
         return cls(place // tp, size // tp, group, world // size, place % tp == 0)
+
+    @classmethod
+    def of_job(cls, launch: LaunchEnvironment, tp: int, ep: int, expert_tp: bool) -> ReplicaLayout:
+        """The position of this rank of a job."""
+        return cls.of(launch.rank, launch.world, tp, ep, tp if expert_tp else 1)
 
     def rounds(self, missing: list[int], last: int) -> Iterator[tuple[int | None, list[int]]]:
         """Yields for each round the chunk of this rank (None: it is idle) and the missing chunks of all ranks.

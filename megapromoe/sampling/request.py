@@ -1,4 +1,4 @@
-"""A request to generate images from a run: number, classes, weights and output files."""
+"""A request to generate images from a run: number, classes or prompts, weights and output files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from megapromoe.data.autoencoder import Autoencoder
 from megapromoe.diffusion.image_grid import SampleError, check_channels
 from megapromoe.diffusion.noise import uniforms
 from megapromoe.io import sha256_of_json
+from megapromoe.sampling.prompt_features import PromptEncoder
+from megapromoe.sampling.prompts import Prompt, digest
 from megapromoe.sampling.run_model import CheckpointId, run_config
 
 CLASSES = ("balanced", "random")
@@ -27,12 +29,15 @@ _OTHER_FILES = (".png", ".jpg", ".npy", ".pt", ".zip", ".safetensors")
 class GenerationRequest:
     """Images to generate: a *set*, or a *preview* with some images of each class in one file.
 
+    A model of texts takes `prompts` in place of classes. Images are then numbered prompt by prompt.
+
     Attributes:
         run: the run directory.
         out: for a set, a folder for PNG files, or an .npz in the layout of guided-diffusion. With several `scales`,
             each gets a subfolder `guidance-SCALE`, or a file with that suffix. For a preview, a .png with a grid, one
             row per class, or an .npz of float arrays.
-        num: for a set, the number of images; for a preview, the number of images per class, numbered class by class.
+        num: for a set, the number of images; for a preview, the number of images per class, numbered class by class;
+            with prompts the number of images of each.
         classes: for a set, "balanced": classes in turn; "random": a random class for each image.
         only: the classes to use; None: all.
         scales: guidance scales, with one set of images for each; empty: that of the run.
@@ -44,6 +49,9 @@ class GenerationRequest:
         preview: whether this is a preview.
         complete_name: add the step and a hash of everything else that the images depend on to the name of `out`, so
             that different requests have different names.
+        prompts: what the images show, for a model of texts; None: classes.
+        text_encoder: folder or name of the encoder of the prompts; None: as the captions of the run name it.
+        geneval: write a set in the layout of GenEval, of prompts of its file.
     """
 
     run: Path
@@ -61,6 +69,9 @@ class GenerationRequest:
     named: bool = False
     preview: bool = False
     complete_name: bool = False
+    prompts: tuple[Prompt, ...] | None = None
+    text_encoder: str | None = None
+    geneval: bool = False
 
     def outputs(self) -> list[tuple[Config, Path]]:
         """The config of the run and the output path for each guidance scale. Raises SampleError or ConfigError."""
@@ -84,7 +95,7 @@ class GenerationRequest:
         config = outputs[0][0]
         expert_tp = config.parallel.expert_tp
         check(replace(config, parallel=ParallelConfig(tp=self.tp, ep=self.ep, expert_tp=expert_tp)))
-        problems = self._class_problems(config)
+        problems = self._condition_problems(config)
         problems += self._preview_problems(config) if self.preview else self._set_problems()
         if len({place for _, place in outputs}) < len(outputs):
             problems.append(f"guidance = {', '.join(map(str, self.scales))}: give each scale once")
@@ -94,6 +105,23 @@ class GenerationRequest:
         if problems:
             raise SampleError("; ".join(problems))
         return config
+
+    def _condition_problems(self, config: Config) -> list[str]:
+        """Classes for a model of texts, and the reverse."""
+        if not config.model.has_text:
+            text = {"prompts": self.prompts is not None, "the text encoder": self.text_encoder is not None}
+            rule = "are for model.condition = 'text'; the run has classes, see --class"
+            return [f"{name}: {rule}" for name, given in text.items() if given] or self._class_problems(config)
+        problems = []
+        if self.only is not None or self.classes != CLASSES[0]:
+            problems.append("classes: the run has model.condition = 'text' and no classes; give prompts")
+        if self.prompts is None:
+            problems.append(
+                f"{self.run}: is a model with model.condition = 'text'; give --prompt TEXT, --prompts FILE or --geneval"
+            )
+        elif not self.prompts:
+            problems.append("prompts: at least one is needed")
+        return problems
 
     def _class_problems(self, config: Config) -> list[str]:
         if self.only is None:
@@ -112,7 +140,9 @@ class GenerationRequest:
             problems.append(f"num = {self.num}: must be at least 1")
         if self.classes not in CLASSES:
             problems.append(f"classes = {self.classes!r}: must be {' or '.join(CLASSES)}")
-        if self.out.suffix in _OTHER_FILES:
+        if self.geneval and self.out.suffix == ".npz":
+            problems.append(f"out = {self.out}: GenEval reads a folder; give the name of one")
+        elif self.out.suffix in _OTHER_FILES:
             problems.append(f"out = {self.out}: give a folder, for PNG files, or a name that ends in .npz")
         return problems
 
@@ -134,7 +164,9 @@ class GenerationRequest:
         return problems
 
     def labels(self, config: Config) -> np.ndarray:
-        """The class of each image, int64 (N,)."""
+        """The class of each image, or the number of its prompt, int64 (N,)."""
+        if self.prompts is not None:
+            return np.arange(len(self.prompts)).repeat(self.num)
         choice = np.array(range(config.model.num_classes) if self.only is None else self.only, dtype=np.int64)
         if self.preview:
             return choice.repeat(self.num)
@@ -143,27 +175,54 @@ class GenerationRequest:
             index = (uniforms(config.sample.seed, "image class", index) * len(choice)).astype(np.int64)
         return choice[index % len(choice)]
 
-    def identity(self, config: Config, decoder: Autoencoder | None) -> dict[str, Any]:
+    def noise_of(self, config: Config, labels: np.ndarray, numbers: range) -> tuple[list[int], list[int]]:
+        """The seed and the number of each of the images `numbers`, which determine its noise.
+
+        Images of a prompt with a seed of its own are numbered from 0, so they do not depend on the other prompts.
+
+        Args:
+            labels: see `labels`.
+        """
+        seeds, indices = [config.sample.seed] * len(numbers), list(numbers)
+        for row, number in enumerate(numbers):
+            if self.prompts is not None and (seed := self.prompts[labels[number]].seed) is not None:
+                seeds[row], indices[row] = seed, number % self.num
+        return seeds, indices
+
+    def identity(
+        self, config: Config, decoder: Autoencoder | None, encoder: PromptEncoder | None = None
+    ) -> dict[str, Any]:
         """Everything except the checkpoint that the images depend on; it must be the same in a repeated command."""
+        shown: dict[str, Any] = {"classes": self.classes, "only": None if self.only is None else list(self.only)}
+        if self.prompts is not None:
+            shown = {"prompts": digest(self.prompts), "text_encoder": None if encoder is None else encoder.sha256}
         return {
             "num": self.num,
-            "classes": self.classes,
-            "only": None if self.only is None else list(self.only),
+            **shown,
             "weights": self.weights,
             "sample": asdict(config.sample),
             "autoencoder": None if decoder is None else decoder.identity["sha256"],
         }
 
-    def with_complete_name(self, config: Config, decoder: Autoencoder | None) -> GenerationRequest:
+    def with_complete_name(
+        self, config: Config, decoder: Autoencoder | None, encoder: PromptEncoder | None = None
+    ) -> GenerationRequest:
         """The request with the name of `out` for `complete_name`, such as step-00000300-1a2b3c.png; needs `step`."""
-        content = [self.step, self.preview, [str(scale) for scale in self.scales], self.identity(config, decoder)]
+        identity = self.identity(config, decoder, encoder)
+        content = [self.step, self.preview, [str(scale) for scale in self.scales], identity]
         name = f"{self.out.stem}-{self.step:08d}-{sha256_of_json(content)[:6]}{self.out.suffix}"
         return replace(self, out=self.out.with_name(name))
 
-    def identity_at(self, checkpoint: CheckpointId, config: Config, decoder: Autoencoder | None) -> dict[str, Any]:
+    def identity_at(
+        self,
+        checkpoint: CheckpointId,
+        config: Config,
+        decoder: Autoencoder | None,
+        encoder: PromptEncoder | None = None,
+    ) -> dict[str, Any]:
         """`identity` with the checkpoint. It is stored with incomplete and complete sets."""
         return {
             "step": checkpoint.step,
             "checkpoint": checkpoint.sha256,
-            **self.identity(config, decoder),
+            **self.identity(config, decoder, encoder),
         }

@@ -62,13 +62,16 @@ def run_config(run: Path, overrides: Iterable[str] = ()) -> Config:
         problems.append(f"{', '.join(others)}: the run's model is fixed; only sample.key=value can be changed")
     if problems:
         raise SampleError("; ".join(problems))
-    config = resolve(file=directory.config_file, overrides=overrides, file_is_saved=True)
+    return resolve(file=directory.config_file, overrides=overrides, file_is_saved=True)
+
+
+def check_has_classes(run: Path, config: Config) -> None:
+    """Raises SampleError if the run is a model of texts, for what works with classes."""
     if config.model.has_text:
         raise SampleError(
-            f"{run}: is a model with model.condition = text, and this command needs classes; use its weights in code"
-            " (megapromoe.nn.DiT, docs/library.md)"
+            f"{run}: is a model with model.condition = text, and this command needs classes; generate images of prompts"
+            " with megapromoe sample"
         )
-    return config
 
 
 def find_checkpoint(run: Path, step: int | None = None, weights: str = "ema") -> Checkpoint:

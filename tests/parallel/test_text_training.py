@@ -116,9 +116,7 @@ def test_pictures_during_training_need_classes():
         resolve("promoe_s", overrides=overrides)
 
 
-@pytest.mark.parametrize(
-    "command", [("sample",), ("evaluate", "--num-images", "8"), ("routing",)], ids=["sample", "evaluate", "routing"]
-)
+@pytest.mark.parametrize("command", [("evaluate", "--num-images", "8"), ("routing",)], ids=["evaluate", "routing"])
 def test_commands_that_need_classes_refuse_a_text_model(latents, tmp_path, capsys, command):
     folder = tmp_path / "run"
     assert run(1, try_to_train, str(folder), f"data.path={latents}", "train.steps=3") == ["trained"]

@@ -168,7 +168,7 @@ def test_a_layout_that_does_not_divide_raises():
         ("parallel.ep=4", None),
         (
             "sample.method=ddim",
-            "sample.method = 'ddim': must be euler or heun with diffusion.objective = 'rf'",
+            "sample.method = 'ddim': must be euler, heun, unipc or dpm_solver++ with diffusion.objective = 'rf'",
         ),
         ("sample.guidance_low=1", None),
         ("data.flip=true", "data.flip = True: must be false with data.source = 'digits'"),
@@ -219,7 +219,7 @@ def test_one_wrong_value_is_one_violation(override, expected):
             ["model.num_unconditional_experts=2", "model.router=tc"],
             "must be 1 with model.router = 'tc', which has no unconditional expert",
         ),
-        (["diffusion.objective=ddpm"], "sample.method = 'euler': must be ddpm or ddim"),
+        (["diffusion.objective=ddpm"], "sample.method = 'euler': must be ddpm, ddim, unipc or dpm_solver++ with"),
         (
             ["diffusion.objective=ddpm", "sample.method=ddim", "model.learn_sigma=false"],
             "model.learn_sigma = False: must be true",

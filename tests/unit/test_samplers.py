@@ -13,7 +13,7 @@ from megapromoe.config.resolve import resolve
 from megapromoe.diffusion.image_grid import generate
 from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.objectives import DDPMSchedule
-from megapromoe.diffusion.samplers import guided, sample
+from megapromoe.diffusion.samplers import Labels, guided, sample
 from megapromoe.nn.parallelize import build
 
 MEAN, STD = 0.4, 0.6  # of the data in the exact cases
@@ -179,7 +179,9 @@ def test_a_step_makes_no_tensor_from_numbers_of_the_host(method):
 
 
 def test_sample_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="'rk4' is not known; use one of euler, heun, ddpm, ddim"):
+    with pytest.raises(
+        ValueError, match="'rk4' is not known; use one of euler, heun, ddpm, ddim, unipc, dpm_solver\\+\\+"
+    ):
         sample(flow_velocity, start(), "rk4", 5)
     with pytest.raises(ValueError, match="sample.steps: 0"):
         sample(flow_velocity, start(), "euler", 0)
@@ -225,7 +227,7 @@ def test_guidance_is_two_separate_passes(labels, scale):
     labels = torch.tensor(labels)
     x = start(len(labels))
     model = Model()
-    out = guided(model, labels, NULL, scale)(x, 600.0)
+    out = guided(model, Labels(labels, NULL), scale)(x, 600.0)
     conditional, null = pass_of(x, labels, 600.0), pass_of(x, torch.full_like(labels, NULL), 600.0)
     expected = null[:, :2] + scale * (conditional[:, :2] - null[:, :2])
     torch.testing.assert_close(out[:, :2], expected, rtol=1e-6, atol=1e-6)
@@ -241,8 +243,10 @@ def test_two_calls_give_the_same_and_their_number_does_not_depend_on_the_labels(
     labels = torch.tensor(labels)
     x, named = start(len(labels)), int((labels != NULL).sum())
     model, other = Model(), Model()
-    predict = guided(model, labels, NULL, 2.5, high=0.7, two_calls=True)
-    torch.testing.assert_close(predict(x, 600.0), guided(other, labels, NULL, 2.5)(x, 600.0), rtol=1e-6, atol=1e-6)
+    predict = guided(model, Labels(labels, NULL), 2.5, high=0.7, two_calls=True)
+    torch.testing.assert_close(
+        predict(x, 600.0), guided(other, Labels(labels, NULL), 2.5)(x, 600.0), rtol=1e-6, atol=1e-6
+    )
     assert model.calls == [(named or 1, named), (len(labels), 0)]
     predict(x, 800.0)
     assert model.calls[2:] == [(len(labels), named)]
@@ -275,7 +279,7 @@ def test_diffmoe_gets_conditional_and_null_images_in_separate_batches():
     t = torch.full((4,), 600.0)
     conditional, uncond = model(x, t, labels, 4)[0], model(x, t, null, 0)[0]
     expected = uncond[:, :1] + 2.5 * (conditional[:, :1] - uncond[:, :1])
-    arguments = (counted, labels, config.model.null_class, 2.5)
+    arguments = (counted, Labels(labels, config.model.null_class), 2.5)
     two_calls, one_call = (guided(*arguments, two_calls=two)(x, 600.0)[:, :1] for two in (True, False))
     torch.testing.assert_close(two_calls, expected, rtol=1e-5, atol=1e-6)
     assert calls == [4, 4, 8] and (one_call - expected).norm() > 1e-4 * expected.norm()
@@ -302,7 +306,7 @@ def test_guidance_acts_in_its_interval_only():
     labels = torch.tensor([2, 5])
     x = start(2)
     model = Model()
-    predict = guided(model, labels, NULL, 3.0, low=0.25, high=0.75)
+    predict = guided(model, Labels(labels, NULL), 3.0, low=0.25, high=0.75)
     for time, acts in [
         (0.0, False),
         (249.0, False),

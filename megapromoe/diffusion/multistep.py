@@ -1,0 +1,86 @@
+"""Multistep solvers of the library diffusers: UniPC and DPM-Solver++, of second order.
+
+Both evaluate the model once in each step and extrapolate the predicted clean image from the step before; UniPC also
+corrects the step when the model has been evaluated at its end. Only the update formulas are those of diffusers. The
+noise levels are ours, so that a number of steps means the same with every method, and so is the initial noise; the
+solvers draw no random numbers.
+
+Source: Lu et al. 2022, "DPM-Solver++" (2M); Zhao et al. 2023, "UniPC" (B_2(h), order 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapromoe.errors import ExitCode, UserError
+
+METHODS = ("unipc", "dpm_solver++")
+_LARGEST_FLOW_LEVEL = 1 - 1e-6  # as in diffusers: at 1 the logarithm of the signal is infinite
+
+
+class MethodUnavailable(UserError):
+    """A sampling method needs a package that is not installed."""
+
+    exit_code = ExitCode.MISCONFIGURED
+    on_all_ranks = True  # packages are installed on all nodes alike
+
+
+def check_available(method: str) -> None:
+    """Raises MethodUnavailable if a method needs diffusers, and it cannot be imported."""
+    if method in METHODS:
+        _scheduler_class(method)
+
+
+def solve(
+    predict: Callable[[Tensor, float], Tensor],
+    x_BCHW: Tensor,
+    method: str,
+    levels: Sequence[float],
+    times: Sequence[float],
+    is_flow: bool,
+    done: Callable[[int], None],
+) -> Tensor:
+    """Returns clean images (B, C, H, W), float32.
+
+    Args:
+        predict: (x_BCHW, model time) -> velocity, noise - clean, if `is_flow`; else the noise (B, C, H, W).
+        x_BCHW: initial noise.
+        method: one of `METHODS`.
+        levels: steps + 1 noise levels, descending to 0: of a flow the share of noise, else the ratio of noise and
+            signal.
+        times: model time of each step.
+        is_flow: x = (1 - level) clean + level noise; otherwise x is scaled to unit variance.
+        done: called after each step with the number of finished steps.
+
+    Raises MethodUnavailable without diffusers.
+    """
+    steps = len(times)
+    settings: dict[str, Any] = {"solver_order": 2, "prediction_type": "epsilon"}
+    if is_flow:
+        levels = [min(level, _LARGEST_FLOW_LEVEL) for level in levels]
+        settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    scheduler = _scheduler_class(method)(**settings)
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = torch.tensor(levels, dtype=torch.float32)
+    scheduler.timesteps = torch.tensor(times)
+    scheduler.set_begin_index(0)  # steps are counted: a search for the time would wait for the device
+    for step, time in enumerate(times):
+        x_BCHW = scheduler.step(predict(x_BCHW, time), time, x_BCHW, return_dict=False)[0]
+        done(step + 1)
+    return x_BCHW
+
+
+def _scheduler_class(method: str) -> Any:
+    """The scheduler of diffusers for a method. Raises MethodUnavailable."""
+    try:
+        import diffusers  # slow to import
+    except ImportError as error:
+        raise MethodUnavailable(
+            f"sample.method = {method!r} needs diffusers: pip install 'megapromoe[images]', or use euler or heun"
+            " (diffusion.objective=rf), ddpm or ddim (diffusion.objective=ddpm)"
+        ) from error
+    return diffusers.UniPCMultistepScheduler if method == "unipc" else diffusers.DPMSolverMultistepScheduler
