@@ -161,9 +161,9 @@ def _condition_rules(config: Config) -> Iterator[Rule]:
     if data.source not in ("latents", "synthetic", UNSET):
         rule = "must be latents or synthetic with model.condition = 'text'; other sources have no captions"
         yield ("data.source", "model.condition"), rule
-    if config.train.sample_every:
-        rule = "must be 0 with model.condition = 'text': pictures during training are those of classes"
-        yield ("train.sample_every", "model.condition"), rule
+    if config.train.sample_every and data.source == "synthetic":
+        rule = "must be 0 with data.source = 'synthetic' and model.condition = 'text': it has no captions in words"
+        yield ("train.sample_every", "data.source", "model.condition"), rule
     if model.text_ffn % config.parallel.tp:
         near = nearest_divisors(config.parallel.tp, model.text_ffn)
         rule = f"must divide model.text_ffn = {model.text_ffn}; nearest: {near}"

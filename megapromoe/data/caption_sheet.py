@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
+from megapromoe.diffusion.image_grid import grid, picture_scale
 from megapromoe.plot_text import font_file, legible
 
 CELL, MARGIN = 150, 6  # pixels: width of an image with its caption, and space around it
 IMAGE_SIDE = 96  # pixels: smaller images are enlarged by an integer factor to at most this side
 TEXT, LINE, LINES = 10, 13, 3  # pixels: size of letters, distance of lines; lines of a caption, the rest is cut
 BACKGROUND = 40  # gray level
+ROW = 4  # images of a prompt that are shown in one row
+SHEET = 1600  # pixels: width of a picture of prompts, unless the images of one prompt are wider
 
 
 def caption_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns: int = 6) -> Image.Image:
@@ -55,3 +60,18 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             last = last[:-1]
         lines = [*lines[: LINES - 1], f"{last}..."]
     return lines
+
+
+def prompt_sheet(images_BCHW: Tensor | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """A picture of images above their prompts: uint8 (height, width, 3).
+
+    Args:
+        images_BCHW: in [-1, 1], clipped, with 1 or 3 channels; as many for each prompt, prompt by prompt.
+        prompts: texts; an empty one is shown as "(no prompt)".
+    """
+    count, scale = len(images_BCHW) // len(prompts), picture_scale(images_BCHW.shape[-1])
+    side = math.ceil(math.sqrt(count)) if count > ROW else count
+    cells = [grid(images_BCHW[i * count : (i + 1) * count], side, scale) for i in range(len(prompts))]
+    width = max(cells[0].shape[1], CELL)
+    columns = min(max(1, SHEET // width), max(1, math.ceil(math.sqrt(len(prompts) * cells[0].shape[0] / width))))
+    return np.asarray(caption_sheet(cells, [text or "(no prompt)" for text in prompts], columns))

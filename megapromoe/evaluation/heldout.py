@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset
-from megapromoe.data.sources import open_dataset
+from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.diffusion.noise import normals, permutation
 from megapromoe.diffusion.objectives import make_objective
+from megapromoe.nn.text_condition import TextCondition
 
 
 def open_held_out(config: Config) -> tuple[Dataset, str]:
@@ -41,7 +42,7 @@ def objective_loss(
     seed: int = 0,
     progress: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, float]:
-    """Mean loss over fixed samples of (record, noise, time), conditioned on the labels, and its standard error.
+    """Mean loss over fixed samples of (record, noise, time), conditioned on labels or captions, and its standard error.
 
     Records are used in a fixed random order and equally often, up to one. Records that are distributions, such as
     latents, are replaced by their mean. Times are stratified over the training distribution: quantile (n + 1/2) /
@@ -53,7 +54,7 @@ def objective_loss(
     Args:
         model: unsharded, in eval mode.
         config: config of the run.
-        dataset: records and labels.
+        dataset: records and labels; with `model.condition=text`, records with captions.
         draws: number of samples.
         seed: seed of the samples; independent of training samples with the same seed.
         progress: called after each batch with its number of samples.
@@ -61,11 +62,13 @@ def objective_loss(
     Returns:
         mean loss and standard error.
 
-    Raises ValueError unless `draws` is at least 2; FloatingPointError if a loss is not finite.
+    Raises ValueError unless `draws` is at least 2; FloatingPointError if a loss is not finite; DatasetError if captions
+    cannot be read.
     """
     if draws < 2:
         raise ValueError(f"draws = {draws}: must be at least 2, or there is no standard error")
     objective, device = make_objective(config), next(model.parameters()).device
+    captions = open_captions(config, dataset)
     record_N = permutation(seed, "held-out record", 0, len(dataset))[np.arange(draws) % len(dataset)]
     u_N = ((permutation(seed, "held-out time", 0, draws) + 0.5) / draws).astype(np.float32)
     losses = []
@@ -75,9 +78,14 @@ def objective_loss(
         clean_BCHW = torch.from_numpy(np.ascontiguousarray(records_BCHW)).to(device)
         noise_BCHW = torch.from_numpy(normals(seed, "held-out noise", n_B, dataset.shape)).to(device)
         u_B = torch.from_numpy(u_N[n_B]).to(device)
-        labels_B = torch.from_numpy(np.asarray(dataset.labels)[record_N[n_B]]).long().to(device)
+        condition: Tensor | TextCondition
+        if captions is None:
+            condition = torch.from_numpy(np.asarray(dataset.labels)[record_N[n_B]]).long().to(device)
+        else:
+            texts = captions.batch(record_N[n_B], np.zeros(len(n_B), dtype=bool))
+            condition = TextCondition(texts.features_BND, texts.mask_BN).to(device)
         x_BCHW, t_B = objective.corrupt(clean_BCHW, noise_BCHW, u_B)
-        prediction, _ = model(x_BCHW, t_B, labels_B, len(n_B))
+        prediction, _ = model(x_BCHW, t_B, condition, len(n_B))
         losses.append(objective.losses_B(prediction, clean_BCHW, noise_BCHW, u_B).double().cpu())
         progress(len(n_B))
     loss_N = torch.cat(losses)

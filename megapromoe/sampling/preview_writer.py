@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,10 @@ import torch
 from torch import Tensor
 
 from megapromoe import io
-from megapromoe.data.caption_sheet import CELL, caption_sheet
+from megapromoe.data.caption_sheet import prompt_sheet
 from megapromoe.diffusion.image_grid import grid, picture_scale, write_png
 from megapromoe.distributed.agreement import gather_to_rank0
 from megapromoe.sampling.image_sets import ImageSetError
-
-ROW = 4  # images of a prompt that are shown in one row
-SHEET = 1600  # pixels: width of a picture of prompts, unless one prompt is wider
 
 
 class PreviewWriter:
@@ -92,18 +88,3 @@ class PreviewWriter:
 
     def _unwritable(self, error: OSError) -> ImageSetError:
         return ImageSetError(f"out = {self.out}: cannot be written ({error.strerror}); give another path")
-
-
-def prompt_sheet(images_BCHW: Tensor | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """A picture of images above their prompts: uint8 (height, width, 3).
-
-    Args:
-        images_BCHW: in [-1, 1], clipped, with 1 or 3 channels; as many for each prompt, prompt by prompt.
-        prompts: texts; an empty one is shown as "(no prompt)".
-    """
-    count, scale = len(images_BCHW) // len(prompts), picture_scale(images_BCHW.shape[-1])
-    side = math.ceil(math.sqrt(count)) if count > ROW else count
-    cells = [grid(images_BCHW[i * count : (i + 1) * count], side, scale) for i in range(len(prompts))]
-    width = max(cells[0].shape[1], CELL)
-    columns = min(max(1, SHEET // width), max(1, math.ceil(math.sqrt(len(prompts) * cells[0].shape[0] / width))))
-    return np.asarray(caption_sheet(cells, [text or "(no prompt)" for text in prompts], columns))

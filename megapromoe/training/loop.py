@@ -12,7 +12,6 @@ import math
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,11 +22,11 @@ from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
-from megapromoe.data.caption_batches import CaptionSource
+from megapromoe.data.caption_batches import Captions, CaptionSource
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
 from megapromoe.data.sources import open_captions, open_dataset
-from megapromoe.diffusion.image_grid import generate, grid, picture_scale
+from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
@@ -47,6 +46,7 @@ from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
+from megapromoe.training.preview import Preview, open_preview
 from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
 from megapromoe.training.run_clock import RunClock, elapsed_before
 from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
@@ -153,7 +153,8 @@ def _train(
     watchdog.starting("making the groups")
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
-    dataset, captions = _open_dataset(config)
+    dataset, captions, preview = _open_data(config)
+    example = captions.text.caption(0) if isinstance(captions, Captions) else None
     stream = SampleStream(
         dataset,
         config.data.seed,
@@ -187,8 +188,8 @@ def _train(
         logger.info("changed since the last start: %s", line)
     if step >= t.steps:
         logger.info("%s: all %d steps are done; to continue, set train.steps to a larger number", run.folder, step)
-        if not config.model.has_text:  # `megapromoe sample` takes classes
-            logger.info("next: %s", sample_command(config, run.folder))
+        if command := sample_command(config, run.folder, example):
+            logger.info("next: %s", command)
         return
 
     index_ranges = (
@@ -231,10 +232,10 @@ def _train(
                 values, layers = accumulator.close(result.norm, rate)
                 metrics.log(step, values | checkpoints.save_metrics, layers)
                 checkpoints.save_metrics = {}
-            if t.sample_every and step % t.sample_every == 0:
+            if preview is not None and step % t.sample_every == 0:
                 watchdog.at(f"section 'sample' of step {step}")
                 with accumulator.paused():
-                    picture = _generate_preview(engine, ema, config)
+                    picture = preview.picture(engine, ema, config)
                     metrics.samples(step, picture)
                 if mesh.rank == 0 and tracker.average.has_initial_weights:
                     drawn = tracker.average.in_words()
@@ -266,7 +267,7 @@ def _train(
                 raise TrainingError(report_skipped_steps(run, config, step, tracker))
             if last:
                 metrics.finish_bar()
-                for line in closing_lines(config, run.folder, step, metrics.last, clock):
+                for line in closing_lines(config, run.folder, step, metrics.last, clock, example):
                     logger.info("%s", line)
             if tracker.stop and step < t.steps:
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to continue")
@@ -277,16 +278,19 @@ def _train(
     engine.close()
 
 
-def _open_dataset(config: Config) -> tuple[Dataset, CaptionSource | None]:
-    """Opens the data set, and its captions if the model takes texts. Collective: a failure is raised on every rank.
+def _open_data(config: Config) -> tuple[Dataset, CaptionSource | None, Preview | None]:
+    """Opens the data set, its captions if the model takes texts, and what pictures show.
+
+    Collective: a failure is raised on every rank.
 
     If no rank can open it, the path or the settings are wrong, and repeating cannot help. If only some ranks cannot,
     their nodes may be at fault.
     """
     wrong = ExitCode.MISCONFIGURED
-    with raising_together(TrainingError, catch=(DatasetError,), name_ranks=True, exit_code=wrong):
+    with raising_together(TrainingError, catch=(DatasetError, MethodUnavailable), name_ranks=True, exit_code=wrong):
         dataset = open_dataset(config)
-        return dataset, open_captions(config, dataset)
+        captions = open_captions(config, dataset)
+        return dataset, captions, open_preview(config, captions)
 
 
 def _check_router_version(config: Config) -> None:
@@ -312,13 +316,3 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator:
     if batch.captions is not None:
         condition = TextCondition(batch.captions.features_BND, batch.captions.mask_BN)
     return engine.micro_step(x_BCHW, t_B, condition, batch.num_conditional, loss=loss)
-
-
-def _generate_preview(engine: Engine, ema: EMA, config: Config) -> np.ndarray:
-    """A grid of images generated with the averaged weights, uint8 (height, width, 3). Collective."""
-    classes = config.model.num_classes
-    labels = [c for c in range(min(classes, 10)) for _ in range(4)]
-    with ema.swapped_in():
-        images = generate(engine.module, config, labels, list(range(len(labels))))
-    shown = images[:, :3] if images.shape[1] == 4 else images  # latents: show the first three channels as RGB
-    return grid(shown.cpu(), columns=8, scale=picture_scale(config.model.input_size))

@@ -134,7 +134,12 @@ PREVIEW_CLASSES = 10  # classes in the suggested command for samples
 
 
 def closing_lines(
-    config: Config, folder: Path, step: int, last: Mapping[str, float | None] | None, clock: RunClock
+    config: Config,
+    folder: Path,
+    step: int,
+    last: Mapping[str, float | None] | None,
+    clock: RunClock,
+    prompt: str | None = None,
 ) -> Iterator[str]:
     """Yields the last lines of a training log: steps, loss, time, checkpoint and, for a complete run, the next command.
 
@@ -143,6 +148,7 @@ def closing_lines(
         step: the last completed and saved step.
         last: values of the last logged step, see `Metrics.last`.
         clock: clock of the run.
+        prompt: a caption of the training data, for a model of texts.
     """
     t = config.train
     loss = (last or {}).get(DENOISING_LOSS)
@@ -150,15 +156,23 @@ def closing_lines(
     yield f"{'done' if step >= t.steps else 'stopped'}: step {step:,} of {t.steps:,}{reached}"
     yield f"trained for {clock_text(clock.elapsed)}, of which {clock_text(clock.of_this_start)} since the last start"
     yield f"checkpoint: {folder_of(RunDirectory(folder).checkpoints, step)}"
-    if step >= t.steps and not config.model.has_text:  # `megapromoe sample` takes classes
-        yield f"next: {sample_command(config, folder)}"
+    if step >= t.steps and (command := sample_command(config, folder, prompt)):
+        yield f"next: {command}"
 
 
-def sample_command(config: Config, folder: Path) -> str:
-    """A shell command that generates some images of a run: a picture, or arrays if the model generates latents."""
+def sample_command(config: Config, folder: Path, prompt: str | None = None) -> str | None:
+    """A shell command that generates some images of a run: a picture, or arrays if the model generates latents.
+
+    Args:
+        prompt: for a model of texts.
+
+    Returns None for a model of texts without a prompt.
+    """
     model = config.model
     ending = "png" if model.in_channels in (1, 3) else "npz"
     words = ["megapromoe", "sample", "--run-dir", str(folder), "--out", str(folder / f"samples.{ending}")]
+    if model.has_text:
+        return None if prompt is None else shlex.join([*words, "--prompt", prompt])
     if model.num_classes > PREVIEW_CLASSES:  # all classes would take long
         words += ["--class", *map(str, range(PREVIEW_CLASSES)), "--count", "4"]
     return shlex.join(words)
