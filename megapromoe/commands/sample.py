@@ -200,10 +200,12 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
 
 def _prompts(options: argparse.Namespace) -> tuple[Prompt, ...] | None:
     """The prompts of the options; None for classes. Raises SampleError."""
+    if options.prompt is None and options.prompts is None and options.geneval is None:
+        return None
     from megapromoe.sampling.prompts import prompt_of, read_geneval, read_prompts
 
     if options.prompt is not None:
         return tuple(prompt_of(text) for text in options.prompt)
     if options.prompts is not None:
         return tuple(read_prompts(options.prompts))
-    return None if options.geneval is None else tuple(read_geneval(options.geneval))
+    return tuple(read_geneval(options.geneval))

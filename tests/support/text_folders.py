@@ -28,6 +28,9 @@ class WordEncoder:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
         return np.random.default_rng(seed).standard_normal(self.width).astype(np.float32)
 
+    def token_counts(self, captions) -> list[int]:
+        return [len(caption.split()) for caption in captions]
+
     def encode(self, captions):
         self.batches.append(list(captions))
         words = [caption.split() for caption in captions]
