@@ -43,7 +43,7 @@ examples:
 
 Overrides: section `sample` only."""
 JOB = True
-GENEVAL_IMAGES = 4  # images of a prompt, as in GenEval
+CLASS_IMAGES, PROMPT_IMAGES = 10, 4  # images of each class or prompt, unless the command has a number; GenEval has 4
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +146,7 @@ def generation_request(options: argparse.Namespace, out: Path, named: bool = Fal
     return GenerationRequest(
         run=options.run,
         out=out,
-        num=options.count if options.num_images is None else options.num_images,
+        num=options.num_images or options.count or CLASS_IMAGES,
         classes=options.labels or "balanced",
         only=None if options.only is None else tuple(options.only),
         scales=tuple(options.guidance),
@@ -175,9 +175,10 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
 
     runtime.prepare()
     prompts = _prompts(options)
-    if options.geneval is not None and options.num_images is None:
-        options.num_images = options.count or GENEVAL_IMAGES
-    options.count = options.count or (10 if prompts is None else 4)
+    if prompts is not None:
+        options.count = options.count or PROMPT_IMAGES
+    if options.geneval is not None:
+        options.num_images = options.num_images or options.count
     name = "step" if options.geneval is None else "geneval"
     place = options.out or options.run / "samples" / (f"{name}.png" if options.num_images is None else name)
     request = replace(
@@ -187,6 +188,8 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
         text_encoder=options.text_encoder,
         geneval=options.geneval is not None,
     )
+    if prompts is not None and options.labels:
+        raise ConfigError([f"--labels {options.labels}: is for classes, and the command has prompts; leave it out"])
     if request.preview:
         needed = {"--labels": options.labels, "--tp": options.tp > 1, "--ep": options.ep > 1}
         needed["--guidance with several scales"] = len(options.guidance) > 1

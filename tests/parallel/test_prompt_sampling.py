@@ -112,10 +112,10 @@ def test_the_command_takes_the_methods_of_diffusers(folder, run, tmp_path, texts
 def test_the_images_are_the_same_at_any_number_of_ranks(folder, tmp_path, method):
     """Bit by bit for whole models, and for models that are divided alike; to rounding between these."""
     overrides = (f"sample.method={method}",)
-    one = request_of(folder, tmp_path / "one.npz", 6, overrides=overrides)
-    generate_images(one, ALONE)
+    alone = request_of(folder, tmp_path / "one.npz", 6, overrides=overrides)
+    generate_images(alone, ALONE)
     for name, world, tp, ep in (("three", 3, 1, 1), ("two", 2, 1, 2), ("four", 4, 1, 2), ("both", 4, 2, 2)):
-        request = replace(one, out=tmp_path / f"{name}.npz", tp=tp, ep=ep)
+        request = replace(alone, out=tmp_path / f"{name}.npz", tp=tp, ep=ep)
         assert as_job(world, tmp_path, generate_from_words, request) == [[request.out]] * world
     single, three, two, four, both = (pixels(tmp_path / f"{n}.npz") for n in ("one", "three", "two", "four", "both"))
     assert single.std() > 30
@@ -196,7 +196,10 @@ def test_geneval_gets_its_folders(folder, tmp_path):
     [
         ([], "is a model with model.condition = 'text'; give --prompt TEXT, --prompts FILE or --geneval"),
         (["--prompt", "a", "--class", "3"], "classes: the run has model.condition = 'text' and no classes"),
-        (["--prompt", "a", "--num-images", "2", "--labels", "random"], "model.condition = 'text' and no classes"),
+        (
+            ["--prompt", "a", "--num-images", "2", "--labels", "random"],
+            "--labels random: is for classes, and the command has prompts",
+        ),
         (
             ["--prompt", "a", "--prompt", TOO_LONG],
             f"1 of 2 prompts are longer than the 5 tokens .* '{TOO_LONG}' with 6",
@@ -208,7 +211,7 @@ def test_geneval_gets_its_folders(folder, tmp_path):
 def test_a_model_of_texts_refuses(folder, tmp_path, capsys, words, message):
     assert main(["sample", "--run-dir", str(folder), "--out", str(tmp_path / "a.png"), *words]) in (1, 2)
     error = capsys.readouterr().err
-    assert re.search(message, error) and error.count("\n") == 1 and not (tmp_path / "a.png").exists()
+    assert re.search(message, error) and error.count("\n") <= 2 and not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("words", [["--prompt", "a"], ["--text-encoder", "x"]])

@@ -1,11 +1,13 @@
 """Training on latents with captions: at two layouts, resumed at another, and refusals of captions that do not fit."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.latent_folders import Arrays, write
 from support.processes import run
 from support.text_folders import WordEncoder
@@ -18,7 +20,13 @@ from megapromoe.config.resolve import resolve
 from megapromoe.data.caption_batches import SyntheticCaptions
 from megapromoe.data.captions import CaptionedItem
 from megapromoe.data.encode_text import TextJob, encode_text
+from megapromoe.data.sources import open_captions, open_dataset
+from megapromoe.data.text_features import TextFeatures
+from megapromoe.diffusion.noise import normals, permutation
+from megapromoe.diffusion.objectives import RectifiedFlow
+from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.training import loop
+from megapromoe.training.preview import open_preview
 
 COUNT = 64
 TEXT = ("data.source=latents", "data.flip=true", "data.workers=2", "model.condition=text", "model.num_classes=1000")
@@ -54,7 +62,10 @@ def test_a_run_on_captions_is_the_same_at_another_layout_and_resumes_at_it(laten
     single, divided = tmp_path / "one", tmp_path / "two"
     assert run(1, try_to_train, str(single), data) == ["trained"]
     assert run(1, try_to_train, str(divided), data, "train.steps=3") == ["trained"]
-    assert run(2, try_to_train, str(divided), data, "parallel.tp=2", "parallel.ep=2") == ["trained"] * 2
+    pictures = ("train.sample_every=5", "sample.steps=2", "sample.method=heun")
+    assert run(2, try_to_train, str(divided), data, "parallel.tp=2", "parallel.ep=2", *pictures) == ["trained"] * 2
+    with Image.open(divided / "samples" / "step-00000005.png") as picture:
+        assert picture.size[0] > 500 and len(picture.getcolors(1 << 20)) > 100
     assert len(losses(single)) == 6 and losses(divided) == pytest.approx(losses(single), rel=1e-4)
     expected, ours = state(single, 6), state(divided, 6)
     assert expected.keys() == ours.keys() and ("master", "text_embedder.null") in ours
@@ -110,10 +121,48 @@ def test_latents_without_captions_are_refused(tmp_path, capsys):
     assert f"{tmp_path / 'plain' / 'text'}" in capsys.readouterr().err
 
 
-def test_pictures_during_training_need_classes():
+def test_pictures_during_training_show_captions_that_training_does_not_use(latents, tmp_path):
+    settings = [*TEXT, f"data.path={latents}", "model.in_channels=4", "model.input_size=8", "train.sample_every=5"]
+    config = resolve("promoe_s", overrides=[*settings, "train.global_batch=16"])
+    captions = open_captions(config, open_dataset(config))
+    preview = open_preview(config, captions)
+    assert len(preview.captions) == 8 and len(preview.condition) == 32
+    assert preview.captions[0] == "some 0" and preview.captions[-1] == f"some {COUNT - 1}"
+    last = captions.batch(np.array([COUNT - 1]), np.array([False]))
+    assert torch.equal(preview.condition.features_BND[-1:], last.features_BND)
+    assert torch.equal(preview.condition.mask_BN[-1:], last.mask_BN)
+    write(tmp_path / "test", Arrays(count=4, shape=(4, 8, 8)))
+    items = [CaptionedItem(item.path, 0, f"held out {i}") for i, item in enumerate(Arrays(count=4).scan.items)]
+    encode_text(TextJob(items, WordEncoder(), tmp_path / "test" / "text", "float16", beside=tmp_path / "test"))
+    config = replace(config, data=replace(config.data, test_path=str(tmp_path / "test")))
+    assert open_preview(config, captions).captions == [f"held out {i}" for i in range(4)]
+    assert open_preview(replace(config, train=replace(config.train, sample_every=0)), captions) is None
+
+
+def test_random_captions_have_no_pictures():
     overrides = ["model.condition=text", "model.text_width=6", "model.text_tokens=4", "train.sample_every=5"]
-    with pytest.raises(ConfigError, match="train.sample_every = 5: must be 0 with model.condition = 'text'"):
-        resolve("promoe_s", overrides=overrides)
+    with pytest.raises(ConfigError, match="train.sample_every = 5: must be 0 with data.source = 'synthetic'"):
+        resolve("promoe_s", overrides=[*overrides, "data.source=synthetic"])
+
+
+def test_the_loss_on_fixed_draws_follows_its_definition_with_captions(latents):
+    settings = [*TEXT, f"data.path={latents}", "model.in_channels=4", "model.input_size=8", "train.global_batch=16"]
+    config = resolve("promoe_s", overrides=[*settings, "sample.batch=7"])
+    dataset, text = open_dataset(config), TextFeatures(latents / "text")
+
+    class Guess(torch.nn.Linear):  # a velocity of the noise level and the text
+        def forward(self, x_BCHW, t_B, texts, conditional):
+            assert conditional == len(texts) == len(x_BCHW) and not texts.is_null().any()
+            guess_B = t_B / 1000 + texts.features_BND.float().sum((1, 2))
+            return guess_B[:, None, None, None].expand(-1, 8, 8, 8), None
+
+    mean, _ = objective_loss(Guess(1, 1), config, dataset, draws=40, seed=3)
+    record = permutation(3, "held-out record", 0, COUNT)[:40]
+    noise = normals(3, "held-out noise", np.arange(40), (4, 8, 8))
+    u = (permutation(3, "held-out time", 0, 40) + 0.5) / 40
+    guess = RectifiedFlow().sigma(torch.from_numpy(u)).numpy() + [text.features(int(r)).sum() for r in record]
+    clean = dataset.sample(record, np.zeros(40, dtype=bool), None)
+    assert mean == pytest.approx(((guess[:, None, None, None] - noise + clean) ** 2).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("command", [("evaluate", "--num-images", "8"), ("routing",)], ids=["evaluate", "routing"])

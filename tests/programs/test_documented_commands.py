@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -133,8 +134,8 @@ def test_what_commands_of_others_name_exists(text):
         assert (ROOT / (form.by.partition(":")[2] or form.words[0])).is_file()
     elif form.by.startswith("tests/"):
         assert (ROOT / form.by).is_file()
-        if text.startswith("megapromoe"):
-            assert cli.parse(text.split()[1:]).command == text.split()[1]
+        if match := re.match(r"(?:torchrun .* -m )?megapromoe (.*)", text):
+            assert cli.parse(shlex.split(match[1])).command == match[1].split()[0]
         elif text.startswith("python -m megapromoe."):
             assert (ROOT / text.split()[2].replace(".", "/")).with_suffix(".py").is_file()
         else:

@@ -209,6 +209,7 @@ ELSEWHERE = {
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
+    r"(?:torchrun .*)?megapromoe sample --run-dir runs/(?:scenes|t2i) .*$": "tests/parallel/test_prompt_sampling.py",
     r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",

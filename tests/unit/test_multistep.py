@@ -143,11 +143,11 @@ def test_they_land_on_the_data_at_second_order(method, objective):
     if objective == "ddpm":  # the path begins at the last step of DDPM, which has a little signal
         scale, sigma = DDPMSchedule().table[:2, -1].tolist()
         deviate = (noise - scale * MEAN) / math.sqrt(scale**2 * STD**2 + sigma**2)
-    few, many = (
+    coarse, fine = (
         (sample(with_variance(predict), noise, method, n, objective=objective) - (MEAN + STD * deviate)).abs().max()
         for n in (steps, 2 * steps)
     )
-    assert 3.2 < few / many < 5.0 and many < 0.01  # Euler's method and DDIM: 2
+    assert 3.2 < coarse / fine < 5.0 and fine < 0.01  # Euler's method and DDIM: 2
 
 
 @pytest.mark.parametrize("method", multistep.METHODS)
@@ -160,8 +160,9 @@ def test_the_model_is_evaluated_once_a_step_at_the_times_of_euler(method):
     sample(predict(times), start(), method, 4, 3.0, progress=done.append)
     sample(predict(euler), start(), "euler", 4, 3.0)
     assert times == euler and times == pytest.approx([1000, 900, 750, 500]) and done == [1, 2, 3, 4]
-    one = sample(flow_velocity, start(), method, 1)  # one step is that of Euler
-    torch.testing.assert_close(one, sample(flow_velocity, start(), "euler", 1), rtol=0, atol=1e-5)
+    # A single step is that of Euler.
+    images = sample(flow_velocity, start(), method, 1)
+    torch.testing.assert_close(images, sample(flow_velocity, start(), "euler", 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", multistep.METHODS)

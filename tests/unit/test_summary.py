@@ -78,7 +78,11 @@ def test_the_next_command_is_one_that_sample_takes(name, tmp_path):
 def test_no_command_is_suggested_that_a_text_model_does_not_have():
     config = resolve("t2i_3b", overrides=["data.source=synthetic"])
     lines = list(closing_lines(config, RUN, config.train.steps, None, RunClock(1.0, 0, 1)))
-    assert lines[-1].startswith("checkpoint:")
+    assert lines[-1].startswith("checkpoint:")  # random captions have no words
+    lines = list(closing_lines(config, RUN, config.train.steps, None, RunClock(1.0, 0, 1), "it's a red three"))
+    assert lines[-1].startswith("next: ")
+    options = parse(shlex.split(lines[-1])[2:])
+    assert (options.command, options.run, options.prompt) == ("sample", RUN, ["it's a red three"])
     assert "captions of up to 256 tokens" in rows(config)["data"]
 
 

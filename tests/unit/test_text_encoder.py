@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from support.levels import full
-from support.text_folders import WordEncoder, write_captioned, write_text_encoders
+from support.text_folders import WordEncoder, write_captioned, write_text, write_text_encoders
 
 from megapromoe.cli import main
+from megapromoe.config.resolve import resolve
 from megapromoe.data.latents import Latents
 from megapromoe.data.scenes.scenes import Scenes
 from megapromoe.data.text_encoder import MINILM_PACKAGE, TextEncoderError, check_same_encoder, open_text_encoder
 from megapromoe.data.text_features import TextFeatures
+from megapromoe.diffusion.image_grid import SampleError
+from megapromoe.sampling.prompt_features import open_prompt_encoder
+from megapromoe.sampling.prompts import Prompt
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -60,6 +64,29 @@ def test_features_are_the_last_hidden_states_of_each_token(name, kind, longest, 
     assert shorter.identity == encoder.identity == open_text_encoder(str(encoders / name)).identity
     with pytest.raises(TextEncoderError, match=f"--max-tokens 99: text encoder .* takes {longest} at most; give fewer"):
         open_text_encoder(str(encoders / name), max_tokens=99)
+
+
+@needs_transformers
+def test_prompts_get_the_features_of_equal_captions(encoders, tmp_path):
+    """A prompt that is longer is refused, and so is another encoder."""
+    shutil.copytree(encoders / "t5", tmp_path / "t5")
+    folder = write_text(tmp_path / "data" / "text", CAPTIONS[:2], open_text_encoder(str(tmp_path / "t5"), max_tokens=9))
+    settings = ["model.condition=text", "model.text_width=16", "model.text_tokens=12", "data.source=latents"]
+    config = resolve("promoe_s", overrides=[*settings, f"data.path={folder.parent}"])
+    encoder = open_prompt_encoder(config, None, "cpu")
+    stored, features = TextFeatures(folder), encoder.encode(CAPTIONS[:2])
+    for index, caption in enumerate(CAPTIONS[:2]):
+        np.testing.assert_allclose(features[caption], stored.features(index), atol=2e-3)
+        assert np.array_equal(features[caption], features[caption].astype(np.float16)), "rounded as the stored ones"
+    encoder.check([Prompt(" ".join(["red"] * 8)), Prompt("")])
+    with pytest.raises(SampleError, match="1 of 1 prompts are longer than the 9 tokens .* with 10; shorten them"):
+        encoder.check([Prompt(" ".join(["red"] * 9))])
+    with pytest.raises(SampleError, match="not by .*BertModel"):
+        open_prompt_encoder(config, str(encoders / "bert"), "cpu")
+    (tmp_path / "t5").rename(tmp_path / "moved")
+    with pytest.raises(SampleError, match="if the folder of the text encoder has moved, give it with --text-encoder"):
+        open_prompt_encoder(config, None, "cpu")
+    assert open_prompt_encoder(config, str(tmp_path / "moved"), "cpu").sha256 == encoder.sha256
 
 
 @needs_transformers
