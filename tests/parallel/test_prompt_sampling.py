@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from support.text_folders import WordEncoder
 from support.text_runs import generate_from_words, open_words, text_run
 
 from megapromoe.cli import main
+from megapromoe.config.resolve import resolve
 from megapromoe.data.text_features import TextFeatures
 from megapromoe.diffusion.image_grid import SampleError, to_bytes
+from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.sampling import prompt_features
 from megapromoe.sampling.generation import Replica, generate_images
 from megapromoe.sampling.image_set_writer import ImageSetWriter
@@ -25,6 +28,7 @@ from megapromoe.sampling.image_sets import ImageSet, ImageSetError
 from megapromoe.sampling.prompt_images import images_of_prompts
 from megapromoe.sampling.prompts import Prompt
 from megapromoe.sampling.request import GenerationRequest
+from megapromoe.training.preview import open_preview
 
 PROMPTS = (Prompt("a red three"), Prompt(""), Prompt("two blue ones", seed=7, id="blue"))
 TOO_LONG = "one two three four five six"
@@ -139,9 +143,11 @@ def test_the_command_draws_a_picture_with_captions(folder, tmp_path):
         assert stored["labels"].tolist() == [0, 0, 1, 1]
 
 
-def test_an_interrupted_set_of_prompts_is_continued(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("geneval", [False, True], ids=["set", "geneval"])
+def test_an_interrupted_set_of_prompts_is_continued(folder, tmp_path, monkeypatch, geneval):
     """Other prompts are not continued, and finished chunks are not encoded or drawn again."""
-    request = request_of(folder, tmp_path / "set")
+    prompts = tuple(replace(prompt, metadata=json.dumps({"prompt": prompt.text})) for prompt in PROMPTS)
+    request = request_of(folder, tmp_path / "set", prompts=prompts, geneval=geneval)
     written, write = [], ImageSetWriter.write
 
     def fail_at_the_third(self, chunk, images):
@@ -155,7 +161,7 @@ def test_an_interrupted_set_of_prompts_is_continued(folder, tmp_path, monkeypatc
         generate_images(request, ALONE)
     monkeypatch.setattr(ImageSetWriter, "write", write)
     with pytest.raises(ImageSetError, match="images of another request .prompts: '3, sha256"):
-        generate_images(replace(request, prompts=(Prompt("another"), *PROMPTS[1:])), ALONE)
+        generate_images(replace(request, prompts=(Prompt("another"), *prompts[1:])), ALONE)
     encoded: list[str] = []
     monkeypatch.setattr(
         WordEncoder,
@@ -164,8 +170,11 @@ def test_an_interrupted_set_of_prompts_is_continued(folder, tmp_path, monkeypatc
     )
     generate_images(request, ALONE)
     assert written == [0, 1] and encoded == ["two blue ones"]
-    generate_images(request_of(folder, tmp_path / "whole"), ALONE)
-    np.testing.assert_array_equal(pixels(tmp_path / "set"), pixels(tmp_path / "whole"))
+    generate_images(replace(request, out=tmp_path / "whole"), ALONE)
+    files = sorted(path.relative_to(tmp_path / "set") for path in (tmp_path / "set").rglob("*") if path.is_file())
+    assert len(files) == (19 if geneval else 14) and not (tmp_path / "set.parts").exists()
+    for file in files:
+        assert (tmp_path / "set" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     monkeypatch.setattr(Replica, "generate_chunks", None)
     generate_images(request, ALONE)  # complete already
 
@@ -212,6 +221,16 @@ def test_a_model_of_texts_refuses(folder, tmp_path, capsys, words, message):
     assert main(["sample", "--run-dir", str(folder), "--out", str(tmp_path / "a.png"), *words]) in (1, 2)
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") <= 2 and not (tmp_path / "a.png").exists()
+
+
+def test_a_method_without_its_package_is_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    words = ["sample", "--run-dir", str(folder), "--prompt", "a", "--out", str(tmp_path / "a.npz"), "--method", "unipc"]
+    assert main(words) == 2
+    assert "sample.method = 'unipc' needs diffusers: pip install 'megapromoe[images]'" in capsys.readouterr().err
+    config = resolve("digits", overrides=["sample.method=unipc", "train.sample_every=5"])
+    with pytest.raises(MethodUnavailable):  # before the first step, not at the first picture
+        open_preview(config, None)
 
 
 @pytest.mark.parametrize("words", [["--prompt", "a"], ["--text-encoder", "x"]])
