@@ -132,11 +132,20 @@ def open_text_encoder(name: str, device: torch.device | str = "cpu", max_tokens:
     return TextEncoder(name, model, tokenizer, device, max_tokens or min(longest, DEFAULT_MAX_TOKENS))
 
 
+def is_same_encoder(identity: dict[str, str], encoder: TextEncoder) -> bool:
+    """Whether an encoder has this identity; it may be in another folder."""
+    return all(identity.get(key) == encoder.identity[key] for key in ("kind", "sha256", "tokenizer_sha256"))
+
+
+def described(identity: dict[str, str]) -> str:
+    """An encoder in a message: name, kind and the first digits of its hash."""
+    return f"{identity['name']!r} ({identity['kind']}, sha256 {identity['sha256'][:12]})"
+
+
 def check_same_encoder(identity: dict[str, str], encoder: TextEncoder) -> None:
     """Raises TextEncoderError if text features with this encoder identity were made by another encoder."""
-    given = encoder.identity
-    if any(identity.get(key) != given[key] for key in ("kind", "sha256", "tokenizer_sha256")):
-        expected, actual = (f"{i['name']!r} ({i['kind']}, sha256 {i['sha256'][:12]})" for i in (identity, given))
+    if not is_same_encoder(identity, encoder):
+        expected, actual = described(identity), described(encoder.identity)
         raise TextEncoderError(
             f"the text features were made by {expected}, not by {actual}: give the encoder that made them, or"
             " encode again"

@@ -15,7 +15,7 @@ import torch
 
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import DatasetError
-from megapromoe.data.text_encoder import TextEncoder, TextEncoderError, check_same_encoder, open_text_encoder
+from megapromoe.data.text_encoder import TextEncoder, TextEncoderError, described, is_same_encoder, open_text_encoder
 from megapromoe.data.text_features import FOLDER, TextManifest, decoded, encoded, read_text_manifest
 from megapromoe.diffusion.image_grid import SampleError
 from megapromoe.distributed import watchdog
@@ -41,9 +41,10 @@ class PromptEncoder:
         self.encoder, self.dtype, self.max_tokens = encoder, dtype, max_tokens
 
     @property
-    def sha256(self) -> str:
-        """SHA-256 of the encoder's weights."""
-        return self.encoder.identity["sha256"]
+    def identity(self) -> dict[str, str | None]:
+        """What features depend on besides the text: hashes of weights and tokenizer, the type they are rounded to."""
+        hashes = {key: self.encoder.identity[key] for key in ("sha256", "tokenizer_sha256")}
+        return {**hashes, "rounded_to": self.dtype}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises SampleError if prompts have more tokens than any text of the training."""
@@ -92,12 +93,16 @@ def open_prompt_encoder(config: Config, name: str | None, device: torch.device |
     chosen = name or (manifest.encoder["name"] if manifest else "")
     try:
         encoder = open_text_encoder(chosen, device)
-        if manifest is not None:
-            check_same_encoder(manifest.encoder, encoder)
-            encoder.max_tokens = manifest.max_tokens
     except TextEncoderError as error:
         hint = "" if name else "; if the folder of the text encoder has moved, give it with --text-encoder"
         raise SampleError(f"{error}{hint}") from error
+    if manifest is not None:
+        if not is_same_encoder(manifest.encoder, encoder):
+            raise SampleError(
+                f"text encoder {described(encoder.identity)} did not encode the captions of the run; give the one that"
+                f" did, {described(manifest.encoder)}, with --text-encoder"
+            )
+        encoder.max_tokens = manifest.max_tokens
     if encoder.width != model.text_width:
         raise SampleError(
             f"text encoder {chosen!r}: its features have {encoder.width} channels, the model takes {model.text_width};"

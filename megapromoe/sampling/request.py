@@ -195,7 +195,7 @@ class GenerationRequest:
         """Everything except the checkpoint that the images depend on; it must be the same in a repeated command."""
         shown: dict[str, Any] = {"classes": self.classes, "only": None if self.only is None else list(self.only)}
         if self.prompts is not None:
-            shown = {"prompts": digest(self.prompts), "text_encoder": None if encoder is None else encoder.sha256}
+            shown = {"prompts": digest(self.prompts), "text_encoder": None if encoder is None else encoder.identity}
         return {
             "num": self.num,
             **shown,
