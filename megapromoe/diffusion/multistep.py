@@ -19,7 +19,7 @@ from torch import Tensor
 from megapromoe.errors import ExitCode, UserError
 
 METHODS = ("unipc", "dpm_solver++")
-_LARGEST_FLOW_LEVEL = 1 - 1e-6  # as in diffusers: at 1 the logarithm of the signal is infinite
+_FIRST_FLOW_LEVEL = 1 - 1e-6  # in place of 1, as in diffusers
 
 
 class MethodUnavailable(UserError):
@@ -61,7 +61,8 @@ def solve(
     steps = len(times)
     settings: dict[str, Any] = {"solver_order": 2, "prediction_type": "epsilon"}
     if is_flow:
-        levels = [min(level, _LARGEST_FLOW_LEVEL) for level in levels]
+        # At 1 the logarithm of the signal is infinite. A large shift has further levels close to 1.
+        levels = [max(_FIRST_FLOW_LEVEL, (1 + levels[1]) / 2), *levels[1:]]
         settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     scheduler = _scheduler_class(method)(**settings)
     scheduler.set_timesteps(steps)

@@ -166,6 +166,13 @@ def test_the_model_is_evaluated_once_a_step_at_the_times_of_euler(method):
 
 
 @pytest.mark.parametrize("method", multistep.METHODS)
+def test_a_large_shift_has_levels_close_to_noise(method):
+    """Closer than the level that stands for pure noise, which must remain the first."""
+    images = sample(flow_velocity, start(), method, 50, shift=20_000.0)
+    torch.testing.assert_close(images, sample(flow_velocity, start(), "euler", 50, shift=20_000.0), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("method", multistep.METHODS)
 def test_an_image_does_not_depend_on_the_others(method):
     images = sample(flow_velocity, start(), method, 5)
     assert torch.equal(sample(flow_velocity, start()[3:4], method, 5)[0], images[3])
