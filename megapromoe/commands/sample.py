@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import run_option, weights_choice
-from megapromoe.config.options import ConfigError
+from megapromoe.config.options import SAMPLING_METHODS, ConfigError
 
 if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
     from megapromoe.distributed.runtime import LaunchEnvironment
@@ -123,7 +123,7 @@ def drawing_options(parser: argparse.ArgumentParser, several_steps: bool = False
     for option, metavar, text in (
         ("--steps", "N", "number of sampling steps"),
         ("--seed", "N", "seed of the images"),
-        ("--method", "NAME", "sampling method"),
+        ("--method", "NAME", f"sampling method: {', '.join(SAMPLING_METHODS)}, or FILE.py:FUNCTION"),
     ):  # short for overrides
         parser.add_argument(option, metavar=metavar, help=f"{text}; default: from the run's config")
     parser.add_argument(
