@@ -153,4 +153,7 @@ def _scatter(rows_RD: Tensor, slot_R: Tensor, num_slots: int) -> Tensor:
 def _gather(slots: Tensor, slot_R: Tensor) -> Tensor:
     num_slots = slots.shape[0]
     rows_RD = slots.index_select(0, slot_R.clamp(max=num_slots - 1))
-    return rows_RD.masked_fill_((slot_R == num_slots).unsqueeze(1), 0)
+    rows_RD.masked_fill_((slot_R == num_slots).unsqueeze(1), 0)
+    # A view: torch.compile of torch 2.11 loses the gradient of a tensor that an autograd.Function changed in place and
+    # returned (pytorch issue 180642).
+    return rows_RD.view_as(rows_RD)
