@@ -58,7 +58,7 @@ class LoweringBackend:
     """
 
     def __init__(self, unknown_size: int) -> None:
-        """`unknown_size`: for `moved`, the value of every size that a graph does not know: the conditional images."""
+        """`unknown_size`: for `moved`, the value of a size that a graph does not know, and for which it has no hint."""
         self.unknown_size = unknown_size
         self.issued = Launches()
         self.graphs: list[Launches] = []
@@ -116,7 +116,8 @@ class LoweringBackend:
 
         numel, dtype = V.graph.get_numel(name), V.graph.get_dtype(name)
         if not isinstance(numel, int):
-            numel = numel.subs(dict.fromkeys(numel.free_symbols, self.unknown_size))
+            typical = V.graph.sizevars.shape_env.var_to_hint_override
+            numel = numel.subs({size: typical.get(size, self.unknown_size) for size in numel.free_symbols})
         return int(numel) * dtype.itemsize
 
 
