@@ -117,7 +117,7 @@ def parts(name: str) -> tuple[dict[str, Issued], int]:
 
 
 # Forward, loss, backward of the model; messages of forward and backward.
-PARTS = (380, 9, 513), (20, 12)
+PARTS = (280, 9, 402), (19, 13)
 
 
 @pytest.mark.full
