@@ -107,6 +107,7 @@ class IssueCounter(TorchDispatchMode):
             self.now.operators += self.backend.issued.calls - self._before.calls
             self.now.fused += self.backend.issued.fused - self._before.fused
             self.now.moved += self.backend.issued.moved - self._before.moved
+            self.now.messages += self.backend.issued.messages - self._before.messages
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

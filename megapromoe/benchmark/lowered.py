@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch._inductor.codegen.common import KernelArgs
 
 NAMESPACE = "megapromoe"  # of the package's custom operators
+COLLECTIVES = "_c10d_functional::"
+WAIT = COLLECTIVES + "wait_tensor"
 
 
 @dataclass
@@ -34,14 +36,17 @@ class Launches:
         calls: operator -> calls of it.
         moved: bytes that generated kernels read and write: each tensor once for a kernel that reads it, and once for
             one that writes it.
+        messages: collectives, which are not launches.
     """
 
     fused: int = 0
     calls: Tally = field(default_factory=Tally)
     moved: int = 0
+    messages: int = 0
 
     def __add__(self, other: Launches) -> Launches:
-        return Launches(self.fused + other.fused, self.calls + other.calls, self.moved + other.moved)
+        messages = self.messages + other.messages
+        return Launches(self.fused + other.fused, self.calls + other.calls, self.moved + other.moved, messages)
 
     @property
     def total(self) -> int:
@@ -58,7 +63,7 @@ class LoweringBackend:
     """
 
     def __init__(self, unknown_size: int) -> None:
-        """`unknown_size`: for `moved`, the value of every size that a graph does not know: the conditional images."""
+        """`unknown_size`: for `moved`, the value of a size that a graph does not know, and for which it has no hint."""
         self.unknown_size = unknown_size
         self.issued = Launches()
         self.graphs: list[Launches] = []
@@ -84,6 +89,9 @@ class LoweringBackend:
         def codegen(lowering: GraphLowering) -> Any:
             result = generate(lowering)
             launches.calls = Tally(_external_calls(lowering.scheduler.nodes))
+            for name in [name for name in launches.calls if name.startswith(COLLECTIVES)]:
+                calls = launches.calls.pop(name)
+                launches.messages += 0 if name == WAIT else calls
             return result
 
         def call_kernel(group: KernelGroup, wrapper: Any, name: str) -> None:
@@ -116,7 +124,8 @@ class LoweringBackend:
 
         numel, dtype = V.graph.get_numel(name), V.graph.get_dtype(name)
         if not isinstance(numel, int):
-            numel = numel.subs(dict.fromkeys(numel.free_symbols, self.unknown_size))
+            typical = V.graph.sizevars.shape_env.var_to_hint_override
+            numel = numel.subs({size: typical.get(size, self.unknown_size) for size in numel.free_symbols})
         return int(numel) * dtype.itemsize
 
 
@@ -160,4 +169,5 @@ def _external_calls(nodes: Sequence[Any]) -> Iterator[str]:
         no_launch = isinstance(node.node, (ir.MultiOutput, ir.DynamicScalar, ir.AssertScalar))
         if not no_launch and getattr(operator, "namespace", None) != NAMESPACE:
             name = operator._schema.name if operator is not None else str(kernel or type(node.node).__name__)
-            yield name.replace("::", ".").rpartition(".")[2]
+            is_collective = name.startswith(COLLECTIVES)
+            yield name if is_collective else name.replace("::", ".").rpartition(".")[2]

@@ -54,7 +54,12 @@ class ExpertPlacement:
 
     def slot_of(self, expert_R: torch.Tensor) -> torch.Tensor:
         """Global slots of logical experts, int64: the same numbers, unless there are spare slots."""
-        return expert_R if self.experts == self.ep * self.slots else self.slot_E(expert_R.device)[expert_R]
+        if self.experts == self.ep * self.slots:
+            return expert_R
+        if torch.compiler.is_compiling():  # a graph would copy the table to the device each time
+            fewest, with_one_more = divmod(self.experts, self.ep)
+            return expert_R + (expert_R - with_one_more * self.slots).clamp(min=0) // fewest
+        return self.slot_E(expert_R.device)[expert_R]
 
 
 @cache

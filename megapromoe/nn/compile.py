@@ -1,36 +1,34 @@
 """Applies torch.compile to the model in training.
 
-Without tensor and expert parallelism each block is compiled as a whole: one graph for all dense blocks, and one for all
-MoE blocks, with router, dispatch and experts. The number of conditional images differs from step to step, and with it
-the sizes of everything that is routed. It enters as a size that the compiler does not know (torch: *unbacked*), so the
-same code runs for every number, also for 0, 1 and all. Products of experts are operators that the compiler does not
-look into (`moe/expert_operators.py`).
+A block whose MoE layer sends no messages is compiled as a whole: one graph for all dense blocks, and one for all MoE
+blocks, with router, dispatch and experts. A block whose MoE layer sends messages is compiled in parts between them
+(`compiled_parts.py`), and a block with activation recompute in parts that are recomputed together. Messages of
+attention and of dense MLPs are in the graphs: each needs the result of the one before, so that no compiler can exchange
+them.
 
-With tensor or expert parallelism, and with activation recompute, parts of a block are compiled. Each is a function of
-its own, so the graph breaks only between them: at the dispatch and the messages. The router is compiled for any number
-of conditional images, except with `parallel.recompute=all`, which runs it twice with the same decisions; the epilogue
-of the routed experts' grouped products (bias and GELU) for any number of rows. The others have the shapes of a whole
-micro-batch. The unconditional expert stays eager.
+The number of conditional images differs from step to step, and with it the sizes of everything that is routed. It
+enters as a size that the compiler does not know (torch: *unbacked*), so the same code runs for every number, also for
+0, 1 and all. Products of experts are operators that the compiler does not look into (`moe/expert_operators.py`).
 
-Evaluation is eager: its batches have other sizes.
+With `parallel.recompute=all` the router is eager, because it runs twice with the same decisions. Evaluation is eager:
+its batches have other sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megapromoe.nn.compiled_parts import CompiledParts
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import NO_CONTEXT, AttentionContext, Mlp
-from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
-from megapromoe.nn.moe.expert_linear import ExpertLinear
-from megapromoe.nn.moe.layer import ExpertInputs, MoE, mlps_of
-from megapromoe.nn.moe.routers import RouterOutput
-from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.nn.moe.layer import MoE
+from megapromoe.nn.unknown_sizes import conditional_images
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
 _LONG_SEQUENCE = 4096
@@ -47,33 +45,45 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
 
     Raises, in the first step, torch's error if a function cannot be compiled as a whole.
     """
+    # With dynamic=False a change of shape raises an error instead of compiling again and again.
     options = _options(model, backend)
-    regions: list[tuple[nn.Module, str]] = [(model, "embed"), (model.final_layer, "forward")]
-    run_block = torch.compile(_run_block, backend=backend, fullgraph=True, dynamic=False, options=options)
-    run_route = torch.compile(_run_route, backend=backend, fullgraph=True, dynamic=False, options=options)
+    compiler = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False, options=options)
+    run_block, parts = compiler(_run_block), CompiledParts(compiler)
+
+    def replace(module: nn.Module, name: str, compiled: Callable) -> None:
+        setattr(module, name, _in_training(model, getattr(module, name), compiled))
+
+    for module, name in ((model, "embed"), (model.final_layer, "forward")):
+        replace(module, name, compiler(getattr(module, name)))
     for block in model.blocks:
+        moe = block.mlp if isinstance(block.mlp, MoE) else None
         if compiles_whole(block):
-            block.forward = _whole_block(model, block.forward, run_block)
+            replace(block, "forward", _whole_block(block.forward, run_block))
+        elif moe is not None and block.recompute == "none":
+            replace(block, "forward", parts.block_forward(block))
         else:
-            regions += _static_regions(block)
-            if isinstance(block.mlp, MoE) and block.recompute != "all":
-                setattr(block.mlp, "route", _route(model, block.mlp, run_route))  # noqa: B010  # mypy: not a method
-            for module in block.modules():
-                if isinstance(module, ExpertLinear):
-                    module.epilogue = _any_number_of_rows(model, module.epilogue, backend)
-    if all(map(compiles_whole, model.blocks)):
+            for name in ("attention_half", "residual"):
+                replace(block, name, compiler(getattr(block, name)))
+            if isinstance(block.mlp, Mlp):
+                replace(block.mlp, "forward", compiler(block.mlp.forward))
+            if moe is not None:
+                replace(moe, "run_experts", parts.run_experts(moe))
+                if block.recompute != "all":
+                    replace(moe, "route", parts.route(moe))
+    if all(block.recompute == "none" and isinstance(block.mlp, MoE | Mlp) for block in model.blocks):
         setattr(model, "conditions", _unbound_conditions(len(model.blocks)))  # noqa: B010  # mypy: not a method
         if any(isinstance(block.mlp, MoE) for block in model.blocks):
-            regions.append((model, "auxiliary"))
-    for module, name in regions:
-        setattr(module, name, _in_training(model, getattr(module, name), backend, options))
+            replace(model, "auxiliary", compiler(model.auxiliary))
 
 
 def compiles_whole(block: Any) -> bool:
-    """Whether a `Block` is compiled as one graph: all of it is on this device, and nothing is recomputed."""
-    if block.recompute != "none" or block.attn.region.is_sharded:
+    """Whether a `Block` is compiled as one graph: its MoE layer is on this rank, and nothing is recomputed."""
+    if block.recompute != "none":
         return False
-    return isinstance(block.mlp, Mlp) or (isinstance(block.mlp, MoE) and block.mlp.dispatcher.placement.ep == 1)
+    moe = block.mlp
+    return isinstance(moe, Mlp) or (
+        isinstance(moe, MoE) and moe.dispatcher.placement.ep == 1 and not moe.region.is_sharded
+    )
 
 
 def _run_block(
@@ -85,51 +95,22 @@ def _run_block(
     return eager(x_BSD, c_BD, y_B, num_conditional, context)
 
 
-def _whole_block(model: DiT, eager: Callable, run_block: Callable) -> Callable:
+def _whole_block(eager: Callable, run_block: Callable) -> Callable:
     def forward(
         x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
     ) -> tuple[Tensor, MoEAuxiliary | None]:
-        if not model.training:
-            return eager(x_BSD, c_BD, y_B, num_conditional, context)
-        return run_block(eager, x_BSD, c_BD, y_B, _unknown_size(num_conditional, x_BSD.shape[0]), context)
+        return run_block(eager, x_BSD, c_BD, y_B, conditional_images(num_conditional, x_BSD.shape[0]), context)
 
     return forward
 
 
-def _unknown_size(size: int, largest: int) -> Tensor:
-    """A tensor whose length, at most `largest`, compiled code does not know.
+def _in_training(model: nn.Module, eager: Callable, compiled: Callable) -> Callable:
+    """The compiled function in training mode, the eager one otherwise."""
 
-    Inductor chooses the blocks of its kernels for a typical length. Without a hint it takes the largest, so that the
-    null images would be none: it then handles their elements one by one, or divides by zero (torch 2.11).
-    """
-    tensor = torch.empty(size)
-    torch._dynamo.decorators.mark_unbacked(tensor, 0, hint_override=max(largest - max(largest // 8, 1), 1))
-    return tensor
+    def function(*arguments: Any) -> Any:
+        return (compiled if model.training else eager)(*arguments)
 
-
-def _run_route(
-    eager: Callable, x_BSD: Tensor, y_B: Tensor | None, conditional: Tensor
-) -> tuple[Tensor, TokenAssignment, RouterOutput]:
-    """`MoE.route`, with a tensor whose length is the number of conditional images."""
-    num_conditional = conditional.shape[0]
-    torch._check(num_conditional <= x_BSD.shape[0])
-    inputs, routed = eager(x_BSD, num_conditional, y_B, RoutingCache())
-    return inputs.x_BSD, inputs.assignment, routed
-
-
-def _route(model: DiT, moe: MoE, run_route: Callable) -> Callable:
-    eager = moe.route
-
-    def route(
-        x_BSD: Tensor, num_conditional: int, y_B: Tensor | None, routing_cache: RoutingCache
-    ) -> tuple[ExpertInputs, RouterOutput]:
-        if not model.training:
-            return eager(x_BSD, num_conditional, y_B, routing_cache)
-        images = x_BSD.shape[0] if moe.unconditional is None else num_conditional
-        x_BSD, assignment, routed = run_route(eager, x_BSD, y_B, _unknown_size(num_conditional, x_BSD.shape[0]))
-        return ExpertInputs(x_BSD, assignment, images), routed
-
-    return route
+    return function
 
 
 def _unbound_conditions(count: int) -> Callable:
@@ -143,16 +124,6 @@ def _unbound_conditions(count: int) -> Callable:
     return conditions
 
 
-def _static_regions(block: Any) -> list[tuple[nn.Module, str]]:
-    """The functions of a `Block` whose shapes do not depend on the routing."""
-    regions: list[tuple[nn.Module, str]] = [(block, "attention_half"), (block, "residual")]
-    if isinstance(block.mlp, Mlp):
-        regions.append((block.mlp, "forward"))
-    elif isinstance(block.mlp, MoE):
-        regions += [(mlp, "hidden") for mlp in mlps_of(block.mlp.shared)]
-    return regions
-
-
 def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
     """Options of torch.compile that avoid wrong gradients.
 
@@ -164,28 +135,3 @@ def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
     if backend != "inductor" or model.config.tokens < _LONG_SEQUENCE:
         return None
     return {"triton.mix_order_reduction": False}
-
-
-def _in_training(
-    model: nn.Module, eager: Callable, backend: str | Callable, options: dict[str, Any] | None
-) -> Callable:
-    # With dynamic=False a change of shape raises an error instead of compiling again and again.
-    compiled = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False, options=options)
-
-    def region(*arguments):
-        return (compiled if model.training else eager)(*arguments)
-
-    return region
-
-
-def _any_number_of_rows(model: nn.Module, eager: Callable, backend: str | Callable) -> Callable:
-    compiled = torch.compile(eager, backend=backend, fullgraph=True)
-
-    def epilogue(y_RF, bias_EF, expert_R):
-        if not model.training or y_RF.shape[0] < 2:  # torch compiles a second time for a size of 1
-            return eager(y_RF, bias_EF, expert_R)
-        torch._dynamo.mark_dynamic(y_RF, 0)
-        torch._dynamo.mark_dynamic(expert_R, 0)
-        return compiled(y_RF, bias_EF, expert_R)
-
-    return epilogue

@@ -33,7 +33,6 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.block import Block
 from megapromoe.nn.layers import (
-    NO_CONTEXT,
     AttentionContext,
     LabelEmbed,
     PatchEmbed,
@@ -45,7 +44,7 @@ from megapromoe.nn.layers import (
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary, auxiliary_losses
 from megapromoe.nn.norms import token_norm
-from megapromoe.nn.rotary import image_angles, rotation_of, sequence_angles
+from megapromoe.nn.rotary import Rotation, image_angles, rotation_of, sequence_angles
 from megapromoe.nn.tensor_parallel import Linear, Modulation
 from megapromoe.nn.text_condition import TextCondition, TextEmbed
 
@@ -185,7 +184,9 @@ class DiT(LogicalModule):
     ) -> Embedded:
         """What the blocks get, in the dtype of the model: from labels, or from the features and the mask of texts."""
         dtype, config = self.x_embedder.proj.weight.dtype, self.config
-        x_BSD, context = self.x_embedder(x_BCHW.to(dtype)), NO_CONTEXT
+        x_BSD, num_text = self.x_embedder(x_BCHW.to(dtype)), 0
+        rotation: Rotation | None = None
+        mask: Tensor | None = None
         if config.positions == "sincos":
             x_BSD = x_BSD + self.pos_embed.to(dtype)
         else:
@@ -195,20 +196,21 @@ class DiT(LogicalModule):
         if features_BND is None or mask_BN is None:
             c_BD = c_BD + self.y_embedder(y_B)
         else:
-            N = features_BND.shape[1]
+            num_text = features_BND.shape[1]
             text_BND, text_BD = self.text_embedder(features_BND, mask_BN)
             c_BD = c_BD + text_BD
             if config.positions == "sincos":
-                text_BND = text_BND + self.text_pos_embed[:, :N].to(dtype)
+                text_BND = text_BND + self.text_pos_embed[:, :num_text].to(dtype)
             else:
-                angle_S = torch.cat([sequence_angles(N, config.head_dim, x_BSD.device), angle_S])
+                angle_S = torch.cat([sequence_angles(num_text, config.head_dim, x_BSD.device), angle_S])
             is_image = mask_BN.new_ones(x_BSD.shape[:2])
-            context = AttentionContext(mask=torch.cat([mask_BN, is_image], dim=1)[:, None, None], num_text=N)
+            mask = torch.cat([mask_BN, is_image], dim=1)[:, None, None]
             x_BSD = torch.cat([text_BND, x_BSD], dim=1)
         if config.positions == "rope":
-            context = context._replace(rotation=rotation_of(angle_S))
+            rotation = rotation_of(angle_S)
         modulation = self.adaLN_modulation(c_BD) if config.modulation == "shared" else None
-        return Embedded(x_BSD, c_BD, modulation, context)
+        # All fields at once: in compiled code, torch 2.11 makes a broken tuple of one that was replaced in part.
+        return Embedded(x_BSD, c_BD, modulation, AttentionContext(rotation, mask, num_text))
 
     def conditions(self, c_BD: Tensor, modulation: Tensor | None) -> Sequence[Tensor]:
         """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""

@@ -6,7 +6,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.backends import BACKENDS
-from support.dispatch_cases import KINDS, D, E, F, T, assignment_of, experts_of, onto_zeros, outcome, plain
+from support.dispatch_cases import (
+    KINDS,
+    D,
+    E,
+    F,
+    T,
+    assignment_of,
+    experts_of,
+    onto_zeros,
+    outcome,
+    plain,
+    recorded_messages,
+)
 from support.processes import run
 
 from megapromoe.distributed.mesh import make_mesh
@@ -14,7 +26,8 @@ from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe import expert_linear
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
-from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
+from megapromoe.nn.moe.dispatcher import Dispatcher
+from megapromoe.nn.moe.expert_parallel_dispatcher import ExpertParallelDispatcher
 from megapromoe.nn.moe.layer import Experts
 
 
@@ -173,28 +186,13 @@ def order_of_events(static: bool) -> tuple[list[str], list[str]]:
     """The events of a layer's forward and backward pass, in order: collectives, waits, other work. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
     placement = ExpertPlacement(E, mesh.ep.size)
-    events, real = [], dist.all_to_all_single
-
-    class RecordedWait:
-        def __init__(self, work):
-            self.work = work
-
-        def wait(self):
-            events.append("wait")
-            self.work.wait()
-
-    def recorded(out, x, *arguments, async_op=False, **options):
-        events.append("rows" if x.is_floating_point() else "counts")
-        work = real(out, x, *arguments, async_op=async_op, **options)
-        return RecordedWait(work) if async_op else work
-
+    events: list[str] = []
     dispatcher = CapacityDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
     x, assignment = torch.randn(T, D).requires_grad_(), assignment_of("top 1", T, 1)
     experts = Experts(placement.slots, D, F)
     for p in experts.parameters():
         p.data.fill_(0.01)
-    dist.all_to_all_single = recorded
-    try:
+    with recorded_messages(events):
         dispatched = dispatcher.dispatch(x, assignment, T)
         hidden = RecordedWork.apply(x, "first half", events)
         outputs = dispatcher.run_experts(dispatched, experts)
@@ -202,8 +200,6 @@ def order_of_events(static: bool) -> tuple[list[str], list[str]]:
         forward = events.copy()
         events.clear()
         y.sum().backward()
-    finally:
-        dist.all_to_all_single = real
     return forward, events
 
 

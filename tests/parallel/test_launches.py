@@ -4,6 +4,7 @@ from collections import Counter as Tally
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.processes import run
 
 from megapromoe.benchmark.launch_program import PHASES, markdown
@@ -107,6 +108,25 @@ def test_launches_of_a_compiled_model():
         phases = count_model(narrow(name), UNSHARDED, backend)
         assert tuple(issued.launches for issued in phases.values()) == expected
         assert len(backend.graphs) == (10 if name == "promoe_xl" else 6)
+
+
+def parts(name: str) -> tuple[dict[str, Issued], int]:
+    """What a compiled model issues with experts on all ranks, and how many graphs it has. Collective."""
+    mesh, backend = make_mesh(ep=dist.get_world_size(), timeout=120), LoweringBackend(unknown_size=7)
+    return count_model(narrow(name, "parallel.ep=2"), mesh, backend), len(backend.graphs)
+
+
+# Forward, loss, backward of the model; messages of forward and backward.
+PARTS = (280, 9, 402), (19, 13)
+
+
+@pytest.mark.full
+def test_launches_of_a_model_in_parts():
+    """With expert parallelism: five graphs of an MoE block, the other four, and their backward."""
+    for phases, graphs in run(2, parts, "promoe_s"):
+        launches = tuple(issued.launches for issued in phases.values())
+        assert (launches, tuple(phases[name].messages for name in ("forward", "backward"))) == PARTS
+        assert graphs == 18
 
 
 @pytest.mark.full

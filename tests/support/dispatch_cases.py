@@ -1,6 +1,11 @@
 """Assignments, experts, and the plain loop over rows with which tests compare dispatchers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
+import torch.distributed as dist
 
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.dispatcher import Dispatcher
@@ -60,6 +65,28 @@ def onto_zeros(dispatcher: Dispatcher):
         return dispatcher.combine(dispatcher.run_experts(dispatched, bank), torch.zeros_like(x))
 
     return outputs
+
+
+@contextmanager
+def recorded_messages(events: list[str]) -> Iterator[None]:
+    """Within it all-to-alls append "counts" or "rows" to the events, and asynchronous ones "wait" when they end."""
+    real = dist.all_to_all_single
+
+    class RecordedWait:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            events.append("wait")
+            self.work.wait()
+
+    def recorded(out, x, *arguments, async_op=False, **options):
+        events.append("rows" if x.is_floating_point() else "counts")
+        work = real(out, x, *arguments, async_op=async_op, **options)
+        return RecordedWait(work) if async_op else work
+
+    with patch.object(dist, "all_to_all_single", recorded):
+        yield
 
 
 KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")

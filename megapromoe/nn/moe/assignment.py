@@ -21,6 +21,8 @@ class TokenAssignment(NamedTuple):
 
     `top_k` > 0 states that the rows are token-major: exactly `top_k` rows for each token from `first_token` on.
     Combining is then a permutation and a sum in fixed order, reproducible from run to run. 0: any rows in any order.
+
+    `is_shard`: the rows are those of one rank of a sharded region, of which other tokens have none.
     """
 
     token_R: Tensor
@@ -28,29 +30,34 @@ class TokenAssignment(NamedTuple):
     weight_R: Tensor
     top_k: int = 0
     first_token: int = 0
+    is_shard: bool = False
 
     def tokens_of(self, row_R: Tensor) -> Tensor:
         """The token of each of the given rows, int64 of the same shape."""
         if not self.top_k:
             return self.token_R[row_R]
         token_R = row_R if self.top_k == 1 else row_R // self.top_k
-        return token_R + self.first_token if self.first_token else token_R
+        return token_R + self.first_token if self.is_shard else token_R
 
-    def shard(self, region: Region, num_tokens: int) -> TokenAssignment:
-        """The rows that this rank of a sharded region computes: a contiguous 1/size of them.
+    def share(self, region: Region, num_tokens: int) -> tuple[int, int]:
+        """The contiguous 1/size of the rows that this rank of a sharded region computes: the first, and how many.
 
-        Token-major rows are split at token boundaries. The weights are copied to the region, so that their gradient is
-        summed over its ranks.
+        Of token-major rows it is the first token, and how many tokens.
         """
-        if not region.is_sharded:
-            return self
-        rows_per_unit = max(self.top_k, 1)
         units = num_tokens if self.top_k else self.token_R.shape[0]
-        start, stop = (units * rank // region.size * rows_per_unit for rank in (region.rank, region.rank + 1))
-        weight_R = region.copy_to_region(self.weight_R)
-        first_token = self.first_token + start // rows_per_unit if self.top_k else 0
-        token_R, expert_R = self.token_R[start:stop], self.expert_R[start:stop]
-        return TokenAssignment(token_R, expert_R, weight_R[start:stop], self.top_k, first_token)
+        start, stop = (units * rank // region.size for rank in (region.rank, region.rank + 1))
+        return start, stop - start
+
+    def shard(self, region: Region, first: int, number: int) -> TokenAssignment:
+        """The rows that this rank of a sharded region computes; `first`, `number`: its `share`.
+
+        The weights are copied to the region, so that their gradient is summed over its ranks.
+        """
+        rows = first * max(self.top_k, 1), number * max(self.top_k, 1)
+        token_R, expert_R = self.token_R.narrow(0, *rows), self.expert_R.narrow(0, *rows)
+        weight_R = region.copy_to_region(self.weight_R).narrow(0, *rows)
+        first_token = self.first_token + first if self.top_k else 0
+        return TokenAssignment(token_R, expert_R, weight_R, self.top_k, first_token, is_shard=True)
 
 
 def token_choice(chosen: Tensor, weight: Tensor) -> TokenAssignment:

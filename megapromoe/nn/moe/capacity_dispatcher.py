@@ -22,7 +22,7 @@ from megapromoe.distributed.collectives import AsyncAllToAll
 from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import rows_per_expert
-from megapromoe.nn.moe.dispatcher import DispatchedRows, Dispatcher, Experts
+from megapromoe.nn.moe.dispatcher import Dispatcher, Experts
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
@@ -59,7 +59,7 @@ class CapacityDispatcher(Dispatcher):
         """
         return max(1, math.ceil(self.capacity_factor * max_rows / self.placement.experts))
 
-    def dispatch_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> DispatchedRows:
+    def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> _SlotsToSend:
         ep, experts_per_rank, Q = self.group.size, self.placement.slots, self.tokens_per_expert(max_rows)
         num_slots = ep * experts_per_rank * Q
         count_E = rows_per_expert(expert_slot_R, ep * experts_per_rank)
@@ -70,49 +70,99 @@ class CapacityDispatcher(Dispatcher):
         slot_R = torch.where(rank_R < Q, expert_slot_R * Q + rank_R, num_slots)
         dropped = (rank_R >= Q).float().sum() / max(expert_slot_R.shape[0], 1)
         slots = _ScatterToSlots.apply(rows_RD, slot_R, num_slots)
-        equal_parts = [experts_per_rank * Q] * ep
-        all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
-        return _SlotRows(all_to_all, all_to_all.start(slots), slot_R, experts_per_rank, Q, dropped)
+        return _SlotsToSend(slots, slot_R, dropped, self.group, experts_per_rank, Q)
 
 
-class _SlotRows(NamedTuple):
-    """Rows in slots that are being sent to the experts."""
+class _SlotsToSend(NamedTuple):
+    """Rows in slots."""
 
-    dispatch_all_to_all: AsyncAllToAll
     slots: Tensor
     """(ep · experts_per_rank · tokens_per_expert, D)."""
     slot_R: Tensor
     """The slot of each row."""
+    dropped: Tensor
+    """Share of the rows without a slot, scalar."""
+    group: Group
     experts_per_rank: int
     tokens_per_expert: int
     """Slots for the rows of one rank for one expert."""
-    dropped: Tensor
-    """Share of the rows without a slot, scalar."""
 
-    def run_experts(self, experts: Experts) -> _SlotOutputs:
-        group, num_experts, Q = self.dispatch_all_to_all.group, self.experts_per_rank, self.tokens_per_expert
-        ep, D = group.size, self.slots.shape[1]
-        received = self.dispatch_all_to_all.wait(self.slots)
+    def send(self) -> _SentSlots:
+        """Starts to send the slots."""
+        ep, experts_per_rank, Q = self.group.size, self.experts_per_rank, self.tokens_per_expert
+        equal_parts = [experts_per_rank * Q] * ep
+        all_to_all = AsyncAllToAll(self.group, (equal_parts, equal_parts))
+        return _SentSlots(all_to_all, all_to_all.start(self.slots), self.slot_R, experts_per_rank, Q)
+
+
+class _SentSlots(NamedTuple):
+    """The same slots on their way to the ranks of their experts."""
+
+    dispatch_all_to_all: AsyncAllToAll
+    slots: Tensor
+    slot_R: Tensor
+    experts_per_rank: int
+    tokens_per_expert: int
+
+    def run_experts(self, experts: Experts) -> _SentOutputs:
+        return self.send_back(self.receive().outputs(experts))
+
+    def receive(self) -> _ReceivedSlots:
+        """Waits for the slots of other ranks."""
+        ep, slots = self.dispatch_all_to_all.group.size, self.dispatch_all_to_all.wait(self.slots)
+        return _ReceivedSlots(slots, ep, self.experts_per_rank, self.tokens_per_expert)
+
+    def send_back(self, y: Tensor) -> _SentOutputs:
+        """Starts to send the outputs of the received slots to the ranks of their tokens."""
+        combine_all_to_all = AsyncAllToAll(self.dispatch_all_to_all.group, self.dispatch_all_to_all.sizes)
+        return _SentOutputs(combine_all_to_all, combine_all_to_all.start(y), self.slot_R)
+
+
+class _ReceivedSlots(NamedTuple):
+    """Slots of all ranks for the experts of this rank."""
+
+    slots: Tensor
+    """(source rank · expert · slot, D)."""
+    ep: int
+    experts_per_rank: int
+    tokens_per_expert: int
+
+    def outputs(self, experts: Experts) -> Tensor:
+        """The outputs of the experts in the order of the slots."""
+        ep, num_experts, Q = self.ep, self.experts_per_rank, self.tokens_per_expert
+        D = self.slots.shape[1]
         # (source rank, expert, slot) -> (expert, source rank, slot), and back.
-        by_expert = received.view(ep, num_experts, Q, D).transpose(0, 1).reshape(-1, D)
-        expert_E = torch.arange(num_experts, device=received.device)
+        by_expert = self.slots.view(ep, num_experts, Q, D).transpose(0, 1).reshape(-1, D)
+        expert_E = torch.arange(num_experts, device=self.slots.device)
         end_E = ((expert_E + 1) * ep * Q).to(torch.int32)
         host_end_E = [(expert + 1) * ep * Q for expert in range(num_experts)]
         y = experts(by_expert, ExpertOffsets(expert_E.repeat_interleave(ep * Q), end_E, host_end_E))
-        y = y.view(num_experts, ep, Q, D).transpose(0, 1).reshape(-1, D)
-        combine_all_to_all = AsyncAllToAll(group, self.dispatch_all_to_all.sizes)
-        return _SlotOutputs(combine_all_to_all, combine_all_to_all.start(y), self.slot_R)
+        return y.view(num_experts, ep, Q, D).transpose(0, 1).reshape(-1, D)
 
 
-class _SlotOutputs(NamedTuple):
-    """The same slots with the experts' outputs, which are being sent back."""
+class _SentOutputs(NamedTuple):
+    """The same slots with the experts' outputs, on their way back."""
 
     combine_all_to_all: AsyncAllToAll
     slots: Tensor
     slot_R: Tensor
 
     def combine_rows(self) -> Tensor:
-        return _GatherFromSlots.apply(self.combine_all_to_all.wait(self.slots), self.slot_R)
+        return self.wait().combine_rows()
+
+    def wait(self) -> _ReturnedSlots:
+        """Waits for the outputs of this rank's rows."""
+        return _ReturnedSlots(self.combine_all_to_all.wait(self.slots), self.slot_R)
+
+
+class _ReturnedSlots(NamedTuple):
+    """The same slots with the experts' outputs."""
+
+    slots: Tensor
+    slot_R: Tensor
+
+    def combine_rows(self) -> Tensor:
+        return _GatherFromSlots.apply(self.slots, self.slot_R)
 
 
 # Each function is the backward of the other. Autograd's backward would copy all slots to append the one that is not
@@ -153,4 +203,7 @@ def _scatter(rows_RD: Tensor, slot_R: Tensor, num_slots: int) -> Tensor:
 def _gather(slots: Tensor, slot_R: Tensor) -> Tensor:
     num_slots = slots.shape[0]
     rows_RD = slots.index_select(0, slot_R.clamp(max=num_slots - 1))
-    return rows_RD.masked_fill_((slot_R == num_slots).unsqueeze(1), 0)
+    rows_RD.masked_fill_((slot_R == num_slots).unsqueeze(1), 0)
+    # A view: torch.compile of torch 2.11 loses the gradient of a tensor that an autograd.Function changed in place and
+    # returned (pytorch issue 180642).
+    return rows_RD.view_as(rows_RD)

@@ -11,7 +11,7 @@ There are two implementations with the same result:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,8 +32,9 @@ class ExpertOffsets(NamedTuple):
     """The expert of each row, int64 (R,)."""
     end_E: Tensor
     """The index after the last row of each expert, int32 (experts,)."""
-    host_end_E: list[int] | None
-    """`end_E` on the host, for looped experts; None where they are grouped."""
+    host_end_E: list[int] | Tensor | None
+    """`end_E` on the host, for looped experts; None where they are grouped. A tensor if it enters a compiled graph, to
+    which it is no constant."""
 
 
 def has_grouped_mm_kernel(x: Tensor) -> bool:
@@ -52,6 +53,20 @@ def grouped_mm_skips_empty_groups(x: Tensor) -> bool:
     True on GPUs of compute capability 10; on those of 9 it writes zeros. Source: pytorch issue 172439.
     """
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 10
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of x; None if autocast is off."""
+    device = x.device.type
+    # Not torch.amp.is_autocast_available: torch.compile of torch 2.11 cannot trace it.
+    is_enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_enabled else None
+
+
+def expert_precision(x: Tensor) -> Tensor:
+    """The tensor in the precision in which experts compute: that of autocast, if it is on."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 class ExpertLinear(LogicalModule):
@@ -79,7 +94,6 @@ class ExpertLinear(LogicalModule):
         self.weight = nn.Parameter(torch.empty(experts, d_out, d_in))
         self.bias = nn.Parameter(torch.empty(experts, d_out))
         self.gelu = gelu
-        self.epilogue = add_bias_gelu if gelu else add_bias
         self.reset_parameters()
 
     def set_mesh(self, mesh: Mesh) -> None:
@@ -95,11 +109,16 @@ class ExpertLinear(LogicalModule):
             bias = self.region.copy_to_region(bias) / self.region.size
         if torch.compiler.is_compiling():
             grouped, skips_empty = has_grouped_mm_kernel(x_RD), grouped_mm_skips_empty_groups(x_RD)
-            end_E = offsets.end_E if grouped else offsets_on_host(offsets.end_E)  # one copy for both layers
+            if grouped:
+                end_E = offsets.end_E
+            elif isinstance(offsets.host_end_E, Tensor):
+                end_E = offsets.host_end_E
+            else:
+                end_E = offsets_on_host(offsets.end_E)  # one copy for both layers
             arguments = offsets.expert_R, end_E, grouped, skips_empty, self.gelu
             return TracedExperts.apply(x_RD, weight, bias, *arguments)
         if has_grouped_mm_kernel(x_RD):
-            return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.epilogue, self.gelu)
+            return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.gelu)
         return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
 
 
@@ -119,19 +138,6 @@ class ExpertDownLinear(ExpertLinear):
     is_down_projection = True
 
 
-# Epilogues of a grouped product. `nn/compile.py` compiles each into one kernel. Both write into the product.
-
-
-def add_bias(y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
-    """Adds to each row (R, F) the bias of its expert."""
-    return y_RF.add_(bias_EF.index_select(0, expert_R))
-
-
-def add_bias_gelu(y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
-    """The tanh-GELU of `add_bias`, in memory of its own; `y_RF` keeps the input of the GELU."""
-    return F.gelu(add_bias(y_RF, bias_EF, expert_R), approximate="tanh")
-
-
 # Both functions have a handwritten backward, because autograd's passes over the rows more often. Both return gradients
 # of zero for an expert without rows, not None: ZeRO reduces gradients in the order in which they are ready, and ranks
 # with different orders would reduce different gradients together.
@@ -141,17 +147,15 @@ class _GroupedExperts(torch.autograd.Function):
     """Rows times the matrix of their expert, plus its bias, optionally through a GELU; by grouped products."""
 
     @staticmethod
-    def forward(
-        ctx, x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor, offsets: ExpertOffsets, epilogue: Callable, gelu: bool
-    ) -> Tensor:
+    def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor, offsets: ExpertOffsets, gelu: bool) -> Tensor:
         end_E = offsets.end_E
         if not x_RD.shape[0]:  # grouped_mm refuses to differentiate a product without rows
             ctx.save_for_backward(x_RD, weight_EFD, end_E, None)
             return x_RD.new_empty(0, weight_EFD.shape[1])
         y_RF = F.grouped_mm(x_RD, weight_EFD.transpose(1, 2), offs=end_E)
-        out_RF = epilogue(y_RF, bias_EF, offsets.expert_R)
+        y_RF.add_(bias_EF.index_select(0, offsets.expert_R))
         ctx.save_for_backward(x_RD, weight_EFD, end_E, y_RF if gelu else None)
-        return out_RF
+        return F.gelu(y_RF, approximate="tanh") if gelu else y_RF
 
     @staticmethod
     def backward(ctx, grad_RF: Tensor) -> tuple:
@@ -160,7 +164,7 @@ class _GroupedExperts(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if not x_RD.shape[0]:
             grad_bias = weight_EFD.new_zeros(weight_EFD.shape[:2])
-            return torch.zeros_like(x_RD), torch.zeros_like(weight_EFD), grad_bias, None, None, None
+            return torch.zeros_like(x_RD), torch.zeros_like(weight_EFD), grad_bias, None, None
         if gelu_input_RF is not None:
             grad_RF = torch.ops.aten.gelu_backward(grad_RF, gelu_input_RF, approximate="tanh")
         if ctx.needs_input_grad[0]:
@@ -177,7 +181,7 @@ class _GroupedExperts(torch.autograd.Function):
             for grad in (grad_weight, grad_bias):
                 if grad is not None:
                     grad.masked_fill_(empty_E.view(-1, *[1] * (grad.dim() - 1)), 0)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _LoopedExperts(torch.autograd.Function):

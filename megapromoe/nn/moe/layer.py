@@ -23,13 +23,31 @@ from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_co
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.nn.activations import swiglu
-from megapromoe.nn.layers import Mlp, SummedMlps
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
+from megapromoe.nn.moe.dense_experts import (
+    AddFrom,
+    Biases,
+    DenseHidden,
+    DenseOutputs,
+    add_biases,
+    dense_experts,
+    mlps_of,
+    partial_sum,
+    split_conditional,
+)
 from megapromoe.nn.moe.diffmoe_router import DiffMoERouter
-from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertParallelDispatcher
-from megapromoe.nn.moe.expert_linear import ExpertDownLinear, ExpertGateUpLinear, ExpertLinear, ExpertOffsets
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertOutputs
+from megapromoe.nn.moe.expert_linear import (
+    ExpertDownLinear,
+    ExpertGateUpLinear,
+    ExpertLinear,
+    ExpertOffsets,
+    autocast_dtype,
+    expert_precision,
+)
+from megapromoe.nn.moe.expert_parallel_dispatcher import ExpertParallelDispatcher
 from megapromoe.nn.moe.guided_routers import ClassificationRouter, KMeansRouter
 from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import (
@@ -136,8 +154,8 @@ class MoE(RegionModule):
         self.config = config
         self.router = (router_class(router) if isinstance(router, str) else router)(config)
         self.experts = Experts(config.num_experts, D, width, config.activation)
-        self.shared = _dense_experts(config.shared_experts, D, config.shared_width, config.activation)
-        self.unconditional = _dense_experts(config.unconditional_experts, D, width, config.activation)
+        self.shared = dense_experts(config.shared_experts, D, config.shared_width, config.activation)
+        self.unconditional = dense_experts(config.unconditional_experts, D, width, config.activation)
         self.dispatcher: Dispatcher
         self.set_mesh(UNSHARDED)
 
@@ -210,7 +228,7 @@ class MoE(RegionModule):
         images = x_BSD.shape[0] if self.unconditional is None else num_conditional
         x_BSD, routed_BSD, _ = split_conditional(x_BSD, images)
         labels_B = None if y_B is None else y_B[:images]
-        if _autocast_dtype(x_BSD):  # routers compute in float32: rounding could change their choice
+        if autocast_dtype(x_BSD):  # routers compute in float32: rounding could change their choice
             with torch.autocast(x_BSD.device.type, enabled=False):
                 routed = self.router(router_precision(routed_BSD), labels_B, routing_cache)
         else:
@@ -225,8 +243,7 @@ class MoE(RegionModule):
         Returns:
             the output (B, S, D), and the share of this rank's rows that were dropped, None if none can be.
         """
-        if dtype := _autocast_dtype(x_BSD):
-            x_BSD = x_BSD.to(dtype)
+        x_BSD = expert_precision(x_BSD)
         B, S, D = x_BSD.shape
         x_TD = self.region.copy_to_region(x_BSD).reshape(B * S, D)
         num_routed_tokens = num_routed_images * S
@@ -234,30 +251,37 @@ class MoE(RegionModule):
 
         # The shared and the unconditional experts run between the calls of the dispatcher and overlap communication.
         dispatched = self.dispatcher.dispatch(routed_TD, assignment, B * S)
-        shared, unconditional = mlps_of(self.shared), mlps_of(self.unconditional)
-        hidden = [mlp.hidden(x_TD) for mlp in shared]
-        null_hidden = [mlp.hidden(null_TD) for mlp in unconditional]
+        hidden = self.dense_hidden(x_TD, null_TD)
         expert_outputs = self.dispatcher.run_experts(dispatched, self.experts)
-        bias, null_bias = None, None
-        if shared:
-            y_TD, bias = _partial_sum(shared, hidden)
-        else:
-            y_TD = torch.zeros_like(x_TD)
+        dense = self.dense_outputs(x_TD, hidden)
+        y_TD = self.region.reduce_from_region(self.combine(expert_outputs, dense, num_routed_tokens))
+        return add_biases(y_TD, dense.biases, num_routed_tokens).view(B, S, D), expert_outputs.dropped
+
+    # The steps of `run_experts` that send nothing; `nn/compiled_parts.py` compiles them.
+
+    def dense_hidden(self, x_TD: Tensor, null_TD: Tensor) -> DenseHidden:
+        """The first half of the shared and of the unconditional experts. Args: all tokens, those of null images."""
+        unconditional = [mlp.hidden(null_TD) for mlp in mlps_of(self.unconditional)]
+        return DenseHidden([mlp.hidden(x_TD) for mlp in mlps_of(self.shared)], unconditional)
+
+    def dense_outputs(self, x_TD: Tensor, hidden: DenseHidden) -> DenseOutputs:
+        """The second half."""
+        shared, unconditional = mlps_of(self.shared), mlps_of(self.unconditional)
+        null_TD, null_bias = None, None
+        y_TD, bias = partial_sum(shared, hidden.shared) if shared else (torch.zeros_like(x_TD), None)
         if unconditional:
-            null_TD, null_bias = _partial_sum(unconditional, null_hidden)
-        if torch.compiler.is_compiling() and not self.region.is_sharded:  # it fuses both parts with what follows
+            null_TD, null_bias = partial_sum(unconditional, hidden.unconditional)
+        return DenseOutputs(y_TD, null_TD, Biases(bias, null_bias))
+
+    def combine(self, expert_outputs: ExpertOutputs, dense: DenseOutputs, num_routed_tokens: int) -> Tensor:
+        """The sum of all outputs (T, D), without `dense.biases`; in a sharded region a partial sum."""
+        y_TD, null_TD = dense.y_TD, dense.null_TD
+        if torch.compiler.is_compiling():  # it fuses both parts with what follows
             rest_TD = y_TD[num_routed_tokens:]
-            rest_TD = rest_TD + null_TD if unconditional else rest_TD
-            y_TD = torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
-        else:
-            y_TD = _AddFrom.apply(y_TD, null_TD, num_routed_tokens) if unconditional else y_TD
-            y_TD = self.dispatcher.combine(expert_outputs, y_TD)
-        y_TD = self.region.reduce_from_region(y_TD)
-        if bias is not None:
-            y_TD = y_TD + bias
-        if null_bias is not None:
-            y_TD = torch.cat([y_TD[:num_routed_tokens], y_TD[num_routed_tokens:] + null_bias])
-        return y_TD.view(B, S, D), expert_outputs.dropped
+            rest_TD = rest_TD if null_TD is None else rest_TD + null_TD
+            return torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
+        y_TD = y_TD if null_TD is None else AddFrom.apply(y_TD, null_TD, num_routed_tokens)
+        return self.dispatcher.combine(expert_outputs, y_TD)
 
     def _check(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None) -> None:
         D = self.config.hidden_size
@@ -270,88 +294,6 @@ class MoE(RegionModule):
             raise ValueError(f"y has the shape {tuple(y_B.shape)}: must be ({B},), a label for each image of x")
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the device of x; None if autocast is off."""
-    device = x.device.type
-    # Not torch.amp.is_autocast_available: torch.compile of torch 2.11 cannot trace it.
-    is_enabled = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_enabled else None
-
-
 def auxiliary_of(routed: RouterOutput, dropped: Tensor | None) -> MoEAuxiliary:
     """What a layer returns besides its output, from the results of its two steps."""
     return MoEAuxiliary(routed.losses, routed.joint_losses, routed.load_E, routed.mean_weight, dropped)
-
-
-def _dense_experts(count: int, hidden: int, width: int, activation: str) -> Mlp | SummedMlps | None:
-    """`count` shared or unconditional experts.
-
-    A single expert is an `Mlp`, not a `SummedMlps`: older checkpoints have its parameters under these names.
-    """
-    if count > 1:
-        return SummedMlps(Mlp(hidden, width, activation) for _ in range(count))
-    return Mlp(hidden, width, activation) if count else None
-
-
-def mlps_of(experts: Mlp | SummedMlps | None) -> list[Mlp]:
-    """The MLPs of `MoE.shared` or `MoE.unconditional`."""
-    if experts is None:
-        return []
-    return [experts] if isinstance(experts, Mlp) else [mlp for mlp in experts if isinstance(mlp, Mlp)]
-
-
-def _partial_sum(mlps: list[Mlp], hidden: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The summed partial outputs of MLPs with the given hidden values, and the sum of the biases not added yet."""
-    y, bias = mlps[0].partial(hidden[0])
-    for mlp, mlp_hidden in zip(mlps[1:], hidden[1:], strict=True):
-        mlp_output, mlp_bias = mlp.partial(mlp_hidden)
-        y = y + mlp_output
-        bias = mlp_bias if bias is None or mlp_bias is None else bias + mlp_bias
-    return y, bias
-
-
-def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns x, its first `count` rows and its other rows, with a cheaper backward than slicing has.
-
-    Backward adds the gradients of the two parts in place to that of x. Autograd would first write each part into zeros
-    of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
-    whole must compute a new one, as linear layers do.
-    """
-    if torch.compiler.is_compiling():  # it fuses the backward of slices, and `count` may not be known to it
-        return x, x[:count], x[count:]
-    return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
-
-
-class _SplitConditional(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, count):
-        ctx.count, ctx.shape = count, x.shape
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), x[:count], x[count:]
-
-    @staticmethod
-    def backward(ctx, grad, grad_first, grad_rest):
-        if grad is None and grad_first is not None and grad_rest is not None:
-            return torch.cat([grad_first, grad_rest]), None
-        if grad is None:  # neither x as a whole nor one of its parts was used
-            grad = (grad_rest if grad_first is None else grad_first).new_zeros(ctx.shape)
-        if grad_first is not None:
-            grad[: ctx.count].add_(grad_first)
-        if grad_rest is not None:
-            grad[ctx.count :].add_(grad_rest)
-        return grad, None
-
-
-class _AddFrom(torch.autograd.Function):
-    """Adds rows to the rows of `x_TD` from index `start` on, in place."""
-
-    @staticmethod
-    def forward(ctx, x_TD, rows_RD, start):
-        x_TD[start:].add_(rows_RD)
-        ctx.mark_dirty(x_TD)
-        ctx.start = start
-        return x_TD
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        return grad_TD, grad_TD[ctx.start :], None

@@ -214,7 +214,8 @@ class _ContrastiveLoss(torch.autograd.Function):
         weight_E = used_E.double() / used_E.sum(-1, keepdim=True).clamp_(min=1)
         ctx.save_for_backward(length_E, direction_ED, log_p_EE, weight_E)
         ctx.temperature, ctx.shape, ctx.dtypes = temperature, prototype_ED.shape, (prototype_ED.dtype, sum_ED.dtype)
-        return torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().to(ctx.dtypes[1])
+        loss = torch.linalg.vecdot(log_p_EE.diagonal(dim1=-2, dim2=-1), weight_E).neg_().to(ctx.dtypes[1])
+        return loss.view_as(loss)  # as in `_gather` of the capacity dispatcher: in float64 `to` returns its input
 
     @staticmethod
     def backward(ctx, grad):

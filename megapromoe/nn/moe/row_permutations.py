@@ -4,10 +4,28 @@ Autograd's backward of `index_select` would add the gradients into zeros, which 
 not reproducible on GPUs.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from megapromoe.nn.moe.assignment import TokenAssignment
+
+class DispatchMetadata(NamedTuple):
+    """How the rows of a dispatch are sorted by expert, which is needed to add their outputs to their tokens.
+
+    The other fields are those of `TokenAssignment`.
+    """
+
+    order_R: Tensor
+    """The permutation that sorts the rows of the assignment by expert."""
+    inverse_R: Tensor | None
+    """The inverse of `order_R`; None for rows that are not token-major."""
+    token_R: Tensor | None
+    """The token of each row, rows sorted by expert; None for token-major rows in a compiled graph, which needs none."""
+    weight_R: Tensor
+    top_k: int
+    first_token: int
+    is_shard: bool
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
@@ -49,6 +67,7 @@ class GatherTokens(torch.autograd.Function):
     def forward(ctx, x_TD, assignment, token_R, inverse_R):
         ctx.save_for_backward(inverse_R)
         ctx.shape, ctx.top_k, ctx.first_token = x_TD.shape, assignment.top_k, assignment.first_token
+        ctx.is_shard = assignment.is_shard
         return x_TD.index_select(0, token_R)
 
     @staticmethod
@@ -57,9 +76,13 @@ class GatherTokens(torch.autograd.Function):
         grad_TD = grad_RD.index_select(0, inverse_R)
         if ctx.top_k > 1:
             grad_TD = grad_TD.view(-1, ctx.top_k, grad_TD.shape[1]).sum(1)
-        if grad_TD.shape[0] < ctx.shape[0]:  # other ranks of the region have the rows of the other tokens
-            shard_TD, grad_TD = grad_TD, grad_TD.new_zeros(ctx.shape)
-            grad_TD[ctx.first_token : ctx.first_token + shard_TD.shape[0]] = shard_TD
+        if ctx.is_shard:  # other ranks of the region have the rows of the other tokens
+            shard_TD, first, stop, (T, D) = grad_TD, ctx.first_token, ctx.first_token + grad_TD.shape[0], ctx.shape
+            if torch.compiler.is_compiling():  # one kernel, and torch 2.11 cannot compare lengths of slices
+                grad_TD = torch.cat([grad_TD.new_zeros(first, D), shard_TD, grad_TD.new_zeros(T - stop, D)])
+            else:
+                grad_TD = grad_TD.new_zeros(ctx.shape)
+                grad_TD[first:stop] = shard_TD
         return grad_TD, None, None, None
 
 
@@ -68,7 +91,7 @@ class AddToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, base_TD, y_RD, weight_R, metadata):
-        K, first_token = metadata.assignment.top_k, metadata.assignment.first_token
+        K, first_token = metadata.top_k, metadata.first_token
         weight_R = weight_R.to(y_RD.dtype)
         y_TKD = y_RD.index_select(0, metadata.inverse_R).view(-1, K, y_RD.shape[1])
         out_TD = base_TD[first_token : first_token + y_TKD.shape[0]]
@@ -90,14 +113,17 @@ class AddToTokens(torch.autograd.Function):
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None
 
 
-def add_to_tokens(
-    base_TD: Tensor, y_RD: Tensor, assignment: TokenAssignment, order_R: Tensor, inverse_R: Tensor
-) -> Tensor:
-    """`AddToTokens` in a new tensor, for torch.compile, which fuses it; only for rows of all tokens of `base_TD`.
+def add_to_tokens(base_TD: Tensor, y_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
+    """`AddToTokens` in a new tensor, for torch.compile, which fuses it.
 
     It does not write into `base_TD`: torch.compile of torch 2.11 loses the gradient of a tensor that an
     autograd.Function changed in place and returned (pytorch issue 180642).
     """
-    weight_R1 = assignment.weight_R.to(y_RD.dtype).unsqueeze(1)
-    y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, assignment.top_k, y_RD.shape[1])
-    return base_TD + (y_TKD.squeeze(1) if assignment.top_k == 1 else y_TKD.sum(1))
+    order_R, inverse_R = metadata.order_R, metadata.inverse_R
+    weight_R1 = metadata.weight_R.to(y_RD.dtype).unsqueeze(1)
+    y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, metadata.top_k, y_RD.shape[1])
+    y_TD = y_TKD.squeeze(1) if metadata.top_k == 1 else y_TKD.sum(1)
+    if not metadata.is_shard:
+        return base_TD + y_TD
+    before_TD, rest_TD = base_TD[: metadata.first_token], base_TD[metadata.first_token :]
+    return torch.cat([before_TD, rest_TD[: y_TD.shape[0]] + y_TD, rest_TD[y_TD.shape[0] :]])
