@@ -172,13 +172,14 @@ class Engine:
         applied, divisor = result.applied_on_device, self._divisor(result)
         rate = lr if isinstance(lr, Tensor) else torch.full_like(divisor, lr)
         weights, averages = [], []
-        for group in fused_averages:
-            weights += group.weights(applied)
-            averages += group.averages
+        for averaged in fused_averages:
+            weights += averaged.weights(applied)
+            averages += averaged.averages
 
         def update(number: int, gradient: Tensor, parameter: Tensor) -> None:
             partition, group = self.partitions[number], self._backend.parameter_group(number)
-            constants = AdamW(*group["betas"], group["eps"], group["weight_decay"])
+            beta1, beta2 = group["betas"]
+            constants = AdamW(beta1, beta2, group["eps"], group["weight_decay"])
             moments = self.moments(partition)
             step = self._backend.optimizer.state[partition.optimized]["step"]
             state = State(

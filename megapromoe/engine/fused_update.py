@@ -151,6 +151,9 @@ def compile_functions(backend: str | Callable, dynamic: bool) -> CompiledFunctio
 def _update(state: State, gradient: Tensor, weights: tuple[Tensor, ...], scalars: Scalars, constants: AdamW) -> None:
     """`fused_adamw_` of tensors (rows, width): as a whole in compiled code, else in parts of `EAGER_PART` elements."""
     if torch.compiler.is_compiling():
+        # The comparison makes the width a constant of the kernel; the number of rows is an argument.
+        width = WIDTH if gradient.shape[1] == WIDTH else 1
+        assert gradient.shape[1] == width, "rows of another width"
         _update_at_once(state, gradient, weights, scalars, constants)
         return
     rows = max(EAGER_PART // gradient.shape[1], 1)
