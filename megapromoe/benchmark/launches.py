@@ -28,6 +28,7 @@ from megapromoe.benchmark.moved_bytes import minimum_moved, moved_bytes
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
+from megapromoe.engine import fused_update
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.compile import compile_model
@@ -133,6 +134,7 @@ def count_step(config: Config, mesh: Mesh, compiled: bool = False, images: int =
 
     Returns phase -> what is issued: "forward", "loss" and "backward" of the model alone; "deepspeed forward" and
     "deepspeed backward", what DeepSpeed adds to them; "norm" of the gradients, "update" by DeepSpeed and AdamW, "ema".
+    A fused update includes the averages, and "ema" is nothing.
     """
     batch = _batch(config, images)
     backend = LoweringBackend(batch.num_conditional) if compiled else None
@@ -158,6 +160,17 @@ def count_model(
     batch = _batch(config, images)
     with grouped_experts():
         return _count_passes(_model(config, mesh, backend).bfloat16().train(), batch, backend)
+
+
+def count_update(config: Config, mesh: Mesh, images: int = IMAGES) -> dict[str, Issued]:
+    """Counts "norm", "update" and "ema" of a step of an eager model after a first one. Collective."""
+    with grouped_experts():
+        engine = Engine(_model(config, mesh, None).train(), config, mesh)
+        try:
+            under = _count_engine(engine, _batch(config, images), config, None)
+        finally:
+            engine.close()
+    return {name: under[name] for name in ("norm", "update", "ema")}
 
 
 def _batch(config: Config, images: int) -> Batch:
@@ -189,11 +202,15 @@ def _count_engine(engine: Engine, batch: Batch, config: Config, backend: Lowerin
     inputs = _inputs(batch)
     ema = EMA(engine, config.train.ema_decays[:1])
     counter: IssueCounter
-    update = engine._backend.step
+    is_fused = config.train.adamw_backend == "fused"
+    call = "step_by_partitions" if is_fused else "step"
+    update = getattr(engine._backend, call)
+    backend = backend or LoweringBackend(batch.num_conditional)
+    functions = fused_update.compile_functions(backend, dynamic=False)
 
-    def marked_update() -> None:
+    def marked_update(*arguments: Any) -> None:
         counter.phase("update")
-        update()
+        update(*arguments)
 
     def loss(prediction: Tensor, auxiliary: Any) -> tuple[Tensor, Tensor]:
         counter.phase("loss")
@@ -201,7 +218,10 @@ def _count_engine(engine: Engine, batch: Batch, config: Config, backend: Lowerin
         counter.phase("backward")
         return total, total.detach()
 
-    with patch.object(engine._backend, "step", marked_update):
+    with (
+        patch.object(engine._backend, call, marked_update),
+        patch.object(fused_update, "compiled_functions", lambda: functions),
+    ):
         for _ in range(2):
             with IssueCounter(backend) as counter:
                 counter.phase("forward")

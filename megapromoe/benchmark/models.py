@@ -19,7 +19,8 @@ from megapromoe.benchmark.layer import BenchmarkError, Settings, dense_model
 from megapromoe.benchmark.measure import Work, interleave, make_clock, summary
 from megapromoe.benchmark.routing_patterns import PlannedChoice, planned_counts
 from megapromoe.benchmark.timed_case import counts_as_json
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.benchmark.updates import FusedUpdate, Update, make_update
+from megapromoe.config.options import Config
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.diffusion.samplers import Labels, guided, sample
 from megapromoe.distributed.mesh import UNSHARDED
@@ -35,17 +36,20 @@ from megapromoe.planning import cost
 def measure_step(config: Config, routing: str, settings: Settings) -> dict:
     """Measures a training step (forward with loss, backward, clipped AdamW) of each contender's model on one batch.
 
-    It is a plain loop in this process, without engine and ZeRO. In bf16 the optimizer updates fp32 masters. Contenders
+    It is a plain loop in this process, without engine and ZeRO. In bf16 the optimizer updates fp32 masters. With
+    `settings.compile` the update is compiled like the models (`engine/fused_update.py`), else it is torch's. Contenders
     with our parameters share one copy of them, of their gradients and of the optimizer's states. Returns JSON like
     `layer.measure_layer`, without parts.
     """
     batch = Batch(config, settings)
-    updates: dict[frozenset, Update] = {}
+    updates: dict[frozenset, Update | FusedUpdate] = {}
 
     def step(model: DiT) -> Work:
         model.train()
         key = frozenset(id(p) for p in model.parameters())
-        update = updates.setdefault(key, Update(model, config.train))
+        if key not in updates:
+            updates[key] = make_update(model, config.train, settings.compile)
+        update = updates[key]
         loss: list[Tensor] = []
 
         def forward() -> None:
@@ -218,31 +222,3 @@ class Batch:
     def loss_of(self, prediction: Tensor, auxiliary: AuxiliaryOutput) -> Tensor:
         """The training loss of the model's output for this batch."""
         return self.objective.loss(prediction, self.clean, self.noise, self.u_B) + auxiliary.total()
-
-
-class Update:
-    """Clips gradients and applies fused AdamW, with fp32 masters if the parameters are not fp32."""
-
-    def __init__(self, model: nn.Module, t: TrainConfig):
-        self.parameters = list(model.parameters())
-        self.masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in self.parameters]
-        betas = (t.beta1, t.beta2)
-        self.optimizer = torch.optim.AdamW(
-            self.masters, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay
-        )
-        self.max_grad_norm = t.max_grad_norm
-
-    @torch.no_grad()
-    def step(self) -> None:
-        used = []
-        for p, master in zip(self.parameters, self.masters, strict=True):
-            if p.grad is not None:
-                master.grad = p.grad.float()
-                used.append((p, master))
-        if self.max_grad_norm:
-            nn.utils.clip_grad_norm_([master for _, master in used], self.max_grad_norm)
-        self.optimizer.step()
-        if changed := [(p, master) for p, master in used if p is not master]:
-            torch._foreach_copy_([p for p, _ in changed], [master for _, master in changed])
-            for _, master in changed:
-                master.grad = None

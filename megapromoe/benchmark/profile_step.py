@@ -20,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megapromoe.benchmark.layer import BenchmarkError, Settings
 from megapromoe.benchmark.measure import make_clock
-from megapromoe.benchmark.models import Batch, Update
+from megapromoe.benchmark.models import Batch
+from megapromoe.benchmark.updates import make_update
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import UNSHARDED
@@ -115,7 +116,7 @@ def _training_step(config: Config, settings: Settings) -> Callable[[], None]:
     model = build(config, UNSHARDED).to(settings.device, settings.dtype).train()
     if settings.compile:
         compile_model(model)
-    batch, update = Batch(config, settings), Update(model, config.train)
+    batch, update = Batch(config, settings), make_update(model, config.train, settings.compile)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

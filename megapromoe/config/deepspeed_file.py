@@ -53,7 +53,21 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
             f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not gathered when"
         )
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
+    if not problems and config.train.adamw_backend == "fused":
+        problems += _fused_update(name, content.get(ZERO, {}))
     return content, problems
+
+
+def _fused_update(name: str, zero: dict[str, Any]) -> Iterator[str]:
+    """Why the fused update is not possible with a file's block `zero_optimization`, in a sentence."""
+    subject = f"train.adamw_backend = 'fused': is not supported with train.deepspeed = {name!r}"
+    if zero.get("stage", 0) == 0:
+        yield (
+            f"{subject}, ZeRO stage 0, which has no flat weights that one pass can update; use stage 1, which costs"
+            " nothing more on one data-parallel rank, or train.adamw_backend=torch"
+        )
+    elif "offload_optimizer" in zero:
+        yield f"{subject}, which offloads the optimizer to the host; use train.adamw_backend=torch"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -180,8 +180,9 @@ class TrainConfig:
     optimizer: str = option("adamw", "optimizer", ("adamw",))
     adamw_backend: str = option(
         "torch",
-        "AdamW: implementation of the fused update",
-        ("torch", "apex", "deepspeed"),
+        "AdamW: implementation of the fused update; 'fused' compiles one of its own, which includes clipping, averaged"
+        " weights and the cast to the parameters",
+        ("torch", "apex", "deepspeed", "fused"),
     )
     deepspeed: str = option(
         "bf16_zero1", "DeepSpeed configuration: the name of a file in ds_configs, or a path to a .json file"

@@ -3,7 +3,8 @@
 For each decay, each master partition of the engine has a flat fp32 tensor of averages. An update is one lerp for each
 partition and decay and needs no communication. At stage 0, where every parameter is a partition, it is a single fused
 lerp for each decay. torch has no operation that updates several averages of a tensor at once, so the masters are read
-once for each decay. Source: the paper's recipe, decay 0.9999. Warm-up of the decay: `config/average_decay.py`.
+once for each decay. A fused update (`train.adamw_backend=fused`) includes the averages in its pass over the weights.
+Source: the paper's recipe, decay 0.9999. Warm-up of the decay: `config/average_decay.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from megapromoe.engine.step_result import StepResult
 
 class EMA:
     """ema ← decay·ema + (1 - decay)·weights after every step, for each of several decays.
+
+    With a fused update the engine's step itself updates the averages of every `EMA` that was made for the engine.
 
     Attributes:
         decays: the decays. The first is that of previews.
@@ -43,6 +46,8 @@ class EMA:
         device = engine.partitions[0].master.device if engine.partitions else None
         # The numbers of updates are on the device, because the host may not know yet whether a step was applied.
         self._updates = [torch.zeros((), dtype=torch.float64, device=device) for _ in self.decays]
+        if engine.fused_averages is not None:
+            engine.fused_averages.append(self)
 
     @torch.no_grad()
     def continue_from(self, updates: Sequence[int], warmup: bool) -> None:
@@ -53,18 +58,32 @@ class EMA:
 
     @torch.no_grad()
     def update(self, result: StepResult) -> None:
-        """Updates the averages if the step was applied. The host waits for the GPU only if it decides on clipping."""
+        """Updates the averages if the step was applied, unless the step has updated them.
+
+        The host waits for the GPU only if it decides on clipping.
+        """
+        if self.engine.fused_averages is not None:
+            return
         masters = [p.master.detach() for p in self.engine.partitions]
-        of_each_decay = zip(self.averages, self.decays, self._updates, strict=True)
         if self.engine.clips_on_device:
-            applied = result.applied_on_device
-            for averages, decay, updates in of_each_decay:
-                weight = (applied * (1 - self._decay_on_device(applied, decay, updates))).float()
+            weights = self.weights(result.applied_on_device)
+            for averages, weight in zip(self.averages, weights, strict=True):
                 for average, master in zip(averages, masters, strict=True):
                     average.lerp_(master, weight)
         elif result.applied:
-            for averages, decay, updates in of_each_decay:
+            for averages, decay, updates in zip(self.averages, self.decays, self._updates, strict=True):
                 torch._foreach_lerp_(averages, masters, 1 - self._decay_on_host(decay, updates))
+
+    def weights(self, applied: Tensor) -> list[Tensor]:
+        """For each decay how far the average moves towards the new weights, (); counts the update if it is `applied`.
+
+        Args:
+            applied: bool, (), on the device; if it is false, nothing moves.
+        """
+        return [
+            (applied * (1 - self._decay_on_device(applied, decay, updates))).float()
+            for decay, updates in zip(self.decays, self._updates, strict=True)
+        ]
 
     def _decay_on_host(self, decay: float, updates: Tensor) -> float:
         """`decay_at` of this applied update; counts it in `updates`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.mesh import Mesh
-from megapromoe.engine.protocol import EngineError, Partition, Piece
+from megapromoe.engine.protocol import EngineError, Partition, PartitionUpdate, Piece
 from megapromoe.nn.dit import DiT
 
 SUPPORTED = "deepspeed>=0.19.8,<0.20"
@@ -41,6 +41,8 @@ check_version(deepspeed.__version__)  # before the imports that other versions l
 
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer  # noqa: E402
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # noqa: E402
+from deepspeed.runtime.utils import all_gather_dp_groups  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID  # noqa: E402
 
 _GROUP_TABLES = (
     "_EXPERT_PARALLEL_GROUP",
@@ -49,24 +51,43 @@ _GROUP_TABLES = (
     "_EXPERT_DATA_PARALLEL_GROUP_RANKS",
 )
 _ZERO_1_AND_2 = (  # DeepSpeedZeroOptimizer, deepspeed/runtime/zero/stage_1_and_2.py
+    "all_grad_tensors",
+    "allgather_bucket_size",
     "averaged_gradients",
+    "bit16_groups_flat",
     "check_overflow",
+    "copy_grads_in_partition",
     "cpu_offload",
+    "dtype",
+    "grads_in_partition",
+    "grads_in_partition_offset",
+    "micro_step_id",
+    "nccl_start_alignment_factor",
     "parallel_partitioned_bit16_groups",
+    "params_in_partition",
     "partition_size",
     "real_dp_process_group",
     "round_robin_bit16_groups",
     "round_robin_bit16_offsets",
     "scaled_global_norm",
     "single_partition_of_fp32_groups",
+    "step",
 )
 _ZERO_3 = (  # DeepSpeedZeroOptimizer_Stage3, deepspeed/runtime/zero/stage3.py
     "_get_norm_groups",
+    "_partition_all_parameters",
+    "_post_step",
+    "_pre_step",
     "_reassign_or_swap_out_partitioned_parameters",
+    "_unflatten_partitioned_parameters",
     "averaged_gradients",
     "fp16_groups",
+    "fp16_partitioned_groups_flat",
     "fp32_partitioned_groups_flat",
     "persistent_parameters",
+    "step",
+    "sub_group_to_group_id",
+    "zero_grad",
 )
 # Attributes of the optimizer wrapper of each ZeRO stage; at stage 0 the wrapper is not touched.
 INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: _ZERO_1_AND_2, 2: _ZERO_1_AND_2, 3: _ZERO_3}
@@ -152,6 +173,9 @@ class DeepSpeedAdapter:
         self.reported_norm = torch.tensor(1.0)
         self._replace_norm()
         self.partitions = tuple(self._make_partitions())
+        self._update: PartitionUpdate | None = None
+        if config.train.adamw_backend == "fused":
+            self._replace_step()
 
     def missing_internals(self) -> list[str]:
         """The names that this file needs and the installed DeepSpeed does not have; needs a running engine."""
@@ -181,6 +205,14 @@ class DeepSpeedAdapter:
 
     def step(self) -> None:
         self._engine.step()
+
+    def step_by_partitions(self, update: PartitionUpdate) -> None:
+        self._update = update
+        self._engine.step()
+
+    def parameter_group(self, partition: int) -> dict[str, Any]:
+        zero = self._engine.optimizer
+        return self.optimizer.param_groups[zero.sub_group_to_group_id[partition] if self._stage == 3 else partition]
 
     def gradients(self, partition: int) -> list[Tensor]:
         pieces = self.partitions[partition].pieces
@@ -236,6 +268,70 @@ class DeepSpeedAdapter:
             zero.scaled_global_norm = lambda *_: self.reported_norm
             zero.check_overflow = lambda **_: None
 
+    def _replace_step(self) -> None:
+        """Replaces the step of DeepSpeed's optimizer, which joins, casts, scales and copies in passes of their own."""
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            zero.step = self._step_of_stage_3
+        else:
+            self._order_gradients()
+            zero.step = self._step_of_stages_1_and_2
+
+    def _order_gradients(self) -> None:
+        """Makes reduced gradients lie in memory in the order of the partitions, so that nothing has to join them.
+
+        0.19.8 copies those of this rank's partitions into one tensor for each micro-step, in the order in which they
+        are reduced: each to the offset at which the one before it ended. This sets tensor and offset before each copy.
+        """
+        zero = self._engine.optimizer
+        offsets, total = {}, 0
+        for parameters in zero.params_in_partition:
+            for p in parameters:
+                offsets[id(p)], total = total, total + p.numel()
+        copy = zero.copy_grads_in_partition
+
+        def copy_in_order(parameter: nn.Parameter, group: int | None = None) -> None:
+            if zero.grads_in_partition is None:
+                zero.grads_in_partition = torch.empty(total, dtype=zero.dtype, device=self.device)
+            zero.grads_in_partition_offset = offsets[id(parameter)]
+            copy(parameter, group)
+
+        zero.copy_grads_in_partition = copy_in_order
+
+    def _step_of_stages_1_and_2(self) -> None:
+        """As `step` of 0.19.8 without offloading, with `_update` in place of the optimizer and the passes around it."""
+        assert self._update is not None, "DeepSpeed's optimizer made a step of its own"
+        zero = self._engine.optimizer
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        for number, partition in enumerate(self.partitions):
+            # Tensors after the last piece are padding, and so are those that 0.19.8 puts between parameters.
+            stop = max((p.offset + p.stop - p.start for p in partition.pieces), default=0)
+            shard = zero.parallel_partitioned_bit16_groups[number][dist.get_rank(zero.real_dp_process_group[number])]
+            if stop:
+                self._update(number, joined(zero.averaged_gradients[number], stop), shard)
+            zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+
+    def _step_of_stage_3(self) -> None:
+        """The same for stage 3. Its gradients are parts of one tensor, in the order of the partitions."""
+        assert self._update is not None, "DeepSpeed's optimizer made a step of its own"
+        zero = self._engine.optimizer
+        zero._pre_step()
+        zero._partition_all_parameters()
+        zero.zero_grad(set_to_none=True)
+        for number, partition in enumerate(self.partitions):
+            gradient = joined(zero.averaged_gradients[number], partition.master.numel())
+            self._update(number, gradient, zero.fp16_partitioned_groups_flat[number])
+            zero.averaged_gradients[number] = None
+            zero._unflatten_partitioned_parameters(number)
+        zero._post_step(set())
+
     def _make_partitions(self) -> Iterator[Partition]:
         zero = self._engine.optimizer
         if self._stage == 0:
@@ -264,6 +360,23 @@ class DeepSpeedAdapter:
                     if start < stop:
                         pieces.append(Piece(self._names[id(p)], start, stop, begin + start - first))
                 yield Partition(master, tuple(pieces), optimized=master)
+
+
+def joined(tensors: Sequence[Tensor], count: int) -> Tensor:
+    """The first `count` elements of flattened tensors: a view if they follow each other in memory, else a copy."""
+    flat, total = [], 0
+    for tensor in tensors:
+        if total < count:
+            flat.append(tensor.reshape(-1)[: count - total])
+            total += flat[-1].numel()
+    assert total == count, f"{total} of {count} elements have a gradient"
+    first, address = flat[0], flat[0].data_ptr()
+    for tensor in flat:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or tensor.data_ptr() != address or tensor.dtype != first.dtype:
+            return torch.cat(flat)
+        address += tensor.numel() * tensor.element_size()
+    return first.as_strided((count,), (1,))
 
 
 def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, mesh: Mesh, settings: dict[str, Any]):
@@ -347,9 +460,12 @@ def _make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
 
 
 def _make_adamw(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Fused AdamW of `train.adamw_backend`. Raises EngineError if the backend cannot run on this machine."""
+    """Fused AdamW of `train.adamw_backend`. Raises EngineError if the backend cannot run on this machine.
+
+    For "fused" it is torch's too, as the owner of groups and states; its `step` is not called.
+    """
     betas = (t.beta1, t.beta2)
-    if t.adamw_backend == "torch":
+    if t.adamw_backend in ("torch", "fused"):
         return torch.optim.AdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
     if t.adamw_backend == "apex":
         try:

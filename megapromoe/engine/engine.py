@@ -6,9 +6,12 @@ data-parallel size. This module replaces what DeepSpeed computes wrongly or slow
 
 * **Gradient norm.** One formula for every stage (`_reduce_gradient_norm`) replaces DeepSpeed's, which counts experts
   wrongly at stage 0 and with tensor parallelism. If the norm is not finite, all ranks skip the update.
-* **Clipping and skipping** are decided on the device if torch's fused AdamW updates ZeRO's shards. Its
-  kernel takes both decisions as tensors, so the host does not wait during a step and reads the result later
-  (`StepResult`). At stage 0, with other optimizers and with offloading, the host waits for the norm and decides.
+* **Clipping and skipping** are decided on the device if torch's fused AdamW or our own (`fused_update.py`) updates
+  ZeRO's shards. Its kernel takes both decisions as tensors, so the host does not wait during a step and reads the
+  result later (`StepResult`). At stage 0, with other optimizers and with offloading, the host waits for the norm and
+  decides.
+* **The update** with `train.adamw_backend=fused` is one pass over each partition. It includes the averaged weights and
+  the cast to the parameters.
 * **Masters.** In bf16, DeepSpeed would initialise its fp32 masters with values that are rounded to bf16. This module
   sets the exact values, and keeps buffers in fp32.
 """
@@ -27,7 +30,8 @@ from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
-from megapromoe.engine.protocol import Partition, Piece, ShardedBackend
+from megapromoe.engine.fused_update import AdamW, State, fused_adamw_, scalars_of
+from megapromoe.engine.protocol import Averages, Partition, Piece, ShardedBackend
 from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.nn.dit import DiT
 
@@ -42,6 +46,7 @@ class Engine:
         stage: the ZeRO stage, 0 to 3.
         layouts: parameter name -> layout.
         clips_on_device: whether clipping and skipping are decided on the device, without waiting.
+        fused_averages: the averages that `step` updates in its pass over the weights; None without a fused update.
     """
 
     def __init__(self, model: DiT, config: Config, mesh: Mesh):
@@ -62,7 +67,8 @@ class Engine:
         self.layouts: dict[str, ParameterLayout] = model.layouts
         self.stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         offloads = bool(ds.get("zero_optimization", {}).get("offload_optimizer"))
-        self.clips_on_device = self.stage > 0 and config.train.adamw_backend == "torch" and not offloads
+        self.clips_on_device = self.stage > 0 and config.train.adamw_backend in ("torch", "fused") and not offloads
+        self.fused_averages: list[Averages] | None = [] if config.train.adamw_backend == "fused" else None
         backend_clips = self.stage > 0 and not self.clips_on_device
         bf16 = ds.get("bf16", {}).get("enabled", False)
         exact = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if bf16 else {}
@@ -114,7 +120,7 @@ class Engine:
 
     def step(
         self,
-        lr: float,
+        lr: float | Tensor,
         loss: Tensor | None = None,
         stop: bool = False,
         max_norm: float = math.inf,
@@ -128,7 +134,7 @@ class Engine:
         finite on any rank.
 
         Args:
-            lr: learning rate.
+            lr: learning rate; with a fused update also a tensor of the device, ().
             loss: total loss of this rank with auxiliary losses, scalar; the update is skipped if it is not finite.
             stop: this rank requests to end the run after the step. `StepResult.stop` is true if any rank does. It is
                 reduced with the norm, in the same collective.
@@ -138,6 +144,9 @@ class Engine:
         for group in self._backend.optimizer.param_groups:
             group["lr"] = lr
         result = StepResult(self._reduce_gradient_norm(loss, votes_of(stop, save)), max_norm)
+        if self.fused_averages is not None:
+            self._update_fused(result, lr, self.fused_averages)
+            return result
         if self.clips_on_device:
             self._clip_on_device(result)
         else:
@@ -147,14 +156,43 @@ class Engine:
 
     def _clip_on_device(self, result: StepResult) -> None:
         """Sets the divisor of the gradients in torch's fused AdamW, and whether it skips the update."""
-        clip = self.config.train.max_grad_norm
-        norm = result.norm_on_device
-        scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
         optimizer: Any = (
             self._backend.optimizer
         )  # torch's GradScaler sets these attributes, which the class does not declare
-        optimizer.grad_scale = scale.float()
+        optimizer.grad_scale = self._divisor(result).float()
         optimizer.found_inf = (~result.applied_on_device).float()
+
+    def _divisor(self, result: StepResult) -> Tensor:
+        """The number by which gradients are divided to clip them, (), on the device."""
+        clip, norm = self.config.train.max_grad_norm, result.norm_on_device
+        return ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
+
+    def _update_fused(self, result: StepResult, lr: float | Tensor, fused_averages: list[Averages]) -> None:
+        """Clips and updates weights, moments, averages and parameters in one pass over each partition."""
+        applied, divisor = result.applied_on_device, self._divisor(result)
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(divisor, lr)
+        weights, averages = [], []
+        for averaged in fused_averages:
+            weights += averaged.weights(applied)
+            averages += averaged.averages
+
+        def update(number: int, gradient: Tensor, parameter: Tensor) -> None:
+            partition, group = self.partitions[number], self._backend.parameter_group(number)
+            beta1, beta2 = group["betas"]
+            constants = AdamW(beta1, beta2, group["eps"], group["weight_decay"])
+            moments = self.moments(partition)
+            step = self._backend.optimizer.state[partition.optimized]["step"]
+            state = State(
+                partition.master.detach(),
+                moments["exp_avg"],
+                moments["exp_avg_sq"],
+                tuple(of_each_partition[number] for of_each_partition in averages),
+                parameter,
+            )
+            scalars = scalars_of(step, applied, divisor, rate, constants)
+            fused_adamw_(state, gradient, weights, scalars, constants)
+
+        self._backend.step_by_partitions(update)
 
     def _clip_on_host(self, result: StepResult) -> None:
         """Clips at stage 0; at other stages sets the norm by which the backend clips."""
@@ -246,4 +284,4 @@ class Engine:
 
     def _counts_steps_by_group(self) -> bool:
         """Whether the optimizer has its step count in the parameter group, as those of apex and DeepSpeed."""
-        return self.config.train.adamw_backend != "torch"
+        return self.config.train.adamw_backend not in ("torch", "fused")

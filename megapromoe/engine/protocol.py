@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -45,6 +46,26 @@ class Partition:
     optimized: Tensor
 
 
+PartitionUpdate = Callable[[int, Tensor, Tensor], None]
+"""(number of a partition, its gradient, the parameters of the model that are cast from its master), all flat.
+
+The gradient is averaged but not clipped. It ends with the last piece, or has all elements of the partition.
+"""
+
+
+class Averages(Protocol):
+    """Averages of the weights that an engine updates in its step.
+
+    Attributes:
+        averages: for each of them a flat fp32 tensor for each partition of the engine.
+    """
+
+    averages: list[list[Tensor]]
+
+    def weights(self, applied: Tensor) -> list[Tensor]:
+        """How far each average moves towards the new weights, () float32; counts the update if it is `applied`."""
+
+
 class ShardedBackend(Protocol):
     """A model whose gradients, optimizer states and (stage 3) parameters are sharded over the data-parallel ranks.
 
@@ -74,6 +95,15 @@ class ShardedBackend(Protocol):
 
     def step(self) -> None:
         """Ends a micro-step; after the last one of an update also clips and runs the optimizer."""
+
+    def step_by_partitions(self, update: PartitionUpdate) -> None:
+        """Ends an update whose arithmetic is `update`, called for each partition that has pieces; collective.
+
+        Only with `train.adamw_backend=fused`, in place of `step`.
+        """
+
+    def parameter_group(self, partition: int) -> dict[str, Any]:
+        """The group of the optimizer that has a partition, with "betas", "eps" and "weight_decay"."""
 
     def gradients(self, partition: int) -> list[Tensor]:
         """The averaged gradients of a partition's pieces after the last micro-step.

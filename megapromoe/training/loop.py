@@ -206,6 +206,7 @@ def _train(
     tracker = StepTracker(t, manifest)
     save_clock = SaveClock(t.save_minutes, mesh.rank)
     compiling = watchdog.COMPILING if t.compile else 0.0  # only for the first step of this start
+    compiling_update = watchdog.COMPILING if t.adamw_backend == "fused" else 0.0
     asked_to_stop.steps_begin()
     try:
         while step < t.steps:
@@ -220,7 +221,8 @@ def _train(
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
             compiling = 0.0
-            watchdog.at(f"section 'update' of step {step + 1}")
+            watchdog.at(f"section 'update' of step {step + 1}", compiling_update)
+            compiling_update = 0.0
             max_norm = max_accepted_norm(t.spike_factor, tracker.recent)
             result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             accumulator.end_step(result.applied_on_device)

@@ -15,7 +15,9 @@ from megapromoe.benchmark.baseline_wrapper import CannotRun
 from megapromoe.benchmark.baselines import CONTENDERS, BatchedCapacity, make_contender
 from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
 from megapromoe.benchmark.timed_case import TimedCase
+from megapromoe.benchmark.updates import make_update
 from megapromoe.distributed import mesh
+from megapromoe.engine import fused_update
 from megapromoe.nn import MoE
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
@@ -193,7 +195,9 @@ def test_whole_models_are_compiled_alike(monkeypatch):
         compiled.append(type(model.blocks[1].mlp).__name__)
         compile_model(model, "aot_eager")
 
+    functions = fused_update.compile_functions("aot_eager", dynamic=True)
     monkeypatch.setattr(models, "compile_model", by_graph)
+    monkeypatch.setattr(fused_update, "compiled_functions", lambda: functions)
     figures = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
     assert compiled == ["MoE", "Loop", "Mlp"]
     assert all(f["counts"]["total"]["kernels"] > 300 for f in figures.values())  # counted in eager mode
@@ -334,17 +338,37 @@ def test_models_share_parameters_and_agree():
     assert not {id(p) for p in ours.parameters()} & {id(p) for p in dense.parameters()}
 
 
-def test_the_update_keeps_fp32_masters():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_update_keeps_fp32_masters(compiled):
     model = torch.nn.Linear(4, 4).bfloat16()
     start = model.weight.detach().float().clone()
     t = replace(DIGITS.train, lr=1e-5, max_grad_norm=0.0)
-    update = models.Update(model, t)
-    for _ in range(3):
-        model.zero_grad()
-        model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
-        update.step()
+    update = make_update(model, t, compiled)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+            update.step()
     assert torch.allclose(update.masters[0], start - 3e-5, atol=2e-6)  # too little for bf16 to see step by step
     assert torch.equal(model.weight, update.masters[0].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_updates_are_the_same_function(dtype):
+    """Clipped and not clipped, with a parameter whose length is no multiple of the alignment."""
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 7)).to(dtype)
+        update = make_update(model, replace(DIGITS.train, lr=1e-2, weight_decay=0.1), compiled)
+        with torch.compiler.set_stance("force_eager"):
+            for scale in (100.0, 1e-3, 1.0):
+                for p in model.parameters():
+                    p.grad = scale * torch.randn_like(p)
+                update.step()
+        weights.append([master.detach() for master in update.masters])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 # ---- messages

@@ -30,7 +30,7 @@ def engine_of(*overrides: str) -> tuple[Engine, EMA]:
     return engine, EMA(engine, config.train.ema_decays)
 
 
-def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0):
+def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0, lr: float | torch.Tensor = 1e-2):
     """A step on random input, the same for the ranks of a tp group; `spoil` may break the loss."""
     g = torch.Generator().manual_seed(1000 * seed + engine.mesh.dp.rank)
     B = engine.config.layout(engine.mesh.world_size).micro_batch
@@ -43,7 +43,7 @@ def one_step(engine: Engine, spoil=lambda loss: loss, seed: int = 0):
         return total, total.detach()
 
     report = engine.micro_step(x, t, y, B - 1, loss=loss)
-    return engine.step(1e-2, report), report
+    return engine.step(lr, report), report
 
 
 def weights(engine: Engine) -> list[torch.Tensor]:
@@ -84,8 +84,8 @@ def test_scope_rank_takes_the_statistics_of_one_rank(tmp_path):
 # ---- steps that must not be taken
 
 
-def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
-    engine, ema = engine_of(f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed={file}")
+def spoiled(file: str, tp: int, ep: int, kind: str, *overrides: str) -> dict:
+    engine, ema = engine_of(f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed={file}", *overrides)
     result, _ = one_step(engine)
     ema.update(result)
     before, averages = weights(engine), [average.clone() for average in ema.averages[0]]
@@ -123,6 +123,54 @@ def spoiled(file: str, tp: int, ep: int, kind: str) -> dict:
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_rank(file, kind):
     for result in run(4, spoiled, file, 2, 2, kind):
         assert result == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}
+
+
+def spoiled_fused(file: str, kind: str) -> dict:
+    with torch.compiler.set_stance("force_eager"):  # spares the minutes of the compiler
+        return spoiled(file, 2, 2, kind, "train.adamw_backend=fused")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+@pytest.mark.parametrize("file", ["fp32_zero1", "bf16_zero2", "bf16_zero3"])
+def test_a_fused_update_is_skipped_too(file, kind):
+    for result in run(4, spoiled_fused, file, kind):
+        assert result == {"bad": False, "unchanged": True, "good": True, "moved": True, "finite": True}
+
+
+# ---- the fused update
+
+
+def rates_as_tensors(file: str) -> list[torch.Tensor]:
+    """Weights after two steps, with rates as numbers and as tensors."""
+    results = []
+    with torch.compiler.set_stance("force_eager"):
+        for make in (float, lambda rate: torch.tensor(rate, dtype=torch.float64)):
+            engine, _ = engine_of("train.adamw_backend=fused", f"train.deepspeed={file}")
+            for seed, rate in enumerate((1e-2, 3e-3)):
+                one_step(engine, seed=seed, lr=make(rate))
+            results.append(torch.cat(weights(engine)))
+            engine.close()
+    return results
+
+
+def test_the_rate_of_a_fused_update_may_be_a_tensor():
+    """As a captured update needs it."""
+    numbers, tensors = run(1, rates_as_tensors, "fp32_zero1")[0]
+    assert torch.equal(numbers, tensors)
+
+
+def test_gradients_in_order_are_not_copied():
+    memory = torch.arange(10.0)
+    parts = [memory[0:4].view(2, 2), memory[4:5], memory[5:10]]
+    view = deepspeed_adapter.joined(parts, 7)
+    assert view.data_ptr() == memory.data_ptr() and torch.equal(view, memory[:7])
+    for others in ([parts[0], parts[2]], [parts[1], parts[0]], [memory[0:4], torch.arange(4.0, 9.0)]):
+        copy = deepspeed_adapter.joined(others, 5)
+        assert copy.data_ptr() != memory.data_ptr()
+        assert torch.equal(copy, torch.cat([part.reshape(-1) for part in others])[:5])
+    with pytest.raises(AssertionError, match="9 of 10 elements have a gradient"):
+        deepspeed_adapter.joined([parts[0], parts[2]], 10)
 
 
 # ---- bf16

@@ -21,7 +21,9 @@ APPLIED = (True, True, False, True, True, False, True, True, True, True, True, T
 def average_over(weights: list[float], applied, decay: float, warmup: bool, on_device: bool, split: int = 0) -> float:
     """The average after steps that leave `weights`, as `EMA` makes it; with `split`, resumed after so many steps."""
     master = torch.tensor([1.0])
-    engine = SimpleNamespace(partitions=[SimpleNamespace(master=master)], clips_on_device=on_device)
+    engine = SimpleNamespace(
+        partitions=[SimpleNamespace(master=master)], clips_on_device=on_device, fused_averages=None
+    )
     ema, updates = EMA(engine, [decay], warmup), 0
     for step, (weight, was_applied) in enumerate(zip(weights, applied, strict=True)):
         if split and step == split:

@@ -92,7 +92,7 @@ def test_each_average_has_the_bits_of_an_average_alone(on_device, warmup):
     """Also where some steps are skipped, and where the second average begins later than the first."""
     generator = torch.Generator().manual_seed(0)
     partitions = [SimpleNamespace(master=torch.randn(size, generator=generator)) for size in (5, 40)]
-    engine = SimpleNamespace(partitions=partitions, clips_on_device=on_device)
+    engine = SimpleNamespace(partitions=partitions, clips_on_device=on_device, fused_averages=None)
     together = EMA(engine, DECAYS, warmup)
     alone = [EMA(engine, [decay], warmup) for decay in DECAYS]
     for ema, updates in ((together, [7, 0, 90]), *zip(alone, ([7], [0], [90]), strict=True)):
@@ -110,7 +110,7 @@ def test_each_average_has_the_bits_of_an_average_alone(on_device, warmup):
 
 def test_a_context_swaps_one_average_in_and_out():
     partition = SimpleNamespace(master=torch.tensor([1.0]))
-    engine = SimpleNamespace(partitions=[partition], sync_parameters_from_masters=lambda: None)
+    engine = SimpleNamespace(partitions=[partition], sync_parameters_from_masters=lambda: None, fused_averages=None)
     ema = EMA(engine, (0.5, 0.9))
     ema.averages[0][0].fill_(2.0)
     ema.averages[1][0].fill_(3.0)
