@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.documented_commands import documented
 from support.text_folders import write_text_encoders
 
 from megapromoe.config.resolve import resolve
@@ -73,6 +75,14 @@ def test_the_required_share_is_for_the_default_length(tool, monkeypatch, tmp_pat
     captured = capsys.readouterr()
     assert (f"only after the default of {STEPS} steps" in captured.out) == (step != STEPS)
     assert ("70% are required" in captured.err) == bool(code)
+
+
+def test_the_documented_longer_run_is_a_layout_that_can_run():
+    (command,) = [c.text for c in documented() if "--run-dir runs/scenes_long" in c.text and " train " in c.text]
+    overrides = [word for word in command.split() if re.match(r"\w+\.\w+=", word)]
+    config = resolve("scenes", overrides=overrides, world=4)
+    assert "--nproc-per-node 4 " in command and config.parallel.tp == config.parallel.ep == 2
+    assert config.train.steps > 10 * STEPS and config.train.steps % config.train.snapshot_every == 0
 
 
 @pytest.mark.parametrize("words", [["--ranks", "0"], ["--scenes", "0"], ["steps=3"], ["--rank", "2"]])

@@ -215,6 +215,7 @@ ELSEWHERE = {
     r"megapromoe evaluate --run-dir runs/scenes.* --num-images .*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",
+    r"torchrun .* megapromoe train --preset scenes .*$": "tests/programs/test_train_scenes.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",
     r"megapromoe convert (0400000\.pt|SiT-XL-2-256\.pt) .*$": "tests/unit/test_foreign_layouts.py",
     r"megapromoe convert DiT-XL-2-256/transformer .*$": "tests/unit/test_diffusers_dit.py",
