@@ -61,7 +61,8 @@ def main() -> int:
     print()
     print((options.run / "report.md").read_text(encoding="utf-8"))
     for name in ("samples.png", "loss.png", "report.md", "report.json"):
-        print(options.run / name)
+        if (options.run / name).is_file():  # a few steps make no loss.png
+            print(options.run / name)
     print(f"total time: {time.perf_counter() - start:.0f} s")
     share, steps = share_of_ceiling(record, TASKS[0]), resolve("scenes").train.steps
     rule = f"{TASKS[0]}: {share:.1%} of the ceiling after {record['step']} steps; {REQUIRED_SHARE:.0%} are required"
