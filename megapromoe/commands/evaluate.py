@@ -1,4 +1,4 @@
-"""`megapromoe evaluate`: FID and related metrics of a run or of a set of images."""
+"""`megapromoe evaluate`: FID and related metrics of a run or of a set of images; six tasks of a run on scenes."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from megapromoe.commands.options import run_option
 from megapromoe.commands.sample import drawing_options, generation_request, num_option
 from megapromoe.config.options import ConfigError
+from megapromoe.evaluation.names import DATA, SCENES
 
 EPILOG = """\
 Samples images from the run in --run-dir, or reads --images, and compares them with real images. Start it under
@@ -26,12 +27,17 @@ The feature network (--features):
                           loaded: an unknown one needs --sha256.
 Only the standard Inception gives an FID; other networks give a Fréchet distance (NAME).
 
+A run on scenes is scored on six tasks instead: the share of pictures that show exactly what their prompt names, and
+that share divided by what real scenes reach. The prompts name combinations that training never shows; --seen: that it
+shows. The pictures are divided over the tasks.
+
 examples:
   megapromoe evaluate --run-dir runs/digits --num-images 1797 --guidance 1 1.5 2 --plot guidance.png
   megapromoe evaluate --run-dir runs/digits --num-images 500 --guidance 1 1.5 --every-step --plot training.png
   torchrun --nproc-per-node 8 -m megapromoe evaluate --run-dir runs/xl --num-images 50000 --guidance 1.0 1.5 \\
       --autoencoder models/sd-vae --reference VIRTUAL_imagenet256_labeled.npz --features inception.pth
   megapromoe evaluate --images samples.npz --reference photos/ --features inception.pth
+  megapromoe evaluate --run-dir runs/scenes --num-images 600 --guidance 1 3 5
 
 Overrides: section `sample` only."""
 JOB = True
@@ -47,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         metavar="PATH",
         help="real images: an .npz in the layout of guided-diffusion, a folder of images, digits, fashion_mnist, or"
-        " data, the training data of the run (the default with --run-dir)",
+        " data, the training data of the run (the default with --run-dir); scenes: the six tasks",
     )
     parser.add_argument(
         "--split",
@@ -72,6 +78,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="with --run-dir: write a PNG of the distance over the guidance scale or over the steps",
     )
+    parser.add_argument(
+        "--seen", action="store_true", help="of a run on scenes: prompts of combinations that training shows"
+    )
     drawing_options(parser, several_steps=True)
     parser.add_argument(
         "--every-step",
@@ -86,8 +95,9 @@ def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    from megapromoe.evaluation import image_metrics, image_metrics_report
+    from megapromoe.evaluation import image_metrics, image_metrics_report, scene_scores
 
+    is_scored = _is_scored(options)
     steps, options.step = tuple(options.step or ()), None  # a request has one step; None is the last
     request = None
     if options.run is not None:
@@ -95,7 +105,7 @@ def run(options: argparse.Namespace, launch) -> int:
     evaluation = image_metrics.Evaluation(
         request=request,
         images=options.images,
-        reference=options.reference or image_metrics.DATA,
+        reference=options.reference or (SCENES if is_scored else DATA),
         split=options.split,
         features=options.features,
         sha256=options.sha256,
@@ -103,10 +113,13 @@ def run(options: argparse.Namespace, launch) -> int:
         every_step=options.every_step,
         steps=steps,
     )
-    records = image_metrics.evaluate(evaluation, launch)
+    if is_scored:
+        records, table = scene_scores.evaluate_scenes(evaluation, launch, not options.seen), scene_scores.table
+    else:
+        records, table = image_metrics.evaluate(evaluation, launch), image_metrics_report.table
     if launch.rank == 0:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        print("\n".join(lines) if options.json else image_metrics_report.table(records), flush=True)
+        print("\n".join(lines) if options.json else table(records), flush=True)
         if options.run is not None:
             file = options.run / "evaluation.jsonl"
             if image_metrics_report.append(records, file) < len(records):
@@ -114,6 +127,26 @@ def run(options: argparse.Namespace, launch) -> int:
         if options.plot is not None:
             image_metrics_report.plot(records, options.plot)
     return 0
+
+
+def _is_scored(options: argparse.Namespace) -> bool:
+    """Whether the run is a model of texts, which the six tasks score. Raises ConfigError for options of the other."""
+    from megapromoe.sampling.run_model import run_config
+
+    has_text = options.run is not None and run_config(options.run).model.has_text
+    if has_text:
+        rule = "is for models of classes; a model of texts is scored on the six tasks of scenes"
+        classes = {"--class": options.only, "--labels": options.labels, "--autoencoder": options.autoencoder}
+        classes |= {"--features": options.features, "--sha256": options.sha256}
+        classes |= {"--standard-inception": options.standard_inception, "--split": options.split != "train"}
+        classes[f"--reference {options.reference}"] = options.reference not in (None, DATA, SCENES)
+        wrong = [f"{name}: {rule}" for name, value in classes.items() if value]
+    else:
+        texts = {"--seen": options.seen, f"--reference {SCENES}": options.reference == SCENES}
+        wrong = [f"{name}: is for runs on scenes, models of texts" for name, value in texts.items() if value]
+    if wrong:
+        raise ConfigError(wrong)
+    return has_text
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ def evaluate(evaluation: Evaluation, launch: runtime.LaunchEnvironment) -> list[
             for images, _ in sets:
                 reference.check_comparable(network, images.shape, len(images), remedy)
         if request is not None and config is not None:
-            sets += _generate_sets_of_steps(evaluation, request, config, launch, device)
+            sets += generate_sets_of_steps(evaluation, request, config, launch, device)
         real = None
         if reference.images is not None:
             real = extract_features(network, reference.images, launch, "reference")
@@ -290,7 +290,7 @@ def _steps(evaluation: Evaluation, request: GenerationRequest, launch: runtime.L
     return [*broadcast_from_rank0(steps)] or [None]  # without checkpoints, opening the latest raises
 
 
-def _generate_sets_of_steps(
+def generate_sets_of_steps(
     evaluation: Evaluation,
     request: GenerationRequest,
     config: Config,
@@ -334,10 +334,10 @@ def _generate_sets(
 
 def _metadata(request: GenerationRequest, config: Config, images: ImageSet, share: float | None) -> dict[str, Any]:
     """The entries of a record about a set. `share`: share of the initial weights in the weights that were used."""
-    identity = request.identity(config, None)
     return {
         **{"run": str(request.run), "step": request.step, "guidance": config.sample.guidance},
-        **{key: identity[key] for key in ("weights", "classes", "only", "sample")},
+        **{"weights": request.weights, "classes": request.classes},
+        **{"only": None if request.only is None else list(request.only), "sample": asdict(config.sample)},
         "initial_share": share,
         **{"autoencoder": request.autoencoder, "images": str(images.path)},
     }

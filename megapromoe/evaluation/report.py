@@ -138,22 +138,10 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     directory = RunDirectory(run)
     check_has_classes(run, run_config(run))
     model, config, step = load_model(run, device="cuda" if torch.cuda.is_available() else "cpu")
-    if not directory.metrics.is_file():
-        raise ReportError(f"{directory.metrics}: is missing; the folder is not a run, or a part of it was moved")
-    lines = metrics_of(directory.metrics)
+    lines = logged_lines(directory)
     dataset = open_dataset(config)
-    count = parameters(config.model)
-    seconds = dict(timings or {})
-    report: dict[str, Any] = {
-        "run": directory.folder.name,
-        "checkpoint_step": step,
-        **training_figures(lines, config),
-        "layout": _layout(directory),
-        "deepspeed": config.train.deepspeed,
-        "parameters": {"total": count.total, "trainable": count.trainable, "active": count.active},
-        "machine": machine(),
-        "seconds": seconds,
-    }
+    report = facts_of_run(directory, config, step, lines, timings or {})
+    seconds = report["seconds"]
     start = time.perf_counter()
     report["sampling"], images, labels = _sampled(model, config, samples)
     seconds["sampling"] = time.perf_counter() - start
@@ -172,6 +160,36 @@ def write_report(run: Path, samples: int = 500, timings: Mapping[str, float] | N
     write_json(directory.folder / "report.json", report, indent=2)
     write_text(directory.folder / "report.md", markdown(report))
     return report
+
+
+def logged_lines(directory: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run. Raises ReportError if the file is missing."""
+    if not directory.metrics.is_file():
+        raise ReportError(f"{directory.metrics}: is missing; the folder is not a run, or a part of it was moved")
+    return metrics_of(directory.metrics)
+
+
+def facts_of_run(
+    directory: RunDirectory, config: Config, step: int, lines: list[dict[str, Any]], timings: Mapping[str, float]
+) -> dict[str, Any]:
+    """What a report says of every run: its training, layout, size and machine.
+
+    Args:
+        step: of the checkpoint that is reported on.
+        lines: of metrics.jsonl.
+        timings: seconds of earlier work, by name.
+    """
+    count = parameters(config.model)
+    return {
+        "run": directory.folder.name,
+        "checkpoint_step": step,
+        **training_figures(lines, config),
+        "layout": _layout(directory),
+        "deepspeed": config.train.deepspeed,
+        "parameters": {"total": count.total, "trainable": count.trainable, "active": count.active},
+        "machine": machine(),
+        "seconds": dict(timings),
+    }
 
 
 def _sampled(model: DiT, config: Config, count: int) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
@@ -200,7 +218,34 @@ def _layout(directory: RunDirectory) -> dict[str, Any] | None:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown; values that were not measured are left out."""
-    how, size, host = report["sampling"], report["parameters"], report["machine"]
+    how, rows = report["sampling"], rows_of_training(report)
+    if "accuracy" in report:
+        read = f"**{report['accuracy']:.1%}** of {how['images']}"
+        rows.append(("sampled digits that a classifier assigns to their class", read))
+        real_accuracy = f"{report['classifier_own_accuracy']:.1%}"
+        rows.append(("that classifier on real digits, cross-validated", real_accuracy))
+    sampler = f"{how['method']}, {how['steps']} steps, guidance {how['guidance']}, seed {how['seed']}"
+    rows += [("sampler", sampler), row_of_machine(report)]
+    page = page_of_rows(report, rows)
+    if "loss_picture" in report:
+        page += ["", "## Training", "", f"![denoising loss over steps and over hours]({report['loss_picture']})"]
+    if "picture" in report:
+        page += ["", "## Samples", "", f"![a row of samples for each class]({report['picture']})"]
+    if routing := report.get("routing"):
+        page += ["", "## Experts", "", "![routing of the experts](routing.png)", ""]
+        page += ["| block | largest load over mean | load entropy, 1: even | dead experts | bits about the class |"]
+        page += ["|---|---|---|---|---|"]
+        names = ("blocks", "load_max_over_mean", "load_entropy", "dead_experts", "class_information_bits")
+        for block, ratio, entropy, dead, bits in zip(*(routing[name] for name in names), strict=True):
+            page.append(
+                f"| {block} | {ratio:.2f} | {entropy:.3f} | {share_of(dead, routing['experts'])} | {bits:.2f} |"
+            )
+    return "\n".join(page) + "\n"
+
+
+def rows_of_training(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of what `facts_of_run` says, without the machine."""
+    size = report["parameters"]
     rows = [("steps", f"{report['steps']:,} (sampled at {report['checkpoint_step']:,})")]
     if losses := report["final_losses"]:
         if len(losses) == 2 and {DENOISING_LOSS, TOTAL_LOSS} <= losses.keys():
@@ -218,28 +263,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     if layout := report["layout"]:
         spread = f"tensor {layout['tp']}, expert {layout['ep']}, data {layout['dp']}"
         rows.append(("ranks", f"{layout['world']}: {spread}; {report['deepspeed']}"))
-    if "accuracy" in report:
-        read = f"**{report['accuracy']:.1%}** of {how['images']}"
-        rows.append(("sampled digits that a classifier assigns to their class", read))
-        real_accuracy = f"{report['classifier_own_accuracy']:.1%}"
-        rows.append(("that classifier on real digits, cross-validated", real_accuracy))
-    sampler = f"{how['method']}, {how['steps']} steps, guidance {how['guidance']}, seed {how['seed']}"
-    rows.append(("sampler", sampler))
+    return rows
+
+
+def row_of_machine(report: Mapping[str, Any]) -> tuple[str, str]:
+    """The machine and the versions."""
+    host = report["machine"]
     device = host["gpu"] or f"{host['cpu']}, {host['cores']} cores"
-    rows.append(("machine", f"{device}; torch {host['torch']}, deepspeed {host['deepspeed']}"))
+    return "machine", f"{device}; torch {host['torch']}, deepspeed {host['deepspeed']}"
+
+
+def page_of_rows(report: Mapping[str, Any], rows: list[tuple[str, str]]) -> list[str]:
+    """The first lines of a report as Markdown: its title and a table."""
     page = [f"# Report of {report['run']}", "", "| | |", "|---|---|"]
-    page += [f"| {name} | {value} |" for name, value in rows]
-    if "loss_picture" in report:
-        page += ["", "## Training", "", f"![denoising loss over steps and over hours]({report['loss_picture']})"]
-    if "picture" in report:
-        page += ["", "## Samples", "", f"![a row of samples for each class]({report['picture']})"]
-    if routing := report.get("routing"):
-        page += ["", "## Experts", "", "![routing of the experts](routing.png)", ""]
-        page += ["| block | largest load over mean | load entropy, 1: even | dead experts | bits about the class |"]
-        page += ["|---|---|---|---|---|"]
-        names = ("blocks", "load_max_over_mean", "load_entropy", "dead_experts", "class_information_bits")
-        for block, ratio, entropy, dead, bits in zip(*(routing[name] for name in names), strict=True):
-            page.append(
-                f"| {block} | {ratio:.2f} | {entropy:.3f} | {share_of(dead, routing['experts'])} | {bits:.2f} |"
-            )
-    return "\n".join(page) + "\n"
+    return page + [f"| {name} | {value} |" for name, value in rows]

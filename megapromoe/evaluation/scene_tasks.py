@@ -32,6 +32,7 @@ from megapromoe.data.scenes.combinations import (
 from megapromoe.data.scenes.draws import Draws
 from megapromoe.data.scenes.scenes import DigitImages, arrange, paint, relations_of
 from megapromoe.data.scenes.wording import prompt
+from megapromoe.diffusion.noise import permutation
 from megapromoe.evaluation.scene_reader import ReadDigit, SceneReader
 
 Counts = dict[str, tuple[int, int]]
@@ -73,6 +74,23 @@ def prompts(held_out: bool = True) -> list[Prompt]:
     ]
     stated["colour attribution"] = _attributions(held_out)
     return [Prompt(task, prompt(s), s) for task, descriptions in stated.items() for s in descriptions]
+
+
+def prompts_in_turn(count: int, held_out: bool = True) -> list[Prompt]:
+    """`count` prompts: task after task in turn, and of a task its prompts in turn, in a fixed random order.
+
+    The first prompts of a longer list are those of a shorter one.
+    """
+    of_task: dict[str, list[Prompt]] = {task: [] for task in TASKS}
+    for shown in prompts(held_out):
+        of_task[shown.task].append(shown)
+    order = {task: permutation(0, f"prompts, {task}", 0, len(some)) for task, some in of_task.items()}
+    chosen = []
+    for number in range(count):
+        turn, task = divmod(number, len(TASKS))
+        some = of_task[TASKS[task]]
+        chosen.append(some[order[TASKS[task]][turn % len(some)]])
+    return chosen
 
 
 def _attributions(held_out: bool) -> list[Description]:

@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megapromoe.evaluation.names import higher_is_better
 from megapromoe.plot_lines import label_log_axis
 from megapromoe.plot_styles import Style
 from megapromoe.plot_text import literal
@@ -53,10 +54,11 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
         ax.grid(alpha=0.3)
     # Intervals of two seeds are wide, so only the means set the limits of the axis.
     shown = [row["mean"] for scale in scales for points in curves[scale].values() for row in points]
-    if min(shown) > 0:
+    is_score = higher_is_better(first)
+    if min(shown) > 0 and not is_score:
         margin = max(1.05, (max(shown) / min(shown)) ** 0.1)
         panels[0].set_ylim(min(shown) / margin, max(shown) * margin)
-    for ax in panels:
+    for ax in panels if not is_score else ():
         label_log_axis(ax, "y")
     panels[0].set_ylabel(literal(first), fontsize=9)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -71,8 +73,10 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     )
     bands = any(ax.collections for ax in panels)
     seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
+    better = "higher" if is_score else "lower"
     figure.suptitle(
-        f"Sampled images over training, {study.recipe.weights} weights, lower is better{seeds}", fontsize=10
+        f"Sampled images over training, {study.recipe.weights} weights, {better} is better{seeds}",
+        fontsize=10,
     )
     return figure
 

@@ -5,7 +5,8 @@
       guidance: [1.0, 1.5]    # the scales; without it, the scale of the task's `sample.guidance`
       steps: 15               # sampling steps; without it, the task's `sample.steps`
       every: 100              # training steps between the checkpoints; without it, only the last checkpoint
-      reference: data         # as `megapromoe evaluate --reference`: the training data, a file, or a folder
+      reference: data         # as `megapromoe evaluate --reference`: the training data, a file, a folder, or `scenes`:
+                              # the six tasks, for runs on scenes
       split: train            # as --split, for a reference that is a data set: train or test
       features: digits        # as --features: a classifier's name, or an Inception file; default: as the data
       autoencoder: DIR        # as --autoencoder, for models of latents
@@ -22,7 +23,7 @@ from typing import Any
 
 from megapromoe.config.options import Config
 from megapromoe.config.reader import ONE_UP, ZERO_UP, option, read_fields, suggest
-from megapromoe.evaluation.names import CLASSIFIER_FEATURES, CLASSIFIERS, DATA
+from megapromoe.evaluation.names import CLASSIFIER_FEATURES, CLASSIFIERS, DATA, NUM_TASKS, SCENES
 
 PUBLISHED = 50_000  # number of images in published results
 
@@ -67,7 +68,7 @@ def read_image_evaluation(content: Mapping[str, Any]) -> tuple[ImageEvaluation, 
         rule = "must be a list of different numbers, 0 or more, such as [1.0, 1.5]; 1 is no guidance"
         problems.append(f"evaluate.guidance = {values['guidance']!r}: {rule}")
     values["guidance"] = tuple(scale for scale in scales if scale is not None)
-    for name, known in (("features", CLASSIFIERS), ("reference", (DATA, *CLASSIFIERS))):
+    for name, known in (("features", CLASSIFIERS), ("reference", (DATA, SCENES, *CLASSIFIERS))):
         value = values.get(name)
         if value is not None and value not in known and not _looks_like_a_path(value):
             problems.append(f"evaluate.{name} = {value!r}: is neither a file nor a name; {suggest(value, known)}")
@@ -82,6 +83,8 @@ def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
     """Reasons why a task of this configuration cannot be evaluated, each with the remedy."""
     problems = []
     source, reference = config.data.source, evaluation.reference
+    if config.model.has_text or reference == SCENES:
+        return _problems_of_scores(evaluation, config)
     judge = evaluation.features or (source if reference == DATA else reference)
     if judge not in CLASSIFIERS and evaluation.features is None:
         problems.append(
@@ -100,6 +103,21 @@ def problems_of(evaluation: ImageEvaluation, config: Config) -> list[str]:
             "evaluate.reference = 'data': the runs train on latents, which are no images to compare with; give an .npz"
             " or a folder of pictures"
         )
+    return problems
+
+
+def _problems_of_scores(evaluation: ImageEvaluation, config: Config) -> list[str]:
+    """Reasons why a task cannot be scored on the six tasks of scenes."""
+    if not config.model.has_text:
+        return ["evaluate.reference = 'scenes': is for models of texts, model.condition = 'text'"]
+    if evaluation.reference != SCENES:
+        return [f"evaluate.reference = {evaluation.reference!r}: models of texts are scored on 'scenes'; set it"]
+    problems = []
+    if evaluation.num < NUM_TASKS:
+        problems.append(f"evaluate.num = {evaluation.num}: too few for {NUM_TASKS} tasks; give more")
+    unused = {"features": evaluation.features is not None, "autoencoder": evaluation.autoencoder is not None}
+    unused["split"] = evaluation.split != "train"
+    problems += [f"evaluate.{name}: the six tasks have none; remove it" for name, given in unused.items() if given]
     return problems
 
 

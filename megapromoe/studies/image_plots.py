@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
+from megapromoe.evaluation.names import higher_is_better
 from megapromoe.plot_lines import MAX_LINES, Curve, draw_curves, height_of, label_log_axis, name_ends, number
 from megapromoe.plot_styles import Style, assign_families
 from megapromoe.plot_text import literal
@@ -114,6 +115,9 @@ def _draw_course(
     baseline: str | None,
 ) -> list[Axes]:
     base = next((mean for key, mean in means.items() if key[0] == baseline and len(mean) > 1), None)
+    is_score = higher_is_better(curves.figure)
+    if is_score:  # shares are comparable as they are, and may be 0
+        base = None
     lines = []
     for key, mean in means.items():
         points = {step: value / base[step] for step, value in mean.items() if step in base} if base else mean
@@ -128,7 +132,7 @@ def _draw_course(
     def finish(ax: Axes) -> None:
         ax.set_xlabel("step")
         ax.set_ylabel(label, fontsize=8)
-        if not base:
+        if not base and not is_score:
             label_log_axis(ax, "y")
 
     return draw_curves(place, lines, title, finish)

@@ -61,6 +61,21 @@ def test_active_parameters_are_equal(made):
         assert active == pytest.approx(target, rel=min(made.active_parameters.tolerance, 0.01)), task.name
 
 
+def test_the_study_of_scenes_differs_in_its_experts_alone():
+    tasks = expand(read_recipe(find_recipe("scenes")))
+    names = ("promoe", "promoe_without_unconditional", "tc", "dense")
+    assert [task.name for task in tasks] == [f"{name}-seed{seed}" for seed in (0, 1, 2) for name in names]
+    for task in tasks:
+        model = task.config.model
+        assert model.has_text and task.config.train.seed == task.config.data.seed == task.seed
+        assert model.unconditional_experts == (task.variant == "promoe")
+        assert bool(model.moe_blocks) == (task.variant != "dense")
+        same = {"router": "promoe", "unconditional_expert": True, "balance_weight": 0.0, "mlp_ratio": 4.0}
+        if task.seed == 0:
+            assert replace(model, **same) == tasks[0].config.model
+            assert replace(task.config, model=tasks[0].config.model) == tasks[0].config
+
+
 def test_a_solved_ratio_is_the_nearest():
     dense = next(task.config for task in expand(compared()) if task.variant == "dense")
     target = parameters(resolve("digits", overrides=[*settings(TINY), "model.num_experts=2"]).model).active

@@ -252,3 +252,16 @@ def test_a_plan_shows_the_cost_of_evaluations(tmp_path, capsys):
         in output
     )
     assert f"estimate: {duration((sum(task.flops for task in made) + flops) / 1e6)} one task after another" in output
+
+
+def test_models_of_texts_are_scored_on_scenes():
+    texts = resolve("scenes", overrides=["data.source=latents", "data.path=x"])
+    assert problems_of(ImageEvaluation(num=6, reference="scenes"), texts) == []
+    (few,) = problems_of(ImageEvaluation(num=5, reference="scenes"), texts)
+    assert few == "evaluate.num = 5: too few for 6 tasks; give more"
+    (other,) = problems_of(ImageEvaluation(num=200), texts)
+    assert "evaluate.reference = 'data': models of texts are scored on 'scenes'" in other
+    unused = problems_of(ImageEvaluation(num=6, reference="scenes", features="digits", split="test"), texts)
+    assert [text.partition(":")[0] for text in unused] == ["evaluate.features", "evaluate.split"]
+    (classes,) = problems_of(ImageEvaluation(num=200, reference="scenes"), resolve("digits"))
+    assert "is for models of texts" in classes

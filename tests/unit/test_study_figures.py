@@ -10,6 +10,7 @@ from support.small_studies import finished, recipe, rows
 from megapromoe.cli import main
 from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.figure_tables import mean_figures
+from megapromoe.studies.image_plots import draw_images
 
 # ---- what is made of them
 
@@ -65,6 +66,25 @@ def test_the_curves_are_drawn_with_their_intervals(study):
         and len({line.get_color() for line in lines.values()}) == 3
     )
     assert len(figure.axes[1].collections) == 3 and figure.axes[0].get_ylabel() == "Fréchet distance (X), 200 images"
+
+
+def test_scores_may_be_zero_and_are_better_if_higher(study, capsys):
+    """A logarithmic axis or a quotient would fail; the first steps of a model of texts get nothing right."""
+    for task in study.tasks:
+        (study.run(task) / "evaluation.jsonl").unlink()
+        scores = {2: 0.0, 4: 0.25, 6: 0.5 + task.seed / 10}
+        figures = {"right pictures, overall": 0.0}
+        write(study.run(task), [record(s, 1.0, figures=figures | dict.fromkeys(figures, x)) for s, x in scores.items()])
+    figure = draw_evaluations(study, rows(study))
+    (ax,) = figure.axes
+    assert ax.get_yscale() == "linear" and ax.get_ylabel() == "right pictures, overall, 200 images"
+    assert "higher is better" in figure._suptitle.get_text()
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.25, 0.55])
+    course = next(ax for ax in draw_images(study, rows(study)).axes if ax.get_label() == "course")
+    assert course.get_yscale() == "linear" and not course.get_ylabel().endswith("/ that of dense")
+    assert course.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.25, 0.55])
+    assert main(["study", "collect", str(study.folder)]) == 0
+    assert "right pictures, overall, 200 images: mean ± half" in (study.folder / "results.md").read_text()
 
 
 def test_one_step_makes_no_picture_of_curves(tmp_path):
