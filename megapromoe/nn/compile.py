@@ -48,7 +48,8 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     # With dynamic=False a change of shape raises an error instead of compiling again and again.
     options = _options(model, backend)
     compiler = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False, options=options)
-    run_block, parts = compiler(_run_block), CompiledParts(compiler)
+    moe_compiler = partial(compiler, options=_moe_options(options, backend))
+    run_dense, run_moe, parts = compiler(_run_dense_block), moe_compiler(_run_moe_block), CompiledParts(moe_compiler)
 
     def replace(module: nn.Module, name: str, compiled: Callable) -> None:
         setattr(module, name, _in_training(model, getattr(module, name), compiled))
@@ -58,7 +59,8 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     for block in model.blocks:
         moe = block.mlp if isinstance(block.mlp, MoE) else None
         if compiles_whole(block):
-            replace(block, "forward", _whole_block(block.forward, run_block))
+            whole = _dense_block(block.forward, run_dense) if moe is None else _moe_block(block.forward, run_moe)
+            replace(block, "forward", whole)
         elif moe is not None and block.recompute == "none":
             replace(block, "forward", parts.block_forward(block))
         else:
@@ -86,20 +88,37 @@ def compiles_whole(block: Any) -> bool:
     )
 
 
-def _run_block(
+# Two functions and not one: torch keeps compiled code by function, and would check that of the other kind in each call.
+
+
+def _run_dense_block(eager: Callable, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
+    """`Block.forward` of a block without experts."""
+    return eager(x_BSD, c_BD, None, 0, context)
+
+
+def _run_moe_block(
     eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, conditional: Tensor, context: AttentionContext
-) -> tuple[Tensor, MoEAuxiliary | None]:
+) -> tuple[Tensor, MoEAuxiliary]:
     """`Block.forward`, with a tensor whose length is the number of conditional images."""
     num_conditional = conditional.shape[0]
     torch._check(num_conditional <= x_BSD.shape[0])
     return eager(x_BSD, c_BD, y_B, num_conditional, context)
 
 
-def _whole_block(eager: Callable, run_block: Callable) -> Callable:
+def _dense_block(eager: Callable, run: Callable) -> Callable:
     def forward(
         x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
-    ) -> tuple[Tensor, MoEAuxiliary | None]:
-        return run_block(eager, x_BSD, c_BD, y_B, conditional_images(num_conditional, x_BSD.shape[0]), context)
+    ) -> tuple[Tensor, None]:
+        return run(eager, x_BSD, c_BD, context)
+
+    return forward
+
+
+def _moe_block(eager: Callable, run: Callable) -> Callable:
+    def forward(
+        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
+    ) -> tuple[Tensor, MoEAuxiliary]:
+        return run(eager, x_BSD, c_BD, y_B, conditional_images(num_conditional, x_BSD.shape[0]), context)
 
     return forward
 
@@ -135,3 +154,15 @@ def _options(model: DiT, backend: str | Callable) -> dict[str, Any] | None:
     if backend != "inductor" or model.config.tokens < _LONG_SEQUENCE:
         return None
     return {"triton.mix_order_reduction": False}
+
+
+def _moe_options(options: dict[str, Any] | None, backend: str | Callable) -> dict[str, Any] | None:
+    """Options for graphs that gather rows by an index.
+
+    On GPUs, inductor gives a block of a kernel some rows and columns instead of consecutive elements. The index is then
+    the same for a whole row, and elements are loaded several at a time: a gather of rows of ProMoE-L takes 15 µs
+    instead of 38 (H200, torch 2.11).
+    """
+    if backend != "inductor":
+        return options
+    return (options or {}) | {"triton.prefer_nd_tiling": True, "triton.tiling_prevents_pointwise_fusion": False}

@@ -200,8 +200,8 @@ def test_compiled_by_inductor(what):
     "input_size, backend, options",
     [
         (128, "inductor", {"triton.mix_order_reduction": False}),
-        (126, "inductor", None),
-        (128, "aot_eager", None),
+        (126, "inductor", {}),
+        (128, "aot_eager", {}),
     ],
 )
 def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backend, options, monkeypatch):
@@ -209,10 +209,12 @@ def test_fusions_that_lose_gradients_of_long_sequences_are_off(input_size, backe
     from torch._inductor import list_options
 
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings.get("options")) or f)
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: calls.append(settings["options"] or {}) or f)
     compile_model(build(small("model.depth=2", f"model.input_size={input_size}")), backend)
-    # Blocks, embedding, final layer, losses.
-    assert calls == 4 * [options] and set(options or ()) <= set(list_options())
+    # Blocks without and with experts, embedding, final layer, losses.
+    assert len(calls) == 5 and all(set(call) <= set(list_options()) for call in calls)
+    assert all({name: call[name] for name in call if "mix_order" in name} == options for call in calls)
+    assert sum("triton.prefer_nd_tiling" in call for call in calls) == (backend == "inductor")
 
 
 def test_stage_3_is_refused():
