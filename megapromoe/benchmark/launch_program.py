@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from megapromoe.benchmark.launches import IMAGES, MODELS, count_blocks, count_step, narrow
+from megapromoe.benchmark.launches import IMAGES, MODELS, Issued, count_blocks, count_step, count_update, narrow
 from megapromoe.benchmark.moved_bytes import UPDATE_MINIMUM
+from megapromoe.config.options import Config
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.errors import UserError
@@ -88,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
 def count(models: Sequence[str], ranks: Sequence[int], modes: Sequence[str]) -> dict[str, Any]:
     """Counts all combinations that exist: dense models are not counted with ep.
 
-    Returns JSON: "steps", a list of cases with "model", "ranks", "mode", "parameters" of the model and "phases", those
-    of rank 0 as in `launches.count_step`; "blocks", mode -> `launches.count_blocks`; "images" of a rank's micro-batch,
-    and versions.
+    Returns JSON: "steps", a list of cases with "model", "ranks", "mode", "parameters" of the model, "phases", those
+    of rank 0 as in `launches.count_step`, and "fused_update", as in `launches.count_update` with
+    `train.adamw_backend=fused`; "blocks", mode -> `launches.count_blocks`; "images" of a rank's micro-batch, and
+    versions.
     """
     steps = []
     for world in ranks:
@@ -115,11 +118,10 @@ def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequ
         for name in models:
             for mode in modes:
                 config = narrow(name, f"parallel.ep={world}", f"train.global_batch={IMAGES * world}")
-                phases = count_step(config, mesh, mode == "compiled")
-                figures = {phase: {"launches": issued.launches, **vars(issued)} for phase, issued in phases.items()}
+                phases = _figures(count_step(config, mesh, mode == "compiled"))
                 parameters = sum(p.numel() for p in DiT(config.model).parameters())
                 case = {"model": name, "ranks": world, "mode": mode, "parameters": parameters}
-                steps.append({**case, "phases": figures})
+                steps.append({**case, "phases": phases, "fused_update": _figures(count_update(_fused(config), mesh))})
         if rank == 0:
             (Path(folder) / "steps.json").write_text(json.dumps(steps))
         dist.barrier()
@@ -127,8 +129,16 @@ def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequ
         runtime.destroy_process_group()
 
 
+def _figures(phases: dict[str, Issued]) -> dict[str, dict[str, Any]]:
+    return {phase: {"launches": issued.launches, **vars(issued)} for phase, issued in phases.items()}
+
+
+def _fused(config: Config) -> Config:
+    return replace(config, train=replace(config.train, adamw_backend="fused"))
+
+
 def markdown(document: dict[str, Any]) -> str:
-    """Three tables: launches of every phase, bytes of the blocks, bytes of the update on one rank."""
+    """Three tables: launches of every phase, bytes of the blocks, bytes of both updates on one rank."""
     lines = [
         f"Launches of a training step, {document['images']} images a rank, one of them null; torch {document['torch']},"
         f" DeepSpeed {document['deepspeed']}.",
@@ -153,13 +163,17 @@ def markdown(document: dict[str, Any]) -> str:
             over = (figure["forward"] + figure["backward"]) / figure["minimum"]
             lines += _rows([name, mode, *(f"{value:.1f}" for value in moved), f"{over:.2f}"], head=False)
     minimum = sum(UPDATE_MINIMUM.values())
-    lines += ["", "Moved by an update on one rank, in bytes for each parameter.", ""]
-    lines += _rows(["model", "norm", "update", "averages", "all", "minimum", "over it"])
+    lines += ["", "Launches, and bytes for each parameter that an update moves, on one rank.", ""]
+    head = ["model", "train.adamw_backend", "launches", "norm", "update", "averages", "all", "minimum", "over it"]
+    lines += _rows(head)
     for step in document["steps"]:
         if (step["ranks"], step["mode"]) == (1, "eager"):
-            moved = [step["phases"][phase]["moved"] / step["parameters"] for phase in ("norm", "update", "ema")]
-            cells = [*(f"{value:.1f}" for value in (*moved, sum(moved))), minimum, f"{sum(moved) / minimum:.2f}"]
-            lines += _rows([step["model"], *cells], head=False)
+            for backend, phases in (("torch", step["phases"]), ("fused", step["fused_update"])):
+                figures = [phases[phase] for phase in ("norm", "update", "ema")]
+                moved = [figure["moved"] / step["parameters"] for figure in figures]
+                cells = [*(f"{value:.1f}" for value in (*moved, sum(moved))), minimum, f"{sum(moved) / minimum:.2f}"]
+                launches = sum(figure["launches"] for figure in figures)
+                lines += _rows([step["model"], backend, launches, *cells], head=False)
     return "\n".join(lines) + "\n"
 
 

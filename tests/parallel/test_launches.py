@@ -14,6 +14,7 @@ from megapromoe.benchmark.launches import (
     count_blocks,
     count_model,
     count_step,
+    count_update,
     narrow,
 )
 from megapromoe.benchmark.lowered import LoweringBackend
@@ -64,12 +65,17 @@ def test_the_tables():
     step = {"model": "promoe_s", "ranks": 1, "mode": "eager", "parameters": 10}
     blocks = {"compiled": {"dense": {"forward": 20.0, "backward": 40.04, "minimum": 48.0}}}
     facts = {"images": 8, "torch": "2.13.0", "deepspeed": "0.19.8"}
-    lines = markdown({"steps": [{**step, "phases": dict.fromkeys(PHASES, figures)}], "blocks": blocks, **facts})
+    counted = {
+        "phases": dict.fromkeys(PHASES, figures),
+        "fused_update": dict.fromkeys(PHASES, figures | {"moved": 100}),
+    }
+    lines = markdown({"steps": [{**step, **counted}], "blocks": blocks, **facts})
     rows = [line for line in lines.splitlines() if line.startswith(("| promoe_s", "| dense"))]
     assert rows == [
         f"| promoe_s | 1 | eager | {'1,234 | ' * 8}16 |",
         "| dense | compiled | 20.0 | 40.0 | 48.0 | 1.25 |",
-        "| promoe_s | 18.0 | 18.0 | 18.0 | 54.0 | 36 | 1.50 |",
+        "| promoe_s | torch | 3702 | 18.0 | 18.0 | 18.0 | 54.0 | 36 | 1.50 |",
+        "| promoe_s | fused | 3702 | 10.0 | 10.0 | 10.0 | 30.0 | 36 | 0.83 |",
     ]
 
 
@@ -88,12 +94,32 @@ EAGER = {"promoe_xl": (1099, 9, 1978, 1, 870, 23, 25, 3), "dit_xl": (529, 7, 126
 
 @pytest.mark.full
 def test_launches_and_bytes_of_an_eager_step():
-    """An update moves 1.7 times what it must: DeepSpeed joins, casts and copies, and the averages are a pass apart."""
+    """torch's update moves 1.7 times what it must: DeepSpeed joins, casts, copies; the averages are a pass apart."""
     for name, phases in zip(EAGER, run(1, steps, tuple(EAGER))[0], strict=True):
         assert tuple(issued.launches for issued in phases.values()) == EAGER[name]
         parameters = sum(p.numel() for p in DiT(narrow(name).model).parameters())
         moved = sum(phases[phase].moved for phase in ("norm", "update", "ema")) / parameters
         assert sum(UPDATE_MINIMUM.values()) == 36 and 61.5 < moved < 62.5
+
+
+def fused_update(file: str) -> dict[str, Issued]:
+    config = narrow("promoe_s", "train.global_batch=8", "train.adamw_backend=fused", f"train.deepspeed={file}")
+    return count_update(config, make_mesh(timeout=120))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("file", ["bf16_zero1", "bf16_zero2", "bf16_zero3"])
+def test_a_fused_update_moves_little_more_than_it_must(file):
+    """In two passes: one reads the gradients for their norm, one does all the rest. 1.06 times the minimum."""
+    norm, update, ema = run(1, fused_update, file)[0].values()
+    parameters = sum(p.numel() for p in DiT(narrow("promoe_s").model).parameters())
+    minimum = sum(UPDATE_MINIMUM.values())
+    assert norm.operators["_foreach_norm"] == 1 and 2 < norm.moved / parameters < 2.05
+    # For experts and for the rest a kernel for the scalars, one for the weights, and one for less than 64 of them.
+    assert not update.operators and 4 <= update.fused <= 6
+    assert minimum <= update.moved / parameters < minimum + 0.01
+    assert ema == Issued()
+    assert (norm.moved + update.moved) / parameters < 1.07 * minimum
 
 
 # Forward, loss, backward of the model.
