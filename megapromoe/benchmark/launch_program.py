@@ -91,7 +91,7 @@ def count(models: Sequence[str], ranks: Sequence[int], modes: Sequence[str]) -> 
     """Counts all combinations that exist: dense models are not counted with ep.
 
     Returns JSON: "steps", a list of cases with "model", "ranks", "mode", "parameters" of the model, "phases", those
-    of rank 0 as in `launches.count_step`, and "fused_update", as in `launches.count_update` with
+    of rank 0 as in `launches.count_step`, and on one rank, eager, "fused_update", as in `launches.count_update` with
     `train.adamw_backend=fused`; "blocks", mode -> `launches.count_blocks`; "images" of a rank's micro-batch, and
     versions.
     """
@@ -121,7 +121,9 @@ def _rank(rank: int, world: int, folder: str, models: Sequence[str], modes: Sequ
                 phases = _figures(count_step(config, mesh, mode == "compiled"))
                 parameters = sum(p.numel() for p in DiT(config.model).parameters())
                 case = {"model": name, "ranks": world, "mode": mode, "parameters": parameters}
-                steps.append({**case, "phases": phases, "fused_update": _figures(count_update(_fused(config), mesh))})
+                if (world, mode) == (1, "eager"):
+                    case["fused_update"] = _figures(count_update(_fused(config), mesh))
+                steps.append({**case, "phases": phases})
         if rank == 0:
             (Path(folder) / "steps.json").write_text(json.dumps(steps))
         dist.barrier()

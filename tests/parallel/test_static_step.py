@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from support.backends import BACKENDS
 from support.levels import full
 from support.operator_trace import TracedStep, difference, traced_steps
@@ -117,6 +118,18 @@ def test_a_step_with_a_capacity_factor_is_static(group, what):
     ranks = [rank[what] for rank in compared(*GROUPS[group])]
     check_static(ranks, what)
     check_data_differ(ranks, 2 if "model.top_k=2" in what[1] else 1)
+
+
+def compare_fused() -> Compared:
+    with torch.compiler.set_stance("force_eager"):  # its operators are traced, not its kernel
+        return compare([case(*CAPACITY, "train.adamw_backend=fused")])[0]
+
+
+@pytest.mark.full
+def test_with_a_fused_update_the_host_reads_nothing():
+    """Not even DeepSpeed's overflow flag."""
+    first_difference, a, b = run(1, compare_fused)[0]
+    assert first_difference == "" and a.reads == b.reads == {}
 
 
 DROPLESS = (
