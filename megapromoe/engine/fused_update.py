@@ -100,8 +100,8 @@ def fused_adamw_(
     """
     run = compiled_functions().update if compiled else _update
     count = gradient.shape[0]
-    whole = count - count % WIDTH
-    for start, stop, width in ((0, whole, WIDTH), (whole, count, 1)):
+    aligned = count - count % WIDTH
+    for start, stop, width in ((0, aligned, WIDTH), (aligned, count, 1)):
         if start < stop:
             part = state.shaped(start, stop, width)
             run(part, gradient[start:stop].view(-1, width), tuple(weights), scalars, constants)
