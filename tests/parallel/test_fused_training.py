@@ -84,5 +84,5 @@ def test_each_resumes_from_the_others_checkpoint_at_another_layout(tmp_path, bef
     assert {kind for kind, _ in actual} == set(KINDS)
     for kind in KINDS:
         pairs = [(actual[k, name], tensor) for (k, name), tensor in expected.items() if k == kind]
-        whole = torch.stack([tensor.norm() for _, tensor in pairs]).norm()
-        assert all((ours - theirs).norm() <= LIMIT * (theirs.norm() + 0.1 * whole) for ours, theirs in pairs), kind
+        norm = torch.stack([tensor.norm() for _, tensor in pairs]).norm()
+        assert all((ours - theirs).norm() <= LIMIT * (theirs.norm() + 0.1 * norm) for ours, theirs in pairs), kind

@@ -114,9 +114,9 @@ def test_parts_without_the_compiler_are_the_whole(monkeypatch):
         state, step = new_state()
         apply(state, step, gradients(1)[0])
         results.append(state)
-    whole, parts = results
-    assert torch.equal(whole.master, parts.master) and torch.equal(whole.parameter, parts.parameter)
-    assert all(map(torch.equal, whole.averages, parts.averages))
+    at_once, parts = results
+    assert torch.equal(at_once.master, parts.master) and torch.equal(at_once.parameter, parts.parameter)
+    assert all(map(torch.equal, at_once.averages, parts.averages))
 
 
 def test_the_host_reads_nothing():
