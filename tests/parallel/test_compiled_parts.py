@@ -75,8 +75,7 @@ NINE = ("model.input_size=6",)  # tokens of an image, which two ranks cannot div
 # route, local, finish. With both: route, arrange, hidden, outputs, dense, combine, finish.
 CASES = [
     (2, 8, EP, "grouped"),
-    full(2, 8, (*EP, "model.top_k=2", "model.num_experts=3", "model.num_unconditional_experts=2"), "looped"),
-    full(2, 8, (*EP, "model.capacity_factor=0.75", "model.router=tc", "model.top_k=2"), "looped"),
+    full(2, 8, (*EP, "model.top_k=2", "model.num_experts=3", "model.capacity_factor=0.75"), "looped"),
     full(2, 8, (*EP, "model.router=diffmoe"), "looped"),
     full(2, 6, (*TP, *NINE, "model.top_k=2", "model.score_function=softmax"), "grouped"),
     full(2, 10, (*BOTH, *NINE, "model.router=kmeans"), "looped"),
