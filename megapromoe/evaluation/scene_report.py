@@ -63,7 +63,7 @@ def sheet(record: Mapping[str, Any]) -> np.ndarray:
     pictures = images.read(0, count)
     right = [is_right(p.stated, digits) for p, digits in zip(shown, SceneReader().read(pictures), strict=True)]
     # The prompts are in turn over the tasks: a task has every sixth.
-    order = [turn * len(TASKS) + task for task in range(len(TASKS)) for turn in range(columns)]
+    order = [column * len(TASKS) + task for task in range(len(TASKS)) for column in range(columns)]
     captions = [f"{shown[i].text}: {'right' if right[i] else 'wrong'}" for i in order]
     return np.asarray(caption_sheet([pictures[i] for i in order], captions, columns))
 

@@ -34,7 +34,7 @@ from megapromoe.sampling.prompts import prompt_of
 from megapromoe.work_progress import Progress
 
 OVERALL = "overall"
-HELD_OUT, SEEN = "held-out", "seen"  # what the prompts combine: words as in no scene of training, or as in some
+HELD_OUT, IN_TRAINING = "held-out", "seen"  # what the prompts combine: words as in no scene of training, or as in some
 
 
 def evaluate_scenes(
@@ -75,7 +75,7 @@ def evaluate_scenes(
                 {
                     "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     **metadata,
-                    "prompts": HELD_OUT if held_out else SEEN,
+                    "prompts": HELD_OUT if held_out else IN_TRAINING,
                     "count": len(images),
                     "asked": {"reference": SCENES, "split": evaluation.split, "features": None},
                     "reference": "real scenes",

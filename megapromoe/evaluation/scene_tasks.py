@@ -87,9 +87,9 @@ def prompts_in_turn(count: int, held_out: bool = True) -> list[Prompt]:
     order = {task: permutation(0, f"prompts, {task}", 0, len(some)) for task, some in of_task.items()}
     chosen = []
     for number in range(count):
-        turn, task = divmod(number, len(TASKS))
+        number_of_task, task = divmod(number, len(TASKS))
         some = of_task[TASKS[task]]
-        chosen.append(some[order[TASKS[task]][turn % len(some)]])
+        chosen.append(some[order[TASKS[task]][number_of_task % len(some)]])
     return chosen
 
 

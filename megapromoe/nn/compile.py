@@ -59,8 +59,8 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     for block in model.blocks:
         moe = block.mlp if isinstance(block.mlp, MoE) else None
         if compiles_whole(block):
-            whole = _dense_block(block.forward, run_dense) if moe is None else _moe_block(block.forward, run_moe)
-            replace(block, "forward", whole)
+            forward = block.forward
+            replace(block, "forward", _moe_block(forward, run_moe) if moe else _dense_block(forward, run_dense))
         elif moe is not None and block.recompute == "none":
             replace(block, "forward", parts.block_forward(block))
         else:

@@ -148,7 +148,7 @@ def test_the_same_work_overlaps_equal_parts_as_without_compilation():
         assert (forward, backward) == (sent, BACKWARD)
 
 
-def test_slots_are_computed_as_the_table_says(monkeypatch):
+def test_slots_are_those_of_the_table(monkeypatch):
     """Compiled code computes the slots of experts, eager code reads a table."""
     for ep in range(1, 9):
         for experts in range(ep, 24):

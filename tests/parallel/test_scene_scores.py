@@ -148,8 +148,8 @@ def test_two_ranks_score_the_same_pictures_and_a_repetition_draws_none(folder, t
     assert (record["classes"], record["only"], record["autoencoder"]) == ("balanced", None, None)
     with np.load(record["images"]) as stored:
         assert stored["prompts"].tolist() == [p.text for p in prompts_in_turn(COUNT)]
-    (seen,) = evaluated(request, held_out=False)
-    assert seen["prompts"] == "seen" and seen["images"] != record["images"]
+    (in_training,) = evaluated(request, held_out=False)
+    assert in_training["prompts"] == "seen" and in_training["images"] != record["images"]
 
 
 def test_the_command_prints_a_table_or_json_and_keeps_the_scores(folder, tmp_path, capsys):

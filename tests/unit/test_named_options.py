@@ -52,6 +52,7 @@ def flags() -> set[str]:
     # Programs in `tools/`, and `python -m megapromoe.evaluation.scene_tasks`.
     for program in (gpu_program, launch_program, fuzz_program, scene_tasks):
         known |= set(FLAG.findall(Path(program.__file__).read_text()))
+    known |= set(FLAG.findall((ROOT / "tools" / "train_scenes.py").read_text()))
     known.add("--dry-run")  # of launchers
     return known | {flag for words in OTHERS.values() for flag in words.split()}
 

@@ -231,7 +231,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 
 
 def _length(v: Tensor) -> Tensor:
-    dtype = torch.promote_types(v.dtype, torch.float32)
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(v, dim=-1, keepdim=True, dtype=dtype).clamp_(min=1e-12)
 
 
