@@ -16,7 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch._dynamo  # noqa: F401, by torch with the first optimizer; imported here without garbage collection
+import torch._dynamo  # noqa: F401, by the first step of a torch optimizer; imported here without garbage collection
 import torch.distributed as dist
 from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.utils import groups as deepspeed_groups
