@@ -197,7 +197,7 @@ def make_workspace(folder: str) -> None:
             "train.deepspeed=fp32_zero1",
         ]
         assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
-    for name in ("first", "promoe_l", "promoe_b"):
+    for name in ("promoe_l", "promoe_b"):
         shutil.copytree("runs/digits", f"runs/{name}")
     shutil.copytree("runs/xl", "runs/promoe_xl")
     Path("tiny.yaml").write_text(yaml.safe_dump({"preset": "digits", "settings": TINY, "variants": {"promoe": {}}}))
@@ -207,8 +207,8 @@ def make_workspace(folder: str) -> None:
         "tc": {"settings": {"model.router": "tc"}},
     }
     Path("study.yaml").write_text(yaml.safe_dump({"preset": "digits", "settings": TINY, "variants": variants}))
-    for name in ("study", "digits_study", "fashion"):
-        assert cli.main(["study", "plan", f"studies/{name}", "--recipe", "study.yaml"]) == 0
+    for place in ("studies", "jobs"):
+        assert cli.main(["study", "plan", f"{place}/study", "--recipe", "study.yaml"]) == 0
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     Path("pictures").mkdir()
     for number, image in enumerate(images[::-1]):

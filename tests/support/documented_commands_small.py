@@ -23,6 +23,9 @@ PLACEHOLDERS = {
     r"\bSOURCE\b": "runs/digits",
     r"\bDEST\b": "runs/dest",
     r"-JOBID\b": "",
+    # Folders of one content: commands that differ only in these are run once.
+    r"\bruns/first\b": "runs/digits",
+    r"\bruns/(digits_study|fashion)\b": "runs/study",
 }
 # Numbers that are small in a test. Steps of checkpoints are those of the runs in the folder.
 SMALLER = {
@@ -119,7 +122,8 @@ def _encode(words: list[str], ranks: int) -> Small:
 def _benchmark(words: list[str], ranks: int) -> Small:
     """One small model in two rounds on the CPU; the tables of docs/benchmarks.md are not filled.
 
-    Commands that differ only in their sizes, rounds and folder have the same small form.
+    Commands that differ only in their sizes, rounds and folder have the same small form. What one command has measured,
+    the next ones keep, as they do for users without `--again`.
     """
     for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device"):
         if option in words:
@@ -128,12 +132,15 @@ def _benchmark(words: list[str], ranks: int) -> Small:
                 stop += 1
             words = words[: words.index(option)] + words[stop:]
     quick = ["--sizes", "digits", "--batch", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
-    return Small([*[word for word in words if word != "--again"], *quick, "--out", "runs/benchmark", "--again"])
+    words = [word for word in words if word != "--again"]
+    chosen = "-".join(word for word in words[2:] if word != "--quick")  # a folder has the results of equal settings
+    return Small([*words, *quick, "--out", f"runs/benchmark-{chosen}"])
 
 
 def _study(words: list[str], ranks: int) -> Small:
     action = words[1]
-    words = [word.replace("runs/", "studies/") if i == 2 else word for i, word in enumerate(words)]
+    folder = "jobs/" if "--jobs" in words else "studies/"  # the same study, which either trains whole
+    words = [word.replace("runs/", folder) if i == 2 else word for i, word in enumerate(words)]
     if action == "plan":
         words += ["--recipe", "digits"] if len(words) == 3 else []  # in the place of "..."
         words[2] = words[2].replace("studies/", "new/")
