@@ -1,4 +1,4 @@
-"""Which cases the quick level runs, and which files begin. Cases that only the full level runs have the marker `full`."""
+"""Which cases the quick level runs, those without the marker `full`, and which files of tests begin."""
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
