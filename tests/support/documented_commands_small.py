@@ -23,9 +23,7 @@ PLACEHOLDERS = {
     r"\bSOURCE\b": "runs/digits",
     r"\bDEST\b": "runs/dest",
     r"-JOBID\b": "",
-    # Folders of one content: commands that differ only in these are run once.
-    r"\bruns/first\b": "runs/digits",
-    r"\bruns/(digits_study|fashion)\b": "runs/study",
+    r"\bruns/first\b": "runs/digits",  # of the same content: commands that differ only in these are run once
 }
 # Numbers that are small in a test. Steps of checkpoints are those of the runs in the folder.
 SMALLER = {
@@ -139,14 +137,17 @@ def _benchmark(words: list[str], ranks: int) -> Small:
 
 def _study(words: list[str], ranks: int) -> Small:
     action = words[1]
-    folder = "jobs/" if "--jobs" in words else "studies/"  # the same study, which either trains whole
-    words = [word.replace("runs/", folder) if i == 2 else word for i, word in enumerate(words)]
+    words = [word.replace("runs/", "studies/") if i == 2 else word for i, word in enumerate(words)]
     if action == "plan":
         words += ["--recipe", "digits"] if len(words) == 3 else []  # in the place of "..."
         words[2] = words[2].replace("studies/", "new/")
         if "--measure" in words:  # what is measured is small: of a recipe of its own
             return Small([*["tiny.yaml" if word == "digits" else word for word in words]])
         return Small(words, cheap=True)
+    if action not in ("plan", "submit"):  # studies of the same content: commands that differ only in these are run once
+        words[2] = re.sub("digits_study|fashion", "study", words[2])
+    if action == "run" and "--jobs" in words:  # which trains the whole study too
+        words[2] = words[2].replace("studies/", "jobs/")
     if action == "submit":
         return Small([*words, "--dry-run"], cheap=True)
     if "--evaluate" in words:  # the small study draws nothing
