@@ -1,8 +1,8 @@
 # make env | train | scenes | test | test-all | check | docs | compat | equality | fidelity | layouts | faults | fuzz | format | clean
 PYTHON ?= python3
 BIN := .venv/bin
-# Files go to two processes in the order of tests/conftest.py.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# Files go to the processes in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
 
 .PHONY: env train scenes test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
@@ -26,14 +26,14 @@ scenes: env
 
 # The quick level: every feature, in minutes.
 test: check
-	$(PYTEST) -m "not full"
+	$(PYTEST) -n 2 -m "not full"
 
-# What the quick level leaves out.
+# What the quick level leaves out. These tests wait much, for time limits and for SLURM: three processes keep two cores busy.
 test-rest: env
-	$(PYTEST) -m full
+	$(PYTEST) -n 3 -m full
 
 test-all: check
-	$(PYTEST)
+	$(PYTEST) -n 3
 
 check: env docs
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from megapromoe import __version__
 from megapromoe.commands.command_line import SETTING, checked_output
 from megapromoe.commands.renamed_flags import renamed
 from megapromoe.errors import ExitCode, UserError
+from megapromoe.imports import end_uncollected
 
 if TYPE_CHECKING:
     from megapromoe.distributed.launch_environment import LaunchEnvironment
@@ -79,6 +80,7 @@ def load(name: str) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit code, as `--help` lists them."""
+    end_uncollected()
     try:
         with checked_output():
             options = parse(sys.argv[1:] if argv is None else argv)

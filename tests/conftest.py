@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from support.compatibility import Compatibility
 from support.fault_table import FaultTable, Rows
+from support.levels import LONGEST
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +37,7 @@ TABLES = {
 }
 
 
-# Files of tests are given out in this order: those that take longest, and wait most, first.
+# Files of tests are given out in this order: the longest, then those that wait most.
 FOLDERS = ("cluster", "programs", "parallel", "unit")
 
 
@@ -48,7 +49,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+    def place(item) -> tuple[int, int]:
+        name = item.path.name
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST), FOLDERS.index(item.path.parent.name)
+
+    items.sort(key=place)
 
 
 def pytest_sessionfinish():

@@ -9,6 +9,7 @@ from megapromoe.commands.options import run_option
 from megapromoe.commands.sample import drawing_options, generation_request, num_option
 from megapromoe.config.options import ConfigError
 from megapromoe.evaluation.names import DATA, SCENES
+from megapromoe.imports import uncollected
 
 EPILOG = """\
 Samples images from the run in --run-dir, or reads --images, and compares them with real images. Start it under
@@ -95,7 +96,8 @@ def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    from megapromoe.evaluation import image_metrics, image_metrics_report, scene_scores
+    with uncollected():
+        from megapromoe.evaluation import image_metrics, image_metrics_report, scene_scores
 
     is_scored = _is_scored(options)
     steps, options.step = tuple(options.step or ()), None  # a request has one step; None is the last

@@ -12,6 +12,7 @@ from megapromoe.commands.command_line import (
     whole_number,
 )
 from megapromoe.commands.options import run_option, weights_choice
+from megapromoe.imports import uncollected
 
 EPILOG = """\
 The command runs the model of the run on labelled images of the training data at a few noise levels, and analyses the
@@ -77,8 +78,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, launch: None) -> int:
     from megapromoe.config.options import ConfigError
-    from megapromoe.routing_analysis.observe import RoutingError
-    from megapromoe.routing_analysis.report import Request, layer_table, write_routing_report
+
+    with uncollected():
+        from megapromoe.routing_analysis.observe import RoutingError
+        from megapromoe.routing_analysis.report import Request, layer_table, write_routing_report
 
     out = options.out or options.run / "routing"
     request = Request(

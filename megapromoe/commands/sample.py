@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import run_option, weights_choice
 from megapromoe.config.options import SAMPLING_METHODS, ConfigError
+from megapromoe.imports import uncollected
 
 if TYPE_CHECKING:  # imported by the functions that need them: torch is slow to import
     from megapromoe.distributed.runtime import LaunchEnvironment
@@ -195,7 +196,8 @@ def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
         needed["--guidance with several scales"] = len(options.guidance) > 1
         if wrong := [f"{option}: needs --num-images, a set of images" for option, used in needed.items() if used]:
             raise ConfigError(wrong)
-    from megapromoe.sampling.generation import generate_images
+    with uncollected():
+        from megapromoe.sampling.generation import generate_images
 
     generate_images(request, launch)
     return 0

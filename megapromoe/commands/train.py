@@ -8,6 +8,7 @@ from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_option
 from megapromoe.commands.show import describe
 from megapromoe.config.renamed_options import present_names
 from megapromoe.config.resolve import check_trainable
+from megapromoe.imports import uncollected
 
 EPILOG = f"""\
 Start it as one process, or with torchrun, deepspeed, mpirun or srun, where every rank runs the same command.
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace, launch) -> int:
     from megapromoe.distributed import runtime
 
     runtime.prepare()
-    from megapromoe.training.loop import train
+    with uncollected():
+        from megapromoe.training.loop import train
 
     train(config, options.run, launch, options.step, tuple(options.allow), options.fork)
     return 0

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from megapromoe.config.model_options import ModelConfig
+from megapromoe.data.digits_file import read_digits
 from megapromoe.diffusion import noise
 from megapromoe.errors import UserError
 
@@ -119,21 +120,15 @@ def check_dataset(dataset: Dataset, model: ModelConfig) -> None:
 
 
 class Digits(ArrayDataset):
-    """The 1,797 handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes, values in [-1, 1].
-
-    Source: sklearn.datasets.load_digits (UCI optical recognition of handwritten digits, test part).
-    """
+    """The 1,797 handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes, values in [-1, 1]."""
 
     shape = (1, 8, 8)
     num_classes = 10
     class_names = tuple(str(digit) for digit in range(10))
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # slow to import, and needed for the digits only
-
-        digits = load_digits()
-        self.images = (digits.images[:, None] / 8 - 1).astype(np.float32)
-        self.labels = digits.target.astype(np.int64)
+        images, self.labels = read_digits()
+        self.images = (images[:, None] / 8 - 1).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self.images)

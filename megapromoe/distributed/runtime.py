@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapromoe.distributed.launch_environment import LaunchEnvironment
+from megapromoe.imports import uncollected
 
 if TYPE_CHECKING:  # torch is imported in the functions: a wrong command line is then reported without that delay
     import torch
@@ -38,7 +39,8 @@ def job_environment() -> dict[str, str]:
 
 def prepare() -> None:
     """Sets the environment variables that DeepSpeed reads on import: without a GPU, its CPU accelerator."""
-    import torch
+    with uncollected():
+        import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -6,6 +6,7 @@ if one is missing. The comments give the reason for each use.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import traceback
 import warnings
@@ -15,7 +16,9 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch._dynamo  # noqa: F401, by the first step of a torch optimizer; imported here without garbage collection
 import torch.distributed as dist
+from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.utils import groups as deepspeed_groups
 from packaging.version import Version
 from torch import Tensor, nn
@@ -184,6 +187,7 @@ class DeepSpeedAdapter:
         expected: list[tuple[Any, str, tuple[str, ...]]] = [
             (deepspeed_groups, "deepspeed.utils.groups", _GROUP_TABLES),
             (deepspeed.ops, "deepspeed.ops", ("__compatible_ops__",)),
+            (deepspeed_compiler, "deepspeed.runtime.compiler", ("compile",)),
             (zero, type(zero).__name__, INTERNALS[self._stage]),
             (parameter, "parameters of ZeRO-3", PARAMETER_INTERNALS if self._stage == 3 else ()),
         ]
@@ -385,6 +389,7 @@ def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, 
     DeepSpeed checks them in many places, with assertions and errors of every class. So every error except those of
     memory and communication is reported as a refusal.
     """
+    import_muon()
     try:
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(mesh), dist_init_required=False
@@ -402,6 +407,20 @@ def _start_engine(config: Config, model: DiT, optimizer: torch.optim.Optimizer, 
             " names, or start from a file of ds_configs/"
         ) from error
     return engine
+
+
+def import_muon() -> None:
+    """Imports the module of Muon, an optimizer that is not used, without torch's compiler.
+
+    0.19.8 imports it at every start to ask whether the optimizer is Muon. The module decorates functions with
+    `compiler.compile()`, for which torch imports Inductor: more than a second on each rank.
+    """
+    real = deepspeed_compiler.compile
+    deepspeed_compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        deepspeed_compiler.compile = real
 
 
 def join_job() -> None:

@@ -33,6 +33,7 @@ from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.fused_update import AdamW, State, fused_adamw_, scalars_of
 from megapromoe.engine.protocol import Averages, Partition, Piece, ShardedBackend
 from megapromoe.engine.step_result import StepResult, votes_of
+from megapromoe.imports import uncollected
 from megapromoe.nn.dit import DiT
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
@@ -60,7 +61,8 @@ class Engine:
         Raises ConfigError for an invalid `train.deepspeed`, and EngineError if this machine cannot run it.
         """
         # Imported late: it takes seconds, and other modules need only the types of this one.
-        from megapromoe.engine.deepspeed_adapter import DeepSpeedAdapter
+        with uncollected():
+            from megapromoe.engine.deepspeed_adapter import DeepSpeedAdapter
 
         ds = load_deepspeed(config)
         self.config, self.mesh = config, mesh

@@ -70,8 +70,8 @@ def with_key(content: dict, key: str, value: object) -> None:
     content[name] = value
 
 
-def trained(folder: Path, stage: int, *keys: str, **blocks: dict) -> list[float]:
-    """The losses of two steps with a file that sets the values of `keys`."""
+def trained(folder: Path, stage: int, *keys: str, world: int = 4, **blocks: dict) -> list[float]:
+    """The losses of two steps on `world` ranks with a file that sets the values of `keys`."""
     content: dict = {ZERO: {"stage": stage}, **blocks}
     for key in keys:
         with_key(content, key, VALUES[key][0])
@@ -79,7 +79,7 @@ def trained(folder: Path, stage: int, *keys: str, **blocks: dict) -> list[float]
     out.mkdir()
     path = out / "own.json"
     path.write_text(json.dumps(content).replace("FOLDER", str(out)))
-    return run(4, train, (*LAYOUT, f"train.deepspeed={path}"), str(out), 2)[0].losses
+    return run(world, train, (*LAYOUT, f"train.deepspeed={path}"), str(out), 2)[0].losses
 
 
 def keys_of(stage: int) -> list[str]:
@@ -87,9 +87,9 @@ def keys_of(stage: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Callable[[int], list[float]]:
-    """Losses of a stage with a file that sets the stage alone."""
-    return functools.cache(lambda stage: trained(tmp_path_factory.mktemp("plain"), stage))
+def plain(tmp_path_factory) -> Callable[..., list[float]]:
+    """Losses of a stage on 4 ranks or on `world` with a file that sets the stage alone."""
+    return functools.cache(lambda stage, world=4: trained(tmp_path_factory.mktemp("plain"), stage, world=world))
 
 
 @pytest.mark.full
@@ -103,8 +103,8 @@ def test_all_supported_keys_together_train_as_a_plain_file(stage, plain, tmp_pat
     "stage, key", [(stages[number % len(stages)], key) for number, (key, (_, stages)) in enumerate(VALUES.items())]
 )
 def test_each_supported_key_trains_as_a_plain_file(stage, key, plain, tmp_path):
-    """At one of its stages; at the others it is tried together with all others, above."""
-    assert trained(tmp_path, stage, key) == pytest.approx(plain(stage), rel=1e-6)
+    """At one of its stages on two ranks; at the others and on four it is tried together with all others, above."""
+    assert trained(tmp_path, stage, key, world=2) == pytest.approx(plain(stage, 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("stage, pin", [full(1, True), full(1, False), full(2, True), (2, False)])

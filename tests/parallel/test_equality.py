@@ -4,11 +4,13 @@ Per-step losses and clip norms, all gradients of the first step, parameters and 
 fp32: ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖everything‖ per tensor. Some gradients are zero by mathematics (an attention key's bias)
 and Adam would turn their rounding noise into full steps, so the runs use eps 1e-3, which damps that. The clip norm is
 active in every run. `make equality` writes the table of the largest deviations, 1.0 being the limit. The quick level
-runs every pair of values of two options that the matrix has.
+runs every pair of values of two options that the matrix has, and of an option and a layout; of layouts it tells apart
+whether tensors, experts and parameters (ZeRO-3) are divided.
 """
 
 import math
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -189,9 +191,14 @@ TEXTS = [
     Case(2, tp=2, zero=2, what=(*WITH_FFN, "model.router=dense")),
 ]
 
-QUICK = pairwise(
-    [factors_of(c.overrides(), world=c.world, prepare=c.prepare, grouped=c.grouped) for c in CASES],
-)
+
+def quick_factors(case: Case) -> dict[str, Hashable]:
+    """The options of a case, with layouts that divide the same things taken for one."""
+    divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
+    return factors_of(case.overrides(), prepare=case.prepare, grouped=case.grouped) | divided
+
+
+QUICK = pairwise([quick_factors(case) for case in CASES])
 QUICK += [len(CASES), len(CASES) + len(OPTIONS)]
 CASES += [*OPTIONS, *TEXTS]
 

@@ -98,6 +98,7 @@ def test_help_imports_no_command_and_show_only_its_own():
     modules = imported_by("--help")
     ours = {name for name in modules if name.startswith("megapromoe")}
     assert ours == {"megapromoe", "megapromoe.cli", "megapromoe.errors", "megapromoe.commands"} | {
+        "megapromoe.imports",
         "megapromoe.commands.command_line",
         "megapromoe.commands.renamed_flags",
     }

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from support import processes
+from support.command_ranks import exit_codes, leave_job
 from support.documented_commands import ROOT, documented
 from support.documented_commands_small import TINY as TINY_MODEL
 from support.documented_commands_small import NoRule, Small, small
@@ -197,7 +197,7 @@ def make_workspace(folder: str) -> None:
             "train.deepspeed=fp32_zero1",
         ]
         assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
-    for name in ("first", "promoe_l", "promoe_b"):
+    for name in ("promoe_l", "promoe_b"):
         shutil.copytree("runs/digits", f"runs/{name}")
     shutil.copytree("runs/xl", "runs/promoe_xl")
     Path("tiny.yaml").write_text(yaml.safe_dump({"preset": "digits", "settings": TINY, "variants": {"promoe": {}}}))
@@ -207,8 +207,8 @@ def make_workspace(folder: str) -> None:
         "tc": {"settings": {"model.router": "tc"}},
     }
     Path("study.yaml").write_text(yaml.safe_dump({"preset": "digits", "settings": TINY, "variants": variants}))
-    for name in ("study", "digits_study", "fashion"):
-        assert cli.main(["study", "plan", f"studies/{name}", "--recipe", "study.yaml"]) == 0
+    for place in ("studies", "jobs"):
+        assert cli.main(["study", "plan", f"{place}/study", "--recipe", "study.yaml"]) == 0
     images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
     Path("pictures").mkdir()
     for number, image in enumerate(images[::-1]):
@@ -221,34 +221,11 @@ def make_workspace(folder: str) -> None:
         assert cli.main(["convert", "runs/promoe_l", dest, "--to", "published"]) == 0
 
 
-def leave_job() -> None:
-    """Ends this worker's own torch.distributed job: the command line joins one of its own."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        del os.environ[name]
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 class Network(torch.nn.Module):
     """Stands for a network that looks at images: uint8 (N, 3, H, W) -> (N, 3)."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean(dim=(2, 3))
-
-
-def as_rank(folder: str, port: int, words: list[str]) -> int:
-    """The exit code of a command line as one rank of a launcher's job."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    leave_job()
-    os.chdir(folder)
-    launch = (
-        LaunchEnvironment("torchrun", rank, world, rank, world, "127.0.0.1", port)
-        if world > 1
-        else LaunchEnvironment("python")
-    )
-    launch_environment.detect = lambda: launch
-    return cli.main(words)
 
 
 def distinct(texts: list[str]) -> list[str]:
@@ -274,13 +251,8 @@ def test_every_other_command_runs(text, workspace, monkeypatch):
         monkeypatch.chdir(workspace)
         assert cli.main(words) == 0
         return
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     if words[0] == "study" and words[1] in ("collect", "plot"):
-        assert set(processes.run(1, as_rank, str(workspace), port, ["study", "run", words[2]])) == {0}
+        assert exit_codes(1, workspace, ["study", "run", words[2]]) == [0]
     if words[:2] == ["study", "plot"]:
-        assert set(processes.run(1, as_rank, str(workspace), port, ["study", "collect", words[2], "--draws", "8"])) == {
-            0
-        }
-    assert set(processes.run(form.ranks, as_rank, str(workspace), port, words)) == {0}
+        assert exit_codes(1, workspace, ["study", "collect", words[2], "--draws", "8"]) == [0]
+    assert exit_codes(form.ranks, workspace, words) == [0] * form.ranks

@@ -12,6 +12,13 @@ for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train',
     except SystemExit: pass
 """
 
+START = """
+import sys, tempfile
+from megapromoe import cli
+settings = ["train.steps=1", "model.depth=2", "model.hidden_size=32", "train.deepspeed=fp32_zero1"]
+assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() + "/run", *settings]) == 0
+"""
+
 
 @pytest.mark.parametrize(
     "code, absent",
@@ -21,8 +28,10 @@ for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train',
         (HELP_AND_SHOW, ["torch"]),
         # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
         ("import megapromoe.sampling.generation", ["deepspeed"]),
+        # Each takes a second of every rank: Muon, which DeepSpeed imports, is compiled; the digits are a file.
+        (START, ["torch._inductor.compile_fx", "sklearn"]),
     ],
-    ids=["config and planning", "plan", "help and show", "sampling"],
+    ids=["config and planning", "plan", "help and show", "sampling", "a start"],
 )
 def test_what_is_not_imported(code, absent):
     code += f"\nimport sys; sys.exit(str([name for name in {absent} if name in sys.modules] or '') or 0)"

@@ -1,6 +1,7 @@
 """What kills or stops a job: nothing worse than the steps since the last checkpoint is lost.
 
-Processes are real: `megapromoe train` under torchrun, signals from outside.
+Processes are real where they are killed: `megapromoe train` under torchrun, signals from outside. What is compared
+with them trains in the workers of the tests.
 `parallel/test_faults.py` has damaged files.
 """
 
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.command_ranks import exit_codes
 from support.levels import full
 from support.training_runs import losses
 
@@ -74,11 +76,9 @@ def ranks(request) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(ranks, tmp_path_factory) -> list[float]:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = start(folder, ranks)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output[-3000:]
-    return losses(folder)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert exit_codes(ranks, folder, ["train", "--run-dir", "run", *JOB]) == [0] * ranks
+    return losses(folder / "run")
 
 
 @pytest.mark.full
@@ -131,9 +131,7 @@ def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undistu
             "nothing",
         )
     )
-    job = start(folder, ranks)
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output[-3000:]
+    assert exit_codes(ranks, tmp_path, ["train", "--run-dir", "run", *JOB]) == [0] * ranks
     assert losses(folder) == undisturbed
 
 

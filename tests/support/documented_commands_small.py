@@ -23,6 +23,7 @@ PLACEHOLDERS = {
     r"\bSOURCE\b": "runs/digits",
     r"\bDEST\b": "runs/dest",
     r"-JOBID\b": "",
+    r"\bruns/first\b": "runs/digits",  # of the same content: commands that differ only in these are run once
 }
 # Numbers that are small in a test. Steps of checkpoints are those of the runs in the folder.
 SMALLER = {
@@ -119,7 +120,8 @@ def _encode(words: list[str], ranks: int) -> Small:
 def _benchmark(words: list[str], ranks: int) -> Small:
     """One small model in two rounds on the CPU; the tables of docs/benchmarks.md are not filled.
 
-    Commands that differ only in their sizes, rounds and folder have the same small form.
+    Commands that differ only in their sizes, rounds and folder have the same small form. What one command has measured,
+    the next ones keep, as they do for users without `--again`.
     """
     for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device"):
         if option in words:
@@ -128,7 +130,9 @@ def _benchmark(words: list[str], ranks: int) -> Small:
                 stop += 1
             words = words[: words.index(option)] + words[stop:]
     quick = ["--sizes", "digits", "--batch", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
-    return Small([*[word for word in words if word != "--again"], *quick, "--out", "runs/benchmark", "--again"])
+    words = [word for word in words if word != "--again"]
+    chosen = "-".join(word for word in words[2:] if word != "--quick")  # a folder has the results of equal settings
+    return Small([*words, *quick, "--out", f"runs/benchmark-{chosen}"])
 
 
 def _study(words: list[str], ranks: int) -> Small:
@@ -140,6 +144,10 @@ def _study(words: list[str], ranks: int) -> Small:
         if "--measure" in words:  # what is measured is small: of a recipe of its own
             return Small([*["tiny.yaml" if word == "digits" else word for word in words]])
         return Small(words, cheap=True)
+    if action not in ("plan", "submit"):  # studies of the same content: commands that differ only in these are run once
+        words[2] = re.sub("digits_study|fashion", "study", words[2])
+    if action == "run" and "--jobs" in words:  # which trains the whole study too
+        words[2] = words[2].replace("studies/", "jobs/")
     if action == "submit":
         return Small([*words, "--dry-run"], cheap=True)
     if "--evaluate" in words:  # the small study draws nothing

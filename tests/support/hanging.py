@@ -8,12 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 
-# Imported before the ranks meet: on a busy machine it may take longer than these tests let a start-up last.
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-import megapromoe.engine.deepspeed_adapter
-import megapromoe.training.loop  # noqa: F401
 from megapromoe.cli import main
+from megapromoe.imports import uncollected
+
+# Imported before the ranks meet: on a busy machine it may take longer than these tests let a start-up last.
+with uncollected():
+    import megapromoe.engine.deepspeed_adapter
+    import megapromoe.training.loop  # noqa: F401
+
+    megapromoe.engine.deepspeed_adapter.import_muon()
 
 
 def wait_for_ever(*_, **__) -> None:

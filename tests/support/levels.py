@@ -1,10 +1,16 @@
-"""Which cases the quick level runs. Cases that only the full level runs have the marker `full`."""
+"""Which cases the quick level runs, those without the marker `full`, and which files of tests begin."""
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import pytest
+
+# The files that take longest, waiting and computing by turns: they begin first, side by side.
+LONGEST = (
+    *("test_hangs.py", "test_equality.py", "test_slurm.py", "test_killed_jobs.py", "test_compiled.py"),
+    *("test_stopped_jobs.py", "test_documented_commands.py", "test_planned_memory.py"),
+)
 
 
 def full(*values):

@@ -4,7 +4,7 @@ import gc
 import importlib
 import pkgutil
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, imported by deepspeed.initialize; takes seconds
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401, imported by deepspeed.initialize, and Inductor by it
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 

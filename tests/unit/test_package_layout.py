@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     *(
         "errors",
+        "imports",
         "io",
         "versions",
         "plot_text",

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 from random import Random
 
-from support.levels import pairwise
+from support.levels import LONGEST, pairwise
 
 TESTS = Path(__file__).parents[1]
 
@@ -26,6 +26,10 @@ def test_no_test_imports_another():
     assert len(tests) == len(list(TESTS.rglob("test_*.py"))) > 50, "two files of tests have one name"
     imports = [(file.name, name) for file in sorted(TESTS.rglob("*.py")) for name in imported(file)]
     assert not [(file, name) for file, name in imports if tests & set(name.split("."))]
+
+
+def test_the_longest_files_exist():
+    assert set(LONGEST) <= {file.name for file in TESTS.rglob("test_*.py")}
 
 
 def test_pairwise_has_every_pair_in_fewer_cases():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from megapromoe.data.datasets import ArrayDataset, DatasetError
+from megapromoe.data.digits_file import read_digits
 from megapromoe.data.scenes.combinations import (
     CANVAS,
     COLOUR_NAMES,
@@ -67,14 +68,12 @@ class DigitImages:
     """
 
     def __init__(self, split: str):
-        from sklearn.datasets import load_digits  # slow to import
-
-        digits = load_digits()
-        is_test = np.arange(len(digits.images)) % TEST_EVERY == 0
+        images, labels = read_digits()
+        is_test = np.arange(len(images)) % TEST_EVERY == 0
         chosen = is_test if split == "test" else ~is_test
-        self.images = (digits.images[chosen] / 16).astype(np.float32)
+        self.images = (images[chosen] / 16).astype(np.float32)
         """(N, DIGIT, DIGIT) in [0, 1]"""
-        self.labels = digits.target[chosen].astype(np.int64)
+        self.labels = labels[chosen]
         self.of_digit = [self.images[self.labels == digit] for digit in range(10)]
 
 
