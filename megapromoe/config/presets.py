@@ -123,8 +123,8 @@ PRESETS: dict[str, Preset] = {
             "save_every": 250,
         },
     },
-    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. The recipe
-    # is like that of `fashion`, and was not tuned.
+    # A small text-to-image ProMoE of the embedded scenes, with the features of MiniLM. Not from the paper. Of eight
+    # recipes that two cores train for nine minutes, patches of 4 and this learning rate scored best.
     "scenes": {
         "model": {
             "condition": "text",
@@ -134,7 +134,7 @@ PRESETS: dict[str, Preset] = {
             "hidden_size": 128,
             "depth": 6,
             "heads": 4,
-            "patch_size": 2,
+            "patch_size": 4,
             "input_size": 16,
             "in_channels": 3,
             "num_experts": 4,
@@ -144,9 +144,9 @@ PRESETS: dict[str, Preset] = {
         "data": {"source": UNSET},
         "sample": {"method": "euler", "steps": 30, "guidance": 3.0},
         "train": {
-            "steps": 2000,
+            "steps": 1000,
             "global_batch": 64,
-            "lr": 1e-3,
+            "lr": 4e-3,
             "warmup": 50,
             "schedule": "cosine",
             "max_grad_norm": 1.0,

@@ -61,20 +61,17 @@ def test_scenes_that_are_encoded_are_kept(tool, monkeypatch, tmp_path):
     assert tool.encoding(tool.arguments()) == []
 
 
-@pytest.mark.parametrize(
-    ("step", "right", "code"), [(STEPS, 43, 0), (STEPS, 41, 1), (STEPS - 1, 41, 0), (3 * STEPS, 0, 0)]
-)
-def test_the_required_share_is_for_the_default_length(tool, monkeypatch, tmp_path, capsys, step, right, code):
+@pytest.mark.parametrize(("require", "right", "code"), [("0.7", 42, 0), ("0.7", 41, 1), ("", 0, 0)])
+def test_a_share_can_be_required(tool, monkeypatch, tmp_path, capsys, require, right, code):
     """70 % of 99.5 % of 60 pictures are 41.8."""
-    record = {"step": step, "right": {TASKS[0]: [right, 60]}, "ceiling": {TASKS[0]: [398, 400]}}
+    record = {"step": STEPS, "right": {TASKS[0]: [right, 60]}, "ceiling": {TASKS[0]: [398, 400]}}
     (tmp_path / "report.md").write_text("the page")
     monkeypatch.setattr(tool, "launch", lambda ranks, words: (0, f"a line\n{json.dumps(record)}\n"))
     monkeypatch.setattr("megapromoe.evaluation.scene_report.write_scene_report", lambda *arguments: {})
-    arguments(monkeypatch, "--run-dir", str(tmp_path), "--data", str(tmp_path))
+    required = ["--require", require] if require else []
+    arguments(monkeypatch, "--run-dir", str(tmp_path), "--data", str(tmp_path), *required)
     assert tool.main() == code
-    captured = capsys.readouterr()
-    assert (f"only after the default of {STEPS} steps" in captured.out) == (step != STEPS)
-    assert ("70% are required" in captured.err) == bool(code)
+    assert ("68.7% of the ceiling, less than --require 0.7" in capsys.readouterr().err) == bool(code)
 
 
 def test_the_documented_longer_run_is_a_layout_that_can_run():
@@ -104,7 +101,6 @@ def test_a_small_job_runs_from_scenes_to_scores_and_can_be_repeated(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr[-6000:]
         assert "| overall | | | " in done.stdout
-        assert f"after 2 steps; 70% are required only after the default of {STEPS} steps" in done.stdout
     assert "encoding" not in done.stdout, "it is not repeated"
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["layout"]["tp"] == report["layout"]["ep"] == 2 and report["scores"]["count"] == 12
