@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megapromoe.checkpoint.average import averages_at_start
 from megapromoe.checkpoint.format import (
@@ -49,7 +48,6 @@ from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.engine.protocol import Piece
 from megapromoe.io import staging_path
 
 logger = logging.getLogger(__name__)
@@ -285,7 +283,7 @@ def resume(
             updates = int(checkpoint.manifest["updates"])
             starts = averages_at_start(list(checkpoint.averages.values()), engine.config.train)
             sources = dict(zip(average_kinds(ema.decays), (start.source for start in starts), strict=True))
-            restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates, sources)
+            restore(engine, ema, checkpoint, updates, sources)
             return Resumed(checkpoint, damaged)
         if step is not None:
             raise CheckpointError(damage)
@@ -311,31 +309,25 @@ def _step_folders(root: Path) -> list[Path]:
 def restore(
     engine: Engine,
     ema: EMA,
-    logical: Callable[[str, str], Tensor],
-    buffer: Callable[[str], Tensor],
+    checkpoint: Checkpoint,
     updates: int,
     sources: Mapping[str, str] | None = None,
 ) -> None:
-    """Restores the training state from full tensors. Collective.
+    """Restores the training state of this rank, reading what it needs of each tensor, one after the other. Collective.
 
     Args:
-        logical: (kind, parameter name) -> full tensor.
-        buffer: name -> tensor, for the persistent buffers of the model.
+        engine, ema: their state is overwritten.
+        checkpoint: of the same logical model, saved at any layout.
         updates: number of AdamW steps that the moments contain.
         sources: kind of each average -> the kind that it is restored from, if that is another one.
     """
-    targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
     for piece, tensors in local_pieces(engine, ema):
-        targets.setdefault(piece.name, []).append((piece, tensors))
-    for name, held in targets.items():
         watchdog.touch()
+        target = engine.layouts[piece.name].shard_range(engine.mesh, piece.start, piece.stop)
         for kind in all_kinds(average_kinds(ema.decays)):
-            source = (sources or {}).get(kind, kind)
-            local = engine.layouts[name].local_shard(logical(source, name), engine.mesh).view(-1)
-            for piece, tensors in held:
-                tensors[kind].copy_(local[piece.start : piece.stop])
+            checkpoint.read_range((sources or {}).get(kind, kind), piece.name, target, tensors[kind])
     for name, tensor in engine.module.state_dict().items():
         if name not in engine.layouts:
-            tensor.copy_(buffer(name))
+            tensor.copy_(checkpoint.buffer(name))
     engine.sync_parameters_from_masters()
     engine.set_optimizer_step(updates)
