@@ -23,14 +23,14 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megapromoe.checkpoint.average import Average, kinds_of_averages
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, seal
+from megapromoe.checkpoint.tensor_writer import Entry, write_safetensors
 from megapromoe.checkpoint.weights import kind_of
 from megapromoe.distributed.shard_ranges import Region, ShardRange, copy_range
-from megapromoe.io import atomic_write, sha256_of, sync, write_text
+from megapromoe.io import atomic_write, sha256_of, write_text
 from megapromoe.io import commit as commit_staged
 from megapromoe.work_progress import Progress
 
@@ -216,7 +216,8 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
     """Writes the file of a rank and then its receipt. Returns the problem, or "".
 
     Args:
-        tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
+        tensors: entries ``kind/name@start`` (flat float32) and ``buffer/name``, on any device: each is copied to the
+            host when it is written.
         parts: [name, start, stop, view] of each piece; each kind of tensor has an entry for it.
 
     The receipt contains the size and the hash of the file, or the problem.
@@ -227,16 +228,15 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
     file, problem = folder / f"rank-{rank:05d}.safetensors", ""
     receipt: dict[str, Any] = {"file": file.name, "parts": parts}
     try:
-        save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
-        sync(file)
-        receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
+        ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that all are aligned
+        entries = {name: _entry_of(tensors[name]) for name in ordered}
+        size, digest = write_safetensors(file, entries, {"step": str(step), "rank": str(rank)})
+        receipt |= {"size": size, "sha256": digest}
     except Exception as error:  # any failure of the save must reach rank 0
         problem = f"{file}: {error or type(error).__name__}"
     try:
         with atomic_write(folder / f"rank-{rank:05d}.json") as part:
             part.write(json.dumps(receipt | {"problem": problem}).encode())
-            if file.exists():  # safetensors creates files that only their owner can read
-                os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
         raise CheckpointError(problem or f"{error.filename or folder}: {error.strerror}") from error
     return problem
@@ -275,6 +275,10 @@ def commit(staging: Path, final: Path, world: int, metadata: dict[str, Any], com
         os.rename(final, kept)
         logger.warning("%s: existed before this checkpoint was saved; it was renamed to %s", final, kept.name)
     commit_staged(staging, final)
+
+
+def _entry_of(tensor: Tensor) -> Entry:
+    return Entry(tuple(tensor.shape), tensor.dtype, tensor.cpu)
 
 
 def _free_name(path: Path) -> Path:
