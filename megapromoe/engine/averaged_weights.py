@@ -19,7 +19,7 @@ from megapromoe.config.average_decay import decay_at
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
 
-_SWAPPED = 1 << 24  # elements that are copied at a time when weights and averages change places
+_SWAPPED = 1 << 22  # elements that are copied at a time when weights and averages change places
 
 
 class EMA:

@@ -94,7 +94,7 @@ _ZERO_3 = (  # DeepSpeedZeroOptimizer_Stage3, deepspeed/runtime/zero/stage3.py
 )
 # Attributes of the optimizer wrapper of each ZeRO stage; at stage 0 the wrapper is not touched.
 INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: _ZERO_1_AND_2, 2: _ZERO_1_AND_2, 3: _ZERO_3}
-GATHERED = 1 << 24  # elements that one collective gathers when parameters are set from masters
+GATHERED = 1 << 22  # elements that one collective gathers when parameters are set from masters
 PARAMETER_INTERNALS = ("ds_numel", "ds_process_group", "partition_numel")  # of a parameter at stage 3
 
 
