@@ -1,6 +1,7 @@
 """Initial values of parts of a rank's parameters: the same numbers as those of the whole, drawn in little memory."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from support.trajectory import small
 
 import megapromoe.nn.initial_values as module
 from megapromoe.benchmark.counters import Counter
-from megapromoe.nn.parallelize import build, initial_values
+from megapromoe.config.resolve import resolve
+from megapromoe.nn.dit import DiT
+from megapromoe.nn.parallelize import build, initial_values, layouts
+from megapromoe.planning.cost import memory_per_rank, tensors_on_rank
+
+GIB = 2**30
 
 LAYOUTS = [(1, 1, 1, False), (4, 2, 2, False), (4, 1, 4, False), (8, 2, 4, True)]  # the experts do not divide by 4
 
@@ -58,3 +64,27 @@ def test_drawing_needs_memory_for_one_expert_or_one_tensor():
             # Directions are normalised in a second tensor, with the lengths and their divisor.
             copies = 3 if "prototypes" in name else 1
             assert counter.peak(before) <= copies * one + 64, name
+
+
+def test_the_document_counts_12_b_on_16_ranks():
+    overrides = ("parallel.tp=2", "parallel.ep=4", "train.deepspeed=bf16_zero1")
+    config = resolve(preset="promoe_t2i_12b", overrides=overrides)
+    memory, (replicated, _) = memory_per_rank(config, 16), tensors_on_rank(config.model, config.layout(16))
+    with torch.device("meta"):
+        table = layouts(DiT(config.model)).values()
+    drawn = max(torch.Size(layout.shape[1:] if layout.expert else layout.shape).numel() for layout in table)
+    saved = memory.optimizer + memory.ema
+    rows = {
+        "parameters, bf16": f"{memory.parameters / GIB:.1f}",
+        "masters and moments": f"{memory.optimizer / GIB:.1f}",
+        "averages": f"{memory.ema / GIB:.1f}",
+        "the largest tensor that is drawn": f"{4 * drawn / GIB:.2f}",
+        "parameters that DeepSpeed has twice while it starts, those that are not experts": (
+            f"{2 * sum(replicated) / GIB:.1f}"
+        ),
+        "written at a save, and read at a load: masters, moments, averages": f"{saved / GIB:.1f}",
+        "host memory of a node of 8 for a save in background": f"{8 * saved / GIB:.0f}",
+    }
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    for row, number in rows.items():
+        assert f"| {row} | {number} |" in text
