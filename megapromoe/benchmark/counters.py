@@ -147,6 +147,14 @@ class Counter(TorchDispatchMode):
                 peak = max(peak, current)
         return peak if at is None else current
 
+    def peak(self, since: int) -> int:
+        """The most bytes that were allocated at any time from a point in time on, beyond those allocated at it."""
+        current = most = 0
+        for _, size in self._log[since:]:
+            current += size
+            most = max(most, current)
+        return most
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -169,7 +177,7 @@ class Counter(TorchDispatchMode):
         for t in outputs:
             storage = t.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            if key in old or key in self._numbers or not size:
+            if key in old or key in self._numbers or not size or t.is_meta:
                 continue
             number = self._numbers[key] = self._num_storages
             self._num_storages += 1

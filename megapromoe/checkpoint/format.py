@@ -4,7 +4,7 @@ A checkpoint is a folder ``step-00001000`` with a file ``rank-00000.safetensors`
 The manifest maps each entry of a file to elements of a full (unsharded) parameter, and records the size and the hash of
 each file. A part is a range of a rank's flattened shard of a parameter. So each rank writes its ZeRO partition as it is
 in memory, and all ranks together write each element once. `Checkpoint.logical` assembles the full tensors from the
-parts of any layout.
+parts of any layout; `Checkpoint.read_range` reads what one rank needs of them.
 
 A save writes to a staging folder (``step-00001000.writing``), the manifest last, flushes everything to disk and then
 renames the folder. So a folder with the final name is complete. No pickle is written or read.
@@ -23,13 +23,14 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megapromoe.checkpoint.average import Average, kinds_of_averages
 from megapromoe.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, seal
+from megapromoe.checkpoint.tensor_writer import Entry, write_safetensors
 from megapromoe.checkpoint.weights import kind_of
-from megapromoe.io import atomic_write, sha256_of, sync, write_text
+from megapromoe.distributed.shard_ranges import Region, ShardRange, copy_range
+from megapromoe.io import atomic_write, sha256_of, write_text
 from megapromoe.io import commit as commit_staged
 from megapromoe.work_progress import Progress
 
@@ -87,6 +88,7 @@ class Checkpoint:
         for entry in self.manifest["ranks"]:
             for name, start, stop, view in entry["parts"]:
                 self._parts.setdefault(name, []).append((entry["file"], start, stop, view))
+        self._ranges: dict[str, list[tuple[str, ShardRange]]] = {}  # of the parameter that was read last
         self._open: dict[str, TensorFile] = {}
 
     def kind_of(self, weights: str) -> str:
@@ -134,25 +136,40 @@ class Checkpoint:
 
         Raises CheckpointError if a file is damaged, or if this is a snapshot without that kind.
         """
+        out = torch.zeros(self.shapes[name])
+        self.read_range(kind, name, ShardRange.whole(tuple(out.shape)), out.view(-1))
+        return out
+
+    def read_range(self, kind: str, name: str, target: ShardRange, out: Tensor) -> None:
+        """Reads a range of a shard of a parameter, of any layout, and no other elements; padding becomes zero.
+
+        Nothing of the size of a tensor is allocated: the files are mapped, and their elements are copied into `out`.
+
+        Args:
+            kind: one of `kinds`.
+            name: the parameter.
+            target: which elements.
+            out: flat, contiguous, of any type and device, (target.stop - target.start,).
+
+        Raises what `logical` raises.
+        """
         if "kinds" in self.manifest and kind not in self.kinds:
             raise CheckpointError(
                 f"{self.folder}: is a snapshot of {', '.join(self.kinds)} alone and has no {kind}; use --weights ema,"
                 " or the step of a checkpoint"
             )
-        shape = self.shapes[name]
-        out = torch.zeros(shape)
-        by_view: dict[str, list] = {}
-        for part in self._parts[name]:
-            by_view.setdefault(json.dumps(part[3]), []).append(part)
-        for view, parts in by_view.items():
-            local_shape, pairs = json.loads(view)
-            local = torch.zeros(local_shape)
-            flat = local.view(-1)
-            for file, start, stop, _ in parts:
-                flat[start:stop] = self._entry(file, f"{kind}/{name}@{start}", (stop - start,))
-            for local_region, logical_region in pairs:
-                out[_slices(logical_region)] = local[_slices(local_region)]
-        return out
+        if target.has_padding:
+            out.zero_()
+        for file, source in self._sources(name):
+            if any(source.overlaps(box.region) for box in target.boxes):
+                entry = self._entry(file, f"{kind}/{name}@{source.start}", (source.stop - source.start,))
+                copy_range(target, out, source, entry)
+
+    def _sources(self, name: str) -> list[tuple[str, ShardRange]]:
+        """The parts of a parameter: file, and which elements it has of it."""
+        if name not in self._ranges:
+            self._ranges = {name: [(file, _range(start, stop, view)) for file, start, stop, view in self._parts[name]]}
+        return self._ranges[name]
 
     def buffer(self, name: str) -> Tensor:
         """Reads a persistent buffer of the model. Raises CheckpointError if it is missing."""
@@ -199,7 +216,8 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
     """Writes the file of a rank and then its receipt. Returns the problem, or "".
 
     Args:
-        tensors: entries ``kind/name@start`` (flat float32, in host memory) and ``buffer/name``.
+        tensors: entries ``kind/name@start`` (flat float32) and ``buffer/name``, on any device: each is copied to the
+            host when it is written.
         parts: [name, start, stop, view] of each piece; each kind of tensor has an entry for it.
 
     The receipt contains the size and the hash of the file, or the problem.
@@ -210,16 +228,15 @@ def write_rank(folder: Path, rank: int, tensors: Mapping[str, Tensor], parts: li
     file, problem = folder / f"rank-{rank:05d}.safetensors", ""
     receipt: dict[str, Any] = {"file": file.name, "parts": parts}
     try:
-        save_file(dict(tensors), file, metadata={"step": str(step), "rank": str(rank)})
-        sync(file)
-        receipt |= {"size": file.stat().st_size, "sha256": sha256_of(file)}
+        ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that all are aligned
+        entries = {name: _entry_of(tensors[name]) for name in ordered}
+        size, digest = write_safetensors(file, entries, {"step": str(step), "rank": str(rank)})
+        receipt |= {"size": size, "sha256": digest}
     except Exception as error:  # any failure of the save must reach rank 0
         problem = f"{file}: {error or type(error).__name__}"
     try:
         with atomic_write(folder / f"rank-{rank:05d}.json") as part:
             part.write(json.dumps(receipt | {"problem": problem}).encode())
-            if file.exists():  # safetensors creates files that only their owner can read
-                os.chmod(file, os.fstat(part.fileno()).st_mode)
     except OSError as error:
         raise CheckpointError(problem or f"{error.filename or folder}: {error.strerror}") from error
     return problem
@@ -260,11 +277,21 @@ def commit(staging: Path, final: Path, world: int, metadata: dict[str, Any], com
     commit_staged(staging, final)
 
 
+def _entry_of(tensor: Tensor) -> Entry:
+    return Entry(tuple(tensor.shape), tensor.dtype, tensor.cpu)
+
+
 def _free_name(path: Path) -> Path:
     """`path` if it does not exist, else `path` with the first free number appended."""
     names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
     return next(name for name in names if not name.is_symlink() and not name.exists())
 
 
-def _slices(region: list[list[int]]) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in region)
+def _range(start: int, stop: int, view: list) -> ShardRange:
+    """The elements of a part, from its entry in a manifest."""
+    shape, pairs = view
+    return ShardRange(tuple(shape), tuple((_region(local), _region(logical)) for local, logical in pairs), start, stop)
+
+
+def _region(spans: list[list[int]]) -> Region:
+    return tuple((start, stop) for start, stop in spans)

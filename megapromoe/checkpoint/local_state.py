@@ -17,7 +17,7 @@ from megapromoe.engine.protocol import Piece
 
 @dataclass
 class LocalState:
-    """A copy in host memory of the state that one rank saves.
+    """The state that one rank saves, or a copy of it in host memory.
 
     Attributes:
         tensors: entries of the rank's file, see `format.write_rank`.
@@ -39,27 +39,34 @@ class LocalState:
 
 
 def copy_to_host(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers: dict[str, Tensor]) -> LocalState:
-    """Copies the state that this rank saves to host memory, as float32.
+    """Copies the state that this rank saves to host memory, as float32. Arguments as those of `view_state`."""
+    state = view_state(engine, items, buffers)
+    for name, tensor in state.tensors.items():
+        state.tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return state
+
+
+def view_state(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffers: dict[str, Tensor]) -> LocalState:
+    """The state that this rank saves, as float32, without a copy of it: it must not change before it is written.
 
     Args:
-        items: (kind, piece, flat tensor), see `local_tensors`. Of the ranks that hold a piece, the first copies it.
-        buffers: persistent buffers of the model; rank 0 copies them.
+        items: (kind, piece, flat tensor), see `local_tensors`. Of the ranks that hold a piece, the first has it.
+        buffers: persistent buffers of the model; rank 0 has them.
     """
     state, listed_pieces = LocalState(), set()
     for kind, piece, tensor in items:
         if engine.is_writer(piece.name):
-            copy = torch.empty(tensor.shape, dtype=torch.float32).copy_(tensor.detach())
-            state.tensors[f"{kind}/{piece.name}@{piece.start}"] = copy
+            state.tensors[f"{kind}/{piece.name}@{piece.start}"] = tensor.detach().float()
             if piece not in listed_pieces:
                 listed_pieces.add(piece)
                 state.parts.append([piece.name, piece.start, piece.stop, _view(engine, piece.name)])
     if this_rank() == 0:
-        state.tensors |= {f"buffer/{name}": b.detach().cpu().clone() for name, b in buffers.items()}
+        state.tensors |= {f"buffer/{name}": buffer.detach() for name, buffer in buffers.items()}
     return state
 
 
 def local_tensors(engine: Engine, ema: EMA, kinds: tuple[str, ...]) -> Iterator[tuple[str, Piece, Tensor]]:
-    """Yields (kind, piece, flat tensor) for all pieces on this rank and these kinds, for `copy_to_host`."""
+    """Yields (kind, piece, flat tensor) for all pieces on this rank and these kinds, for `view_state`."""
     for piece, tensors in local_pieces(engine, ema):
         for kind in kinds:
             yield kind, piece, tensors[kind]

@@ -1,7 +1,8 @@
 """Saves and restores the training state: from the engine's partitions to the checkpoint format and back.
 
-A save blocks training only while the state is copied to host memory; a background thread writes the files. Ranks do
-not communicate while they write: each rank writes a receipt beside its file, and rank 0 commits the checkpoint when all
+A save blocks training only while the state is copied to host memory; a background thread writes the files. With
+`train.save_in_background=false` there is no copy, and training waits until the files are written. Ranks do not
+communicate while they write: each rank writes a receipt beside its file, and rank 0 commits the checkpoint when all
 receipts exist. If the run is killed meanwhile, a folder ``*.writing`` remains. It is not a checkpoint, and the next
 save removes it. A snapshot of the averaged weights (`snapshots.py`) is saved in the same way, from the same copy if a
 checkpoint is due at the same step.
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megapromoe.checkpoint.average import averages_at_start
 from megapromoe.checkpoint.format import (
@@ -32,7 +32,7 @@ from megapromoe.checkpoint.format import (
     commit,
     write_rank,
 )
-from megapromoe.checkpoint.local_state import LocalState, copy_to_host, local_pieces, local_tensors
+from megapromoe.checkpoint.local_state import LocalState, copy_to_host, local_pieces, local_tensors, view_state
 from megapromoe.checkpoint.manifest import FOLDER
 from megapromoe.checkpoint.origin import OtherRun
 from megapromoe.checkpoint.retention import prune, remove_leftovers
@@ -49,7 +49,6 @@ from megapromoe.distributed import watchdog
 from megapromoe.distributed.agreement import all_gather_values, broadcast_from_rank0, this_rank, world_size
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
-from megapromoe.engine.protocol import Piece
 from megapromoe.io import staging_path
 
 logger = logging.getLogger(__name__)
@@ -92,15 +91,17 @@ class CheckpointManager:
         """Args: `commit_timeout`: seconds that rank 0 waits for the files of the other ranks; then the save fails."""
         t = engine.config.train
         self.root, self.engine, self.ema, self.commit_timeout = root, engine, ema, commit_timeout
-        self.limit = t.max_failed_saves
+        self.limit, self.in_background = t.max_failed_saves, t.save_in_background
         self.failures = 0
         self.save_metrics: dict[str, float] = {}
         self._thread: threading.Thread | None = None
-        self._step = 0  # step of the running save
+        self._step: int | None = None  # step of the running save, or of one whose result is not shared yet
         self._problem = ""
 
     def save(self, metadata: dict[str, Any], checkpoint: bool = True, snapshot: bool = False) -> None:
         """Starts to save step `metadata["step"]`, after the previous save has finished. Collective.
+
+        With `train.save_in_background=false` it returns when the save has finished.
 
         Args:
             metadata: entries of the manifest: step, updates, config, ... The step is also the position in the data. The
@@ -122,7 +123,8 @@ class CheckpointManager:
         if snapshot:
             folder = snapshot_of(snapshots_beside(self.root), metadata["step"])
             destinations.append(Destination(folder, averages, snapshot=True))
-        state = copy_to_host(engine, local_tensors(engine, self.ema, kinds), buffers)
+        hold = copy_to_host if self.in_background else view_state
+        state = hold(engine, local_tensors(engine, self.ema, kinds), buffers)
         size = sum(state.select_kinds(destination.kinds).bytes for destination in destinations)
         total = self._agree_to_start(destinations, size, metadata)
         if total is None:
@@ -131,8 +133,13 @@ class CheckpointManager:
         metadata = {**metadata, "shapes": shapes, "buffers": sorted(buffers)}
         self._step = metadata["step"]
         self.save_metrics = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
-        self._problem = "its thread ended early"  # the thread replaces this when it ends
+        self._problem = "its thread ended early"  # `_write` replaces this when it ends
         arguments = (destinations, state, metadata)
+        if not self.in_background:
+            self._write(*arguments)
+            self.save_metrics["save_stall_ms"] = 1000 * (time.perf_counter() - start)
+            self.finish()
+            return
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint writer", daemon=True)
         self._thread.start()
 
@@ -144,11 +151,12 @@ class CheckpointManager:
 
         Raises CheckpointError as `save` does, and with `last` also if the latest save failed.
         """
-        if self._thread is not None:
-            step = self._step
+        if self._step is not None:
+            step, self._step = self._step, None
             watchdog.at(f"writing this rank's file of the checkpoint of step {step}", math.inf)
-            self._thread.join()
-            self._thread = None
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
             watchdog.at(f"waiting for the other ranks' files of the checkpoint of step {step}", math.inf)
             problem, self.save_metrics = broadcast_from_rank0((self._problem, self.save_metrics))
             self._count(problem)
@@ -197,7 +205,7 @@ class CheckpointManager:
             )
 
     def _write(self, destinations: list[Destination], state: LocalState, metadata: dict[str, Any]) -> None:
-        """The thread: writes all destinations, also after a failure of one."""
+        """Writes all destinations, also after a failure of one."""
         start = time.perf_counter()
         problems = [self._write_to(destination, state, metadata) for destination in destinations]
         self.save_metrics["save_seconds"] = time.perf_counter() - start
@@ -285,7 +293,7 @@ def resume(
             updates = int(checkpoint.manifest["updates"])
             starts = averages_at_start(list(checkpoint.averages.values()), engine.config.train)
             sources = dict(zip(average_kinds(ema.decays), (start.source for start in starts), strict=True))
-            restore(engine, ema, checkpoint.logical, checkpoint.buffer, updates, sources)
+            restore(engine, ema, checkpoint, updates, sources)
             return Resumed(checkpoint, damaged)
         if step is not None:
             raise CheckpointError(damage)
@@ -311,31 +319,25 @@ def _step_folders(root: Path) -> list[Path]:
 def restore(
     engine: Engine,
     ema: EMA,
-    logical: Callable[[str, str], Tensor],
-    buffer: Callable[[str], Tensor],
+    checkpoint: Checkpoint,
     updates: int,
     sources: Mapping[str, str] | None = None,
 ) -> None:
-    """Restores the training state from full tensors. Collective.
+    """Restores the training state of this rank, reading what it needs of each tensor, one after the other. Collective.
 
     Args:
-        logical: (kind, parameter name) -> full tensor.
-        buffer: name -> tensor, for the persistent buffers of the model.
+        engine, ema: their state is overwritten.
+        checkpoint: of the same logical model, saved at any layout.
         updates: number of AdamW steps that the moments contain.
         sources: kind of each average -> the kind that it is restored from, if that is another one.
     """
-    targets: dict[str, list[tuple[Piece, dict[str, Tensor]]]] = {}
     for piece, tensors in local_pieces(engine, ema):
-        targets.setdefault(piece.name, []).append((piece, tensors))
-    for name, held in targets.items():
         watchdog.touch()
+        target = engine.layouts[piece.name].shard_range(engine.mesh, piece.start, piece.stop)
         for kind in all_kinds(average_kinds(ema.decays)):
-            source = (sources or {}).get(kind, kind)
-            local = engine.layouts[name].local_shard(logical(source, name), engine.mesh).view(-1)
-            for piece, tensors in held:
-                tensors[kind].copy_(local[piece.start : piece.stop])
+            checkpoint.read_range((sources or {}).get(kind, kind), piece.name, target, tensors[kind])
     for name, tensor in engine.module.state_dict().items():
         if name not in engine.layouts:
-            tensor.copy_(buffer(name))
+            tensor.copy_(checkpoint.buffer(name))
     engine.sync_parameters_from_masters()
     engine.set_optimizer_step(updates)

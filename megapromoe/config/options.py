@@ -215,6 +215,10 @@ class TrainConfig:
     keep_every: int = option(
         0, "also keep each checkpoint whose step is a multiple of this number of steps; 0: none", within=ZERO_UP
     )
+    save_in_background: bool = option(
+        True,
+        "train while a checkpoint is written, from a copy in host memory; false: without a copy, training waits",
+    )
     max_failed_saves: int = option(3, "number of failed saves in a row that ends the run", within=ONE_UP)
     sample_every: int = option(0, "number of steps between pictures of samples; 0: none", within=ZERO_UP)
     max_bad_steps: int = option(3, "number of skipped updates in a row that ends the run", within=ONE_UP)

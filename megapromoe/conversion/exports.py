@@ -23,6 +23,7 @@ from megapromoe.checkpoint.format import all_kinds
 from megapromoe.checkpoint.manifest import MANIFEST, seal
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
+from megapromoe.checkpoint.tensor_writer import Entry, Progress, entry_of, write_safetensors
 from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import to_dict
@@ -33,14 +34,7 @@ from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE
 from megapromoe.conversion.state import State, check_published, checked, with_masters, with_one_average
-from megapromoe.conversion.stream import (
-    ConversionError,
-    Entry,
-    Progress,
-    entry_of,
-    write_pickle,
-    write_safetensors,
-)
+from megapromoe.conversion.stream import ConversionError, write_pickle
 from megapromoe.io import atomic_tree, sync, write_text
 from megapromoe.versions import versions
 

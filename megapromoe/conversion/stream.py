@@ -1,12 +1,11 @@
-"""Reads and writes safetensors and torch.save files tensor by tensor.
+"""Reads safetensors and torch.save files tensor by tensor, and writes the latter.
 
-At most one tensor is in memory: bytes are read with file reads and not through a memory map, and the header, which
-precedes the tensors, is computed from shapes. torch.save files are opened with `weights_only=True` only.
+At most one tensor is in memory: bytes are read with file reads and not through a memory map. torch.save files are
+opened with `weights_only=True` only. `checkpoint/tensor_writer.py` writes safetensors.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -14,7 +13,6 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.tensor_writer import SAFE_TYPES, Entry, Progress, bytes_of
 from megapromoe.errors import UserError
 from megapromoe.io import sync
 
-Progress = Callable[[int], Any]
-
-# Source: the safetensors format, "dtype" of its header.
-_SAFE_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_SAFE_NAMES = {dtype: name for name, dtype in _SAFE_TYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _ALIGNMENT = 64  # bytes, of a tensor in a torch.save file
 
@@ -100,31 +83,6 @@ class Stored:
                 done += count
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written.
-
-    Attributes:
-        shape, dtype: of the tensor.
-        read: returns the tensor; called when it is written.
-        order: sort key for `write_pickle`, so that tensors from the same source are written one after the other.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    order: tuple = ()
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def entry_of(tensor: Tensor) -> Entry:
-    """An entry for a tensor in memory."""
-    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
 # ---- safetensors
 
 
@@ -181,34 +139,10 @@ def _parse_entry(path: Path, start: int, entry: Any) -> Stored:
             f"shape {entry['shape']} and data_offsets {entry['data_offsets']} must be whole numbers, 0 or more"
         )
     begin, end = entry["data_offsets"]
-    stored = Stored(path, start + begin, tuple(entry["shape"]), _SAFE_TYPES[entry["dtype"]])
+    stored = Stored(path, start + begin, tuple(entry["shape"]), SAFE_TYPES[entry["dtype"]])
     if end - begin != stored.nbytes:
         raise ValueError(f"data_offsets {entry['data_offsets']} do not hold a tensor of shape {entry['shape']}")
     return stored
-
-
-def write_safetensors(
-    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], progress: Progress | None = None
-) -> tuple[int, str]:
-    """Writes a safetensors file tensor by tensor, in the order of `entries`; returns its size and SHA-256."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, entry in entries.items():
-        begin, end = end, end + entry.nbytes
-        header[name] = {"dtype": _SAFE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in (struct.pack("<Q", len(text)), text):
-            file.write(block)
-            digest.update(block)
-        for name, entry in entries.items():
-            _pass_to(_bytes_of(name, entry), file.write, digest.update)
-            if progress:
-                progress(entry.nbytes)
-    sync(path)
-    return 8 + len(text) + end, digest.hexdigest()
 
 
 # ---- torch.save
@@ -229,7 +163,7 @@ def write_pickle(path: Path, tree: Any, progress: Progress | None = None) -> Non
         archive.writestr("archive/version", "3\n")
         for number, entry in records:
             with archive.open(_aligned(archive, f"archive/data/{number}"), "w", force_zip64=True) as record:
-                record.write(_bytes_of(f"tensor {number}", entry))
+                record.write(bytes_of(f"tensor {number}", entry))
             if progress:
                 progress(entry.nbytes)
     sync(path)
@@ -270,19 +204,3 @@ def _aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     padding = -(archive.fp.tell() + fixed) % _ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"\0" * padding
     return info
-
-
-def _pass_to(block: memoryview, *functions: Callable[[memoryview], Any]) -> None:
-    """Calls the functions with a tensor's bytes; a separate function, so that the bytes are freed on return."""
-    for function in functions:
-        function(block)
-
-
-def _bytes_of(name: str, entry: Entry) -> memoryview:
-    tensor = entry.read()
-    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
-        raise ConversionError(
-            f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, expected {entry.dtype} {entry.shape}; the source changed"
-            " while it was read, repeat the command"
-        )
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

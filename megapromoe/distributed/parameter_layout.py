@@ -18,12 +18,14 @@ of them. Gradients of replicated parameters are complete and equal on the ranks 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from megapromoe.distributed.mesh import Group, Mesh
+from megapromoe.distributed.shard_ranges import Region, ShardRange
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,14 @@ class ParameterLayout:
             out[local_slice] = logical[logical_slice]
         return out
 
+    def shard_range(self, mesh: Mesh, start: int = 0, stop: int | None = None) -> ShardRange:
+        """Elements [start, stop) of this rank's flattened tensor; by default all of them."""
+        shape = self.local_shape(mesh)
+        pairs = tuple(
+            (_region(local_slices), _region(logical_slices)) for local_slices, logical_slices in self.shard_slices(mesh)
+        )
+        return ShardRange(shape, pairs, start, math.prod(shape) if stop is None else stop)
+
     def replica_count(self, mesh: Mesh) -> int:
         """How many ranks have the same complete gradient element after the reduction over dp or edp."""
         if self.expert:
@@ -156,3 +166,7 @@ class ParameterLayout:
     def _split_over(self, mesh: Mesh) -> Split | None:
         """`split` if the tp group of `mesh` splits the tensor, else None."""
         return self.split if mesh.tp.size > 1 and (mesh.expert_tp or not self.expert) else None
+
+
+def _region(slices: tuple[slice, ...]) -> Region:
+    return tuple((part.start, part.stop) for part in slices)

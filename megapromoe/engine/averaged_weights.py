@@ -19,6 +19,8 @@ from megapromoe.config.average_decay import decay_at
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.step_result import StepResult
 
+_SWAPPED = 1 << 22  # elements that are copied at a time when weights and averages change places
+
 
 class EMA:
     """ema ← decay·ema + (1 - decay)·weights after every step, for each of several decays.
@@ -115,7 +117,8 @@ class EMA:
     @torch.no_grad()
     def _swap(self, index: int) -> None:
         for partition, average in zip(self.engine.partitions, self.averages[index], strict=True):
-            weights = partition.master.detach().clone()
-            partition.master.copy_(average)
-            average.copy_(weights)
+            for master, part in zip(partition.master.split(_SWAPPED), average.split(_SWAPPED), strict=True):
+                weights = master.clone()
+                master.copy_(part)
+                part.copy_(weights)
         self.engine.sync_parameters_from_masters()

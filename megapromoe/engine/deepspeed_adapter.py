@@ -94,6 +94,7 @@ _ZERO_3 = (  # DeepSpeedZeroOptimizer_Stage3, deepspeed/runtime/zero/stage3.py
 )
 # Attributes of the optimizer wrapper of each ZeRO stage; at stage 0 the wrapper is not touched.
 INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: _ZERO_1_AND_2, 2: _ZERO_1_AND_2, 3: _ZERO_3}
+GATHERED = 1 << 22  # elements that one collective gathers when parameters are set from masters
 PARAMETER_INTERNALS = ("ds_numel", "ds_process_group", "partition_numel")  # of a parameter at stage 3
 
 
@@ -241,7 +242,10 @@ class DeepSpeedAdapter:
         if self._stage == 0:
             return
         if self._stage == 3:
-            # As `step` of 0.19.8 does after the optimizer. Small parameters are kept gathered, so gather them again.
+            # As `step` of 0.19.8 does around the optimizer. Small parameters are kept gathered, and `all_gather` leaves
+            # out those that are gathered already.
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
             if zero.persistent_parameters:
@@ -253,7 +257,10 @@ class DeepSpeedAdapter:
             shards = zero.parallel_partitioned_bit16_groups[number]
             shard = shards[dist.get_rank(group)]
             shard.copy_(partition.master)
-            dist.all_gather(list(shards), shard.clone(), group=group)
+            size = max(GATHERED // len(shards), 1)
+            for start in range(0, shard.numel(), size):  # gloo and NCCL keep a copy of what one call gathers
+                part = slice(start, start + size)
+                dist.all_gather([other[part] for other in shards], shard[part].clone(), group=group)
 
     def close(self) -> None:
         self._engine.destroy()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.options import Config
+from megapromoe.distributed import watchdog
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.fused_update import AdamW, State, fused_adamw_, scalars_of
@@ -35,6 +36,14 @@ from megapromoe.engine.protocol import Averages, Partition, Piece, ShardedBacken
 from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.imports import uncollected
 from megapromoe.nn.dit import DiT
+from megapromoe.nn.initial_values import InitialValues
+from megapromoe.nn.parallelize import build, initial_values
+
+
+def trained_type(config: Config) -> torch.dtype:
+    """The type of the parameters while they are trained. Raises ConfigError for an invalid `train.deepspeed`."""
+    return torch.bfloat16 if load_deepspeed(config).get("bf16", {}).get("enabled", False) else torch.float32
+
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 """(prediction, auxiliary output) -> (scalar to differentiate, what `Engine.micro_step` returns)."""
@@ -50,13 +59,15 @@ class Engine:
         fused_averages: the averages that `step` updates in its pass over the weights; None without a fused update.
     """
 
-    def __init__(self, model: DiT, config: Config, mesh: Mesh):
+    def __init__(self, model: DiT, config: Config, mesh: Mesh, values: InitialValues | None = None):
         """Wraps a model. Collective.
 
         Args:
-            model: float32, this rank's part, with `model.layouts`.
+            model: this rank's part, with `model.layouts`: float32, or with `values` of the type to train in.
             config: of the run.
             mesh: of the run.
+            values: initial values, written to the masters; the parameters of the model then need none. None: the
+                values of the model, of which bf16 training keeps a float32 copy on the host meanwhile.
 
         Raises ConfigError for an invalid `train.deepspeed`, and EngineError if this machine cannot run it.
         """
@@ -72,8 +83,8 @@ class Engine:
         self.clips_on_device = self.stage > 0 and config.train.adamw_backend in ("torch", "fused") and not offloads
         self.fused_averages: list[Averages] | None = [] if config.train.adamw_backend == "fused" else None
         backend_clips = self.stage > 0 and not self.clips_on_device
-        bf16 = ds.get("bf16", {}).get("enabled", False)
-        exact = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if bf16 else {}
+        rounds = trained_type(config) != torch.float32 and values is None
+        exact = {name: p.detach().cpu().clone() for name, p in model.named_parameters()} if rounds else {}
         buffers = dict(model.named_buffers())
 
         clip = config.train.max_grad_norm if backend_clips else 0.0
@@ -86,8 +97,20 @@ class Engine:
         self._replica_weights = torch.tensor(weights, dtype=torch.float64, device=self._backend.device)
         for name, value in exact.items():
             self._write_masters(name, value)
-        if exact:
+        if values is not None:
+            self._write_initial_values(values)
+        if exact or values is not None:
             self.sync_parameters_from_masters()
+
+    @classmethod
+    def new(cls, config: Config, mesh: Mesh, device: torch.device | str) -> Engine:
+        """The engine of a model with initial values from `train.seed`. Collective; raises what the constructor raises.
+
+        A rank draws only what its masters keep, one tensor or expert at a time. It never has a float32 copy of its
+        part of the model, unless that is what is trained.
+        """
+        model = build(config, mesh, device, undrawn=trained_type(config))
+        return cls(model, config, mesh, initial_values(config, mesh))
 
     @property
     def module(self) -> DiT:
@@ -283,6 +306,15 @@ class Engine:
                 if piece.name == name:
                     target = partition.master[piece.offset : piece.offset + piece.stop - piece.start]
                     target.copy_(value.view(-1)[piece.start : piece.stop])
+
+    @torch.no_grad()
+    def _write_initial_values(self, values: InitialValues) -> None:
+        for partition in self.partitions:
+            for piece in partition.pieces:
+                watchdog.touch()
+                values.write(
+                    piece.name, partition.master[piece.offset : piece.offset + piece.stop - piece.start], piece.start
+                )
 
     def _counts_steps_by_group(self) -> bool:
         """Whether the optimizer has its step count in the parameter group, as those of apex and DeepSpeed."""

@@ -8,12 +8,11 @@ dispatchers. Initial values depend only on (seed, name, expert), so the logical 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh, make_mesh
@@ -21,7 +20,8 @@ from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.nn.block import Block
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.logical_module import LogicalModule, initial_value
+from megapromoe.nn.initial_values import InitialValues
+from megapromoe.nn.logical_module import LogicalModule
 from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.sharding import Sharding
 
@@ -44,25 +44,35 @@ def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
     return table
 
 
-def build(config: Config, mesh: Mesh | None = None, device: torch.device | str = "cpu") -> DiT:
+def build(
+    config: Config,
+    mesh: Mesh | None = None,
+    device: torch.device | str = "cpu",
+    undrawn: torch.dtype | None = None,
+) -> DiT:
     """Returns this rank's model in float32, with initial values from `train.seed` and `model.layouts` (see `layouts`).
 
-    Without a mesh, in a process without a torch.distributed job, it is the whole model. Raises ValueError if tp does
-    not divide a dimension that it splits.
+    Without a mesh, in a process without a torch.distributed job, it is the whole model.
+
+    Args:
+        undrawn: the parameters are zeros of this type, for a caller that writes `initial_values` elsewhere.
+
+    Raises ValueError if tp does not divide a dimension that it splits.
     """
     mesh = mesh or make_mesh()
     with torch.device("meta"):
         model = DiT(config.model)
     model.layouts = layouts(model)
+    values = InitialValues(model, model.layouts, mesh, config.train.seed)
+    buffers = {name: values.buffer(name) for name, _ in model.named_buffers()}
     for name, layout in model.layouts.items():
         module, attribute = _owner(model, name)
-        parameter = nn.Parameter(torch.empty(layout.local_shape(mesh), device=device))
-        with torch.no_grad():
-            _write_initial_value(parameter, module, attribute, layout, mesh, config.train.seed)
-        module.register_parameter(attribute, parameter)
-    for name, buffer in list(model.named_buffers()):
+        local = torch.zeros(layout.local_shape(mesh), dtype=undrawn, device=device)
+        if undrawn is None:
+            values.write(name, local.view(-1))
+        module.register_parameter(attribute, nn.Parameter(local))
+    for name, value in buffers.items():
         module, attribute = _owner(model, name)
-        value = initial_value(module, attribute, buffer.shape, buffer.dtype, _generator(config.train.seed, name))
         persistent = attribute not in module._non_persistent_buffers_set
         module.register_buffer(attribute, value.to(device), persistent=persistent)
     apply_parallelism(model, mesh)
@@ -74,6 +84,13 @@ def build(config: Config, mesh: Mesh | None = None, device: torch.device | str =
     if config.train.compile:
         compile_model(model)
     return model
+
+
+def initial_values(config: Config, mesh: Mesh) -> InitialValues:
+    """The initial values that `build` gives the parameters of this rank."""
+    with torch.device("meta"):
+        model = DiT(config.model)
+    return InitialValues(model, layouts(model), mesh, config.train.seed)
 
 
 @torch.no_grad()
@@ -130,28 +147,6 @@ def _compare_with_plan(model: DiT) -> None:
             " FLOPs and utilisation that are shown are wrong by that",
             *(model.config.router, built, planned),
         )
-
-
-def _write_initial_value(
-    parameter: Tensor, module: nn.Module, attribute: str, layout: ParameterLayout, mesh: Mesh, seed: int
-) -> None:
-    """Writes this rank's slice of the logical initial value into the parameter; spare expert slots get zeros."""
-    if not layout.expert:
-        generator = _generator(seed, layout.name)
-        value = initial_value(module, attribute, torch.Size(layout.shape), parameter.dtype, generator)
-        parameter.copy_(layout.local_shard(value, mesh))
-        return
-    parameter.zero_()
-    expert_layout = ParameterLayout(layout.name, (1, *layout.shape[1:]), layout.split, expert=False)
-    for slot, expert in enumerate(layout.placement(mesh).owned(mesh.ep.rank)):
-        generator = _generator(seed, layout.name, expert)
-        value = initial_value(module, attribute, torch.Size(layout.shape[1:]), parameter.dtype, generator)[None]
-        parameter[slot] = (expert_layout.local_shard(value, mesh) if mesh.expert_tp else value)[0]
-
-
-def _generator(seed: int, *key: str | int) -> torch.Generator:
-    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

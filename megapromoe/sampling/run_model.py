@@ -221,7 +221,7 @@ def _load(
 ) -> tuple[DiT, Config, int]:
     checkpoint = find_checkpoint(run, step, weights)
     checkpoint.verify(mesh.rank, mesh.world_size)
-    model = build(config, mesh, device)
+    model = build(config, mesh, device, undrawn=torch.float32)
     check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
     _check_config(run, checkpoint, config)
     kind = checkpoint.kind_of(weights)
@@ -229,7 +229,7 @@ def _load(
         _report_average(run, step, weights, checkpoint.averages[kind])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(model.layouts[name].local_shard(checkpoint.logical(kind, name), mesh))
+            checkpoint.read_range(kind, name, model.layouts[name].shard_range(mesh), parameter.view(-1))
         for name, tensor in model.state_dict().items():
             if name not in model.layouts:
                 tensor.copy_(checkpoint.buffer(name))

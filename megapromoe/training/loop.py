@@ -42,7 +42,6 @@ from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
 from megapromoe.nn.dit import AuxiliaryOutput
-from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
@@ -167,7 +166,7 @@ def _train(
     watchdog.starting("building the model and its engine")
     if config.model.has_custom_router:
         _check_router_version(config)
-    engine = Engine(build(config, mesh, device), config, mesh)
+    engine = Engine.new(config, mesh, device)
     ema = EMA(engine, t.ema_decays, t.ema_warmup)
     objective = make_objective(config)
 

@@ -14,10 +14,10 @@ from support.levels import full
 from support.processes import run
 from support.training_runs import losses, train
 
+import megapromoe.engine.engine as engine_module
 from megapromoe.data.latents import INDEX, MANIFEST, read_manifest
 from megapromoe.errors import UserError
 from megapromoe.io import sha256_of
-from megapromoe.training import loop
 
 SHORT = ("train.steps=1", "train.global_batch=8")
 CORRECTED = {
@@ -39,18 +39,18 @@ def try_to_train(folder: str, *settings: str) -> str:
 def try_without_a_model(folder: str, rank: int) -> str:
     """A start that fails while `rank` builds the model, as on a GPU with too little memory."""
 
-    def build(*arguments: object) -> object:
+    def build(*arguments: object, **more: object) -> object:
         if torch.distributed.get_rank() == rank:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return built(*arguments)
+        return built(*arguments, **more)
 
-    built, loop.build = loop.build, build
+    built, engine_module.build = engine_module.build, build
     try:
         return try_to_train(folder)
     except torch.OutOfMemoryError as error:
         return str(error)
     finally:
-        loop.build = built
+        engine_module.build = built
 
 
 def entries(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from megapromoe.config.options import Config, TrainConfig
 from megapromoe.conversion.published_names import from_published
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.shard_ranges import ShardRange, copy_range
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
@@ -20,12 +21,23 @@ def config() -> Config:
     return Config(model=config_of("published_run").model, train=RECIPE)
 
 
+class FullTensors:
+    """Full tensors in place of a checkpoint: `state[kind][name]`, without buffers."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def read_range(self, kind: str, name: str, target: ShardRange, out: torch.Tensor) -> None:
+        tensor = self.state[kind][name].contiguous()
+        copy_range(target, out, ShardRange.whole(tuple(tensor.shape)), tensor.view(-1))
+
+
 def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> dict:
     """Steps first..last-1 of the published run from `state`: losses, norms, and the masters after every step."""
     mesh = make_mesh()
     engine = Engine(build(config(), mesh), config(), mesh)
     ema = EMA(engine, [DECAY])
-    restore(engine, ema, lambda kind, name: state[kind][name], None, updates=first)
+    restore(engine, ema, FullTensors(state), updates=first)
     objective = RectifiedFlow("uniform")  # the published sigma is given: u itself
     recorded = {"mse": [], "aux": [], "norm": [], "masters": []}
     for step in range(first, last):

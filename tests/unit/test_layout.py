@@ -2,21 +2,13 @@
 
 import pytest
 import torch
+from support.meshes import mesh_of
 from support.trajectory import small
 
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed.mesh import Group, Mesh, rank_tables
+from megapromoe.distributed.mesh import rank_tables
 from megapromoe.distributed.parameter_layout import ExpertPlacement, ParameterLayout, Split
 from megapromoe.nn.parallelize import build, layouts
-
-
-def mesh_of(rank: int, world: int, tp: int, ep: int, expert_tp: bool = False) -> Mesh:
-    """The mesh a rank would have, without a job."""
-    groups = {}
-    for direction, table in rank_tables(world, tp, ep, expert_tp).items():
-        row = next(tuple(int(r) for r in row) for row in table if rank in row)
-        groups[direction] = Group(row, row.index(rank))
-    return Mesh(**groups, expert_tp=expert_tp)
 
 
 @pytest.mark.parametrize("experts, ep", [(4, 1), (4, 4), (12, 8), (5, 3), (8, 8)])
