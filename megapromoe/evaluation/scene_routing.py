@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def images_of_tasks(text_encoder: str | None, seed: int = 0) -> Callable[[Config
         features = encoder.encode(texts)
         digits = DigitImages("test")
         pixels = np.stack([real_scene(p.stated, digits, Draws(seed, "tasks", i)) for i, p in enumerate(shown)])
-        manifest = read_manifest(config.data.path)
+        manifest = read_manifest(Path(config.data.path))
         scale, shift = (
             np.array(values, dtype=np.float32)[:, None, None] for values in (manifest.scale, manifest.shift)
         )
