@@ -19,6 +19,7 @@ from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.data.caption_batches import SyntheticCaptions
 from megapromoe.data.captions import CaptionedItem
+from megapromoe.data.datasets import DatasetError
 from megapromoe.data.encode_text import TextJob, encode_text
 from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.data.text_features import TextFeatures
@@ -26,6 +27,7 @@ from megapromoe.diffusion.noise import normals, permutation
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.evaluation.heldout import objective_loss
 from megapromoe.training import loop
+from megapromoe.training.dry_run import examine_start
 from megapromoe.training.preview import open_preview
 
 COUNT = 64
@@ -137,6 +139,28 @@ def test_pictures_during_training_show_captions_that_training_does_not_use(laten
     config = replace(config, data=replace(config.data, test_path=str(tmp_path / "test")))
     assert open_preview(config, captions).captions == [f"held out {i}" for i in range(4)]
     assert open_preview(replace(config, train=replace(config.train, sample_every=0)), captions) is None
+
+
+def test_a_start_whose_test_captions_are_of_another_encoder_is_refused(latents, tmp_path):
+    """As one whose test images have none. A dry run reports it, as the start does."""
+    test = tmp_path / "test"
+    write(test, Arrays(count=COUNT, shape=(4, 8, 8)))
+    data = [f"data.path={latents}", f"data.test_path={test}", "train.sample_every=5", "train.global_batch=16"]
+    config = resolve("promoe_s", overrides=[*TEXT, *data, "model.in_channels=4", "model.input_size=8"])
+
+    def refusal() -> str:
+        return str(examine_start(config, tmp_path / "run")[2] or "")
+
+    assert f"{test / 'text'} holds no text.json" in refusal()
+    write_captions(test, WordEncoder(sha256="ef" * 32))
+    with pytest.raises(
+        DatasetError, match="by the text encoder 'words' .*sha256 efefefefefef.*, the captions of train"
+    ):
+        open_captions(config, open_dataset(config, "test"))
+    assert "encode it again with that one" in refusal()
+    shutil.rmtree(test / "text")
+    write_captions(test, WordEncoder())
+    assert refusal() == ""
 
 
 def test_random_captions_have_no_pictures():
