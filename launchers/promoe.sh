@@ -1,10 +1,11 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables are used by the scripts that source this
-# The body of promoe_s.sh, promoe_b.sh, promoe_l.sh and promoe_xl.sh, which set `preset`, find `here`, and call `main`.
+# The body of promoe_s.sh, promoe_b.sh, promoe_l.sh, promoe_xl.sh and promoe_t2i.sh, which set `preset`, and `size` if the
+# script has another name, find `here`, and call `main`.
 
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 source "$here/slurm.sh"
 
-size=$preset # the preset of the script, whose resources also apply if PRESET selects another model
+size=${size:-$preset} # the name of the script, whose resources also apply if PRESET selects another model
 HELP="
   sbatch launchers/$size.sh [section.key=value ...]
   sbatch --nodes=4 launchers/$size.sh data.source=latents data.path=latents/train
@@ -18,9 +19,21 @@ layout() { # GPU, nodes
     local zero=train.deepspeed=bf16_zero1
     # The batch of 256 images allows at most 256 data-parallel ranks, so more than 32 nodes need tensor parallelism.
     case $size.$1.$(($2 > 32)) in
+        promoe_t2i.*) layout_of_12b "$1" "$2" ;;
         *.h100.0 | *.a100.0) echo parallel.ep=1 $zero ;;
         promoe_[sb].h100.1 | promoe_[sb].a100.1) echo parallel.tp=2 parallel.ep=1 $zero ;;
         promoe_l.h100.1 | promoe_l.a100.1 | promoe_xl.h100.1) echo parallel.tp=2 parallel.ep=1 parallel.expert_tp=true $zero ;;
         promoe_xl.a100.1) echo parallel.tp=4 parallel.ep=4 parallel.expert_tp=true $zero ;;
+    esac
+}
+
+# The layout of promoe_t2i_12b: parameters, gradients and optimizer state fit when they are divided over all ranks. The
+# blocks of few ranks have so many images that activations are computed again.
+layout_of_12b() { # GPU, nodes
+    case $1.$2 in
+        h100.1 | a100.1) echo parallel.ep=1 train.deepspeed=bf16_zero3 parallel.recompute=blocks ;;
+        h100.2 | a100.2) echo parallel.ep=1 train.deepspeed=bf16_zero2 parallel.recompute=blocks ;;
+        h100.3 | a100.3) echo parallel.ep=1 train.deepspeed=bf16_zero3 parallel.recompute=moe ;;
+        h100.* | a100.*) echo parallel.ep=1 train.deepspeed=bf16_zero3 ;;
     esac
 }

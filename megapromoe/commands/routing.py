@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megapromoe.commands.command_line import (
+    CommandError,
     comma_separated,
     file_errors,
     takes_no_settings,
@@ -15,10 +16,14 @@ from megapromoe.commands.options import run_option, weights_choice
 from megapromoe.imports import uncollected
 
 EPILOG = """\
-The command runs the model of the run on labelled images of the training data at a few noise levels, and analyses the
-routing: expert by class, load over layers and noise levels, subsets of classes, token-to-expert maps of images, t-SNE
-of tokens by expert and by class, distances between and within classes, similarity of the router's vectors, diversity
-of the experts' weights. The page explains each measure.
+The command runs the model of the run on images of the training data at a few noise levels, and analyses the routing:
+expert by class, load over layers and noise levels, subsets of classes, token-to-expert maps of images, t-SNE of tokens
+by expert and by class, distances between and within classes, similarity of the router's vectors, diversity of the
+experts' weights. The page explains each measure.
+
+Of a model of texts it analyses experts by word of the caption instead of classes, subsets and distances. Of a model of
+scenes also experts by digit and colour that a token shows, and by task: pictures of the prompts of six tasks, which the
+text encoder of the run encodes.
 
 A file of subsets (YAML or JSON) maps names to classes:
     animals: [2, 3, "5-7"]
@@ -29,6 +34,7 @@ examples:
   megapromoe routing --run-dir runs/digits
   megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
   megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
+  megapromoe routing --run-dir runs/scenes --num-images 1000
 
 exit codes: 0 done, 1 the run cannot be read or has no routing, 2 the command is wrong"""
 JOB = False
@@ -51,11 +57,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--subsets", type=Path, metavar="FILE", help="file of subsets of classes to compare")
     parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="encoder of the prompts of tasks, for a model of scenes, if its folder is not where the run's data names",
+    )
+    parser.add_argument("--no-tasks", action="store_true", help="leave out the tasks, which need the text encoder")
+    parser.add_argument(
         "--tokens",
         type=whole_number(10, 2000),
-        default=2000,
         metavar="N",
-        help="number of tokens for t-SNE; default and maximum: 2000",
+        help="number of tokens for t-SNE; default and maximum: 2000; for models of classes",
     )
     parser.add_argument(
         "--singular-vectors",
@@ -80,16 +91,22 @@ def run(options: argparse.Namespace, launch: None) -> int:
     from megapromoe.config.options import ConfigError
 
     with uncollected():
+        from megapromoe.evaluation.scene_routing import images_of_tasks
         from megapromoe.routing_analysis.observe import RoutingError
         from megapromoe.routing_analysis.report import Request, layer_table, write_routing_report
+        from megapromoe.sampling.run_model import run_config
 
-    out = options.out or options.run / "routing"
+    out, tokens = options.out or options.run / "routing", options.tokens or 2000
     request = Request(
-        options.num_images, options.levels, options.layers, options.subsets, options.tokens, options.singular_vectors
+        options.num_images, options.levels, options.layers, options.subsets, tokens, options.singular_vectors
     )
+    tasks = None if options.no_tasks else images_of_tasks(options.text_encoder)
     try:
         with file_errors():
-            numbers = write_routing_report(options.run, out, request, options.step, options.weights, options.pictures)
+            _check_options(options, run_config(options.run).model.has_text)
+            numbers = write_routing_report(
+                options.run, out, request, options.step, options.weights, options.pictures, tasks
+            )
     except ConfigError as error:  # the error is in config.yaml of the run, not in the command
         raise RoutingError(str(error)) from error
     header, rows = layer_table(numbers)
@@ -98,3 +115,16 @@ def run(options: argparse.Namespace, launch: None) -> int:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     print(f"{out / 'routing.html'} and {out / 'routing.json'}")
     return 0
+
+
+def _check_options(options: argparse.Namespace, has_text: bool) -> None:
+    """Raises CommandError for options of the other kind of model."""
+    of_classes = {"--subsets": options.subsets, "--tokens": options.tokens}
+    of_texts = {"--text-encoder": options.text_encoder, "--no-tasks": options.no_tasks}
+    kind, other, needless = ("texts", "classes", of_classes) if has_text else ("classes", "texts", of_texts)
+    if given := [name for name, value in needless.items() if value]:
+        raise CommandError(
+            f"{', '.join(given)}: only for models of {other}, and {options.run} is one of {kind}; leave it out"
+        )
+    if options.text_encoder and options.no_tasks:
+        raise CommandError("--text-encoder, --no-tasks: the encoder is for the tasks; give one of them")

@@ -152,9 +152,11 @@ def _condition_rules(config: Config) -> Iterator[Rule]:
     for name, what in needed.items():
         if not getattr(model, name):
             yield (f"model.{name}", "model.condition"), f"must be {what}, 1 or more, with model.condition = 'text'"
-    if model.num_classes != ModelConfig.num_classes:
-        rule = f"must be {ModelConfig.num_classes}, its default, with model.condition = 'text', which has no classes"
-        yield ("model.num_classes", "model.condition"), rule
+    for name in ("num_classes", "superclasses"):
+        default = getattr(ModelConfig, name)
+        if getattr(model, name) != default:
+            rule = f"must be {default}, its default, with model.condition = 'text', which has no classes"
+            yield (f"model.{name}", "model.condition"), rule
     if model.router == "classification":
         rule = "must be another with model.condition = 'text', which has no classes"
         yield ("model.router", "model.condition"), rule

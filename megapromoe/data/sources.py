@@ -10,6 +10,9 @@ from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, c
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
 from megapromoe.data.node_cache import cache_shards
+from megapromoe.data.text_encoder import described, have_same_encoder
+from megapromoe.data.text_features import FOLDER, TextFeatures, read_text_manifest
+from megapromoe.data.text_features import MANIFEST as TEXT_MANIFEST
 
 SPLITS = ("train", "test")
 
@@ -54,7 +57,8 @@ def open_dataset(config: Config, split: str = "train") -> Dataset:
 def open_captions(config: Config, dataset: Dataset) -> CaptionSource | None:
     """The captions of a data set with `model.condition=text`, else None.
 
-    Raises DatasetError if the data set has none, or if they do not fit the model.
+    Raises DatasetError if the data set has none, if they do not fit the model, or if another encoder made them than the
+    captions of training.
     """
     model = config.model
     if not model.has_text:
@@ -69,7 +73,23 @@ def open_captions(config: Config, dataset: Dataset) -> CaptionSource | None:
             f"{captions.text.folder}: text features have {captions.text.width} channels, the model takes"
             f" {model.text_width}: set model.text_width={captions.text.width}"
         )
+    _check_same_encoder(captions.text, Path(config.data.path) / FOLDER)
     return captions
+
+
+def _check_same_encoder(text: TextFeatures, trained_on: Path) -> None:
+    """Raises DatasetError for captions that another encoder made than those in the folder `trained_on`.
+
+    Without these, such as when a run is evaluated on another machine, there is nothing to compare.
+    """
+    if text.folder == trained_on or not (trained_on / TEXT_MANIFEST).is_file():
+        return
+    ours, trained = text.manifest.encoder, read_text_manifest(trained_on).encoder
+    if not have_same_encoder(ours, trained):
+        raise DatasetError(
+            f"{text.folder}: was made by the text encoder {described(ours)}, the captions of training by"
+            f" {described(trained)}; encode it again with that one"
+        )
 
 
 def _open_latents(config: Config, split: str) -> Latents:

@@ -134,7 +134,12 @@ def open_text_encoder(name: str, device: torch.device | str = "cpu", max_tokens:
 
 def is_same_encoder(identity: dict[str, str], encoder: TextEncoder) -> bool:
     """Whether an encoder has this identity; it may be in another folder."""
-    return all(identity.get(key) == encoder.identity[key] for key in ("kind", "sha256", "tokenizer_sha256"))
+    return have_same_encoder(identity, encoder.identity)
+
+
+def have_same_encoder(first: dict[str, str], second: dict[str, str]) -> bool:
+    """Whether two identities are of one encoder; it may have been in different folders."""
+    return all(first.get(key) == second.get(key) for key in ("kind", "sha256", "tokenizer_sha256"))
 
 
 def described(identity: dict[str, str]) -> str:

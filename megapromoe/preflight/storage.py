@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megapromoe.config.options import UNSET, Config
-from megapromoe.data.sources import open_dataset
+from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
 from megapromoe.planning.machines import GIB
@@ -62,7 +63,7 @@ class Data:
     Attributes:
         error: why the data set could not be read; "" if it could.
         records: number of records.
-        digest: hash over `RECORDS` records spread over the data set.
+        digest: hash over `RECORDS` records spread over the data set, and their captions.
         speed: records read per second.
     """
 
@@ -122,19 +123,27 @@ def _seconds_until_visible(file: Path, digest: str) -> float:
 
 
 def check_data(config: Config) -> Data | None:
-    """Opens the data set and reads `RECORDS` records spread over it; None if the config names no data set."""
+    """Opens the data set and reads `RECORDS` records spread over it, with their captions if the model needs texts.
+
+    None if the config names no data set.
+    """
     if config.data.source == UNSET:
         return None
     try:
         dataset = open_dataset(config)
+        captions = open_captions(config, dataset)
         indices = np.unique(np.linspace(0, len(dataset) - 1, RECORDS).astype(np.int64))
         start = time.perf_counter()
         images = dataset.sample(indices, np.zeros(len(indices), dtype=bool), None)
+        texts = captions.batch(indices, np.zeros(len(indices), dtype=bool)) if captions is not None else None
         seconds = time.perf_counter() - start
         labels = np.asarray(dataset.labels)[indices]
     except Exception as error:  # any error of a reader is a finding about this node
         return Data(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     content = np.ascontiguousarray(images).tobytes() + np.ascontiguousarray(labels).tobytes()
+    if texts is not None:
+        features = texts.features_BND.view(torch.int16)  # numpy has no bfloat16
+        content += features.numpy().tobytes() + texts.mask_BN.numpy().tobytes()
     return Data("", len(dataset), hashlib.sha256(content).hexdigest()[:16], len(indices) / max(seconds, 1e-9))
 
 

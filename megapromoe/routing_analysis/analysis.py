@@ -6,27 +6,26 @@ Only conditional images are analysed: tokens of null images are processed by the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from megapromoe.config.class_groups import read_groups
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.moe.layer import MoE
 from megapromoe.routing_analysis import figures, measures
+from megapromoe.routing_analysis.expert_weights import Experts, moe_layers
 from megapromoe.routing_analysis.measures import definition
 from megapromoe.routing_analysis.observe import LEVELS, Routing, RoutingError
+from megapromoe.routing_analysis.sections import MEASURES, Section, definitions_of
 from megapromoe.work_progress import track
 
 EACH_CLASS = 20  # up to this number of classes, each class is a subset
 RANDOM_SUBSET = 200  # with more classes: number of classes in each of two random subsets, as in the paper
 SCATTERED = 3  # layers with a t-SNE plot
-ROUTER_VECTORS = ("prototypes", "centroids", "gate", "classifier.weight")
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,6 @@ class Request:
     subsets: Path | None = None
     tokens: int = 2000
     top_k: int = 0
-
-
-@dataclass
-class Section:
-    """A section of the report.
-
-    Attributes:
-        name, title: identifier and heading.
-        definitions: (name, definition) of each measure in the figure.
-        figure: the figure.
-        notes: remarks on the figure.
-    """
-
-    name: str
-    title: str
-    definitions: list[tuple[str, str]]
-    figure: Figure
-    notes: list[str] = field(default_factory=list)
 
 
 def check_top_k(config: Config, top_k: int) -> None:
@@ -104,20 +85,15 @@ def analyse(
 ) -> tuple[dict[str, Any], list[Section]]:
     """Computes all measures; returns them for JSON, and the sections of the report."""
     m, names = config.model, dataset.class_names
-    layers = _moe_layers(model, routing.blocks)
+    layers = moe_layers(model, routing.blocks)
     tokens = routing.kept_tokens
     evenness_ML = measures.evenness(routing.load_MLE)
     share_LUE = np.stack([measures.subset_load(rows_CE, subsets) for rows_CE in routing.rows_LCE])
     js_LUU = np.stack([measures.pairwise(measures.jensen_shannon, share_UE) for share_UE in share_LUE])
     kl_LUU = np.stack([measures.pairwise(measures.kullback_leibler, share_UE) for share_UE in share_LUE])
-    cosine_LEE = [measures.cosine_matrix(router_vectors(moe)) for moe in layers]
-    k = request.top_k or max(1, min(m.hidden_size, m.moe_width) // 8)
-    overlaps = expert_overlaps(layers, routing.blocks, k)
-    baselines = {"channels": k / m.hidden_size, "hidden units": k / (m.hidden_projections * m.moe_width)}
+    experts = Experts.of(layers, config, routing.blocks, request.top_k)
     ratios = ratios_of(routing)
     mean_LUU = [measures.off_diagonal_mean(js_UU) for js_UU in js_LUU]
-    mean_cosine = [measures.off_diagonal_mean(cosine_EE) for cosine_EE in cosine_LEE]
-    mean_overlap = {name: [measures.off_diagonal_mean(o) for o in all_LEE] for name, all_LEE in overlaps.items()}
 
     numbers = {
         **routing.numbers(),
@@ -130,12 +106,7 @@ def analyse(
         "subset_jensen_shannon_bits": js_LUU,
         "subset_jensen_shannon_mean": mean_LUU,
         "subset_kullback_leibler_bits": kl_LUU,
-        "router_cosine": cosine_LEE,
-        "router_cosine_mean": mean_cosine,
-        "overlap_top_k": k,
-        "overlap": overlaps,
-        "overlap_mean": mean_overlap,
-        "overlap_of_random_subspaces": baselines,
+        **experts.numbers(),
         "distance_ratio": ratios,
         "definitions": {name: definition(measure) for name, measure in MEASURES.items()},
     }
@@ -154,22 +125,22 @@ def analyse(
         Section(
             "classes",
             "Experts and classes",
-            _definitions("load", "information"),
+            definitions_of("load", "information"),
             figures.shares_figure(routing, names),
             [f"Each row of a heat map adds up to 1. Counted over {len(routing.levels)} noise levels."],
         ),
-        Section("load", "Load of the experts", _definitions("load", "evenness"), figures.load_figure(routing)),
+        Section("load", "Load of the experts", definitions_of("load", "evenness"), figures.load_figure(routing)),
         Section(
             "levels",
             "Load over layers and noise levels",
-            _definitions("evenness"),
+            definitions_of("evenness"),
             figures.levels_figure(routing, evenness_ML),
             ["Noise levels are quantiles of those in training: 0.1 is nearly clean, 0.9 is nearly noise."],
         ),
         Section(
             "subsets",
             "Subsets of classes",
-            _definitions("subset_load", "jensen_shannon", "kullback_leibler"),
+            definitions_of("subset_load", "jensen_shannon", "kullback_leibler"),
             figures.subsets_figure(routing, list(subsets), share_LUE, js_LUU),
             ["Kullback-Leibler divergences are in the JSON file, where null means infinite or undefined."],
         ),
@@ -183,78 +154,20 @@ def analyse(
         Section(
             "tokens",
             "Tokens in the plane",
-            _definitions("t_sne"),
+            definitions_of("t_sne"),
             figures.scatter_figure(routing, places, shown, names),
             [f"{tokens.x_LTD.shape[1]} random inputs of the router, at {noise}.", *grey],
         ),
         Section(
             "distances",
             "Distances of tokens",
-            _definitions("distance_ratio", "clusters"),
+            definitions_of("distance_ratio", "clusters"),
             figures.lines_figure(routing, ratios, "inter / intra", {}),
             ["The paper gives 0.75 for a dense DiT-XL/2 and 19.3 for a language model, over 10 clusters."],
         ),
-        Section(
-            "router",
-            "Vectors of the router",
-            _definitions("cosine_matrix"),
-            figures.matrices_figure(routing, cosine_LEE, "cosine"),
-        ),
-        Section(
-            "diversity",
-            "Diversity of the experts",
-            _definitions("subspace_overlap"),
-            figures.lines_figure(
-                routing,
-                mean_overlap,
-                f"mean overlap, k = {k}",
-                {f"random, {name}": value for name, value in baselines.items()},
-            ),
-            [
-                "Mean over all pairs of experts. Input: left singular vectors of an expert's first matrix as x·W (D×F),"
-                " the channels that it reads. Output: those of its second matrix (D×F), the channels that it writes."
-                " Hidden: those of the first matrix as stored (F×D). They are in the space of the hidden units, whose"
-                " order differs between experts, so this overlap stays near the random baseline unless experts were"
-                " initialized as copies."
-            ],
-        ),
+        *experts.sections(routing),
     ]
     return numbers, sections
-
-
-MEASURES = {
-    name: getattr(measures, name)
-    for name in (
-        *("load", "evenness", "information", "subset_load", "kullback_leibler", "jensen_shannon"),
-        *("cosine_matrix", "subspace_overlap", "distance_ratio", "clusters", "t_sne"),
-    )
-}
-
-
-def _definitions(*measures: str) -> list[tuple[str, str]]:
-    return [("t-SNE" if name == "t_sne" else name.replace("_", " "), definition(MEASURES[name])) for name in measures]
-
-
-def _moe_layers(model: DiT, blocks: Sequence[int]) -> list[MoE]:
-    layers = [model.get_submodule(f"blocks.{block}.mlp") for block in blocks]
-    return [layer for layer in layers if isinstance(layer, MoE)]
-
-
-def router_vectors(moe: MoE) -> np.ndarray:
-    """The vectors (E, D) of a layer's router, one for each expert."""
-    tensors = {**dict(moe.router.named_parameters()), **dict(moe.router.named_buffers())}
-    vectors = next(tensors[name] for name in ROUTER_VECTORS if name in tensors)
-    return vectors.detach().float().cpu().numpy()
-
-
-def expert_overlaps(layers: Sequence[MoE], blocks: Sequence[int], k: int) -> dict[str, list[np.ndarray]]:
-    """Overlaps (E, E) of each layer's experts: of input channels, output channels and hidden units."""
-    out: dict[str, list[np.ndarray]] = {"input": [], "output": [], "hidden": []}
-    for moe in track(layers, "layer", "overlap of the experts"):
-        first, second = (layer.weight.detach().float().cpu().numpy() for layer in (moe.experts.fc1, moe.experts.fc2))
-        for name, weight in (("input", first.swapaxes(1, 2)), ("output", second), ("hidden", first)):
-            out[name].append(measures.subspace_overlap(weight, k))
-    return out
 
 
 def ratios_of(routing: Routing) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
 
@@ -57,12 +58,14 @@ def routing_figure(routing: Routing, class_names: Sequence[str], side: int) -> F
     wide = min(L, 4)
     heat_rows, layers = math.ceil(L / wide), len(_some_layers(L))
     heights = [heat_rows * 3.4, 0.95 * (1 + layers), 2.6]
-    figure = _figure(max(10.5, 3.2 * wide), sum(heights) + 1.2)
-    heat, maps, bars = _stacked(figure, heights)
+    figure = new_figure(max(10.5, 3.2 * wide), sum(heights) + 1.2)
+    heat, maps, bars = stacked(figure, heights)
     heat.suptitle("Share of each class's tokens that goes to each expert", fontsize=11)
     _draw_shares(heat, routing, class_names)
     maps.suptitle("The expert of each token, images at the middle noise level", fontsize=11)
-    _draw_maps(maps, routing, class_names, side)
+    examples = _examples_of_classes(routing)
+    names = [literal(class_names[routing.labels[number]][:12]) for number in examples]
+    _draw_maps(maps, routing, examples, names, side)
     _draw_load(bars, routing)
     return figure
 
@@ -73,21 +76,29 @@ def routing_figure(routing: Routing, class_names: Sequence[str], side: int) -> F
 def shares_figure(routing: Routing, class_names: Sequence[str]) -> Figure:
     """Heat maps of classes and experts, one per layer."""
     L, C, _ = routing.rows_LCE.shape
-    figure = _figure(*_panels(L, 3.3 if C <= NAMED else 4.5))
+    figure = new_figure(*panel_size(L, 3.3 if C <= NAMED else 4.5))
     _draw_shares(figure, routing, class_names)
     return figure
 
 
 def maps_figure(routing: Routing, class_names: Sequence[str], side: int) -> Figure:
-    """Images, and the expert of each of their tokens in some layers."""
-    figure = _figure(12, 0.4 + 1.15 * (1 + len(_some_layers(len(routing.blocks)))))
-    _draw_maps(figure, routing, class_names, side)
+    """Images of some classes, and the expert of each of their tokens in some layers."""
+    examples = _examples_of_classes(routing)
+    names = [literal(class_names[routing.labels[number]][:12]) for number in examples]
+    return examples_figure(routing, examples, names, side)
+
+
+def examples_figure(routing: Routing, examples: Sequence[int], titles: Sequence[str], side: int) -> Figure:
+    """The images `examples` with titles, and the expert of each of their tokens in some layers."""
+    lines = max(title.count("\n") for title in titles)
+    figure = new_figure(12, 0.4 + 0.12 * lines + 1.15 * (1 + len(_some_layers(len(routing.blocks)))))
+    _draw_maps(figure, routing, examples, titles, side)
     return figure
 
 
 def load_figure(routing: Routing) -> Figure:
     """Bars: the load of each expert in each layer."""
-    figure = _figure(12, 3.2)
+    figure = new_figure(12, 3.2)
     _draw_load(figure, routing)
     return figure
 
@@ -95,22 +106,23 @@ def load_figure(routing: Routing) -> Figure:
 def levels_figure(routing: Routing, evenness_ML: np.ndarray) -> Figure:
     """Load over layers and noise levels: the evenness in one heat-map, then experts by noise level, a layer each."""
     L, levels = len(routing.blocks), [f"{level:g}" for level in routing.levels]
-    width, height = _panels(L, 1.4 + 0.25 * len(levels))
+    width, height = panel_size(L, 1.4 + 0.25 * len(levels))
     first_height = 1.3 + 0.3 * len(levels)
-    figure = _figure(width, height + first_height)
-    first, rest = _stacked(figure, [first_height, height])
+    figure = new_figure(width, height + first_height)
+    first, rest = stacked(figure, [first_height, height])
     ax = first.subplots()
-    _heat(first, ax, evenness_ML, routing.blocks, levels, ("block", "noise level"), "evenness", (0, 1), written=L <= 16)
+    axes = ("block", "noise level")
+    heat_map(first, ax, evenness_ML, routing.blocks, levels, axes, "evenness", (0, 1), written=L <= 16)
     ax.set_title("Evenness of the load", fontsize=10)
     load_MLE = routing.load_MLE
-    for layer, ax in enumerate(_grid(rest, L)):
+    for layer, ax in enumerate(panel_axes(rest, L)):
         shown = ax.imshow(load_MLE[:, layer], vmin=0, vmax=load_MLE.max(), aspect="auto", cmap="viridis")
         ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
-        _expert_axis(ax, load_MLE.shape[-1])
+        expert_axis(ax, load_MLE.shape[-1])
         ax.set_yticks(range(len(levels)), levels if layer % 4 == 0 else [], fontsize=7)
         if layer % 4 == 0:
             ax.set_ylabel("noise level", fontsize=8)
-    _bar(rest, shown, rest.axes, "load")
+    colour_bar(rest, shown, rest.axes, "load")
     return figure
 
 
@@ -121,7 +133,7 @@ def scatter_figure(routing: Routing, place_LT2: Sequence[np.ndarray], layers: Se
         place_LT2: coordinates of the tokens in each of `layers`.
     """
     tokens, E, C = routing.kept_tokens, routing.rows_MLCE.shape[-1], len(class_names)
-    figure = _figure(11.5, 5.0 * len(layers))
+    figure = new_figure(11.5, 5.0 * len(layers))
     axes = figure.subplots(len(layers), 2, squeeze=False)
     experts = [f"expert {e}" for e in range(E)]
     for row, (layer, place_T2) in enumerate(zip(layers, place_LT2, strict=True)):
@@ -139,39 +151,39 @@ def subsets_figure(routing: Routing, names: Sequence[str], share_LUE: np.ndarray
     L, U, _ = share_LUE.shape
     labels = [literal(name) for name in names]
     tall = 1.3 + 0.15 * U if U <= NAMED else 3.0
-    width, height = _panels(L, tall)
-    figure = _figure(width, 2 * height)
+    width, height = panel_size(L, tall)
+    figure = new_figure(width, 2 * height)
     apart = "Jensen-Shannon divergence, bits"
     parts = ((share_LUE, "load", "viridis"), (apart_LUU, apart, "magma"))
-    for sub, (values, title, colours) in zip(_stacked(figure, [height, height]), parts, strict=True):
+    for sub, (values, title, colours) in zip(stacked(figure, [height, height]), parts, strict=True):
         top = max(np.nanmax(values, initial=0), 1e-9)
-        for layer, ax in enumerate(_grid(sub, L)):
+        for layer, ax in enumerate(panel_axes(sub, L)):
             shown = ax.imshow(values[layer], vmin=0, vmax=top, aspect="auto", cmap=colours)
             ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
             if title == "load":
-                _expert_axis(ax, values.shape[-1])
+                expert_axis(ax, values.shape[-1])
             elif U <= NAMED:
                 ax.set_xticks(range(U), labels, fontsize=7, rotation=90 if max(map(len, names)) > 2 else 0)
             if U <= NAMED:
                 ax.set_yticks(range(U), labels if layer % 4 == 0 else [], fontsize=7)
-        _bar(sub, shown, sub.axes, title)
+        colour_bar(sub, shown, sub.axes, title)
     return figure
 
 
 def matrices_figure(routing: Routing, matrix_LEE: Sequence[np.ndarray], title: str, low: float = -1) -> Figure:
     """A matrix of pairs of experts for each layer."""
-    figure = _figure(*_panels(len(matrix_LEE), 3.0))
-    for layer, ax in enumerate(_grid(figure, len(matrix_LEE))):
+    figure = new_figure(*panel_size(len(matrix_LEE), 3.0))
+    for layer, ax in enumerate(panel_axes(figure, len(matrix_LEE))):
         colours = "RdBu_r" if low < 0 else "viridis"
         shown = ax.imshow(matrix_LEE[layer], vmin=low, vmax=1, cmap=colours)
         ax.set_title(f"block {routing.blocks[layer]}", fontsize=9)
         E = len(matrix_LEE[layer])
-        _expert_axis(ax, E)
+        expert_axis(ax, E)
         ax.set_yticks(range(0, E, _step(E)))
         ax.tick_params(labelsize=7)
         if layer % 4 == 0:
             ax.set_ylabel("expert", fontsize=8)
-    _bar(figure, shown, figure.axes, title)
+    colour_bar(figure, shown, figure.axes, title)
     return figure
 
 
@@ -179,7 +191,7 @@ def lines_figure(
     routing: Routing, lines: Mapping[str, Sequence[float]], title: str, flat: Mapping[str, float]
 ) -> Figure:
     """Line plots of measures over the layers; the constants `flat` are dotted lines."""
-    figure = _figure(8, 3.2)
+    figure = new_figure(8, 3.2)
     ax = figure.subplots()
     place = np.arange(len(routing.blocks))
     styles = assign([*lines, *flat])
@@ -200,23 +212,24 @@ def lines_figure(
 # ---- parts
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, without pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
+def stacked(figure: Figure, heights: Sequence[float]) -> list[SubFigure]:
     """Subfigures of the given heights, one below the other."""
     return list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
 
-def _panels(L: int, height: float) -> tuple[float, float]:
+def panel_size(L: int, height: float) -> tuple[float, float]:
     """Size of a figure with one panel per layer, four in a row."""
     return max(3.0 * min(L, 4) + 1.2, 6.0), math.ceil(L / 4) * height
 
 
-def _grid(figure, L: int) -> list:
+def panel_axes(figure, L: int) -> list:
     """Axes for each layer, four in a row; unused axes are removed."""
     wide = min(L, 4)
     axes = figure.subplots(math.ceil(L / wide), wide, squeeze=False).flatten()
@@ -238,13 +251,13 @@ def _step(count: int) -> int:
     return 1 if count <= 16 else math.ceil(count / 8)
 
 
-def _expert_axis(ax, experts: int) -> None:
+def expert_axis(ax, experts: int) -> None:
     ax.set_xlabel("expert", fontsize=8)
     ax.set_xticks(range(0, experts, _step(experts)))
     ax.tick_params(labelsize=7)
 
 
-def _heat(figure, ax, values, columns, rows, labels, title, limits, written) -> None:
+def heat_map(figure, ax, values, columns, rows, labels, title, limits, written, digits=2) -> None:
     shown = ax.imshow(values, vmin=limits[0], vmax=limits[1], aspect="auto", cmap="viridis")
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
@@ -254,14 +267,17 @@ def _heat(figure, ax, values, columns, rows, labels, title, limits, written) -> 
     if written:
         for (row, column), value in np.ndenumerate(values):
             dark = value < sum(limits) / 2
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    _bar(figure, shown, ax, title)
+            ax.text(
+                column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
+            )
+    colour_bar(figure, shown, ax, title)
 
 
-def _bar(figure, shown, axes, label: str) -> None:
+def colour_bar(figure, shown, axes, label: str) -> Colorbar:
     bar = figure.colorbar(shown, ax=axes)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
+    return bar
 
 
 def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str], last: bool) -> None:
@@ -288,28 +304,33 @@ def _scatter(ax, place_T2: np.ndarray, group_T: np.ndarray, names: Sequence[str]
 def _draw_shares(figure, routing: Routing, class_names: Sequence[str]) -> None:
     L, C, E = routing.rows_LCE.shape
     share_LCE = routing.share_LCE
-    for layer, ax in enumerate(_grid(figure, L)):
+    for layer, ax in enumerate(panel_axes(figure, L)):
         shown = ax.imshow(share_LCE[layer], vmin=0, vmax=share_LCE.max(), aspect="auto", cmap="viridis")
         bits = routing.information_L[layer]
         ax.set_title(f"block {routing.blocks[layer]}: {bits:.2f} bits about the class", fontsize=9)
-        _expert_axis(ax, E)
+        expert_axis(ax, E)
         if C <= NAMED:
             ax.set_yticks(range(C), [literal(name[:14]) for name in class_names], fontsize=7)
         if layer % 4 == 0:
             ax.set_ylabel("class", fontsize=8)
-    _bar(figure, shown, figure.axes, "share of tokens")
+    colour_bar(figure, shown, figure.axes, "share of tokens")
 
 
-def _draw_maps(figure, routing: Routing, class_names: Sequence[str], side: int) -> None:
-    L, C, E = routing.rows_LCE.shape
+def _examples_of_classes(routing: Routing) -> list[int]:
+    """The first image of each of some classes."""
+    first = [int(np.flatnonzero(routing.labels == c)[0]) for c in np.unique(routing.labels)]
+    return [first[i] for i in np.unique(np.linspace(0, len(first) - 1, SHOWN_IMAGES).round().astype(int))]
+
+
+def _draw_maps(figure, routing: Routing, examples: Sequence[int], titles: Sequence[str], side: int) -> None:
+    L, _, E = routing.rows_LCE.shape
     layers, colours = _some_layers(L), _colours(E)
-    examples = [int(np.flatnonzero(routing.labels == c)[0]) for c in range(C) if (routing.labels == c).any()]
-    examples = [examples[i] for i in np.unique(np.linspace(0, len(examples) - 1, SHOWN_IMAGES).round().astype(int))]
     axes = figure.subplots(1 + len(layers), len(examples), squeeze=False)
+    size = 6.5 if any("\n" in title for title in titles) else 8
     for column, number in enumerate(examples):
         image = _viewable(routing.images[number])
         axes[0, column].imshow(image, cmap="gray", vmin=0, vmax=1)  # the colour map applies to images with one channel
-        axes[0, column].set_title(literal(class_names[routing.labels[number]][:12]), fontsize=8)
+        axes[0, column].set_title(titles[column], fontsize=size)
         for row, layer in enumerate(layers, start=1):
             axes[row, column].imshow(_overlay(image, routing.expert_LNS[layer, number], side, colours))
     for ax in axes.flatten():

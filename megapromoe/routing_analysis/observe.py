@@ -21,7 +21,9 @@ from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.errors import UserError
 from megapromoe.nn.dit import DiT
+from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.routers import Router, RouterOutput
+from megapromoe.nn.text_condition import TextCondition
 from megapromoe.routing_analysis.measures import NO_EXPERT, evenness, information, load
 
 LEVELS = (0.1, 0.5, 0.9)  # quantiles of the training's noise levels
@@ -160,7 +162,6 @@ def chosen_layers(config: Config, blocks: Sequence[int] | None, levels: Sequence
     return [with_experts.index(block) for block in (with_experts if blocks is None else sorted(set(blocks)))]
 
 
-@torch.no_grad()
 def measure_routing(
     model: DiT,
     config: Config,
@@ -192,37 +193,85 @@ def measure_routing(
     picked_N = np.linspace(0, len(dataset) - 1, N).astype(np.int64)
     clean_NCHW, labels_N = dataset.read(picked_N)
     noise_NCHW = image_noise(config.sample.seed, picked_N.tolist(), dataset.shape)
-    objective, device = make_objective(config), model.x_embedder.proj.weight.device
 
     rows_MLCE = np.zeros((len(levels), L, C, E), dtype=np.int64)
     visits_LV = np.zeros((L, E + 1), dtype=np.int64)
     expert_LNS = np.full((L, N, S), NO_EXPERT)
     kept_T = np.sort(np.random.default_rng(0).choice(N * S, min(tokens, N * S), replace=False))
     x_LTD = np.zeros((L, len(kept_T), m.hidden_size), dtype=np.float32)
-    for number, level in enumerate(levels):
-        for first in range(0, N, config.sample.batch):
-            part = slice(first, min(first + config.sample.batch, N))
-            clean, label_B = torch.from_numpy(clean_NCHW[part]), labels_N[part]
-            B = len(label_B)
-            x_BCHW, t_B = objective.corrupt(clean, noise_NCHW[part], torch.full((B,), level))
-            with recorded(model) as calls:
-                model(x_BCHW.to(device), t_B.to(device), torch.from_numpy(label_B).to(device), B)
-            kept = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
-            for layer, (x_BSD, routed) in enumerate(calls[place] for place in layers):
-                route = routed.assignment
-                token_R, expert_R = route.token_R.cpu().numpy(), route.expert_R.cpu().numpy()
-                row_R = label_B[token_R // S] * E + expert_R
-                rows_MLCE[number, layer] += np.bincount(row_R, minlength=C * E).reshape(C, E)
-                visits_LV[layer] += np.bincount(np.bincount(token_R, minlength=B * S), minlength=E + 1)
-                if number == len(levels) // 2:
-                    # For repeated indices numpy keeps the last value: the expert with the largest weight.
-                    order_R = np.argsort(route.weight_R.float().cpu().numpy(), kind="stable")
-                    map_T = np.full(B * S, NO_EXPERT)
-                    map_T[token_R[order_R]] = expert_R[order_R]
-                    expert_LNS[layer, part] = map_T.reshape(B, S)
-                    x_TD = x_BSD.flatten(0, 1)
-                    x_LTD[layer, kept] = x_TD[torch.from_numpy(kept_T[kept] - first * S).to(device)].float().cpu()
-            progress(B)
+
+    def labels_of(part: slice) -> Tensor:
+        return torch.from_numpy(labels_N[part])
+
+    for number, part, calls in router_calls(model, config, clean_NCHW, noise_NCHW, labels_of, levels, progress):
+        first, label_B = part.start, labels_N[part]
+        B = len(label_B)
+        kept = slice(*np.searchsorted(kept_T, [first * S, (first + B) * S]))
+        for layer, (x_BSD, routed) in enumerate(calls[place] for place in layers):
+            token_R, expert_R = rows_of(routed.assignment)
+            rows_MLCE[number, layer] += count_rows(label_B[token_R // S], expert_R, C, E)
+            visits_LV[layer] += count_visits(token_R, B * S, E)
+            if number == len(levels) // 2:
+                expert_LNS[layer, part] = main_expert(routed.assignment, B * S).reshape(B, S)
+                x_TD = x_BSD.flatten(0, 1)
+                kept_here = torch.from_numpy(kept_T[kept] - first * S).to(x_TD.device)
+                x_LTD[layer, kept] = x_TD[kept_here].float().cpu()
     sample = Tokens(x_LTD, expert_LNS.reshape(L, -1)[:, kept_T], labels_N[kept_T // S]) if tokens else None
     blocks = tuple(m.moe_blocks[place] for place in layers)
     return Routing(blocks, levels, rows_MLCE, visits_LV, expert_LNS, clean_NCHW, labels_N, sample)
+
+
+def router_calls(
+    model: DiT,
+    config: Config,
+    clean_NCHW: np.ndarray,
+    noise_NCHW: Tensor,
+    condition_of: Callable[[slice], Tensor | TextCondition],
+    levels: Sequence[float],
+    progress: Callable[[int], Any],
+) -> Iterator[tuple[int, slice, list[RouterCall]]]:
+    """Runs images at each noise level in batches: yields index of the level, images of the batch, calls of all routers.
+
+    Args:
+        model: unsharded, in eval mode.
+        clean_NCHW, noise_NCHW: images and their noise, float32.
+        condition_of: the condition of a range of images, on the CPU; none of them is null.
+        levels: quantiles of the training's noise levels.
+        progress: called with the number of images of each batch after it was used.
+    """
+    objective, device = make_objective(config), model.x_embedder.proj.weight.device
+    for number, level in enumerate(levels):
+        for first in range(0, len(clean_NCHW), config.sample.batch):
+            part = slice(first, min(first + config.sample.batch, len(clean_NCHW)))
+            clean, condition = torch.from_numpy(clean_NCHW[part]), condition_of(part)
+            B = len(clean)
+            x_BCHW, t_B = objective.corrupt(clean, noise_NCHW[part], torch.full((B,), level))
+            with torch.no_grad(), recorded(model) as calls:
+                model(x_BCHW.to(device), t_B.to(device), condition.to(device), B)
+            yield number, part, calls
+            progress(B)
+
+
+def rows_of(assignment: TokenAssignment) -> tuple[np.ndarray, np.ndarray]:
+    """Token and expert of each row, int64 (R,)."""
+    return assignment.token_R.cpu().numpy(), assignment.expert_R.cpu().numpy()
+
+
+def count_rows(group_R: np.ndarray, expert_R: np.ndarray, groups: int, experts: int) -> np.ndarray:
+    """Number of rows of each group and expert, int64 (groups, experts)."""
+    return np.bincount(group_R * experts + expert_R, minlength=groups * experts).reshape(groups, experts)
+
+
+def count_visits(token_R: np.ndarray, tokens: int, experts: int) -> np.ndarray:
+    """Number of tokens with 0, 1, 2, ... experts, int64 (experts + 1,)."""
+    return np.bincount(np.bincount(token_R, minlength=tokens), minlength=experts + 1)
+
+
+def main_expert(assignment: TokenAssignment, tokens: int) -> np.ndarray:
+    """The expert with the largest weight of each token, int64 (tokens,); NO_EXPERT for a token without an expert."""
+    token_R, expert_R = rows_of(assignment)
+    # For repeated indices numpy keeps the last value: the expert with the largest weight.
+    order_R = np.argsort(assignment.weight_R.float().cpu().numpy(), kind="stable")
+    expert_T = np.full(tokens, NO_EXPERT)
+    expert_T[token_R[order_R]] = expert_R[order_R]
+    return expert_T

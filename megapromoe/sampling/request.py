@@ -114,8 +114,11 @@ class GenerationRequest:
             return [f"{name}: {rule}" for name, given in text.items() if given] or self._class_problems(config)
         problems = []
         if self.only is not None or self.classes != CLASSES[0]:
-            problems.append("classes: the run has model.condition = 'text' and no classes; give prompts")
-        if self.prompts is None:
+            problems.append(
+                "classes: the run has model.condition = 'text' and no classes; leave them out, and give --prompt TEXT,"
+                " --prompts FILE or --geneval"
+            )
+        elif self.prompts is None:
             problems.append(
                 f"{self.run}: is a model with model.condition = 'text'; give --prompt TEXT, --prompts FILE or --geneval"
             )

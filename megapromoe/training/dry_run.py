@@ -15,7 +15,9 @@ from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError,
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sources import open_captions, open_dataset
+from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.errors import ExitCode, UserError, Violations
+from megapromoe.training.preview import open_preview
 
 
 class StartRefused(Violations):
@@ -52,8 +54,8 @@ def examine_start(
         problems.append(error)
     try:
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
-        open_captions(config, dataset)
-    except DatasetError as error:
+        open_preview(config, open_captions(config, dataset))
+    except (DatasetError, MethodUnavailable) as error:
         problems.append(error)
     if not problems:
         return state, dataset, None

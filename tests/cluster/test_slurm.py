@@ -105,7 +105,7 @@ def undisturbed(cluster) -> Job:
     return job
 
 
-@pytest.mark.parametrize("script", ["promoe_s.sh", "promoe_b.sh", "promoe_l.sh", "promoe_xl.sh"])
+@pytest.mark.parametrize("script", ["promoe_s.sh", "promoe_b.sh", "promoe_l.sh", "promoe_xl.sh", "promoe_t2i.sh"])
 def test_sbatch_would_take_it(script, cluster):
     for nodes in (1, 4):
         output = cluster.command("sbatch", "--test-only", f"--nodes={nodes}", str(LAUNCHERS / script), "parallel.ep=8")

@@ -206,6 +206,7 @@ def test_geneval_gets_its_folders(folder, tmp_path):
     [
         ([], "is a model with model.condition = 'text'; give --prompt TEXT, --prompts FILE or --geneval"),
         (["--prompt", "a", "--class", "3"], "classes: the run has model.condition = 'text' and no classes"),
+        (["--class", "3"], "^megapromoe: classes: the run has .* no classes; leave them out, and give --prompt[^;]*$"),
         (
             ["--prompt", "a", "--num-images", "2", "--labels", "random"],
             "--labels random: is for classes, and the command has prompts",

@@ -21,6 +21,10 @@ from megapromoe.planning.search import search
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
 SIZES = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")
+T2I, T2I_PRESET = (
+    "promoe_t2i",
+    "promoe_t2i_12b",
+)  # its batch of 384 images divides over 1, 2, 3, 4, 6, 8, 12, 16 ... nodes
 DATA = "data.source=synthetic"  # the presets of these sizes train on nothing that was not chosen
 OURS = ("PRESET", "GPU", "RUN_DIR", "PREFLIGHT", "RETRIES", "MEGAPROMOE", "CONTAINER", "SRUN", "MASTER", "NODE_CACHE")
 THEIRS = ("SLURM", "SBATCH", "OMPI", "PMI", "NPROC", "HOSTFILE", "MPI_ARGS", "NCCL", "OMP_NUM", "PYTORCH_", "CUDA_")
@@ -70,10 +74,21 @@ def test_every_default_is_a_layout_that_can_run(preset, nodes, gpu):
     assert 8 % (layout.tp * layout.ep) == 0, "expert and tensor parallelism stay inside a node"
 
 
+@pytest.mark.parametrize("gpu, nodes", [("h100", 2), full("a100", 16)])
+def test_the_text_to_image_model_starts_on_its_nodes(gpu, nodes):
+    words = [f"--nodes={nodes}"] if nodes != 2 else []  # the number in the script
+    train = printed(T2I, *words, GPU=gpu)["train"]
+    assert train[train.index("--preset") + 1] == T2I_PRESET and f"--ntasks={8 * nodes}" in train
+    config = resolve(T2I_PRESET, overrides=settings(train), world=8 * nodes)
+    assert config.layout(8 * nodes).micro_batch * 8 * nodes == config.train.global_batch
+    assert "GPU=tpu: no layout is known for it" in call(T2I, "--dry-run", code=2, GPU="tpu")
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 6, 8, 16, 32, 64])
 def test_the_defaults_are_what_the_planner_proposes(nodes):
-    for preset, gpu in product(SIZES, ("h100", "a100")):
+    presets = [*SIZES] * (256 % nodes == 0) + [T2I_PRESET] * (nodes <= 16)
+    for preset, gpu in product(presets, ("h100", "a100")):
         default = resolve(preset, overrides=default_layout(preset, gpu, nodes), world=8 * nodes)
         best = search(resolve(preset), 8 * nodes, MACHINES[gpu], Assumptions()).best
         assert default.layout(8 * nodes) == best.layout, (preset, gpu)
@@ -87,7 +102,10 @@ def default_layout(preset, gpu, nodes):
     text = (LAUNCHERS / "promoe.sh").read_text()
     function = text[text.index("layout() {") :]
     done = subprocess.run(
-        ["bash", "-c", f"size={preset}\n{function}\nlayout {gpu} {nodes}"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"size={preset.removesuffix('_12b')}\n{function}\nlayout {gpu} {nodes}"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.split()
 
@@ -274,16 +292,19 @@ def test_scripts_are_strict_and_name_no_site(script):
     assert os.access(script, os.X_OK) == text.startswith("#!") == (not sourced)
 
 
-@pytest.mark.parametrize("name", [*SIZES, "local", "mpirun", "scaling_experts"])
+@pytest.mark.parametrize("name", [*SIZES, T2I, "local", "mpirun", "scaling_experts"])
 def test_help_has_the_options_and_examples(name):
     output = call(name, "--help")
     assert f"launchers/{name}.sh" in output and "MEGAPROMOE_ENV" in output and "section.key=value" in output
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, T2I])
 def test_the_sizes_differ_in_name_alone(size):
+    """The text-to-image model also in the number of nodes, and in that its script has another name than its preset."""
+
     def rest(name: str) -> list[str]:
-        lines = (LAUNCHERS / f"{name}.sh").read_text().splitlines()
+        text = (LAUNCHERS / f"{name}.sh").read_text().replace(f"size={T2I} preset={T2I_PRESET}", f"preset={T2I}")
+        lines = text.replace("#SBATCH --nodes=2", "#SBATCH --nodes=1").splitlines()
         return [line.replace(name, "promoe_s") for line in lines if not line.startswith("## Trains")]
 
     assert rest(size) == rest("promoe_s")

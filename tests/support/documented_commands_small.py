@@ -220,6 +220,7 @@ ELSEWHERE = {
     r"(?:torchrun .*)?megapromoe sample --run-dir runs/(?:scenes|t2i) .*$": "tests/parallel/test_prompt_sampling.py",
     r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",
+    r"megapromoe routing --run-dir runs/scenes.*$": "tests/parallel/test_text_routing.py",
     r"megapromoe evaluate --run-dir runs/scenes.* --num-images .*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",

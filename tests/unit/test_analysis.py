@@ -250,14 +250,18 @@ def test_many_of_everything_fits_the_pictures():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What `load_model` gives for a run, without one."""
+    """What `load_model` and `run_config` give for a run, without one."""
     model, config = tiny()
-    return tmp_path_factory.mktemp("runs") / "tiny", lambda *a, **k: (model, config, 7)
+    return tmp_path_factory.mktemp("runs") / "tiny", {
+        "load_model": lambda *a, **k: (model, config, 7),
+        "run_config": lambda run: config,
+    }
 
 
 def test_the_report_of_a_run(saved, tmp_path, monkeypatch):
-    run, load = saved
-    monkeypatch.setattr(report, "load_model", load)
+    run, functions = saved
+    for name, function in functions.items():
+        monkeypatch.setattr(report, name, function)
     request = Request(images=30, tokens=40, levels=(0.5,))
     numbers = report.write_routing_report(run, tmp_path / "out", request, pictures=True)
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -271,8 +275,9 @@ def test_the_report_of_a_run(saved, tmp_path, monkeypatch):
     [(Request(layers=(2,)), "must be blocks with experts"), (Request(top_k=17), "must be in 1..16")],
 )
 def test_nothing_is_written_for_what_cannot_be_shown(saved, tmp_path, monkeypatch, request_, message):
-    run, load = saved
-    monkeypatch.setattr(report, "load_model", load)
+    run, functions = saved
+    for name, function in functions.items():
+        monkeypatch.setattr(report, name, function)
     with pytest.raises(RoutingError, match=re.escape(message)):
         report.write_routing_report(run, tmp_path / "out", request_)
     assert not (tmp_path / "out").exists()

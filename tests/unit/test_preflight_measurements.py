@@ -3,14 +3,20 @@
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from support.latent_folders import Arrays, write
 from support.made_up_clusters import change, cluster_of, verdict_of
+from support.text_folders import WordEncoder
 
 from megapromoe.checkpoint.disk_space import checkpoint_bytes
 from megapromoe.config.resolve import resolve
+from megapromoe.data.captions import CaptionedItem
+from megapromoe.data.encode_text import TextJob, encode_text
 from megapromoe.distributed import launch_environment, rendezvous
 from megapromoe.distributed.slurm_lists import all_hosts
 from megapromoe.preflight import machine, storage, topology
@@ -134,6 +140,30 @@ def test_data_that_cannot_be_read_is_a_finding(monkeypatch):
 
     monkeypatch.setattr(storage, "open_dataset", missing)
     assert "shard-003" in storage.check_data(config).error
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_captions_are_read_on_each_node_too(tmp_path, dtype):
+    def findings(folder: Path) -> storage.Data:
+        text = ["model.condition=text", "model.text_width=6", "model.text_tokens=4", "train.global_batch=64"]
+        shape = ["model.in_channels=4", "model.input_size=8", "data.source=latents", f"data.path={folder}"]
+        return storage.check_data(resolve("promoe_s", overrides=[*text, *shape, "data.flip=false"]))
+
+    def written(folder: Path, value: float) -> Path:
+        source = Arrays(count=64, shape=(4, 8, 8), mirror="none")
+        write(folder, source)
+        captions = [CaptionedItem(item.path, 0, f"some {i % 9}") for i, item in enumerate(source.scan.items)]
+        encoder = WordEncoder()
+        encoder.feature = lambda word: np.full(6, value, dtype=np.float32)
+        encode_text(TextJob(captions, encoder, folder / "text", dtype, beside=folder))
+        return folder
+
+    one, other = written(tmp_path / "one", 1.0), written(tmp_path / "other", 1.5)
+    assert findings(one).error == findings(other).error == "" and findings(one).records == 64
+    assert findings(one).digest != findings(other).digest, "the images are equal, the features of captions are not"
+    (one / "text" / "text-00000.npy").unlink()
+    (other / "text" / "text.json").unlink()
+    assert "text-00000.npy" in findings(one).error and "text.json" in findings(other).error
 
 
 # ---- nodes according to the launcher

@@ -211,6 +211,10 @@ TEXT = ["model.condition=text", "model.text_width=8", "model.text_tokens=4"]
         (["model.text_tokens=8"], "model.text_tokens = 8: must be 0 with"),
         (["model.condition=text", "model.text_tokens=4"], "model.text_width = 0: must be the channels of the text"),
         (["model.condition=text", "model.text_width=4"], "model.text_tokens = 0: must be the most tokens of a text"),
+        (
+            [*TEXT, "model.superclasses=modulo"],
+            "model.superclasses = 'modulo': must be contiguous, its default, with model.condition",
+        ),
         ([*TEXT, "model.num_classes=10"], "model.num_classes = 10: must be 1000, its default, with model.condition"),
         ([*TEXT, "model.router=classification"], "model.router = 'classification': must be another with model.cond"),
         ([*TEXT, "data.source=digits"], "data.source = 'digits': must be latents or synthetic with model.condition"),
