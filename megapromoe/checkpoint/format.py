@@ -137,7 +137,7 @@ class Checkpoint:
         Raises CheckpointError if a file is damaged, or if this is a snapshot without that kind.
         """
         out = torch.zeros(self.shapes[name])
-        self.read_range(kind, name, ShardRange.whole(tuple(out.shape)), out.view(-1))
+        self.read_range(kind, name, ShardRange.of_tensor(tuple(out.shape)), out.view(-1))
         return out
 
     def read_range(self, kind: str, name: str, target: ShardRange, out: Tensor) -> None:

@@ -57,7 +57,7 @@ class ShardRange:
     stop: int
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> ShardRange:
+    def of_tensor(cls, shape: tuple[int, ...]) -> ShardRange:
         """All elements of an unsharded tensor."""
         region = tuple((0, n) for n in shape)
         return cls(shape, ((region, region),), 0, math.prod(shape))
@@ -72,9 +72,9 @@ class ShardRange:
         """The boxes that the range consists of."""
         strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         boxes = []
-        for whole in _boxes(self.shape, self.start, self.stop):
+        for box in _boxes(self.shape, self.start, self.stop):
             for local, logical in self.pairs:
-                region = _common(whole, local)
+                region = _common(box, local)
                 if region is None:
                     continue
                 offset = sum(first * stride for (first, _), stride in zip(region, strides, strict=True)) - self.start

@@ -50,14 +50,14 @@ class InitialValues:
             out.zero_()
         if not layout.expert:
             if target.boxes:
-                copy_range(target, out, ShardRange.whole(layout.shape), self._draw(name, layout.shape, name))
+                copy_range(target, out, ShardRange.of_tensor(layout.shape), self._draw(name, layout.shape, name))
             return
-        one = ShardRange.whole((1, *layout.shape[1:]))
-        ((local, logical),) = one.pairs
+        expert_range = ShardRange.of_tensor((1, *layout.shape[1:]))
+        ((local, logical),) = expert_range.pairs
         for expert in layout.placement(self.mesh).owned(self.mesh.ep.rank):
             region = ((expert, expert + 1), *logical[1:])
             if target.overlaps(region):
-                source = ShardRange(one.shape, ((local, region),), 0, one.stop)
+                source = ShardRange(expert_range.shape, ((local, region),), 0, expert_range.stop)
                 copy_range(target, out, source, self._draw(name, layout.shape[1:], name, expert))
 
     def buffer(self, name: str) -> Tensor:

@@ -216,22 +216,22 @@ def test_bf16_follows_fp32(tmp_path):
 def written_masters(file: str) -> list[set[float]]:
     """The values of the parameters that this rank has whole, after its masters were set to a number, three times."""
     engine, _ = engine_of("parallel.tp=2", f"train.deepspeed={file}")
-    found = []
+    values = []
     for number in (1.0, 2.0, 3.0):
         with torch.no_grad():
             for partition in engine.partitions:
                 partition.master.fill_(number)
         engine.sync_parameters_from_masters()
-        whole = [p.detach().flatten() for p in engine.module.parameters() if p.numel()]
-        found.append(set(torch.cat(whole).tolist()))
+        pieces = [p.detach().flatten() for p in engine.module.parameters() if p.numel()]
+        values.append(set(torch.cat(pieces).tolist()))
     engine.close()
-    return found
+    return values
 
 
 @pytest.mark.parametrize("file", ["fp32_zero3", full("fp32_zero1"), full("bf16_zero3")])
 def test_parameters_follow_their_masters_each_time(file):
-    for found in run(4, written_masters, file):
-        assert found == [{1.0}, {2.0}, {3.0}]
+    for values in run(4, written_masters, file):
+        assert values == [{1.0}, {2.0}, {3.0}]
 
 
 # ---- what must stay equal over ranks

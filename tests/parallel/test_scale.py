@@ -42,36 +42,36 @@ def start(counter: Counter, tp: int, ep: int, file: str, *more: str) -> tuple[En
 
 def one_job(folder: str, file: str) -> dict[str, dict[str, int]]:
     """Starts, saves and loads with data parallelism alone, then loads at another layout."""
-    root, found = Path(folder) / "checkpoints", {}
+    root, measured = Path(folder) / "checkpoints", {}
     root.mkdir(exist_ok=True)
     deepspeed_adapter.GATHERED = 1 << 14  # as small against these tensors as it is against those of real models
     with Counter() as counter:
-        engine, ema, found["start"] = start(counter, 1, 1, file)
+        engine, ema, measured["start"] = start(counter, 1, 1, file)
         manager, before = CheckpointManager(root, engine, ema, commit_timeout=60), counter.mark()
         manager.save({"step": 1, "updates": 1})
-        found["save"] = {"peak": counter.peak(before)}
+        measured["save"] = {"peak": counter.peak(before)}
         assert manager.failures == 0, manager._problem
         before = counter.mark()
         resume(root, engine, ema)
-        found["load"] = {"peak": counter.peak(before)}
+        measured["load"] = {"peak": counter.peak(before)}
         engine.close()
         del engine, ema, manager
-        engine, ema, found["other start"] = start(counter, 2, 2, file)
+        engine, ema, measured["other start"] = start(counter, 2, 2, file)
         before = counter.mark()
         resume(root, engine, ema)
-        found["other load"] = {"peak": counter.peak(before)}
+        measured["other load"] = {"peak": counter.peak(before)}
         engine.close()
-    return found
+    return measured
 
 
 @pytest.mark.parametrize("file", [full("bf16_zero1"), full("fp32_zero2")])
 def test_a_rank_never_holds_more_than_its_share_and_one_tensor(file, tmp_path):
-    for found in run(4, one_job, str(tmp_path), file):
-        tensor = found["start"]["tensor"]
+    for measured in run(4, one_job, str(tmp_path), file):
+        tensor = measured["start"]["tensor"]
         for of in ("start", "other start"):
-            assert found[of]["peak"] <= found[of]["share"] + tensor, of
+            assert measured[of]["peak"] <= measured[of]["share"] + tensor, of
         for of in ("save", "load", "other load"):
-            assert found[of]["peak"] <= tensor, of
+            assert measured[of]["peak"] <= tensor, of
     Checkpoint(folder_of(tmp_path / "checkpoints", 1)).verify()
 
 

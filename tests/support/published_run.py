@@ -29,7 +29,7 @@ class FullTensors:
 
     def read_range(self, kind: str, name: str, target: ShardRange, out: torch.Tensor) -> None:
         tensor = self.state[kind][name].contiguous()
-        copy_range(target, out, ShardRange.whole(tuple(tensor.shape)), tensor.view(-1))
+        copy_range(target, out, ShardRange.of_tensor(tuple(tensor.shape)), tensor.view(-1))
 
 
 def train(first: int, last: int, state: dict[str, dict[str, torch.Tensor]]) -> dict:

@@ -60,10 +60,10 @@ def test_drawing_needs_memory_for_one_expert_or_one_tensor():
             out = torch.empty(layout.local_shape(mesh)).view(-1)
             before = counter.mark()
             values.write(name, out)
-            one = 4 * torch.Size(layout.shape[1:] if layout.expert else layout.shape).numel()
+            tensor_bytes = 4 * torch.Size(layout.shape[1:] if layout.expert else layout.shape).numel()
             # Directions are normalised in a second tensor, with the lengths and their divisor.
             copies = 3 if "prototypes" in name else 1
-            assert counter.peak(before) <= copies * one + 64, name
+            assert counter.peak(before) <= copies * tensor_bytes + 64, name
 
 
 def test_the_document_counts_12_b_on_16_ranks():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Each of these was the name of many different things.
 REFUSED = {
     *("said", "told", "found", "mine", "aside", "home", "come", "there", "here", "one", "many", "own", "whole"),
-    *("seen", "turn", "scene", "look", "lean", "around", "stray", "follow"),
+    *("seen", "turn", "look", "lean", "around", "stray", "follow"),
     *("says", "tells", "heard", "hears", "asked", "who", "way", "ways", "gone", "thing", "things", "anew"),
 }
 
@@ -83,7 +83,7 @@ PLANTED = {
     "lambda": "lambda here: 1",
     "function": "def follow(): pass",
     "method": "class A:\n    async def stray(self): pass",
-    "class": "class Scene: pass",
+    "class": "class Looks: pass",
     "with": "with f() as there: pass",
     "exception": "try: pass\nexcept ValueError as come: pass",
     "import": "import numpy as many",

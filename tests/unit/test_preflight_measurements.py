@@ -158,12 +158,12 @@ def test_captions_are_read_on_each_node_too(tmp_path, dtype):
         encode_text(TextJob(captions, encoder, folder / "text", dtype, beside=folder))
         return folder
 
-    one, other = written(tmp_path / "one", 1.0), written(tmp_path / "other", 1.5)
-    assert findings(one).error == findings(other).error == "" and findings(one).records == 64
-    assert findings(one).digest != findings(other).digest, "the images are equal, the features of captions are not"
-    (one / "text" / "text-00000.npy").unlink()
+    folder, other = written(tmp_path / "one", 1.0), written(tmp_path / "other", 1.5)
+    assert findings(folder).error == findings(other).error == "" and findings(folder).records == 64
+    assert findings(folder).digest != findings(other).digest, "the images are equal, the features of captions are not"
+    (folder / "text" / "text-00000.npy").unlink()
     (other / "text" / "text.json").unlink()
-    assert "text-00000.npy" in findings(one).error and "text.json" in findings(other).error
+    assert "text-00000.npy" in findings(folder).error and "text.json" in findings(other).error
 
 
 # ---- nodes according to the launcher

@@ -52,7 +52,7 @@ def test_the_boxes_of_a_range_are_few_and_have_each_element_once():
     for start in range(61):
         for stop in range(start, 61):
             counted = torch.zeros(shape, dtype=torch.int64)
-            boxes = ShardRange(shape, ShardRange.whole(shape).pairs, start, stop).boxes
+            boxes = ShardRange(shape, ShardRange.of_tensor(shape).pairs, start, stop).boxes
             for box in boxes:
                 counted[tuple(slice(*span) for span in box.region)] += 1
             assert counted.view(-1).tolist() == [int(start <= i < stop) for i in range(60)]
@@ -60,4 +60,4 @@ def test_the_boxes_of_a_range_are_few_and_have_each_element_once():
 
 
 def test_an_empty_tensor_has_no_boxes():
-    assert ShardRange.whole((3, 0)).boxes == () and not ShardRange.whole((3, 0)).has_padding
+    assert ShardRange.of_tensor((3, 0)).boxes == () and not ShardRange.of_tensor((3, 0)).has_padding

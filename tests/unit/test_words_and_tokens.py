@@ -48,7 +48,7 @@ def test_words_that_few_captions_have_or_lack_are_left_out():
 
 @pytest.mark.parametrize("side", [8, 4, 2])
 def test_a_token_shows_the_digit_whose_ink_is_in_it(side):
-    data, patch, seen = Scenes(60, seed=5), 16 // side, set()
+    data, patch, kinds = Scenes(60, seed=5), 16 // side, set()
     for number in range(len(data)):
         scene = data.scene_at(number)
         group_S = group_of_tokens(scene, side)
@@ -61,8 +61,8 @@ def test_a_token_shows_the_digit_whose_ink_is_in_it(side):
                         inside = any(0 <= y - top < DIGIT and 0 <= x - left < DIGIT for top, left in boxes)
                         ink[g] += bool(inside and scene.pixels[y, x].any())
             assert group == (NO_GROUP if not any(ink) else ink.index(max(ink)))
-            seen.add(int(group))
-    assert seen >= {0, 1}
+            kinds.add(int(group))
+    assert kinds >= {0, 1}
 
 
 def test_tokens_of_scenes_have_the_digit_and_the_colour_of_their_caption():
