@@ -83,7 +83,7 @@ PLANTED = {
     "lambda": "lambda here: 1",
     "function": "def follow(): pass",
     "method": "class A:\n    async def stray(self): pass",
-    "class": "class Looks: pass",
+    "class": "class Turn: pass",
     "with": "with f() as there: pass",
     "exception": "try: pass\nexcept ValueError as come: pass",
     "import": "import numpy as many",
