@@ -46,7 +46,8 @@ def words_figure(blocks: Sequence[int], words: WordLoads) -> Figure:
     figure = new_figure(*panel_size(len(blocks), 1.1 + 0.2 * len(names)))
     limit = np.log2(LARGEST_LIFT)
     with np.errstate(divide="ignore"):
-        lift_LWE = np.log2(words.lift_LWE[:, : len(names)])
+        # Clipped, because infinite values would be drawn like missing ones.
+        lift_LWE = np.log2(words.lift_LWE[:, : len(names)]).clip(-limit, limit)
     for layer, ax in enumerate(panel_axes(figure, len(blocks))):
         shown = ax.imshow(lift_LWE[layer], vmin=-limit, vmax=limit, aspect="auto", cmap="RdBu_r")
         word_n, expert_n = np.nonzero(np.abs(words.standard_errors_LWE[layer, : len(names)]) > NOTICED)
@@ -66,7 +67,7 @@ def information_figure(blocks: Sequence[int], levels: Sequence[float], bits_ML: 
     names = [f"{level:g}" for level in levels]
     for part, (kind, values_ML) in zip(stacked(figure, [height] * len(bits_ML)), bits_ML.items(), strict=True):
         ax = part.subplots()
-        limits = (0, max(float(values_ML.max()), 1e-3))
+        limits = (0, max(float(np.nan_to_num(values_ML).max()), 1e-3))
         axes = ("block", "noise level")
         heat_map(part, ax, values_ML, blocks, names, axes, "bits", limits, written=len(blocks) <= 16, digits=3)
         ax.set_title(kind, fontsize=10)

@@ -60,12 +60,13 @@ def try_to_train(folder: str, *overrides: str) -> str:
 
 
 def test_a_run_on_captions_is_the_same_at_another_layout_and_resumes_at_it(latents, tmp_path):
-    data = f"data.path={latents}"
+    """With experts that do not divide over the ranks."""
+    data = (f"data.path={latents}", "model.num_experts=3")
     single, divided = tmp_path / "one", tmp_path / "two"
-    assert run(1, try_to_train, str(single), data) == ["trained"]
-    assert run(1, try_to_train, str(divided), data, "train.steps=3") == ["trained"]
+    assert run(1, try_to_train, str(single), *data) == ["trained"]
+    assert run(1, try_to_train, str(divided), *data, "train.steps=3") == ["trained"]
     pictures = ("train.sample_every=5", "sample.steps=2", "sample.method=heun")
-    assert run(2, try_to_train, str(divided), data, "parallel.tp=2", "parallel.ep=2", *pictures) == ["trained"] * 2
+    assert run(2, try_to_train, str(divided), *data, "parallel.tp=2", "parallel.ep=2", *pictures) == ["trained"] * 2
     with Image.open(divided / "samples" / "step-00000005.png") as picture:
         assert picture.size[0] > 500 and len(picture.getcolors(1 << 20)) > 100
     assert len(losses(single)) == 6 and losses(divided) == pytest.approx(losses(single), rel=1e-4)
@@ -73,6 +74,21 @@ def test_a_run_on_captions_is_the_same_at_another_layout_and_resumes_at_it(laten
     assert expected.keys() == ours.keys() and ("master", "text_embedder.null") in ours
     for key, tensor in expected.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=str(key))
+
+
+@pytest.mark.full
+def test_a_run_on_captions_continues_from_safetensors_at_another_layout(latents, tmp_path):
+    """Converted there and back, it trains on as the run itself does, to the bit."""
+    data = (f"data.path={latents}", "model.num_experts=3")
+    divided = (*data, "parallel.tp=2", "parallel.ep=2")
+    assert run(1, try_to_train, str(tmp_path / "run"), *data, "train.steps=3") == ["trained"]
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "a.safetensors"), "--to", "safetensors"]) == 0
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "back"), "--to", "ours"]) == 0
+    for folder in ("run", "back"):
+        assert run(2, try_to_train, str(tmp_path / folder), *divided) == ["trained"] * 2
+    expected, ours = state(tmp_path / "run", 6), state(tmp_path / "back", 6)
+    assert expected.keys() == ours.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
 
 
 def test_a_text_model_trains_on_random_data_for_timing(tmp_path):
