@@ -16,7 +16,7 @@ import torch
 
 from megapromoe.config.options import Config
 from megapromoe.data.latents import read_manifest
-from megapromoe.data.scenes.scenes import Scenes
+from megapromoe.data.scenes.recorded import holds_scenes
 from megapromoe.distributed import runtime, watchdog
 from megapromoe.distributed.agreement import (
     all_reduce_sum,
@@ -92,11 +92,7 @@ def evaluate_scenes(
 def check_trains_on_scenes(run: Path, config: Config) -> None:
     """Raises EvaluationError if a run was not trained on scenes."""
     data = config.data
-    is_scenes = False
-    if data.source == "latents":
-        manifest = read_manifest(Path(data.path))
-        is_scenes = tuple(manifest.shape) == Scenes.shape and manifest.class_names == Scenes.class_names
-    if not is_scenes:
+    if data.source != "latents" or not holds_scenes(read_manifest(Path(data.path))):
         raise EvaluationError(
             f"{run}: is a model with model.condition = 'text' that was not trained on scenes, and this command scores"
             " texts on scenes only; generate images of prompts with megapromoe sample --prompts, or --geneval"

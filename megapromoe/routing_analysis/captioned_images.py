@@ -76,7 +76,7 @@ def images_of_data(config: Config, dataset: Dataset, captions: CaptionSource | N
 
     texts = tuple(captions.text.caption(int(record)) for record in picked_N)
     groups: tuple[TokenGroups, ...] = ()
-    if holds_scenes(dataset):
+    if holds_scenes(dataset.manifest):
         side = config.model.input_size // config.model.patch_size
         groups = groups_of_scenes(recorded_scenes(dataset, picked_N), side)
     return CaptionedImages(clean_NCHW, picked_N.tolist(), texts, condition_of, groups)
@@ -90,9 +90,9 @@ def groups_of_scenes(scenes: Sequence[DigitScene], side: int) -> tuple[TokenGrou
     """
     digit_NS = np.zeros((len(scenes), side * side), dtype=np.int64)
     colour_NS = np.zeros_like(digit_NS)
-    for number, scene in enumerate(scenes):
-        group_S = group_of_tokens(scene, side)
-        for group, stated in enumerate(scene.stated.groups):
+    for number, digit_scene in enumerate(scenes):
+        group_S = group_of_tokens(digit_scene, side)
+        for group, stated in enumerate(digit_scene.stated.groups):
             in_group_S = group_S == group
             digit_NS[number, in_group_S] = 1 + stated.digit
             colour_NS[number, in_group_S] = 1 + (*COLOUR_NAMES, None).index(stated.colour)

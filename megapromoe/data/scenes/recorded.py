@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from megapromoe.data.datasets import DatasetError
-from megapromoe.data.latents import Latents
+from megapromoe.data.latents import Latents, Manifest
 from megapromoe.data.scenes.combinations import DIGIT
 from megapromoe.data.scenes.scenes import SPLITS, DigitScene, Scenes
 
 NO_GROUP = -1  # a token that shows no digit
 
 
-def holds_scenes(data: Latents) -> bool:
-    """Whether the records are scenes, as `megapromoe encode --scenes` writes them."""
-    return tuple(data.manifest.shape) == Scenes.shape and tuple(data.manifest.class_names) == Scenes.class_names
+def holds_scenes(manifest: Manifest) -> bool:
+    """Whether the records of latents are scenes, as `megapromoe encode --scenes` writes them."""
+    return tuple(manifest.shape) == Scenes.shape and tuple(manifest.class_names) == Scenes.class_names
 
 
 def recorded_scenes(data: Latents, indices_N: np.ndarray) -> list[DigitScene]:
@@ -34,7 +34,7 @@ def recorded_scenes(data: Latents, indices_N: np.ndarray) -> list[DigitScene]:
     return [splits[split, seed].scene_at(index) for split, seed, index in places]
 
 
-def group_of_tokens(scene: DigitScene, side: int) -> np.ndarray:
+def group_of_tokens(digit_scene: DigitScene, side: int) -> np.ndarray:
     """The group of digits, 0 or 1, that each token shows; `NO_GROUP` for one without ink: int64 (side · side,).
 
     A token whose patch has ink of two groups shows the one with more pixels of it.
@@ -42,10 +42,10 @@ def group_of_tokens(scene: DigitScene, side: int) -> np.ndarray:
     Args:
         side: tokens per side of a scene.
     """
-    has_ink = scene.pixels.max(axis=2) > 0
+    has_ink = digit_scene.pixels.max(axis=2) > 0
     patch = len(has_ink) // side
-    ink_GS = np.zeros((len(scene.boxes), side * side), dtype=np.int64)
-    for group, boxes in enumerate(scene.boxes):
+    ink_GS = np.zeros((len(digit_scene.boxes), side * side), dtype=np.int64)
+    for group, boxes in enumerate(digit_scene.boxes):
         in_group = np.zeros_like(has_ink)
         for top, left in boxes:
             in_group[top : top + DIGIT, left : left + DIGIT] = True
