@@ -78,6 +78,7 @@ def test_a_rank_never_holds_more_than_its_share_and_one_tensor(file, tmp_path):
 # ---- saves without a copy
 
 
+@pytest.mark.full
 def test_a_save_without_a_copy_is_the_same(tmp_path):
     for name, background in (("copied", "true"), ("direct", "false")):
         run(2, train, str(tmp_path / name), "parallel.ep=2", f"train.save_in_background={background}")
