@@ -49,10 +49,9 @@ def weight_gradient_stays_partial(model, mesh) -> None:
 
     right = TokenAssignment.shard
 
-    def wrong(self, region, num_tokens):
-        part = right(self._replace(weight_R=self.weight_R.detach()), region, num_tokens)
-        start = num_tokens * region.rank // region.size
-        return part._replace(weight_R=self.weight_R[start : start + part.token_R.shape[0]])
+    def wrong(self, region, first, number):
+        part = right(self._replace(weight_R=self.weight_R.detach()), region, first, number)
+        return part._replace(weight_R=self.weight_R[first : first + number])
 
     TokenAssignment.shard = wrong
 
