@@ -283,7 +283,5 @@ def test_a_sampler_of_a_user(tmp_path):
     file.write_text(SAMPLER_FILE + "\n")
     with pytest.raises(ExtensionError, match=r"sample\.method = .*: has changed: .* name it in sample\.method again"):
         sample(predict, noise, config.sample.method, 3)
-    with pytest.raises(
-        ConfigError, match="sample.method = 'eulr': must be one of euler, heun, ddpm, ddim, unipc, dpm_solver[+]{2}; did you mean"
-    ):
+    with pytest.raises(ConfigError, match="sample.method = 'eulr': must be one of euler, .*; did you mean euler"):
         small("sample.method=eulr")
