@@ -180,6 +180,7 @@ def _batch(config: Config, images: int) -> Batch:
 def _model(config: Config, mesh: Mesh, backend: LoweringBackend | None) -> DiT:
     model = build(config, mesh)
     if backend:
+        torch._dynamo.reset()  # torch limits how often it compiles a function, and every model is another one
         compile_model(model, backend)
     return model
 

@@ -79,10 +79,10 @@ def slow(seconds: float) -> Callable[[], None]:
 
 def slow_sampler(seconds: float) -> None:
     """Runs the command line; each step of a drawing while training takes so many seconds."""
-    import megapromoe.training.loop as loop
+    from megapromoe.training import preview
 
-    real = loop.generate
-    loop.generate = lambda *arguments: real(*arguments, progress=lambda step, steps: time.sleep(seconds))
+    real = preview.generate
+    preview.generate = lambda *arguments: real(*arguments, progress=lambda step, steps: time.sleep(seconds))
     sys.exit(main())
 
 

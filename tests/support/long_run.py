@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from support.golden_cases import FOLDER, config_of, null_last, parameters_of
+from support.published_run import FullTensors
 from torch import Tensor
 
 from megapromoe.checkpoint.manager import restore
@@ -59,7 +60,7 @@ def train(steps: int) -> dict:
     start = parameters_of(CASE)
     zero = {name: torch.zeros_like(value) for name, value in start.items()}
     state = {"master": start, "ema": start, "exp_avg": zero, "exp_avg_sq": zero}
-    restore(engine, ema, lambda kind, name: state[kind][name], None, updates=0)
+    restore(engine, ema, FullTensors(state), updates=0)
     draws, losses = Draws(1, RECIPE.global_batch), {"loss": [], "rcl": []}
     for _ in range(steps):
         clean, noise, sigma, y, conditional = draws.next()
