@@ -97,6 +97,8 @@ def arguments() -> argparse.Namespace:
     for name in ("ranks", "scenes", "num_images"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
+    if not 0 <= options.require <= 1:
+        parser.error(f"--require {options.require:g}: must be between 0 and 1")
     if wrong := [text for text in options.overrides if not re.match(r"\w+\.\w+=", text)]:
         parser.error(f"{' '.join(wrong)}: must be section.key=value")
     return options

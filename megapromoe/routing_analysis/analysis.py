@@ -20,7 +20,7 @@ from megapromoe.routing_analysis import figures, measures
 from megapromoe.routing_analysis.expert_weights import Experts, moe_layers
 from megapromoe.routing_analysis.measures import definition
 from megapromoe.routing_analysis.observe import LEVELS, Routing, RoutingError
-from megapromoe.routing_analysis.sections import MEASURES, Section, definitions_of
+from megapromoe.routing_analysis.sections import MEASURES, Section, definitions_of, load_sections
 from megapromoe.work_progress import track
 
 EACH_CLASS = 20  # up to this number of classes, each class is a subset
@@ -129,14 +129,7 @@ def analyse(
             figures.shares_figure(routing, names),
             [f"Each row of a heat map adds up to 1. Counted over {len(routing.levels)} noise levels."],
         ),
-        Section("load", "Load of the experts", definitions_of("load", "evenness"), figures.load_figure(routing)),
-        Section(
-            "levels",
-            "Load over layers and noise levels",
-            definitions_of("evenness"),
-            figures.levels_figure(routing, evenness_ML),
-            ["Noise levels are quantiles of those in training: 0.1 is nearly clean, 0.9 is nearly noise."],
-        ),
+        *load_sections(routing, evenness_ML),
         Section(
             "subsets",
             "Subsets of classes",

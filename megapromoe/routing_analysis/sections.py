@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from megapromoe.routing_analysis import measures
+from megapromoe.routing_analysis import figures, measures
 from megapromoe.routing_analysis.measures import definition
+from megapromoe.routing_analysis.observe import Routing
 
 Table = tuple[list[str], list[list[str]]]
 """Header and rows, as text."""
@@ -45,3 +47,17 @@ MEASURES = {
 def definitions_of(*measures: str) -> list[tuple[str, str]]:
     """(name, definition) of measures."""
     return [("t-SNE" if name == "t_sne" else name.replace("_", " "), definition(MEASURES[name])) for name in measures]
+
+
+def load_sections(routing: Routing, evenness_ML: np.ndarray) -> list[Section]:
+    """The sections on the load of the experts, and on its evenness (noise levels, layers)."""
+    return [
+        Section("load", "Load of the experts", definitions_of("load", "evenness"), figures.load_figure(routing)),
+        Section(
+            "levels",
+            "Load over layers and noise levels",
+            definitions_of("evenness"),
+            figures.levels_figure(routing, evenness_ML),
+            ["Noise levels are quantiles of those in training: 0.1 is nearly clean, 0.9 is nearly noise."],
+        ),
+    ]

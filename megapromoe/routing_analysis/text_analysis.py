@@ -13,10 +13,10 @@ import numpy as np
 
 from megapromoe.config.options import Config
 from megapromoe.nn.dit import DiT
-from megapromoe.routing_analysis import figures, measures, text_figures
+from megapromoe.routing_analysis import measures, text_figures
 from megapromoe.routing_analysis.expert_weights import Experts, moe_layers
 from megapromoe.routing_analysis.measures import definition
-from megapromoe.routing_analysis.sections import MEASURES, Section, Table, definitions_of
+from megapromoe.routing_analysis.sections import MEASURES, Section, Table, definitions_of, load_sections
 from megapromoe.routing_analysis.text_routing import (
     LEAST_IMAGES,
     GroupRows,
@@ -102,14 +102,7 @@ def analyse_texts(
             )
         )
     sections += [
-        Section("load", "Load of the experts", definitions_of("load", "evenness"), figures.load_figure(routing)),
-        Section(
-            "levels",
-            "Load over layers and noise levels",
-            definitions_of("evenness"),
-            figures.levels_figure(routing, evenness_ML),
-            ["Noise levels are quantiles of those in training: 0.1 is nearly clean, 0.9 is nearly noise."],
-        ),
+        *load_sections(routing, evenness_ML),
         Section(
             "maps",
             "From tokens to experts",

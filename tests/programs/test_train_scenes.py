@@ -82,7 +82,9 @@ def test_the_documented_longer_run_is_a_layout_that_can_run():
     assert config.train.steps > 10 * STEPS and config.train.steps % config.train.snapshot_every == 0
 
 
-@pytest.mark.parametrize("words", [["--ranks", "0"], ["--scenes", "0"], ["steps=3"], ["--rank", "2"]])
+@pytest.mark.parametrize(
+    "words", [["--ranks", "0"], ["--scenes", "0"], ["--require", "70"], ["steps=3"], ["--rank", "2"]]
+)
 def test_unknown_options_are_refused(tool, monkeypatch, words):
     arguments(monkeypatch, *words)
     with pytest.raises(SystemExit) as error:

@@ -1,6 +1,8 @@
 """A whole model on a GPU: a training step captured in a CUDA graph, and compiled blocks."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -175,12 +177,15 @@ def gradients(model: DiT, batch: Batch) -> list[torch.Tensor]:
     return [loss.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())]
 
 
-class without_tf32:
+@contextmanager
+def without_tf32() -> Iterator[None]:
     """Within it convolutions and products in float32 are computed in float32."""
-
-    def __enter__(self):
-        self.before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *_):
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
