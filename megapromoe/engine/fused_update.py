@@ -3,8 +3,8 @@
 The pass reads the gradient, the fp32 master, both moments and the averages, and writes all of them but the gradient,
 and the parameters. torch.compile makes one kernel of it. All that changes from step to step is a tensor of the device:
 the learning rate, the divisor of the gradient, the bias corrections, and whether the step is applied. So the host reads
-nothing, nothing is compiled again, and a CUDA graph can capture the update. Source of AdamW: Loshchilov, Hutter,
-https://arxiv.org/abs/1711.05101, as torch.optim.AdamW computes it.
+nothing and nothing is compiled again, as a CUDA graph needs; capturing the update was not tried. Source of AdamW:
+Loshchilov, Hutter, https://arxiv.org/abs/1711.05101, as torch.optim.AdamW computes it.
 """
 
 from __future__ import annotations
