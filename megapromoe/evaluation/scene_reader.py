@@ -104,7 +104,7 @@ def _windows(images_BHW: np.ndarray) -> np.ndarray:
 
 
 def arrangements() -> list[tuple[int, ...]]:
-    """All sets of at most four boxes without overlap, as `scenes.arrange` makes them: of each box its place."""
+    """Sets of at most four boxes without overlap, in rows or columns as in scenes, but at any pixel: places of each."""
     side, ends = range(LARGEST_PLACE + 1), (0, LARGEST_PLACE)
     boxes_of_all: list[list[Box]] = [[]]
     boxes_of_all += [[(row, column)] for row in side for column in side]

@@ -25,8 +25,10 @@ from megapromoe.data.scenes.wording import caption, states
 
 SPLITS = ("train", "test")
 TEST_EVERY = 6  # every sixth image of the digits is of the test split: 300 of 1,797
+KINDS = ("one", "one", "equal", "two", "more")  # of scenes, equally often: a single digit is the easiest to learn
 DIMMEST = 80  # percent: the brightness of a digit is between this and 100
 LARGEST_PLACE = CANVAS - DIGIT
+PLACES = range(0, LARGEST_PLACE + 1, DIGIT // 2)  # rows and columns at which a digit may start: edges of patches of 4
 
 Box = tuple[int, int]
 """Row and column of the upper left corner of a digit."""
@@ -140,13 +142,13 @@ def paint(groups: Sequence[Group], boxes: Sequence[Sequence[Box]], digits: Digit
 
 
 def arrange(groups: Sequence[Group], draws: Draws) -> tuple[tuple[Box, ...], ...]:
-    """Random places without overlap for the digits of each group.
+    """Random places of `PLACES` without overlap for the digits of each group.
 
     One digit is anywhere. Several are in two rows, or in two columns; a row with one digit has it anywhere.
     """
     count = sum(group.count for group in groups)
     if count == 1:
-        boxes = [(draws.below(LARGEST_PLACE + 1), draws.below(LARGEST_PLACE + 1))]
+        boxes = [(draws.one_of(PLACES), draws.one_of(PLACES))]
     else:
         in_first = 1 if count == 2 else 2 if count == MAX_DIGITS else 1 + draws.below(2)
         boxes = [(0, place) for place in _places(in_first, draws)]
@@ -160,7 +162,7 @@ def arrange(groups: Sequence[Group], draws: Draws) -> tuple[tuple[Box, ...], ...
 
 def _places(count: int, draws: Draws) -> list[int]:
     """Where the digits of a row start: two fill it, one is anywhere."""
-    return [0, DIGIT] if count == 2 else [draws.below(LARGEST_PLACE + 1)]
+    return [0, DIGIT] if count == 2 else [draws.one_of(PLACES)]
 
 
 def relations_of(boxes: Sequence[Sequence[Box]]) -> tuple[str, ...]:
@@ -178,13 +180,14 @@ def relations_of(boxes: Sequence[Sequence[Box]]) -> tuple[str, ...]:
 
 
 def _groups(draws: Draws) -> tuple[Group, ...]:
-    """Random groups: a digit; two to four equal ones; two digits; or three or four digits in two groups."""
-    kind = draws.below(4)
-    if kind < 2:
-        return (Group(1 + kind * (1 + draws.below(MAX_DIGITS - 1)), draws.below(10), draws.one_of(COLOUR_NAMES)),)
-    first = 1 if kind == 2 else 1 + draws.below(MAX_DIGITS - 1)
-    second = 1 if kind == 2 else 1 + draws.below(MAX_DIGITS - first)
-    if kind == 3 and first == second == 1:
+    """Random groups: a digit (40 %); two to four equal ones, two digits, or three or four in two groups (20 % each)."""
+    kind = draws.one_of(KINDS)
+    if kind in ("one", "equal"):
+        count = 1 if kind == "one" else 2 + draws.below(MAX_DIGITS - 1)
+        return (Group(count, draws.below(10), draws.one_of(COLOUR_NAMES)),)
+    first = 1 if kind == "two" else 1 + draws.below(MAX_DIGITS - 1)
+    second = 1 if kind == "two" else 1 + draws.below(MAX_DIGITS - first)
+    if kind == "more" and first == second == 1:
         second = 2
     while True:
         groups = tuple(Group(n, draws.below(10), draws.one_of(COLOUR_NAMES)) for n in (first, second))
