@@ -61,14 +61,15 @@ def run(options: argparse.Namespace, launch) -> int:
     options.allow = present_names(options.allow)
     if options.dry_run:
         from megapromoe.training.dry_run import examine_start
-        from megapromoe.training.summary import summary
+        from megapromoe.training.summary import starting, summary
 
-        state, dataset, refused = examine_start(config, options.run, options.allow, options.step, options.fork)
+        examined = examine_start(config, options.run, options.allow, options.step, options.fork)
+        state, dataset, refused, initial = examined
         if launch.rank == 0 and options.yaml:
             print("\n".join(describe(config, launch.world)))
             print(f"#\n# run directory\n# {options.run}: {state}".replace("\n  ", "\n#   "))
         elif launch.rank == 0:
-            print("\n".join(summary(config, launch.world, options.run, state, dataset)))
+            print("\n".join([*summary(config, launch.world, options.run, state, dataset), *starting(initial)]))
         if refused:
             sys.stdout.flush()  # before the error, which goes to stderr
             raise refused
