@@ -101,6 +101,7 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         "norm": "layer",
         "qk_norm": "none",
         "positions": "sincos",
+        "position_scale": 1.0,
         "modulation": "block",
         "condition": "class",
     }

@@ -105,9 +105,12 @@ def _new(start: StartingWeights) -> Iterator[str]:
 
 
 def _positions(start: StartingWeights) -> Iterator[str]:
-    before, now = (m.input_size // m.patch_size for m in (start.source.config.model, start.config.model))
+    old, new = start.source.config.model, start.config.model
+    before, now = (m.input_size // m.patch_size for m in (old, new))
     if before != now:
         yield f"computed for {now}x{now} tokens; the source has {before}x{before}"
+    if old.position_scale != new.position_scale:
+        yield f"model.position_scale = {new.position_scale:g}, not {old.position_scale:g}"
 
 
 def _left_out(start: StartingWeights) -> Iterator[str]:

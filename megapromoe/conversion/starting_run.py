@@ -82,7 +82,7 @@ def mismatch(model: ModelConfig, name: str, source: object) -> str:
 
 def _sizes(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
     """The options of classes, input and output that the tensors determine."""
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"position_scale": 1.0}  # of models of other projects, whose tables are compared
     patches = shapes.get("x_embedder.proj.weight", ())
     if len(patches) == 4 and patches[2] == patches[3] > 0:
         sizes |= {"in_channels": patches[1], "patch_size": patches[2]}

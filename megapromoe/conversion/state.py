@@ -168,6 +168,7 @@ PUBLISHED_BLOCKS = {
     "norm": ("layer",),
     "qk_norm": ("none", "layer"),
     "positions": ("sincos",),
+    "position_scale": (1.0,),
     "modulation": ("block",),
     "condition": ("class",),
 }
@@ -248,7 +249,8 @@ def check_positions(path: Path, name: str, stored: Stored | None, config: ModelC
     """
     if stored is None:
         return None
-    expected = position_table(config.input_size // config.patch_size, config.hidden_size)[None]
+    side = config.input_size // config.patch_size
+    expected = position_table(side, config.hidden_size, config.position_scale)[None]
     shape = tuple(stored.shape)
     if shape not in (tuple(expected.shape), tuple(expected.shape[1:])):
         raise ConversionError(

@@ -123,6 +123,7 @@ def test_checkpoints_of_others_need_no_conversion(tmp_path, layout):
     if arguments:
         config = replace(config, model=replace(config.model, time_input="sit"))
     path = FOREIGN[layout](tmp_path)
+    config = replace(config, model=replace(config.model, input_size=2 * config.model.input_size, position_scale=0.5))
     start = open_start(config, newest_checkpoint(path))
     kind = (
         "master"
@@ -226,6 +227,8 @@ def test_another_grid_changes_positions_alone(tmp_path):
     start, state = started(path, "model.input_size=16")
     assert all(torch.equal(read(start, state, name), made.read("ema", name)) for name in made.shapes)
     assert report(start)["positions"] == ["computed for 8x8 tokens; the source has 4x4"]
+    start, _ = started(path, "model.input_size=16", "model.position_scale=0.5")
+    assert report(start)["positions"][1] == "model.position_scale = 0.5, not 1"
 
 
 @pytest.mark.parametrize("size", ["model.patch_size=4", "model.in_channels=3"])
