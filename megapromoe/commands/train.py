@@ -17,7 +17,13 @@ Repeat the command to continue a run from its last checkpoint, on any number of 
 
 {OVERRIDES}
 Settings that define the run may not change between starts: model, data, diffusion, the batch, AdamW's
-constants and the seed."""
+constants and the seed.
+
+A new run starts from random weights, or with train.init_from=PATH from those of a checkpoint: a run, one of its
+steps, a .pth, safetensors, a folder of diffusers or DeepSpeed. It may have other classes, sizes or experts:
+  train.init_weights=ema|ema=DECAY|master    which weights to take; default ema
+  train.init_classes=same|new|FILE           the source's class of each class; FILE is YAML or JSON, new: old
+--dry-run prints what would be taken, made new and left out: docs/finetune.md."""
 JOB = True
 
 

@@ -73,8 +73,8 @@ class ModelConfig:
     )
     position_scale: float = option(
         1.0,
-        "factor on the rows and columns of the image tokens, for their positions; 0.5 lets a grid of twice the side span"
-        " the positions of the old one",
+        "factor on the rows and columns of the image tokens, for their positions; with 0.5, a grid of twice the side"
+        " spans the positions of the old one",
         within=POSITIVE,
     )
     modulation: str = option(

@@ -79,11 +79,15 @@ def _classes(start: StartingWeights) -> Iterator[str]:
         return
     kept = {number for number in start.classes if number is not None}
     fresh = [number for number, before in enumerate(start.classes) if before is None]
-    text = f"{len(start.classes) - len(fresh)} of {len(start.classes)} rows are those of classes of the source"
-    if fresh:
-        text += f"; new, the mean of the source's {old} classes: {_listed(fresh)}"
+    mean = f"the mean of the source's {old} classes"
+    text = f"all {len(fresh)} rows are new, {mean}"
+    if kept:
+        text = f"{len(start.classes) - len(fresh)} of {len(start.classes)} rows are those of classes of the source"
+        text += f"; new, {mean}: {_listed(fresh)}" if fresh else ""
     yield f"{text}; the row of the null class is kept"
-    if unused := [number for number in range(old) if number not in kept]:
+    if not kept:
+        yield f"left out, of the source: all {old} classes"
+    elif unused := [number for number in range(old) if number not in kept]:
         yield f"left out, of the source: {_listed(unused)}"
 
 
