@@ -10,7 +10,11 @@ from safetensors.torch import save_file
 from support.foreign_files import diffusers, safetensors_file, saved, training, weights, zero
 from support.foreign_files import tensors as foreign_tensors
 from support.golden_states import NAMES, config_that_runs, random_state
+from support.levels import full
 
+from megapromoe.checkpoint.average import Average
+from megapromoe.checkpoint.format import KINDS
+from megapromoe.checkpoint.manifest import seal
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.conversion.exports import export
@@ -26,6 +30,7 @@ SMALL = (
     *("model.hidden_size=32", "model.depth=2", "model.heads=2", "model.num_experts=4", "model.input_size=8"),
     *("model.in_channels=4", "model.num_classes=10", "data.source=synthetic", "data.size=64"),
 )
+ROOT = Path(__file__).parents[2]
 TABLE = "y_embedder.embedding_table.weight"
 MODELS = {
     "promoe": (),
@@ -70,11 +75,23 @@ def saved_run(folder: Path, *settings: str) -> tuple[Path, State]:
     return folder / "source", made
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> tuple[Path, State]:
+    """A run of the small model; tests read it only."""
+    return saved_run(tmp_path_factory.mktemp("plain"))
+
+
 # ---- the same model, from every format
 
 
-@pytest.mark.parametrize("form", ["ours", "safetensors", "diffusers", "deepspeed", "published"])
-@pytest.mark.parametrize("kind", ["ema", "master"])
+FORMATS = [
+    *(("ours", "ema"), ("published", "master"), ("deepspeed", "ema"), ("safetensors", "master")),
+    *(full("ours", "master"), full("published", "ema"), full("deepspeed", "master"), full("safetensors", "ema")),
+    *(full("diffusers", "ema"), full("diffusers", "master")),
+]
+
+
+@pytest.mark.parametrize("form, kind", FORMATS)
 def test_every_format_gives_the_weights_bit_for_bit(tmp_path, form, kind):
     made = random_state(config_of())
     export(made, tmp_path / NAMES[form], form)
@@ -85,7 +102,7 @@ def test_every_format_gives_the_weights_bit_for_bit(tmp_path, form, kind):
         assert torch.equal(read(start, state, name), made.read(same, name)), name
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [name if name in ("promoe", "kmeans", "text") else full(name) for name in MODELS])
 def test_a_file_without_a_configuration_gets_what_it_lacks_from_the_run(tmp_path, model):
     """Names and tensors alone, of every router and block: the classes and the experts are counted in the file."""
     settings = MODELS[model]
@@ -114,7 +131,9 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("layout", FOREIGN)
+@pytest.mark.parametrize(
+    "layout", [full(name) if name in ("training of DiT", "wrapped names") else name for name in FOREIGN]
+)
 def test_checkpoints_of_others_need_no_conversion(tmp_path, layout):
     model = config_that_runs("dense")
     config = replace(model, train=replace(model.train, init_from=str(tmp_path), init_classes="new"))
@@ -140,18 +159,29 @@ def test_checkpoints_of_others_need_no_conversion(tmp_path, layout):
 
 def test_the_average_of_one_of_several_decays(tmp_path):
     made = random_state(config_of("train.ema_decay=[0.9,0.5]"))
-    further = {"ema=0.5": replace(made, average=None).average}
-    assert further == {"ema=0.5": None}
-    path, made = saved_run(tmp_path)
-    with pytest.raises(UserError, match=r"weights = ema=0\.5: .* has no average of that decay"):
-        started(path, "train.init_weights=ema=0.5")
+    averages = {kind: Average(False, 0.01, 10, decay) for kind, decay in (("ema", 0.9), ("ema=0.5", 0.5))}
+    several = replace(
+        made,
+        kinds=(*KINDS, "ema=0.5"),
+        average=averages["ema"],
+        further_averages={"ema=0.5": averages["ema=0.5"]},
+        read=lambda kind, name: 2 * made.read("ema", name) if kind == "ema=0.5" else made.read(kind, name),
+    )
+    export(several, tmp_path / "source", "ours")
+    start, state = started(tmp_path / "source", "train.init_weights=ema=0.5")
+    assert torch.equal(read(start, state, TABLE), 2 * made.read("ema", TABLE))
+    assert "the averaged weights (ema=0.5), 1.0% of them still the initial weights" in report(start)["source"][0]
+    with pytest.raises(UserError, match=r"weights = ema=0\.7: .* has no average of that decay"):
+        started(tmp_path / "source", "train.init_weights=ema=0.7")
+    with pytest.raises(UserError, match=r"weights = 'ema=high': must be ema or master"):
+        started(tmp_path / "source", "train.init_weights=ema=high")
 
 
 # ---- other classes
 
 
-def test_rows_of_classes_follow_the_file(tmp_path):
-    path, made = saved_run(tmp_path)
+def test_rows_of_classes_follow_the_file(plain, tmp_path):
+    path, made = plain
     (tmp_path / "classes.yaml").write_text("0: 7\n2: 3\n1: new\n")
     start, state = started(path, "model.num_classes=4", f"train.init_classes={tmp_path / 'classes.yaml'}")
     old, table = made.read("ema", TABLE), read(start, state, TABLE)
@@ -167,8 +197,8 @@ def test_rows_of_classes_follow_the_file(tmp_path):
     ]
 
 
-def test_the_same_classes_and_new_ones(tmp_path):
-    path, made = saved_run(tmp_path)
+def test_the_same_classes_and_new_ones(plain):
+    path, made = plain
     old = made.read("ema", TABLE)
     assert torch.equal(read(*started(path), TABLE), old)
     table = read(*started(path, "train.init_classes=new", "model.num_classes=3"), TABLE)
@@ -197,8 +227,8 @@ def test_the_same_classes_and_new_ones(tmp_path):
         ("a: [", "give a YAML or JSON file"),
     ],
 )
-def test_a_file_of_classes_that_cannot_be_used(tmp_path, content, message):
-    path, _ = saved_run(tmp_path)
+def test_a_file_of_classes_that_cannot_be_used(plain, tmp_path, content, message):
+    path, _ = plain
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         started(path, "model.num_classes=3", f"train.init_classes={tmp_path / 'c.yaml'}")
@@ -222,8 +252,8 @@ def test_classes_by_name(tmp_path):
 # ---- other sizes
 
 
-def test_another_grid_changes_positions_alone(tmp_path):
-    path, made = saved_run(tmp_path)
+def test_another_grid_changes_positions_alone(plain):
+    path, made = plain
     start, state = started(path, "model.input_size=16")
     assert all(torch.equal(read(start, state, name), made.read("ema", name)) for name in made.shapes)
     assert report(start)["positions"] == ["computed for 8x8 tokens; the source has 4x4"]
@@ -232,8 +262,8 @@ def test_another_grid_changes_positions_alone(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["model.patch_size=4", "model.in_channels=3"])
-def test_other_patches_start_from_the_models_own_values(tmp_path, size):
-    path, made = saved_run(tmp_path)
+def test_other_patches_start_from_the_models_own_values(plain, size):
+    path, made = plain
     start, state = started(path, size)
     fresh = {"x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias"}
     for name in state.shapes:
@@ -242,8 +272,8 @@ def test_other_patches_start_from_the_models_own_values(tmp_path, size):
     assert size.replace("=", " = ") in report(start)["new"][0]
 
 
-def test_the_variance_is_dropped_or_begins_at_zero(tmp_path):
-    path, made = saved_run(tmp_path)
+def test_the_variance_is_dropped_or_begins_at_zero(plain, tmp_path):
+    path, made = plain
     weight = made.read("ema", "final_layer.linear.weight")
     start, state = started(path, "model.learn_sigma=false")
     mean = weight.view(4, 2, 4, 32)[:, 0].reshape(16, 32)
@@ -256,10 +286,10 @@ def test_the_variance_is_dropped_or_begins_at_zero(tmp_path):
 # ---- other experts
 
 
-def test_each_expert_is_split(tmp_path):
+def test_each_expert_is_split(plain):
     from megapromoe.conversion.upcycle import grow
 
-    path, made = saved_run(tmp_path)
+    path, made = plain
     start, state = started(path, "model.num_experts=8", "model.num_classes=3", "train.init_classes=new")
     expected = grow(made, replace(made.config, model=replace(made.config.model, num_experts=8)))
     for name in (name for name in expected.shapes if name != TABLE):
@@ -269,7 +299,7 @@ def test_each_expert_is_split(tmp_path):
         started(path, "model.num_experts=6")
 
 
-@pytest.mark.parametrize("ratio, how", [("2.0", "slices"), ("4.0", "copies")])
+@pytest.mark.parametrize("ratio, how", [full("2.0", "slices"), full("4.0", "copies")])
 def test_experts_from_the_mlps_of_a_dense_model(tmp_path, ratio, how):
     from megapromoe.conversion.upcycle import cluster, from_dense, moe_inputs
 
@@ -308,9 +338,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_another_network_is_refused(tmp_path, case):
+def test_another_network_is_refused(plain, case):
     settings, message = REFUSED[case]
-    path, _ = saved_run(tmp_path)
+    path, _ = plain
     with pytest.raises(UserError, match=message):
         started(path, *settings)
 
@@ -324,6 +354,40 @@ def test_another_network_is_refused_by_its_tensors(tmp_path, case):
     described = case in ("width", "depth", "text from class")
     with pytest.raises(UserError, match=message if described else "is of another model than the config's"):
         started(tmp_path / "a.safetensors", *settings)
+
+
+def test_keys_of_another_model_are_named(tmp_path):
+    made = random_state(config_of())
+    tensors = {name: made.read("ema", name) for name in made.shapes}
+    save_file(tensors | {"controlnet.weight": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="only in the file: controlnet.weight"):
+        started(tmp_path / "a.safetensors")
+    del tensors["blocks.1.attn.proj.bias"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="only in the model: blocks.1.attn.proj.bias"):
+        started(tmp_path / "a.safetensors")
+
+
+def test_a_router_of_ones_own_is_executed_only_if_the_run_names_it(tmp_path):
+    router = f"model.router={ROOT / 'examples' / 'my_router.py'}:BiasedRouter"
+    path, made = saved_run(tmp_path, router)
+    start, state = started(path, router, "model.num_classes=3", "train.init_classes=new")
+    name = "blocks.1.mlp.router.gate"
+    assert torch.equal(read(start, state, name), made.read("ema", name))
+    assert all(torch.equal(state.buffers[name], value) for name, value in made.buffers.items())
+    with pytest.raises(UserError, match="names code, model.router = "):
+        started(path)
+
+
+def test_snapshots_have_averages_alone(tmp_path):
+    path, made = saved_run(tmp_path)
+    (folder,) = (path / "checkpoints").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(seal(manifest | {"kinds": ["ema"]}))
+    assert torch.equal(read(*started(folder), TABLE), made.read("ema", TABLE))
+    with pytest.raises(UserError, match="has ema only; set train.init_weights=ema"):
+        started(folder, "train.init_weights=master")
 
 
 def test_a_class_model_from_a_text_model(tmp_path):
@@ -381,8 +445,8 @@ def test_a_truncated_pickle_and_a_pickle_with_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_table_names_everything(tmp_path):
-    path, _ = saved_run(tmp_path)
+def test_the_table_names_everything(plain):
+    path, _ = plain
     start, _ = started(path, "train.init_weights=master")
     text = "\n".join(lines(report(start)))
     assert "(ours, step 12), the weights as trained (master)" in text
