@@ -25,7 +25,7 @@ _SHOWN = 4  # classes in a list
 def report(start: StartingWeights) -> Report:
     """The table of a start; headings without a sentence are left out."""
     shapes, _ = model_shapes(start.config.model)
-    names = start.unchanged_names(shapes)
+    names = [name for name in shapes if start.is_unchanged(name)]
     total = sum(math.prod(shape) for shape in shapes.values())
     taken = share_of(sum(math.prod(shapes[name]) for name in names), total)
     rows = {

@@ -9,7 +9,7 @@ Nothing is read before the tensors are written, except hashes, and for experts f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from megapromoe.conversion.class_mapping import names_of, source_classes
 from megapromoe.conversion.foreign import deepspeed_folder
 from megapromoe.conversion.formats import detect, open_state
 from megapromoe.conversion.starting_run import StartingRun, mismatch
-from megapromoe.conversion.state import State, checked, is_finite, not_finite, with_one_average
+from megapromoe.conversion.state import State, is_finite, with_one_average
 from megapromoe.conversion.stream import ConversionError
 from megapromoe.conversion.upcycle import Prototypes, check_fit, cluster, from_dense, grow, moe_inputs
 from megapromoe.distributed.shard_ranges import ShardRange, copy_range
@@ -140,13 +140,27 @@ class StartingWeights:
         config = replace(self.config, model=replace(self.config.model, **experts))
         return adapt(self.source, config, self.classes, self.kind)
 
+    def _check_finite(self, name: str, values: Tensor) -> None:
+        if not is_finite(values):
+            raise ConversionError(
+                f"{self.path}: {name} holds NaN or infinity, because its training had diverged when it was saved; set"
+                " train.init_from to an earlier checkpoint"
+            )
+
     def prototypes(self) -> dict[int, Prototypes]:
         """The prototypes for a source without experts, from the run's data; the same with any number of threads.
 
         The whole dense model is in the memory of this process meanwhile.
         """
+        adapted = self._adapted()
+
+        def read(kind: str, name: str) -> Tensor:
+            tensor = adapted.read(kind, name)
+            self._check_finite(name, tensor)
+            return tensor
+
         with _one_thread():
-            tokens = moe_inputs(checked(self._adapted()), self.config, IMAGES, self.kind)
+            tokens = moe_inputs(replace(adapted, read=read), self.config, IMAGES, self.kind)
             return {block: cluster(x_TD, self.config, self.config.train.seed) for block, x_TD in tokens.items()}
 
     def state(self, prototypes: dict[int, Prototypes]) -> State:
@@ -174,20 +188,19 @@ class StartingWeights:
 
         Raises ConversionError if an element is NaN or infinite, or if the file is damaged.
         """
-        if self.source.read_range is not None and name in self.unchanged_names(state.shapes):
+        if self.source.read_range is not None and self.is_unchanged(name):
             self.source.read_range(self.kind, name, target, out)
         else:
             _copy_part(state.read(self.kind, name), target, out)
-        if not is_finite(out):
-            raise not_finite(self.source, self.kind, name)
+        self._check_finite(name, out)
 
-    def unchanged_names(self, names: Iterable[str]) -> set[str]:
-        """Those of the run's parameters that are exactly those of the source."""
+    def is_unchanged(self, name: str) -> bool:
+        """Whether a parameter of the run is exactly that of the source."""
         old, new = self.source.config.model, self.config.model
-        others = {*fresh_names(old, new), *changed_names(old, new, self.classes)}
-        if self.splits_experts:
-            others |= {name for name in names if ".mlp.experts." in name or name.endswith(".router.prototypes")}
-        return {name for name in names if name in self.source.shapes and name not in others}
+        if self.splits_experts and (".mlp.experts." in name or name.endswith(".router.prototypes")):
+            return False
+        others = (*fresh_names(old, new), *changed_names(old, new, self.classes))
+        return name in self.source.shapes and name not in others
 
 
 def _copy_part(tensor: Tensor, target: ShardRange, out: Tensor) -> None:
@@ -204,22 +217,22 @@ def _check_network(path: Path, old: ModelConfig, new: ModelConfig) -> None:
         problems += [
             mismatch(new, name, getattr(old, name)) for name in texts if getattr(old, name) != getattr(new, name)
         ]
-    upcycled = old.router == "dense" and new.router in PROMOE_ROUTERS
-    if not upcycled:
+    has_mlps = len(old.moe_blocks) < old.depth and len(new.moe_blocks) < new.depth
+    if old.mlp_width != new.mlp_width and (has_mlps or old.router == "dense"):
+        problems.append(mismatch(new, "mlp_ratio", old.mlp_ratio))
+    if old.router != "dense" or new.router not in PROMOE_ROUTERS:  # `check_fit` compares the others
         problems += _expert_problems(old, new)
     if problems:
         raise ConversionError(f"{path}: cannot be the start of this run:\n  " + "\n  ".join(problems))
 
 
 def _expert_problems(old: ModelConfig, new: ModelConfig) -> Iterator[str]:
-    """A sentence for each option of experts and MLPs that must be the source's and is not."""
+    """A sentence for each option of experts that must be the source's and is not."""
     if old.router != new.router and not {old.router, new.router} <= set(PROMOE_ROUTERS):
         yield mismatch(new, "router", old.router) + (
             ", or promoe or promoe_ec for experts from its MLPs" if old.router == "dense" else ""
         )
         return
-    if len(new.moe_blocks) < new.depth and old.mlp_width != new.mlp_width:
-        yield f"model.mlp_ratio = {new.mlp_ratio}: must be the source's {old.mlp_ratio}"
     if new.router == "dense":
         return
     if old.moe_every != new.moe_every:

@@ -319,7 +319,14 @@ def checked(state: State, notes: list[str] | None = None) -> State:
         if is_finite(tensor):
             return tensor
         if notes is None:
-            raise not_finite(state, kind, name)
+            if state.format == "upcycled":
+                raise ConversionError(
+                    f"{state.where}: {kind} of {name}, made from it, holds NaN or infinity; use less noise or spread"
+                )
+            raise ConversionError(
+                f"{state.where}: {kind} of {name} holds NaN or infinity: its training had diverged when it was saved."
+                " Use an earlier checkpoint; `megapromoe convert --allow-nonfinite` converts it unchanged"
+            )
         if not noted:
             notes.append(f"{kind} of {name} holds NaN or infinity, and other tensors may too")
         noted = True
@@ -332,18 +339,6 @@ def checked(state: State, notes: list[str] | None = None) -> State:
                 " `megapromoe convert --allow-nonfinite` converts it unchanged"
             )
     return replace(state, read=read, read_range=None)
-
-
-def not_finite(state: State, kind: str, name: str) -> ConversionError:
-    """The error for a tensor of a state that holds NaN or infinity."""
-    if state.format == "upcycled":
-        return ConversionError(
-            f"{state.where}: {kind} of {name}, made from it, holds NaN or infinity; use less noise or spread"
-        )
-    return ConversionError(
-        f"{state.where}: {kind} of {name} holds NaN or infinity: its training had diverged when it was saved."
-        " Use an earlier checkpoint; `megapromoe convert --allow-nonfinite` converts it unchanged"
-    )
 
 
 def is_finite(tensor: Tensor) -> bool:

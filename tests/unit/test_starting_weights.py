@@ -356,6 +356,16 @@ def test_another_network_is_refused_by_its_tensors(tmp_path, case):
         started(tmp_path / "a.safetensors", *settings)
 
 
+def test_what_does_not_fit_for_experts_from_mlps(tmp_path):
+    path, _ = saved_run(tmp_path, "model.router=dense")
+    with pytest.raises(UserError, match="model.mlp_ratio = 3.0: must be the source's 4.0"):
+        started(path, "model.mlp_ratio=3.0")
+    with pytest.raises(UserError, match="model.num_shared_experts = 2: must be 1; several are not supported"):
+        started(path, "model.num_shared_experts=2")
+    with pytest.raises(UserError, match="must be the source's dense, or promoe or promoe_ec for experts from its MLPs"):
+        started(path, "model.router=tc")
+
+
 def test_keys_of_another_model_are_named(tmp_path):
     made = random_state(config_of())
     tensors = {name: made.read("ema", name) for name in made.shapes}
