@@ -1,6 +1,7 @@
 """Runs that start from the weights of a checkpoint: at every layout the same, within bounds, and only once."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_a_rank_holds_no_more_than_its_share_and_one_tensor(tmp_path):
 # ---- in a run
 
 
-def test_a_run_starts_from_weights_once(tmp_path):
+def test_a_run_starts_from_weights_once(tmp_path, capsys):
     """It records what it took; a repeated command resumes, even if the source is gone, and says so."""
     from_source = source(tmp_path)
     folder = tmp_path / "run"
@@ -144,11 +145,31 @@ def test_a_run_starts_from_weights_once(tmp_path):
         expected = weights.read("ema", name)
         torch.testing.assert_close(before["master", name], expected, rtol=0, atol=1e-20)
     (tmp_path / "source").rename(tmp_path / "elsewhere")
-    run(1, train, str(folder), *settings, "train.steps=6")
+    (messages,) = run(1, logged, str(folder), *settings, "train.steps=6")
+    assert f"{from_source.replace('=', ' = ')}: not used, because the run resumes from its own checkpoint" in messages
     entries = json.loads((folder / "environment.json").read_text())
     assert len(entries) == 2 and "initial_weights" not in entries[1]
     with pytest.raises(UserError, match="there is no such file or folder"):
         newest_checkpoint(tmp_path / "source")
+    assert main(["train", "--config", str(folder / "config.yaml"), "--run-dir", str(folder), "--dry-run"]) == 0
+    assert "start      not used, because the run resumes: train.init_from" in capsys.readouterr().out
+
+
+def logged(folder: str, *settings: str) -> list[str]:
+    """Trains, and returns what the training loop logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("megapromoe.training.loop")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        train(folder, *settings)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return messages
 
 
 def refused(folder: str, *settings: str) -> tuple[str, int, bool]:

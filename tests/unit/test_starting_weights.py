@@ -307,6 +307,14 @@ def test_experts_from_the_mlps_of_a_dense_model(tmp_path, ratio, how):
     settings = (f"model.expert_ratio={ratio}", "model.input_size=16", "train.init_classes=new")
     start, state = started(path, *settings)
     assert how in report(start)["experts"][0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        again = start.state(start.prototypes())
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(read(start, again, name), read(start, state, name)) for name in state.shapes)
     dense = replace(
         made,
         config=replace(start.config, model=replace(start.config.model, router="dense")),
