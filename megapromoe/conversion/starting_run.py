@@ -55,7 +55,8 @@ class StartingRun:
 
         Raises ConversionError if the width, the depth or the condition is not the run's.
         """
-        shapes = {_KIND.sub("", name): tuple(shape) for name, shape in shapes.items()}
+        # Empty tensors can have sizes that no file holds.
+        shapes = {_KIND.sub("", name): tuple(shape) for name, shape in shapes.items() if math.prod(shape)}
         if problems := list(self._problems(shapes)):
             raise ConversionError(f"{path}: cannot be the start of this run:\n  " + "\n  ".join(problems))
         model, data = self.config.model, replace(self.config.data, source=UNSET, path="")
@@ -84,12 +85,13 @@ def _sizes(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
     """The options of classes, input and output that the tensors determine."""
     sizes: dict[str, Any] = {"position_scale": 1.0}  # of models of other projects, whose tables are compared
     patches = shapes.get("x_embedder.proj.weight", ())
-    if len(patches) == 4 and patches[2] == patches[3] > 0:
+    if len(patches) == 4 and patches[2] == patches[3]:
         sizes |= {"in_channels": patches[1], "patch_size": patches[2]}
     patch, channels = sizes.get("patch_size", model.patch_size), sizes.get("in_channels", model.in_channels)
     if (outputs := shapes.get("final_layer.linear.bias", ())) in ((patch**2 * channels,), (2 * patch**2 * channels,)):
         sizes["learn_sigma"] = outputs[0] != patch**2 * channels
-    if len(table := shapes.get("y_embedder.embedding_table.weight", ())) == 2 and table[0] > 1:
+    table = shapes.get("y_embedder.embedding_table.weight", ())
+    if len(table) == 2 and table[0] > 1 and table[1] == model.hidden_size:
         sizes["num_classes"] = table[0] - 1
     positions = shapes.get("pos_embed", ())
     side = math.isqrt(positions[-2]) if len(positions) >= 2 else 0
@@ -104,7 +106,7 @@ def _experts(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
     """Whether the source has experts, and how many."""
     if not shapes or model.router == "dense":
         return {}
-    numbers = [int(match[1]) for name in shapes if (match := _EXPERT.search(name))]
+    numbers = {match[1] for name in shapes if (match := _EXPERT.search(name))}
     stacked = [shape[0] for name, shape in shapes.items() if _STACKED.search(name) and len(shape) == 3]
     if not numbers and not stacked:
         return {"router": "dense"}
@@ -112,4 +114,4 @@ def _experts(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
         return {"num_experts": stacked[0]}
     # In published files the unconditional experts are the last ones; in DeepSpeed's folders they have their own names.
     inside = any(".mlp.experts." in name for name in shapes)
-    return {"num_experts": max(numbers) + 1 - (model.unconditional_experts if inside else 0)}
+    return {"num_experts": max(len(numbers) - (model.unconditional_experts if inside else 0), 1)}

@@ -386,6 +386,27 @@ def test_keys_of_another_model_are_named(tmp_path):
         started(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("y_embedder.embedding_table.weight", (1 << 60, 0)),
+        ("blocks.1.mlp.experts.fc1.weight", (1 << 60, 0, 32)),
+        ("x_embedder.proj.weight", (32, 1 << 40, 0, 0)),
+        ("pos_embed", (1, 1 << 60, 0)),
+        ("blocks.1.mlp.experts.99999999999.up_proj.weight", (64, 32)),
+        ("blocks.99999999999.mlp.fc1.bias", (4,)),
+    ],
+)
+def test_a_file_cannot_claim_sizes_that_it_does_not_hold(tmp_path, name, shape):
+    made = random_state(config_of())
+    tensors = {key: made.read("ema", key) for key in made.shapes} | {name: torch.zeros(shape)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save(tensors, tmp_path / "a.pth")
+    for file in ("a.safetensors", "a.pth"):
+        with pytest.raises(UserError):
+            started(tmp_path / file)
+
+
 def test_a_router_of_ones_own_is_executed_only_if_the_run_names_it(tmp_path):
     router = f"model.router={ROOT / 'examples' / 'my_router.py'}:BiasedRouter"
     path, made = saved_run(tmp_path, router)
