@@ -199,6 +199,7 @@ class TrainConfig:
         "init_from: the weights to take: averaged (ema, or ema=DECAY of several), or as trained (master)",
         ("ema", "master"),
         accepts=lambda value: value.startswith("ema="),
+        form="ema=DECAY",
     )
     init_classes: str = option(
         "same",
@@ -206,6 +207,7 @@ class TrainConfig:
         " new: old; a class without one starts as the mean of the old ones",
         ("same", "new"),
         accepts=class_groups.is_file,
+        form="FILE.yaml",
     )
     timeout: float = option(
         600.0, "longest duration of a collective, in seconds, after which the run ends with an error", within=POSITIVE

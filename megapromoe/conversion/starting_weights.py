@@ -217,13 +217,19 @@ def _check_network(path: Path, old: ModelConfig, new: ModelConfig) -> None:
         problems += [
             mismatch(new, name, getattr(old, name)) for name in texts if getattr(old, name) != getattr(new, name)
         ]
+    if old.hidden_size != new.hidden_size:  # of which all widths are multiples
+        raise ConversionError(_refusal(path, problems))
     has_mlps = len(old.moe_blocks) < old.depth and len(new.moe_blocks) < new.depth
     if old.mlp_width != new.mlp_width and (has_mlps or old.router == "dense"):
         problems.append(mismatch(new, "mlp_ratio", old.mlp_ratio))
     if old.router != "dense" or new.router not in PROMOE_ROUTERS:  # `check_fit` compares the others
         problems += _expert_problems(old, new)
     if problems:
-        raise ConversionError(f"{path}: cannot be the start of this run:\n  " + "\n  ".join(problems))
+        raise ConversionError(_refusal(path, problems))
+
+
+def _refusal(path: Path, problems: list[str]) -> str:
+    return f"{path}: cannot be the start of this run:\n  " + "\n  ".join(problems)
 
 
 def _expert_problems(old: ModelConfig, new: ModelConfig) -> Iterator[str]:

@@ -16,7 +16,7 @@ from megapromoe.checkpoint.average import Average
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.manifest import seal
 from megapromoe.config.options import Config
-from megapromoe.config.resolve import resolve
+from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.start_report import lines, report
 from megapromoe.conversion.starting_weights import StartingWeights, newest_checkpoint, open_start
@@ -492,3 +492,27 @@ def test_the_table_names_everything(plain):
     assert "left out: the moments of AdamW\nleft out: the averaged weights" in text
     count = len(start.source.shapes)
     assert f"taken: {count} of {count} tensors as they are" in text
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["train.init_classes=new"], "train.init_classes = 'new': must be same without train.init_from"),
+        (["train.init_weights=master"], "train.init_weights = 'master': must be ema without train.init_from"),
+        (["train.init_from=a", "train.init_classes=all"], "must be one of same, new, FILE.yaml"),
+        (["train.init_from=a", "train.init_weights=raw"], "must be one of ema, master, ema=DECAY"),
+        (
+            ["train.init_from=a", "train.init_classes=new", *MODELS["text"]],
+            "train.init_classes = 'new': must be same with model.condition = 'text'",
+        ),
+    ],
+)
+def test_options_that_cannot_be_together(settings, message):
+    with pytest.raises(UserError, match=message):
+        config_of(*settings)
+
+
+def test_options_of_a_start_are_read_back_from_a_configuration(tmp_path):
+    config = config_of("train.init_from=a", "train.init_weights=ema=0.5", "train.init_classes=classes.json")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert resolve(file=tmp_path / "config.yaml") == config
