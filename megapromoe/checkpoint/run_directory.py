@@ -28,7 +28,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -149,16 +149,19 @@ class RunDirectory:
             logger.info("%s: %s", run.folder, comparison.reconfigured)
         return run
 
-    def record(self) -> None:
+    def record(self, more: Mapping[str, Any] | None = None) -> None:
         """Writes the start that `claim` has prepared: config.yaml and an entry of environment.json.
+
+        Args:
+            more: further keys of the entry.
 
         Raises RunDirectoryError if the folder cannot be written.
         """
         assert self._start is not None, "call `claim` first"
-        entries, config = self._start
+        (*earlier, entry), config = self._start
         with self._named_errors():
             self.checkpoints.mkdir(exist_ok=True)
-            write_json(self.environment, entries, indent=2)
+            write_json(self.environment, [*earlier, entry | dict(more or {})], indent=2)
             write_text(self.config_file, to_yaml(config))
         self._start = None
 

@@ -79,7 +79,10 @@ def _keys() -> Iterator[str]:
         values = getattr(defaults, section.name)
         yield f"{section.name}: {str(type(values).__doc__).splitlines()[0]}"
         for f in fields(values):
-            choices = [*f.metadata["choices"], *([extensions.FORM] if f.metadata["accepts"] else [])]
+            choices = [
+                *f.metadata["choices"],
+                *([f.metadata["form"] or extensions.FORM] if f.metadata["accepts"] else []),
+            ]
             valid = " | ".join(choices) or _interval(f.metadata["within"])
             default = getattr(values, f.name)
             text = str(default).lower() if isinstance(default, bool) else default  # as in YAML: true, not True

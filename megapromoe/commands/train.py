@@ -17,7 +17,13 @@ Repeat the command to continue a run from its last checkpoint, on any number of 
 
 {OVERRIDES}
 Settings that define the run may not change between starts: model, data, diffusion, the batch, AdamW's
-constants and the seed."""
+constants and the seed.
+
+A new run starts from random weights, or with train.init_from=PATH from those of a checkpoint: a run, one of its
+steps, a .pth, safetensors, a folder of diffusers or DeepSpeed. It may have other classes, sizes or experts:
+  train.init_weights=ema|ema=DECAY|master    which weights to take; default ema
+  train.init_classes=same|new|FILE           the source's class of each class; FILE is YAML or JSON, new: old
+--dry-run prints what would be taken, made new and left out: docs/finetune.md."""
 JOB = True
 
 
@@ -61,14 +67,15 @@ def run(options: argparse.Namespace, launch) -> int:
     options.allow = present_names(options.allow)
     if options.dry_run:
         from megapromoe.training.dry_run import examine_start
-        from megapromoe.training.summary import summary
+        from megapromoe.training.summary import starting, summary
 
-        state, dataset, refused = examine_start(config, options.run, options.allow, options.step, options.fork)
+        examined = examine_start(config, options.run, options.allow, options.step, options.fork)
+        state, dataset, refused, initial = examined
         if launch.rank == 0 and options.yaml:
             print("\n".join(describe(config, launch.world)))
             print(f"#\n# run directory\n# {options.run}: {state}".replace("\n  ", "\n#   "))
         elif launch.rank == 0:
-            print("\n".join(summary(config, launch.world, options.run, state, dataset)))
+            print("\n".join([*summary(config, launch.world, options.run, state, dataset), *starting(initial)]))
         if refused:
             sys.stdout.flush()  # before the error, which goes to stderr
             raise refused

@@ -71,6 +71,12 @@ class ModelConfig:
         " keys of each head by row and column",
         ("sincos", "rope"),
     )
+    position_scale: float = option(
+        1.0,
+        "factor on the rows and columns of the image tokens, for their positions; with 0.5, a grid of twice the side"
+        " spans the positions of the old one",
+        within=POSITIVE,
+    )
     modulation: str = option(
         "block",
         "adaLN: a linear layer in each block (block), or one for all blocks (shared) with a learned table in each",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megapromoe.config import extensions
+from megapromoe.config import class_groups, extensions
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
@@ -189,6 +189,26 @@ class TrainConfig:
     )
     compile: bool = option(False, "compile the blocks with torch.compile; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
+    init_from: str = option(
+        "",
+        "start a new run from the weights of a checkpoint of any format (docs/finetune.md): a run, a step, a .pth, a"
+        " .safetensors, a folder of diffusers or DeepSpeed; empty: from train.seed. A run that resumes ignores it",
+    )
+    init_weights: str = option(
+        "ema",
+        "init_from: the weights to take: averaged (ema, or ema=DECAY of several), or as trained (master)",
+        ("ema", "master"),
+        accepts=lambda value: value.startswith("ema="),
+        form="ema=DECAY",
+    )
+    init_classes: str = option(
+        "same",
+        "init_from: the source's class of each class: the same number (same), none (new), or a YAML or JSON file of"
+        " new: old; a class without one starts as the mean of the old ones",
+        ("same", "new"),
+        accepts=class_groups.is_file,
+        form="FILE.yaml",
+    )
     timeout: float = option(
         600.0, "longest duration of a collective, in seconds, after which the run ends with an error", within=POSITIVE
     )

@@ -45,14 +45,17 @@ def option(
     within: str = "",
     kind: type | None = None,
     accepts: Callable[[str], bool] | None = None,
+    form: str = "",
 ) -> Any:
     """A dataclass field with its default, one line of help, and the valid `choices` or interval, such as "[0, 1)".
 
     Args:
         kind: one of `KINDS`; needed only if the annotation of the field is not one of them.
         accepts: whether a value besides the `choices` is valid.
+        form: how such a value looks, such as "FILE.yaml"; "": as the name of a user's code.
     """
     metadata = {"help": help, "choices": tuple(choices), "within": within, "kind": kind, "accepts": accepts}
+    metadata["form"] = form
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -157,10 +160,11 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
     choices, interval = metadata["choices"], metadata["within"]
     if choices:
         accepts = metadata["accepts"]
+        valid = [*choices, *([metadata["form"]] if metadata["form"] else [])]
         return (
             None
             if value in choices or (accepts and accepts(value))
-            else f"must be one of {', '.join(choices)}; {suggest(value, choices)}"
+            else f"must be one of {', '.join(valid)}; {suggest(value, valid)}"
         )
     if isinstance(value, tuple) and len(set(value)) < len(value):
         return "must hold each number once"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from megapromoe.config import class_groups
 from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ModelConfig
-from megapromoe.config.options import FIXED_SIZES, UNSET, Config, Rule
+from megapromoe.config.options import FIXED_SIZES, UNSET, Config, Rule, TrainConfig
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
 
@@ -133,6 +133,14 @@ def rules(config: Config) -> Iterator[Rule]:
     if data.source == "digits" and data.flip:
         yield ("data.flip", "data.source"), "must be false with data.source = 'digits': mirrored digits are not digits"
 
+    if not train.init_from:
+        for name in ("init_weights", "init_classes"):
+            if (default := getattr(TrainConfig, name)) != getattr(train, name):
+                rule = f"must be {default} without train.init_from, the checkpoint to start from"
+                yield (f"train.{name}", "train.init_from"), rule
+    elif model.has_text and train.init_classes != TrainConfig.init_classes:
+        rule = "must be same with model.condition = 'text', which has no classes"
+        yield ("train.init_classes", "model.condition"), rule
     if train.warmup > train.steps:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
     if train.schedule == "cosine" and train.min_lr > train.lr:

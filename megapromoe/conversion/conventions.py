@@ -36,6 +36,17 @@ ASK = (
 )
 
 
+OF_RUN = (
+    "the file does not contain its training objective; that of this run is assumed, {config}: for weights of SiT set"
+    " model.time_input=sit, of REPA model.time_input=repa, both with diffusion.objective=rf"
+)
+
+
+def assumed_objective(config: Config, by_run: bool) -> str:
+    """The note for a file without an objective; `by_run`: the config of a run that starts from it is assumed."""
+    return (OF_RUN if by_run else ASK).format(config=describe(config))
+
+
 def with_objective(config: Config, objective: str) -> Config:
     """`config` with the options of one of OBJECTIVES; unchanged if it has them already.
 

@@ -8,6 +8,7 @@ diffusers each block has a copy of the time and class embeddings; all must be eq
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
+from megapromoe.conversion.starting_run import StartingRun
 from megapromoe.conversion.state import check_same
 from megapromoe.conversion.stream import ConversionError, Stored
 
@@ -99,6 +101,7 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
         "norm": "layer",
         "qk_norm": "none",
         "positions": "sincos",
+        "position_scale": 1.0,
         "modulation": "block",
         "condition": "class",
     }
@@ -127,6 +130,19 @@ def config_of(path: Path, content: Mapping[str, Any], given: Config | None, note
                 f"diffusers computes this model with model.{key} = {theirs}; the given config's {ours} is used"
             )
     return given
+
+
+def config_for_run(path: Path, content: Mapping[str, Any], run: StartingRun) -> Config:
+    """The config of the model that a config.json describes, with the conventions of a run that starts from it.
+
+    Those are the objective, the time input, and the time frequencies and epsilon, which are DiT's or diffusers'.
+
+    Raises ConversionError or ConfigError, see `config_of`.
+    """
+    described, ours = config_of(path, content, None, []), run.config
+    computed = {name: getattr(ours.model, name) for name in ("time_input", *_AS_DIFFUSERS)}
+    model = replace(described.model, **computed)
+    return replace(described, model=model, diffusion=ours.diffusion, sample=ours.sample)
 
 
 def our_names(path: Path, tensors: Mapping[str, Stored], config: Config) -> dict[str, Stored | list[Stored]]:

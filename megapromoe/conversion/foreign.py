@@ -12,8 +12,9 @@ from megapromoe.config.model_options import PUBLISHED_ROUTERS, ModelConfig
 from megapromoe.config.options import Config
 from megapromoe.conversion.adamw import groups_and_states, moments, note_settings, whole_steps
 from megapromoe.conversion.containers import check_tensors, strip_wrappers
-from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective
+from megapromoe.conversion.conventions import assumed_objective, in_our_sign, with_objective
 from megapromoe.conversion.published_names import published_names
+from megapromoe.conversion.starting_run import StartingRun
 from megapromoe.conversion.state import (
     State,
     check_floats,
@@ -51,7 +52,13 @@ def deepspeed_folder(path: Path, step: int | None) -> Path:
     return path / tag
 
 
-def open_deepspeed(path: Path, config: Config | None, step: int | None, objective: str | None = None) -> State:
+def open_deepspeed(
+    path: Path,
+    config: Config | None,
+    step: int | None,
+    objective: str | None = None,
+    run: StartingRun | None = None,
+) -> State:
     """Opens a DeepSpeed folder without tensor parallelism and ZeRO-3; see `formats.open_state`.
 
     Masters and moments are read from ZeRO's shards if there are any. Otherwise moments are read if the optimizer state
@@ -62,17 +69,17 @@ def open_deepspeed(path: Path, config: Config | None, step: int | None, objectiv
     description = main.get("megapromoe") or {}
     if not isinstance(description, Mapping):
         raise ConversionError(f"{file}: its megapromoe is not a mapping")
-    config = config or (stored_config(description["config"]) if "config" in description else None)
-    config = needed(config, path)
+    tensors = _read_weights(folder, file, main)
+    config = config or (stored_config(description["config"], run) if "config" in description else None)
+    config = needed(config, path, run, {name: stored.shape for name, stored in tensors.items()})
     notes: list[str] = []
     if objective and description:
         raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
     if objective:
         config = with_objective(config, objective)
     elif not description:
-        notes.append(ASK.format(config=describe(config)))
+        notes.append(assumed_objective(config, run is not None))
     shapes, buffer_shapes = model_shapes(config.model)
-    tensors = _read_weights(folder, file, main)
     places = _places(tensors, [*shapes, *buffer_shapes], config.model)
     averages = {strip_wrappers(name)[0]: stored for name, stored in (main.get("ema_module") or {}).items()}
     if not averages:

@@ -31,6 +31,7 @@ from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
 from megapromoe.conversion.published import open_published
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE, description, open_safetensors, read_weights, weights_file
 from megapromoe.conversion.sharded import INDEX, is_index
+from megapromoe.conversion.starting_run import StartingRun
 from megapromoe.conversion.state import State, model_shapes, needed, stored_config
 from megapromoe.conversion.stream import ConversionError, Stored, read_safetensors
 from megapromoe.conversion.torch_files import read_pickle
@@ -72,6 +73,8 @@ def open_state(
     config: Config | None = None,
     step: int | None = None,
     objective: str | None = None,
+    run: StartingRun | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> State:
     """Opens a checkpoint. Of its tensors, only buffers are read at once.
 
@@ -81,6 +84,8 @@ def open_state(
         config: of the run; used in place of the config in the checkpoint. A published .pth contains none.
         step: which checkpoint of a run directory or a DeepSpeed folder; None: the latest.
         objective: one of `conventions.OBJECTIVES`, for a checkpoint that does not contain its objective.
+        run: a run that starts from the checkpoint; what the checkpoint does not contain follows from its config.
+        share: (rank, ranks) of a job whose ranks open the same checkpoint: each verifies its share of the hashes.
 
     Raises ConversionError, CheckpointError or ConfigError.
     """
@@ -96,12 +101,12 @@ def open_state(
     if form == "ours":
         if objective:
             raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
-        return _open_ours(path, config, step)
+        return _open_ours(path, config, step, run, share)
     if form == "deepspeed":
-        return open_deepspeed(path, config, step, objective)
+        return open_deepspeed(path, config, step, objective, run)
     if form == "published":
-        return open_published(path, config, objective)
-    return open_safetensors(path, form, config, objective)
+        return open_published(path, config, objective, run)
+    return open_safetensors(path, form, config, objective, run)
 
 
 def with_latest(path: Path, step: int | None, use: Callable[[int | None], T]) -> T:
@@ -183,11 +188,15 @@ def _checkpoint(path: Path, step: int | None) -> _Streamed:
     return _Streamed(choose_weights(run.checkpoints, step, MASTER if full else AVERAGE))
 
 
-def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
+def _open_ours(
+    path: Path, config: Config | None, step: int | None, run: StartingRun | None, share: tuple[int, int]
+) -> State:
     checkpoint = _checkpoint(path, step)
-    checkpoint.verify()
+    checkpoint.verify(*share)
     manifest = checkpoint.manifest
-    config = needed(config or (stored_config(manifest["config"]) if "config" in manifest else None), path)
+    stored = stored_config(manifest["config"], run) if config is None and "config" in manifest else None
+    shapes_in_file = {name: tuple(shape) for name, shape in checkpoint.shapes.items()}
+    config = needed(config or stored, path, run, shapes_in_file)
     shapes, _ = model_shapes(config.model)
     check_model(checkpoint, shapes)
     names = [name.removeprefix("buffer/") for name in manifest.get("buffers", [])]
@@ -206,4 +215,5 @@ def _open_ours(path: Path, config: Config | None, step: int | None) -> State:
         converted="run" not in manifest,  # training gives each checkpoint the identity of its run
         average=checkpoint.averages[AVERAGE],
         further_averages={kind: average for kind, average in checkpoint.averages.items() if kind != AVERAGE},
+        read_range=checkpoint.read_range,
     )

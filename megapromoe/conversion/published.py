@@ -12,8 +12,9 @@ from megapromoe.checkpoint.format import KINDS
 from megapromoe.config.options import Config
 from megapromoe.conversion.adamw import moments, whole_steps
 from megapromoe.conversion.containers import Container, unpack
-from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective
+from megapromoe.conversion.conventions import assumed_objective, describe, in_our_sign, with_objective
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
+from megapromoe.conversion.starting_run import StartingRun
 from megapromoe.conversion.state import (
     State,
     check_floats,
@@ -30,12 +31,14 @@ from megapromoe.conversion.torch_files import read_pickle
 from megapromoe.conversion.training_arguments import config_of, objective_of
 
 
-def open_published(path: Path, config: Config | None, objective: str | None = None) -> State:
+def open_published(
+    path: Path, config: Config | None, objective: str | None = None, run: StartingRun | None = None
+) -> State:
     """Opens a torch.save file with published names; see `formats.open_state` and `containers`."""
     container = unpack(path, read_pickle(path))
     notes = list(container.notes)
     step = None if container.step is None else whole_steps(path, "step", container.step)
-    config = _resolve_config(path, container, config, objective, notes)
+    config = _resolve_config(path, container, config, objective, notes, run)
     check_published(config, path)
     tensors_of = container.kinds
     if len(tensors_of) == 1:
@@ -83,7 +86,12 @@ def open_published(path: Path, config: Config | None, objective: str | None = No
 
 
 def _resolve_config(
-    path: Path, container: Container, config: Config | None, objective: str | None, notes: list[str]
+    path: Path,
+    container: Container,
+    config: Config | None,
+    objective: str | None,
+    notes: list[str],
+    run: StartingRun | None,
 ) -> Config:
     """The given config, or the one that the training arguments in the file determine; with the file's objective."""
     saved = objective_of(path, container.arguments)
@@ -92,15 +100,16 @@ def _resolve_config(
             f"{path}: --objective {objective}, but the args in the file are those of {saved}; leave --objective out"
         )
     if config is None and (config := config_of(path, container.arguments)) is not None:
+        unknown = "" if run else "; its data set is not known: set data.source and data.path for training"
         notes.append(
-            f"the model is {container.arguments['model']} with {describe(config)}, from the args in the file; its data"
-            " set is not known: set data.source and data.path for training"
+            f"the model is {container.arguments['model']} with {describe(config)}, from the args in the file{unknown}"
         )
-    config = needed(config, path)
+    (tensors, *_) = container.kinds.values()
+    config = needed(config, path, run, {name: stored.shape for name, stored in tensors.items()})
     if objective or saved:
         return with_objective(config, objective or str(saved))
     if not container.is_release:
-        notes.append(ASK.format(config=describe(config)))
+        notes.append(assumed_objective(config, run is not None))
     return config
 
 

@@ -110,7 +110,8 @@ def _layer_names(prefix: str, has: set[str], config: ModelConfig) -> Iterator[tu
 
 def constants(config: ModelConfig) -> dict[str, Tensor]:
     """The tensors of a published checkpoint that the config determines: positions, and DiffMoE's threshold decay."""
-    out = {"pos_embed": position_table(config.input_size // config.patch_size, config.hidden_size)[None]}
+    side = config.input_size // config.patch_size
+    out = {"pos_embed": position_table(side, config.hidden_size, config.position_scale)[None]}
     if config.router == "diffmoe":
         decay = torch.tensor([config.threshold_decay])
         out |= {f"blocks.{block}.mlp.ema_decay": decay for block in config.moe_blocks}

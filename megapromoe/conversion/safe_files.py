@@ -14,8 +14,9 @@ from megapromoe.checkpoint.weights import AVERAGE
 from megapromoe.config.options import Config
 from megapromoe.conversion import diffusers_dit
 from megapromoe.conversion.containers import check_tensors
-from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective
+from megapromoe.conversion.conventions import assumed_objective, in_our_sign, with_objective
 from megapromoe.conversion.sharded import INDEX, files_of, is_index, read_tensors
+from megapromoe.conversion.starting_run import StartingRun
 from megapromoe.conversion.state import (
     State,
     check_floats,
@@ -90,7 +91,9 @@ def _config_json(path: Path) -> Any:
         raise ConversionError(f"{file}: {problem.strerror}") from problem
 
 
-def open_safetensors(path: Path, form: str, config: Config | None, objective: str | None) -> State:
+def open_safetensors(
+    path: Path, form: str, config: Config | None, objective: str | None, run: StartingRun | None = None
+) -> State:
     """Opens a safetensors file or folder; see `formats.open_state`. `form` is "safetensors" or "diffusers"."""
     file = weights_file(path) or path
     tensors, metadata = read_weights(path)
@@ -98,14 +101,16 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
     if stored_description and objective:
         raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
     if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
+        if config is None and run is not None:
+            config = diffusers_dit.config_for_run(path, content, run)
         return _open_native(path, content, tensors, config, objective)
-    config = config or (stored_config(stored_description["config"]) if "config" in stored_description else None)
-    config = needed(config, path)
+    config = config or (stored_config(stored_description["config"], run) if "config" in stored_description else None)
+    config = needed(config, path, run, {name: stored.shape for name, stored in tensors.items()})
     notes: list[str] = []
     if objective:
         config = with_objective(config, objective)
     elif not stored_description:
-        notes.append(ASK.format(config=describe(config)))
+        notes.append(assumed_objective(config, run is not None))
     shapes, buffer_shapes = model_shapes(config.model)
     averages = _averages(stored_description)
     kinds = tuple(kind for kind in all_kinds(averages) if any(name.startswith(f"{kind}/") for name in tensors))

@@ -18,7 +18,9 @@ from megapromoe.config import extensions
 from megapromoe.config.model_options import PUBLISHED_ROUTERS, ROUTERS, ModelConfig
 from megapromoe.config.options import SAMPLING_METHODS, Config
 from megapromoe.config.resolve import resolve
+from megapromoe.conversion.starting_run import StartingRun, without_training
 from megapromoe.conversion.stream import ConversionError, Stored
+from megapromoe.distributed.shard_ranges import ShardRange
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import position_table
 
@@ -43,6 +45,8 @@ class State:
         converted: whether a checkpoint of our format was written by a conversion and not by training.
         average: the settings of the averaged weights of the kind `ema`; None if unknown.
         further_averages: kind -> settings of each other average.
+        read_range: (kind, parameter, which elements, out) writes these elements, and zeros for padding, without reading
+            the whole tensor; None if the format does not allow that.
     """
 
     where: Path
@@ -59,6 +63,7 @@ class State:
     converted: bool = False
     average: Average | None = None
     further_averages: Mapping[str, Average] = field(default_factory=dict)
+    read_range: Callable[[str, str, ShardRange, Tensor], None] | None = None
 
     @property
     def averages(self) -> dict[str, Average]:
@@ -112,17 +117,21 @@ def config_from(sections: Mapping[str, Mapping[str, Any]], overrides: Iterable[s
     return resolve(saved=settings, overrides=overrides)
 
 
-def stored_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+def stored_config(sections: Mapping[str, Mapping[str, Any]], run: StartingRun | None = None) -> Config:
     """`config_from` of a config that is in a checkpoint.
+
+    Args:
+        run: the run that starts from the checkpoint. Its own router is then allowed, and what does not concern the
+            weights is not read: layout, optimizer, sampler.
 
     Raises ConversionError if it names code of a user: opening a checkpoint of somebody else must execute none.
     """
-    config = config_from(sections)
+    config = config_from(sections if run is None else without_training(sections))
     for point, value, built_in in (
         (extensions.ROUTER, config.model.router, ROUTERS),
         (extensions.SAMPLER, config.sample.method, SAMPLING_METHODS),
     ):
-        if value not in built_in:
+        if value not in (*built_in, *([] if run is None else [run.config.model.router])):
             raise ConversionError(
                 f"the config in the checkpoint names code, {point.option} = {value!r}, which is executed only if you"
                 " name it: give --config FILE, the config.yaml of the run"
@@ -133,8 +142,18 @@ def stored_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
 # ---- checks of the readers
 
 
-def needed(config: Config | None, path: Path) -> Config:
-    """Returns the config; raises ConversionError if there is none."""
+def needed(
+    config: Config | None,
+    path: Path,
+    run: StartingRun | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Config:
+    """Returns the config, or the one that a starting run has for a source with tensors of these names and shapes.
+
+    Raises ConversionError if there is none.
+    """
+    if config is None and run is not None:
+        return run.source_config(path, shapes or {})
     if config is None:
         raise ConversionError(
             f"{path}: does not contain the config of its model; give --config FILE (the config.yaml of the run, or a"
@@ -149,6 +168,7 @@ PUBLISHED_BLOCKS = {
     "norm": ("layer",),
     "qk_norm": ("none", "layer"),
     "positions": ("sincos",),
+    "position_scale": (1.0,),
     "modulation": ("block",),
     "condition": ("class",),
 }
@@ -229,7 +249,8 @@ def check_positions(path: Path, name: str, stored: Stored | None, config: ModelC
     """
     if stored is None:
         return None
-    expected = position_table(config.input_size // config.patch_size, config.hidden_size)[None]
+    side = config.input_size // config.patch_size
+    expected = position_table(side, config.hidden_size, config.position_scale)[None]
     shape = tuple(stored.shape)
     if shape not in (tuple(expected.shape), tuple(expected.shape[1:])):
         raise ConversionError(
@@ -257,6 +278,7 @@ def with_masters(state: State) -> State:
         state,
         kinds=("master", *state.kinds),
         read=lambda kind, name: state.read("ema" if kind == "master" else kind, name),
+        read_range=None,
     )
 
 
@@ -272,10 +294,13 @@ def with_one_average(state: State, weights: str) -> State:
     kind = kind_of(weights, [average.decay for average in averages.values()], state.where)
     if not is_average(kind) or kind not in averages:
         kind = AVERAGE
+    read_range = state.read_range
     return replace(
         state,
         kinds=tuple(k for k in state.kinds if k == AVERAGE or not is_average(k)),
         read=lambda requested, name: state.read(kind if requested == AVERAGE else requested, name),
+        read_range=read_range
+        and (lambda requested, *rest: read_range(kind if requested == AVERAGE else requested, *rest)),
         average=averages.get(kind, state.average),
         further_averages={},
     )
@@ -313,7 +338,7 @@ def checked(state: State, notes: list[str] | None = None) -> State:
                 f"{state.where}: {name} holds NaN or infinity; use an earlier checkpoint;"
                 " `megapromoe convert --allow-nonfinite` converts it unchanged"
             )
-    return replace(state, read=read)
+    return replace(state, read=read, read_range=None)
 
 
 def is_finite(tensor: Tensor) -> bool:

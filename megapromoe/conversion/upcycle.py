@@ -100,7 +100,7 @@ def check_fit(dense: State, config: Config, how: str) -> None:
         problems.append("the source has model.condition = text; it must be class, since prototypes need tokens of data")
     same = ("hidden_size", "depth", "heads", "patch_size", "input_size", "in_channels", "num_classes")
     computed = ("time_input", "time_frequency_shift", "mlp_norm_eps")
-    blocks = ("condition", "activation", "norm", "qk_norm", "positions", "modulation")
+    blocks = ("condition", "activation", "norm", "qk_norm", "positions", "position_scale", "modulation")
     for name in (*same, "mlp_ratio", *blocks, "learn_sigma", *computed):
         if getattr(old, name) != getattr(new, name):
             problems.append(f"model.{name} = {getattr(new, name)}: must be the source's {getattr(old, name)}")

@@ -191,7 +191,7 @@ class DiT(LogicalModule):
             x_BSD = x_BSD + self.pos_embed.to(dtype)
         else:
             side = config.input_size // config.patch_size
-            angle_S = image_angles(side, config.head_dim, x_BSD.device)
+            angle_S = image_angles(side, config.head_dim, x_BSD.device, config.position_scale)
         c_BD = self.t_embedder(t_B)
         if features_BND is None or mask_BN is None:
             c_BD = c_BD + self.y_embedder(y_B)
@@ -237,7 +237,8 @@ class DiT(LogicalModule):
     def initialize(self, name: str, value: Tensor, generator: torch.Generator | None = None) -> None:
         if name == "pos_embed":
             side = self.config.input_size // self.config.patch_size
-            value.copy_(position_table(side, self.config.hidden_size)[None])
+            table = position_table(side, self.config.hidden_size, self.config.position_scale)
+            value.copy_(table[None])
         elif name == "text_pos_embed":
             value.copy_(sequence_table(self.config.text_tokens, self.config.hidden_size)[None])
         else:

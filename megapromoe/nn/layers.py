@@ -29,8 +29,13 @@ def sequence_table(length: int, width: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], axis=1)).float()
 
 
-def position_table(tokens_per_side: int, width: int) -> Tensor:
+def position_table(tokens_per_side: int, width: int, scale: float = 1.0) -> Tensor:
     """Fixed 2-D sine-cosine positions, float32 (S, D): the first half of D encodes the column, the second the row.
+
+    Args:
+        tokens_per_side: of a square image.
+        width: D.
+        scale: factor on columns and rows.
 
     Source: MAE's get_2d_sincos_pos_embed, in float64 as in the original.
     """
@@ -38,7 +43,7 @@ def position_table(tokens_per_side: int, width: int) -> Tensor:
     row, column = np.divmod(np.arange(tokens_per_side**2), tokens_per_side)
     halves = []
     for position in (column, row):
-        angle = position[:, None] * omega[None]
+        angle = scale * position[:, None] * omega[None]
         halves += [np.sin(angle), np.cos(angle)]
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
 

@@ -24,11 +24,19 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def image_angles(tokens_per_side: int, head_width: int, device: torch.device) -> Tensor:
-    """Angles (S, d/2) of the tokens of a square image, row by row; float64. `head_width` d is a multiple of 4."""
+def image_angles(tokens_per_side: int, head_width: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Angles (S, d/2) of the tokens of a square image, row by row; float64.
+
+    Args:
+        tokens_per_side: of the image.
+        head_width: d, a multiple of 4.
+        device: of the result.
+        scale: factor on rows and columns.
+    """
     place = torch.arange(tokens_per_side**2, device=device)
     row, column = place // tokens_per_side, place % tokens_per_side
-    return torch.cat([_angles(column, head_width // 4), _angles(row, head_width // 4)], dim=1)
+    angle_S = torch.cat([_angles(column, head_width // 4), _angles(row, head_width // 4)], dim=1)
+    return angle_S if scale == 1 else scale * angle_S
 
 
 def sequence_angles(length: int, head_width: int, device: torch.device) -> Tensor:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megapromoe.checkpoint.history import first_step, progress
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, RunInUse
+from megapromoe.checkpoint.step_folders import step_folders
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.errors import ExitCode, UserError, Violations
+from megapromoe.training.initializing import StartError, examine_start_from_weights
 from megapromoe.training.preview import open_preview
 
 
@@ -27,13 +30,26 @@ class StartRefused(Violations):
     exit_code = ExitCode.MISCONFIGURED
 
 
+class Examined(NamedTuple):
+    """What a dry run has found out."""
+
+    state: str
+    """What the start would do in the folder."""
+    dataset: Dataset | None
+    """None if it cannot be opened."""
+    refused: StartRefused | None
+    """The error with which the start would be refused."""
+    initial: list[str]
+    """Lines on the weights of `train.init_from`."""
+
+
 def examine_start(
     config: Config,
     folder: Path,
     allow: Iterable[str] = (),
     from_step: int | None = None,
     fork: str | None = None,
-) -> tuple[str, Dataset | None, StartRefused | None]:
+) -> Examined:
     """Checks the run directory and the data of a start, without changing anything.
 
     Args:
@@ -41,26 +57,31 @@ def examine_start(
         folder: the run directory.
         allow, from_step, fork: see `loop.train`.
 
-    Returns:
-        a description of what the start would do in the folder; the data set, None if it cannot be opened; the error
-        with which the start would be refused, None if it would not.
     """
     problems: list[UserError] = []
     run, dataset, state = RunDirectory(folder), None, "refused, see below"
+    initial: list[str] = []
     try:
         begins = progress(run, from_step, fork)
         state = run.state(config, allow, begins, first_step(run, from_step, fork)).removeprefix(f"{folder}: ")
     except (RunDirectoryError, CheckpointError) as error:
         problems.append(error)
+    if config.train.init_from and step_folders(run.checkpoints):
+        initial = [f"not used, because the run resumes: train.init_from = {config.train.init_from}"]
+    else:
+        try:
+            initial = examine_start_from_weights(config)
+        except (UserError, OSError) as error:
+            problems.append(error if isinstance(error, UserError) else StartError(f"{error}"))
     try:
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
         open_preview(config, open_captions(config, dataset))
     except (DatasetError, MethodUnavailable) as error:
         problems.append(error)
     if not problems:
-        return state, dataset, None
+        return Examined(state, dataset, None, initial)
     refused = StartRefused(map(str, problems))
     refused.on_all_ranks = all(error.on_all_ranks for error in problems)
     if all(isinstance(error, RunInUse) for error in problems):
         refused.exit_code = ExitCode.FAILED  # another process may release the folder
-    return state, dataset, refused
+    return Examined(state, dataset, refused, initial)

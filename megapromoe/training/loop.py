@@ -20,8 +20,10 @@ from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.origin import Origin
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
+from megapromoe.checkpoint.step_folders import MAIN
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.schedule import describe_changes, learning_rate
+from megapromoe.conversion.start_report import Report, lines
 from megapromoe.data.caption_batches import Captions, CaptionSource
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
@@ -43,13 +45,14 @@ from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
 from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.text_condition import TextCondition
+from megapromoe.training.initializing import start_from_weights
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.preview import Preview, open_preview
 from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
 from megapromoe.training.run_clock import RunClock, elapsed_before
 from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
-from megapromoe.training.summary import closing_lines, sample_command, summary
+from megapromoe.training.summary import closing_lines, sample_command, starting, summary
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -131,12 +134,12 @@ def _claim_folder(
     return run
 
 
-def _record_start(run: RunDirectory) -> None:
+def _record_start(run: RunDirectory, initial_weights: Report | None) -> None:
     """Writes config.yaml and the entry of environment.json on rank 0, if no rank has failed. Collective."""
     raise_if_any_rank_failed(None, RunDirectoryError)  # waits for all ranks: one that failed raises here on all
     with raising_together(RunDirectoryError):
         if this_rank() == 0:
-            run.record()
+            run.record({} if initial_weights is None else {"initial_weights": initial_weights})
 
 
 def _train(
@@ -176,12 +179,20 @@ def _train(
     watchdog.starting("reading the checkpoint", math.inf)  # verifying the hashes reads all bytes
     with repeating_cannot_help(CheckpointError):
         manifest = restore_run(run, engine, ema, start, partial(origin.check, allow=allow))
+    initial_weights = None
+    if manifest is None:
+        initial_weights = start_from_weights(config, engine, ema)
+        manifest = {"step": 0, "branch": start.branch or MAIN}
+    elif t.init_from:
+        logger.info("train.init_from = %s: not used, because the run resumes from its own checkpoint", t.init_from)
     watchdog.starting("recording the start")
-    _record_start(run)
+    _record_start(run, initial_weights)
     step = manifest["step"]
     if mesh.rank == 0:
         begins = f"resumes from step {step:,}" if step else "begins at step 0"
         for line in summary(config, mesh.world_size, run.folder, begins, dataset, runtime.describe_device(device)):
+            logger.info("%s", line)
+        for line in starting(lines(initial_weights or {})):
             logger.info("%s", line)
     for line in describe_changes(config, run.changed, step):  # only rank 0 has them, and only rank 0 logs
         logger.info("changed since the last start: %s", line)

@@ -53,7 +53,7 @@ def restore_run(
     ema: EMA,
     start: history.Start,
     accept: Callable[[Path, Mapping[str, Any]], None],
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Restores the training state from the checkpoint that the start begins from. Collective.
 
     Results of later steps are moved to a branch folder, see `history.leave_branch`.
@@ -62,7 +62,7 @@ def restore_run(
         accept: see `manager.resume`.
 
     Returns:
-        the manifest of the checkpoint; without a checkpoint, its entries `step` and `branch` only.
+        the manifest of the checkpoint, with the branch that the start continues; None without a checkpoint.
 
     Raises CheckpointError on every rank, see `manager.resume`.
     """
@@ -70,7 +70,7 @@ def restore_run(
     if resumed is None:
         if this_rank() == 0:
             remove_later(run.checkpoints, 0)
-        return {"step": 0, "branch": start.branch or MAIN}
+        return None
     manifest = resumed.checkpoint.manifest
     _continue_averages(ema, averages_of(manifest), engine.config.train)
     with raising_together(CheckpointError):

@@ -55,6 +55,11 @@ def summary(
     return [f"{name:10} {text}" for name, text in rows.items() if text]
 
 
+def starting(sentences: Sequence[str]) -> list[str]:
+    """Lines on the weights of `train.init_from`, to follow those of `summary`."""
+    return [f"{'start':10} {sentence}" for sentence in sentences]
+
+
 def _model(config: Config) -> str:
     m = config.model
     blocks = f"{m.depth} blocks of width {m.hidden_size}"

@@ -19,12 +19,15 @@ from support.command_ranks import exit_codes, leave_job
 from support.documented_commands import ROOT, documented
 from support.documented_commands_small import TINY as TINY_MODEL
 from support.documented_commands_small import NoRule, Small, small
+from support.golden_states import random_state
 from support.image_folder import write_images
 from support.latent_folders import Arrays, write
 from support.small_autoencoders import write_autoencoders
 from support.small_studies import TINY
 
 from megapromoe import cli
+from megapromoe.config.resolve import resolve
+from megapromoe.conversion.exports import export
 from megapromoe.data.autoencoder import open_autoencoder
 from megapromoe.distributed import launch_environment
 from megapromoe.distributed.launch_environment import LaunchEnvironment
@@ -119,6 +122,8 @@ def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("latents").symlink_to(latents)
     Path("examples").symlink_to(EXAMPLES)
+    if "train.init_from=runs/base" in words:
+        export(random_state(resolve("digits")), Path("runs/base"), "ours")
     world = 1 if text.startswith("megapromoe") else 4 if "--nproc-per-node 4" in text else 8
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("test", world=world))
     assert cli.main([*words, "--dry-run"]) == 0
@@ -138,6 +143,8 @@ def test_what_commands_of_others_name_exists(text):
             assert cli.parse(shlex.split(match[1])).command == match[1].split()[0]
         elif text.startswith("python -m megapromoe."):
             assert (ROOT / text.split()[2].replace(".", "/")).with_suffix(".py").is_file()
+        elif text.startswith("python examples/"):
+            assert (ROOT / text.split()[1]).is_file()
         else:
             assert text.split("gpu_run.py ")[1].split()[0] in ("all", "step")
 

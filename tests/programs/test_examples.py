@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command_ranks import leave_job
 from support.processes import run
 from support.sampled_runs import saved_run, tiny
 from support.training_runs import train as train_run
@@ -78,6 +79,19 @@ def test_sample_checkpoint(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
     (text,) = run(1, output_of, "sample_checkpoint", tmp_path)
     assert text.startswith("step 2: images (4, 1, 8, 8), values from ")
+
+
+@pytest.mark.full
+def test_finetune_digits(tmp_path):
+    (text,) = run(1, in_own_job, "finetune_digits", tmp_path, 2, 2, 1, 64)
+    assert re.search(r"^seed 0: from scratch [\d.]+, fine-tuned [\d.]+, difference [-+][\d.]+$", text, re.M)
+    assert text.count("$ megapromoe train") == 3 and text.count("train.init_from=") == 1
+
+
+def in_own_job(name: str, *arguments) -> str:
+    """`output_of` in a worker that leaves its torch.distributed job: commands of the example join their own."""
+    leave_job()
+    return output_of(name, *arguments)
 
 
 def test_every_example_is_tested_and_documented():

@@ -78,6 +78,9 @@ def _train(words: list[str], ranks: int) -> Small:
     )
     more = [word for word in TRAIN.split() if not (latents and "input_size" in word)]
     words = [word for word in words if word != "train.steps=300"]
+    if any(word.startswith("train.init_from=") for word in words):
+        more += TINY.split()  # the sizes of the run that it starts from
+        words = [word.replace("runs/base", "runs/digits") for word in words]
     return Small([*words, *more, *source, *latents], ranks)
 
 
@@ -226,6 +229,8 @@ ELSEWHERE = {
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",
     r"torchrun .* megapromoe train --preset scenes .*$": "tests/programs/test_train_scenes.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",
+    r"megapromoe train .*train\.init_from=(?!runs/base ).*$": "tests/unit/test_starting_weights.py",
+    r"python examples/finetune_digits\.py .*$": "tests/programs/test_examples.py",
     r"megapromoe convert (0400000\.pt|SiT-XL-2-256\.pt) .*$": "tests/unit/test_foreign_layouts.py",
     r"megapromoe convert DiT-XL-2-256/transformer .*$": "tests/unit/test_diffusers_dit.py",
 }

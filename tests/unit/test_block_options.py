@@ -163,6 +163,21 @@ def test_rotations_keep_lengths_and_the_dtype():
     torch.testing.assert_close(turned.float().norm(dim=-1), x.float().norm(dim=-1), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("positions", ["sincos", "rope"])
+def test_scaled_positions_of_a_finer_grid_span_those_of_the_coarse_one(positions):
+    """Every second row and column of twice the side is at the place of one row and column of the coarse grid."""
+
+    def table(side: int, scale: float) -> torch.Tensor:
+        if positions == "rope":
+            return image_angles(side, 16, torch.device("cpu"), scale).view(side, side, -1)
+        config = resolve("digits", overrides=[f"model.input_size={2 * side}", f"model.position_scale={scale}",
+                                              "data.source=synthetic"])  # fmt: skip
+        return DiT(config.model).pos_embed.view(side, side, -1)
+
+    torch.testing.assert_close(table(8, 0.5)[::2, ::2], table(4, 1.0), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(table(4, 0.5), table(4, 1.0))
+
+
 def test_heads_that_cannot_be_rotated_are_refused():
     rule = r"model.heads = 16: must divide .* 96 into heads of a multiple of 4 channels with rope; nearest: 8, 12, 24"
     with pytest.raises(ConfigError, match=rule):

@@ -106,6 +106,7 @@ def test_the_options_are_those_of_a_model():
     of_the_backbone = {"depth", "heads", "patch_size", "input_size", "in_channels", "mlp_ratio", "qk_norm"}
     of_the_backbone |= {"norm", "positions", "modulation", "condition", "text_width", "text_tokens", "text_ffn"}
     of_the_backbone |= {"learn_sigma", "time_input", "time_frequency_shift", "mlp_norm_eps", "moe_every"}
+    of_the_backbone |= {"position_scale"}
     assert used | of_the_backbone == set(known) and not used & of_the_backbone
 
 

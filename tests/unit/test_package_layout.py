@@ -26,7 +26,7 @@ ORDER = (
         "work_progress",
     ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
-    *("preflight", "engine", "benchmark", "checkpoint", "training", "conversion", "sampling", "routing_analysis"),
+    *("preflight", "engine", "benchmark", "checkpoint", "conversion", "training", "sampling", "routing_analysis"),
     *("evaluation", "studies", "commands", "cli", "__main__"),
 )
 
