@@ -1,9 +1,10 @@
-"""Opens safetensors: a file, several files with an index, and folders with a config.json of ours or of diffusers."""
+"""Opens safetensors: a file, several files with an index, and folders of ours or of diffusers with a config.json."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from megapromoe.checkpoint.average import Average, kinds_of_averages
 from megapromoe.checkpoint.format import all_kinds
 from megapromoe.checkpoint.manifest import average_problems
 from megapromoe.checkpoint.weights import AVERAGE
+from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config
-from megapromoe.conversion import diffusers_dit
+from megapromoe.conversion import diffusers_dit, diffusers_folder
 from megapromoe.conversion.containers import check_tensors
 from megapromoe.conversion.conventions import ASK, describe, in_our_sign, with_objective
 from megapromoe.conversion.sharded import INDEX, files_of, is_index, read_tensors
@@ -43,8 +45,12 @@ _LONGEST_CONFIG = 10_000_000  # bytes of a config.json
 
 
 def weights_file(path: Path) -> Path | None:
-    """The file of weights in a folder, or their index; None if there is none, or `path` is not a folder."""
-    return next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    """The file of weights in a folder, or their index; None if there is none, or `path` is not a folder.
+
+    Of a pipeline of ours it is that of its model.
+    """
+    folder = diffusers_folder.model_folder(path)
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -64,7 +70,8 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
         if form == "safetensors":
             stored = json.loads(metadata.get("megapromoe", "{}"))
         else:
-            stored = _config_json(path).get("megapromoe", {})
+            content = _config_json(path)
+            stored = content.get(diffusers_folder.DESCRIPTION, content.get("megapromoe", {}))
     except (ValueError, AttributeError, RecursionError) as problem:
         raise ConversionError(f"{path}: its description is not valid JSON ({problem})") from problem
     if not isinstance(stored, dict) or any(type(stored.get(key, 0)) is not int for key in ("step", "updates")):
@@ -81,7 +88,7 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
 
 
 def _config_json(path: Path) -> Any:
-    file = path / "config.json"
+    file = diffusers_folder.model_folder(path) / "config.json"
     try:
         if file.exists() and file.stat().st_size > _LONGEST_CONFIG:
             raise ConversionError(f"{file}: has more than {_LONGEST_CONFIG:,} bytes and is not the config of a model")
@@ -97,8 +104,13 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
     stored_description = description(path, metadata, form)
     if stored_description and objective:
         raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
-    if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
-        return _open_native(path, content, tensors, config, objective)
+    content = _config_json(path) if form == "diffusers" else {}
+    is_ours = bool(stored_description) or diffusers_folder.is_transformer(content)
+    if diffusers_folder.is_transformer(content):
+        tensors = {name.removeprefix(diffusers_folder.PREFIX): stored for name, stored in tensors.items()}
+        config = config or _config_of_transformer(path, content, stored_description)
+    elif form == "diffusers" and (native := diffusers_dit.native(path, content)):
+        return _open_native(path, native, tensors, config, objective)
     config = config or (stored_config(stored_description["config"]) if "config" in stored_description else None)
     config = needed(config, path)
     notes: list[str] = []
@@ -139,12 +151,30 @@ def open_safetensors(path: Path, form: str, config: Config | None, objective: st
         kinds,
         shapes,
         buffers,
-        read if stored_description else in_our_sign(read, config),
+        read if is_ours else in_our_sign(read, config),
         layout=_layout(file),
         notes=notes,
         average=averages[AVERAGE],
         further_averages={kind: average for kind, average in averages.items() if kind != AVERAGE},
     )
+
+
+def _config_of_transformer(path: Path, content: Mapping[str, Any], stored: Mapping[str, Any]) -> Config:
+    """The config of a `ProMoETransformer2DModel`: that of its run, or one with its model if it was made without a run.
+
+    Raises ConversionError if both are there and their models differ.
+    """
+    model = {field.name: content[field.name] for field in fields(ModelConfig) if field.name in content}
+    if "config" not in stored:
+        return stored_config({"model": model})
+    config = stored_config(stored["config"])
+    for name, value in model.items():
+        if value != getattr(config.model, name):
+            raise ConversionError(
+                f"{path}: config.json has {name} = {value!r}, but {getattr(config.model, name)!r} in its"
+                f" {diffusers_folder.DESCRIPTION}; restore the file, or remove its {diffusers_folder.DESCRIPTION}"
+            )
+    return config
 
 
 def _averages(stored: Mapping[str, Any]) -> dict[str, Average]:

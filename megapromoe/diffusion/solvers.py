@@ -33,8 +33,9 @@ NoiseAt = Callable[[int], Tensor]
 class Solver(Protocol):
     """A sampling method with a number of steps. A solver is used for one batch of images."""
 
-    times: Sequence[float]
-    """Model time, in [0, 1000], of each evaluation of the model."""
+    @property
+    def times(self) -> Sequence[float]:
+        """Model time, in [0, 1000], of each evaluation of the model."""
 
     def step(self, i: int, out_BCHW: Tensor, x_BCHW: Tensor, noise_at: NoiseAt | None = None) -> Tensor:
         """The input of the next evaluation, or the images after the last one, float32 (B, C, H, W).

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.processes import run
 from support.sampled_runs import saved_run, tiny
 from support.training_runs import train as train_run
 
+from megapromoe import cli
 from megapromoe.config.resolve import to_yaml
 from megapromoe.run_lines import metrics_of
 
@@ -78,6 +80,15 @@ def test_sample_checkpoint(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(tiny()))
     (text,) = run(1, output_of, "sample_checkpoint", tmp_path)
     assert text.startswith("step 2: images (4, 1, 8, 8), values from ")
+
+
+def test_diffusers_pipeline(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install megapromoe[images]")
+    run(1, saved_run, str(tmp_path / "run"))
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
+    (text,) = run(1, output_of, "diffusers_pipeline", tmp_path / "folder", tmp_path / "digits.png")
+    assert text == "digits.png: 4 images (8, 8), router promoe\n"
+    assert Image.open(tmp_path / "digits.png").size == (4 * 64, 64)
 
 
 def test_every_example_is_tested_and_documented():
