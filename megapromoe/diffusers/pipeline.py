@@ -1,7 +1,5 @@
 """Images of classes or prompts by a pipeline of diffusers; with equal noise they are those of `megapromoe sample`."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -57,16 +55,18 @@ class ProMoEPipeline(DiffusionPipeline):
         self,
         transformer: ProMoETransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | AutoencoderTiny | None = None,
-        text_encoder: torch.nn.Module | None = None,
-        tokenizer: Any = None,
-        id2label: dict | None = None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        id2label=None,
         guidance_scale: float = 1.5,
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         num_inference_steps: int = 250,
-        encoder_identity: dict | None = None,
+        encoder_identity=None,
     ):
+        # diffusers compares the types of these arguments. Versions before 0.36 can read neither unions nor annotations
+        # that are texts, so they have none.
         super().__init__()
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer

@@ -84,6 +84,7 @@ def test_sample_checkpoint(tmp_path):
 
 def test_diffusers_pipeline(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install megapromoe[images]")
+    (tmp_path / "run").mkdir()
     run(1, saved_run, str(tmp_path / "run"))
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
     (text,) = run(1, output_of, "diffusers_pipeline", tmp_path / "folder", tmp_path / "digits.png")

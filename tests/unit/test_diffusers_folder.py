@@ -193,7 +193,7 @@ def test_damaged_folders_are_refused(run, tmp_path):
     for changed, sentence in (
         (
             {"moe_every": 1},
-            r"not those of its config.json \(\d+ missing, such as dit.blocks.0.mlp.experts.* unexpected",
+            r"of its config.json \(\d+ missing, such as dit.blocks.0.mlp.experts.*\d+ unexpected, such as",
         ),
         ({"num_classes": 11}, "dit.y_embedder.embedding_table.weight: copying a param .* that of another model"),
     ):
