@@ -39,7 +39,7 @@ examples:
   megapromoe convert SiT-XL-2-256.pt runs/sit_xl --to ours --preset dit_xl --objective sit
   megapromoe convert runs/promoe_l promoe_l.pth --to published --step 500000
   megapromoe convert runs/promoe_l promoe_l.safetensors --to safetensors --weights ema
-  megapromoe convert runs/promoe_l promoe_l --to diffusers --shard-size 5GB
+  megapromoe convert runs/promoe_l promoe_l_pipeline --to diffusers --shard-size 5GB
   megapromoe convert unknown.pth --what
 
 exit codes: 0 done, 1 the checkpoint cannot be read or written, 2 the command or the config is wrong"""

@@ -86,7 +86,8 @@ def test_diffusers_pipeline(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed: pip install megapromoe[images]")
     (tmp_path / "run").mkdir()
     run(1, saved_run, str(tmp_path / "run"))
-    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "folder"), "--to", "diffusers"]) == 0
+    command = ["convert", str(tmp_path / "run"), str(tmp_path / "folder"), "--to", "diffusers"]
+    assert cli.main([*command, "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     (text,) = run(1, output_of, "diffusers_pipeline", tmp_path / "folder", tmp_path / "digits.png")
     assert text == "digits.png: 4 images (8, 8), router promoe\n"
     assert Image.open(tmp_path / "digits.png").size == (4 * 64, 64)
