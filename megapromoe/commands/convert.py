@@ -39,7 +39,7 @@ examples:
   megapromoe convert SiT-XL-2-256.pt runs/sit_xl --to ours --preset dit_xl --objective sit
   megapromoe convert runs/promoe_l promoe_l.pth --to published --step 500000
   megapromoe convert runs/promoe_l promoe_l.safetensors --to safetensors --weights ema
-  megapromoe convert runs/promoe_l promoe_l_pipeline --to diffusers --shard-size 5GB
+  megapromoe convert runs/promoe_l promoe_l_pipeline --to diffusers --max-shard-size 5GB
   megapromoe convert unknown.pth --what
 
 exit codes: 0 done, 1 the checkpoint cannot be read or written, 2 the command or the config is wrong"""
@@ -80,7 +80,7 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
         help='diffusers: names of classes, a JSON file such as {"0": "tench"}; default: those of the data of the run',
     )
     parser.add_argument(
-        "--shard-size",
+        "--max-shard-size",
         type=byte_size,
         metavar="SIZE",
         help="diffusers: most bytes of weights in a file, such as 5GB or 500MB; default: 10GB",
@@ -111,7 +111,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.what and (options.dest or options.to):
         raise CommandError("--what writes nothing: remove DEST and --to")
     if options.to != "diffusers":
-        given = {"--vae": options.vae, "--id2label": options.id2label, "--shard-size": options.shard_size}
+        given = {"--vae": options.vae, "--id2label": options.id2label, "--max-shard-size": options.max_shard_size}
         if flags := [flag for flag, value in given.items() if value is not None]:
             raise CommandError(f"{', '.join(flags)}: only for --to diffusers; leave out")
     if options.what and (options.objective or options.allow_nonfinite):
@@ -149,7 +149,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _folder_parts(options: argparse.Namespace, config: Config) -> FolderParts:
-    """What --vae, --id2label and --shard-size add to a folder of diffusers.
+    """What --vae, --id2label and --max-shard-size add to a folder of diffusers.
 
     Raises CommandError for an autoencoder that is no folder, SampleError for one that is not that of the run's latents,
     ConversionError for names that cannot be read.
@@ -164,7 +164,7 @@ def _folder_parts(options: argparse.Namespace, config: Config) -> FolderParts:
         decoder = open_decoder(config, options.vae, "cpu")
         vae = getattr(decoder, "model", None)
     id2label = None if options.id2label is None else read_labels(options.id2label)
-    return FolderParts(options.shard_size or SHARD_BYTES, vae, id2label)
+    return FolderParts(options.max_shard_size or SHARD_BYTES, vae, id2label)
 
 
 def _list(options: argparse.Namespace) -> int:

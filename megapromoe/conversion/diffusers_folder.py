@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megapromoe.checkpoint.tensor_writer import Entry, Progress, write_safetensors
+from megapromoe.checkpoint.tensor_writer import Entry, Progress, entry_of, write_safetensors
 from megapromoe.config.options import SAMPLING_METHODS, Config, to_dict
 from megapromoe.conversion.sharded import INDEX
 from megapromoe.conversion.stream import ConversionError
@@ -64,6 +64,12 @@ def model_folder(path: Path) -> Path:
 def is_pipeline(path: Path) -> bool:
     """Whether a folder holds a `ProMoEPipeline`."""
     return _read_json(Path(path) / MODEL_INDEX).get("_class_name") == PIPELINE
+
+
+def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The options `model.*` in the config.json of a `ProMoETransformer2DModel`, without what diffusers adds."""
+    added = ("quantization_config", "auto_map")
+    return {name: value for name, value in content.items() if not name.startswith("_") and name not in added}
 
 
 def is_transformer(content: Any) -> bool:
@@ -175,9 +181,11 @@ def write_folder(
     }
     _write_config(scheduler / "scheduler_config.json", SCHEDULER, settings)
     if parts.vae is not None:
-        parts.vae.save_pretrained(folder / "vae")
+        parts.vae.save_config(folder / "vae")
+        weights = {name: entry_of(tensor) for name, tensor in parts.vae.state_dict().items()}
+        write_safetensors(folder / "vae" / f"{STEM}.safetensors", weights, {"format": "pt"})
     _write_config(folder / MODEL_INDEX, PIPELINE, _model_index(config, parts, notes))
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         sync(path)
     return notes
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from megapromoe.checkpoint.average import Average, kinds_of_averages
 from megapromoe.checkpoint.format import all_kinds
 from megapromoe.checkpoint.manifest import average_problems
 from megapromoe.checkpoint.weights import AVERAGE
-from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config
 from megapromoe.conversion import diffusers_dit, diffusers_folder
 from megapromoe.conversion.containers import check_tensors
@@ -164,14 +162,14 @@ def _config_of_transformer(path: Path, content: Mapping[str, Any], stored: Mappi
 
     Raises ConversionError if both are there and their models differ.
     """
-    model = {field.name: content[field.name] for field in fields(ModelConfig) if field.name in content}
+    model = diffusers_folder.options_of(content)
     if "config" not in stored:
         return stored_config({"model": model})
     config = stored_config(stored["config"])
     for name, value in model.items():
-        if value != getattr(config.model, name):
+        if value != getattr(config.model, name, None):
             raise ConversionError(
-                f"{path}: config.json has {name} = {value!r}, but {getattr(config.model, name)!r} in its"
+                f"{path}: config.json has {name} = {value!r}, but {getattr(config.model, name, None)!r} in its"
                 f" {diffusers_folder.DESCRIPTION}; restore the file, or remove its {diffusers_folder.DESCRIPTION}"
             )
     return config

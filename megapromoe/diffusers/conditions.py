@@ -25,25 +25,25 @@ class ClassNames:
     def __init__(self, id2label: Mapping[str, str], model: ModelConfig):
         """Raises DiffusersInputError unless `id2label` has the classes of the model as keys, and texts as values."""
         self.num_classes = model.num_classes
-        self._whole: dict[str, list[int]] = {}
-        self._parts: dict[str, list[int]] = {}
+        self._full_names: dict[str, list[int]] = {}
+        self._short_names: dict[str, list[int]] = {}
         for label, name in id2label.items():
             if not str(label).isdecimal() or int(label) >= model.num_classes or not isinstance(name, str):
                 raise DiffusersInputError(
                     f"id2label: has {label!r}: {name!r}, must have names of the classes 0..{model.num_classes - 1}"
                 )
-            self._whole.setdefault(name.strip(), []).append(int(label))
+            self._full_names.setdefault(name.strip(), []).append(int(label))
             for part in {part.strip() for part in name.split(",")}:
-                self._parts.setdefault(part, []).append(int(label))
+                self._short_names.setdefault(part, []).append(int(label))
 
     def ids(self, names: Sequence[str]) -> list[int]:
         """The classes with the given names. Raises DiffusersInputError for a name that no class has, or several."""
         result = []
         for name in names:
-            classes = self._whole.get(name) or self._parts.get(name) or []
+            classes = self._full_names.get(name) or self._short_names.get(name) or []
             if len(classes) != 1:
                 problem = f"is the name of the classes {classes}" if classes else "is no name of a class"
-                known = ", ".join(map(repr, list(self._whole)[:5])) or "none"
+                known = ", ".join(map(repr, list(self._full_names)[:5])) or "none"
                 raise DiffusersInputError(f"class_labels: {name!r} {problem}; names are {known} ...; or give a number")
             result += classes
         return result
@@ -84,8 +84,8 @@ class TextEncoding:
 
     Args:
         model: the model of texts.
-        identity: of the encoder, as `data.text_encoder` records it, with `rounded_to`, the type to which features are
-            rounded, and `max_tokens`, the tokens of the longest text; None: unknown.
+        identity: of the encoder, as `megapromoe/data/text_encoder.py` records it, with `rounded_to`, the type to which
+            features are rounded, and `max_tokens`, the tokens of the longest text; None: unknown.
     """
 
     def __init__(self, model: ModelConfig, identity: Mapping[str, Any] | None):

@@ -68,6 +68,9 @@ class ProMoEPipeline(DiffusionPipeline):
         # diffusers compares the types of these arguments. Versions before 0.36 can read neither unions nor annotations
         # that are texts, so they have none.
         super().__init__()
+        if not hasattr(transformer, "dit"):
+            kind = type(transformer).__name__
+            raise DiffusersInputError(f"transformer: is a {kind}, must be a ProMoETransformer2DModel")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )

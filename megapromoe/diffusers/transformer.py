@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megapromoe.config.model_options import ROUTERS, ModelConfig
+from megapromoe.conversion.diffusers_folder import options_of
 from megapromoe.conversion.state import config_from
 from megapromoe.diffusion.samplers import Labels
 from megapromoe.errors import UserError
@@ -82,6 +83,16 @@ class ProMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         finally:
             torch.set_default_dtype(dtype)
         self.dit.to(dtype)  # running statistics of routers stay float32
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`. Raises DiffusersInputError for unknown options; diffusers ignores them."""
+        known = {field.name for field in fields(ModelConfig)}
+        if isinstance(config, dict) and (unknown := sorted(options_of(config).keys() - known)):
+            raise DiffusersInputError(
+                f"config.json has {', '.join(unknown)}: no option of model.* of this version; update"
+            )
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -50,7 +50,7 @@ def assert_same_weights(back, state, kind: str) -> None:
 def test_ours_to_diffusers_and_back_is_bit_exact(run, tmp_path, capsys, kind):
     """Also when diffusers has opened the folder and saved it again, in files of another size."""
     state, folder = run
-    words = ["--to", "diffusers", "--weights", kind, "--shard-size", "20KB"]
+    words = ["--to", "diffusers", "--weights", kind, "--max-shard-size", "20KB"]
     assert main(["convert", str(folder), str(tmp_path / "a"), *words]) == 0
     assert_same_weights(open_state(tmp_path / "a"), state, kind)
     ProMoEPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", max_shard_size="30KB")
@@ -158,11 +158,11 @@ def test_the_autoencoder_is_added(tmp_path, autoencoders, capsys):
 
 def test_options_of_other_formats_are_refused(run, tmp_path, capsys):
     command = ["convert", str(run[1]), str(tmp_path / "a"), "--to", "deepspeed"]
-    assert main([*command, "--shard-size", "5GB", "--vae", "."]) == 2
-    assert "--vae, --shard-size: only for --to diffusers; leave out" in capsys.readouterr().err
+    assert main([*command, "--max-shard-size", "5GB", "--vae", "."]) == 2
+    assert "--vae, --max-shard-size: only for --to diffusers; leave out" in capsys.readouterr().err
     for size in ("5XB", "0", "-1"):
         with pytest.raises(SystemExit):
-            main([*command[:-1], "diffusers", f"--shard-size={size}"])
+            main([*command[:-1], "diffusers", f"--max-shard-size={size}"])
         assert "is not a size; give bytes, or a number with KB, MB, GB or TB" in capsys.readouterr().err
 
 
@@ -189,6 +189,11 @@ def test_damaged_folders_are_refused(run, tmp_path):
     with pytest.raises(ConversionError, match="router = 'mine.py:Mine'"):
         open_state(folder)
     with pytest.raises(DiffusersInputError, match="executes no code of users"):
+        ProMoEPipeline.from_pretrained(folder)
+    config.write_text(json.dumps(content | {"depht": 3}))
+    with pytest.raises(ConversionError, match="config.json has depht = 3, but None in its _megapromoe"):
+        open_state(folder)
+    with pytest.raises(DiffusersInputError, match="config.json has depht: no option of model"):
         ProMoEPipeline.from_pretrained(folder)
     for changed, sentence in (
         (

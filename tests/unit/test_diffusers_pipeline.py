@@ -296,6 +296,8 @@ def test_arguments_that_do_not_fit_are_refused(pipe, arguments, sentence):
 def test_parts_that_do_not_fit_are_refused(pipe, tmp_path):
     with pytest.raises(DiffusersInputError, match="id2label: has '12': 'x', must have names of the classes 0..9"):
         ProMoEPipeline(pipe.transformer, pipe.scheduler, id2label={12: "x"})
+    with pytest.raises(DiffusersInputError, match="transformer: is a Linear, must be a ProMoETransformer2DModel"):
+        ProMoEPipeline(torch.nn.Linear(1, 1), pipe.scheduler)
     twice = ProMoEPipeline(pipe.transformer, pipe.scheduler, id2label={1: "crane", 2: "crane"})
     with pytest.raises(DiffusersInputError, match=r"'crane' is the name of the classes \[1, 2\]"):
         twice("crane")
