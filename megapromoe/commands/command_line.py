@@ -117,6 +117,17 @@ def refuse_other_words(options: argparse.Namespace, rule: str) -> None:
 
 # ---- types of options, for argparse
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def byte_size(text: str) -> int:
+    """An argparse type: a positive number of bytes, such as 5GB, 500MB or 1000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", text.strip().upper())
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; give bytes, or a number with KB, MB, GB or TB")
+    return size
+
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`, both included."""

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megapromoe.commands.command_line import CommandError, file_errors, refuse_other_words
+from megapromoe.commands.command_line import CommandError, byte_size, file_errors, refuse_other_words
 from megapromoe.commands.options import checkpoint_config, checkpoint_config_options, weights_choice
+
+if TYPE_CHECKING:
+    from megapromoe.config.options import Config
+    from megapromoe.conversion.diffusers_folder import FolderParts
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
 EPILOG = """\
@@ -19,9 +24,9 @@ formats:
                SOURCE also what training of DiT, SiT, REPA and DiffMoE saves (model, ema, opt, args), or a state_dict
   safetensors  one file with all state, or only weights (--weights); as SOURCE also several files with their index
                (*.safetensors.index.json)
-  diffusers    as SOURCE, a folder of diffusers' DiTTransformer2DModel; as DEST, a folder of config.json and
-               diffusion_pytorch_model.safetensors with the names of this package, only weights: diffusers'
-               from_pretrained cannot load it, because its _class_name, DiT, is not a class of diffusers
+  diffusers    as DEST, a folder that megapromoe.diffusers.ProMoEPipeline.from_pretrained opens: weights of one kind,
+               the sampling method, guidance and names of classes of the run, and the autoencoder of --vae; as SOURCE
+               such a folder, also after save_pretrained, or a folder of diffusers' DiTTransformer2DModel
   deepspeed    a folder of latest and global_stepN/ with mp_rank_* and layer_*_expert_* files; as SOURCE also with the
                float32 shards of ZeRO-1 and ZeRO-2
 
@@ -34,6 +39,7 @@ examples:
   megapromoe convert SiT-XL-2-256.pt runs/sit_xl --to ours --preset dit_xl --objective sit
   megapromoe convert runs/promoe_l promoe_l.pth --to published --step 500000
   megapromoe convert runs/promoe_l promoe_l.safetensors --to safetensors --weights ema
+  megapromoe convert runs/promoe_l promoe_l_pipeline --to diffusers --max-shard-size 5GB
   megapromoe convert unknown.pth --what
 
 exit codes: 0 done, 1 the checkpoint cannot be read or written, 2 the command or the config is wrong"""
@@ -62,6 +68,23 @@ megapromoe convert SOURCE DEST --to FORMAT [options] [section.key=value ...]
     parser.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint to read from a run; default: the latest"
     )
+    parser.add_argument(
+        "--vae",
+        metavar="DIR",
+        help="diffusers: add the AutoencoderKL of the run's latents, from a local folder with safetensors",
+    )
+    parser.add_argument(
+        "--id2label",
+        type=Path,
+        metavar="FILE",
+        help='diffusers: names of classes, a JSON file such as {"0": "tench"}; default: those of the data of the run',
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="diffusers: most bytes of weights in a file, such as 5GB or 500MB; default: 10GB",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DEST if it is a checkpoint")
     parser.add_argument(
         "--allow-nonfinite", action="store_true", help="also convert tensors with NaN or infinity, and print a note"
@@ -87,6 +110,10 @@ def _check(options: argparse.Namespace) -> None:
         raise CommandError("give DEST and --to FORMAT, or --what to list the content of SOURCE")
     if options.what and (options.dest or options.to):
         raise CommandError("--what writes nothing: remove DEST and --to")
+    if options.to != "diffusers":
+        given = {"--vae": options.vae, "--id2label": options.id2label, "--max-shard-size": options.max_shard_size}
+        if flags := [flag for flag, value in given.items() if value is not None]:
+            raise CommandError(f"{', '.join(flags)}: only for --to diffusers; leave out")
     if options.what and (options.objective or options.allow_nonfinite):
         raise CommandError("--what reads no tensors: remove --objective and --allow-nonfinite")
     if options.overrides and not (options.config or options.preset):
@@ -104,9 +131,10 @@ def _convert(options: argparse.Namespace) -> int:
     def convert(step: int | None) -> tuple[State, list[str]]:
         state = open_state(options.source, options.form, config, step, options.objective)
         weights, again, nonfinite = options.weights, options.overwrite, options.allow_nonfinite
+        parts = _folder_parts(options, state.config) if options.to == "diffusers" else None
         total = exported_bytes(state, options.to, weights)
         with Progress(total, "B", f"writing {options.dest}") as progress:
-            return state, export(state, options.dest, options.to, weights, again, progress.update, nonfinite)
+            return state, export(state, options.dest, options.to, weights, again, progress.update, nonfinite, parts)
 
     state, notes = with_latest(options.source, options.step, convert)
     for note in (*state.notes, *notes):
@@ -118,6 +146,25 @@ def _convert(options: argparse.Namespace) -> int:
     print(f"written: {written_weights(state, options.to, options.weights)}")
     print(f"{options.dest}: {options.to}, step {state.step}, from {state.where} ({state.format})")
     return 0
+
+
+def _folder_parts(options: argparse.Namespace, config: Config) -> FolderParts:
+    """What --vae, --id2label and --max-shard-size add to a folder of diffusers.
+
+    Raises CommandError for an autoencoder that is no folder, SampleError for one that is not that of the run's latents,
+    ConversionError for names that cannot be read.
+    """
+    from megapromoe.conversion.diffusers_folder import SHARD_BYTES, FolderParts, read_labels
+    from megapromoe.sampling.decoding import open_decoder
+
+    vae = None
+    if options.vae is not None:
+        if not Path(options.vae).is_dir():
+            raise CommandError(f"--vae {options.vae}: is no folder; give the local folder of the autoencoder")
+        decoder = open_decoder(config, options.vae, "cpu")
+        vae = getattr(decoder, "model", None)
+    id2label = None if options.id2label is None else read_labels(options.id2label)
+    return FolderParts(options.max_shard_size or SHARD_BYTES, vae, id2label)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -28,11 +28,12 @@ from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import to_dict
 from megapromoe.config.resolve import to_yaml
+from megapromoe.conversion import diffusers_folder
 from megapromoe.conversion.conventions import in_our_sign
+from megapromoe.conversion.diffusers_folder import FolderParts
 from megapromoe.conversion.foreign import deepspeed_names
 from megapromoe.conversion.formats import detect
 from megapromoe.conversion.published_names import constants, is_buffer, published_names
-from megapromoe.conversion.safe_files import DIFFUSERS_FILE
 from megapromoe.conversion.state import State, check_published, checked, with_masters, with_one_average
 from megapromoe.conversion.stream import ConversionError, write_pickle
 from megapromoe.io import atomic_tree, sync, write_text
@@ -47,6 +48,7 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
     allow_nonfinite: bool = False,
+    parts: FolderParts | None = None,
 ) -> list[str]:
     """Writes `state` to `destination`; returns notes for the user.
 
@@ -60,6 +62,7 @@ def export(
         overwrite: replace a destination that is a checkpoint.
         progress: called with the number of bytes of each tensor.
         allow_nonfinite: write NaN and infinity, with a note, in place of an error.
+        parts: what a folder of diffusers holds besides the weights.
 
     Raises ConversionError if the destination exists or does not fit the format, or if a tensor is not finite;
     UnknownWeights if the source has no average of that decay.
@@ -67,6 +70,9 @@ def export(
     destination = Path(destination)
     if weights is not None and form not in ("safetensors", "diffusers") and not _chooses_average(form, weights):
         raise ConversionError(f"weights = {weights}: the format {form} holds both weights; leave the weights out")
+    parts = parts or FolderParts()
+    if form == "diffusers":
+        diffusers_folder.check_folder(state.config, parts)
     _check_destination(state, destination, form, overwrite)
     _check_room(state, destination, form, weights)
     notes: list[str] = []
@@ -88,7 +94,8 @@ def export(
         elif form == "safetensors":
             _write_safetensors(state, staging, weights, progress)
         elif form == "diffusers":
-            _write_diffusers(state, staging, weights or "ema", progress)
+            entries, facts = _weights(state, weights or AVERAGE), _description(state, weights or AVERAGE)
+            notes += diffusers_folder.write_folder(state.config, entries, facts, staging, parts, progress)
         elif form == "deepspeed":
             _write_deepspeed(state, staging, progress)
         else:
@@ -240,7 +247,7 @@ def _write_ours(state: State, folder: Path, notes: list[str], progress: Progress
         sync(path)
 
 
-# ---- safetensors, diffusers
+# ---- safetensors, and the weights of a folder of diffusers
 
 
 def _description(state: State, weights: str | None) -> dict[str, Any]:
@@ -272,15 +279,6 @@ def _write_safetensors(state: State, file: Path, weights: str | None, progress: 
         entries |= {f"buffer/{name}": entry_of(tensor) for name, tensor in state.buffers.items()}
     metadata = {"format": "pt", "megapromoe": json.dumps(_description(state, weights))}
     write_safetensors(file, entries, metadata, progress)
-
-
-def _write_diffusers(state: State, folder: Path, weights: str, progress: Progress | None) -> None:
-    entries = _weights(state, weights)
-    folder.mkdir()
-    write_safetensors(folder / DIFFUSERS_FILE, entries, {"format": "pt"}, progress)
-    content = {"_class_name": "DiT", **to_dict(state.config)["model"], "megapromoe": _description(state, weights)}
-    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-    sync(folder)
 
 
 # ---- published

@@ -6,7 +6,7 @@ published       a .pth of the ProMoE release: step, model_state_dict, ema_model_
                 or another torch.save file: see `containers`
 safetensors     one file, or several with an index; the full state as KIND/NAME, or weights as NAME; the config in
                 its metadata
-diffusers       a folder with config.json and weights, of ours or of diffusers' DiTTransformer2DModel
+diffusers       a pipeline of ours (`diffusers_folder`) or its model, or a folder of diffusers' DiTTransformer2DModel
 deepspeed       latest and global_stepN/ with mp_rank_*, layer_*_expert_*, expp_rank_* and zero_pp_rank_* files
 ==============  ==================================================================================================
 """
@@ -27,6 +27,7 @@ from megapromoe.checkpoint.snapshots import choose_weights
 from megapromoe.checkpoint.step_folders import steps_in
 from megapromoe.checkpoint.weights import AVERAGE, MASTER
 from megapromoe.config.options import Config
+from megapromoe.conversion.diffusers_folder import MODEL_INDEX, is_pipeline
 from megapromoe.conversion.foreign import deepspeed_folder, open_deepspeed
 from megapromoe.conversion.published import open_published
 from megapromoe.conversion.safe_files import DIFFUSERS_FILE, description, open_safetensors, read_weights, weights_file
@@ -54,7 +55,9 @@ def detect(path: Path) -> str:
             return "ours"
         if weights_file(path):
             return "diffusers"
-        if (path / "model_index.json").is_file():
+        if is_pipeline(path):
+            raise ConversionError(f"{path / 'transformer'}: has no weights ({DIFFUSERS_FILE}); restore the folder")
+        if (path / MODEL_INDEX).is_file():
             raise ConversionError(f"{path}: is a pipeline of diffusers; give its model, {path / 'transformer'}")
         if (path / "latest").is_file() or list(path.glob("*mp_rank_*_model_states.pt")):
             return "deepspeed"

@@ -1,4 +1,4 @@
-"""Opens safetensors: a file, several files with an index, and folders with a config.json of ours or of diffusers."""
+"""Opens safetensors: a file, several files with an index, and folders of ours or of diffusers with a config.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megapromoe.checkpoint.format import all_kinds
 from megapromoe.checkpoint.manifest import average_problems
 from megapromoe.checkpoint.weights import AVERAGE
 from megapromoe.config.options import Config
-from megapromoe.conversion import diffusers_dit
+from megapromoe.conversion import diffusers_dit, diffusers_folder
 from megapromoe.conversion.containers import check_tensors
 from megapromoe.conversion.conventions import assumed_objective, in_our_sign, with_objective
 from megapromoe.conversion.sharded import INDEX, files_of, is_index, read_tensors
@@ -44,8 +44,12 @@ _LONGEST_CONFIG = 10_000_000  # bytes of a config.json
 
 
 def weights_file(path: Path) -> Path | None:
-    """The file of weights in a folder, or their index; None if there is none, or `path` is not a folder."""
-    return next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    """The file of weights in a folder, or their index; None if there is none, or `path` is not a folder.
+
+    Of a pipeline of ours it is that of its model.
+    """
+    folder = diffusers_folder.model_folder(path)
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -65,7 +69,8 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
         if form == "safetensors":
             stored = json.loads(metadata.get("megapromoe", "{}"))
         else:
-            stored = _config_json(path).get("megapromoe", {})
+            content = _config_json(path)
+            stored = content.get(diffusers_folder.DESCRIPTION, content.get("megapromoe", {}))
     except (ValueError, AttributeError, RecursionError) as problem:
         raise ConversionError(f"{path}: its description is not valid JSON ({problem})") from problem
     if not isinstance(stored, dict) or any(type(stored.get(key, 0)) is not int for key in ("step", "updates")):
@@ -82,7 +87,7 @@ def description(path: Path, metadata: Mapping[str, str], form: str) -> dict[str,
 
 
 def _config_json(path: Path) -> Any:
-    file = path / "config.json"
+    file = diffusers_folder.model_folder(path) / "config.json"
     try:
         if file.exists() and file.stat().st_size > _LONGEST_CONFIG:
             raise ConversionError(f"{file}: has more than {_LONGEST_CONFIG:,} bytes and is not the config of a model")
@@ -100,10 +105,15 @@ def open_safetensors(
     stored_description = description(path, metadata, form)
     if stored_description and objective:
         raise ConversionError(f"--objective {objective}: {path} contains its objective; leave --objective out")
-    if form == "diffusers" and (content := diffusers_dit.native(path, _config_json(path))):
+    content = _config_json(path) if form == "diffusers" else {}
+    is_ours = bool(stored_description) or diffusers_folder.is_transformer(content)
+    if diffusers_folder.is_transformer(content):
+        tensors = {name.removeprefix(diffusers_folder.PREFIX): stored for name, stored in tensors.items()}
+        config = config or _config_of_transformer(path, content, stored_description, run)
+    elif form == "diffusers" and (native := diffusers_dit.native(path, content)):
         if config is None and run is not None:
-            config = diffusers_dit.config_for_run(path, content, run)
-        return _open_native(path, content, tensors, config, objective)
+            config = diffusers_dit.config_for_run(path, native, run)
+        return _open_native(path, native, tensors, config, objective)
     config = config or (stored_config(stored_description["config"], run) if "config" in stored_description else None)
     config = needed(config, path, run, {name: stored.shape for name, stored in tensors.items()})
     notes: list[str] = []
@@ -144,12 +154,32 @@ def open_safetensors(
         kinds,
         shapes,
         buffers,
-        read if stored_description else in_our_sign(read, config),
+        read if is_ours else in_our_sign(read, config),
         layout=_layout(file),
         notes=notes,
         average=averages[AVERAGE],
         further_averages={kind: average for kind, average in averages.items() if kind != AVERAGE},
     )
+
+
+def _config_of_transformer(
+    path: Path, content: Mapping[str, Any], stored: Mapping[str, Any], run: StartingRun | None
+) -> Config:
+    """The config of a `ProMoETransformer2DModel`: that of its run, or one with its model if it was made without a run.
+
+    Raises ConversionError if both are there and their models differ.
+    """
+    model = diffusers_folder.options_of(content)
+    if "config" not in stored:
+        return stored_config({"model": model}, run)
+    config = stored_config(stored["config"], run)
+    for name, value in model.items():
+        if value != getattr(config.model, name, None):
+            raise ConversionError(
+                f"{path}: config.json has {name} = {value!r}, but {getattr(config.model, name, None)!r} in its"
+                f" {diffusers_folder.DESCRIPTION}; restore the file, or remove its {diffusers_folder.DESCRIPTION}"
+            )
+    return config
 
 
 def _averages(stored: Mapping[str, Any]) -> dict[str, Average]:

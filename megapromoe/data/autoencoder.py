@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,10 +77,9 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: in
     location = _load_arguments(name)
     try:
         kind = diffusers.AutoencoderKL.load_config(**location).get("_class_name")
-        classes: dict[str, type[_KL] | type[_Tiny]] = {"AutoencoderKL": _KL, "AutoencoderTiny": _Tiny}
-        if kind not in classes:
+        if kind not in _CLASSES:
             raise AutoencoderError(
-                f"autoencoder {name!r} is a {kind}; give an {' or an '.join(classes)} as diffusers saves them"
+                f"autoencoder {name!r} is a {kind}; give an {' or an '.join(_CLASSES)} as diffusers saves them"
             )
         # safetensors only: the other format is pickle, which can execute arbitrary code
         model = getattr(diffusers, kind).from_pretrained(
@@ -94,10 +93,21 @@ def open_autoencoder(name: str, device: torch.device | str = "cpu", channels: in
             f"autoencoder {name!r} cannot be opened: {reason}; give a folder that holds config.json and a .safetensors"
             f" file, a name on the Hugging Face hub, or {NONE!r}"
         ) from error
-    opened = classes[kind](name, model, device)
+    opened = wrap_autoencoder(name, model, device)
     if channels != opened.channels:
         raise AutoencoderError(f"autoencoder {name!r} takes {opened.channels} channels, the images have {channels}")
     return opened
+
+
+def wrap_autoencoder(name: str, model: Any, device: torch.device | str) -> Autoencoder:
+    """An AutoencoderKL or AutoencoderTiny of diffusers as an autoencoder on `device`.
+
+    Raises AutoencoderError for a model of another class.
+    """
+    kind = type(model).__name__
+    if kind not in _CLASSES:
+        raise AutoencoderError(f"autoencoder {name!r} is a {kind}; give an {' or an '.join(_CLASSES)}")
+    return _CLASSES[kind](name, model, device)
 
 
 def _load_arguments(name: str) -> dict:
@@ -182,7 +192,8 @@ class _Diffusers:
             )
         latents = latents.to(self.device, torch.float32)
         scale, shift = (torch.tensor(v, device=self.device).view(1, -1, 1, 1) for v in (self.scale, self.shift))
-        return self.model.decode(latents / scale + shift).sample.float().clamp(-1, 1)
+        raw = (latents / scale + shift).to(self.model.dtype)
+        return self.model.decode(raw).sample.float().clamp(-1, 1)
 
     def _images(self, images: Tensor) -> Tensor:
         if images.shape[1] != self.channels:
@@ -216,6 +227,9 @@ class _Tiny(_Diffusers):
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, None]:
         return self.model.encode(self._images(images)).latents.float(), None
+
+
+_CLASSES: dict[str, type[_KL] | type[_Tiny]] = {"AutoencoderKL": _KL, "AutoencoderTiny": _Tiny}
 
 
 def _affine(settings, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

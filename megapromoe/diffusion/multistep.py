@@ -10,11 +10,10 @@ Source: Lu et al. 2022, "DPM-Solver++" (2M); Zhao et al. 2023, "UniPC" (B_2(h), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megapromoe.errors import ExitCode, UserError
 
@@ -35,44 +34,32 @@ def check_available(method: str) -> None:
         _scheduler_class(method)
 
 
-def solve(
-    predict: Callable[[Tensor, float], Tensor],
-    x_BCHW: Tensor,
-    method: str,
-    levels: Sequence[float],
-    times: Sequence[float],
-    is_flow: bool,
-    done: Callable[[int], None],
-) -> Tensor:
-    """Returns clean images (B, C, H, W), float32.
+def scheduler_at(method: str, levels: Sequence[float], times: Sequence[float], is_flow: bool) -> Any:
+    """The scheduler of diffusers for a method, at given noise levels.
+
+    Its `step(output, time, x_BCHW)` is called for each time in turn, with images in float32.
 
     Args:
-        predict: (x_BCHW, model time) -> velocity, noise - clean, if `is_flow`; else the noise (B, C, H, W).
-        x_BCHW: initial noise.
         method: one of `METHODS`.
         levels: steps + 1 noise levels, descending to 0: of a flow the share of noise, else the ratio of noise and
             signal.
         times: model time of each step.
-        is_flow: x = (1 - level) clean + level noise; otherwise x is scaled to unit variance.
-        done: called after each step with the number of finished steps.
+        is_flow: the output is the velocity, noise - clean, and x = (1 - level) clean + level noise; otherwise the
+            output is the noise, and x is scaled to unit variance.
 
     Raises MethodUnavailable without diffusers.
     """
-    steps = len(times)
     settings: dict[str, Any] = {"solver_order": 2, "prediction_type": "epsilon"}
     if is_flow:
         # At 1 the logarithm of the signal is infinite. A large shift has further levels close to 1.
         levels = [max(_FIRST_FLOW_LEVEL, (1 + levels[1]) / 2), *levels[1:]]
         settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     scheduler = _scheduler_class(method)(**settings)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(len(times))
     scheduler.sigmas = torch.tensor(levels, dtype=torch.float32)
     scheduler.timesteps = torch.tensor(times)
     scheduler.set_begin_index(0)  # steps are counted: a search for the time would wait for the device
-    for step, time in enumerate(times):
-        x_BCHW = scheduler.step(predict(x_BCHW, time), time, x_BCHW, return_dict=False)[0]
-        done(step + 1)
-    return x_BCHW
+    return scheduler
 
 
 def _scheduler_class(method: str) -> Any:

@@ -11,7 +11,6 @@ depend on it need not wait for the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,21 +18,11 @@ from torch import Tensor
 
 from megapromoe.config import extensions
 from megapromoe.config.options import SAMPLING_METHODS
-from megapromoe.diffusion import multistep
-from megapromoe.diffusion.objectives import (
-    TIME_SCALE,
-    DDPMSchedule,
-    clean_from_noise,
-    learned_log_variance,
-    posterior_mean,
-    shifted,
-    split_output,
-)
+from megapromoe.diffusion.objectives import TIME_SCALE
+from megapromoe.diffusion.solvers import NoiseAt, make_solver
 
 Predict = Callable[[Tensor, float], Tensor]
 """(x_BCHW, model time in [0, 1000]) -> raw output (B, C or 2C, H, W)."""
-NoiseAt = Callable[[int], Tensor]
-"""Step k = 1 .. steps-1 -> unit normal (B, C, H, W)."""
 Progress = Callable[[int], None]
 """Called with the number of finished steps."""
 Sampler = Callable[[Predict, Tensor, int, float, NoiseAt | None, Progress], Tensor]
@@ -185,111 +174,16 @@ def sample(
     if steps < 1:
         raise ValueError(f"sample.steps: {steps} is below 1")
     done = progress or (lambda step: None)
-    if method in multistep.METHODS:
-        images = _of_diffusers(predict, noise_BCHW.float(), method, steps, shift, objective, done)
+    images = noise_BCHW.float()
+    if method in SAMPLING_METHODS:
+        solver = make_solver(method, steps, shift, objective)
+        for i, time in enumerate(solver.times):
+            images = solver.step(i, predict(images, time), images, noise_at)
+            if finished := solver.finished(i):
+                done(finished)
     else:
-        sampler = SAMPLERS[method] if method in SAMPLERS else extensions.SAMPLER.load(method)
-        images = sampler(predict, noise_BCHW.float(), steps, shift, noise_at, done)
+        images = extensions.SAMPLER.load(method)(predict, images, steps, shift, noise_at, done)
     if not isinstance(images, Tensor) or images.shape != noise_BCHW.shape:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"sample.method = {method!r}: returned {shape}, must be images {tuple(noise_BCHW.shape)}")
     return images.float()
-
-
-def _velocity(predict: Predict, x_BCHW: Tensor, sigma: float) -> Tensor:
-    return _velocity_at(predict, x_BCHW, TIME_SCALE * sigma)
-
-
-def _velocity_at(predict: Predict, x_BCHW: Tensor, time: float) -> Tensor:
-    return predict(x_BCHW, time)[:, : x_BCHW.shape[1]].float()
-
-
-def _noise_levels(steps: int, shift: float) -> list[float]:
-    """steps + 1 noise levels from 1 to 0, evenly spaced and then shifted."""
-    return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
-
-
-def _euler(
-    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
-) -> Tensor:
-    """Euler's method on dx/dsigma = velocity."""
-    sigmas = _noise_levels(steps, shift)
-    for i in range(steps):
-        x_BCHW = x_BCHW + (sigmas[i + 1] - sigmas[i]) * _velocity(predict, x_BCHW, sigmas[i])
-        done(i + 1)
-    return x_BCHW
-
-
-def _heun(
-    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
-) -> Tensor:
-    """Heun's second-order method; the last step is Euler's, because the model is hardly trained at noise level 0.
-
-    Source: Karras et al. 2022 (EDM), algorithm 1.
-    """
-    sigmas = _noise_levels(steps, shift)
-    for i in range(steps):
-        width = sigmas[i + 1] - sigmas[i]
-        slope = _velocity(predict, x_BCHW, sigmas[i])
-        if i + 1 < steps:
-            slope = (slope + _velocity(predict, x_BCHW + width * slope, sigmas[i + 1])) / 2
-        x_BCHW = x_BCHW + width * slope
-        done(i + 1)
-    return x_BCHW
-
-
-def _ddpm(
-    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
-) -> Tensor:
-    """Ancestral sampling with the learned variance; the last step adds no noise.
-
-    Source: Ho et al. 2020, algorithm 2; Nichol and Dhariwal 2021 for variance and respacing.
-    """
-    if noise_at is None:
-        raise ValueError("sample.method 'ddpm' draws noise in each step: give noise_at, or use 'ddim'")
-    schedule = DDPMSchedule(steps)
-    for k, i in enumerate(reversed(range(steps)), start=1):
-        at = schedule.at(torch.full((1,), i, device=x_BCHW.device))
-        eps, v = split_output(predict(x_BCHW, float(schedule.times[i])), x_BCHW.shape[1])
-        mean = posterior_mean(at, clean_from_noise(at, x_BCHW, eps), x_BCHW)
-        if i > 0:
-            mean = mean + torch.exp(0.5 * learned_log_variance(at, v)) * noise_at(k).to(mean)
-        x_BCHW = mean
-        done(k)
-    return x_BCHW
-
-
-def _ddim(
-    predict: Predict, x_BCHW: Tensor, steps: int, shift: float, noise_at: NoiseAt | None, done: Progress
-) -> Tensor:
-    """Deterministic steps (eta 0). Source: Song et al. 2020 (DDIM), eq. 12."""
-    schedule = DDPMSchedule(steps)
-    for k, i in enumerate(reversed(range(steps)), start=1):
-        at = schedule.at(torch.full((1,), i, device=x_BCHW.device))
-        eps, _ = split_output(predict(x_BCHW, float(schedule.times[i])), x_BCHW.shape[1])
-        clean = clean_from_noise(at, x_BCHW, eps)
-        x_BCHW = at["sqrt_alpha_bar_prev"] * clean + at["sqrt_one_minus_prev"] * eps
-        done(k)
-    return x_BCHW
-
-
-def _of_diffusers(
-    predict: Predict, x_BCHW: Tensor, method: str, steps: int, shift: float, objective: str, done: Progress
-) -> Tensor:
-    """A method of diffusers, on the noise levels of `_euler` or on the steps of `_ddim`."""
-    if objective == "rf":
-        levels = _noise_levels(steps, shift)
-        times = [TIME_SCALE * level for level in levels[:-1]]
-        return multistep.solve(partial(_velocity_at, predict), x_BCHW, method, levels, times, True, done)
-    schedule = DDPMSchedule(steps)
-    rows = dict(zip(schedule.ROWS, schedule.table.flip(1), strict=True))
-    levels = [*(rows["sqrt_one_minus"] / rows["sqrt_alpha_bar"]).tolist(), 0.0]
-    times = [float(time) for time in reversed(schedule.times)]
-
-    def noise(x_BCHW: Tensor, time: float) -> Tensor:
-        return split_output(predict(x_BCHW, time), x_BCHW.shape[1])[0]
-
-    return multistep.solve(noise, x_BCHW, method, levels, times, False, done)
-
-
-SAMPLERS: dict[str, Sampler] = {"euler": _euler, "heun": _heun, "ddpm": _ddpm, "ddim": _ddim}

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.command_ranks import leave_job
 from support.processes import run
 from support.sampled_runs import saved_run, tiny
 from support.training_runs import train as train_run
 
+from megapromoe import cli
 from megapromoe.config.resolve import to_yaml
 from megapromoe.run_lines import metrics_of
 
@@ -92,6 +94,17 @@ def in_own_job(name: str, *arguments) -> str:
     """`output_of` in a worker that leaves its torch.distributed job: commands of the example join their own."""
     leave_job()
     return output_of(name, *arguments)
+
+
+def test_diffusers_pipeline(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install megapromoe[images]")
+    (tmp_path / "run").mkdir()
+    run(1, saved_run, str(tmp_path / "run"))
+    command = ["convert", str(tmp_path / "run"), str(tmp_path / "folder"), "--to", "diffusers"]
+    assert cli.main([*command, "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    (text,) = run(1, output_of, "diffusers_pipeline", tmp_path / "folder", tmp_path / "digits.png")
+    assert text == "digits.png: 4 images (8, 8), router promoe\n"
+    assert Image.open(tmp_path / "digits.png").size == (4 * 64, 64)
 
 
 def test_every_example_is_tested_and_documented():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.golden_cases import CASES, tensors_of
 from support.golden_states import NAMES, PUBLISHED, config_that_runs, random_state, state_of
 
@@ -150,10 +150,12 @@ def test_the_published_run_is_converted_in_both_directions_bit_for_bit(tmp_path)
 def test_readers_of_other_projects_read_what_is_written(tmp_path):
     state = state_of("promoe_tc")
     export(state, tmp_path / "folder", "diffusers")
-    content = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert content["_class_name"] == "DiT" and content["hidden_size"] == 32 and content["router"] == "promoe"
-    tensors = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensors[name], state.read("ema", name)) for name in state.shapes)
+    model = tmp_path / "folder" / "transformer"
+    content = json.loads((model / "config.json").read_text())
+    assert content["_class_name"] == "ProMoETransformer2DModel"
+    assert content["hidden_size"] == 32 and content["router"] == "promoe"
+    tensors = load_file(model / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensors[f"dit.{name}"], state.read("ema", name)) for name in state.shapes)
     export(state, tmp_path / "a.safetensors", "safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["megapromoe"])["config"]["model"]["hidden_size"] == 32
@@ -163,6 +165,25 @@ def test_readers_of_other_projects_read_what_is_written(tmp_path):
         tree = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mmap)
         position = constants(state.config.model)["pos_embed"]
         assert torch.equal(tree["model_state_dict"]["pos_embed"], position)
+
+
+def test_folders_of_the_former_form_are_read(tmp_path):
+    """One config.json and one file, with our names; diffusers could not open them."""
+    state, folder = state_of("diffmoe"), tmp_path / "folder"
+    export(state, tmp_path / "new", "diffusers", "master")
+    content = json.loads((tmp_path / "new" / "transformer" / "config.json").read_text())
+    content |= {"_class_name": "DiT", "megapromoe": content.pop("_megapromoe")}
+    del content["_diffusers_version"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content))
+    tensors = {name: state.read("master", name) for name in state.shapes}
+    save_file(tensors | state.buffers, folder / "diffusion_pytorch_model.safetensors")
+    back = open_state(folder)
+    assert (back.format, back.step, back.config) == ("diffusers", 12, state.config)
+    assert all(torch.equal(back.read("ema", name), tensors[name]) for name in tensors)
+    assert all(torch.equal(back.buffers[name], state.buffers[name]) for name in state.buffers)
+    export(state, folder, "diffusers", overwrite=True)
+    assert (folder / "model_index.json").exists() and not (folder / "config.json").exists()
 
 
 def test_the_deepspeed_folder_has_the_names_of_deepspeed(tmp_path):

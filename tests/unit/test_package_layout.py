@@ -27,7 +27,7 @@ ORDER = (
     ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
     *("preflight", "engine", "benchmark", "checkpoint", "conversion", "training", "sampling", "routing_analysis"),
-    *("evaluation", "studies", "commands", "cli", "__main__"),
+    *("diffusers", "evaluation", "studies", "commands", "cli", "__main__"),
 )
 
 
@@ -107,10 +107,10 @@ def test_only_the_runtime_reads_the_environment():
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=name_of)
 def test_packages_hold_no_code(file):
-    """The library `nn` re-exports its public names, all of them and no others."""
+    """The libraries `nn` and `diffusers` re-export their public names, all of them and no others."""
     docstring, *rest = tree_of(file).body
     assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
-    if file == PACKAGE / "nn" / "__init__.py":
+    if file in (PACKAGE / "nn" / "__init__.py", PACKAGE / "diffusers" / "__init__.py"):
         *imports, public = rest
         assert all(isinstance(node, ast.ImportFrom) for node in imports)
         names = sorted(alias.name for node in imports for alias in node.names)
