@@ -150,6 +150,8 @@ def _facts(folder: Path, manifest):
     yield f"  {'x'.join(map(str, manifest.shape))} {manifest.dtype}, {values}, image {views[manifest.mirror]}"
     yield f"  of {manifest.resolution}x{manifest.resolution} images ({manifest.crop})"
     yield f"  by {autoencoder['name'] or 'an unnamed autoencoder'} {autoencoder['sha256'][:12]}".rstrip()
+    if normalisation := autoencoder.get("normalisation"):
+        yield f"  each channel is normalised: {normalisation}"
     if manifest.rounding is not None:
         error = "rounding error of the stored mean over the posterior's deviation"
         yield f"  {error}: {manifest.rounding:.3g} (root mean squares)"
