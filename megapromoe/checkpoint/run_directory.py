@@ -9,6 +9,8 @@ snapshots/          average-XXXXXXXX/: averaged weights only (train.snapshot_eve
 branches/           results of later steps, moved by a start that went back, see `history.py`
 samples/            pictures of samples, from training and from `megapromoe sample`
 tensorboard/        TensorBoard events
+wandb/              files of Weights & Biases (train.wandb)
+profile/            traces and memory snapshots of steps (train.profile)
 logs/               output of each rank, a folder for each attempt (launchers)
 diverged.txt        why the latest start ended, if its last steps were skipped; launchers do not repeat it
 run.lock            locked while a process trains in the folder; contains its pid and host

@@ -18,6 +18,7 @@ from megapromoe.data.sources import open_captions, open_dataset
 from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.errors import ExitCode, UserError, Violations
 from megapromoe.training.preview import open_preview
+from megapromoe.training.wandb_run import WandbUnavailable, check_installed
 
 
 class StartRefused(Violations):
@@ -56,6 +57,10 @@ def examine_start(
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
         open_preview(config, open_captions(config, dataset))
     except (DatasetError, MethodUnavailable) as error:
+        problems.append(error)
+    try:
+        check_installed(config.train.wandb)
+    except WandbUnavailable as error:
         problems.append(error)
     if not problems:
         return state, dataset, None
