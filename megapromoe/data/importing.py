@@ -138,10 +138,10 @@ class PublishedLatents:
                 arrays = [content[name] for name in ("latent", "latent_flip") if name in content.files]
                 if "latent" not in content.files:
                     raise ImageError(f"{path}: holds {', '.join(content.files) or 'nothing'}, but no `latent`")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"{path}: {type(error).__name__}: {error}") from error
+        except ImageError:
+            raise
+        except Exception as error:  # numpy and zipfile raise exceptions of many types for damaged files
+            raise ImageError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if any(array.ndim != 3 or array.dtype.kind != "f" for array in arrays):
             types = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
             raise ImageError(f"{path}: holds {types}, not floating-point (C, H, W)")

@@ -15,7 +15,9 @@ import numpy as np
 
 from megapromoe.data.tables.npy_files import read_npy
 from megapromoe.data.tables.table import BLOCK, IMAGES, Fields, FilesTable, Labels, RecordError, TableError, chosen
+from megapromoe.errors import UserError
 
+_BUFFER = 1 << 22  # bytes
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 STATE, DESCRIPTION = "state.json", "dataset_info.json"  # of a folder of save_to_disk
 
@@ -187,11 +189,14 @@ class ArrowTable(FilesTable):
         if file.suffix != ".parquet":
             with self._pa.memory_map(str(file)) as source, self._pa.ipc.open_stream(source) as stream:
                 for batch in stream:
-                    yield batch.select(columns)
+                    selected = batch.select(columns)
+                    selected.validate(full=True)  # offsets that are damaged end the process when they are used
+                    yield selected
             return
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+        # A buffer: a row group may be larger than the memory.
+        with pq.ParquetFile(file, page_checksum_verification=True, buffer_size=_BUFFER) as opened:
             groups, first = [], 0
             for group in range(opened.num_row_groups):
                 count = opened.metadata.row_group(group).num_rows
@@ -209,7 +214,7 @@ class ArrowTable(FilesTable):
 
 
 class _NamedErrors:
-    """A context that turns errors of pyarrow into a `TableError` or `RecordError` with the name of the file."""
+    """A context around calls of pyarrow; its errors become a `TableError` or `RecordError` that names the file."""
 
     def __init__(self, pa: Any, file: Path, kind: type[Exception]):
         self.pa, self.file, self.kind = pa, file, kind
@@ -218,7 +223,8 @@ class _NamedErrors:
         return None
 
     def __exit__(self, _: Any, error: Any, __: Any) -> None:
-        if isinstance(error, (self.pa.ArrowException, OSError)):  # pyarrow raises OSError for damaged pages
+        # pyarrow raises exceptions of many types for damaged files; KeyboardInterrupt and the like are no `Exception`.
+        if isinstance(error, Exception) and not isinstance(error, UserError):
             reason = " ".join(str(error).split())
             raise self.kind(
                 f"{self.file} cannot be read: {reason[:200]}; it is cut off or damaged: copy or write it again"

@@ -41,6 +41,11 @@ def table_scan(
         items = tuple(TableItem(table.name(row), 0, row) for row in range(len(table)))
         return Scan(items, (table.path.resolve().stem,), ())
     labels = table.labels()
+    if len(labels.values) != len(table):
+        raise TableError(
+            f"{table.path}: holds {len(labels.values):,} labels for {len(table):,} records; it is damaged: write it"
+            " again"
+        )
     missing = [row for row, label in enumerate(labels.values) if label is None]
     if missing:
         raise TableError(

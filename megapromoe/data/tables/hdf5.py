@@ -27,6 +27,7 @@ from megapromoe.data.tables.table import (
     TableError,
     chosen,
 )
+from megapromoe.errors import UserError
 
 
 class ArrayTable(FilesTable):
@@ -115,7 +116,7 @@ class MemberTable(FilesTable):
         endings = tuple(SUFFIXES) if kind == IMAGES else (".npy",)
         self.kind = kind
         with _opened(self._h5py, file, TableError) as content:
-            names = _data_set_names(self._h5py, content)
+            names = _data_set_names(self._h5py, content, endings)
             self._members = [name for name in names if name.lower().endswith(endings)]
             self._labels = read_labels(
                 np.asarray(_data_set(self._h5py, content, LABEL_FILE, file)[()]).tobytes(), f"{file}: {LABEL_FILE}"
@@ -150,22 +151,31 @@ def has_members(file: Path) -> bool:
         return LABEL_FILE in content
 
 
-def _data_set_names(h5py: Any, content: Any) -> list[str]:
-    """Sorted names of all data sets of a file, groups included. Links to other files are not followed."""
-    names = []
+def _data_set_names(h5py: Any, content: Any, endings: tuple[str, ...] = ()) -> list[str]:
+    """Sorted names of all data sets of a file, groups included. Links to other files are not followed.
 
-    def walk(group: Any, prefix: str, depth: int) -> None:
+    Args:
+        endings: names with these endings are of data sets; these are not opened, which would take long for millions.
+    """
+    names, visited = [], set()
+
+    def walk(group: Any, prefix: str) -> None:
+        address = h5py.h5o.get_info(group.id).addr
+        if address in visited:  # a group may contain itself
+            return
+        visited.add(address)
         for name in group:
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                names.append(prefix + name)  # refused when it is read
+            is_link = not isinstance(group.get(name, getlink=True), h5py.HardLink)
+            if is_link or (endings and name.lower().endswith(endings)):
+                names.append(prefix + name)  # a link is refused when it is read
                 continue
             entry = group[name]
             if isinstance(entry, h5py.Dataset):
                 names.append(prefix + name)
-            elif depth < 8:
-                walk(entry, f"{prefix}{name}/", depth + 1)
+            elif isinstance(entry, h5py.Group):
+                walk(entry, f"{prefix}{name}/")
 
-    walk(content, "", 0)
+    walk(content, "")
     return sorted(names)
 
 
@@ -191,7 +201,9 @@ def _opened(h5py: Any, file: Path, kind: type[Exception]) -> Iterator[Any]:
     try:
         with h5py.File(file, "r") as content:
             yield content
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises exceptions of many types for damaged files
         reason = " ".join(str(error).split())
         raise kind(
             f"{file} cannot be read as HDF5: {reason[:200]}; it is cut off or damaged, or is compressed by a filter"

@@ -81,8 +81,10 @@ def read_npy(content: bytes) -> np.ndarray:
             raise ValueError(f"it does not hold the {dtype} {shape} of its header")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
-    except (EOFError, OSError) as error:
-        raise ValueError(str(error)) from error
+    except ValueError:
+        raise
+    except Exception as error:  # numpy raises exceptions of many types for a damaged header
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _read(file: Path, kind: type[Exception]) -> np.ndarray:
