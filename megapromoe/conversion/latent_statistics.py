@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from megapromoe.conversion.stream import ConversionError, Stored
 from megapromoe.conversion.torch_files import read_pickle
@@ -35,8 +34,11 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
         return _arrays(path)
     except ConversionError as error:
         raise StatisticsError(f"--statistics {error}") from error
-    except (OSError, ValueError, TypeError, EOFError, RecursionError, SafetensorError, zipfile.BadZipFile) as error:
-        raise StatisticsError(f"--statistics {path}: cannot be read ({error}); give another file or compute") from error
+    except Exception as error:  # numpy, zipfile and safetensors raise exceptions of many types for damaged files
+        reason = " ".join(str(error).split())
+        raise StatisticsError(
+            f"--statistics {path}: cannot be read ({reason}); give another file or compute"
+        ) from error
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -353,6 +353,26 @@ def test_statistics_that_do_not_fit_are_refused(content, message, tmp_path, refu
     assert message in refused(path, "--statistics", "s.json")
 
 
+@pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors", ".json"])
+def test_damaged_files_of_statistics_are_refused(ending, tmp_path, refused):
+    path = write_latents(tmp_path / "data", "tensors", latents(), labels())
+    file = tmp_path / f"stats{ending}"
+    mean, std = torch.zeros(4), torch.ones(4)
+    if ending == ".pt":
+        torch.save({"mean": mean, "std": std}, file)
+    elif ending == ".npz":
+        np.savez(file, mean=mean.numpy(), std=std.numpy())
+    elif ending == ".safetensors":
+        save_file({"mean": mean, "std": std}, file)
+    else:
+        file.write_text(json.dumps({"mean": [0.0] * 4, "std": [1.0] * 4}))
+    content = file.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content[:20] + b"\0(" + content[22:30]):
+        file.write_bytes(damaged)
+        assert refused(path, "--statistics", file).startswith(f"--statistics stats{ending}: ")
+    assert "no such file; give a .pt" in refused(path, "--statistics", "none.npz")
+
+
 def test_statistics_of_equal_values_cannot_be_computed(tmp_path, capsys):
     values = latents()
     values[:, 2] = 0.7
