@@ -161,7 +161,9 @@ def _facts(folder: Path, manifest):
 
 
 def _short(values: tuple[float, ...]) -> str:
-    """One number if all channels have the same, else one for each channel."""
+    """One number if all channels have the same, else one for each channel, of many channels the range."""
+    if len(set(values)) > 4:
+        return f"{min(values):g} to {max(values):g} by channel"
     return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 

@@ -135,7 +135,7 @@ def test_shards_of_vavae_with_their_statistics(tmp_path, capsys):
     assert main(["data", "check", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "32x2x2 float32" in printed and "standard deviation after scaling: 0.987" in printed
-    assert "each channel is normalised: of latents_stats.pt" in printed
+    assert "each channel is normalised: of latents_stats.pt" in printed and " by channel, shift " in printed
 
 
 @pytest.mark.parametrize("world", [1, 3])
