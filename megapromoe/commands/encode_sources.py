@@ -83,7 +83,7 @@ def open_source(options: argparse.Namespace, captioned: CaptionedImages | Encode
 def _images(options: argparse.Namespace, captioned: CaptionedImages | None, device: str) -> Source:
     from megapromoe.data.autoencoder import open_autoencoder
     from megapromoe.data.encode import EncodedImages
-    from megapromoe.data.images import scan
+    from megapromoe.data.images import ImageError, scan
     from megapromoe.data.tables.opening import is_table
     from megapromoe.data.tables.table import IMAGES
 
@@ -98,6 +98,11 @@ def _images(options: argparse.Namespace, captioned: CaptionedImages | None, devi
             files,
             *how,
             stream=lambda items: (value for value, *_ in table.values(items[0].row, items[-1].row + 1)),  # type: ignore
+        )
+    if any((options.data_field, options.label_field, options.num_classes)):
+        raise ImageError(
+            f"{options.images}: is a folder of classes, which their folders name and number; leave out --data-field,"
+            " --label-field and --num-classes"
         )
     files = scan(options.images, one_class=options.one_class, class_order=options.class_order)
     return EncodedImages(options.images, files, *how)

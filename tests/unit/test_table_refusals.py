@@ -394,6 +394,11 @@ def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
     assert "--values mean_std: is for --latents" in refused("--npz", "x", "--values", "mean_std")
     assert "--label-field: is for --images and --latents" in refused("--npz", "x", "--label-field", "y")
     assert "--flip-field: is for --latents" in refused(*pixels, "--flip-field", "y")
+    (tmp_path / "ant").mkdir()
+    assert main(
+        ["encode", "--out", str(tmp_path / "out"), "--images", str(tmp_path), *pixels[2:], "--num-classes", "3"]
+    )
+    assert "is a folder of classes, which their folders name and number; leave out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
