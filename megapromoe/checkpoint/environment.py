@@ -18,7 +18,12 @@ from megapromoe.versions import versions
 
 
 def describe_start(
-    config: Config, world: int, launcher: str, changed: dict[str, list[Any]], data: str | None
+    config: Config,
+    world: int,
+    launcher: str,
+    changed: dict[str, list[Any]],
+    data: str | None,
+    latents: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The entry of environment.json for this start: command, host, launcher, layout, versions and git commit.
 
@@ -27,6 +32,7 @@ def describe_start(
         launcher: name of the launcher, such as "torchrun".
         changed: settings that differ from the previous start, dotted name -> [stored, new].
         data: identity of the data set; None if it has none.
+        latents: autoencoder, scale and shift of latents, with which generated ones are decoded; None for other data.
     """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,6 +45,7 @@ def describe_start(
         "git": git_state(Path(__file__).resolve()),
         "changed": changed,
         "data": data,
+        **({"latents": latents} if latents else {}),
     }
 
 

@@ -9,6 +9,8 @@ snapshots/          average-XXXXXXXX/: averaged weights only (train.snapshot_eve
 branches/           results of later steps, moved by a start that went back, see `history.py`
 samples/            pictures of samples, from training and from `megapromoe sample`
 tensorboard/        TensorBoard events
+wandb/              files of Weights & Biases (train.wandb)
+profile/            traces and memory snapshots of steps (train.profile)
 logs/               output of each rank, a folder for each attempt (launchers)
 diverged.txt        why the latest start ended, if its last steps were skipped; launchers do not repeat it
 run.lock            locked while a process trains in the folder; contains its pid and host
@@ -139,7 +141,8 @@ class RunDirectory:
                 run.changed = comparison.changed
                 entries = [] if comparison.reconfigured else run._recorded_starts()
                 first = {} if entries else {"run": uuid.uuid4().hex[:12]}
-                entry = first | describe_start(config, world, launcher, comparison.changed, comparison.data)
+                described = _described_latents(config)
+                entry = first | describe_start(config, world, launcher, comparison.changed, comparison.data, described)
                 run._start = [*entries, entry], config
                 run.diverged.unlink(missing_ok=True)
         except BaseException:
@@ -196,6 +199,12 @@ class RunDirectory:
             return True
         kept = (self.checkpoints, self.snapshots, self.samples, self.branches)
         return any(any(folder.glob("*")) for folder in kept)
+
+    def recorded_latents(self) -> dict[str, Any] | None:
+        """Autoencoder, scale and shift of the latents of the latest start that recorded them; None without one."""
+        with contextlib.suppress(OSError, RunDirectoryError):
+            return next((e["latents"] for e in reversed(self._recorded_starts()) if e.get("latents")), None)
+        return None
 
     def owner(self) -> str | None:
         """The process that trains in the folder now, such as "pid 17 on node3", from run.lock; None without one."""
@@ -390,6 +399,19 @@ class RunDirectory:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); {remedy}")
         return entries
+
+
+def _described_latents(config: Config) -> dict[str, Any] | None:
+    """See `sources.latents_description`; None also if the manifest cannot be read."""
+    if config.data.source != "latents":
+        return None
+    from megapromoe.data.datasets import DatasetError  # these import numpy and safetensors
+    from megapromoe.data.sources import latents_description
+
+    try:
+        return latents_description(config)
+    except DatasetError:
+        return None
 
 
 def data_identity(config: Config) -> str | None:

@@ -150,6 +150,8 @@ def _facts(folder: Path, manifest):
     yield f"  {'x'.join(map(str, manifest.shape))} {manifest.dtype}, {values}, image {views[manifest.mirror]}"
     yield f"  of {manifest.resolution}x{manifest.resolution} images ({manifest.crop})"
     yield f"  by {autoencoder['name'] or 'an unnamed autoencoder'} {autoencoder['sha256'][:12]}".rstrip()
+    if normalisation := autoencoder.get("normalisation"):
+        yield f"  each channel is normalised: {normalisation}"
     if manifest.rounding is not None:
         error = "rounding error of the stored mean over the posterior's deviation"
         yield f"  {error}: {manifest.rounding:.3g} (root mean squares)"
@@ -159,7 +161,9 @@ def _facts(folder: Path, manifest):
 
 
 def _short(values: tuple[float, ...]) -> str:
-    """One number if all channels have the same, else one for each channel."""
+    """One number if all channels have the same, else one for each channel, of many channels the range."""
+    if len(set(values)) > 4:
+        return f"{min(values):g} to {max(values):g} by channel"
     return ", ".join(f"{value:g}" for value in (values[:1] if len(set(values)) == 1 else values))
 
 

@@ -1,4 +1,4 @@
-"""`megapromoe encode`: converts images, published latents, captions or scenes to large shards for training."""
+"""`megapromoe encode`: converts images, latents, captions or scenes to large shards for training."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megapromoe.commands.command_line import (
     takes_no_settings,
     whole_number,
 )
+from megapromoe.commands.encode_sources import COMPUTE, RESOLUTION, SD_SCALE, open_source, table_options, violations
 
 if TYPE_CHECKING:
     from megapromoe.data.captions import CaptionedImages
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from megapromoe.distributed.runtime import LaunchEnvironment
 
 EPILOG = """\
---images is a folder with one folder for each class, which contain images of any size and mode at any depth.
+--images is a folder with one folder for each class, which contain images of any size and mode at any depth; or images
+with labels in a folder of datasets (save_to_disk), Parquet, WebDataset tars (.cls) or HDF5 (dataset.json).
+--latents is latents with labels in such a format, in safetensors (VA-VAE), or in .npy files (fast-DiT, REPA).
 --autoencoder is a folder of diffusers' AutoencoderKL or AutoencoderTiny, a name on the Hugging Face hub, or "none" for
 pixels. --npz is a folder of published latents: CLASS/NAME.npz with `latent` and `latent_flip`. Unreadable files are
 left out and listed in the manifest. Under torchrun, srun or mpirun the ranks share the work. Repeat the command
@@ -40,6 +43,8 @@ examples:
   megapromoe encode --images imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --out latents/train --dry-run
   torchrun --nproc-per-node 8 -m megapromoe encode --images imagenet/train \\
       --autoencoder sd-vae-ft-ema --out latents/train --batch 64 --workers 12
+  megapromoe encode --latents 'vavae/latents_*.safetensors' --statistics latents_stats.pt --resolution 256 \\
+      --out latents/vavae
   megapromoe encode --images photos --autoencoder none --resolution 64 --out pixels
   megapromoe encode --captions photos.jsonl --autoencoder sd-vae-ft-ema --text-encoder t5-base --out latents/captioned
   megapromoe encode --scenes 20000 --text-encoder minilm --out latents/scenes
@@ -52,13 +57,15 @@ CONNECT_TIMEOUT = 3600.0  # seconds in which all ranks must connect; listing the
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = """\
-megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
+megapromoe encode --images PATH --autoencoder PATH --out DIR [options]
+       megapromoe encode --latents PATH --scale S|--statistics FILE|--autoencoder PATH --out DIR [options]
        megapromoe encode --npz DIR --out DIR [options]
        megapromoe encode --captions PATH --autoencoder PATH --text-encoder PATH --out DIR [options]
        megapromoe encode --scenes N --text-encoder PATH --out DIR [options]"""
     takes_no_settings(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, metavar="DIR", help="a folder with one folder of images for each class")
+    source.add_argument("--images", type=Path, metavar="PATH", help="images with their classes, see below")
+    source.add_argument("--latents", type=Path, metavar="PATH", help="latents with their classes, see below")
     source.add_argument("--npz", type=Path, metavar="DIR", help="published latents, one file for each image")
     source.add_argument("--captions", type=Path, metavar="PATH", help="images with captions, see below")
     source.add_argument("--scenes", type=positive, metavar="N", help="the first N scenes, see docs/text_to_image.md")
@@ -73,18 +80,34 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
         "--autoencoder", metavar="PATH", help='autoencoder for images: a folder, a name on the hub, or "none"'
     )
     parser.add_argument(
-        "--resolution", type=positive, metavar="N", default=256, help="side of the crop, in pixels; default 256"
+        "--resolution",
+        type=positive,
+        metavar="N",
+        help=f"side of images in pixels: of the crop, default {RESOLUTION}; of --latents, default 8 times theirs",
     )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="channels of pixels; default 3")
     parser.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="stored data type; default float16"
     )
     parser.add_argument(
-        "--values", choices=("posterior", "latent"), default="posterior", help="content of --npz; default posterior"
+        "--values",
+        choices=("posterior", "mean_std", "latent"),
+        help="content of --npz and --latents: mean above log-variance, mean above deviation, or latents; default:"
+        " posterior for --npz, for --latents what the files say, else latent",
     )
     parser.add_argument(
-        "--scale", type=float, default=0.18215, help="scale of --npz: latents = raw * scale; default 0.18215, of SD"
+        "--scale",
+        type=_factor,
+        metavar="S",
+        help=f"of --npz and --latents: latents = raw * S; default {SD_SCALE}, of SD, for --npz. With --statistics, the"
+        " deviation after normalisation, default 1",
     )
+    parser.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help=f'normalise each channel: a file with mean and std or var, or "{COMPUTE}" for those of the data',
+    )
+    table_options(parser)
     parser.add_argument("--one-class", action="store_true", help="put all files into one class")
     parser.add_argument(
         "--class-order",
@@ -119,6 +142,13 @@ megapromoe encode --images DIR --autoencoder PATH --out DIR [options]
     text.add_argument("--seed", type=whole_number(0), metavar="N", default=0, help="of --scenes; default 0")
     text.add_argument("--split", choices=("train", "test"), default="train", help="of --scenes; default train")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
 
 
 def run(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
@@ -159,6 +189,7 @@ def _check(options: argparse.Namespace) -> None:
         wrong.append("--skip-bad-captions: is for --captions")
     if has_text and (options.one_class or options.class_order == "number"):
         wrong.append("--one-class, --class-order: captioned images have no classes")
+    wrong += violations(options)
     if options.scenes and options.autoencoder:
         wrong.append("--autoencoder: scenes are stored as pixels; remove it")
     if wrong:
@@ -175,7 +206,7 @@ def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     device = _device(options, launch.local_rank)
     captioned = _open_captions(options)
     text = _text_job(options, captioned, device) if captioned else None
-    source = None if options.text_only else _open_source(options, captioned, device)
+    source = None if options.text_only else open_source(options, captioned, device)
     if launch.rank == 0:
         for note in captioned.scan.notes if captioned else source.scan.notes if source else ():
             print(f"note: {note}", file=sys.stderr)
@@ -188,7 +219,10 @@ def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     ranks, shows = (launch.rank, launch.world), launch.rank == 0
     if source:
         with Progress(len(source.scan.items), "image", "encoding", enabled=shows) as progress:
-            manifest = encode(source, options.out, *ranks, options.shard_size, progress=progress.update)
+            normalises = options.statistics == COMPUTE
+            manifest = encode(
+                source, options.out, *ranks, options.shard_size, progress=progress.update, normalises=normalises
+            )
         if manifest:
             left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
             print(f"{options.out}: {manifest.records:,} records{left_out}")
@@ -240,47 +274,6 @@ def _text_job(options: argparse.Namespace, captioned: CaptionedImages | EncodedS
         beside=None if options.text_only else options.out,
         skipped=captioned.scan.skipped if options.text_only else (),
     )
-
-
-def _open_source(options: argparse.Namespace, captioned: CaptionedImages | EncodedScenes | None, device: str) -> Source:
-    from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder
-    from megapromoe.data.captions import CaptionedImages
-    from megapromoe.data.encode import EncodedImages
-    from megapromoe.data.images import scan
-    from megapromoe.data.importing import PublishedLatents
-
-    if options.images or isinstance(captioned, CaptionedImages):
-        autoencoder = open_autoencoder(options.autoencoder, device, options.channels)
-        how = (autoencoder, options.resolution, options.batch, options.workers, options.dtype)
-        if isinstance(captioned, CaptionedImages):  # "left of" is false for a mirror image
-            return EncodedImages(options.captions, captioned.scan, *how, mirror=False, open_item=captioned.open)
-        files = scan(options.images, one_class=options.one_class, class_order=options.class_order)
-        return EncodedImages(options.images, files, *how)
-    if captioned is not None:
-        return captioned
-    source = PublishedLatents(
-        options.npz,
-        options.values,
-        options.scale,
-        workers=options.workers,
-        dtype=options.dtype,
-        one_class=options.one_class,
-        class_order=options.class_order,
-    )
-    if options.autoencoder:  # only its identity is stored: the files do not name their autoencoder
-        autoencoder = open_autoencoder(options.autoencoder, device)
-        shape = autoencoder.latent_shape(source.manifest_fields["resolution"])
-        if shape != source.manifest_fields["shape"]:
-            raise AutoencoderError(
-                f"autoencoder {options.autoencoder!r} makes latents of shape {shape}, but the files have"
-                f" shape {source.manifest_fields['shape']}; give the autoencoder that made them"
-            )
-        source.manifest_fields |= {
-            "autoencoder": autoencoder.identity,
-            "scale": autoencoder.scale,
-            "shift": autoencoder.shift,
-        }
-    return source
 
 
 def _print_plan(source: Source, files: int, shard_size: int, world: int) -> None:

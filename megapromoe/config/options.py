@@ -5,6 +5,7 @@ rules between them. The layout over ranks and its rules are defined in this modu
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest
 from megapromoe.errors import ExitCode, Violations
 
 SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim", "unipc", "dpm_solver++")
+MAX_PROFILED = 100  # steps: a trace of a step of XL has some 100 MB before compression
 UNSET = "unset"  # the value of data.source until the user chooses a source; training is refused until then
 SOURCES = ("digits", "fashion_mnist", "latents", "synthetic", UNSET)
 NO_DATA = (
@@ -247,6 +249,20 @@ class TrainConfig:
         "skip an update whose gradient norm exceeds this multiple of the median of recent norms; 0: skip none",
         within=ZERO_UP,
     )
+    wandb: str = option(
+        "",
+        "project of Weights & Biases, or ENTITY/PROJECT, to which rank 0 also sends the metrics; empty: none. The"
+        " environment variable WANDB_MODE=offline works without a network",
+    )
+    profile: str = option(
+        "", "steps FROM:TO, such as 100:102, of which each rank writes a trace and a memory snapshot; empty: none"
+    )
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps of `profile`, numbered from 1; empty without it, and for another form, which a rule refuses."""
+        match = re.fullmatch(r"([1-9][0-9]{0,11}):([1-9][0-9]{0,11})", self.profile)
+        return range(int(match[1]), int(match[2]) + 1) if match else range(0)
 
     @property
     def ema_decays(self) -> tuple[float, ...]:

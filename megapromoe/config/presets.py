@@ -31,6 +31,16 @@ def _published(size: str, router: str, **model: Any) -> Preset:
     }
 
 
+def _ddpm(size: str, **model: Any) -> Preset:
+    # Stated: the objective, 250 DDPM steps, the weight of the contrastive loss. Inferred: expert choice, which the
+    # notes of ProMoE's release recommend for DDPM; the paper does not say which choice its rows have. The counts are
+    # equal for both: with model.router=promoe it is token choice.
+    return _published(size, "promoe_ec", **model) | {
+        "diffusion": {"objective": "ddpm"},
+        "sample": {"method": "ddpm"},
+    }
+
+
 # Blocks of text-to-image models, and velocity without a learned variance.
 _TEXT_BLOCK = {
     "learn_sigma": False,
@@ -77,8 +87,14 @@ PRESETS: dict[str, Preset] = {
     "promoe_b": _published("b", "promoe"),  # 300.4M, 130.6M
     "promoe_l": _published("l", "promoe"),  # 1.062B, 458.3M, FID-50K 2.79
     "promoe_xl": _published("xl", "promoe"),  # 1.567B, 675.3M, FID-50K 2.59
-    # ProMoE, expert choice, which the paper recommends for DDPM.
+    # 3 of the 12 experts for each token. Source: table 13.
+    "promoe_l_k3": _published("l", "promoe", top_k=3),  # 1.062B, 559.0M, FID-50K 2.72
+    # ProMoE, expert choice, which its release recommends for DDPM.
     "promoe_l_ec": _published("l", "promoe_ec"),
+    # ProMoE under DDPM. Source: tables 4 and 18: the contrastive loss has weight 10 for B alone.
+    "promoe_b_ddpm": _ddpm("b", rcl_weight=10.0),  # 300.4M, 130.6M, FID-50K 17.90
+    "promoe_l_ddpm": _ddpm("l"),  # 1.062B, 458.3M, FID-50K 5.12
+    "promoe_xl_ddpm": _ddpm("xl"),  # 1.567B, 675.3M, FID-50K 4.11
     # Dense DiT.
     "dit_b": _published("b", "dense"),  # 130.5M
     "dit_l": _published("l", "dense"),  # 458.1M, FID-50K 3.56
@@ -90,6 +106,9 @@ PRESETS: dict[str, Preset] = {
     "diffmoe_b_e8": _published("b", "diffmoe", **_BASELINE),  # 332.5M
     "diffmoe_l_e8": _published("l", "diffmoe", **_BASELINE),  # 1.176B
     "diffmoe_xl_e8": _published("xl", "diffmoe", **_BASELINE),  # 1.735B
+    # Inferred: the model of 8 experts in the release's code, with 16. It has 1.982B parameters; table 5 states 1.846B,
+    # and 1.095B for 8 experts, where that code has 1.176B.
+    "diffmoe_l_e16": _published("l", "diffmoe", **(_BASELINE | {"num_experts": 16})),  # 1.982B, FID-50K 3.30
     # Text-to-image: a dense model, and two with 4 times its parameters. Source: arXiv 2510.24711, appendix A.
     "t2i_3b": _text_to_image("dense"),  # 3.090B
     "tc_t2i_12b": _text_to_image(  # 12.833B, 3.091B

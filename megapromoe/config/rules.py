@@ -1,11 +1,12 @@
 """The rules between options that hold for any number of ranks, each with its remedy."""
 
 import math
+import re
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
 from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ModelConfig
-from megapromoe.config.options import FIXED_SIZES, UNSET, Config, Rule, TrainConfig
+from megapromoe.config.options import FIXED_SIZES, MAX_PROFILED, UNSET, Config, Rule, TrainConfig
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
 
@@ -141,10 +142,27 @@ def rules(config: Config) -> Iterator[Rule]:
     elif model.has_text and train.init_classes != TrainConfig.init_classes:
         rule = "must be same with model.condition = 'text', which has no classes"
         yield ("train.init_classes", "model.condition"), rule
+    yield from _watching_rules(config)
     if train.warmup > train.steps:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
     if train.schedule == "cosine" and train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
+
+
+def _watching_rules(config: Config) -> Iterator[Rule]:
+    """The broken rules on the options that only watch a run."""
+    train, steps = config.train, config.train.profiled_steps
+    if train.profile and not steps:
+        rule = "must be FROM:TO, two step numbers from 1 of which TO is not the smaller one, such as 100:102"
+        yield ("train.profile",), rule
+    elif steps and steps[-1] > train.steps:
+        yield ("train.profile", "train.steps"), f"must end at step {train.steps}, the last one (train.steps), or before"
+    elif len(steps) > MAX_PROFILED:
+        rule = f"must have at most {MAX_PROFILED} steps, not {len(steps)}: traces are large; three steps show the most"
+        yield ("train.profile",), rule
+    if train.wandb and not re.fullmatch(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+", train.wandb):
+        rule = "must be PROJECT or ENTITY/PROJECT, of letters, digits, '.', '-' and '_'"
+        yield ("train.wandb",), rule
 
 
 def _condition_rules(config: Config) -> Iterator[Rule]:

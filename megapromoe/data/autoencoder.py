@@ -6,7 +6,9 @@ There are three kinds of values: images in [-1, 1]; *raw* latents, the output of
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,6 +125,26 @@ def _load_arguments(name: str) -> dict:
             f"autoencoder {name!r}: no such folder, and no owner/name on the Hugging Face hub; or use {NONE!r}: pixels"
         )
     return {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:]) or None}
+
+
+def renormalised(autoencoder: Autoencoder, scale: Sequence[float], shift: Sequence[float]) -> Autoencoder:
+    """The autoencoder with the scale and shift of latents that were normalised in another way than its own.
+
+    Args:
+        scale, shift: of each channel, as the manifest of the latents records them.
+
+    Raises AutoencoderError if the autoencoder has another number of channels.
+    """
+    if (tuple(scale), tuple(shift)) == (autoencoder.scale, autoencoder.shift):
+        return autoencoder
+    if len(scale) != len(autoencoder.scale):
+        raise AutoencoderError(
+            f"the latents have {len(scale)} channels, those of autoencoder {autoencoder.identity['name']!r} have"
+            f" {len(autoencoder.scale)}: give the autoencoder that made the latents"
+        )
+    other = copy.copy(autoencoder)
+    other.scale, other.shift = tuple(scale), tuple(shift)
+    return other
 
 
 class Pixels:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from megapromoe.data.autoencoder import Autoencoder, AutoencoderError
+from megapromoe.data.autoencoder import Autoencoder, AutoencoderError, renormalised
 from megapromoe.data.latents import Latents, LatentsError
 from megapromoe.plot_text import font_file, legible
 
@@ -29,8 +29,7 @@ def contact_sheet(data: Latents, classes: Sequence[int], count: int, autoencoder
 
     Raises AutoencoderError if the latents are of another autoencoder, LatentsError if a record is damaged.
     """
-    if autoencoder is not None:
-        check_same_autoencoder(data.manifest.autoencoder, autoencoder)
+    autoencoder = _decoder_of(data, autoencoder)
     rows = [np.flatnonzero(data.labels == label)[:count].tolist() for label in classes]
     if not any(rows):
         raise LatentsError(f"{data.folder} has no records of classes {', '.join(map(str, classes))}; give others")
@@ -54,9 +53,16 @@ def contact_sheet(data: Latents, classes: Sequence[int], count: int, autoencoder
 
 def first_pictures(data: Latents, indices: Sequence[int], autoencoder: Autoencoder | None) -> list[np.ndarray]:
     """The means of some records as uint8 (H, W, 3), without mirror images; arguments and exceptions as above."""
-    if autoencoder is not None:
-        check_same_autoencoder(data.manifest.autoencoder, autoencoder)
+    autoencoder = _decoder_of(data, autoencoder)
     return [_pictures(data, index, False, autoencoder)[0] for index in indices]
+
+
+def _decoder_of(data: Latents, autoencoder: Autoencoder | None) -> Autoencoder | None:
+    """The autoencoder with the normalisation of the latents. Raises AutoencoderError if another one made them."""
+    if autoencoder is None:
+        return None
+    check_same_autoencoder(data.manifest.autoencoder, autoencoder)
+    return renormalised(autoencoder, data.manifest.scale, data.manifest.shift)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:

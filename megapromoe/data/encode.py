@@ -13,7 +13,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ import torch
 from safetensors.numpy import save
 
 from megapromoe.data.autoencoder import Autoencoder
+from megapromoe.data.channel_statistics import ChannelSums
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, read_manifest
 from megapromoe.data.shard_files import npy_header
@@ -31,6 +34,8 @@ from megapromoe.io import atomic_write, sha256_of, write_bytes, write_text
 
 logger = logging.getLogger(__name__)
 
+COMPUTED = "computed from these latents"
+SUMS = "channel_sums"  # key of a part if the normalisation is computed
 PART_KEYS = frozenset(("sha256", "labels", "crc32", "names", "skipped", "error_squares", "noise_squares"))
 
 
@@ -61,6 +66,7 @@ class EncodedImages:
         dtype: type of the stored latents, "float16" or "float32"; pixels are stored as uint8.
         mirror: encode mirror images too.
         open_item: the file of an item, or its content; default: the file `folder` / path.
+        stream: the content of each of consecutive items, in order, instead of `open_item`; None for an item without.
     """
 
     def __init__(
@@ -74,9 +80,11 @@ class EncodedImages:
         dtype: str = "float16",
         mirror: bool = True,
         open_item: Callable[[Item], Path | BytesIO] | None = None,
+        stream: Callable[[Sequence[Item]], Iterator[bytes | None]] | None = None,
     ):
         self.scan, self.autoencoder, self.mirror = scan, autoencoder, mirror
         self._open = open_item or (lambda item: Path(folder) / item.path)
+        self._stream = stream
         self.batch, self.workers, self.pixels = batch, workers, autoencoder.identity["kind"] == "pixels"
         self.manifest_fields: dict[str, Any] = {
             "shape": autoencoder.latent_shape(resolution),
@@ -94,21 +102,26 @@ class EncodedImages:
         """See `Source.records`."""
         # Batches do not cross shards: the last bits of an autoencoder's output may depend on the batch size.
         batches = [items[i : i + self.batch] for i in range(0, len(items), self.batch)]
+        openers = self._openers(items)
         with ThreadPoolExecutor(self.workers, thread_name_prefix="images") as pool:
-            ahead = [pool.submit(self._read, item) for item in batches[0]] if batches else []
-            for number, batch in enumerate(batches):
+            ahead = [pool.submit(self._read, opener) for opener in islice(openers, self.batch)]
+            for batch in batches:
                 images = [future.result() for future in ahead]
-                ahead = (
-                    [pool.submit(self._read, item) for item in batches[number + 1]] if batch is not batches[-1] else []
-                )
+                ahead = [pool.submit(self._read, opener) for opener in islice(openers, self.batch)]
                 good = [image for image in images if not isinstance(image, str)]
                 encoded = iter(self._encode(np.stack(good))) if good else iter(())
                 for item, image in zip(batch, images, strict=True):
                     yield (item, None, image) if isinstance(image, str) else (item, next(encoded), "")
 
-    def _read(self, item: Item) -> np.ndarray | str:
+    def _openers(self, items: Sequence[Item]) -> Iterator[Callable[[], Path | BytesIO]]:
+        """A function for each item that returns its file or content; called in threads."""
+        if self._stream is None:
+            return (partial(self._open, item) for item in items)
+        return (partial(_in_memory, content) for content in self._stream(items))
+
+    def _read(self, opener: Callable[[], Path | BytesIO]) -> np.ndarray | str:
         try:
-            return read_image(self._open(item), self.manifest_fields["resolution"], self.autoencoder.channels)
+            return read_image(opener(), self.manifest_fields["resolution"], self.autoencoder.channels)
         except ImageError as error:
             return str(error)
 
@@ -121,6 +134,12 @@ class EncodedImages:
         return torch.stack(views, dim=1).cpu().numpy()
 
 
+def _in_memory(content: bytes | None) -> BytesIO:
+    if content is None:
+        raise ImageError("holds no image")
+    return BytesIO(content)
+
+
 def encode(
     source: Source,
     folder: Path,
@@ -129,6 +148,7 @@ def encode(
     shard_size: int = SHARD_SIZE,
     wait_timeout: float = 3600.0,
     progress: Callable[[int], Any] | None = None,
+    normalises: bool = False,
 ) -> Manifest | None:
     """Writes the latents of `source` into `folder`, or resumes an interrupted job. All ranks call it.
 
@@ -139,6 +159,8 @@ def encode(
         shard_size: files of the source per shard.
         wait_timeout: seconds without a newly finished shard after which rank 0 stops waiting for other ranks.
         progress: called with the number of newly finished files: on rank 0 of all ranks, elsewhere of this rank.
+        normalises: compute mean and deviation of each channel over all records; the manifest gets the scale and shift
+            that make them 0 and `scale` of the source's fields.
 
     Returns:
         The manifest on rank 0, None on other ranks.
@@ -148,7 +170,7 @@ def encode(
             missing.
         ImageError: no file of the source can be read.
     """
-    job = LatentsJob(source, folder, shard_size)
+    job = LatentsJob(source, folder, shard_size, normalises)
     run_job(job, rank, world, wait_timeout, progress)
     return read_manifest(job.folder) if rank == 0 else None
 
@@ -156,30 +178,30 @@ def encode(
 class LatentsJob(ShardJob):
     """Writes the latents of a source."""
 
-    inputs, manifest_file, part_keys = "images", MANIFEST, PART_KEYS
+    inputs, manifest_file = "images", MANIFEST
 
-    def __init__(self, source: Source, folder: Path, shard_size: int = SHARD_SIZE):
+    def __init__(self, source: Source, folder: Path, shard_size: int = SHARD_SIZE, normalises: bool = False):
         super().__init__(folder, len(source.scan.items), shard_size)
-        self.source = source
+        self.source, self.normalises = source, normalises
+        self.part_keys = PART_KEYS | ({SUMS} if normalises else frozenset())
 
     def plan(self) -> dict[str, Any]:
-        return _plan(self.source, self.shard_size)
+        return _plan(self.source, self.shard_size) | ({"normalisation": COMPUTED} if self.normalises else {})
 
     def shard_name(self, number: int) -> str:
         return _shard_name(number)
 
     def write_shard(self, number: int, progress: Callable[[int], Any]) -> dict[str, Any]:
         numbers = self.items_of_shard(number)
-        return _write_shard(
-            self.source, self.folder, number, self.source.scan.items[numbers.start : numbers.stop], progress
-        )
+        items = self.source.scan.items[numbers.start : numbers.stop]
+        return _write_shard(self.source, self.folder, number, items, progress, self.normalises)
 
     def merge(self, parts: list[dict[str, Any]]) -> None:
         if not any(part["labels"] for part in parts):
             discard(self)
             path, reason = parts[-1]["skipped"][-1]
             raise ImageError(f"none of {self.num_items} files could be read; {path}: {reason}")
-        _merge(self.source, self.folder, parts)
+        _merge(self.source, self.folder, parts, self.normalises)
 
 
 def _plan(source: Source, shard_size: int) -> dict[str, Any]:
@@ -193,12 +215,18 @@ def _plan(source: Source, shard_size: int) -> dict[str, Any]:
 
 
 def _write_shard(
-    source: Source, folder: Path, number: int, items: Sequence[Item], progress: Callable[[int], Any]
+    source: Source,
+    folder: Path,
+    number: int,
+    items: Sequence[Item],
+    progress: Callable[[int], Any],
+    normalises: bool = False,
 ) -> dict[str, Any]:
     """Writes a shard and returns its part: what the index and the manifest contain of it."""
     manifest_fields, path = source.manifest_fields, folder / _shard_name(number)
     labels, crc32, names, skipped = [], [], [], []
     error_squares, noise_squares = 0.0, 0.0
+    channels = ChannelSums(manifest_fields["shape"][0])
     with atomic_write(path) as file:
         file.seek(len(npy_header((0,), "uint8")))
         for item, record, reason in source.records(items):
@@ -215,6 +243,8 @@ def _write_shard(
                 if manifest_fields["stochastic"]:
                     error_squares += float(np.square(stored[:, 0].astype(np.float32) - record[:, 0]).mean())
                     noise_squares += float(np.exp(record[:, 1]).mean())
+                if normalises:
+                    channels.add(stored, manifest_fields["stochastic"])
                 data = stored.tobytes()
                 file.write(data)
                 labels.append(item.label)
@@ -231,7 +261,8 @@ def _write_shard(
         "names": names,
         "skipped": skipped,
     }
-    return part | {"error_squares": error_squares, "noise_squares": noise_squares}
+    part |= {"error_squares": error_squares, "noise_squares": noise_squares}
+    return part | ({SUMS: channels.to_json()} if normalises else {})
 
 
 def record_bytes(manifest_fields: dict[str, Any]) -> int:
@@ -247,8 +278,13 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.npy"
 
 
-def _merge(source: Source, folder: Path, parts: list[dict[str, Any]]) -> None:
+def _merge(source: Source, folder: Path, parts: list[dict[str, Any]], normalises: bool = False) -> None:
     """Writes the index and the manifest."""
+    fields = dict(source.manifest_fields)
+    if normalises:
+        sums = ChannelSums.total(part[SUMS] for part in parts)
+        fields["scale"], fields["shift"] = sums.normalisation(fields["scale"][0])
+        fields["autoencoder"] = fields["autoencoder"] | {"normalisation": COMPUTED}
     skipped = [*source.scan.skipped, *(tuple(pair) for part in parts for pair in part["skipped"])]
     labels, crc32, names = ([value for part in parts for value in part[key]] for key in ("labels", "crc32", "names"))
     encoded = [os.fsencode(name) for name in names]
@@ -271,7 +307,7 @@ def _merge(source: Source, folder: Path, parts: list[dict[str, Any]]) -> None:
             Shard(_shard_name(number), len(part["labels"]), part["sha256"]) for number, part in enumerate(parts)
         ),
         skipped=tuple(sorted(skipped)),
-        **source.manifest_fields,
+        **fields,
     )
     empty = set(range(len(manifest.class_names))) - set(labels)
     for label in sorted(empty):

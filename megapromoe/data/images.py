@@ -113,16 +113,31 @@ def scan(folder: Path, suffixes: frozenset[str] = SUFFIXES, one_class: bool = Fa
         problems.append(
             f"one class, {names[0]!r}; give the parent folder of the classes, or --one-class if there is only one"
         )
-    if class_order == "number":
-        problems += _unordered(names)
-    if problems:
-        raise ImageError(f"{folder}: " + "; ".join(problems))
-    if class_order == "number":
-        names.sort(key=int)
-    notes += _numbering_notes(names, class_order)
+    names, numbering_notes, unordered = numbered_classes(names, class_order)
+    if problems + unordered:
+        raise ImageError(f"{folder}: " + "; ".join(problems + unordered))
+    notes += numbering_notes
     numbers = {name: number for number, name in enumerate(names)}
     items = tuple(Item(path, numbers[path.split("/")[0]]) for path in good)
     return Scan(items, tuple(names), skipped, tuple(notes))
+
+
+def numbered_classes(names: Sequence[str], class_order: str) -> tuple[list[str], list[str], list[str]]:
+    """Orders classes for their numbers.
+
+    Args:
+        names: sorted as text.
+        class_order: see `scan`.
+
+    Returns:
+        The names in the order of their numbers, notes for the user, and the reasons why there is no such order.
+    """
+    if class_order != "number":
+        return list(names), _numbering_notes(names, class_order), []
+    if problems := _unordered(names):
+        return list(names), [], problems
+    ordered = sorted(names, key=int)
+    return ordered, _numbering_notes(ordered, class_order), []
 
 
 def _unordered(names: Sequence[str]) -> list[str]:

@@ -23,6 +23,31 @@ LOGVAR = (-30.0, 20.0)  # diffusers clips the log-variance to this range when it
 VALUES = ("posterior", "latent")
 
 
+def imported_fields(
+    shape: tuple[int, int, int],
+    dtype: str,
+    views: int,
+    stochastic: bool,
+    scale: float,
+    shift: float,
+    resolution: int,
+    name: str = "",
+    sha256: str = "",
+) -> dict[str, Any]:
+    """The fields of the manifest of latents that another program has encoded; arguments as for `PublishedLatents`."""
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "mirror": "stored" if views == 2 else "none",
+        "stochastic": stochastic,
+        "scale": (scale,) * shape[0],
+        "shift": (shift,) * shape[0],
+        "autoencoder": {"name": name, "kind": "AutoencoderKL" if stochastic else "", "sha256": sha256},
+        "resolution": resolution,
+        "crop": "as published",
+    }
+
+
 class PublishedLatents:
     """A folder of published latents.
 
@@ -64,17 +89,9 @@ class PublishedLatents:
             )
         self.views = len(first)
         shape = (channels // (1 + self.stochastic), height, width)
-        self.manifest_fields: dict[str, Any] = {
-            "shape": shape,
-            "dtype": dtype,
-            "mirror": "stored" if self.views == 2 else "none",
-            "stochastic": self.stochastic,
-            "scale": (scale,) * shape[0],
-            "shift": (shift,) * shape[0],
-            "autoencoder": {"name": name, "kind": "AutoencoderKL" if self.stochastic else "", "sha256": sha256},
-            "resolution": height * factor,
-            "crop": "as published",
-        }
+        self.manifest_fields: dict[str, Any] = imported_fields(
+            shape, dtype, self.views, self.stochastic, scale, shift, height * factor, name, sha256
+        )
 
     def records(self, items: Sequence[Item]) -> Iterator[tuple[Item, np.ndarray | None, str]]:
         """See `encode.Source`. A file that cannot be read is skipped; raises ImageError for one of another shape."""
@@ -121,10 +138,10 @@ class PublishedLatents:
                 arrays = [content[name] for name in ("latent", "latent_flip") if name in content.files]
                 if "latent" not in content.files:
                     raise ImageError(f"{path}: holds {', '.join(content.files) or 'nothing'}, but no `latent`")
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"{path}: {type(error).__name__}: {error}") from error
+        except ImageError:
+            raise
+        except Exception as error:  # numpy and zipfile raise exceptions of many types for damaged files
+            raise ImageError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
         if any(array.ndim != 3 or array.dtype.kind != "f" for array in arrays):
             types = ", ".join(f"{array.dtype} {array.shape}" for array in arrays)
             raise ImageError(f"{path}: holds {types}, not floating-point (C, H, W)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megapromoe.config.options import NO_DATA, UNSET, Config
 from megapromoe.data.caption_batches import CaptionSource, SyntheticCaptions, captions_beside
@@ -107,6 +108,14 @@ def _open_latents(config: Config, split: str) -> Latents:
             f" set train.global_batch={len(dataset)} or less"
         )
     return dataset
+
+
+def latents_description(config: Config) -> dict[str, Any] | None:
+    """Autoencoder, scale and shift of a run's latents, from their manifest; None for other data sets."""
+    if config.data.source != "latents":
+        return None
+    manifest = read_manifest(Path(config.data.path))
+    return {"autoencoder": manifest.autoencoder, "scale": list(manifest.scale), "shift": list(manifest.shift)}
 
 
 def autoencoder_identity(config: Config) -> dict[str, str] | None:

@@ -135,5 +135,5 @@ def _library():
         import webdataset.shardlists
         import webdataset.tariterators
     except ImportError as error:
-        raise TarError("tars of captioned images need webdataset: pip install 'megapromoe[text]'") from error
+        raise TarError("tars need webdataset: pip install 'megapromoe[data]'") from error
     return webdataset

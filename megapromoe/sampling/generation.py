@@ -27,7 +27,7 @@ from megapromoe.distributed.agreement import broadcast_from_rank0, distributed_s
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.text_condition import TextCondition
-from megapromoe.sampling.decoding import decoded, open_decoder
+from megapromoe.sampling.decoding import decoded, normalisation_of_latents, open_decoder
 from megapromoe.sampling.geneval_writer import GenEvalWriter
 from megapromoe.sampling.image_set_writer import ImageSetWriter
 from megapromoe.sampling.image_sets import ImageSetError
@@ -158,7 +158,7 @@ def _generate(request: GenerationRequest, launch: runtime.LaunchEnvironment, dev
 def _open_decoder(request: GenerationRequest, config: Config, device: torch.device) -> Autoencoder | None:
     if request.preview and request.autoencoder is None:
         return None  # a preview in an .npz may contain latents
-    return open_decoder(config, request.autoencoder, device)
+    return open_decoder(config, request.autoencoder, device, request.run)
 
 
 def _make_writer(request: GenerationRequest, config: Config, place: Path, decoder: Autoencoder | None) -> ImageWriter:
@@ -166,7 +166,8 @@ def _make_writer(request: GenerationRequest, config: Config, place: Path, decode
     if request.preview:
         columns = request.num if count > request.num else math.ceil(math.sqrt(count))
         texts = None if prompts is None else [prompt.text for prompt in prompts]
-        return PreviewWriter(place, count, batch, columns, config.sample.seed, texts)
+        normalisation = normalisation_of_latents(config, request.run) if decoder is None else None
+        return PreviewWriter(place, count, batch, columns, config.sample.seed, texts, normalisation)
     side, channels = config.model.input_size, config.model.in_channels
     if decoder is not None:
         side, channels = decoder.resolution(side), decoder.channels

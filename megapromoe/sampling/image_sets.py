@@ -115,5 +115,7 @@ def open_array(path: Path, name: str) -> np.ndarray:
                     f"{path}: {name} contains objects, which only pickle could read; save it as numbers"
                 )
             return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, struct.error) as error:
+    except ImageSetError:
+        raise
+    except Exception as error:  # numpy and zipfile raise exceptions of many types for damaged files
         raise ImageSetError(f"{path}: {name} cannot be read ({error}); write it again") from error

@@ -20,12 +20,21 @@ from megapromoe.sampling.image_sets import ImageSetError
 class PreviewWriter:
     """Writes `out`, a .png or an .npz (`images`, float, `labels`, `prompts`, `seed`); see `generation.ImageWriter`.
 
+    Of latents that are not decoded, an .npz also has `scale` and `shift`: raw latents are images / scale + shift.
+
     Ranks keep their chunks in memory, so only rank 0 needs access to `out`, and no other files are written. A repeated
     command replaces `out`.
     """
 
     def __init__(
-        self, out: Path, count: int, batch: int, columns: int, seed: int, prompts: Sequence[str] | None = None
+        self,
+        out: Path,
+        count: int,
+        batch: int,
+        columns: int,
+        seed: int,
+        prompts: Sequence[str] | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     ):
         """Args:
         out: path of the file, .png or .npz.
@@ -34,7 +43,9 @@ class PreviewWriter:
         columns: images in a row of the grid.
         seed: seed of the images, stored in an .npz.
         prompts: texts, which have equally many images each; None: classes.
+        normalisation: scale and shift of each channel of latents that are not decoded.
         """
+        self._normalisation = normalisation
         self.out, self.columns, self.seed, self.prompts = Path(out), columns, seed, prompts
         self.num_chunks = -(-count // batch)
         self._chunks: dict[int, Tensor] = {}
@@ -69,6 +80,9 @@ class PreviewWriter:
                 arrays: dict[str, Any] = {"images": images.numpy(), "labels": labels, "seed": np.array(self.seed)}
                 if self.prompts is not None:
                     arrays["prompts"] = np.array(self.prompts)
+                if self._normalisation is not None:
+                    scale, shift = (np.array(v, np.float32)[:, None, None] for v in self._normalisation)
+                    arrays |= {"scale": scale, "shift": shift}
                 with io.atomic_write(self.out) as file:
                     np.savez(file, **arrays)
             elif self.prompts is None:

@@ -21,6 +21,7 @@ from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.errors import ExitCode, UserError, Violations
 from megapromoe.training.initializing import StartError, examine_start_from_weights
 from megapromoe.training.preview import open_preview
+from megapromoe.training.wandb_run import WandbUnavailable, check_installed
 
 
 class StartRefused(Violations):
@@ -77,6 +78,10 @@ def examine_start(
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
         open_preview(config, open_captions(config, dataset))
     except (DatasetError, MethodUnavailable) as error:
+        problems.append(error)
+    try:
+        check_installed(config.train.wandb)
+    except WandbUnavailable as error:
         problems.append(error)
     if not problems:
         return Examined(state, dataset, None, initial)

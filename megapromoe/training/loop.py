@@ -51,8 +51,10 @@ from megapromoe.training.metrics import Metrics
 from megapromoe.training.preview import Preview, open_preview
 from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
 from megapromoe.training.run_clock import RunClock, elapsed_before
+from megapromoe.training.step_profiler import StepProfiler
 from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
 from megapromoe.training.summary import closing_lines, sample_command, starting, summary
+from megapromoe.training.wandb_run import START_SECONDS, WandbUnavailable, check_installed
 from megapromoe.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -169,6 +171,8 @@ def _train(
     watchdog.starting("building the model and its engine")
     if config.model.has_custom_router:
         _check_router_version(config)
+    if t.wandb:
+        _check_wandb(config)
     engine = Engine.new(config, mesh, device)
     ema = EMA(engine, t.ema_decays, t.ema_warmup)
     objective = make_objective(config)
@@ -211,15 +215,19 @@ def _train(
     # Only rank 0 logs, and its metadata are saved.
     before = elapsed_before(manifest, run.metrics, t.global_batch) if mesh.rank == 0 else 0.0
     clock = RunClock(before, step, t.steps)
+    if t.wandb:
+        watchdog.starting("connecting to Weights & Biases", START_SECONDS)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     accumulator = MetricAccumulator(config, mesh, device)
     tracker = StepTracker(t, manifest)
+    profiler = StepProfiler(t.profiled_steps, run.folder, mesh.rank, device, step)
     save_clock = SaveClock(t.save_minutes, mesh.rank)
     compiling = watchdog.COMPILING if t.compile else 0.0  # only for the first step of this start
     compiling_update = watchdog.COMPILING if t.adamw_backend == "fused" else 0.0
     asked_to_stop.steps_begin()
     try:
         while step < t.steps:
+            profiler.begin(step + 1)
             loss = torch.zeros((), device=device)
             for micro in range(t.accumulation):
                 watchdog.at(f"section 'data' of step {step + 1}")
@@ -254,6 +262,10 @@ def _train(
                     logger.warning("picture of step %d: drawn with the averaged weights, %s", step, drawn)
             too_many_damaged = accumulator.all_damaged > config.data.max_damaged and step < t.steps
             last = tracker.stop or tracker.diverged or too_many_damaged or step == t.steps
+            if profiler.ends(step, last):
+                watchdog.at(f"section 'profile' of step {step}", math.inf)  # a trace takes seconds a step
+                with accumulator.paused():
+                    profiler.write()
             save = last or tracker.save or (t.save_every > 0 and step % t.save_every == 0)
             snapshot = t.snapshot_every > 0 and step % t.snapshot_every == 0
             if save or snapshot:
@@ -285,6 +297,7 @@ def _train(
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to continue")
         watchdog.at("the end of the run")
     finally:
+        profiler.close()
         batches.close()
         metrics.close()
     engine.close()
@@ -312,6 +325,17 @@ def _check_router_version(config: Config) -> None:
     if router != expected:
         problem = f"model.router = {router!r}: rank 0 has {expected!r}; copy one file to all nodes"
     raise_if_any_rank_failed(problem, TrainingError, name_ranks=True, exit_code=ExitCode.MISCONFIGURED)
+
+
+def _check_wandb(config: Config) -> None:
+    """Raises TrainingError if rank 0 is to write to Weights & Biases and cannot import it. Collective."""
+    problem = None
+    if this_rank() == 0:
+        try:
+            check_installed(config.train.wandb)
+        except WandbUnavailable as error:
+            problem = str(error)
+    raise_if_any_rank_failed(problem, TrainingError, exit_code=ExitCode.MISCONFIGURED)
 
 
 def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator: MetricAccumulator) -> Tensor:

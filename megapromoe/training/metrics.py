@@ -1,4 +1,4 @@
-"""Reports of a run in training: metrics.jsonl, TensorBoard, sample pictures, and a progress bar or log lines."""
+"""Reports of a run in training: metrics.jsonl, TensorBoard, Weights & Biases, sample pictures, progress."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from megapromoe.run_lines import (
 from megapromoe.training.log_files import AppendedFile, LogFolder, PictureFolder
 from megapromoe.training.run_clock import RunClock
 from megapromoe.training.tensorboard_events import EventFile
+from megapromoe.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Metrics:
         self._board = EventFile(log_folder, first_step + 1)
         self._board.add(first_step, summary.text("config", f"```yaml\n{to_yaml(config)}```"))
         self._continue_former_curves(path)
+        self._wandb = WandbRun(log_folder.path, config) if config.train.wandb else None
         self._pictures = PictureFolder(log_folder.path / "samples", log_folder)
         self._bar = None
         if sys.stderr.isatty() if terminal is None else terminal:
@@ -125,17 +127,22 @@ class Metrics:
         line |= {name: [_json(row) for row in array] for name, array in arrays.items()}
         self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
         shown = [summary.scalar(name, float(value)) for name, value in values.items() if value is not None]
+        curves, pictures = dict(values), {}
         drawn = [name for name, array in arrays.items() if array.ndim == 2 and array.size]
         if drawn and step >= self._next_heat_map:
             self._next_heat_map = step + self._heat_map_every
             for name in drawn:
                 picture = heat_map(arrays[name], f"{name}, step {step}", self._blocks)
                 shown.append(summary.image(name, picture, dataformats="HWC"))
+                pictures[name] = picture
         for name, array in arrays.items():
             if array.ndim == 1:
-                blocks = zip(self._blocks, array, strict=True)
-                shown += [summary.scalar(f"{name}/block {block}", value) for block, value in blocks]
+                of_blocks = zip(self._blocks, array.tolist(), strict=True)
+                curves |= (blocks := {f"{name}/block {block}": value for block, value in of_blocks})
+                shown += [summary.scalar(label, value) for label, value in blocks.items()]
         self._board.add(step, *shown)
+        if self._wandb is not None:
+            self._wandb.log(step, curves, pictures)
         self._show(step, values)
 
     def _continue_former_curves(self, path: Path) -> None:
@@ -158,6 +165,8 @@ class Metrics:
         if self.enabled:
             self._pictures.write((f"step-{step:08d}.png", picture))
             self.image(step, "samples", picture)
+            if self._wandb is not None:
+                self._wandb.log(step, {}, {"samples": picture})
 
     def finish_bar(self) -> None:
         """Closes the progress bar, so that log lines are printed below it."""
@@ -171,6 +180,8 @@ class Metrics:
         self._closed = True
         for log in (self._lines, self._board, self._pictures):
             log.close()
+        if self._wandb is not None:
+            self._wandb.close()
         self._folder.close()
         self.finish_bar()
 

@@ -36,6 +36,7 @@ SMALLER = {
     r"--layers \S+": "--layers 1",
     r"--steps 15": "--steps 2",
     r"--resolution 64": "--resolution 16",
+    r"train\.profile=\S+": "train.profile=1:2",
     r"--batch 64": "--batch 4",
 }
 TRAIN = "train.steps=2 train.warmup=0 train.log_every=1 train.save_every=0 train.sample_every=0 train.global_batch=16"
@@ -220,6 +221,7 @@ ELSEWHERE = {
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
+    r"megapromoe encode (--latents \S+|--images \S+\.(parquet|tar)'?) .*$": "tests/unit/test_tables.py",
     r"(?:torchrun .*)?megapromoe sample --run-dir runs/(?:scenes|t2i) .*$": "tests/parallel/test_prompt_sampling.py",
     r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",

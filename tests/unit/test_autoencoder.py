@@ -1,10 +1,17 @@
 """Autoencoders: opened as diffusers saves them, normalised as its pipelines do, refused with the reason."""
 
+import numpy as np
 import pytest
 import torch
+from support.latent_folders import Arrays, write
 
-from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder
-from megapromoe.data.contact_sheet import check_same_autoencoder
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.config.resolve import resolve
+from megapromoe.data.autoencoder import AutoencoderError, open_autoencoder, renormalised
+from megapromoe.data.contact_sheet import check_same_autoencoder, first_pictures
+from megapromoe.data.latents import Latents
+from megapromoe.sampling.decoding import normalisation_of_latents, open_decoder
+from megapromoe.sampling.preview_writer import PreviewWriter
 
 
 def test_kl_gives_diffusers_posterior_and_decodes(autoencoders):
@@ -68,3 +75,43 @@ def test_an_unnamed_autoencoder_matches_any():
     check_same_autoencoder(pixels.identity, pixels)
     with pytest.raises(AutoencoderError):
         check_same_autoencoder({"name": "vae", "kind": "AutoencoderKL", "sha256": "00"}, pixels)
+
+
+def test_latents_are_decoded_with_the_normalisation_of_their_manifest(autoencoders, tmp_path):
+    """Latents that were normalised in another way than their autoencoder's own, as --scale and --statistics do it."""
+    opened = open_autoencoder(str(autoencoders / "kl"))
+    source = Arrays(shape=(2, 4, 4), classes=2)
+    source.manifest_fields["autoencoder"] = opened.identity
+    folder = write(tmp_path / "latents", source)
+    data = Latents(folder)
+    assert data.manifest.scale != opened.scale and data.manifest.shift != opened.shift
+    raw = torch.from_numpy(data.raw(0)[:1, 0].copy())
+    expected = opened.model.decode(raw).sample.clamp(-1, 1)
+    normalised = torch.from_numpy(data.read(np.array([0]))[0])
+
+    settings = (f"data.path={folder}", "data.source=latents", "model.in_channels=2", "model.input_size=4")
+    config = resolve("digits", overrides=[*settings, "model.num_classes=2", "data.flip=true", "train.warmup=0"])
+    run = RunDirectory.open(tmp_path / "run", config, 1)
+    run.close()
+
+    def decoded(where) -> torch.Tensor:
+        decoder = open_decoder(config, str(autoencoders / "kl"), "cpu", where)
+        return decoder.decode(normalised)
+
+    assert torch.allclose(decoded(None), expected, atol=1e-5)
+    picture = first_pictures(data, [0], opened)[0]
+    known = (list(data.manifest.scale), list(data.manifest.shift))
+    assert normalisation_of_latents(config, run.folder) == known
+    writer = PreviewWriter(tmp_path / "a.npz", 1, 1, 1, 0, normalisation=known)
+    writer.write(0, normalised)
+    writer.finish(np.zeros(1, np.int64))
+    with np.load(tmp_path / "a.npz") as stored:
+        assert np.allclose(stored["images"] / stored["scale"] + stored["shift"], raw.numpy(), atol=1e-5)
+    assert np.abs(picture - ((expected[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()).max() <= 1
+    (folder / "manifest.json").unlink()  # on another machine, the run directory alone knows it
+    assert torch.allclose(decoded(run.folder), expected, atol=1e-5)
+    assert normalisation_of_latents(config, run.folder) == known
+    assert not torch.allclose(decoded(None), expected, atol=1e-2)
+    with pytest.raises(AutoencoderError, match="latents have 3 channels, those of autoencoder .* have 2"):
+        renormalised(opened, (1.0,) * 3, (0.0,) * 3)
+    assert renormalised(opened, opened.scale, opened.shift) is opened

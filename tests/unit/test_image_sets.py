@@ -1,6 +1,7 @@
 """Sets of images: read from where they lie, and refused with the reason."""
 
 import logging
+import zipfile
 
 import numpy as np
 import pytest
@@ -29,6 +30,10 @@ def test_an_npz_is_memory_mapped_in_place(tmp_path):
     for name, match in (("floats", "images are uint8"), ("objects", "pickle"), ("text", "not an .npz archive")):
         with pytest.raises(ImageSetError, match=match):
             ImageSet(tmp_path / f"{name}.npz")
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:  # numpy ends in a tokenize.TokenError
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00\x06\x00{'a':(")
+    with pytest.raises(ImageSetError, match="header.npz: arr_0 cannot be read .*write it again"):
+        ImageSet(tmp_path / "header.npz")
     with pytest.raises(ImageSetError, match="has no mu"):
         open_array(tmp_path / "packed.npz", "mu")
 

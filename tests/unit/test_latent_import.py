@@ -1,5 +1,7 @@
 """Published latents: imported as ProMoE's release makes them, and refused with the reason."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from support.latent_folders import published, write
@@ -43,6 +45,12 @@ def test_published_files_that_are_wrong(tmp_path):
     assert (
         "allow_pickle" in Latents(write(tmp_path / "l2", PublishedLatents(tmp_path / "pickle"))).manifest.skipped[0][1]
     )
+    published(tmp_path / "header")
+    header = b"\x93NUMPY\x01\x00\x06\x00{'a':("
+    with zipfile.ZipFile(tmp_path / "header" / "n1" / "im3.latent.npz", "w") as archive:
+        archive.writestr("latent.npy", header)
+    skipped = Latents(write(tmp_path / "l4", PublishedLatents(tmp_path / "header"))).manifest.skipped
+    assert [name for name, _ in skipped] == ["n1/im3.latent.npz"], "numpy ends in a tokenize.TokenError"
     published(tmp_path / "mixed", lambda c: {name: a[:, :2] for name, a in c.items()})
     with pytest.raises(
         ImageError, match=r"n1/im3.latent.npz: holds \(8, 2, 4\).*2 of \(8, 4, 4\); all files must have the same shapes"

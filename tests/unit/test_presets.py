@@ -1,5 +1,7 @@
 """Every preset resolves, alone and over many ranks, and says what the published tables say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from megapromoe.planning.cost import parameters
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
     names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion scenes t2i_3b tc_t2i_12b promoe_t2i_12b"
+    names += " promoe_l_k3 promoe_b_ddpm promoe_l_ddpm promoe_xl_ddpm diffmoe_l_e16"
     assert set(PRESETS) == set(names.split())
 
 
@@ -32,6 +35,10 @@ COUNTS = {
     "promoe_l": (1_062_684_704, 1_062_422_560, 458_262_560),
     "promoe_l_ec": (1_062_684_704, 1_062_422_560, 458_262_560),
     "promoe_xl": (1_567_733_792, 1_567_438_880, 675_339_296),
+    "promoe_b_ddpm": (300_607_520, 300_410_912, 130_572_320),
+    "promoe_l_ddpm": (1_062_684_704, 1_062_422_560, 458_262_560),
+    "promoe_xl_ddpm": (1_567_733_792, 1_567_438_880, 675_339_296),
+    "promoe_l_k3": (1_062_684_704, 1_062_422_560, 558_999_584),
     "dit_b": (130_512_416, None, 130_512_416),
     "dit_l": (458_102_816, None, 458_102_816),
     "dit_xl": (675_129_632, None, 675_129_632),
@@ -66,6 +73,26 @@ def test_published_recipe():
     assert (config.sample.method, config.sample.steps) == ("euler", 250)
     assert config.data.flip and config.data.condition_dropout == 0.1
     assert (config.diffusion.objective, config.diffusion.time) == ("rf", "logit_normal")
+
+
+def test_rows_of_the_paper_under_ddpm():
+    for size, weight in (("b", 10.0), ("l", 1.0), ("xl", 1.0)):
+        config = resolve(f"promoe_{size}_ddpm")
+        assert config.model.rcl_weight == weight, "10 for B alone"
+        assert (config.diffusion.objective, config.sample.method, config.sample.steps) == ("ddpm", "ddpm", 250)
+        assert config.model.router == "promoe_ec" and config.model.learn_sigma
+        flow = resolve(f"promoe_{size}")
+        assert config.train == flow.train and config.data == flow.data
+
+
+def test_diffmoe_with_16_experts_is_that_with_8_and_8_more():
+    eight, sixteen = (resolve(f"diffmoe_l_e{n}").model for n in (8, 16))
+    assert replace(eight, num_experts=16) == sixteen
+    counted = parameters(sixteen)
+    assert counted.total == 1_981_962_464
+    with torch.device("meta"):
+        built = sum(p.numel() for p in DiT(sixteen).parameters())
+    assert built == counted.trainable
 
 
 @pytest.mark.parametrize(
