@@ -73,8 +73,8 @@ def minimum_moved(m: ModelConfig, block: str, routed: float) -> dict[str, tuple[
     width = (m.shared_width + m.moe_width) / m.hidden_size
     return groups | {
         "residual, norm, modulation": (4.0, 7.0),  # the gradients of shared and of other experts are apart
-        "tokens for the router, float32": (2 * routed, 4 * routed),  # backward: of the sums, then of the tokens
-        "rows of the experts": (2 * routed, 0.0),  # their gradient is part of the group before
+        "tokens for the router, float32": (2 * routed, 0.0),  # their gradient is part of the group before
+        "rows of the experts": (2 * routed, 0.0),  # so is theirs
         "GELU": (2 * width, 3 * width),
         "combination, residual": (4.0, 4 + routed),
     }

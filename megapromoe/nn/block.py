@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapromoe.config.model_options import ModelConfig
-from megapromoe.nn.layers import NO_CONTEXT, Attention, AttentionContext, Mlp, modulate
+from megapromoe.nn.layers import NO_CONTEXT, Attention, AttentionContext, GatedResidual, Mlp, modulate
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
+from megapromoe.nn.moe.dense_experts import biases_of_images
 from megapromoe.nn.moe.layer import MoE, auxiliary_of
 from megapromoe.nn.moe.routing_cache import RoutingCache
 from megapromoe.nn.norms import token_norm
-from megapromoe.nn.tensor_parallel import Modulation
+from megapromoe.nn.tensor_parallel import Modulation, RegionModule
 
 
 class ModulationTable(LogicalModule):
@@ -90,6 +91,8 @@ class Block(nn.Module):
         """`forward`; a second pass with the same cache uses the routing decisions of the first."""
         recompute = self._recomputes("blocks")
         x_BSD, h_BSD, gate_BD, text_BND = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
+        if isinstance(self.mlp, Mlp | MoE) and _fuses_biases(self.mlp):
+            return self._fused_half(self.mlp, x_BSD, h_BSD, gate_BD, text_BND, num_conditional, y_B)
         if isinstance(self.mlp, Mlp):
             return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
         if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
@@ -101,6 +104,25 @@ class Block(nn.Module):
         y_BSD, dropped = self._call(self.mlp.run_experts, *inputs, recompute=self._recomputes("moe", "blocks"))
         return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary_of(routed, dropped)
 
+    def _fused_half(
+        self,
+        mlp: MoE | Mlp,
+        x_BSD: Tensor,
+        h_BSD: Tensor,
+        gate_BD: Tensor,
+        text_BND: Tensor | None,
+        num_conditional: int,
+        y_B: Tensor | None,
+    ) -> tuple[Tensor, MoEAuxiliary | None]:
+        """MLP and residual in compiled code, which adds the biases of the last layers in the kernel of the residual."""
+        if isinstance(mlp, Mlp):
+            y_BSD, bias_D = mlp.fc2.without_bias(mlp.hidden(h_BSD))
+            return self.residual(x_BSD, gate_BD, y_BSD, text_BND, bias_D.expand_as(gate_BD)), None
+        inputs, routed = mlp.route(h_BSD, num_conditional, y_B)
+        y_BSD, biases, dropped = mlp.outputs_and_biases(*inputs, with_biases=False)
+        bias_BD = biases_of_images(biases, inputs.num_routed_images, gate_BD)
+        return self.residual(x_BSD, gate_BD, y_BSD, text_BND, bias_BD), auxiliary_of(routed, dropped)
+
     def attention_half(
         self, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext = NO_CONTEXT
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -110,8 +132,13 @@ class Block(nn.Module):
             the residual stream of the image, the MLP's input, the MLP's residual gate (B, D); and with text its tokens
             at the end of the block.
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD).chunk(6, dim=1)
-        rotation, mask, num_text = context
+        rotation, mask, num_text = context[:3]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD, context).chunk(6, dim=1)
+        if mask is None and _fuses_biases(self.attn):
+            heads_BSD = self.attn.joined_heads(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
+            y_BSD, bias_D = self.attn.proj.without_bias(heads_BSD)
+            x_BSD = GatedResidual.apply(x_BSD, gate1, y_BSD, bias_D.expand_as(gate1))
+            return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, None
         y_BSD = gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
         if mask is None:
             x_BSD = x_BSD + y_BSD
@@ -124,13 +151,30 @@ class Block(nn.Module):
             text_BND = text_BND + gate2.unsqueeze(1) * text_y_BND
         return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, text_BND
 
-    def modulation(self, c_BD: Tensor) -> Tensor:
+    def modulation(self, c_BD: Tensor, context: AttentionContext = NO_CONTEXT) -> Tensor:
         """Shifts, scales and residual gates (B, 6D)."""
-        return self.modulation_table(c_BD) if self.has_table else self.adaLN_modulation(c_BD)
+        if context.is_modulation:
+            return c_BD
+        if self.has_table:
+            return self.modulation_table(c_BD)
+        return self.adaLN_modulation[1](c_BD) if context.is_activated else self.adaLN_modulation(c_BD)
 
-    def residual(self, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, text_BND: Tensor | None = None) -> Tensor:
-        """The residual connection around the MLP or MoE layer, with its residual gate; the text tokens come first."""
-        x_BSD = x_BSD + gate_BD.unsqueeze(1) * y_BSD
+    def residual(
+        self,
+        x_BSD: Tensor,
+        gate_BD: Tensor,
+        y_BSD: Tensor,
+        text_BND: Tensor | None = None,
+        bias_BD: Tensor | None = None,
+    ) -> Tensor:
+        """The residual connection around the MLP or MoE layer, with its residual gate; the text tokens come first.
+
+        `bias_BD`: for each image what is to be added to its `y_BSD`, in compiled code.
+        """
+        if bias_BD is None:
+            x_BSD = x_BSD + gate_BD.unsqueeze(1) * y_BSD
+        else:
+            x_BSD = GatedResidual.apply(x_BSD, gate_BD, y_BSD, bias_BD)
         return x_BSD if text_BND is None else torch.cat([text_BND, x_BSD], dim=1)
 
     def _recomputes(self, *policies: str) -> bool:
@@ -141,3 +185,8 @@ class Block(nn.Module):
         if recompute:
             return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
         return function(*arguments)
+
+
+def _fuses_biases(module: RegionModule) -> bool:
+    """Whether a module's last bias is added in the kernel of the residual: compiled, and without a sum over ranks."""
+    return torch.compiler.is_compiling() and not module.region.is_sharded

@@ -1,10 +1,14 @@
 """Applies torch.compile to the model in training.
 
-A block whose MoE layer sends no messages is compiled as a whole: one graph for all dense blocks, and one for all MoE
-blocks, with router, dispatch and experts. A block whose MoE layer sends messages is compiled in parts between them
-(`compiled_parts.py`), and a block with activation recompute in parts that are recomputed together. Messages of
-attention and of dense MLPs are in the graphs: each needs the result of the one before, so that no compiler can exchange
-them.
+Blocks whose MoE layers send no messages are compiled as a whole, with router, dispatch and experts, and two of them in
+one graph. So all pairs of a dense block and an MoE block are one graph. In a model with other blocks these are compiled
+as a whole one by one. A block whose MoE layer sends messages is compiled in parts between them (`compiled_parts.py`),
+and a block with activation recompute in parts that are recomputed together. Messages of attention and of dense MLPs are
+in the graphs: each needs the result of the one before, so that no compiler can exchange them.
+
+Compiled code computes the same, but is written for fewer kernels. Biases of last layers are added with the residual,
+whose backward has the sums for their gradients (`GatedResidual`). The SiLU of the conditions is applied once. Gradients
+of routing weights reach only the chosen experts, which takes no product (`prototypes.differentiable_chosen`).
 
 The number of conditional images differs from step to step, and with it the sizes of everything that is routed. It
 enters as a size that the compiler does not know (torch: *unbacked*), so the same code runs for every number, also for
@@ -16,7 +20,7 @@ its batches have other sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,12 +36,15 @@ from megapromoe.nn.unknown_sizes import conditional_images
 
 # Tokens of an image from which the fused reductions of `_options` can occur.
 _LONG_SEQUENCE = 4096
+# Consecutive blocks in one graph. The residual of a block and the normalisation of the next are then one kernel, and
+# the host checks the conditions of compiled code half as often. More blocks would take longer to compile.
+_BLOCKS_IN_GRAPH = 2
 
 
 def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     """Replaces functions of the model by compiled ones, which are used in training mode.
 
-    They are compiled in the first step; blocks of the same kind share the compiled code.
+    They are compiled in the first step; pairs of the same kinds of blocks share the compiled code.
 
     Args:
         model: eager.
@@ -49,18 +56,20 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     options = _options(model, backend)
     compiler = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False, options=options)
     moe_compiler = partial(compiler, options=_moe_options(options, backend))
-    run_dense, run_moe, parts = compiler(_run_dense_block), moe_compiler(_run_moe_block), CompiledParts(moe_compiler)
+    run_dense, run_moe, parts = compiler(_run_dense_blocks), moe_compiler(_run_moe_blocks), CompiledParts(moe_compiler)
 
     def replace(module: nn.Module, name: str, compiled: Callable) -> None:
         setattr(module, name, _in_training(model, getattr(module, name), compiled))
 
     for module, name in ((model, "embed"), (model.final_layer, "forward")):
         replace(module, name, compiler(getattr(module, name)))
+    if all(map(compiles_whole, model.blocks)):
+        groups = [(len(group), _CompiledBlocks(group, run_dense, run_moe)) for group in _groups([*model.blocks])]
+        replace(model, "run_blocks", _run_groups(groups))
     for block in model.blocks:
         moe = block.mlp if isinstance(block.mlp, MoE) else None
         if compiles_whole(block):
-            forward = block.forward
-            replace(block, "forward", _moe_block(forward, run_moe) if moe else _dense_block(forward, run_dense))
+            replace(block, "forward", _CompiledBlocks([block], run_dense, run_moe).forward)
         elif moe is not None and block.recompute == "none":
             replace(block, "forward", parts.block_forward(block))
         else:
@@ -88,39 +97,108 @@ def compiles_whole(block: Any) -> bool:
     )
 
 
+Functions = Sequence[tuple[Callable, Callable]]
+"""`Block.forward` and `Block.modulation` of consecutive blocks."""
+
+
 # Two functions and not one: torch keeps compiled code by function, and would check that of the other kind in each call.
 
 
-def _run_dense_block(eager: Callable, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext) -> tuple[Tensor, None]:
-    """`Block.forward` of a block without experts."""
-    return eager(x_BSD, c_BD, None, 0, context)
+def _run_dense_blocks(
+    blocks: Functions, x_BSD: Tensor, conditions: Sequence[Tensor], context: AttentionContext
+) -> Tensor:
+    """Consecutive blocks without experts."""
+    modulations, context = _modulations(blocks, conditions, context)
+    for (forward, _), modulation in zip(blocks, modulations, strict=True):
+        x_BSD, _ = forward(x_BSD, modulation, None, 0, context)
+    return x_BSD
 
 
-def _run_moe_block(
-    eager: Callable, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, conditional: Tensor, context: AttentionContext
-) -> tuple[Tensor, MoEAuxiliary]:
-    """`Block.forward`, with a tensor whose length is the number of conditional images."""
-    num_conditional = conditional.shape[0]
+def _run_moe_blocks(
+    blocks: Functions,
+    x_BSD: Tensor,
+    conditions: Sequence[Tensor],
+    y_B: Tensor | None,
+    conditional: Tensor,
+    context: AttentionContext,
+) -> tuple[Tensor, list[MoEAuxiliary]]:
+    """Consecutive blocks, with a tensor whose length is the number of conditional images."""
+    num_conditional, layers = conditional.shape[0], []
     torch._check(num_conditional <= x_BSD.shape[0])
-    return eager(x_BSD, c_BD, y_B, num_conditional, context)
+    modulations, context = _modulations(blocks, conditions, context)
+    for (forward, _), modulation in zip(blocks, modulations, strict=True):
+        x_BSD, auxiliary = forward(x_BSD, modulation, y_B, num_conditional, context)
+        if auxiliary is not None:
+            layers.append(auxiliary)
+    return x_BSD, layers
 
 
-def _dense_block(eager: Callable, run: Callable) -> Callable:
+def _modulations(
+    blocks: Functions, conditions: Sequence[Tensor], context: AttentionContext
+) -> tuple[list[Tensor], AttentionContext]:
+    """The modulations of all blocks, before the first, so that no product is between the end of one and the next."""
+    modulations = [modulation(c_BD, context) for (_, modulation), c_BD in zip(blocks, conditions, strict=True)]
+    return modulations, AttentionContext(*context[:4], is_modulation=True)
+
+
+class _CompiledBlocks:
+    """Consecutive blocks that are compiled together; groups with blocks of the same kinds share the compiled code."""
+
+    def __init__(self, blocks: Sequence[Any], run_dense: Callable, run_moe: Callable) -> None:
+        self._blocks = tuple((block.forward, block.modulation) for block in blocks)
+        self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
+        self._run_dense, self._run_moe = run_dense, run_moe
+
+    def __call__(
+        self,
+        x_BSD: Tensor,
+        conditions: Sequence[Tensor],
+        y_B: Tensor | None,
+        num_conditional: int,
+        context: AttentionContext,
+    ) -> tuple[Tensor, list[MoEAuxiliary]]:
+        if not self._has_experts:
+            return self._run_dense(self._blocks, x_BSD, conditions, context), []
+        conditional = conditional_images(num_conditional, x_BSD.shape[0])
+        return self._run_moe(self._blocks, x_BSD, conditions, y_B, conditional, context)
+
     def forward(
-        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
-    ) -> tuple[Tensor, None]:
-        return run(eager, x_BSD, c_BD, context)
+        self,
+        x_BSD: Tensor,
+        c_BD: Tensor,
+        y_B: Tensor | None,
+        num_conditional: int,
+        context: AttentionContext = NO_CONTEXT,
+    ) -> tuple[Tensor, MoEAuxiliary | None]:
+        """`Block.forward`, if it is one block."""
+        x_BSD, layers = self(x_BSD, (c_BD,), y_B, num_conditional, context)
+        return x_BSD, layers[0] if layers else None
 
-    return forward
+
+def _groups(blocks: Sequence[Any]) -> list[Sequence[Any]]:
+    """Consecutive blocks that are compiled together."""
+    return [blocks[first : first + _BLOCKS_IN_GRAPH] for first in range(0, len(blocks), _BLOCKS_IN_GRAPH)]
 
 
-def _moe_block(eager: Callable, run: Callable) -> Callable:
-    def forward(
-        x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, num_conditional: int, context: AttentionContext = NO_CONTEXT
-    ) -> tuple[Tensor, MoEAuxiliary]:
-        return run(eager, x_BSD, c_BD, y_B, conditional_images(num_conditional, x_BSD.shape[0]), context)
+def _run_groups(groups: Sequence[tuple[int, Callable]]) -> Callable:
+    """`DiT.run_blocks` of compiled blocks. Args: the number of blocks of each group, and the function that runs it."""
 
-    return forward
+    def run_blocks(
+        x_BSD: Tensor,
+        block_conditions: Sequence[Tensor],
+        y_B: Tensor | None,
+        num_conditional: int,
+        context: AttentionContext,
+    ) -> tuple[Tensor, list[MoEAuxiliary]]:
+        layers, first = [], 0
+        for size, run in groups:
+            conditions = tuple(block_conditions[first : first + size])
+            x_BSD, group_layers = run(x_BSD, conditions, y_B, num_conditional, context)
+            layers += group_layers
+            first += size
+        return x_BSD, layers
+
+    return run_blocks
 
 
 def _in_training(model: nn.Module, eager: Callable, compiled: Callable) -> Callable:

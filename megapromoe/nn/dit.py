@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
@@ -94,8 +95,10 @@ class FinalLayer(nn.Module):
         self.linear = ZeroLinear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), ZeroLinear(width, 2 * width))
 
-    def forward(self, x_BSD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+    def forward(self, x_BSD: Tensor, c_BD: Tensor, is_activated: bool = False) -> Tensor:
+        """`is_activated`: see `AttentionContext`."""
+        modulation = self.adaLN_modulation[1] if is_activated else self.adaLN_modulation
+        shift, scale = modulation(c_BD).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x_BSD), shift, scale))
 
 
@@ -151,14 +154,11 @@ class DiT(LogicalModule):
         y_B, text = self._check(condition, len(x_BCHW), num_conditional)
         x_BSD, c_BD, modulation, context = self.embed(x_BCHW, t_B, y_B, *text)
         *block_conditions, final_c_BD = self.conditions(c_BD, modulation)
-        layers = []
-        for block, c_BD in zip(self.blocks, block_conditions, strict=True):
-            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, context)
-            if auxiliary is not None:
-                layers.append(auxiliary)
+        x_BSD, layers = self.run_blocks(x_BSD, block_conditions, y_B, num_conditional, context)
         if context.num_text:
             x_BSD = x_BSD[:, context.num_text :]
-        return self.unpatchify(self.final_layer(x_BSD, final_c_BD)), self.auxiliary(layers)
+        prediction = self.unpatchify(self.final_layer(x_BSD, final_c_BD, context.is_activated))
+        return prediction, self.auxiliary(layers)
 
     def _check(
         self, condition: Tensor | TextCondition, images: int, num_conditional: int
@@ -209,8 +209,27 @@ class DiT(LogicalModule):
         if config.positions == "rope":
             rotation = rotation_of(angle_S)
         modulation = self.adaLN_modulation(c_BD) if config.modulation == "shared" else None
+        # Compiled, the SiLU of the conditions is part of a kernel of this function, instead of one in each block.
+        is_activated = modulation is None and torch.compiler.is_compiling()
+        c_BD = F.silu(c_BD) if is_activated else c_BD
         # All fields at once: in compiled code, torch 2.11 makes a broken tuple of one that was replaced in part.
-        return Embedded(x_BSD, c_BD, modulation, AttentionContext(rotation, mask, num_text))
+        return Embedded(x_BSD, c_BD, modulation, AttentionContext(rotation, mask, num_text, is_activated))
+
+    def run_blocks(
+        self,
+        x_BSD: Tensor,
+        block_conditions: Sequence[Tensor],
+        y_B: Tensor | None,
+        num_conditional: int,
+        context: AttentionContext,
+    ) -> tuple[Tensor, list[MoEAuxiliary]]:
+        """All blocks; returns the tokens, and the auxiliary outputs of MoE layers. `nn/compile.py` replaces this."""
+        layers = []
+        for block, c_BD in zip(self.blocks, block_conditions, strict=True):
+            x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, context)
+            if auxiliary is not None:
+                layers.append(auxiliary)
+        return x_BSD, layers
 
     def conditions(self, c_BD: Tensor, modulation: Tensor | None) -> Sequence[Tensor]:
         """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""

@@ -130,6 +130,10 @@ class AttentionContext(NamedTuple):
     """Bool, (B, 1, 1, N + S): which tokens are keys, with `model.condition=text`."""
     num_text: int = 0
     """Number N of text tokens, which precede those of the image."""
+    is_activated: bool = False
+    """Whether the conditions of blocks and final layer have passed their SiLU, as in compiled models."""
+    is_modulation: bool = False
+    """Whether the condition of a block is its own modulation (B, 6D), as in a group of compiled blocks."""
 
 
 NO_CONTEXT = AttentionContext()
@@ -154,6 +158,10 @@ class Attention(RegionModule):
             rotation: of queries and keys, by the positions of their tokens.
             mask: bool, (B, 1, 1, S): which keys take part; None: all.
         """
+        return self.proj(self.joined_heads(x_BSD, rotation, mask))
+
+    def joined_heads(self, x_BSD: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Tensor:
+        """The outputs of all heads (B, S, D/tp), which `proj` mixes; the arguments are those of `forward`."""
         B, S, _ = x_BSD.shape
         qkv = self.qkv(self.region.copy_to_region(x_BSD)).view(B, S, 3, -1, self.head_width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -161,7 +169,7 @@ class Attention(RegionModule):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         y_BHSd = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.proj(y_BHSd.transpose(1, 2).reshape(B, S, -1))
+        return y_BHSd.transpose(1, 2).reshape(B, S, -1)
 
 
 class Mlp(RegionModule):
@@ -206,3 +214,26 @@ class SummedMlps(nn.ModuleList):
 def modulate(x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     """x·(1 + scale) + shift, one shift and scale per image. Source: DiT, adaLN."""
     return torch.addcmul(shift_BD.unsqueeze(1), x_BSD, 1 + scale_BD.unsqueeze(1))
+
+
+class GatedResidual(torch.autograd.Function):
+    """x + gate·(y + bias) of tokens (B, S, D), with a gate and a bias (B, D) for each image; for compiled code.
+
+    The gradients of gate and bias both follow from two sums over the tokens of an image, Σ grad·y and Σ grad, which
+    take one pass. Autograd would compute the gradient of the bias in a pass over the gradient of y.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BSD: Tensor, gate_BD: Tensor, y_BSD: Tensor, bias_BD: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_BD, y_BSD, bias_BD)
+        return x_BSD + gate_BD.unsqueeze(1) * (y_BSD + bias_BD.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx, grad_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gate_BD, y_BSD, bias_BD = ctx.saved_tensors
+        precision = torch.promote_types(grad_BSD.dtype, torch.float32)
+        sum_BD = grad_BSD.sum(1, dtype=precision)
+        grad_gate_BD = (grad_BSD.to(precision) * y_BSD).sum(1) + bias_BD * sum_BD
+        grad_bias_BD = gate_BD * sum_BD
+        grad_y_BSD = grad_BSD * gate_BD.unsqueeze(1)
+        return grad_BSD, grad_gate_BD.to(gate_BD.dtype), grad_y_BSD, grad_bias_BD.to(bias_BD.dtype)

@@ -120,6 +120,10 @@ class RowLinear(RegionModule, Linear):
         # A clone, because ZeRO-3 frees a parameter when the forward of its module returns.
         return (y, self.bias.clone()) if partial else self.region.reduce_from_region(y) + self.bias
 
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output without the bias, and the bias: for callers in compiled code that add both to something else."""
+        return F.linear(x, self.weight), self.bias
+
 
 class GatheredLinear(RegionModule, Linear):
     """Linear layer whose output features are computed in slices and concatenated: x (..., in) -> (..., out)."""

@@ -123,17 +123,17 @@ def test_a_fused_update_moves_little_more_than_it_must(file):
 
 
 # Forward, loss, backward of the model.
-COMPILED = {"promoe_xl": (505, 9, 827), "dit_xl": (320, 7, 584)}
+COMPILED = {"promoe_xl": (449, 9, 701), "dit_xl": (278, 7, 528)}
 
 
 @pytest.mark.full
 def test_launches_of_a_compiled_model():
-    """All blocks of a kind are one graph: with embedding, final layer and losses five of ProMoE, and their backward."""
+    """Two blocks are one graph: with embedding, final layer and losses four of ProMoE, and their backward."""
     for name, expected in COMPILED.items():
         backend = LoweringBackend(unknown_size=7)
         phases = count_model(narrow(name), UNSHARDED, backend)
         assert tuple(issued.launches for issued in phases.values()) == expected
-        assert len(backend.graphs) == (10 if name == "promoe_xl" else 6)
+        assert len(backend.graphs) == (8 if name == "promoe_xl" else 6)
 
 
 def parts(name: str) -> tuple[dict[str, Issued], int]:
@@ -145,7 +145,7 @@ def parts(name: str) -> tuple[dict[str, Issued], int]:
 
 
 # Forward, loss, backward of the model; messages of forward and backward.
-PARTS = (280, 9, 402), (19, 13)
+PARTS = (255, 9, 378), (19, 13)
 
 
 @pytest.mark.full
@@ -159,19 +159,19 @@ def test_launches_of_a_model_in_parts():
 
 @pytest.mark.full
 def test_elementwise_operators_of_a_block_move_little_more_than_they_must():
-    """Compiled at most 1.4 times the minimum; most of the rest is read again to sum gradients of biases.
+    """Compiled at most 1.3 times the minimum; most of the rest is read again to sum gradients.
 
-    Eager: 2.1 times in a dense and 2.6 times in an MoE block.
+    Eager: 2.1 times in a dense and 2.8 times in an MoE block.
     """
-    for compiled, limits in ((False, (2.15, 2.7)), (True, (1.35, 1.4))):
+    for compiled, limits in ((False, (2.15, 2.85)), (True, (1.3, 1.3))):
         for figures, limit in zip(count_blocks(compiled).values(), limits, strict=True):
             over = (figures["forward"] + figures["backward"]) / figures["minimum"]
             assert 1 < over <= limit
 
 
 def test_the_minimum_of_a_block():
-    """By hand, per token: a dense block 17 forward and 31 backward; an MoE block that routes all, 22 and 38."""
+    """By hand, per token: a dense block 17 forward and 31 backward; an MoE block that routes all, 22 and 34."""
     model = resolve("promoe_s", overrides=["data.source=synthetic"]).model
-    for block, expected in (("dense", (17, 31)), ("moe", (22, 38))):
+    for block, expected in (("dense", (17, 31)), ("moe", (22, 34))):
         groups = minimum_moved(model, block, routed=1.0).values()
         assert tuple(map(sum, zip(*groups, strict=True))) == expected

@@ -53,11 +53,17 @@ def mlps_of(experts: Mlp | SummedMlps | None) -> list[Mlp]:
     return [experts] if isinstance(experts, Mlp) else [mlp for mlp in experts if isinstance(mlp, Mlp)]
 
 
-def partial_sum(mlps: list[Mlp], hidden: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The summed partial outputs of MLPs with the given hidden values, and the sum of the biases not added yet."""
-    y, bias = mlps[0].partial(hidden[0])
-    for mlp, mlp_hidden in zip(mlps[1:], hidden[1:], strict=True):
-        mlp_output, mlp_bias = mlp.partial(mlp_hidden)
+def partial_sum(mlps: list[Mlp], hidden: list[Tensor], with_biases: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The summed partial outputs of MLPs with the given hidden values, and the sum of the biases not added yet.
+
+    `with_biases`: as in `Mlp.partial`; otherwise no bias is added.
+    """
+    outputs = [
+        mlp.partial(mlp_hidden) if with_biases else mlp.fc2.without_bias(mlp_hidden)
+        for mlp, mlp_hidden in zip(mlps, hidden, strict=True)
+    ]
+    y, bias = outputs[0]
+    for mlp_output, mlp_bias in outputs[1:]:
         y = y + mlp_output
         bias = mlp_bias if bias is None or mlp_bias is None else bias + mlp_bias
     return y, bias
@@ -72,6 +78,16 @@ def add_biases(y_TD: Tensor, biases: Biases, num_routed_tokens: int) -> Tensor:
     return y_TD
 
 
+def biases_of_images(biases: Biases, num_routed_images: int, like_BD: Tensor) -> Tensor | None:
+    """The biases for each image (B, D), the shape of `like_BD`; the images from `num_routed_images` on are null."""
+    bias_BD = None if biases.shared is None else biases.shared.expand_as(like_BD)
+    if biases.unconditional is not None:
+        is_null_B = torch.arange(like_BD.shape[0], device=like_BD.device) >= num_routed_images
+        null_BD = is_null_B.unsqueeze(1).to(like_BD.dtype) * biases.unconditional
+        bias_BD = null_BD if bias_BD is None else bias_BD + null_BD
+    return bias_BD
+
+
 def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns x, its first `count` rows and its other rows, with a cheaper backward than slicing has.
 
@@ -79,8 +95,8 @@ def split_conditional(x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     of the size of x. The gradient of x must therefore be a tensor that nothing else uses: the layers that get x as a
     whole must compute a new one, as linear layers do.
     """
-    if torch.compiler.is_compiling():  # it fuses the backward of slices, and `count` may not be known to it
-        return x, x[:count], x[count:]
+    if torch.compiler.is_compiling():  # `count` may not be known to it
+        return _CompiledSplit.apply(x, count)
     return _SplitConditional.apply(x, count) if count < x.shape[0] else (x, x, x[count:])
 
 
@@ -102,6 +118,19 @@ class _SplitConditional(torch.autograd.Function):
         if grad_rest is not None:
             grad[ctx.count :].add_(grad_rest)
         return grad, None
+
+
+class _CompiledSplit(torch.autograd.Function):
+    """Backward in one join. That of slices would be zeros with the gradient of the rest, as a product's summand."""
+
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        return x.view_as(x), x[:count], x[count:]
+
+    @staticmethod
+    def backward(ctx, grad, grad_first, grad_rest):
+        return torch.cat([grad[: ctx.count] + grad_first, grad[ctx.count :] + grad_rest]), None
 
 
 class AddFrom(torch.autograd.Function):

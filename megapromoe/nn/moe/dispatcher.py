@@ -33,7 +33,6 @@ from megapromoe.nn.moe.row_permutations import (
     AddToTokens,
     DispatchMetadata,
     GatherTokens,
-    add_to_tokens,
     inverse_permutation,
     sort_by_expert,
 )
@@ -198,16 +197,16 @@ class Dispatcher:
 
         Args:
             outputs: of `run_experts`.
-            base_TD: the rest of the layer's output, (T or more, D), compiled (T, D); it is overwritten.
+            base_TD: the rest of the layer's output, (T or more, D); it is overwritten. Compiled, token-major rows are
+                not combined by this method but by `token_sums`.
 
         Returns:
             base + Σ weight·expert(x) over the rows of this rank; in a sharded region a partial sum.
         """
         metadata, y_RD = outputs.metadata, outputs.rows.combine_rows()
-        if metadata.token_R is None:
-            return add_to_tokens(base_TD, y_RD, metadata)
         if metadata.top_k:
             return AddToTokens.apply(base_TD, y_RD, metadata.weight_R, metadata)
+        assert metadata.token_R is not None
         weight_R = metadata.weight_R[metadata.order_R].to(y_RD.dtype)
         return base_TD.index_add(0, metadata.token_R, y_RD * weight_R.unsqueeze(1))
 
@@ -262,4 +261,6 @@ class _LocalOutputs(NamedTuple):
 def end_offsets(expert_R: Tensor, num_experts: int) -> Tensor:
     """For rows sorted by expert: the index after the last row of each expert, int32 (num_experts,)."""
     every_E = torch.arange(num_experts, device=expert_R.device)
+    if torch.compiler.is_compiling():  # a sum is part of another kernel
+        return (expert_R <= every_E.unsqueeze(1)).sum(1, dtype=torch.int32)
     return torch.searchsorted(expert_R, every_E, right=True, out_int32=True)

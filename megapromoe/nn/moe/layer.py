@@ -60,6 +60,7 @@ from megapromoe.nn.moe.routers import (
     TokenChoiceRouter,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
+from megapromoe.nn.moe.row_permutations import token_sums
 from megapromoe.nn.tensor_parallel import RegionModule
 
 ROUTERS: Mapping[str, type[Router]] = {
@@ -226,7 +227,10 @@ class MoE(RegionModule):
         self._check(x_BSD, num_conditional, y_B)
         # Without an unconditional expert all images are routed.
         images = x_BSD.shape[0] if self.unconditional is None else num_conditional
-        x_BSD, routed_BSD, _ = split_conditional(x_BSD, images)
+        if torch.compiler.is_compiling():  # it fuses the backward of a slice
+            routed_BSD = x_BSD[:images]
+        else:
+            x_BSD, routed_BSD, _ = split_conditional(x_BSD, images)
         labels_B = None if y_B is None else y_B[:images]
         if autocast_dtype(x_BSD):  # routers compute in float32: rounding could change their choice
             with torch.autocast(x_BSD.device.type, enabled=False):
@@ -243,6 +247,17 @@ class MoE(RegionModule):
         Returns:
             the output (B, S, D), and the share of this rank's rows that were dropped, None if none can be.
         """
+        y_BSD, biases, dropped = self.outputs_and_biases(x_BSD, assignment, num_routed_images)
+        B, S, D = y_BSD.shape
+        return add_biases(y_BSD.view(B * S, D), biases, num_routed_images * S).view(B, S, D), dropped
+
+    def outputs_and_biases(
+        self, x_BSD: Tensor, assignment: TokenAssignment, num_routed_images: int, with_biases: bool = True
+    ) -> tuple[Tensor, Biases, Tensor | None]:
+        """`run_experts` with the biases of dense experts apart that the output does not contain.
+
+        `with_biases`: the output contains all biases except in a sharded region; otherwise none of the dense experts.
+        """
         x_BSD = expert_precision(x_BSD)
         B, S, D = x_BSD.shape
         x_TD = self.region.copy_to_region(x_BSD).reshape(B * S, D)
@@ -253,9 +268,9 @@ class MoE(RegionModule):
         dispatched = self.dispatcher.dispatch(routed_TD, assignment, B * S)
         hidden = self.dense_hidden(x_TD, null_TD)
         expert_outputs = self.dispatcher.run_experts(dispatched, self.experts)
-        dense = self.dense_outputs(x_TD, hidden)
-        y_TD = self.region.reduce_from_region(self.combine(expert_outputs, dense, num_routed_tokens))
-        return add_biases(y_TD, dense.biases, num_routed_tokens).view(B, S, D), expert_outputs.dropped
+        dense = self.dense_outputs(x_TD, hidden, with_biases)
+        y_TD = self.region.reduce_from_region(self.combine(expert_outputs, dense, num_routed_tokens, S))
+        return y_TD.view(B, S, D), dense.biases, expert_outputs.dropped
 
     # The steps of `run_experts` that send nothing; `nn/compiled_parts.py` compiles them.
 
@@ -264,24 +279,52 @@ class MoE(RegionModule):
         unconditional = [mlp.hidden(null_TD) for mlp in mlps_of(self.unconditional)]
         return DenseHidden([mlp.hidden(x_TD) for mlp in mlps_of(self.shared)], unconditional)
 
-    def dense_outputs(self, x_TD: Tensor, hidden: DenseHidden) -> DenseOutputs:
-        """The second half."""
+    def dense_outputs(self, x_TD: Tensor, hidden: DenseHidden, with_biases: bool = True) -> DenseOutputs:
+        """The second half; `with_biases`: see `outputs_and_biases`."""
         shared, unconditional = mlps_of(self.shared), mlps_of(self.unconditional)
         null_TD, null_bias = None, None
-        y_TD, bias = partial_sum(shared, hidden.shared) if shared else (torch.zeros_like(x_TD), None)
+        y_TD, bias = partial_sum(shared, hidden.shared, with_biases) if shared else (torch.zeros_like(x_TD), None)
         if unconditional:
-            null_TD, null_bias = partial_sum(unconditional, hidden.unconditional)
+            null_TD, null_bias = partial_sum(unconditional, hidden.unconditional, with_biases)
         return DenseOutputs(y_TD, null_TD, Biases(bias, null_bias))
 
-    def combine(self, expert_outputs: ExpertOutputs, dense: DenseOutputs, num_routed_tokens: int) -> Tensor:
-        """The sum of all outputs (T, D), without `dense.biases`; in a sharded region a partial sum."""
+    def combine(
+        self, expert_outputs: ExpertOutputs, dense: DenseOutputs, num_routed_tokens: int, S: int | None = None
+    ) -> Tensor:
+        """The sum of all outputs (T, D), without `dense.biases`; in a sharded region a partial sum.
+
+        `S`: the tokens of an image, of which all are on this rank or none; None: images may be divided over ranks.
+        """
         y_TD, null_TD = dense.y_TD, dense.null_TD
         if torch.compiler.is_compiling():  # it fuses both parts with what follows
+            if expert_outputs.metadata.token_R is None:
+                return self._joined(expert_outputs, dense, num_routed_tokens, S)
             rest_TD = y_TD[num_routed_tokens:]
             rest_TD = rest_TD if null_TD is None else rest_TD + null_TD
             return torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
         y_TD = y_TD if null_TD is None else AddFrom.apply(y_TD, null_TD, num_routed_tokens)
         return self.dispatcher.combine(expert_outputs, y_TD)
+
+    def _joined(
+        self, expert_outputs: ExpertOutputs, dense: DenseOutputs, num_routed_tokens: int, S: int | None
+    ) -> Tensor:
+        """`combine` of token-major rows: one sum, whose gradient is that of all its parts, without a copy."""
+        y_TD, null_TD, metadata = dense.y_TD, dense.null_TD, expert_outputs.metadata
+        routed_TD, (T, D) = token_sums(expert_outputs.rows.combine_rows(), metadata), y_TD.shape
+        parts = [routed_TD]
+        if metadata.is_shard:
+            rest = num_routed_tokens - metadata.first_token - routed_TD.shape[0]
+            parts = [y_TD.new_zeros(metadata.first_token, D), routed_TD, y_TD.new_zeros(rest, D)]
+        if null_TD is not None:
+            parts.append(null_TD)
+        if len(parts) == 1:
+            return y_TD + routed_TD
+        if S is None or metadata.is_shard:
+            return y_TD + torch.cat(parts)
+        # By images, as the residual that follows: then both are one kernel.
+        images = num_routed_tokens // S, T // S - num_routed_tokens // S
+        parts = [part.view(number, S, D) for part, number in zip(parts, images, strict=True)]
+        return (y_TD.view(T // S, S, D) + torch.cat(parts)).view(T, D)
 
     def _check(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None) -> None:
         D = self.config.hidden_size

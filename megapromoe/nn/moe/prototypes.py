@@ -126,6 +126,19 @@ def differentiable(
     return _DifferentiableScores.apply(x, prototype_ED, *scores, chosen)
 
 
+def differentiable_chosen(
+    x: Tensor, prototype_ED: Tensor, scores: CosineScores, chosen: Tensor, num_summed: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`differentiable` with the scores (..., K) of the chosen experts only, for torch.compile.
+
+    Args:
+        x, prototype_ED, scores: as there.
+        chosen: the experts (..., K) of each token.
+        num_summed: each token is added to the sums of the first so many of its experts; 0: no sums.
+    """
+    return _ChosenScores.apply(x, prototype_ED, *scores, chosen, num_summed)
+
+
 def contrastive_loss(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of each used expert's prototype against the centroids of all used experts; 0 if fewer than two.
 
@@ -170,10 +183,7 @@ class _DifferentiableScores(torch.autograd.Function):
         sum_ED = count_E = None
         if chosen is not None:
             chosen = chosen.flatten(0, -2)
-            score_TE = score.flatten(0, -2)
-            is_chosen_TE = torch.zeros_like(score_TE).scatter_(-1, chosen, 1.0)
-            sum_ED = product(is_chosen_TE.T.to(x_TD.dtype), x_TD)
-            count_E = is_chosen_TE.sum(0)
+            sum_ED, count_E = _sums_of_chosen(score.flatten(0, -2), x_TD, chosen)
             ctx.mark_non_differentiable(count_E)
         ctx.save_for_backward(x, prototype_length_E, unit_ED, length_T, score, chosen)
         return score.view_as(score), sum_ED, count_E
@@ -195,6 +205,46 @@ class _DifferentiableScores(torch.autograd.Function):
         grad_unit_ED = product(scaled_TE.T, x_TD)
         grad_prototype_ED = _gradient_of_unnormalised(grad_unit_ED, unit_ED, prototype_length_E)
         return grad_x.view_as(x), grad_prototype_ED.to(ctx.prototype_dtype), *[None] * 6
+
+
+class _ChosenScores(torch.autograd.Function):
+    """`differentiable_chosen`: all gradients of a token come from its experts, and take no product with all of them."""
+
+    @staticmethod
+    def forward(ctx, x, prototype_ED, score, x_TD, length_T, unit_ED, prototype_length_E, chosen, num_summed):
+        ctx.prototype_dtype, ctx.num_summed = prototype_ED.dtype, num_summed
+        sum_ED = count_E = None
+        if num_summed:
+            summed_TK = chosen[..., :num_summed].flatten(0, -2)
+            sum_ED, count_E = _sums_of_chosen(score.flatten(0, -2), x_TD, summed_TK)
+            ctx.mark_non_differentiable(count_E)
+        chosen_score = score.gather(-1, chosen)
+        ctx.save_for_backward(x, prototype_length_E, unit_ED, length_T, chosen_score, chosen)
+        return chosen_score, sum_ED, count_E
+
+    @staticmethod
+    def backward(ctx, grad, grad_sum_ED, _):
+        x, prototype_length_E, unit_ED, length_T, chosen_score, chosen = ctx.saved_tensors
+        x_TD, score_TK, grad_TK, chosen_TK = (tensor.flatten(0, -2) for tensor in (x, chosen_score, grad, chosen))
+        scaled_TK = grad_TK / length_T
+        parallel_T = (scaled_TK * score_TK).sum(-1, keepdim=True) / length_T
+        grad_TD = -parallel_T * x_TD
+        expert_E = torch.arange(unit_ED.shape[0], device=x.device)
+        scaled_TE = torch.zeros((), dtype=scaled_TK.dtype, device=x.device)
+        for k, (chosen_T, scaled_T) in enumerate(zip(chosen_TK.unbind(1), scaled_TK.split(1, 1), strict=True)):
+            grad_TD = grad_TD + scaled_T * unit_ED.index_select(0, chosen_T)
+            if k < ctx.num_summed:
+                grad_TD = grad_TD + grad_sum_ED.index_select(0, chosen_T)
+            scaled_TE = scaled_TE + torch.where(chosen_T.unsqueeze(1) == expert_E, scaled_T, 0.0)
+        grad_unit_ED = product(scaled_TE.T, x_TD)
+        grad_prototype_ED = _gradient_of_unnormalised(grad_unit_ED, unit_ED, prototype_length_E)
+        return grad_TD.to(x.dtype).view_as(x), grad_prototype_ED.to(ctx.prototype_dtype), *[None] * 7
+
+
+def _sums_of_chosen(score_TE: Tensor, x_TD: Tensor, chosen_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums (E, D) and the numbers (E,) of the tokens that chose each expert."""
+    is_chosen_TE = torch.zeros_like(score_TE).scatter_(-1, chosen_TK, 1.0)
+    return product(is_chosen_TE.T.to(x_TD.dtype), x_TD), is_chosen_TE.sum(0)
 
 
 class _ContrastiveLoss(torch.autograd.Function):

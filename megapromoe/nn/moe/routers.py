@@ -48,6 +48,7 @@ from megapromoe.nn.moe.prototypes import (
     contrastive_loss,
     cosine_scores,
     differentiable,
+    differentiable_chosen,
     router_precision,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
@@ -232,19 +233,26 @@ class PrototypeRouter(Router):
 
         has_contrastive_loss = self.training and bool(self.config.rcl_weight)
         counts_all = self.config.rcl_tokens == "all" or self.config.top_k == 1
-        summed = (chosen_BSK if counts_all else chosen_BSK[..., :1]) if has_contrastive_loss else None
-        score_BSE, sum_ED, count_E = differentiable(x_BSD, self.prototypes, scores, summed)
-
-        weight_BSE = self.routing_weights(score_BSE)
-        assignment = token_choice(chosen_BSK, weight_BSE.gather(-1, chosen_BSK))
+        num_summed = (chosen_BSK.shape[-1] if counts_all else 1) if has_contrastive_loss else 0
+        has_balance_loss = self.training and bool(self.config.balance_weight)
+        uses_all_scores = has_balance_loss or self.config.score_function == "softmax"
+        losses = {}
+        if torch.compiler.is_compiling() and not uses_all_scores:
+            # The gradient of the other scores is zero, so that a product is saved in backward.
+            score_BSK, sum_ED, count_E = differentiable_chosen(x_BSD, self.prototypes, scores, chosen_BSK, num_summed)
+            assignment = token_choice(chosen_BSK, self.routing_weights(score_BSK))
+        else:
+            summed = chosen_BSK[..., :num_summed] if num_summed else None
+            score_BSE, sum_ED, count_E = differentiable(x_BSD, self.prototypes, scores, summed)
+            weight_BSE = self.routing_weights(score_BSE)
+            assignment = token_choice(chosen_BSK, weight_BSE.gather(-1, chosen_BSK))
+            if has_balance_loss:
+                losses["balance"] = self.balance_loss(self.probabilities(weight_BSE), chosen_BSK, routing_cache)
         joint_losses: dict[str, JointLoss] = {}
         if sum_ED is not None and count_E is not None:
             inputs = self.prototypes.double(), sum_ED, count_E
             settings = self.config.rcl_weight, self.config.rcl_temperature, self.statistics_group
             joint_losses["rcl"] = ContrastiveInputs(*inputs, *settings)
-        losses = {}
-        if self.training and self.config.balance_weight:
-            losses["balance"] = self.balance_loss(self.probabilities(weight_BSE), chosen_BSK, routing_cache)
         return self.output(assignment, losses, count_E if counts_all else None, joint_losses)
 
 

@@ -113,17 +113,27 @@ class AddToTokens(torch.autograd.Function):
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None
 
 
-def add_to_tokens(base_TD: Tensor, y_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-    """`AddToTokens` in a new tensor, for torch.compile, which fuses it.
+def token_sums(y_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
+    """Σ weight·row for the tokens of a token-major assignment, rows sorted by expert; for torch.compile."""
+    weight_R = metadata.weight_R.to(y_RD.dtype)
+    return _TokenSums.apply(y_RD, weight_R, metadata.order_R, metadata.inverse_R, metadata.top_k)
 
-    It does not write into `base_TD`: torch.compile of torch 2.11 loses the gradient of a tensor that an
-    autograd.Function changed in place and returned (pytorch issue 180642).
-    """
-    order_R, inverse_R = metadata.order_R, metadata.inverse_R
-    weight_R1 = metadata.weight_R.to(y_RD.dtype).unsqueeze(1)
-    y_TKD = (Permute.apply(y_RD, inverse_R, order_R) * weight_R1).view(-1, metadata.top_k, y_RD.shape[1])
-    y_TD = y_TKD.squeeze(1) if metadata.top_k == 1 else y_TKD.sum(1)
-    if not metadata.is_shard:
-        return base_TD + y_TD
-    before_TD, rest_TD = base_TD[: metadata.first_token], base_TD[metadata.first_token :]
-    return torch.cat([before_TD, rest_TD[: y_TD.shape[0]] + y_TD, rest_TD[y_TD.shape[0] :]])
+
+class _TokenSums(torch.autograd.Function):
+    """Backward reads each gradient once: in the order of the rows it gives the gradients of row and weight."""
+
+    @staticmethod
+    def forward(ctx, y_RD, weight_R, order_R, inverse_R, top_k):
+        ctx.save_for_backward(y_RD, weight_R, order_R, inverse_R)
+        ctx.top_k = top_k
+        y_RD = y_RD.index_select(0, inverse_R) * weight_R.unsqueeze(1)
+        return y_RD if top_k == 1 else y_RD.view(-1, top_k, y_RD.shape[1]).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        y_RD, weight_R, order_R, inverse_R = ctx.saved_tensors
+        token_R = order_R if ctx.top_k == 1 else order_R // ctx.top_k
+        grad_RD = grad_TD.index_select(0, token_R)
+        precision = torch.promote_types(y_RD.dtype, torch.float32)
+        grad_weight_R = (grad_RD.to(precision) * y_RD).sum(-1).index_select(0, inverse_R)
+        return grad_RD * weight_R.index_select(0, order_R).unsqueeze(1), grad_weight_R.to(weight_R.dtype), *[None] * 3
