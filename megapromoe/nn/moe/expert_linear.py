@@ -22,7 +22,7 @@ from megapromoe.distributed.parameter_layout import Split
 from megapromoe.nn.activations import swiglu
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, xavier_uniform_halves, zeros
 from megapromoe.nn.moe.expert_operators import TracedExperts, offsets_on_host
-from megapromoe.nn.moe.looped_experts import LoopedLinear, LoopedMlp
+from megapromoe.nn.moe.looped_experts import LoopedLinear, looped_mlp
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
@@ -169,7 +169,7 @@ class Experts(nn.Module):
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
         if self._runs_at_once(x_RD):
             parameters = *self.fc1.parameters_in(x_RD.dtype), *self.fc2.parameters_in(x_RD.dtype)
-            return LoopedMlp.apply(x_RD, *parameters, offsets.host_end_E)
+            return looped_mlp(x_RD, *parameters, offsets.host_end_E)
         hidden_RF = self.fc1(x_RD, offsets)
         return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
 
