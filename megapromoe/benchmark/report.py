@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megapromoe.benchmark.measure import paired_ratio, total_seconds
 from megapromoe.benchmark.suite import BenchmarkError
 from megapromoe.io import atomic_write, write_bytes, write_text
 from megapromoe.plot_lines import label_log_axis
@@ -106,9 +108,14 @@ def _timed(cases: list[dict], peak: float) -> list[str]:
     phases = list(dict.fromkeys(p for s in cases for f in _ran(s).values() for p in f["seconds"]))
     phases = phases if len(phases) > 1 else []
     heads = ["size", "E", "B", "routing", "contender", *(f"{p} ms" for p in phases), "total ms (quartiles)"]
-    heads += ["× dense (95 %)", "× dense per FLOP", "images/s", "tokens/s", "FLOP/s", "of peak"]
+    heads += ["× dense (95 %)"]
+    has_update = "update" in phases
+    if has_update:  # the update is longer with more parameters, however fast the products are
+        heads += ["forward and backward × dense (95 %)"]
+    heads += ["× dense per FLOP", "images/s", "tokens/s", "FLOP/s", "of peak"]
     rows = []
     for case in cases:
+        dense_rounds = case["contenders"].get("dense", {}).get("rounds")
         dense_flops = case["contenders"].get("dense", {}).get("flops", {}).get("useful")
         for name, f in _ran(case).items():
             total, useful, ratio = f["total"], f["flops"]["useful"], f.get("ratio")
@@ -117,11 +124,25 @@ def _timed(cases: list[dict], peak: float) -> list[str]:
                 _named(case)
                 + [name, *(ms(f["seconds"][p]["median"]) for p in phases)]
                 + [f"{ms(total['median'])} ({ms(total['low'])}–{ms(total['high'])})"]
-                + [f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "", per_flop]
+                + [_ratio(ratio) if ratio else ""]
+                + ([_without_update(f["rounds"], dense_rounds)] if has_update else [])
+                + [per_flop]
                 + [digits(case["images"] / total["median"]), digits(case["tokens"] / total["median"])]
                 + [rate(useful / total["median"]), f"{useful / total['median'] / peak:.0%}"]
             )
     return _table(heads, rows)
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def _without_update(rounds: dict[str, list[float]], dense: dict[str, list[float]] | None) -> str:
+    """Forward and backward over those of the dense model, round by round."""
+    if dense is None:
+        return ""
+    ours, reference = (total_seconds({p: v for p, v in r.items() if p != "update"}) for r in (rounds, dense))
+    return _ratio(asdict(paired_ratio(ours, reference)))
 
 
 def _counted(cases: list[dict]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +17,10 @@ def make_update(model: nn.Module, t: TrainConfig, compiled: bool) -> Update | Fu
 
 
 class Update:
-    """Clips gradients and applies fused AdamW, with fp32 masters if the parameters are not fp32."""
+    """Clips gradients and applies fused AdamW, with fp32 masters if the parameters are not fp32.
+
+    As in the engine, the pass of AdamW divides the gradients to clip them, and the host reads nothing.
+    """
 
     def __init__(self, model: nn.Module, t: TrainConfig):
         self.parameters = list(model.parameters())
@@ -34,7 +39,9 @@ class Update:
                 master.grad = p.grad.float()
                 used.append((p, master))
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_([master for _, master in used], self.max_grad_norm)
+            norm = nn.utils.get_total_norm([master.grad for _, master in used if master.grad is not None])
+            optimizer: Any = self.optimizer  # torch's GradScaler sets this attribute, which the class does not declare
+            optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         self.optimizer.step()
         if changed := [(p, master) for p, master in used if p is not master]:
             torch._foreach_copy_([p for p, _ in changed], [master for _, master in changed])

@@ -50,6 +50,21 @@ def test_the_program_from_end_to_end(measured):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.name in page
 
 
+def test_the_ratio_of_a_step_is_also_given_without_the_update(measured):
+    """More parameters take a longer update, whatever forward and backward cost."""
+    document = json.loads((measured / "benchmark.json").read_text())
+    case = document["scenes"]["step digits E4 B4 real"]
+    for f in case["contenders"].values():
+        f["rounds"] = {"forward": [1.0, 1.0], "backward": [2.0, 2.0], "update": [9.0, 9.0]}
+    case["contenders"]["ours"]["rounds"] |= {"forward": [2.0, 2.0], "update": [900.0, 900.0]}
+    page = report.markdown(document | {"scenes": {"step": case}}, {})
+    heads, _, *rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][:6]
+    column = heads.index("forward and backward × dense (95 %)")
+    assert [row[column] for row in rows] == ["1.33 (1.33–1.33)", *["1.00 (1.00–1.00)"] * 3]
+    layer = report.markdown(document | {"scenes": {"layer": document["scenes"]["layer digits E4 B4 real"]}}, {})
+    assert "forward and backward × dense" not in layer
+
+
 def test_a_repeated_command_measures_nothing(measured, monkeypatch):
     monkeypatch.setattr(suite, "_measure", None)  # a call would raise
     before = json.loads((measured / "benchmark.json").read_text())["scenes"]

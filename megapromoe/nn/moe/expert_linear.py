@@ -1,17 +1,16 @@
-"""Linear layers of experts: a weight matrix for each expert, applied to rows that are sorted by expert.
+"""The routed experts, and their linear layers: a matrix for each expert, applied to rows that are sorted by expert.
 
 There are two implementations with the same result:
 
 * *grouped*, on devices where torch's grouped product is a single kernel (`has_grouped_mm_kernel`). It launches nothing
   for each expert, and the host does not need the number of rows of each expert.
 * *looped*, on other devices. There torch's grouped product is itself a loop that waits for the row counts at each
-  product and cannot add a bias. This loop uses counts that were read once for the layer, adds the bias within the
-  product, and applies the GELU to each expert's output while it is still in a CPU's cache.
+  product and cannot add a bias. The loop (`looped_experts.py`) uses counts that were read once for the layer, adds the
+  bias within the product, and applies the GELU to each expert's output while it is still in a CPU's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,8 +19,10 @@ from torch.nn import functional as F
 
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import Split
+from megapromoe.nn.activations import swiglu
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, xavier_uniform, xavier_uniform_halves, zeros
 from megapromoe.nn.moe.expert_operators import TracedExperts, offsets_on_host
+from megapromoe.nn.moe.looped_experts import LoopedLinear, looped_mlp
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
 
@@ -101,12 +102,7 @@ class ExpertLinear(LogicalModule):
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Applies to each row (R, in), sorted by expert, the layer of its expert: (R, out). R may be 0."""
-        weight: Tensor = self.weight
-        bias: Tensor = self.bias
-        if weight.dtype != x_RD.dtype:  # under autocast, which does not know our functions
-            weight, bias = weight.to(x_RD.dtype), bias.to(x_RD.dtype)
-        if self.is_down_projection and self.region.is_sharded:
-            bias = self.region.copy_to_region(bias) / self.region.size
+        weight, bias = self.parameters_in(x_RD.dtype)
         if torch.compiler.is_compiling():
             grouped, skips_empty = has_grouped_mm_kernel(x_RD), grouped_mm_skips_empty_groups(x_RD)
             if grouped:
@@ -119,7 +115,26 @@ class ExpertLinear(LogicalModule):
             return TracedExperts.apply(x_RD, weight, bias, *arguments)
         if has_grouped_mm_kernel(x_RD):
             return _GroupedExperts.apply(x_RD, weight, bias, offsets, self.gelu)
-        return _LoopedExperts.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
+        return LoopedLinear.apply(x_RD, weight, bias, offsets.host_end_E, self.gelu)
+
+    def parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias as this rank computes with them, in the dtype of the rows."""
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if weight.dtype != dtype:  # under autocast, which does not know our functions
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        if self.is_down_projection and self.region.is_sharded:
+            bias = self.region.copy_to_region(bias) / self.region.size
+        return weight, bias
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling this module does nothing but its `forward`: another module may compute in its place.
+
+        Sharding libraries fetch the parameters in hooks, and subclasses or a replaced `forward` compute something else.
+        """
+        hooks = self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks
+        return type(self) in (ExpertLinear, ExpertDownLinear) and "forward" not in vars(self) and not any(hooks)
 
 
 class ExpertGateUpLinear(ExpertLinear):
@@ -138,13 +153,34 @@ class ExpertDownLinear(ExpertLinear):
     is_down_projection = True
 
 
-# Both functions have a handwritten backward, because autograd's passes over the rows more often. Both return gradients
-# of zero for an expert without rows, not None: ZeRO reduces gradients in the order in which they are ready, and ranks
-# with different orders would reduce different gradients together.
+class Experts(nn.Module):
+    """The routed experts of one rank, each an MLP as `Mlp` is, with stacked parameters."""
+
+    def __init__(self, experts: int, width: int, hidden: int, activation: str = "gelu"):
+        super().__init__()
+        self.is_swiglu = activation == "swiglu"
+        if self.is_swiglu:
+            self.fc1: ExpertLinear = ExpertGateUpLinear(experts, width, 2 * hidden)
+        else:
+            self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
+        self.fc2 = ExpertDownLinear(experts, hidden, width)
+
+    def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
+        """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
+        if self._runs_at_once(x_RD):
+            parameters = *self.fc1.parameters_in(x_RD.dtype), *self.fc2.parameters_in(x_RD.dtype)
+            return looped_mlp(x_RD, *parameters, offsets.host_end_E)
+        hidden_RF = self.fc1(x_RD, offsets)
+        return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
+
+    def _runs_at_once(self, x_RD: Tensor) -> bool:
+        """Whether one function computes both layers, with the same result, instead of a call of each."""
+        is_looped = not torch.compiler.is_compiling() and not has_grouped_mm_kernel(x_RD)
+        return is_looped and not self.is_swiglu and self.fc1.is_plain and self.fc2.is_plain
 
 
 class _GroupedExperts(torch.autograd.Function):
-    """Rows times the matrix of their expert, plus its bias, optionally through a GELU; by grouped products."""
+    """`LoopedLinear` by grouped products; it too has a handwritten backward and returns gradients of zero."""
 
     @staticmethod
     def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor, offsets: ExpertOffsets, gelu: bool) -> Tensor:
@@ -182,42 +218,3 @@ class _GroupedExperts(torch.autograd.Function):
                 if grad is not None:
                     grad.masked_fill_(empty_E.view(-1, *[1] * (grad.dim() - 1)), 0)
         return grad_x, grad_weight, grad_bias, None, None
-
-
-class _LoopedExperts(torch.autograd.Function):
-    """The same by a loop over experts, each of which writes its rows of one output tensor."""
-
-    @staticmethod
-    def forward(ctx, x_RD: Tensor, weight_EFD: Tensor, bias_EF: Tensor, host_end_E: list[int], gelu: bool) -> Tensor:
-        y_RF = x_RD.new_empty(x_RD.shape[0], weight_EFD.shape[1])
-        out_RF = torch.empty_like(y_RF) if gelu else y_RF
-        rows = (tensor.tensor_split(host_end_E[:-1]) for tensor in (x_RD, y_RF, out_RF))
-        for x, y, out, weight, bias in zip(*rows, weight_EFD, bias_EF, strict=True):
-            torch.addmm(bias, x, weight.T, out=y)
-            if gelu:
-                torch.ops.aten.gelu.out(y, approximate="tanh", out=out)
-        ctx.save_for_backward(x_RD, weight_EFD, y_RF if gelu else None)
-        ctx.host_end_E = host_end_E
-        return out_RF
-
-    @staticmethod
-    def backward(ctx, grad_RF: Tensor) -> tuple:
-        x_RD, weight_EFD, gelu_input_RF = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x_RD), torch.empty_like(weight_EFD)
-        grad_bias = weight_EFD.new_empty(weight_EFD.shape[:2])
-        rows = [tensor.tensor_split(ctx.host_end_E[:-1]) for tensor in (grad_RF, x_RD, grad_x)]
-        if gelu_input_RF is not None:
-            rows[0] = _gelu_input_gradients(rows[0], gelu_input_RF.tensor_split(ctx.host_end_E[:-1]))
-        for grad, x, gx, weight, gw, gb in zip(*rows, weight_EFD, grad_weight, grad_bias, strict=True):
-            torch.mm(grad, weight, out=gx)
-            torch.mm(grad.T, x, out=gw)
-            torch.sum(grad, 0, out=gb)
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-def _gelu_input_gradients(grads: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """Yields the gradient of each expert's GELU input. All share one buffer: each is valid until the next is made."""
-    buffer = inputs[0].new_empty(max(x.shape[0] for x in inputs), inputs[0].shape[1])
-    for grad, x in zip(grads, inputs, strict=True):
-        out = buffer[: x.shape[0]]
-        yield torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=out)

@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from typing import NamedTuple, Self, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megapromoe.config import extensions
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
-from megapromoe.nn.activations import swiglu
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
@@ -40,10 +39,7 @@ from megapromoe.nn.moe.dense_experts import (
 from megapromoe.nn.moe.diffmoe_router import DiffMoERouter
 from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertOutputs
 from megapromoe.nn.moe.expert_linear import (
-    ExpertDownLinear,
-    ExpertGateUpLinear,
-    ExpertLinear,
-    ExpertOffsets,
+    Experts,
     autocast_dtype,
     expert_precision,
 )
@@ -98,24 +94,6 @@ class ExpertInputs(NamedTuple):
     """The rows of the routed images."""
     num_routed_images: int
     """How many images, the first ones, are routed."""
-
-
-class Experts(nn.Module):
-    """The routed experts of one rank, each an MLP as `Mlp` is, with stacked parameters."""
-
-    def __init__(self, experts: int, width: int, hidden: int, activation: str = "gelu"):
-        super().__init__()
-        self.is_swiglu = activation == "swiglu"
-        if self.is_swiglu:
-            self.fc1: ExpertLinear = ExpertGateUpLinear(experts, width, 2 * hidden)
-        else:
-            self.fc1 = ExpertLinear(experts, width, hidden, gelu=True)
-        self.fc2 = ExpertDownLinear(experts, hidden, width)
-
-    def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
-        """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
-        hidden_RF = self.fc1(x_RD, offsets)
-        return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
 
 
 class MoE(RegionModule):
