@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Files go to the processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
+# With it, every process of the tests would compile the package again, and pytest rewrite all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env train scenes test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
 
