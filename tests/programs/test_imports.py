@@ -15,7 +15,7 @@ for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train',
 START = """
 import sys, tempfile
 from megapromoe import cli
-import megapromoe.engine.deepspeed_adapter, megapromoe.training.loop
+import megapromoe.engine.deepspeed_backend.adapter, megapromoe.training.loop
 assert "matplotlib" not in sys.modules, "only the rank that draws needs it"
 settings = ["train.steps=1", "model.depth=2", "model.hidden_size=32", "train.deepspeed=fp32_zero1"]
 assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() + "/run", *settings]) == 0

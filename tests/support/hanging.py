@@ -13,10 +13,10 @@ from megapromoe.imports import uncollected
 
 # Imported before the ranks meet: on a busy machine it may take longer than these tests let a start-up last.
 with uncollected():
-    import megapromoe.engine.deepspeed_adapter
+    import megapromoe.engine.deepspeed_backend.start
     import megapromoe.training.loop  # noqa: F401
 
-    megapromoe.engine.deepspeed_adapter.import_muon()
+    megapromoe.engine.deepspeed_backend.start.import_muon()
 
 
 def wait_for_ever(*_, **__) -> None:
