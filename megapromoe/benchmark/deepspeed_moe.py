@@ -42,7 +42,7 @@ class DeepSpeedLayer(BaselineWrapper):
         try:
             from deepspeed.moe.layer import MoE as DeepSpeedMoE
 
-            from megapromoe.engine.deepspeed_adapter import join_job
+            from megapromoe.engine.deepspeed_backend.start import join_job
         except Exception as error:  # its import tests for GPUs and compilers, and can fail in many ways
             raise CannotRun(f"DeepSpeed cannot be imported: {error}") from error
         join_job()

@@ -78,7 +78,7 @@ class LoweringBackend:
         return compiled
 
     def _lower(self, graph: fx.GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable:
-        from torch._inductor import config
+        from torch._inductor import config, cpu_vec_isa
         from torch._inductor.async_compile import AsyncCompile
         from torch._inductor.codegen.cpp import KernelGroup
         from torch._inductor.compile_fx import compile_fx_inner
@@ -103,6 +103,8 @@ class LoweringBackend:
 
         with ExitStack() as stack:
             stack.enter_context(config.patch(force_disable_caches=True, compile_threads=1, force_pointwise_cat=True))
+            # Scalar C++: choosing vectors takes time and a compiler, and changes neither kernels nor their tensors.
+            stack.enter_context(patch.object(cpu_vec_isa, "pick_vec_isa", lambda: cpu_vec_isa.invalid_vec_isa))
             stack.enter_context(patch.object(GraphLowering, "codegen", codegen))
             stack.enter_context(patch.object(KernelGroup, "call_kernel", call_kernel))
             stack.enter_context(patch.object(AsyncCompile, "cpp_pybinding", lambda *_: _not_built))

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.image import imsave
 from torch import Tensor, nn
 
 from megapromoe.config.options import Config
@@ -23,6 +22,7 @@ from megapromoe.diffusion.noise import image_noise
 from megapromoe.diffusion.samplers import Condition, Labels, guided, sample
 from megapromoe.distributed import watchdog
 from megapromoe.errors import UserError
+from megapromoe.imports import uncollected
 from megapromoe.io import atomic_path
 
 PICTURE_SIDE = 64  # pixels; smaller images of a grid are enlarged by an integer factor to about this side
@@ -146,5 +146,8 @@ def picture_scale(side: int) -> int:
 
 def write_png(path: Path, picture: np.ndarray) -> None:
     """Writes a picture, uint8 (height, width, 3), as a PNG file; atomically. Raises OSError."""
+    with uncollected():  # slow, and only one rank writes pictures
+        from matplotlib.image import imsave
+
     with atomic_path(path) as staging:
         imsave(staging, picture, format="png")

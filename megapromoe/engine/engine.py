@@ -73,7 +73,7 @@ class Engine:
         """
         # Imported late: it takes seconds, and other modules need only the types of this one.
         with uncollected():
-            from megapromoe.engine.deepspeed_adapter import DeepSpeedAdapter
+            from megapromoe.engine.deepspeed_backend.adapter import DeepSpeedAdapter
 
         ds = load_deepspeed(config)
         self.config, self.mesh = config, mesh

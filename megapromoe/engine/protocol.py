@@ -1,6 +1,6 @@
 """The interface of the library that shards the model: the partitions of the optimizer and the calls of a step.
 
-`deepspeed_adapter.py` implements `ShardedBackend` with DeepSpeed. The rest of the package uses partitions only.
+`deepspeed_backend/` implements `ShardedBackend` with DeepSpeed. The rest of the package uses partitions only.
 """
 
 from __future__ import annotations

@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
+from megapromoe.imports import uncollected
 from megapromoe.io import is_own_file, write_text
 from megapromoe.number_text import clock_text, share_of, significant
 from megapromoe.run_lines import (
@@ -245,6 +243,11 @@ def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray
     Returns:
         uint8 (height, width, 3).
     """
+    with uncollected():  # slow, and only one rank draws
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     layers, experts = table.shape
     width, height = min(3 + 0.3 * experts, 14), min(1.5 + 0.3 * layers, 10)  # inches

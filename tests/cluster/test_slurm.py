@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,12 @@ def cluster(tmp_path_factory):
 
 def two_by_two(cluster: slurm.Cluster, name: str, *words: str, options=(), **env: Any) -> Job:
     """`digits` on 2 nodes x 2 tasks."""
-    shape = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", *options]
+    return on_two_nodes(2, cluster, name, *words, options=options, **env)
+
+
+def on_two_nodes(tasks: int, cluster: slurm.Cluster, name: str, *words: str, options=(), **env: Any) -> Job:
+    """`digits` on 2 nodes with so many tasks each."""
+    shape = ["--nodes=2", f"--ntasks-per-node={tasks}", f"--gpus-per-node={tasks}", "--cpus-per-task=1", *options]
     return Job(cluster, "promoe_s.sh", *SETTINGS, *words, name=name, options=shape, **env)
 
 
@@ -133,7 +138,7 @@ def test_two_nodes_train_together(undisturbed, cluster):
 
 @pytest.mark.full
 def test_a_run_that_diverges_is_not_queued_again(cluster):
-    job = two_by_two(cluster, "diverges", "train.lr=1e30")
+    job = on_two_nodes(1, cluster, "diverges", "train.lr=1e30")
     job.finish("FAILED")
     ((_, newest, code, _),) = job.attempts()
     assert code == "1" and newest != "none", "the last applied state is saved"
@@ -144,12 +149,12 @@ def test_a_run_that_diverges_is_not_queued_again(cluster):
 
 @pytest.mark.full
 def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_saves(cluster):
-    job = two_by_two(cluster, "limit", *ENDLESS, options=["--signal=B:USR1@60"])
+    job = on_two_nodes(1, cluster, "limit", *ENDLESS, options=["--signal=B:USR1@60"])
     job.wait_for(lambda: job.steps() >= 3, "steps before the limit")
-    # The limit is set now, to a minute or two ahead, so that a slow machine has trained by then.
-    begun = datetime.fromisoformat(cluster.job(job.number)["StartTime"])
-    minutes = int((datetime.now() - begun).total_seconds() + 119) // 60
-    cluster.command("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
+    # The limit is set now, so that a slow machine has trained by then. SLURM checks limits every half minute, and sends
+    # the signal when fewer than a minute and a half are left.
+    end = datetime.now() + timedelta(seconds=80)
+    cluster.command("scontrol", "update", f"JobId={job.number}", f"EndTime={end.isoformat(timespec='seconds')}")
     job.wait_for(lambda: len(job.attempts()) == 1, "SLURM's signal")
     cluster.command("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     ((_, newest, code, _),) = job.attempts()

@@ -14,8 +14,8 @@ from support.processes import run
 from support.trajectory import deviation, small, stir, train
 
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine import deepspeed_adapter
 from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_backend import internals, start, step
 from megapromoe.engine.engine import Engine
 from megapromoe.engine.protocol import EngineError
 from megapromoe.nn.parallelize import build
@@ -163,14 +163,14 @@ def test_the_rate_of_a_fused_update_may_be_a_tensor():
 def test_gradients_in_order_are_not_copied():
     memory = torch.arange(10.0)
     parts = [memory[0:4].view(2, 2), memory[4:5], memory[5:10]]
-    view = deepspeed_adapter.joined(parts, 7)
+    view = step.joined(parts, 7)
     assert view.data_ptr() == memory.data_ptr() and torch.equal(view, memory[:7])
     for others in ([parts[0], parts[2]], [parts[1], parts[0]], [memory[0:4], torch.arange(4.0, 9.0)]):
-        copy = deepspeed_adapter.joined(others, 5)
+        copy = step.joined(others, 5)
         assert copy.data_ptr() != memory.data_ptr()
         assert torch.equal(copy, torch.cat([part.reshape(-1) for part in others])[:5])
     with pytest.raises(AssertionError, match="9 of 10 elements have a gradient"):
-        deepspeed_adapter.joined([parts[0], parts[2]], 10)
+        step.joined([parts[0], parts[2]], 10)
 
 
 # ---- bf16
@@ -356,12 +356,12 @@ def test_the_engine_is_imported_without_deepspeed():
 @pytest.mark.parametrize("version", ["0.19.7", "0.18.9", "0.20.0", "0.20.0.dev1", "1.0"])
 def test_other_versions_of_deepspeed_are_refused(version):
     with pytest.raises(EngineError, match=f"DeepSpeed {version} is installed.*pip install 'deepspeed>=0.19.8,<0.20'"):
-        deepspeed_adapter.check_version(version)
+        internals.check_version(version)
 
 
 def test_supported_versions_of_deepspeed_are_accepted():
     for version in ("0.19.8", "0.19.8+cu130", "0.19.12"):
-        deepspeed_adapter.check_version(version)
+        internals.check_version(version)
 
 
 def start_with_version(version: str) -> None:
@@ -369,7 +369,8 @@ def start_with_version(version: str) -> None:
     import deepspeed
 
     deepspeed.__version__ = version
-    del sys.modules["megapromoe.engine.deepspeed_adapter"]
+    for name in [name for name in sys.modules if name.startswith("megapromoe.engine.deepspeed_backend.")]:
+        del sys.modules[name]
     engine_of()
 
 
@@ -380,7 +381,7 @@ def test_the_version_is_checked_at_start_up():
 
 def without(internal: str, file: str) -> list[str]:
     """What the adapter misses in a DeepSpeed without one of its internals ("": with all of them)."""
-    started = deepspeed_adapter.deepspeed.initialize
+    started = start.deepspeed.initialize
 
     def initialize(*arguments, **named):
         engine, *others = started(*arguments, **named)
@@ -389,7 +390,7 @@ def without(internal: str, file: str) -> list[str]:
             delattr(owner, internal)
         return engine, *others
 
-    deepspeed_adapter.deepspeed.initialize = initialize
+    start.deepspeed.initialize = initialize
     engine, _ = engine_of(f"train.deepspeed={file}")
     return engine._backend.missing_internals()
 
@@ -397,7 +398,7 @@ def without(internal: str, file: str) -> list[str]:
 @pytest.mark.parametrize("file", [*(f"fp32_zero{zero}" for zero in range(4)), "bf16_zero2_offload"])
 def test_deepspeed_has_the_internals_that_the_adapter_relies_on(file):
     (missing,) = run(1, without, "", file)
-    assert not missing, f"this DeepSpeed lacks {missing}: adapt megapromoe/engine/deepspeed_adapter.py"
+    assert not missing, f"this DeepSpeed lacks {missing}: adapt megapromoe/engine/deepspeed_backend/"
 
 
 @pytest.mark.parametrize("internal, zero", [("scaled_global_norm", 1), ("partition_size", 2), ("fp16_groups", 3)])
@@ -408,12 +409,13 @@ def test_a_missing_internal_is_named(internal, zero):
 
 def test_the_list_of_internals_is_complete():
     """Every attribute that the adapter uses of ZeRO's optimizers and of their parameters is in its list."""
-    tree = ast.parse(Path(deepspeed_adapter.__file__).read_text())
-    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
-    listed = {name for names in deepspeed_adapter.INTERNALS.values() for name in names}
+    files = list(Path(internals.__file__).parent.glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    uses = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    listed = {name for names in internals.INTERNALS.values() for name in names}
     assert {n.attr for n in uses if n.value.id == "zero"} == listed
     used = {n.attr for n in uses if n.value.id == "p"}
     public = {"data", "numel", "offset", "start", "stop"}  # of parameters and of our pieces
-    assert used - public == set(deepspeed_adapter.PARAMETER_INTERNALS)
+    assert used - public == set(internals.PARAMETER_INTERNALS)
     tables = {n.attr for n in uses if n.value.id == "deepspeed_groups"}
-    assert tables <= set(deepspeed_adapter._GROUP_TABLES)
+    assert tables <= set(internals.GROUP_TABLES)

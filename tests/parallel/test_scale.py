@@ -16,8 +16,8 @@ from megapromoe.checkpoint.manager import CheckpointManager, resume
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine import deepspeed_adapter
 from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_backend import partitions
 from megapromoe.engine.engine import Engine
 
 SIZE = ("model.hidden_size=128", "model.depth=4", "model.num_experts=4", "train.save_in_background=false")
@@ -44,7 +44,7 @@ def one_job(folder: str, file: str) -> dict[str, dict[str, int]]:
     """Starts, saves and loads with data parallelism alone, then loads at another layout."""
     root, measured = Path(folder) / "checkpoints", {}
     root.mkdir(exist_ok=True)
-    deepspeed_adapter.GATHERED = 1 << 14  # as small against these tensors as it is against those of real models
+    partitions.GATHERED = 1 << 14  # as small against these tensors as it is against those of real models
     with Counter() as counter:
         engine, ema, measured["start"] = start(counter, 1, 1, file)
         manager, before = CheckpointManager(root, engine, ema, commit_timeout=60), counter.mark()

@@ -18,8 +18,8 @@ from megapromoe.cli import main
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.starting_weights import newest_checkpoint, open_start
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.engine import deepspeed_adapter
 from megapromoe.engine.averaged_weights import EMA
+from megapromoe.engine.deepspeed_backend import partitions
 from megapromoe.engine.engine import Engine
 from megapromoe.errors import UserError
 from megapromoe.training.initializing import start_from_weights
@@ -99,7 +99,7 @@ def test_the_start_does_not_depend_on_the_layout(case, tmp_path):
 def peaks(settings: tuple[str, ...]) -> dict[str, int]:
     config = small(*settings)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
-    deepspeed_adapter.GATHERED = 1 << 14  # as small against these tensors as it is against those of real models
+    partitions.GATHERED = 1 << 14  # as small against these tensors as it is against those of real models
     with Counter() as counter:
         engine = Engine.new(config, mesh, "cpu")
         ema = EMA(engine, config.train.ema_decays)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,17 @@ def distinct(texts: list[str]) -> list[str]:
     return list({repr(small(text)): text for text in reversed(texts)}.values())[::-1]
 
 
+STARTS = count()
+
+
+def start_processes(*arguments, start_method: str, real=torch.multiprocessing.start_processes, **options):
+    """The first call is torch's. Later ones fork from the server of the workers, which has imported everything."""
+    if next(STARTS):
+        processes.start_server()
+        start_method = "forkserver"
+    return real(*arguments, start_method=start_method, **options)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("text", distinct(forms("run", cheap=False)))
 def test_every_other_command_runs(text, workspace, monkeypatch):
@@ -256,6 +268,7 @@ def test_every_other_command_runs(text, workspace, monkeypatch):
             shutil.rmtree(workspace / word, ignore_errors=True)
     if words[0] == "benchmark":  # it starts processes of its own, which a worker may not
         monkeypatch.chdir(workspace)
+        monkeypatch.setattr(torch.multiprocessing, "start_processes", start_processes)
         assert cli.main(words) == 0
         return
     if words[0] == "study" and words[1] in ("collect", "plot"):

@@ -1,6 +1,6 @@
 """Hangs without a launcher that keeps the store: rank 0 holds it, as under srun, and takes it along.
 
-Processes are real and started one by one, so that nothing but the watchdog ends them.
+Each rank is a process of its own, so that nothing but the watchdog ends it.
 """
 
 import os
@@ -15,33 +15,38 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.forked_ranks import ForkedRank
 
 pytestmark = pytest.mark.full
 
 RANKS = 3
 TINY = ["--preset", "digits", "train.log_every=1", "train.global_batch=12", "model.hidden_size=32", "model.depth=2"]
-STARTED: list[subprocess.Popen] = []
+STARTED: list[ForkedRank | subprocess.Popen] = []
 
 
-def start(folder: Path, *words: str, world: int = RANKS, program: str = "") -> list[subprocess.Popen]:
-    """`megapromoe WORDS` on every rank, by environment variables alone; each writes the file `output-RANK`."""
+def start(folder: Path, *words: str, world: int = RANKS, call: str = "sys.exit(main())") -> list[ForkedRank]:
+    """`megapromoe WORDS` on every rank, by environment variables alone; each writes the file `output-RANK`.
+
+    Args:
+        call: Python that runs the command line, with the names of `support.hanging`.
+    """
     folder.mkdir(exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
     jobs = []
     for rank in range(world):
         ranks = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-        env = clean | {name: str(value) for name, value in ranks.items()}
+        env = clean_environment() | {name: str(value) for name, value in ranks.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        with open(folder / f"output-{rank}", "wb") as out:
-            command = [sys.executable, "-m", "megapromoe", *words]
-            if program:  # Python, with the folder of the tests as its first argument
-                command = [sys.executable, "-c", program, str(Path(__file__).parents[1]), *words]
-            jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
+        jobs.append(ForkedRank(list(words), env, folder / f"output-{rank}", call))
     STARTED.extend(jobs)
     return jobs
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of the tests, without the variables of launchers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +57,6 @@ def nothing_is_left_running():
         if job.poll() is None:
             job.kill()
         job.wait()
-
-
-def hanging(call: str) -> str:
-    """The program of `start` that calls a function of `support.hanging`."""
-    return f"import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; {call}"
 
 
 def output_of(folder: Path, rank: int) -> str:
@@ -107,7 +107,7 @@ def test_a_hung_job_leaves_the_stacks_of_every_rank_that_runs(tmp_path):
     """One rank waits for its data; all say where each of their threads is, and the one to blame is named."""
     jobs = start(
         tmp_path, "train", "--run-dir", str(tmp_path / "run"), *TINY, "train.steps=100000", "train.step_timeout=4",
-        program=hanging("hang_at(2, 4)"),
+        call="hang_at(2, 4)",
     )  # fmt: skip
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     assert [job.returncode for job in jobs] == [76] * RANKS
@@ -121,7 +121,7 @@ def test_a_hung_job_leaves_the_stacks_of_every_rank_that_runs(tmp_path):
 def test_a_rank_that_hangs_before_the_first_step_is_named(tmp_path):
     jobs = start(
         tmp_path, "train", "--run-dir", str(tmp_path / "run"), *TINY, "train.step_timeout=4", "train.timeout=30",
-        program=hanging("hang_at(1, 0)"),
+        call="hang_at(1, 0)",
     )  # fmt: skip
     wait_until(lambda: all(job.poll() is not None for job in jobs), tmp_path)
     for rank in range(RANKS):
@@ -148,7 +148,7 @@ def test_a_rank_that_freezes_while_it_saves_is_named(last, tmp_path, fault_table
     """Between two steps as well as at the end, where all the others wait for its file."""
     settings = ["train.save_every=3", f"train.steps={3 if last else 1000}", "train.step_timeout=4", "train.timeout=24"]
     call = f"patient_start(); hang_in(1, {WRITE!r}, freeze)"
-    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, call=call)
     started = time.monotonic()
     assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
     assert "silent: rank 1, last in " in output_of(tmp_path, 0), output_of(tmp_path, 0)
@@ -167,7 +167,7 @@ def test_a_rank_whose_disk_hangs_while_it_saves_fails_the_save_and_is_named_by_t
     """The rank trains on meanwhile: its first save fails after half of `train.timeout`, and training continues."""
     settings = ["train.save_every=100", "train.steps=100000", "train.step_timeout=4", "train.timeout=24"]
     call = f"patient_start(); hang_in(1, {WRITE!r})"
-    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, call=call)
     assert end_of(jobs, tmp_path) == [76, 76], output_of(tmp_path, 0)
     for rank in (0, 1):
         text = output_of(tmp_path, rank)
@@ -212,7 +212,7 @@ def test_a_hang_in_sampling_and_in_evaluation_is_named(command, target, place, t
         "--run-dir",
         str(trained),
         world=2,
-        program=hanging(f"patient_start(); hang_in(1, {target!r})"),
+        call=f"patient_start(); hang_in(1, {target!r})",
     )
     assert end_of(jobs, tmp_path) == [76, 76], output_of(tmp_path, 0)
     for rank in (0, 1):
@@ -227,7 +227,7 @@ def test_many_steps_of_a_drawing_are_no_hang(tmp_path):
     """It takes three times the limit."""
     settings = ["train.steps=2", "train.sample_every=2", "train.step_timeout=4", "sample.steps=24", "sample.batch=64"]
     call = "patient_start(); slow_sampler(0.5)"
-    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, call=call)
     assert end_of(jobs, tmp_path) == [0, 0], output_of(tmp_path, 0)
     assert list((tmp_path / "run" / "samples").glob("step-*2.png"))
 
@@ -238,19 +238,19 @@ MICRO_STEP = "megapromoe.engine.engine:Engine.micro_step"
 def test_a_first_step_that_compiles_may_take_longer(tmp_path):
     """The same pause is a hang in any other step."""
     settings = ["train.steps=3", "train.step_timeout=3", "train.timeout=60"]
-    for name, call, codes in (("first", 1, [0, 0]), ("second", 2, [76, 76])):
-        program = f"patient_start(); compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {call})"
+    for name, step, codes in (("first", 1, [0, 0]), ("second", 2, [76, 76])):
+        call = f"patient_start(); compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {step})"
         folder = tmp_path / name
         folder.mkdir()
         words = training(folder, *settings, "train.compile=true")
-        assert end_of(start(folder, *words, world=2, program=hanging(program)), folder) == codes, output_of(folder, 0)
+        assert end_of(start(folder, *words, world=2, call=call), folder) == codes, output_of(folder, 0)
 
 
 def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fault_table):
     """Before the collectives of the others give up, which name nobody."""
     settings = ["train.step_timeout=4", "train.timeout=24", "train.compile=true"]
-    program = f"patient_start(); compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
-    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(program))
+    call = f"patient_start(); compile_by_graph(); hang_in(1, {MICRO_STEP!r}, freeze)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, call=call)
     assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
     text = output_of(tmp_path, 0)
     # It freezes as this section begins, and may have reported only the one before.
@@ -263,9 +263,10 @@ def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fa
 
 def test_a_rank_that_freezes_while_it_reads_the_checkpoint_is_named(trained, tmp_path, fault_table):
     shutil.copytree(trained, tmp_path / "run")
-    settings = ["train.steps=100", "train.step_timeout=4", "train.timeout=48", "sample.steps=4", "sample.batch=4"]
-    call = "hang_in(1, 'megapromoe.checkpoint.format:Checkpoint.verify', freeze)"
-    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, program=hanging(call))
+    settings = ["train.steps=100", "train.step_timeout=4", "train.timeout=24", "sample.steps=4", "sample.batch=4"]
+    place, target = "reading the checkpoint", "megapromoe.checkpoint.format:Checkpoint.verify"
+    call = f"patient_start({place!r}); hang_in(1, {target!r}, freeze)"
+    jobs = start(tmp_path, *training(tmp_path, *settings), world=2, call=call)
     assert end_of(jobs, tmp_path, frozen=1) == [76], output_of(tmp_path, 0)
     assert "silent: rank 1, last in start-up: reading the checkpoint" in output_of(tmp_path, 0), output_of(tmp_path, 0)
     fault_table.append(
@@ -288,7 +289,7 @@ def test_a_rank_that_freezes_in_encode_is_named_and_the_repeated_command_continu
     words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
     words += ["--shard-size", "4", "--step-timeout", "4"]
     call = f"patient_start(); hang_in({frozen}, 'megapromoe.data.encode:_write_shard', freeze, 2)"
-    jobs = start(tmp_path, *words, world=2, program=hanging(call))
+    jobs = start(tmp_path, *words, world=2, call=call)
     assert end_of(jobs, tmp_path, frozen=frozen) == [76], output_of(tmp_path, 1 - frozen)
     text = output_of(tmp_path, 1 - frozen)
     blamed = "the process that holds the job's store" if frozen == 0 else "silent: rank 1, last in shard"
@@ -307,17 +308,27 @@ def test_a_rank_that_freezes_in_encode_is_named_and_the_repeated_command_continu
     )
 
 
+# torchrun, which gives a rank that SIGTERM does not end 5 s instead of 30 before it sends SIGKILL.
+TORCHRUN = """
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.run import main
+death_signal, _ = PContext.close.__defaults__
+PContext.close.__defaults__ = (death_signal, 5)
+main()
+"""
+
+
 def test_a_rank_that_freezes_in_encode_under_torchrun_is_named(tmp_path):
     """There the launcher keeps the store, and ends the frozen rank."""
     source, out = images(tmp_path / "images"), tmp_path / "latents"
     words = ["encode", "--images", str(source), "--autoencoder", "none", "--resolution", "8", "--out", str(out)]
     words += ["--shard-size", "4", "--step-timeout", "4"]
-    program = hanging("hang_in(1, 'megapromoe.data.encode:_write_shard', freeze, 2)")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *;"
+    program += " hang_in(1, 'megapromoe.data.encode:_write_shard', freeze, 2)"
+    command = [sys.executable, "-c", TORCHRUN, "--standalone", "--nproc-per-node", "2", "--no-python"]
     command += [sys.executable, "-c", program, str(Path(__file__).parents[1]), *words]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
     with open(tmp_path / "output-0", "wb") as output:
-        job = subprocess.Popen(command, env=clean, stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(command, env=clean_environment(), stdout=output, stderr=subprocess.STDOUT)
     STARTED.append(job)
     assert end_of([job], tmp_path) == [1]
     text = output_of(tmp_path, 0)

@@ -15,6 +15,8 @@ for line in (['show', '--preset', 'digits'], ['show', 'model.dept=3'], ['train',
 START = """
 import sys, tempfile
 from megapromoe import cli
+import megapromoe.engine.deepspeed_backend.adapter, megapromoe.training.loop
+assert "matplotlib" not in sys.modules, "only the rank that draws needs it"
 settings = ["train.steps=1", "model.depth=2", "model.hidden_size=32", "train.deepspeed=fp32_zero1"]
 assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() + "/run", *settings]) == 0
 """
@@ -27,7 +29,7 @@ assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() 
         ("import megapromoe.commands.plan", ["torch", "matplotlib"]),
         (HELP_AND_SHOW, ["torch"]),
         # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
-        ("import megapromoe.sampling.generation", ["deepspeed"]),
+        ("import megapromoe.sampling.generation", ["deepspeed", "matplotlib"]),
         # Each takes a second of every rank: Muon, which DeepSpeed imports, is compiled; the digits are a file.
         (START, ["torch._inductor.compile_fx", "sklearn"]),
     ],

@@ -13,10 +13,10 @@ from megapromoe.imports import uncollected
 
 # Imported before the ranks meet: on a busy machine it may take longer than these tests let a start-up last.
 with uncollected():
-    import megapromoe.engine.deepspeed_adapter
+    import megapromoe.engine.deepspeed_backend.start
     import megapromoe.training.loop  # noqa: F401
 
-    megapromoe.engine.deepspeed_adapter.import_muon()
+    megapromoe.engine.deepspeed_backend.start.import_muon()
 
 
 def wait_for_ever(*_, **__) -> None:
@@ -93,8 +93,13 @@ def compile_by_graph() -> None:
     parallelize.compile_model = lambda model: real(model, "aot_eager")
 
 
-def patient_start() -> None:
-    """The start-up is not watched, in which a busy machine may need any time for imports and compilers."""
+def patient_start(watched: str | None = None) -> None:
+    """The start-up is not watched, in which a busy machine may need any time for imports and compilers.
+
+    Args:
+        watched: a place of the start-up that is watched nevertheless.
+    """
     from megapromoe.distributed import watchdog
 
-    watchdog.starting = lambda *arguments, **options: watchdog.pause()
+    real = watchdog.starting
+    watchdog.starting = lambda place, *more: real(place, *more) if place == watched else watchdog.pause()

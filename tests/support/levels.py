@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-# The files that take longest, waiting and computing by turns: they begin first, side by side.
+# The files that take longest begin first. Those of hangs and of SLURM mostly wait: side by side they would leave
+# processors idle, so files that compute stand between them.
 LONGEST = (
-    *("test_hangs.py", "test_equality.py", "test_slurm.py", "test_killed_jobs.py", "test_compiled.py"),
-    *("test_stopped_jobs.py", "test_documented_commands.py", "test_planned_memory.py"),
+    *("test_hangs.py", "test_equality.py", "test_killed_jobs.py", "test_compiled.py", "test_slurm.py"),
+    *("test_stopped_jobs.py", "test_documented_commands.py", "test_planned_memory.py", "test_launches.py"),
+    *("test_deepspeed_keys.py", "test_fuzz.py", "test_layout_change.py"),
 )
 
 

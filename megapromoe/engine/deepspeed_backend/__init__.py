@@ -1,0 +1,1 @@
+"""DeepSpeed as a `ShardedBackend`. Everything that depends on its internals is in this folder."""
