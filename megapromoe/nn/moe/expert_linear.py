@@ -167,7 +167,7 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
-        if self._runs_at_once(x_RD):
+        if isinstance(offsets.host_end_E, list) and self._runs_at_once(x_RD):
             parameters = *self.fc1.parameters_in(x_RD.dtype), *self.fc2.parameters_in(x_RD.dtype)
             return looped_mlp(x_RD, *parameters, offsets.host_end_E)
         hidden_RF = self.fc1(x_RD, offsets)
