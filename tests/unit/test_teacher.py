@@ -24,6 +24,7 @@ from megapromoe.data.sample_stream import SampleStream
 from megapromoe.data.sources import open_dataset, open_teacher_features
 from megapromoe.data.teacher import FOLDER, TeacherError, open_teacher, teacher_beside
 from megapromoe.nn.alignment import PROJECTOR_PARAMETERS, Projector, alignment_loss
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
 from megapromoe.planning.cost import flops_per_image, parameters
@@ -202,6 +203,29 @@ def test_the_projector_is_counted_and_runs_in_training_alone(text):
     expected = 0.5 * alignment_loss(auxiliary.projected_BSW, teacher)
     assert torch.equal(losses["alignment"], expected[None]) and set(auxiliary.losses) < set(losses)
     assert model.eval()(*inputs)[1].projected_BSW is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("align_block", [1, 2])
+def test_compiled_blocks_give_the_same_tokens(align_block):
+    """Also where pairs of blocks are one graph, and the aligned block would be the first of a pair."""
+    words = ("data.source=synthetic", "model.hidden_size=16", "model.depth=2", "model.heads=2", "model.input_size=8")
+    aligned = (f"model.align_block={align_block}", "model.align_width=6", "model.align_hidden=20")
+    config = resolve(overrides=(*words, *aligned, "model.num_experts=2"))
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.tensor([1, 1000]), 1
+    teacher, losses, gradients = torch.randn(2, 6, 4, 4), [], []
+    for compiled in (False, True):
+        model = build(config).train()
+        for p in model.parameters():  # what starts at zero would hide the blocks
+            torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(p.numel()))
+        if compiled:
+            compile_model(model, "eager")
+        loss = model(*inputs)[1].aligned(teacher, 1.0).losses["alignment"].sum()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(model.blocks[0].attn.qkv.weight.grad.clone())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6) and gradients[0].any()
 
 
 # ---- what is refused
