@@ -20,6 +20,7 @@ AUXILIARY_LOSSES = {
     "balance": "balance_loss",
     "classification": "classification_loss",
     "capacity": "capacity_loss",
+    "alignment": "alignment_loss",
 }
 # Losses of users' routers are logged as "NAME_loss".
 LOSSES = (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS)

@@ -17,6 +17,7 @@ from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import tensors_on_rank
 
 TRAINING_BYTES = 3 * 4  # per parameter: fp32 master weight and two moments
+MUON_BYTES = 2 * 4  # per parameter that Muon updates: fp32 master weight and its momentum
 AVERAGE_BYTES = 4  # per parameter and decay: the averaged weight
 PICTURE_SIDE = 64  # pixels to which small images are enlarged, as in `diffusion/image_grid.py`
 SIMULATED_SAVES = 2000  # the saves for which `most_at_once` simulates the removal of old checkpoints
@@ -65,7 +66,9 @@ def disk(config: Config, step_seconds: float | None = None) -> DiskUsage:
     saves = math.ceil(t.steps / between)
     averages = AVERAGE_BYTES * len(t.ema_decays)
     return DiskUsage(
-        checkpoint=elements(config) * (TRAINING_BYTES + averages) + buffer_bytes(config),
+        checkpoint=elements(config) * (TRAINING_BYTES + averages)
+        - muon_elements(config) * (TRAINING_BYTES - MUON_BYTES)
+        + buffer_bytes(config),
         snapshot=elements(config) * averages + buffer_bytes(config),
         checkpoints=saves,
         snapshots=t.steps // t.snapshot_every if t.snapshot_every else 0,
@@ -120,9 +123,18 @@ def elements(config: Config) -> int:
 
     If the number of experts is not a multiple of ep, the expert tensors are padded, and the padding is saved too.
     """
+    return _elements(config, None)
+
+
+def muon_elements(config: Config) -> int:
+    """Those of `elements` that Muon updates; none with another `train.optimizer`."""
+    return _elements(config, True) if config.train.optimizer == "muon" else 0
+
+
+def _elements(config: Config, hidden: bool | None) -> int:
     ep = config.parallel.ep
     layout = Layout(world=ep, tp=1, ep=ep, dp=ep, edp=1, etp=1, micro_batch=1)
-    replicated, routed = tensors_on_rank(config.model, layout)
+    replicated, routed = tensors_on_rank(config.model, layout, hidden)
     return sum(replicated) + ep * sum(routed)
 
 

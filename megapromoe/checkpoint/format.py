@@ -1,4 +1,4 @@
-"""The checkpoint format: fp32 master weights, AdamW's moments and averages, independent of the parallel layout.
+"""The checkpoint format: fp32 master weights, moments and averages, independent of the parallel layout.
 
 A checkpoint is a folder ``step-00001000`` with a file ``rank-00000.safetensors`` for each rank and a ``manifest.json``.
 The manifest maps each entry of a file to elements of a full (unsharded) parameter, and records the size and the hash of
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 """The kinds of tensors in every checkpoint. A run with several decays also has a kind for each further average."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum"
+"""The kind that parameters which Muon updates have in place of AdamW's `MOMENTS`; the manifest lists them."""
 
 
 def all_kinds(averages: Iterable[str]) -> tuple[str, ...]:
@@ -55,6 +58,10 @@ class OtherModel(CheckpointError):
     """An undamaged checkpoint of another model."""
 
 
+class OtherOptimizer(OtherModel):
+    """An undamaged checkpoint whose optimizer state another optimizer cannot continue."""
+
+
 class Checkpoint:
     """A complete checkpoint folder, opened for reading. Tensors are read on demand.
 
@@ -64,6 +71,7 @@ class Checkpoint:
         shapes: parameter name -> shape of the full tensor.
         averages: kind of tensors -> state of each average; the first is `ema`.
         kinds: the kinds of tensors that it contains: `KINDS` and the further averages, or only averages in a snapshot.
+        with_momentum: the parameters that Muon updates, which have `MOMENTUM` in place of `MOMENTS`.
     """
 
     def __init__(self, folder: Path):
@@ -83,7 +91,9 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: is a symbolic link out of its folder; put the file itself in its place")
         self.shapes: dict[str, list[int]] = self.manifest["shapes"]
         self.averages: dict[str, Average] = kinds_of_averages(self.manifest)
-        self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", all_kinds(self.averages)))
+        self.with_momentum = frozenset(self.manifest.get("with_momentum", ()))
+        kinds = all_kinds(self.averages) + ((MOMENTUM,) if self.with_momentum else ())
+        self.kinds: tuple[str, ...] = tuple(self.manifest.get("kinds", kinds))
         self._parts: dict[str, list[tuple[str, int, int, list]]] = {}
         for entry in self.manifest["ranks"]:
             for name, start, stop, view in entry["parts"]:
@@ -158,6 +168,8 @@ class Checkpoint:
                 f"{self.folder}: is a snapshot of {', '.join(self.kinds)} alone and has no {kind}; use --weights ema,"
                 " or the step of a checkpoint"
             )
+        if kind in MOMENTS and name in self.with_momentum:
+            raise CheckpointError(f"{self.folder}: {name} is updated by Muon and has no {kind}, only {MOMENTUM}")
         if target.has_padding:
             out.zero_()
         for file, source in self._sources(name):
@@ -209,6 +221,21 @@ def check_model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -
         raise OtherModel(
             f"{checkpoint.folder}: this checkpoint is of another model (None: it has no such parameter)\n  {shown}\n"
             "Use the config it was trained with, or another run directory."
+        )
+
+
+def check_optimizer(checkpoint: Checkpoint, with_momentum: frozenset[str]) -> None:
+    """Raises OtherOptimizer if the checkpoint has only a momentum of parameters that AdamW updates.
+
+    Args:
+        with_momentum: the parameters that Muon updates from now on. Their momentum starts at zero if there is none.
+    """
+    if missing := sorted(checkpoint.with_momentum - with_momentum):
+        raise OtherOptimizer(
+            f"{checkpoint.folder}: its optimizer was Muon for {len(missing)} parameters ({missing[0]} ...), of which it"
+            " has no moments of AdamW; continue with train.optimizer=muon, or write its weights as another run, whose"
+            " moments start at zero, by `megapromoe convert RUN OTHER --to ours`, and continue that with"
+            " --allow train.optimizer"
         )
 
 

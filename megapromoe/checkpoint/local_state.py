@@ -66,10 +66,11 @@ def view_state(engine: Engine, items: Iterable[tuple[str, Piece, Tensor]], buffe
 
 
 def local_tensors(engine: Engine, ema: EMA, kinds: tuple[str, ...]) -> Iterator[tuple[str, Piece, Tensor]]:
-    """Yields (kind, piece, flat tensor) for all pieces on this rank and these kinds, for `view_state`."""
+    """Yields (kind, piece, flat tensor) for all pieces on this rank and those of the kinds that each has."""
     for piece, tensors in local_pieces(engine, ema):
         for kind in kinds:
-            yield kind, piece, tensors[kind]
+            if kind in tensors:
+                yield kind, piece, tensors[kind]
 
 
 def local_pieces(engine: Engine, ema: EMA) -> Iterator[tuple[Piece, dict[str, Tensor]]]:

@@ -24,11 +24,13 @@ import torch
 
 from megapromoe.checkpoint.average import averages_at_start
 from megapromoe.checkpoint.format import (
+    MOMENTUM,
     Checkpoint,
     CheckpointError,
     OtherModel,
     all_kinds,
     check_model,
+    check_optimizer,
     commit,
     write_rank,
 )
@@ -117,7 +119,7 @@ class CheckpointManager:
         engine = self.engine
         buffers = {n: b for n, b in engine.module.state_dict().items() if n not in engine.layouts}
         averages, destinations = average_kinds(self.ema.decays), []
-        kinds = all_kinds(averages) if checkpoint else averages
+        kinds = (*all_kinds(averages), MOMENTUM) if checkpoint else averages
         if checkpoint:  # written first: a job that is about to be killed can resume from it
             destinations.append(Destination(folder_of(self.root, metadata["step"]), kinds))
         if snapshot:
@@ -131,6 +133,8 @@ class CheckpointManager:
             return
         shapes = {name: list(layout.shape) for name, layout in engine.layouts.items()}
         metadata = {**metadata, "shapes": shapes, "buffers": sorted(buffers)}
+        if engine.hidden_parameters:
+            metadata["with_momentum"] = sorted(engine.hidden_parameters)
         self._step = metadata["step"]
         self.save_metrics = {"save_stall_ms": 1000 * (time.perf_counter() - start), "save_bytes": float(total)}
         self._problem = "its thread ended early"  # `_write` replaces this when it ends
@@ -280,6 +284,7 @@ def resume(
         try:
             checkpoint = Checkpoint(folder_of(root, candidate))
             check_model(checkpoint, {name: layout.shape for name, layout in engine.layouts.items()})
+            check_optimizer(checkpoint, engine.hidden_parameters)
             if accept:
                 accept(checkpoint.folder, checkpoint.manifest)
             checkpoint.verify(this_rank(), world_size())
@@ -328,14 +333,21 @@ def restore(
     Args:
         engine, ema: their state is overwritten.
         checkpoint: of the same logical model, saved at any layout.
-        updates: number of AdamW steps that the moments contain.
+        updates: number of updates that the moments contain.
         sources: kind of each average -> the kind that it is restored from, if that is another one.
     """
+    hidden = engine.hidden_parameters
+    begun = hidden - checkpoint.with_momentum if hidden else hidden
+    if begun and this_rank() == 0:
+        logger.info("train.optimizer: the momentum of %d parameters, which Muon updates, begins at zero", len(begun))
     for piece, tensors in local_pieces(engine, ema):
         watchdog.touch()
         target = engine.layouts[piece.name].shard_range(engine.mesh, piece.start, piece.stop)
-        for kind in all_kinds(average_kinds(ema.decays)):
-            checkpoint.read_range((sources or {}).get(kind, kind), piece.name, target, tensors[kind])
+        for kind, tensor in tensors.items():
+            if kind == MOMENTUM and piece.name in begun:
+                tensor.zero_()
+            else:
+                checkpoint.read_range((sources or {}).get(kind, kind), piece.name, target, tensor)
     for name, tensor in engine.module.state_dict().items():
         if name not in engine.layouts:
             tensor.copy_(checkpoint.buffer(name))

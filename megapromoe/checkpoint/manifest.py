@@ -167,11 +167,17 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
     config = content.get("config", {})
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         yield "config: must be a mapping of sections"
+    with_momentum = content.get("with_momentum", [])
+    if not isinstance(with_momentum, list) or not all(isinstance(name, str) for name in with_momentum):
+        yield "with_momentum: must be a list of names"
+        with_momentum = []
     shapes, ranks = content.get("shapes"), content.get("ranks")
     if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
         yield "shapes: must be a list of whole numbers for each parameter"
     elif not isinstance(ranks, list) or not ranks:
         yield "ranks: must be a list of the ranks' files"
+    elif not set(with_momentum) <= set(shapes):
+        yield f"with_momentum: {_short(sorted(set(with_momentum) - set(shapes))[0])} is no parameter"
     else:
         yield from _rank_problems(shapes, ranks)
 

@@ -10,7 +10,7 @@ from typing import Any
 from megapromoe.checkpoint.manifest import CheckpointError
 from megapromoe.config.options import UNSET, Config, to_dict
 
-# Sections and fields that must not change during a run: the network, the data, the objective, AdamW's update.
+# Sections and fields that must not change during a run: the network, the data, the objective, the update.
 # All others may change between starts: the parallel layout, sampling, the number of steps, logging and saving,
 # and what is tuned during a run: the learning rate and its schedule, clipping and the decay of the average.
 FIXED = (
@@ -19,7 +19,8 @@ FIXED = (
     *(f"data.{name}" for name in ("condition_dropout", "condition_dropout_stratum")),
     "diffusion",
     *(f"train.{name}" for name in ("seed", "global_batch", "accumulation")),
-    *(f"train.{name}" for name in ("beta1", "beta2", "eps", "weight_decay")),
+    *(f"train.{name}" for name in ("optimizer", "beta1", "beta2", "eps", "weight_decay")),
+    *(f"train.muon_{name}" for name in ("momentum", "nesterov", "steps", "scale")),
 )
 
 

@@ -43,7 +43,7 @@ from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, UserError
-from megapromoe.io import open_regular, staging_path, write_json, write_text
+from megapromoe.io import open_regular, sha256_of_json, staging_path, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -417,17 +417,22 @@ def _described_latents(config: Config) -> dict[str, Any] | None:
 def data_identity(config: Config) -> str | None:
     """SHA-256 of the manifest of the latents that a run trains on; None for other sources, or if it cannot be read.
 
-    With `model.condition=text` that of the captions' manifest, which contains the latents' and the encoder's. Opening
-    the data set later raises the reason.
+    With `model.condition=text` that of the captions' manifest, which contains the latents' and the encoder's; with
+    `model.align_block` a hash of it and of that of the teacher's features. Opening the data set later raises the
+    reason.
     """
     if config.data.source != "latents":
         return None
     from megapromoe.data.datasets import DatasetError  # these import numpy and safetensors
     from megapromoe.data.latents import read_manifest
+    from megapromoe.data.teacher import FOLDER as TEACHER
     from megapromoe.data.text_features import FOLDER, read_text_manifest
 
     folder = Path(config.data.path)
     try:
-        return (read_text_manifest(folder / FOLDER) if config.model.has_text else read_manifest(folder)).identity
+        identity = (read_text_manifest(folder / FOLDER) if config.model.has_text else read_manifest(folder)).identity
+        if config.model.align_block:
+            return sha256_of_json([identity, read_manifest(folder / TEACHER).identity])
+        return identity
     except DatasetError:
         return None

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, launch) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from megapromoe.data import latents, text_features
+    from megapromoe.data import latents, teacher, text_features
 
     text = text_features.text_folder(options.folder)
     if options.text_encoder and text is None:
@@ -81,8 +81,28 @@ def _check(options: argparse.Namespace) -> int:
     elif (options.folder / text_features.FOLDER).is_dir():
         problems.append(f"{options.folder / text_features.FOLDER} is not finished; repeat megapromoe encode")
         print(problems[-1])
+    if (options.folder / teacher.FOLDER).is_dir():
+        problems += _check_teacher(options.folder)
     print(f"{len(problems)} problems" if problems else "no problems")
     return 1 if problems else 0
+
+
+def _check_teacher(folder: Path) -> list[str]:
+    """Checks the teacher's features beside latents; prints what they are and their problems, and returns these."""
+    from megapromoe.data.datasets import DatasetError
+    from megapromoe.data.latents import Latents, check
+    from megapromoe.data.teacher import teacher_beside
+
+    try:
+        features = teacher_beside(Latents(folder))
+        problems = check(features.folder)
+    except DatasetError as error:
+        problems = [str(error)]
+    else:
+        print(*_facts(features.folder, features.manifest), sep="\n")
+    for problem in problems:
+        print(problem)
+    return problems
 
 
 def _check_latents(folder: Path) -> list[str]:

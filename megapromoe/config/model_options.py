@@ -1,6 +1,6 @@
 """The options of the network, `model.*`; see `options.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megapromoe.config import class_groups, extensions
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, option
@@ -166,6 +166,17 @@ class ModelConfig:
         ("batch", "sequence"),
     )
     capacity_predictor_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
+    align_block: int = option(
+        0,
+        "number of blocks after which tokens are aligned with the features of a teacher in training (REPA), which"
+        " `megapromoe encode --teacher` has stored; 0: no alignment",
+        within=ZERO_UP,
+    )
+    align_width: int = option(0, "align_block: channels of the teacher's features", within=ZERO_UP)
+    align_hidden: int = option(
+        2048, "align_block: width of the hidden layers of the projector from tokens to features", within=ONE_UP
+    )
+    align_weight: float = option(0.5, "align_block: weight of the alignment loss", within=POSITIVE)
     threshold_decay: float = option(
         0.95, "DiffMoE: decay of the running score thresholds at each step", within="[0, 1)"
     )
@@ -244,6 +255,11 @@ class ModelConfig:
     def null_class(self) -> int:
         """The label of images without a class."""
         return self.num_classes
+
+    @property
+    def without_alignment(self) -> "ModelConfig":
+        """The model without the projector of `align_block`, which only training needs."""
+        return replace(self, align_block=0, align_width=0)
 
     def tokens_per_expert(self, tokens: int) -> int:
         """Number of tokens, of `tokens`, that each expert takes under expert choice: int(tokens / E * top_k).

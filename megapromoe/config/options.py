@@ -123,6 +123,12 @@ class DiffusionConfig:
     # Above 2 / (pi - 2) or below -1 the map from uniform to mode time is not monotonic (arXiv 2403.03206, 3.1).
     mode_scale: float = option(1.29, "rf: scale of mode sampling; larger: more middle times", within="[-1, 1.7519]")
     shift: float = option(1.0, "rf: factor that shifts the times towards noise; 1: no shift", within=POSITIVE)
+    shift_base: int = option(
+        0,
+        "rf: side of the latents at which the times need no shift; diffusion.shift is multiplied by the square root of"
+        " how many times more pixels latents of model.input_size have; 0: only diffusion.shift",
+        within=ZERO_UP,
+    )
 
 
 @dataclass(frozen=True)
@@ -158,16 +164,32 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW: decay of the first moment", within="[0, 1)")
     beta2: float = option(0.999, "AdamW: decay of the second moment", within="[0, 1)")
     eps: float = option(1e-8, "AdamW: epsilon", within=POSITIVE)
-    weight_decay: float = option(0.0, "AdamW: weight decay", within=ZERO_UP)
+    weight_decay: float = option(0.0, "AdamW and Muon: weight decay", within=ZERO_UP)
     warmup: int = option(
         0,
         "length of the linear warm-up of the learning rate, in steps; a preset's is at most a tenth of train.steps",
         within=ZERO_UP,
     )
-    schedule: str = option("constant", "course of the learning rate after the warm-up", ("constant", "cosine"))
-    min_lr: float = option(0.0, "learning rate at the end of the cosine schedule", within=ZERO_UP)
+    schedule: str = option(
+        "constant",
+        "course of the learning rate after the warm-up: constant; a cosine to train.min_lr; or constant until"
+        " train.decay_start and then a decay to train.min_lr (warm-up, stable, decay: wsd)",
+        ("constant", "cosine", "wsd"),
+    )
+    decay_start: float = option(
+        0.8, "wsd: where the decay begins, as a step, or below 1 as a fraction of train.steps", within=POSITIVE
+    )
+    decay_shape: str = option(
+        "1-sqrt",
+        "wsd: course of the decay, at a share p of it: 1 - p (linear) or 1 - sqrt(p) (1-sqrt)",
+        ("linear", "1-sqrt"),
+    )
+    min_lr: float = option(0.0, "learning rate at the end of the schedules cosine and wsd", within=ZERO_UP)
     max_grad_norm: float = option(
-        0.5, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping", within=ZERO_UP
+        0.5,
+        "largest gradient norm; larger gradients are scaled down to it; 0: no clipping; with Muon it is the norm of"
+        " AdamW's parameters, which alone are clipped",
+        within=ZERO_UP,
     )
     ema_decay: float | tuple[float, ...] = option(
         0.9999,
@@ -179,7 +201,27 @@ class TrainConfig:
     ema_warmup: bool = option(
         False, "use decay min(ema_decay, (1 + t) / (10 + t)) at update t; fixed at the first start of a run"
     )
-    optimizer: str = option("adamw", "optimizer", ("adamw",))
+    optimizer: str = option(
+        "adamw",
+        "optimizer: AdamW, or Muon for the matrices of attention, MLPs and experts and AdamW for all other parameters",
+        ("adamw", "muon"),
+    )
+    muon_lr: float = option(
+        0.0,
+        "Muon: peak learning rate, which follows the same schedule as train.lr, that of AdamW; 0: train.lr",
+        within=ZERO_UP,
+    )
+    muon_momentum: float = option(0.95, "Muon: decay of the momentum", within="[0, 1)")
+    muon_nesterov: bool = option(True, "Muon: Nesterov's momentum")
+    muon_steps: int = option(
+        5, "Muon: number of Newton-Schulz steps by which a matrix is orthogonalised", within="[1, 100]"
+    )
+    muon_scale: str = option(
+        "match_rms_adamw",
+        "Muon: factor of an update of m outputs and n inputs: 0.2 * sqrt(max(m, n)), which suits learning rates of"
+        " AdamW (match_rms_adamw), or sqrt(max(1, m / n)) (original)",
+        ("match_rms_adamw", "original"),
+    )
     adamw_backend: str = option(
         "torch",
         "AdamW: implementation of the fused update; 'fused' compiles one of its own, which includes clipping, averaged"
@@ -265,6 +307,11 @@ class TrainConfig:
         return range(int(match[1]), int(match[2]) + 1) if match else range(0)
 
     @property
+    def decay_start_step(self) -> int:
+        """The number of steps before the decay of the schedule wsd."""
+        return round(self.decay_start * self.steps) if self.decay_start < 1 else int(self.decay_start)
+
+    @property
     def ema_decays(self) -> tuple[float, ...]:
         """The decays of `ema_decay`, one or more; the first is that of previews and the default of commands."""
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
@@ -293,6 +340,15 @@ class Config:
     diffusion: DiffusionConfig = DiffusionConfig()
     sample: SampleConfig = SampleConfig()
     train: TrainConfig = TrainConfig()
+
+    @property
+    def time_shift(self) -> float:
+        """The shift of times in training and sampling: `diffusion.shift`, and sqrt(m / n) for m pixels instead of n.
+
+        Source: Esser et al. 2024 (Stable Diffusion 3), section 5.3.2.
+        """
+        base = self.diffusion.shift_base
+        return self.diffusion.shift * (math.sqrt(self.model.input_size**2 / base**2) if base else 1.0)
 
     def layout(self, world: int) -> Layout:
         """The sizes of the process groups over `world` ranks. Raises ConfigError where a size does not divide."""

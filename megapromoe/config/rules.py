@@ -81,6 +81,7 @@ def rules(config: Config) -> Iterator[Rule]:
             rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
             yield ("model.moe_every", "model.depth", "model.router"), rule
     yield from _condition_rules(config)
+    yield from _alignment_rules(config)
     yield from layer_rules(model)
     if model.router == "ec" and model.expert_capacity < 1:
         most = model.tokens * model.top_k
@@ -102,6 +103,8 @@ def rules(config: Config) -> Iterator[Rule]:
     if objective == "ddpm" and not model.learn_sigma:
         rule = "must be true with diffusion.objective = 'ddpm', which learns the variance"
         yield ("model.learn_sigma", "diffusion.objective"), rule
+    if objective == "ddpm" and config.diffusion.shift_base:
+        yield ("diffusion.shift_base", "diffusion.objective"), "must be 0 with diffusion.objective = 'ddpm'"
     if sample.guidance_low > sample.guidance_high:
         rule = f"must be at most sample.guidance_high = {sample.guidance_high}"
         yield ("sample.guidance_low", "sample.guidance_high"), rule
@@ -143,9 +146,18 @@ def rules(config: Config) -> Iterator[Rule]:
         rule = "must be same with model.condition = 'text', which has no classes"
         yield ("train.init_classes", "model.condition"), rule
     yield from _watching_rules(config)
+    yield from _muon_rules(config)
     if train.warmup > train.steps:
         yield ("train.warmup", "train.steps"), f"must be at most train.steps = {train.steps}"
-    if train.schedule == "cosine" and train.min_lr > train.lr:
+    if train.decay_start >= 1 and train.decay_start != int(train.decay_start):
+        yield ("train.decay_start",), "must be a whole number, a step, or a fraction below 1"
+    elif train.schedule == "wsd" and not train.warmup <= train.decay_start_step < train.steps:
+        rule = (
+            f"must be a step from train.warmup = {train.warmup} to below train.steps = {train.steps}, or a fraction"
+            f" such as 0.8 of these, not step {train.decay_start_step}"
+        )
+        yield ("train.decay_start", "train.steps", "train.warmup", "train.schedule"), rule
+    if train.schedule in ("cosine", "wsd") and train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr", "train.schedule"), f"must be at most train.lr = {train.lr}"
 
 
@@ -163,6 +175,45 @@ def _watching_rules(config: Config) -> Iterator[Rule]:
     if train.wandb and not re.fullmatch(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+", train.wandb):
         rule = "must be PROJECT or ENTITY/PROJECT, of letters, digits, '.', '-' and '_'"
         yield ("train.wandb",), rule
+
+
+def _alignment_rules(config: Config) -> Iterator[Rule]:
+    """The broken rules of the alignment with a teacher."""
+    model, data = config.model, config.data
+    if not model.align_block:
+        if model.align_width:
+            yield ("model.align_width", "model.align_block"), "must be 0 without model.align_block; or set that as well"
+        return
+    if model.align_block > model.depth:
+        yield ("model.align_block", "model.depth"), f"must be at most model.depth = {model.depth}"
+    if not model.align_width:
+        rule = "must be the channels of the teacher's features, 1 or more, with model.align_block"
+        yield ("model.align_width", "model.align_block"), rule
+    if data.source not in ("latents", "synthetic", UNSET):
+        rule = "must be latents or synthetic with model.align_block; other sources have no features of a teacher"
+        yield ("data.source", "model.align_block"), rule
+
+
+def _muon_rules(config: Config) -> Iterator[Rule]:
+    """The broken rules of Muon."""
+    train = config.train
+    if train.optimizer != "muon":
+        return
+    if config.parallel.tp > 1:
+        rule = (
+            "must be 1 with train.optimizer = 'muon', which orthogonalises whole matrices, and tp divides them; use"
+            " parallel.ep and ZeRO (train.deepspeed), or train.optimizer=adamw"
+        )
+        yield ("parallel.tp", "train.optimizer"), rule
+    if train.adamw_backend not in ("torch", "fused"):
+        rule = "must be torch or fused with train.optimizer = 'muon', which runs beside AdamW in one optimizer"
+        yield ("train.adamw_backend", "train.optimizer"), rule
+    if train.muon_scale == "original" and not train.muon_lr:
+        rule = (
+            "must be given with train.muon_scale = 'original', whose updates are larger than those of AdamW: use"
+            " train.muon_lr=0.02, its author's, or train.muon_scale=match_rms_adamw"
+        )
+        yield ("train.muon_lr", "train.muon_scale"), rule
 
 
 def _condition_rules(config: Config) -> Iterator[Rule]:

@@ -12,11 +12,21 @@ from megapromoe.config.reader import as_kind, kind_of
 
 
 def learning_rate(t: TrainConfig, step: int) -> float:
-    """The learning rate after `step` steps: warm-up from lr/warmup to lr, then constant or a cosine to min_lr."""
+    """The learning rate after `step` steps: warm-up from lr/warmup to lr, then by `train.schedule`.
+
+    Source of wsd: Hu et al. (MiniCPM), arXiv 2404.06395; of the shape 1-sqrt, and that 0.2 of the steps suffice for the
+    decay: Hägele et al., arXiv 2405.18392.
+    """
     if step < t.warmup:
         return t.lr * (step + 1) / t.warmup
     if t.schedule == "constant":
         return t.lr
+    if t.schedule == "wsd":
+        start = t.decay_start_step
+        if step <= start:
+            return t.lr
+        done = min((step - start) / max(1, t.steps - start), 1.0)
+        return t.min_lr + (t.lr - t.min_lr) * (1 - (done if t.decay_shape == "linear" else math.sqrt(done)))
     done = (step - t.warmup) / max(1, t.steps - t.warmup)
     return t.min_lr + (t.lr - t.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

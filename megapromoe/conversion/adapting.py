@@ -25,6 +25,7 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config
 from megapromoe.conversion.state import State, model_shapes
 from megapromoe.distributed.mesh import UNSHARDED
+from megapromoe.nn.alignment import PROJECTOR_PARAMETERS
 from megapromoe.nn.parallelize import initial_values
 
 CLASS_TABLE = "y_embedder.embedding_table.weight"
@@ -67,7 +68,8 @@ def adapt(source: State, config: Config, classes: Sequence[int | None], kind: st
 def fresh_names(old: ModelConfig, new: ModelConfig) -> tuple[str, ...]:
     """The parameters that start from the new model's initial values."""
     same = all(getattr(old, name) == getattr(new, name) for name in ("patch_size", "in_channels"))
-    return () if same else (*PATCHES, *OUTPUT)
+    projector = PROJECTOR_PARAMETERS if new.align_block else ()  # no source has one
+    return projector if same else (*PATCHES, *OUTPUT, *projector)
 
 
 def changed_names(old: ModelConfig, new: ModelConfig, classes: Sequence[int | None]) -> tuple[str, ...]:

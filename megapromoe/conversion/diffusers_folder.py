@@ -176,8 +176,8 @@ def write_folder(
     settings = {
         "method": method,
         "objective": d.objective,
-        **scheduler_settings(d.objective, d.shift),
-        "shift": d.shift,
+        **scheduler_settings(d.objective, config.time_shift),
+        "shift": config.time_shift,
     }
     _write_config(scheduler / "scheduler_config.json", SCHEDULER, settings)
     if parts.vae is not None:

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from megapromoe.checkpoint.format import KINDS, Checkpoint, check_model
+from megapromoe.checkpoint.format import KINDS, MOMENTS, MOMENTUM, Checkpoint, check_model
 from megapromoe.checkpoint.latest import read_latest
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.snapshots import choose_weights
@@ -38,6 +39,7 @@ from megapromoe.conversion.stream import ConversionError, Stored, read_safetenso
 from megapromoe.conversion.torch_files import read_pickle
 
 FORMATS = ("ours", "published", "safetensors", "diffusers", "deepspeed")
+MUON_NOTE = "its optimizer was Muon, whose state is not converted: moments start at zero"
 
 T = TypeVar("T")
 
@@ -202,21 +204,29 @@ def _open_ours(
     config = needed(config or stored, path, run, shapes_in_file)
     shapes, _ = model_shapes(config.model)
     check_model(checkpoint, shapes)
+    notes = []
+    if config.model.align_block:
+        config = replace(config, model=config.model.without_alignment)
+        shapes, _ = model_shapes(config.model)
+        notes.append("the projector of model.align_block, which only training uses, is left out")
     names = [name.removeprefix("buffer/") for name in manifest.get("buffers", [])]
     parts = sum(len(rank["parts"]) for rank in manifest["ranks"])
+    uses_muon = MOMENTUM in checkpoint.kinds
     return State(
         checkpoint.folder,
         "ours",
         config,
         int(manifest["step"]),
         int(manifest["updates"]) if set(KINDS) <= set(checkpoint.kinds) else 0,
-        checkpoint.kinds,
+        tuple(kind for kind in checkpoint.kinds if not uses_muon or kind not in (*MOMENTS, MOMENTUM)),
         shapes,
         {name: checkpoint.buffer(name) for name in names},
         checkpoint.logical,
         layout=f"{len(manifest['ranks'])} rank files, {parts} parts",
+        notes=[*notes, *([MUON_NOTE] if uses_muon else [])],
         converted="run" not in manifest,  # training gives each checkpoint the identity of its run
         average=checkpoint.averages[AVERAGE],
         further_averages={kind: average for kind, average in checkpoint.averages.items() if kind != AVERAGE},
         read_range=checkpoint.read_range,
+        lacks_moments=uses_muon,
     )

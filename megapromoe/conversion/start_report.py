@@ -105,6 +105,8 @@ def _new(start: StartingWeights) -> Iterator[str]:
         why = [
             f"model.{n} = {getattr(new, n)}, not {getattr(old, n)}" for n in sizes if getattr(new, n) != getattr(old, n)
         ]
+        if new.align_block:
+            why.append("the projector of model.align_block is made anew")
         yield f"{', '.join(names)}, from train.seed: {'; '.join(why)}"
 
 

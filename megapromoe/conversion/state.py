@@ -47,6 +47,7 @@ class State:
         further_averages: kind -> settings of each other average.
         read_range: (kind, parameter, which elements, out) writes these elements, and zeros for padding, without reading
             the whole tensor; None if the format does not allow that.
+        lacks_moments: whether the source has optimizer states that `kinds` leave out, those of Muon.
     """
 
     where: Path
@@ -64,6 +65,7 @@ class State:
     average: Average | None = None
     further_averages: Mapping[str, Average] = field(default_factory=dict)
     read_range: Callable[[str, str, ShardRange, Tensor], None] | None = None
+    lacks_moments: bool = False
 
     @property
     def averages(self) -> dict[str, Average]:
@@ -79,6 +81,8 @@ class State:
         """
         if all(map(is_average, self.kinds)) and self.average is not None and not self.converted:
             return self.average.updates
+        if self.lacks_moments:
+            return self.updates
         unknown = "exp_avg" not in self.kinds or (self.converted and self.updates == 0)
         return None if unknown else self.updates
 

@@ -24,8 +24,8 @@ class AutoencoderError(UserError):
     """An autoencoder cannot be opened, or does not fit the images or latents."""
 
 
-class Autoencoder(Protocol):
-    """Encodes and decodes batches of square images."""
+class Encoder(Protocol):
+    """Encodes batches of square images: an autoencoder, or the teacher of `teacher.py`."""
 
     identity: dict[str, str]
     """`name` by which it was opened, `kind`: its class, `sha256` of its weights. The latents' manifest records it."""
@@ -40,14 +40,18 @@ class Autoencoder(Protocol):
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, H, W) of the latent of an image of `resolution` x `resolution` pixels; raises AutoencoderError."""
 
-    def resolution(self, latent_size: int) -> int:
-        """Side in pixels of the image of a latent with side `latent_size`: the inverse of `latent_shape`."""
-
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Encodes images (B, channels, R, R) in [-1, 1] to raw mean and log-variance (B, C, H, W) float32.
 
         The log-variance is None if the autoencoder is not stochastic.
         """
+
+
+class Autoencoder(Encoder, Protocol):
+    """Encodes and decodes batches of square images."""
+
+    def resolution(self, latent_size: int) -> int:
+        """Side in pixels of the image of a latent with side `latent_size`: the inverse of `latent_shape`."""
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Converts raw latents (B, C, H, W) to latents of the same shape, float32."""

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from megapromoe.data.autoencoder import Autoencoder
+from megapromoe.data.autoencoder import Encoder
 from megapromoe.data.channel_statistics import ChannelSums
 from megapromoe.data.images import ImageError, Item, Scan, read_image
 from megapromoe.data.latents import FORMAT, INDEX, MANIFEST, Manifest, Shard, read_manifest
@@ -73,7 +73,7 @@ class EncodedImages:
         self,
         folder: Path,
         scan: Scan,
-        autoencoder: Autoencoder,
+        autoencoder: Encoder,
         resolution: int,
         batch: int = 32,
         workers: int = 1,
@@ -97,6 +97,13 @@ class EncodedImages:
             "resolution": resolution,
             "crop": "adm centre crop",
         }
+
+    def by(self, encoder: Encoder) -> EncodedImages:
+        """The same images, with mirror images if these have some, by another encoder; stored as float16."""
+        how = (self.manifest_fields["resolution"], self.batch, self.workers)
+        return EncodedImages(
+            Path(), self.scan, encoder, *how, mirror=self.mirror, open_item=self._open, stream=self._stream
+        )
 
     def records(self, items: Sequence[Item]) -> Iterator[tuple[Item, np.ndarray | None, str]]:
         """See `Source.records`."""

@@ -24,6 +24,7 @@ import torch
 
 from megapromoe.data.caption_batches import CaptionBatch, CaptionSource
 from megapromoe.data.datasets import DamagedRecords, Dataset, DatasetError
+from megapromoe.data.teacher import TeacherFeatures
 from megapromoe.diffusion.noise import normals, permutation, uniforms
 
 
@@ -40,6 +41,7 @@ class Batch:
         num_conditional: number of samples that keep their label; they come first.
         damaged: number of samples whose record could not be used and was replaced by the next good one of its epoch.
         captions: text features, if the stream has captions; those of the null class have no tokens.
+        teacher_BWHW: the teacher's features of the images, float16, if the stream has some.
     """
 
     clean_BCHW: torch.Tensor
@@ -50,6 +52,7 @@ class Batch:
     num_conditional: int
     damaged: int = 0
     captions: CaptionBatch | None = None
+    teacher_BWHW: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels_B)
@@ -71,6 +74,7 @@ class Batch:
             labels_B=change(self.labels_B),
             positions_B=change(self.positions_B),
             captions=None if self.captions is None else self.captions.each(change),
+            teacher_BWHW=None if self.teacher_BWHW is None else change(self.teacher_BWHW),
         )
 
 
@@ -86,6 +90,7 @@ class SampleStream:
         captions: text features of the records, which are dropped together with the labels; None: without.
         dropout_stratum: samples of a stratum, of which `condition_dropout` are dropped, a whole number; 0: each sample
             is dropped independently.
+        teacher: the teacher's features of the records; None: without.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class SampleStream:
         null_class: int,
         captions: CaptionSource | None = None,
         dropout_stratum: int = 0,
+        teacher: TeacherFeatures | None = None,
     ):
         self.dataset = dataset
         self.seed = seed
@@ -105,6 +111,7 @@ class SampleStream:
         self.null_class = null_class
         self.captions = captions
         self.dropout_stratum = dropout_stratum
+        self.teacher = teacher
         # A batch lies in one epoch, or in two at the end of an epoch.
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(seed, "order", epoch, len(dataset)))
 
@@ -128,7 +135,7 @@ class SampleStream:
         positions_B = np.arange(first, first + count, dtype=np.int64)
         mirror_B = uniforms(self.seed, "flip", positions_B) < 0.5 if self.flip else np.zeros(count, bool)
         drop_B = self._dropped(positions_B)
-        clean_BCHW, labels_B, captions, damaged = self._records(positions_B, mirror_B, drop_B)
+        clean_BCHW, labels_B, captions, teacher_BWHW, damaged = self._records(positions_B, mirror_B, drop_B)
         noise_BCHW = normals(self.seed, "noise", positions_B, self.dataset.shape)
         # Rounding to float32 must not give 1, for which the time is not defined.
         below_one = np.nextafter(np.float32(1), np.float32(0))
@@ -148,6 +155,7 @@ class SampleStream:
             num_conditional=count - int(drop_B.sum()),
             damaged=damaged,
             captions=None if captions is None else captions.each(lambda tensor: tensor[torch.from_numpy(order_B)]),
+            teacher_BWHW=None if teacher_BWHW is None else ordered(teacher_BWHW),
         )
 
     def _dropped(self, positions_B: np.ndarray) -> np.ndarray:
@@ -166,8 +174,8 @@ class SampleStream:
 
     def _records(
         self, positions_B: np.ndarray, mirror_B: np.ndarray, drop_B: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, CaptionBatch | None, int]:
-        """Images, labels and captions at these positions, and the number of damaged records that were replaced.
+    ) -> tuple[np.ndarray, np.ndarray, CaptionBatch | None, np.ndarray | None, int]:
+        """Images, labels, captions and teacher's features at these positions; the number of damaged records replaced.
 
         A damaged record is replaced by the next good one in the order of the epoch, which does not depend on the rank.
         """
@@ -180,11 +188,13 @@ class SampleStream:
             try:
                 clean_BCHW = dataset.sample(indices_B, mirror_B, normal_BCHW)
                 captions = self.captions.batch(indices_B, drop_B) if self.captions is not None else None
+                teacher = self.teacher.sample(indices_B, mirror_B, None) if self.teacher is not None else None
             except DamagedRecords as error:
                 offset_B[error.rows] += 1
                 problem = error
             else:
-                return clean_BCHW, dataset.labels[indices_B], captions, int((offset_B > 0).sum())
+                features = None if teacher is None else teacher.astype(np.float16)  # as they are stored
+                return clean_BCHW, dataset.labels[indices_B], captions, features, int((offset_B > 0).sum())
         raise DatasetError(f"none of {size} records can be used; {problem}")
 
     @staticmethod

@@ -11,6 +11,7 @@ from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, c
 from megapromoe.data.fashion import FashionMNIST
 from megapromoe.data.latents import Latents, read_manifest
 from megapromoe.data.node_cache import cache_shards
+from megapromoe.data.teacher import SyntheticTeacher, TeacherFeatures, teacher_beside
 from megapromoe.data.text_encoder import described, have_same_encoder
 from megapromoe.data.text_features import FOLDER, TextFeatures, read_text_manifest
 from megapromoe.data.text_features import MANIFEST as TEXT_MANIFEST
@@ -76,6 +77,32 @@ def open_captions(config: Config, dataset: Dataset) -> CaptionSource | None:
         )
     _check_same_encoder(captions.text, Path(config.data.path) / FOLDER)
     return captions
+
+
+def open_teacher_features(config: Config, dataset: Dataset) -> TeacherFeatures | None:
+    """The teacher's features of a data set, which `model.align_block` needs; None without it.
+
+    Raises DatasetError if the data set has none, or if they do not fit the model.
+    """
+    model = config.model
+    if not model.align_block:
+        return None
+    side = model.input_size // model.patch_size
+    if isinstance(dataset, Synthetic):
+        return SyntheticTeacher(model.align_width, side, config.data.seed)
+    if not isinstance(dataset, Latents):
+        raise DatasetError(f"data.source = {config.data.source!r}: has no features of a teacher for model.align_block")
+    features = teacher_beside(dataset)
+    if features.shape != (model.align_width, side, side):
+        width, *sides = features.shape
+        raise DatasetError(
+            f"{features.folder}: features have {width} channels and {sides[0]}x{sides[0]} tokens, the model needs"
+            f" model.align_width = {model.align_width} and {side}x{side} (model.input_size / model.patch_size): set"
+            f" model.align_width={width}, or encode again with --teacher-side {side}"
+        )
+    if config.data.flip and features.manifest.mirror == "none":
+        raise DatasetError(f"data.flip = True: {features.folder} has no features of mirror images; set data.flip=false")
+    return features
 
 
 def _check_same_encoder(text: TextFeatures, trained_on: Path) -> None:

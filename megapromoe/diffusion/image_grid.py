@@ -55,7 +55,7 @@ def generate(
     Args:
         model: unsharded; or sharded, if the ranks of its tensor-parallel group call this with the same arguments, and
             those of its expert-parallel group call it at the same time.
-        config: of the run; `sample` and `diffusion.shift` define the sampler.
+        config: of the run; `sample` and `time_shift` define the sampler.
         condition: class of each image, where model.null_class generates an image without a class; or texts, in which
             one without tokens generates an image without a text.
         indices: number of each image, which determines its noise, together with its seed.
@@ -80,7 +80,7 @@ def generate(
         interval = s.guidance_low, s.guidance_high
         predict = guided(model, condition.part(start, stop), s.guidance, *interval, two_calls=two_calls)
         report = partial(_report, progress, number * s.steps, len(ranges) * s.steps)
-        shift, objective = config.diffusion.shift, config.diffusion.objective
+        shift, objective = config.time_shift, config.diffusion.objective
         parts.append(sample(predict, noise(0), s.method, s.steps, shift, noise, report, objective))
     model.train(training)
     return torch.cat(parts)

@@ -45,7 +45,7 @@ def make_objective(config: Config) -> Objective:
     """
     d = config.diffusion
     if d.objective == "rf":
-        return RectifiedFlow(d.time, d.logit_mean, d.logit_std, d.mode_scale, d.shift)
+        return RectifiedFlow(d.time, d.logit_mean, d.logit_std, d.mode_scale, config.time_shift)
     if d.objective == "ddpm":
         return DDPM()
     raise ValueError(f"diffusion.objective: {d.objective!r} is not known; use 'rf' or 'ddpm'")

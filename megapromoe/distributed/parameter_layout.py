@@ -87,12 +87,15 @@ class ParameterLayout:
         shape: of the logical tensor.
         split: over tp; None for a parameter that tp does not split.
         expert: dimension 0 is the routed experts.
+        hidden_matrices: how many matrices between hidden activations are stacked in the rows (of each expert); 0 for
+            parameters that are no such matrices.
     """
 
     name: str
     shape: tuple[int, ...]
     split: Split | None = None
     expert: bool = False
+    hidden_matrices: int = 0
 
     def shard_slices(self, mesh: Mesh) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """The parts of this rank's tensor: disjoint pairs of slices, (in the local tensor, in the logical tensor).

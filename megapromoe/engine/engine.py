@@ -32,6 +32,15 @@ from megapromoe.distributed import watchdog
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.fused_update import AdamW, State, fused_adamw_, scalars_of
+from megapromoe.engine.matrix_exchange import MatrixExchange, matrices_of
+from megapromoe.engine.muon import (
+    HIDDEN_MATRICES,
+    MuonAndAdamW,
+    MuonConstants,
+    MuonUpdate,
+    hidden_parameters,
+    momentum_of,
+)
 from megapromoe.engine.protocol import Averages, Partition, Piece, ShardedBackend
 from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.imports import uncollected
@@ -95,6 +104,10 @@ class Engine:
         pieces = [piece for partition in self.partitions for piece in partition.pieces]
         weights = [1 / self.replica_count(piece.name) for piece in pieces]
         self._replica_weights = torch.tensor(weights, dtype=torch.float64, device=self._backend.device)
+        self._hidden = hidden_parameters(config, self.layouts)
+        clipped = [0.0 if piece.name in self._hidden else 1.0 for piece in pieces]
+        self._clipped_weights = self._replica_weights * torch.tensor(clipped, device=self._backend.device)
+        self._muon_updates = self._make_muon_updates()
         for name, value in exact.items():
             self._write_masters(name, value)
         if values is not None:
@@ -151,9 +164,10 @@ class Engine:
         max_norm: float = math.inf,
         save: bool = False,
     ) -> StepResult:
-        """Applies one AdamW update after the last micro-step. Collective.
+        """Applies one update after the last micro-step. Collective.
 
-        The gradient is clipped to `train.max_grad_norm` before.
+        The gradient is clipped to `train.max_grad_norm` before; with Muon that of AdamW's parameters alone, by its own
+        norm.
 
         All ranks skip the update if the gradient norm is not finite or larger than `max_norm`, or if `loss` is not
         finite on any rank.
@@ -167,7 +181,7 @@ class Engine:
             save: this rank requests a checkpoint soon; reduced in the same number as `stop`.
         """
         for group in self._backend.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self._muon_rate if group.get(HIDDEN_MATRICES) else lr
         result = StepResult(self._reduce_gradient_norm(loss, votes_of(stop, save)), max_norm)
         if self.fused_averages is not None:
             self._update_fused(result, lr, self.fused_averages)
@@ -189,7 +203,7 @@ class Engine:
 
     def _divisor(self, result: StepResult) -> Tensor:
         """The number by which gradients are divided to clip them, (), on the device."""
-        clip, norm = self.config.train.max_grad_norm, result.norm_on_device
+        clip, norm = self.config.train.max_grad_norm, result.clipped_norm_on_device
         return ((norm + 1e-6) / clip).clamp(min=1.0) if clip else torch.ones_like(norm)
 
     def _update_fused(self, result: StepResult, lr: float | Tensor, fused_averages: list[Averages]) -> None:
@@ -203,6 +217,15 @@ class Engine:
 
         def update(number: int, gradient: Tensor, parameter: Tensor) -> None:
             partition, group = self.partitions[number], self._backend.parameter_group(number)
+            own_averages = tuple(of_each_partition[number] for of_each_partition in averages)
+            if partition.uses_muon:
+                master = partition.master.detach()
+                momentum = self.moments(partition)["momentum"]
+                self._muon_updates[number].apply(master, momentum, gradient, group["lr"], applied)
+                for average, weight in zip(own_averages, weights, strict=True):
+                    average.lerp_(master, weight)
+                parameter.copy_(master)
+                return
             beta1, beta2 = group["betas"]
             constants = AdamW(beta1, beta2, group["eps"], group["weight_decay"])
             moments = self.moments(partition)
@@ -211,7 +234,7 @@ class Engine:
                 partition.master.detach(),
                 moments["exp_avg"],
                 moments["exp_avg_sq"],
-                tuple(of_each_partition[number] for of_each_partition in averages),
+                own_averages,
                 parameter,
             )
             scalars = scalars_of(step, applied, divisor, rate, constants)
@@ -228,11 +251,14 @@ class Engine:
             for p in self.module.parameters():
                 p.grad = None
         elif self.config.train.max_grad_norm:
-            scale = min(self.config.train.max_grad_norm / (result.norm + 1e-6), 1.0)
-            torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], scale)
+            scale = min(self.config.train.max_grad_norm / (result.clipped_norm + 1e-6), 1.0)
+            clipped = (p.grad for name, p in self.module.named_parameters() if name not in self._hidden)
+            torch._foreach_mul_([gradient for gradient in clipped if gradient is not None], scale)
 
     def _reduce_gradient_norm(self, loss: Tensor | None, votes: float) -> Tensor:
         """The sum of squares of the averaged gradient, and the sum of `votes_of`: (2,) float64. Collective.
+
+        With Muon a third number: the sum of squares of the gradient of AdamW's parameters.
 
         Every logical element counts once at every stage and layout: the squares of all ranks' pieces are summed, each
         divided by the number of ranks that have the same piece. Not finite if the loss of any rank is not.
@@ -241,8 +267,12 @@ class Engine:
         if loss is not None:
             total += 0.0 * loss
         norms = torch._foreach_norm([gradient for _, gradient in self.reduced_gradients()], dtype=torch.float64)
-        total += torch.stack(norms).square() @ self._replica_weights
-        squares_and_votes = torch.stack([total, torch.full_like(total, votes)])
+        squares = torch.stack(norms).square()
+        total += squares @ self._replica_weights
+        sums = [total, torch.full_like(total, votes)]
+        if self._hidden:
+            sums.append(squares @ self._clipped_weights)
+        squares_and_votes = torch.stack(sums)
         dist.all_reduce(squares_and_votes, group=self.mesh.world.process_group)
         return squares_and_votes
 
@@ -269,8 +299,14 @@ class Engine:
         return first_copy and (self.stage > 0 or layout.gradient_group(self.mesh).rank == 0)
 
     def moments(self, partition: Partition) -> dict[str, Tensor]:
-        """AdamW's `exp_avg` and `exp_avg_sq` of a partition, flat; initialised with zeros before the first step."""
+        """The optimizer's state of a partition, flat; initialised with zeros before the first step.
+
+        Returns:
+            AdamW's `exp_avg` and `exp_avg_sq`, or Muon's `momentum`.
+        """
         key = partition.optimized
+        if partition.uses_muon:
+            return {"momentum": momentum_of(self._backend.optimizer, key).view(-1)}
         state = self._backend.optimizer.state[key]
         for name in ("exp_avg", "exp_avg_sq"):
             if name not in state:
@@ -284,7 +320,7 @@ class Engine:
         optimizer = self._backend.optimizer
         for partition in self.partitions:
             self.moments(partition)
-            if not self._counts_steps_by_group():
+            if not self._counts_steps_by_group() and not partition.uses_muon:
                 optimizer.state[partition.optimized]["step"].fill_(float(step))
         for group in optimizer.param_groups:
             if self._counts_steps_by_group():
@@ -297,6 +333,30 @@ class Engine:
     def close(self) -> None:
         """Frees the hooks and buffers of the backend."""
         self._backend.close()
+
+    @property
+    def hidden_parameters(self) -> frozenset[str]:
+        """The names of the parameters that Muon updates; empty with another optimizer."""
+        return self._hidden
+
+    @property
+    def _muon_rate(self) -> float:
+        """The learning rate of Muon relative to that of AdamW."""
+        train = self.config.train
+        return train.muon_lr / train.lr if train.muon_lr else 1.0
+
+    def _make_muon_updates(self) -> dict[int, MuonUpdate]:
+        """The updates of the partitions that use Muon, which the optimizer gets too."""
+        constants, updates = MuonConstants.from_config(self.config.train), {}
+        for number, partition in enumerate(self.partitions):
+            if partition.uses_muon:
+                shards = self._backend.shards(number)
+                names = dict.fromkeys(piece.name for pieces in shards.pieces for piece in pieces)
+                matrices = [matrix for name in names for matrix in matrices_of(self.layouts[name], self.mesh)]
+                updates[number] = MuonUpdate(constants, MatrixExchange(matrices, shards), trained_type(self.config))
+        if isinstance(self._backend.optimizer, MuonAndAdamW):
+            self._backend.optimizer.updates = {self.partitions[n].optimized: update for n, update in updates.items()}
+        return updates
 
     @torch.no_grad()
     def _write_masters(self, name: str, value: Tensor) -> None:

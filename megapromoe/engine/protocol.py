@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe.errors import ExitCode, UserError
@@ -39,11 +40,28 @@ class Partition:
         master: the fp32 weights, (elements,). At ZeRO stage 0 a view of a parameter.
         pieces: parts of parameters in `master`, by ascending offset; elements between and after them are padding.
         optimized: the key of the optimizer's state: `master`, or the parameter that it is a view of.
+        uses_muon: whether it consists of hidden matrices that Muon updates; AdamW updates all others.
     """
 
     master: Tensor
     pieces: tuple[Piece, ...]
     optimized: Tensor
+    uses_muon: bool = False
+
+
+@dataclass(frozen=True)
+class PartitionShards:
+    """The partitions with the same number on all ranks of a group, which are the parts of the same parameters.
+
+    Attributes:
+        process_group: the ranks; None: this rank alone has all elements.
+        rank: this rank's number in the group.
+        pieces: for each rank of the group the pieces of its partition.
+    """
+
+    process_group: dist.ProcessGroup | None
+    rank: int
+    pieces: tuple[tuple[Piece, ...], ...]
 
 
 PartitionUpdate = Callable[[int, Tensor, Tensor], None]
@@ -70,7 +88,7 @@ class ShardedBackend(Protocol):
     """A model whose gradients, optimizer states and (stage 3) parameters are sharded over the data-parallel ranks.
 
     Attributes:
-        optimizer: AdamW over the `optimized` tensors of all partitions.
+        optimizer: AdamW, or AdamW and Muon, over the `optimized` tensors of all partitions.
         partitions: this rank's part of the weights.
         reported_norm: the gradient norm to clip by in `step`, where the backend clips; -1: skip the update.
     """
@@ -97,13 +115,16 @@ class ShardedBackend(Protocol):
         """Ends a micro-step; after the last one of an update also clips and runs the optimizer."""
 
     def step_by_partitions(self, update: PartitionUpdate) -> None:
-        """Ends an update whose arithmetic is `update`, called for each partition that has pieces; collective.
+        """Ends an update whose arithmetic is `update`; collective. Called for partitions with pieces, and all of Muon.
 
         Only with `train.adamw_backend=fused`, in place of `step`.
         """
 
     def parameter_group(self, partition: int) -> dict[str, Any]:
         """The group of the optimizer that has a partition, with "betas", "eps" and "weight_decay"."""
+
+    def shards(self, partition: int) -> PartitionShards:
+        """The partitions with this number on all ranks that share its parameters."""
 
     def gradients(self, partition: int) -> list[Tensor]:
         """The averaged gradients of a partition's pieces after the last micro-step.

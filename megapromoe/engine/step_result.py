@@ -28,7 +28,8 @@ class StepResult:
         """Starts the copy to the host.
 
         Args:
-            squares_and_votes: the sum of squares of the gradient and the sum of the ranks' `votes_of`, (2,) float64.
+            squares_and_votes: the sum of squares of the gradient and the sum of the ranks' `votes_of`, (2,) float64; a
+                third number, if there is one, is the sum of squares of the part of the gradient that is clipped.
             max_norm: the largest norm that is not a spike.
         """
         self._on_device, self._host_copy = squares_and_votes, AsyncHostCopy(squares_and_votes)
@@ -39,6 +40,11 @@ class StepResult:
         """`norm` as a tensor on the device."""
         return self._on_device[0].sqrt()
 
+    @property
+    def clipped_norm_on_device(self) -> Tensor:
+        """The norm by which the gradient is clipped, as a tensor on the device: of the part that is clipped."""
+        return self._on_device[2].sqrt() if len(self._on_device) > 2 else self.norm_on_device
+
     @cached_property
     def applied_on_device(self) -> Tensor:
         """`applied` as a tensor on the device."""
@@ -46,8 +52,14 @@ class StepResult:
 
     @cached_property
     def _norm_and_votes(self) -> tuple[float, float]:
-        total, votes = self._host_copy.result()
+        total, votes = self._host_copy.result()[:2]
         return math.sqrt(total), votes
+
+    @property
+    def clipped_norm(self) -> float:
+        """The norm by which the gradient is clipped: of the part that is clipped."""
+        sums = self._host_copy.result()
+        return math.sqrt(sums[2]) if len(sums) > 2 else self.norm
 
     @property
     def norm(self) -> float:

@@ -64,8 +64,10 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
     for module, name in ((model, "embed"), (model.final_layer, "forward")):
         replace(module, name, compiler(getattr(module, name)))
     if all(map(compiles_whole, model.blocks)):
-        groups = [(len(group), _CompiledBlocks(group, run_dense, run_moe)) for group in _groups([*model.blocks])]
-        replace(model, "run_blocks", _run_groups(groups))
+        blocks, align_block = [*model.blocks], model.config.align_block
+        split = [*_groups(blocks[:align_block]), *_groups(blocks[align_block:])]
+        groups = [(len(group), _CompiledBlocks(group, run_dense, run_moe)) for group in split]
+        replace(model, "run_blocks", _run_groups(groups, align_block))
     for block in model.blocks:
         moe = block.mlp if isinstance(block.mlp, MoE) else None
         if compiles_whole(block):
@@ -180,8 +182,13 @@ def _groups(blocks: Sequence[Any]) -> list[Sequence[Any]]:
     return [blocks[first : first + _BLOCKS_IN_GRAPH] for first in range(0, len(blocks), _BLOCKS_IN_GRAPH)]
 
 
-def _run_groups(groups: Sequence[tuple[int, Callable]]) -> Callable:
-    """`DiT.run_blocks` of compiled blocks. Args: the number of blocks of each group, and the function that runs it."""
+def _run_groups(groups: Sequence[tuple[int, Callable]], align_block: int) -> Callable:
+    """`DiT.run_blocks` of compiled blocks.
+
+    Args:
+        groups: the number of blocks of each group, and the function that runs it.
+        align_block: of the model; a group ends after this number of blocks.
+    """
 
     def run_blocks(
         x_BSD: Tensor,
@@ -189,14 +196,17 @@ def _run_groups(groups: Sequence[tuple[int, Callable]]) -> Callable:
         y_B: Tensor | None,
         num_conditional: int,
         context: AttentionContext,
-    ) -> tuple[Tensor, list[MoEAuxiliary]]:
+    ) -> tuple[Tensor, list[MoEAuxiliary], Tensor | None]:
         layers, first = [], 0
+        aligned_BSD: Tensor | None = None
         for size, run in groups:
             conditions = tuple(block_conditions[first : first + size])
             x_BSD, group_layers = run(x_BSD, conditions, y_B, num_conditional, context)
             layers += group_layers
             first += size
-        return x_BSD, layers
+            if first == align_block:
+                aligned_BSD = x_BSD
+        return x_BSD, layers, aligned_BSD
 
     return run_blocks
 

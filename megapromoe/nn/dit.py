@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
+from megapromoe.nn.alignment import Projector, alignment_loss
 from megapromoe.nn.block import Block
 from megapromoe.nn.layers import (
     AttentionContext,
@@ -62,6 +63,21 @@ class AuxiliaryOutput(NamedTuple):
     load_ME: Tensor
     weight_M: Tensor
     dropped_M: Tensor | None = None
+    projected_BSW: Tensor | None = None
+    """In training with `model.align_block` the projected tokens, with gradients; None otherwise."""
+
+    def aligned(self, teacher_BWHW: Tensor | None, weight: float) -> AuxiliaryOutput:
+        """This with the loss "alignment", if tokens were projected.
+
+        Args:
+            teacher_BWHW: the teacher's features of the clean images.
+            weight: of the loss.
+        """
+        if self.projected_BSW is None:
+            return self
+        assert teacher_BWHW is not None, "model.align_block needs the teacher's features in each batch"
+        loss = weight * alignment_loss(self.projected_BSW, teacher_BWHW)
+        return self._replace(losses={**self.losses, "alignment": loss[None]}, projected_BSW=None)
 
     def total(self) -> Tensor | float:
         """The sum of all auxiliary losses."""
@@ -122,6 +138,8 @@ class DiT(LogicalModule):
             self.y_embedder = LabelEmbed(config.num_classes, D)
         last = config.depth - 1
         self.blocks = nn.ModuleList(Block(config, i in config.moe_blocks, i == last) for i in range(config.depth))
+        if config.align_block:
+            self.projector = Projector(D, config.align_hidden, config.align_width)
         self.channels = config.in_channels * (2 if config.learn_sigma else 1)
         self.final_layer = FinalLayer(D, config.patch_size, self.channels, config.norm)
         if config.modulation == "shared":
@@ -154,11 +172,14 @@ class DiT(LogicalModule):
         y_B, text = self._check(condition, len(x_BCHW), num_conditional)
         x_BSD, c_BD, modulation, context = self.embed(x_BCHW, t_B, y_B, *text)
         *block_conditions, final_c_BD = self.conditions(c_BD, modulation)
-        x_BSD, layers = self.run_blocks(x_BSD, block_conditions, y_B, num_conditional, context)
+        x_BSD, layers, aligned_BSD = self.run_blocks(x_BSD, block_conditions, y_B, num_conditional, context)
+        projected_BSW: Tensor | None = None
+        if self.training and aligned_BSD is not None:
+            projected_BSW = self.projector(aligned_BSD[:, context.num_text :])
         if context.num_text:
             x_BSD = x_BSD[:, context.num_text :]
         prediction = self.unpatchify(self.final_layer(x_BSD, final_c_BD, context.is_activated))
-        return prediction, self.auxiliary(layers)
+        return prediction, self.auxiliary(layers)._replace(projected_BSW=projected_BSW)
 
     def _check(
         self, condition: Tensor | TextCondition, images: int, num_conditional: int
@@ -222,14 +243,21 @@ class DiT(LogicalModule):
         y_B: Tensor | None,
         num_conditional: int,
         context: AttentionContext,
-    ) -> tuple[Tensor, list[MoEAuxiliary]]:
-        """All blocks; returns the tokens, and the auxiliary outputs of MoE layers. `nn/compile.py` replaces this."""
+    ) -> tuple[Tensor, list[MoEAuxiliary], Tensor | None]:
+        """All blocks; `nn/compile.py` replaces this.
+
+        Returns:
+            the tokens, the auxiliary outputs of MoE layers, and the tokens after `model.align_block` blocks (None: 0).
+        """
         layers = []
-        for block, c_BD in zip(self.blocks, block_conditions, strict=True):
+        aligned_BSD: Tensor | None = None
+        for number, (block, c_BD) in enumerate(zip(self.blocks, block_conditions, strict=True), start=1):
             x_BSD, auxiliary = block(x_BSD, c_BD, y_B, num_conditional, context)
             if auxiliary is not None:
                 layers.append(auxiliary)
-        return x_BSD, layers
+            if number == self.config.align_block:
+                aligned_BSD = x_BSD
+        return x_BSD, layers, aligned_BSD
 
     def conditions(self, c_BD: Tensor, modulation: Tensor | None) -> Sequence[Tensor]:
         """The condition of each block, and of the final layer; `nn/compile.py` replaces this."""

@@ -69,10 +69,19 @@ class Normal:
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """How a parameter or buffer starts, and how tensor parallelism splits it (None: every rank has all of it)."""
+    """How a parameter or buffer starts, how tensor parallelism splits it, and what an optimizer must know of it.
+
+    Attributes:
+        initialize: writes the initial value.
+        split: over tensor-parallel ranks; None: every rank has all of it.
+        hidden_matrices: how many matrices between hidden activations are stacked in the rows of the tensor (of one
+            expert's part of it), which Muon orthogonalises one by one; 0 for all other parameters: biases, norms,
+            embeddings, prototypes, gates, modulation and output layers.
+    """
 
     initialize: Initializer
     split: Split | None = None
+    hidden_matrices: int = 0
 
 
 class InitialValueError(UserError):

@@ -9,6 +9,7 @@ dispatchers. Initial values depend only on (seed, name, expert), so the logical 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,12 @@ def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
     table = {}
     for name, parameter in model.named_parameters():
         module, attribute = _owner(model, name)
-        split, has_experts = None, False
+        layout = ParameterLayout(name, tuple(parameter.shape))
         if isinstance(module, LogicalModule):
-            has_experts = module.has_experts
-            split = module.rules[attribute].split if attribute in module.rules else None
-        table[name] = ParameterLayout(name, tuple(parameter.shape), split, expert=has_experts)
+            layout = replace(layout, expert=module.has_experts)
+            if rule := module.rules.get(attribute):
+                layout = replace(layout, split=rule.split, hidden_matrices=rule.hidden_matrices)
+        table[name] = layout
     return table
 
 

@@ -77,14 +77,17 @@ class Linear(LogicalModule, nn.Linear):
 class ColumnLinear(Linear):
     """Linear layer inside a region, with the output features divided: x (..., in) -> (..., out/tp)."""
 
-    rules = {"weight": ParameterRule(xavier_uniform, Split(0)), "bias": ParameterRule(zeros, Split(0))}
+    rules = {
+        "weight": ParameterRule(xavier_uniform, Split(0), hidden_matrices=1),
+        "bias": ParameterRule(zeros, Split(0)),
+    }
 
 
 class QkvLinear(ColumnLinear):
     """Queries, keys and values in one layer: each third of the output features is divided."""
 
     rules = {
-        "weight": ParameterRule(xavier_uniform, Split(0, blocks=3)),
+        "weight": ParameterRule(xavier_uniform, Split(0, blocks=3), hidden_matrices=3),
         "bias": ParameterRule(zeros, Split(0, blocks=3)),
     }
 
@@ -93,7 +96,7 @@ class GateUpLinear(ColumnLinear):
     """The two projections of a SwiGLU in one layer, [gate | up]: each half of the output features is divided."""
 
     rules = {
-        "weight": ParameterRule(xavier_uniform_halves, Split(0, blocks=2)),
+        "weight": ParameterRule(xavier_uniform_halves, Split(0, blocks=2), hidden_matrices=2),
         "bias": ParameterRule(zeros, Split(0, blocks=2)),
     }
 
@@ -105,7 +108,7 @@ class RowLinear(RegionModule, Linear):
     ranks, and adds the bias after it. The bias is None if it is in the output already.
     """
 
-    rules = {"weight": ParameterRule(xavier_uniform, Split(1)), "bias": ParameterRule(zeros)}
+    rules = {"weight": ParameterRule(xavier_uniform, Split(1), hidden_matrices=1), "bias": ParameterRule(zeros)}
 
     @overload
     def forward(self, x: Tensor, partial: Literal[False] = False) -> Tensor: ...

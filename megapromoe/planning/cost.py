@@ -13,6 +13,7 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config, Layout
 
 TIME_SINUSOIDS = 256
+HIDDEN_PARTS = ("attention", "MLP", "text MLP", "routed experts", "shared expert", "unconditional expert")
 # Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
 EVEN, LARGEST_GROUP = 2, 178_956_971
 
@@ -22,7 +23,7 @@ class Linear:
     """Equal linear layers: `copies` layers of inputs x outputs, which together process `rows` rows of an image.
 
     `split` is the dimension that tensor parallelism splits: "columns" (outputs, with the bias), "rows" (inputs; the
-    bias is replicated) or None. Tables and norms are listed as layers with 0 rows.
+    bias is replicated) or None. Tables and norms are listed as layers with 0 rows. `stacked` weights are one parameter.
     """
 
     part: str
@@ -32,6 +33,12 @@ class Linear:
     rows: int
     bias: bool = True
     split: str | None = None
+    stacked: int = 1
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the weight is a matrix between hidden activations, which Muon updates."""
+        return self.part in HIDDEN_PARTS and self.inputs > 1
 
     @property
     def parameters(self) -> int:
@@ -78,7 +85,7 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
         yield Linear("adaLN", 1, 6 * D, L, 0, bias=False)
     else:
         yield Linear("adaLN", D, 6 * D, L, L, split="columns")
-    yield Linear("attention", D, 3 * D, L, L * (N + S), split="columns")
+    yield Linear("attention", D, 3 * D, L, L * (N + S), split="columns", stacked=3)
     yield Linear("attention", D, D, L, L * (N + S), split="rows")
     if model.qk_norm != "none":  # weight, and bias of LayerNorm, over a head's channels, for queries and for keys
         yield Linear("attention", 1, model.head_dim, 2 * L, 0, bias=model.qk_norm == "layer")
@@ -100,6 +107,10 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
             yield from _mlp("shared expert", D, model.shared_width, shared, shared * S, hidden)
         if model.unconditional_experts:
             yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0, hidden)
+    if model.align_block:
+        hidden = model.align_hidden
+        for inputs, outputs in ((D, hidden), (hidden, hidden), (hidden, model.align_width)):
+            yield Linear("projector", inputs, outputs, 1, S)
     yield Linear("final layer", D, 2 * D, 1, 1)
     yield Linear("final layer", D, patch * model.out_channels, 1, S)
 
@@ -112,7 +123,7 @@ def _custom_router(model: ModelConfig, moe: int) -> Iterator[Linear]:
 
 def _mlp(part: str, D: int, width: int, copies: int, rows: int, hidden: int) -> Iterator[Linear]:
     """MLPs with `hidden` projections to the hidden width, of which one is a gate if there are two."""
-    yield Linear(part, D, hidden * width, copies, rows, split="columns")
+    yield Linear(part, D, hidden * width, copies, rows, split="columns", stacked=hidden)
     yield Linear(part, width, D, copies, rows, split="rows")
 
 
@@ -196,13 +207,13 @@ class Memory:
 
 
 def memory_per_rank(config: Config, world: int) -> Memory:
-    """Bytes of parameters, gradients, AdamW's states and EMA on the first rank, which holds the most.
+    """Bytes of parameters, gradients, the optimizer's states and EMA on the first rank, which holds the most.
 
     The result is exact and includes ZeRO's padding. Activations and communication buffers are not included; see
-    `planning.memory`. ZeRO partitions AdamW's states and the EMA from stage 1, the gradients from stage 2 and the
-    parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
-    AdamW keeps two fp32 moments and an fp32 master copy; plain fp32 training (stage 0) needs no master copy. The EMA is
-    fp32, one for each of `train.ema_decay`.
+    `planning.memory`. ZeRO partitions the optimizer's states and the EMA from stage 1, the gradients from stage 2 and
+    the parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
+    AdamW keeps two fp32 moments, Muon one, and both an fp32 master copy; plain fp32 training (stage 0) needs no master
+    copy. The EMA is fp32, one for each of `train.ema_decay`.
 
     Raises ConfigError where a size of the layout does not divide, or the DeepSpeed file is wrong.
     """
@@ -210,16 +221,20 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     bf16 = deepspeed.get("bf16", {}).get("enabled", False)
-    replicated, routed = tensors_on_rank(config.model, layout)
-    unsharded = sum(replicated) + sum(routed)
+    groups = optimizer_groups(config, layout)
+    unsharded = sum(sum(group.tensors) for group in groups)
     if stage == 3:  # every tensor is partitioned separately
-        shard = sum(-(-n // layout.dp) for n in replicated) + sum(-(-n // layout.edp) for n in routed)
+        shards = [sum(-(-n // group.ranks) for n in group.tensors) for group in groups]
     else:  # flat groups of tensors are partitioned
-        shards = flat_shards(replicated, layout.dp, False) + flat_shards(routed, layout.edp, True)
-        shard = sum(shards)
+        shards = [sum(flat_shards(group.tensors, group.ranks, group.routed)) for group in groups]
+    shard = sum(shards)
     held = unsharded if stage == 0 else shard
     width = 2 if bf16 else 4
-    optimizer = held * (8 if stage == 0 and not bf16 else 12)
+    master = 0 if stage == 0 and not bf16 else 4
+    optimizer = sum(
+        (sum(group.tensors) if stage == 0 else part) * (master + (4 if group.uses_muon else 8))
+        for group, part in zip(groups, shards, strict=True)
+    )
     ema = held * 4 * len(config.train.ema_decays)
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return Memory(
@@ -231,18 +246,86 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     )
 
 
-def tensors_on_rank(model: ModelConfig, layout: Layout) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True)
+class HiddenMatrices:
+    """`count` equal matrices on the first rank, of `rows` outputs and `columns` inputs, which Muon orthogonalises.
+
+    `ranks` is the number of ranks over which ZeRO divides them; `routed`: whether they are of routed experts.
+    """
+
+    count: int
+    rows: int
+    columns: int
+    ranks: int
+    routed: bool
+
+    @property
+    def flops(self) -> int:
+        """Operations of one Newton-Schulz step of all of them: x·xᵀ, its square, and their product with x."""
+        small, large = sorted((self.rows, self.columns))
+        return self.count * (4 * small**2 * large + 2 * small**3)
+
+
+def hidden_matrices(model: ModelConfig, layout: Layout) -> Iterator[HiddenMatrices]:
+    """The matrices that Muon updates, of the replicated parameters and of the experts of the first rank."""
+    for layer in layers(model):
+        if layer.is_hidden:
+            copies, ranks, routed = layer.copies * layer.stacked, layout.dp, layer.part == "routed experts"
+            if routed:
+                copies, ranks = copies // model.num_experts * -(-model.num_experts // layout.ep), layout.edp
+            yield HiddenMatrices(copies, layer.outputs // layer.stacked, layer.inputs, ranks, routed)
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters on the first rank that the optimizer updates together.
+
+    Attributes:
+        tensors: number of elements of each.
+        ranks: over which ZeRO divides them.
+        routed: whether they are of routed experts.
+        uses_muon: whether Muon updates them.
+    """
+
+    tensors: list[int]
+    ranks: int
+    routed: bool
+    uses_muon: bool = False
+
+
+def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
+    """The parameter groups of the optimizer on the first rank: `tensors_on_rank`, with Muon's apart from AdamW's."""
+    replicated, routed = tensors_on_rank(config.model, layout)
+    if config.train.optimizer != "muon":
+        return [OptimizerGroup(replicated, layout.dp, False), OptimizerGroup(routed, layout.edp, True)]
+    groups = []
+    for uses_muon in (False, True):
+        replicated, routed = tensors_on_rank(config.model, layout, hidden=uses_muon)
+        groups.append(OptimizerGroup(replicated, layout.dp, False, uses_muon))
+        groups.append(OptimizerGroup(routed, layout.edp, True, uses_muon))
+    return groups
+
+
+def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = None) -> tuple[list[int], list[int]]:
     """Number of elements of each parameter on the first rank: (replicated or tp-split ones, those of routed experts).
 
     Each weight and bias of a block's routed experts is one tensor with ceil(E/ep) slots.
+
+    Args:
+        hidden: only hidden matrices, or only all other parameters; None: all.
     """
     slots = -(-model.num_experts // layout.ep)
     replicated, routed_of_block = [], []
     for layer in layers(model):
-        if layer.part == "routed experts":
-            routed_of_block += [slots * n for n in layer.tensors(layout.etp)]
+        is_routed = layer.part == "routed experts"
+        tensors = layer.tensors(layout.etp if is_routed else layout.tp)
+        if hidden is not None:
+            weights = 1 if layer.is_hidden else 0
+            tensors = tensors[:weights] if hidden else tensors[weights:]
+        if is_routed:
+            routed_of_block += [slots * n for n in tensors]
         else:
-            replicated += layer.tensors(layout.tp) * layer.copies
+            replicated += tensors * layer.copies
     return replicated, routed_of_block * len(model.moe_blocks)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megapromoe.config.model_options import BALANCED_ROUTERS, GATE_ROUTERS, PROMOE_ROUTERS, ModelConfig
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, tensors_on_rank
+from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, optimizer_groups, tensors_on_rank
 from megapromoe.planning.traffic import (
     Batch,
     expected_batch,
@@ -22,6 +22,7 @@ from megapromoe.planning.traffic import (
 from megapromoe.planning.zero import zero_of
 
 INDEX = 8  # bytes of an int64
+MUON_BATCH = 1 << 25  # elements of matrices that Muon orthogonalises at once, as in engine/muon.py
 
 
 class Saved(NamedTuple):
@@ -87,6 +88,9 @@ def _ends(model: ModelConfig, batch: Batch, b: int, recomputes_blocks: bool) -> 
     yield Saved("final layer", "normalised, modulated", 2 * T * D * b)
     yield Saved("final layer", "SiLU, 1 + scale", 2 * B * D * b)
     yield Saved("loss", "difference", pixels * 4)
+    if model.align_block:
+        yield Saved("projector", "tokens, around both SiLUs", T * (D + 4 * model.align_hidden) * b)
+        yield Saved("projector", "features of both sides, float32", 2 * T * model.align_width * 4)
 
 
 def _residual(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
@@ -343,15 +347,29 @@ def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, f
 
     Backward pass: gradient buckets, two with overlapped communication; at stage 3 also the gathered parameters. Update:
     stages 1 and 2 make a flat and a float32 copy of the gradients of a group. Source: DeepSpeed 0.19.8, runtime/zero.
+    Muon adds the tensors of its update, see `engine/muon.py`.
     """
     zero = zero_of(config)
     replicated, routed = tensors_on_rank(config.model, layout)
-    largest = max(sum(replicated) / layout.dp, sum(routed) / layout.edp)
+    largest = max(sum(group.tensors) / group.ranks for group in optimizer_groups(config, layout))
+    muon = _muon_temporaries(config, layout, b)
     if zero.stage == 0:
-        return 0, min(zero.bucket, sum(replicated) + sum(routed)) * b
+        return 0, max(min(zero.bucket, sum(replicated) + sum(routed)) * b, muon)
     flat = zero.bucket * b if zero.contiguous else 0
     if zero.stage < 3:
-        return flat * (2 if zero.overlap else 1), largest * (4 + b)
+        return flat * (2 if zero.overlap else 1), largest * (4 + b) + muon
     large = sum(n for n in (*replicated, *routed) if n > zero.small)
     small = sum(replicated) + sum(routed) - large
-    return flat + (min(large, zero.kept + zero.ahead) + small) * b, largest * 4
+    return flat + (min(large, zero.kept + zero.ahead) + small) * b, largest * 4 + muon
+
+
+def _muon_temporaries(config: Config, layout: Layout, b: int) -> float:
+    """Bytes of Muon's temporary tensors for the largest group, at stage 0 for the largest parameter.
+
+    For each element the gradient that is applied and the direction in fp32, results and update in the trained type;
+    and the matrices, Gram matrices and polynomials of one batch. Source: engine/muon.py.
+    """
+    groups = [group for group in optimizer_groups(config, layout) if group.uses_muon and group.tensors]
+    stage = zero_of(config).stage
+    sizes = [sum(g.tensors) / g.ranks if stage else float(max(g.tensors)) for g in groups]
+    return max((n * (8 + 2 * b) + min(n, MUON_BATCH) * (4 + 4 * b) for n in sizes), default=0.0)

@@ -8,7 +8,14 @@ import math
 from dataclasses import dataclass, replace
 
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import Linear, flops_per_image, layers, memory_per_rank, tensors_on_rank
+from megapromoe.planning.cost import (
+    Linear,
+    flops_per_image,
+    hidden_matrices,
+    layers,
+    memory_per_rank,
+    tensors_on_rank,
+)
 from megapromoe.planning.machines import Assumptions, Machine
 from megapromoe.planning.memory import fullest, saved_tensors
 from megapromoe.planning.traffic import (
@@ -206,7 +213,10 @@ def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, c
 
 
 def _update(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
-    """Seconds of AdamW and the averaged weights, from their memory traffic; on the host if they are offloaded."""
+    """Seconds of the optimizer and the averaged weights, from their memory traffic; on the host if they are offloaded.
+
+    With Muon also of its products of matrices, which the ranks share; its memory traffic counts as that of AdamW.
+    """
     states = memory_per_rank(config, layout.world)
     averages = len(config.train.ema_decays)
     elements = states.ema / (4 * averages)
@@ -214,7 +224,17 @@ def _update(config: Config, layout: Layout, machine: Machine, assume: Assumption
     if states.host:
         moved = elements * zero_of(config).width + states.parameters
         return update / HOST_RATE + moved / (machine.pcie * assume.links)
-    return update / (machine.hbm * assume.memory)
+    peak = machine.peak if zero_of(config).width == 2 else machine.peak_fp32
+    return update / (machine.hbm * assume.memory) + muon_flops(config, layout) / (peak * assume.products)
+
+
+def muon_flops(config: Config, layout: Layout) -> float:
+    """Operations by which a rank orthogonalises matrices in a step; at ZeRO stage 0 every rank does all of them."""
+    train, stage = config.train, zero_of(config).stage
+    if train.optimizer != "muon":
+        return 0.0
+    matrices = hidden_matrices(config.model, layout)
+    return train.muon_steps * sum(m.flops / (m.ranks if stage else 1) for m in matrices)
 
 
 def utilization(config: Config, layout: Layout, machine: Machine, seconds: float) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import flat_shards, layers, tensors_on_rank
+from megapromoe.planning.cost import flat_shards, hidden_matrices, layers, optimizer_groups, tensors_on_rank
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
@@ -80,7 +80,12 @@ def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> t
         batch: images of each micro-batch; None: the expected batch.
     """
     batch = batch or expected_batch(config, layout)
-    all_collectives = [*_blocks(config, layout, batch), *_norm(layout), *_zero(config, layout)]
+    all_collectives = [
+        *_blocks(config, layout, batch),
+        *_norm(config, layout),
+        *_zero(config, layout),
+        *_cut_matrices(config, layout),
+    ]
     return tuple(c for c in all_collectives if c.size > 1 and c.count)
 
 
@@ -170,9 +175,33 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
         yield from statistic("DiffMoE: thresholds", E * 4, backward=False)
 
 
-def _norm(layout: Layout) -> Iterator[Collective]:
-    """Source: engine/engine.py, `_reduce_gradient_norm`: the squared norm and the votes to stop, float64."""
-    yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, 16, "update")
+def _norm(config: Config, layout: Layout) -> Iterator[Collective]:
+    """Source: engine/engine.py, `_reduce_gradient_norm`: the squared norm and the votes to stop, float64.
+
+    With Muon also the squared norm of AdamW's part.
+    """
+    payload = 24 if config.train.optimizer == "muon" else 16
+    yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, payload, "update")
+
+
+def _cut_matrices(config: Config, layout: Layout) -> Iterator[Collective]:
+    """Muon's matrices that ZeRO divides: to their owners, and the results back. Source: engine/matrix_exchange.py.
+
+    Where the borders of partitions are within matrices is not known here: a border is taken to cut a matrix in the
+    middle. At stage 3 each matrix counts as divided over all ranks.
+    """
+    zero = zero_of(config)
+    if config.train.optimizer != "muon" or not zero.stage:
+        return
+    for over, ranks in (("dp", layout.dp), ("edp", layout.edp)):
+        matrices = [m for m in hidden_matrices(config.model, layout) if m.routed == (over == "edp")]
+        total = sum(m.count * m.rows * m.columns for m in matrices)
+        if not total or ranks == 1:
+            continue
+        size, shard = total / sum(m.count for m in matrices), total / ranks
+        share = size / (2 * shard) if shard >= size else 1 - shard / (2 * size)
+        moved = total * (share if zero.stage < 3 else 1 - 1 / ranks)
+        yield Collective("Muon: cut matrices", "all_to_all", over, ranks, 2, moved / ranks * zero.width, "update")
 
 
 def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
@@ -205,8 +234,8 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
             yield Collective(names[0], "reduce_scatter", over, size, often * calls, payload, "gradients", False)
             twice = _recomputed_parameters(config, layout, over == "edp")
             yield from _gathers(names[1], over, size, padded, twice, zero, micro)
-        if stage in (1, 2):
-            for shard in flat_shards(tensors, size, routed=over == "edp"):
+        for group in optimizer_groups(config, layout) if stage in (1, 2) else ():
+            for shard in flat_shards(group.tensors, size, group.routed) if group.routed == (over == "edp") else ():
                 yield Collective(names[1], "all_gather", over, size, 1, shard * size * width, "update", False)
 
 

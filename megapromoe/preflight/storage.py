@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megapromoe.config.options import UNSET, Config
-from megapromoe.data.sources import open_captions, open_dataset
+from megapromoe.data.sources import open_captions, open_dataset, open_teacher_features
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes
 from megapromoe.planning.machines import GIB
@@ -131,16 +131,19 @@ def check_data(config: Config) -> Data | None:
         return None
     try:
         dataset = open_dataset(config)
-        captions = open_captions(config, dataset)
+        captions, teacher = open_captions(config, dataset), open_teacher_features(config, dataset)
         indices = np.unique(np.linspace(0, len(dataset) - 1, RECORDS).astype(np.int64))
         start = time.perf_counter()
         images = dataset.sample(indices, np.zeros(len(indices), dtype=bool), None)
         texts = captions.batch(indices, np.zeros(len(indices), dtype=bool)) if captions is not None else None
+        features_of_teacher = teacher.sample(indices, np.zeros(len(indices), dtype=bool), None) if teacher else None
         seconds = time.perf_counter() - start
         labels = np.asarray(dataset.labels)[indices]
     except Exception as error:  # any error of a reader is a finding about this node
         return Data(error=f"{type(error).__name__}: {' '.join(str(error).split())}")
     content = np.ascontiguousarray(images).tobytes() + np.ascontiguousarray(labels).tobytes()
+    if features_of_teacher is not None:
+        content += np.ascontiguousarray(features_of_teacher).tobytes()
     if texts is not None:
         features = texts.features_BND.view(torch.int16)  # numpy has no bfloat16
         content += features.numpy().tobytes() + texts.mask_BN.numpy().tobytes()

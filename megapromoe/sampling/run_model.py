@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ from megapromoe.distributed import runtime
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
 from megapromoe.io import sha256_of
+from megapromoe.nn.alignment import PROJECTOR
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.parallelize import build
 
@@ -221,8 +222,11 @@ def _load(
 ) -> tuple[DiT, Config, int]:
     checkpoint = find_checkpoint(run, step, weights)
     checkpoint.verify(mesh.rank, mesh.world_size)
-    model = build(config, mesh, device, undrawn=torch.float32)
-    check_model(checkpoint, {name: layout.shape for name, layout in model.layouts.items()})
+    model = build(replace(config, model=config.model.without_alignment), mesh, device, undrawn=torch.float32)
+    shapes = {name: layout.shape for name, layout in model.layouts.items()}
+    if config.model.align_block:
+        shapes |= {name: tuple(shape) for name, shape in checkpoint.shapes.items() if name.startswith(PROJECTOR)}
+    check_model(checkpoint, shapes)
     _check_config(run, checkpoint, config)
     kind = checkpoint.kind_of(weights)
     if this_rank() == 0 and kind in checkpoint.averages:

@@ -16,7 +16,7 @@ from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError,
 from megapromoe.checkpoint.step_folders import step_folders
 from megapromoe.config.options import Config
 from megapromoe.data.datasets import Dataset, DatasetError
-from megapromoe.data.sources import open_captions, open_dataset
+from megapromoe.data.sources import open_captions, open_dataset, open_teacher_features
 from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.errors import ExitCode, UserError, Violations
 from megapromoe.training.initializing import StartError, examine_start_from_weights
@@ -76,6 +76,7 @@ def examine_start(
             problems.append(error if isinstance(error, UserError) else StartError(f"{error}"))
     try:
         dataset = open_dataset(replace(config, data=replace(config.data, cache="")))
+        open_teacher_features(config, dataset)
         open_preview(config, open_captions(config, dataset))
     except (DatasetError, MethodUnavailable) as error:
         problems.append(error)

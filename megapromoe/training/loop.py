@@ -27,7 +27,8 @@ from megapromoe.conversion.start_report import Report, lines
 from megapromoe.data.caption_batches import Captions, CaptionSource
 from megapromoe.data.datasets import Dataset, DatasetError
 from megapromoe.data.sample_stream import Batch, SampleStream, prefetch
-from megapromoe.data.sources import open_captions, open_dataset
+from megapromoe.data.sources import open_captions, open_dataset, open_teacher_features
+from megapromoe.data.teacher import TeacherFeatures
 from megapromoe.diffusion.multistep import MethodUnavailable
 from megapromoe.diffusion.objectives import Objective, make_objective
 from megapromoe.distributed import runtime, watchdog
@@ -157,7 +158,7 @@ def _train(
     watchdog.starting("making the groups")
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
     watchdog.starting("opening the data")
-    dataset, captions, preview = _open_data(config)
+    dataset, captions, teacher, preview = _open_data(config)
     example = captions.text.caption(0) if isinstance(captions, Captions) else None
     stream = SampleStream(
         dataset,
@@ -167,6 +168,7 @@ def _train(
         config.model.null_class,
         captions,
         dropout_stratum=config.data.condition_dropout_stratum,
+        teacher=teacher,
     )
     watchdog.starting("building the model and its engine")
     if config.model.has_custom_router:
@@ -303,8 +305,10 @@ def _train(
     engine.close()
 
 
-def _open_data(config: Config) -> tuple[Dataset, CaptionSource | None, Preview | None]:
-    """Opens the data set, its captions if the model takes texts, and what pictures show.
+def _open_data(
+    config: Config,
+) -> tuple[Dataset, CaptionSource | None, TeacherFeatures | None, Preview | None]:
+    """Opens the data set, its captions if the model takes texts, a teacher's features, and what pictures show.
 
     Collective: a failure is raised on every rank.
 
@@ -315,7 +319,7 @@ def _open_data(config: Config) -> tuple[Dataset, CaptionSource | None, Preview |
     with raising_together(TrainingError, catch=(DatasetError, MethodUnavailable), name_ranks=True, exit_code=wrong):
         dataset = open_dataset(config)
         captions = open_captions(config, dataset)
-        return dataset, captions, open_preview(config, captions)
+        return dataset, captions, open_teacher_features(config, dataset), open_preview(config, captions)
 
 
 def _check_router_version(config: Config) -> None:
@@ -344,6 +348,7 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator:
 
     def loss(prediction: Tensor, auxiliary: AuxiliaryOutput) -> tuple[Tensor, Tensor]:
         denoising = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
+        auxiliary = auxiliary.aligned(batch.teacher_BWHW, engine.config.model.align_weight)
         total = denoising + auxiliary.total()
         accumulator.add(denoising, total, auxiliary)
         return total, total.detach()

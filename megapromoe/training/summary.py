@@ -125,8 +125,13 @@ def _precision(config: Config) -> str:
 def _optimizer(config: Config) -> str:
     t = config.train
     rate = f"learning rate {t.lr:g}, {t.schedule}" + (f" after {t.warmup:,} steps of warm-up" if t.warmup else "")
+    if t.schedule == "wsd":
+        rate += f", decay ({t.decay_shape}) from step {t.decay_start_step:,}"
     clip = f"gradient norm clipped to {t.max_grad_norm:g}" if t.max_grad_norm else "gradient norm not clipped"
-    return f"AdamW ({t.adamw_backend}), {rate}; {clip}; {_averages(t.ema_decays)}"
+    name = f"AdamW ({t.adamw_backend})"
+    if t.optimizer == "muon":
+        name = f"Muon (learning rate {t.muon_lr or t.lr:g}, {t.muon_scale}) and {name}"
+    return f"{name}, {rate}; {clip}; {_averages(t.ema_decays)}"
 
 
 def _averages(decays: Sequence[float]) -> str:

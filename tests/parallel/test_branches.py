@@ -196,3 +196,17 @@ def test_a_run_that_ends_with_skipped_steps_fails(tmp_path):
 def test_skipped_steps_followed_by_good_ones_change_nothing(tmp_path):
     run(1, diverging, str(tmp_path), ("train.steps=9",), 4, 5)
     assert Checkpoint(folder_of(tmp_path / "checkpoints", 9)).manifest["updates"] == 7
+
+
+@pytest.mark.full
+def test_the_stable_part_of_a_schedule_is_extended(tmp_path):
+    """From a checkpoint before the decay with more steps: the bits of a run that had these steps from the start."""
+    wsd = ("train.schedule=wsd", "train.decay_start=0.5", "train.warmup=2", "train.keep_last=9")
+    straight, extended = tmp_path / "straight", tmp_path / "extended"
+    run(1, start, str(straight), (*wsd, "train.steps=20"))
+    run(1, start, str(extended), (*wsd, "train.steps=10"))
+    assert steps_in(extended / "checkpoints") == [5, 10]
+    run(1, start, str(extended), (*wsd, "train.steps=20"), 0, dict(from_step=5))
+    assert losses(extended) == losses(straight)
+    expected = state(straight, 20)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in state(extended, 20).items())

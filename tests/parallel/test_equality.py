@@ -1,6 +1,6 @@
 """Training is one function at every layout: the matrix against ONE process.
 
-Per-step losses and clip norms, all gradients of the first step, parameters and averages after 5 AdamW steps agree in
+Per-step losses and clip norms, all gradients of the first step, parameters and averages after 5 steps agree in
 fp32: ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖everything‖ per tensor. Some gradients are zero by mathematics (an attention key's bias)
 and Adam would turn their rounding noise into full steps, so the runs use eps 1e-3, which damps that. The clip norm is
 active in every run. `make equality` writes the table of the largest deviations, 1.0 being the limit. The quick level
@@ -192,6 +192,27 @@ TEXTS = [
 ]
 
 
+# Muon for hidden matrices, which ZeRO's partitions cut. The first case is quick.
+MUON = ("train.optimizer=muon", "train.muon_lr=0.02", "train.weight_decay=0.1")
+MUON_CASES = [
+    Case(4, ep=2, zero=1, what=(*MUON, *SEVERAL)),
+    Case(4, ep=4, zero=2, what=MUON),
+    Case(3, ep=3, zero=1, what=(*MUON, *ODD)),
+    Case(2, zero=2, what=(*MUON, *ALL_OPTIONS, *TWICE, "train.muon_scale=original")),
+    Case(4, ep=4, zero=1, what=MUON, prepare="one_expert"),
+    Case(4, ep=2, zero=3, what=(*MUON, *WITH_FFN)),
+]
+
+
+# Times that are shifted by the size of the latents, several averages, and a teacher.
+SHIFTED = ("diffusion.shift_base=4", "train.ema_decay=[0.5,0.9]")
+ALIGNED = ("model.align_block=2", "model.align_width=12", "model.align_hidden=24", "data.flip=true")
+RECIPES = [
+    Case(4, tp=2, ep=2, zero=2, what=(*SHIFTED, *ALIGNED, *TWICE), recompute="all"),
+    Case(4, tp=2, ep=2, zero=3, what=(*TEXT, *SHIFTED, *ALIGNED)),
+]
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -199,8 +220,8 @@ def quick_factors(case: Case) -> dict[str, Hashable]:
 
 
 QUICK = pairwise([quick_factors(case) for case in CASES])
-QUICK += [len(CASES), len(CASES) + len(OPTIONS)]
-CASES += [*OPTIONS, *TEXTS]
+QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
+CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES]
 
 
 @cache
@@ -280,7 +301,7 @@ def write_table(file: Path, rows: list) -> None:
     """The matrix as Markdown."""
     kinds = ("losses", "norms", "gradients", "parameters", "averages")
     lines = [
-        "Each row trains 5 AdamW steps of a small model in fp32 at one layout and on one process (ZeRO-0), and shows",
+        "Each row trains 5 updates of a small model in fp32 at one layout and on one process (ZeRO-0), and shows",
         "the largest deviation over steps or tensors **in units of the limit**: 1e-5 relative for losses and clip",
         "norms; ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖all‖ for tensors (gradients of the first step, parameters and averages after",
         "the fifth). 1.0 would fail. Clipping is active; AdamW's eps is 1e-3, because otherwise the rounding noise of",

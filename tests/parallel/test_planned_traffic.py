@@ -121,8 +121,13 @@ def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
     return {key: tuple(line) for key, line in lines.items()}
 
 
-def compare(world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool = True) -> None:
-    """Everything exactly, but for calls of DeepSpeed's where asked: it may come in more buckets than one."""
+def compare(
+    world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool = True, all_to_all: float = 1e-12
+) -> None:
+    """Everything exactly, but for calls of DeepSpeed's where asked: it may come in more buckets than one.
+
+    `all_to_all`: relative tolerance of its bytes.
+    """
     ranks = run(world, recorded, cases)
     for number, overrides in enumerate(cases):
         travelled, expected = 0, 0.0
@@ -140,7 +145,7 @@ def compare(world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool =
                     assert measured[key][1] == pytest.approx(size, rel=1e-12), (overrides, key)
             memory = memory_per_rank(small(*overrides), world)
             assert states == {name: getattr(memory, name) for name in states}, overrides
-        assert travelled == pytest.approx(expected, rel=1e-12), overrides
+        assert travelled == pytest.approx(expected, rel=all_to_all), overrides
 
 
 TWO = ("model.depth=2",)
@@ -183,6 +188,13 @@ def test_traffic_of_models():
 def test_traffic_of_dense_models_and_diffmoe():
     dense = ("model.router=dense", "parallel.tp=2", "parallel.recompute=blocks")
     compare(2, [(*TWO, *dense), (*TWO, "model.router=diffmoe")])
+
+
+@pytest.mark.full
+def test_traffic_and_states_of_muon():
+    """Exactly, but for the bytes of cut matrices, which a plan estimates. Borders of partitions are within matrices."""
+    what = ("train.global_batch=18", "train.optimizer=muon", "model.expert_width=44")
+    compare(3, [(*TWO, *what)], all_to_all=0.7)
 
 
 # Large parameters are gathered twice for each micro-batch, as they are in models of billions.

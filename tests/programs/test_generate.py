@@ -102,6 +102,18 @@ def test_the_run_s_shift_of_noise_levels_is_used():
     assert not torch.allclose(plain, moved, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_shift_by_size_is_that_of_its_square_root(method):
+    """Latents of side 8 have four times the pixels of side 4: a factor of 2, which multiplies the run's own."""
+    model, words = stirred(tiny()), f"sample.method={method}"
+    for by_size, by_hand in ((("diffusion.shift_base=4",), 2), (("diffusion.shift_base=2", "diffusion.shift=0.75"), 3)):
+        config = tiny(words, *by_size)
+        assert config.time_shift == by_hand
+        expected = generate(model, tiny(words, f"diffusion.shift={by_hand}"), [1, 5], [0, 1])
+        assert torch.equal(generate(model, config, [1, 5], [0, 1]), expected)
+    assert tiny("diffusion.shift=1.5").time_shift == 1.5
+
+
 def test_the_model_s_mode_is_restored_and_progress_reported():
     model, reported = stirred(tiny()).train(), []
     generate(model, tiny(), [1] * 6, range(6), progress=lambda done, total: reported.append((done, total)))

@@ -222,6 +222,7 @@ ELSEWHERE = {
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
     r"megapromoe encode (--latents \S+|--images \S+\.(parquet|tar)'?) .*$": "tests/unit/test_tables.py",
+    r"megapromoe (encode .* --teacher|train .* model\.align_block=\d+) .*$": "tests/unit/test_teacher.py",
     r"(?:torchrun .*)?megapromoe sample --run-dir runs/(?:scenes|t2i) .*$": "tests/parallel/test_prompt_sampling.py",
     r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",

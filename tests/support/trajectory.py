@@ -11,10 +11,12 @@ from megapromoe.checkpoint.format import Checkpoint, commit, write_rank
 from megapromoe.checkpoint.local_state import copy_to_host
 from megapromoe.checkpoint.manager import CheckpointManager
 from megapromoe.checkpoint.step_folders import folder_of
+from megapromoe.checkpoint.weights import AVERAGE, average_kinds
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Synthetic
 from megapromoe.data.sample_stream import Batch, SampleStream
+from megapromoe.data.sources import open_teacher_features
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
@@ -47,7 +49,10 @@ SMALL = (
 
 @dataclass
 class Trajectory:
-    """Per-step losses and norms, and logical tensors: of the first step's gradient, and after the last step."""
+    """Per-step losses and norms, and logical tensors: of the first step's gradient, and after the last step.
+
+    Names of averages after the first have the kind before them.
+    """
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -82,7 +87,12 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     shape = (config.model.in_channels, config.model.input_size, config.model.input_size)
     dataset = Synthetic(shape, config.model.num_classes, config.data.size, seed=1)
     loader = SampleStream(
-        dataset, config.data.seed, config.data.condition_dropout, config.data.flip, config.model.null_class
+        dataset,
+        config.data.seed,
+        config.data.condition_dropout,
+        config.data.flip,
+        config.model.null_class,
+        teacher=open_teacher_features(config, dataset),
     )
     out = Trajectory()
     for step in range(steps):
@@ -96,6 +106,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
 
             def loss(prediction, auxiliary, batch=batch):
                 mse = objective.loss(prediction, batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
+                auxiliary = auxiliary.aligned(batch.teacher_BWHW, config.model.align_weight)
                 total_loss = mse + auxiliary.total()
                 return total_loss, total_loss.detach()
 
@@ -124,7 +135,9 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
         gradient, state = Checkpoint(place), Checkpoint(folder_of(Path(folder), steps))
         out.gradients = {name: gradient.logical("gradient", name) for name in gradient.shapes}
         out.parameters = {name: state.logical("master", name) for name in state.shapes}
-        out.averages = {name: state.logical("ema", name) for name in state.shapes}
+        for kind in average_kinds(config.train.ema_decays):
+            prefix = "" if kind == AVERAGE else f"{kind} "
+            out.averages |= {prefix + name: state.logical(kind, name) for name in state.shapes}
     dist.barrier()
     engine.close()
     return out if dist.get_rank() == 0 else None

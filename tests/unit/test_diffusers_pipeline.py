@@ -47,6 +47,7 @@ CASES = {router: (f"model.router={router}",) for router in ROUTERS} | {
     "limited": ("model.capacity_factor=1.0",),
     "blocks": ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope"),
     "heun, shifted": ("sample.method=heun", "diffusion.shift=3"),
+    "euler, shifted by size": ("sample.method=euler", "diffusion.shift_base=2"),
     "time of SiT": ("model.time_input=sit", "model.modulation=shared"),
     "interval": ("sample.guidance_low=0.2", "sample.guidance_high=0.7", "sample.steps=5"),
     "no guidance": ("sample.guidance=1",),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megapromoe.config.resolve import ConfigError, resolve
 from megapromoe.diffusion.objectives import (
     DDPM,
     DDPMSchedule,
@@ -40,7 +41,7 @@ def u_of(steps):
 
 def diffusion_config(**changes):
     fields = dict(objective="rf", time="mode", logit_mean=0.1, logit_std=0.9, mode_scale=0.7, shift=3.0)
-    return SimpleNamespace(diffusion=SimpleNamespace(**(fields | changes)))
+    return SimpleNamespace(diffusion=SimpleNamespace(**(fields | changes)), time_shift=fields["shift"])
 
 
 # Rectified flow
@@ -72,6 +73,23 @@ def test_uniform_time_is_the_draw_itself_and_shift_moves_it_to_noise():
     # In odds, the shift is a factor.
     torch.testing.assert_close(moved / (1 - moved), 3 * u / (1 - u), rtol=1e-5, atol=0)
     assert (shifted(0.0, 3.0), shifted(1.0, 3.0)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [(), ("model.condition=text", "model.text_width=6", "model.text_tokens=5")],
+    ids=["classes", "texts"],
+)
+def test_the_shift_by_size_in_training(model):
+    """Eq. 23 of SD3: latents of side 16 have 16 times the pixels of side 4, so odds of noise are 4 times as large."""
+    words = ("data.source=synthetic", "model.input_size=16", "model.patch_size=2", *model)
+    u = torch.linspace(0.01, 0.99, 50)
+    plain, moved = (
+        make_objective(resolve(overrides=[*words, f"diffusion.shift_base={base}"])).sigma(u) for base in (0, 4)
+    )
+    assert torch.allclose(moved / (1 - moved), 4 * plain / (1 - plain), rtol=1e-4)
+    with pytest.raises(ConfigError, match="diffusion.shift_base = 4: must be 0 with diffusion.objective = 'ddpm'"):
+        resolve(overrides=[*words, "diffusion.shift_base=4", "diffusion.objective=ddpm", "sample.method=ddim"])
 
 
 def test_flow_corrupts_along_the_straight_line_and_scores_the_velocity():

@@ -75,12 +75,14 @@ def test_the_clock_continues_from_the_checkpoint(resumed, monkeypatch):
     assert clock.left(60) == 0.0
 
 
-def test_every_auxiliary_loss_of_every_router_has_a_name():
-    source = Path(__file__).parents[2] / "megapromoe" / "nn" / "moe"
+def test_every_auxiliary_loss_of_every_router_and_model_has_a_name():
+    source = Path(__file__).parents[2] / "megapromoe" / "nn"
     named = {
         name
-        for file in source.glob("*.py")
-        for name in re.findall(r'losses\["(\w+)"\]|losses = \{"(\w+)"', file.read_text())
+        for file in (*(source / "moe").glob("*.py"), source / "dit.py")
+        for name in re.findall(
+            r'losses\["(\w+)"\]|losses = \{"(\w+)"|losses=\{\*\*self\.losses, "(\w+)"', file.read_text()
+        )
     }
     assert {name for pair in named for name in pair if name} == set(AUXILIARY_LOSSES)
 

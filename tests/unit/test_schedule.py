@@ -3,7 +3,7 @@
 import pytest
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.config.resolve import resolve
+from megapromoe.config.resolve import ConfigError, resolve
 from megapromoe.config.schedule import describe_changes, learning_rate
 
 COSINE = ("train.lr=1e-3", "train.min_lr=0", "train.schedule=cosine", "train.warmup=0", "train.steps=100")
@@ -85,3 +85,58 @@ def test_open_notes_what_changed_for_the_log(tmp_path):
         assert run.changed == {"train.steps": [100, 200]}
     with RunDirectory.open(tmp_path, config("train.steps=200"), 1) as run:
         assert run.changed == {}
+
+
+# ---- warm-up, stable, decay
+
+WSD = ("train.schedule=wsd", "train.lr=1e-2", "train.warmup=10", "train.steps=100")
+
+
+def wsd(*overrides: str) -> list[float]:
+    """The learning rate of every step."""
+    train = resolve("digits", overrides=[*WSD, *overrides]).train
+    return [learning_rate(train, step) for step in range(train.steps)]
+
+
+@pytest.mark.parametrize("start", ["0.75", "75"])
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
+def test_wsd_is_stable_and_then_decays(start, shape):
+    rates = wsd(f"train.decay_start={start}", f"train.decay_shape={shape}", "train.min_lr=1e-3")
+    assert rates[:10] == pytest.approx([1e-3 * (step + 1) for step in range(10)])
+    assert rates[9:76] == [1e-2] * 67
+    for step in range(75, 100):
+        share = (step - 75) / 25
+        rest = 1 - share if shape == "linear" else 1 - share**0.5
+        assert rates[step] == pytest.approx(1e-3 + 9e-3 * rest)
+    assert all(a > b for a, b in zip(rates[75:], rates[76:], strict=False))
+
+
+def test_an_extended_stable_part_keeps_its_rates_and_the_change_is_described():
+    short, longer = wsd("train.decay_start=0.8"), wsd("train.decay_start=0.8", "train.steps=400")
+    assert short[:80] == longer[:80] and longer[80:320] == [1e-2] * 240
+    now = resolve("digits", overrides=[*WSD, "train.decay_start=0.8", "train.steps=400"])
+    assert describe_changes(now, {"train.steps": [100, 400]}, 60) == ["train.steps: 100 -> 400"]
+    (_, line) = describe_changes(now, {"train.steps": [100, 400]}, 90)
+    assert line.startswith("learning rate: ") and "-> 0.01 at step 91" in line
+    (_, line) = describe_changes(now, {"train.decay_start": [0.1, 0.8]}, 60)
+    assert "-> 0.01 at step 61" in line
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (
+            ("train.decay_start=100",),
+            "train.decay_start = 100.0: must be a step from train.warmup = 10 to below train.st",
+        ),
+        (("train.decay_start=5",), "train.decay_start = 5.0: must be a step from train.warmup = 10"),
+        (("train.decay_start=0.999",), "not step 100"),
+        (("train.decay_start=20.5",), "train.decay_start = 20.5: must be a whole number"),
+        (("train.decay_start=0",), "train.decay_start"),
+        (("train.min_lr=1",), "train.min_lr = 1.0: must be at most train.lr"),
+    ],
+)
+def test_wsd_that_cannot_be(overrides, sentence):
+    with pytest.raises(ConfigError) as error:
+        resolve("digits", overrides=[*WSD, *overrides])
+    assert sentence in str(error.value)

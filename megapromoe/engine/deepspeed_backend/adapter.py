@@ -13,7 +13,8 @@ from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.deepspeed_backend import partitions, start
 from megapromoe.engine.deepspeed_backend.internals import SUPPORTED, missing_internals
 from megapromoe.engine.deepspeed_backend.step import StepByPartitions
-from megapromoe.engine.protocol import EngineError, PartitionUpdate
+from megapromoe.engine.muon import HIDDEN_MATRICES, hidden_parameters
+from megapromoe.engine.protocol import EngineError, PartitionShards, PartitionUpdate
 from megapromoe.nn.dit import DiT
 
 
@@ -41,6 +42,9 @@ class DeepSpeedAdapter:
             "gradient_accumulation_steps": config.train.accumulation,
             "gradient_clipping": clip,  # always set, because the default of 0.19.8 is 1.0
         }
+        hidden = hidden_parameters(config, model.layouts)
+        if hidden:
+            settings["zero_allow_untested_optimizer"] = True
         self._engine = start.start_engine(config, model, self.optimizer, mesh, settings)
         self._stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         if missing := self.missing_internals():
@@ -50,7 +54,8 @@ class DeepSpeedAdapter:
             )
         self.reported_norm = torch.tensor(1.0)
         partitions.replace_norm(self._stage, self._engine.optimizer, lambda: self.reported_norm)
-        self.partitions = tuple(partitions.make_partitions(self._stage, self._engine.optimizer, self.module))
+        made = partitions.make_partitions(self._stage, self._engine.optimizer, self.module, hidden, self._uses_muon)
+        self.partitions = tuple(made)
         self._step: StepByPartitions | None = None
         if config.train.adamw_backend == "fused":
             self._step = StepByPartitions(self._stage, self._engine.optimizer, self.partitions, self.device)
@@ -84,6 +89,13 @@ class DeepSpeedAdapter:
     def parameter_group(self, partition: int) -> dict[str, Any]:
         zero = self._engine.optimizer
         return self.optimizer.param_groups[zero.sub_group_to_group_id[partition] if self._stage == 3 else partition]
+
+    def _uses_muon(self, partition: int) -> bool:
+        return bool(self.parameter_group(partition).get(HIDDEN_MATRICES))
+
+    def shards(self, partition: int) -> PartitionShards:
+        zero = self._engine.optimizer
+        return partitions.shards_of(self._stage, zero, self.module, partition, self.partitions[partition])
 
     def gradients(self, partition: int) -> list[Tensor]:
         return partitions.gradients_of(self._stage, self._engine.optimizer, partition, self.partitions[partition])

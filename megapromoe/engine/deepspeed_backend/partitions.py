@@ -5,48 +5,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapromoe.engine.protocol import Partition, Piece
+from megapromoe.engine.protocol import Partition, PartitionShards, Piece
 from megapromoe.nn.dit import DiT
 
 GATHERED = 1 << 22  # elements that one collective gathers when parameters are set from masters
 
 
-def make_partitions(stage: int, zero: Any, model: DiT) -> Iterator[Partition]:
-    """The partitions of this rank, in the order of the optimizer's parameter groups (stage 3: sub-groups)."""
-    names = {id(p): name for name, p in model.named_parameters()}
+def make_partitions(
+    stage: int, zero: Any, model: DiT, hidden: Collection[str], uses_muon: Callable[[int], bool]
+) -> Iterator[Partition]:
+    """The partitions of this rank, in the order of the optimizer's parameter groups (stage 3: sub-groups).
+
+    Args:
+        hidden: the names of the parameters that Muon updates.
+        uses_muon: of the number of a partition, at stages 1 to 3, whether it consists of such parameters.
+    """
     if stage == 0:
         for name, p in model.named_parameters():
-            yield Partition(p.data.view(-1), (Piece(name, 0, p.numel(), 0),), optimized=p)
-    elif stage == 3:
+            piece = Piece(name, 0, p.numel(), 0)
+            yield Partition(p.data.view(-1), (piece,), optimized=p, uses_muon=name in hidden)
+        return
+    names = {id(p): name for name, p in model.named_parameters()}
+    masters = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    for number, master in enumerate(masters):
+        pieces = tuple(_pieces(stage, zero, names, number, dist.get_rank(_process_group(stage, zero, number))))
+        yield Partition(master, pieces, optimized=master, uses_muon=uses_muon(number))
+
+
+def shards_of(stage: int, zero: Any, model: DiT, number: int, partition: Partition) -> PartitionShards:
+    """The partitions with this number on all ranks that share its parameters."""
+    if stage == 0:
+        return PartitionShards(None, 0, (partition.pieces,))
+    names = {id(p): name for name, p in model.named_parameters()}
+    group = _process_group(stage, zero, number)
+    ranks = range(dist.get_world_size(group))
+    pieces = tuple(tuple(_pieces(stage, zero, names, number, rank)) for rank in ranks)
+    return PartitionShards(group, dist.get_rank(group), pieces)
+
+
+def _process_group(stage: int, zero: Any, number: int) -> dist.ProcessGroup:
+    """The ranks over which the parameters of partition `number` are divided, at stages 1 to 3."""
+    if stage < 3:
+        return zero.real_dp_process_group[number]
+    p = zero.fp16_groups[number][0]
+    return p.ds_process_group
+
+
+def _pieces(stage: int, zero: Any, names: dict[int, str], number: int, rank: int) -> Iterator[Piece]:
+    """The pieces of partition `number` on a rank of its group, at stages 1 to 3."""
+    if stage == 3:
         # Each parameter is padded to a multiple of the number of ranks and sharded; the shards of a sub-group are
         # contiguous in its partition.
-        for group, master in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-            pieces, offset = [], 0
-            for p in group:
-                width, rank = p.partition_numel(), dist.get_rank(p.ds_process_group)
-                start = min(rank * width, p.ds_numel)
-                pieces.append(Piece(names[id(p)], start, min(start + width, p.ds_numel), offset))
-                offset += width
-            yield Partition(master, tuple(pieces), optimized=master)
-    else:
-        # The parameters of a group are contiguous, with padding for alignment, and split into equal partitions.
-        for number, master in enumerate(zero.single_partition_of_fp32_groups):
-            width = zero.partition_size[number]
-            first = dist.get_rank(zero.real_dp_process_group[number]) * width
-            pieces = []
-            parameters, offsets = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]
-            for p, begin in zip(parameters, offsets, strict=True):
-                start, stop = max(first - begin, 0), min(first + width - begin, p.numel())
-                if start < stop:
-                    pieces.append(Piece(names[id(p)], start, stop, begin + start - first))
-            yield Partition(master, tuple(pieces), optimized=master)
+        offset = 0
+        for p in zero.fp16_groups[number]:
+            width = p.partition_numel()
+            start = min(rank * width, p.ds_numel)
+            yield Piece(names[id(p)], start, min(start + width, p.ds_numel), offset)
+            offset += width
+        return
+    # The parameters of a group are contiguous, with padding for alignment, and split into equal partitions.
+    width = zero.partition_size[number]
+    first = rank * width
+    parameters, offsets = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]
+    for p, begin in zip(parameters, offsets, strict=True):
+        start, stop = max(first - begin, 0), min(first + width - begin, p.numel())
+        if start < stop:
+            yield Piece(names[id(p)], start, stop, begin + start - first)
 
 
 def gradients_of(stage: int, zero: Any, number: int, partition: Partition) -> list[Tensor]:

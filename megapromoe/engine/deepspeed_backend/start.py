@@ -20,6 +20,7 @@ from torch import nn
 from megapromoe.config.options import Config, TrainConfig
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.deepspeed_backend.internals import GROUP_TABLES, check_version
+from megapromoe.engine.muon import HIDDEN_MATRICES, MuonAndAdamW, hidden_parameters
 from megapromoe.engine.protocol import EngineError
 from megapromoe.nn.dit import DiT
 
@@ -116,11 +117,18 @@ def import_muon() -> None:
 def join_job() -> None:
     """Makes DeepSpeed use the running torch.distributed job."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # 0.19.8 warns of an optimizer that is neither torch's nor its own; tests/parallel/test_muon_training.py tests ours.
+    deepspeed.utils.logger.addFilter(_is_of_interest)
     # 0.19.8 would compile its shared-memory collectives at every start on a CPU, and crash without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     # 0.19.8 calls collectives by deprecated names, which would print hundreds of warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    """Whether a message of DeepSpeed is to be logged. A function of the module, which a logger adds only once."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def register_groups(mesh: Mesh) -> None:
@@ -163,9 +171,21 @@ def make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
 
     Raises EngineError if its backend cannot run on this machine.
     """
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "dense"})
-    make = {"adamw": _make_adamw}[config.train.optimizer]
+    hidden = hidden_parameters(config, model.layouts)
+    of_adamw = [p for name, p in model.named_parameters() if name not in hidden]
+    of_muon = [p for name, p in model.named_parameters() if name in hidden]
+    groups: list[dict[str, Any]] = [{"params": of_adamw, "name": "dense"}]
+    if of_muon:
+        groups.append({"params": of_muon, "name": "hidden matrices", HIDDEN_MATRICES: True})
+    groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    make = {"adamw": _make_adamw, "muon": _make_muon}[config.train.optimizer]
     return make(config.train, groups)
+
+
+def _make_muon(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Muon for groups of hidden matrices, torch's fused AdamW for all others."""
+    betas = (t.beta1, t.beta2)
+    return MuonAndAdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
 
 
 def _make_adamw(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

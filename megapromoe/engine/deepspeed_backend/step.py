@@ -68,6 +68,8 @@ class StepByPartitions:
             shard = zero.parallel_partitioned_bit16_groups[number][dist.get_rank(zero.real_dp_process_group[number])]
             if stop:
                 self.update(number, joined(zero.averaged_gradients[number], stop), shard)
+            elif partition.uses_muon:  # a rank with padding alone takes part in the exchange of matrices
+                self.update(number, shard[:0], shard)
             zero.averaged_gradients[number] = zero.all_grad_tensors[number] = None
         all_gather_dp_groups(
             groups_flat=zero.bit16_groups_flat,

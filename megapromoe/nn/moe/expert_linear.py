@@ -77,7 +77,10 @@ class ExpertLinear(LogicalModule):
     divided by the number of ranks.
     """
 
-    rules = {"weight": ParameterRule(xavier_uniform, Split(1)), "bias": ParameterRule(zeros, Split(1))}
+    rules = {
+        "weight": ParameterRule(xavier_uniform, Split(1), hidden_matrices=1),
+        "bias": ParameterRule(zeros, Split(1)),
+    }
     has_experts = True
     is_down_projection = False
     region: Region = NO_TENSOR_PARALLEL
@@ -141,7 +144,7 @@ class ExpertGateUpLinear(ExpertLinear):
     """The two projections of each expert's SwiGLU in one layer, [gate | up]."""
 
     rules = {
-        "weight": ParameterRule(xavier_uniform_halves, Split(1, blocks=2)),
+        "weight": ParameterRule(xavier_uniform_halves, Split(1, blocks=2), hidden_matrices=2),
         "bias": ParameterRule(zeros, Split(1, blocks=2)),
     }
 
@@ -149,7 +152,7 @@ class ExpertGateUpLinear(ExpertLinear):
 class ExpertDownLinear(ExpertLinear):
     """The last linear layer of each expert, whose input features tensor parallelism divides."""
 
-    rules = {"weight": ParameterRule(xavier_uniform, Split(2)), "bias": ParameterRule(zeros)}
+    rules = {"weight": ParameterRule(xavier_uniform, Split(2), hidden_matrices=1), "bias": ParameterRule(zeros)}
     is_down_projection = True
 
 
