@@ -12,6 +12,7 @@ that the quick level leaves out by `support.levels`.
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,10 @@ ROOT = Path(__file__).parents[1]
 os.environ["OMP_NUM_THREADS"] = "1"
 # Processes that tests start import the package of this checkout, whether it is installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+# nohup and background jobs of a shell ignore these signals; processes that tests start and signal would inherit that.
+for _number, _default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 TABLES = {
     "--equality-table": "the equality matrix",

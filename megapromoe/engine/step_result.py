@@ -51,15 +51,19 @@ class StepResult:
         return self.norm_on_device.isfinite() & (self.norm_on_device <= self._max_norm)
 
     @cached_property
+    def _sums(self) -> list[float]:
+        """The reduced numbers on the host, which reads them once."""
+        return self._host_copy.result()
+
+    @cached_property
     def _norm_and_votes(self) -> tuple[float, float]:
-        total, votes = self._host_copy.result()[:2]
+        total, votes = self._sums[:2]
         return math.sqrt(total), votes
 
     @property
     def clipped_norm(self) -> float:
         """The norm by which the gradient is clipped: of the part that is clipped."""
-        sums = self._host_copy.result()
-        return math.sqrt(sums[2]) if len(sums) > 2 else self.norm
+        return math.sqrt(self._sums[2]) if len(self._sums) > 2 else self.norm
 
     @property
     def norm(self) -> float:

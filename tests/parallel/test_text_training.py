@@ -165,7 +165,7 @@ def test_a_start_whose_test_captions_are_of_another_encoder_is_refused(latents, 
     config = resolve("promoe_s", overrides=[*TEXT, *data, "model.in_channels=4", "model.input_size=8"])
 
     def refusal() -> str:
-        return str(examine_start(config, tmp_path / "run")[2] or "")
+        return str(examine_start(config, tmp_path / "run").refused or "")
 
     assert f"{test / 'text'} holds no text.json" in refusal()
     write_captions(test, WordEncoder(sha256="ef" * 32))

@@ -95,9 +95,9 @@ def test_without_the_library_a_start_is_refused(tmp_path, monkeypatch):
     check_installed("")
     with pytest.raises(WandbUnavailable, match="pip install 'megapromoe.wandb.', or set train.wandb= to train without"):
         check_installed("moe")
-    _, _, refused = examine_start(CONFIG, tmp_path / "run")
+    refused = examine_start(CONFIG, tmp_path / "run").refused
     assert refused is not None and "train.wandb = 'team/moe': wandb is not installed" in str(refused)
-    assert examine_start(resolve("digits"), tmp_path / "run")[2] is None
+    assert examine_start(resolve("digits"), tmp_path / "run").refused is None
 
 
 def test_a_folder_named_wandb_is_not_the_library(tmp_path, monkeypatch):
