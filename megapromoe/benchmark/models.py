@@ -97,6 +97,8 @@ def _measure(
     flops_per_image: Callable[[bool], int],
 ) -> dict[str, Any]:
     works, dropped, cannot = {}, {}, {}
+    if settings.compile:
+        torch.compiler.reset()  # torch limits how often a process compiles a function, and every case has other models
     ours = build(config, UNSHARDED).to(settings.device, settings.dtype)
     for name in settings.contenders:
         try:

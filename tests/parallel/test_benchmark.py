@@ -244,6 +244,19 @@ def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
         models.measure_step(DIGITS, "skewed", SETTINGS)
 
 
+def test_every_compiled_case_starts_without_compiled_code(monkeypatch):
+    """torch limits how often a process compiles a function, and a run of the benchmark has many cases."""
+    calls = []
+    make_update = models.make_update
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
+    monkeypatch.setattr(models, "compile_model", lambda model: calls.append("compile"))
+    monkeypatch.setattr(models, "make_update", lambda model, train, compiled: make_update(model, train, False))
+    settings = replace(SETTINGS, rounds=1, contenders=("ours", "dense"))
+    for compiled in (True, True, False):
+        models.measure_step(DIGITS, "real", replace(settings, compile=compiled))
+    assert calls == ["reset", "compile", "compile"] * 2
+
+
 def test_a_planned_choice_is_part_of_a_graph_for_any_number_of_images():
     torch._dynamo.reset()
     choice = models.PlannedChoice(MoE(hidden_size=8, num_experts=4).router, "skewed")

@@ -37,6 +37,7 @@ SMALLER = {
     r"--steps 15": "--steps 2",
     r"--resolution 64": "--resolution 16",
     r"train\.profile=\S+": "train.profile=1:2",
+    r"train\.decay_start=\S+": "train.decay_start=1",
     r"--batch 64": "--batch 4",
 }
 TRAIN = "train.steps=2 train.warmup=0 train.log_every=1 train.save_every=0 train.sample_every=0 train.global_batch=16"
