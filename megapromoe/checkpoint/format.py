@@ -131,7 +131,7 @@ class Checkpoint:
         try:
             with safe_open(file, framework="pt") as opened:
                 step = (opened.metadata() or {}).get("step")
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError, RuntimeError):  # RuntimeError: see `_file`
             step = None
         if step not in (None, str(self.manifest["step"])):
             return f"is of step {step}, not {self.manifest['step']}"
@@ -199,7 +199,10 @@ class Checkpoint:
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
+            try:
+                self._open[name] = safe_open(self.folder / name, framework="pt")
+            except RuntimeError as error:  # torch maps the file after safetensors has opened it: it may be gone
+                raise OSError(f"{self.folder / name}: cannot be opened: {error}") from error
         return self._open[name]
 
 

@@ -167,6 +167,17 @@ def test_what_is_no_manifest_is_damaged(root, text):
     assert step == 3 and "manifest.json" in problem
 
 
+def test_a_file_that_vanishes_while_it_is_opened_is_missing(root, monkeypatch):
+    """torch maps the file after safetensors has opened it, and raises RuntimeError if a run has removed it since."""
+
+    def vanished(*_, **__):
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr("megapromoe.checkpoint.format.safe_open", vanished)
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: has no master/w"):
+        Checkpoint(folder_of(root, 6)).logical("master", "w")
+
+
 def test_an_entry_that_a_file_does_not_hold_is_damaged(root):
     folder = folder_of(root, 6)
 
