@@ -9,6 +9,7 @@ ranks with different orders would reduce different gradients together.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def looped_mlp(
     costs none. In backward the gradients of the two matrices are made by two functions, so that the first to be ready
     can be reduced and freed before the other is made.
     """
-    sizes = [end - begin for begin, end in zip([0, *host_end_E], host_end_E, strict=False)]
+    sizes = [end - begin for begin, end in pairwise([0, *host_end_E])]
     with torch.no_grad():
         gelu_input_RF, hidden_RF, y_RD = _outputs(x_RD, weight1_EFD, bias1_EF, weight2_EDF, bias2_ED, sizes)
     if not torch.is_grad_enabled():
