@@ -11,6 +11,7 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -20,13 +21,14 @@ from megapromoe.io import write_bytes
 _DUMP_TIMEOUT = 10.0  # seconds for writing NCCL's flight record
 
 
-def hard_exit(message: str, code: int, flight_records: Path | None = None) -> NoReturn:
+def hard_exit(message: str, code: int, flight_records: Path | None = None, linger: float = 0.0) -> NoReturn:
     """Ends this process with a message and the Python stacks of all its threads on stderr.
 
     Args:
         message: printed after "megapromoe, ".
         code: exit code.
         flight_records: folder to which NCCL's flight record is written: see `runtime.enable_flight_records`.
+        linger: seconds from the printing to the end, in which other threads and ranks can print.
     """
     print(f"megapromoe, {message}", file=sys.stderr, flush=True)
     if sys.__stderr__ is not None:
@@ -36,6 +38,7 @@ def hard_exit(message: str, code: int, flight_records: Path | None = None) -> No
         writer = threading.Thread(target=write_flight_record, args=(flight_records,), daemon=True)
         writer.start()
         writer.join(_DUMP_TIMEOUT)
+    time.sleep(linger)
     os._exit(code)
 
 

@@ -166,7 +166,7 @@ class Watchdog:
             try:
                 self._report()
                 if (verdict := self.channel.receive_if_sent("watchdog/verdict")) is not None:
-                    self._end(*verdict)
+                    self._end(*verdict, linger=self.heartbeat)
                 if self._paused or self._idle() <= self._limit_of_this_rank():
                     waiting_since = None
                     continue
@@ -221,19 +221,24 @@ class Watchdog:
             return
         sentence, code = self.on_hang(hang)
         self.channel.send("watchdog/verdict", [sentence, code])
-        time.sleep(1.5 * self.heartbeat)  # the others read once per heartbeat, and this process may hold the store
-        self._end(sentence, code)
+        self._end(sentence, code, linger=1.5 * self.heartbeat)  # this process may hold the store
 
     def _read(self) -> dict[int, _Report]:
         reports = self.channel.receive_from_ranks("watchdog")
         return {rank: _Report(*report) for rank, report in reports.items()}
 
-    def _end(self, sentence: str, code: int) -> None:
+    def _end(self, sentence: str, code: int, linger: float = 0.0) -> None:
+        """Ends this process, `linger` seconds after it printed its stacks.
+
+        The other ranks read a verdict once per heartbeat. All print their stacks before the first one ends, because its
+        closed connections raise errors in their collectives, and the stacks then no longer show where they waited.
+        """
         limit = f"{self.limit_name} = {self.limit:g}" + (
             f", {self._extra:g} s more for this place" if self._extra else ""
         )
         stopped = f"no progress for {time.monotonic() - self._since:.0f} s ({limit}) in {self._place}"
-        process_end.hard_exit(f"rank {self.channel.rank}: {stopped}; {sentence}", code, self.flight_records)
+        message = f"rank {self.channel.rank}: {stopped}; {sentence}"
+        process_end.hard_exit(message, code, self.flight_records, linger)
 
 
 def heartbeat_interval(limit: float) -> float:
@@ -243,7 +248,7 @@ def heartbeat_interval(limit: float) -> float:
 
 def verdict_time(limit: float) -> float:
     """The maximum number of seconds from reaching a watchdog's limit to the end of all ranks."""
-    return 6 * heartbeat_interval(limit)
+    return 8 * heartbeat_interval(limit)
 
 
 _watching: ContextVar[tuple[Watchdog, ...]] = ContextVar("watching", default=())  # of the job of this thread

@@ -87,10 +87,12 @@ def test_each_place_is_reported_at_once_with_every_place():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit, for os._exit
 def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
-    ended = {}
+    ended, printed, exits = {}, [], []
 
-    def end(message, code, records):
+    def end(message, code, records, linger):
         ended[int(message.split(":")[0].removeprefix("rank "))] = (message, code)
+        printed.append(time.monotonic())
+        exits.append(time.monotonic() + linger)
         raise SystemExit
 
     monkeypatch.setattr(watchdog_module.process_end, "hard_exit", end)
@@ -108,6 +110,7 @@ def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
     assert len(hangs) == 1 and hangs[0].behind == (0, 1, 2) and not hangs[0].silent
     assert sorted(ended) == [0, 1, 2] and {code for _, code in ended.values()} == {3}
     assert all("(--limit = 0.8) in all_reduce; see the table" in message for message, _ in ended.values())
+    assert max(printed) < min(exits), "all ranks print their stacks before the first connection closes"
 
 
 # ---- the channel
@@ -154,7 +157,7 @@ def test_a_rank_whose_store_does_not_answer_ends_after_the_limit(monkeypatch):
     while not ended and time.monotonic() < deadline:
         time.sleep(0.05)
     watchdog.close()
-    message, code, _ = ended[0]
+    message, code, _, _ = ended[0]
     assert code == 76 and "in section 'data' of step 1; the process that holds the job's store" in message
 
 
@@ -191,7 +194,7 @@ def test_a_rank_whose_connections_break_in_a_hang_waits_for_the_verdict(monkeypa
     ended = threading.Event()
     messages = []
 
-    def end(message, code, records):
+    def end(message, code, records, linger):
         messages.append((message, code))
         watchdog._closed.set()
         ended.set()
@@ -236,7 +239,7 @@ def test_no_place_may_take_longer_than_the_time_out_of_collectives(monkeypatch):
     ended = threading.Event()
     messages = []
 
-    def end(message, code, records):
+    def end(message, code, records, linger):
         messages.append(message)
         ended.set()
 
