@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megapromoe.checkpoint.data_identity import data_identity, described_latents
 from megapromoe.checkpoint.environment import describe_start
 from megapromoe.checkpoint.origin import Origin, changed_settings, fixed_changes
 from megapromoe.config.options import Config
@@ -43,7 +44,7 @@ from megapromoe.config.resolve import to_yaml
 from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, UserError
-from megapromoe.io import open_regular, sha256_of_json, staging_path, write_json, write_text
+from megapromoe.io import open_regular, staging_path, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class RunDirectory:
                 run.changed = comparison.changed
                 entries = [] if comparison.reconfigured else run._recorded_starts()
                 first = {} if entries else {"run": uuid.uuid4().hex[:12]}
-                described = _described_latents(config)
+                described = described_latents(config)
                 entry = first | describe_start(config, world, launcher, comparison.changed, comparison.data, described)
                 run._start = [*entries, entry], config
                 run.diverged.unlink(missing_ok=True)
@@ -399,40 +400,3 @@ class RunDirectory:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise RunDirectoryError(f"{self.environment}: is damaged (must be a list); {remedy}")
         return entries
-
-
-def _described_latents(config: Config) -> dict[str, Any] | None:
-    """See `sources.latents_description`; None also if the manifest cannot be read."""
-    if config.data.source != "latents":
-        return None
-    from megapromoe.data.datasets import DatasetError  # these import numpy and safetensors
-    from megapromoe.data.sources import latents_description
-
-    try:
-        return latents_description(config)
-    except DatasetError:
-        return None
-
-
-def data_identity(config: Config) -> str | None:
-    """SHA-256 of the manifest of the latents that a run trains on; None for other sources, or if it cannot be read.
-
-    With `model.condition=text` that of the captions' manifest, which contains the latents' and the encoder's; with
-    `model.align_block` a hash of it and of that of the teacher's features. Opening the data set later raises the
-    reason.
-    """
-    if config.data.source != "latents":
-        return None
-    from megapromoe.data.datasets import DatasetError  # these import numpy and safetensors
-    from megapromoe.data.latents import read_manifest
-    from megapromoe.data.teacher import FOLDER as TEACHER
-    from megapromoe.data.text_features import FOLDER, read_text_manifest
-
-    folder = Path(config.data.path)
-    try:
-        identity = (read_text_manifest(folder / FOLDER) if config.model.has_text else read_manifest(folder)).identity
-        if config.model.align_block:
-            return sha256_of_json([identity, read_manifest(folder / TEACHER).identity])
-        return identity
-    except DatasetError:
-        return None

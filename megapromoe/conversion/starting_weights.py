@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapromoe.checkpoint.data_identity import data_identity
 from megapromoe.checkpoint.manifest import read_manifest
-from megapromoe.checkpoint.run_directory import data_identity
 from megapromoe.checkpoint.step_folders import choose_checkpoint
 from megapromoe.checkpoint.weights import AVERAGE, MASTER, is_average
 from megapromoe.config.model_options import PROMOE_ROUTERS, ModelConfig

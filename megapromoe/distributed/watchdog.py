@@ -166,7 +166,8 @@ class Watchdog:
             try:
                 self._report()
                 if (verdict := self.channel.receive_if_sent("watchdog/verdict")) is not None:
-                    self._end(*verdict, linger=self.heartbeat)
+                    sentence, code = verdict
+                    self._end(sentence, code, linger=self.heartbeat)
                 if self._paused or self._idle() <= self._limit_of_this_rank():
                     waiting_since = None
                     continue

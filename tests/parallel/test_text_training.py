@@ -13,7 +13,7 @@ from support.processes import run
 from support.text_folders import WordEncoder
 from support.training_runs import losses, state, train
 
-from megapromoe.checkpoint.run_directory import data_identity
+from megapromoe.checkpoint.data_identity import data_identity
 from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve

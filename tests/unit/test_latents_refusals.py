@@ -9,7 +9,8 @@ from support.fuzz import NAMED, SILENT, Target, outcome_of
 from support.fuzz import damage as fuzz
 from support.latent_folders import Arrays, latents_config, write
 
-from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError, data_identity
+from megapromoe.checkpoint.data_identity import data_identity
+from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import DatasetError

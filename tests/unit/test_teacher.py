@@ -10,8 +10,8 @@ import torch
 from support.latent_folders import damage
 from torch.nn import functional as F
 
+from megapromoe.checkpoint.data_identity import data_identity
 from megapromoe.checkpoint.format import Checkpoint
-from megapromoe.checkpoint.run_directory import data_identity
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.cli import main
 from megapromoe.config.options import Config
