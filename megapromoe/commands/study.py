@@ -25,10 +25,12 @@ from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
+from megapromoe.studies.extension import in_words as extension_in_words
+from megapromoe.studies.extension import plan_or_extend
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.status import QUIET, job_state
 from megapromoe.studies.status import table as status_table
-from megapromoe.studies.study import Study, missing_data, names, open_study, plan
+from megapromoe.studies.study import Study, missing_data, names, open_study
 from megapromoe.studies.submission import array_jobs, submit
 from megapromoe.work_progress import duration
 
@@ -143,7 +145,10 @@ example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
     --routers promoe tc dense --ranks 8 \\
     --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000 \\
-    data.source=latents data.path=latents/train"""
+    data.source=latents data.path=latents/train
+
+Repeated with more seeds, variants, values of axes or an `evaluate` section, the command adds tasks to the study;
+planned tasks keep their configuration and number. What would change a planned task is refused, with every difference."""
 _SUBMIT_EXAMPLE = """\
 Options after STUDY that are not listed are passed to sbatch:
   megapromoe study submit runs/experts --jobs 4 --partition=gpu --time=12:00:00
@@ -196,10 +201,13 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     refuse_other_words(options, "STUDY is the only path")
-    study = plan(options.study, _recipe(options))
+    extension = plan_or_extend(options.study, _recipe(options))
+    study = extension.study
     tasks = table(study)
     write_text(study.folder / "tasks.md", tasks, parents=True)
     print(tasks)
+    for line in extension_in_words(extension):
+        print(line)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in total; not done: {len(study.missing())}")
     if evaluations := evaluations_in_words(study):

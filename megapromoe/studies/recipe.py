@@ -44,6 +44,7 @@ from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_eval
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
+TASK_ORDER = "task_order"  # key of the study.yaml of a study that was extended
 
 
 class StudyError(Violations):
@@ -94,6 +95,8 @@ class Recipe:
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
     # Former names of axes in a study.yaml: they are part of the names of its folders.
     former_axes: dict[str, str] = field(default_factory=dict, compare=False)
+    # Names of the tasks that a study had before its last extension, in the order of their numbers.
+    task_order: tuple[str, ...] = field(default=(), compare=False)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -132,7 +135,8 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
     """
     if not isinstance(content, Mapping):
         raise StudyError([f"a recipe must be a mapping, not a {type(content).__name__}"])
-    values, problems = read_fields(Recipe, content)
+    order = content.get(TASK_ORDER) if saved else None  # of a study; a copy of its study.yaml is a recipe without it
+    values, problems = read_fields(Recipe, {key: value for key, value in content.items() if key != TASK_ORDER})
     problems += [f"{key}: is missing; a recipe needs it" for key in ("preset", "variants") if not content.get(key)]
     variants = []
     for name, settings in values.get("variants", {}).items():
@@ -185,7 +189,7 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         raise StudyError(problems)
     values |= {"seeds": tuple(seeds), "seed_settings": tuple(dict.fromkeys(present_names(seeded, saved)))}
     values["launcher"] = tuple(map(str, values.get("launcher", ())))
-    return Recipe(**values, former_axes=former_axes if saved else {})
+    return Recipe(**values, former_axes=former_axes if saved else {}, task_order=tuple(map(str, order or ())))
 
 
 def _names(names: Iterable[Any], where: str, problems: list[str]) -> list[str]:
