@@ -148,7 +148,7 @@ example:
     data.source=latents data.path=latents/train
 
 Repeated with more seeds, variants, values of axes or an `evaluate` section, the command adds tasks to the study;
-planned tasks keep their configuration and number. What would change a planned task is refused, with every difference."""
+planned tasks keep their configuration and number. What would change a planned task is refused, with all differences."""
 _SUBMIT_EXAMPLE = """\
 Options after STUDY that are not listed are passed to sbatch:
   megapromoe study submit runs/experts --jobs 4 --partition=gpu --time=12:00:00
