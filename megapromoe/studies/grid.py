@@ -102,6 +102,7 @@ def _in_order(tasks: list[Task], first: tuple[str, ...]) -> tuple[Task, ...]:
 
 
 def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int) -> Config:
+    recipe = replace(recipe, ranks=variant.ranks or recipe.ranks)  # over which its configuration is checked
     seeds = dict.fromkeys(recipe.seed_settings, seed)
     layers: tuple[Mapping[str, Any], ...] = (recipe.settings, variant.settings, point, seeds)
     if recipe.evaluate is not None:

@@ -7,6 +7,7 @@ tasks/NAME.yaml     the full config of each task, as planned
 runs/NAME/          the run directory of each task
 logs/NAME.log       output of its training; NAME-evaluation.log: output of its evaluation
 outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
+attempts/NAME.jsonl each start and its end, with the cause; likewise NAME-evaluation
 locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
 results.csv, .md    results of `collect`, with curves.csv, evaluations.csv; *.png: plots of `plot`
@@ -36,7 +37,7 @@ from megapromoe.io import write_text
 from megapromoe.studies.evaluations import Evaluation, evaluation_of
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.json_files import read_json
-from megapromoe.studies.recipe import TASK_ORDER, Recipe, StudyError, read_recipe, recipe_dict
+from megapromoe.studies.recipe import TASK_ORDER, Recipe, StudyError, ranks_of, read_recipe, recipe_dict
 
 _COMPLETE = re.compile(r"step-(\d{8,})")  # folders with a suffix are being written
 _PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
@@ -68,6 +69,9 @@ class Study:
 
     def outcome_file(self, job: Job) -> Path:
         return self.folder / "outcomes" / f"{job.name}.json"
+
+    def attempts_file(self, job: Job) -> Path:
+        return self.folder / "attempts" / f"{job.name}.jsonl"
 
     def loss_file(self, task: Task) -> Path:
         return self.folder / "losses" / f"{task.name}.json"
@@ -203,7 +207,7 @@ def open_study(folder: Path) -> Study:
     problems, tasks = [], []
     for task in expand(study.recipe):
         try:
-            planned = resolve(file=study.config(task), world=study.recipe.ranks, file_is_saved=True)
+            planned = resolve(file=study.config(task), world=ranks_of(study.recipe, task.variant), file_is_saved=True)
         except ConfigError as error:
             problems.append(f"{study.config(task)}: {error.violations[0]}")
         else:

@@ -158,6 +158,8 @@ def _study(words: list[str], ranks: int) -> Small:
         words[2] = words[2].replace("studies/", "jobs/")
     if action == "submit":
         return Small([*words, "--dry-run"], cheap=True)
+    if "--ranks" in words:
+        return Small(words, kind="elsewhere", by="tests/programs/test_study_placement.py")
     if "--evaluate" in words:  # the small study draws nothing
         return Small(words, kind="elsewhere", by="tests/programs/test_study_jobs.py")
     if action == "collect":
