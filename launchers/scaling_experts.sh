@@ -17,7 +17,7 @@
 ##
 ##   sbatch --array=0-11%4 launchers/scaling_experts.sh STUDY_DIR      the same by hand: tasks 0 to 11, 4 at a time
 ## With --evaluate after STUDY_DIR, the job evaluates images of tasks that are already trained; `submit` does this for a
-## recipe with a section `evaluate`.
+## recipe with a section `evaluate`. --retries=N is passed to `study run`: starts after failures that can pass.
 set -euo pipefail
 
 # sbatch runs a copy of this file in another folder; SLURM has the path of the original.
@@ -29,12 +29,13 @@ fi
 # shellcheck source-path=SCRIPTDIR source=slurm.sh
 source "$here/slurm.sh"
 
-dry_run='' study='' evaluate=()
+dry_run='' study='' options=()
 for word in "$@"; do
     case $word in
         --help | -h) usage && exit 0 ;;
         --dry-run) dry_run=1 ;;
-        --evaluate) evaluate=(--evaluate) ;;
+        --evaluate) options+=(--evaluate) ;;
+        --retries=*) options+=(--retries "${word#*=}") ;;
         -*) die "$word: put options of sbatch before the script" 2 ;;
         *) [[ -z $study ]] || die "$word: one STUDY_DIR only" 2; study=$word ;;
     esac
@@ -48,7 +49,7 @@ find_program
 ranks_of_task=$((${SLURM_GPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))
 threads=$((${SLURM_CPUS_PER_TASK:-12} / (ranks_of_task > 1 ? ranks_of_task : 1)))
 set_environment $((threads > 1 ? threads : 1))
-command=("${program[@]}" study run "$study" --task "${task:-TASK}" ${evaluate[@]+"${evaluate[@]}"})
+command=("${program[@]}" study run "$study" --task "${task:-TASK}" ${options[@]+"${options[@]}"})
 if [[ -n $dry_run ]]; then
     show "${command[@]}"
     exit 0

@@ -25,10 +25,13 @@ from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
+from megapromoe.studies.extension import in_words as extension_in_words
+from megapromoe.studies.extension import plan_or_extend
+from megapromoe.studies.placement import on_this_machine, placement_of
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.status import QUIET, job_state
 from megapromoe.studies.status import table as status_table
-from megapromoe.studies.study import Study, missing_data, names, open_study, plan
+from megapromoe.studies.study import Study, missing_data, names, open_study
 from megapromoe.studies.submission import array_jobs, submit
 from megapromoe.work_progress import duration
 
@@ -48,6 +51,7 @@ exit codes: 0 done, 1 a task failed or there is no result yet, 2 the command or 
 signal and saved (repeat the command), 130 interrupted; `run --task I` returns the exit code of the task"""
 JOB = False
 LAUNCHER = "scaling_experts.sh"
+DEFAULT_RETRIES = 2
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,14 +83,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     run_parser.add_argument(
         "--task", type=int, metavar="I", help="run only the training with this number, like a job of an array"
     )
-    run_parser.add_argument(
+    only = run_parser.add_mutually_exclusive_group()
+    only.add_argument(
         "--evaluate",
         action="store_true",
         help="train nothing; evaluate images of trained tasks, as the recipe defines",
     )
+    only.add_argument("--train", action="store_true", help="evaluate nothing; leave the evaluations to another command")
+    run_parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="with --evaluate: wait for trainings of other commands, and evaluate each when it is done",
+    )
     run_parser.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="number of tasks that run at the same time; default: 1"
     )
+    run_parser.add_argument(
+        "--evaluation-jobs",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="evaluations that run at the same time beside the --jobs; default: they are counted with them",
+    )
+    run_parser.add_argument(
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="processes of each task, started by torchrun on this machine instead of the recipe's launcher",
+    )
+    _retries_option(run_parser, DEFAULT_RETRIES)
 
     summary = "Shows whether each job is done, running, waiting, stopped or failed; starts and changes nothing."
     command("status", _status, summary, _STATUS_NOTE)
@@ -100,6 +125,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of jobs of the array that run at the same time; default: all",
     )
+    only = submit.add_mutually_exclusive_group()
+    only.add_argument("--train", action="store_true", help="submit only the trainings")
+    only.add_argument("--evaluate", action="store_true", help="submit only the evaluations of tasks that are trained")
+    submit.add_argument(
+        "--evaluation-options",
+        metavar="WORDS",
+        default="",
+        help='more options of sbatch for the evaluations, quoted as one word, such as "--partition=small --time=30"',
+    )
+    _retries_option(submit, None)
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
 
     collect = command("collect", _collect, "Writes results.csv, results.md and curves.csv, and lists missing tasks.")
@@ -120,13 +155,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _retries_option(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """How often a job is started again after failures that can pass."""
+    parser.add_argument(
+        "--retries",
+        type=whole_number(0),
+        default=default,
+        metavar="N",
+        help="starts again after a hang, a signal, a preemption or a failed node, without progress in between; default:"
+        f" {DEFAULT_RETRIES}. Wrong configurations, divergence, a full disk or memory are never tried again",
+    )
+
+
 _RUN_NOTE = """\
 Several `run` commands may work on one study: a task that another command trains is left to it, and this command
 waits for its end. If the recipe has a section `evaluate`, each training is followed by an evaluation: `megapromoe
 evaluate` samples images from its checkpoints. Existing results are not computed again.
+Jobs that run at the same time divide the cores, and the GPUs: one for each of their ranks. A job starts when enough are
+free.
   megapromoe study run STUDY                      # trainings, and each one's evaluation when it is done
   megapromoe study run STUDY --task 1             # the training of one task
-  megapromoe study run STUDY --task 1 --evaluate  # its evaluation"""
+  megapromoe study run STUDY --task 1 --evaluate  # its evaluation
+  megapromoe study run STUDY --train              # trainings only; and on another machine, as they end:
+  megapromoe study run STUDY --evaluate --wait
+  megapromoe study run STUDY --jobs 2 --ranks 4   # two tasks at the same time, each on four GPUs of this machine"""
 _STATUS_NOTE = f"""\
 The states are read only from the files in STUDY, so this command works at any time and on any machine with access to
 the folder.
@@ -143,12 +195,16 @@ example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
     --routers promoe tc dense --ranks 8 \\
     --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000 \\
-    data.source=latents data.path=latents/train"""
+    data.source=latents data.path=latents/train
+
+Repeated with more seeds, variants, values of axes or an `evaluate` section, the command adds tasks to the study;
+planned tasks keep their configuration and number. What would change a planned task is refused, with all differences."""
 _SUBMIT_EXAMPLE = """\
 Options after STUDY that are not listed are passed to sbatch:
   megapromoe study submit runs/experts --jobs 4 --partition=gpu --time=12:00:00
 A task gets a GPU for each of its ranks. Ranks on several nodes need srun: plan --ranks 16 --launcher "srun python".
-Evaluations are a separate array; each of its jobs waits for the training of the same task (aftercorr).
+Variants with other ranks or nodes in the recipe are arrays of their own.
+Evaluations are separate arrays; each of their jobs waits for the training of the same task (aftercorr).
 The jobs use the environment of this command, unless MEGAPROMOE_ENV or MEGAPROMOE_PYTHON is set."""
 
 
@@ -196,10 +252,13 @@ def run(options: argparse.Namespace, launch: None) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     refuse_other_words(options, "STUDY is the only path")
-    study = plan(options.study, _recipe(options))
+    extension = plan_or_extend(options.study, _recipe(options))
+    study = extension.study
     tasks = table(study)
     write_text(study.folder / "tasks.md", tasks, parents=True)
     print(tasks)
+    for line in extension_in_words(extension):
+        print(line)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in total; not done: {len(study.missing())}")
     if evaluations := evaluations_in_words(study):
@@ -210,7 +269,11 @@ def _plan(options: argparse.Namespace) -> int:
             speeds = measure(study)
             for name, speed in speeds.items():
                 print(f"  {name}: {speed.flops_per_second:.3g} FLOP/s, start-up {duration(speed.start)} (measured now)")
-        print(f"estimate: {duration(seconds(study, speeds))} one task after another, on ranks: {study.recipe.ranks}")
+        ranks = sorted({placement_of(study.recipe, task).ranks for task in study.tasks})
+        print(
+            f"estimate: {duration(seconds(study, speeds))} one task after another, on ranks: "
+            + ", ".join(map(str, ranks))
+        )
     else:
         print("hours: not estimated; add --measure, or --throughput FLOPS")
     if missing := missing_data(study):
@@ -249,16 +312,27 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _run(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
     from megapromoe.distributed.stop_requests import install_signal_handlers
-    from megapromoe.studies.runs import exit_code, jobs_to_run, run_tasks
+    from megapromoe.studies.runs import Limits, exit_code, jobs_to_run, run_tasks
 
     study = open_study(options.study)
     _refuse_without_data(study)
+    if options.wait and not options.evaluate:
+        raise StudyError(["--wait: needs --evaluate, whose jobs wait for trainings of other commands"])
+    if options.ranks:
+        study = on_this_machine(study, options.ranks)
     tasks = study.tasks if options.task is None else (study.task(options.task),)
-    jobs = jobs_to_run(study, tasks, options.evaluate, alone=options.task is not None)
-    if options.jobs > 1:
-        runtime.share_cores(options.jobs)
+    jobs = jobs_to_run(
+        study, tasks, options.evaluate, alone=options.task is not None, train=options.train, waits=options.wait
+    )
+    at_once = options.jobs + options.evaluation_jobs
+    placements = [placement_of(study.recipe, job) for job in jobs]
+    processes = at_once * max((placement.ranks for placement in placements if placement.is_local), default=1)
+    if at_once > 1 or (options.ranks and processes > 1):
+        runtime.share_cores(processes)
+    gpus = runtime.visible_gpus() if at_once > 1 else ()
+    limits = Limits(options.evaluation_jobs, options.retries, gpus, options.wait)
     with install_signal_handlers() as asked_to_stop:
-        codes = run_tasks(study, jobs, options.jobs, asked_to_stop)
+        codes = run_tasks(study, jobs, options.jobs, asked_to_stop, limits)
         code = exit_code(codes)
         if not asked_to_stop() and not options.evaluate:
             evaluate(study, tasks)
@@ -288,13 +362,25 @@ def _submit(options: argparse.Namespace) -> int:
 
     study = open_study(options.study)
     _refuse_without_data(study)
-    arrays = array_jobs(study)
+    kind = "train" if options.train else "evaluate" if options.evaluate else ""
+    arrays = array_jobs(study, kind)
     if not arrays:
-        print(f"{study.folder}: all {len(study.tasks)} tasks are done")
+        of = {"train": "all trainings are done", "evaluate": "no trained task lacks its evaluation"}
+        print(f"{study.folder}: {of.get(kind, f'all {len(study.tasks)} tasks are done')}")
         return 0
     script, environment = launchers_folder() / LAUNCHER, runtime.job_environment()
     try:
-        return submit(study, arrays, script, options.passed_on, options.jobs, environment, options.dry_run)
+        return submit(
+            study,
+            arrays,
+            script,
+            options.passed_on,
+            options.jobs,
+            environment,
+            options.dry_run,
+            evaluation_options=shlex.split(options.evaluation_options),
+            words=[] if options.retries is None else [f"--retries={options.retries}"],
+        )
     except FileNotFoundError as error:
         raise FileError("sbatch is not on PATH; submit from a login node, or use `run`") from error
 

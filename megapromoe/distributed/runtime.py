@@ -6,7 +6,9 @@ Only this file and `launch_environment.py` read environment variables.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +31,24 @@ def settings() -> dict[str, str]:
 def share_cores(processes: int) -> None:
     """Divides the cores among `processes` child processes that run at the same time, unless OMP_NUM_THREADS is set."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES; empty without one. Imports no torch."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name for name in chosen.replace(" ", "").split(",") if name and not name.startswith("-"))
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):  # no driver, or one that does not answer
+        return ()
+    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+    return tuple(map(str, range(count)))
+
+
+def environment_on(gpus: Sequence[str]) -> dict[str, str]:
+    """The environment of a child process that shall see only these GPUs."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def job_environment() -> dict[str, str]:

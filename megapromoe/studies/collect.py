@@ -11,6 +11,7 @@ from typing import Any
 from megapromoe.io import write_text
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.run_lines import DENOISING_LOSS
+from megapromoe.studies import layouts
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
 from megapromoe.studies.json_files import metrics, read_json
@@ -116,6 +117,7 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "images_per_second": _median(lines, "images_per_second"),
         "flops_per_second": _median(lines, "flops_per_second"),
         "memory_bytes": max((line["memory_bytes"] for line in lines if line.get("memory_bytes")), default=None),
+        **layouts.columns(study, task),
         **_evaluated(study, task),
     }
 

@@ -15,7 +15,7 @@ from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.job_processes import command
 from megapromoe.studies.json_files import metrics
-from megapromoe.studies.recipe import StudyError
+from megapromoe.studies.recipe import StudyError, ranks_of
 from megapromoe.studies.study import Study
 from megapromoe.work_progress import size, track
 
@@ -89,7 +89,10 @@ def table(study: Study) -> str:
     """A Markdown table of the tasks with their parameters, FLOPs and memory."""
     lines = ["| task | name | parameters | active | training FLOPs | states on a rank |", "|---|---|---|---|---|---|"]
     for task in study.tasks:
-        count, memory = parameters(task.config.model), memory_per_rank(task.config, study.recipe.ranks)
+        count, memory = (
+            parameters(task.config.model),
+            memory_per_rank(task.config, ranks_of(study.recipe, task.variant)),
+        )
         held = memory.device + memory.host
         cells = [task.index, task.name, f"{count.total:,}", f"{count.active:,}", f"{task.flops:.3g}", size(held)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megapromoe.checkpoint.weights import UnknownWeights, is_average, kind_of
@@ -46,6 +46,7 @@ class Task:
 
 def expand(recipe: Recipe) -> tuple[Task, ...]:
     """All tasks, ordered by seed, so that an unfinished study contains complete comparisons. The order is fixed.
+    In an extended study, the tasks that it had before come first.
 
     Raises StudyError with all problems: unknown keys, values that would give the same file name, invalid
     configurations, variants whose active parameters cannot be made equal.
@@ -85,10 +86,23 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
             raise StudyError([f"evaluate.every = {evaluate.every}: {rule}; give a smaller number, or remove the key"])
     if problems:
         raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
-    return tuple(tasks)
+    return _in_order(tasks, recipe.task_order)
+
+
+def _in_order(tasks: list[Task], first: tuple[str, ...]) -> tuple[Task, ...]:
+    """The tasks with those named in `first` at the beginning, so that tasks keep their numbers in an extended study.
+
+    Raises StudyError if one of the names is no task.
+    """
+    if unknown := sorted(set(first) - {task.name for task in tasks}):
+        raise StudyError([f"task_order: the recipe has no task {_names(unknown)}; restore study.yaml from a copy"])
+    place = {name: index for index, name in enumerate(first)}
+    ordered = sorted(tasks, key=lambda task: place.get(task.name, len(place)))  # stable: the others stay in order
+    return tuple(replace(task, index=index) for index, task in enumerate(ordered))
 
 
 def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int) -> Config:
+    recipe = replace(recipe, ranks=variant.ranks or recipe.ranks)  # over which its configuration is checked
     seeds = dict.fromkeys(recipe.seed_settings, seed)
     layers: tuple[Mapping[str, Any], ...] = (recipe.settings, variant.settings, point, seeds)
     if recipe.evaluate is not None:

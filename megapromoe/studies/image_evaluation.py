@@ -10,9 +10,11 @@
       split: train            # as --split, for a reference that is a data set: train or test
       features: digits        # as --features: a classifier's name, or an Inception file; default: as the data
       autoencoder: DIR        # as --autoencoder, for models of latents
+      ranks: 1                # processes of an evaluation; without it, those of the training, with its launcher
+      launcher: []            # what starts them; without it, the launcher of the training
 
-Each key is an option of `megapromoe evaluate`, which the study runs after each training. The recipe's `weights` selects
-the evaluated weights.
+Each key except the last two is an option of `megapromoe evaluate`, which the study runs after each training. The
+recipe's `weights` selects the evaluated weights.
 """
 
 import math
@@ -40,6 +42,8 @@ class ImageEvaluation:
     split: str = option("train", "of a reference that is a data set", ("train", "test"))
     features: str | None = option(None, "the network that judges", kind=str)
     autoencoder: str | None = option(None, "decodes latents", kind=str)
+    ranks: int = option(0, "processes of an evaluation; 0: those of the training", within=ZERO_UP)
+    launcher: tuple[str, ...] = option((), "what starts them; default: the launcher of the training", kind=list)
 
     def scales(self, config: Config) -> tuple[float, ...]:
         """The guidance scales at which a task of this configuration is evaluated."""
@@ -76,6 +80,7 @@ def read_image_evaluation(content: Mapping[str, Any]) -> tuple[ImageEvaluation, 
             values[name] = str(Path(value).resolve())  # absolute, since jobs run in other folders
     if values.get("autoencoder") and Path(values["autoencoder"]).is_dir():  # otherwise it is a name on the hub
         values["autoencoder"] = str(Path(values["autoencoder"]).resolve())
+    values["launcher"] = tuple(map(str, values.get("launcher", ())))
     return ImageEvaluation(**values), problems
 
 

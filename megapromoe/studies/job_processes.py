@@ -16,17 +16,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from megapromoe.checkpoint.run_directory import RunDirectory
+from megapromoe.distributed import runtime
 from megapromoe.io import naming_errors, open_regular, write_text
+from megapromoe.studies.attempts import record_end, record_start
+from megapromoe.studies.causes import Cause, cause_of, in_brackets
 from megapromoe.studies.evaluations import RECORDS, Evaluation
 from megapromoe.studies.grid import Task
+from megapromoe.studies.placement import placement_of
 from megapromoe.studies.study import Job, Study, failure
 
 STOPPED = 75  # exit code of `megapromoe train`: stopped by a signal, and saved
+TAIL_BYTES = 65536  # end of a log in which the error of a job is searched
 
 
 def command(study: Study, job: Job) -> list[str]:
     """The command line of a job: the launcher, or this Python, with `-m megapromoe train` or `evaluate`."""
-    start = list(study.recipe.launcher) or [sys.executable]
+    start = list(placement_of(study.recipe, job).launcher) or [sys.executable]
     if isinstance(job, Evaluation):
         return [*start, "-m", "megapromoe", *job.words(study.run(job.task))]
     words = ["--config", str(study.config(job)), "--run-dir", str(study.run(job))]
@@ -43,6 +49,7 @@ class RunningJob:
         since: seconds of the monotonic clock at its start.
         since_epoch: the same time in seconds since 1970, to compare with file times.
         done_before: steps saved by earlier starts; for an evaluation, the number of evaluated checkpoints.
+        gpus: the GPUs that only this job uses; empty if it was not limited to some.
     """
 
     job: Job
@@ -54,14 +61,20 @@ class RunningJob:
     since: float
     since_epoch: float
     done_before: int
+    gpus: tuple[str, ...] = ()
 
 
-def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
-    """Starts a job whose lock is held. A launcher that does not exist gives a process that exits with code 127."""
+def start(study: Study, job: Job, lock: IO[str], gpus: tuple[str, ...] = ()) -> RunningJob:
+    """Starts a job whose lock is held. A launcher that does not exist gives a process that exits with code 127.
+
+    Args:
+        gpus: the GPUs that the job may use; empty: all that this process sees.
+    """
     path = study.log(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     words = command(study, job)
     study.outcome_file(job).unlink(missing_ok=True)  # left by an earlier start
+    record_start(study, job)
     file = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     log = open(file, "ab", buffering=0)  # noqa: SIM115, open until the process ends
     begin, done_before = log.tell(), units_done(study, job)
@@ -75,13 +88,14 @@ def start(study: Study, job: Job, lock: IO[str]) -> RunningJob:
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            env=runtime.environment_on(gpus) if gpus else None,
             pass_fds=(lock.fileno(),),  # the job stays locked while it runs, even if this process is killed
         )
     except OSError as error:
         log.write(f"{words[0]}: {error.strerror}\n".encode())
         process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(127)"], start_new_session=True)
     launcher = Path(words[0]).name
-    return RunningJob(job, launcher, process, lock, log, begin, time.monotonic(), time.time(), done_before)
+    return RunningJob(job, launcher, process, lock, log, begin, time.monotonic(), time.time(), done_before, gpus)
 
 
 def ask_to_stop(running: Iterable[RunningJob]) -> None:
@@ -97,30 +111,42 @@ def ask_to_stop(running: Iterable[RunningJob]) -> None:
                 os.killpg(running_job.process.pid, signal.SIGTERM)
 
 
-def finish(study: Study, running_job: RunningJob, stopped: bool) -> int:
-    """Writes the outcome file of a job whose process has ended; returns its exit code.
+def finish(study: Study, running_job: RunningJob, stopped: bool) -> tuple[int, Cause | None]:
+    """Records how a job whose process has ended did so; returns its exit code and the cause. Its lock stays held.
 
     Args:
         stopped: whether the job was requested to stop.
+
+    Returns:
+        the exit code, 0 if the job is done, and the cause of a failure: None if it is done or was requested to stop.
     """
     running_job.log.close()
-    code, reason = running_job.process.returncode, ""
-    if study.done(running_job.job):
+    job = running_job.job
+    code, reason, done = running_job.process.returncode, "", units_done(study, job)
+    cause = None
+    if study.done(job):
         code = 0
     elif stopped:  # launchers return other exit codes after a requested stop
         code = STOPPED
-    elif code == 0:
-        code, reason = 1, f"exit code 0, but {_lack(study, running_job.job)}"
+    else:
+        output = _output(study, running_job)
+        diverged = isinstance(job, Task) and RunDirectory(study.run(job)).diverged.exists()
+        cause = cause_of(code, _last_words(output), output, diverged)
+        if code == 0:
+            code, reason = 1, f"exit code 0, but {_lack(study, job)}"
+        else:
+            reason = _last_words(output)
+    record_end(study, job, code, cause, done)
     outcome = {
         "code": code,
-        "said": reason or (_last_words(study, running_job) if code else ""),
+        "said": reason or (_last_words(_output(study, running_job)) if code else ""),
+        "cause": cause.name if cause else "",
         "seconds": round(time.monotonic() - running_job.since, 1),
-        "flops": flops_of(running_job.job, units_done(study, running_job.job) - running_job.done_before),
+        "flops": flops_of(job, done - running_job.done_before),
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_text(study.outcome_file(running_job.job), json.dumps(outcome) + "\n", parents=True)
-    running_job.lock.close()
-    return code
+    write_text(study.outcome_file(job), json.dumps(outcome) + "\n", parents=True)
+    return code, cause
 
 
 def _lack(study: Study, job: Job) -> str:
@@ -157,7 +183,7 @@ def end_in_words(code: int, study: Study, running_job: RunningJob) -> str:
         return f"stopped after {seconds}, saved; repeat the command to continue"
     outcome = study.outcome(running_job.job)
     assert outcome is not None, "written when the job ended"
-    ended = f"failed with exit code {code}" if code > 0 else failure(code)
+    ended = (f"failed with exit code {code}" if code > 0 else failure(code)) + in_brackets(outcome)
     return f"{ended} after {seconds}; {study.log(running_job.job)} ends with: {outcome['said']}"
 
 
@@ -172,11 +198,16 @@ def start_in_words(study: Study, running_job: RunningJob) -> str:
     return f"training {job.name} starts (variant {job.variant}, seed {job.seed}, {how_far}, {study.run(job)})"
 
 
-def _last_words(study: Study, running_job: RunningJob) -> str:
-    """The error in the log of this start: from the last line that starts with `megapromoe:`, else the last line."""
+def _output(study: Study, running_job: RunningJob) -> str:
+    """The end of the output of this start."""
     with open(study.log(running_job.job), "rb") as file:
-        file.seek(max(running_job.from_byte, file.seek(0, os.SEEK_END) - 65536))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        file.seek(max(running_job.from_byte, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _last_words(output: str) -> str:
+    """The error in an output: from the last line that starts with `megapromoe:`, else the last line."""
+    lines = [line for line in output.splitlines() if line.strip()]
     ours = [i for i, line in enumerate(lines) if re.match(r"megapromoe[:,] ", line)]
     return "\n".join(lines[ours[-1] :] if ours else lines[-1:])[:2000]
 

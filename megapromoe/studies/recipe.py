@@ -18,7 +18,12 @@ A recipe is YAML:
     weights: ema                         # evaluated: ema, ema=DECAY or master; in short runs averages lag behind
     evaluate: {num: 500, every: 100}     # evaluate sampled images: see `image_evaluation.py`
     ranks: 1                             # processes of a task, which `launcher` starts
-    launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "4"]
+    launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "{ranks}"]
+    nodes: 2                             # of SLURM, for a task; without it, as few as the GPUs need
+    gpus_per_node: 8                     # of SLURM
+
+A variant may have its own `ranks`, `launcher`, `nodes` and `gpus_per_node`. `{ranks}` in a word of a launcher stands
+for the number of ranks. The number changes no result: every layout trains the same function.
 
 All tasks have train.ema_warmup=true unless `settings` change it.
 
@@ -35,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint.weights import UnknownWeights, read_weights_choice
-from megapromoe.config.reader import ONE_UP, POSITIVE, option, read_fields, suggest
+from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, option, read_fields, suggest
 from megapromoe.config.renamed_options import RENAMED, present_layer, present_names
 from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
@@ -44,6 +49,7 @@ from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_eval
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
+TASK_ORDER = "task_order"  # key of the study.yaml of a study that was extended
 
 
 class StudyError(Violations):
@@ -61,6 +67,10 @@ class Variant:
     settings: dict[str, Any] = option({}, "config settings that override those of the study", kind=dict)
     match: str | None = option(None, "the ratio that is solved for, to get equal active parameters", kind=str)
     without: tuple[str, ...] = option((), "axes that do not apply to the variant", kind=list)
+    ranks: int = option(0, "processes of its tasks; 0: as the recipe", within=ZERO_UP)
+    launcher: tuple[str, ...] = option((), "command that starts them; default: as the recipe", kind=list)
+    nodes: int = option(0, "nodes of SLURM for a task; 0: as the recipe", within=ZERO_UP)
+    gpus_per_node: int = option(0, "GPUs of a node of SLURM; 0: as the recipe", within=ZERO_UP)
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,14 @@ class Recipe:
     evaluate: ImageEvaluation | None = option(None, "how sampled images are evaluated", kind=dict)
     ranks: int = option(1, "number of processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
+    nodes: int = option(0, "nodes of SLURM for a task; 0: as few as its GPUs need", within=ZERO_UP)
+    gpus_per_node: int = option(
+        0, "GPUs of a node of SLURM; 0: 8, unless sbatch is given another number", within=ZERO_UP
+    )
     # Former names of axes in a study.yaml: they are part of the names of its folders.
     former_axes: dict[str, str] = field(default_factory=dict, compare=False)
+    # Names of the tasks that a study had before its last extension, in the order of their numbers.
+    task_order: tuple[str, ...] = field(default=(), compare=False)
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -132,7 +148,8 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
     """
     if not isinstance(content, Mapping):
         raise StudyError([f"a recipe must be a mapping, not a {type(content).__name__}"])
-    values, problems = read_fields(Recipe, content)
+    order = content.get(TASK_ORDER) if saved else None  # of a study; a copy of its study.yaml is a recipe without it
+    values, problems = read_fields(Recipe, {key: value for key, value in content.items() if key != TASK_ORDER})
     problems += [f"{key}: is missing; a recipe needs it" for key in ("preset", "variants") if not content.get(key)]
     variants = []
     for name, settings in values.get("variants", {}).items():
@@ -147,6 +164,7 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         without = _names(variant.get("without", ()), f"{where}.without", problems)
         variant["without"] = tuple(present_names(without, saved))
         variant["settings"] = _settings(variant.get("settings", {}), f"{where}.settings", problems, saved)
+        variant["launcher"] = tuple(map(str, variant.get("launcher", ())))
         variants.append(Variant(str(name), **variant))
     values["variants"] = tuple(variants)
     names = _names(values.get("axes", {}), "axes", problems)
@@ -179,13 +197,48 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
     if values.get("ranks", 1) != 1 and not values.get("launcher"):
         problems.append(f"ranks = {values['ranks']}: needs a launcher, such as [torchrun, --nproc-per-node, '4']")
+    problems += _launcher_problems(values)
     values["settings"] = _settings(values.get("settings", {}), "settings", problems, saved)
     seeded = _names(values.get("seed_settings", Recipe.seed_settings), "seed_settings", problems)
     if problems:
         raise StudyError(problems)
     values |= {"seeds": tuple(seeds), "seed_settings": tuple(dict.fromkeys(present_names(seeded, saved)))}
     values["launcher"] = tuple(map(str, values.get("launcher", ())))
-    return Recipe(**values, former_axes=former_axes if saved else {})
+    return Recipe(**values, former_axes=former_axes if saved else {}, task_order=tuple(map(str, order or ())))
+
+
+def _launcher_problems(values: Mapping[str, Any]) -> list[str]:
+    """Why the ranks of variants and evaluations, which differ from those of the recipe, would not be started."""
+    variants = values["variants"]
+    parts = [(f"variants.{variant.name}", variant.ranks, variant.launcher, variant.nodes) for variant in variants]
+    if isinstance(evaluate := values.get("evaluate"), ImageEvaluation):
+        parts.append(("evaluate", evaluate.ranks, evaluate.launcher, 0))
+    problems = []
+    for where, ranks, own_launcher, nodes in parts:
+        launcher = own_launcher or tuple(map(str, values.get("launcher", ())))
+        if ranks > 1 and not launcher:
+            example = "[torchrun, --standalone, --nproc-per-node, '{ranks}']"
+            problems.append(f"{where}.ranks = {ranks}: needs a launcher, such as {example}")
+        started = re.search(r"--nproc[-_]per[-_]node[ =](\d+)", " ".join(launcher))
+        if ranks > 1 and nodes <= 1 and started and int(started[1]) != ranks:
+            rule = f"its launcher starts {started[1]}; write '{{ranks}}' in the launcher instead of the number"
+            problems.append(f"{where}.ranks = {ranks}: {rule}")
+    return problems
+
+
+def launcher_of(launcher: tuple[str, ...], ranks: int) -> tuple[str, ...]:
+    """The words of a launcher, with the number of ranks in the place of {ranks}."""
+    return tuple(word.replace("{ranks}", str(ranks)) for word in launcher)
+
+
+def variant_of(recipe: Recipe, name: str) -> Variant:
+    """The variant of this name, which exists."""
+    return next(variant for variant in recipe.variants if variant.name == name)
+
+
+def ranks_of(recipe: Recipe, variant: str) -> int:
+    """The number of processes of a training of a variant."""
+    return variant_of(recipe, variant).ranks or recipe.ranks
 
 
 def _names(names: Iterable[Any], where: str, problems: list[str]) -> list[str]:
@@ -212,17 +265,25 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     content |= {"seeds": list(recipe.seeds), "seed_settings": list(recipe.seed_settings)}
     content["variants"] = {}
     for variant in recipe.variants:
-        entry = {"settings": dict(variant.settings), "match": variant.match, "without": list(variant.without)}
+        entry: dict[str, Any] = {
+            "settings": dict(variant.settings),
+            "match": variant.match,
+            "without": list(variant.without),
+        }
+        entry |= {"ranks": variant.ranks, "launcher": list(variant.launcher)}
+        entry |= {"nodes": variant.nodes, "gpus_per_node": variant.gpus_per_node}
         content["variants"][variant.name] = {key: value for key, value in entry.items() if value}
     if recipe.active_parameters is not None:
         content["active_parameters"] = dict(vars(recipe.active_parameters))
     if recipe.evaluate is not None:
-        section = {key: value for key, value in vars(recipe.evaluate).items() if value}
+        section = {key: value for key, value in vars(recipe.evaluate).items() if value}  # without defaults
         content["evaluate"] = {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
     content |= {
         "baseline": recipe.baseline,
         "weights": recipe.weights,
         "ranks": recipe.ranks,
         "launcher": list(recipe.launcher),
+        "nodes": recipe.nodes or None,
+        "gpus_per_node": recipe.gpus_per_node or None,
     }
     return {key: value for key, value in content.items() if value is not None}

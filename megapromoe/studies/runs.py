@@ -11,9 +11,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import IO, Any
 
+from megapromoe.studies.attempts import attempts_of, failures_in_a_row
+from megapromoe.studies.causes import Cause
+from megapromoe.studies.devices import Devices
 from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.forecast import Forecast, in_words
 from megapromoe.studies.grid import Task
@@ -26,17 +30,41 @@ from megapromoe.studies.job_processes import (
     is_training,
     start,
     start_in_words,
+    units_done,
 )
+from megapromoe.studies.placement import placement_of
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.study import Job, Study
-from megapromoe.studies.task_locks import lock_task, owner
+from megapromoe.studies.task_locks import is_locked, lock_task, owner
 from megapromoe.work_progress import Progress
 
 POLL = 0.5  # seconds between checks of the running jobs
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the jobs of one command.
+
+    Attributes:
+        evaluations: evaluations that run at the same time beside the other jobs; 0: they are counted with them.
+        retries: starts of a job after failures in a row whose cause can pass, without progress in between. Failures
+            under earlier commands count.
+        gpus: GPUs that are divided among the jobs; empty: jobs use what they find.
+        waits: evaluations wait for trainings of other commands, instead of being left out.
+    """
+
+    evaluations: int = 0
+    retries: int = 0
+    gpus: tuple[str, ...] = ()
+    waits: bool = False
+
+
 def run_tasks(
-    study: Study, tasks: Iterable[Job], jobs: int = 1, asked_to_stop: Callable[[], bool] = lambda: False
+    study: Study,
+    tasks: Iterable[Job],
+    jobs: int = 1,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    limits: Limits | None = None,
 ) -> dict[str, int]:
     """Runs the unfinished jobs of `tasks`, `jobs` at the same time; returns the exit code of each, 0 if done.
 
@@ -52,19 +80,21 @@ def run_tasks(
     A progress bar shows the steps of all trainings; without a terminal on stderr, a line is printed once a minute. A
     line for each start and end of a job has the estimated end of the job and of all jobs.
     """
-    return _Runner(study, tuple(tasks), jobs).run(asked_to_stop)
+    return _Runner(study, tuple(tasks), jobs, limits or Limits()).run(asked_to_stop)
 
 
 class _Runner:
-    def __init__(self, study: Study, jobs: tuple[Job, ...], at_once: int):
-        self.study, self.jobs, self.at_once = study, jobs, at_once
+    def __init__(self, study: Study, jobs: tuple[Job, ...], at_once: int, limits: Limits):
+        self.study, self.jobs, self.at_once, self.limits = study, jobs, at_once, limits
+        self.devices = Devices(limits.gpus)
+        self.locks: dict[str, IO[str]] = {}  # of jobs that failed and start again
         self.codes = {job.name: 0 for job in jobs if study.done(job)}
         self.waiting = [job for job in jobs if job.name not in self.codes]
         self.running: list[RunningJob] = []
         # Jobs that other commands run, with their outcome when this command found them locked.
         self.left_to_others: dict[str, dict[str, Any] | None] = {}
         self.stopping = False
-        self.forecast = Forecast(study, at_once)
+        self.forecast = Forecast(study, at_once + limits.evaluations)
         trainings = [job for job in jobs if not isinstance(job, Evaluation)]
         total = sum(job.config.train.steps for job in trainings)
         self.ended_steps = sum(job.config.train.steps for job in trainings if job.name in self.codes)
@@ -86,9 +116,12 @@ class _Runner:
                     ended = [running_job for running_job in self.running if running_job.process.poll() is not None]
                     for running_job in ended:
                         self.running.remove(running_job)
-                        code = finish(self.study, running_job, self.stopping)
+                        self.devices.give_back(running_job.gpus)
+                        code, cause = finish(self.study, running_job, self.stopping)
                         self.forecast.add(running_job.job)
-                        self._ended(running_job.job, code, end_in_words(code, self.study, running_job))
+                        if not self._start_again(running_job, code, cause):
+                            running_job.lock.close()
+                            self._ended(running_job.job, code, end_in_words(code, self.study, running_job))
                     self._show()
             except BaseException:  # includes Ctrl-C: no job may continue after this command ends
                 ask_to_stop(self.running)
@@ -96,18 +129,26 @@ class _Runner:
                     with contextlib.suppress(KeyboardInterrupt):
                         running_job.process.wait()
                     finish(self.study, running_job, True)
+                    running_job.lock.close()
                 raise
+            finally:
+                for lock in self.locks.values():
+                    lock.close()
         return self.codes | {job.name: STOPPED for job in self.waiting}
 
     def _start_ready(self) -> None:
-        """Starts waiting jobs up to the limit, and drops evaluations that can no longer start."""
+        """Starts waiting jobs up to the limits, and drops evaluations that can no longer start."""
         for job in list(self.waiting):
-            if self.stopping or len(self.running) >= self.at_once:
+            if self.stopping:
                 return
             if isinstance(job, Evaluation) and not self._is_ready(job):
                 continue
-            lock = lock_task(self.study, job)
+            gpus = self._place_for(job)
+            if gpus is None:
+                continue
+            lock = self.locks.pop(job.name, None) or lock_task(self.study, job)
             if lock is None:
+                self.devices.give_back(gpus)
                 if job.name not in self.left_to_others:
                     self.left_to_others[job.name] = self.study.outcome(job)
                     verb = "trained" if is_training(job) else "evaluated"
@@ -117,7 +158,7 @@ class _Runner:
             self.waiting.remove(job)
             code = _code_of_others(self.study, job, self.left_to_others)
             if code is None:
-                running_job = start(self.study, job, lock)
+                running_job = start(self.study, job, lock, gpus)
                 self.running.append(running_job)
                 number = len(self.codes) + len(self.running)
                 line = f"{number} of {len(self.jobs)}: {start_in_words(self.study, running_job)}; it should end "
@@ -127,19 +168,48 @@ class _Runner:
                 self.progress.write(line)
                 continue
             lock.close()
+            self.devices.give_back(gpus)
             how = "done" if code == 0 else "failed"
             self._ended(job, code, f"{how} by another command")
+
+    def _place_for(self, job: Job) -> tuple[str, ...] | None:
+        """The GPUs of a job that may start now; None if it exceeds a limit."""
+        separate = self.limits.evaluations > 0
+        same = [r for r in self.running if not separate or is_training(r.job) == is_training(job)]
+        at_once = self.limits.evaluations if separate and not is_training(job) else self.at_once
+        return self.devices.take(placement_of(self.study.recipe, job)) if len(same) < at_once else None
+
+    def _start_again(self, running_job: RunningJob, code: int, cause: Cause | None) -> bool:
+        """Puts a failed job in front of the waiting ones, with its lock, if its cause can pass and a retry is left."""
+        job = running_job.job
+        if self.stopping or code == 0 or cause is None or not cause.passes:
+            return False
+        failures = failures_in_a_row(attempts_of(self.study, job), units_done(self.study, job))
+        if failures > self.limits.retries:
+            return False
+        self.waiting.insert(0, job)
+        self.locks[job.name] = running_job.lock
+        words = end_in_words(code, self.study, running_job) if code != STOPPED else f"{cause.name} (exit code {code})"
+        self.progress.write(f"{job.name}: {words}; starts again, retry {failures} of {self.limits.retries}")
+        return True
 
     def _is_ready(self, job: Evaluation) -> bool:
         """Whether the training of an evaluation is done. Drops the evaluation if that cannot happen."""
         if self.study.done(job.task):
             return True
+        if self.limits.waits and not self._has_failed(job.task):
+            return False
         will_be_trained = job.task in self.waiting or any(running_job.job == job.task for running_job in self.running)
         if not will_be_trained:
             self.waiting.remove(job)
             why = f"its training is not done ({self.study.state(job.task)})"
             self.progress.write(f"{job.name}: not started, {why}")
         return False
+
+    def _has_failed(self, task: Task) -> bool:
+        """Whether the last start of a training failed, so that nothing but another command continues it."""
+        outcome = self.study.outcome(task)
+        return outcome is not None and outcome["code"] not in (0, STOPPED) and not is_locked(self.study, task)
 
     def _ended(self, job: Job, code: int, words: str) -> None:
         self.codes[job.name] = code
@@ -160,24 +230,28 @@ class _Runner:
         self.progress.note(", ".join(running_job.job.name for running_job in self.running))
 
 
-def jobs_to_run(study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool) -> tuple[Job, ...]:
+def jobs_to_run(
+    study: Study, tasks: Sequence[Task], evaluate: bool, alone: bool, train: bool = False, waits: bool = False
+) -> tuple[Job, ...]:
     """The jobs that `study run` shall run.
 
     Args:
         tasks: the tasks of the command.
         evaluate: only run their evaluations.
+        train: only run their trainings.
+        waits: an evaluation may be of a task that is not trained yet.
         alone: there is one task, for a job of an array, which either trains or evaluates; else trainings are followed
             by their evaluations.
 
     Raises StudyError for evaluations that are not possible.
     """
     if not evaluate:
-        return tuple(tasks) if alone else study.jobs(tasks)
+        return tuple(tasks) if alone or train else study.jobs(tasks)
     jobs = tuple(job for job in study.jobs(tasks) if isinstance(job, Evaluation))
     if not jobs:
         rule = "the recipe has no section `evaluate`; plan a study in another folder, from a recipe with one"
         raise StudyError([f"--evaluate: {study.folder / 'study.yaml'}: {rule}"])
-    if alone and not study.done(tasks[0]):
+    if alone and not waits and not study.done(tasks[0]):
         first = f"train it first: megapromoe study run {study.folder} --task {tasks[0].index}"
         raise StudyError([f"--evaluate: {tasks[0].name} is not trained ({study.state(tasks[0])}); {first}"])
     return jobs

@@ -7,6 +7,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megapromoe.studies.attempts import attempts_of
+from megapromoe.studies.attempts import in_words as attempts_in_words
+from megapromoe.studies.causes import in_brackets
 from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.job_processes import STOPPED, units, units_done
 from megapromoe.studies.study import Job, Study, failure
@@ -39,14 +42,17 @@ def job_state(study: Study, job: Job, now: float) -> JobState:
     """The state of one job; `now` in seconds since 1970."""
     done, age = units_done(study, job), _age(study, job, now)
     if study.done(job):
-        return JobState(job, "done", units(job), age)
+        return JobState(job, "done", units(job), age, attempts_in_words(attempts_of(study, job)))
     outcome = study.outcome(job)
     if outcome is not None and outcome["code"] == STOPPED:
         return JobState(job, "stopped", done, age, "`study run` continues it")
     if outcome is not None and outcome["code"] != 0:
         reason = (outcome["said"].splitlines() or [""])[0][:160]
         why = failure(outcome["code"]) if outcome["code"] < 0 else f"exit code {outcome['code']}"
-        return JobState(job, "failed", done, age, f"{why}: {reason}" if reason else why)
+        why += in_brackets(outcome)
+        history = attempts_in_words(attempts_of(study, job))
+        remark = (f"{why}: {reason}" if reason else why) + (f"; {history}" if history else "")
+        return JobState(job, "failed", done, age, remark)
     if outcome is not None or not study.log(job).exists():
         return JobState(job, "waiting", done, age, _waits_for(study, job))
     # The command that starts a job removes the earlier outcome, and writes a new one when the job has ended.

@@ -7,6 +7,7 @@ tasks/NAME.yaml     the full config of each task, as planned
 runs/NAME/          the run directory of each task
 logs/NAME.log       output of its training; NAME-evaluation.log: output of its evaluation
 outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
+attempts/NAME.jsonl each start and its end, with the cause; likewise NAME-evaluation
 locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
 results.csv, .md    results of `collect`, with curves.csv, evaluations.csv; *.png: plots of `plot`
@@ -36,7 +37,7 @@ from megapromoe.io import write_text
 from megapromoe.studies.evaluations import Evaluation, evaluation_of
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.json_files import read_json
-from megapromoe.studies.recipe import Recipe, StudyError, read_recipe, recipe_dict
+from megapromoe.studies.recipe import TASK_ORDER, Recipe, StudyError, ranks_of, read_recipe, recipe_dict
 
 _COMPLETE = re.compile(r"step-(\d{8,})")  # folders with a suffix are being written
 _PRESET_WARMUPS = {preset["train"]["warmup"] for preset in PRESETS.values() if "warmup" in preset.get("train", {})}
@@ -68,6 +69,9 @@ class Study:
 
     def outcome_file(self, job: Job) -> Path:
         return self.folder / "outcomes" / f"{job.name}.json"
+
+    def attempts_file(self, job: Job) -> Path:
+        return self.folder / "attempts" / f"{job.name}.jsonl"
 
     def loss_file(self, task: Task) -> Path:
         return self.folder / "losses" / f"{task.name}.json"
@@ -152,13 +156,14 @@ class Study:
 def plan(folder: Path, recipe: Recipe) -> Study:
     """Writes the study. Does nothing if the folder already contains the same study.
 
-    Raises StudyError if the recipe cannot be expanded, or if the folder holds another study or other things.
+    Raises StudyError if the recipe cannot be expanded, or if the folder holds another study or other things. A study
+    that is to get more tasks: `extension.extend`.
     """
     tasks = expand(recipe)
     folder = Path(folder)
     file = folder / "study.yaml"
     if file.exists():
-        if _text(read_recipe(file, saved=True)) != _text(recipe):
+        if not is_same(read_recipe(file, saved=True), recipe):
             raise StudyError([f"{file}: is another study; choose another folder, or `run` the existing one"])
         return open_study(folder)
     ours = ("tasks", "study.yaml.")  # files left by a plan that was killed
@@ -167,7 +172,7 @@ def plan(folder: Path, recipe: Recipe) -> Study:
     study = Study(folder, recipe, tasks)
     for task in tasks:
         write_text(study.config(task), to_yaml(task.config), parents=True)
-    write_text(file, _text(recipe), parents=True)  # written last: it marks a complete study
+    write_text(file, study_text(recipe), parents=True)  # written last: it marks a complete study
     return study
 
 
@@ -178,8 +183,18 @@ def missing_data(study: Study) -> str:
     return f"data.source = {UNSET!r}: {NO_DATA}; plan the study with it in another folder, or remove {study.folder}"
 
 
-def _text(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False)  # the order is that of the tasks
+def is_same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes define the same study; the order of their entries is that of the tasks."""
+    return yaml.safe_dump(recipe_dict(one), sort_keys=False) == yaml.safe_dump(recipe_dict(other), sort_keys=False)
+
+
+def study_text(recipe: Recipe) -> str:
+    """The content of study.yaml: the recipe, with what the names and numbers of existing tasks depend on."""
+    content = recipe_dict(recipe)
+    content["axes"] = {recipe.former_axes.get(key, key): values for key, values in content["axes"].items()}
+    if recipe.task_order:
+        content[TASK_ORDER] = list(recipe.task_order)
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def open_study(folder: Path) -> Study:
@@ -192,7 +207,7 @@ def open_study(folder: Path) -> Study:
     problems, tasks = [], []
     for task in expand(study.recipe):
         try:
-            planned = resolve(file=study.config(task), world=study.recipe.ranks, file_is_saved=True)
+            planned = resolve(file=study.config(task), world=ranks_of(study.recipe, task.variant), file_is_saved=True)
         except ConfigError as error:
             problems.append(f"{study.config(task)}: {error.violations[0]}")
         else:

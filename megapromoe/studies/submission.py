@@ -2,7 +2,8 @@
 
 Trainings are the first array, and evaluations of finished trainings the second. Evaluations of trainings that are
 submitted now are the third, with the same indices as the first: with SLURM's `aftercorr`, job I of it starts when job I
-of the first has succeeded, and is removed if that failed.
+of the first has succeeded, and is removed if that failed. Tasks that need other resources, such as those of a variant
+with more ranks, are arrays of their own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megapromoe.studies.recipe import Recipe, StudyError
+from megapromoe.studies.placement import Placement, placement_of
+from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.study import Study
 
 GPUS_PER_NODE = 8  # default, if the options of sbatch give no number
 CPUS_PER_RANK = 12  # as in launchers/scaling_experts.sh
-# Launchers that start one process for each task of the job, on all its nodes; others start theirs on the first node.
-_STARTS_TASKS = ("srun", "mpirun", "mpiexec")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class ArrayJob:
 
     Attributes:
         indices: indices of the tasks, ascending.
+        placement: the processes of each of its jobs.
         evaluates: whether the jobs are evaluations, not trainings.
         waits: whether each job waits for the training of the same task.
     """
 
     indices: tuple[int, ...]
+    placement: Placement
     evaluates: bool = False
     waits: bool = False
 
@@ -43,7 +45,7 @@ class ArrayJob:
         """Arguments of the job script after the study's folder."""
         return ["--evaluate"] if self.evaluates else []
 
-    def sbatch(self, study: Study, options: Sequence[str], at_once: int | None, trainings: str) -> list[str]:
+    def sbatch(self, options: Sequence[str], at_once: int | None, trainings: str) -> list[str]:
         """The sbatch command of the array, without the job script.
 
         Args:
@@ -52,20 +54,36 @@ class ArrayJob:
             trainings: job id of the trainings to wait for.
         """
         array = f"--array={ranges(self.indices)}" + (f"%{at_once}" if at_once else "")
-        words = ["sbatch", array, *resources(study.recipe, options), *options]
+        words = ["sbatch", array, *resources(self.placement, options), *options]
         return [*words, f"--dependency=aftercorr:{trainings}", "--kill-on-invalid-dep=yes"] if self.waits else words
 
 
-def array_jobs(study: Study) -> list[ArrayJob]:
-    """The arrays to submit, trainings first; empty if everything is done."""
+def array_jobs(study: Study, kind: str = "") -> list[ArrayJob]:
+    """The arrays to submit, trainings before the evaluations that wait for them; empty if everything is done.
+
+    Args:
+        kind: "train": only trainings; "evaluate": only evaluations of tasks that are trained; "": all.
+    """
     trainings = {task.index for task in study.missing()}
-    evaluations = {evaluation.task.index for evaluation in study.missing_evaluations()}
-    arrays = [
-        ArrayJob(tuple(sorted(trainings))),
-        ArrayJob(tuple(sorted(evaluations - trainings)), evaluates=True),
-        ArrayJob(tuple(sorted(evaluations & trainings)), evaluates=True, waits=True),
-    ]
-    return [array for array in arrays if array.indices]
+    evaluations = {job.task.index: job for job in study.missing_evaluations()}
+    by_placement: dict[Placement, list[int]] = {}  # of the training: those of its evaluation follow from it
+    for task in study.tasks:
+        by_placement.setdefault(placement_of(study.recipe, task), []).append(task.index)
+    arrays = []
+    for placement, indices in by_placement.items():
+        of_evaluations = [placement_of(study.recipe, evaluations[index]) for index in indices if index in evaluations]
+        evaluates = of_evaluations[0] if of_evaluations else placement
+        parts = [ArrayJob(tuple(index for index in indices if index in trainings), placement)]
+        trained = tuple(index for index in indices if index in evaluations and index not in trainings)
+        parts.append(ArrayJob(trained, evaluates, evaluates=True))
+        untrained = tuple(index for index in indices if index in evaluations and index in trainings)
+        parts.append(ArrayJob(untrained, evaluates, evaluates=True, waits=True))
+        arrays += [part for part in parts if part.indices]
+    if kind == "train":
+        return [array for array in arrays if not array.evaluates]
+    if kind == "evaluate":
+        return [array for array in arrays if array.evaluates and not array.waits]
+    return arrays
 
 
 def submit(
@@ -76,6 +94,8 @@ def submit(
     at_once: int | None,
     environment: Mapping[str, str],
     dry_run: bool,
+    evaluation_options: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> int:
     """Prints and runs the sbatch commands; returns 0, or the exit code of the first that failed.
 
@@ -84,18 +104,21 @@ def submit(
         options, at_once: see `ArrayJob.sbatch`.
         environment: environment of sbatch, which the jobs inherit.
         dry_run: only print the commands.
+        evaluation_options: more options of sbatch for the evaluations, which take precedence.
+        words: more arguments of the job script.
 
     Raises FileNotFoundError if there is no sbatch; StudyError.
     """
     logs, trainings = study.folder / "logs", "JOBID"
     for array in arrays:
-        words = array.sbatch(study, options, at_once, trainings)
-        words += [str(script), str(study.folder.resolve()), *array.words]
-        print(shlex.join(words), flush=True)
+        given = [*options, *evaluation_options] if array.evaluates else list(options)
+        command = array.sbatch(given, at_once, trainings)
+        command += [str(script), str(study.folder.resolve()), *array.words, *words]
+        print(shlex.join(command), flush=True)
         if dry_run:
             continue
         logs.mkdir(exist_ok=True)  # working directory, for the output files of the jobs
-        done = subprocess.run(words, cwd=logs, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, cwd=logs, env=environment, stdout=subprocess.PIPE, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
             return done.returncode
@@ -125,31 +148,32 @@ def ranges(indices: Sequence[int]) -> str:
     return ",".join("-".join(map(str, ends)) for ends in spans)
 
 
-def resources(recipe: Recipe, options: Sequence[str]) -> list[str]:
-    """Options of sbatch for tasks of `recipe.ranks` ranks, one rank for each GPU; none for tasks of one rank.
+def resources(placement: Placement, options: Sequence[str]) -> list[str]:
+    """Options of sbatch for jobs of several ranks, one rank for each GPU; none for jobs of one rank.
 
     Args:
         options: options of sbatch from the user. They may set the number of nodes or GPUs of a node, and take
-            precedence because they are later on the command line.
+            precedence over the recipe because they are later on the command line.
 
     Raises StudyError if the ranks do not divide evenly over the nodes, or if the launcher does not reach all nodes.
     """
-    ranks = recipe.ranks
+    ranks = placement.ranks
     if ranks == 1:
         return []
-    most = _number(options, "--gpus-per-node") or _number(options, "--ntasks-per-node") or GPUS_PER_NODE
-    nodes = _number(options, "--nodes", "-N") or -(-ranks // most)
+    given = _number(options, "--gpus-per-node") or _number(options, "--ntasks-per-node")
+    most = given or placement.gpus_per_node or GPUS_PER_NODE
+    nodes = _number(options, "--nodes", "-N") or placement.nodes or -(-ranks // most)
     if ranks % nodes:
         even = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise StudyError([f"ranks = {ranks}: do not divide evenly over {nodes} nodes; give --nodes=N, N one of {even}"])
-    on_node, launcher = ranks // nodes, Path(recipe.launcher[0]).name
-    if launcher in _STARTS_TASKS:
+    on_node = ranks // nodes
+    if not placement.is_local:
         return [f"--nodes={nodes}", f"--ntasks={ranks}", f"--ntasks-per-node={on_node}", f"--gpus-per-node={on_node}"]
     if nodes > 1:
         raise StudyError(
             [
-                f"launcher = {' '.join(recipe.launcher)!r}: starts processes only on one node, but {ranks} ranks take"
-                f" {nodes} nodes of {most} GPUs; plan the study with --launcher 'srun python', or give"
+                f"launcher = {' '.join(placement.launcher)!r}: starts processes only on one node, but {ranks} ranks"
+                f" take {nodes} nodes of {most} GPUs; plan the study with --launcher 'srun python', or give"
                 f" --gpus-per-node={ranks}"
             ]
         )

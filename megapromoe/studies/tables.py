@@ -16,6 +16,7 @@ from scipy.stats import t as student
 from megapromoe.checkpoint.average import WARN_ABOVE
 from megapromoe.checkpoint.weights import is_average
 from megapromoe.number_text import significant
+from megapromoe.studies import layouts
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
@@ -194,6 +195,7 @@ def sections(
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
         f" (split: {splits}).{_initial(rows, recipe)} Training loss: the denoising loss without auxiliary losses, mean"
         " over the last tenth of the steps. ± is half of the 95 % interval over seeds (Student's t)."
+        f"{layouts.note(rows)}"
     )
     yield _table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import socket
+from pathlib import Path
 from typing import IO
 
 from megapromoe.io import open_regular
@@ -24,7 +25,11 @@ def lock_task(study: Study, job: Job) -> IO[str] | None:
     The operating system releases the lock when all processes that have the file open have ended. On a file system
     without locks a warning is logged, and the job counts as locked by this process. Raises OSError.
     """
-    path = study.lock_file(job)
+    return lock_path(study.lock_file(job))
+
+
+def lock_path(path: Path) -> IO[str] | None:
+    """Like `lock_task`, for any lock file of a study."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open_regular(path, os.O_RDWR | os.O_CREAT)
     lock = open(file, "r+", encoding="utf-8")  # noqa: SIM115, open while the job runs

@@ -148,6 +148,9 @@ def _study(words: list[str], ranks: int) -> Small:
         words[2] = words[2].replace("studies/", "new/")
         if "--measure" in words:  # what is measured is small: of a recipe of its own
             return Small([*["tiny.yaml" if word == "digits" else word for word in words]])
+        words = [
+            "digits" if word == "larger.yaml" else word for word in words
+        ]  # tests/programs/test_study_extension.py
         return Small(words, cheap=True)
     if action not in ("plan", "submit"):  # studies of the same content: commands that differ only in these are run once
         words[2] = re.sub("digits_study|fashion", "study", words[2])
@@ -155,6 +158,8 @@ def _study(words: list[str], ranks: int) -> Small:
         words[2] = words[2].replace("studies/", "jobs/")
     if action == "submit":
         return Small([*words, "--dry-run"], cheap=True)
+    if "--ranks" in words:
+        return Small(words, kind="elsewhere", by="tests/programs/test_study_placement.py")
     if "--evaluate" in words:  # the small study draws nothing
         return Small(words, kind="elsewhere", by="tests/programs/test_study_jobs.py")
     if action == "collect":
