@@ -37,7 +37,7 @@ EPILOG = f"""\
   megapromoe study run STUDY --jobs 2                      # trains the missing tasks; repeat to continue
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
   megapromoe study status STUDY                            # the state of each job
-  megapromoe study collect STUDY                           # results.csv, results.md, curves.csv, evaluations.csv
+  megapromoe study collect STUDY                           # results.md, and CSVs of results, noise, evaluations
   megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
@@ -102,7 +102,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
 
-    collect = command("collect", _collect, "Writes results.csv, results.md and curves.csv, and lists missing tasks.")
+    collect = command("collect", _collect, "Writes results.md, results.csv, noise.csv and curves.csv, and lists missing tasks.")
     collect.add_argument(
         "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
     )
