@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megapromoe.commands.command_line import (
     FileError,
@@ -16,13 +17,14 @@ from megapromoe.commands.command_line import (
     positive,
     positive_number,
     refuse_other_words,
+    share,
     takes_no_settings,
     whole_number,
 )
 from megapromoe.commands.launchers import launchers_folder
 from megapromoe.config.model_options import ROUTERS
 from megapromoe.io import write_text
-from megapromoe.studies.collect import DRAWS, evaluate, evaluated, row
+from megapromoe.studies.collect import DRAWS, LOSS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.extension import in_words as extension_in_words
@@ -40,7 +42,8 @@ EPILOG = f"""\
   megapromoe study run STUDY --jobs 2                      # trains the missing tasks; repeat to continue
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
   megapromoe study status STUDY                            # the state of each job
-  megapromoe study collect STUDY                           # results.csv, results.md, curves.csv, evaluations.csv
+  megapromoe study collect STUDY                           # results.md, and CSVs of results, noise, evaluations
+  megapromoe study power STUDY --difference 0.002          # how many seeds resolve a difference
   megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
@@ -55,7 +58,7 @@ DEFAULT_RETRIES = 2
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe study plan|run|submit|status|collect|plot STUDY [options]"
+    parser.usage = "megapromoe study plan|run|submit|status|collect|power|plot STUDY [options]"
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -137,15 +140,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _retries_option(submit, None)
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
 
-    collect = command("collect", _collect, "Writes results.csv, results.md and curves.csv, and lists missing tasks.")
+    collect = command(
+        "collect", _collect, "Writes results.md, results.csv, noise.csv and curves.csv, and lists missing tasks."
+    )
     collect.add_argument(
         "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
+    )
+    summary = "Shows which differences N seeds resolve, from the noise of finished tasks; needs `collect` first."
+    power = command("power", _power, summary)
+    power.add_argument(
+        "--difference", type=positive_number, metavar="D", help="also show how many seeds resolve this difference"
+    )
+    power.add_argument(
+        "--metric", default=LOSS, metavar="NAME", help=f"a metric of noise.csv, or a part of its name; default: {LOSS}"
+    )
+    power.add_argument(
+        "--power", type=_power_share, metavar="P", help="share of studies that are to resolve it; default: 0.8"
     )
     plot = command("plot", _plot, "Plots the results of finished tasks as PNGs in STUDY; needs `collect` first.")
     plot.add_argument(
         "--note", default="", metavar="TEXT", help="text below the plot of costs, such as the name of the machine"
     )
-    for added in (collect, plot):
+    for added in (collect, power, plot):
         added.add_argument(
             "--draws",
             type=whole_number(2),
@@ -403,17 +419,44 @@ def _collect(options: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
+def _power_share(text: str) -> float:
+    """An argparse type: a power that an effect can have, above the level of the test."""
+    value = share(text)
+    if not 0.05 < value <= 0.999:
+        raise argparse.ArgumentTypeError(f"must be above 0.05, the level of the test, and at most 0.999, not {text!r}")
+    return value
+
+
+def _power(options: argparse.Namespace) -> int:
+    from megapromoe.studies.noise import noise_floors
+    from megapromoe.studies.power import POWER, find_floor, power_sections
+
+    study = open_study(options.study)
+    floors = noise_floors(_collected_rows(study, options.draws), study.recipe)
+    if not floors:
+        print("no noise is known: no model has two seeds that are done and collected", file=sys.stderr)
+        return 1
+    floor = find_floor(floors, options.metric)
+    print("\n\n".join(power_sections(floor, options.difference, options.power or POWER)))
+    return 0
+
+
 def _plot(options: argparse.Namespace) -> int:
     from megapromoe.studies.plots import draw_all
     from megapromoe.studies.results import report_pictures
 
     study = open_study(options.study)
+    rows = _collected_rows(study, options.draws)
+    print("\n".join(report_pictures(study, rows, draw_all(study, rows, options.note))))
+    return 0 if rows else 1
+
+
+def _collected_rows(study: Study, draws: int) -> list[dict[str, Any]]:
+    """Rows of the finished tasks whose loss on fixed draws is computed; prints the names of the others."""
     done = [task for task in study.tasks if study.done(task)]
-    known = [task for task in done if evaluated(study, task, options.draws)]
+    known = [task for task in done if evaluated(study, task, draws)]
     if left := names([task for task in done if task not in known]):
         print(
             f"not shown, because their loss on fixed draws is not computed yet (run `collect`): {left}", file=sys.stderr
         )
-    rows = [row(study, task, options.draws) for task in known]
-    print("\n".join(report_pictures(study, rows, draw_all(study, rows, options.note))))
-    return 0 if rows else 1
+    return [row(study, task, draws) for task in known]

@@ -10,6 +10,7 @@ from megapromoe.studies.collect import row
 from megapromoe.studies.curves import figures, several_steps
 from megapromoe.studies.figure_tables import mean_figures, mean_sections
 from megapromoe.studies.grid import Task
+from megapromoe.studies.noise import noise_floors, noise_rows, noise_sections
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, to_csv, to_markdown
 
@@ -26,10 +27,11 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
     rows = [row(study, task, draws) for task in done]
     figure_rows = [figure for task in done for figure in figures(study, task)]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
-    text = to_markdown(
-        rows, study.recipe, missing, against, figure_rows, mean_sections(rows, study.recipe, figure_rows)
-    )
+    means, noise = mean_sections(rows, study.recipe, figure_rows), noise_sections(rows, study.recipe)
+    text = to_markdown(rows, study.recipe, missing, against, figure_rows, means, noise)
     contents = {"results.csv": to_csv(rows), "results.md": text}
+    if floors := noise_floors(rows, study.recipe):
+        contents["noise.csv"] = to_csv(noise_rows(floors))
     if figure_rows:
         contents["evaluations.csv"] = to_csv(mean_figures(figure_rows, study.recipe))
     if several_steps(figure_rows):
@@ -37,7 +39,14 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
     for name, content in contents.items():
         write_text(study.folder / name, content, parents=True)
     no_figures = why_no_figures(study, rows, figure_rows)
-    reasons = {"evaluations.csv": no_figures, "curves.csv": no_figures or why_no_curves(study)}
+    no_noise = (
+        "no model has two seeds that are done; add seeds to the recipe" if rows else "no task is done and collected"
+    )
+    reasons = {
+        "noise.csv": no_noise if rows else "no task is done and collected",
+        "evaluations.csv": no_figures,
+        "curves.csv": no_figures or why_no_curves(study),
+    }
     return text, report_files(study, [study.folder / name for name in contents], reasons)
 
 

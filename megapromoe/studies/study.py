@@ -10,7 +10,7 @@ outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
 attempts/NAME.jsonl each start and its end, with the cause; likewise NAME-evaluation
 locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
-results.csv, .md    results of `collect`, with curves.csv, evaluations.csv; *.png: plots of `plot`
+results.csv, .md    results of `collect`, with noise.csv, curves.csv, evaluations.csv; *.png: plots
 ==================  =================================================================================
 """
 

@@ -154,9 +154,10 @@ def to_markdown(
     against: Sequence[str],
     evaluations: Rows = (),
     means: Iterable[str] = (),
+    noise: Iterable[str] = (),
 ) -> str:
     """The study as Markdown: `sections`, joined."""
-    return "\n\n".join(sections(rows, recipe, missing, against, evaluations, means)) + "\n"
+    return "\n\n".join(sections(rows, recipe, missing, against, evaluations, means, noise)) + "\n"
 
 
 def _initial(rows: Rows, recipe: Recipe) -> str:
@@ -176,6 +177,7 @@ def sections(
     against: Sequence[str],
     evaluations: Rows = (),
     means: Iterable[str] = (),
+    noise: Iterable[str] = (),
 ) -> Iterable[str]:
     """Parts of the study's Markdown page, in order.
 
@@ -185,12 +187,15 @@ def sections(
         against: variants with which the others are compared.
         evaluations: figures of images, one row for each task, step and guidance scale.
         means: further sections, on the means of `evaluations` over seeds.
+        noise: sections on the noise floor, which come first.
     """
     splits = ", ".join(sorted({row["split"] for row in rows}))
     yield "# Results"
     yield f"{len(rows)} runs are done" + (f", {len(missing)} are missing: {', '.join(missing)}." if missing else ".")
     if not rows:
         return
+    yield from noise
+    yield "## Models"
     yield (
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
         f" (split: {splits}).{_initial(rows, recipe)} Training loss: the denoising loss without auxiliary losses, mean"

@@ -166,6 +166,8 @@ def _study(words: list[str], ranks: int) -> Small:
         return Small([*words, "--draws", "8"])
     if action == "plot":
         return Small([*words, "--draws", "8"])
+    if action == "power":  # the small study has one seed
+        return Small(words, kind="elsewhere", by="tests/unit/test_study_power.py")
     return Small(words)
 
 
