@@ -55,7 +55,7 @@ def _fewest_ranks(config: Config) -> int:
 
 
 def _presets() -> Iterator[str]:
-    yield "preset          router         D   L     E K    parameters        active  GFLOP/image  data"
+    yield "preset               router          D   L     E K    parameters        active  GFLOP/image  data"
     for name in PRESETS:
         config = resolve(name)
         model, count = config.model, parameters(config.model)
@@ -63,7 +63,7 @@ def _presets() -> Iterator[str]:
         flops = flops_per_image(model).forward / 1e9
         source = "yours" if config.data.source == UNSET else config.data.source
         yield (
-            f"{name:15} {model.router:10} {model.hidden_size:5} {model.depth:3}  {experts} {count.total:13,}"
+            f"{name:20} {model.router:11} {model.hidden_size:5} {model.depth:3}  {experts} {count.total:13,}"
             f" {count.active:13,} {flops:12.4g}  {source}, {config.train.steps:,} steps"
         )
     yield ""

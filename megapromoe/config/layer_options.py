@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any, TypedDict
 
 from megapromoe.config import extensions
-from megapromoe.config.model_options import ROUTERS, ModelConfig
+from megapromoe.config.model_options import ROUTERS, UNROUTED, ModelConfig
 from megapromoe.config.reader import read_values, suggest
 from megapromoe.config.rules import layer_rules
 from megapromoe.errors import ExitCode, Violations
@@ -61,9 +61,12 @@ def layer_config(router: str, options: dict[str, Any], is_class: bool = False) -
     known = {f.name: f for f in fields(ModelConfig) if f.name in LAYER_FIELDS}
     values, problems = read_values(known, options, "MoE")
     if router not in ROUTERS and not is_class and not extensions.ROUTER.accepts(router):
-        problems.append(f"router = {router!r}: must be one of {', '.join(ROUTERS[1:])}; {suggest(router, ROUTERS[1:])}")
+        routed = [name for name in ROUTERS if name not in UNROUTED]
+        problems.append(f"router = {router!r}: must be one of {', '.join(routed)}; {suggest(router, routed)}")
     if router == "dense":
         problems.append("router = 'dense': has no experts; choose another, or use megapromoe.nn.Mlp")
+    if router == "conditional":
+        problems.append("router = 'conditional': has no routed experts; choose another, or use megapromoe.nn.DiT")
     if not problems:
         config = ModelConfig(router=router, **values)
         broken = [(keys[0].removeprefix("model."), rule) for keys, rule in layer_rules(config)]

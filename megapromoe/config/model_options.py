@@ -5,12 +5,24 @@ from dataclasses import dataclass, replace
 from megapromoe.config import class_groups, extensions
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, option
 
-ROUTERS = ("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "tc", "ec", "diffmoe")
+ROUTERS = (
+    "dense",
+    "conditional",
+    "promoe",
+    "promoe_ec",
+    "promoe_linear",
+    "classification",
+    "kmeans",
+    "tc",
+    "ec",
+    "diffmoe",
+)
+UNROUTED = ("dense", "conditional")  # values of `router` without routed experts
 PROMOE_ROUTERS = ("promoe", "promoe_ec")  # routers with prototypes
 GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # routers with a linear gate
 GUIDED_ROUTERS = ("classification", "kmeans")
 # Two-step routing: null images go to the unconditional expert, and a shared expert complements the routed ones.
-TWO_STEP_ROUTERS = (*PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
+TWO_STEP_ROUTERS = ("conditional", *PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # routers that can have a balance loss
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
@@ -25,9 +37,9 @@ class ModelConfig:
 
     router: str = option(
         "promoe",
-        "how experts are chosen: dense has none; ProMoE by token choice (promoe) or expert choice (promoe_ec), without"
-        " prototypes (promoe_linear), by classes or by k-means; tc, ec and diffmoe are baselines; or one's own, see"
-        " docs/library.md",
+        "how experts are chosen: dense has none; conditional has one for classes or texts and one for null images;"
+        " ProMoE by token choice (promoe) or expert choice (promoe_ec), without prototypes (promoe_linear), by classes"
+        " or by k-means; tc, ec and diffmoe are baselines; or one's own, see docs/library.md",
         ROUTERS,
         accepts=extensions.ROUTER.accepts,
     )
@@ -294,7 +306,7 @@ class ModelConfig:
         DiffMoE selects among the tokens of the whole batch. With a capacity factor, the other rows decide which rows
         are dropped. What a user's router does is not known.
         """
-        if self.router == "dense":
+        if self.router in UNROUTED:
             return False
         return self.router == "diffmoe" or self.has_custom_router or self.capacity_factor > 0
 
@@ -305,7 +317,17 @@ class ModelConfig:
 
     @property
     def moe_blocks(self) -> tuple[int, ...]:
-        """Indices of the blocks whose MLP is an MoE, in order; none for the dense DiT."""
+        """Indices of the blocks whose MLP is an MoE, in order; none without routed experts."""
+        return () if self.router in UNROUTED else self.expert_blocks
+
+    @property
+    def conditional_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with separate experts for null images and no routed ones (`router=conditional`)."""
+        return self.expert_blocks if self.router == "conditional" else ()
+
+    @property
+    def expert_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that have experts of any kind instead of an MLP, in order; none for the dense DiT."""
         if self.router == "dense":
             return ()
         return tuple(i for i in range(self.depth) if (i + 1) % self.moe_every == 0)

@@ -99,6 +99,11 @@ PRESETS: dict[str, Preset] = {
     "dit_b": _published("b", "dense"),  # 130.5M
     "dit_l": _published("l", "dense"),  # 458.1M, FID-50K 3.56
     "dit_xl": _published("xl", "dense"),  # 675.1M
+    # ProMoE without routed experts: one expert for conditional images, one for null images, a shared one for both. Not
+    # from the paper; its difference to DiT is what separate weights for null images contribute.
+    "dense_conditional_b": _published("b", "conditional"),  # 144.5M, 130.5M
+    "dense_conditional_l": _published("l", "conditional"),  # 508.2M, 458.1M
+    "dense_conditional_xl": _published("xl", "conditional"),  # 749.2M, 675.1M
     # Token choice with a linear gate and a balance loss; expert choice.
     "tc_l_e8": _published("l", "tc", **_BASELINE, balance_weight=0.01, balance_form="batch"),  # 1.163B, 458.2M
     "ec_l_e8": _published("l", "ec", **_BASELINE),  # 1.163B, 458.2M

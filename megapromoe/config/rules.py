@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
-from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ModelConfig
+from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, UNROUTED, ModelConfig
 from megapromoe.config.options import FIXED_SIZES, MAX_PROFILED, UNSET, Config, Rule, TrainConfig
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
@@ -44,10 +44,10 @@ def rules(config: Config) -> Iterator[Rule]:
             yield (f"model.{name}", "model.hidden_size"), rule
     keys: tuple[str, ...]
     split: list[tuple[str, int, tuple[str, ...]]] = [("model.heads", model.heads, ("model.heads",))]
-    if len(model.moe_blocks) < model.depth:
+    if len(model.expert_blocks) < model.depth:
         keys = ("model.hidden_size", "model.mlp_ratio")
         split.append(("hidden_size * mlp_ratio", model.mlp_width, keys))
-    if model.moe_blocks:
+    if model.expert_blocks:
         # The shared and the unconditional experts are split like a dense MLP, the routed ones with expert_tp.
         inherited = model.shared_experts and not model.shared_expert_width
         if parallel.expert_tp or model.unconditional_experts or inherited:
@@ -65,21 +65,18 @@ def rules(config: Config) -> Iterator[Rule]:
                 f"must divide {name} = {width}; nearest: {nearest_divisors(tp, width)}",
             )
 
-    if model.router == "dense":
+    if model.router in UNROUTED:
+        which = "experts" if model.router == "dense" else "routed experts"
+        router = f"model.router = {model.router!r}, which has no {which}"
         if parallel.ep > 1:
-            yield (
-                ("parallel.ep", "model.router"),
-                "must be 1 with model.router = 'dense', which has no experts",
-            )
+            yield ("parallel.ep", "model.router"), f"must be 1 with {router}"
         if parallel.recompute == "moe":
-            rule = "must be none, blocks or all with model.router = 'dense', which has no experts"
-            yield ("parallel.recompute", "model.router"), rule
-    else:
-        if parallel.ep > experts:
-            yield ("parallel.ep", "model.num_experts"), f"must be at most model.num_experts = {experts}"
-        if model.moe_every > model.depth:
-            rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
-            yield ("model.moe_every", "model.depth", "model.router"), rule
+            yield ("parallel.recompute", "model.router"), f"must be none, blocks or all with {router}"
+    elif parallel.ep > experts:
+        yield ("parallel.ep", "model.num_experts"), f"must be at most model.num_experts = {experts}"
+    if model.router != "dense" and model.moe_every > model.depth:
+        rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
+        yield ("model.moe_every", "model.depth", "model.router"), rule
     yield from _condition_rules(config)
     yield from _alignment_rules(config)
     yield from layer_rules(model)
@@ -251,11 +248,11 @@ def _condition_rules(config: Config) -> Iterator[Rule]:
 
 def layer_rules(model: ModelConfig) -> Iterator[Rule]:
     """The broken rules of the options of an MoE layer, which also hold for a layer outside of our models."""
-    if model.router != "dense" and model.top_k > model.num_experts:
+    if model.router not in UNROUTED and model.top_k > model.num_experts:
         yield ("model.top_k", "model.num_experts"), f"must be at most model.num_experts = {model.num_experts}"
     yield from _guided_rules(model)
     yield from _dense_expert_rules(model)
-    if model.capacity_factor and model.router in ("dense", *EXPERT_CHOICE_ROUTERS):
+    if model.capacity_factor and model.router in (*UNROUTED, *EXPERT_CHOICE_ROUTERS):
         rule = (
             f"must be 0 with model.router = {model.router!r}, which never assigns more than an even share to an expert"
         )
@@ -266,6 +263,9 @@ def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
     """The broken rules of the options of shared and unconditional experts, for a model without such experts."""
     if model.router == "dense":  # ignores all options of experts
         return
+    if model.router == "conditional" and not model.unconditional_expert:
+        rule = "must be true with model.router = 'conditional', whose null images have their own; or set router=dense"
+        yield ("model.unconditional_expert", "model.router"), rule
     for kind, count, others in (
         ("shared", model.shared_experts, [("shared_expert_width", 0)]),
         ("unconditional", model.unconditional_experts, []),

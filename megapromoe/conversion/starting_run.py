@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megapromoe.config.model_options import ModelConfig
+from megapromoe.config.model_options import UNROUTED, ModelConfig
 from megapromoe.config.options import SAMPLING_METHODS, UNSET, Config
 from megapromoe.conversion.stream import ConversionError
 
@@ -104,7 +104,7 @@ def _sizes(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
 
 def _experts(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
     """Whether the source has experts, and how many."""
-    if not shapes or model.router == "dense":
+    if not shapes or model.router in UNROUTED:
         return {}
     numbers = {match[1] for name in shapes if (match := _EXPERT.search(name))}
     stacked = [shape[0] for name, shape in shapes.items() if _STACKED.search(name) and len(shape) == 3]

@@ -127,7 +127,7 @@ class StartingWeights:
     def splits_experts(self) -> bool:
         """Whether the run has another number of experts than the source."""
         old, new = self.source.config.model, self.config.model
-        return not self.needs_prototypes and new.router != "dense" and old.num_experts != new.num_experts
+        return not self.needs_prototypes and bool(new.moe_blocks) and old.num_experts != new.num_experts
 
     def _adapted(self) -> State:
         """The source with the run's classes, grid and channels, and with its own experts."""
@@ -219,7 +219,7 @@ def _check_network(path: Path, old: ModelConfig, new: ModelConfig) -> None:
         ]
     if old.hidden_size != new.hidden_size:  # of which all widths are multiples
         raise ConversionError(_refusal(path, problems))
-    has_mlps = len(old.moe_blocks) < old.depth and len(new.moe_blocks) < new.depth
+    has_mlps = len(old.expert_blocks) < old.depth and len(new.expert_blocks) < new.depth
     if old.mlp_width != new.mlp_width and (has_mlps or old.router == "dense"):
         problems.append(mismatch(new, "mlp_ratio", old.mlp_ratio))
     if old.router != "dense" or new.router not in PROMOE_ROUTERS:  # `check_fit` compares the others

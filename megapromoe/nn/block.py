@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.layers import NO_CONTEXT, Attention, AttentionContext, GatedResidual, Mlp, modulate
 from megapromoe.nn.logical_module import LogicalModule, ParameterRule, zeros
+from megapromoe.nn.moe import conditional_mlp
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
+from megapromoe.nn.moe.conditional_mlp import ConditionalMlp
 from megapromoe.nn.moe.dense_experts import biases_of_images
 from megapromoe.nn.moe.layer import MoE, auxiliary_of
 from megapromoe.nn.moe.routing_cache import RoutingCache
@@ -37,13 +39,17 @@ class ModulationTable(LogicalModule):
 class Block(nn.Module):
     """Attention and an MLP or MoE layer, each with normalisation, modulation and a residual gate (adaLN-Zero)."""
 
-    def __init__(self, config: ModelConfig, moe: bool, last: bool = False):
+    def __init__(self, config: ModelConfig, has_experts: bool, last: bool = False):
         super().__init__()
         D = config.hidden_size
         self.norm1 = token_norm(config.norm, D)
         self.attn = Attention(D, config.heads, config.qk_norm)
         self.norm2 = token_norm(config.norm, D, config.mlp_norm_eps)
-        self.mlp: MoE | Mlp = MoE.from_config(config) if moe else Mlp(D, config.mlp_width, config.activation)
+        self.mlp: MoE | ConditionalMlp | Mlp
+        if not has_experts:
+            self.mlp = Mlp(D, config.mlp_width, config.activation)
+        else:
+            self.mlp = ConditionalMlp(config) if config.router == "conditional" else MoE.from_config(config)
         if config.modulation == "shared":
             self.modulation_table = ModulationTable(6 * D)
         else:
@@ -91,10 +97,13 @@ class Block(nn.Module):
         """`forward`; a second pass with the same cache uses the routing decisions of the first."""
         recompute = self._recomputes("blocks")
         x_BSD, h_BSD, gate_BD, text_BND = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
-        if isinstance(self.mlp, Mlp | MoE) and _fuses_biases(self.mlp):
+        if isinstance(self.mlp, Mlp | ConditionalMlp | MoE) and _fuses_biases(self.mlp):
             return self._fused_half(self.mlp, x_BSD, h_BSD, gate_BD, text_BND, num_conditional, y_B)
         if isinstance(self.mlp, Mlp):
             return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
+        if isinstance(self.mlp, ConditionalMlp):
+            y_BSD = self._call(self.mlp, h_BSD, num_conditional, recompute=recompute)
+            return self.residual(x_BSD, gate_BD, y_BSD, text_BND), None
         if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
             y_BSD, auxiliary = self._call(self.mlp, h_BSD, num_conditional, y_B, recompute=recompute)
             return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary
@@ -106,7 +115,7 @@ class Block(nn.Module):
 
     def _fused_half(
         self,
-        mlp: MoE | Mlp,
+        mlp: MoE | ConditionalMlp | Mlp,
         x_BSD: Tensor,
         h_BSD: Tensor,
         gate_BD: Tensor,
@@ -118,6 +127,11 @@ class Block(nn.Module):
         if isinstance(mlp, Mlp):
             y_BSD, bias_D = mlp.fc2.without_bias(mlp.hidden(h_BSD))
             return self.residual(x_BSD, gate_BD, y_BSD, text_BND, bias_D.expand_as(gate_BD)), None
+        if isinstance(mlp, ConditionalMlp):
+            y_BSD, image_biases = mlp.output_and_biases(h_BSD, num_conditional, with_biases=False)
+            assert image_biases is not None
+            added_BD = conditional_mlp.biases_of_images(image_biases, num_conditional, gate_BD)
+            return self.residual(x_BSD, gate_BD, y_BSD, text_BND, added_BD), None
         inputs, routed = mlp.route(h_BSD, num_conditional, y_B)
         y_BSD, biases, dropped = mlp.outputs_and_biases(*inputs, with_biases=False)
         bias_BD = biases_of_images(biases, inputs.num_routed_images, gate_BD)

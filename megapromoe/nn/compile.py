@@ -31,6 +31,7 @@ from megapromoe.nn.compiled_parts import CompiledParts
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.layers import NO_CONTEXT, AttentionContext, Mlp
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
+from megapromoe.nn.moe.conditional_mlp import ConditionalMlp
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.unknown_sizes import conditional_images
 
@@ -79,11 +80,13 @@ def compile_model(model: DiT, backend: str | Callable = "inductor") -> None:
                 replace(block, name, compiler(getattr(block, name)))
             if isinstance(block.mlp, Mlp):
                 replace(block.mlp, "forward", compiler(block.mlp.forward))
+            if isinstance(block.mlp, ConditionalMlp):
+                replace(block.mlp, "forward", _of_unknown_number(moe_compiler(_run_conditional_mlp), block.mlp.forward))
             if moe is not None:
                 replace(moe, "run_experts", parts.run_experts(moe))
                 if block.recompute != "all":
                     replace(moe, "route", parts.route(moe))
-    if all(block.recompute == "none" and isinstance(block.mlp, MoE | Mlp) for block in model.blocks):
+    if all(block.recompute == "none" and isinstance(block.mlp, MoE | ConditionalMlp | Mlp) for block in model.blocks):
         setattr(model, "conditions", _unbound_conditions(len(model.blocks)))  # noqa: B010  # mypy: not a method
         if any(isinstance(block.mlp, MoE) for block in model.blocks):
             replace(model, "auxiliary", compiler(model.auxiliary))
@@ -94,7 +97,7 @@ def compiles_whole(block: Any) -> bool:
     if block.recompute != "none":
         return False
     moe = block.mlp
-    return isinstance(moe, Mlp) or (
+    return isinstance(moe, ConditionalMlp | Mlp) or (
         isinstance(moe, MoE) and moe.dispatcher.placement.ep == 1 and not moe.region.is_sharded
     )
 
@@ -135,6 +138,21 @@ def _run_moe_blocks(
     return x_BSD, layers
 
 
+def _run_conditional_mlp(forward: Callable, x_BSD: Tensor, conditional: Tensor) -> Tensor:
+    """A `ConditionalMlp`, with a tensor whose length is the number of conditional images."""
+    torch._check(conditional.shape[0] <= x_BSD.shape[0])
+    return forward(x_BSD, conditional.shape[0])
+
+
+def _of_unknown_number(compiled: Callable, forward: Callable) -> Callable:
+    """`ConditionalMlp.forward` in compiled code that does not know the number of conditional images."""
+
+    def function(x_BSD: Tensor, num_conditional: int) -> Tensor:
+        return compiled(forward, x_BSD, conditional_images(num_conditional, x_BSD.shape[0]))
+
+    return function
+
+
 def _modulations(
     blocks: Functions, conditions: Sequence[Tensor], context: AttentionContext
 ) -> tuple[list[Tensor], AttentionContext]:
@@ -148,7 +166,7 @@ class _CompiledBlocks:
 
     def __init__(self, blocks: Sequence[Any], run_dense: Callable, run_moe: Callable) -> None:
         self._blocks = tuple((block.forward, block.modulation) for block in blocks)
-        self._has_experts = any(isinstance(block.mlp, MoE) for block in blocks)
+        self._has_experts = any(isinstance(block.mlp, MoE | ConditionalMlp) for block in blocks)
         self._run_dense, self._run_moe = run_dense, run_moe
 
     def __call__(

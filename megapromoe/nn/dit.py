@@ -137,7 +137,7 @@ class DiT(LogicalModule):
         else:
             self.y_embedder = LabelEmbed(config.num_classes, D)
         last = config.depth - 1
-        self.blocks = nn.ModuleList(Block(config, i in config.moe_blocks, i == last) for i in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, i in config.expert_blocks, i == last) for i in range(config.depth))
         if config.align_block:
             self.projector = Projector(D, config.align_hidden, config.align_width)
         self.channels = config.in_channels * (2 if config.learn_sigma else 1)

@@ -13,7 +13,8 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config, Layout
 
 TIME_SINUSOIDS = 256
-HIDDEN_PARTS = ("attention", "MLP", "text MLP", "routed experts", "shared expert", "unconditional expert")
+EXPERT_PARTS = ("routed experts", "shared expert", "conditional expert", "unconditional expert")
+HIDDEN_PARTS = ("attention", "MLP", "text MLP", *EXPERT_PARTS)
 # Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
 EVEN, LARGEST_GROUP = 2, 178_956_971
 
@@ -65,8 +66,8 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
     Source: DiT (arXiv 2212.09748) and ProMoE (arXiv 2510.24711).
     """
     D, S, L, patch = model.hidden_size, model.tokens, model.depth, model.patch_size**2
-    moe = len(model.moe_blocks)
-    dense = L - moe
+    moe, with_experts = len(model.moe_blocks), len(model.expert_blocks)
+    dense = L - with_experts
 
     yield Linear("patch embedding", model.in_channels * patch, D, 1, S)
     yield Linear("time embedding", TIME_SINUSOIDS, D, 1, 1)
@@ -103,10 +104,12 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
             yield Linear("capacity predictor", D, D, moe, moe * S)
             yield Linear("capacity predictor", D, E, moe, moe * S)
         yield from _mlp("routed experts", D, F, moe * E, moe * model.rows_per_image, hidden)
-        if shared := moe * model.shared_experts:
-            yield from _mlp("shared expert", D, model.shared_width, shared, shared * S, hidden)
-        if model.unconditional_experts:
-            yield from _mlp("unconditional expert", D, F, moe * model.unconditional_experts, 0, hidden)
+    if separate := len(model.conditional_blocks):
+        yield from _mlp("conditional expert", D, model.moe_width, separate, separate * S, hidden)
+    if shared := with_experts * model.shared_experts:
+        yield from _mlp("shared expert", D, model.shared_width, shared, shared * S, hidden)
+    if unconditional := with_experts * model.unconditional_experts:
+        yield from _mlp("unconditional expert", D, model.moe_width, unconditional, 0, hidden)
     if model.align_block:
         hidden = model.align_hidden
         for inputs, outputs in ((D, hidden), (hidden, hidden), (hidden, model.align_width)):

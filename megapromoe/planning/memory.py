@@ -44,7 +44,7 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
     With recomputation, recomputed tensors are not included; `transient` counts them.
     """
     model, b, recompute = config.model, zero_of(config).width, config.parallel.recompute
-    depth, moe = model.depth, len(model.moe_blocks)
+    depth, moe, separate = model.depth, len(model.moe_blocks), len(model.conditional_blocks)
     ends = _ends(model, batch, b, recompute in ("blocks", "all"))
     block_inputs = _times(depth, _block_input(model, batch, b))
     if recompute == "all":
@@ -58,7 +58,8 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
         *_times(depth, _attention_half(config, layout, batch, b)),
         *_times(depth - 1, _text_mlp(config, layout, batch, b)),
         *_times(depth - (0 if keeps_input else moe), _input(model, batch, b)),
-        *_times(depth - moe, _mlp(model, "MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
+        *_times(depth - moe - separate, _mlp(model, "MLP", model.mlp_width, batch.images * model.tokens, layout.tp, b)),
+        *_times(separate, _conditional_mlp(model, layout, batch, b)),
         *_times(0 if recompute == "moe" else moe, _moe(config, layout, batch, b)),
     ]
 
@@ -164,6 +165,16 @@ def _mlp(model: ModelConfig, part: str, width: int, rows: float, tp: int, b: int
     yield Saved(part, "after the activation", rows * width / tp * b)
 
 
+def _conditional_mlp(model: ModelConfig, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
+    """The experts of conditional and of null images without routed ones, and shared experts."""
+    F, S, tp = model.moe_width, model.tokens, layout.tp
+    if model.shared_experts:
+        yield from _mlp(model, "shared expert", model.shared_experts * model.shared_width, batch.images * S, tp, b)
+    yield from _mlp(model, "conditional expert", F, batch.conditional * S, tp, b)
+    null = (batch.images - batch.conditional) * S
+    yield from _mlp(model, "unconditional expert", model.unconditional_experts * F, null, tp, b)
+
+
 def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
     """Shared, unconditional and routed experts with the dispatch; the input counts as part of norm2."""
     model, tp = config.model, layout.tp
@@ -257,8 +268,12 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
     shared = T * model.shared_experts * model.shared_width / tp
     attention_half = [*_attention_half(config, layout, batch, b), *_text_mlp(config, layout, batch, b)]
     halves = [(attention, [*attention_half, *_input(model, batch, b)])]
-    if moe < model.depth:
+    if len(model.expert_blocks) < model.depth:
         halves.append((dense, list(_mlp(model, "MLP", model.mlp_width, T, tp, b))))
+    if model.conditional_blocks:
+        experts = list(_conditional_mlp(model, layout, batch, b))
+        widths = model.shared_experts * model.shared_width + max(1, model.unconditional_experts) * model.moe_width
+        halves.append(((4 * T * D + hidden * T * widths / tp) * b, experts))
     if moe:
         halves.append(((2 * T * D + rows + shared) * b + router, list(_moe(config, layout, batch, b))))
     replicated, routed = tensors_on_rank(model, layout)

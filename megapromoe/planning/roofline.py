@@ -133,6 +133,8 @@ def _product(
         rows = rows / slots + assume.tile / 2  # an expert's last tile is half full on average
     elif layer.part == "unconditional expert":
         rows, copies, tp = (batch.images - batch.conditional) * model.tokens, layer.copies, layout.tp
+    elif layer.part == "conditional expert":
+        rows, copies, tp = batch.conditional * model.tokens, layer.copies, layout.tp
     else:
         images = routed_images(model, batch) if layer.part == "router" else batch.images
         copies = max(layer.copies, 1)

@@ -16,7 +16,7 @@ from megapromoe.planning.cost import flat_shards, hidden_matrices, layers, optim
 from megapromoe.planning.zero import Zero, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
-BLOCKS = ("adaLN", "attention", "text MLP", "MLP", *MOE)
+BLOCKS = ("adaLN", "attention", "text MLP", "MLP", "conditional expert", *MOE)
 # Parts of `cost.layers` that are recomputed in the backward pass, for each value of `parallel.recompute`.
 RECOMPUTED_PARTS = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "router", "capacity predictor")}
 

@@ -151,7 +151,8 @@ def chosen_layers(config: Config, blocks: Sequence[int] | None, levels: Sequence
     """
     with_experts = config.model.moe_blocks
     if not with_experts:
-        raise RoutingError("model.router = 'dense': a dense model has no experts and no routing; give another run")
+        what = "dense model has no experts" if config.model.router == "dense" else "model without a router has no rows"
+        raise RoutingError(f"model.router = {config.model.router!r}: a {what} and no routing; give another run")
     problems = [f"levels: {level} must lie in (0, 1)" for level in levels if not 0 < level < 1]
     problems += ["levels: at least one is needed"] * (not levels)
     if blocks is not None and (not blocks or not set(blocks) <= set(with_experts)):

@@ -25,6 +25,11 @@ _WITHOUT_PROMOE_EXPERTS = {
 }
 _BASELINES: dict[str, dict[str, Any]] = {
     "dense": {"settings": {}, "match": "model.mlp_ratio", "without": ["model.num_experts"]},
+    "conditional": {
+        "settings": {"model.unconditional_expert": True},
+        "match": "model.expert_ratio",
+        "without": ["model.num_experts"],
+    },
     "tc": {"settings": {**_WITHOUT_PROMOE_EXPERTS, "model.balance_weight": 0.01}, "match": "model.expert_ratio"},
     "ec": {"settings": _WITHOUT_PROMOE_EXPERTS, "match": "model.expert_ratio"},
     "diffmoe": {"settings": _WITHOUT_PROMOE_EXPERTS, "match": "model.expert_ratio"},

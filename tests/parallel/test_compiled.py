@@ -18,7 +18,7 @@ from megapromoe.config.options import ConfigError
 from megapromoe.distributed import collectives
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.compile import compile_model
-from megapromoe.nn.moe.layer import ROUTERS, MoE
+from megapromoe.nn.moe.layer import ROUTERS
 from megapromoe.nn.parallelize import build
 
 # Embedding, a dense block with the MoE block after it, final layer, losses.
@@ -54,6 +54,9 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(
             7, ("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")
         ),
+        # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts.
+        full(WHOLE_BLOCKS - 1, ("model.router=conditional", "parallel.tp=2", *BLOCKS)),
+        full(7, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
         full(WHOLE_BLOCKS, ("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -117,6 +120,8 @@ COMPILED_CASES = {
     "kmeans": ("model.router=kmeans",),
     "no unconditional expert": ("model.unconditional_expert=false", "model.shared_expert=false"),
     "dense": ("model.router=dense",),
+    "conditional": ("model.router=conditional",),
+    "conditional without shared experts": ("model.router=conditional", "model.shared_expert=false"),
     "balance": ("model.balance_weight=0.01", "model.top_k=2"),
     "three blocks": ("model.depth=3", "model.moe_every=1", "model.top_k=2", "model.score_function=sigmoid"),
 }
@@ -132,7 +137,7 @@ def test_two_blocks_are_one_graph_for_any_number_of_null_images(case):
     for model in (plain, compiled):
         stir(model, make_mesh())
     by_graph(compiled, None)
-    graphs = WHOLE_BLOCKS if any(isinstance(block.mlp, MoE) for block in compiled.blocks) else WHOLE_BLOCKS - 1
+    graphs = WHOLE_BLOCKS if compiled.config.moe_blocks else WHOLE_BLOCKS - 1
     graphs += len(compiled.blocks) % 2  # the last block is a graph of its own
     for conditional in (3, 0, 4, 1, 2):
         with BACKENDS["looped" if case in LOOPED else "grouped"]():

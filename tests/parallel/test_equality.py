@@ -213,6 +213,17 @@ RECIPES = [
 ]
 
 
+# Separate experts for null images without a router. The first case is quick.
+CONDITIONAL = ("model.router=conditional",)
+CONDITIONALS = [
+    Case(2, tp=2, zero=2, what=CONDITIONAL),
+    Case(4, tp=2, zero=3, what=(*CONDITIONAL, *SEVERAL, *TWICE), recompute="all"),
+    Case(4, zero=1, what=(*CONDITIONAL, *ALL_OPTIONS, "model.shared_expert=false"), recompute="blocks"),
+    Case(3, zero=0, what=(*CONDITIONAL, *ODD, *ALL_NULL)),
+    Case(4, tp=4, zero=3, what=(*CONDITIONAL, *WITH_FFN, *NO_NULL)),
+]
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -222,6 +233,8 @@ def quick_factors(case: Case) -> dict[str, Hashable]:
 QUICK = pairwise([quick_factors(case) for case in CASES])
 QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
 CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES]
+QUICK += [len(CASES)]
+CASES += CONDITIONALS
 
 
 @cache

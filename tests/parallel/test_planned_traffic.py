@@ -187,7 +187,8 @@ def test_traffic_of_models():
 
 def test_traffic_of_dense_models_and_diffmoe():
     dense = ("model.router=dense", "parallel.tp=2", "parallel.recompute=blocks")
-    compare(2, [(*TWO, *dense), (*TWO, "model.router=diffmoe")])
+    conditional = ("model.router=conditional", "parallel.tp=2", "parallel.recompute=all")
+    compare(2, [(*TWO, *dense), (*TWO, *conditional), (*TWO, "model.router=diffmoe")])
 
 
 @pytest.mark.full

@@ -1,8 +1,8 @@
 """DiT written down plainly in float64 from its parameters: one image at a time, no fused operators, no masks.
 
-It knows dense blocks and ProMoE by token choice, all options of blocks, and text. Parameters are a mapping of names to
-tensors, in which autograd finds the gradients. Images of a batch are computed separately; text tokens that are masked
-out are left out.
+It knows dense blocks, conditional routing alone and ProMoE by token choice, all options of blocks, and text. Parameters
+are a mapping of names to tensors, in which autograd finds the gradients. Images of a batch are computed separately;
+text tokens that are masked out are left out.
 """
 
 import math
@@ -84,7 +84,20 @@ def _block(p, m, block, text_ND, x_SD, c_D, angles, conditional) -> tuple[Tensor
         text_ND = text_ND + gate2 * _mlp(p, m, f"{name}.text_mlp", h_ND[:N])
     if block in m.moe_blocks:
         return text_ND, x_SD + gate2 * _moe(p, m, f"{name}.mlp", h_ND[N:], conditional)
+    if block in m.conditional_blocks:
+        which = "conditional" if conditional else "unconditional"
+        y_SD = _summed(p, m, f"{name}.mlp.shared", m.shared_experts, h_ND[N:])
+        y_SD = y_SD + _summed(p, m, f"{name}.mlp.{which}", 1 if conditional else m.unconditional_experts, h_ND[N:])
+        return text_ND, x_SD + gate2 * y_SD
     return text_ND, x_SD + gate2 * _mlp(p, m, f"{name}.mlp", h_ND[N:])
+
+
+def _summed(p, m: ModelConfig, name: str, count: int, x_SD: Tensor) -> Tensor:
+    """The sum of `count` MLPs of the same tokens."""
+    out = torch.zeros_like(x_SD)
+    for number in range(count):
+        out = out + _mlp(p, m, f"{name}.{number}" if count > 1 else name, x_SD)
+    return out
 
 
 def _attention(p, m: ModelConfig, name: str, x_SD: Tensor, angles: Tensor) -> Tensor:
@@ -109,14 +122,9 @@ _QK_EPS = {"layer": 1e-5, "rms": 1e-6}
 
 
 def _moe(p, m: ModelConfig, name: str, x_SD: Tensor, conditional: bool) -> Tensor:
-    out = torch.zeros_like(x_SD)
-    for number in range(m.shared_experts):
-        out = out + _mlp(p, m, f"{name}.shared" + (f".{number}" if m.shared_experts > 1 else ""), x_SD)
+    out = _summed(p, m, f"{name}.shared", m.shared_experts, x_SD)
     if m.unconditional_experts and not conditional:
-        for number in range(m.unconditional_experts):
-            index = f".{number}" if m.unconditional_experts > 1 else ""
-            out = out + _mlp(p, m, f"{name}.unconditional{index}", x_SD)
-        return out
+        return out + _summed(p, m, f"{name}.unconditional", m.unconditional_experts, x_SD)
     prototypes = p[f"{name}.router.prototypes"]
     rows = []
     for s, token in enumerate(x_SD):

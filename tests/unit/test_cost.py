@@ -38,6 +38,8 @@ def test_published_sweep_over_experts(experts, millions):
     [
         {},
         {"router": "dense", "qk_norm": "layer"},
+        {"router": "conditional"},
+        {"router": "conditional", "activation": "swiglu", "shared_expert": False, "num_unconditional_experts": 2},
         {"router": "promoe_ec", "shared_expert": False, "moe_every": 1},
         {"router": "tc", "unconditional_expert": False, "learn_sigma": False},
         {"router": "classification", "shared_expert": False},
@@ -91,9 +93,10 @@ def test_operations_of_promoe_are_those_of_dit():
     assert sparse.training == 3 * sparse.forward == 3 * sum(sparse.by_part.values())
 
 
+@pytest.mark.parametrize("router", ["dense", "conditional"])
 @pytest.mark.parametrize("change", [{}, {"qk_norm": "layer", "learn_sigma": False, "mlp_ratio": 3.0}, ALL_OPTIONS])
-def test_operations_that_torch_counts(change):
-    config = resolve("digits", overrides=["model.router=dense"])
+def test_operations_that_torch_counts(change, router):
+    config = resolve("digits", overrides=[f"model.router={router}"])
     config = replace(config, model=replace(config.model, **change))
     model, side = build(config), config.model.input_size
     counter = FlopCounterMode(display=False)

@@ -123,6 +123,7 @@ def test_the_options_are_those_of_a_model():
         ({"expert_width": 1.5}, "expert_width = 1.5: must be a whole number"),
         ({"router": "promo"}, "router = 'promo': must be one of .*; did you mean promoe"),
         ({"router": "dense"}, "router = 'dense': has no experts"),
+        ({"router": "conditional"}, "router = 'conditional': has no routed experts"),
         ({"router": "ec", "capacity_factor": 1.0}, "capacity_factor = 1.0: must be 0 with router = 'ec'"),
         ({"router": "tc", "num_shared_experts": 2}, "num_shared_experts = 2: must be 1 with router = 'tc'"),
     ],

@@ -120,9 +120,22 @@ def test_update_is_the_plain_one(nesterov, scale, on_device):
 # ---- what it is applied to
 
 ALIGNED = ("model.align_block=1", "model.align_width=6")
-HIDDEN = re.compile(r"(attn\.(qkv|proj)|mlp\.fc[12]|(shared|unconditional)(\.\d+)?\.fc[12]|experts\.fc[12])\.weight$")
+HIDDEN = re.compile(
+    r"(attn\.(qkv|proj)|mlp\.fc[12]|(shared|conditional|unconditional)(\.\d+)?\.fc[12]|experts\.fc[12])\.weight$"
+)
 TEXT = ("model.condition=text", "model.text_width=6", "model.text_tokens=5", "model.text_ffn=24")
-ROUTERS = ("promoe", "promoe_ec", "promoe_linear", "tc", "ec", "diffmoe", "classification", "kmeans", "dense")
+ROUTERS = (
+    "promoe",
+    "promoe_ec",
+    "promoe_linear",
+    "tc",
+    "ec",
+    "diffmoe",
+    "classification",
+    "kmeans",
+    "dense",
+    "conditional",
+)
 OPTIONS = (
     *((f"model.router={router}",) for router in ROUTERS),
     ("model.activation=swiglu", "model.qk_norm=rms", "model.norm=rms", "model.num_shared_experts=2", *ALIGNED),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megapromoe.config.model_options import UNROUTED
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
 from megapromoe.nn.dit import DiT
@@ -14,6 +15,7 @@ from megapromoe.planning.cost import parameters
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
     names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion scenes t2i_3b tc_t2i_12b promoe_t2i_12b"
+    names += " dense_conditional_b dense_conditional_l dense_conditional_xl"
     names += " promoe_l_k3 promoe_b_ddpm promoe_l_ddpm promoe_xl_ddpm diffmoe_l_e16"
     assert set(PRESETS) == set(names.split())
 
@@ -22,7 +24,7 @@ def test_the_names():
 def test_resolves_on_one_rank_and_on_eight(name):
     resolve(name, world=1)
     model = resolve(name).model
-    experts = [] if model.router == "dense" else [f"parallel.ep={8 if model.num_experts >= 8 else 4}"]
+    experts = [] if model.router in UNROUTED else [f"parallel.ep={8 if model.num_experts >= 8 else 4}"]
     tensor = ["parallel.tp=2"]
     config = resolve(name, overrides=experts + tensor, world=8)
     assert config.layout(8).micro_batch == config.train.global_batch // 4
@@ -57,6 +59,18 @@ def test_published_parameter_counts(name):
     assert counted.total == total
     assert trainable in (None, counted.trainable)
     assert active in (None, counted.active)
+
+
+@pytest.mark.parametrize("size", ["b", "l", "xl"])
+def test_conditional_routing_alone_is_promoe_without_routed_experts(size):
+    """Only the router differs; a token passes what it passes in ProMoE but the prototypes, and in DiT but a bias."""
+    promoe, conditional, dit = (resolve(f"{name}_{size}") for name in ("promoe", "dense_conditional", "dit"))
+    assert replace(promoe, model=replace(promoe.model, router="conditional")) == conditional
+    active, blocks = parameters(conditional.model).active, len(conditional.model.conditional_blocks)
+    assert active == parameters(promoe.model).active - 12 * blocks * conditional.model.hidden_size
+    assert active == parameters(dit.model).active + blocks * conditional.model.hidden_size
+    with torch.device("meta"):
+        assert parameters(conditional.model).trainable == sum(p.numel() for p in DiT(conditional.model).parameters())
 
 
 def test_published_recipe():

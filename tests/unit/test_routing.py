@@ -112,9 +112,12 @@ def test_many_layers_and_experts_fit_a_picture():
     assert figure.get_figheight() < 25
 
 
-def test_dense_models_are_refused_in_words(tmp_path):
-    model, config = tiny("model.router=dense")
-    with pytest.raises(RoutingError, match="dense model has no experts"):
+@pytest.mark.parametrize(
+    "router, reason", [("dense", "dense model has no experts"), ("conditional", "model without a router has no rows")]
+)
+def test_dense_models_are_refused_in_words(tmp_path, router, reason):
+    model, config = tiny(f"model.router={router}")
+    with pytest.raises(RoutingError, match=reason):
         routing_picture(model, config, Digits(), tmp_path / "routing.png")
     assert not list(tmp_path.iterdir())
 

@@ -36,6 +36,7 @@ MODELS = {
     "promoe": (),
     "promoe_ec": ("model.router=promoe_ec",),
     "dense": ("model.router=dense",),
+    "conditional": ("model.router=conditional",),
     "tc": ("model.router=tc",),
     "diffmoe": ("model.router=diffmoe",),
     "kmeans": ("model.router=kmeans",),
