@@ -63,7 +63,8 @@ class CleanState:
             level, handlers, propagate, disabled = self.loggers.get(logger, (logging.NOTSET, [], True, False))
             logger.handlers[:] = handlers
             logger.propagate, logger.disabled = propagate, disabled
-            logger.setLevel(level)
+            if logger.level != level:  # each change empties the caches of all loggers
+                logger.setLevel(level)
         for space, (values, containers) in self.spaces:
             _put_back(space, values, containers)
         for function in self.functions:
