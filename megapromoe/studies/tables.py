@@ -257,18 +257,28 @@ def evaluated(rows: Rows) -> list[str]:
 
 def _evaluated_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
     """A table for each network, number of images and guidance scale."""
-    tables: dict[str, list[str]] = {}
+    tables: dict[str, list[tuple[str, str]]] = {}  # what was drawn -> pairs of a column and its metric
     for name in evaluated(rows):
-        figure, _, rest = name.removeprefix(EVALUATED).partition(" (")
-        tables.setdefault(rest or figure, []).append(name)
-    for rest, names in tables.items():
-        network, _, drawn = rest.partition("), ")
-        yield f"Images sampled from the last checkpoints: {drawn}, features of {network}; the metric of each seed."
-        lines = [["model", *(name.removeprefix(EVALUATED).partition(" (")[0] for name in names)]]
+        metric, drawn = _metric_and_images(name.removeprefix(EVALUATED))
+        tables.setdefault(drawn, []).append((name, metric))
+    for drawn, columns in tables.items():
+        names = [name for name, _ in columns]
+        yield f"Images sampled from the last checkpoints: {drawn}; the metric of each seed."
+        lines = [["model", *(metric for _, metric in columns)]]
         for (variant, point), group in groups(rows, recipe).items():
             values = [[row[name] for row in group if row.get(name) is not None] for name in names]
             lines.append([model_name(variant, point), *(_of_images(v) for v in values)])
         yield _table(lines)
+
+
+def _metric_and_images(name: str) -> tuple[str, str]:
+    """The metric in the name of a column, and on which images: "FID (inception), 50,000 images, guidance 1.5"."""
+    metric, _, rest = name.partition(" (")
+    if rest:
+        network, _, drawn = rest.partition("), ")
+        return metric, f"{drawn}, features of {network}"
+    metric, images, guidance = name.rsplit(", ", 2)
+    return metric, f"{images}, {guidance}"
 
 
 def first_figure(rows: Rows) -> str | None:

@@ -253,6 +253,7 @@ def test_metrics_of_sampled_images_are_collected(tmp_path):
             {"step": 3, "guidance": 1.0, "count": 1500, "figures": {"Fréchet distance (X)": new, "recall (X)": 0.5}},
             {"step": 3, "guidance": 2.0, "count": 1500, "figures": {"Fréchet distance (X)": 7.0}},
             {"step": 2, "guidance": 3.0, "count": 1500, "figures": {"Fréchet distance (X)": 99.0}},
+            {"step": 3, "guidance": 5.0, "count": 360, "figures": {"right, colours": old, "right, position": new}},
         ]
         text = "\n".join(json.dumps(record) for record in records)
         (study.run(task) / "evaluation.jsonl").write_text(text + '\n{"step": 3, half a li')
@@ -262,6 +263,8 @@ def test_metrics_of_sampled_images_are_collected(tmp_path):
     text = to_markdown(results, study.recipe, [], ["promoe"])
     assert "1,500 images, guidance 1, features of X" in text and "| promoe | 1.5 / 2.5 | 0.5 / 0.5 |" in text
     assert "1,500 images, guidance 2, features of X" in text and "| promoe | 7 / 7 |" in text
+    assert "360 images, guidance 5; the metric of each seed" in text, "scores of scenes use no network"
+    assert "| model | right, colours | right, position |" in text and "| promoe | 9 / 9 | 1.5 / 2.5 |" in text
     losses, distances = draw_images(study, results).axes  # each scale at one step: nothing over training
     assert [list(line.get_ydata()) for line in losses.lines] == [[3.0]]  # 1 + step, averaged over three steps
     assert sorted(y for line in distances.lines for y in line.get_xdata()) == [1.5, 2.5, 7.0, 7.0]
