@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +21,7 @@ from megapromoe.studies.tables import Rows, first_figure, groups
 
 BANDS = 6  # maximum number of curves in a panel with intervals; more would be indistinguishable
 PANELS = 3  # maximum number of guidance scales; of more, the first, the middle and the last are plotted
+TITLE_LETTERS = 12.5  # of the size of the title, in an inch
 
 
 def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
@@ -74,10 +76,8 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
     bands = any(ax.collections for ax in panels)
     seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
     better = "higher" if is_score else "lower"
-    figure.suptitle(
-        f"Sampled images over training, {study.recipe.weights} weights, {better} is better{seeds}",
-        fontsize=10,
-    )
+    title = f"Sampled images over training, {study.recipe.weights} weights, {better} is better{seeds}"
+    figure.suptitle(textwrap.fill(title, int(TITLE_LETTERS * figure.get_figwidth())), fontsize=10)
     return figure
 
 

@@ -79,6 +79,8 @@ def test_scores_may_be_zero_and_are_better_if_higher(study, capsys):
     (ax,) = figure.axes
     assert ax.get_yscale() == "linear" and ax.get_ylabel() == "right pictures, overall, 200 images"
     assert "higher is better" in figure._suptitle.get_text()
+    box = figure._suptitle.get_window_extent(figure.canvas.get_renderer())
+    assert 0 < box.x0 < box.x1 < figure.bbox.width, "the title of one panel has two lines"
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.0, 0.25, 0.55])
     course = next(ax for ax in draw_images(study, rows(study)).axes if ax.get_label() == "course")
     assert course.get_yscale() == "linear" and not course.get_ylabel().endswith("/ that of dense")
