@@ -75,8 +75,9 @@ def resolve(
         add(_flatten(_read_yaml(Path(file), problems), str(file), problems), str(file), file_is_saved)
     # Rules on refused fields are not checked. If a whole layer is missing, all fields that are not set elsewhere
     # count as refused.
-    every_key = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
-    refused = every_key if problems else set()
+    refused: set[str] = set()
+    if problems:
+        refused = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
     add(_parse(saved, "saved config", problems), "saved config", is_saved=True)
     add(_parse(overrides, "command line", problems), "command line")
     problems += clashes

@@ -6,6 +6,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,29 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A run of six steps on two ranks, with checkpoints of steps 3 and 6, for tests that change nothing in it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(2, train, str(folder), "parallel.ep=2")
+    return folder
+
+
+@pytest.fixture
+def copied(sound, tmp_path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(sound, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """A run of three steps on two ranks."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    run(2, train, str(folder), "parallel.ep=2", "train.steps=3")
+    return folder
+
 
 # ---- saves that are cut short
 
@@ -47,9 +71,8 @@ def killed_in(place: str, folder: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("place, rank", [("write", 1), full("write", 0), full("commit", 0)])
-def test_killed_during_a_save(place, rank, tmp_path, fault_table):
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    run(2, train, str(straight), "parallel.ep=2")
+def test_killed_during_a_save(place, rank, sound, tmp_path, fault_table):
+    cut = tmp_path / "cut"
     with pytest.raises(WorkerFailed, match="died without a word"):
         run(2, killed_in, place, str(cut), rank)
     assert steps_in(cut / "checkpoints") == [3]
@@ -57,7 +80,7 @@ def test_killed_during_a_save(place, rank, tmp_path, fault_table):
     run(2, train, str(cut), "parallel.ep=2")
     assert steps_in(cut / "checkpoints") == [3, 6]
     assert not list((cut / "checkpoints").glob("*.writing"))
-    expected, actual = state(straight, 6), state(cut, 6)
+    expected, actual = state(sound, 6), state(cut, 6)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     when = {"write": f"rank {rank} killed while it writes its file", "commit": "killed between shards and manifest"}[
         place
@@ -76,10 +99,9 @@ def spoil(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
-def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
-    straight, spoilt = tmp_path / "straight", tmp_path / "spoilt"
+def test_the_newest_whole_checkpoint_is_used(copied, tmp_path, fault_table):
+    straight, spoilt = tmp_path / "straight", copied
     run(2, train, str(straight), "parallel.ep=2", "train.steps=9")
-    run(2, train, str(spoilt), "parallel.ep=2")
     spoil(folder_of(spoilt / "checkpoints", 6) / "rank-00001.safetensors")
     run(2, train, str(spoilt), "parallel.ep=2", "train.steps=9")
     assert losses(spoilt) == losses(straight)
@@ -98,19 +120,20 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, fault_table):
         run(2, train, str(spoilt), "parallel.ep=2", "train.steps=12")
 
 
-def test_step_folders_without_a_complete_checkpoint_are_named_and_no_new_run_starts(tmp_path, caplog, fault_table):
-    run(2, train, str(tmp_path), "parallel.ep=2")
-    checkpoints = tmp_path / "checkpoints"
+def test_step_folders_without_a_complete_checkpoint_are_named_and_no_new_run_starts(
+    copied, tmp_path, caplog, fault_table
+):
+    checkpoints = copied / "checkpoints"
     old, new = (folder_of(checkpoints, step) for step in (3, 6))
-    lines = losses(tmp_path)
+    lines = losses(copied)
     (new / "manifest.json").rename(tmp_path / "kept.json")
     (messages,) = run(1, resumed_with_warnings, str(checkpoints))
     assert messages[0] == 3 and f"{new}: has no manifest.json" in messages[1]
     assert choose_checkpoint(checkpoints) == old and f"{new}: has no manifest.json" in caplog.text  # by `sample`
     (old / "manifest.json").unlink()
     with pytest.raises(WorkerFailed, match="holds step-00000003, step-00000006, none a whole checkpoint of its step"):
-        run(2, train, str(tmp_path), "parallel.ep=2")
-    assert losses(tmp_path) == lines and old.is_dir() and new.is_dir()
+        run(2, train, str(copied), "parallel.ep=2")
+    assert losses(copied) == lines and old.is_dir() and new.is_dir()
     fault_table.append(
         ("the manifests of all checkpoints are lost", "named and refused; nothing is started or removed", "nothing")
     )
@@ -135,24 +158,22 @@ def from_step(folder: str, step: int) -> None:
 
 
 @pytest.mark.full
-def test_a_requested_step_is_used_or_refused(tmp_path):
-    run(2, train, str(tmp_path), "parallel.ep=2")
-    before = losses(tmp_path)
-    run(2, from_step, str(tmp_path), 3)
-    assert losses(tmp_path)[:6] == before and len(losses(tmp_path)) == 9
+def test_a_requested_step_is_used_or_refused(copied):
+    before = losses(copied)
+    run(2, from_step, str(copied), 3)
+    assert losses(copied)[:6] == before and len(losses(copied)) == 9
     with pytest.raises(WorkerFailed, match=r"no complete checkpoint of step 5; there are 3, 6, 9"):
-        run(2, from_step, str(tmp_path), 5)
-    spoil(folder_of(tmp_path / "checkpoints", 6) / "rank-00001.safetensors")
+        run(2, from_step, str(copied), 5)
+    spoil(folder_of(copied / "checkpoints", 6) / "rank-00001.safetensors")
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: bytes changed"):
-        run(2, from_step, str(tmp_path), 6)
+        run(2, from_step, str(copied), 6)
 
 
-def test_a_shard_of_another_step_is_named(tmp_path, fault_table):
-    run(2, train, str(tmp_path), "parallel.ep=2")
-    old, new = (folder_of(tmp_path / "checkpoints", s) / "rank-00001.safetensors" for s in (3, 6))
+def test_a_shard_of_another_step_is_named(copied, fault_table):
+    old, new = (folder_of(copied / "checkpoints", s) / "rank-00001.safetensors" for s in (3, 6))
     new.write_bytes(old.read_bytes())
     with pytest.raises(WorkerFailed, match="rank-00001.safetensors: is of step 3, not 6"):
-        run(2, from_step, str(tmp_path), 6)
+        run(2, from_step, str(copied), 6)
     fault_table.append(("a shard of another step, --step", "the file and its step are named, refused", "nothing"))
 
 
@@ -266,14 +287,13 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path):
     assert steps_in(tmp_path / "checkpoints")[-1] == 6
 
 
-def test_a_save_stalls_training_for_a_copy_only(tmp_path):
-    run(2, train, str(tmp_path), "parallel.ep=2")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_a_save_stalls_training_for_a_copy_only(sound):
+    lines = [json.loads(line) for line in (sound / "metrics.jsonl").read_text().splitlines()]
     (saved,) = [line for line in lines if "save_stall_ms" in line]
-    manifest = Checkpoint(folder_of(tmp_path / "checkpoints", 3)).manifest
+    manifest = Checkpoint(folder_of(sound / "checkpoints", 3)).manifest
     written = sum(entry["size"] for entry in manifest["ranks"])
     assert 0.9 * written < saved["save_bytes"] < written
-    assert manifest["run"] == Checkpoint(folder_of(tmp_path / "checkpoints", 6)).manifest["run"]
+    assert manifest["run"] == Checkpoint(folder_of(sound / "checkpoints", 6)).manifest["run"]
 
 
 def with_a_spike(folder: str, factor: float) -> None:
@@ -328,15 +348,15 @@ def with_allowed(folder: str, allow: tuple[str, ...], *overrides: str) -> None:
 @pytest.mark.parametrize(
     "change", ["data.seed=7", *map(full, ("train.seed=7", "data.size=32", "train.global_batch=8"))]
 )
-def test_another_stream_is_refused_without_a_flag(change, tmp_path, fault_table):
-    run(2, train, str(tmp_path), "parallel.ep=2", "train.steps=3")
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "run.lock"}
+def test_another_stream_is_refused_without_a_flag(change, short, tmp_path, fault_table):
+    folder = shutil.copytree(short, tmp_path / "run")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "run.lock"}
     key = change.partition("=")[0]
     with pytest.raises(WorkerFailed, match=key):
-        run(2, train, str(tmp_path), "parallel.ep=2", change)
+        run(2, train, str(folder), "parallel.ep=2", change)
     assert {p: p.read_bytes() for p in before} == before
-    run(2, with_allowed, str(tmp_path), (key,), change)
-    assert len(losses(tmp_path)) == 6
+    run(2, with_allowed, str(folder), (key,), change)
+    assert len(losses(folder)) == 6
     fault_table.append((f"{key} changed", "refused with the list of differences; continues with --allow", "nothing"))
 
 

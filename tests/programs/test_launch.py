@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forked_ranks import ForkedRank, run_to_end
 from support.training_runs import losses
 
 from megapromoe.distributed.launch_environment import LaunchError, detect
@@ -34,10 +35,10 @@ def finished(command: list[str], env=ENV) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> list[float]:
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    done = finished([*MAIN, *RUN, "--run-dir", str(folder)])
-    assert done.returncode == 0, done.stderr
-    return losses(folder)
+    folder = tmp_path_factory.mktemp("alone")
+    code, text = run_to_end([*RUN, "--run-dir", str(folder / "run")], ENV, folder / "output")
+    assert code == 0, text
+    return losses(folder / "run")
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
@@ -67,26 +68,29 @@ def test_launchers_start_the_same_run(launcher, alone, tmp_path):
 def test_srun_environment(alone, tmp_path):
     env = {**ENV, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_RESV_PORTS": free_port(),
            "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}  # fmt: skip
-    command = [*MAIN, *RUN, *TWO, "--run-dir", str(tmp_path / "run")]
+    words, outputs = [*RUN, *TWO, "--run-dir", str(tmp_path / "run")], [tmp_path / f"output-{r}" for r in "01"]
     ranks = [
-        subprocess.Popen(command, env={**env, "SLURM_PROCID": r, "SLURM_LOCALID": r}, stderr=subprocess.PIPE, text=True)
-        for r in "01"
+        ForkedRank(words, env | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}, output)
+        for number, output in enumerate(outputs)
     ]
-    for rank in ranks:
-        _, output = rank.communicate(timeout=180)
-        assert rank.returncode == 0, output
+    try:
+        for rank, output in zip(ranks, outputs, strict=True):
+            assert rank.wait(180) == 0, output.read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 
 def test_bad_config_ends_every_rank_with_code_2_and_one_message(tmp_path):
     """More data ranks than images divide over, a misspelt key, a wrong type: told before any group is made."""
     env = {**ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    bad = [*MAIN, *RUN, "--run-dir", str(tmp_path / "run"), "parallel.ep=3", "model.num_expert=4", "train.lr=fast"]
-    ends = [finished(bad, {**env, "RANK": r}) for r in "01"]
-    assert [e.returncode for e in ends] == [2, 2]
+    bad = [*RUN, "--run-dir", str(tmp_path / "run"), "parallel.ep=3", "model.num_expert=4", "train.lr=fast"]
+    ends = [run_to_end(bad, env | {"RANK": r}, tmp_path / f"output-{r}") for r in "01"]
+    assert [code for code, _ in ends] == [2, 2]
     for word in ("parallel.ep", "did you mean num_experts", "train.lr"):
-        assert word in ends[0].stderr
-    assert not ends[1].stderr.strip()
+        assert word in ends[0][1]
+    assert not ends[1][1].strip()
     assert not (tmp_path / "run").exists()
 
 

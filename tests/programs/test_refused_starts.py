@@ -1,11 +1,10 @@
 """Starts that fail in the same way each time end with code 2, so that no launcher repeats them."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forked_ranks import run_to_end
 
 START = [
     "train",
@@ -18,10 +17,10 @@ START = [
 ]
 
 
-def started(folder: Path | str, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "megapromoe", *START, "--run-dir", str(folder), *words]
+def started(run_dir: Path | str, output: Path, *words: str) -> tuple[int, str]:
+    """Exit code and output of a start."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI", "PMI", "RANK"))}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env | {"OMP_NUM_THREADS": "1"})
+    return run_to_end([*START, "--run-dir", str(run_dir), *words], env | {"OMP_NUM_THREADS": "1"}, output)
 
 
 def foreign(folder: Path) -> list[str]:
@@ -43,16 +42,18 @@ WRONG = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_start_that_can_never_succeed_ends_with_2(fault, tmp_path, fault_table):
     make, message = WRONG[fault]
-    done = started(tmp_path, *make(tmp_path))
-    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "run").mkdir()
+    code, text = started(tmp_path / "run", tmp_path / "output", *make(tmp_path / "run"))
+    assert (code, message in text) == (2, True), text
+    assert "Traceback" not in text
     fault_table.append((fault, "named, exit code 2: launchers do not queue the job again", "nothing"))
 
 
 @pytest.mark.full
 def test_a_folder_that_cannot_be_made_or_is_another_run_s_ends_with_2(tmp_path, fault_table):
-    assert started("/proc/run").returncode == 2
-    (tmp_path / "config.yaml").write_text("model: {hidden_size: 64}\n")
-    done = started(tmp_path)
-    assert (done.returncode, "belongs to a run with another config" in done.stderr) == (2, True), done.stderr
+    assert started("/proc/run", tmp_path / "output")[0] == 2
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {hidden_size: 64}\n")
+    code, text = started(tmp_path / "run", tmp_path / "output")
+    assert (code, "belongs to a run with another config" in text) == (2, True), text
     fault_table.append(("the folder of another run", "the differing fields are listed, exit code 2", "nothing"))

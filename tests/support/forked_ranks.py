@@ -41,6 +41,15 @@ class ForkedRank:
         self._process.kill()
 
 
+def run_to_end(words: list[str], environment: dict[str, str], output: Path, limit: float = 240.0) -> tuple[int, str]:
+    """The exit code of `megapromoe WORDS` in such a process, and what it wrote."""
+    process = ForkedRank(words, environment, output)
+    try:
+        return process.wait(limit), output.read_text()
+    finally:
+        process.kill()
+
+
 def _run(words: list[str], environment: dict[str, str], output: str, call: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):

@@ -21,3 +21,11 @@ def autoencoders(tmp_path_factory):
 def impatient(monkeypatch):
     """Ranks that wait for each other while latents are written look often."""
     monkeypatch.setattr("megapromoe.data.shard_job.POLL", 0.01)
+
+
+@pytest.fixture(scope="session")
+def source_run(tmp_path_factory):
+    """A run of a small model that runs start from, and its state; tests read it only."""
+    from support.starting_runs import saved_run
+
+    return saved_run(tmp_path_factory.mktemp("source_run"))
