@@ -29,7 +29,6 @@ from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.extension import in_words as extension_in_words
 from megapromoe.studies.extension import plan_or_extend
-from megapromoe.studies.grid import Task
 from megapromoe.studies.placement import on_this_machine, placement_of
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.status import QUIET, job_state
@@ -457,16 +456,11 @@ def _report(options: argparse.Namespace) -> int:
 
     study, now = open_study(options.study), time.time()
     against = _against(options, study)
-    rows = [row(study, task, options.draws) for task in study.tasks if _has_loss(study, task, options.draws)]
+    rows = _collected_rows(study, options.draws)
     out = options.out or study.folder / "report.html"
     write_report(study, rows, [job_state(study, job, now) for job in study.jobs()], against, out)
     print(out)
     return 0
-
-
-def _has_loss(study: Study, task: Task, draws: int) -> bool:
-    """Whether a task is done and the loss of its last checkpoint is known."""
-    return study.done(task) and evaluated(study, task, draws)
 
 
 def _against(options: argparse.Namespace, study: Study) -> list[str]:
