@@ -17,7 +17,8 @@ from megapromoe.io import write_text
 from megapromoe.studies.attempts import attempts_of, process_seconds
 from megapromoe.studies.collect import LOSS, TRAINING_LOSS
 from megapromoe.studies.evaluations import Evaluation
-from megapromoe.studies.job_processes import units, units_done
+from megapromoe.studies.grid import Task
+from megapromoe.studies.job_processes import flops_of, units, units_done
 from megapromoe.studies.placement import placement_of
 from megapromoe.studies.report_figures import (
     arms,
@@ -97,9 +98,9 @@ def sections(study: Study, rows: Rows, states: Sequence[JobState], against: Sequ
 
 def _summary(study: Study, states: Sequence[JobState]) -> str:
     counts = {state: sum(s.state == state for s in states) for state in STATES}
-    trainings = [state for state in states if not isinstance(state.job, Evaluation)]
-    steps = sum(state.done for state in trainings), sum(units(state.job) for state in trainings)
-    flops = sum(state.job.flops * state.done // units(state.job) for state in trainings if units(state.job))  # type: ignore[operator]
+    trainings = [(state.job, state.done) for state in states if isinstance(state.job, Task)]
+    steps = sum(done for _, done in trainings), sum(task.config.train.steps for task, _ in trainings)
+    flops = sum(flops_of(task, done) for task, done in trainings)
     hours = _process_hours(study, states)
     lines = [
         ("jobs", ", ".join(f"{count} {state}" for state, count in counts.items() if count)),
