@@ -42,9 +42,10 @@ EPILOG = f"""\
   megapromoe study run STUDY --jobs 2                      # trains the missing tasks; repeat to continue
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
   megapromoe study status STUDY                            # the state of each job
-  megapromoe study collect STUDY                           # results.md, and CSVs of results, noise, evaluations
+  megapromoe study collect STUDY                           # results.md, and tables of results, noise, evaluations
   megapromoe study power STUDY --difference 0.002          # how many seeds resolve a difference
   megapromoe study plot STUDY                              # plots of loss, routing, cost and sampled images
+  megapromoe study report STUDY                            # a page with interactive plots
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
 {", ".join(recipe_names())}, or a YAML file; docs/study.md explains them. Without --recipe, the other options of
@@ -58,7 +59,7 @@ DEFAULT_RETRIES = 2
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe study plan|run|submit|status|collect|power|plot STUDY [options]"
+    parser.usage = "megapromoe study plan|run|submit|status|collect|power|plot|report STUDY [options]"
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
@@ -141,7 +142,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     submit.add_argument("--dry-run", action="store_true", help="print the sbatch commands, but submit nothing")
 
     collect = command(
-        "collect", _collect, "Writes results.md, results.csv, noise.csv and curves.csv, and lists missing tasks."
+        "collect", _collect, "Writes results.md and tables of results, noise, curves and all measurements."
     )
     collect.add_argument(
         "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
@@ -161,7 +162,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument(
         "--note", default="", metavar="TEXT", help="text below the plot of costs, such as the name of the machine"
     )
-    for added in (collect, power, plot):
+    report = command(
+        "report", _report, "Writes an HTML page with interactive plots of the study, at any time.", _REPORT_NOTE
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page; default: report.html in STUDY")
+    report.add_argument(
+        "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
+    )
+    for added in (collect, power, plot, report):
         added.add_argument(
             "--draws",
             type=whole_number(2),
@@ -206,6 +214,11 @@ the folder.
   failed    ended with an error, or was killed; the remark is the reason, logs/NAME.log has details, and `run` starts it
             again
 The exit code is 0 in all these states."""
+_REPORT_NOTE = """\
+One file, which needs no network: a summary, costs, a table of the models, losses over steps, paired differences,
+metrics of sampled images, failed and repeated jobs, links to the runs. Losses on fixed draws are those that `collect`
+has computed. It needs plotly: pip install 'megapromoe[report]'
+  megapromoe study report STUDY --out report.html"""
 _PLAN_EXAMPLE = """\
 example:
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
@@ -405,10 +418,7 @@ def _collect(options: argparse.Namespace) -> int:
     from megapromoe.studies.results import write_results
 
     study = open_study(options.study)
-    variants = [variant.name for variant in study.recipe.variants]
-    against = options.against or [study.recipe.baseline or variants[0]]
-    if wrong := [name for name in against if name not in variants]:
-        raise StudyError([f"--against {', '.join(wrong)}: the variants are {', '.join(variants)}"])
+    against = _against(options, study)
     done = [
         task for task in study.tasks if study.done(task)
     ]  # fixed before the evaluation, while other tasks may finish
@@ -439,6 +449,27 @@ def _power(options: argparse.Namespace) -> int:
     floor = find_floor(floors, options.metric)
     print("\n\n".join(power_sections(floor, options.difference, options.power or POWER)))
     return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megapromoe.studies.report import write_report
+
+    study, now = open_study(options.study), time.time()
+    against = _against(options, study)
+    rows = _collected_rows(study, options.draws)
+    out = options.out or study.folder / "report.html"
+    write_report(study, rows, [job_state(study, job, now) for job in study.jobs()], against, out)
+    print(out)
+    return 0
+
+
+def _against(options: argparse.Namespace, study: Study) -> list[str]:
+    """The variants to compare with. Raises StudyError for one that does not exist."""
+    variants = [variant.name for variant in study.recipe.variants]
+    against = options.against or [study.recipe.baseline or variants[0]]
+    if wrong := [name for name in against if name not in variants]:
+        raise StudyError([f"--against {', '.join(wrong)}: the variants are {', '.join(variants)}"])
+    return against
 
 
 def _plot(options: argparse.Namespace) -> int:

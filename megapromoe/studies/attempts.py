@@ -35,6 +35,16 @@ class Attempt:
     code: int | None = None
     cause: str = ""
     done: int = 0
+    ended: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the end, in whole seconds; 0 without an end."""
+        try:
+            duration = datetime.fromisoformat(self.ended) - datetime.fromisoformat(self.started)
+        except ValueError:
+            return 0.0
+        return max(0.0, duration.total_seconds())
 
 
 def record_start(study: Study, job: Job) -> None:
@@ -55,8 +65,9 @@ def attempts_of(study: Study, job: Job) -> list[Attempt]:
             attempts.append(Attempt(str(line["started"]), str(line.get("host", ""))))
         elif attempts and attempts[-1].code is None and isinstance(line.get("code"), int):
             first = attempts.pop()
-            done = line.get("done") if isinstance(line.get("done"), int) else 0
-            attempts.append(Attempt(first.started, first.host, line["code"], str(line.get("cause", "")), done or 0))
+            done = line["done"] if isinstance(line.get("done"), int) else 0
+            cause, ended = str(line.get("cause", "")), str(line.get("ended", ""))
+            attempts.append(Attempt(first.started, first.host, line["code"], cause, done, ended))
     return attempts
 
 
@@ -73,6 +84,11 @@ def failures_in_a_row(attempts: Sequence[Attempt], done: int) -> int:
             break
         count += 1
     return count
+
+
+def process_seconds(attempts: Sequence[Attempt]) -> float:
+    """Seconds of all starts that have ended."""
+    return sum(attempt.seconds for attempt in attempts)
 
 
 def in_words(attempts: Sequence[Attempt]) -> str:

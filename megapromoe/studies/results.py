@@ -10,6 +10,7 @@ from megapromoe.studies.collect import row
 from megapromoe.studies.curves import figures, several_steps
 from megapromoe.studies.figure_tables import mean_figures, mean_sections
 from megapromoe.studies.grid import Task
+from megapromoe.studies.measurements import write_measurements
 from megapromoe.studies.noise import noise_floors, noise_rows, noise_sections
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, to_csv, to_markdown
@@ -38,6 +39,7 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
         contents["curves.csv"] = to_csv(figure_rows)
     for name, content in contents.items():
         write_text(study.folder / name, content, parents=True)
+    measured, missing_files = write_measurements(study)
     no_figures = why_no_figures(study, rows, figure_rows)
     no_noise = (
         "no model has two seeds that are done; add seeds to the recipe" if rows else "no task is done and collected"
@@ -46,8 +48,9 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
         "noise.csv": no_noise if rows else "no task is done and collected",
         "evaluations.csv": no_figures,
         "curves.csv": no_figures or why_no_curves(study),
+        **missing_files,
     }
-    return text, report_files(study, [study.folder / name for name in contents], reasons)
+    return text, report_files(study, [*(study.folder / name for name in contents), *measured], reasons)
 
 
 def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str]:

@@ -10,7 +10,9 @@ outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
 attempts/NAME.jsonl each start and its end, with the cause; likewise NAME-evaluation
 locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
 losses/NAME.json    the loss of its last checkpoint on fixed draws
-results.csv, .md    results of `collect`, with noise.csv, curves.csv, evaluations.csv; *.png: plots
+results.csv, .md    results of `collect`, with noise.csv, curves.csv, evaluations.csv
+measurements.*      all measurements in long form, of `collect`, as CSV and Parquet
+*.png, report.html  plots of `plot`, the page of `report`
 ==================  =================================================================================
 """
 

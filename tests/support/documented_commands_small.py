@@ -162,6 +162,8 @@ def _study(words: list[str], ranks: int) -> Small:
         return Small(words, kind="elsewhere", by="tests/programs/test_study_placement.py")
     if "--evaluate" in words:  # the small study draws nothing
         return Small(words, kind="elsewhere", by="tests/programs/test_study_jobs.py")
+    if action == "report":
+        return Small(words, kind="elsewhere", by="tests/programs/test_study_report.py")
     if action == "collect":
         return Small([*words, "--draws", "8"])
     if action == "plot":
