@@ -26,9 +26,11 @@ from megapromoe.config.model_options import ROUTERS
 from megapromoe.io import write_text
 from megapromoe.studies.collect import DRAWS, LOSS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
+from megapromoe.studies.equal_compute import compute_in_words
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.extension import in_words as extension_in_words
 from megapromoe.studies.extension import plan_or_extend
+from megapromoe.studies.grid import budget_of
 from megapromoe.studies.placement import on_this_machine, placement_of
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
 from megapromoe.studies.status import QUIET, job_state
@@ -211,6 +213,7 @@ the folder.
   done      the last step is saved; for an evaluation, all its results exist
   waiting   not started, or its training is not done
   stopped   stopped by a signal and saved; `run` continues it
+  stopped early   its model was clearly worse: section `stop_early` of the recipe
   failed    ended with an error, or was killed; the remark is the reason, logs/NAME.log has details, and `run` starts it
             again
 The exit code is 0 in all these states."""
@@ -290,6 +293,9 @@ def _plan(options: argparse.Namespace) -> int:
         print(line)
     total = sum(task.flops for task in study.tasks)
     print(f"tasks: {len(study.tasks)}; {total:.3g} FLOPs of training in total; not done: {len(study.missing())}")
+    if study.recipe.compute is not None:
+        budgets = [budget_of(study.recipe, task.point) for task in study.tasks]
+        print(compute_in_words([task.config for task in study.tasks], budgets))
     if evaluations := evaluations_in_words(study):
         print(evaluations)
     if options.throughput or options.measure:
@@ -369,8 +375,10 @@ def _run(options: argparse.Namespace) -> int:
     for job in failed:
         state = job_state(study, job, time.time())
         print(f"{job.name}: failed, {state.remark}: {study.log(job)}", file=sys.stderr)
-    left = [job for job in jobs if not study.done(job)]
-    print(f"{len(jobs) - len(left)} of {len(jobs)} done, {len(failed)} failed", file=sys.stderr)
+    stopped = [job for job in jobs if study.ended(job) and not study.done(job)]
+    left = [job for job in jobs if not study.ended(job)]
+    early = f", {len(stopped)} stopped early" if stopped else ""
+    print(f"{len(jobs) - len(left) - len(stopped)} of {len(jobs)} done, {len(failed)} failed{early}", file=sys.stderr)
     return code
 
 
@@ -419,9 +427,7 @@ def _collect(options: argparse.Namespace) -> int:
 
     study = open_study(options.study)
     against = _against(options, study)
-    done = [
-        task for task in study.tasks if study.done(task)
-    ]  # fixed before the evaluation, while other tasks may finish
+    done = study.finished()  # fixed before the evaluation, while other tasks may finish
     evaluate(study, done, options.draws)
     text, files = write_results(study, done, options.draws, against)
     print(text)
@@ -484,7 +490,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _collected_rows(study: Study, draws: int) -> list[dict[str, Any]]:
     """Rows of the finished tasks whose loss on fixed draws is computed; prints the names of the others."""
-    done = [task for task in study.tasks if study.done(task)]
+    done = study.finished()
     known = [task for task in done if evaluated(study, task, draws)]
     if left := names([task for task in done if task not in known]):
         print(

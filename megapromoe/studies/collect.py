@@ -14,8 +14,9 @@ from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies import layouts
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.grid import Task
+from megapromoe.studies.hours import hours_of
 from megapromoe.studies.json_files import metrics, read_json
-from megapromoe.studies.recipe import StudyError
+from megapromoe.studies.recipe import StudyError, ranks_of
 from megapromoe.studies.study import Study
 from megapromoe.work_progress import Progress
 
@@ -93,7 +94,7 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
     tail = [line for line in lines if line["step"] > (1 - TAIL) * steps] or lines[-1:]
     count, flops = parameters(model), flops_per_image(model).training
     slots = len(model.moe_blocks) * model.num_experts
-    dead = _mean(tail, "dead_experts")
+    dead, processes = _mean(tail, "dead_experts"), layouts.columns(study, task)
     return {
         "task": task.name,
         "variant": task.variant,
@@ -116,8 +117,9 @@ def row(study: Study, task: Task, draws: int = DRAWS) -> dict[str, Any]:
         "dead_share": dead / slots if slots and dead is not None else None,
         "images_per_second": _median(lines, "images_per_second"),
         "flops_per_second": _median(lines, "flops_per_second"),
+        "gpu_hours": hours_of(lines, task, processes["ranks"] or ranks_of(study.recipe, task.variant)),
         "memory_bytes": max((line["memory_bytes"] for line in lines if line.get("memory_bytes")), default=None),
-        **layouts.columns(study, task),
+        **processes,
         **_evaluated(study, task),
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megapromoe.studies.collect import EVALUATED
 from megapromoe.studies.curves import titled
+from megapromoe.studies.multiple_comparisons import count_in_words, warning
 from megapromoe.studies.recipe import Recipe
 from megapromoe.studies.tables import Mean, Rows, differences, evaluated, first_figure, groups, mean_of, model_name
 
@@ -48,7 +49,11 @@ def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str
     yield TITLE
     yield f"{first}: mean ± half of the 95 % interval over seeds (Student's t)."
     columns = [name for name in evaluated(rows) if name.rpartition(", guidance ")[0] == EVALUATED + first]
-    yield _last_table(rows, recipe, columns)
+    pairs = _pairs(rows, recipe, columns)
+    yield _last_table(rows, recipe, columns, pairs)
+    names = [f"{model_name(*arm)} ({column.rpartition(', ')[2]})" for column, means in pairs.items() for arm in means]
+    p_values = [mean.p for means in pairs.values() for mean in means.values()]
+    yield from filter(None, (count_in_words(p_values), warning(names, p_values)))
     steps = sorted({row["step"] for row in means})
     for guidance in sorted({row["guidance"] for row in means}) if len(steps) > 1 else ():
         yield f"At guidance {guidance:g}, of the checkpoint of each step:"
@@ -60,17 +65,25 @@ def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str
         yield _markdown(lines)
 
 
-def _last_table(rows: Rows, recipe: Recipe, columns: Sequence[str]) -> str:
+def _pairs(rows: Rows, recipe: Recipe, columns: Sequence[str]) -> dict[str, dict[tuple[str, tuple | None], Mean]]:
+    """Column -> model -> paired difference to the baseline, of single points; empty for a study without one."""
+    pairs = {}
+    for name in columns if recipe.baseline is not None else ():
+        known = [row for row in rows if row.get(name) is not None]
+        means = differences(known, recipe, recipe.baseline or "", name)
+        pairs[name] = {arm: mean for arm, mean in means.items() if arm[1] is not None}
+    return pairs
+
+
+def _last_table(
+    rows: Rows, recipe: Recipe, columns: Sequence[str], pairs: dict[str, dict[tuple[str, tuple | None], Mean]]
+) -> str:
     """Last checkpoints: a row for each model, with the mean at each scale and the paired difference to the baseline."""
     baseline = recipe.baseline
     head = ["model"]
     for name in columns:
         head += [name.rpartition(", ")[2]] + ([f"minus {baseline}"] if baseline else [])
     lines = [head]
-    pairs = {}
-    if baseline is not None:
-        for name in columns:
-            pairs[name] = differences([row for row in rows if row.get(name) is not None], recipe, baseline, name)
     for (variant, point), group in groups(rows, recipe).items():
         cells = [model_name(variant, point)]
         for name in columns:

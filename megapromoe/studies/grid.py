@@ -13,8 +13,10 @@ from megapromoe.checkpoint.weights import UnknownWeights, is_average, kind_of
 from megapromoe.config.options import Config, ConfigError, ratio_of
 from megapromoe.config.resolve import resolve
 from megapromoe.planning.cost import flops_per_image, parameters
+from megapromoe.studies.early_stopping import problems_of_steps
+from megapromoe.studies.equal_compute import STEPS, problems_of_compute, solve_steps, step_flops
 from megapromoe.studies.image_evaluation import problems_of
-from megapromoe.studies.recipe import RATIOS, Recipe, StudyError, Variant
+from megapromoe.studies.recipe import BUDGET, RATIOS, Recipe, StudyError, Variant
 
 SHORT = {"model.num_experts": "e", "train.steps": "steps", "preset": "", "model.top_k": "k", "model.hidden_size": "d"}
 
@@ -84,6 +86,10 @@ def expand(recipe: Recipe) -> tuple[Task, ...]:
         if evaluate.every >= longest:
             rule = f"the longest task has {longest} steps, so that only the last checkpoint is evaluated"
             raise StudyError([f"evaluate.every = {evaluate.every}: {rule}; give a smaller number, or remove the key"])
+    if recipe.stop_early is not None and tasks and not problems:
+        unfit = problems_of_steps(recipe.stop_early, [task.config for task in tasks])
+        if unfit:
+            raise StudyError(unfit)
     if problems:
         raise StudyError(f"{line} [{_names(names)}]{_remedy(line, tasks)}" for line, names in problems.items())
     return _in_order(tasks, recipe.task_order)
@@ -102,7 +108,28 @@ def _in_order(tasks: list[Task], first: tuple[str, ...]) -> tuple[Task, ...]:
 
 
 def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int) -> Config:
+    """The configuration of a task: at equal active parameters, and with the steps of its compute budget."""
     recipe = replace(recipe, ranks=variant.ranks or recipe.ranks)  # over which its configuration is checked
+    config, layers = _model_config(recipe, variant, point, whole_point, seed)
+    if recipe.compute is None:
+        return config
+    steps = solve_steps(variant.name, config, budget_of(recipe, whole_point), recipe.compute)
+    return _resolve(recipe, *layers, {STEPS: steps})
+
+
+def budget_of(recipe: Recipe, point: Mapping[str, Any]) -> float:
+    """The training FLOPs that a recipe with the section `compute` gives to the tasks of a point."""
+    assert recipe.compute is not None
+    if BUDGET in point or recipe.compute.flops:
+        return point.get(BUDGET, recipe.compute.flops)
+    base = _resolve(recipe, recipe.settings, recipe.compute.like)
+    return float(step_flops(base) * base.train.steps)
+
+
+def _model_config(
+    recipe: Recipe, variant: Variant, point: dict, whole_point: dict, seed: int
+) -> tuple[Config, tuple[Mapping[str, Any], ...]]:
+    """The configuration at equal active parameters, and the settings it is made of."""
     seeds = dict.fromkeys(recipe.seed_settings, seed)
     layers: tuple[Mapping[str, Any], ...] = (recipe.settings, variant.settings, point, seeds)
     if recipe.evaluate is not None:
@@ -116,19 +143,20 @@ def _config(recipe: Recipe, variant: Variant, point: dict, whole_point: dict, se
         raise ConfigError(problems)
     equal = recipe.active_parameters
     if equal is None:
-        return config
+        return config, layers
     target = parameters(_resolve(recipe, recipe.settings, whole_point, equal.like).model).active
     active = parameters(config.model).active
     if variant.match is not None and abs(active / target - 1) > equal.tolerance:
         ratio = solve_ratio(recipe, layers, variant.match, target, equal.multiple)
-        config = _resolve(recipe, *layers, {variant.match: ratio})
+        layers = (*layers, {variant.match: ratio})
+        config = _resolve(recipe, *layers)
         active = parameters(config.model).active
     if abs(active / target - 1) > equal.tolerance:
         how = f"; its nearest {variant.match} is {_value(config, variant.match)}" if variant.match else ""
         remedy = f"let `match` name a ratio to solve, lower `multiple`, or raise `tolerance` = {equal.tolerance}"
         off = f"has {active:,}, {active / target - 1:+.2%} off the required {target:,}"
         raise ConfigError([f"active_parameters: {variant.name} {off}{how}; {remedy}"])
-    return config
+    return config, layers
 
 
 def _checkpoint_settings(recipe: Recipe, layers: tuple[Mapping[str, Any], ...]) -> dict[str, Any]:
@@ -182,6 +210,7 @@ def _resolve(recipe: Recipe, *layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         settings |= layer
     preset = settings.pop("preset", recipe.preset)
+    settings.pop(BUDGET, None)  # of an axis; it is no setting
     return resolve(preset, overrides=[f"{key}={setting_text(v)}" for key, v in settings.items()], world=recipe.ranks)
 
 
@@ -196,6 +225,8 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _label(recipe: Recipe, key: str, value: Any) -> str:
+    if key == BUDGET:
+        return f"flops{value:g}".replace("+", "")
     key = recipe.former_axes.get(key, key)
     return f"{SHORT.get(key, key.partition('.')[2] or key)}{re.sub(r'[^A-Za-z0-9_.]', '_', setting_text(value))}"
 
@@ -206,14 +237,14 @@ def _names(names: list[str]) -> str:
 
 def _remedy(problem: str, tasks: list[Task]) -> str:
     """The remedy for a setting that only some models of a study accept."""
-    if not tasks or problem.startswith(("active_parameters", "match", "evaluate")):
+    if not tasks or problem.startswith(("active_parameters", "match", "evaluate", "compute")):
         return ""
     return "; other tasks accept it: set another value in the `settings` of these variants, which take precedence"
 
 
 def _unknown_names(recipe: Recipe) -> list[str]:
     """Problems of names in the recipe that do not exist."""
-    problems = []
+    problems = problems_of_compute(recipe)
     names = [variant.name for variant in recipe.variants]
     axes = ", ".join(recipe.axes) or "none"
     if recipe.baseline is not None and recipe.baseline not in names:

@@ -1,4 +1,4 @@
-"""Plots of a study: loss against experts and compute, load of the experts, cost."""
+"""Plots of a study: paired differences, loss against experts and compute, load of the experts, cost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megapromoe.plot_styles import MARKERS, Style
 from megapromoe.plot_text import literal
 from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.collect import LOSS, TAIL
+from megapromoe.studies.difference_plot import draw_differences
 from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.fit import SPAN, PowerLaw
 from megapromoe.studies.image_plots import Groups, Styles, draw_images, plot_label, styles_of
@@ -35,7 +36,8 @@ def draw_all(study: Study, rows: Rows, note: str = "") -> list[Path]:
     Args:
         note: printed below the picture of cost, such as what machine it was.
     """
-    pictures = {"loss_experts": draw_experts(study, rows), "loss_compute": draw_compute(study, rows)}
+    pictures = {"differences": draw_differences(study, rows)}
+    pictures |= {"loss_experts": draw_experts(study, rows), "loss_compute": draw_compute(study, rows)}
     pictures |= {"routing": draw_routing(study, rows), "cost": draw_cost(study, rows, note)}
     pictures |= {"images": draw_images(study, rows), "evaluations": draw_evaluations(study, rows)}
     paths = []

@@ -14,9 +14,11 @@ A recipe is YAML:
       tc: {settings: {model.router: tc}, match: model.expert_ratio}
       dense: {settings: {model.router: dense}, match: model.mlp_ratio, without: [model.num_experts]}
     active_parameters: {like: {model.num_experts: 16}, tolerance: 0.01, multiple: 8}
+    compute: {flops: 1.0e+15}            # equal training FLOPs instead of equal steps: see `equal_compute.py`
     baseline: dense                      # differences are computed against this variant
     weights: ema                         # evaluated: ema, ema=DECAY or master; in short runs averages lag behind
     evaluate: {num: 500, every: 100}     # evaluate sampled images: see `image_evaluation.py`
+    stop_early: {steps: [200], keep: 0.5}    # end models that are clearly worse: see `early_stopping.py`
     ranks: 1                             # processes of a task, which `launcher` starts
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "{ranks}"]
     nodes: 2                             # of SLURM, for a task; without it, as few as the GPUs need
@@ -33,6 +35,7 @@ multiples of `multiple`. `without` lists axes that do not apply to a variant: it
 axis.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,9 +48,11 @@ from megapromoe.config.renamed_options import RENAMED, present_layer, present_na
 from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, Violations
+from megapromoe.studies.early_stopping import StopEarly, read_stop_early
 from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_evaluation
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
+BUDGET = "compute.flops"  # name of the axis of compute budgets
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 TASK_ORDER = "task_order"  # key of the study.yaml of a study that was extended
 
@@ -87,6 +92,15 @@ class Equal:
 
 
 @dataclass(frozen=True)
+class EqualCompute:
+    """Which number of training FLOPs all tasks have; their steps are solved for."""
+
+    flops: float = option(0.0, "training FLOPs of each task; 0: from `like` or from an axis", within=ZERO_UP)
+    like: dict[str, Any] = option({}, "settings of the training that defines the number", kind=dict)
+    tolerance: float = option(0.005, "largest relative difference, because steps are whole", within=POSITIVE)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The definition of a study; see the module docstring."""
 
@@ -97,9 +111,11 @@ class Recipe:
     seeds: tuple[int, ...] = option((0,), "seeds of each combination", kind=list)
     seed_settings: tuple[str, ...] = option(("train.seed", "data.seed"), "config keys that a seed sets", kind=list)
     active_parameters: Equal | None = option(None, "how active parameters are kept equal", kind=dict)
+    compute: EqualCompute | None = option(None, "how training FLOPs are kept equal", kind=dict)
     baseline: str | None = option(None, "differences are computed against this variant", kind=str)
     weights: str = option("ema", "evaluated weights: ema, ema=DECAY or master")
     evaluate: ImageEvaluation | None = option(None, "how sampled images are evaluated", kind=dict)
+    stop_early: StopEarly | None = option(None, "how models that are clearly worse are stopped early", kind=dict)
     ranks: int = option(1, "number of processes of a task", within=ONE_UP)
     launcher: tuple[str, ...] = option((), "command that starts the processes of a task", kind=list)
     nodes: int = option(0, "nodes of SLURM for a task; 0: as few as its GPUs need", within=ZERO_UP)
@@ -184,6 +200,17 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         problems += wrong
         like = _settings(equal.get("like", {}), "active_parameters.like", problems, saved)
         values["active_parameters"] = Equal(**equal | {"like": like})
+    if BUDGET in values["axes"]:
+        budgets = values["axes"][BUDGET]
+        values["axes"] |= {BUDGET: tuple(_budget(flops, f"axes.{BUDGET}", problems) for flops in budgets)}
+    if "compute" in values or BUDGET in values["axes"]:
+        content_of_compute = dict(values.get("compute") or {})
+        if "flops" in content_of_compute:
+            content_of_compute["flops"] = _budget(content_of_compute["flops"], BUDGET, problems)
+        compute, wrong = read_fields(EqualCompute, content_of_compute, "compute.")
+        problems += wrong
+        like = _settings(compute.get("like", {}), "compute.like", problems, saved)
+        values["compute"] = EqualCompute(**compute | {"like": like})
     if "evaluate" in values:
         values["evaluate"], wrong = read_image_evaluation(values["evaluate"])
         problems += wrong
@@ -193,6 +220,9 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         except UnknownWeights as error:
             problems.append(str(error))
     seeds = values.get("seeds", [0])
+    if "stop_early" in values:
+        values["stop_early"], wrong = read_stop_early(values["stop_early"], seeds)
+        problems += wrong
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         problems.append(f"seeds = {seeds!r}: must be a list of different whole numbers, 0 or more")
     if values.get("ranks", 1) != 1 and not values.get("launcher"):
@@ -248,6 +278,18 @@ def _names(names: Iterable[Any], where: str, problems: list[str]) -> list[str]:
     return [name for name in entries if isinstance(name, str)]
 
 
+def _budget(value: Any, where: str, problems: list[str]) -> float:
+    """A number of FLOPs. YAML reads 1e15, without a point and a sign, as text."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        problems.append(f"{where} = {value!r}: must be a number of FLOPs above 0, such as 1.0e+15")
+        return 1.0
+    return number
+
+
 def _settings(settings: Mapping[str, Any], where: str, problems: list[str], saved: bool) -> dict[str, Any]:
     """Settings by present names, with numbers for values that are text.
 
@@ -275,9 +317,15 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
         content["variants"][variant.name] = {key: value for key, value in entry.items() if value}
     if recipe.active_parameters is not None:
         content["active_parameters"] = dict(vars(recipe.active_parameters))
+    if recipe.compute is not None:
+        content["compute"] = {key: value for key, value in vars(recipe.compute).items() if value}
     if recipe.evaluate is not None:
         section = {key: value for key, value in vars(recipe.evaluate).items() if value}  # without defaults
         content["evaluate"] = {key: list(v) if isinstance(v, tuple) else v for key, v in section.items()}
+    if recipe.stop_early is not None:
+        content["stop_early"] = {"steps": list(recipe.stop_early.steps)}
+        kept = {"keep": recipe.stop_early.keep or None, "difference": recipe.stop_early.difference}
+        content["stop_early"] |= {key: value for key, value in kept.items() if value is not None}
     content |= {
         "baseline": recipe.baseline,
         "weights": recipe.weights,

@@ -8,14 +8,18 @@ from pathlib import Path
 from megapromoe.io import write_text
 from megapromoe.studies.collect import row
 from megapromoe.studies.curves import figures, several_steps
+from megapromoe.studies.difference_tables import difference_rows
+from megapromoe.studies.early_decisions import decision_sections
 from megapromoe.studies.figure_tables import mean_figures, mean_sections
 from megapromoe.studies.grid import Task
+from megapromoe.studies.hours import hours_sections
+from megapromoe.studies.joint_law_tables import joint_law_sections
 from megapromoe.studies.measurements import write_measurements
 from megapromoe.studies.noise import noise_floors, noise_rows, noise_sections
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, to_csv, to_markdown
 
-PICTURES = ("loss_experts", "loss_compute", "routing", "cost", "images", "evaluations")
+PICTURES = ("differences", "loss_experts", "loss_compute", "routing", "cost", "images", "evaluations")
 
 
 def write_results(study: Study, done: Sequence[Task], draws: int, against: Sequence[str]) -> tuple[str, list[str]]:
@@ -30,9 +34,13 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
     means, noise = mean_sections(rows, study.recipe, figure_rows), noise_sections(rows, study.recipe)
     text = to_markdown(rows, study.recipe, missing, against, figure_rows, means, noise)
+    more = [*decision_sections(study), *joint_law_sections(rows, study.recipe), *hours_sections(study, rows)]
+    text = "\n\n".join([text.rstrip("\n"), *more]) + "\n"
     contents = {"results.csv": to_csv(rows), "results.md": text}
     if floors := noise_floors(rows, study.recipe):
         contents["noise.csv"] = to_csv(noise_rows(floors))
+    if pairs := difference_rows(rows, study.recipe, against):
+        contents["differences.csv"] = to_csv(pairs)
     if figure_rows:
         contents["evaluations.csv"] = to_csv(mean_figures(figure_rows, study.recipe))
     if several_steps(figure_rows):
@@ -45,6 +53,7 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
         "no model has two seeds that are done; add seeds to the recipe" if rows else "no task is done and collected"
     )
     reasons = {
+        "differences.csv": "no other model has a run on a seed of the baseline",
         "noise.csv": no_noise if rows else "no task is done and collected",
         "evaluations.csv": no_figures,
         "curves.csv": no_figures or why_no_curves(study),
@@ -62,6 +71,7 @@ def report_pictures(study: Study, rows: Rows, drawn: Sequence[Path]) -> list[str
     no_routing = "no task that is done has experts" if not any(row["experts"] for row in rows) else None
     counts = len({row["experts"] for row in rows if row["experts"]})
     reasons = {
+        "differences": nothing or "no other model has a run on a seed of the baseline",
         "loss_experts": nothing or f"it needs tasks of two numbers of experts, and there {_are(counts)}",
         "routing": nothing or no_routing,
         "images": no_figures,

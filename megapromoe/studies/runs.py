@@ -18,6 +18,7 @@ from typing import IO, Any
 from megapromoe.studies.attempts import attempts_of, failures_in_a_row
 from megapromoe.studies.causes import Cause
 from megapromoe.studies.devices import Devices
+from megapromoe.studies.early_stops import EarlyStops
 from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.forecast import Forecast, in_words
 from megapromoe.studies.grid import Task
@@ -88,7 +89,8 @@ class _Runner:
         self.study, self.jobs, self.at_once, self.limits = study, jobs, at_once, limits
         self.devices = Devices(limits.gpus)
         self.locks: dict[str, IO[str]] = {}  # of jobs that failed and start again
-        self.codes = {job.name: 0 for job in jobs if study.done(job)}
+        self.codes = {job.name: 0 for job in jobs if study.ended(job)}
+        self.early = EarlyStops(study, is_alone=len(jobs) == 1)
         self.waiting = [job for job in jobs if job.name not in self.codes]
         self.running: list[RunningJob] = []
         # Jobs that other commands run, with their outcome when this command found them locked.
@@ -107,19 +109,27 @@ class _Runner:
                     if asked_to_stop() and not self.stopping:
                         self.stopping = True
                         ask_to_stop(self.running)
+                    self._apply_decisions()
                     self._start_ready()
                     if self.stopping and not self.running:
                         break
                     if not self.waiting and not self.running:
+                        break
+                    if not self.running and (blocked := self.early.why_blocked(self.waiting)):
+                        self.progress.write(blocked)
                         break
                     time.sleep(POLL)
                     ended = [running_job for running_job in self.running if running_job.process.poll() is not None]
                     for running_job in ended:
                         self.running.remove(running_job)
                         self.devices.give_back(running_job.gpus)
-                        code, cause = finish(self.study, running_job, self.stopping)
+                        was_asked = self.stopping or running_job.job.name in self.early.asked
+                        code, cause = finish(self.study, running_job, was_asked)
                         self.forecast.add(running_job.job)
-                        if not self._start_again(running_job, code, cause):
+                        if self.early.pauses(running_job.job, code) and not self.stopping:
+                            running_job.lock.close()
+                            self.waiting.append(running_job.job)
+                        elif not self._start_again(running_job, code, cause):
                             running_job.lock.close()
                             self._ended(running_job.job, code, end_in_words(code, self.study, running_job))
                     self._show()
@@ -141,7 +151,7 @@ class _Runner:
         for job in list(self.waiting):
             if self.stopping:
                 return
-            if isinstance(job, Evaluation) and not self._is_ready(job):
+            if self.early.is_blocked(job) or (isinstance(job, Evaluation) and not self._is_ready(job)):
                 continue
             gpus = self._place_for(job)
             if gpus is None:
@@ -192,6 +202,14 @@ class _Runner:
         words = end_in_words(code, self.study, running_job) if code != STOPPED else f"{cause.name} (exit code {code})"
         self.progress.write(f"{job.name}: {words}; starts again, retry {failures} of {self.limits.retries}")
         return True
+
+    def _apply_decisions(self) -> None:
+        """Makes the decisions on early stopping that are possible, and requests runs to pause or stop by them."""
+        for line in self.early.update(self.running):
+            self.progress.write(line)
+        for job in [job for job in self.waiting if self.early.is_stopped(job)]:
+            self.waiting.remove(job)
+            self._ended(job, 0, "stopped early")
 
     def _is_ready(self, job: Evaluation) -> bool:
         """Whether the training of an evaluation is done. Drops the evaluation if that cannot happen."""
@@ -251,7 +269,7 @@ def jobs_to_run(
     if not jobs:
         rule = "the recipe has no section `evaluate`; plan a study in another folder, from a recipe with one"
         raise StudyError([f"--evaluate: {study.folder / 'study.yaml'}: {rule}"])
-    if alone and not waits and not study.done(tasks[0]):
+    if alone and not waits and not study.ended(tasks[0]):
         first = f"train it first: megapromoe study run {study.folder} --task {tasks[0].index}"
         raise StudyError([f"--evaluate: {tasks[0].name} is not trained ({study.state(tasks[0])}); {first}"])
     return jobs
@@ -269,7 +287,7 @@ def exit_code(codes: dict[str, int]) -> int:
 
 def _code_of_others(study: Study, job: Job, left_to_others: dict[str, dict[str, Any] | None]) -> int | None:
     """The exit code of a job that another command has run since this one started; None if this command must run it."""
-    if study.done(job):
+    if study.ended(job):
         return 0
     if job.name not in left_to_others:
         return None

@@ -17,7 +17,7 @@ from megapromoe.studies.task_locks import is_locked, owner
 from megapromoe.work_progress import duration
 
 QUIET = 900.0  # seconds; a job on another machine without visible lock counts as running if its last line is not older
-STATES = ("running", "done", "waiting", "stopped", "failed")
+STATES = ("running", "done", "waiting", "stopped", "failed", "stopped early")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class JobState:
 def job_state(study: Study, job: Job, now: float) -> JobState:
     """The state of one job; `now` in seconds since 1970."""
     done, age = units_done(study, job), _age(study, job, now)
+    task = job.task if isinstance(job, Evaluation) else job
+    if (step := study.stopped_early(task)) is not None and not is_locked(study, job):
+        return JobState(job, "stopped early", done, age, f"by the comparison at step {step:,}")
     if study.done(job):
         return JobState(job, "done", units(job), age, attempts_in_words(attempts_of(study, job)))
     outcome = study.outcome(job)

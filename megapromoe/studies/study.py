@@ -9,8 +9,9 @@ logs/NAME.log       output of its training; NAME-evaluation.log: output of its e
 outcomes/NAME.json  how its last start ended; likewise NAME-evaluation.json
 attempts/NAME.jsonl each start and its end, with the cause; likewise NAME-evaluation
 locks/NAME.lock     locked while a command trains the task; its text names the process; likewise NAME-evaluation
+decisions/          which models stop early, a file for each step at which they are compared
 losses/NAME.json    the loss of its last checkpoint on fixed draws
-results.csv, .md    results of `collect`, with noise.csv, curves.csv, evaluations.csv
+results.csv, .md    results of `collect`, with noise, differences, evaluations, curves .csv
 measurements.*      all measurements in long form, of `collect`, as CSV and Parquet
 *.png, report.html  plots of `plot`, the page of `report`
 ==================  =================================================================================
@@ -36,6 +37,7 @@ from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.config.strict_yaml import read_yaml
 from megapromoe.io import write_text
+from megapromoe.studies.early_stopping import decision_file
 from megapromoe.studies.evaluations import Evaluation, evaluation_of
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.json_files import read_json
@@ -126,8 +128,33 @@ class Study:
             return not job.missing_steps(self.run(job.task))
         return self.steps_saved(job) >= job.config.train.steps
 
+    def decision(self, step: int) -> dict[str, Any] | None:
+        """The decision on models that stop early at a step; None before it is made."""
+        return read_json(decision_file(self.folder, step))
+
+    def stopped_early(self, task: Task) -> int | None:
+        """The step at which the model of a task was stopped early; None if it was not."""
+        section = self.recipe.stop_early
+        for step in section.steps if section is not None else ():
+            decision = self.decision(step)
+            for stopped in decision["stopped"] if decision is not None else ():
+                if (stopped["variant"], stopped["point"]) == (task.variant, task.point):
+                    return step
+        return None
+
+    def ended(self, job: Job) -> bool:
+        """Whether nothing is left to do: the job is done, or its model was stopped early."""
+        task = job.task if isinstance(job, Evaluation) else job
+        return self.done(job) or self.stopped_early(task) is not None
+
+    def finished(self) -> list[Task]:
+        """The tasks that belong into tables of final results: trained to the end, of models not stopped early."""
+        return [task for task in self.tasks if self.done(task) and self.stopped_early(task) is None]
+
     def state(self, task: Task) -> str:
         """A short text: done, in training, or how the last start ended, with the progress."""
+        if (step := self.stopped_early(task)) is not None:
+            return f"stopped early, by the comparison at step {step:,}"
         if self.done(task):
             return "done"
         saved, outcome = self.steps_saved(task), self.outcome(task)
@@ -142,11 +169,11 @@ class Study:
         return progress if outcome["code"] in (0, 75) else f"{failure(outcome['code'])}, {progress}"
 
     def missing(self) -> tuple[Task, ...]:
-        """Tasks whose training is not done."""
-        return tuple(task for task in self.tasks if not self.done(task))
+        """Tasks whose training is neither done nor stopped early."""
+        return tuple(task for task in self.tasks if not self.ended(task))
 
     def missing_evaluations(self) -> tuple[Evaluation, ...]:
-        return tuple(job for job in self.jobs() if isinstance(job, Evaluation) and not self.done(job))
+        return tuple(job for job in self.jobs() if isinstance(job, Evaluation) and not self.ended(job))
 
     def task(self, index: int) -> Task:
         """The task with this index. Raises StudyError."""

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from megapromoe.studies import layouts
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import LEVEL, FitError, PowerLaw, fit_power_law
+from megapromoe.studies.multiple_comparisons import adjusted, count_in_words, p_in_words, warning
 from megapromoe.studies.recipe import Recipe
 
 Rows = Sequence[dict[str, Any]]
@@ -45,6 +46,17 @@ class Mean:
         """Does the interval leave out 0?"""
         return self.half is not None and abs(self.mean) > self.half
 
+    @property
+    def p(self) -> float | None:
+        """The p-value of the two-sided t-test of a mean of 0, below 0.05 where it `differs`; None for a single run."""
+        if self.half is None:
+            return None
+        if self.half == 0:
+            return float(self.mean == 0)
+        freedom = self.runs - 1
+        errors = abs(self.mean) / self.half * student.ppf((1 + LEVEL) / 2, freedom)
+        return float(2 * student.sf(errors, freedom))
+
 
 def mean_of(values: Iterable[float]) -> Mean:
     """The mean with its 95 % interval."""
@@ -69,10 +81,18 @@ def groups(rows: Rows, recipe: Recipe) -> dict[tuple[str, tuple], list[dict]]:
 
 
 def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> dict[tuple[str, tuple | None], Mean]:
+    """The mean over seeds of each of `paired_differences`, with its interval."""
+    return {place: mean_of(seeds.values()) for place, seeds in paired_differences(rows, recipe, against, key).items()}
+
+
+def paired_differences(
+    rows: Rows, recipe: Recipe, against: str, key: str = LOSS
+) -> dict[tuple[str, tuple | None], dict[int, float]]:
     """Differences of each group to the runs of `against` at the same point and seed, which have the same stream.
 
     Each seed gives one number: the mean if `against` has several matching points. For variants with several points the
-    key (variant, None) has the mean over all points. Groups without a matching run are left out.
+    key (variant, None) has the mean over all points, of the seeds that have all of them. Groups without a matching run
+    are left out.
     """
     partners = [row for row in rows if row["variant"] == against]
     by_seed: dict[tuple[str, tuple | None], dict[int, list[float]]] = {}
@@ -83,14 +103,14 @@ def differences(rows: Rows, recipe: Recipe, against: str, key: str = LOSS) -> di
                 difference = row[key] - statistics.fmean(other[key] for other in same)
                 for place in (point, None):
                     by_seed.setdefault((variant, place), {}).setdefault(row["seed"], []).append(difference)
-    means = {}
+    pairs = {}
     for (variant, place), seeds in by_seed.items():
         points = max(map(len, seeds.values()))
-        complete = [statistics.fmean(values) for values in seeds.values() if len(values) == points]
         if place is not None or points > 1:
-            means[variant, place] = mean_of(complete)
+            complete = {seed: statistics.fmean(values) for seed, values in seeds.items() if len(values) == points}
+            pairs[variant, place] = complete
     names = [variant.name for variant in recipe.variants]
-    return dict(sorted(means.items(), key=lambda item: (names.index(item[0][0]), item[0][1] is None)))
+    return dict(sorted(pairs.items(), key=lambda item: (names.index(item[0][0]), item[0][1] is None)))
 
 
 def trends(rows: Rows, recipe: Recipe, key: str = LOSS) -> dict[tuple[str, tuple], Mean]:
@@ -199,7 +219,8 @@ def sections(
     yield (
         f"Loss: of the {recipe.weights} weights on fixed draws of record, noise and time, the same for all runs"
         f" (split: {splits}).{_initial(rows, recipe)} Training loss: the denoising loss without auxiliary losses, mean"
-        " over the last tenth of the steps. ± is half of the 95 % interval over seeds (Student's t)."
+        " over the last tenth of the steps. ± is half of the 95 % interval over seeds (Student's t). GPU-hours: of the"
+        " training of one run, times its ranks."
         f"{layouts.note(rows)}"
     )
     yield _table(_mean_lines(rows, recipe))
@@ -207,22 +228,18 @@ def sections(
     yield from _over_training(rows, recipe, evaluations)
     yield from means
     for name in against:
-        lines: list[list[Any]] = [["model", "loss minus that of " + name, "seeds", "differs"]]
-        for (variant, point), d in differences(rows, recipe, name).items():
-            lines.append([model_name(variant, point), f"{d:+}", d.runs, _verdict(d)])
-        if len(lines) > 1:
+        means_of_pairs = {model_name(*place): d for place, d in differences(rows, recipe, name).items()}
+        if means_of_pairs:
             yield f"## Against {name}, on the same stream"
             yield "Mean over seeds of the difference of each pair, with its 95 % interval."
-            yield _table(lines)
-    lines = [["model", "change of the loss with each doubling of the experts", "seeds", "differs from 0"]]
-    for (variant, rest), slope in trends(rows, recipe).items():
-        lines.append([model_name(variant, rest), f"{slope:+}", slope.runs, _verdict(slope)])
-    if len(lines) > 1:
+            yield from _comparisons(means_of_pairs, f"loss minus that of {name}", "differs")
+    slopes = {model_name(*place): slope for place, slope in trends(rows, recipe).items()}
+    if slopes:
         yield "## Trend over experts"
         yield "Slope of each seed's line over log2 E, mean and 95 % interval over seeds."
-        yield _table(lines)
+        yield from _comparisons(slopes, "change of the loss with each doubling of the experts", "differs from 0")
     yield "## Power laws, L = a + b x^-c"
-    lines = [["model", "x", "a", "b", "c", "95 % of c", "supported"]]
+    lines: list[list[Any]] = [["model", "x", "a", "b", "c", "95 % of c", "supported"]]
     reasons: dict[tuple[str, str], list[str]] = {}
     for (variant, x, rest), law in fits(rows, recipe).items():
         name = model_name(variant, rest)
@@ -239,6 +256,16 @@ def sections(
         yield f"None against {x} for {', '.join(names)}: {reason}."
 
 
+def _comparisons(means: Mapping[str, Mean], title: str, verdict: str) -> Iterable[str]:
+    """A table of means that are compared with 0, what many comparisons make of them, and a warning if one is due."""
+    p_values = [mean.p for mean in means.values()]
+    lines: list[list[Any]] = [["model", title, "seeds", verdict, "p", "p, Holm"]]
+    for (name, mean), p, q in zip(means.items(), p_values, adjusted(p_values), strict=True):
+        lines.append([name, f"{mean:+}", mean.runs, _verdict(mean), p_in_words(p), p_in_words(q)])
+    yield _table(lines)
+    yield from filter(None, (count_in_words(p_values), warning(list(means), p_values)))
+
+
 def _verdict(mean: Mean) -> str:
     return "-" if mean.half is None else "yes" if mean.differs else "no"
 
@@ -247,7 +274,11 @@ def model_name(variant: str, point: tuple | None) -> str:
     """Name of a group in tables."""
     if point is None:
         return f"{variant}, mean of its points"
-    return " ".join([variant, *(f"{axis.rpartition('.')[2]}={value}" for axis, value in point)])
+    return " ".join([variant, *(f"{axis.rpartition('.')[2]}={_short(value)}" for axis, value in point)])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def evaluated(rows: Rows) -> list[str]:
@@ -308,20 +339,20 @@ def _of_images(values: list[float]) -> str:
 
 def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:
     lines: list[list[Any]] = [["model", "seeds", "parameters", "active", "training FLOPs", "loss", "training loss"]]
-    lines[0] += ["load entropy", "dead experts", "images/s", "peak memory"]
+    lines[0] += ["load entropy", "dead experts", "images/s", "peak memory", "GPU-hours"]
     for (variant, point), group in groups(rows, recipe).items():
         first = group[0]
         sizes = [f"{first['parameters']:,}", f"{first['active_parameters']:,}", f"{first['training_flops']:.3g}"]
         losses = [mean_of(row[key] for row in group) for key in (LOSS, TRAINING_LOSS)]
         shares = [_average(group, "load_entropy", "{:.3f}".format), _average(group, "dead_share", "{:.1%}".format)]
         memory = _average(group, "memory_bytes", "{:,.0f} MiB".format, 2**20)
-        cost = [_average(group, "images_per_second", significant), memory]
+        cost = [_average(group, "images_per_second", significant), memory, _average(group, "gpu_hours", significant)]
         lines.append([model_name(variant, point), len(group), *sizes, *losses, *shares, *cost])
     return lines
 
 
 def _average(group: list[dict], key: str, text: Callable[[float], str], unit: float = 1) -> str:
-    values = [row[key] for row in group if row[key] is not None]
+    values = [row[key] for row in group if row.get(key) is not None]
     return text(statistics.fmean(values) / unit) if values else "-"
 
 

@@ -184,7 +184,7 @@ def test_pictures_of_every_kind_of_study(tmp_path):
     settings = {key: value for key, value in TINY.items() if key != "train.steps"}
     shown = {
         "lone": (recipe(seeds=[0], axes={}), {"loss_compute", "routing", "cost"}),
-        "experts": (compared(), {"loss_experts", "loss_compute", "routing", "cost"}),
+        "experts": (compared(), {"differences", "loss_experts", "loss_compute", "routing", "cost"}),
         "steps": (recipe(axes=steps, settings=settings), {"loss_compute", "routing", "cost"}),
         "dense": (recipe(axes=steps, settings=settings | {"model.router": "dense"}), {"loss_compute", "cost"}),
     }
