@@ -235,6 +235,17 @@ ROUTER_INPUTS = [
 ]
 
 
+# Many narrow experts, several for a token.
+FINE = ("model.num_experts=48", "model.top_k=4", "model.activation=swiglu", "model.expert_width=16")
+FINE = (*FINE, "model.shared_expert_width=40", "model.num_unconditional_experts=4")
+FINE_GRAINED = [
+    Case(4, ep=4, zero=2, what=FINE),
+    Case(4, tp=2, ep=4, zero=3, what=(*FINE, *TWICE), recompute="all"),
+    Case(4, ep=4, zero=1, what=(*FINE, "model.router=tc", "model.shared_expert=false", "model.shared_expert_width=0",
+                                "model.unconditional_expert=false", "model.num_unconditional_experts=1"), grouped=True),
+]  # fmt: skip
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -245,7 +256,7 @@ QUICK = pairwise([quick_factors(case) for case in CASES])
 QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
 CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES]
 QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
-CASES += [*CONDITIONALS, *ROUTER_INPUTS]
+CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
 
 
 @cache
