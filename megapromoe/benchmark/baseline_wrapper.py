@@ -43,8 +43,10 @@ class BaselineWrapper(nn.Module):
         super().__init__()
         self.moe = moe
 
-    def forward(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None) -> tuple[Tensor, MoEAuxiliary]:
-        inputs, routed = self.moe.route(x_BSD, num_conditional, y_B)
+    def forward(
+        self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None, scored_BSD: Tensor | None = None
+    ) -> tuple[Tensor, MoEAuxiliary]:
+        inputs, routed = self.moe.route(x_BSD, num_conditional, y_B, None, scored_BSD)
         y_BSD, dropped = self.run_experts(*inputs)
         return y_BSD, auxiliary_of(routed, dropped)
 

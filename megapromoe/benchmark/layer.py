@@ -139,7 +139,7 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
     with torch.no_grad():
         embedded = model.embed(latents, torch.full((len(latents),), 1000.0), labels_B)
         condition, *_ = model.conditions(embedded.c_BD, embedded.modulation)
-        x_BSD, h_BSD, gate_BD, _ = first.attention_half(embedded.x_BSD, condition, embedded.context)
+        x_BSD, h_BSD, gate_BD, *_ = first.attention_half(embedded.x_BSD, condition, embedded.context)
         x_BSD = x_BSD + gate_BD.unsqueeze(1) * first.mlp(h_BSD)
         return second.attention_half(x_BSD, condition, embedded.context)[1].clone()
 

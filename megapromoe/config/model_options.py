@@ -26,6 +26,7 @@ TWO_STEP_ROUTERS = ("conditional", *PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROU
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
 BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # routers that can have a balance loss
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
+ROUTER_INPUTS = ("modulated", "unmodulated")
 TIME_INPUTS = ("dit", "repa", "sit")
 ACTIVATIONS = ("gelu", "swiglu")
 CONDITIONS = ("class", "text")
@@ -143,6 +144,12 @@ class ModelConfig:
         "identity",
         "ProMoE, kmeans: function from an expert's score to its routing weight",
         ("identity", "sigmoid", "softmax"),
+    )
+    router_input: str = option(
+        "modulated",
+        "tokens that routers score: those that the experts process, after the shift and scale of adaLN (modulated), or"
+        " the normalised tokens before it (unmodulated)",
+        ROUTER_INPUTS,
     )
     rcl_weight: float = option(1.0, "ProMoE: weight of the routing contrastive loss (RCL)", within=ZERO_UP)
     rcl_temperature: float = option(0.07, "ProMoE: temperature of the RCL, which divides its logits", within=POSITIVE)

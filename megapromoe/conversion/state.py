@@ -174,6 +174,7 @@ PUBLISHED_BLOCKS = {
     "positions": ("sincos",),
     "position_scale": (1.0,),
     "modulation": ("block",),
+    "router_input": ("modulated",),
     "condition": ("class",),
 }
 

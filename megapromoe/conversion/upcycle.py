@@ -176,7 +176,7 @@ def _scale_of_shared(parts: int) -> float:
 
 @torch.no_grad()
 def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") -> dict[int, Tensor]:
-    """The inputs of the MLPs in the blocks that will be MoE layers: block -> tokens (T, D) of conditional images.
+    """The inputs of the routers in the blocks that will be MoE layers: block -> tokens (T, D) of conditional images.
 
     The dense model runs on the first `images` samples of the stream of `config`, with noise as in training.
     """
@@ -185,12 +185,14 @@ def moe_inputs(dense: State, config: Config, images: int, weights: str = "ema") 
     stream = SampleStream(dataset, config.data.seed, 0.0, config.data.flip, config.model.null_class)
     objective = make_objective(config)
     inputs: dict[int, list[Tensor]] = {block: [] for block in config.model.moe_blocks}
-    hooks = [
-        model.blocks[block]
-        .get_submodule("mlp")
-        .register_forward_pre_hook(lambda _, arguments, b=block: inputs[b].append(arguments[0].flatten(0, 1)))
-        for block in inputs
-    ]
+    hooks = []
+    for block, tokens in inputs.items():
+        if config.model.router_input == "unmodulated":
+            norm = model.blocks[block].get_submodule("norm2")
+            hooks.append(norm.register_forward_hook(lambda *call, to=tokens: to.append(call[2].flatten(0, 1))))
+        else:
+            mlp = model.blocks[block].get_submodule("mlp")
+            hooks.append(mlp.register_forward_pre_hook(lambda *call, to=tokens: to.append(call[1][0].flatten(0, 1))))
     batch = 64
     for first in range(0, images, batch):
         samples = stream.batch(first, min(batch, images - first))

@@ -55,6 +55,7 @@ class Block(nn.Module):
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), Modulation(D, 6 * D))
         self.has_table = config.modulation == "shared"
+        self.routes_unmodulated = has_experts and config.router_input == "unmodulated"
         self.text_mlp = Mlp(D, config.text_ffn, config.activation) if config.text_ffn and not last else None
         self.recompute = "none"
 
@@ -96,18 +97,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, MoEAuxiliary | None]:
         """`forward`; a second pass with the same cache uses the routing decisions of the first."""
         recompute = self._recomputes("blocks")
-        x_BSD, h_BSD, gate_BD, text_BND = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
+        half = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
+        x_BSD, h_BSD, gate_BD, text_BND, scored_BSD = half
         if isinstance(self.mlp, Mlp | ConditionalMlp | MoE) and _fuses_biases(self.mlp):
-            return self._fused_half(self.mlp, x_BSD, h_BSD, gate_BD, text_BND, num_conditional, y_B)
+            return self._fused_half(self.mlp, *half, num_conditional, y_B)
         if isinstance(self.mlp, Mlp):
             return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
         if isinstance(self.mlp, ConditionalMlp):
             y_BSD = self._call(self.mlp, h_BSD, num_conditional, recompute=recompute)
             return self.residual(x_BSD, gate_BD, y_BSD, text_BND), None
         if not isinstance(self.mlp, MoE):  # another implementation of the layer, which is not in two steps
-            y_BSD, auxiliary = self._call(self.mlp, h_BSD, num_conditional, y_B, recompute=recompute)
+            y_BSD, auxiliary = self._call(self.mlp, h_BSD, num_conditional, y_B, scored_BSD, recompute=recompute)
             return self.residual(x_BSD, gate_BD, y_BSD, text_BND), auxiliary
-        inputs, routed = self.mlp.route(h_BSD, num_conditional, y_B, routing_cache)
+        inputs, routed = self.mlp.route(h_BSD, num_conditional, y_B, routing_cache, scored_BSD)
         # Only the tokens and their assignment: a checkpoint would keep everything else although the experts do not
         # use it.
         y_BSD, dropped = self._call(self.mlp.run_experts, *inputs, recompute=self._recomputes("moe", "blocks"))
@@ -120,6 +122,7 @@ class Block(nn.Module):
         h_BSD: Tensor,
         gate_BD: Tensor,
         text_BND: Tensor | None,
+        scored_BSD: Tensor | None,
         num_conditional: int,
         y_B: Tensor | None,
     ) -> tuple[Tensor, MoEAuxiliary | None]:
@@ -132,19 +135,19 @@ class Block(nn.Module):
             assert image_biases is not None
             added_BD = conditional_mlp.biases_of_images(image_biases, num_conditional, gate_BD)
             return self.residual(x_BSD, gate_BD, y_BSD, text_BND, added_BD), None
-        inputs, routed = mlp.route(h_BSD, num_conditional, y_B)
+        inputs, routed = mlp.route(h_BSD, num_conditional, y_B, None, scored_BSD)
         y_BSD, biases, dropped = mlp.outputs_and_biases(*inputs, with_biases=False)
         bias_BD = biases_of_images(biases, inputs.num_routed_images, gate_BD)
         return self.residual(x_BSD, gate_BD, y_BSD, text_BND, bias_BD), auxiliary_of(routed, dropped)
 
     def attention_half(
         self, x_BSD: Tensor, c_BD: Tensor, context: AttentionContext = NO_CONTEXT
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """The block up to its MLP.
 
         Returns:
-            the residual stream of the image, the MLP's input, the MLP's residual gate (B, D); and with text its tokens
-            at the end of the block.
+            the residual stream of the image, the MLP's input, the MLP's residual gate (B, D); with text its tokens at
+            the end of the block; and with `model.router_input=unmodulated` the tokens that the router scores.
         """
         rotation, mask, num_text = context[:3]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c_BD, context).chunk(6, dim=1)
@@ -152,18 +155,32 @@ class Block(nn.Module):
             heads_BSD = self.attn.joined_heads(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
             y_BSD, bias_D = self.attn.proj.without_bias(heads_BSD)
             x_BSD = GatedResidual.apply(x_BSD, gate1, y_BSD, bias_D.expand_as(gate1))
-            return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, None
+            h_BSD, scored_BSD = self.mlp_input(x_BSD, shift2, scale2)
+            return x_BSD, h_BSD, gate2, None, scored_BSD
         y_BSD = gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x_BSD), shift1, scale1), rotation, mask)
         if mask is None:
             x_BSD = x_BSD + y_BSD
-            return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, None
+            h_BSD, scored_BSD = self.mlp_input(x_BSD, shift2, scale2)
+            return x_BSD, h_BSD, gate2, None, scored_BSD
         # Two sums and not slices of one, so that the tokens of the image are contiguous: experts take no others.
         text_BND = x_BSD[:, :num_text] + y_BSD[:, :num_text]
         x_BSD = x_BSD[:, num_text:] + y_BSD[:, num_text:]
         if self.text_mlp is not None:
             text_y_BND = self.text_mlp(modulate(self.norm2(text_BND), shift2, scale2))
             text_BND = text_BND + gate2.unsqueeze(1) * text_y_BND
-        return x_BSD, modulate(self.norm2(x_BSD), shift2, scale2), gate2, text_BND
+        h_BSD, scored_BSD = self.mlp_input(x_BSD, shift2, scale2)
+        return x_BSD, h_BSD, gate2, text_BND, scored_BSD
+
+    def mlp_input(self, x_BSD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens for the MLP or MoE layer, and those that its router scores if they are others.
+
+        With `model.router_input=unmodulated` the router scores the normalised tokens, and experts process
+        normalised · (1 + scale) + shift. Scale and shift depend on the time and the condition. Their magnitude would
+        otherwise decide about the scores as much as the content of a token. Source: Nucleus-Image, arXiv 2604.12163,
+        "decoupled routing".
+        """
+        normalised_BSD = self.norm2(x_BSD)
+        return modulate(normalised_BSD, shift_BD, scale_BD), normalised_BSD if self.routes_unmodulated else None
 
     def modulation(self, c_BD: Tensor, context: AttentionContext = NO_CONTEXT) -> Tensor:
         """Shifts, scales and residual gates (B, 6D)."""

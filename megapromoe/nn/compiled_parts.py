@@ -79,10 +79,12 @@ class Begun(NamedTuple):
 # ---- the parts, each a graph
 
 
-def choose(moe: MoE, h_BSD: Tensor, y_B: Tensor | None, sizes: Sizes) -> tuple[Tensor, RouterOutput]:
+def choose(
+    moe: MoE, h_BSD: Tensor, y_B: Tensor | None, sizes: Sizes, scored_BSD: Tensor | None = None
+) -> tuple[Tensor, RouterOutput]:
     """`MoE.route`."""
     torch._check(sizes.conditional.shape[0] <= h_BSD.shape[0])
-    inputs, routed = MoE.route(moe, h_BSD, sizes.conditional.shape[0], y_B, RoutingCache())
+    inputs, routed = MoE.route(moe, h_BSD, sizes.conditional.shape[0], y_B, RoutingCache(), scored_BSD)
     return expert_precision(inputs.x_BSD), routed
 
 
@@ -90,8 +92,8 @@ def route(
     block: Any, x_BSD: Tensor, c_BD: Tensor, y_B: Tensor | None, sizes: Sizes, context: AttentionContext
 ) -> Routed:
     """Attention half and router."""
-    x_BSD, h_BSD, gate_BD, text_BND = block.attention_half(x_BSD, c_BD, context)
-    return Routed(x_BSD, gate_BD, text_BND, *choose(block.mlp, h_BSD, y_B, sizes))
+    x_BSD, h_BSD, gate_BD, text_BND, scored_BSD = block.attention_half(x_BSD, c_BD, context)
+    return Routed(x_BSD, gate_BD, text_BND, *choose(block.mlp, h_BSD, y_B, sizes, scored_BSD))
 
 
 def begin(
@@ -236,11 +238,15 @@ class CompiledParts:
         """`MoE.route`, if no second pass has to route as the first."""
 
         def route(
-            x_BSD: Tensor, num_conditional: int, y_B: Tensor | None, routing_cache: RoutingCache
+            x_BSD: Tensor,
+            num_conditional: int,
+            y_B: Tensor | None,
+            routing_cache: RoutingCache,
+            scored_BSD: Tensor | None = None,
         ) -> tuple[ExpertInputs, RouterOutput]:
             images = x_BSD.shape[0] if moe.unconditional is None else num_conditional
             sizes = Sizes(conditional_images(num_conditional, x_BSD.shape[0]))
-            x_BSD, routed = self._run(choose, moe, x_BSD, y_B, sizes)
+            x_BSD, routed = self._run(choose, moe, x_BSD, y_B, sizes, scored_BSD)
             return ExpertInputs(x_BSD, routed.assignment, images), routed
 
         return route

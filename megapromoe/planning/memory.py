@@ -51,7 +51,12 @@ def saved_tensors(config: Config, layout: Layout, batch: Batch) -> list[Saved]:
         return [*ends, *block_inputs, *_times(moe, _routing_results(model, batch))]
     kept = [*ends, *_times(moe, _router(config, layout, batch, b)), *_times(depth, _residual(model, batch, b))]
     if recompute == "blocks":
-        return [*kept, *block_inputs, *_times(depth, _input(model, batch, b))]
+        return [
+            *kept,
+            *block_inputs,
+            *_times(depth, _input(model, batch, b)),
+            *_times(moe, _scored(model, batch, b)),
+        ]
     keeps_input = recompute == "moe" or _moe_keeps_input(model, b)
     return [
         *kept,
@@ -110,13 +115,21 @@ def _input(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
     yield Saved("residual", "the MLP's or MoE's input", batch.images * model.tokens * model.hidden_size * b)
 
 
+def _scored(model: ModelConfig, batch: Batch, b: int) -> Iterator[Saved]:
+    """The tokens that a router scores, if they are not the layer's input and no recomputed norm saves them.
+
+    Some routers save the tokens, others a copy in float32 or, for their mean, none.
+    """
+    saves = model.router in (*PROMOE_ROUTERS, "diffmoe") or (b == 4 and model.router != "classification")
+    if model.router_input == "unmodulated" and saves:
+        yield Saved("router", "normalised tokens", batch.images * model.tokens * model.hidden_size * b)
+
+
 def _moe_keeps_input(model: ModelConfig, b: int) -> bool:
     """Whether the input of an MoE layer is saved; else it is freed after the gather of rows and the router's copy."""
-    return (
-        bool(model.shared_experts or model.unconditional_experts)
-        or model.router in (*PROMOE_ROUTERS, "diffmoe")
-        or b == 4
-    )
+    if model.shared_experts or model.unconditional_experts:
+        return True
+    return model.router_input == "modulated" and (model.router in (*PROMOE_ROUTERS, "diffmoe") or b == 4)
 
 
 def _attention_half(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:

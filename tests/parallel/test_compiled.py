@@ -54,6 +54,7 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(
             7, ("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")
         ),
+        full(11, ("parallel.ep=2", "model.router_input=unmodulated", "parallel.recompute=moe")),
         # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts.
         full(WHOLE_BLOCKS - 1, ("model.router=conditional", "parallel.tp=2", *BLOCKS)),
         full(7, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
@@ -123,6 +124,7 @@ COMPILED_CASES = {
     "conditional": ("model.router=conditional",),
     "conditional without shared experts": ("model.router=conditional", "model.shared_expert=false"),
     "balance": ("model.balance_weight=0.01", "model.top_k=2"),
+    "unmodulated": ("model.router_input=unmodulated", "model.top_k=2"),
     "three blocks": ("model.depth=3", "model.moe_every=1", "model.top_k=2", "model.score_function=sigmoid"),
 }
 LOOPED = ("two experts a token",)

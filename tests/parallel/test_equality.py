@@ -224,6 +224,28 @@ CONDITIONALS = [
 ]
 
 
+# Routers that score the normalised tokens. The first case is quick.
+UNMODULATED = ("model.router_input=unmodulated",)
+ROUTER_INPUTS = [
+    Case(4, tp=2, ep=2, zero=2, what=UNMODULATED, recompute="blocks"),
+    Case(4, tp=2, ep=2, zero=3, what=(*UNMODULATED, "model.router=kmeans", *TWICE), recompute="all"),
+    Case(4, ep=4, zero=1, what=(*UNMODULATED, "model.router=diffmoe", *ALL_OPTIONS)),
+    Case(4, tp=2, ep=2, expert_tp=True, what=(*UNMODULATED, "model.router=promoe_ec", *WITH_FFN)),
+    Case(2, ep=2, what=(*UNMODULATED, "model.router=tc", "model.balance_weight=0.01"), recompute="moe"),
+]
+
+
+# Many narrow experts, several for a token.
+FINE = ("model.num_experts=48", "model.top_k=4", "model.activation=swiglu", "model.expert_width=16")
+FINE = (*FINE, "model.shared_expert_width=40", "model.num_unconditional_experts=4")
+FINE_GRAINED = [
+    Case(4, ep=4, zero=2, what=FINE),
+    Case(4, tp=2, ep=4, zero=3, what=(*FINE, *TWICE), recompute="all"),
+    Case(4, ep=4, zero=1, what=(*FINE, "model.router=tc", "model.shared_expert=false", "model.shared_expert_width=0",
+                                "model.unconditional_expert=false", "model.num_unconditional_experts=1"), grouped=True),
+]  # fmt: skip
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -233,8 +255,8 @@ def quick_factors(case: Case) -> dict[str, Hashable]:
 QUICK = pairwise([quick_factors(case) for case in CASES])
 QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
 CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES]
-QUICK += [len(CASES)]
-CASES += CONDITIONALS
+QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
+CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
 
 
 @cache

@@ -96,6 +96,9 @@ MODELS = (
     ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=classification",),
     ("model.top_k=2", "model.score_function=sigmoid"),
+    ("model.router_input=unmodulated",),
+    ("model.router_input=unmodulated", "model.router=ec"),
+    ("model.router_input=unmodulated", "model.router=promoe_ec", "model.shared_expert=false"),
     ("model.num_shared_experts=3", "model.shared_expert_width=40", "model.num_unconditional_experts=2"),
 )
 BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")

@@ -30,6 +30,7 @@ ROUTERS = (
     ("model.router=promoe", "model.modulation=shared", "model.qk_norm=rms"),
     ("model.router=dense",),
     ("model.router=conditional",),
+    ("model.router=promoe", "model.router_input=unmodulated"),
 )
 TEXT = ("model.router=promoe", "data.source=unset", "model.condition=text", "model.num_classes=1000")
 TEXT = (*TEXT, "model.text_width=6", "model.text_tokens=5", "model.text_ffn=24")

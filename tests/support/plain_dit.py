@@ -78,12 +78,14 @@ def _block(p, m, block, text_ND, x_SD, c_D, angles, conditional) -> tuple[Tensor
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6)
     z_ND = torch.cat([text_ND, x_SD])
     z_ND = z_ND + gate1 * _attention(p, m, f"{name}.attn", _norm(m.norm, z_ND, 1e-6) * (1 + scale1) + shift1, angles)
-    h_ND = _norm(m.norm, z_ND, m.mlp_norm_eps) * (1 + scale2) + shift2
+    normalised_ND = _norm(m.norm, z_ND, m.mlp_norm_eps)
+    h_ND = normalised_ND * (1 + scale2) + shift2
     text_ND, x_SD = z_ND[:N], z_ND[N:]
     if f"{name}.text_mlp.fc1.weight" in p:
         text_ND = text_ND + gate2 * _mlp(p, m, f"{name}.text_mlp", h_ND[:N])
     if block in m.moe_blocks:
-        return text_ND, x_SD + gate2 * _moe(p, m, f"{name}.mlp", h_ND[N:], conditional)
+        scored_ND = normalised_ND if m.router_input == "unmodulated" else h_ND
+        return text_ND, x_SD + gate2 * _moe(p, m, f"{name}.mlp", h_ND[N:], scored_ND[N:], conditional)
     if block in m.conditional_blocks:
         which = "conditional" if conditional else "unconditional"
         y_SD = _summed(p, m, f"{name}.mlp.shared", m.shared_experts, h_ND[N:])
@@ -121,14 +123,14 @@ def _attention(p, m: ModelConfig, name: str, x_SD: Tensor, angles: Tensor) -> Te
 _QK_EPS = {"layer": 1e-5, "rms": 1e-6}
 
 
-def _moe(p, m: ModelConfig, name: str, x_SD: Tensor, conditional: bool) -> Tensor:
+def _moe(p, m: ModelConfig, name: str, x_SD: Tensor, scored_SD: Tensor, conditional: bool) -> Tensor:
     out = _summed(p, m, f"{name}.shared", m.shared_experts, x_SD)
     if m.unconditional_experts and not conditional:
         return out + _summed(p, m, f"{name}.unconditional", m.unconditional_experts, x_SD)
     prototypes = p[f"{name}.router.prototypes"]
     rows = []
     for s, token in enumerate(x_SD):
-        cosine_E = prototypes @ token / (prototypes.norm(dim=1) * token.norm())
+        cosine_E = prototypes @ scored_SD[s] / (prototypes.norm(dim=1) * scored_SD[s].norm())
         weight_E = {"identity": cosine_E, "sigmoid": cosine_E.sigmoid(), "softmax": cosine_E.softmax(0)}
         y = out[s]
         for e in cosine_E.argsort(descending=True)[: m.top_k].tolist():

@@ -54,6 +54,9 @@ def stirred(config: ModelConfig) -> DiT:
         full({"router": "dense", **ALL}),
         full({"top_k": 2, "num_shared_experts": 2, "num_unconditional_experts": 2, "expert_width": 20, **ALL}),
         full({"shared_expert": False, "unconditional_expert": False, "activation": "swiglu"}),
+        {"router_input": "unmodulated", "top_k": 2},
+        full({"router_input": "unmodulated", "shared_expert": False, **ALL}),
+        full({"router": "conditional", **ALL}),
     ],
     ids=lambda change: " ".join(f"{name}={value}" for name, value in change.items()) or "defaults",
 )
@@ -90,10 +93,11 @@ def test_grouped_and_looped_experts_are_one():
 def test_the_defaults_are_those_of_the_published_models():
     defaults = {f.name: f.default for f in fields(ModelConfig)}
     published = {"activation": "gelu", "norm": "layer", "qk_norm": "none", "positions": "sincos", "modulation": "block"}
+    published |= {"router_input": "modulated"}
     assert {name: defaults[name] for name in published} == published
 
 
-@pytest.mark.parametrize("option, value", ALL.items())
+@pytest.mark.parametrize("option, value", [*ALL.items(), ("router_input", "unmodulated")])
 def test_every_option_changes_the_model(option, value):
     """That is, none is ignored: with equal parameters, where there are such, the outputs differ."""
     plain, changed = stirred(SMALL), stirred(replace(SMALL, **{option: value}))

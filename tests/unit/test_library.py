@@ -107,7 +107,7 @@ def test_the_options_are_those_of_a_model():
     of_the_backbone |= {"norm", "positions", "modulation", "condition", "text_width", "text_tokens", "text_ffn"}
     of_the_backbone |= {"learn_sigma", "time_input", "time_frequency_shift", "mlp_norm_eps", "moe_every"}
     of_the_backbone |= {"position_scale"}
-    of_the_backbone |= {"align_block", "align_width", "align_hidden", "align_weight"}
+    of_the_backbone |= {"router_input", "align_block", "align_width", "align_hidden", "align_weight"}
     assert used | of_the_backbone == set(known) and not used & of_the_backbone
 
 

@@ -9,13 +9,14 @@ from megapromoe.config.model_options import UNROUTED
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
 from megapromoe.nn.dit import DiT
-from megapromoe.planning.cost import parameters
+from megapromoe.planning.cost import flops_per_image, parameters
 
 
 def test_the_names():
     names = "promoe_s promoe_b promoe_l promoe_xl promoe_l_ec dit_b dit_l dit_xl tc_l_e8 ec_l_e8"
     names += " diffmoe_b_e8 diffmoe_l_e8 diffmoe_xl_e8 digits fashion scenes t2i_3b tc_t2i_12b promoe_t2i_12b"
     names += " dense_conditional_b dense_conditional_l dense_conditional_xl"
+    names += " promoe_s_fine promoe_b_fine promoe_l_fine promoe_xl_fine"
     names += " promoe_l_k3 promoe_b_ddpm promoe_l_ddpm promoe_xl_ddpm diffmoe_l_e16"
     assert set(PRESETS) == set(names.split())
 
@@ -71,6 +72,34 @@ def test_conditional_routing_alone_is_promoe_without_routed_experts(size):
     assert active == parameters(dit.model).active + blocks * conditional.model.hidden_size
     with torch.device("meta"):
         assert parameters(conditional.model).trainable == sum(p.numel() for p in DiT(conditional.model).parameters())
+
+
+# Total, trainable and active parameters, and the active ones more than ProMoE's.
+FINE = {
+    "s": (75_630_176, 75_531_872, 32_978_528, -14_784),
+    "b": (300_780_896, 300_584_288, 130_542_944, -29_376),
+    "l": (1_053_802_208, 1_053_540_064, 458_282_720, 20_160),
+    "xl": (1_568_340_832, 1_568_045_920, 675_236_704, -102_592),
+}
+
+
+@pytest.mark.parametrize("size", FINE)
+def test_fine_grained_experts_have_the_active_parameters_of_promoe(size):
+    """48 experts, 4 for a token, with SwiGLU: within 0.05 % of ProMoE's; to the last parameter the built model's."""
+    fine, promoe = resolve(f"promoe_{size}_fine"), resolve(f"promoe_{size}")
+    counted, model = parameters(fine.model), fine.model
+    more = counted.active - parameters(promoe.model).active
+    assert (counted.total, counted.trainable, counted.active, more) == FINE[size]
+    assert (
+        abs(more) < 5e-4 * counted.active
+        and abs(flops_per_image(model).forward / flops_per_image(promoe.model).forward - 1) < 2e-3
+    )
+    assert (model.num_experts, model.top_k, model.activation) == (48, 4, "swiglu")
+    # Rows of 16 bytes in bf16 for grouped products, and widths that tensor parallelism divides.
+    assert not any(width % 8 for width in (model.moe_width, model.shared_width, model.mlp_width))
+    assert (fine.data, fine.train, fine.sample) == (promoe.data, promoe.train, promoe.sample)
+    with torch.device("meta"):
+        assert counted.trainable == sum(p.numel() for p in DiT(model).parameters())
 
 
 def test_published_recipe():

@@ -161,6 +161,7 @@ class MoE(RegionModule):
         num_conditional: int | None = None,
         y: Tensor | None = None,
         routing_cache: RoutingCache | None = None,
+        router_input: Tensor | None = None,
     ) -> tuple[Tensor, MoEAuxiliary]:
         """Applies the layer.
 
@@ -171,6 +172,7 @@ class MoE(RegionModule):
             y: the labels (B,) of the images, int64; only the classification router needs them, in training.
             routing_cache: one for each batch, if activations are recomputed: the second pass over the batch then routes
                 as the first, and does not communicate statistics or train the state of the router again.
+            router_input: tokens that the router scores instead of x, shaped as x; the experts process x.
 
         Returns:
             the output, shaped as x, without the residual connection; and what the layer did.
@@ -178,9 +180,12 @@ class MoE(RegionModule):
         Raises ValueError if the shapes do not fit or `num_conditional` is not between 0 and B.
         """
         x_BSD = x.unsqueeze(0) if x.dim() == 2 else x
-        inputs, routed = self.route(
-            x_BSD, x_BSD.shape[0] if num_conditional is None else num_conditional, y, routing_cache
-        )
+        number = x_BSD.shape[0] if num_conditional is None else num_conditional
+        if router_input is not None and router_input.shape != x.shape:
+            shapes = f"{tuple(router_input.shape)}: must be that of x, {tuple(x.shape)}"
+            raise ValueError(f"router_input has the shape {shapes}")
+        scored_BSD = None if router_input is None else router_input.view(x_BSD.shape)
+        inputs, routed = self.route(x_BSD, number, y, routing_cache, scored_BSD)
         y_BSD, dropped = self.run_experts(*inputs)
         return y_BSD.view(x.shape), auxiliary_of(routed, dropped)
 
@@ -190,6 +195,7 @@ class MoE(RegionModule):
         num_conditional: int,
         y_B: Tensor | None = None,
         routing_cache: RoutingCache | None = None,
+        scored_BSD: Tensor | None = None,
     ) -> tuple[ExpertInputs, RouterOutput]:
         """The first step: assigns experts to the tokens of the routed images.
 
@@ -198,6 +204,7 @@ class MoE(RegionModule):
             num_conditional: how many images are not null.
             y_B: the labels of all images.
             routing_cache: the decisions of an earlier pass over the same batch.
+            scored_BSD: the tokens that the router scores; None: x_BSD.
 
         Returns:
             the arguments of `run_experts`, and the output of the router.
@@ -205,7 +212,9 @@ class MoE(RegionModule):
         self._check(x_BSD, num_conditional, y_B)
         # Without an unconditional expert all images are routed.
         images = x_BSD.shape[0] if self.unconditional is None else num_conditional
-        if torch.compiler.is_compiling():  # it fuses the backward of a slice
+        if scored_BSD is not None:
+            routed_BSD = scored_BSD[:images]
+        elif torch.compiler.is_compiling():  # it fuses the backward of a slice
             routed_BSD = x_BSD[:images]
         else:
             x_BSD, routed_BSD, _ = split_conditional(x_BSD, images)
