@@ -31,6 +31,7 @@ SMALL = (
     *("model.in_channels=4", "model.num_classes=10", "data.source=synthetic", "data.size=64"),
 )
 ROOT = Path(__file__).parents[2]
+BALANCE_BIAS = "model.balance_bias=0.01"
 TABLE = "y_embedder.embedding_table.weight"
 MODELS = {
     "promoe": (),
@@ -40,6 +41,9 @@ MODELS = {
     "tc": ("model.router=tc",),
     "diffmoe": ("model.router=diffmoe",),
     "kmeans": ("model.router=kmeans",),
+    "race": ("model.router=race",),
+    "gmm": ("model.router=gmm", "model.mixture_variance=isotropic"),
+    "balance_bias": ("model.balance_bias=0.01",),
     "several": ("model.num_shared_experts=2", "model.num_unconditional_experts=2"),
     "no_unconditional": ("model.unconditional_expert=false",),
     "blocks": ("model.activation=swiglu", "model.norm=rms", "model.positions=rope", "model.modulation=shared"),
@@ -285,6 +289,22 @@ def test_the_variance_is_dropped_or_begins_at_zero(plain, tmp_path):
 
 
 # ---- other experts
+
+
+def test_balance_biases_start_at_zero_or_are_those_of_the_source(tmp_path, plain):
+    """From a file with biases, from files without, into more experts; without biases a run would route otherwise."""
+    path, made = plain
+    export(made, tmp_path / "a.pth", "published")
+    for source in (path, tmp_path / "a.pth"):
+        assert not started(source, BALANCE_BIAS)[1].buffers
+    path, made = saved_run(tmp_path, BALANCE_BIAS)
+    (name,) = made.buffers
+    assert made.buffers[name].any()
+    assert torch.equal(started(path, BALANCE_BIAS)[1].buffers[name], made.buffers[name])
+    grown = started(path, BALANCE_BIAS, "model.num_experts=8")[1]
+    assert torch.equal(grown.buffers[name], made.buffers[name].repeat(2))
+    with pytest.raises(UserError, match=r"model\.balance_bias = 0: must be more than 0"):
+        started(path)
 
 
 def test_each_expert_is_split(plain):
