@@ -229,12 +229,14 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router == "gmm":
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "squares", T * (D if model.mixture_variance == "diagonal" else 1) * 4)
+        yield Saved("router", "means, variances", (5 if copy else 2) * E * D * 4)
         yield Saved("router", "posteriors, densities", T * (2 if model.mixture_weight else 1) * E * 4)
     if model.router in GATE_ROUTERS or model.has_custom_router:  # a user's router counts as a gate
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "scores", T * E * 4)
     if model.router == "race":
         yield Saved("router", "float32 tokens", copy)
+        yield Saved("router", "float32 matrices", D * (D + E) * 4 if copy else 0)
         yield Saved("router", "hidden units, around the GELU", 2 * T * D * 4)
         yield Saved("router", "probabilities, choices", (2 if model.router_similarity_weight else 0) * T * E * 4)
     if model.router == "diffmoe":
