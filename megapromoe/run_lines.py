@@ -21,6 +21,8 @@ AUXILIARY_LOSSES = {
     "classification": "classification_loss",
     "capacity": "capacity_loss",
     "alignment": "alignment_loss",
+    "mixture": "mixture_loss",
+    "similarity": "similarity_loss",
 }
 # Losses of users' routers are logged as "NAME_loss".
 LOSSES = (DENOISING_LOSS, *AUXILIARY_LOSSES.values(), TOTAL_LOSS)

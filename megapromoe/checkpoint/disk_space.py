@@ -139,10 +139,11 @@ def _elements(config: Config, hidden: bool | None) -> int:
 
 
 def buffer_bytes(config: Config) -> int:
-    """Bytes of the model's persistent buffers: DiffMoE's thresholds; the k-means centroids and their shares."""
+    """Bytes of the model's persistent buffers: thresholds, k-means centroids and shares, balance biases."""
     model = config.model
-    per_layer = {"diffmoe": model.num_experts, "kmeans": model.num_experts * (model.hidden_size + 1)}
-    return 4 * per_layer.get(model.router, 0) * len(model.moe_blocks)
+    per_layer = {"diffmoe": model.num_experts, "race": 1, "kmeans": model.num_experts * (model.hidden_size + 1)}
+    biases = model.num_experts if model.balance_bias else 0
+    return 4 * (per_layer.get(model.router, 0) + biases) * len(model.moe_blocks)
 
 
 def most_at_once(steps: int, between: int, keep: int, keep_every: int, max_bad_steps: int) -> int:

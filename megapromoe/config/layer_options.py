@@ -28,13 +28,17 @@ class LayerOptions(TypedDict, total=False):
     rcl_tokens: str
     balance_weight: float
     balance_form: str
+    balance_bias: float
     batch_scope: str
     capacity_factor: float
     num_classes: int
     superclasses: str
     classification_weight: float
     kmeans_decay: float
+    mixture_variance: str
+    mixture_weight: float
     capacity_predictor_weight: float
+    router_similarity_weight: float
     threshold_decay: float
 
 

@@ -6,25 +6,20 @@ from megapromoe.config import class_groups, extensions
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, option
 
 ROUTERS = (
-    "dense",
-    "conditional",
-    "promoe",
-    "promoe_ec",
-    "promoe_linear",
-    "classification",
-    "kmeans",
-    "tc",
-    "ec",
-    "diffmoe",
+    *("dense", "conditional", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "gmm"),
+    *("tc", "ec", "diffmoe", "race"),
 )
 UNROUTED = ("dense", "conditional")  # values of `router` without routed experts
 PROMOE_ROUTERS = ("promoe", "promoe_ec")  # routers with prototypes
 GATE_ROUTERS = ("promoe_linear", "tc", "ec", "diffmoe")  # routers with a linear gate
 GUIDED_ROUTERS = ("classification", "kmeans")
 # Two-step routing: null images go to the unconditional expert, and a shared expert complements the routed ones.
-TWO_STEP_ROUTERS = ("conditional", *PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS)
+TWO_STEP_ROUTERS = ("conditional", *PROMOE_ROUTERS, "promoe_linear", *GUIDED_ROUTERS, "gmm")
 PUBLISHED_ROUTERS = ("dense", *PROMOE_ROUTERS, "tc", "ec", "diffmoe")
-BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification")  # routers that can have a balance loss
+# Routers that can have a balance loss.
+BALANCED_ROUTERS = ("promoe", "promoe_linear", "tc", "classification", "gmm")
+BIASED_ROUTERS = ("promoe", "promoe_linear", "tc")  # routers that a bias can balance
+BATCH_CHOICE_ROUTERS = ("diffmoe", "race")  # choose over a batch; how many rows a rank has depends on the scores
 EXPERT_CHOICE_ROUTERS = ("promoe_ec", "ec", "diffmoe")
 ROUTER_INPUTS = ("modulated", "unmodulated")
 TIME_INPUTS = ("dit", "repa", "sit")
@@ -39,8 +34,9 @@ class ModelConfig:
     router: str = option(
         "promoe",
         "how experts are chosen: dense has none; conditional has one for classes or texts and one for null images;"
-        " ProMoE by token choice (promoe) or expert choice (promoe_ec), without prototypes (promoe_linear), by classes"
-        " or by k-means; tc, ec and diffmoe are baselines; or one's own, see docs/library.md",
+        " ProMoE by token choice (promoe) or expert choice (promoe_ec), without prototypes (promoe_linear), by classes,"
+        " k-means or a Gaussian mixture (gmm); tc, ec, diffmoe and race are baselines; or one's own, see"
+        " docs/library.md",
         ROUTERS,
         accepts=extensions.ROUTER.accepts,
     )
@@ -123,7 +119,9 @@ class ModelConfig:
         "distance between MoE blocks, in blocks; 1: every block is one, 2: every second block, from the second on",
         within=ONE_UP,
     )
-    shared_expert: bool = option(True, "ProMoE, classification, kmeans: add shared experts, which process every token")
+    shared_expert: bool = option(
+        True, "ProMoE, classification, kmeans, gmm: add shared experts, which process every token"
+    )
     num_shared_experts: int = option(
         1,
         "number of shared experts in each MoE block, with shared_expert=true; their outputs are summed",
@@ -133,7 +131,7 @@ class ModelConfig:
         0, "width of a shared expert, in channels; 0: the width of a routed expert", within=ZERO_UP
     )
     unconditional_expert: bool = option(
-        True, "ProMoE, classification, kmeans: add unconditional experts, for the tokens of null-class images"
+        True, "ProMoE, classification, kmeans, gmm: add unconditional experts, for the tokens of null-class images"
     )
     num_unconditional_experts: int = option(
         1,
@@ -142,7 +140,7 @@ class ModelConfig:
     )
     score_function: str = option(
         "identity",
-        "ProMoE, kmeans: function from an expert's score to its routing weight",
+        "ProMoE, kmeans, race: function from an expert's score to its routing weight",
         ("identity", "sigmoid", "softmax"),
     )
     router_input: str = option(
@@ -167,6 +165,14 @@ class ModelConfig:
     kmeans_decay: float = option(
         0.9, "kmeans: decay of the running centroids at each step; 0 as published", within="[0, 1)"
     )
+    mixture_variance: str = option(
+        "diagonal",
+        "gmm: variances of each expert's component: one for each channel (diagonal), or one for all (isotropic)",
+        ("diagonal", "isotropic"),
+    )
+    mixture_weight: float = option(
+        1.0, "gmm: weight of the negative log-likelihood by which the mixture is fitted to the tokens", within=ZERO_UP
+    )
     capacity_factor: float = option(
         0.0,
         "most rows (pairs of token and expert) for an expert, as a multiple of an even share; further rows are dropped;"
@@ -184,7 +190,14 @@ class ModelConfig:
         "images over which the balance loss balances the experts: the batch, or each image (sequence)",
         ("batch", "sequence"),
     )
+    balance_bias: float = option(
+        0.0,
+        "promoe, promoe_linear, tc: step by which a bias of each expert moves after each update, so that the load of"
+        " experts becomes even without a loss; the bias is added to scores for the choice of experts alone; 0: no bias",
+        within=ZERO_UP,
+    )
     capacity_predictor_weight: float = option(0.01, "DiffMoE: weight of the capacity predictor's loss", within=ZERO_UP)
+    router_similarity_weight: float = option(1e-4, "race: weight of the router similarity loss", within=ZERO_UP)
     align_block: int = option(
         0,
         "number of blocks after which tokens are aligned with the features of a teacher in training (REPA), which"
@@ -197,7 +210,7 @@ class ModelConfig:
     )
     align_weight: float = option(0.5, "align_block: weight of the alignment loss", within=POSITIVE)
     threshold_decay: float = option(
-        0.95, "DiffMoE: decay of the running score thresholds at each step", within="[0, 1)"
+        0.95, "DiffMoE, race: decay of the running score thresholds at each step", within="[0, 1)"
     )
 
     @property
@@ -296,7 +309,7 @@ class ModelConfig:
 
     @property
     def rows_per_image(self) -> int:
-        """Rows that an image's tokens send to routed experts in one MoE layer; for DiffMoE the mean over a large batch.
+        """Rows that an image's tokens send to routed experts in one MoE layer; under a choice over batches their mean.
 
         Where DiffMoE's average is no whole number for each expert, it counts as if it chose per image.
         """

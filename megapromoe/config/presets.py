@@ -109,6 +109,9 @@ PRESETS: dict[str, Preset] = {
     "promoe_b_fine": _fine("b"),  # 300.6M, 130.5M
     "promoe_l_fine": _fine("l"),  # 1.054B, 458.3M
     "promoe_xl_fine": _fine("xl"),  # 1.568B, 675.2M
+    # A Gaussian mixture instead of prototypes. Source: table 15; the router itself is inferred.
+    "gmm_l": _published("l", "gmm"),  # 1.063B, 458.4M, FID-50K 3.76
+    "gmm_l_k3": _published("l", "gmm", top_k=3),  # 1.063B, 559.1M, FID-50K 3.72
     # ProMoE, expert choice, which its release recommends for DDPM.
     "promoe_l_ec": _published("l", "promoe_ec"),
     # ProMoE under DDPM. Source: tables 4 and 18: the contrastive loss has weight 10 for B alone.
@@ -126,6 +129,8 @@ PRESETS: dict[str, Preset] = {
     "dense_conditional_xl": _published("xl", "conditional"),  # 749.2M, 675.1M
     # Token choice with a linear gate and a balance loss; expert choice.
     "tc_l_e8": _published("l", "tc", **_BASELINE, balance_weight=0.01, balance_form="batch"),  # 1.163B, 458.2M
+    # The same balanced by a bias. Source of the rate: arXiv 2408.15664. The model is not published.
+    "tc_l_e8_bias": _published("l", "tc", **_BASELINE, balance_bias=0.001),
     "ec_l_e8": _published("l", "ec", **_BASELINE),  # 1.163B, 458.2M
     # DiffMoE: expert choice over the batch, with a capacity predictor.
     "diffmoe_b_e8": _published("b", "diffmoe", **_BASELINE),  # 332.5M
@@ -134,6 +139,9 @@ PRESETS: dict[str, Preset] = {
     # Inferred: the model of 8 experts in the release's code, with 16. It has 1.982B parameters; table 5 states 1.846B,
     # and 1.095B for 8 experts, where that code has 1.176B.
     "diffmoe_l_e16": _published("l", "diffmoe", **(_BASELINE | {"num_experts": 16})),  # 1.982B, FID-50K 3.30
+    # Expert Race, with the experts of the other baselines. Not published at these sizes.
+    "race_b_e8": _published("b", "race", **_BASELINE),  # 332.5M
+    "race_l_e8": _published("l", "race", **_BASELINE),  # 1.176B
     # Text-to-image: a dense model, and two with 4 times its parameters. Source: arXiv 2510.24711, appendix A.
     "t2i_3b": _text_to_image("dense"),  # 3.090B
     "tc_t2i_12b": _text_to_image(  # 12.833B, 3.091B

@@ -5,7 +5,13 @@ import re
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
-from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, UNROUTED, ModelConfig
+from megapromoe.config.model_options import (
+    BIASED_ROUTERS,
+    EXPERT_CHOICE_ROUTERS,
+    GUIDED_ROUTERS,
+    UNROUTED,
+    ModelConfig,
+)
 from megapromoe.config.options import FIXED_SIZES, MAX_PROFILED, UNSET, Config, Rule, TrainConfig
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
 
@@ -251,7 +257,13 @@ def layer_rules(model: ModelConfig) -> Iterator[Rule]:
     if model.router not in UNROUTED and model.top_k > model.num_experts:
         yield ("model.top_k", "model.num_experts"), f"must be at most model.num_experts = {model.num_experts}"
     yield from _guided_rules(model)
+    if model.balance_bias and model.router not in BIASED_ROUTERS:
+        rule = f"must be 0 with model.router = {model.router!r}; it is for {', '.join(BIASED_ROUTERS)}"
+        yield ("model.balance_bias", "model.router"), rule
     yield from _dense_expert_rules(model)
+    if model.capacity_factor and model.router == "race":
+        rule = "must be 0 with model.router = 'race', of whose rows a rank can have any number"
+        yield ("model.capacity_factor", "model.router"), rule
     if model.capacity_factor and model.router in (*UNROUTED, *EXPERT_CHOICE_ROUTERS):
         rule = (
             f"must be 0 with model.router = {model.router!r}, which never assigns more than an even share to an expert"

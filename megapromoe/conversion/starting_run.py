@@ -60,7 +60,8 @@ class StartingRun:
         if problems := list(self._problems(shapes)):
             raise ConversionError(f"{path}: cannot be the start of this run:\n  " + "\n  ".join(problems))
         model, data = self.config.model, replace(self.config.data, source=UNSET, path="")
-        return replace(self.config, model=replace(model, **_sizes(shapes, model), **_experts(shapes, model)), data=data)
+        parts = {**_sizes(shapes, model), **_experts(shapes, model), **_biases(shapes)}
+        return replace(self.config, model=replace(model, **parts), data=data)
 
     def _problems(self, shapes: Shapes) -> Iterator[str]:
         """A sentence for each size that must be the run's and is not."""
@@ -115,3 +116,8 @@ def _experts(shapes: Shapes, model: ModelConfig) -> dict[str, Any]:
     # In published files the unconditional experts are the last ones; in DeepSpeed's folders they have their own names.
     inside = any(".mlp.experts." in name for name in shapes)
     return {"num_experts": max(len(numbers) - (model.unconditional_experts if inside else 0), 1)}
+
+
+def _biases(shapes: Shapes) -> dict[str, Any]:
+    """No balance biases, if the tensors have none; those of the run then start at zero."""
+    return {} if any(name.endswith(".balance_bias") for name in shapes) else {"balance_bias": 0.0}

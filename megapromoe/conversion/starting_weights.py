@@ -245,6 +245,8 @@ def _expert_problems(old: ModelConfig, new: ModelConfig) -> Iterator[str]:
         yield mismatch(new, "moe_every", old.moe_every)
     if old.router_input != new.router_input:
         yield mismatch(new, "router_input", old.router_input)
+    if old.balance_bias and not new.balance_bias:
+        yield "model.balance_bias = 0: must be more than 0, because biases of the source decide which experts it uses"
     if old.moe_width != new.moe_width:
         yield f"model.expert_width = {new.expert_width}: must be {old.moe_width}, the width of the source's experts"
     for name in ("shared", "unconditional"):

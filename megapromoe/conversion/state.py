@@ -186,7 +186,7 @@ def check_published(config: Config, path: Path) -> None:
         raise ConversionError(
             f"{path}: the published format does not support model.router = {router}; use another format"
         )
-    for name, values in PUBLISHED_BLOCKS.items():
+    for name, values in (*PUBLISHED_BLOCKS.items(), ("balance_bias", (0.0,))):
         if (value := getattr(config.model, name)) not in values:
             raise ConversionError(
                 f"{path}: the published format does not support model.{name} = {value}; use another format"

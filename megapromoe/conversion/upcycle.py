@@ -295,7 +295,9 @@ def grow(
             _noisy(tensor[expert % old.num_experts], noise, seed, name, expert) for expert in range(new.num_experts)
         ])  # fmt: skip
 
-    return _initial_state(small, config, shapes, read, f"each of {old.num_experts} experts was split into {times}")
+    biases = {name: bias.repeat(times) for name, bias in small.buffers.items() if name.endswith(".balance_bias")}
+    state = _initial_state(small, config, shapes, read, f"each of {old.num_experts} experts was split into {times}")
+    return replace(state, buffers=biases)
 
 
 # ---- common parts

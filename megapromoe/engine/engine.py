@@ -10,6 +10,8 @@ data-parallel size. This module replaces what DeepSpeed computes wrongly or slow
   ZeRO's shards. Its kernel takes both decisions as tensors, so the host does not wait during a step and reads the
   result later (`StepResult`). At stage 0, with other optimizers and with offloading, the host waits for the norm and
   decides.
+* **Balance biases** (`nn/moe/balance_bias.py`) move once for each applied step. The load of the experts is reduced with
+  the gradient norm.
 * **The update** with `train.adamw_backend=fused` is one pass over each partition. It includes the averaged weights and
   the cast to the parameters.
 * **Masters.** In bf16, DeepSpeed would initialise its fp32 masters with values that are rounded to bf16. This module
@@ -46,6 +48,7 @@ from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.imports import uncollected
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.initial_values import InitialValues
+from megapromoe.nn.moe.balance_bias import BalanceBiases
 from megapromoe.nn.parallelize import build, initial_values
 
 
@@ -101,6 +104,7 @@ class Engine:
         for name, buffer in buffers.items():  # in bf16 a running mean would not change any more
             owner, _, attribute = name.rpartition(".")
             self.module.get_submodule(owner)._buffers[attribute] = buffer
+        self._balance_biases = BalanceBiases(self.module)
         pieces = [piece for partition in self.partitions for piece in partition.pieces]
         weights = [1 / self.replica_count(piece.name) for piece in pieces]
         self._replica_weights = torch.tensor(weights, dtype=torch.float64, device=self._backend.device)
@@ -148,6 +152,8 @@ class Engine:
             the report.
         """
         prediction, auxiliary = self._backend.forward(*inputs)
+        if self._balance_biases:
+            self._balance_biases.add(auxiliary.load_ME)
         total, report = loss(prediction, auxiliary)
         self._backend.backward(total)
         return report
@@ -182,7 +188,10 @@ class Engine:
         """
         for group in self._backend.optimizer.param_groups:
             group["lr"] = lr * self._muon_rate if group.get(HIDDEN_MATRICES) else lr
-        result = StepResult(self._reduce_gradient_norm(loss, votes_of(stop, save)), max_norm)
+        squares_and_votes, load_ME = self._reduce_gradient_norm(loss, votes_of(stop, save))
+        result = StepResult(squares_and_votes, max_norm)
+        if load_ME is not None:
+            self._balance_biases.apply(load_ME, result.applied_on_device)
         if self.fused_averages is not None:
             self._update_fused(result, lr, self.fused_averages)
             return result
@@ -255,10 +264,11 @@ class Engine:
             clipped = (p.grad for name, p in self.module.named_parameters() if name not in self._hidden)
             torch._foreach_mul_([gradient for gradient in clipped if gradient is not None], scale)
 
-    def _reduce_gradient_norm(self, loss: Tensor | None, votes: float) -> Tensor:
+    def _reduce_gradient_norm(self, loss: Tensor | None, votes: float) -> tuple[Tensor, Tensor | None]:
         """The sum of squares of the averaged gradient, and the sum of `votes_of`: (2,) float64. Collective.
 
-        With Muon a third number: the sum of squares of the gradient of AdamW's parameters.
+        With Muon a third number: the sum of squares of the gradient of AdamW's parameters. The second result is the
+        load (M, E) for the balance biases, tp times the rows of all data-parallel ranks; None without biases.
 
         Every logical element counts once at every stage and layout: the squares of all ranks' pieces are summed, each
         divided by the number of ranks that have the same piece. Not finite if the loss of any rank is not.
@@ -272,9 +282,15 @@ class Engine:
         sums = [total, torch.full_like(total, votes)]
         if self._hidden:
             sums.append(squares @ self._clipped_weights)
-        squares_and_votes = torch.stack(sums)
-        dist.all_reduce(squares_and_votes, group=self.mesh.world.process_group)
-        return squares_and_votes
+        packed = squares_and_votes = torch.stack(sums)
+        load_ME = None
+        if self._balance_biases:
+            load_ME = self._balance_biases.take_load()
+            packed = torch.cat([squares_and_votes, load_ME.flatten()])
+        dist.all_reduce(packed, group=self.mesh.world.process_group)
+        if load_ME is not None:
+            squares_and_votes, load_ME = packed[: len(sums)], packed[len(sums) :].view_as(load_ME)
+        return squares_and_votes, load_ME
 
     def reduced_gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """This rank's part of the averaged gradients; call it between the last micro-step and the step.

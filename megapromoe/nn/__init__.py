@@ -11,6 +11,7 @@ from megapromoe.nn.layers import Attention, Mlp, modulate
 from megapromoe.nn.logical_module import LogicalModule, Normal, ParameterRule, xavier_uniform, zeros
 from megapromoe.nn.moe.assignment import TokenAssignment, expert_choice, mask_choice, token_choice, top_k
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary, auxiliary_loss, auxiliary_losses
+from megapromoe.nn.moe.balance_bias import BalanceBiases
 from megapromoe.nn.moe.layer import ROUTERS, MoE
 from megapromoe.nn.moe.routers import Router, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
@@ -22,6 +23,7 @@ __all__ = [
     "ROUTERS",
     "Attention",
     "AuxiliaryOutput",
+    "BalanceBiases",
     "DiT",
     "LayerError",
     "LogicalModule",

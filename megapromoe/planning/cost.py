@@ -98,6 +98,14 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
             yield from _custom_router(model, moe)
         elif model.router == "classification":
             yield Linear("router", D, E, moe, moe)  # one row: the mean token of the image
+        elif model.router == "gmm":  # means, variances and mixing weights
+            yield Linear("router", D, E, moe, moe * S, bias=False)
+            diagonal = model.mixture_variance == "diagonal"
+            yield Linear("router", D if diagonal else 1, E, moe, moe * S if diagonal else 0, bias=False)
+            yield Linear("router", 1, E, moe, 0, bias=False)
+        elif model.router == "race":
+            yield Linear("router", D, D, moe, moe * S)
+            yield Linear("router", D, E, moe, moe * S)
         else:  # prototypes or gate; the centroids of k-means are not parameters
             yield Linear("router", D, E, 0 if model.router == "kmeans" else moe, moe * S, bias=False)
         if model.router == "diffmoe":

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megapromoe.config.model_options import BALANCED_ROUTERS, GATE_ROUTERS, PROMOE_ROUTERS, ModelConfig
+from megapromoe.config.model_options import (
+    BALANCED_ROUTERS,
+    BATCH_CHOICE_ROUTERS,
+    GATE_ROUTERS,
+    PROMOE_ROUTERS,
+    ModelConfig,
+)
 from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, optimizer_groups, tensors_on_rank
 from megapromoe.planning.traffic import (
@@ -212,7 +218,7 @@ def _moe(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved
 
 def _by_expert(model: ModelConfig) -> bool:
     """Whether rows are ordered by expert, not by token."""
-    return model.router in ("promoe_ec", "ec", "diffmoe")
+    return model.router in ("promoe_ec", "ec", *BATCH_CHOICE_ROUTERS)
 
 
 def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Saved]:
@@ -233,9 +239,19 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
     if model.router == "kmeans":
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "lengths, scores", T * (2 + E) * 4)
+    if model.router == "gmm":
+        yield Saved("router", "float32 tokens", copy)
+        yield Saved("router", "squares", T * (D if model.mixture_variance == "diagonal" else 1) * 4)
+        yield Saved("router", "means, variances", (5 if copy else 2) * E * D * 4)
+        yield Saved("router", "posteriors, densities", T * (2 if model.mixture_weight else 1) * E * 4)
     if model.router in GATE_ROUTERS or model.has_custom_router:  # a user's router counts as a gate
         yield Saved("router", "float32 tokens", copy)
         yield Saved("router", "scores", T * E * 4)
+    if model.router == "race":
+        yield Saved("router", "float32 tokens", copy)
+        yield Saved("router", "float32 matrices", D * (D + E) * 4 if copy else 0)
+        yield Saved("router", "hidden units, around the GELU", 2 * T * D * 4)
+        yield Saved("router", "probabilities, choices", (2 if model.router_similarity_weight else 0) * T * E * 4)
     if model.router == "diffmoe":
         yield Saved("router", "capacity predictor, around its SiLU", 2 * T * D * b)
         yield Saved("router", "predictions, choices", 2 * T * E * 4)
@@ -246,7 +262,7 @@ def _router(config: Config, layout: Layout, batch: Batch, b: int) -> Iterator[Sa
 def _routing_results(model: ModelConfig, batch: Batch) -> Iterator[Saved]:
     """Cached routing results, which recomputation reuses. Source: nn/moe/routing_cache.py."""
     E, D, images = model.num_experts, model.hidden_size, routed_images(model, batch)
-    if model.router == "diffmoe":
+    if model.router in BATCH_CHOICE_ROUTERS:
         yield Saved("router", "mask of the tokens taken", images * model.tokens * E)
     else:
         rows = images if model.router == "classification" else routed_rows(model, batch)

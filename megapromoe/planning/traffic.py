@@ -146,6 +146,8 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
 def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Iterator[Collective]:
     """Collectives of routers for batch statistics, never recomputed. Source: nn/moe/routers.py, routing_cache.py."""
     if model.batch_scope != "global":
+        if model.router == "race":  # each rank has a race of its own, and all have one threshold
+            yield Collective("race: threshold", "all_reduce", "dp", dp, layers, 4, "forward")
         return
     E, D = model.num_experts, model.hidden_size
 
@@ -166,9 +168,17 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
     if model.router == "kmeans":
         yield from statistic("k-means: sums and counts", E * (D + 1) * 4, backward=False)
         yield from statistic("k-means: the farthest token", dp * (D + 1) * 4, backward=False, op="all_gather")
+    if model.router == "gmm" and model.mixture_weight:
+        yield from statistic("mixture: mean over images", 2 * 4)
     if model.router in BALANCED_ROUTERS and model.balance_weight:
         width = 2 * E + 1 if model.balance_form == "batch" else 2
         yield from statistic("balance loss", width * 4)
+    if model.router == "race":
+        moe = len(model.moe_blocks)
+        scores = dp * batch.images * model.tokens * E * 4
+        yield from statistic("race: scores of all ranks", scores, backward=False, op="all_gather")
+        if model.router_similarity_weight:
+            yield from statistic("race: similarity of experts", moe * 2 * E * E * 4, calls=layers // moe)
     if model.router == "diffmoe":
         scores = dp * batch.images * model.tokens * E * 4
         yield from statistic("DiffMoE: scores of all ranks", scores, backward=False, op="all_gather")
@@ -178,9 +188,12 @@ def _statistics(model: ModelConfig, dp: int, batch: Batch, layers: int) -> Itera
 def _norm(config: Config, layout: Layout) -> Iterator[Collective]:
     """Source: engine/engine.py, `_reduce_gradient_norm`: the squared norm and the votes to stop, float64.
 
-    With Muon also the squared norm of AdamW's part.
+    With Muon also the squared norm of AdamW's part, and with balance biases the load of each expert of each layer.
     """
+    model = config.model
     payload = 24 if config.train.optimizer == "muon" else 16
+    if model.balance_bias:
+        payload += 8 * model.num_experts * len(model.moe_blocks)
     yield Collective("gradient norm", "all_reduce", "world", layout.world, 1, payload, "update")
 
 

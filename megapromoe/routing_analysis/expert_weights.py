@@ -16,7 +16,7 @@ from megapromoe.routing_analysis.observe import Routing
 from megapromoe.routing_analysis.sections import Section, definitions_of
 from megapromoe.work_progress import track
 
-ROUTER_VECTORS = ("prototypes", "centroids", "gate", "classifier.weight")
+ROUTER_VECTORS = ("prototypes", "centroids", "means", "gate", "classifier.weight")
 OVERLAP_NOTE = (
     "Mean over all pairs of experts. Input: left singular vectors of an expert's first matrix as x·W (D×F), the"
     " channels that it reads. Output: those of its second matrix (D×F), the channels that it writes. Hidden: those of"

@@ -83,9 +83,9 @@ def pairwise(divergence, share_UE: np.ndarray) -> np.ndarray:
 
 
 def cosine_matrix(vector_ED: np.ndarray) -> np.ndarray:
-    """Cosine of the router vectors of every pair of experts: prototypes (ProMoE), centroids (k-means), rows of the gate
-    or of the classifier. 1 on the diagonal; elsewhere near 0 if experts take different tokens, near 1 if two experts
-    compete for the same. For random vectors it is 0 ± 1/√D."""
+    """Cosine of the router vectors of every pair of experts: prototypes (ProMoE), centroids (k-means), means (gmm),
+    rows of the gate or of the classifier. 1 on the diagonal; elsewhere near 0 if experts take different tokens, near 1
+    if two experts compete for the same. For random vectors it is 0 ± 1/√D."""
     vector_ED = np.asarray(vector_ED, dtype=float)
     unit_ED = vector_ED / np.maximum(np.linalg.norm(vector_ED, axis=-1, keepdims=True), 1e-12)
     return unit_ED @ unit_ED.T

@@ -32,6 +32,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
     },
     "tc": {"settings": {**_WITHOUT_PROMOE_EXPERTS, "model.balance_weight": 0.01}, "match": "model.expert_ratio"},
     "ec": {"settings": _WITHOUT_PROMOE_EXPERTS, "match": "model.expert_ratio"},
+    "race": {"settings": _WITHOUT_PROMOE_EXPERTS, "match": "model.expert_ratio"},
     "diffmoe": {"settings": _WITHOUT_PROMOE_EXPERTS, "match": "model.expert_ratio"},
 }
 

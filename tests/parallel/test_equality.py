@@ -212,6 +212,17 @@ RECIPES = [
     Case(4, tp=2, ep=2, zero=3, what=(*TEXT, *SHIFTED, *ALIGNED)),
 ]
 
+# A bias that balances the load, as state that each step changes.
+BALANCE_BIAS = ("model.balance_bias=0.02", "model.top_k=2", *TWICE)
+ROUTERS = [
+    Case(4, tp=2, ep=2, zero=2, what=BALANCE_BIAS, recompute="all"),
+    Case(4, ep=2, zero=3, what=("model.router=tc", *BALANCE_BIAS)),
+    # Gaussian mixture.
+    Case(4, tp=2, ep=2, zero=2, what=("model.router=gmm", "model.top_k=2", *TWICE), recompute="all"),
+    # Expert Race.
+    Case(4, tp=2, ep=2, zero=1, what=("model.router=race", "model.top_k=2", *TWICE), recompute="all"),
+]
+
 
 # Separate experts for null images without a router. The first case is quick.
 CONDITIONAL = ("model.router=conditional",)
@@ -254,7 +265,7 @@ def quick_factors(case: Case) -> dict[str, Hashable]:
 
 QUICK = pairwise([quick_factors(case) for case in CASES])
 QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
-CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES]
+CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES, *ROUTERS]
 QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
 CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
 

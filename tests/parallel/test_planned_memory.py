@@ -93,6 +93,8 @@ MODELS = (
     ("model.router=ec",),
     ("model.router=diffmoe",),
     ("model.router=kmeans",),
+    ("model.router=gmm",),
+    ("model.router=race",),
     ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=classification",),
     ("model.top_k=2", "model.score_function=sigmoid"),

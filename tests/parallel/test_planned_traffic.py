@@ -174,7 +174,9 @@ def test_traffic_of_models():
         ("model.router=tc", "model.balance_weight=0.1", "model.balance_form=sequence"),
         ("model.router=classification", "model.qk_norm=layer", "train.ema_decay=[0.9,0.5]"),
         ("model.router=kmeans",),
-        ("model.router=promoe_linear", "model.balance_weight=0.1"),
+        ("model.router=promoe_linear", "model.balance_weight=0.1", "model.balance_bias=0.01"),
+        ("model.router=race", "model.batch_scope=rank"),
+        ("model.router=gmm", "model.balance_weight=0.1", "parallel.recompute=all"),
         ("parallel.recompute=moe", "model.capacity_factor=1.5"),
         ("parallel.recompute=all", "model.balance_weight=0.1"),
         ("parallel.recompute=all", "model.router=kmeans"),
@@ -188,7 +190,8 @@ def test_traffic_of_models():
 def test_traffic_of_dense_models_and_diffmoe():
     dense = ("model.router=dense", "parallel.tp=2", "parallel.recompute=blocks")
     conditional = ("model.router=conditional", "parallel.tp=2", "parallel.recompute=all")
-    compare(2, [(*TWO, *dense), (*TWO, *conditional), (*TWO, "model.router=diffmoe")])
+    batches = ((*TWO, f"model.router={router}") for router in ("diffmoe", "race"))
+    compare(2, [(*TWO, *dense), (*TWO, *conditional), *batches])
 
 
 @pytest.mark.full

@@ -22,6 +22,8 @@ ROUTERS = (
     ("model.router=promoe_ec",),
     ("model.router=classification", "model.balance_weight=0.1", "model.balance_form=sequence"),
     ("model.router=kmeans",),
+    ("model.router=gmm", "model.top_k=2"),
+    ("model.router=race", "model.top_k=2"),
     ("model.router=promoe_linear", "model.balance_weight=0.1"),
     ("model.router=tc", "model.balance_weight=0.1"),
     ("model.router=ec",),

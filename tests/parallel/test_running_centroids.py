@@ -1,4 +1,4 @@
-"""Running centroids at any layout: equal on all ranks, in float32, saved and restored."""
+"""State of routers (running centroids, balance biases) at any layout: equal on all ranks, in float32, restored."""
 
 from pathlib import Path
 
@@ -26,19 +26,24 @@ def buffers(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def same_everywhere(overrides: tuple[str, ...], folder: str) -> dict[str, torch.Tensor]:
     """Trains, and returns this rank's running statistics after the last step. Collective."""
     kept = []
-    train((*overrides, "model.router=kmeans"), folder, 4, lambda model, mesh: kept.append(model))
+    train(overrides, folder, 4, lambda model, mesh: kept.append(model))
     return {n: b.clone() for n, b in kept[0].named_buffers() if "router" in n}
 
 
-def test_centroids_of_all_ranks_are_the_same_and_saved(tmp_path):
+KMEANS = ("model.router=kmeans",)
+BIASED_PROMOE = ("model.balance_bias=0.01", "model.top_k=2", "train.accumulation=2")
+
+
+@pytest.mark.parametrize("router, of_layer", [(KMEANS, 2), full(BIASED_PROMOE, 1)], ids=["kmeans", "balance bias"])
+def test_state_of_all_ranks_is_the_same_and_saved(router, of_layer, tmp_path):
     folders = [tmp_path / name for name in ("one", "four")]
     for folder in folders:
         folder.mkdir()
-    run(1, same_everywhere, (), str(folders[0]))
-    ranks = run(4, same_everywhere, ("parallel.tp=2", "parallel.ep=2"), str(folders[1]))
+    run(1, same_everywhere, router, str(folders[0]))
+    ranks = run(4, same_everywhere, (*router, "parallel.tp=2", "parallel.ep=2"), str(folders[1]))
     one_rank, four = (buffers(folder, 4) for folder in folders)
-    start = {n: b for n, b in build(small("model.router=kmeans")).named_buffers() if "router" in n}
-    assert set(one_rank) == set(start) and len(one_rank) == 4
+    start = {n: b for n, b in build(small(*router)).named_buffers() if "router" in n}
+    assert set(one_rank) == set(start) and len(one_rank) == 2 * of_layer
     for name, value in one_rank.items():
         assert not torch.equal(value, start[name])
         torch.testing.assert_close(four[name], value, rtol=1e-4, atol=1e-5)
@@ -64,14 +69,50 @@ def test_running_statistics_stay_in_float32_under_bf16():
     assert run(1, bf16_statistics) == [({torch.float32}, True)]
 
 
+def engine_steps() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Steps of two micro-batches: an applied one, a spike, one that is not finite, and an applied one.
+
+    Returns the load of the experts in each step, and their biases before and after it.
+    """
+    config = small("model.balance_bias=0.01", "train.accumulation=2", "model.depth=2")
+    mesh = make_mesh(1, 1)
+    engine = Engine(build(config, mesh), config, mesh)
+    (bias,) = (b for name, b in engine.module.named_buffers() if name.endswith("balance_bias"))
+    results = []
+    for named in ({}, {"max_norm": 0.0}, {"loss": torch.tensor(float("nan"))}, {}):
+        load_E, before = torch.zeros(4), bias.clone()
+        for micro in range(2):
+
+            def loss(prediction, auxiliary, load_E=load_E):
+                load_E.add_(auxiliary.load_ME[0])
+                return (prediction - 1).square().mean(), prediction.detach().mean()
+
+            x, y = torch.randn(4, 4, 8, 8), torch.tensor([1, 2, 3, 10])
+            engine.micro_step(x, torch.full((4,), 500.0), y, 3, loss=loss)
+            if not micro:
+                engine.finish_micro_step()
+        engine.step(1e-3, **named)
+        results.append((load_E, before, bias.clone()))
+    engine.close()
+    return results
+
+
+def test_biases_move_once_for_each_applied_step():
+    (results,) = run(1, engine_steps)
+    for number, (load_E, before, after) in enumerate(results):
+        assert load_E.sum() == 2 * 3 * 16
+        moved = 0.01 * (load_E.mean() - load_E).sign() if number in (0, 3) else torch.zeros(4)
+        assert torch.equal(after, before + moved) and moved.any() == (number in (0, 3))
+
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "my_router.py"
 BIASED = f"model.router={EXAMPLE}:BiasedRouter"
 
 
 @pytest.mark.parametrize(
     "router, of_layer",
-    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), full((BIASED,), 1)],
-    ids=["kmeans", "a user's"],
+    [(("model.router=kmeans", "model.kmeans_decay=0.5"), 2), full((BIASED,), 1), full(BIASED_PROMOE, 1)],
+    ids=["kmeans", "a user's", "balance bias"],
 )
 def test_a_run_is_continued_with_its_state_at_another_layout(router, of_layer, tmp_path):
     settings = (*router, "train.save_every=0", "train.log_every=1")

@@ -14,7 +14,7 @@ from support.levels import full
 from support.operator_trace import TracedStep, difference, traced_steps
 from support.processes import run
 
-from megapromoe.config.model_options import EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ROUTERS
+from megapromoe.config.model_options import BATCH_CHOICE_ROUTERS, EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ROUTERS
 
 Case = tuple[str, tuple[str, ...]]
 """Implementation of experts, and overrides."""
@@ -76,7 +76,8 @@ def check_static(ranks: list[Compared], what: Case) -> None:
 
 
 QUICK = case("model.router=promoe", "model.top_k=2", *CAPACITY, backend="looped")
-TOKEN_CHOICE = [router for router in ROUTERS if router not in ("dense", *EXPERT_CHOICE_ROUTERS)]
+OTHERS = ("dense", *EXPERT_CHOICE_ROUTERS, *BATCH_CHOICE_ROUTERS)
+TOKEN_CHOICE = [router for router in ROUTERS if router not in OTHERS]
 ALL = tuple(
     case(f"model.router={router}", f"model.top_k={k}", *CAPACITY)
     for router in TOKEN_CHOICE

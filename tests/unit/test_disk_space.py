@@ -1,13 +1,17 @@
 """What a run writes: how many checkpoints are on disk at once, saves by the clock, and the lines of `plan`."""
 
+import math
+
 import numpy as np
 import pytest
 
-from megapromoe.checkpoint.disk_space import disk, most_at_once, picture_bytes, saved_bytes
+from megapromoe.checkpoint.disk_space import buffer_bytes, disk, most_at_once, picture_bytes, saved_bytes
 from megapromoe.checkpoint.retention import removable
 from megapromoe.checkpoint.step_folders import StepFolder
 from megapromoe.cli import main
+from megapromoe.config.model_options import BIASED_ROUTERS, ROUTERS
 from megapromoe.config.resolve import resolve
+from megapromoe.conversion.state import model_shapes
 from megapromoe.diffusion.image_grid import grid, picture_scale
 
 
@@ -64,6 +68,15 @@ def test_what_is_saved_already_needs_no_room(tmp_path):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"x" * 100)
     assert saved_bytes(tmp_path) == 300 and saved_bytes(tmp_path / "new") == 0
+
+
+def test_the_state_of_every_router_is_counted():
+    """Buffers are few bytes, but the check of free space is to be exact."""
+    cases = [(router,) for router in ROUTERS] + [(router, "model.balance_bias=0.01") for router in BIASED_ROUTERS]
+    for router, *more in cases:
+        config = resolve("digits", overrides=[f"model.router={router}", *more])
+        shapes = model_shapes(config.model)[1].values()
+        assert buffer_bytes(config) == 4 * sum(math.prod(shape) for shape in shapes), (router, *more)
 
 
 def test_saves_by_the_clock_are_an_estimate_from_the_time_of_a_step():

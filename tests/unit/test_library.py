@@ -204,13 +204,15 @@ def test_losses_of_different_layers():
 def test_gradients_in_float64(activation, router, top_k):
     """Of tokens and of all parameters, of output and losses."""
     torch.manual_seed(3)
-    # DiffMoE's predictor learns from detached tokens: without its loss all gradients are those of the function.
+    # DiffMoE's predictor and the mixture learn from detached tokens: without their losses all gradients are those of
+    # the function.
     options = {
         "activation": activation,
         "top_k": top_k,
         "expert_width": 8,
         "num_classes": 3,
         "capacity_predictor_weight": 0.0,
+        "mixture_weight": 0.0,
     }
     moe = MoE(hidden_size=8, num_experts=3, router=router, **options).double().train()
     for p in moe.parameters():

@@ -125,16 +125,8 @@ HIDDEN = re.compile(
 )
 TEXT = ("model.condition=text", "model.text_width=6", "model.text_tokens=5", "model.text_ffn=24")
 ROUTERS = (
-    "promoe",
-    "promoe_ec",
-    "promoe_linear",
-    "tc",
-    "ec",
-    "diffmoe",
-    "classification",
-    "kmeans",
-    "dense",
-    "conditional",
+    *("promoe", "promoe_ec", "promoe_linear", "tc", "ec", "diffmoe", "classification", "kmeans", "gmm", "race"),
+    *("dense", "conditional"),
 )
 OPTIONS = (
     *((f"model.router={router}",) for router in ROUTERS),

@@ -18,6 +18,7 @@ def test_the_names():
     names += " dense_conditional_b dense_conditional_l dense_conditional_xl"
     names += " promoe_s_fine promoe_b_fine promoe_l_fine promoe_xl_fine"
     names += " promoe_l_k3 promoe_b_ddpm promoe_l_ddpm promoe_xl_ddpm diffmoe_l_e16"
+    names += " tc_l_e8_bias gmm_l gmm_l_k3 race_b_e8 race_l_e8"
     assert set(PRESETS) == set(names.split())
 
 
@@ -42,13 +43,18 @@ COUNTS = {
     "promoe_l_ddpm": (1_062_684_704, 1_062_422_560, 458_262_560),
     "promoe_xl_ddpm": (1_567_733_792, 1_567_438_880, 675_339_296),
     "promoe_l_k3": (1_062_684_704, 1_062_422_560, 558_999_584),
+    "gmm_l": (1_062_832_304, 1_062_570_160, 458_410_160),
+    "gmm_l_k3": (1_062_832_304, 1_062_570_160, 559_147_184),
     "dit_b": (130_512_416, None, 130_512_416),
     "dit_l": (458_102_816, None, 458_102_816),
     "dit_xl": (675_129_632, None, 675_129_632),
     "tc_l_e8": (1_163_274_272, None, 458_201_120),
+    "tc_l_e8_bias": (1_163_274_272, None, 458_201_120),
     "ec_l_e8": (1_163_274_272, None, 458_201_120),
     "diffmoe_b_e8": (332_471_888, None, None),
     "diffmoe_l_e8": (1_175_967_872, None, None),
+    "race_b_e8": (332_435_024, None, None),
+    "race_l_e8": (1_175_869_568, None, None),
     "diffmoe_xl_e8": (1_734_997_392, None, None),
 }
 

@@ -297,7 +297,7 @@ def test_diffmoe_gets_conditional_and_null_images_in_separate_batches():
     generate(Recorder(), config, [3, 1, 4], range(3))
     assert calls == [3, 3] * 2
     assert config.model.images_depend_on_batch
-    for other in ("dense", "conditional", "promoe", "promoe_ec", "tc", "ec", "kmeans"):
+    for other in ("dense", "conditional", "promoe", "promoe_ec", "tc", "ec", "kmeans", "gmm", "race"):
         assert not replace(config.model, router=other).images_depend_on_batch
     assert replace(config.model, router="promoe", capacity_factor=2.0).images_depend_on_batch
 

@@ -13,6 +13,8 @@ from megapromoe.conversion.exports import export
 from megapromoe.conversion.start_report import report
 from megapromoe.errors import UserError
 
+BALANCE_BIAS = "model.balance_bias=0.01"
+
 # ---- other classes
 
 
@@ -120,6 +122,22 @@ def test_the_variance_is_dropped_or_begins_at_zero(source_run, tmp_path):
 
 
 # ---- other experts
+
+
+def test_balance_biases_start_at_zero_or_are_those_of_the_source(tmp_path, source_run):
+    """From a file with biases, from files without, into more experts; without biases a run would route otherwise."""
+    path, made = source_run
+    export(made, tmp_path / "a.pth", "published")
+    for source in (path, tmp_path / "a.pth"):
+        assert not started(source, BALANCE_BIAS)[1].buffers
+    path, made = saved_run(tmp_path, BALANCE_BIAS)
+    (name,) = made.buffers
+    assert made.buffers[name].any()
+    assert torch.equal(started(path, BALANCE_BIAS)[1].buffers[name], made.buffers[name])
+    grown = started(path, BALANCE_BIAS, "model.num_experts=8")[1]
+    assert torch.equal(grown.buffers[name], made.buffers[name].repeat(2))
+    with pytest.raises(UserError, match=r"model\.balance_bias = 0: must be more than 0"):
+        started(path)
 
 
 def test_each_expert_is_split(source_run):

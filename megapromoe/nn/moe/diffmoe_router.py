@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.nn.logical_module import Normal, ParameterRule, zeros
 from megapromoe.nn.moe.assignment import mask_choice, top_counts
+from megapromoe.nn.moe.batch_choice import best_of_each_expert, gather_tokens, tokens_of_rank
 from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.routers import LinearRouter, RouterOutput
 from megapromoe.nn.moe.routing_cache import RoutingCache
@@ -58,15 +59,7 @@ class DiffMoERouter(LinearRouter):
         Ties go to the first.
         """
         group = self.statistics_group
-        parts = [score_TE]
-        if group.size > 1:
-            parts = [torch.empty_like(score_TE) for _ in range(group.size)]
-            dist.all_gather(parts, score_TE.contiguous(), group=group.process_group)
-        group_TE = torch.cat(parts)
-        is_chosen_TE = torch.zeros_like(group_TE, dtype=torch.bool)
-        is_chosen_TE.scatter_(0, group_TE.topk(count, dim=0).indices, True)
-        T = score_TE.shape[0]
-        return is_chosen_TE[T * group.rank : T * (group.rank + 1)] if group.size > 1 else is_chosen_TE
+        return tokens_of_rank(best_of_each_expert(gather_tokens(score_TE, group), count), group)
 
     def update_thresholds(self, predicted_TE: Tensor) -> None:
         """Moves each threshold towards the n-th largest prediction, n = `tokens_per_expert`. Collective.

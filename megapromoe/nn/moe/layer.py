@@ -45,7 +45,9 @@ from megapromoe.nn.moe.expert_linear import (
 )
 from megapromoe.nn.moe.expert_parallel_dispatcher import ExpertParallelDispatcher
 from megapromoe.nn.moe.guided_routers import ClassificationRouter, KMeansRouter
+from megapromoe.nn.moe.mixture_router import MixtureRouter
 from megapromoe.nn.moe.prototypes import router_precision
+from megapromoe.nn.moe.race_router import RaceRouter
 from megapromoe.nn.moe.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -68,6 +70,8 @@ ROUTERS: Mapping[str, type[Router]] = {
     "diffmoe": DiffMoERouter,
     "classification": ClassificationRouter,
     "kmeans": KMeansRouter,
+    "gmm": MixtureRouter,
+    "race": RaceRouter,
 }
 """`model.router` -> class."""
 

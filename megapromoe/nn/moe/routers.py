@@ -10,6 +10,9 @@ are then empty, every loss is 0, and all parameters stay in the autograd graph.
 Statistics of a batch (centroids, balance, the choice of DiffMoE) are computed over `Router.statistics_group`: all
 data-parallel ranks with `model.batch_scope=global`, this rank with `rank`.
 
+With `model.balance_bias` a router also has the buffer `balance_bias` (E,), which is added to the scores for the choice
+of experts alone, and which `balance_bias.py` updates.
+
 A second pass over the same batch, with the same `RoutingCache`, does not choose, communicate or update state again.
 
 Shape letters besides the usual ones: Q tokens that an expert takes of each image, M MoE layers.
@@ -33,6 +36,7 @@ from megapromoe.nn.logical_module import (
     ParameterRule,
     kaiming_uniform,
     xavier_uniform,
+    zeros,
 )
 from megapromoe.nn.moe.assignment import (
     TokenAssignment,
@@ -80,11 +84,20 @@ class Router(LogicalModule):
     """
 
     statistics_group: Group = SINGLE_RANK
+    balance_bias: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.num_experts = config.num_experts
+        if config.balance_bias:
+            self.register_buffer("balance_bias", torch.zeros(config.num_experts))
+
+    def initialize(self, name: str, value: Tensor, generator: torch.Generator | None = None) -> None:
+        if name == "balance_bias":
+            zeros(value)
+        else:
+            super().initialize(name, value, generator)
 
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
@@ -153,6 +166,10 @@ class Router(LogicalModule):
         if self.config.score_function == "identity":
             return score
         return score.sigmoid() if self.config.score_function == "sigmoid" else score.softmax(softmax_dim)
+
+    def biased(self, score: Tensor) -> Tensor:
+        """The scores (..., E) by which experts are chosen: those given, plus the balance bias if there is one."""
+        return score + self.balance_bias if self.config.balance_bias else score
 
     def probabilities(self, weight: Tensor) -> Tensor:
         """Each token's distribution over experts for the balance loss, from its weights (..., E) for all experts.
@@ -229,7 +246,7 @@ class PrototypeRouter(Router):
     ) -> RouterOutput:
         routing_cache = routing_cache or RoutingCache()
         scores = self.scores(x_BSD)
-        chosen_BSK = routing_cache.get_or_compute("chosen", lambda: self.choose(scores.score))
+        chosen_BSK = routing_cache.get_or_compute("chosen", lambda: self.choose(self.biased(scores.score)))
 
         has_contrastive_loss = self.training and bool(self.config.rcl_weight)
         counts_all = self.config.rcl_tokens == "all" or self.config.top_k == 1
@@ -302,12 +319,16 @@ class LinearRouter(Router):
         """Softmax scores (B, S, E), float32."""
         return F.linear(router_precision(x_BSD), router_precision(self.gate)).softmax(-1)
 
+    def choose(self, score_BSE: Tensor) -> Tensor:
+        """The experts (B, S, K) of each token, int64, best first."""
+        return top_k(score_BSE, self.config.top_k)
+
     def forward(
         self, x_BSD: Tensor, y_B: Tensor | None = None, routing_cache: RoutingCache | None = None
     ) -> RouterOutput:
         routing_cache = routing_cache or RoutingCache()
         score_BSE = self.scores(x_BSD)
-        chosen_BSK = routing_cache.get_or_compute("chosen", lambda: top_k(score_BSE.detach(), self.config.top_k))
+        chosen_BSK = routing_cache.get_or_compute("chosen", lambda: self.choose(self.biased(score_BSE.detach())))
         assignment = token_choice(chosen_BSK, score_BSE.gather(-1, chosen_BSK))
         losses = {}
         if self.training and self.config.balance_weight:
