@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from megapromoe.io import write_text
@@ -11,6 +12,7 @@ from megapromoe.studies.curves import figures, several_steps
 from megapromoe.studies.figure_tables import mean_figures, mean_sections
 from megapromoe.studies.grid import Task
 from megapromoe.studies.noise import noise_floors, noise_rows, noise_sections
+from megapromoe.studies.published_tables import published_sections
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, to_csv, to_markdown
 
@@ -28,7 +30,8 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
     figure_rows = [figure for task in done for figure in figures(study, task)]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
     means, noise = mean_sections(rows, study.recipe, figure_rows), noise_sections(rows, study.recipe)
-    text = to_markdown(rows, study.recipe, missing, against, figure_rows, means, noise)
+    more = chain(means, published_sections(study, figure_rows))
+    text = to_markdown(rows, study.recipe, missing, against, figure_rows, more, noise)
     contents = {"results.csv": to_csv(rows), "results.md": text}
     if floors := noise_floors(rows, study.recipe):
         contents["noise.csv"] = to_csv(noise_rows(floors))
