@@ -57,7 +57,7 @@ def scaled(recipe: Recipe, name: str) -> Recipe:
     by = section["divide_steps"]
     settings = {key: value for key, value in recipe.settings.items() if key.startswith(_KEPT)}
     settings = {_SIZE: sizes[recipe.preset], **section["settings"], **settings}
-    router = settings.get("model.router", PRESETS[recipe.preset]["model"].get("router", "promoe"))
+    router = str(settings.get("model.router", PRESETS[recipe.preset]["model"]["router"]))
     if _STEPS in recipe.settings:
         settings[_STEPS] = _divided(recipe.settings[_STEPS], by, name)
     axes = dict(recipe.axes)
@@ -89,8 +89,8 @@ def _variant(arm: Variant, router: str, routers: dict[str, Any]) -> Variant:
     without = tuple(_SIZE if key == _PRESET else key for key in arm.without)
     settings = {key: value for key, value in arm.settings.items() if key.startswith(_KEPT)} | routers.get(router, {})
     match = arm.match or _MATCH.get(router, _MATCH_EXPERTS)
-    on_one_device = {"ranks": 0, "launcher": (), "nodes": 0, "gpus_per_node": 0}
-    return replace(arm, settings=settings, match=match, without=without, published=(), **on_one_device)
+    arm = replace(arm, ranks=0, launcher=(), nodes=0, gpus_per_node=0)  # all tasks run on one device
+    return replace(arm, settings=settings, match=match, without=without, published=())
 
 
 def _divided(steps: Any, by: int, name: str) -> int:

@@ -1,6 +1,7 @@
 """The recipes of the paper's tables: what they train, what they cite, and the same models at a small scale."""
 
 import re
+import subprocess
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,23 @@ def test_a_recipe_is_planned_and_submitted_by_its_name(tmp_path, monkeypatch, ca
     assert main(["study", "plan", "x", "--recipe", "digits", "--scale", "fashion"]) == 2
     assert "--scale fashion: has no size for the preset digits" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_submitted_jobs_start_where_submit_was_called(tmp_path, monkeypatch):
+    """The recipes have paths such as latents/train, and sbatch is called in the folder of the logs."""
+    calls = []
+
+    def sbatch(command, **options):
+        calls.append((command, options))
+        return subprocess.CompletedProcess(command, 0, stdout="Submitted batch job 12\n")
+
+    monkeypatch.setattr(subprocess, "run", sbatch)
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "submit", "paper/t17"]) == 0
+    (training, options), (evaluation, _) = calls
+    assert options["cwd"].resolve() == tmp_path / "paper" / "t17" / "logs"
+    assert options["env"]["MEGAPROMOE_STUDY_CWD"] == str(tmp_path)
+    assert "--dependency=aftercorr:12" in evaluation and str(tmp_path / "paper" / "t17") in training
 
 
 def in_memory(made):
