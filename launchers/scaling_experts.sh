@@ -41,6 +41,8 @@ for word in "$@"; do
     esac
 done
 [[ -n $study ]] || die "give STUDY_DIR; see --help" 2
+# `submit` calls sbatch in the folder of the logs. Paths in a study are relative to the folder in which `submit` was called.
+[[ -z ${MEGAPROMOE_STUDY_CWD:-} ]] || cd "$MEGAPROMOE_STUDY_CWD" || die "MEGAPROMOE_STUDY_CWD is no folder of this node" 2
 [[ -f $study/study.yaml ]] || die "$study contains no study.yaml; plan it first: megapromoe study plan $study" 2
 task=${SLURM_ARRAY_TASK_ID:-}
 [[ -n $task || -n $dry_run ]] || die "this script must run as a job array: sbatch --array=0-N launchers/scaling_experts.sh $study" 2

@@ -24,22 +24,29 @@ from megapromoe.commands.command_line import (
 from megapromoe.commands.launchers import launchers_folder
 from megapromoe.config.model_options import ROUTERS
 from megapromoe.io import write_text
+from megapromoe.planning.machines import MACHINES
 from megapromoe.studies.collect import DRAWS, LOSS, evaluate, evaluated, row
 from megapromoe.studies.comparison import DEFAULT_SEEDS, compare
 from megapromoe.studies.equal_compute import compute_in_words
 from megapromoe.studies.estimate import Speed, evaluations_in_words, measure, seconds, table
 from megapromoe.studies.extension import in_words as extension_in_words
 from megapromoe.studies.extension import plan_or_extend
+from megapromoe.studies.gpu_hours import arm_lines
 from megapromoe.studies.grid import budget_of
 from megapromoe.studies.placement import on_this_machine, placement_of
+from megapromoe.studies.published_tables import NOT_COMPARABLE, size_lines
 from megapromoe.studies.recipe import Recipe, StudyError, find_recipe, read_recipe, recipe_names
+from megapromoe.studies.recipe_changes import changed
+from megapromoe.studies.scales import scale_names, scaled
 from megapromoe.studies.status import QUIET, job_state
 from megapromoe.studies.status import table as status_table
 from megapromoe.studies.study import Study, missing_data, names, open_study
 from megapromoe.studies.submission import array_jobs, submit
 from megapromoe.work_progress import duration
 
+_RECIPES = f"{', '.join(name for name in recipe_names() if '/' not in name)}, paper/t1 ..."
 EPILOG = f"""\
+  megapromoe study recipes                                 # the recipes of the package
   megapromoe study plan STUDY --recipe digits --measure    # writes the study, estimates its cost
   megapromoe study run STUDY --jobs 2                      # trains the missing tasks; repeat to continue
   megapromoe study submit STUDY --partition=gpu            # or as an array of SLURM jobs
@@ -50,8 +57,9 @@ EPILOG = f"""\
   megapromoe study report STUDY                            # a page with interactive plots
 
 STUDY is a folder. A recipe defines what varies, what is compared and what is kept equal: one of
-{", ".join(recipe_names())}, or a YAML file; docs/study.md explains them. Without --recipe, the other options of
-`plan` define it. Each command has a --help.
+{_RECIPES}, or a YAML file; docs/study.md explains them.
+`plan paper/t7` and `submit paper/t7` take the recipe of this name and the folder ./paper/t7. Without a recipe, the
+other options of `plan` define the study. Each command has a --help.
 
 exit codes: 0 done, 1 a task failed or there is no result yet, 2 the command or the recipe is wrong, 75 stopped by a
 signal and saved (repeat the command), 130 interrupted; `run --task I` returns the exit code of the task"""
@@ -61,11 +69,17 @@ DEFAULT_RETRIES = 2
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe study plan|run|submit|status|collect|power|plot|report STUDY [options]"
+    parser.usage = (
+        "megapromoe study plan|run|submit|status|collect|power|plot|report STUDY [options], or megapromoe study recipes"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(
-        name: str, function: Callable[[argparse.Namespace], int], summary: str, epilog: str = ""
+        name: str,
+        function: Callable[[argparse.Namespace], int],
+        summary: str,
+        epilog: str = "",
+        has_study: bool = True,
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
@@ -75,11 +89,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        added.add_argument("study", type=Path, metavar="STUDY", help="folder of the study")
+        if has_study:
+            added.add_argument("study", type=Path, metavar="STUDY", help="folder of the study")
         added.set_defaults(study_command=function)
         if name != "plan":
             takes_no_settings(added, "settings belong to the recipe; only `plan` takes them")
         return added
+
+    command("recipes", _list_recipes, "Lists the recipes of the package, each with a line.", has_study=False)
 
     summary = "Writes a study into a folder and prints its estimated cost; trains nothing."
     _plan_options(command("plan", _plan, summary, _PLAN_EXAMPLE))
@@ -223,7 +240,9 @@ metrics of sampled images, failed and repeated jobs, links to the runs. Losses o
 has computed. It needs plotly: pip install 'megapromoe[report]'
   megapromoe study report STUDY --out report.html"""
 _PLAN_EXAMPLE = """\
-example:
+examples:
+  megapromoe study plan paper/t7 data.path=latents/imagenet --seeds 0 1
+  megapromoe study plan runs/small --recipe paper/t7 --scale fashion
   megapromoe study plan runs/experts --preset promoe_b --experts 4 8 16 32 64 --seeds 0 1 \\
     --routers promoe tc dense --ranks 8 \\
     --launcher "torchrun --standalone --nproc-per-node 8" parallel.ep=4 train.steps=100000 \\
@@ -245,7 +264,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help=f"{', '.join(recipe_names())}, or a YAML file; replaces the options down to --launcher",
+        help=f"{_RECIPES}, or a YAML file; replaces the options down to --routers; default: STUDY, if it is the name"
+        " of a recipe",
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="NAME",
+        help=f"train the same models at a small size: {', '.join(scale_names())}; figures of a paper are then not"
+        " comparable",
     )
     parser.add_argument("--preset", metavar="NAME", help="preset of all tasks; `megapromoe show` lists them")
     parser.add_argument("--experts", type=int, nargs="+", metavar="E", help="numbers of routed experts to compare")
@@ -255,15 +281,22 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train-steps", type=int, nargs="+", metavar="N", help="numbers of training steps, each for a separate run"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="S", help="seeds of each combination; default: 0 1 2")
     parser.add_argument(
         "--routers", nargs="+", metavar="R", help=f"routers to compare at equal active parameters: {', '.join(ROUTERS)}"
     )
-    parser.add_argument("--ranks", type=positive, metavar="N", help="number of processes of a task; default: 1")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", help="seeds of each combination; default: the recipe's, or 0 1 2"
+    )
+    parser.add_argument(
+        "--ranks", type=positive, metavar="N", help="number of processes of a task; default: the recipe's, or 1"
+    )
     parser.add_argument(
         "--launcher",
         metavar="WORDS",
         help="command that starts the processes, before `-m megapromoe train`, quoted as one word",
+    )
+    parser.add_argument(
+        "--gpu", choices=tuple(MACHINES), help="estimate GPU-hours on this kind of GPU; default: the recipe's, if any"
     )
     hours = parser.add_mutually_exclusive_group()
     hours.add_argument(
@@ -286,9 +319,7 @@ def _plan(options: argparse.Namespace) -> int:
     refuse_other_words(options, "STUDY is the only path")
     extension = plan_or_extend(options.study, _recipe(options))
     study = extension.study
-    tasks = table(study)
-    write_text(study.folder / "tasks.md", tasks, parents=True)
-    print(tasks)
+    _print_cost(study, options.gpu)
     for line in extension_in_words(extension):
         print(line)
     total = sum(task.flops for task in study.tasks)
@@ -318,17 +349,42 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _print_cost(study: Study, gpu: str | None) -> None:
+    """Prints the tasks of a study and their size, and writes them into tasks.md; GPU-hours if `gpu` is known.
+
+    Args:
+        gpu: kind of GPU; None: the recipe's.
+    """
+    tasks, gpu = table(study), gpu or study.recipe.gpu
+    if gpu is not None:
+        tasks += "\n" + "\n".join(arm_lines(study, gpu)) + "\n"
+    write_text(study.folder / "tasks.md", tasks, parents=True)
+    print(tasks)
+    if sizes := list(size_lines(study)):
+        print("\n".join(["published sizes and costs:", *sizes, ""]))
+    if study.recipe.scale is not None:
+        print(NOT_COMPARABLE.format(scale=study.recipe.scale))
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe of --recipe, or the one that the other options define. Raises StudyError."""
-    if options.recipe is not None:
-        replaced = ("preset", "experts", "sizes", "train_steps", "seeds", "routers", "ranks", "launcher")
-        given = [f"--{name.replace('_', '-')}" for name in replaced if getattr(options, name)]
-        given += ["settings"] if options.overrides else []
-        if given:
-            raise StudyError(
-                [f"--recipe: defines the whole study; remove {', '.join(given)}, or write them into the file"]
-            )
-        return read_recipe(find_recipe(options.recipe))
+    """The recipe of --recipe or of the name STUDY, or the one that the other options define. Raises StudyError."""
+    name = options.recipe
+    if name is None and not (options.preset or options.sizes) and options.study.as_posix() in recipe_names():
+        name = options.study.as_posix()
+    if name is None:
+        return _compared(options) if options.scale is None else scaled(_compared(options), options.scale)
+    replaced = ("preset", "experts", "sizes", "train_steps", "routers")
+    if given := [f"--{option.replace('_', '-')}" for option in replaced if getattr(options, option)]:
+        raise StudyError([f"--recipe: defines the models; remove {', '.join(given)}, or write them into the file"])
+    recipe = read_recipe(find_recipe(name))
+    if options.scale is not None:
+        recipe = scaled(recipe, options.scale)
+    launcher = shlex.split(options.launcher or "")
+    return changed(recipe, options.seeds or (), options.ranks, launcher, options.overrides)
+
+
+def _compared(options: argparse.Namespace) -> Recipe:
+    """The recipe that the options define. Raises StudyError."""
     if bool(options.preset) == bool(options.sizes):
         raise StudyError(["--recipe, --preset or --sizes: give one of them"])
     return compare(
@@ -394,10 +450,29 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _list_recipes(options: argparse.Namespace) -> int:
+    refuse_other_words(options, "`recipes` takes no arguments")
+    names = recipe_names()
+    width = max(map(len, names))
+    print("\n".join(f"{name:{width}}  {read_recipe(find_recipe(name)).title}" for name in names))
+    print("plan one: megapromoe study plan NAME, or megapromoe study plan STUDY --recipe NAME; docs/study.md")
+    return 0
+
+
+def _open_or_plan(folder: Path) -> Study:
+    """The study of a folder. A folder with the name of a recipe is planned first if it holds no study."""
+    name = folder.as_posix()
+    if (folder / "study.yaml").exists() or name not in recipe_names():
+        return open_study(folder)
+    study = plan_or_extend(folder, read_recipe(find_recipe(name))).study
+    _print_cost(study, None)
+    return study
+
+
 def _submit(options: argparse.Namespace) -> int:
     from megapromoe.distributed import runtime
 
-    study = open_study(options.study)
+    study = _open_or_plan(options.study)
     _refuse_without_data(study)
     kind = "train" if options.train else "evaluate" if options.evaluate else ""
     arrays = array_jobs(study, kind)

@@ -23,6 +23,8 @@ A recipe is YAML:
     launcher: []                         # such as [torchrun, --standalone, --nproc-per-node, "{ranks}"]
     nodes: 2                             # of SLURM, for a task; without it, as few as the GPUs need
     gpus_per_node: 8                     # of SLURM
+    gpu: a100                            # kind of GPU for which `plan` estimates hours; without it, it estimates none
+    title: Routers of the digits         # one line, for lists of recipes
 
 A variant may have its own `ranks`, `launcher`, `nodes` and `gpus_per_node`. `{ranks}` in a word of a launcher stands
 for the number of ranks. The number changes no result: every layout trains the same function.
@@ -32,7 +34,8 @@ All tasks have train.ema_warmup=true unless `settings` change it.
 `active_parameters` makes the comparison fair: all tasks must have as many active parameters as the base with the `like`
 settings, within `tolerance`. If a variant has another number, its ratio `match` is solved for, with widths that are
 multiples of `multiple`. `without` lists axes that do not apply to a variant: it has one task for all values of such an
-axis.
+axis. `published` of a variant has figures of a paper to show beside ours: see `published.py`. A study that
+`scales.py` has made smaller has the name of its `scale`.
 """
 
 import math
@@ -48,13 +51,16 @@ from megapromoe.config.renamed_options import RENAMED, present_layer, present_na
 from megapromoe.config.resolve import typed_value
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, Violations
+from megapromoe.planning.machines import MACHINES
 from megapromoe.studies.early_stopping import StopEarly, read_stop_early
 from megapromoe.studies.image_evaluation import ImageEvaluation, read_image_evaluation
+from megapromoe.studies.published import Published, misplaced, published_dict, read_published
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 BUDGET = "compute.flops"  # name of the axis of compute budgets
 RATIOS = ("model.expert_ratio", "model.mlp_ratio")
 TASK_ORDER = "task_order"  # key of the study.yaml of a study that was extended
+_WORDS = re.compile(r"\d+|\D+").findall
 
 
 class StudyError(Violations):
@@ -76,6 +82,7 @@ class Variant:
     launcher: tuple[str, ...] = option((), "command that starts them; default: as the recipe", kind=list)
     nodes: int = option(0, "nodes of SLURM for a task; 0: as the recipe", within=ZERO_UP)
     gpus_per_node: int = option(0, "GPUs of a node of SLURM; 0: as the recipe", within=ZERO_UP)
+    published: tuple[Published, ...] = option((), "figures of a paper, to show beside ours", kind=list)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,10 @@ class Recipe:
     gpus_per_node: int = option(
         0, "GPUs of a node of SLURM; 0: 8, unless sbatch is given another number", within=ZERO_UP
     )
+    gpu: str | None = option(None, "kind of GPU for which hours are estimated", tuple(MACHINES), kind=str)
+    scale: str | None = option(None, "the smaller scale to which the recipe was changed", kind=str)
+    # For lists of recipes; not a part of a study.
+    title: str = field(default="", compare=False, metadata=option("", "one line for lists of recipes").metadata)
     # Former names of axes in a study.yaml: they are part of the names of its folders.
     former_axes: dict[str, str] = field(default_factory=dict, compare=False)
     # Names of the tasks that a study had before its last extension, in the order of their numbers.
@@ -129,8 +140,9 @@ class Recipe:
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names of the recipes in the package."""
-    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    """Names of the recipes in the package; those in a folder have its name before a slash. Numbers are in order."""
+    names = (path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+    return tuple(sorted(names, key=lambda name: ("/" in name, [int(x) if x.isdigit() else x for x in _WORDS(name)])))
 
 
 def find_recipe(recipe: str) -> Path:
@@ -181,6 +193,7 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
         variant["without"] = tuple(present_names(without, saved))
         variant["settings"] = _settings(variant.get("settings", {}), f"{where}.settings", problems, saved)
         variant["launcher"] = tuple(map(str, variant.get("launcher", ())))
+        variant["published"] = read_published(variant.get("published", ()), f"{where}.published", problems)
         variants.append(Variant(str(name), **variant))
     values["variants"] = tuple(variants)
     names = _names(values.get("axes", {}), "axes", problems)
@@ -195,6 +208,9 @@ def make_recipe(content: Any, saved: bool = False) -> Recipe:
             problems.append(f"axes.{key} = {axis!r}: must be a list of different values")
             axis = ()
         values["axes"] = values["axes"] | {key: tuple(axis)}
+    for arm in variants:
+        applying = {key: axis for key, axis in values["axes"].items() if key not in arm.without}
+        problems += misplaced(arm.published, applying, f"variants.{arm.name}.published")
     if "active_parameters" in values:
         equal, wrong = read_fields(Equal, values["active_parameters"], "active_parameters.")
         problems += wrong
@@ -314,6 +330,7 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
         }
         entry |= {"ranks": variant.ranks, "launcher": list(variant.launcher)}
         entry |= {"nodes": variant.nodes, "gpus_per_node": variant.gpus_per_node}
+        entry["published"] = [published_dict(published) for published in variant.published]
         content["variants"][variant.name] = {key: value for key, value in entry.items() if value}
     if recipe.active_parameters is not None:
         content["active_parameters"] = dict(vars(recipe.active_parameters))
@@ -333,5 +350,7 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
         "launcher": list(recipe.launcher),
         "nodes": recipe.nodes or None,
         "gpus_per_node": recipe.gpus_per_node or None,
+        "gpu": recipe.gpu,
+        "scale": recipe.scale,
     }
     return {key: value for key, value in content.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from megapromoe.io import write_text
@@ -16,6 +17,7 @@ from megapromoe.studies.hours import hours_sections
 from megapromoe.studies.joint_law_tables import joint_law_sections
 from megapromoe.studies.measurements import write_measurements
 from megapromoe.studies.noise import noise_floors, noise_rows, noise_sections
+from megapromoe.studies.published_tables import published_sections
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, to_csv, to_markdown
 
@@ -33,7 +35,8 @@ def write_results(study: Study, done: Sequence[Task], draws: int, against: Seque
     figure_rows = [figure for task in done for figure in figures(study, task)]
     missing = [f"{task.name} ({study.state(task)})" for task in study.tasks if task not in done]
     means, noise = mean_sections(rows, study.recipe, figure_rows), noise_sections(rows, study.recipe)
-    text = to_markdown(rows, study.recipe, missing, against, figure_rows, means, noise)
+    parts = chain(means, published_sections(study, figure_rows))
+    text = to_markdown(rows, study.recipe, missing, against, figure_rows, parts, noise)
     more = [*decision_sections(study), *joint_law_sections(rows, study.recipe), *hours_sections(study, rows)]
     text = "\n\n".join([text.rstrip("\n"), *more]) + "\n"
     contents = {"results.csv": to_csv(rows), "results.md": text}

@@ -21,6 +21,7 @@ from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.study import Study
 
 GPUS_PER_NODE = 8  # default, if the options of sbatch give no number
+WORKING_DIRECTORY = "MEGAPROMOE_STUDY_CWD"  # which launchers/scaling_experts.sh enters
 CPUS_PER_RANK = 12  # as in launchers/scaling_experts.sh
 
 
@@ -102,7 +103,8 @@ def submit(
     Args:
         script: the job script.
         options, at_once: see `ArrayJob.sbatch`.
-        environment: environment of sbatch, which the jobs inherit.
+        environment: environment of sbatch, which the jobs inherit. They start in the working directory of this
+            process, to which the paths in a study are relative.
         dry_run: only print the commands.
         evaluation_options: more options of sbatch for the evaluations, which take precedence.
         words: more arguments of the job script.
@@ -110,6 +112,7 @@ def submit(
     Raises FileNotFoundError if there is no sbatch; StudyError.
     """
     logs, trainings = study.folder / "logs", "JOBID"
+    environment = {**environment, WORKING_DIRECTORY: str(Path.cwd())}
     for array in arrays:
         given = [*options, *evaluation_options] if array.evaluates else list(options)
         command = array.sbatch(given, at_once, trainings)

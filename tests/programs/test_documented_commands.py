@@ -115,7 +115,7 @@ def latents(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("text", [text for text in forms("run") if re.search(r"(?<![\w/])train(?: |$)", text)])
+@pytest.mark.parametrize("text", [text for text in forms("run") if re.search(r"(?<![\w/-])train(?: |$)", text)])
 def test_documented_trainings_can_start(text, latents, tmp_path, monkeypatch):
     """Their whole configuration at the documented number of ranks, and their data."""
     words = [re.sub("JOBID|DEST", "x", word) for word in text.split()]

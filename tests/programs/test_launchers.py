@@ -228,6 +228,12 @@ def test_a_python_can_be_chosen(tmp_path):
     (tmp_path / "study.yaml").touch()
     study = call("scaling_experts", "--dry-run", str(tmp_path), **env).splitlines()[-1]
     assert shlex.split(study) == [*start, "study", "run", str(tmp_path), "--task", "TASK"]
+    # A submitted job starts in the folder of the logs; paths are relative to the folder in which it was submitted.
+    from_logs = {**env, "MEGAPROMOE_STUDY_CWD": str(tmp_path.parent)}
+    assert (
+        shlex.split(call("scaling_experts", "--dry-run", tmp_path.name, **from_logs).splitlines()[-1])[5]
+        == tmp_path.name
+    )
     container = {"CONTAINER_IMAGE": "image", "MEGAPROMOE_PYTHON": "/of/the/container/python", "PATH": "/usr/bin:/bin"}
     assert "/of/the/container/python" in printed("promoe_b", **container)["train"]
 

@@ -142,6 +142,11 @@ def _benchmark(words: list[str], ranks: int) -> Small:
 
 def _study(words: list[str], ranks: int) -> Small:
     action = words[1]
+    if action == "recipes":
+        return Small(words, cheap=True)
+    if action == "plan" and words[2].startswith("paper/"):  # documents plan one recipe in several ways
+        digest = hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]
+        return Small([*words[:2], f"new/{digest}", "--recipe", *words[2:]], cheap=True)
     words = [word.replace("runs/", "studies/") if i == 2 else word for i, word in enumerate(words)]
     if action == "plan":
         words += ["--recipe", "digits"] if len(words) == 3 else []  # in the place of "..."
@@ -239,6 +244,7 @@ ELSEWHERE = {
     r"megapromoe routing --run-dir runs/scenes.*$": "tests/parallel/test_text_routing.py",
     r"megapromoe evaluate --run-dir runs/scenes.* --num-images .*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
+    r"megapromoe study (collect paper/t7|(plan|run) runs/small( .*)?)$": "tests/programs/test_paper_recipes.py",
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",
     r"torchrun .* megapromoe train --preset scenes .*$": "tests/programs/test_train_scenes.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",
