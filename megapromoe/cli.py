@@ -37,6 +37,7 @@ COMMANDS = {
     "convert": "convert a checkpoint between formats, without changing any value",
     "inspect": "show a checkpoint of any format, or how two of them differ",
     "upcycle": "initialize a ProMoE model from a trained model",
+    "superclasses": "group classes by WordNet, for the classification router",
     "study": "plan, run and compare many training runs from one recipe",
     "benchmark": "compare the speed of the MoE layer, the training step and sampling with other implementations",
     "launchers": "write the job scripts into a folder",

@@ -69,8 +69,12 @@ class DeepSpeedLayer(BaselineWrapper):
                     theirs.bias.copy_(ours.bias[e])
         self.drops = drops
 
-    def forward(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None) -> tuple[Tensor, MoEAuxiliary]:
+    def forward(
+        self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None = None, scored_BSD: Tensor | None = None
+    ) -> tuple[Tensor, MoEAuxiliary]:
         """DeepSpeed's gate chooses the experts; its balance loss replaces our losses."""
+        if scored_BSD is not None:
+            raise CannotRun("model.router_input = unmodulated: DeepSpeed's gate scores the tokens that experts process")
         B, S, D = x_BSD.shape
         x_TD, n = x_BSD.reshape(B * S, D), num_conditional * S
         y_TD = self.dense_output(x_TD, n)

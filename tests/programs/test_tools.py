@@ -20,6 +20,7 @@ TOOLS = {
     "inspect_checkpoint": "inspect",
     "plot_routing": "routing",
     "scaling_study": "study",
+    "superclasses": "superclasses",
     "upcycle": "upcycle",
 }
 

@@ -235,6 +235,7 @@ ELSEWHERE = {
     r"tensorboard --logdir \S+$": "a program of a package that we need",
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
+    r"megapromoe superclasses .*$": "tests/unit/test_superclasses.py",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
     r"megapromoe encode (--latents \S+|--images \S+\.(parquet|tar)'?) .*$": "tests/unit/test_tables.py",
     r"megapromoe (encode .* --teacher|train .* model\.align_block=\d+) .*$": "tests/unit/test_teacher.py",
