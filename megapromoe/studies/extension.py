@@ -95,7 +95,7 @@ def _problems(old: Study, recipe: Recipe, tasks: Sequence[Task]) -> list[str]:
     remedy += ", and keeps planned tasks as they are: undo these changes, or plan the recipe in another folder"
     if any(change.startswith(CHECKPOINT_SETTINGS) for change in changes) and recipe.evaluate != old.recipe.evaluate:
         remedy += "; evaluate.every needs checkpoints that planned tasks do not keep, the last one needs no `every`"
-    return [*problems, remedy]
+    return [*problems[:-1], f"{problems[-1]}. {remedy}"]
 
 
 def differences(before: Config, after: Config) -> list[str]:

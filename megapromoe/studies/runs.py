@@ -87,7 +87,7 @@ def run_tasks(
 class _Runner:
     def __init__(self, study: Study, jobs: tuple[Job, ...], at_once: int, limits: Limits):
         self.study, self.jobs, self.at_once, self.limits = study, jobs, at_once, limits
-        self.devices = Devices(limits.gpus)
+        self.devices = Devices(limits.gpus, at_once + limits.evaluations)
         self.locks: dict[str, IO[str]] = {}  # of jobs that failed and start again
         self.codes = {job.name: 0 for job in jobs if study.ended(job)}
         self.early = EarlyStops(study, is_alone=len(jobs) == 1)

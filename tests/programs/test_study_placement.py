@@ -113,13 +113,16 @@ def test_run_with_ranks_replaces_the_launchers_of_this_command_alone(tmp_path):
 
 
 def test_gpus_are_given_to_as_many_ranks():
-    devices = Devices(["0", "1", "2"])
+    devices = Devices(["0", "1", "2"], jobs=3)
     two, one = Placement(2, ("torchrun",)), Placement(1, ())
     first = devices.take(two)
     assert first == ("0", "1") and devices.take(two) is None and devices.take(one) == ("2",)
     assert devices.take(Placement(8, ("srun", "python"))) == (), "its ranks are elsewhere"
     devices.give_back(first)
     assert devices.take(two) == ("0", "1") and devices.take(one) is None
+    shared = Devices(["0", "1"], jobs=3)
+    assert [shared.take(one) for _ in range(3)] == [("0",), ("1",), ("0",)], "as many jobs as asked for"
+    assert shared.take(two) is None and Devices(["0", "1"], jobs=4).take(two) == ("0", "1")
     assert Devices(["0"]).take(Placement(4, ("torchrun",))) == ("0",), "more ranks than GPUs share them"
     assert Devices().take(two) == ()
 
@@ -146,7 +149,7 @@ train()
     import os
 
     study = evaluating_study(tmp_path, code, seeds=[0, 1, 2, 3], evaluate=None)
-    codes = runs.run_tasks(study, study.tasks, jobs=4, limits=Limits(gpus=("4", "7")))
+    codes = runs.run_tasks(study, study.tasks, jobs=2, limits=Limits(gpus=("4", "7")))
     assert set(codes.values()) == {0} and "CUDA_VISIBLE_DEVICES" not in os.environ
     used: set[str] = set()
     lines = (study.folder / "devices").read_text().splitlines()
