@@ -15,6 +15,7 @@ from typing import Any
 from megapromoe.config.options import Config, to_dict
 from megapromoe.config.resolve import to_yaml
 from megapromoe.io import write_text
+from megapromoe.studies.early_stopping import FOLDER as DECISIONS
 from megapromoe.studies.grid import Task, expand
 from megapromoe.studies.recipe import Recipe, StudyError, recipe_dict
 from megapromoe.studies.study import Study, is_same, names, open_study, plan, study_text
@@ -89,6 +90,8 @@ def _problems(old: Study, recipe: Recipe, tasks: Sequence[Task]) -> list[str]:
     planned = [task.name for task in expand(replace(old.recipe, task_order=()))]
     if not problems and kept != planned:
         problems.append("the planned tasks are in another order; put new seeds, values and variants behind the others")
+    if old.recipe.stop_early != recipe.stop_early and (old.folder / DECISIONS).is_dir():
+        problems.append(f"stop_early: differs, and models were stopped by the present section ({DECISIONS}/)")
     if not problems:
         return []
     remedy = "An extension adds seeds, variants, values of axes and evaluations"

@@ -86,6 +86,21 @@ def test_a_warm_up_of_an_earlier_version_is_not_mixed_with_that_of_today(tmp_pat
     assert not any(task.config.train.ema_warmup for task in open_study(tmp_path).tasks)
 
 
+def test_a_rule_by_which_models_were_stopped_early_stays(tmp_path):
+    section = {"steps": [2], "keep": 0.5}
+    variants = {"promoe": {}, "tc": TC}
+    study = plan(tmp_path, recipe(axes={}, variants=variants, stop_early=section))
+    assert extend(tmp_path, recipe(axes={}, variants=variants, stop_early={"steps": [1], "keep": 0.5})).changed == (
+        "stop_early",
+    )
+    extend(tmp_path, recipe(axes={}, variants=variants, stop_early=section))
+    (tmp_path / "decisions").mkdir()
+    with pytest.raises(StudyError, match="stop_early: differs, and models were stopped by the present section"):
+        extend(tmp_path, recipe(axes={}, variants=variants))
+    larger = recipe(axes={}, variants=variants, seeds=[0, 1, 2], stop_early=section)
+    assert len(extend(tmp_path, larger).added) == 2 and open_study(tmp_path).tasks[:4] == study.tasks
+
+
 def test_a_study_with_a_former_name_in_its_folders_keeps_them(tmp_path):
     made = recipe(axes={"train.max_grad_norm": [0.5, 1.0]}, seeds=[0])
     content = recipe_dict(made)
