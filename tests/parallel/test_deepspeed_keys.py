@@ -15,7 +15,7 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
 
-LAYOUT = ("parallel.ep=2", "train.accumulation=2")
+LAYOUT = ("parallel.ep=2", "train.accumulation=2", "model.depth=2")
 EVERY, SHARDED, FLAT, STAGE_3 = (0, 1, 2, 3), (1, 2, 3), (1, 2), (3,)
 # A value other than DeepSpeed's default for each supported key that is no block, and the stages at which it is tried.
 VALUES: dict[str, tuple[object, tuple[int, ...]]] = {

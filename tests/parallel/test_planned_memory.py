@@ -25,9 +25,17 @@ class Living(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.parameters = list(model.parameters())
-        self.known = {t.untyped_storage()._cdata for t in (*self.parameters, *model.buffers())}
-        self.bytes = self.peak = 0
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.bytes = self.peak = self.gradients = 0
+        self.without_gradient = set(model.parameters())
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.count_gradient)
+
+    def count_gradient(self, parameter: torch.Tensor) -> None:
+        """Called when a parameter has a gradient: a new one the first time, and later sums in the same place."""
+        if parameter in self.without_gradient:
+            self.without_gradient.remove(parameter)
+            self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         out = function(*arguments, **(named or {}))
@@ -38,8 +46,7 @@ class Living(TorchDispatchMode):
                     self.known.add(storage._cdata)
                     self.bytes += storage.nbytes()
                     weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        gradients = sum(p.grad.untyped_storage().nbytes() for p in self.parameters if p.grad is not None)
-        self.peak = max(self.peak, self.bytes - gradients)
+        self.peak = max(self.peak, self.bytes - self.gradients)
         return out
 
     def forget(self, key: int, size: int) -> None:
