@@ -53,7 +53,7 @@ def smoothing(prototype_ED: Tensor, sum_ED: Tensor, count_E: Tensor, temperature
     is_used_E = (count_E > 0).double()
     number = is_used_E.sum()
     logit_EE = F.normalize(prototype_ED.double(), dim=1) @ F.normalize(sum_ED.double(), dim=1).T / temperature
-    own_E = logit_EE.diagonal()
-    others_E = (logit_EE @ is_used_E - own_E) / (number - 1).clamp(min=1)
-    mean = ((own_E - others_E) * is_used_E).sum() / number.clamp(min=1)
+    diagonal_E = logit_EE.diagonal()
+    others_E = (logit_EE @ is_used_E - diagonal_E) / (number - 1).clamp(min=1)
+    mean = ((diagonal_E - others_E) * is_used_E).sum() / number.clamp(min=1)
     return torch.where(number > 1, mean, torch.zeros_like(mean))

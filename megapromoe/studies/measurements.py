@@ -50,7 +50,9 @@ class Columns:
         flat = {task.name: _flat(task) for task in study.tasks}
         first = flat[study.tasks[0].name]
         known = {*study.recipe.axes, *study.recipe.seed_settings}  # columns of their own
-        differing = [key for key in first if key not in known and any(own[key] != first[key] for own in flat.values())]
+        differing = [
+            key for key in first if key not in known and any(settings[key] != first[key] for settings in flat.values())
+        ]
         raw = {
             task.name: {key: task.point.get(key) for key in study.recipe.axes}
             | {key: flat[task.name][key] for key in differing}

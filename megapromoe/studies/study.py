@@ -212,9 +212,9 @@ def missing_data(study: Study) -> str:
     return f"data.source = {UNSET!r}: {NO_DATA}; plan the study with it in another folder, or remove {study.folder}"
 
 
-def is_same(one: Recipe, other: Recipe) -> bool:
+def is_same(first: Recipe, second: Recipe) -> bool:
     """Whether two recipes define the same study; the order of their entries is that of the tasks."""
-    return yaml.safe_dump(recipe_dict(one), sort_keys=False) == yaml.safe_dump(recipe_dict(other), sort_keys=False)
+    return yaml.safe_dump(recipe_dict(first), sort_keys=False) == yaml.safe_dump(recipe_dict(second), sort_keys=False)
 
 
 def study_text(recipe: Recipe) -> str:

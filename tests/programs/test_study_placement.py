@@ -100,8 +100,8 @@ def test_ranks_over_which_a_variant_does_not_divide_are_refused():
 def test_run_with_ranks_replaces_the_launchers_of_this_command_alone(tmp_path):
     study = plan(tmp_path, placed())
     before = (tmp_path / "study.yaml").read_bytes()
-    here = on_this_machine(study, 2)
-    assert {placement_of(here.recipe, job) for job in here.jobs()} == {Placement(2, standalone(2))}
+    placed_study = on_this_machine(study, 2)
+    assert {placement_of(placed_study.recipe, job) for job in placed_study.jobs()} == {Placement(2, standalone(2))}
     assert standalone(2)[:3] == (sys.executable, "-m", "torch.distributed.run")
     assert {placement_of(on_this_machine(study, 1).recipe, job) for job in study.jobs()} == {Placement(1, ())}
     with pytest.raises(StudyError, match=r"--ranks 3: train.global_batch = 16.*\[small-seed0\]"):
@@ -114,12 +114,12 @@ def test_run_with_ranks_replaces_the_launchers_of_this_command_alone(tmp_path):
 
 def test_gpus_are_given_to_as_many_ranks():
     devices = Devices(["0", "1", "2"], jobs=3)
-    two, one = Placement(2, ("torchrun",)), Placement(1, ())
-    first = devices.take(two)
-    assert first == ("0", "1") and devices.take(two) is None and devices.take(one) == ("2",)
+    pair, single = Placement(2, ("torchrun",)), Placement(1, ())
+    first = devices.take(pair)
+    assert first == ("0", "1") and devices.take(pair) is None and devices.take(single) == ("2",)
     assert devices.take(Placement(8, ("srun", "python"))) == (), "its ranks are elsewhere"
     devices.give_back(first)
-    assert devices.take(two) == ("0", "1") and devices.take(one) is None
+    assert devices.take(pair) == ("0", "1") and devices.take(single) is None
     shared = Devices(["0", "1"], jobs=3)
     assert [shared.take(one) for _ in range(3)] == [("0",), ("1",), ("0",)], "as many jobs as asked for"
     assert shared.take(two) is None and Devices(["0", "1"], jobs=4).take(two) == ("0", "1")
@@ -207,8 +207,8 @@ def test_the_layouts_of_a_run_are_in_its_row(tmp_path):
     study = finished(tmp_path, recipe(axes={}))
     first, second = study.tasks
     assert row(study, first)["ranks"] is None and row(study, first)["layout"] is None, "of an earlier version"
-    one, four = ({"world": n, "tp": 1, "ep": n, "dp": n} for n in (1, 4))
-    for task, layouts in ((first, [one]), (second, [one, four, four])):
+    single, several = ({"world": n, "tp": 1, "ep": n, "dp": n} for n in (1, 4))
+    for task, layouts in ((first, [single]), (second, [single, several, several])):
         (study.run(task) / "environment.json").write_text(json.dumps([{"layout": layout} for layout in layouts]))
     rows = [row(study, task) for task in study.tasks]
     assert [(r["ranks"], r["layout"]) for r in rows] == [(1, "tp1 ep1 dp1"), (4, "tp1 ep1 dp1; tp1 ep4 dp4")]

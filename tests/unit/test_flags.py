@@ -117,6 +117,7 @@ def test_a_flag_takes_the_same_in_every_command():
     different = {flag: kinds for flag, actions in flags().items() if len(kinds := {kind(a) for a in actions}) > 1}
     assert different.pop("--sizes") == {"a text", "a choice"}  # names of presets, or of their sizes
     assert different.pop("--device") == {"a text", "a choice"}  # also a GPU of several, or cuda and cpu
+    assert different.pop("--scale") == {"a number", "a text"}  # of latents in `encode`, of a recipe in `study plan`
     assert different == {}
 
 

@@ -24,6 +24,7 @@ NO_SETTINGS = {
     "sample.py",
     "train.py",
     "data.md",
+    "data.noun",
     "train.md",
     "sample.key",
     "data.pkl",

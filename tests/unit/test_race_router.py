@@ -27,13 +27,13 @@ def logits_by_hand(router: RaceRouter, x: torch.Tensor) -> torch.Tensor:
 def similarity_by_hand(logit_TE: torch.Tensor, chosen: set) -> torch.Tensor:
     T, P = len(logit_TE), logit_TE.softmax(-1)
     together = [[sum((t, i) in chosen and (t, j) in chosen for t in range(T)) for j in range(E)] for i in range(E)]
-    own = sum(together[i][i] for i in range(E))
+    diagonal = sum(together[i][i] for i in range(E))
     pairs = sum(together[i][j] for i in range(E) for j in range(E) if i != j)
     total = logit_TE.sum() * 0
     for i in range(E):
         for j in range(E):
             if i == j:
-                weight = E * together[i][i] / own if own else 0
+                weight = E * together[i][i] / diagonal if diagonal else 0
             else:
                 weight = (E**2 - E) * together[i][j] / pairs if pairs else 0
             total = total + weight * sum(P[t, i] * P[t, j] for t in range(T)) / max(T, 1)
@@ -76,7 +76,7 @@ def test_choice_weights_losses_and_gradients(gate, K, images, skewed):
 def test_losses_of_several_layers_are_those_of_each():
     inputs = [race(2)(tokens(2, seed)).joint_losses["similarity"] for seed in (1, 2)]
     together = SimilarityInputs.joint_loss(inputs)
-    torch.testing.assert_close(together, torch.cat([SimilarityInputs.joint_loss([one]) for one in inputs]))
+    torch.testing.assert_close(together, torch.cat([SimilarityInputs.joint_loss([layer]) for layer in inputs]))
     assert inputs[0].joint_key == inputs[1].joint_key and not race(router_similarity_weight=0.0)(tokens(2)).joint_losses
 
 

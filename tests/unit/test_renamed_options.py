@@ -24,7 +24,7 @@ from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read
 from megapromoe.studies.study import open_study, plan
 
 OPTIONS = {f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values}
-ITS_TESTS = ("test_renamed_options.py", "test_former_options.py")
+ITS_TESTS = ("test_renamed_options.py", "test_former_options.py", "test_study_extension.py")
 ROOT = Path(__file__).parents[2]
 SAVED = {"train": {"spike": 7}, "data": {"source": "synthetic"}}
 
