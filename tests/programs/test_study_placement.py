@@ -121,10 +121,10 @@ def test_gpus_are_given_to_as_many_ranks():
     devices.give_back(first)
     assert devices.take(pair) == ("0", "1") and devices.take(single) is None
     shared = Devices(["0", "1"], jobs=3)
-    assert [shared.take(one) for _ in range(3)] == [("0",), ("1",), ("0",)], "as many jobs as asked for"
-    assert shared.take(two) is None and Devices(["0", "1"], jobs=4).take(two) == ("0", "1")
+    assert [shared.take(single) for _ in range(3)] == [("0",), ("1",), ("0",)], "as many jobs as asked for"
+    assert shared.take(pair) is None and Devices(["0", "1"], jobs=4).take(pair) == ("0", "1")
     assert Devices(["0"]).take(Placement(4, ("torchrun",))) == ("0",), "more ranks than GPUs share them"
-    assert Devices().take(two) == ()
+    assert Devices().take(pair) == ()
 
 
 def test_the_gpus_of_this_process(tmp_path, monkeypatch):
