@@ -4,13 +4,11 @@ import itertools
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from support.forked_ranks import ForkedRank
 
 LIMIT = 4.0  # train.step_timeout, seconds
 BOUND = 90.0  # seconds within which both sides must have ended: on a busy machine, and the store's own wait of 4 s
@@ -61,13 +59,11 @@ def two_nodes():
 @pytest.mark.parametrize("cut", [0, 1], ids=["the side with the store", "the other side"])
 def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_path, fault_table):
     run = tmp_path / "run"
-    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from support.hanging import *; patient_start()"
-    words = ["-c", f"{program}; sys.exit(main())", str(Path(__file__).parents[1])]
-    words += ["train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
+    words = ["train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
     words += [f"train.step_timeout={LIMIT:g}", "train.timeout=60"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
     clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "node"}
-    jobs: list[subprocess.Popen] = []
+    jobs: list[ForkedRank] = []
 
     def output_of(rank: int) -> str:
         return (tmp_path / f"output-{rank}").read_text()
@@ -86,9 +82,8 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
         for rank, name in enumerate(two_nodes):
             ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             env = clean | {key: str(value) for key, value in ranks.items()} | {"OMP_NUM_THREADS": "1"}
-            command = ["ip", "netns", "exec", name, sys.executable, *words]
-            with open(tmp_path / f"output-{rank}", "wb") as out:
-                jobs.append(subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT))
+            call = f"enter_network({name!r}); patient_start(); sys.exit(main())"
+            jobs.append(ForkedRank(words, env, tmp_path / f"output-{rank}", call))
         wait_until(lambda: steps() >= 5 or any(job.poll() is not None for job in jobs), 300)
         assert [job.poll() for job in jobs] == [None, None], output_of(0)[-3000:] + output_of(1)[-3000:]
         ip("-n", two_nodes[cut], "link", "set", "node", "down")
@@ -98,7 +93,7 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
     finally:
         for job in jobs:
             if job.poll() is None:
-                job.send_signal(signal.SIGKILL)
+                job.kill()
             job.wait()
     assert [job.returncode for job in jobs] == [76, 76], output_of(0)[-3000:] + output_of(1)[-3000:]
     place = r"no progress for \d+ s \(train.step_timeout = 4\) in section '[a-z ]+' of step \d+; "

@@ -1,6 +1,7 @@
 """Jobs that are asked to stop by a terminal, or whose launcher is killed: they save, and lose nothing.
 
-Processes are real. Ranks whose launcher is dead become children of the tests, which so learn their exit codes.
+Processes are real; those without a launcher are forked. Ranks whose launcher is dead become children of the tests,
+which so learn their exit codes.
 `test_killed_jobs.py` has signals of a scheduler, and dead or hung ranks.
 """
 
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.forked_ranks import ForkedRank
 from support.levels import full
 
 from megapromoe.checkpoint.format import Checkpoint
@@ -96,13 +98,17 @@ def torchrun(*words: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, full(signal.SIGHUP)])
-def test_a_process_alone_saves(number, jobs, tmp_path, fault_table):
+def test_a_process_alone_saves(number, tmp_path, fault_table):
     folder = tmp_path / "run"
-    job = start(jobs, *MAIN, *TRAIN, ENDLESS, "--run-dir", str(folder))
-    wait_for(lambda: steps(folder) >= 3, job)
-    job.send_signal(number)
-    output, _ = job.communicate(timeout=60)
-    assert job.returncode == 75, output[-3000:]
+    job = ForkedRank([*TRAIN, ENDLESS, "--run-dir", str(folder)], ENV, tmp_path / "output")
+    try:
+        wait_for(lambda: steps(folder) >= 3 or job.poll() is not None)
+        job.send_signal(number)
+        code = job.wait(timeout=60)
+    finally:
+        job.kill()
+    output = (tmp_path / "output").read_text()
+    assert code == 75, output[-3000:]
     assert "asked to stop: step" in output
     check_saved(folder)
     name = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is closed (SIGHUP)"}[number]
@@ -110,17 +116,18 @@ def test_a_process_alone_saves(number, jobs, tmp_path, fault_table):
 
 
 @pytest.mark.full
-def test_ctrl_c_before_the_first_step_ends_at_once(jobs, tmp_path):
-    code = "from support.hanging import hang_at; hang_at(0, 0)"
-    env = {**ENV, "PYTHONPATH": f"{Path(__file__).parents[1]}:{ENV.get('PYTHONPATH', '')}"}
-    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path):
+    env = ENV | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     folder = tmp_path / "run"
-    job = start(jobs, sys.executable, "-c", code, *TRAIN, "--run-dir", str(folder), env=env)
-    wait_for(lambda: (folder / "run.lock").exists(), job)
-    time.sleep(2)
-    job.send_signal(signal.SIGINT)
-    output, _ = job.communicate(timeout=20)
-    assert job.returncode == 130 and "megapromoe: interrupted" in output
+    job = ForkedRank([*TRAIN, "--run-dir", str(folder)], env, tmp_path / "output", call="hang_at(0, 0)")
+    try:
+        wait_for(lambda: (folder / "run.lock").exists() or job.poll() is not None)
+        time.sleep(2)
+        job.send_signal(signal.SIGINT)
+        code = job.wait(timeout=20)
+    finally:
+        job.kill()
+    assert code == 130 and "megapromoe: interrupted" in (tmp_path / "output").read_text()
     assert not steps_in(folder / "checkpoints")
 
 
