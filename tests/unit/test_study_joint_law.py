@@ -30,8 +30,8 @@ def grid(points, seeds=3, rest=0.0, shift=0.0, seed=0, law=truth):
 def test_known_constants_are_recovered_without_noise():
     points = list(itertools.product(N, E, D))
     exact = fit_joint_law(*grid(points), replicates=2)
-    found = [exact.constant, *(x for t in exact.terms.values() for x in (t.coefficient, t.exponent))]
-    assert found == pytest.approx([0.3, 40, 0.4, 0.2, 0.6, 9, 0.35], rel=1e-3) and exact.arms == 36
+    constants = [exact.constant, *(x for t in exact.terms.values() for x in (t.coefficient, t.exponent))]
+    assert constants == pytest.approx([0.3, 40, 0.4, 0.2, 0.6, 9, 0.35], rel=1e-3) and exact.arms == 36
     x = {"active_parameters": np.array([2e6]), "experts": np.array([32]), "images": np.array([1e6])}
     assert exact.at(x)[0] == pytest.approx(truth(2e6, 32, 1e6), rel=1e-5)
 
@@ -79,13 +79,13 @@ def test_a_variable_that_does_not_vary_is_part_of_the_constant():
 @pytest.mark.parametrize(
     "points, seeds, reason",
     [
-        ([(n, 8, 1e5) for n in N], 3, "only active parameters varies; a joint law needs two of"),
+        ([(n, 8, 1e5) for n in N], 3, "nothing but active parameters varies; a joint law needs two of"),
         (
             itertools.product(N, (4, 8), D),
             3,
-            "experts takes 2 values, 4 and 8: its term needs 3; add values to the axis",
+            "experts: 2 values, 4 and 8; the term needs 3: add values to the axis model.num",
         ),
-        (itertools.product(N, (8, 10, 12), D), 3, "experts ranges from 8 to 12: its term needs a factor of 2"),
+        (itertools.product(N, (8, 10, 12), D), 3, "experts: 8 to 12; the term needs a factor of 2: add values to"),
         ([(n, e, 4e11 / n) for n in N for e in E], 3, r"vary together \(correlation -1.00\), as at one compute budget"),
         (itertools.product(N, (8,), D), 1, "one run for each point"),
         ([(N[0], 4, D[0]), (N[1], 16, D[0]), (N[2], 4, D[1]), (N[0], 8, D[2])], 2, "4 points for 7 constants"),
@@ -109,5 +109,5 @@ def test_the_report_has_the_law_of_each_router():
     text = "\n".join(joint_law_sections(rows, made))
     assert "| promoe | 12 | " in text and " D^-0.3" in text and "| yes |" in text
     few = [row for row in rows if row["experts"] in (4, 8)]
-    assert "None for promoe: experts takes 2 values, 4 and 8" in "\n".join(joint_law_sections(few, made))
+    assert "None for promoe: experts: 2 values, 4 and 8" in "\n".join(joint_law_sections(few, made))
     assert not list(joint_law_sections(rows[-36:], made))
