@@ -8,7 +8,7 @@ from support.small_studies import recipe
 
 from megapromoe.studies.fit import FitError
 from megapromoe.studies.joint_law import fit_joint_law
-from megapromoe.studies.joint_law_tables import joint_law_sections, joint_laws
+from megapromoe.studies.joint_law_tables import joint_law_sections
 
 N, E, D = (1e6, 4e6, 1.6e7), (4, 8, 16, 64), (1e5, 4e5, 3.2e6)
 
@@ -38,12 +38,12 @@ def test_known_constants_are_recovered_without_noise():
 
 @pytest.mark.full
 def test_known_constants_lie_in_their_intervals():
-    """Eight studies with noise of 0.001, and 0.002 of the seed in all runs; more noise, wider intervals."""
+    """Six studies with noise of 0.001, and 0.002 of the seed in all runs; more noise, wider intervals."""
     points = list(itertools.product(N, E, D))
     known = {"active_parameters": (40, 0.4, N), "experts": (0.2, 0.6, E), "images": (9, 0.35, D)}
     held, supported = [], 0
-    for seed in range(8):
-        law = fit_joint_law(*grid(points, rest=0.001, shift=0.002, seed=seed), replicates=60, seed=seed)
+    for seed in range(6):
+        law = fit_joint_law(*grid(points, rest=0.001, shift=0.002, seed=seed), replicates=40, seed=seed)
         supported += not law.fit_warnings
         held.append([law.constant_interval[0] < 0.3 < law.constant_interval[1]])
         for name, (coefficient, exponent, values) in known.items():
@@ -51,11 +51,12 @@ def test_known_constants_lie_in_their_intervals():
             assert term.exponent == pytest.approx(exponent, abs=0.1) and term.gain == pytest.approx(gain, rel=0.05)
             held[-1] += [term.interval[0] < exponent < term.interval[1]]
             held[-1] += [term.gain_interval[0] < gain < term.gain_interval[1]]
-    assert np.mean(held) >= 0.85 and np.mean(held, axis=0).min() >= 0.6 and supported >= 6
-    noisier = fit_joint_law(*grid(points, rest=0.004, shift=0.002, seed=7), replicates=60)
+    assert np.mean(held) >= 0.85 and np.mean(held, axis=0).min() >= 0.6 and supported >= 4
+    noisier = fit_joint_law(*grid(points, rest=0.004, shift=0.002, seed=5), replicates=40)
     assert np.ptp(noisier.terms["images"].interval) > 2 * np.ptp(law.terms["images"].interval)
 
 
+@pytest.mark.full
 def test_laws_that_the_data_contradict_are_not_supported():
     points = list(itertools.product(N, E, D))
 
@@ -105,8 +106,8 @@ def test_the_report_has_the_law_of_each_router():
         for name in ("promoe", "dense")
         for n, e, d, s, value in zip(*x.values(), seeds, loss, strict=True)
     ]
-    assert list(joint_laws(rows, made)) == ["promoe"], "dense varies in its images alone"
     text = "\n".join(joint_law_sections(rows, made))
+    assert "dense" not in text, "it varies in its images alone"
     assert "| promoe | 12 | " in text and " D^-0.3" in text and "| yes |" in text
     few = [row for row in rows if row["experts"] in (4, 8)]
     assert "None for promoe: experts: 2 values, 4 and 8" in "\n".join(joint_law_sections(few, made))
