@@ -16,8 +16,9 @@ from megapromoe.plot_text import literal
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.image_plots import Styles, plot_label, styles_of
 from megapromoe.studies.noise import NoiseFloor, metric_name, noise_floor, values_of
+from megapromoe.studies.seed_statistics import Rows, groups, mean_of, paired_differences
 from megapromoe.studies.study import Study
-from megapromoe.studies.tables import Rows, evaluated, first_figure, groups, mean_of, paired_differences
+from megapromoe.studies.tables import evaluated, first_figure
 
 PANELS = 4  # metrics in the picture
 ONE_PAIR, MEAN = "0.90", "0.78"  # greys of the bands

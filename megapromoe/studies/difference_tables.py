@@ -8,7 +8,8 @@ from typing import Any
 from megapromoe.studies.collect import LOSS, TRAINING_LOSS
 from megapromoe.studies.multiple_comparisons import adjusted
 from megapromoe.studies.recipe import Recipe
-from megapromoe.studies.tables import Rows, differences, evaluated
+from megapromoe.studies.seed_statistics import Rows, differences
+from megapromoe.studies.tables import evaluated
 
 
 def difference_rows(rows: Rows, recipe: Recipe, against: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from megapromoe.studies.collect import TAIL
 from megapromoe.studies.early_stopping import StopEarly, decision_file
 from megapromoe.studies.grid import Task
 from megapromoe.studies.json_files import metrics
+from megapromoe.studies.seed_statistics import mean_of
 from megapromoe.studies.study import Study
-from megapromoe.studies.tables import mean_of, model_name
+from megapromoe.studies.tables import model_name
 
 Arm = tuple[str, tuple]
 

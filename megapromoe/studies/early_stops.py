@@ -17,7 +17,7 @@ from megapromoe.studies.job_processes import STOPPED, RunningJob, ask_to_stop
 from megapromoe.studies.study import Job, Study
 from megapromoe.studies.task_locks import is_locked
 
-EVERY = 5.0  # seconds between two readings of the logs of other runs
+EVERY = 2.0  # seconds between two readings of decisions and of the logs of other runs
 
 
 class EarlyStops:
@@ -33,24 +33,23 @@ class EarlyStops:
     def __init__(self, study: Study, is_alone: bool):
         self._study, self._is_alone = study, is_alone
         self._is_used = study.recipe.stop_early is not None
-        self._step = next_step(study)
         self._read = -EVERY
+        self._refresh()
         self.asked: set[str] = set()
 
     def update(self, running: Sequence[RunningJob]) -> list[str]:
         """Decides if possible, and requests running jobs to pause or stop; returns a line for each new decision."""
         if not self._is_used:
             return []
-        reached = [r for r in running if isinstance(r.job, Task) and self._reached(r.job)]
         lines = []
-        if self._step is not None and (not running or reached) and time.monotonic() - self._read >= EVERY:
+        if time.monotonic() - self._read >= EVERY:
             self._read = time.monotonic()
-            lines = [decision_in_words(decision) for decision in decide(self._study)]
-            self._step = next_step(self._study)
+            if not running or any(self._reached(running_job.job) for running_job in running):
+                lines = [decision_in_words(decision) for decision in decide(self._study)]
+            self._refresh()  # also for decisions of other commands
         for running_job in running:
             job = running_job.job
-            pauses = not self._is_alone and running_job in reached and self._reached(job)
-            if job.name not in self.asked and (pauses or self.is_stopped(job)):
+            if job.name not in self.asked and (self.is_blocked(job) or self.is_stopped(job)):
                 self.asked.add(job.name)
                 ask_to_stop([running_job])
         return lines
@@ -64,11 +63,11 @@ class EarlyStops:
     def is_stopped(self, job: Job) -> bool:
         """Whether the model of a job was stopped early."""
         task = job.task if isinstance(job, Evaluation) else job
-        return self._is_used and self._study.stopped_early(task) is not None and not self._study.done(job)
+        return task.name in self._stopped and not self._study.done(job)
 
     def is_blocked(self, job: Job) -> bool:
         """Whether a training has reached the next comparison, and waits for its decision."""
-        return not self._is_alone and isinstance(job, Task) and self._reached(job)
+        return not self._is_alone and self._reached(job)
 
     def why_blocked(self, waiting: Iterable[Job]) -> str:
         """Why no waiting job can start, although none runs; "" if one can, or if another command trains one."""
@@ -84,5 +83,14 @@ class EarlyStops:
             f" study status {self._study.folder}`; repeat the command when they can be trained"
         )
 
-    def _reached(self, task: Task) -> bool:
-        return self._step is not None and not self._study.done(task) and self._study.steps_logged(task) >= self._step
+    def _refresh(self) -> None:
+        """Reads the decisions that exist."""
+        self._step = next_step(self._study)
+        tasks = self._study.tasks if self._is_used else ()
+        self._stopped = {task.name for task in tasks if self._study.stopped_early(task) is not None}
+
+    def _reached(self, job: Job) -> bool:
+        """Whether a training has logged the step of the next comparison and is not done."""
+        if self._step is None or not isinstance(job, Task) or self._study.done(job):
+            return False
+        return self._study.steps_logged(job) >= self._step

@@ -139,20 +139,20 @@ def fit_joint_law(
 def _check_grid(varying: Mapping[str, np.ndarray]) -> None:
     """Raises FitError if the values of the variables cannot identify their terms."""
     if len(varying) < 2:
-        what = f"only {_name(next(iter(varying)))} varies" if varying else "nothing varies"
+        what = f"nothing but {_name(next(iter(varying)))} varies" if varying else "nothing varies"
         raise FitError(f"{what}; a joint law needs two of {', '.join(map(_name, SYMBOLS))}")
     for name, values in varying.items():
         levels = _levels(values)
         if len(levels) < LEVELS:
             shown = " and ".join(f"{level:,.4g}" for level in levels)
             raise FitError(
-                f"{_name(name)} takes {len(levels)} values, {shown}: its term needs {LEVELS}; add values to the axis"
+                f"{_name(name)}: {len(levels)} values, {shown}; the term needs {LEVELS}: add values to the axis"
                 f" {AXES[name]}"
             )
         if levels[-1] < SPAN * levels[0]:
             raise FitError(
-                f"{_name(name)} ranges from {levels[0]:,.4g} to {levels[-1]:,.4g}: its term needs a factor of {SPAN:g};"
-                f" add values to the axis {AXES[name]}"
+                f"{_name(name)}: {levels[0]:,.4g} to {levels[-1]:,.4g}; the term needs a factor of {SPAN:g}: add values"
+                f" to the axis {AXES[name]}"
             )
     for (first, x), (second, y) in itertools.combinations(varying.items(), 2):
         correlation = float(np.corrcoef(np.log(x), np.log(y))[0, 1])
@@ -229,8 +229,11 @@ def _fit(start: np.ndarray, z_VR: np.ndarray, loss_R: np.ndarray) -> np.ndarray:
     low, high = np.full_like(start, -20.0), np.full_like(start, 20.0)
     low[2::2], high[2::2] = C_MIN, C_MAX
     begin = np.clip(start, low + 1e-6, high - 1e-6)
-    options = {"loss": "huber", "f_scale": HUBER, "x_scale": "jac", "max_nfev": 300}
-    return least_squares(residuals, begin, jacobian, bounds=(low, high), **options).x
+    limits = (low, high)
+    solution = least_squares(
+        residuals, begin, jacobian, bounds=limits, x_scale="jac", loss="huber", f_scale=HUBER, max_nfev=300
+    )
+    return np.asarray(solution.x)
 
 
 def _drawn(generator: np.random.Generator, floor: NoiseFloor, seed_R: np.ndarray) -> np.ndarray:

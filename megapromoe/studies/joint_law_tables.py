@@ -8,7 +8,7 @@ from megapromoe.studies.collect import LOSS
 from megapromoe.studies.fit import FitError
 from megapromoe.studies.joint_law import CONSTANT, SYMBOLS, JointLaw, fit_joint_law
 from megapromoe.studies.recipe import Recipe
-from megapromoe.studies.tables import Rows
+from megapromoe.studies.seed_statistics import Rows
 
 TITLE = "## Joint law, L = e + a N^-α + b E^-β + c D^-γ"
 

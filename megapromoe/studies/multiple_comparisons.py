@@ -41,9 +41,9 @@ def count_in_words(p_values: Sequence[float | None]) -> str:
     if count == 1:
         return "There is one interval; without an effect, it excludes zero in 5 % of studies."
     return (
-        f"There are {count} intervals, of which {plain} exclude zero. Without any effect, {ALPHA * count:.2g} would on"
+        f"Of {count} intervals, those that exclude zero: {plain}. Without any effect, {ALPHA * count:.2g} would on"
         f" average, and at least one in {1 - LEVEL**count:.0%} of studies if they were independent. Adjusted by Holm's"
-        f" method for all {count}, {left} exclude zero."
+        f" method for all {count}: {left}."
     )
 
 

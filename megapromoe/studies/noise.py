@@ -31,7 +31,8 @@ from megapromoe.number_text import significant
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.fit import LEVEL
 from megapromoe.studies.recipe import Recipe
-from megapromoe.studies.tables import Rows, evaluated, first_figure, groups
+from megapromoe.studies.seed_statistics import Rows, groups
+from megapromoe.studies.tables import evaluated, first_figure
 
 Arm = TypeVar("Arm", bound=Hashable)
 

@@ -107,8 +107,8 @@ def _seeds_in_words(deviation: Deviation, paired: bool, difference: float, power
         2 if value == 0 else (None if math.isinf(value) else seeds_for(difference / value, paired, power))
         for value in (deviation.value, low, high)
     ]
-    best, fewest, most = (f"more than {MOST:,}" if count is None else f"{count:,}" for count in counts)
-    return f"{best} {'pairs' if paired else 'unpaired seeds of each model'} ({fewest} to {most})"
+    estimate, least, most = (f"more than {MOST:,}" if count is None else f"{count:,}" for count in counts)
+    return f"{estimate} {'pairs' if paired else 'unpaired seeds of each model'} ({least} to {most})"
 
 
 def _spread(deviation: Deviation) -> str:

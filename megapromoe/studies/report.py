@@ -19,6 +19,8 @@ from megapromoe.studies.collect import LOSS, TRAINING_LOSS
 from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.job_processes import flops_of, units, units_done
+from megapromoe.studies.multiple_comparisons import count_in_words, warning
+from megapromoe.studies.noise import noise_floors, sentence
 from megapromoe.studies.placement import placement_of
 from megapromoe.studies.report_figures import (
     arms,
@@ -28,6 +30,7 @@ from megapromoe.studies.report_figures import (
     import_plotly,
     loss_figure,
 )
+from megapromoe.studies.seed_statistics import differences
 from megapromoe.studies.status import STATES, JobState
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, groups, mean_of, model_name
@@ -73,6 +76,9 @@ def sections(study: Study, rows: Rows, states: Sequence[JobState], against: Sequ
     """The parts of the page, in order."""
     yield f"<h1>Study {_text(study.folder.resolve().name)}</h1>"
     yield _summary(study, states)
+    floors = noise_floors(rows, study.recipe)
+    if floors:
+        yield "<h2>Noise floor</h2>" + "".join(f"<p>{_text(sentence(floor))}</p>" for floor in floors)
     yield "<h2>Models</h2>" + _arms_table(study, rows)
     losses = loss_figure(study)
     yield "<h2>Losses over training</h2>" + (
@@ -86,6 +92,7 @@ def sections(study: Study, rows: Rows, states: Sequence[JobState], against: Sequ
             yield f"<h2>Against {_text(name)}, on the same stream</h2>"
             yield "<p>Rings: each seed. Points: mean with the 95 % interval over seeds (Student's t).</p>"
             yield from figure_html([(f"differences-{number}", figure)])
+            yield "".join(f"<p>{_text(text)}</p>" for text in _cautions(study, rows, name))
     evaluated = evaluation_figures(study)
     if evaluated:
         yield "<h2>Sampled images</h2>"
@@ -94,6 +101,16 @@ def sections(study: Study, rows: Rows, states: Sequence[JobState], against: Sequ
         yield from figure_html([(f"evaluation-{number}", figure)])
     yield _troubles(study, states)
     yield "<h2>Runs</h2>" + _runs_table(study, states, out)
+
+
+def _cautions(study: Study, rows: Rows, against: str) -> list[str]:
+    """How many differences of the loss exclude zero, plain and adjusted, and a warning if that is not the same."""
+    means = {
+        model_name(*arm): mean for arm, mean in differences(rows, study.recipe, against).items() if arm[1] is not None
+    }
+    p_values = [mean.p for mean in means.values()]
+    texts = (count_in_words(p_values), warning(list(means), p_values).replace("**", ""))
+    return [text for text in texts if text]
 
 
 def _summary(study: Study, states: Sequence[JobState]) -> str:
@@ -139,7 +156,7 @@ def _arms_table(study: Study, rows: Rows) -> str:
             line += ["-"] * (len(head) - 2)
         lines.append(line)
     note = "Losses: of the last checkpoints on fixed draws, mean over seeds ± half of the 95 % interval."
-    waiting = [task.name for task in study.tasks if study.done(task) and task.name not in {r["task"] for r in rows}]
+    waiting = [task.name for task in study.finished() if task.name not in {row["task"] for row in rows}]
     if waiting:
         note += f" Without those that `collect` has not computed yet: {', '.join(waiting)}."
     return _table(head, lines, numbers=range(1, len(head))) + f'<p class="note">{_text(note)}</p>'

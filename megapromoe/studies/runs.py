@@ -129,6 +129,9 @@ class _Runner:
                         if self.early.pauses(running_job.job, code) and not self.stopping:
                             running_job.lock.close()
                             self.waiting.append(running_job.job)
+                        elif self.early.is_stopped(running_job.job):
+                            running_job.lock.close()
+                            self._ended(running_job.job, 0, "stopped early")
                         elif not self._start_again(running_job, code, cause):
                             running_job.lock.close()
                             self._ended(running_job.job, code, end_in_words(code, self.study, running_job))

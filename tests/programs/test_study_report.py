@@ -84,6 +84,8 @@ def test_the_page_of_a_study_has_every_part(plotly, tmp_path):
     assert "10 done" in words and "30 of 30" in words and "process hours" in words
     assert "promoe num_experts=2" in words and "2 of 2" in words
     assert "2 attempts: a rank hung" in words
+    assert words.index("By chance alone, two single runs differ in loss by more than") < words.index("2 of 2")
+    assert "Of 4 intervals, those that exclude zero: 4." in words, "seeds differ, pairs do not"
     drawn = figures(page)
     assert set(drawn) == {"losses", "differences-0", "evaluation-0"}
     assert len(drawn["losses"]) == len(drawn["evaluation-0"]) == 10

@@ -52,8 +52,8 @@ def test_budgets_as_an_axis_are_reached_by_models_of_different_cost():
     for task in tasks:
         budget = task.point["compute.flops"]
         assert budget in (1e11, 4e10) and flops(task) == pytest.approx(budget, rel=0.005)
-        one = flops(task) / task.config.train.steps
-        assert abs(flops(task) - budget) <= one / 2, "the nearest number of steps"
+        of_step = flops(task) / task.config.train.steps
+        assert abs(flops(task) - budget) <= of_step / 2, "the nearest number of steps"
     active = {
         d: {parameters(t.config.model).active for t in tasks if t.point["model.hidden_size"] == d} for d in (32, 64)
     }
@@ -75,17 +75,17 @@ def test_one_budget_is_a_number_or_that_of_a_training():
 
 def test_a_budget_of_too_few_steps_is_refused_and_the_remedy_works():
     """Steps are whole: with n of them the nearest number is off by up to 1 / 2n, which is 0.5 % at a hundred."""
-    one = flops(expand(recipe(settings=TINY, seeds=[0], axes={}))[0]) / 3
+    of_step = flops(expand(recipe(settings=TINY, seeds=[0], axes={}))[0]) / 3
     with pytest.raises(StudyError, match="compute: promoe takes .* FLOPs a step") as caught:
-        expand(grid(axes={}, variants={"promoe": {}}, compute={"flops": 3.4 * one}))
+        expand(grid(axes={}, variants={"promoe": {}}, compute={"flops": 3.4 * of_step}))
     (line,) = caught.value.violations
     assert "3 steps, the nearest number, is -11.8% off the budget" in line and "other tasks" not in line
     enough = float(re.search(r"give a budget of (\S+) or more", line)[1])
-    assert enough == pytest.approx(100 * one, rel=0.01)
+    assert enough == pytest.approx(100 * of_step, rel=0.01)
     for factor in (1, 1.004, 1.0049, 1.013, 1.2):
         (task,) = expand(grid(axes={}, variants={"promoe": {}}, compute={"flops": factor * enough}))
         assert abs(flops(task) / (factor * enough) - 1) <= 0.005
-    (task,) = expand(grid(axes={}, variants={"promoe": {}}, compute={"flops": 3.4 * one, "tolerance": 0.12}))
+    (task,) = expand(grid(axes={}, variants={"promoe": {}}, compute={"flops": 3.4 * of_step, "tolerance": 0.12}))
     assert task.config.train.steps == 3
 
 

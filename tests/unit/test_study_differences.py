@@ -59,9 +59,9 @@ def test_the_main_picture_shows_each_pair_its_interval_and_the_noise():
     # The pairs differ by (.5 .7 .9), (-.2 -.1 -.6) and (.7 .8 1.5); four degrees of freedom, t(0.975) = 2.7764.
     pairs = [statistics.variance(d) for d in ([0.5, 0.7, 0.9], [-0.2, -0.1, -0.6], [0.7, 0.8, 1.5])]
     limit = 2.77645 * math.sqrt(statistics.fmean(pairs))
-    one, mean = (patch.get_extents().transformed(loss.transData.inverted()) for patch in loss.patches[:2])
-    assert (one.x0, one.x1) == pytest.approx((-limit, limit), rel=1e-4)
-    assert (mean.x0, mean.x1) == pytest.approx((-limit / math.sqrt(3), limit / math.sqrt(3)), rel=1e-4)
+    of_pair, of_mean = (patch.get_extents().transformed(loss.transData.inverted()) for patch in loss.patches[:2])
+    assert (of_pair.x0, of_pair.x1) == pytest.approx((-limit, limit), rel=1e-4)
+    assert (of_mean.x0, of_mean.x1) == pytest.approx((-limit / math.sqrt(3), limit / math.sqrt(3)), rel=1e-4)
     assert "guidance 1.5" in distance.get_xlabel() and "lower is better" in distance.get_xlabel()
     assert sorted(distance.lines[1].get_xdata()) == pytest.approx([-60, -20, -10])
     low, high = loss.get_xlim()
@@ -70,8 +70,8 @@ def test_the_main_picture_shows_each_pair_its_interval_and_the_noise():
 
 def test_what_has_no_pairs_is_not_drawn_and_one_seed_has_no_interval():
     study = study_of(VALUES, seeds=1)
-    one = {name: values[:1] for name, values in VALUES.items()}
-    figure = draw_differences(study, rows_of(one))
+    first = {name: values[:1] for name, values in VALUES.items()}
+    figure = draw_differences(study, rows_of(first))
     assert not figure.axes[0].patches and "Shaded" not in figure._suptitle.get_text()
     assert sorted(figure.axes[0].lines[1].get_xdata()) == pytest.approx([-0.2])
     lone = rows_of({"dense": [1.0]})
@@ -128,8 +128,8 @@ def test_the_report_warns_where_only_plain_intervals_exclude_zero():
     table = text.partition("## Against dense")[2].partition("\n\n## ")[0]
     lines = {line.split(" | ")[0][2:]: line for line in table.splitlines() if line.startswith("| ")}
     assert lines["b"].endswith("| 3 | yes | 0.0033 | 0.01 |") and lines["c"].endswith("| 3 | yes | 0.029 | 0.057 |")
-    assert "There are 3 intervals, of which 2 exclude zero. Without any effect, 0.15 would on average" in table
-    assert "at least one in 14% of studies" in table and "for all 3, 1 exclude zero." in table
+    assert "Of 3 intervals, those that exclude zero: 2. Without any effect, 0.15 would on average" in table
+    assert "at least one in 14% of studies" in table and "for all 3: 1." in table
     assert (
         "**Warning: 2 of 3 intervals exclude zero, but after Holm's adjustment 1.** Those of c may be chance" in table
     )
@@ -153,4 +153,4 @@ def test_images_have_the_same_count_and_warning():
         for row in rows
     ]
     text = "\n".join(mean_sections(rows, study.recipe, figures))
-    assert "There are 3 intervals, of which 2 exclude zero." in text and "Those of c (guidance 1.5) may be" in text
+    assert "Of 3 intervals, those that exclude zero: 2." in text and "Those of c (guidance 1.5) may be" in text

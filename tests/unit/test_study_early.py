@@ -230,3 +230,16 @@ def test_a_run_that_fails_holds_up_the_decision_and_is_named(tmp_path, monkeypat
     codes = runs.run_tasks(study, study.tasks, 4)
     assert codes["d-seed1"] == 3 and study.decision(10) is None
     assert "early stopping at step 10 waits for d-seed1, which this command cannot train" in capfd.readouterr().err
+
+
+@pytest.mark.full
+def test_a_job_of_an_array_decides_and_ends_without_an_error(tmp_path, monkeypatch):
+    """It trains one task and is not paused; the others have logged the step."""
+    monkeypatch.setattr(runs, "POLL", 0.02)
+    settings = LONG | {"train.steps": 4000}
+    made = early({"steps": [10], "keep": 0.5}, settings=settings, launcher=training_stand_in(tmp_path, TRAINS))
+    study = plan(tmp_path / "s", made)
+    log(study, lambda task, step: 1.0 + 0.1 * rank(task), upto=lambda task: 0 if task.name == "d-seed1" else 10)
+    (task,) = [task for task in study.tasks if task.name == "d-seed1"]
+    assert runs.run_tasks(study, [task]) == {"d-seed1": 0}
+    assert study.stopped_early(task) == 10 and 10 <= study.steps_saved(task) < 4000
