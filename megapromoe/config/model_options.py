@@ -6,8 +6,8 @@ from megapromoe.config import class_groups, extensions
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, option
 
 ROUTERS = (
-    *("dense", "conditional", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "gmm"),
-    *("tc", "ec", "diffmoe", "race"),
+    *("dense", "promoe", "promoe_ec", "promoe_linear", "classification", "kmeans", "gmm"),
+    *("tc", "ec", "diffmoe", "race", "conditional"),
 )
 UNROUTED = ("dense", "conditional")  # values of `router` without routed experts
 PROMOE_ROUTERS = ("promoe", "promoe_ec")  # routers with prototypes

@@ -100,7 +100,7 @@ class Block(nn.Module):
         half = self._call(self.attention_half, x_BSD, c_BD, context, recompute=recompute)
         x_BSD, h_BSD, gate_BD, text_BND, scored_BSD = half
         if isinstance(self.mlp, Mlp | ConditionalMlp | MoE) and _fuses_biases(self.mlp):
-            return self._fused_half(self.mlp, *half, num_conditional, y_B)
+            return self._fused_half(self.mlp, x_BSD, h_BSD, gate_BD, text_BND, scored_BSD, num_conditional, y_B)
         if isinstance(self.mlp, Mlp):
             return self.residual(x_BSD, gate_BD, self._call(self.mlp, h_BSD, recompute=recompute), text_BND), None
         if isinstance(self.mlp, ConditionalMlp):
