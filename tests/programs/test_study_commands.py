@@ -121,8 +121,8 @@ def test_wrong_commands_are_refused_with_the_reason(tmp_path, capsys):
     assert main(["study", "plan", str(tmp_path / "s"), "--preset", "digits", "steps"]) == 2
     assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digit"]) == 2
     assert "did you mean digits" in capsys.readouterr().err
-    assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--seeds", "1", "train.steps=3"]) == 2
-    assert "remove --seeds, settings" in capsys.readouterr().err
+    assert main(["study", "plan", str(tmp_path / "s"), "--recipe", "digits", "--experts", "4", "--routers", "tc"]) == 2
+    assert "remove --experts, --routers" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
