@@ -109,9 +109,9 @@ def test_a_saved_config_keeps_what_it_recorded_and_another_router_replaces_it(fi
     "router, message",
     [
         ("none.py:Deep", r"the file cannot be read \(No such file or directory\); give .* FILE\.py:NAME"),
-        ("router.py", "must be one of dense, conditional, promoe"),
+        ("router.py", "must be one of dense, promoe"),
         ("promo", "did you mean promoe"),
-        ("os:system", "must be one of dense, conditional, promoe"),
+        ("os:system", "must be one of dense, promoe"),
     ],
 )
 def test_a_router_that_is_none_is_refused_with_the_configuration(router, message, file, monkeypatch):
