@@ -35,7 +35,7 @@ class EarlyStops:
         self._is_used = study.recipe.stop_early is not None
         self._read = -EVERY
         self._refresh()
-        self.asked: set[str] = set()
+        self.asked_to_stop: set[str] = set()
 
     def update(self, running: Sequence[RunningJob]) -> list[str]:
         """Decides if possible, and requests running jobs to pause or stop; returns a line for each new decision."""
@@ -49,15 +49,15 @@ class EarlyStops:
             self._refresh()  # also for decisions of other commands
         for running_job in running:
             job = running_job.job
-            if job.name not in self.asked and (self.is_blocked(job) or self.is_stopped(job)):
-                self.asked.add(job.name)
+            if job.name not in self.asked_to_stop and (self.is_blocked(job) or self.is_stopped(job)):
+                self.asked_to_stop.add(job.name)
                 ask_to_stop([running_job])
         return lines
 
     def pauses(self, job: Job, code: int) -> bool:
         """Whether a job whose process has ended goes on later, because it was paused and not stopped."""
-        was_asked = job.name in self.asked
-        self.asked.discard(job.name)
+        was_asked = job.name in self.asked_to_stop
+        self.asked_to_stop.discard(job.name)
         return was_asked and code == STOPPED and not self.is_stopped(job)
 
     def is_stopped(self, job: Job) -> bool:

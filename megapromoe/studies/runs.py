@@ -123,7 +123,7 @@ class _Runner:
                     for running_job in ended:
                         self.running.remove(running_job)
                         self.devices.give_back(running_job.gpus)
-                        was_asked = self.stopping or running_job.job.name in self.early.asked
+                        was_asked = self.stopping or running_job.job.name in self.early.asked_to_stop
                         code, cause = finish(self.study, running_job, was_asked)
                         self.forecast.add(running_job.job)
                         if self.early.pauses(running_job.job, code) and not self.stopping:

@@ -58,7 +58,7 @@ def test_halving_keeps_the_better_half_rounded_up_and_the_baseline():
     assert names(0.5) == "ad", "a loss that is not a number is the worst"
 
 
-def test_a_model_stops_if_its_interval_lies_above_the_difference():
+def test_a_model_stops_if_its_interval_is_above_the_difference():
     """Of the best, `a`: 1.0 ± 0 and 1.0, 1.2, 1.4, whose interval begins at 1.2 - 4.3027 · 0.2 / sqrt(3) = 0.7032."""
     arms = {("a", ()): of(0.0, 10.0, 20.0), ("b", ()): of(1.0, 11.0, 21.0), ("c", ()): of(1.0, 11.2, 21.4)}
     for difference, stopped in ((0.5, "bc"), (0.7031, "bc"), (0.7033, "b"), (0.999, "b"), (1.0, "")):

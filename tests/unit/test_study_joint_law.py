@@ -37,7 +37,7 @@ def test_known_constants_are_recovered_without_noise():
 
 
 @pytest.mark.full
-def test_known_constants_lie_in_their_intervals():
+def test_intervals_contain_known_constants():
     """Six studies with noise of 0.001, and 0.002 of the seed in all runs; more noise, wider intervals."""
     points = list(itertools.product(N, E, D))
     known = {"active_parameters": (40, 0.4, N), "experts": (0.2, 0.6, E), "images": (9, 0.35, D)}

@@ -26,8 +26,8 @@ def read(study):
     return csv.read_csv(study.folder / CSV, convert_options=options), table
 
 
-def same(one, other):
-    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isnan(one + other))
+def same(first, second):
+    return first == second or (isinstance(first, float) and isinstance(second, float) and math.isnan(first + second))
 
 
 def test_both_files_hold_the_same_values_with_their_types(tmp_path):
@@ -56,9 +56,9 @@ def test_both_files_hold_the_same_values_with_their_types(tmp_path):
     settings = {"model.num_experts": int, "model.router": str, "model.shared_expert": bool, "train.lr": float}
     assert settings.items() <= types.items() and types["train.ema_decay"] is str, "a number and a list: as JSON"
     of_first = [row for row in others if row["task"] == first.name]
-    found = {(row["source"], row["step"], row["metric"]): row["value"] for row in of_first}
-    assert math.isnan(found.pop(("training", 1, "total_loss")))
-    assert found == {
+    values = {(row["source"], row["step"], row["metric"]): row["value"] for row in of_first}
+    assert math.isnan(values.pop(("training", 1, "total_loss")))
+    assert values == {
         ("training", 1, "denoising_loss"): third, ("training", 2, "denoising_loss"): 1e-300,
         ("training", 2, "total_loss"): math.inf, ("evaluation", 3, name): 0.1 + 0.2,
         ("fixed draws", 3, "fixed_loss"): third,
