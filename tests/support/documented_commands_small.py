@@ -6,6 +6,7 @@ matches raises `NoRule`: whoever documents a new kind of command writes the rule
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import shlex
@@ -125,19 +126,24 @@ def _encode(words: list[str], ranks: int) -> Small:
 def _benchmark(words: list[str], ranks: int) -> Small:
     """One small model in two rounds on the CPU; the tables of docs/benchmarks.md are not filled.
 
-    Commands that differ only in their sizes, rounds and folder have the same small form. What one command has measured,
-    the next ones keep, as they do for users without `--again`.
+    Commands that differ only in their sizes, rounds and folder, or in the order of their options, have the same small
+    form. What one command has measured, the next ones keep, as they do for users without `--again`. A compiler takes
+    long for each model: two are compiled, once. `tests/parallel/test_benchmark.py` compiles others.
     """
-    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device"):
-        if option in words:
-            stop = words.index(option) + 1
-            while stop < len(words) and not words[stop].startswith("--"):
-                stop += 1
-            words = words[: words.index(option)] + words[stop:]
+    options: dict[str, list[str]] = {}
+    for word in words[2:]:
+        if word.startswith("--"):
+            options[word] = []
+        else:
+            [*options.values()][-1].append(word)
+    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device", "--again"):
+        options.pop(option, None)
+    if "--compile" in options:
+        options |= {"--implementations": ["ours", "dense"], "--routing": ["real"]}
+    chosen = [word for option in sorted(options) for word in (option, *options[option])]
+    folder = "-".join(word for word in chosen if word != "--quick")  # has the results of equal settings
     quick = ["--sizes", "digits", "--batch", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
-    words = [word for word in words if word != "--again"]
-    chosen = "-".join(word for word in words[2:] if word != "--quick")  # a folder has the results of equal settings
-    return Small([*words, *quick, "--out", f"runs/benchmark-{chosen}"])
+    return Small([*words[:2], *chosen, *quick, "--out", f"runs/benchmark-{folder}"])
 
 
 def _study(words: list[str], ranks: int) -> Small:
@@ -152,7 +158,9 @@ def _study(words: list[str], ranks: int) -> Small:
         words += ["--recipe", "digits"] if len(words) == 3 else []  # in the place of "..."
         words[2] = words[2].replace("studies/", "new/")
         if "--measure" in words:  # what is measured is small: of a recipe of its own
-            return Small([*["tiny.yaml" if word == "digits" else word for word in words]])
+            words = [*words[:2], "new/measured", *["tiny.yaml" if word == "digits" else word for word in words[3:]]]
+            words[2] += "-" + hashlib.sha256(" ".join(words).encode()).hexdigest()[:6]
+            return Small(words)
         words = [
             "digits" if word == "larger.yaml" else word for word in words
         ]  # tests/programs/test_study_extension.py
@@ -256,6 +264,7 @@ ELSEWHERE = {
 }
 
 
+@functools.cache
 def small(text: str) -> Small:
     """The small form of a documented command. Raises NoRule."""
     for pattern, by in ELSEWHERE.items():
