@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.small_studies import recipe
 
+from megapromoe.studies import report
 from megapromoe.studies.difference_plot import draw_differences
 from megapromoe.studies.difference_tables import difference_rows
 from megapromoe.studies.figure_tables import mean_sections
@@ -154,3 +155,15 @@ def test_images_have_the_same_count_and_warning():
     ]
     text = "\n".join(mean_sections(rows, study.recipe, figures))
     assert "Of 3 intervals, those that exclude zero: 2." in text and "Those of c (guidance 1.5) may be" in text
+
+
+def test_the_page_of_a_study_begins_with_the_noise_and_cautions_too(monkeypatch):
+    """Without plotly, which may not be installed."""
+    for name, made_by in (("loss_figure", None), ("difference_figure", "drawn"), ("evaluation_figures", {})):
+        monkeypatch.setattr(report, name, lambda *_, result=made_by: result)
+    monkeypatch.setattr(report, "figure_html", lambda figures: [])
+    values = {"dense": [1.0, 2.0, 3.0], "b": [0.1, 1.0, 1.9], "c": [0.3, 1.0, 1.7], "d": [1.5, 2.0, 2.6]}
+    text = "".join(report.sections(study_of(values), rows_of(values), [], ["dense"], Path("report.html")))
+    assert text.index("By chance alone, two single runs differ in loss") < text.index("<h2>Models")
+    assert "Of 3 intervals, those that exclude zero: 2." in text and "**" not in text
+    assert "Warning: 2 of 3 intervals exclude zero, but after Holm&#x27;s adjustment 1." in text
