@@ -40,13 +40,16 @@ def scale_names() -> tuple[str, ...]:
 def scaled(recipe: Recipe, name: str) -> Recipe:
     """The recipe at the scale `name`.
 
-    Raises StudyError if there is no such scale, if the recipe has a preset that the scale has no size for, or if its
-    lengths do not divide.
+    Raises StudyError if there is no such scale, if the recipe has a preset that the scale has no size for or a section
+    that it does not change, or if its lengths do not divide.
     """
     if name not in scale_names():
         raise StudyError([f"--scale {name}: is not a scale; {suggest(name, scale_names())}"])
     if recipe.scale is not None:
         raise StudyError([f"--scale {name}: the recipe has the scale {recipe.scale} already; remove the option"])
+    if unscaled := [section for section in ("compute", "stop_early") if getattr(recipe, section) is not None]:
+        where = f"section {' and '.join(f'`{section}`' for section in unscaled)} of the recipe"
+        raise StudyError([f"--scale {name}: has no rule for the {where}; remove it in a copy of the recipe"])
     file = SCALES / f"{name}.yaml"
     has_text = PRESETS.get(recipe.preset, {}).get("model", {}).get("condition") == "text"
     section = read_yaml(file)["text" if has_text else "class"]

@@ -16,7 +16,15 @@ from megapromoe.planning.machines import MACHINES
 from megapromoe.studies.gpu_hours import arm_lines, arms
 from megapromoe.studies.grid import expand
 from megapromoe.studies.published_tables import published_sections, size_lines
-from megapromoe.studies.recipe import StudyError, find_recipe, make_recipe, read_recipe, recipe_dict, recipe_names
+from megapromoe.studies.recipe import (
+    EqualCompute,
+    StudyError,
+    find_recipe,
+    make_recipe,
+    read_recipe,
+    recipe_dict,
+    recipe_names,
+)
 from megapromoe.studies.recipe_changes import changed
 from megapromoe.studies.scales import scaled
 from megapromoe.studies.study import Study, open_study
@@ -159,6 +167,25 @@ def test_every_recipe_has_the_same_models_at_the_small_scale(name):
     assert small.ranks == 1 and small.gpu is None and not any(variant.published for variant in small.variants)
     assert (small.evaluate is None) == (made.evaluate is None and name != "paper/t6")
     assert make_recipe(recipe_dict(small)) == small
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        (
+            {"preset": "promoe_s", "axes": {"preset": ("dit_b", "promoe_s")}},
+            "has no size for the preset dit_b; it has pro",
+        ),
+        ({"settings": {"train.steps": 500_001}}, "divides steps by 500, and 500001 is no multiple"),
+        ({"scale": "fashion"}, "the recipe has the scale fashion already"),
+        ({"compute": EqualCompute(1e18)}, "has no rule for the section `compute` of the recipe"),
+    ],
+)
+def test_what_a_scale_cannot_change_is_refused(changes, problem):
+    with pytest.raises(StudyError, match=problem):
+        scaled(replace(PAPER["paper/t17"], **changes), "fashion")
+    with pytest.raises(StudyError, match="did you mean fashion"):
+        scaled(PAPER["paper/t17"], "fashon")
 
 
 def test_a_recipe_is_planned_and_submitted_by_its_name(tmp_path, monkeypatch, capsys):
