@@ -74,10 +74,8 @@ class JointLaw:
 
     def at(self, x: Mapping[str, np.ndarray]) -> np.ndarray:
         """The loss at values of the variables."""
-        loss = np.full(np.broadcast_shapes(*(np.shape(x[name]) for name in self.terms)), self.constant)
-        for name, term in self.terms.items():
-            loss = loss + term.coefficient * np.asarray(x[name], dtype=float) ** -term.exponent
-        return loss
+        terms = [t.coefficient * np.asarray(x[name], dtype=float) ** -t.exponent for name, t in self.terms.items()]
+        return self.constant + np.sum(terms, axis=0)
 
     def __str__(self) -> str:
         parts = [f"{t.coefficient:.3g} {SYMBOLS[name]}^-{t.exponent:.3g}" for name, t in self.terms.items()]
