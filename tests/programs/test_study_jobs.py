@@ -178,15 +178,18 @@ def test_without_a_number_of_the_trainings_nothing_waits(tmp_path, monkeypatch, 
     assert "printed no job id, which the evaluations need" in capsys.readouterr().err
 
 
-def test_the_job_script_passes_the_evaluation_option_on(tmp_path):
+def test_the_job_script_passes_its_options_on(tmp_path):
     (tmp_path / "study.yaml").touch()
     script = str(ROOT / "launchers" / "scaling_experts.sh")
     env = {**os.environ, "MEGAPROMOE_PYTHON": sys.executable}
     done = subprocess.run(
-        ["bash", script, "--dry-run", str(tmp_path), "--evaluate"], capture_output=True, text=True, env=env
+        ["bash", script, "--dry-run", str(tmp_path), "--evaluate", "--retries=4"],
+        capture_output=True,
+        text=True,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith(f"study run {tmp_path} --task TASK --evaluate")
+    assert done.stdout.splitlines()[-1].endswith(f"study run {tmp_path} --task TASK --evaluate --retries 4")
 
 
 # ---- for real

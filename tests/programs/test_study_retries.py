@@ -121,7 +121,7 @@ def test_what_can_pass_starts_again_until_it_is_done(tmp_path, capfd):
     assert (state.state, state.remark) == ("done", f"4 attempts: {causes}")
 
 
-@pytest.mark.parametrize("end", [2, 3, 1, "megapromoe: a: No space left on device", "CUDA out of memory"])
+@pytest.mark.parametrize("end", [2, 1, "megapromoe: a: No space left on device"])
 def test_what_cannot_pass_does_not_start_again(end, tmp_path):
     study = study_that_ends(tmp_path, (end, 0))
     assert retry(study) == (end if isinstance(end, int) else 1) and starts(study) == 1
