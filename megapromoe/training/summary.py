@@ -66,7 +66,7 @@ def _model(config: Config) -> str:
     if m.moe_blocks:
         blocks += f", {len(m.moe_blocks)} of them with {m.num_experts} experts, {m.top_k} for a token"
     if m.conditional_blocks:
-        blocks += f", {len(m.conditional_blocks)} of them with separate experts for null images"
+        blocks += f", {len(m.conditional_blocks)} of them with separate weights for null images"
     flops = significant(flops_per_image(m).training / 1e9)
     return f"{shown(m.router)}, {blocks}; {flops} GFLOP to train on an image"
 

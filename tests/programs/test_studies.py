@@ -264,6 +264,8 @@ def test_the_documented_study_with_dense_among_the_models_is_planned(tmp_path, c
         ("promoe kmeans", "model.batch_scope=rank", {"promoe": "rank", "kmeans": "global"}),
         ("promoe kmeans", "model.balance_weight=0.1", {"promoe": 0.1, "kmeans": 0.0}),
         ("dense tc", "parallel.ep=4", {"dense": 1, "tc": 4}),
+        ("conditional tc", "parallel.ep=4", {"conditional": 1, "tc": 4}),
+        ("promoe conditional", "model.unconditional_expert=false", {"promoe": False, "conditional": True}),
     ],
 )
 def test_a_setting_that_a_model_cannot_take_keeps_the_value_of_its_preset(routers, setting, expected, tmp_path, capsys):

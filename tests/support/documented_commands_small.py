@@ -225,6 +225,7 @@ COMMANDS: dict[str, Callable[[list[str], int], Small]] = {
     "routing": lambda words, ranks: Small([*words, "--tokens", "20"]),
     "convert": _convert,
     "inspect": lambda words, ranks: Small(words),
+    "superclasses": lambda words, ranks: Small(words, cheap=True),  # its help
     "upcycle": _upcycle,
     "encode": _encode,
     "data": _data,
@@ -243,7 +244,7 @@ ELSEWHERE = {
     r"tensorboard --logdir \S+$": "a program of a package that we need",
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
-    r"megapromoe superclasses .*$": "tests/unit/test_superclasses.py",
+    r"megapromoe superclasses (?!--help).*$": "tests/unit/test_superclasses.py",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
     r"megapromoe encode (--latents \S+|--images \S+\.(parquet|tar)'?) .*$": "tests/unit/test_tables.py",
     r"megapromoe (encode .* --teacher|train .* model\.align_block=\d+) .*$": "tests/unit/test_teacher.py",
