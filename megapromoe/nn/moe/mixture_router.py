@@ -73,7 +73,10 @@ class MixtureRouter(Router):
         posterior_BSE = log_joint_BSE.softmax(-1)
         losses = {}
         if self.training and self.config.mixture_weight:
-            fit_BS = self._log_joint(x_BSD.detach(), square.detach()).logsumexp(-1)
+            # By the largest term, as torch's logsumexp, which cannot be compiled for an unknown number of images.
+            largest_BS1 = log_joint_BSE.detach().gather(-1, chosen_BSK[..., :1])
+            fit_BSE = self._log_joint(x_BSD.detach(), square.detach()) - largest_BS1
+            fit_BS = fit_BSE.exp().sum(-1).log() + largest_BS1[..., 0]
             loss_B = -fit_BS.mean(1) / self.config.hidden_size
             losses["mixture"] = self.config.mixture_weight * self.mean_over_images("mixture", loss_B, routing_cache)
         if self.training and self.config.balance_weight:
