@@ -83,6 +83,16 @@ def test_noise_changes_only_the_routed_experts_and_is_seeded():
     assert torch.equal(made.read("ema", "blocks.1.mlp.unconditional.fc1.weight"), half)
 
 
+@pytest.mark.parametrize("router_input", ["modulated", "unmodulated"])
+def test_prototypes_are_of_the_tokens_that_the_router_scores(router_input):
+    """Unmodulated ones are normalised; of the dense model's own kind in both cases."""
+    dense = state_of("model.router=dense")
+    config = resolve("digits", overrides=[*SMALL, *PROMOE, f"model.router_input={router_input}"])
+    for x_TD in moe_inputs(dense, config, images=8).values():
+        is_normalised = torch.allclose(x_TD.var(-1, unbiased=False), torch.ones(len(x_TD)), atol=1e-3)
+        assert is_normalised == (router_input == "unmodulated") and x_TD.shape == (8 * 16, 32)
+
+
 def test_prototypes_are_the_clusters_of_tokens():
     generator = torch.Generator().manual_seed(2)
     centre_ED = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=-1)
