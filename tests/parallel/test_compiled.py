@@ -54,10 +54,12 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(
             7, ("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")
         ),
-        full(11, ("parallel.ep=2", "model.router_input=unmodulated", "parallel.recompute=moe")),
-        # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts.
-        full(WHOLE_BLOCKS - 1, ("model.router=conditional", "parallel.tp=2", *BLOCKS)),
-        full(7, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
+        # One more: the attention half of an MoE block has another result, the tokens that the router scores.
+        full(12, ("parallel.ep=2", "model.router_input=unmodulated", "parallel.recompute=moe")),
+        # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts: attention
+        # half, residual, MLP, the experts.
+        full(WHOLE_BLOCKS - 1, ("model.depth=4", "model.router=conditional", "parallel.tp=2", *BLOCKS)),
+        full(6, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
         full(WHOLE_BLOCKS, ("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
