@@ -166,8 +166,7 @@ class Watchdog:
             try:
                 self._report()
                 if (verdict := self.channel.receive_if_sent("watchdog/verdict")) is not None:
-                    sentence, code = verdict
-                    self._end(sentence, code, linger=self.heartbeat)
+                    self._end_with_verdict(*verdict)
                 if self._paused or self._idle() <= self._limit_of_this_rank():
                     waiting_since = None
                     continue
@@ -222,18 +221,22 @@ class Watchdog:
             return
         sentence, code = self.on_hang(hang)
         self.channel.send("watchdog/verdict", [sentence, code])
-        self._end(sentence, code, linger=1.5 * self.heartbeat)  # this process may hold the store
+        self._end_with_verdict(sentence, code)
 
     def _read(self) -> dict[int, _Report]:
         reports = self.channel.receive_from_ranks("watchdog")
         return {rank: _Report(*report) for rank, report in reports.items()}
 
-    def _end(self, sentence: str, code: int, linger: float = 0.0) -> None:
-        """Ends this process, `linger` seconds after it printed its stacks.
+    def _end_with_verdict(self, sentence: str, code: int) -> None:
+        """Ends this process a little after it printed its stacks.
 
-        The other ranks read a verdict once per heartbeat. All print their stacks before the first one ends, because its
+        The ranks read a verdict once per heartbeat. All print their stacks before the first one ends, because its
         closed connections raise errors in their collectives, and the stacks then no longer show where they waited.
+        Rank 0 is the last to end: it may hold the store, for which others may wait.
         """
+        self._end(sentence, code, linger=(2.5 if self.channel.rank == 0 else 1.0) * self.heartbeat)
+
+    def _end(self, sentence: str, code: int, linger: float = 0.0) -> None:
         limit = f"{self.limit_name} = {self.limit:g}" + (
             f", {self._extra:g} s more for this place" if self._extra else ""
         )
@@ -249,7 +252,7 @@ def heartbeat_interval(limit: float) -> float:
 
 def verdict_time(limit: float) -> float:
     """The maximum number of seconds from reaching a watchdog's limit to the end of all ranks."""
-    return 8 * heartbeat_interval(limit)
+    return 9 * heartbeat_interval(limit)
 
 
 _watching: ContextVar[tuple[Watchdog, ...]] = ContextVar("watching", default=())  # of the job of this thread

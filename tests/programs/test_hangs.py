@@ -255,7 +255,7 @@ def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fa
     text = output_of(tmp_path, 0)
     # It freezes as this section begins, and may have reported only the one before.
     assert re.search(r"silent: rank 1, last in section '(data|forward and backward)' of step 1", text), text
-    assert "16 s more for this" in text, text
+    assert "15.5 s more for this" in text, text
     fault_table.append(
         ("a rank freezes in the first, compiling step", "the rank and its section are named, exit code 76", "nothing")
     )

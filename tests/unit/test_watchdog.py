@@ -87,12 +87,12 @@ def test_each_place_is_reported_at_once_with_every_place():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # SystemExit, for os._exit
 def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
-    ended, printed, exits = {}, [], []
+    ended, printed, exits = {}, {}, {}
 
     def end(message, code, records, linger):
-        ended[int(message.split(":")[0].removeprefix("rank "))] = (message, code)
-        printed.append(time.monotonic())
-        exits.append(time.monotonic() + linger)
+        rank = int(message.split(":")[0].removeprefix("rank "))
+        ended[rank], printed[rank] = (message, code), time.monotonic()
+        exits[rank] = printed[rank] + linger
         raise SystemExit
 
     monkeypatch.setattr(watchdog_module.process_end, "hard_exit", end)
@@ -110,7 +110,8 @@ def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
     assert len(hangs) == 1 and hangs[0].behind == (0, 1, 2) and not hangs[0].silent
     assert sorted(ended) == [0, 1, 2] and {code for _, code in ended.values()} == {3}
     assert all("(--limit = 0.8) in all_reduce; see the table" in message for message, _ in ended.values())
-    assert max(printed) < min(exits), "all ranks print their stacks before the first connection closes"
+    assert max(printed.values()) < min(exits.values()), "all print their stacks before the first connection closes"
+    assert exits[0] > max(exits[1], exits[2]), "rank 0 may hold the store"
 
 
 # ---- the channel
