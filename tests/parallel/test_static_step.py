@@ -14,7 +14,13 @@ from support.levels import full
 from support.operator_trace import TracedStep, difference, traced_steps
 from support.processes import run
 
-from megapromoe.config.model_options import BATCH_CHOICE_ROUTERS, EXPERT_CHOICE_ROUTERS, GUIDED_ROUTERS, ROUTERS
+from megapromoe.config.model_options import (
+    BATCH_CHOICE_ROUTERS,
+    EXPERT_CHOICE_ROUTERS,
+    GUIDED_ROUTERS,
+    ROUTERS,
+    UNROUTED,
+)
 
 Case = tuple[str, tuple[str, ...]]
 """Implementation of experts, and overrides."""
@@ -76,7 +82,7 @@ def check_static(ranks: list[Compared], what: Case) -> None:
 
 
 QUICK = case("model.router=promoe", "model.top_k=2", *CAPACITY, backend="looped")
-OTHERS = ("dense", *EXPERT_CHOICE_ROUTERS, *BATCH_CHOICE_ROUTERS)
+OTHERS = (*UNROUTED, *EXPERT_CHOICE_ROUTERS, *BATCH_CHOICE_ROUTERS)
 TOKEN_CHOICE = [router for router in ROUTERS if router not in OTHERS]
 ALL = tuple(
     case(f"model.router={router}", f"model.top_k={k}", *CAPACITY)

@@ -41,8 +41,12 @@ class ConditionalMlp(RegionModule):
 
     def forward(self, x_BSD: Tensor, num_conditional: int) -> Tensor:
         """Applies the layer to tokens (B, S, D), of which the first `num_conditional` images are conditional."""
-        y_BSD, biases = self.output_and_biases(x_BSD, num_conditional)
-        return y_BSD if biases is None else y_BSD + biases_of_images(biases, num_conditional, y_BSD[:, 0])[:, None]
+        y_TD, biases = self._partial_output(x_BSD, num_conditional, with_biases=True)
+        # Before the sum over the ranks: what follows it keeps nothing for the backward pass, so a recomputation stops
+        # in front of the sum.
+        bias_BD = None if biases is None else biases_of_images(biases, num_conditional, x_BSD[:, 0])
+        y_BSD = self.region.reduce_from_region(y_TD).view_as(x_BSD)
+        return y_BSD if bias_BD is None else y_BSD + bias_BD[:, None]
 
     def output_and_biases(
         self, x_BSD: Tensor, num_conditional: int, with_biases: bool = True
@@ -51,6 +55,13 @@ class ConditionalMlp(RegionModule):
 
         `with_biases`: the output contains all biases except in a sharded region; otherwise none.
         """
+        y_TD, biases = self._partial_output(x_BSD, num_conditional, with_biases)
+        return self.region.reduce_from_region(y_TD).view_as(x_BSD), biases
+
+    def _partial_output(
+        self, x_BSD: Tensor, num_conditional: int, with_biases: bool
+    ) -> tuple[Tensor, ImageBiases | None]:
+        """As `output_and_biases`, but this rank's part of the output, (B·S, D)."""
         B, S, D = x_BSD.shape
         x_TD = self.region.copy_to_region(x_BSD).reshape(B * S, D)
         x_TD, *parts = split_conditional(x_TD, num_conditional * S)
@@ -65,8 +76,7 @@ class ConditionalMlp(RegionModule):
             y_TD = shared_TD + y_TD
             biases = [bias if bias is None or shared_bias is None else bias + shared_bias for bias in biases]
         conditional, null = biases
-        y_BSD = self.region.reduce_from_region(y_TD).view(B, S, D)
-        return y_BSD, None if conditional is None or null is None else ImageBiases(conditional, null)
+        return y_TD, None if conditional is None or null is None else ImageBiases(conditional, null)
 
 
 def biases_of_images(biases: ImageBiases, num_conditional: int, like_BD: Tensor) -> Tensor:
