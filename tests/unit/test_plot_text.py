@@ -94,7 +94,8 @@ def test_names_of_models_values_and_networks_in_the_pictures_of_a_study(tmp_path
         ]
         (study.run(task) / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     paths = draw_all(study, rows(study), r"a note of $\bad{$")
-    assert [path.stem for path in paths] == ["loss_experts", "loss_compute", "routing", "cost", "images", "evaluations"]
+    pictures = ["differences", "loss_experts", "loss_compute", "routing", "cost", "images", "evaluations"]
+    assert [path.stem for path in paths] == pictures
 
 
 def test_a_model_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path):
