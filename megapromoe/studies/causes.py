@@ -1,7 +1,6 @@
 """Why a job ended: from its exit code, its last output, and the files of its run.
 
-A cause is one that can pass, so that the same command may succeed when it is repeated, or one that stays until somebody
-changes something.
+Some causes can pass, so that the same command may succeed when it is repeated; others stay until something is changed.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ FAILED = Cause("error", passes=False)
 CAUSES = {
     cause.name: cause
     for cause in (
-        *(PREEMPTED, HUNG, KILLED, NODE_FAILED, MISCONFIGURED, DIVERGED, OUT_OF_MEMORY, DISK_FULL, INCOMPLETE, FAILED),
+        *(PREEMPTED, HUNG, KILLED, NODE_FAILED),
+        *(MISCONFIGURED, DIVERGED, OUT_OF_MEMORY, DISK_FULL, INCOMPLETE, FAILED),
     )
 }
 

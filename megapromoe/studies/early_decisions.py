@@ -11,6 +11,7 @@ from typing import Any
 from megapromoe.io import write_text
 from megapromoe.number_text import significant
 from megapromoe.run_lines import DENOISING_LOSS
+from megapromoe.studies import markdown
 from megapromoe.studies.collect import TAIL
 from megapromoe.studies.early_stopping import StopEarly, decision_file
 from megapromoe.studies.grid import Task
@@ -116,19 +117,18 @@ def decision_sections(study: Study) -> Iterable[str]:
     """Markdown: a table of the models that stopped early, with their loss at that step and that of the best."""
     section = study.recipe.stop_early
     decisions = [study.decision(step) for step in (section.steps if section else ())]
-    lines = ["| model | stopped at step | training loss there | best model there | its training loss |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    lines = [["model", "stopped at step", "training loss at it", "best model at it", "training loss of the best"]]
     for decision in filter(None, decisions):
         for name in (stopped["model"] for stopped in decision["stopped"]):
             values = [_mean_in_words(decision["losses"][model]) for model in (name, decision["best"])]
-            lines.append(f"| {name} | {decision['step']:,} | {values[0]} | {decision['best']} | {values[1]} |")
-    if len(lines) > 2:
+            lines.append([name, f"{decision['step']:,}", values[0], decision["best"], values[1]])
+    if len(lines) > 1:
         yield "## Stopped early"
         yield (
             "The section `stop_early` of the recipe ended these models before their last step. They are in no table of"
             " final results, and are not compared at later steps."
         )
-        yield "\n".join(lines)
+        yield markdown.table(lines)
 
 
 def decision_in_words(decision: dict[str, Any]) -> str:

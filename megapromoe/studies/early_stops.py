@@ -27,7 +27,7 @@ class EarlyStops:
         is_alone: whether the command runs one job, which is not paused.
 
     Attributes:
-        asked: names of the running jobs that were requested to pause or stop.
+        asked_to_stop: names of the running jobs that were requested to pause or stop.
     """
 
     def __init__(self, study: Study, is_alone: bool):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megapromoe.config.options import UNSET
 from megapromoe.planning.cost import memory_per_rank, parameters
+from megapromoe.studies import markdown
 from megapromoe.studies.evaluations import Evaluation
 from megapromoe.studies.grid import Task
 from megapromoe.studies.job_processes import command
@@ -87,13 +88,13 @@ def evaluations_in_words(study: Study) -> str:
 
 def table(study: Study) -> str:
     """A Markdown table of the tasks with their parameters, FLOPs and memory."""
-    lines = ["| task | name | parameters | active | training FLOPs | states on a rank |", "|---|---|---|---|---|---|"]
+    lines: list[list[object]] = [["task", "name", "parameters", "active", "training FLOPs", "states on a rank"]]
     for task in study.tasks:
         count, memory = (
             parameters(task.config.model),
             memory_per_rank(task.config, ranks_of(study.recipe, task.variant)),
         )
         held = memory.device + memory.host
-        cells = [task.index, task.name, f"{count.total:,}", f"{count.active:,}", f"{task.flops:.3g}", size(held)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        numbers = [f"{count.total:,}", f"{count.active:,}", f"{task.flops:.3g}", size(held)]
+        lines.append([task.index, task.name, *numbers])
+    return markdown.table(lines) + "\n"

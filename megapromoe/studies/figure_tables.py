@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megapromoe.studies import markdown
 from megapromoe.studies.collect import EVALUATED
 from megapromoe.studies.curves import titled
 from megapromoe.studies.multiple_comparisons import count_in_words, warning
@@ -62,7 +63,7 @@ def mean_sections(rows: Rows, recipe: Recipe, figure_rows: Rows) -> Iterable[str
             cells = {row["step"]: row for row in means if _is_at(row, variant, point, guidance)}
             if cells:
                 lines.append([model_name(variant, point), *(_cell(cells.get(step)) for step in steps)])
-        yield _markdown(lines)
+        yield markdown.table(lines)
 
 
 def _pairs(rows: Rows, recipe: Recipe, columns: Sequence[str]) -> dict[str, dict[tuple[str, tuple | None], Mean]]:
@@ -93,7 +94,7 @@ def _last_table(
                 difference = pairs[name].get((variant, point))
                 cells.append("-" if difference is None else in_words(difference, "+"))
         lines.append(cells)
-    return _markdown(lines)
+    return markdown.table(lines)
 
 
 def in_words(mean: Mean, sign: str = "") -> str:
@@ -109,8 +110,3 @@ def _is_at(row: dict[str, Any], variant: str, point: tuple, guidance: float) -> 
 
 def _cell(row: dict[str, Any] | None) -> str:
     return "-" if row is None else in_words(Mean(row["mean"], row["half_interval"], row["seeds"]))
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    head, *body = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.planning.machines import MACHINES, Assumptions, Machine
 from megapromoe.planning.search import PlanError, search
+from megapromoe.studies import markdown
 from megapromoe.studies.evaluations import evaluation_of
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import ranks_of
@@ -71,15 +72,15 @@ def arm_lines(study: Study, gpu: str) -> Iterator[str]:
     """
     machine, has_evaluations = MACHINES[gpu], study.recipe.evaluate is not None
     columns = [*_FIRST, "GPU-hours of training", *["of evaluation"] * has_evaluations]
-    yield "| " + " | ".join(columns) + " |"
-    yield "|" + "---|" * len(columns)
+    yield markdown.row(columns)
+    yield markdown.row(["---"] * len(columns))
     rows = arms(study, machine)
     for arm in rows:
         model = arm.tasks[0].config.model
         count, flops = parameters(model), sum(task.flops for task in arm.tasks)
         cells = [arm.name, f"{count.total:,}", f"{count.active:,}", f"{flops_per_image(model).forward / 1e9:,.2f}"]
         cells += [str(len(arm.tasks)), f"{flops:.3g}", _hours(arm.training)]
-        yield "| " + " | ".join([*cells, *[_hours(arm.evaluation)] * has_evaluations]) + " |"
+        yield markdown.row([*cells, *[_hours(arm.evaluation)] * has_evaluations])
     yield ""
     problems = {arm.name: arm.problem for arm in rows if arm.problem}
     ranks = " or ".join(str(n) for n in sorted({ranks_of(study.recipe, arm.tasks[0].variant) for arm in rows}))

@@ -8,6 +8,7 @@ from typing import Any
 
 from megapromoe.number_text import significant
 from megapromoe.run_lines import elapsed_seconds
+from megapromoe.studies import markdown
 from megapromoe.studies.grid import Task
 from megapromoe.studies.recipe import ranks_of
 from megapromoe.studies.study import Study
@@ -51,9 +52,9 @@ def hours_sections(study: Study, rows: Sequence[Mapping[str, Any]]) -> Iterable[
         f"The runs above took {significant(sum(spent))} GPU-hours (hours of training, times ranks). Left, at their"
         f" speed: {significant(sum(known))}."
     )
-    lines = ["| task | steps saved | GPU-hours left, estimated |", "| --- | --- | --- |"]
+    lines = [["task", "steps saved", "GPU-hours left, estimated"]]
     for task in missing:
         value = hours[task.name]
         saved = f"{study.steps_saved(task):,} of {task.config.train.steps:,}"
-        lines.append(f"| {task.name} | {saved} | {'-' if value is None else significant(value)} |")
-    yield "\n".join(lines)
+        lines.append([task.name, saved, "-" if value is None else significant(value)])
+    yield markdown.table(lines)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 from scipy.stats import f as f_distribution
 
 from megapromoe.studies.fit import C_MAX, C_MIN, LEVEL, SPAN, FitError
@@ -198,22 +198,19 @@ def _best(z_VR: np.ndarray, loss_R: np.ndarray) -> np.ndarray:
         rest = (float(np.mean(loss_R)) - share * float(loss_R.min())) / len(z_VR)
         start = np.empty(1 + 2 * len(z_VR))
         start[0], start[1::2], start[2::2] = math.log(share * loss_R.min()), math.log(rest), exponents
-        solution = _fit(start, z_VR, loss_R)
-        solutions.append((_cost(solution, z_VR, loss_R), solution))
-    return min(solutions, key=lambda pair: pair[0])[1]
-
-
-def _cost(p: np.ndarray, z_VR: np.ndarray, loss_R: np.ndarray) -> float:
-    if not np.isfinite(p).all():
-        return math.inf
-    off_R = np.abs(np.log(_law(p, z_VR) / loss_R))
-    return float(np.where(off_R <= HUBER, off_R**2, 2 * HUBER * off_R - HUBER**2).sum())
+        solutions.append(_minimum(start, z_VR, loss_R))
+    return np.asarray(min(solutions, key=lambda solution: solution.cost).x)
 
 
 def _fit(start: np.ndarray, z_VR: np.ndarray, loss_R: np.ndarray) -> np.ndarray:
     """The local minimum of the Huber loss from a start; not a number if a loss is not positive."""
     if (loss_R <= 0).any():
         return np.full_like(start, np.nan)
+    return np.asarray(_minimum(start, z_VR, loss_R).x)
+
+
+def _minimum(start: np.ndarray, z_VR: np.ndarray, loss_R: np.ndarray) -> OptimizeResult:
+    """The local minimum of the Huber loss from a start, with its `cost`. Losses are positive."""
     log_R = np.log(loss_R)
 
     def residuals(p: np.ndarray) -> np.ndarray:
@@ -230,10 +227,9 @@ def _fit(start: np.ndarray, z_VR: np.ndarray, loss_R: np.ndarray) -> np.ndarray:
     low[2::2], high[2::2] = C_MIN, C_MAX
     begin = np.clip(start, low + 1e-6, high - 1e-6)
     limits = (low, high)
-    solution = least_squares(
+    return least_squares(
         residuals, begin, jacobian, bounds=limits, x_scale="jac", loss="huber", f_scale=HUBER, max_nfev=300
     )
-    return np.asarray(solution.x)
 
 
 def _drawn(generator: np.random.Generator, floor: NoiseFloor, seed_R: np.ndarray) -> np.ndarray:

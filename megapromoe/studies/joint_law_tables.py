@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megapromoe.studies import markdown
 from megapromoe.studies.collect import LOSS
 from megapromoe.studies.fit import FitError
 from megapromoe.studies.joint_law import CONSTANT, SYMBOLS, JointLaw, fit_joint_law
@@ -41,7 +42,7 @@ def joint_law_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
         " the smallest to the largest value in the study."
     )
     head = ["model", "points", "e", "term", "exponent", "gain", "supported"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for variant, law in laws.items():
         if isinstance(law, str):
             continue
@@ -53,8 +54,8 @@ def joint_law_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
             gain = "{:.3g} ({:.2g} to {:.2g})".format(term.gain, *term.gain_interval)
             of_term = [f"{term.coefficient:.3g} {SYMBOLS[name]}^-{term.exponent:.3g}", exponent, gain]
             lines.append([variant, str(law.arms), constant, *of_term, verdict])
-    if len(lines) > 2:
-        yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if len(lines) > 1:
+        yield markdown.table(lines)
     for variant, law in laws.items():
         if isinstance(law, str):
             yield f"None for {variant}: {law}."

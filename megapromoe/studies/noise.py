@@ -28,6 +28,7 @@ from scipy.stats import chi2
 from scipy.stats import t as student
 
 from megapromoe.number_text import significant
+from megapromoe.studies import markdown
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.fit import LEVEL
 from megapromoe.studies.recipe import Recipe
@@ -184,22 +185,14 @@ def noise_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
         " difference: of two models on one seed, which have the same stream, pooled over the pairs of models. Ratio: of"
         " a paired difference to an unpaired one, that of two single runs; below 1, pairing helps."
     )
-    head = [
-        "metric",
-        "single run",
-        "unpaired difference",
-        "paired difference",
-        "ratio",
-        "5 % limit",
-        "5 % limit, paired",
-    ]
-    lines = [head, ["---"] * len(head)]
+    lines = [["metric", "single run", "unpaired difference", "paired difference", "ratio"]]
+    lines[0] += ["5 % limit", "5 % limit, paired"]
     for floor in floors:
         ratio = "-" if floor.ratio is None else f"{floor.ratio:.2f}"
         cells = [metric_name(floor.metric), _in_words(floor.single), _in_words(floor.unpaired), _in_words(floor.pair)]
         limits = [deviation and significant(deviation.limit, 2) for deviation in (floor.unpaired, floor.pair)]
         lines.append([*cells, ratio, *(limit or "-" for limit in limits)])
-    yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    yield markdown.table(lines)
     first = first_figure(rows)
     quoted = [
         floor for floor in floors if floor.metric == LOSS or (first and metric_name(floor.metric).startswith(first))

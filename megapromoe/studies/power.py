@@ -19,6 +19,7 @@ from scipy.stats import nct
 from scipy.stats import t as student
 
 from megapromoe.number_text import significant
+from megapromoe.studies import markdown
 from megapromoe.studies.fit import LEVEL
 from megapromoe.studies.noise import Deviation, NoiseFloor, metric_name
 from megapromoe.studies.recipe import StudyError
@@ -92,12 +93,12 @@ def power_sections(floor: NoiseFloor, difference: float | None = None, power: fl
         f"N seeds of each of two models resolve a difference of d: if the true difference is d, the 95 % interval"
         f" excludes zero in {power:.0%} of studies. In brackets: with the ends of the 95 % interval of the noise."
     )
-    lines = [["seeds", "d, paired", "d, unpaired"], ["---"] * 3]
+    lines = [["seeds", "d, paired", "d, unpaired"]]
     for seeds in SEEDS:
         effects = [(deviation, resolved_effect(seeds, paired, power)) for deviation, paired in kinds]
         cells = ["-" if deviation is None else _spread(deviation.times(effect)) for deviation, effect in effects]
         lines.append([str(seeds), *cells])
-    yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    yield markdown.table(lines)
     yield "The table is for one comparison. With several, an adjusted interval needs more seeds: docs/study.md."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megapromoe.studies import markdown
 from megapromoe.studies.grid import Task
 from megapromoe.studies.published import SIZES, Published, size_of
 from megapromoe.studies.study import Study
@@ -33,7 +34,7 @@ def published_sections(study: Study, figure_rows: Rows) -> Iterator[str]:
         " number of images. Published figures have no interval: the papers do not state the noise of their runs."
     )
     head = ["model", "figure", "steps", "guidance", "published", "ours", "seeds", "ours minus published", "source"]
-    yield "\n".join(_row(line) for line in [head, ["---"] * len(head), *lines])
+    yield markdown.table([head, *lines])
 
 
 def size_lines(study: Study) -> Iterator[str]:
@@ -94,7 +95,3 @@ def _number(value: float) -> str:
     if abs(value) >= 1e6:
         return f"{value:,.0f}"
     return f"{value:.2f}".rstrip("0").rstrip(".") if abs(value) >= 1 else f"{value:.3g}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megapromoe.plot_styles import Style
@@ -126,7 +127,7 @@ def thinned(steps: Sequence[int], values: Sequence[float], most: int = MAX_POINT
     if len(steps) <= most:
         return list(steps), list(values)
     ends = [round(len(steps) * (i + 1) / most) for i in range(most)]
-    parts = list(zip([0, *ends], ends, strict=False))
+    parts = list(pairwise([0, *ends]))
     return [steps[end - 1] for _, end in parts], [sum(values[a:b]) / (b - a) for a, b in parts]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from megapromoe.checkpoint.average import WARN_ABOVE
 from megapromoe.checkpoint.weights import is_average
 from megapromoe.number_text import significant
-from megapromoe.studies import layouts
+from megapromoe.studies import layouts, markdown
 from megapromoe.studies.collect import EVALUATED, LOSS, TRAINING_LOSS
 from megapromoe.studies.curves import curves_of
 from megapromoe.studies.fit import FitError, PowerLaw, fit_power_law
@@ -111,7 +111,7 @@ def sections(
         " training of one run, times its ranks."
         f"{layouts.note(rows)}"
     )
-    yield _table(_mean_lines(rows, recipe))
+    yield markdown.table(_mean_lines(rows, recipe))
     yield from _evaluated_sections(rows, recipe)
     yield from _over_training(rows, recipe, evaluations)
     yield from means
@@ -139,7 +139,7 @@ def sections(
             numbers = [f"{law.a:.4f}", f"{law.b:.3g}", f"{law.c:.3g}", "{:.2g} to {:.2g}".format(*law.c_interval)]
             lines.append([name, x, *numbers, "yes"])
     if len(lines) > 1:
-        yield _table(lines)
+        yield markdown.table(lines)
     for (x, reason), names in reasons.items():
         yield f"None against {x} for {', '.join(names)}: {reason}."
 
@@ -150,7 +150,7 @@ def _comparisons(means: Mapping[str, Mean], title: str, verdict: str) -> Iterabl
     lines: list[list[Any]] = [["model", title, "seeds", verdict, "p", "p, Holm"]]
     for (name, mean), p, q in zip(means.items(), p_values, adjusted(p_values), strict=True):
         lines.append([name, f"{mean:+}", mean.runs, _verdict(mean), p_in_words(p), p_in_words(q)])
-    yield _table(lines)
+    yield markdown.table(lines)
     yield from filter(None, (count_in_words(p_values), warning(list(means), p_values)))
 
 
@@ -187,7 +187,7 @@ def _evaluated_sections(rows: Rows, recipe: Recipe) -> Iterable[str]:
         for (variant, point), group in groups(rows, recipe).items():
             values = [[row[name] for row in group if row.get(name) is not None] for name in names]
             lines.append([model_name(variant, point), *(_of_images(v) for v in values)])
-        yield _table(lines)
+        yield markdown.table(lines)
 
 
 def _metric_and_images(name: str) -> tuple[str, str]:
@@ -217,7 +217,7 @@ def _over_training(rows: Rows, recipe: Recipe, evaluations: Rows) -> Iterable[st
         curves_of_group = [curves.values.get(row["task"], {}) for row in group]
         cells = [_of_images([curve[step] for curve in curves_of_group if step in curve]) for step in curves.steps]
         lines.append([model_name(variant, point), *cells])
-    yield _table(lines)
+    yield markdown.table(lines)
 
 
 def _of_images(values: list[float]) -> str:
@@ -242,11 +242,6 @@ def _mean_lines(rows: Rows, recipe: Recipe) -> list[list]:
 def _average(group: list[dict], key: str, text: Callable[[float], str], unit: float = 1) -> str:
     values = [row[key] for row in group if row.get(key) is not None]
     return text(statistics.fmean(values) / unit) if values else "-"
-
-
-def _table(lines: list[list]) -> str:
-    head, *body = [[str(cell) for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
 
 def _exact(value: Any) -> Any:

@@ -81,9 +81,9 @@ class RaceRouter(Router):
     scores and as routing weights ("identity" gating, which was better than softmax and sigmoid; here
     `model.score_function`), the threshold as an exponential moving average, the router similarity loss.
 
-    Inferred, after the reimplementation in public training code of DiffMoE, because the text was not at hand: the
-    router is an MLP, D to D with a GELU, then to E, with biases, Xavier-uniform; the decay 0.95; the weight 1e-4 of the
-    similarity loss. There the threshold starts at 1, here at 0.
+    Inferred from a reimplementation in public training code of DiffMoE: the router is an MLP, D to D with a GELU, then
+    to E, with biases, Xavier-uniform; the decay 0.95; the weight 1e-4 of the similarity loss. That code starts the
+    threshold at 1, this one at 0.
 
     The paper's per-layer regularisation, by which each layer predicts the target of the whole model from the hidden
     units of its router, is not implemented.
