@@ -262,7 +262,7 @@ def layer_rules(model: ModelConfig) -> Iterator[Rule]:
         yield ("model.balance_bias", "model.router"), rule
     yield from _dense_expert_rules(model)
     if model.capacity_factor and model.router == "race":
-        rule = "must be 0 with model.router = 'race', of whose rows a rank can have any number"
+        rule = "must be 0 with model.router = 'race', whose rows on a rank depend on the scores of the whole batch"
         yield ("model.capacity_factor", "model.router"), rule
     if model.capacity_factor and model.router in (*UNROUTED, *EXPERT_CHOICE_ROUTERS):
         rule = (
@@ -276,7 +276,7 @@ def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
     if model.router == "dense":  # ignores all options of experts
         return
     if model.router == "conditional" and not model.unconditional_expert:
-        rule = "must be true with model.router = 'conditional', whose null images have their own; or set router=dense"
+        rule = "must be true with model.router = 'conditional', which has experts of their own for null images; or set router=dense"
         yield ("model.unconditional_expert", "model.router"), rule
     for kind, count, others in (
         ("shared", model.shared_experts, [("shared_expert_width", 0)]),
