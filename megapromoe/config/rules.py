@@ -276,7 +276,7 @@ def _dense_expert_rules(model: ModelConfig) -> Iterator[Rule]:
     if model.router == "dense":  # ignores all options of experts
         return
     if model.router == "conditional" and not model.unconditional_expert:
-        rule = "must be true with model.router = 'conditional', which has experts of their own for null images; or set router=dense"
+        rule = "must be true with model.router = 'conditional', which has experts for null images; or set router=dense"
         yield ("model.unconditional_expert", "model.router"), rule
     for kind, count, others in (
         ("shared", model.shared_experts, [("shared_expert_width", 0)]),
