@@ -221,6 +221,8 @@ ROUTERS = [
     Case(4, tp=2, ep=2, zero=2, what=("model.router=gmm", "model.top_k=2", *TWICE), recompute="all"),
     # Expert Race.
     Case(4, tp=2, ep=2, zero=1, what=("model.router=race", "model.top_k=2", *TWICE), recompute="all"),
+    *(Case(4, tp=2, ep=2, what=(*ALL_NULL, f"model.router={r}")) for r in ("gmm", "race")),
+    Case(4, tp=2, ep=2, zero=2, what=(*ALL_NULL, *BALANCE_BIAS)),
 ]
 
 

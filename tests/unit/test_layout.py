@@ -141,6 +141,10 @@ INITIAL = {
     ("diffmoe", "blocks.1.mlp.router.predictor.2.weight"): (-0.0688349, -0.1541702),
     ("classification", "blocks.1.mlp.router.classifier.weight"): (0.2297939, -0.2479141),
     ("kmeans", "blocks.1.mlp.router.centroids"): (-0.0261123, -0.1361792),
+    ("gmm", "blocks.1.mlp.router.means"): (0.0080448, -0.0479604),
+    ("race", "blocks.1.mlp.router.projection"): (0.1514720, -0.2774386),
+    ("race", "blocks.1.mlp.router.gate"): (0.3846493, -0.2402184),
+    ("conditional", "blocks.1.mlp.conditional.fc1.weight"): (-0.2336029, 0.1213151),
 }
 
 
