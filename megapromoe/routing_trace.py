@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,9 @@ class TraceRecord:
         rows_RME: rows that the tokens of each data-parallel rank sent to each expert of each layer, int64 (R, M, E).
             The ranks are in the order of the data-parallel group.
         ep: expert-parallel ranks.
-        group: data-parallel ranks whose rows meet in one expert-parallel group: consecutive ones. 1 if the tokens of
-            one data-parallel rank are divided over several groups (ep·etp < tp).
+        group: the smallest number of consecutive data-parallel ranks whose rows stay in expert-parallel groups of
+            their own: lcm(ep·etp, tp) / tp. Mostly that is one group; with ep·etp < tp it is several, over which the
+            rows of one data-parallel rank are divided.
     """
 
     step: int
@@ -63,6 +65,8 @@ class TraceRecord:
 
     def rows_of_ranks(self, owner_ME: np.ndarray | None = None) -> np.ndarray:
         """Rows that each expert-parallel rank processes, int64 (groups, M, ep).
+
+        If `group` stands for several expert-parallel groups, these are sums over them.
 
         Args:
             owner_ME: the expert-parallel rank (0 to ep - 1) of each expert, (M, E); None: consecutive experts, as
@@ -172,42 +176,66 @@ def read_records(path: Path, first: int = 0, last: int | None = None) -> Iterato
 
 def encode(record: TraceRecord) -> bytes:
     """The line of a record, with its end."""
-    numbers = np.ascontiguousarray(record.rows_RME, dtype="<u4")
-    planes = numbers.reshape(-1, 1).view(np.uint8).T.tobytes()
-    values: dict[str, Any] = {"step": record.step, "ep": record.ep, "group": record.group}
-    values |= {"blocks": record.blocks, "shape": numbers.shape}
-    values["rows"] = base64.b64encode(zlib.compress(planes)).decode()
-    checked = json.dumps(values)[:-1].encode()
-    return checked + b', "crc32": "%08x"}\n' % zlib.crc32(checked)
+    values: dict[str, Any] = {"step": record.step, "ep": record.ep, "group": record.group, "blocks": record.blocks}
+    return checked_line(values | {"shape": record.rows_RME.shape, "rows": packed(record.rows_RME, "<u4")})
 
 
 def decode(line: bytes) -> TraceRecord:
     """The record of a line. Raises ValueError with the reason, a clause, if the line is damaged."""
+    step, ep, group, blocks, shape, text = checked_values(line, _KEYS)
+    if not are_naturals([step, ep, group], blocks, shape) or not isinstance(text, str):
+        raise ValueError("its numbers are not natural numbers")
+    R, M, E = shape if len(shape) == 3 else (0, 0, 0)
+    if not R or not M or not 0 < ep <= E or not group or R % group or len(blocks) != M:
+        raise ValueError("its sizes do not fit each other")
+    return TraceRecord(step, tuple(blocks), unpacked(text, "<u4", shape).astype(np.int64), ep, group)
+
+
+# ---- lines with a checksum, which `recorded_routes.py` also has
+
+
+def checked_line(values: Mapping[str, Any]) -> bytes:
+    """A line of JSON with its end, whose last value is the checksum of all before."""
+    checked = json.dumps(values)[:-1].encode()
+    return checked + b', "crc32": "%08x"}\n' % zlib.crc32(checked)
+
+
+def checked_values(line: bytes, keys: Sequence[str]) -> list[Any]:
+    """The values of a `checked_line`, in order. Raises ValueError if it is damaged or has other keys."""
     match = _LINE.fullmatch(line.rstrip(b"\n"))
     if match is None:
         raise ValueError("it is no record with a checksum")
     if zlib.crc32(match[1]) != int(match[2], 16):
         raise ValueError("its checksum differs")
     values = json.loads(match[1] + b"}")
-    if tuple(values) != _KEYS:
-        raise ValueError(f"it has the keys {', '.join(values)}, not {', '.join(_KEYS)}")
-    step, ep, group, blocks, shape, text = values.values()
-    sizes = [step, ep, group, *_integers(blocks), *_integers(shape)]
-    if not all(type(size) is int and size >= 0 for size in sizes) or not isinstance(text, str):
-        raise ValueError("its numbers are not natural numbers")
-    R, M, E = shape if len(shape) == 3 else (0, 0, 0)
-    if not R or not M or not 0 < ep <= E or not group or R % group or len(blocks) != M or R * M * E > _MAX_NUMBERS:
+    if list(values) != list(keys):
+        raise ValueError(f"it has the keys {', '.join(values)}, not {', '.join(keys)}")
+    return list(values.values())
+
+
+def are_naturals(*lists: Any) -> bool:
+    """Whether all arguments are lists of integers from 0."""
+    return all(
+        isinstance(values, list) and all(type(value) is int and value >= 0 for value in values) for values in lists
+    )
+
+
+def packed(numbers: np.ndarray, dtype: str) -> str:
+    """Whole numbers as text: compressed, first the lowest byte of all of them, since most high bytes are zero."""
+    as_bytes = np.ascontiguousarray(numbers, dtype=dtype).reshape(-1, 1).view(np.uint8)
+    return base64.b64encode(zlib.compress(as_bytes.T.tobytes())).decode()
+
+
+def unpacked(text: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    """The numbers of `packed`. Raises ValueError if they cannot be read or their number is not that of the shape."""
+    width, count = np.dtype(dtype).itemsize, math.prod(shape)
+    if count > _MAX_NUMBERS:
         raise ValueError("its sizes do not fit each other")
     try:
         inflater = zlib.decompressobj()
-        planes = inflater.decompress(base64.b64decode(text, validate=True), 4 * R * M * E + 1)
+        planes = inflater.decompress(base64.b64decode(text, validate=True), width * count + 1)
     except (ValueError, zlib.error) as error:
-        raise ValueError(f"its rows cannot be read ({error})") from error
-    if len(planes) != 4 * R * M * E or not inflater.eof:
-        raise ValueError("its number of rows is wrong")
-    numbers = np.frombuffer(planes, dtype=np.uint8).reshape(4, -1).T.copy().view("<u4")
-    return TraceRecord(step, tuple(blocks), numbers.reshape(R, M, E).astype(np.int64), ep, group)
-
-
-def _integers(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [None]
+        raise ValueError(f"its numbers cannot be read ({error})") from error
+    if len(planes) != width * count or not inflater.eof:
+        raise ValueError("its number of numbers is wrong")
+    return np.frombuffer(planes, dtype=np.uint8).reshape(width, -1).T.copy().view(dtype).reshape(shape)
