@@ -110,7 +110,11 @@ def numbers_of(series: LoadSeries, routes: Sequence[Routes] = ()) -> dict[str, A
     }
     if routes:
         of = routes[0].of
-        numbers["routes"] = {"steps": [one.step for one in routes], "weights": of.weights, "levels": of.levels}
+        numbers["routes"] = {
+            "steps": [recording.step for recording in routes],
+            "weights": of.weights,
+            "levels": of.levels,
+        }
         numbers["routes"] |= {"images": len(of.images), "blocks": of.blocks, "tokens": int(np.prod(of.shape[1:]))}
         numbers["drift"] = drift_of(routes)
     return numbers

@@ -73,9 +73,9 @@ class RoutingRecorder:
         pending, self._pending = self._pending, []
         if not pending or self.mesh.tp.rank:  # tensor-parallel ranks have the same tokens
             return
-        dp, mine = self.mesh.dp, torch.stack([packed for _, packed in pending])
-        gathered = [torch.empty_like(mine) for _ in range(dp.size)] if dp.rank == 0 else None
-        dist.gather(mine, gathered, dst=dp.ranks[0], group=dp.process_group)
+        dp, of_rank_NX = self.mesh.dp, torch.stack([packed for _, packed in pending])
+        gathered = [torch.empty_like(of_rank_NX) for _ in range(dp.size)] if dp.rank == 0 else None
+        dist.gather(of_rank_NX, gathered, dst=dp.ranks[0], group=dp.process_group)
         if gathered is None:
             return
         packed_RNX = torch.stack(gathered).cpu().numpy()

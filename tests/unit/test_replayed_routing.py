@@ -60,14 +60,14 @@ def test_a_layer_has_the_load_of_the_most_uneven_block(run):
 
 
 def test_each_layer_of_a_model_has_its_own_load(run, monkeypatch):
-    settings, seen = replayed(run, experiment="step"), []
+    settings, loads = replayed(run, experiment="step"), []
     real = models._PlannedRouting.check
     monkeypatch.setattr(
-        models._PlannedRouting, "check", lambda self: (seen.append([*self.loads.values()]), real(self))[1]
+        models._PlannedRouting, "check", lambda self: (loads.append([*self.loads.values()]), real(self))[1]
     )
     figures = models.measure_step(DIGITS, RECORDED, settings)
     planned = [planned_counts(recorded_pattern(rows_E), 48, 4) for rows_E in ROWS_ME.tolist()]
-    assert seen == [planned, planned, []] and figures["contenders"]["loop"]
+    assert loads == [planned, planned, []] and figures["contenders"]["loop"]
 
 
 REFUSED = [

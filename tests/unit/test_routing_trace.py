@@ -134,23 +134,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, made):
 
 def test_rows_of_ranks():
     """Four data ranks in two expert-parallel groups, five experts on two ranks: three and two."""
-    one = record(1, rows_RME=np.random.default_rng(1).integers(0, 100, (4, 2, 5)))
+    unplaced = record(1, rows_RME=np.random.default_rng(1).integers(0, 100, (4, 2, 5)))
     assert consecutive_owners(5, 2).tolist() == [0, 0, 0, 1, 1]
-    rows_GMP = one.rows_of_ranks()
+    rows_GMP = unplaced.rows_of_ranks()
     assert rows_GMP.shape == (2, 2, 2)
     for group in range(2):
         for layer in range(2):
-            of_group = one.rows_RME[2 * group : 2 * group + 2, layer].sum(0)
+            of_group = unplaced.rows_RME[2 * group : 2 * group + 2, layer].sum(0)
             assert rows_GMP[group, layer].tolist() == [of_group[:3].sum(), of_group[3:].sum()]
     owner_ME = np.array([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1]])
-    placed_GMP = one.rows_of_ranks(owner_ME)
-    recorded = record(1, rows_RME=one.rows_RME, owner_ME=owner_ME)
+    placed_GMP = unplaced.rows_of_ranks(owner_ME)
+    recorded = record(1, rows_RME=unplaced.rows_RME, owner_ME=owner_ME)
     assert np.array_equal(recorded.rows_of_ranks(), placed_GMP), "the owners of the record"
     assert np.array_equal(placed_GMP.sum(2), rows_GMP.sum(2)), "every row is on one rank"
-    assert placed_GMP[1, 0, 0] == one.rows_RME[2:, 0][:, [1, 3]].sum()
+    assert placed_GMP[1, 0, 0] == unplaced.rows_RME[2:, 0][:, [1, 3]].sum()
     for wrong in (owner_ME[:1], owner_ME + 1, owner_ME - 1):
         with pytest.raises(ValueError, match="owner_ME must be"):
-            one.rows_of_ranks(wrong)
+            unplaced.rows_of_ranks(wrong)
 
 
 def test_fullest_over_mean():
