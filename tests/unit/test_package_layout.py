@@ -23,6 +23,8 @@ ORDER = (
         "plot_lines",
         "number_text",
         "run_lines",
+        "routing_trace",
+        "recorded_routes",
         "work_progress",
     ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
