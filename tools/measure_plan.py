@@ -24,8 +24,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 EPILOG = """\
 Trains the preset digits in one and in two processes of one thread each, and checks two processes. The runs take turns
 of some seconds, in which the others are stopped (SIGSTOP), so that a change of the machine's load affects all of them;
-steps that a stop interrupted are left out. Then `megapromoe plan` prints the runs of --calibrate, with
-which it is calibrated, and all others as predictions. Everything is kept in --out."""
+steps that a stop interrupted are left out. Then `megapromoe plan` is calibrated with some of the runs, by default with
+those of one process and the check, and prints all others as predictions. Everything is kept in --out."""
 
 
 def main() -> int:
@@ -100,7 +100,7 @@ class Job:
             process.wait()
 
 
-def measure(out: Path, steps: int, turn: float, deadline: float) -> None:
+def measure(out: Path, steps: int, seconds: float, deadline: float) -> None:
     """Trains all runs in turns until each has logged `steps` steps. Raises TimeoutError at the deadline."""
     jobs: dict[str, Job] = {}
     try:
@@ -117,7 +117,7 @@ def measure(out: Path, steps: int, turn: float, deadline: float) -> None:
             for name in RUNS:
                 continued[name].append(time.time())
                 jobs[name].signal(signal.SIGCONT)
-                end = time.monotonic() + turn
+                end = time.monotonic() + seconds
                 while time.monotonic() < end and not jobs[name].ended():
                     pause(deadline)
                 jobs[name].signal(signal.SIGSTOP)

@@ -271,7 +271,7 @@ ELSEWHERE = {
     r"(?:torchrun .*)?megapromoe evaluate --run-dir runs/scenes.* --num-images .*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"megapromoe study (collect paper/t7|(plan|run) runs/small( .*)?)$": "tests/programs/test_paper_recipes.py",
-    r"python tools/measure_plan\.py .*$": "tests/unit/test_calibration.py",
+    r"python tools/measure_plan\.py .*$": "file:tools/measure_plan.py",
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",
     r"torchrun .* megapromoe train --preset scenes .*$": "tests/programs/test_train_scenes.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",

@@ -350,11 +350,11 @@ def recorded_seconds(step: MeasuredStep) -> list[float]:
 
 
 def test_the_command_plans_the_measured_run_and_prints_it(capsys):
-    one, two = recorded_run("one-32"), recorded_run("two-64")
-    assert main(["plan", "--measured", str(one), "--validate", str(two)]) == 0
+    single, double = recorded_run("one-32"), recorded_run("two-64")
+    assert main(["plan", "--measured", str(single), "--validate", str(double)]) == 0
     out = capsys.readouterr().out
     assert "calibration" in out and "fitted" in out and "predicted" in out and "CPU core" in out
-    assert main(["plan", "--measured", str(one), "--validate", str(two), "--json"]) == 0
+    assert main(["plan", "--measured", str(single), "--validate", str(double), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     fitted, predicted = content["calibration"]["steps"]
     assert fitted["fitted"] and not predicted["fitted"]

@@ -36,7 +36,7 @@ def answer(capsys, *words: str) -> dict:
 # ---- nodes and experts
 
 
-def test_a_table_has_each_combination_with_its_cost_and_says_where_more_is_worse(capsys):
+def test_a_table_has_each_combination_with_its_cost_and_shows_where_more_is_worse(capsys):
     words = ("--preset", "promoe_b", "--nodes", "8", "1", "2", "4", "--experts", "4", "8", *FIXED)
     content = answer(capsys, *words, "--num-images", "128M")
     points = content["points"]
