@@ -73,9 +73,10 @@ class Job:
             port = s.getsockname()[1]
         self.processes = []
         for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            env = os.environ | {name: str(value) for name, value in (place if ranks > 1 else {}).items()}
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            if ranks > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             command = [sys.executable, "-m", "megapromoe", *words]
             with log.with_suffix(f".{rank}.log").open("wb") as file:
                 self.processes.append(
