@@ -156,6 +156,15 @@ def positive_number(text: str) -> float:
     return value
 
 
+def image_count(text: str) -> int:
+    """An argparse type: a whole number above 0, also with K, M or B for thousands, millions or billions."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().upper(), re.ASCII)
+    count = 0.0 if match is None else float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]
+    if not 1 <= count < 1e18 or (round(count) != count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of images, such as 1281167 or 128M")
+    return round(count)
+
+
 def share(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     try:

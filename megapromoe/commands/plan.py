@@ -1,28 +1,31 @@
 """`megapromoe plan`: finds the best parallel layout on given GPUs, and estimates memory, time and cost."""
 
 import argparse
-import shlex
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from megapromoe.commands.command_line import file_errors, positive, positive_number
+from megapromoe.commands.command_line import CommandError, file_errors, image_count, positive, positive_number
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options
-from megapromoe.config.options import Config
+from megapromoe.commands.plan_report import (
+    assumed_json,
+    assumption_lines,
+    compared_json,
+    plan_lines,
+    points_json,
+    search_json,
+)
+from megapromoe.config.options import Config, ConfigError
+from megapromoe.config.presets import PRESETS
 from megapromoe.config.renamed_options import present_words
 from megapromoe.io import write_json
-from megapromoe.planning.explain import (
-    costs,
-    experts_in_parallel,
-    memory_lines,
-    reasons,
-    settings,
-    table,
-    traffic_lines,
-)
-from megapromoe.planning.machines import GIB, MACHINES, Assumptions, Machine
-from megapromoe.planning.memory import Budget
-from megapromoe.planning.search import Plan, PlanError, Search, describe, fold, search
+from megapromoe.planning.calibration import Calibration, calibrate
+from megapromoe.planning.machines import CPU, CPU_ASSUMPTIONS, GIB, MACHINES, Assumptions, Machine
+from megapromoe.planning.measurements import Measured, gpu_of, read_measurements
+from megapromoe.planning.scaling import Point, compare_lines, make_point, point_lines
+from megapromoe.planning.search import Plan, PlanError, Search, fold, search
 
 EPILOG = f"""\
 examples:
@@ -30,6 +33,9 @@ examples:
   megapromoe plan --preset promoe_xl --experts 64 --nodes 8 --plot memory.png
   megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
   megapromoe plan --preset promoe_xl --nodes 512 --global-batch 4096 --report plans.json
+  megapromoe plan --preset promoe_xl --nodes 1 2 4 8 --experts 8 16 --num-images 128M
+  megapromoe plan --compare dit_l promoe_l --gpu a800 --gpus-per-node 4
+  megapromoe plan --preset promoe_xl --nodes 8 --measured check.json runs/small --validate runs/large
 
 For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
 communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
@@ -38,7 +44,9 @@ or nothing else fits. Settings on the command line, such as parallel.tp=2, stay 
 fixed unless nothing fits, because batch statistics depend on it.
 
 Memory and bytes come from formulas that are tested against real runs; times are estimates from data sheets
-and from the printed assumptions. Measure the time of a step before you rely on them.
+and from the printed assumptions. Measure the time of a step before you rely on them: --measured takes reports
+of `megapromoe check`, benchmark.json files and run directories, replaces the assumed rates by measured ones, and
+prints the steps of the runs beside the estimates.
 
 {OVERRIDES}"""
 JOB = False
@@ -51,24 +59,74 @@ FREE = (
     "train.deepspeed",
     "train.accumulation",
 )
-LAUNCHED = ("promoe_s", "promoe_b", "promoe_l", "promoe_xl")  # presets that have a launcher, for nodes of 8 GPUs
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     config_options(parser)
-    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="number of nodes; default: 1")
-    parser.add_argument("--gpu", choices=tuple(MACHINES), default="h100", help="the kind of GPU; default: h100")
-    parser.add_argument("--gpus-per-node", metavar="N", type=positive, default=8, help="GPUs in a node; default: 8")
-    parser.add_argument("--experts", metavar="E", type=positive, help="short for model.num_experts=E")
+    parser.add_argument(
+        "--nodes",
+        metavar="N",
+        type=positive,
+        nargs="+",
+        default=[1],
+        help="number of nodes; several: a table of them. default: 1",
+    )
+    parser.add_argument(
+        "--gpu",
+        choices=(*MACHINES, "cpu"),
+        help="the kind of GPU; cpu: processes of one core each. default: that of --measured, else h100",
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        metavar="N",
+        type=positive,
+        help="GPUs in a node; default: 8, of gb200 4, of cpu the ranks of the largest run",
+    )
+    parser.add_argument(
+        "--experts",
+        metavar="E",
+        type=positive,
+        nargs="+",
+        help="short for model.num_experts=E; several: a table of them",
+    )
     parser.add_argument("--global-batch", metavar="N", type=positive, help="short for train.global_batch=N")
     parser.add_argument("--top", metavar="N", type=positive, default=8, help="number of layouts to list; default: 8")
+    parser.add_argument(
+        "--num-images",
+        metavar="N",
+        type=image_count,
+        help="show the cost of training on N images, such as 128M, in place of that of train.steps",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar=("A", "B"),
+        nargs=2,
+        help="compare two presets or YAML files on the same GPUs, in place of --preset and --config",
+    )
+    parser.add_argument(
+        "--measured",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        help="replace assumed rates by measured ones: reports of `megapromoe check`, benchmark.json, run directories",
+    )
+    parser.add_argument(
+        "--validate",
+        metavar="PATH",
+        type=Path,
+        nargs="+",
+        help="run directories, or benchmark.json files, whose steps are predicted and not used by --measured",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object in place of the text")
     parser.add_argument(
         "--report", metavar="FILE", type=Path, help="write all layouts with all their values to this JSON file"
     )
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
     )
-    figures = parser.add_argument_group("values that replace those of the data sheet and the assumptions")
+    figures = parser.add_argument_group(
+        "values that replace those of the data sheet and the assumptions; --measured replaces them where it measured"
+    )
     for name, text in (
         ("--memory-gib", "memory of a GPU in GiB"),
         ("--tflops", "dense bf16 TFLOP/s of a GPU"),
@@ -87,110 +145,132 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, launch) -> int:
-    short = {"model.num_experts": options.experts, "train.global_batch": options.global_batch}
-    options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
-    world = options.nodes * options.gpus_per_node
     with file_errors():
-        machine, assume = _machine(options), _assumptions(options)
+        measured, validated = read_measurements(options.measured or []), read_measurements(options.validate or [])
+        _refuse_combinations(options)
+        _complete(options, measured, validated)
+        assume = _assumptions(options)
         _check_pictures(options.plot)
-        config = resolve_options(options, None)
-        options.overrides = present_words(options.overrides)  # a part of the proposed command
-        fixed = frozenset(word.partition("=")[0].strip() for word in options.overrides) & set(FREE)
-        result = search(config, world, machine, assume, fixed)
+        calibration = calibrate(measured, _machine(options), assume, validated)
+        if options.compare:
+            content, lines = _comparison(options, calibration)
+        elif len(options.nodes) > 1 or len(options.experts or []) > 1:
+            content, lines = _table(options, calibration)
+        else:
+            content, lines = _single(options, calibration)
         if options.report:
-            _write_json(options.report, result, machine, assume)
-        if options.plot:
-            from megapromoe.planning.plot import draw
-
-            title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
-            draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
-    print("\n".join(_lines(options, config, result, machine, assume)), flush=True)
+            write_json(options.report, content, indent=1)
+    print(json.dumps(content, indent=1) if options.json else "\n".join(lines), flush=True)
     return 0
 
 
-def _lines(options: argparse.Namespace, config: Config, result: Search, machine: Machine, assume: Assumptions):
-    best, world = result.best, options.nodes * options.gpus_per_node
-    yield (
-        f"layouts of {world} GPUs: {len(result.fitting)} fit {result.limit / GIB:.1f} GiB each,"
-        f" {len(result.too_large)} do not, {result.impossible} cannot run (sizes that do not divide, refused settings)"
-    )
-    yield ""
-    yield from table(fold(result.fitting)[: options.top])
-    yield ""
-    yield f"best: {describe(best)}"
-    yield f"  {costs(best)}"
-    yield from (f"  {line}" for line in reasons(result, machine))
-    yield from experts_in_parallel(result)
-    yield ""
-    yield from memory_lines(best)
-    yield from traffic_lines(best, machine, assume)
-    yield ""
-    yield from _saves(best, options.storage_gbs)
-    yield ""
-    yield assume.in_words(machine)
-    yield ""
-    yield "start it:"
-    yield f"  {_command(options, config, best)}"
+Answer = tuple[dict[str, Any], Iterable[str]]  # as JSON, and as lines of text
 
 
-def _saves(best: Plan, storage_gbs: float | None) -> Iterator[str]:
-    """What the run writes and the disk space it needs; the time only if the write bandwidth is given."""
-    from megapromoe.checkpoint.disk_space import disk
+def _single(options: argparse.Namespace, calibration: Calibration) -> Answer:
+    """The plan for one number of nodes and of experts."""
+    world = options.nodes[0] * options.gpus_per_node
+    options.overrides = _words(options, next(iter(options.experts or []), None))
+    config = resolve_options(options, None)
+    options.overrides = present_words(options.overrides)  # a part of the proposed command
+    machine = calibration.machine.for_job(world)
+    result = search(config, world, machine, calibration.assume, _fixed(options.overrides))
+    if options.plot:
+        from megapromoe.planning.plot import draw
 
-    usage, t = disk(best.config, best.time.total), best.config.train
-    yield f"what the {t.steps:,} steps write"
-    every = [f"every {t.save_every:,} steps" if t.save_every else "the last step"]
-    every += [f"{t.save_minutes:g} minutes after the one before, at the estimated speed"] if t.save_minutes else []
-    most = f"at most {usage.most_checkpoints} at once, {_size(usage.most_checkpoints * usage.checkpoint)}"
-    count = f"{usage.checkpoints:7,}{'' if usage.exact else ' (estimated)'}"
-    yield f"  checkpoints {count} of {_size(usage.checkpoint)} ({' or '.join(every)}); {most}"
-    if usage.snapshots:
-        kept = f"all kept, {_size(usage.snapshots * usage.snapshot)}"
-        yield f"  snapshots   {usage.snapshots:7,} of {_size(usage.snapshot)} (averages alone); {kept}"
-    if usage.pictures:
-        most = _size(usage.pictures * usage.picture)
-        yield f"  pictures    {usage.pictures:7,} of at most {_size(usage.picture)} (samples); {most}"
-    yield f"  {_size(usage.peak)} of disk, and the logs"
-    if storage_gbs is None:
-        yield "  for the time of saves give --storage-gbs; `megapromoe check --run-dir` measures it"
-        return
-    checkpoint_seconds, total_seconds = (size / storage_gbs / 1e9 for size in (usage.checkpoint, usage.written))
-    yield (
-        f"  a checkpoint is written in {_seconds(checkpoint_seconds)}, all of {_size(usage.written)} in"
-        f" {_seconds(total_seconds)}, during training, which stops only while the state is copied to host memory"
-    )
-    between = best.time.total * t.steps / usage.checkpoints
-    if checkpoint_seconds > between:
-        yield f"  longer than the {_seconds(between)} between two saves, so training would wait; save less often"
+        title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
+        draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
+    content = assumed_json(calibration) | search_json(result, options.num_images)
+    return content, plan_lines(options, config, result, machine, calibration)
 
 
-def _size(size: int) -> str:
-    gigabytes = size / 1e9
-    if gigabytes < 0.1:
-        return f"{size / 1e6:.3g} MB"
-    return f"{gigabytes:,.0f} GB" if gigabytes >= 1000 else f"{gigabytes:#.4g} GB"
+def _table(options: argparse.Namespace, calibration: Calibration) -> Answer:
+    """The best plan of each combination of nodes and experts."""
+    points = []
+    for experts in options.experts or [None]:
+        words = _words(options, experts)
+        config = resolve_options(_with(options, overrides=words), None)
+        points += [_point(config, nodes, options, calibration, words) for nodes in sorted(set(options.nodes))]
+    if not any(p.plan for p in points):
+        raise PlanError(points[0].problem)
+    content = assumed_json(calibration) | points_json(points, options.num_images)
+    return content, [*point_lines(points, options.num_images), "", *assumption_lines(calibration)]
 
 
-def _seconds(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+def _point(
+    config: Config, nodes: int, options: argparse.Namespace, calibration: Calibration, words: list[str]
+) -> Point:
+    world = nodes * options.gpus_per_node
+    result: Search | PlanError | ConfigError
+    try:
+        result = search(config, world, calibration.machine.for_job(world), calibration.assume, _fixed(words))
+    except (PlanError, ConfigError) as error:
+        result = error
+    return make_point(config, nodes, result)
 
 
-def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
-    """The command line that starts the training. Plain srun works with and without ports reserved by SLURM."""
-    chosen = settings(best, config)
-    words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
-    words += [f"{key}={value}" for key, value in chosen.items()]
-    if options.preset in LAUNCHED and options.config is None and options.gpus_per_node == 8:
-        return shlex.join(["sbatch", f"--nodes={options.nodes}", f"launchers/{options.preset}.sh", *words])
-    recipe = ["--preset", options.preset] if options.preset else []
-    recipe += ["--config", str(options.config)] if options.config else []
-    recipe = recipe or ["--preset", DEFAULT_PRESET]
-    name, number = options.preset or "planned", str(options.gpus_per_node)
-    start = ["srun", f"--nodes={options.nodes}"]
-    start += [f"--ntasks-per-node={number}", f"--gpus-per-node={number}"]
-    return shlex.join([*start, "megapromoe", "train", *recipe, "--run-dir", f"runs/{name}", *words])
+def _comparison(options: argparse.Namespace, calibration: Calibration) -> Answer:
+    """The best plans of two configurations on the same GPUs."""
+    world = options.nodes[0] * options.gpus_per_node
+    machine = calibration.machine.for_job(world)
+    words = _words(options, next(iter(options.experts or []), None))
+    plans: list[tuple[str, Plan]] = []
+    for name in options.compare:
+        preset, file = (name, None) if name in PRESETS else (None, Path(name))
+        if file is not None and not file.is_file():
+            raise CommandError(f"--compare {name}: is neither a preset nor a file; `megapromoe show` lists the presets")
+        config = resolve_options(_with(options, preset=preset, config=file, overrides=words), None)
+        plans.append((name, search(config, world, machine, calibration.assume, _fixed(words)).best))
+    content = assumed_json(calibration) | compared_json(plans, options.num_images)
+    return content, [*compare_lines(plans, options.num_images), "", *assumption_lines(calibration)]
+
+
+def _with(options: argparse.Namespace, **changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(options), **changed})
+
+
+def _fixed(words: Sequence[str]) -> frozenset[str]:
+    return frozenset(word.partition("=")[0].strip() for word in words) & set(FREE)
+
+
+def _words(options: argparse.Namespace, experts: int | None) -> list[str]:
+    """The overrides, with those that --experts and --global-batch are short for."""
+    short = {"model.num_experts": experts, "train.global_batch": options.global_batch}
+    return [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+def _refuse_combinations(options: argparse.Namespace) -> None:
+    """Raises CommandError for options that cannot be combined."""
+    several = len(options.nodes) > 1 or len(options.experts or []) > 1
+    if several and options.plot:
+        raise CommandError("--plot: shows the layouts of one plan; give one number of --nodes and of --experts")
+    if options.compare and (several or options.plot or options.preset or options.config):
+        raise CommandError(
+            "--compare A B: takes the place of --preset and --config, with one number of --nodes and of --experts and"
+            " without --plot"
+        )
+
+
+def _complete(options: argparse.Namespace, measured: Measured, validated: Measured) -> None:
+    """Sets --gpu, --gpus-per-node and the configuration that are not given, by the measurements.
+
+    Without --preset and --config the plan is for the model of the first measured run.
+    """
+    steps = (*measured.steps, *validated.steps)
+    if options.validate and not validated.steps:
+        raise CommandError("--validate: has no measured steps; give run directories")
+    if options.gpu is None:
+        device = measured.device or validated.device
+        options.gpu = gpu_of(device) or "h100"
+        if gpu_of(device) is None and (options.measured or options.validate):
+            shown = f"were made on {device}" if device else "do not name their device"
+            raise CommandError(f"--gpu: the measurements {shown}; give the kind of GPU, {', '.join(MACHINES)} or cpu")
+    if options.gpus_per_node is None:
+        ranks = max((step.layout.world for step in steps), default=1)
+        options.gpus_per_node = ranks if options.gpu == "cpu" else MACHINES[options.gpu].gpus_per_node
+    runs = [path for path in options.measured or [] if path.is_dir()]
+    if runs and not (options.preset or options.config or options.compare):
+        options.config = runs[0] / "config.yaml"
 
 
 def _machine(options: argparse.Namespace) -> Machine:
@@ -202,7 +282,7 @@ def _machine(options: argparse.Namespace) -> Machine:
         "network": options.network_gbs and options.network_gbs * 1e9,
     }
     changed = {name: value for name, value in changed.items() if value is not None}
-    machine = replace(MACHINES[options.gpu], gpus_per_node=options.gpus_per_node, **changed)
+    machine = replace((MACHINES | {"cpu": CPU})[options.gpu], gpus_per_node=options.gpus_per_node, **changed)
     return replace(machine, name=f"{machine.name}, changed") if changed else machine
 
 
@@ -217,46 +297,12 @@ def _assumptions(options: argparse.Namespace) -> Assumptions:
         raise PlanError(f"--imbalance {options.imbalance}: must be at least 1: the fullest rank has at least the mean")
     if wrong:
         raise PlanError(f"{', '.join(wrong)}: must be at most 1, a share")
-    return replace(Assumptions(), **{name: value for name, value in changed.items() if value is not None})
+    return replace(
+        CPU_ASSUMPTIONS if options.gpu == "cpu" else Assumptions(),
+        **{name: value for name, value in changed.items() if value is not None},
+    )
 
 
 def _check_pictures(path: Path | None) -> None:
     if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
         raise PlanError(f"--plot {path}: must end in .png, .svg or .pdf")
-
-
-def _write_json(path: Path, result: Search, machine: Machine, assume: Assumptions) -> None:
-    """Writes all layouts, those that fit first; times in seconds, sizes in bytes."""
-    content = {
-        "estimates": True,
-        "machine": asdict(machine),
-        "assumptions": asdict(assume),
-        "limit_bytes": result.limit,
-        "layouts": [_entry(plan, plan.memory.peak <= result.limit) for plan in (*result.fitting, *result.too_large)],
-    }
-    write_json(path, content, indent=1)
-
-
-def _disk(plan: Plan) -> dict:
-    """Numbers of files, and bytes of each and of all together."""
-    from megapromoe.checkpoint.disk_space import disk
-
-    usage = disk(plan.config, plan.time.total)
-    return asdict(usage) | {"peak_bytes": usage.peak, "written_bytes": usage.written}
-
-
-def _entry(plan: Plan, fits: bool) -> dict:
-    return {
-        "fits": fits,
-        **asdict(plan.layout),
-        "deepspeed": plan.config.train.deepspeed,
-        "recompute": plan.config.parallel.recompute,
-        "accumulation": plan.config.train.accumulation,
-        "memory_bytes": {name: getattr(plan.memory, name) for name in (*Budget.LINES, "update", "host", "peak")},
-        "step_seconds": plan.time.total,
-        "seconds": asdict(plan.time),
-        "images_per_second": plan.images_per_second,
-        "mfu": plan.mfu,
-        "hours": plan.hours,
-        "disk": _disk(plan),
-    }

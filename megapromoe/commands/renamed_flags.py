@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megapromoe.commands.command_line import SETTING
+
 # Command, or command of `study`, -> former spelling -> present one. torchrun refuses a flag with which several of its
 # own begin, even after the name of the program: `--run`, `--num`. The others had two meanings or two names.
 RENAMED: Mapping[str, Mapping[str, str]] = {
@@ -18,6 +20,8 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
     "study submit": {"--at-once": "--jobs"},
     "benchmark": {"--images": "--batch", "--contenders": "--implementations"},
 }
+# A flag that is a former spelling only with a value, as in `--json FILE`; alone it has a present meaning.
+WITH_VALUE = {("plan", "--json")}
 
 
 def renamed(command: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -26,7 +30,20 @@ def renamed(command: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns the words in the present spelling, and a notice of one line, or no notice.
     """
     next_word = "".join(words[list(words).index(command) + 1 :][:1]) if command in words else ""
-    return with_new_names(words, RENAMED.get(command) or RENAMED.get(f"{command} {next_word}") or {})
+    table = RENAMED.get(command) or RENAMED.get(f"{command} {next_word}") or {}
+    alone = {flag for name, flag in WITH_VALUE if name == command and not _has_value(words, flag)}
+    return with_new_names(words, {flag: new for flag, new in table.items() if flag not in alone})
+
+
+def _has_value(words: Sequence[str], flag: str) -> bool:
+    """Whether a value follows a flag: not another flag and not a setting."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{flag}="):
+            return True
+        after = words[i + 1] if word == flag and i + 1 < len(words) else "-"
+        if word == flag and not after.startswith("-") and not SETTING.match(after):
+            return True
+    return False
 
 
 def with_new_names(words: Sequence[str], new: Mapping[str, str]) -> tuple[list[str], list[str]]:

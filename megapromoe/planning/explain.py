@@ -156,6 +156,8 @@ def limits(plan: Plan) -> str:
         parts = {"host": t.host}
     else:
         parts = {"products": t.products, "attention": t.attention, "elementwise": t.elementwise}
+    if not t.asynchronous:
+        parts = {"products": t.products, "attention": t.attention, "elementwise": t.elementwise, "host": t.host}
     parts |= {"layers": t.layers_traffic, "gradients": t.exposed_gradients, "update": t.update}
     order = sorted(parts, key=lambda name: parts[name], reverse=True)
     shares = ", ".join(f"{name} {parts[name] / t.total:.0%}" for name in order)

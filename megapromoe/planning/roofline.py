@@ -35,8 +35,6 @@ DENSE_KERNELS = 62
 MOE_KERNELS = {"promoe": 145, "promoe_linear": 130, "tc": 105, "ec": 110, "diffmoe": 130}
 OTHER_MOE_KERNELS = 220
 GROUPED_KERNELS, EXPERT_KERNELS = 18, 10  # kernels of grouped products; kernels of each expert without them
-# Seconds of host time that DeepSpeed needs for each parameter: for its gradient; at stage 3 including the gather.
-HOOK, GATHER_HOOK = 30e-6, 200e-6
 PASSES = 6  # number of reads and writes of a saved activation or its gradient by kernels other than products
 UPDATE = 4 + 3 * 8  # bytes per element: gradient read, master and moments read and written
 AVERAGE_UPDATE = 12  # bytes per element and average: master read, average read and written
@@ -47,8 +45,9 @@ HOST_RATE = 20e9  # bytes per second of host memory for each GPU, if the optimiz
 class StepTime:
     """Seconds of one optimizer step on the fullest rank.
 
-    `compute` is the larger of `device` (`products` + `attention` + `elementwise`) and `host`. `total` is the sum of
-    `compute`, `exposed` and `update`; `overlapped` communication adds no time.
+    `compute` is the larger of `device` (`products` + `attention` + `elementwise`) and `host`, or their sum if the host
+    runs the kernels itself (`asynchronous` is false). `total` is the sum of `compute`, `exposed` and `update`;
+    `overlapped` communication adds no time.
     """
 
     products: float
@@ -59,6 +58,7 @@ class StepTime:
     exposed_gradients: float
     overlapped: float
     update: float
+    asynchronous: bool = True
 
     @property
     def device(self) -> float:
@@ -66,7 +66,7 @@ class StepTime:
 
     @property
     def compute(self) -> float:
-        return max(self.device, self.host)
+        return compute_time(self.device, self.host, self.asynchronous)
 
     @property
     def exposed(self) -> float:
@@ -76,6 +76,11 @@ class StepTime:
     @property
     def total(self) -> float:
         return self.compute + self.exposed + self.update
+
+
+def compute_time(device: float, host: float, asynchronous: bool) -> float:
+    """Seconds of the computation, from those of the device and of the host."""
+    return max(device, host) if asynchronous else device + host
 
 
 def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> StepTime:
@@ -99,7 +104,7 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
             update += seconds
         else:
             gathered += seconds
-    compute = max(products + attention + elementwise, host)
+    compute = compute_time(products + attention + elementwise, host, machine.asynchronous)
     hidden_gradients, hidden_gathers = _hidden(config, layout, gradients, gathered, compute)
     exposed = gradients + gathered - hidden_gradients - hidden_gathers
     return StepTime(
@@ -111,6 +116,7 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
         exposed_gradients=exposed,
         overlapped=hidden_gradients + hidden_gathers,
         update=update + _update(config, layout, machine, assume),
+        asynchronous=machine.asynchronous,
     )
 
 
@@ -170,7 +176,9 @@ def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions)
         one_moe += EXPERT_KERNELS * -(-model.num_experts // layout.ep) - GROUPED_KERNELS
     kernels += moe * one_moe * routed
     replicated, of_experts = tensors_on_rank(model, layout)
-    return kernels * assume.launch + (len(replicated) + len(of_experts)) * (GATHER_HOOK if zero.stage == 3 else HOOK)
+    return kernels * assume.launch + (len(replicated) + len(of_experts)) * (
+        assume.gather_hook if zero.stage == 3 else assume.hook
+    )
 
 
 def collective_time(c: Collective, config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:
@@ -181,7 +189,7 @@ def collective_time(c: Collective, config: Config, layout: Layout, machine: Mach
     strides = {"tp": 1, "world": 1, "dp": layout.tp, "ep": layout.etp, "edp": layout.ep * layout.etp}
     nodes = nodes_of(c.size, strides[c.over], machine)
     near = -(-c.size // nodes)
-    inside, between = machine.nvlink * assume.links, machine.network * assume.links
+    inside, between = machine.nvlink * assume.links, machine.network * assume.between_nodes
     if c.op == "all_to_all":
         seconds = max(c.payload * (near - 1) / c.size / inside, c.payload * (c.size - near) / c.size / between)
         seconds *= fullest(config.model, layout, assume.imbalance)
@@ -194,8 +202,8 @@ def collective_time(c: Collective, config: Config, layout: Layout, machine: Mach
 
 
 def nodes_of(size: int, stride: int, machine: Machine) -> int:
-    """Number of nodes that contain a group of `size` ranks, which are `stride` apart."""
-    return -(-size // min(size, max(1, machine.gpus_per_node // stride)))
+    """Number of nodes, or of NVLink domains, that contain a group of `size` ranks, which are `stride` apart."""
+    return -(-size // min(size, max(1, machine.nvlink_gpus // stride)))
 
 
 def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, compute: float) -> tuple[float, float]:

@@ -29,6 +29,7 @@ class Network:
         pairs: other node -> GB/s from this rank to its partner on that node, while both send.
         wrong_pairs: nodes from which wrong bytes were received.
         exchange: GB/s that this rank sends in the all-to-all of its expert-parallel group; 0 in a group of one rank.
+        collectives: name of the process group -> operation -> bytes and seconds of a small and of a large message.
     """
 
     device: str = "cpu"
@@ -37,6 +38,7 @@ class Network:
     pairs: dict[str, float] = field(default_factory=dict)
     wrong_pairs: list[str] = field(default_factory=list)
     exchange: float = 0.0
+    collectives: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
 
 def pair_rounds(nodes: int, all_pairs: int = ALL_PAIRS, seed: int = 0) -> list[list[tuple[int, int]]]:

@@ -16,8 +16,8 @@ OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ELEMENTS = 1 << 16  # fp32 elements that a rank contributes
 
 # torch 2.13 renamed these functions and warns about the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ def check_collective(operation: str, group: Group, device: torch.device) -> tupl
         return not torch.equal(x.cpu(), sum((values(rank, n) for rank in ranks), torch.zeros(n))), []
     if operation == "all_gather":
         x = torch.empty(size * n, device=device)
-        _all_gather(x, contribution(own_rank, n, device), group=group.process_group)
+        all_gather(x, contribution(own_rank, n, device), group=group.process_group)
         parts = x.cpu().split(n)
         return False, [r for r, part in zip(ranks, parts, strict=True) if not torch.equal(part, values(r, n))]
     if operation == "reduce_scatter":
         x = torch.empty(n, device=device)
-        _reduce_scatter(x, contribution(own_rank, size * n, device), group=group.process_group)
+        reduce_scatter(x, contribution(own_rank, size * n, device), group=group.process_group)
         start = group.rank * n
         expected = sum((values(rank, size * n)[start : start + n] for rank in ranks), torch.zeros(n))
         return not torch.equal(x.cpu(), expected), []

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.store_channel import PAUSE, StoreChannel
 from megapromoe.distributed.watchdog import Hang, Watchdog
 from megapromoe.io import write_text
-from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, machine_rules, storage
+from megapromoe.preflight import arrival, bandwidth, clocks, groups, machine, machine_rules, rates, storage
 from megapromoe.preflight.bandwidth import Network
 from megapromoe.preflight.clocks import Clock
 from megapromoe.preflight.groups import GroupResult
@@ -112,7 +112,7 @@ class Preflight:
         """Runs every stage on this rank; returns whether torch.distributed was joined and raised no error."""
         leaders = self.cluster.leaders()
         is_leader = self.launch.rank == leaders[node]
-        self._stage("machine", lambda: machine.examine(self.launch, is_leader))
+        self._stage("machine", lambda: self._examine(is_leader))
         self._stage("clock", lambda: clocks.compare_clocks(self.channel, list(leaders.values())))
         folder = self.folder
         if folder is not None:
@@ -129,6 +129,17 @@ class Preflight:
             return False
         network = self._stage("network", self._measure_network)
         return not network.error
+
+    def _examine(self, is_leader: bool) -> Machine:
+        """The findings about this rank's machine, with the speed of its device if that computes correctly."""
+        examined = machine.examine(self.launch, is_leader)
+        if examined.error or examined.wrong:
+            return examined
+        try:
+            elementwise, launch = rates.measure_device(runtime.device_of(self.launch))
+        except RuntimeError as problem:  # all errors of CUDA, out of memory included
+            return replace(examined, error=str(problem).splitlines()[0])
+        return replace(examined, elementwise=elementwise, launch=launch)
 
     def _measure_network(self) -> Network:
         """Joins torch.distributed and measures the network; an error of a collective is part of the result."""
@@ -153,6 +164,7 @@ class Preflight:
             fields |= {"pairs": speeds, "wrong_pairs": wrong_pairs}
             at("all-to-all in ep")
             fields["exchange"] = bandwidth.measure_all_to_all(mesh.ep, job.device)
+            fields["collectives"] = dict(rates.measure_collectives(mesh, job.device, at))
         except RuntimeError as error:  # of torch.distributed, gloo or NCCL
             fields["error"] = f"{place}: {str(error).splitlines()[0]}"
         return Network(**fields)

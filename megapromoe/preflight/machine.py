@@ -60,6 +60,8 @@ class Machine:
         rdma: whether the node has an RDMA adapter, which needs locked memory.
         gpu_numa: NUMA node of this rank's GPU; -1 if unknown.
         core_numa: NUMA nodes of the cores that this rank may use.
+        elementwise: bytes per second that an elementwise kernel reads and writes.
+        launch: seconds of the host to launch a small kernel; on a CPU to run a small operator.
     """
 
     versions: dict[str, str]
@@ -83,6 +85,8 @@ class Machine:
     rdma: bool = False
     gpu_numa: int = -1
     core_numa: list[int] = field(default_factory=list)
+    elementwise: float = 0.0
+    launch: float = 0.0
 
 
 def examine(launch: runtime.LaunchEnvironment, leader: bool) -> Machine:

@@ -21,6 +21,7 @@ from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import runtime
 from megapromoe.errors import UserError
+from megapromoe.planning.measurements import read_measurements
 from megapromoe.preflight import arrival, bandwidth, clocks, groups, job, machine, storage
 from megapromoe.preflight.verdict import FAIL, WARN
 
@@ -105,6 +106,14 @@ def test_a_good_allocation_passes(tmp_path):
     network = report["found"]["network"]
     assert sorted(network["2"]["pairs"]) == ["n0", "n1", "n3"]
     assert all(speed > 0 for rank in network.values() for speed in [*rank["pairs"].values(), rank["exchange"]])
+    operations = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
+    for rank in network.values():  # speeds for `plan --measured`; ep has the ranks of another group
+        assert set(rank["collectives"]) == {"world", "tp", "dp"}
+        for times in rank["collectives"].values():
+            assert set(times) == operations and all(0 < a < c and b > 0 and d > 0 for a, b, c, d in times.values())
+    (measured,) = read_measurements([tmp_path / "report.json"]).rates
+    assert measured.device == "cpu" and min(measured.products, measured.elementwise, measured.launch) > 0
+    assert {message.nodes for message in measured.messages} == {2, 4}
     assert network["2"]["groups"]["tp"]["ranks"] == [2, 3] and network["2"]["groups"]["dp"]["ranks"] == [0, 2]
     assert {"files", "free space", "data", "clock", "versions", "group edp"} <= {row["check"] for row in report["rows"]}
     assert set(report["found"]["files"]["2"]["visible_after"]) == {"n0", "n1"}

@@ -43,7 +43,7 @@ def test_a_tool_is_its_command_and_needs_no_installation(tool, tmp_path, capsys)
 
 
 def test_every_tool_is_known():
-    others = {"checkout", "count_launches", "fuzz", "gpu_run", "train_digits", "train_scenes"}
+    others = {"checkout", "count_launches", "fuzz", "gpu_run", "measure_plan", "train_digits", "train_scenes"}
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {*TOOLS, *others}
 
 

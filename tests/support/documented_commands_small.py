@@ -13,6 +13,8 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from support.measured_files import recorded_run
+
 # Placeholders of the documents, and what stands for them in the folder.
 PLACEHOLDERS = {
     r"\s*\[[^]]*\]": "",  # optional words
@@ -88,6 +90,20 @@ def _train(words: list[str], ranks: int) -> Small:
 
 
 def _shown(words: list[str], ranks: int) -> Small:
+    return Small(words, cheap=True)
+
+
+def _plan(words: list[str], ranks: int) -> Small:
+    """Measurements are replaced by recorded ones, which are of the preset digits on a CPU."""
+    if "--measured" in words:
+        option, small = "", []
+        for word in words:
+            option = word if word.startswith("--") else option
+            if option in ("--measured", "--validate") and word != option:
+                name = "two-64" if option == "--validate" else "check.json" if word.endswith(".json") else "one-32"
+                word = str(recorded_run(name))
+            small.append("digits" if option == "--preset" and word != option else word)
+        words = small
     return Small(words, cheap=True)
 
 
@@ -228,7 +244,7 @@ def _upcycle(words: list[str], ranks: int) -> Small:
 
 COMMANDS: dict[str, Callable[[list[str], int], Small]] = {
     "show": _shown,
-    "plan": _shown,
+    "plan": _plan,
     "launchers": lambda words, ranks: Small([words[0], "new/launchers"], cheap=True),
     "train": _train,
     "sample": _sample,
@@ -266,6 +282,7 @@ ELSEWHERE = {
     r"(?:torchrun .*)?megapromoe evaluate --run-dir runs/scenes.*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"megapromoe study (collect paper/t7|(plan|run) runs/small( .*)?)$": "tests/programs/test_paper_recipes.py",
+    r"python tools/measure_plan\.py .*$": "file:tools/measure_plan.py",
     r"python tools/train_scenes\.py.*$": "tests/programs/test_train_scenes.py",
     r"torchrun .* megapromoe train --preset scenes .*$": "tests/programs/test_train_scenes.py",
     r"python tools/gpu_run\.py (all|step) .*$": "tests/programs/test_gpu_run.py",

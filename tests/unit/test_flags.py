@@ -9,7 +9,7 @@ import pytest
 from support.documented_commands import documented, parsers
 
 from megapromoe import cli
-from megapromoe.commands.renamed_flags import RENAMED
+from megapromoe.commands.renamed_flags import RENAMED, WITH_VALUE
 from megapromoe.distributed import launch_environment
 from megapromoe.distributed.launch_environment import LaunchEnvironment
 
@@ -149,8 +149,18 @@ def test_every_new_spelling_exists_and_no_old_one_is_shown():
     for command, table in RENAMED.items():
         parser = parsers()[f"megapromoe {command} --help"]
         options = {flag for action in parser._actions for flag in action.option_strings}
-        assert set(table.values()) <= options and not set(table) & options
+        kept = {flag for name, flag in WITH_VALUE if name == command}
+        assert set(table.values()) <= options and set(table) & options == kept
     assert sorted(NEEDED) == sorted(RENAMED)
+
+
+def test_a_flag_that_had_a_value_has_its_present_meaning_without_it():
+    for words in (["--json"], ["--json", "--top", "3"], ["--json", "model.num_experts=8"], ["--top", "3", "--json"]):
+        read = cli.parse(["plan", *words])
+        assert read.json is True and read.report is None and read.notices == []
+    for words in (["--json", "plans.json"], ["--json=plans.json"], ["--json", "plans.json", "parallel.tp=2"]):
+        read = cli.parse(["plan", *words])
+        assert read.json is False and str(read.report) == "plans.json" and len(read.notices) == 1
 
 
 @pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
