@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megapromoe.commands.command_line import file_errors, positive, positive_number
+from megapromoe.commands.command_line import file_errors, positive, positive_number, whole_number
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options
+from megapromoe.commands.plan_rehearsal import rehearse
 from megapromoe.config.options import Config
 from megapromoe.config.renamed_options import present_words
 from megapromoe.io import write_json
@@ -30,6 +31,7 @@ examples:
   megapromoe plan --preset promoe_xl --experts 64 --nodes 8 --plot memory.png
   megapromoe plan --preset promoe_l --gpus-per-node 4 --memory-gib 40 --gpu a100 --top 20
   megapromoe plan --preset promoe_xl --nodes 512 --global-batch 4096 --report plans.json
+  megapromoe plan --preset promoe_xl --nodes 512 --global-batch 4096 --rehearse 17
 
 For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
 communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
@@ -68,6 +70,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
     )
+    parser.add_argument(
+        "--rehearse",
+        metavar="RANK",
+        type=whole_number(0),
+        help="run this rank of the best layout here, without its cluster, and compare it with the plan",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="RUN",
+        type=Path,
+        help="rehearse with the rows of the experts in the routing trace of a run, instead of even ones",
+    )
     figures = parser.add_argument_group("values that replace those of the data sheet and the assumptions")
     for name, text in (
         ("--memory-gib", "memory of a GPU in GiB"),
@@ -90,6 +104,8 @@ def run(options: argparse.Namespace, launch) -> int:
     short = {"model.num_experts": options.experts, "train.global_batch": options.global_batch}
     options.overrides = [*options.overrides, *(f"{key}={value}" for key, value in short.items() if value is not None)]
     world = options.nodes * options.gpus_per_node
+    if options.trace is not None and options.rehearse is None:
+        raise PlanError(f"--trace {options.trace}: is for a rehearsal; add --rehearse RANK")
     with file_errors():
         machine, assume = _machine(options), _assumptions(options)
         _check_pictures(options.plot)
@@ -105,6 +121,10 @@ def run(options: argparse.Namespace, launch) -> int:
             title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
             draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
     print("\n".join(_lines(options, config, result, machine, assume)), flush=True)
+    if options.rehearse is not None:
+        print(flush=True)
+        for line in rehearse(result.best.config, world, options.rehearse, options.trace):
+            print(line, flush=True)
     return 0
 
 

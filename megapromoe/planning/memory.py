@@ -376,7 +376,7 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
 
 
 def both_passes(config: Config, layout: Layout, batch: Batch, fullness: float = 1.0) -> dict[str, float]:
-    """Bytes of a forward and backward pass of a rank: the lines activations, dispatch, imbalance, transient of `Budget`.
+    """Bytes of both passes on a rank: the lines activations, dispatch, imbalance and transient of `Budget`.
 
     Args:
         batch: images of its micro-batch.

@@ -91,6 +91,12 @@ def _shown(words: list[str], ranks: int) -> Small:
     return Small(words, cheap=True)
 
 
+def _plan(words: list[str], ranks: int) -> Small:
+    if "--rehearse" in words:
+        return Small(words, kind="elsewhere", by="tests/programs/test_plan_rehearsal.py")
+    return Small(words, cheap=True)
+
+
 def _sample(words: list[str], ranks: int) -> Small:
     ranks = 4 if "--ep" in words else min(ranks, 2)
     if "--out" in words:
@@ -217,7 +223,7 @@ def _upcycle(words: list[str], ranks: int) -> Small:
 
 COMMANDS: dict[str, Callable[[list[str], int], Small]] = {
     "show": _shown,
-    "plan": _shown,
+    "plan": _plan,
     "launchers": lambda words, ranks: Small([words[0], "new/launchers"], cheap=True),
     "train": _train,
     "sample": _sample,
