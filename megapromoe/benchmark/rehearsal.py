@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -203,7 +203,9 @@ def _of_model(config: Config, world: int, batch: Batch, fullness: float) -> list
     return result
 
 
-def compare(measured: dict[tuple[str, tuple[int, ...]], list[int]], planned: list[Collective], mesh: Mesh):
+def compare(
+    measured: Mapping[tuple[str, tuple[int, ...]], Sequence[int]], planned: Iterable[Collective], mesh: Mesh
+) -> tuple[Comparison, ...]:
     """Planned and measured messages of each kind and group, groups in the order of the mesh."""
     directions = {name: getattr(mesh, name) for name in ("tp", "dp", "ep", "edp", "world")}
     lines: dict[tuple[str, tuple[int, ...]], list] = {key: [set(), 0, 0.0] for key in measured}
@@ -238,7 +240,7 @@ class Recorder(TorchDispatchMode):
         parameters = [] if model is None else list(model.parameters())
         buffers = [] if model is None else list(model.buffers())
         self._known = {t.untyped_storage()._cdata for t in (*parameters, *buffers)}
-        self._without_gradient = set(parameters)
+        self._without_gradient: set[Tensor] = set(parameters)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._count_gradient)
 
@@ -323,7 +325,8 @@ class _Rows:
         self.rows, self.counts, self.numbers, self.dropped = rows, counts, numbers, None
 
     def send(self) -> DispatchedRows:
-        return self.rows.send()._replace(**{self.counts: _Counts(self.numbers)})
+        sent: Any = self.rows.send()
+        return sent._replace(**{self.counts: _Counts(self.numbers)})
 
 
 class _Local(Dispatcher):
@@ -339,7 +342,7 @@ class _ExpertParallel(ExpertParallelDispatcher):
     sent: int
     received: int
 
-    def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> ArrangedRows:
+    def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> Any:
         rows = super().arrange_rows(rows_RD, expert_slot_R, max_rows)
         sent, slots = parts(rows_RD.shape[0], self.shares), self.placement.slots
         own = sent[self.group.rank * slots : (self.group.rank + 1) * slots]  # each rank of the group sends as many

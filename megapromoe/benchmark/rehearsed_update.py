@@ -7,7 +7,10 @@ The model has the blocks, experts and layout of the real one and a small width. 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -46,7 +49,9 @@ def small_width(config: Config) -> Config:
         """In proportion, and a multiple of the heads, which tensor parallelism divides."""
         return 0 if not size else max(1, round(size * width / m.hidden_size / m.heads)) * m.heads
 
-    sizes = {name: scaled(getattr(m, name)) for name in ("expert_width", "shared_expert_width", "text_ffn")}
+    sizes: dict[str, Any] = {
+        name: scaled(getattr(m, name)) for name in ("expert_width", "shared_expert_width", "text_ffn")
+    }
     sizes |= {"hidden_size": width, "input_size": 2 * m.patch_size}
     if m.has_text:
         sizes |= {"text_width": 8, "text_tokens": 2}
@@ -67,23 +72,25 @@ def rehearse_update(config: Config, world: int, rank: int) -> UpdateRehearsal | 
         p = small.parallel
         mesh = mesh_of_job(p.tp, p.ep, p.expert_tp)
         model = build(small, mesh)
-        model.forward = lambda: sum_of_parameters(model)
-        engine = Engine(model, small, mesh)
-        EMA(engine, small.train.ema_decays)
-        recorder = Recorder()
-        for recorded in (False, True):  # DeepSpeed allocates in the first step
-            if recorded:
-                recorder.__enter__()
-            for micro in range(small.train.accumulation):
-                report = engine.micro_step(loss=lambda total, _: (total, total.detach()))
-                if micro < small.train.accumulation - 1:
-                    engine.finish_micro_step()
-            engine.step(1e-3, report)
-        recorder.__exit__(None, None, None)
-        engine.close()
-        planned = collectives(small, small.layout(world))
-        planned = [c for c in planned if c.phase in ("gradients", "update")]
+        with patch.object(model, "forward", partial(sum_of_parameters, model)):
+            engine = Engine(model, small, mesh)
+            EMA(engine, small.train.ema_decays)
+            _step(engine)  # DeepSpeed allocates in the first step
+            with Recorder() as recorder:
+                _step(engine)
+            engine.close()
+        planned = [c for c in collectives(small, small.layout(world)) if c.phase in ("gradients", "update")]
         return UpdateRehearsal(small.model.hidden_size, compare(recorder.messages, planned, mesh))
+
+
+def _step(engine: Engine) -> None:
+    """An optimizer step, with all its micro-steps."""
+    micro_steps = engine.config.train.accumulation
+    for micro in range(micro_steps):
+        report = engine.micro_step(loss=lambda total, _: (total, total.detach()))
+        if micro < micro_steps - 1:
+            engine.finish_micro_step()
+    engine.step(1e-3, report)
 
 
 def sum_of_parameters(model: DiT) -> tuple[Tensor, SimpleNamespace]:

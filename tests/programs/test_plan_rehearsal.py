@@ -32,7 +32,7 @@ CASES = [
     full(512, 0, ("parallel.tp=2", "parallel.ep=8", "model.num_experts=12", "train.accumulation=2")),
     full(256, 255, ("parallel.ep=8", "train.deepspeed=fp32_zero2")),
     full(64, 3, ("parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true", "parallel.recompute=all")),
-    full(64, 3, ("parallel.tp=4", "parallel.ep=2", "parallel.recompute=blocks")),  # tp > ep
+    full(64, 3, ("parallel.tp=4", "parallel.ep=2", "parallel.recompute=blocks", "model.heads=8")),  # tp > ep
     full(64, 3, ("parallel.ep=8", "parallel.recompute=moe", "model.capacity_factor=1.5")),
     full(64, 1, ("parallel.tp=2", "model.router=dense", "model.qk_norm=layer")),
     full(64, 1, ("parallel.tp=2", "model.router=conditional")),
@@ -62,7 +62,7 @@ UPDATES = [
     full(64, 3, ("parallel.ep=4", "train.accumulation=2", "train.deepspeed=fp32_zero2")),
     full(64, 3, ("parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true", "train.deepspeed=fp32_zero0")),
     full(64, 3, ("parallel.tp=2", "model.router=dense")),
-    full(64, 3, ("parallel.ep=2", "model.router=tc", "model.balance_bias=0.01", *SEVERAL)),
+    full(64, 3, ("parallel.ep=2", "model.balance_bias=0.01", *SEVERAL)),
     full(64, 9, (*TEXT, "model.text_ffn=96", "parallel.ep=4")),
 ]
 
