@@ -282,8 +282,8 @@ def _contrast(model: ModelConfig, groups: float) -> Saved:
 def transient(config: Config, layout: Layout, batch: Batch) -> float:
     """Bytes of temporary tensors in the backward pass: gradients around the largest half-block, and what it recomputes.
 
-    Includes the gradient of the largest parameter before it is copied to its buffer. What the final layer saved is freed
-    by then. The result is an upper bound, since other tensors that are freed in the meantime are not subtracted.
+    Includes the gradient of the largest parameter before it is copied to its buffer. What the final layer saved is
+    freed by then. The result is an upper bound, since other tensors that are freed in the meantime are not subtracted.
     """
     model, b, tp = config.model, zero_of(config).width, layout.tp
     D, T = model.hidden_size, batch.images * model.tokens
