@@ -4,11 +4,20 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megapromoe.commands.command_line import CommandError, file_errors, image_count, positive, positive_number
+from megapromoe.commands.command_line import (
+    CommandError,
+    file_errors,
+    image_count,
+    positive,
+    positive_number,
+    whole_number,
+)
 from megapromoe.commands.options import DEFAULT_PRESET, OVERRIDES, config_options, resolve_options
+from megapromoe.commands.plan_rehearsal import rehearse
 from megapromoe.commands.plan_report import (
     assumed_json,
     assumption_lines,
@@ -36,6 +45,7 @@ examples:
   megapromoe plan --preset promoe_xl --nodes 1 2 4 8 --experts 8 16 --num-images 128M
   megapromoe plan --compare dit_l promoe_l --gpu a800 --gpus-per-node 4
   megapromoe plan --preset promoe_xl --nodes 8 --measured check.json runs/small --validate runs/large
+  megapromoe plan --preset promoe_xl --nodes 512 --global-batch 4096 --rehearse 17
 
 For every combination of tp, ep, ZeRO stage and recompute it estimates the memory of the fullest GPU, all
 communication of a step and the time of a step. It starts nothing, and needs neither a GPU nor torch. Of layouts
@@ -124,6 +134,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="plot the memory of the listed layouts, as .png, .svg or .pdf"
     )
+    parser.add_argument(
+        "--rehearse",
+        metavar="RANK",
+        type=whole_number(0),
+        help="run this rank of the best layout here, without its cluster, and compare it with the plan",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="RUN",
+        type=Path,
+        help="rehearse with the rows of the experts in the routing trace of a run, instead of even ones",
+    )
     figures = parser.add_argument_group(
         "values that replace those of the data sheet and the assumptions; --measured replaces them where it measured"
     )
@@ -160,7 +182,11 @@ def run(options: argparse.Namespace, launch) -> int:
             content, lines = _single(options, calibration)
         if options.report:
             write_json(options.report, content, indent=1)
-    print(json.dumps(content, indent=1) if options.json else "\n".join(lines), flush=True)
+    if options.json:
+        print(json.dumps(content, indent=1), flush=True)
+    else:
+        for line in lines:
+            print(line, flush=True)
     return 0
 
 
@@ -181,7 +207,10 @@ def _single(options: argparse.Namespace, calibration: Calibration) -> Answer:
         title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
         draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
     content = assumed_json(calibration) | search_json(result, options.num_images)
-    return content, plan_lines(options, config, result, machine, calibration)
+    lines: Iterable[str] = plan_lines(options, config, result, machine, calibration)
+    if options.rehearse is not None:
+        lines = chain(lines, [""], rehearse(result.best.config, world, options.rehearse, options.trace))
+    return content, lines
 
 
 def _table(options: argparse.Namespace, calibration: Calibration) -> Answer:
@@ -242,6 +271,13 @@ def _words(options: argparse.Namespace, experts: int | None) -> list[str]:
 def _refuse_combinations(options: argparse.Namespace) -> None:
     """Raises CommandError for options that cannot be combined."""
     several = len(options.nodes) > 1 or len(options.experts or []) > 1
+    if options.rehearse is not None and (several or options.compare or options.json):
+        raise CommandError(
+            f"--rehearse {options.rehearse}: runs a rank of one plan and prints text; give one number of --nodes and of"
+            " --experts, without --compare and --json"
+        )
+    if options.trace is not None and options.rehearse is None:
+        raise CommandError(f"--trace {options.trace}: is for a rehearsal; add --rehearse RANK")
     if several and options.plot:
         raise CommandError("--plot: shows the layouts of one plan; give one number of --nodes and of --experts")
     if options.compare and (several or options.plot or options.preset or options.config):

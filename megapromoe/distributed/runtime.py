@@ -134,6 +134,21 @@ def init_process_group(launch: LaunchEnvironment, timeout: float, store: Store |
     return Job(device, store)
 
 
+def init_fake_process_group(rank: int, world: int) -> None:
+    """Initializes torch.distributed as one rank of a job that has no other, on the CPU.
+
+    Collectives complete, send nothing and leave their tensors as they are. Source: torch.testing._internal.distributed.
+    fake_pg, which torch's own estimates of memory use.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    use_cpu()
+    prepare()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+
+
 def enable_flight_records(folder: Path) -> None:
     """Makes NCCL's flight recorder (the last collectives with ranks and states) write to `folder` if the job hangs.
 

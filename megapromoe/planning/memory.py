@@ -282,8 +282,8 @@ def _contrast(model: ModelConfig, groups: float) -> Saved:
 def transient(config: Config, layout: Layout, batch: Batch) -> float:
     """Bytes of temporary tensors in the backward pass: gradients around the largest half-block, and what it recomputes.
 
-    Includes the gradient of the largest parameter before it is copied to its buffer. The result is an upper bound,
-    since tensors that are freed in the meantime are not subtracted.
+    Includes the gradient of the largest parameter before it is copied to its buffer. What the final layer saved is
+    freed by then. The result is an upper bound, since other tensors that are freed in the meantime are not subtracted.
     """
     model, b, tp = config.model, zero_of(config).width, layout.tp
     D, T = model.hidden_size, batch.images * model.tokens
@@ -304,7 +304,9 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
         widths = model.shared_experts * model.shared_width + max(1, model.unconditional_experts) * model.moe_width
         halves.append(((4 * T * D + hidden * T * widths / tp) * b, experts))
     if moe:
-        halves.append(((2 * T * D + rows + shared) * b + router, list(_moe(config, layout, batch, b))))
+        of_experts = list(_moe(config, layout, batch, b))
+        freed = sum(line.bytes for line in of_experts)  # before the backward pass of the router
+        halves.append((max((2 * T * D + rows + shared) * b, 2 * T * D * b + router - freed), of_experts))
     replicated, routed = tensors_on_rank(model, layout)
     policy = config.parallel.recompute
     sizes = [sum(line.bytes for line in lines) for _, lines in halves]
@@ -316,7 +318,10 @@ def transient(config: Config, layout: Layout, batch: Batch) -> float:
         recomputed = [0.0, *(sizes[0] + residual + size for size in sizes[1:])]
         recomputed[-1] += sum(line.bytes for line in _router(config, layout, batch, b)) if moe else 0.0
     widest = max(temporary + made for (temporary, _), made in zip(halves, recomputed, strict=True))
-    return widest + max(*replicated, *routed) * b
+    # What the final layer and the loss saved is freed before the backward pass of the last block.
+    ends = _ends(model, batch, b, policy in ("blocks", "all"))
+    last = sum(line.bytes for line in ends if line.part in ("final layer", "loss"))
+    return max(widest - last, 3 * T * D * b) + max(*replicated, *routed) * b
 
 
 @dataclass(frozen=True)
@@ -357,26 +362,37 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
     Raises ConfigError where the DeepSpeed file is wrong.
     """
     states, batch, b = memory_per_rank(config, layout.world), expected_batch(config, layout), zero_of(config).width
-    saved = saved_tensors(config, layout, batch)
-    model = config.model
-    local_rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
-    widest = 2 * local_rows * (model.hidden_size + model.moe_width / layout.etp) * b
     buckets, update = _deepspeed_buffers(config, layout, b)
     return Budget(
         parameters=states.parameters,
         gradients=states.gradients,
         optimizer=0 if states.host else states.optimizer,
         ema=0 if states.host else states.ema,
-        activations=sum(line.bytes for line in saved),
-        dispatch=4 * local_rows * model.hidden_size * b
-        if layout.ep > 1
-        else 0,  # sorted, received, sorted by expert, returned
-        imbalance=(fullest(model, layout, imbalance) - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
-        transient=transient(config, layout, batch),
+        **both_passes(config, layout, batch, fullest(config.model, layout, imbalance)),
         buckets=buckets,
         update=update,
         host=states.host,
     )
+
+
+def both_passes(config: Config, layout: Layout, batch: Batch, fullness: float = 1.0) -> dict[str, float]:
+    """Bytes of both passes on a rank: the lines activations, dispatch, imbalance and transient of `Budget`.
+
+    Args:
+        batch: images of its micro-batch.
+        fullness: rows that its experts get, relative to the mean over ranks.
+    """
+    model, b = config.model, zero_of(config).width
+    saved = saved_tensors(config, layout, batch)
+    local_rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp) if model.moe_blocks else 0
+    widest = 2 * local_rows * (model.hidden_size + model.moe_width / layout.etp) * b
+    # Dispatch: rows sorted, received, sorted by expert, returned.
+    return {
+        "activations": sum(line.bytes for line in saved),
+        "dispatch": 4 * local_rows * model.hidden_size * b if layout.ep > 1 else 0,
+        "imbalance": (fullness - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
+        "transient": transient(config, layout, batch),
+    }
 
 
 def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
