@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megapromoe.config.expert_placement import Placements
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
@@ -39,7 +40,7 @@ def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
         module, attribute = _owner(model, name)
         layout = ParameterLayout(name, tuple(parameter.shape))
         if isinstance(module, LogicalModule):
-            layout = replace(layout, expert=module.has_experts)
+            layout = replace(layout, expert=module.has_experts, placed=module.placed)
             if rule := module.rules.get(attribute):
                 layout = replace(layout, split=rule.split, hidden_matrices=rule.hidden_matrices)
         table[name] = layout
@@ -51,6 +52,7 @@ def build(
     mesh: Mesh | None = None,
     device: torch.device | str = "cpu",
     undrawn: torch.dtype | None = None,
+    placements: Placements | None = None,
 ) -> DiT:
     """Returns this rank's model in float32, with initial values from `train.seed` and `model.layouts` (see `layouts`).
 
@@ -58,12 +60,12 @@ def build(
 
     Args:
         undrawn: the parameters are zeros of this type, for a caller that writes `initial_values` elsewhere.
+        placements: which ranks have which experts, for some blocks or all; the other blocks have consecutive experts.
 
     Raises ValueError if tp does not divide a dimension that it splits.
     """
     mesh = mesh or make_mesh()
-    with torch.device("meta"):
-        model = DiT(config.model)
+    model = _logical_model(config, placements)
     model.layouts = layouts(model)
     values = InitialValues(model, model.layouts, mesh, config.train.seed)
     buffers = {name: values.buffer(name) for name, _ in model.named_buffers()}
@@ -88,11 +90,19 @@ def build(
     return model
 
 
-def initial_values(config: Config, mesh: Mesh) -> InitialValues:
+def initial_values(config: Config, mesh: Mesh, placements: Placements | None = None) -> InitialValues:
     """The initial values that `build` gives the parameters of this rank."""
+    model = _logical_model(config, placements)
+    return InitialValues(model, layouts(model), mesh, config.train.seed)
+
+
+def _logical_model(config: Config, placements: Placements | None) -> DiT:
+    """The model at its logical shapes, without values, with the placements of its experts."""
     with torch.device("meta"):
         model = DiT(config.model)
-    return InitialValues(model, layouts(model), mesh, config.train.seed)
+    for number, placement in (placements or {}).items():
+        model.blocks[number].mlp.place_experts(placement)
+    return model
 
 
 @torch.no_grad()

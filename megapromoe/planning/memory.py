@@ -380,9 +380,14 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
 
 
 def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
-    """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep."""
+    """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep.
+
+    A placement of a file balances rows, not numbers of experts.
+    """
     if layout.ep == 1:
         return 1.0
+    if layout.placed_slots:
+        return imbalance
     return imbalance * -(-model.num_experts // layout.ep) * layout.ep / model.num_experts
 
 

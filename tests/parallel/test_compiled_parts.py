@@ -13,7 +13,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.parallelize import build
 
@@ -146,14 +145,3 @@ def test_the_same_work_overlaps_equal_parts_as_without_compilation():
     for forward, backward in run(2, order_of_events, ("model.capacity_factor=1.0",)):
         sent = ["begin", "rows", "hidden", "wait", "outputs", "rows", "dense", "wait", "end"]
         assert (forward, backward) == (sent, BACKWARD)
-
-
-def test_slots_are_those_of_the_table(monkeypatch):
-    """Compiled code computes the slots of experts, eager code reads a table."""
-    for ep in range(1, 9):
-        for experts in range(ep, 24):
-            placement, expert_E = ExpertPlacement(experts, ep), torch.arange(experts)
-            with monkeypatch.context() as patched:
-                patched.setattr(torch.compiler, "is_compiling", lambda: True)
-                computed_E = placement.slot_of(expert_E)
-            assert torch.equal(computed_E, placement.slot_E()), (experts, ep)
