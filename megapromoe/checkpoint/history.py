@@ -1,13 +1,15 @@
 """Branches of a run: going back to an earlier step moves the later results to a folder of `branches/`.
 
-`checkpoints/` and metrics.jsonl always contain one history, that of the current branch. When a start goes back, because
-of `--step` or because newer checkpoints are damaged, it moves everything of later steps to a folder of `branches/`:
+`checkpoints/`, metrics.jsonl and routing_trace.jsonl always contain one history, that of the current branch. When a
+start goes back, because of `--step` or because newer checkpoints are damaged, it moves everything of later steps to a
+folder of `branches/`:
 
 ====================  ===============================================================
 branch.json           name of the branch, the step it was left after, the time and the reason
 checkpoints/          its checkpoints of later steps
 snapshots/            its snapshots of later steps
 metrics.jsonl         its log lines of later steps
+routing_trace.jsonl   its records of routing of later steps
 samples/              its pictures of later steps
 tensorboard/          a copy of all event files at that time
 ====================  ===============================================================
@@ -173,8 +175,9 @@ def leave_branch(run: RunDirectory, after: int, reason: str, requested: bool = F
     folder = _free_folder(run.branches, f"{name}-after-{after}")
     staging = staging_path(folder)
     staging.mkdir(parents=True)
-    if run.metrics.exists():
-        write_text(staging / run.metrics.name, "".join(_lines_after(run.metrics, after)))
+    for log in (run.metrics, run.routing_trace):
+        if log.exists():
+            write_text(staging / log.name, "".join(_lines_after(log, after)))
     if run.tensorboard.exists():
         shutil.copytree(run.tensorboard, staging / run.tensorboard.name)
     steps, left = tuple(checkpoint.step for checkpoint in later), datetime.now(UTC).isoformat(timespec="seconds")

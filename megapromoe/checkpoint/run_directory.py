@@ -4,6 +4,7 @@
 config.yaml         the resolved config of the latest start
 environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
 metrics.jsonl       one line for each logged step
+routing_trace.jsonl rows of each expert in some steps (train.routing_trace_every), see `routing_trace.py`
 checkpoints/        step-XXXXXXXX/
 snapshots/          average-XXXXXXXX/: averaged weights only (train.snapshot_every)
 branches/           results of later steps, moved by a start that went back, see `history.py`
@@ -45,6 +46,7 @@ from megapromoe.config.schedule import describe_changes
 from megapromoe.config.strict_yaml import UnreadableFile, read_yaml
 from megapromoe.errors import ExitCode, UserError
 from megapromoe.io import open_regular, staging_path, write_json, write_text
+from megapromoe.routing_trace import TRACE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class RunDirectory:
         self.config_file = self.folder / "config.yaml"
         self.environment = self.folder / "environment.json"
         self.metrics = self.folder / "metrics.jsonl"
+        self.routing_trace = self.folder / TRACE_FILE
         self.checkpoints = self.folder / "checkpoints"
         self.snapshots = self.folder / "snapshots"
         self.branches = self.folder / "branches"

@@ -272,6 +272,12 @@ class TrainConfig:
         within=POSITIVE,
     )
     log_every: int = option(10, "number of steps between log lines and metrics", within=ONE_UP)
+    routing_trace_every: int = option(
+        0,
+        "number of steps between records of the rows that each expert gets from each rank, in routing_trace.jsonl"
+        " (docs/routing.md); 0: none. A model without routed experts records nothing",
+        within=ZERO_UP,
+    )
     save_every: int = option(
         5000, "number of steps between checkpoints; 0: only the last step is saved", within=ZERO_UP
     )

@@ -51,6 +51,7 @@ from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.preview import Preview, open_preview
 from megapromoe.training.resuming import plan_start, report_skipped_steps, restore_run
+from megapromoe.training.routing_recorder import RoutingRecorder
 from megapromoe.training.run_clock import RunClock, elapsed_before
 from megapromoe.training.step_profiler import StepProfiler
 from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
@@ -221,6 +222,7 @@ def _train(
         watchdog.starting("connecting to Weights & Biases", START_SECONDS)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     accumulator = MetricAccumulator(config, mesh, device)
+    recorder = RoutingRecorder(config, mesh, run.routing_trace, step)
     tracker = StepTracker(t, manifest)
     profiler = StepProfiler(t.profiled_steps, run.folder, mesh.rank, device, step)
     save_clock = SaveClock(t.save_minutes, mesh.rank)
@@ -236,7 +238,7 @@ def _train(
                 batch = next(batches).to(device)
                 accumulator.damaged += batch.damaged
                 watchdog.at(f"section 'forward and backward' of step {step + 1}", compiling)
-                loss += _micro_step(engine, objective, batch, accumulator)
+                loss += _micro_step(engine, objective, batch, accumulator, recorder)
                 if micro < t.accumulation - 1:
                     engine.finish_micro_step()
             rate = learning_rate(t, step)
@@ -246,6 +248,7 @@ def _train(
             max_norm = max_accepted_norm(t.spike_factor, tracker.recent)
             result = engine.step(rate, loss, asked_to_stop(), max_norm, save_clock.due())
             accumulator.end_step(result.applied_on_device)
+            recorder.end_step(result.applied_on_device)
             ema.update(result)
             step += 1
             tracker.add(step, result)
@@ -254,6 +257,7 @@ def _train(
                 values, layers = accumulator.close(result.norm, rate)
                 metrics.log(step, values | checkpoints.save_metrics, layers)
                 checkpoints.save_metrics = {}
+                recorder.write()
             if preview is not None and step % t.sample_every == 0:
                 watchdog.at(f"section 'sample' of step {step}")
                 with accumulator.paused():
@@ -277,6 +281,7 @@ def _train(
                 metadata |= {"run": origin.run, "data": origin.data, "config": to_dict(config)}
                 metadata["versions"] = versions(("megapromoe", "torch", "deepspeed"))
                 with accumulator.paused():
+                    recorder.write()  # a start that resumes from this checkpoint does not repeat these steps
                     checkpoints.save(metadata, checkpoint=save, snapshot=snapshot)
                 if save:
                     save_clock.restart()
@@ -301,6 +306,7 @@ def _train(
     finally:
         profiler.close()
         batches.close()
+        recorder.close()
         metrics.close()
     engine.close()
 
@@ -342,7 +348,9 @@ def _check_wandb(config: Config) -> None:
     raise_if_any_rank_failed(problem, TrainingError, exit_code=ExitCode.MISCONFIGURED)
 
 
-def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator: MetricAccumulator) -> Tensor:
+def _micro_step(
+    engine: Engine, objective: Objective, batch: Batch, accumulator: MetricAccumulator, recorder: RoutingRecorder
+) -> Tensor:
     """Forward and backward pass of one micro-batch. Returns its total loss, () and detached."""
     x_BCHW, t_B = objective.corrupt(batch.clean_BCHW, batch.noise_BCHW, batch.u_B)
 
@@ -351,6 +359,7 @@ def _micro_step(engine: Engine, objective: Objective, batch: Batch, accumulator:
         auxiliary = auxiliary.aligned(batch.teacher_BWHW, engine.config.model.align_weight)
         total = denoising + auxiliary.total()
         accumulator.add(denoising, total, auxiliary)
+        recorder.add(auxiliary)
         return total, total.detach()
 
     condition: Tensor | TextCondition = batch.labels_B

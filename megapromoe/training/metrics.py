@@ -202,11 +202,18 @@ class Metrics:
             logger.info("step %d/%d  %s  %s", step, self.total_steps, times, values_in_words)
 
 
-def rewind(path: Path, step: int) -> None:
+def _step_of(line: str) -> int:
+    return json.loads(line)["step"]
+
+
+def rewind(path: Path, step: int, step_of: Callable[[str], int] = _step_of) -> None:
     """Removes the lines of steps after `step` and, with a warning, unreadable lines from a metrics.jsonl.
 
     The file is replaced atomically, only if its content changes or it is a link. A link is replaced by a regular file,
     and its target is not changed. Raises OSError.
+
+    Args:
+        step_of: the step of a line of another file; raises ValueError, TypeError or KeyError if it is unreadable.
     """
     if not os.path.lexists(path):
         return
@@ -216,7 +223,7 @@ def rewind(path: Path, step: int) -> None:
     kept, damaged = [], 0
     for line in before.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if step_of(line) <= step:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):
             damaged += 1

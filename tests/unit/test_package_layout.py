@@ -23,6 +23,7 @@ ORDER = (
         "plot_lines",
         "number_text",
         "run_lines",
+        "routing_trace",
         "work_progress",
     ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
