@@ -18,7 +18,6 @@ from megapromoe.io import write_bytes
 from megapromoe.routing_trace import are_naturals, checked_line, checked_values, packed, unpacked
 
 ROUTES_FILE = "routes.jsonl"
-NO_EXPERT = -1
 _KEYS = ("step", "weights", "blocks", "levels", "images", "experts", "tokens", "routes")
 
 

@@ -1,10 +1,11 @@
-"""`megapromoe routing`: reports what the experts of a run have learnt, as an HTML page and a JSON file."""
+"""`megapromoe routing`: reports what the experts of a run have learnt, or (`trace`) their load over its steps."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from megapromoe.commands import routing_trace
 from megapromoe.commands.command_line import (
     CommandError,
     comma_separated,
@@ -30,8 +31,15 @@ A file of subsets (YAML or JSON) maps names to classes:
     vehicles: [0, 1, 8, 9]
 Without such a file each class is a subset; with more than 20 classes, two random subsets of up to 200 are compared.
 
+`megapromoe routing trace` shows the load over the steps of a run that recorded it (train.routing_trace_every): the
+median, p95 and maximum over steps of the fullest expert and the fullest rank over the mean, and a heat map. --routes
+also runs the model of several checkpoints or snapshots on the same images, and shows the share of tokens that changed
+their expert. It writes trace.json, trace.png and, with --routes, routes.jsonl.
+
 examples:
   megapromoe routing --run-dir runs/digits
+  megapromoe routing trace --run-dir runs/digits
+  megapromoe routing trace --run-dir runs/digits --routes --steps 250,500 --num-images 100
   megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
   megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
   megapromoe routing --run-dir runs/scenes --num-images 1000
@@ -41,8 +49,11 @@ JOB = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe routing --run-dir DIR [options]"
+    parser.usage = "megapromoe routing [trace] --run-dir DIR [options]"
     takes_no_settings(parser)
+    parser.add_argument(
+        "action", nargs="?", choices=("trace",), help="show the recorded load over the steps of the run"
+    )
     run_option(parser, "the folder of the run")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: RUN/routing")
     parser.add_argument(
@@ -85,9 +96,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         " default: ema",
     )
     parser.add_argument("--pictures", action="store_true", help="also write each picture as a PNG file")
+    routing_trace.arguments(parser)
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
+    routing_trace.check_options(options)
+    if options.action == "trace":
+        return routing_trace.run(options)
     from megapromoe.config.options import ConfigError
 
     with uncollected():
@@ -110,9 +125,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
     except ConfigError as error:  # the error is in config.yaml of the run, not in the command
         raise RoutingError(str(error)) from error
     header, rows = layer_table(numbers)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    routing_trace.print_table([header, *rows])
     print(f"{out / 'routing.html'} and {out / 'routing.json'}")
     return 0
 

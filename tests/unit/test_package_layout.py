@@ -24,6 +24,7 @@ ORDER = (
         "number_text",
         "run_lines",
         "routing_trace",
+        "recorded_routes",
         "work_progress",
     ),
     *("config", "planning", "distributed", "diffusion", "data", "nn"),
