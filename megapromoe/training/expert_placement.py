@@ -26,12 +26,19 @@ LAST_STEPS = 1000  # whose loads determine a placement
 
 
 class Loads(NamedTuple):
-    """Rows of the experts in the last steps of a run."""
+    """Rows of the experts in some steps of a run."""
 
+    steps_R: np.ndarray
+    """The step of each record, ascending; in metrics.jsonl a record is the sum over the steps of a log line."""
     count_RME: np.ndarray
     """Rows of each record, MoE layer and expert."""
-    steps: str
-    """Which steps, and from which file: "steps 20 to 1,000 (metrics.jsonl)"."""
+    file: str
+    """Where they are from."""
+
+    @property
+    def in_words(self) -> str:
+        """Such as "steps 20 to 1,000 (metrics.jsonl)"."""
+        return f"steps {self.steps_R[0]:,} to {self.steps_R[-1]:,} ({self.file})"
 
 
 @dataclass(frozen=True)
@@ -49,31 +56,37 @@ class ChosenPlacement:
     text: str = ""
 
 
-def recorded_loads(run: Path, config: Config, until: int | None = None, steps: int = LAST_STEPS) -> Loads | None:
-    """The loads of the last steps of a run, from its routing trace, or without one from its metrics.jsonl.
+def recorded_loads(run: Path, config: Config, first: int | None = None, last: int | None = None) -> Loads | None:
+    """The loads of some steps of a run, from its routing trace or from its metrics.jsonl.
+
+    The trace has single steps. It is not used if it ends `LAST_STEPS` steps or more before metrics.jsonl.
 
     Args:
         run: the run directory.
         config: of the run; records of another number of layers or experts do not count.
-        until: the last step that counts; None: all.
-        steps: how many steps before the last record count.
+        first: the first step that counts; None: the last `LAST_STEPS` steps of the records.
+        last: the last step that counts; None: all.
 
-    Returns None if there are none. Raises TraceError for a damaged trace, OSError for a file that cannot be read.
+    Returns None if there are none. Raises TraceError for a trace without such records or with damaged ones, OSError for
+    a file that cannot be read.
     """
     shape = len(config.model.moe_blocks), config.model.num_experts
+    path = RunDirectory(run).metrics
+    lines = [line for line in metrics_of(path) if np.shape(line.get("expert_load") or 0) == shape]
+    lines = [line for line in lines if (first or 0) <= line["step"] and (last is None or line["step"] <= last)]
+    rows = np.array([line["expert_load"] for line in lines], dtype=np.float64)
+    loads = Loads(np.array([line["step"] for line in lines], dtype=np.int64), rows, path.name)
     if trace_file(run).exists():
-        trace = read_trace(run, last=until)
-        recorded, rows, source = trace.steps_N, trace.rows_NME, trace_file(run).name
-    else:
-        path = RunDirectory(run).metrics
-        lines = [line for line in metrics_of(path) if np.shape(line.get("expert_load") or 0) == shape]
-        lines = [line for line in lines if until is None or line["step"] <= until]
-        recorded = np.array([line["step"] for line in lines], dtype=np.int64)
-        rows, source = np.array([line["expert_load"] for line in lines], dtype=np.float64), path.name
-    if not len(recorded) or rows.shape[1:] != shape:
+        trace = read_trace(run, first or 0, last)
+        is_recent = not lines or trace.steps_N[-1] > lines[-1]["step"] - LAST_STEPS
+        if is_recent and trace.rows_NME.shape[1:] == shape:
+            loads = Loads(trace.steps_N, trace.rows_NME, trace_file(run).name)
+    if not len(loads.steps_R):
         return None
-    is_last = recorded > recorded[-1] - steps
-    return Loads(rows[is_last], f"steps {recorded[is_last][0]:,} to {recorded[-1]:,} ({source})")
+    if first is None:
+        is_last = loads.steps_R > loads.steps_R[-1] - LAST_STEPS
+        loads = Loads(loads.steps_R[is_last], loads.count_RME[is_last], loads.file)
+    return loads
 
 
 def choose_placement(config: Config, run: RunDirectory, until: int | None, local_world: int) -> ChosenPlacement:
@@ -98,7 +111,7 @@ def choose_placement(config: Config, run: RunDirectory, until: int | None, local
 
 def _choose(config: Config, run: Path, until: int | None, local_world: int) -> ChosenPlacement:
     try:
-        loads = recorded_loads(run, config, until)
+        loads = recorded_loads(run, config, last=until)
     except (TraceError, OSError) as error:
         logger.warning("parallel.placement: the load of the run so far cannot be used: %s", error)
         loads = None
@@ -111,7 +124,7 @@ def _choose(config: Config, run: Path, until: int | None, local_world: int) -> C
         return ChosenPlacement(lines=(f"consecutive ones on each rank: {reason} (parallel.placement=auto)",))
     placed_M = place_experts(loads.count_RME, ep, nodes=nodes_of_group(config, local_world))
     placements = dict(zip(blocks, placed_M, strict=True))
-    lines = [f"placed by the load of {loads.steps}", *load_lines(loads, placements, config)]
+    lines = [f"placed by the load of {loads.in_words}", *load_lines(loads, placements, config)]
     return ChosenPlacement(placements, tuple(lines), placement_text(placements, lines))
 
 
@@ -128,7 +141,7 @@ def load_lines(loads: Loads | None, placements: Placements, config: Config) -> I
         return
     before, after = balance(loads.count_RME, placements, config)
     yield (
-        f"in {loads.steps} the fullest rank would have had {after:.3f} times the mean rows, with consecutive experts"
+        f"in {loads.in_words} the fullest rank would have had {after:.3f} times the mean rows, with consecutive experts"
         f" {before:.3f} times"
     )
 

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.placements import placement_file
@@ -14,6 +15,7 @@ from support.trajectory import small
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.expert_placement import ExpertPlacement, placement_text, read_placements
+from megapromoe.routing_trace import TraceRecord, encode
 from megapromoe.training.expert_placement import choose_placement, nodes_of_group, recorded_loads
 
 SAVED, LAST = 6, 12
@@ -90,7 +92,7 @@ def test_all_ranks_have_what_rank_0_chooses(tmp_path):
         assert text == placement_text(placements, lines)
 
 
-def test_without_a_load_experts_stay_consecutive_which_the_log_says(tmp_path):
+def test_without_a_load_experts_stay_consecutive_as_the_log_reports(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "expert_load": [[1, 2], [3, 4]]}\n')  # of another model
     for placements, lines, text in run(2, choose, AUTO, str(tmp_path)):
         assert (placements, text) == ({}, "") and "no load of experts is recorded yet" in lines[0]
@@ -123,11 +125,33 @@ def test_a_file_that_rank_0_cannot_read_is_reported_by_all_ranks(tmp_path):
 def test_loads_of_the_last_steps_before_a_step_count(tmp_path):
     config = small(*AUTO)
     write_loads(tmp_path, [1, 2, 3, 4], steps=(500, 1400, 1600, 2000))
-    assert recorded_loads(tmp_path, config).steps == "steps 1,400 to 2,000 (metrics.jsonl)"
-    assert recorded_loads(tmp_path, config, until=1600).steps == "steps 1,400 to 1,600 (metrics.jsonl)"
-    assert recorded_loads(tmp_path, config, steps=401).steps == "steps 1,600 to 2,000 (metrics.jsonl)"
-    assert recorded_loads(tmp_path, config, until=100) is None
+    assert recorded_loads(tmp_path, config).in_words == "steps 1,400 to 2,000 (metrics.jsonl)"
+    assert recorded_loads(tmp_path, config, last=1600).in_words == "steps 1,400 to 1,600 (metrics.jsonl)"
+    assert recorded_loads(tmp_path, config, first=1500).in_words == "steps 1,600 to 2,000 (metrics.jsonl)"
+    assert recorded_loads(tmp_path, config, last=100) is None
     assert recorded_loads(tmp_path / "none", config) is None
+
+
+def test_loads_are_those_of_the_trace_unless_it_ended_long_before(tmp_path):
+    config = small(*AUTO)
+    write_loads(tmp_path, [1, 2, 3, 4], steps=(500, 1400))
+    rows_RME = np.arange(16).reshape(2, 2, 4)
+    for steps, file in (((1390, 1395), "routing_trace.jsonl"), ((100, 400), "metrics.jsonl")):
+        records = [TraceRecord(step, (1, 3), step * rows_RME, ep=2, group=2) for step in steps]
+        (tmp_path / "routing_trace.jsonl").write_bytes(b"".join(map(encode, records)))
+        assert recorded_loads(tmp_path, config).file == file
+    loads = recorded_loads(tmp_path, config, last=400)
+    assert loads.in_words == "steps 100 to 400 (routing_trace.jsonl)"
+    assert loads.count_RME.tolist() == [(step * rows_RME.sum(0)).tolist() for step in (100, 400)]
+
+
+def test_a_damaged_trace_does_not_stop_a_start(tmp_path, caplog):
+    """It is reported, and experts stay where they are by default."""
+    write_loads(tmp_path, [50, 40, 5, 5])
+    (tmp_path / "routing_trace.jsonl").write_text("{}\n")
+    placements, lines, text = choose(AUTO, str(tmp_path))
+    assert (placements, text) == ({}, "") and "consecutive" in lines[0]
+    assert "routing_trace.jsonl, line 1: is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

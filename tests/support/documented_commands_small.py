@@ -252,6 +252,8 @@ ELSEWHERE = {
     r"megapromoe data (check|show) (latents/scenes .*|DIR --text-encoder .*)$": "tests/unit/test_text_encoder.py",
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",
     r"megapromoe routing --run-dir runs/scenes.*$": "tests/parallel/test_text_routing.py",
+    r"megapromoe routing place .*$": "tests/unit/test_place_command.py",
+    r"torchrun .* megapromoe train .* parallel\.placement=placement\.yaml$": "tests/parallel/test_placed_training.py",
     r"(?:torchrun .*)?megapromoe evaluate --run-dir runs/scenes.* --num-images .*$": "tests/parallel/test_scene_scores.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"megapromoe study (collect paper/t7|(plan|run) runs/small( .*)?)$": "tests/programs/test_paper_recipes.py",
