@@ -85,11 +85,11 @@ def changed_share(earlier: Routes, later: Routes) -> np.ndarray:
 def write_routes(file: Path, routes: Sequence[Routes]) -> None:
     """Writes a file of routes, replacing it. Raises OSError."""
     lines = []
-    for one in routes:
-        of = one.of
-        values = {"step": one.step, "weights": of.weights, "blocks": of.blocks, "levels": of.levels}
+    for recording in routes:
+        of = recording.of
+        values = {"step": recording.step, "weights": of.weights, "blocks": of.blocks, "levels": of.levels}
         values |= {"images": of.images, "experts": of.experts, "tokens": of.tokens}
-        lines.append(checked_line(values | {"routes": packed(one.expert_LMNS + 1, "<u2")}))
+        lines.append(checked_line(values | {"routes": packed(recording.expert_LMNS + 1, "<u2")}))
     write_bytes(file, b"".join(lines), parents=True)
 
 
@@ -104,14 +104,14 @@ def read_routes(file: Path) -> list[Routes]:
     routes: list[Routes] = []
     for number, line in enumerate(lines, 1):
         try:
-            one = _decode(line)
-            if routes and (routes[-1].of != one.of or routes[-1].step >= one.step):
+            recording = _decode(line)
+            if routes and (routes[-1].of != recording.of or routes[-1].step >= recording.step):
                 raise ValueError("its tokens or its step do not fit the line before")
         except ValueError as error:
             raise RoutesError(
                 f"{file}, line {number}: is damaged: {error}; write it again: megapromoe routing trace --routes"
             ) from error
-        routes.append(one)
+        routes.append(recording)
     if not routes:
         raise RoutesError(f"{file}: is empty; write it again: megapromoe routing trace --routes")
     return routes

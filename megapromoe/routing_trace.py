@@ -2,11 +2,13 @@
 
 A training run with `train.routing_trace_every` appends records to routing_trace.jsonl of its folder, one line each::
 
-    {"step": 20, "ep": 2, "group": 2, "blocks": [1, 3], "shape": [4, 2, 8], "rows": "eNpj...", "crc32": "1c291ca3"}
+    {"step": 20, "ep": 2, "group": 2, "blocks": [1, 3], "shape": [4, 2, 8], "owners": null, "rows": "eNpj...",
+     "crc32": "1c291ca3"}
 
 `rows` is base64 of a zlib stream of R·M·E little-endian uint32 numbers, for R data-parallel ranks, M MoE layers and E
-experts: first the lowest byte of all numbers, then the next one, because most high bytes are zero. `crc32` is the
-checksum of the line up to the comma before it. A row is a token and one of its experts; dropped rows are counted.
+experts: first the lowest byte of all numbers, then the next one, because most high bytes are zero. `owners` are M·E
+uint16 numbers of the same form, the expert-parallel rank of each expert; null: ranks have consecutive experts. `crc32`
+is the checksum of the line up to the comma before it. A row is a token and one of its experts; dropped ones count too.
 
 Readers need no torch. `read_trace` returns the sums over ranks, `read_records` also the ranks.
 """
@@ -29,7 +31,7 @@ from megapromoe.errors import UserError
 
 TRACE_FILE = "routing_trace.jsonl"
 _LINE = re.compile(rb'(\{.*), "crc32": "([0-9a-f]{8})"\}')
-_KEYS = ("step", "ep", "group", "blocks", "shape", "rows")
+_KEYS = ("step", "ep", "group", "blocks", "shape", "owners", "rows")
 _MAX_NUMBERS = 1 << 28  # a line with more is damaged; they would take 1 GiB
 
 
@@ -50,6 +52,7 @@ class TraceRecord:
         group: the smallest number of consecutive data-parallel ranks whose rows stay in expert-parallel groups of
             their own: lcm(ep·etp, tp) / tp. Mostly that is one group; with ep·etp < tp it is several, over which the
             rows of one data-parallel rank are divided.
+        owner_ME: the expert-parallel rank, 0 to ep - 1, that had each expert, (M, E); None: `consecutive_owners`.
     """
 
     step: int
@@ -57,6 +60,7 @@ class TraceRecord:
     rows_RME: np.ndarray
     ep: int
     group: int
+    owner_ME: np.ndarray | None = None
 
     @property
     def rows_ME(self) -> np.ndarray:
@@ -69,12 +73,13 @@ class TraceRecord:
         If `group` stands for several expert-parallel groups, these are sums over them.
 
         Args:
-            owner_ME: the expert-parallel rank (0 to ep - 1) of each expert, (M, E); None: consecutive experts, as
-                `consecutive_owners`.
+            owner_ME: other owners of the experts; None: those of the record.
 
         Raises ValueError if `owner_ME` has another shape or names other ranks.
         """
         R, M, E = self.rows_RME.shape
+        if owner_ME is None:
+            owner_ME = self.owner_ME
         if owner_ME is None:
             owner_ME = np.tile(consecutive_owners(E, self.ep), (M, 1))
         if owner_ME.shape != (M, E) or owner_ME.min() < 0 or owner_ME.max() >= self.ep:
@@ -177,18 +182,24 @@ def read_records(path: Path, first: int = 0, last: int | None = None) -> Iterato
 def encode(record: TraceRecord) -> bytes:
     """The line of a record, with its end."""
     values: dict[str, Any] = {"step": record.step, "ep": record.ep, "group": record.group, "blocks": record.blocks}
-    return checked_line(values | {"shape": record.rows_RME.shape, "rows": packed(record.rows_RME, "<u4")})
+    values |= {"shape": record.rows_RME.shape}
+    values["owners"] = None if record.owner_ME is None else packed(record.owner_ME, "<u2")
+    return checked_line(values | {"rows": packed(record.rows_RME, "<u4")})
 
 
 def decode(line: bytes) -> TraceRecord:
     """The record of a line. Raises ValueError with the reason, a clause, if the line is damaged."""
-    step, ep, group, blocks, shape, text = checked_values(line, _KEYS)
-    if not are_naturals([step, ep, group], blocks, shape) or not isinstance(text, str):
+    step, ep, group, blocks, shape, owners, rows = checked_values(line, _KEYS)
+    are_texts = isinstance(rows, str) and isinstance(owners, str | None)
+    if not are_naturals([step, ep, group], blocks, shape) or not are_texts:
         raise ValueError("its numbers are not natural numbers")
     R, M, E = shape if len(shape) == 3 else (0, 0, 0)
     if not R or not M or not 0 < ep <= E or not group or R % group or len(blocks) != M:
         raise ValueError("its sizes do not fit each other")
-    return TraceRecord(step, tuple(blocks), unpacked(text, "<u4", shape).astype(np.int64), ep, group)
+    owner_ME = None if owners is None else unpacked(owners, "<u2", (M, E)).astype(np.int64)
+    if owner_ME is not None and owner_ME.max() >= ep:
+        raise ValueError(f"it has an expert on rank {owner_ME.max()} of {ep}")
+    return TraceRecord(step, tuple(blocks), unpacked(rows, "<u4", shape).astype(np.int64), ep, group, owner_ME)
 
 
 # ---- lines with a checksum, which `recorded_routes.py` also has

@@ -13,7 +13,13 @@ from torch import Tensor
 from megapromoe.benchmark.baseline_wrapper import CannotRun, dense_experts, prototypes_of
 from megapromoe.benchmark.baselines import make_contender
 from megapromoe.benchmark.measure import Samples, Work, interleave, make_clock, spread, summary
-from megapromoe.benchmark.routing_patterns import bias_tokens_towards, planned_counts, planned_experts
+from megapromoe.benchmark.routing_patterns import (
+    RECORDED,
+    bias_tokens_towards,
+    planned_counts,
+    planned_experts,
+    recorded_pattern,
+)
 from megapromoe.benchmark.timed_case import TimedCase, backward
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config, ratio_of
@@ -46,6 +52,8 @@ class Settings:
         seed: of weights and tokens.
         sample_steps, guidance: of the sampler.
         compile: torch.compile of all models in training. Counts are taken without it.
+        recorded: rows of each expert of each MoE layer that the routing "recorded" replays; empty without a trace.
+        recorded_layer: which of these layers the measurements of one layer replay.
     """
 
     device: torch.device
@@ -59,6 +67,14 @@ class Settings:
     sample_steps: int = 4
     guidance: float = 1.5
     compile: bool = False
+    recorded: tuple[tuple[int, ...], ...] = ()
+    recorded_layer: int = 0
+
+    def pattern(self, routing: str, layer: int | None = None) -> str:
+        """The pattern of a routing in an MoE layer of a model; None: in a layer that is measured alone."""
+        if routing != RECORDED:
+            return routing
+        return recorded_pattern(self.recorded[self.recorded_layer if layer is None else layer])
 
     @property
     def num_conditional(self) -> int:
@@ -71,7 +87,7 @@ def measure_layer(config: Config, routing: str, settings: Settings) -> dict:
 
     Args:
         config: of a ProMoE by token choice, which determines size and number of experts.
-        routing: one of `routing_patterns.ROUTINGS`.
+        routing: one of `routing_patterns.ROUTINGS`, or RECORDED.
         settings: how to measure.
 
     Returns JSON: "contenders" name -> figures, or {"cannot": reason}; "parts" of our layer, see `parts_summary`; "load"
@@ -90,7 +106,7 @@ def measure_layer(config: Config, routing: str, settings: Settings) -> dict:
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
             timed.pop(name, None)
-    load = check_load(moe, x_BSD, routing, settings.num_conditional)
+    load = check_load(moe, x_BSD, settings.pattern(routing), settings.num_conditional)
     works = {name: case.work for name, case in timed.items()}
     if "ours" in timed:
         works |= _parts(moe, x_BSD, grad_BSD, settings.num_conditional)
@@ -125,7 +141,8 @@ def first_layer(config: Config, routing: str, settings: Settings, mesh: Mesh = U
     x_BSD = x_BSD.to(settings.device, settings.dtype)
     if routing != "real":
         x_conditional = x_BSD[: settings.num_conditional]
-        expert_T = planned_experts(routing, len(x_conditional) * m.tokens, m.num_experts, settings.seed)
+        pattern = settings.pattern(routing)
+        expert_T = planned_experts(pattern, len(x_conditional) * m.tokens, m.num_experts, settings.seed)
         expert_T, prototype_ED = expert_T.to(settings.device), prototypes_of(moe).detach()
         x_conditional.copy_(
             bias_tokens_towards(x_conditional.flatten(0, 1), expert_T, prototype_ED).view_as(x_conditional)
@@ -144,12 +161,12 @@ def _moe_input(model: DiT, latents: Tensor, labels_B: Tensor) -> Tensor:
         return second.attention_half(x_BSD, condition, embedded.context)[1].clone()
 
 
-def check_load(moe: MoE, x_BSD: Tensor, routing: str, num_conditional: int) -> list[int]:
-    """Tokens of each expert. Raises BenchmarkError if they are not as planned."""
+def check_load(moe: MoE, x_BSD: Tensor, pattern: str, num_conditional: int) -> list[int]:
+    """Tokens of each expert. Raises BenchmarkError if they are not those of the pattern."""
     with torch.no_grad():
         load_E = [int(rows) for rows in moe.route(x_BSD, num_conditional)[1].load_E]
-    if routing != "real" and load_E != (planned := planned_counts(routing, sum(load_E), len(load_E))):
-        raise BenchmarkError(f"{routing} routing: experts got {load_E} tokens, planned were {planned}")
+    if pattern != "real" and load_E != (planned := planned_counts(pattern, sum(load_E), len(load_E))):
+        raise BenchmarkError(f"{pattern} routing: experts got {load_E} tokens, planned were {planned}")
     return load_E
 
 

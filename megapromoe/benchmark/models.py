@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -105,7 +106,7 @@ def _measure(
             model = _model(name, ours, config, routing)
             if settings.compile:
                 compile_model(model)
-            planned = _PlannedRouting(model, routing)
+            planned = _PlannedRouting(model, partial(settings.pattern, routing))
             works[name] = make(model)
             with _dropped_by(model) as dropped[name]:
                 _run(works[name])  # raises if the contender cannot run
@@ -176,18 +177,22 @@ def _model(name: str, ours: DiT, config: Config, routing: str) -> DiT:
 
 
 class _PlannedRouting:
-    """Makes the routers of a model follow a planned routing, and records the loads of their experts."""
+    """Makes the routers of a model follow a planned routing, and records the loads of their experts.
 
-    def __init__(self, model: DiT, routing: str):
-        self.routing = routing
+    Args:
+        pattern_of: the pattern of an MoE layer.
+    """
+
+    def __init__(self, model: DiT, pattern_of: Callable[[int], str]):
         self.loads: dict[nn.Module, list[int]] = {}
+        self.patterns: dict[nn.Module, str] = {}
         self.handles = []
-        if routing != "real":
-            for module in model.modules():
-                if isinstance(module, PrototypeRouter):
-                    router: Any = module  # a method of the instance is replaced
-                    router.choose = PlannedChoice(module, routing)
-                    self.handles.append(module.register_forward_hook(self._record))
+        routers = [module for module in model.modules() if isinstance(module, PrototypeRouter)]
+        for layer, module in enumerate(routers):
+            if (pattern := pattern_of(layer)) != "real":
+                router: Any = module  # a method of the instance is replaced
+                router.choose, self.patterns[module] = PlannedChoice(module, pattern), pattern
+                self.handles.append(module.register_forward_hook(self._record))
 
     def _record(self, router: nn.Module, _args: tuple, routed: RouterOutput) -> None:
         self.loads[router] = [int(rows) for rows in routed.load_E]
@@ -196,9 +201,10 @@ class _PlannedRouting:
         """Stops recording. Raises BenchmarkError if the loads were not as planned."""
         for handle in self.handles:
             handle.remove()
-        for load in self.loads.values():
-            if load != (planned := planned_counts(self.routing, sum(load), len(load))):
-                raise BenchmarkError(f"{self.routing} routing: experts got {load} tokens, planned were {planned}")
+        for router, load in self.loads.items():
+            pattern = self.patterns[router]
+            if load != (planned := planned_counts(pattern, sum(load), len(load))):
+                raise BenchmarkError(f"{pattern} routing: experts got {load} tokens, planned were {planned}")
 
 
 class Batch:

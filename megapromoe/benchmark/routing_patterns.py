@@ -4,15 +4,17 @@
 real       what the router of the initialised model decides for latents of pure noise
 balanced   every expert gets the same number of tokens, or one more
 skewed     half of the tokens go to expert 0, none to the last, the others share the rest by Zipf's law
+recorded   as in a recorded step of a training run (`routing_trace.py`); a pattern names the rows: `recorded_pattern`
 =========  ==============================================================================================
 
-Balanced and skewed routing need no change of the measured layer: its input tokens are moved towards the prototype of
+All but the real routing need no change of the measured layer: its input tokens are moved towards the prototype of
 their planned expert (`bias_tokens_towards`), so that each router chooses as usual and its time is measured. In a whole
 model, where other blocks compute the tokens, the scores of the planned experts are raised instead (`PlannedChoice`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -22,11 +24,29 @@ from torch.nn import functional as F
 from megapromoe.nn.moe.routers import PrototypeRouter
 
 ROUTINGS = ("real", "balanced", "skewed")
+RECORDED = "recorded"  # needs a trace, so it is not among `ROUTINGS`
 MARGIN = 0.1  # by which the cosine of the planned expert must be the largest; rounding errors are far smaller
 
 
+def recorded_pattern(rows_E: Sequence[int]) -> str:
+    """The pattern in which each expert gets the share of the tokens that it had of these rows, one of them or more."""
+    return f"{RECORDED} {' '.join(map(str, rows_E))}"
+
+
 def planned_counts(pattern: str, tokens: int, experts: int) -> list[int]:
-    """Tokens of each expert under "balanced" or "skewed" routing; they sum to `tokens`."""
+    """Tokens of each expert under "balanced" or "skewed" routing or a `recorded_pattern`; they sum to `tokens`.
+
+    The remainder of recorded shares goes to the experts with the largest fractions.
+    """
+    if pattern.startswith(RECORDED):
+        rows_E = [int(rows) for rows in pattern.split()[1:]]
+        if len(rows_E) != experts or not any(rows_E):
+            raise ValueError(f"the pattern {pattern!r} is not of {experts} experts, or has no rows")
+        count_E = [tokens * rows // sum(rows_E) for rows in rows_E]
+        fullest_first = sorted(range(experts), key=lambda e: -(tokens * rows_E[e] % sum(rows_E)))
+        for expert in fullest_first[: tokens - sum(count_E)]:
+            count_E[expert] += 1
+        return count_E
     if pattern == "balanced":
         return [tokens // experts + (e < tokens % experts) for e in range(experts)]
     if experts < 2:

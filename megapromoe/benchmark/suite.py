@@ -13,17 +13,20 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megapromoe.benchmark import baselines
 from megapromoe.benchmark.layer import BenchmarkError, Settings, measure_layer
 from megapromoe.benchmark.machine import describe, keep_memory
 from megapromoe.benchmark.models import measure_sample, measure_step
+from megapromoe.benchmark.routing_patterns import RECORDED
 from megapromoe.benchmark.traffic import measure_traffic
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed import runtime
 from megapromoe.io import write_json
+from megapromoe.routing_trace import TraceError, fullest_over_mean, read_trace, trace_file
 
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
@@ -97,6 +100,47 @@ def cases(
     return combinations
 
 
+def replay(
+    settings: Settings, wanted: Sequence[BenchmarkCase], trace: Path, step: int | None, block: int | None
+) -> Settings:
+    """The settings with the rows of a recorded step of a training run, for the routing "recorded".
+
+    Args:
+        wanted: the cases, whose sizes must be those of the run where they replay it.
+        trace: a run directory, or its routing_trace.jsonl.
+        step: the recorded step; None: the last one.
+        block: the block that a measurement of one layer replays; None: the one whose fullest expert has most.
+
+    Raises TraceError if the trace cannot be read or does not fit the cases.
+    """
+    last = read_trace(trace) if step is None else read_trace(trace, step, step)
+    blocks, rows_ME = last.blocks, last.rows_NME[-1]
+    at = f"{trace_file(trace)}, step {last.steps_N[-1]}"
+    if block is not None and block not in blocks:
+        raise TraceError(f"{at}: has no block {block} with experts; give one of {', '.join(map(str, blocks))}")
+    most_uneven = int(np.argmax(np.nan_to_num(fullest_over_mean(rows_ME))))
+    chosen = most_uneven if block is None else blocks.index(block)
+    models = {"step", "sample"} & {case.experiment for case in wanted if case.routing == RECORDED}
+    for layer in range(len(blocks)) if models else [chosen]:
+        if not rows_ME[layer].any():
+            raise TraceError(f"{at}: block {blocks[layer]} has no rows, a batch of null images; give another step")
+    for case in wanted:
+        m = case.config.model
+        if case.routing != RECORDED:
+            continue
+        if m.num_experts != rows_ME.shape[1]:
+            raise TraceError(
+                f"{at}: has {rows_ME.shape[1]} experts, and {case.key} has {m.num_experts}; give --sizes and --experts"
+                " that fit"
+            )
+        if case.experiment in models and len(m.moe_blocks) != len(blocks):
+            raise TraceError(
+                f"{at}: has {len(blocks)} blocks with experts, and {case.key} has {len(m.moe_blocks)}; measure the size"
+                " of the run, or a layer alone"
+            )
+    return replace(settings, recorded=tuple(map(tuple, rows_ME.tolist())), recorded_layer=chosen)
+
+
 def run(
     wanted: Sequence[BenchmarkCase],
     settings: Settings,
@@ -156,7 +200,10 @@ def _measure(case: BenchmarkCase, settings: Settings) -> dict[str, Any]:
 
 def _plain(settings: Settings) -> dict[str, Any]:
     """The settings that are the same for all cases, as JSON."""
-    plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name != "images"}
+    left_out = {"images"} if settings.recorded else {"images", "recorded", "recorded_layer"}
+    plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
+    if settings.recorded:
+        plain["recorded"] = [[*rows_E] for rows_E in settings.recorded]
     return plain | {"device": str(settings.device), "dtype": str(settings.dtype), "contenders": [*settings.contenders]}
 
 

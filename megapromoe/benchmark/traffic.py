@@ -66,7 +66,7 @@ def count_messages(name: str, config: Config, routing: str, settings: Settings) 
     mesh = make_mesh(ep=dist.get_world_size())
     settings = replace(settings, device=torch.device("cpu"), seed=settings.seed + 1000 * mesh.rank)
     moe, x_BSD = first_layer(config, routing, settings, mesh)
-    check_load(moe, x_BSD, routing, settings.num_conditional)
+    check_load(moe, x_BSD, settings.pattern(routing), settings.num_conditional)
     other: BaselineWrapper | None = None
     if name != "ours":
         from megapromoe.benchmark.deepspeed_moe import DeepSpeedLayer  # slow to import

@@ -15,6 +15,7 @@ from megapromoe.commands.command_line import (
     positive,
     share,
     takes_no_settings,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ examples:
   megapromoe benchmark all --quick --out runs/benchmark-quick                    # a test, about a minute
   megapromoe benchmark layer --sizes digits s b --out runs/benchmark
   megapromoe benchmark layer --sizes s --experts 4 16 64 256 --routing balanced skewed --out runs/benchmark-experts
+  megapromoe benchmark layer --sizes b --trace runs/promoe_b --routing balanced skewed recorded --out runs/replayed
   megapromoe benchmark step --sizes l xl --batch 32 64 128 --device cuda --out runs/benchmark-gpu \\
       --fill docs/benchmarks.md
 
@@ -46,6 +48,7 @@ JOB = False
 EXPERIMENTS = ("layer", "step", "sample", "traffic")
 SIZES = ("digits", "s", "b", "l", "xl")
 ROUTINGS = ("real", "balanced", "skewed")
+RECORDED = "recorded"
 CONTENDERS = ("ours", "loop", "dense", "joined", "bmm", "deepspeed-capacity", "deepspeed-nodrop")
 QUICK = {"sizes": ["digits"], "rounds": 2, "batch": [8], "ranks": [2], "steps": 2}
 
@@ -73,9 +76,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--routing",
         nargs="+",
-        choices=ROUTINGS,
-        default=list(ROUTINGS),
-        help="assignment of tokens to experts; default: all three",
+        choices=(*ROUTINGS, RECORDED),
+        default=None,
+        help="assignment of tokens to experts; default: all of them, `recorded` only with --trace",
+    )
+    add(
+        "--trace",
+        type=Path,
+        metavar="RUN",
+        help="a run with a routing trace, whose load the routing `recorded` replays (docs/routing.md)",
+    )
+    add("--trace-step", type=positive, metavar="N", help="the recorded step to replay; default: the last one")
+    add(
+        "--trace-block",
+        type=whole_number(0),
+        metavar="B",
+        help="the block that `layer` and `traffic` replay; default: the one with the largest fullest expert",
     )
     add(
         "--implementations",
@@ -146,10 +162,15 @@ def run(options: argparse.Namespace, launch: None) -> int:
         vars(options).update(QUICK)
     if options.compile and options.experiment != "step":
         raise CommandError(f"--compile {options.experiment}: only `step` can be compiled; remove the option")
+    routings = options.routing or [*ROUTINGS, *[RECORDED] * (options.trace is not None)]
+    if (RECORDED in routings) != (options.trace is not None):
+        raise CommandError("--routing recorded, --trace: the trace is what it replays; give both or none of them")
+    if options.trace is None and (options.trace_step is not None or options.trace_block is not None):
+        raise CommandError("--trace-step, --trace-block: choose what to replay; give --trace as well")
     import torch  # takes seconds to import
 
     from megapromoe.benchmark.layer import Settings
-    from megapromoe.benchmark.suite import cases
+    from megapromoe.benchmark.suite import cases, replay
 
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
@@ -169,9 +190,11 @@ def run(options: argparse.Namespace, launch: None) -> int:
         compile=options.compile,
     )
     experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
-    wanted = cases(experiments, options.sizes, options.experts, options.batch, options.routing, options.ranks, device)
+    wanted = cases(experiments, options.sizes, options.experts, options.batch, routings, options.ranks, device)
     for case in wanted:
         case.config.layout(1)  # checks every size and number of experts before the first measurement
+    if options.trace is not None:
+        settings = replay(settings, wanted, options.trace, options.trace_step, options.trace_block)
     if options.dry_run:
         print("\n".join(case.key for case in wanted))
         return 0

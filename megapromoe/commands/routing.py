@@ -43,7 +43,7 @@ from the trace of the run, or without one from its metrics.jsonl.
 examples:
   megapromoe routing --run-dir runs/digits
   megapromoe routing trace --run-dir runs/digits
-  megapromoe routing trace --run-dir runs/digits --routes --steps 250,500 --num-images 100
+  megapromoe routing trace --run-dir runs/digits --routes --route-steps 250,500 --num-images 100
   megapromoe routing place --run-dir runs/digits --ep 4 --out placement.yaml
   megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
   megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures

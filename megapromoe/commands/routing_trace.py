@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from megapromoe.commands.command_line import CommandError, comma_separated, file_errors, whole_number
 from megapromoe.imports import uncollected
 
-OF_TRACE = ("from_step", "to_step", "routes", "steps")
-OF_ROUTES = ("steps", "num_images", "levels", "layers", "weights")  # of these, the last four are also of the report
+OF_TRACE = ("from_step", "to_step", "routes", "route_steps")
+OF_ROUTES = (
+    "route_steps",
+    "num_images",
+    "levels",
+    "layers",
+    "weights",
+)  # the report has all but the first
 OF_REPORT = ("subsets", "text_encoder", "no_tasks", "tokens", "singular_vectors", "step", "pictures")
 
 
@@ -20,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--to-step", type=whole_number(0), metavar="N", help="trace: the last recorded step; default: all")
     add("--routes", action="store_true", help="trace: also the tokens that changed their expert, on fixed images")
     add(
-        "--steps",
+        "--route-steps",
         type=comma_separated(int),
         metavar="N,N,...",
         help="trace --routes: steps of checkpoints or snapshots; default: all that have the weights",
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             series = load_series(options.run, options.from_step or 0, options.to_step)
             routes = []
             if options.routes:
-                settings = options.steps, options.weights, options.num_images, options.levels, options.layers
+                settings = options.route_steps, options.weights, options.num_images, options.levels, options.layers
                 routes = routes_of_run(options.run, config, *settings)
                 write_routes(out / ROUTES_FILE, routes)
             numbers = numbers_of(series, routes)

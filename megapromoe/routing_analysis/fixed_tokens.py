@@ -51,10 +51,10 @@ def routes_of_run(
     `load_model` and `open_dataset` raise.
     """
     layers = chosen_layers(config, blocks, levels)
-    there = readable_steps(RunDirectory(run).checkpoints, weights)
-    wanted = there if steps is None else sorted(set(steps))
-    if missing := [step for step in wanted if step not in there]:
-        listed = ", ".join(map(str, there)) or "none"
+    readable = readable_steps(RunDirectory(run).checkpoints, weights)
+    wanted = readable if steps is None else sorted(set(steps))
+    if missing := [step for step in wanted if step not in readable]:
+        listed = ", ".join(map(str, readable)) or "none"
         raise RoutingError(f"steps: {', '.join(map(str, missing))}: the run has {weights} weights of {listed}")
     if len(wanted) < 2:
         raise RoutingError(

@@ -28,7 +28,7 @@ class LoadSeries:
         blocks: the block of each layer.
         rows_NME: rows of each expert over all ranks, int64.
         expert_NM: rows of the fullest expert over the mean of the experts.
-        rank_NM: rows that the fullest rank processes over the mean of all ranks.
+        rank_NM: rows that the fullest rank processes over the mean of all ranks, with the experts where they were.
         step_N: the sum over layers of the rows of the fullest rank, over the same sum of the means. If ranks wait for
             the fullest one in each layer and their time is that of their rows, routed experts take this many times as
             long as with even ranks.
@@ -110,7 +110,11 @@ def numbers_of(series: LoadSeries, routes: Sequence[Routes] = ()) -> dict[str, A
     }
     if routes:
         of = routes[0].of
-        numbers["routes"] = {"steps": [one.step for one in routes], "weights": of.weights, "levels": of.levels}
+        numbers["routes"] = {
+            "steps": [recording.step for recording in routes],
+            "weights": of.weights,
+            "levels": of.levels,
+        }
         numbers["routes"] |= {"images": len(of.images), "blocks": of.blocks, "tokens": int(np.prod(of.shape[1:]))}
         numbers["drift"] = drift_of(routes)
     return numbers

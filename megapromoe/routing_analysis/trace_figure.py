@@ -67,7 +67,7 @@ def _draw_drift(ax: Axes, drift: Sequence[Mapping[str, Any]]) -> None:
     style = assign(["mean of the blocks"])["mean of the blocks"]
     ax.fill_between(steps, lows, highs, color=style.colour, alpha=0.2, linewidth=0, label="least to most of a block")
     ax.plot(steps, means, marker="o", markersize=3, color=style.colour, linewidth=1.2, label="mean of the blocks")
-    ax.set_ylim(0, 100)
+    ax.set_ylim(bottom=0)
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel("% since the recording before", fontsize=8)
     ax.set_title("Tokens that changed their expert", fontsize=10)

@@ -55,6 +55,13 @@ class ChosenPlacement:
     lines: tuple[str, ...] = ()
     text: str = ""
 
+    @property
+    def owner_ME(self) -> np.ndarray | None:
+        """The expert-parallel rank of each expert, for a routing trace; None for consecutive experts."""
+        if not self.placements:
+            return None
+        return np.array([placement.rank_of_expert for _, placement in sorted(self.placements.items())])
+
 
 def recorded_loads(run: Path, config: Config, first: int | None = None, last: int | None = None) -> Loads | None:
     """The loads of some steps of a run, from its routing trace or from its metrics.jsonl.

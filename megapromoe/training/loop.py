@@ -226,7 +226,7 @@ def _train(
         watchdog.starting("connecting to Weights & Biases", START_SECONDS)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
     accumulator = MetricAccumulator(config, mesh, device, placement.placements)
-    recorder = RoutingRecorder(config, mesh, run.routing_trace, step)
+    recorder = RoutingRecorder(config, mesh, run.routing_trace, step, placement.owner_ME)
     tracker = StepTracker(t, manifest)
     profiler = StepProfiler(t.profiled_steps, run.folder, mesh.rank, device, step)
     save_clock = SaveClock(t.save_minutes, mesh.rank)

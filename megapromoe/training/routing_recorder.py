@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,11 +32,12 @@ class RoutingRecorder:
         file: the trace, in the run directory. Records of steps after `first_step` are dropped, also if this start
             records nothing, because these steps are repeated.
         first_step: steps completed before.
+        owner_ME: see `TraceRecord.owner_ME`.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, file: Path, first_step: int = 0):
+    def __init__(self, config: Config, mesh: Mesh, file: Path, first_step: int = 0, owner_ME: np.ndarray | None = None):
         self.mesh, self.blocks = mesh, config.model.moe_blocks
-        self.experts = config.model.num_experts
+        self.experts, self.owner_ME = config.model.num_experts, owner_ME
         self.every = config.train.routing_trace_every if self.blocks else 0
         self._step = first_step  # completed steps
         self._rows_ME: Tensor | None = None  # of the micro-batches of the current step, int32
@@ -71,16 +73,17 @@ class RoutingRecorder:
         pending, self._pending = self._pending, []
         if not pending or self.mesh.tp.rank:  # tensor-parallel ranks have the same tokens
             return
-        dp, mine = self.mesh.dp, torch.stack([packed for _, packed in pending])
-        gathered = [torch.empty_like(mine) for _ in range(dp.size)] if dp.rank == 0 else None
-        dist.gather(mine, gathered, dst=dp.ranks[0], group=dp.process_group)
+        dp, of_rank_NX = self.mesh.dp, torch.stack([packed for _, packed in pending])
+        gathered = [torch.empty_like(of_rank_NX) for _ in range(dp.size)] if dp.rank == 0 else None
+        dist.gather(of_rank_NX, gathered, dst=dp.ranks[0], group=dp.process_group)
         if gathered is None:
             return
         packed_RNX = torch.stack(gathered).cpu().numpy()
         for number, (step, _) in enumerate(pending):
             if packed_RNX[:, number, -1].all():
                 rows_RME = packed_RNX[:, number, :-1].reshape(dp.size, len(self.blocks), self.experts)
-                self._file.write(encode(TraceRecord(step, self.blocks, rows_RME, self.mesh.ep.size, self._group)))
+                layout = self.mesh.ep.size, self._group, self.owner_ME
+                self._file.write(encode(TraceRecord(step, self.blocks, rows_RME, *layout)))
 
     def close(self) -> None:
         """Closes the file. Steps since the last `write` are lost: the next start repeats them."""

@@ -15,7 +15,7 @@ from support.trajectory import small
 from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.expert_placement import ExpertPlacement, placement_text, read_placements
-from megapromoe.routing_trace import TraceRecord, encode
+from megapromoe.routing_trace import TraceRecord, encode, read_records
 from megapromoe.training.expert_placement import choose_placement, nodes_of_group, recorded_loads
 
 SAVED, LAST = 6, 12
@@ -49,7 +49,7 @@ def test_a_restart_places_experts_by_their_load_and_goes_on_with_the_same_traini
     run(2, train, str(straight), *SKEWED, f"train.steps={LAST}")
     run(2, train, str(moved), *SKEWED, "parallel.placement=auto", f"train.steps={SAVED}")
     assert not (moved / "placement.yaml").exists(), "there was no load to choose from"
-    run(2, train, str(moved), *SKEWED, "parallel.placement=auto", f"train.steps={LAST}")
+    run(2, train, str(moved), *SKEWED, "parallel.placement=auto", f"train.steps={LAST}", "train.routing_trace_every=1")
 
     assert max(abs(a / b - 1) for a, b in zip(losses(moved), losses(straight), strict=True)) <= LIMIT
     expected, ours = state(straight, LAST), state(moved, LAST)
@@ -63,6 +63,9 @@ def test_a_restart_places_experts_by_their_load_and_goes_on_with_the_same_traini
     before, after = range(1, SAVED + 1), range(SAVED + 1, LAST + 1)
     assert rank_loads(moved, before) == pytest.approx(relative_load(moved, consecutive, before), rel=1e-6)
     assert rank_loads(moved, after) == pytest.approx(relative_load(moved, [*chosen.values()], after), rel=1e-6)
+    for record in read_records(moved):  # of the second start: as many rows on each rank as the placement gives it
+        owners = [placement.rank_of_expert for placement in chosen.values()]
+        assert record.step in after and record.owner_ME.tolist() == [list(ranks) for ranks in owners]
     unplaced, placed = (sum(rank_loads(folder, after)) / len(after) for folder in (straight, moved))
     assert unplaced > 1.2 and placed - 1 < 0.5 * (unplaced - 1), (unplaced, placed)
 

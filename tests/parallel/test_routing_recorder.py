@@ -27,15 +27,15 @@ def counted(folder: str, *overrides: str) -> dict[int, np.ndarray]:
 
     rows: dict[int, list] = {}
     real, real_step = Router.output, loop.Engine.step
-    seen: list[torch.Tensor] = []
+    counts: list[torch.Tensor] = []
 
     def output(self, assignment, *args, **kwargs):
-        seen.append(torch.bincount(assignment.expert_R, minlength=self.num_experts))
+        counts.append(torch.bincount(assignment.expert_R, minlength=self.num_experts))
         return real(self, assignment, *args, **kwargs)
 
     def step(self, *args):
-        rows[len(rows) + 1] = torch.stack(seen).numpy()
-        seen.clear()
+        rows[len(rows) + 1] = torch.stack(counts).numpy()
+        counts.clear()
         return real_step(self, *args)
 
     Router.output, loop.Engine.step = output, step
@@ -67,8 +67,8 @@ def test_a_record_has_the_rows_that_each_rank_routed(world, overrides, ep, group
         assert (record.ep, record.group, record.blocks) == (ep, group, (1, 3))
         assert record.rows_RME.shape == (world // tp, 2, 4) and record.rows_RME.sum() > 0
         for rank in range(world // tp):
-            seen_MLE = of_ranks[rank * tp][record.step].reshape(-1, 2, 4)  # micro-batches, layers, experts
-            assert np.array_equal(record.rows_RME[rank], seen_MLE.sum(0))
+            counted_AME = of_ranks[rank * tp][record.step].reshape(-1, 2, 4)  # micro-batches, layers, experts
+            assert np.array_equal(record.rows_RME[rank], counted_AME.sum(0))
     is_even = "model.router=ec" in overrides  # every expert gets as many rows of each image
     assert len({record.rows_RME.tobytes() for record in records}) == (1 if is_even else 3)
 

@@ -51,21 +51,21 @@ def test_drift_between_snapshots(trained, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 2 to 3" in out and "step 4 to 6" in out, "checkpoints of 3 and 6, snapshots of 2, 4 and 6"
     recorded = read_routes(tmp_path / "routes.jsonl")
-    assert [one.step for one in recorded] == [2, 3, 4, 6] and recorded[0].expert_LMNS.shape == (2, 2, 12, 16)
+    assert [routes.step for routes in recorded] == [2, 3, 4, 6] and recorded[0].expert_LMNS.shape == (2, 2, 12, 16)
     drift = json.loads((tmp_path / "trace.json").read_text())["drift"]
     expected = (recorded[0].expert_LMNS != recorded[1].expert_LMNS).mean((1, 2, 3))
     assert drift[0]["changed"] == pytest.approx(expected, abs=1e-5) and max(drift[0]["changed"]) > 0
     # Again, and of two steps alone: the tokens are fixed.
     again = tmp_path / "again"
-    assert trace(trained, *words[:-1], str(again), "--steps", "2,6") == 0
-    assert [one.step for one in read_routes(again / "routes.jsonl")] == [2, 6]
-    for one, other in zip(read_routes(again / "routes.jsonl"), (recorded[0], recorded[3]), strict=True):
-        assert np.array_equal(one.expert_LMNS, other.expert_LMNS)
+    assert trace(trained, *words[:-1], str(again), "--route-steps", "2,6") == 0
+    assert [routes.step for routes in read_routes(again / "routes.jsonl")] == [2, 6]
+    for routes, other in zip(read_routes(again / "routes.jsonl"), (recorded[0], recorded[3]), strict=True):
+        assert np.array_equal(routes.expert_LMNS, other.expert_LMNS)
 
 
 def test_routes_are_those_of_the_model(trained, tmp_path):
     """Those of block 3 at the middle noise level, against the router's own assignment."""
-    assert trace(trained, "--routes", "--num-images", "8", "--steps", "4,6", "--out", str(tmp_path)) == 0
+    assert trace(trained, "--routes", "--num-images", "8", "--route-steps", "4,6", "--out", str(tmp_path)) == 0
     routed = read_routes(tmp_path / "routes.jsonl")[1]
     model, _, _ = load_model(trained, 6)
     calls = []
@@ -83,11 +83,11 @@ def test_routes_are_those_of_the_model(trained, tmp_path):
 
 
 REFUSED = [
-    (("--routes", "--steps", "5,6"), 1, "steps: 5: the run has ema weights of 2, 3, 4, 6"),
-    (("--routes", "--steps", "6"), 1, "drift needs two steps or more"),
+    (("--routes", "--route-steps", "5,6"), 1, "steps: 5: the run has ema weights of 2, 3, 4, 6"),
+    (("--routes", "--route-steps", "6"), 1, "drift needs two steps or more"),
     (("--routes", "--layers", "2"), 1, "must be blocks with experts: 1, 3"),
     (("--from-step", "7"), 1, "has no record from step 7"),
-    (("--steps", "2,4"), 2, "--steps: needs --routes; leave it out"),
+    (("--route-steps", "2,4"), 2, "--route-steps: needs --routes; leave it out"),
     (("--num-images", "3", "--levels", "0.5"), 2, "--num-images, --levels: needs --routes"),
     (("--subsets", "x.yaml", "--pictures"), 2, "--subsets, --pictures: is for the report"),
 ]

@@ -203,6 +203,7 @@ def make_workspace(folder: str) -> None:
             "train.steps=2",
             "train.global_batch=8",
             "train.deepspeed=fp32_zero1",
+            "train.routing_trace_every=1",
         ]
         assert cli.main(["train", "--run-dir", f"runs/{name}", *TINY_MODEL.split(), *saved, *settings]) == 0
     for name in ("promoe_l", "promoe_b"):

@@ -116,6 +116,13 @@ def _evaluate(words: list[str], ranks: int) -> Small:
     )
 
 
+def _routing(words: list[str], ranks: int) -> Small:
+    if "trace" in words:
+        words = [word.replace("runs/traced", "runs/digits") for word in words]
+        return Small(["1,2" if words[i - 1] == "--route-steps" else word for i, word in enumerate(words)])
+    return Small([*words, "--tokens", "20"])
+
+
 def _encode(words: list[str], ranks: int) -> Small:
     words = [word.replace("latents/train", "latents/new") for word in words]
     # On one rank: ranks of `encode` meet without a process group, in a store that ends with the process of rank 0, and
@@ -136,12 +143,16 @@ def _benchmark(words: list[str], ranks: int) -> Small:
             options[word] = []
         else:
             [*options.values()][-1].append(word)
-    for option in ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device", "--again"):
+    dropped = ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device", "--again")
+    for option in (*dropped, "--trace-step", "--trace-block"):
         options.pop(option, None)
+    if "--trace" in options:
+        options["--trace"] = ["runs/digits"]
     if "--compile" in options:
         options |= {"--implementations": ["ours", "dense"], "--routing": ["real"]}
     chosen = [word for option in sorted(options) for word in (option, *options[option])]
-    folder = "-".join(word for word in chosen if word != "--quick")  # has the results of equal settings
+    words_of_folder = [word.replace("/", "-") for word in chosen if word != "--quick"]
+    folder = "-".join(words_of_folder)  # has the results of equal settings
     quick = ["--sizes", "digits", "--batch", "8", "--rounds", "2", "--steps", "2", "--device", "cpu", "--ranks", "2"]
     return Small([*words[:2], *chosen, *quick, "--out", f"runs/benchmark-{folder}"])
 
@@ -222,7 +233,7 @@ COMMANDS: dict[str, Callable[[list[str], int], Small]] = {
     "train": _train,
     "sample": _sample,
     "evaluate": _evaluate,
-    "routing": lambda words, ranks: Small([*words, "--tokens", "20"]),
+    "routing": _routing,
     "convert": _convert,
     "inspect": lambda words, ranks: Small(words),
     "superclasses": lambda words, ranks: Small(words, cheap=True),  # its help

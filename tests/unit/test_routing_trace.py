@@ -14,6 +14,7 @@ from megapromoe.routing_trace import (
     decode,
     encode,
     fullest_over_mean,
+    packed,
     read_records,
     read_trace,
 )
@@ -27,7 +28,9 @@ def record(step: int, seed: int = 0, ranks: int = 4, layers: int = 2, experts: i
 
 
 def same(a: TraceRecord, b: TraceRecord) -> bool:
-    return np.array_equal(a.rows_RME, b.rows_RME) and vars(a) | {"rows_RME": 0} == vars(b) | {"rows_RME": 0}
+    arrays, none = {"rows_RME": 0, "owner_ME": 0}, [None]
+    same_owners = np.array_equal(none if a.owner_ME is None else a.owner_ME, none if b.owner_ME is None else b.owner_ME)
+    return np.array_equal(a.rows_RME, b.rows_RME) and same_owners and vars(a) | arrays == vars(b) | arrays
 
 
 def with_checksum(**values) -> bytes:
@@ -43,18 +46,19 @@ def test_records_are_read_back(tmp_path):
         record(10, rows_RME=np.zeros((4, 2, 5), dtype=np.int64)),
         record(15, rows_RME=np.full((4, 2, 5), (1 << 32) - 1)),
         record(16, ranks=1, ep=1, group=1),  # after a resume on one rank
+        record(17, owner_ME=np.array([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1]])),
     ]
     (tmp_path / TRACE_FILE).write_bytes(b"".join(map(encode, records)))
     assert all(same(a, b) for a, b in zip(read_records(tmp_path), records, strict=True))
     trace = read_trace(tmp_path / TRACE_FILE)
-    assert trace.steps_N.tolist() == [5, 10, 15, 16] and trace.blocks == (1, 3)
-    assert trace.rows_NME.shape == (4, 2, 5) and trace.rows_NME.dtype == np.int64
+    assert trace.steps_N.tolist() == [5, 10, 15, 16, 17] and trace.blocks == (1, 3)
+    assert trace.rows_NME.shape == (5, 2, 5) and trace.rows_NME.dtype == np.int64
     assert np.array_equal(trace.rows_NME, [r.rows_RME.sum(0) for r in records])
     assert read_trace(tmp_path, 10, 15).steps_N.tolist() == [10, 15]
     with pytest.raises(TraceError, match="no record from step 11 to 14"):
         read_trace(tmp_path, 11, 14)
-    with pytest.raises(TraceError, match="no record from step 17;"):
-        read_trace(tmp_path, 17)
+    with pytest.raises(TraceError, match="no record from step 18;"):
+        read_trace(tmp_path, 18)
 
 
 def test_a_line_is_compact():
@@ -98,6 +102,9 @@ WRONG = {
     "more rows": ({"shape": [6, 2, 5]}, "number of numbers is wrong"),
     "no base64": ({"rows": "??"}, "numbers cannot be read"),
     "no zlib": ({"rows": "AAAA"}, "numbers cannot be read"),
+    "owners that are no text": ({"owners": [0]}, "not natural numbers"),
+    "owners of fewer experts": ({"owners": packed(np.zeros((2, 4)), "<u2")}, "number of numbers is wrong"),
+    "owners of other ranks": ({"owners": packed(np.full((2, 5), 2), "<u2")}, "it has an expert on rank 2 of 2"),
     "the same step": ({"step": 1}, "step 1 does not follow step 1"),
     "other experts": (encode(record(2, experts=4)), "other layers or experts"),
 }
@@ -127,21 +134,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, made):
 
 def test_rows_of_ranks():
     """Four data ranks in two expert-parallel groups, five experts on two ranks: three and two."""
-    one = record(1, rows_RME=np.random.default_rng(1).integers(0, 100, (4, 2, 5)))
+    unplaced = record(1, rows_RME=np.random.default_rng(1).integers(0, 100, (4, 2, 5)))
     assert consecutive_owners(5, 2).tolist() == [0, 0, 0, 1, 1]
-    rows_GMP = one.rows_of_ranks()
+    rows_GMP = unplaced.rows_of_ranks()
     assert rows_GMP.shape == (2, 2, 2)
     for group in range(2):
         for layer in range(2):
-            of_group = one.rows_RME[2 * group : 2 * group + 2, layer].sum(0)
+            of_group = unplaced.rows_RME[2 * group : 2 * group + 2, layer].sum(0)
             assert rows_GMP[group, layer].tolist() == [of_group[:3].sum(), of_group[3:].sum()]
     owner_ME = np.array([[1, 0, 1, 0, 1], [0, 0, 0, 0, 1]])
-    placed_GMP = one.rows_of_ranks(owner_ME)
+    placed_GMP = unplaced.rows_of_ranks(owner_ME)
+    recorded = record(1, rows_RME=unplaced.rows_RME, owner_ME=owner_ME)
+    assert np.array_equal(recorded.rows_of_ranks(), placed_GMP), "the owners of the record"
     assert np.array_equal(placed_GMP.sum(2), rows_GMP.sum(2)), "every row is on one rank"
-    assert placed_GMP[1, 0, 0] == one.rows_RME[2:, 0][:, [1, 3]].sum()
+    assert placed_GMP[1, 0, 0] == unplaced.rows_RME[2:, 0][:, [1, 3]].sum()
     for wrong in (owner_ME[:1], owner_ME + 1, owner_ME - 1):
         with pytest.raises(ValueError, match="owner_ME must be"):
-            one.rows_of_ranks(wrong)
+            unplaced.rows_of_ranks(wrong)
 
 
 def test_fullest_over_mean():

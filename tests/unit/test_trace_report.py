@@ -103,8 +103,10 @@ def test_drift_is_the_share_of_tokens_that_changed():
 def test_routes_are_read_back(tmp_path):
     file, written = tmp_path / "new" / "routes.jsonl", [routes(10), routes(20)]
     write_routes(file, written)
-    for one, read in zip(written, read_routes(file), strict=True):
-        assert (read.step, read.of) == (one.step, TOKENS) and np.array_equal(read.expert_LMNS, one.expert_LMNS)
+    for expected, read in zip(written, read_routes(file), strict=True):
+        assert (read.step, read.of) == (expected.step, TOKENS) and np.array_equal(
+            read.expert_LMNS, expected.expert_LMNS
+        )
 
 
 def damaged(lines: list[bytes]) -> dict[str, tuple[bytes, str]]:
