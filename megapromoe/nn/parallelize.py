@@ -24,6 +24,7 @@ from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.initial_values import InitialValues
 from megapromoe.nn.logical_module import LogicalModule
+from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.sharding import Sharding
 
@@ -101,7 +102,9 @@ def _logical_model(config: Config, placements: Placements | None) -> DiT:
     with torch.device("meta"):
         model = DiT(config.model)
     for number, placement in (placements or {}).items():
-        model.blocks[number].mlp.place_experts(placement)
+        moe = model.blocks[number].mlp
+        assert isinstance(moe, MoE), f"block {number} has no routed experts"
+        moe.place_experts(placement)
     return model
 
 
