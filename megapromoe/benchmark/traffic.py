@@ -23,7 +23,6 @@ from megapromoe.benchmark.layer import Settings, check_load, first_layer
 from megapromoe.config.options import Config
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
 from megapromoe.nn.moe.layer import auxiliary_of
 
@@ -93,9 +92,7 @@ def count_messages(name: str, config: Config, routing: str, settings: Settings) 
         (y_BSD.sum() + sum(loss.sum() for loss in losses)).backward()
     with torch.no_grad():
         expert_R = moe.route(x_BSD, settings.num_conditional)[0].assignment.expert_R
-    owner_R = (
-        ExpertPlacement(config.model.num_experts, mesh.world_size).slot_E()[expert_R] // moe.experts.fc1.weight.shape[0]
-    )
+    owner_R = torch.tensor(moe.dispatcher.placement.rank_of_expert)[expert_R]
     bound = int((owner_R != mesh.ep.rank).sum()) * 2 * x_BSD.shape[-1] * x_BSD.element_size()
     messages: dict[str, dict[str, Any]] = {}
     for phase, counts in counter.phases.items():

@@ -121,7 +121,7 @@ def _steps_between(config: Config, step_seconds: float | None) -> tuple[int, boo
 def elements(config: Config) -> int:
     """Number of parameter elements in a checkpoint, over all ranks.
 
-    If the number of experts is not a multiple of ep, the expert tensors are padded, and the padding is saved too.
+    If not all ranks have equally many experts, the expert tensors are padded, and the padding is saved too.
     """
     return _elements(config, None)
 
@@ -133,7 +133,8 @@ def muon_elements(config: Config) -> int:
 
 def _elements(config: Config, hidden: bool | None) -> int:
     ep = config.parallel.ep
-    layout = Layout(world=ep, tp=1, ep=ep, dp=ep, edp=1, etp=1, micro_batch=1)
+    slots = tuple(placement.slots for placement in config.placements_in_file().values())
+    layout = Layout(world=ep, tp=1, ep=ep, dp=ep, edp=1, etp=1, micro_batch=1, placed_slots=slots)
     replicated, routed = tensors_on_rank(config.model, layout, hidden)
     return sum(replicated) + ep * sum(routed)
 

@@ -4,6 +4,7 @@
 config.yaml         the resolved config of the latest start
 environment.json    a list, one entry per start: versions, host, ranks, command line, git commit
 metrics.jsonl       one line for each logged step
+placement.yaml      the experts of each rank, as parallel.placement=auto has chosen them at the latest start
 routing_trace.jsonl rows of each expert in some steps (train.routing_trace_every), see `routing_trace.py`
 checkpoints/        step-XXXXXXXX/
 snapshots/          average-XXXXXXXX/: averaged weights only (train.snapshot_every)

@@ -1,11 +1,11 @@
-"""`megapromoe routing`: reports what the experts of a run have learnt, or (`trace`) their load over its steps."""
+"""`megapromoe routing`: what the experts of a run have learnt; `trace`: their load; `place`: ranks for them."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megapromoe.commands import routing_trace
+from megapromoe.commands import routing_place, routing_trace
 from megapromoe.commands.command_line import (
     CommandError,
     comma_separated,
@@ -36,10 +36,15 @@ median, p95 and maximum over steps of the fullest expert and the fullest rank ov
 also runs the model of several checkpoints or snapshots on the same images, and shows the share of tokens that changed
 their expert. It writes trace.json, trace.png and, with --routes, routes.jsonl.
 
+`megapromoe routing place` chooses which expert-parallel rank has which experts, such that the fullest rank has few
+rows, and writes a file for parallel.placement. It uses the load of the last 1,000 steps (or --from-step, --to-step),
+from the trace of the run, or without one from its metrics.jsonl.
+
 examples:
   megapromoe routing --run-dir runs/digits
   megapromoe routing trace --run-dir runs/digits
   megapromoe routing trace --run-dir runs/digits --routes --route-steps 250,500 --num-images 100
+  megapromoe routing place --run-dir runs/digits --ep 4 --out placement.yaml
   megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
   megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
   megapromoe routing --run-dir runs/scenes --num-images 1000
@@ -49,13 +54,16 @@ JOB = False
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "megapromoe routing [trace] --run-dir DIR [options]"
+    parser.usage = "megapromoe routing [trace|place] --run-dir DIR [options]"
     takes_no_settings(parser)
     parser.add_argument(
-        "action", nargs="?", choices=("trace",), help="show the recorded load over the steps of the run"
+        "action",
+        nargs="?",
+        choices=("trace", "place"),
+        help="show the recorded load over the steps of the run; choose the ranks of its experts",
     )
     run_option(parser, "the folder of the run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder; default: RUN/routing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder, for place a file; default: RUN/routing")
     parser.add_argument(
         "--num-images", type=whole_number(1), default=500, metavar="N", help="number of training images; default: 500"
     )
@@ -97,9 +105,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pictures", action="store_true", help="also write each picture as a PNG file")
     routing_trace.arguments(parser)
+    routing_place.arguments(parser)
 
 
 def run(options: argparse.Namespace, launch: None) -> int:
+    routing_place.check_options(options)
+    if options.action == "place":
+        return routing_place.run(options)
     routing_trace.check_options(options)
     if options.action == "trace":
         return routing_trace.run(options)

@@ -122,7 +122,12 @@ def describe(config: Config, world: int) -> Iterator[str]:
         share, more = divmod(model.num_experts, layout.ep)
         counts = ((share + 1, more), (share, layout.ep - more))
         ranks = ", ".join(f"{n} on {r} rank{'s' * (r > 1)}" for n, r in counts if r)
-        yield f"# routed experts of each MoE block: {ranks} of an ep group"
+        placements = config.placements_in_file()
+        if not placements:
+            yield f"# routed experts of each MoE block: {ranks} of an ep group"
+        for block, placement in placements.items():
+            listed = " | ".join(", ".join(map(str, owned)) for owned in placement.experts_of_rank)
+            yield f"# routed experts of block {block} on the ranks of an ep group: {listed}"
     train = config.train
     yield (
         f"# global batch {train.global_batch} = micro-batch {layout.micro_batch} x dp {layout.dp}"

@@ -8,9 +8,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from megapromoe.config import class_groups, extensions
+from megapromoe.config.expert_placement import AUTO, CONTIGUOUS, Placements, is_file, read_placements, smallest_slots
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
 from megapromoe.errors import ExitCode, Violations
@@ -53,6 +55,14 @@ class ParallelConfig:
         "activations that the backward pass recomputes to save memory: none, those of MoE layers (moe), all but the"
         " routers' (blocks), or all",
         ("none", "moe", "blocks", "all"),
+    )
+    placement: str = option(
+        CONTIGUOUS,
+        "which ep rank has which routed experts: consecutive ones (contiguous); those that the load of the run so far"
+        " suggests, chosen at each start (auto); or those of a file of `megapromoe routing place` (docs/train.md)",
+        (CONTIGUOUS, AUTO),
+        accepts=is_file,
+        form="FILE.yaml",
     )
 
 
@@ -325,7 +335,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of the process groups of a run, and the images of a rank's micro-batch."""
+    """The sizes of the process groups of a run, the images of a rank's micro-batch, and where experts are.
+
+    `placed_slots`: for each block with routed experts, how many a rank stores; empty for consecutive experts.
+    """
 
     world: int
     tp: int
@@ -334,6 +347,11 @@ class Layout:
     edp: int
     etp: int
     micro_batch: int
+    placed_slots: tuple[int, ...] = ()
+
+    def expert_slots(self, model: ModelConfig) -> tuple[int, ...]:
+        """How many experts a rank stores, spare slots among them, for each block with routed experts."""
+        return self.placed_slots or (smallest_slots(model.num_experts, self.ep),) * len(model.moe_blocks)
 
 
 @dataclass(frozen=True)
@@ -364,7 +382,15 @@ class Config:
         etp = tp if self.parallel.expert_tp else 1
         dp = world // tp
         micro_batch = self.train.global_batch // (dp * self.train.accumulation)
-        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch)
+        slots = tuple(placement.slots for placement in self.placements_in_file().values())
+        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch, slots)
+
+    def placements_in_file(self) -> Placements:
+        """The placements in the file `parallel.placement`; empty if it is none. Raises ConfigError for a wrong file."""
+        placements, problems = _read_placements(self)
+        if problems:
+            raise ConfigError(sentences(self, [(PLACEMENT_KEYS, problem) for problem in problems]))
+        return placements
 
 
 def ratio_of(width: int, size: int) -> float:
@@ -400,8 +426,22 @@ def _plain_value(config: Config, key: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+PLACEMENT_KEYS = ("parallel.placement", "parallel.ep", "model.num_experts", "model.router", "model.moe_every")
+
+
+def _read_placements(config: Config) -> tuple[Placements, list[str]]:
+    """The placements in the file `parallel.placement`, none if it is no file, and what is wrong with them."""
+    if not is_file(config.parallel.placement):
+        return {}, []
+    path, model = Path(config.parallel.placement), config.model
+    if not model.moe_blocks:
+        return {}, [f"must be {CONTIGUOUS} for a model without routed experts"]
+    return read_placements(path, model.moe_blocks, model.num_experts, config.parallel.ep)
+
+
 def world_rules(config: Config, world: int) -> Iterator[Rule]:
     """The broken rules on the layout over `world` ranks."""
+    yield from ((PLACEMENT_KEYS, problem) for problem in _read_placements(config)[1])
     tp, ep, train = config.parallel.tp, config.parallel.ep, config.train
     if world < 1:
         yield ("parallel.tp",), f"needs at least 1 rank, not {world}"

@@ -7,7 +7,7 @@ parameter              a rank holds                           gradient is summed
 =====================  =====================================  =======================  ==================
 replicated             all of it                              dp                       dp
 split over tp          1/tp of one dimension                  dp                       dp
-routed experts         its experts (padded to ceil(E/ep))     edp                      dp (not edp)
+routed experts         its experts, padded to equal numbers   edp                      dp (not edp)
 routed, split over tp  its experts, 1/tp of one dimension     edp                      dp (not edp)
 =====================  =====================================  =======================  ==================
 
@@ -19,55 +19,14 @@ of them. Gradients of replicated parameters are complete and equal on the ranks 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.distributed.shard_ranges import Region, ShardRange
-
-
-@dataclass(frozen=True)
-class ExpertPlacement:
-    """Which of E experts each rank of an ep group has: consecutive ones, as evenly as possible.
-
-    E need not be a multiple of ep: the first E % ep ranks have one expert more. Every rank stores `slots` = ceil(E/ep)
-    experts, so that all ranks run the same collectives with the same shapes. A spare slot is zero and gets neither
-    tokens nor a gradient.
-    """
-
-    experts: int
-    ep: int
-
-    @property
-    def slots(self) -> int:
-        return -(-self.experts // self.ep)
-
-    def owned(self, rank: int) -> range:
-        """The logical experts of a rank of the ep group."""
-        base, extra = divmod(self.experts, self.ep)
-        start = rank * base + min(rank, extra)
-        return range(start, start + base + (rank < extra))
-
-    def slot_E(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Global slot (rank·slots + index) of each logical expert, int64 (E,). It is copied to a device once."""
-        return _slots(self, torch.device(device))
-
-    def slot_of(self, expert_R: torch.Tensor) -> torch.Tensor:
-        """Global slots of logical experts, int64: the same numbers, unless there are spare slots."""
-        if self.experts == self.ep * self.slots:
-            return expert_R
-        if torch.compiler.is_compiling():  # a graph would copy the table to the device each time
-            fewest, with_one_more = divmod(self.experts, self.ep)
-            return expert_R + (expert_R - with_one_more * self.slots).clamp(min=0) // fewest
-        return self.slot_E(expert_R.device)[expert_R]
-
-
-@cache
-def _slots(placement: ExpertPlacement, device: torch.device) -> torch.Tensor:
-    slots = [r * placement.slots + i for r in range(placement.ep) for i in range(len(placement.owned(r)))]
-    return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
@@ -89,6 +48,8 @@ class ParameterLayout:
         expert: dimension 0 is the routed experts.
         hidden_matrices: how many matrices between hidden activations are stacked in the rows (of each expert); 0 for
             parameters that are no such matrices.
+        placed: of the experts of dimension 0, for one number of expert-parallel ranks; None: consecutive experts, for
+            any number.
     """
 
     name: str
@@ -96,30 +57,43 @@ class ParameterLayout:
     split: Split | None = None
     expert: bool = False
     hidden_matrices: int = 0
+    placed: ExpertPlacement | None = None
 
     def shard_slices(self, mesh: Mesh) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """The parts of this rank's tensor: disjoint pairs of slices, (in the local tensor, in the logical tensor).
 
         Spare expert slots are in no pair.
         """
-        shape = self.shape
-        local, logical = [slice(0, n) for n in shape], [slice(0, n) for n in shape]
-        if self.expert:
-            owned = self.placement(mesh).owned(mesh.ep.rank)
-            local[0], logical[0] = slice(0, len(owned)), slice(owned.start, owned.stop)
+        pairs = []
+        for experts_of_rank, experts in self._expert_slices(mesh):
+            for part_of_rank, part in self._split_slices(mesh):
+                local, logical = [[slice(0, n) for n in self.shape] for _ in range(2)]
+                if self.expert:
+                    local[0], logical[0] = experts_of_rank, experts
+                if split := self._split_over(mesh):
+                    local[split.dim], logical[split.dim] = part_of_rank, part
+                pairs.append((tuple(local), tuple(logical)))
+        return pairs
+
+    def _expert_slices(self, mesh: Mesh) -> Iterator[tuple[slice, slice]]:
+        """Slices of dimension 0 with experts that are consecutive: (in the local tensor, in the logical tensor)."""
+        if not self.expert:
+            yield slice(0), slice(0)
+            return
+        for first, experts in _consecutive(self.placement(mesh).owned(mesh.ep.rank)):
+            yield slice(first, first + len(experts)), slice(experts.start, experts.stop)
+
+    def _split_slices(self, mesh: Mesh) -> Iterator[tuple[slice, slice]]:
+        """Slices of the dimension that tp splits, for each block: (in the local tensor, in the logical tensor)."""
         split = self._split_over(mesh)
         if split is None:
-            return [(tuple(local), tuple(logical))]
+            yield slice(0), slice(0)
+            return
         dim, blocks, tp = split.dim, split.blocks, mesh.tp
-        block, part = shape[dim] // blocks, shape[dim] // blocks // tp.size
-        pairs = []
+        block, part = self.shape[dim] // blocks, self.shape[dim] // blocks // tp.size
         for b in range(blocks):
-            local_slice, logical_slice = list(local), list(logical)
-            local_slice[dim] = slice(b * part, (b + 1) * part)
             start = b * block + tp.rank * part
-            logical_slice[dim] = slice(start, start + part)
-            pairs.append((tuple(local_slice), tuple(logical_slice)))
-        return pairs
+            yield slice(b * part, (b + 1) * part), slice(start, start + part)
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """Shape of this rank's tensor. Raises ValueError if tp does not divide the split dimension."""
@@ -138,8 +112,8 @@ class ParameterLayout:
         return tuple(shape)
 
     def placement(self, mesh: Mesh) -> ExpertPlacement:
-        """Which ranks have which experts."""
-        return ExpertPlacement(self.shape[0], mesh.ep.size)
+        """Which ranks have which experts. Raises ValueError if `placed` is for another number of ranks."""
+        return placement_over(mesh.ep.size, self.shape[0], self.placed)
 
     def local_shard(self, logical: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         """This rank's part of a logical tensor, as a new tensor; spare expert slots are zero."""
@@ -169,6 +143,30 @@ class ParameterLayout:
     def _split_over(self, mesh: Mesh) -> Split | None:
         """`split` if the tp group of `mesh` splits the tensor, else None."""
         return self.split if mesh.tp.size > 1 and (mesh.expert_tp or not self.expert) else None
+
+
+def placement_over(ep: int, experts: int, placed: ExpertPlacement | None) -> ExpertPlacement:
+    """The placement of the experts of a layer over `ep` ranks: `placed`, or consecutive experts if it is None.
+
+    Raises ValueError if `placed` is for another number of ranks or of experts.
+    """
+    if placed is None:
+        return ExpertPlacement.contiguous(experts, ep)
+    if (placed.ep, placed.experts) != (ep, experts):
+        raise ValueError(
+            f"placement of {placed.experts} experts over {placed.ep} ranks: must be of {experts} experts over {ep}"
+            " ranks"
+        )
+    return placed
+
+
+def _consecutive(experts: Sequence[int]) -> Iterator[tuple[int, range]]:
+    """Takes a list of experts apart into ranges: (index of the first in the list, the experts)."""
+    first = 0
+    for i in range(1, len(experts) + 1):
+        if i == len(experts) or experts[i] != experts[i - 1] + 1:
+            yield first, range(experts[first], experts[i - 1] + 1)
+            first = i
 
 
 def _region(slices: tuple[slice, ...]) -> Region:

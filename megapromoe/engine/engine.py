@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.expert_placement import Placements
 from megapromoe.config.options import Config
 from megapromoe.distributed import watchdog
 from megapromoe.distributed.mesh import Mesh
@@ -120,14 +121,16 @@ class Engine:
             self.sync_parameters_from_masters()
 
     @classmethod
-    def new(cls, config: Config, mesh: Mesh, device: torch.device | str) -> Engine:
+    def new(
+        cls, config: Config, mesh: Mesh, device: torch.device | str, placements: Placements | None = None
+    ) -> Engine:
         """The engine of a model with initial values from `train.seed`. Collective; raises what the constructor raises.
 
         A rank draws only what its masters keep, one tensor or expert at a time. It never has a float32 copy of its
-        part of the model, unless that is what is trained.
+        part of the model, unless that is what is trained. `placements`: see `build`.
         """
-        model = build(config, mesh, device, undrawn=trained_type(config))
-        return cls(model, config, mesh, initial_values(config, mesh))
+        model = build(config, mesh, device, trained_type(config), placements)
+        return cls(model, config, mesh, initial_values(config, mesh, placements))
 
     @property
     def module(self) -> DiT:

@@ -98,7 +98,7 @@ def compiles_whole(block: Any) -> bool:
         return False
     moe = block.mlp
     return isinstance(moe, ConditionalMlp | Mlp) or (
-        isinstance(moe, MoE) and moe.dispatcher.placement.ep == 1 and not moe.region.is_sharded
+        isinstance(moe, MoE) and moe.dispatcher.ep == 1 and not moe.region.is_sharded
     )
 
 

@@ -276,7 +276,7 @@ class CompiledParts:
             share = assignment.share(moe.region, num_routed_images * S)
             units = typical_rows(moe, h_BSD) // max(assignment.top_k, 1)
             sizes = Sizes(sizes.conditional, (of_unknown_size(share[0], units), of_unknown_size(share[1], units)))
-        if moe.dispatcher.placement.ep == 1:
+        if moe.dispatcher.ep == 1:
             return *self._run(local, moe, h_BSD, assignment, sizes), sizes
         metadata, arranged = self._run(arrange, moe, h_BSD, assignment, sizes)
         rows, dense_outputs = self._between(moe, h_BSD, arranged, sizes)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.distributed.parameter_layout import Split
 from megapromoe.errors import UserError
@@ -95,10 +96,12 @@ class LogicalModule(nn.Module):
         rules: name -> rule, for the parameters and buffers that the module itself has.
         has_experts: dimension 0 of the parameters is the routed experts. A rule then describes one expert: its
             initial value is drawn for each expert separately, and its `split` counts the dimension of experts.
+        placed: which ranks have which of these experts; None: consecutive ones.
     """
 
     rules: ClassVar[Mapping[str, ParameterRule]] = {}
     has_experts: ClassVar[bool] = False
+    placed: ExpertPlacement | None = None
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator | None = None) -> None:
         """Writes the initial logical value of the parameter or buffer `name`; with `has_experts`, of one expert.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megapromoe.config.expert_placement import Placements
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
@@ -23,6 +24,7 @@ from megapromoe.nn.compile import compile_model
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.initial_values import InitialValues
 from megapromoe.nn.logical_module import LogicalModule
+from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.moe.routers import Router
 from megapromoe.nn.sharding import Sharding
 
@@ -39,7 +41,7 @@ def layouts(model: nn.Module) -> dict[str, ParameterLayout]:
         module, attribute = _owner(model, name)
         layout = ParameterLayout(name, tuple(parameter.shape))
         if isinstance(module, LogicalModule):
-            layout = replace(layout, expert=module.has_experts)
+            layout = replace(layout, expert=module.has_experts, placed=module.placed)
             if rule := module.rules.get(attribute):
                 layout = replace(layout, split=rule.split, hidden_matrices=rule.hidden_matrices)
         table[name] = layout
@@ -51,6 +53,7 @@ def build(
     mesh: Mesh | None = None,
     device: torch.device | str = "cpu",
     undrawn: torch.dtype | None = None,
+    placements: Placements | None = None,
 ) -> DiT:
     """Returns this rank's model in float32, with initial values from `train.seed` and `model.layouts` (see `layouts`).
 
@@ -58,12 +61,12 @@ def build(
 
     Args:
         undrawn: the parameters are zeros of this type, for a caller that writes `initial_values` elsewhere.
+        placements: which ranks have which experts, for some blocks or all; the other blocks have consecutive experts.
 
     Raises ValueError if tp does not divide a dimension that it splits.
     """
     mesh = mesh or make_mesh()
-    with torch.device("meta"):
-        model = DiT(config.model)
+    model = _logical_model(config, placements)
     model.layouts = layouts(model)
     values = InitialValues(model, model.layouts, mesh, config.train.seed)
     buffers = {name: values.buffer(name) for name, _ in model.named_buffers()}
@@ -88,11 +91,21 @@ def build(
     return model
 
 
-def initial_values(config: Config, mesh: Mesh) -> InitialValues:
+def initial_values(config: Config, mesh: Mesh, placements: Placements | None = None) -> InitialValues:
     """The initial values that `build` gives the parameters of this rank."""
+    model = _logical_model(config, placements)
+    return InitialValues(model, layouts(model), mesh, config.train.seed)
+
+
+def _logical_model(config: Config, placements: Placements | None) -> DiT:
+    """The model at its logical shapes, without values, with the placements of its experts."""
     with torch.device("meta"):
         model = DiT(config.model)
-    return InitialValues(model, layouts(model), mesh, config.train.seed)
+    for number, placement in (placements or {}).items():
+        moe = model.blocks[number].mlp
+        assert isinstance(moe, MoE), f"block {number} has no routed experts"
+        moe.place_experts(placement)
+    return model
 
 
 @torch.no_grad()

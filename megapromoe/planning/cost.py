@@ -283,7 +283,8 @@ def hidden_matrices(model: ModelConfig, layout: Layout) -> Iterator[HiddenMatric
         if layer.is_hidden:
             copies, ranks, routed = layer.copies * layer.stacked, layout.dp, layer.part == "routed experts"
             if routed:
-                copies, ranks = copies // model.num_experts * -(-model.num_experts // layout.ep), layout.edp
+                of_expert = copies // (model.num_experts * len(model.moe_blocks))
+                copies, ranks = of_expert * sum(layout.expert_slots(model)), layout.edp
             yield HiddenMatrices(copies, layer.outputs // layer.stacked, layer.inputs, ranks, routed)
 
 
@@ -320,13 +321,12 @@ def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
 def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = None) -> tuple[list[int], list[int]]:
     """Number of elements of each parameter on the first rank: (replicated or tp-split ones, those of routed experts).
 
-    Each weight and bias of a block's routed experts is one tensor with ceil(E/ep) slots.
+    Each weight and bias of a block's routed experts is one tensor with the slots of a rank.
 
     Args:
         hidden: only hidden matrices, or only all other parameters; None: all.
     """
-    slots = -(-model.num_experts // layout.ep)
-    replicated, routed_of_block = [], []
+    replicated, routed_of_expert = [], []
     for layer in layers(model):
         is_routed = layer.part == "routed experts"
         tensors = layer.tensors(layout.etp if is_routed else layout.tp)
@@ -334,10 +334,10 @@ def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = No
             weights = 1 if layer.is_hidden else 0
             tensors = tensors[:weights] if hidden else tensors[weights:]
         if is_routed:
-            routed_of_block += [slots * n for n in tensors]
+            routed_of_expert += tensors
         else:
             replicated += tensors * layer.copies
-    return replicated, routed_of_block * len(model.moe_blocks)
+    return replicated, [slots * n for slots in layout.expert_slots(model) for n in routed_of_expert]
 
 
 def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:

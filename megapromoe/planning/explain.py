@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from megapromoe.config.options import Config
 from megapromoe.number_text import significant
 from megapromoe.planning.machines import GIB, Assumptions, Machine
-from megapromoe.planning.memory import Budget
+from megapromoe.planning.memory import Budget, placement_in_words
 from megapromoe.planning.roofline import collective_time
 from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, Plan, Search, describe
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
@@ -51,6 +51,8 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     )
     if m.host:
         yield f"  in host memory, for each GPU: {m.host / GIB:.2f} GiB (optimizer and averages)"
+    if placement := placement_in_words(plan.config, plan.layout.world):
+        yield f"  placement of experts by {placement}"
 
 
 def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator[str]:

@@ -7,9 +7,10 @@ Letters as in `cost.py`; b is the size of an activation in bytes. Counts are mea
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from megapromoe.config.expert_placement import CONTIGUOUS, smallest_slots
 from megapromoe.config.model_options import (
     BALANCED_ROUTERS,
     BATCH_CHOICE_ROUTERS,
@@ -396,10 +397,32 @@ def both_passes(config: Config, layout: Layout, batch: Batch, fullness: float = 
 
 
 def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
-    """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep."""
+    """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep.
+
+    A placement of a file balances rows, not numbers of experts.
+    """
     if layout.ep == 1:
         return 1.0
+    if layout.placed_slots:
+        return imbalance
     return imbalance * -(-model.num_experts // layout.ep) * layout.ep / model.num_experts
+
+
+def placement_in_words(config: Config, world: int) -> str | None:
+    """What the file `parallel.placement` costs in memory, in a sentence; None if it is no file. Raises ConfigError."""
+    placements = config.placements_in_file()
+    if not placements:
+        return None
+    slots = [placement.slots for placement in placements.values()]
+    stored = str(min(slots)) if min(slots) == max(slots) else f"{min(slots)} to {max(slots)}"
+    consecutive = replace(config, parallel=replace(config.parallel, placement=CONTIGUOUS))
+    memory, before = memory_per_rank(config, world), memory_per_rank(consecutive, world)
+    more = memory.device + memory.host - before.device - before.host
+    smallest = smallest_slots(config.model.num_experts, config.parallel.ep)
+    return (
+        f"{config.parallel.placement}: a rank stores {stored} experts of a block instead of {smallest}:"
+        f" {more / 1e6:,.1f} MB more states on each rank"
+    )
 
 
 def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Each kernel takes the larger of its arithmetic time and its memory time. The tim
 
 import math
 from dataclasses import dataclass, replace
+from statistics import mean
 
 from megapromoe.config.options import Config, Layout
 from megapromoe.planning.cost import (
@@ -134,8 +135,8 @@ def _product(
     if layer.part == "routed experts":
         rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp)
         rows *= fullest(model, layout, assume.imbalance)
-        slots = -(-model.num_experts // layout.ep)
-        copies, tp = layer.copies // model.num_experts * slots, layout.etp
+        slots = mean(layout.expert_slots(model))
+        copies, tp = layer.copies / model.num_experts * slots, layout.etp
         rows = rows / slots + assume.tile / 2  # an expert's last tile is half full on average
     elif layer.part == "unconditional expert":
         rows, copies, tp = (batch.images - batch.conditional) * model.tokens, layer.copies, layout.tp
@@ -171,9 +172,9 @@ def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions)
     again = RECOMPUTED_PARTS[config.parallel.recompute]
     dense, routed = (4 / 3 if part in again else 1 for part in ("attention", "routed experts"))
     kernels = (model.depth - moe) * DENSE_KERNELS * dense
-    one_moe, zero = MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS), zero_of(config)
-    if not (machine.grouped and zero.width == 2):
-        one_moe += EXPERT_KERNELS * -(-model.num_experts // layout.ep) - GROUPED_KERNELS
+    one_moe, zero = float(MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS)), zero_of(config)
+    if moe and not (machine.grouped and zero.width == 2):
+        one_moe += EXPERT_KERNELS * mean(layout.expert_slots(model)) - GROUPED_KERNELS
     kernels += moe * one_moe * routed
     replicated, of_experts = tensors_on_rank(model, layout)
     return kernels * assume.launch + (len(replicated) + len(of_experts)) * (

@@ -9,6 +9,7 @@ Letters as in `cost.py`; b is the size of an activation in bytes.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import mean
 
 from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
 from megapromoe.config.options import Config, Layout
@@ -122,14 +123,14 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
     if not moe:
         return
     yield tensor("MoE: gradient of the rows' weights", "all_reduce", moe, R * 4, "backward")
+    mean_slots = mean(layout.expert_slots(model))
     if layout.etp > 1:
-        slots = -(-model.num_experts // ep)
-        yield tensor("experts: gradient of the last bias", "all_reduce", moe, slots * D * b, "backward")
+        yield tensor("experts: gradient of the last bias", "all_reduce", moe, mean_slots * D * b, "backward")
 
     local_rows = (
         R if layout.etp > 1 else R / tp
     )  # rows of one rank: the ranks of a region divide the rows, or split the experts
-    num_slots, rows_sent = ep * -(-model.num_experts // ep), local_rows
+    num_slots, rows_sent = ep * mean_slots, local_rows
     if model.capacity_factor:  # a fixed number of slots, see nn/moe/capacity_dispatcher.py
         max_rows = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
         rows_sent = num_slots * max(1, math.ceil(model.capacity_factor * max_rows / model.num_experts))
@@ -281,8 +282,7 @@ def _recomputed_parameters(config: Config, layout: Layout, routed: bool) -> list
         if layer.part not in parts or routed != (layer.part == "routed experts"):
             continue
         if routed:
-            slots = -(-model.num_experts // layout.ep)
-            elements += [slots * n for n in layer.tensors(layout.etp)] * len(model.moe_blocks)
+            elements += [slots * n for slots in layout.expert_slots(model) for n in layer.tensors(layout.etp)]
         elif recompute == "all" or (layer.part, layer.split) != ("MLP", "rows"):
             elements += layer.tensors(layout.tp) * layer.copies
     return elements

@@ -46,6 +46,7 @@ from megapromoe.engine.engine import Engine
 from megapromoe.errors import ExitCode, UserError, repeating_cannot_help
 from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.nn.text_condition import TextCondition
+from megapromoe.training.expert_placement import ChosenPlacement, choose_placement, write_placement
 from megapromoe.training.initializing import start_from_weights
 from megapromoe.training.metric_accumulator import MetricAccumulator
 from megapromoe.training.metrics import Metrics
@@ -55,7 +56,7 @@ from megapromoe.training.routing_recorder import RoutingRecorder
 from megapromoe.training.run_clock import RunClock, elapsed_before
 from megapromoe.training.step_profiler import StepProfiler
 from megapromoe.training.step_tracker import SaveClock, StepTracker, max_accepted_norm
-from megapromoe.training.summary import closing_lines, sample_command, starting, summary
+from megapromoe.training.summary import closing_lines, experts, sample_command, starting, summary
 from megapromoe.training.wandb_run import START_SECONDS, WandbUnavailable, check_installed
 from megapromoe.versions import versions
 
@@ -109,7 +110,8 @@ def train(
                 _make_folder(records)
             with repeating_cannot_help(CheckpointError):
                 start, origin = plan_start(config, run, from_step, fork)
-            _train(config, run, job, start, origin, allow, asked_to_stop)
+            placement = choose_placement(config, run, start.step, launch.local_world)
+            _train(config, run, job, start, origin, placement, allow, asked_to_stop)
         finally:
             if claimed:
                 with contextlib.suppress(OSError):
@@ -152,6 +154,7 @@ def _train(
     job: runtime.Job,
     start: Start,
     origin: Origin,
+    placement: ChosenPlacement,
     allow: tuple[str, ...],
     asked_to_stop: StopRequest,
 ) -> None:
@@ -176,7 +179,7 @@ def _train(
         _check_router_version(config)
     if t.wandb:
         _check_wandb(config)
-    engine = Engine.new(config, mesh, device)
+    engine = Engine.new(config, mesh, device, placement.placements)
     ema = EMA(engine, t.ema_decays, t.ema_warmup)
     objective = make_objective(config)
 
@@ -199,8 +202,9 @@ def _train(
         begins = f"resumes from step {step:,}" if step else "begins at step 0"
         for line in summary(config, mesh.world_size, run.folder, begins, dataset, runtime.describe_device(device)):
             logger.info("%s", line)
-        for line in starting(lines(initial_weights or {})):
+        for line in experts(placement.lines) + starting(lines(initial_weights or {})):
             logger.info("%s", line)
+        write_placement(run.folder, placement)
     for line in describe_changes(config, run.changed, step):  # only rank 0 has them, and only rank 0 logs
         logger.info("changed since the last start: %s", line)
     if step >= t.steps:
@@ -221,8 +225,8 @@ def _train(
     if t.wandb:
         watchdog.starting("connecting to Weights & Biases", START_SECONDS)
     metrics = Metrics(run.folder, config, t.steps, step, enabled=mesh.rank == 0, clock=clock)
-    accumulator = MetricAccumulator(config, mesh, device)
-    recorder = RoutingRecorder(config, mesh, run.routing_trace, step)
+    accumulator = MetricAccumulator(config, mesh, device, placement.placements)
+    recorder = RoutingRecorder(config, mesh, run.routing_trace, step, placement.owner_ME)
     tracker = StepTracker(t, manifest)
     profiler = StepProfiler(t.profiled_steps, run.folder, mesh.rank, device, step)
     save_clock = SaveClock(t.save_minutes, mesh.rank)

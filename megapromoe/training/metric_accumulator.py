@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapromoe.config.expert_placement import ExpertPlacement, Placements
 from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.nn.dit import AuxiliaryOutput
 from megapromoe.planning import cost
 from megapromoe.planning.machines import peak_flops
 from megapromoe.run_lines import DENOISING_LOSS, TOTAL_LOSS, logged_loss
-from megapromoe.training.metrics import expert_statistics, memory, throughput
+from megapromoe.training.metrics import expert_statistics, memory, rank_statistics, throughput
 
 LOAD, ROUTING_WEIGHT = "expert_load", "gate"
 
@@ -37,8 +38,11 @@ class MetricAccumulator:
     _shapes: dict[str, torch.Size]
     _steps: int
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device):
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device, placements: Placements | None = None):
+        """Starts an interval. `placements`: which ranks have which experts, see `nn.parallelize.build`."""
         self.config, self.mesh, self.device = config, mesh, device
+        consecutive = ExpertPlacement.contiguous(config.model.num_experts, mesh.ep.size)
+        self.placements = [(placements or {}).get(block, consecutive) for block in config.model.moe_blocks]
         self.flops = cost.flops_per_image(config.model).training
         self.peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         self.all_damaged = 0
@@ -115,7 +119,7 @@ class MetricAccumulator:
         values |= throughput(images, seconds, self.flops, self.mesh.world_size, self.peak)
         layers = {}
         if applied and load.numel():
-            values |= expert_statistics(load)
+            values |= expert_statistics(load) | rank_statistics(load, self.placements)
             layers = {LOAD: load, ROUTING_WEIGHT: routing_weight / batches}
         values["memory_bytes"] = memory()
         self.all_damaged += int(damaged.item())

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.config.options import Config
 from megapromoe.config.resolve import to_yaml
 from megapromoe.imports import uncollected
 from megapromoe.io import is_own_file, write_text
 from megapromoe.number_text import clock_text, share_of, significant
+from megapromoe.planning.placement_search import fullest_over_mean
 from megapromoe.run_lines import (
     AUXILIARY_LOSSES,
     DENOISING_LOSS,
@@ -294,6 +296,22 @@ def expert_statistics(load_LE: Tensor) -> dict[str, float]:
         statistics["load_max_over_mean"] = float(share_LE.max()) * experts
         statistics["load_entropy"] = float(entropy_L.mean()) / math.log(experts) if experts > 1 else 1.0
     return statistics
+
+
+def rank_statistics(load_LE: Tensor, placements: Sequence[ExpertPlacement]) -> dict[str, float]:
+    """Load balance of the ranks of an expert-parallel group.
+
+    Args:
+        load_LE: as for `expert_statistics`, over all ranks and so over all groups.
+        placements: of each layer.
+
+    Returns:
+        `rank_load_max_over_mean`, the rows of the fullest rank of each layer over the mean of all ranks, both summed
+        over layers (1 is balanced); nothing without expert parallelism or without rows.
+    """
+    if not placements or placements[0].ep == 1 or not load_LE.any():
+        return {}
+    return {"rank_load_max_over_mean": fullest_over_mean(load_LE.double().numpy()[None], placements)}
 
 
 def throughput(

@@ -14,6 +14,7 @@ from megapromoe.config.extensions import shown
 from megapromoe.config.options import UNSET, Config
 from megapromoe.number_text import clock_text, significant
 from megapromoe.planning.cost import flops_per_image, parameters
+from megapromoe.planning.memory import placement_in_words
 from megapromoe.run_lines import DENOISING_LOSS
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def summary(
         "steps": _steps(config, dataset),
         "batch": _batch(config, world),
         "layout": _layout(config, world),
+        "experts": placement_in_words(config, world) or "",
         "precision": _precision(config),
         "optimizer": _optimizer(config),
         "device": device,
@@ -58,6 +60,11 @@ def summary(
 def starting(sentences: Sequence[str]) -> list[str]:
     """Lines on the weights of `train.init_from`, to follow those of `summary`."""
     return [f"{'start':10} {sentence}" for sentence in sentences]
+
+
+def experts(sentences: Sequence[str]) -> list[str]:
+    """Lines on the ranks of the routed experts, to follow those of `summary`."""
+    return [f"{'experts':10} {sentence}" for sentence in sentences]
 
 
 def _model(config: Config) -> str:

@@ -12,8 +12,8 @@ from support.trajectory import small, stir
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
+from megapromoe.config.expert_placement import ExpertPlacement, Placements
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.compile import compile_model
 from megapromoe.nn.parallelize import build
 
@@ -37,13 +37,13 @@ def outcome(model, conditional: int, seed: int, skewed: bool):
     return values | gradients, auxiliary.load_ME
 
 
-def compared(overrides: tuple[str, ...], backend: str) -> dict:
+def compared(overrides: tuple[str, ...], backend: str, placements: Placements | None = None) -> dict:
     """What differs from the eager model in steps with other images, and the graphs that were made. Collective."""
     torch._dynamo.reset()
     counters.clear()
     config = small("model.depth=2", "model.moe_every=1", *overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
-    plain, compiled = (build(config, mesh).train() for _ in range(2))
+    plain, compiled = (build(config, mesh, placements=placements).train() for _ in range(2))
     for model in (plain, compiled):
         stir(model, mesh)
     compile_model(compiled, "aot_eager")
@@ -96,6 +96,17 @@ def test_parts_compute_the_same_and_are_compiled_once(world, graphs, overrides, 
         assert experts_choose or result["unused"], "no expert was without tokens"
 
 
+def test_blocks_with_other_experts_on_a_rank_share_the_graphs():
+    """The slots of experts are a table, not a constant of the graph."""
+    for experts, graphs, placements in (
+        (4, 8, {0: ExpertPlacement(((0, 3), (1, 2))), 1: ExpertPlacement(((1, 2), (0, 3)))}),
+        (3, 8, {0: ExpertPlacement(((2,), (0, 1))), 1: ExpertPlacement(((0, 2), (1,)))}),
+    ):
+        for result in run(2, compared, (*EP, f"model.num_experts={experts}"), "looped", placements):
+            assert not result["differing"]
+            assert (result["graphs"], result["breaks"]) == (len(CONDITIONAL) * [graphs], {})
+
+
 PARTS = ("begin", "hidden", "outputs", "dense", "end")
 
 
@@ -146,14 +157,3 @@ def test_the_same_work_overlaps_equal_parts_as_without_compilation():
     for forward, backward in run(2, order_of_events, ("model.capacity_factor=1.0",)):
         sent = ["begin", "rows", "hidden", "wait", "outputs", "rows", "dense", "wait", "end"]
         assert (forward, backward) == (sent, BACKWARD)
-
-
-def test_slots_are_those_of_the_table(monkeypatch):
-    """Compiled code computes the slots of experts, eager code reads a table."""
-    for ep in range(1, 9):
-        for experts in range(ep, 24):
-            placement, expert_E = ExpertPlacement(experts, ep), torch.arange(experts)
-            with monkeypatch.context() as patched:
-                patched.setattr(torch.compiler, "is_compiling", lambda: True)
-                computed_E = placement.slot_of(expert_E)
-            assert torch.equal(computed_E, placement.slot_E()), (experts, ep)

@@ -21,8 +21,8 @@ from support.dispatch_cases import (
 )
 from support.processes import run
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.mesh import make_mesh
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe import expert_linear
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
@@ -86,20 +86,20 @@ def test_experts_without_rows_have_no_gradient_where_the_kernel_writes_none(monk
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def distributed(kinds: tuple[str, ...], backend: str) -> list:
+def distributed(kinds: tuple[str, ...], backend: str, placement: ExpertPlacement) -> list:
     """Each rank has other tokens and another assignment; gradients of an expert are sums over all ranks. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
-    rank, placement = mesh.rank, ExpertPlacement(E, mesh.ep.size)
+    rank, owned = mesh.rank, list(placement.owned(dist.get_rank()))
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(rank))
     assignment, logical_experts = assignment_of(kinds[rank], T, 10 + rank), experts_of(2)
     local_experts = Experts(placement.slots, D, F)
     for local, logical in zip(local_experts.parameters(), logical_experts.parameters(), strict=True):
         local.data.zero_()
-        local.data[: len(placement.owned(rank))] = logical.data[
-            placement.owned(rank).start : placement.owned(rank).stop
-        ]
+        local.data[: len(owned)] = logical.data[owned]
+    dispatcher = ExpertParallelDispatcher(E, mesh.ep)
+    dispatcher.place_experts(placement)
     with BACKENDS[backend]():
-        ours = outcome(onto_zeros(ExpertParallelDispatcher(E, mesh.ep)), x, assignment, local_experts)
+        ours = outcome(onto_zeros(dispatcher), x, assignment, local_experts)
     expected = outcome(plain, x, assignment, logical_experts) if kinds[rank] != "empty" else None
     sums = [p.grad if p.grad is not None else torch.zeros_like(p) for p in logical_experts.parameters()]
     for g in sums:
@@ -107,9 +107,8 @@ def distributed(kinds: tuple[str, ...], backend: str) -> list:
     out = []
     if expected:
         out += [(ours[i], expected[i]) for i in range(3)]
-    owned = placement.owned(rank)
     for local, logical in zip(ours[3:], sums, strict=True):
-        out.append((local[: len(owned)], logical[owned.start : owned.stop]))
+        out.append((local[: len(owned)], logical[owned]))
         out.append((local[len(owned) :], torch.zeros_like(local[len(owned) :])))  # spare slots get no gradient
     return out
 
@@ -127,7 +126,20 @@ MIXED = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
 def test_expert_parallel_dispatcher_is_the_loop(kinds, backend):
-    for pairs in run(len(kinds), distributed, kinds, backend):
+    check_distributed(kinds, backend, ExpertPlacement.contiguous(E, len(kinds)))
+
+
+PLACED = {2: ((4,), (0, 1, 2, 3, 5)), 4: ((5,), (1, 3), (4,), (0, 2))}  # number of ranks -> the experts of each
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
+def test_experts_can_be_on_any_ranks(kinds, backend):
+    check_distributed(kinds, backend, ExpertPlacement(PLACED[len(kinds)]))
+
+
+def check_distributed(kinds: tuple[str, ...], backend: str, placement: ExpertPlacement) -> None:
+    for pairs in run(len(kinds), distributed, kinds, backend, placement):
         for ours, expected in pairs:
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -135,7 +147,7 @@ def test_expert_parallel_dispatcher_is_the_loop(kinds, backend):
 def traffic(tokens: int) -> dict:
     """The number of collectives and bytes of one layer's forward and backward, top 1. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
-    bank = Experts(ExpertPlacement(E, mesh.ep.size).slots, D, F)
+    bank = Experts(ExpertPlacement.contiguous(E, mesh.ep.size).slots, D, F)
     for p in bank.parameters():
         p.data.fill_(0.01)
     calls, sent = [], [0]
@@ -185,7 +197,7 @@ class RecordedWork(torch.autograd.Function):
 def order_of_events(static: bool) -> tuple[list[str], list[str]]:
     """The events of a layer's forward and backward pass, in order: collectives, waits, other work. Collective."""
     mesh = make_mesh(ep=dist.get_world_size())
-    placement = ExpertPlacement(E, mesh.ep.size)
+    placement = ExpertPlacement.contiguous(E, mesh.ep.size)
     events: list[str] = []
     dispatcher = CapacityDispatcher(E, mesh.ep, 1.5) if static else ExpertParallelDispatcher(E, mesh.ep)
     x, assignment = torch.randn(T, D).requires_grad_(), assignment_of("top 1", T, 1)

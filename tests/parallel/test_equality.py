@@ -20,15 +20,17 @@ import torch
 from support.backends import grouped
 from support.levels import factors_of, full_unless, pairwise
 from support.page_sections import write_section
+from support.placements import placement_file
 from support.processes import run
-from support.trajectory import Trajectory, deviations, train
+from support.trajectory import Trajectory, deviations, small, train
 
 
 @dataclass(frozen=True)
 class Case:
     """A layout and what is trained there. `what` overrides and `prepare` hold for the one process too.
 
-    `grouped`: experts run by grouped products, as on a GPU that has them, and not one by one.
+    `grouped`: experts run by grouped products, as on a GPU that has them, and not one by one. `placed`: uneven numbers
+    of experts on the ranks, in an order that differs from block to block.
     """
 
     world: int
@@ -40,6 +42,7 @@ class Case:
     prepare: str = ""
     recompute: str = "none"
     grouped: bool = False
+    placed: bool = False
 
     @property
     def name(self) -> str:
@@ -48,6 +51,7 @@ class Case:
         )
         what += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         what += ["grouped products"] if self.grouped else []
+        what += ["placed experts"] if self.placed else []
         split = "+experts" if self.expert_tp else ""
         return f"world {self.world} · tp {self.tp}{split} · ep {self.ep} · ZeRO-{self.zero}" + (
             f" · {', '.join(what)}" if what else ""
@@ -259,6 +263,19 @@ FINE_GRAINED = [
 ]  # fmt: skip
 
 
+# Experts on any ranks, in uneven numbers. The first case is quick.
+PLACED = [
+    Case(4, ep=4, zero=2, what=TWELVE, placed=True),
+    Case(4, tp=2, ep=2, zero=3, what=(*TWELVE, *TWICE), recompute="all", placed=True),
+    Case(4, tp=2, ep=2, expert_tp=True, zero=1, what=(*TWELVE, "model.activation=swiglu"), placed=True),
+    Case(3, ep=3, zero=1, what=(*MUON, *ODD, *TWELVE), placed=True),
+    Case(4, ep=4, zero=0, what=TWELVE, prepare="one_expert", grouped=True, placed=True),
+    Case(2, ep=2, zero=1, what=(*TWELVE, "model.router=diffmoe"), placed=True),
+    Case(4, ep=4, zero=1, what=(*FINE, "model.balance_bias=0.02"), placed=True),
+    Case(4, ep=2, zero=2, what=(*TWELVE, *ALL_NULL), placed=True),
+]
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -270,6 +287,8 @@ QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len
 CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES, *ROUTERS]
 QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
 CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
+QUICK += [len(CASES)]
+CASES += PLACED
 
 
 @cache
@@ -302,7 +321,11 @@ def table(request):
 def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
     training = train_grouped if case.grouped else train
-    ours = run(case.world, training, case.overrides(), str(tmp_path), 5, PREPARE[case.prepare])[0]
+    overrides = case.overrides()
+    if case.placed:
+        experts = small(*case.what).model.num_experts
+        overrides = (*overrides, f"parallel.placement={placement_file(tmp_path, experts, case.ep)}")
+    ours = run(case.world, training, overrides, str(tmp_path), 5, PREPARE[case.prepare])[0]
     measured = deviations(ours, expected)
     table.append((case.name, measured))
     assert min(expected.norms) > 0 and max(expected.norms) > 0.5, "the clip norm is not active"

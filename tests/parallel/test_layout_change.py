@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.levels import full
 from support.page_sections import write_section
+from support.placements import placement_file
 from support.processes import run
 from support.training_runs import losses, state, train
 
@@ -31,17 +32,23 @@ CASES = [
     full((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
     full((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
     full((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
+    ((2, 1, 2, 1, "placed"), (2, 1, 2, 1, "placed again")),
+    full((4, 1, 4, 2), (4, 2, 2, 3, "placed")),
+    full((4, 2, 2, 1, "placed"), SINGLE_RANK),
 ]
+PLACED = {"placed": 1, "placed again": 2}  # what a layout has -> seed of its placement of experts
 MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
 
 
 def name(layout: tuple) -> str:
     world, tp, ep, zero, *more = layout
-    return f"{world} ranks, tp {tp}{' with experts' if more else ''}, ep {ep}, ZeRO-{zero}"
+    words = "".join(f", experts {text}" for text in more if text in PLACED)
+    return f"{world} ranks, tp {tp}{' with experts' if more and not words else ''}, ep {ep}, ZeRO-{zero}{words}"
 
 
-def overrides(layout: tuple) -> tuple[str, ...]:
+def overrides(layout: tuple, place: Path) -> tuple[str, ...]:
     _, tp, ep, zero, *more = layout
+    more = [f"parallel.placement={placement_file(place, 12, ep, seed=PLACED[m])}" if m in PLACED else m for m in more]
     return (*MODEL, f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed=fp32_zero{zero}", *more)
 
 
@@ -53,7 +60,7 @@ def place(tmp_path_factory) -> Path:
 @cache
 def undisturbed(layout: tuple, place: Path) -> Path:
     folder = place / name(layout)
-    run(layout[0], train, str(folder), *overrides(layout), f"train.steps={LAST}")
+    run(layout[0], train, str(folder), *overrides(layout, place), f"train.steps={LAST}")
     return folder
 
 
@@ -69,8 +76,8 @@ def table(request):
 def test_ten_further_steps_at_another_layout(before, after, place, tmp_path, table):
     straight = undisturbed(before, place)
     moved = tmp_path / "moved"
-    run(before[0], train, str(moved), *overrides(before), f"train.steps={SAVED}")
-    run(after[0], train, str(moved), *overrides(after), f"train.steps={LAST}")
+    run(before[0], train, str(moved), *overrides(before, place), f"train.steps={SAVED}")
+    run(after[0], train, str(moved), *overrides(after, place), f"train.steps={LAST}")
     assert len(losses(moved)) == len(losses(straight)) == LAST
     in_losses = max(abs(a - b) / abs(b) for a, b in zip(losses(moved), losses(straight), strict=True))
     expected, actual = state(straight, LAST), state(moved, LAST)

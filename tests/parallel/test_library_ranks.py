@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.nn import auxiliary_loss, make_mesh, parallelize
 
 IMAGES, CONDITIONAL = 4, 3  # of a rank
@@ -57,10 +58,12 @@ def alone(options: dict, data_ranks: int) -> dict:
     return {"losses": losses, "norms": norms, "state": {k: v.clone() for k, v in model.state_dict().items()}}
 
 
-def divided(options: dict, tp: int, ep: int, expert_tp: bool) -> dict:
+def divided(options: dict, tp: int, ep: int, expert_tp: bool, placement: ExpertPlacement | None = None) -> dict:
     """The same over the ranks of a mesh. Collective. Only rank 0 has the right initial values."""
     mesh = make_mesh(tp, ep, expert_tp, timeout=60)
     model = network(options, seed=dist.get_rank())
+    if placement:
+        model.moe.place_experts(placement)
     sharding = parallelize(model, mesh)
     x, y = batch(mesh.dp.rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -110,9 +113,16 @@ CASES = [(pytest.param if case in QUICK else full)(case[0], OPTIONS[case[1]]) fo
 )
 def test_a_foreign_model_trains_the_same_on_a_mesh(layout, options):
     """Losses, gradient norms, and the state that is saved; parameters of experts are divided."""
-    world, tp, ep, expert_tp = LAYOUTS[layout]
+    check_divided(options, *LAYOUTS[layout])
+
+
+def test_experts_of_a_foreign_model_can_be_on_any_ranks():
+    check_divided({"num_experts": 5, "top_k": 2}, *LAYOUTS["ep 2"], ExpertPlacement(((0, 2, 3, 4), (1,))))
+
+
+def check_divided(options, world, tp, ep, expert_tp, placement=None):
     expected = alone(options, world // tp)
-    for result in run(world, divided, options, tp, ep, expert_tp):
+    for result in run(world, divided, options, tp, ep, expert_tp, placement):
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
         assert result["state"].keys() == expected["state"].keys()
@@ -122,7 +132,11 @@ def test_a_foreign_model_trains_the_same_on_a_mesh(layout, options):
             )
         experts, width = options.get("num_experts", E), options.get("expert_width", 2 * D)
         width *= 2 if options.get("activation") == "swiglu" else 1
-        assert result["shape"] == (-(-experts // ep), width // (tp if expert_tp else 1), D)
+        assert result["shape"] == (
+            placement.slots if placement else -(-experts // ep),
+            width // (tp if expert_tp else 1),
+            D,
+        )
 
 
 def wrapped(options: dict, wrapper: str) -> dict:

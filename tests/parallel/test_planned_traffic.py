@@ -7,6 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.distributed as dist
+from support.placements import placement_file
 from support.processes import run
 from support.trajectory import small
 
@@ -70,7 +71,7 @@ def recorded(cases: list[tuple[str, ...]]) -> list[tuple[dict, dict]]:
 def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     config = small(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
-    engine = Engine(build(config, mesh), config, mesh)
+    engine = Engine(build(config, mesh, placements=config.placements_in_file()), config, mesh)
     ema = EMA(engine, config.train.ema_decays)
     B = config.layout(mesh.world_size).micro_batch
     generator = torch.Generator().manual_seed(mesh.dp.rank)
@@ -185,6 +186,16 @@ def test_traffic_of_models():
         (*TEXT, "model.text_ffn=24", "parallel.recompute=blocks"),
     )
     compare(4, [(*TWO, "parallel.tp=2", "parallel.ep=2", *more) for more in what])
+
+
+def test_traffic_of_placed_experts(tmp_path):
+    """Uneven numbers of experts, another one in each block, in traffic and states; and with a capacity."""
+    placed = ("parallel.ep=2", "model.num_experts=12")
+    file = placement_file(tmp_path, 12, 2)
+    slots = small(*placed, f"parallel.placement={file}").layout(2).placed_slots
+    assert len(set(slots)) == 2 and min(slots) > 6
+    placed = (*placed, f"parallel.placement={file}")
+    compare(2, [placed, (*placed, "model.capacity_factor=1.5", "parallel.recompute=moe")])
 
 
 def test_traffic_of_dense_models_and_diffmoe():

@@ -8,10 +8,10 @@ from support.dispatch_cases import KINDS, D, E, F, T, assignment_of, experts_of,
 from support.processes import run
 from support.trajectory import small
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import Group, make_mesh
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.dit import DiT
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
 from megapromoe.nn.moe.dispatcher import Dispatcher
@@ -70,16 +70,15 @@ def test_rows_past_the_capacity_are_dropped(kind, factor):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def traffic() -> list:
+def traffic(placement: ExpertPlacement) -> list:
     """What ranks with different numbers of rows send. Collective."""
     mesh = make_mesh(1, dist.get_world_size(), timeout=60)
     bank, rank = experts_of(2), dist.get_rank()
-    placement = ExpertPlacement(E, mesh.ep.size)
     experts = Experts(placement.slots, D, F)
     for p, logical in zip(experts.parameters(), bank.parameters(), strict=True):
         p.data.zero_()
-        owned = placement.owned(rank)
-        p.data[: len(owned)] = logical.data[owned.start : owned.stop]
+        owned = list(placement.owned(rank))
+        p.data[: len(owned)] = logical.data[owned]
     tokens = T - 5 * rank  # null images take the rest of the micro-batch
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(rank))
     assignment = assignment_of("top 1", tokens, rank)
@@ -92,6 +91,7 @@ def traffic() -> list:
     dist.all_to_all_single = recorded
     try:
         dispatcher = CapacityDispatcher(E, mesh.ep, SLOTS_FOR_ALL)
+        dispatcher.place_experts(placement)
         base = torch.zeros(T, D)
         x.requires_grad_()
         y = dispatcher.combine(dispatcher.run_experts(dispatcher.dispatch(x, assignment, T), experts), base)
@@ -105,9 +105,18 @@ def traffic() -> list:
     return [forward, len(sent) - forward, {n for n, _, _ in sent}, placement.slots * dispatcher.tokens_per_expert(T)]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_exchange_equal_parts_and_no_counts(world):
-    for forward, backward, sizes, rows in run(world, traffic):
+PLACEMENTS = [
+    ExpertPlacement.contiguous(E, 2),
+    ExpertPlacement.contiguous(E, 4),
+    ExpertPlacement(((5,), (1, 3), (4,), (0, 2))),
+    ExpertPlacement(((4,), (0, 1, 2, 3, 5))),
+]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: str(placement.experts_of_rank))
+def test_ranks_exchange_equal_parts_and_no_counts(placement):
+    world = placement.ep
+    for forward, backward, sizes, rows in run(world, traffic, placement):
         assert (forward, backward) == (2, 2)
         assert sizes == {world * rows * D}
 

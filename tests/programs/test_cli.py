@@ -116,8 +116,8 @@ def test_every_command_has_help_that_needs_no_torch(name):
 
 def test_the_table_of_commands_and_their_files_agree():
     files = {path.stem for path in (ROOT / "megapromoe" / "commands").glob("*.py")}
-    parts = {"__init__", "command_line", "encode_sources", "options", "plan_report", "renamed_flags"}
-    parts |= {"study_options", "study_plan"}
+    parts = {"__init__", "command_line", "encode_sources", "options", "plan_rehearsal", "plan_report", "renamed_flags"}
+    parts |= {"routing_place", "routing_trace", "study_options", "study_plan"}
     assert files - parts == set(cli.COMMANDS)
     for name in cli.COMMANDS:
         command = cli.load(name)
@@ -125,7 +125,7 @@ def test_the_table_of_commands_and_their_files_agree():
 
 
 @pytest.mark.parametrize(
-    "line", [["data", "check", "x"], ["inspect", "x"], ["launchers", "x"], ["routing", "--run-dir", "x"]]
+    "line", [["data", "check", "x"], ["inspect", "x"], ["launchers", "x"], ["routing", "place", "--run-dir", "x"]]
 )
 def test_a_command_that_takes_no_settings_refuses_them(line, capsys):
     for more, reason in (["model.depth=3"], "takes no settings"), (["a", "b"], "unrecognized arguments"):

@@ -282,6 +282,8 @@ ELSEWHERE = {
     r"python -m megapromoe\.evaluation\.scene_tasks$": "tests/unit/test_scene_tasks.py",
     r"megapromoe routing --run-dir runs/scenes.*$": "tests/parallel/test_text_routing.py",
     r"(?:torchrun .*)?megapromoe evaluate --run-dir runs/scenes.*$": "tests/parallel/test_scene_scores.py",
+    r"megapromoe routing place .*$": "tests/unit/test_place_command.py",
+    r"torchrun .* megapromoe train .* parallel\.placement=placement\.yaml$": "tests/parallel/test_placed_training.py",
     r"megapromoe study \w+ runs/scenes_study.*$": "tests/programs/test_studies.py",
     r"megapromoe study (collect paper/t7|(plan|run) runs/small( .*)?)$": "tests/programs/test_paper_recipes.py",
     r"python tools/measure_plan\.py .*$": "file:tools/measure_plan.py",

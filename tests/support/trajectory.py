@@ -76,7 +76,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     """
     config = small(*overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
-    model = build(config, mesh)
+    model = build(config, mesh, placements=config.placements_in_file())
     # A zero output layer would hide most of the model: give what starts at zero small logical values.
     stir(model, mesh)
     if prepare:

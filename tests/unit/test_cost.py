@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.placements import placement_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,7 @@ from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.nn.dit import DiT
-from megapromoe.nn.parallelize import build, layouts
+from megapromoe.nn.parallelize import build, initial_values, layouts
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
@@ -169,9 +170,12 @@ def test_rows_where_tokens_are_fewer_than_experts(router, rows):
     assert flops_per_image(model).by_part["routed experts"] == rows * 2 * 2 * 32 * 48
 
 
+DIRECTIONS = ("world", "tp", "dp", "ep", "edp")
+
+
 def first_rank(layout):
     """The mesh of rank 0, as far as slicing parameters needs it."""
-    groups = {name: Group(tuple(range(size)), 0) for name, size in vars(layout).items() if name != "micro_batch"}
+    groups = {name: Group(tuple(range(size)), 0) for name, size in vars(layout).items() if name in DIRECTIONS}
     return Mesh(groups["world"], groups["tp"], groups["dp"], groups["ep"], groups["edp"], expert_tp=layout.etp > 1)
 
 
@@ -196,6 +200,24 @@ def test_parameter_bytes_are_those_of_the_rank(overrides):
         table = layouts(DiT(config.model)).values()
     held = sum(torch.Size(layout.local_shape(mesh)).numel() for layout in table)
     assert memory_per_rank(config, 8).parameters == 2 * held
+
+
+def test_memory_of_placed_experts_is_that_of_the_rank_with_the_most(tmp_path):
+    """In each block, for parameters, and for what ZeRO divides over the ranks with the same experts."""
+    file = placement_file(tmp_path, 12, 4)
+    settings = ["train.deepspeed=bf16_zero1", "parallel.ep=4", "model.num_experts=12"]
+    config = resolve("digits", overrides=[*settings, f"parallel.placement={file}"], world=8)
+    mesh, placements = first_rank(config.layout(8)), config.placements_in_file()
+    slots = [placement.slots for placement in placements.values()]
+    assert config.layout(8).placed_slots == tuple(slots) and min(slots) > 3 and len({*slots}) == 2
+    table = initial_values(config, mesh, placements).layouts.values()
+    held = sum(torch.Size(layout.local_shape(mesh)).numel() for layout in table)
+    memory, consecutive = memory_per_rank(config, 8), memory_per_rank(resolve("digits", overrides=settings), 8)
+    assert memory.parameters == 2 * held
+    expert = sum(torch.Size(layout.shape[1:]).numel() for layout in table if layout.expert) // 2
+    more = sum(slots) - 2 * 3  # experts
+    assert memory.parameters - consecutive.parameters == 2 * more * expert
+    assert memory.optimizer - consecutive.optimizer == 12 * more * expert // 2  # over two ranks
 
 
 def test_memory_of_the_zero_stages():

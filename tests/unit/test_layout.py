@@ -5,19 +5,20 @@ import torch
 from support.meshes import mesh_of
 from support.trajectory import small
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import rank_tables
-from megapromoe.distributed.parameter_layout import ExpertPlacement, ParameterLayout, Split
+from megapromoe.distributed.parameter_layout import ParameterLayout, Split
 from megapromoe.nn.parallelize import build, layouts
 
 
 @pytest.mark.parametrize("experts, ep", [(4, 1), (4, 4), (12, 8), (5, 3), (8, 8)])
 def test_every_expert_has_one_owner(experts, ep):
-    placement = ExpertPlacement(experts, ep)
+    placement = ExpertPlacement.contiguous(experts, ep)
     owned = [list(placement.owned(r)) for r in range(ep)]
     assert sum(owned, []) == list(range(experts))
     assert max(map(len, owned)) == placement.slots and max(map(len, owned)) - min(map(len, owned)) <= 1
-    slots = placement.slot_E().tolist()
+    slots = list(placement.slot_of_expert)
     assert slots == [r * placement.slots + i for r in range(ep) for i in range(len(owned[r]))]
 
 
@@ -37,6 +38,13 @@ def test_groups_partition_the_ranks(world, tp, ep, expert_tp):
             assert set(mesh.ep.ranks) & set(mesh.tp.ranks) == {rank}
 
 
+PLACED = {
+    2: ExpertPlacement(((1,), (0, 2, 3, 4))),
+    3: ExpertPlacement(((4,), (0, 2), (1, 3))),
+    4: ExpertPlacement(((4,), (0, 1), (3,), (2,))),
+}
+
+
 @pytest.mark.parametrize(
     "world, tp, ep, expert_tp", [(4, 2, 2, False), (4, 2, 2, True), (8, 2, 4, False), (6, 2, 3, False)]
 )
@@ -47,6 +55,9 @@ def test_slices_of_all_ranks_make_the_logical_tensor(world, tp, ep, expert_tp):
         ParameterLayout("norm", (7,)),
         ParameterLayout("experts", (5, 8, 4), Split(1), expert=True),
         ParameterLayout("expert bias", (5, 4), None, expert=True),
+        ParameterLayout("placed", (5, 8, 4), Split(1), expert=True, placed=PLACED[ep]),
+        ParameterLayout("placed gate and up", (5, 16, 4), Split(1, blocks=2), expert=True, placed=PLACED[ep]),
+        ParameterLayout("placed bias", (5, 4), None, expert=True, placed=PLACED[ep]),
     ]
     for layout in cases:
         logical = torch.arange(1.0, 1 + torch.Size(layout.shape).numel()).view(layout.shape)
@@ -65,6 +76,12 @@ def test_slices_of_all_ranks_make_the_logical_tensor(world, tp, ep, expert_tp):
         torch.testing.assert_close(weights, torch.ones(layout.shape), msg=layout.name)
 
 
+def test_a_placement_is_for_one_number_of_ranks():
+    layout = ParameterLayout("experts", (5, 8, 4), expert=True, placed=PLACED[2])
+    with pytest.raises(ValueError, match="placement of 5 experts over 2 ranks: must be of 5 experts over 4 ranks"):
+        layout.local_shape(mesh_of(0, 4, 1, 4))
+
+
 def test_a_dimension_that_does_not_divide_is_named():
     layout = ParameterLayout("blocks.0.attn.qkv.weight", (18, 6), Split(0, blocks=3))
     with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.weight: dimension 0 .* parallel\.tp"):
@@ -81,6 +98,23 @@ def test_the_model_starts_the_same_at_every_layout(world, tp, ep, expert_tp):
         model = build(config, mesh)
         for name, local in model.named_parameters():
             assert torch.equal(local, model.layouts[name].local_shard(logical[name], mesh)), name
+
+
+def test_the_model_starts_the_same_with_every_placement():
+    config = small("model.num_experts=5")
+    logical = dict(build(config).named_parameters())
+    placed = {1: PLACED[2], 3: ExpertPlacement(((0, 3, 4), (1, 2)))}
+    for rank in range(2):
+        mesh = mesh_of(rank, 2, 1, 2)
+        model = build(config, mesh, placements=placed)
+        parameters = dict(model.named_parameters())
+        for name, local in parameters.items():
+            assert torch.equal(local, model.layouts[name].local_shard(logical[name], mesh)), name
+        for block, placement in placed.items():
+            weight = parameters[f"blocks.{block}.mlp.experts.fc1.weight"]
+            expected = logical[f"blocks.{block}.mlp.experts.fc1.weight"][list(placement.owned(rank))]
+            assert len(weight) == placement.slots
+            assert torch.equal(weight[: len(expected)], expected) and not weight[len(expected) :].any()
 
 
 def test_dense_experts_of_a_layer_start_different():

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.collectives import AsyncAllToAll
 from megapromoe.distributed.mesh import Group
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import rows_per_expert
 from megapromoe.nn.moe.dispatcher import Dispatcher, Experts
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
@@ -49,18 +49,18 @@ class CapacityDispatcher(Dispatcher):
             expert_tp: see `Dispatcher`.
         """
         super().__init__(num_experts, region, expert_tp)
-        self.placement = ExpertPlacement(num_experts, group.size)
-        self.group, self.capacity_factor = group, capacity_factor
+        self.group, self.num_experts, self.capacity_factor = group, num_experts, capacity_factor
+        self.place_experts(ExpertPlacement.contiguous(num_experts, group.size))
 
     def tokens_per_expert(self, max_rows: int) -> int:
         """Slots for the rows of one rank for one expert: capacity_factor·max_rows/E, rounded up, at least 1.
 
         `max_rows`: the largest number of rows of any rank.
         """
-        return max(1, math.ceil(self.capacity_factor * max_rows / self.placement.experts))
+        return max(1, math.ceil(self.capacity_factor * max_rows / self.num_experts))
 
     def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> _SlotsToSend:
-        ep, experts_per_rank, Q = self.group.size, self.placement.slots, self.tokens_per_expert(max_rows)
+        ep, experts_per_rank, Q = self.ep, self.slots_per_rank, self.tokens_per_expert(max_rows)
         num_slots = ep * experts_per_rank * Q
         count_E = rows_per_expert(expert_slot_R, ep * experts_per_rank)
         first_E = count_E.cumsum(0) - count_E

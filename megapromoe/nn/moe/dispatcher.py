@@ -25,8 +25,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.host_copy import AsyncHostCopy
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.expert_linear import ExpertOffsets, has_grouped_mm_kernel
 from megapromoe.nn.moe.row_permutations import (
@@ -132,9 +132,30 @@ class Dispatcher:
             region: the tensor-parallel group, over whose ranks the rows are divided: each row is computed once.
             expert_tp: every rank of the region computes all rows instead, with its slice of each expert.
         """
-        self.placement = ExpertPlacement(num_experts, 1)
         self.region = region
         self.expert_tp = expert_tp
+        self.place_experts(ExpertPlacement.contiguous(num_experts, 1))
+
+    def place_experts(self, placement: ExpertPlacement, device: torch.device | str = "cpu") -> None:
+        """Sets which ranks have which experts.
+
+        Args:
+            placement: over the ranks of the ep group.
+            device: of the rows; on another one the table of slots is copied at the first dispatch.
+        """
+        self.placement, self.ep, self.slots_per_rank = placement, placement.ep, placement.slots
+        slots = placement.slot_of_expert
+        # Without a table if the slots have the numbers of the experts.
+        is_numbered = slots == tuple(range(len(slots)))
+        self._slot_E = None if is_numbered else torch.tensor(slots, dtype=torch.int64, device=device)
+
+    def slot_of(self, expert_R: Tensor) -> Tensor:
+        """Global slots of logical experts, see `ExpertPlacement.slot_of_expert`; int64 of the same shape."""
+        if self._slot_E is None:
+            return expert_R
+        if self._slot_E.device != expert_R.device:
+            self._slot_E = self._slot_E.to(expert_R.device)
+        return self._slot_E[expert_R]
 
     def dispatch(self, x_TD: Tensor, assignment: TokenAssignment, max_tokens: int) -> Dispatched:
         """Sorts the rows by expert and starts to send them.
@@ -172,8 +193,7 @@ class Dispatcher:
         """Sorts the rows of `shard` by expert; the arguments are those of `dispatch`. Sends nothing."""
         shards = 1 if self.expert_tp else self.region.size
         max_rows = -(-max_tokens // shards) * max(assignment.top_k, 1)
-        slots = self.placement.ep * self.placement.slots
-        expert_slot_R, order_R = sort_by_expert(self.placement.slot_of(assignment.expert_R), slots)
+        expert_slot_R, order_R = sort_by_expert(self.slot_of(assignment.expert_R), self.ep * self.slots_per_rank)
         token_R, inverse_R = assignment.tokens_of(order_R), None
         if assignment.top_k:
             inverse_R = inverse_permutation(order_R)
@@ -215,10 +235,10 @@ class Dispatcher:
 
         Args:
             rows_RD: rows (R, D).
-            expert_slot_R: the slot of each row's expert, see `ExpertPlacement`; int64 (R,).
+            expert_slot_R: the slot of each row's expert, see `slot_of`; int64 (R,).
             max_rows: the largest R of any rank.
         """
-        return _LocalRows(rows_RD, expert_slot_R, end_offsets(expert_slot_R, self.placement.slots), None)
+        return _LocalRows(rows_RD, expert_slot_R, end_offsets(expert_slot_R, self.slots_per_rank), None)
 
 
 class _LocalRows(NamedTuple):

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.collectives import AsyncAllToAll, exchange_counts
 from megapromoe.distributed.host_copy import AsyncHostCopy
 from megapromoe.distributed.mesh import Group
-from megapromoe.distributed.parameter_layout import ExpertPlacement
 from megapromoe.nn.moe.assignment import rows_per_expert
 from megapromoe.nn.moe.dispatcher import Dispatcher, Experts, ReturnedRows, end_offsets
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
@@ -30,11 +30,11 @@ class ExpertParallelDispatcher(Dispatcher):
         self, num_experts: int, group: Group, region: Region = NO_TENSOR_PARALLEL, expert_tp: bool = False
     ) -> None:
         super().__init__(num_experts, region, expert_tp)
-        self.placement = ExpertPlacement(num_experts, group.size)
         self.group = group
+        self.place_experts(ExpertPlacement.contiguous(num_experts, group.size))
 
     def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> _RowsToSend:
-        ep, experts_per_rank = self.group.size, self.placement.slots
+        ep, experts_per_rank = self.ep, self.slots_per_rank
         send_counts = rows_per_expert(expert_slot_R, ep * experts_per_rank).view(ep, experts_per_rank)
         return _RowsToSend(rows_RD, send_counts, send_counts.sum(1, keepdim=True), self.group)
 

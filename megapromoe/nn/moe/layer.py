@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from megapromoe.config import extensions
+from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.config.layer_options import LAYER_FIELDS, LayerOptions, layer_config
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.distributed.mesh import UNSHARDED, Mesh
+from megapromoe.distributed.parameter_layout import placement_over
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.auxiliary import MoEAuxiliary
 from megapromoe.nn.moe.capacity_dispatcher import CapacityDispatcher
@@ -158,6 +160,16 @@ class MoE(RegionModule):
             self.dispatcher = ExpertParallelDispatcher(num_experts, mesh.ep, self.region, mesh.expert_tp)
         else:
             self.dispatcher = Dispatcher(num_experts, self.region, mesh.expert_tp)
+        placement = placement_over(mesh.ep.size, num_experts, self.experts.fc1.placed)
+        self.dispatcher.place_experts(placement, self.experts.fc1.weight.device)
+
+    def place_experts(self, placement: ExpertPlacement | None) -> None:
+        """Chooses which expert-parallel ranks have which experts; None: consecutive ones.
+
+        Call it before the layer is divided over ranks, for example by `megapromoe.nn.parallelize`.
+        """
+        for linear in (self.experts.fc1, self.experts.fc2):
+            linear.placed = placement
 
     def forward(
         self,
