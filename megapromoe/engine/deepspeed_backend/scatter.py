@@ -61,11 +61,12 @@ class GradientScatter:
             self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
+        zero = self._zero
         before = self._running.pop(bucket.process_group, None)
         if before is not None:
             before.finish_reduction()
         bucket.start_reduction()
-        if self._zero.overlap_comm:
+        if zero.overlap_comm:
             self._running[bucket.process_group] = bucket
         else:
             bucket.finish_reduction()
