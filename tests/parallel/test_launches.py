@@ -87,8 +87,8 @@ def steps(names: tuple[str, ...]) -> list[dict[str, Issued]]:
     return [count_step(narrow(name, "train.global_batch=8"), mesh) for name in names]
 
 
-# Forward, loss, backward of the model; what DeepSpeed's engine adds to forward and backward; norm, update, averages. The
-# gradient of each parameter is copied.
+# Forward, loss, backward of the model; what DeepSpeed's engine adds to forward and backward; norm, update, averages.
+# The gradient of each parameter is copied.
 EAGER = {"promoe_xl": (1099, 9, 1978, 1, 421, 23, 23, 3), "dit_xl": (529, 7, 1264, 1, 295, 23, 16, 2)}
 
 

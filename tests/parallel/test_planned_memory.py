@@ -214,4 +214,5 @@ def test_memory_falls_where_it_should():
     assert peak("parallel.ep=8") < plain
     all_reduced = "train.gradient_reduction=all_reduce"
     assert plain < peak(all_reduced) > peak("train.deepspeed=bf16_zero2", all_reduced)
-    assert peak("train.accumulation=2") < plain < peak("train.global_batch=512")
+    assert peak("train.accumulation=2", all_reduced) < peak(all_reduced)
+    assert peak("train.accumulation=2", "train.deepspeed=bf16_zero2") < plain < peak("train.global_batch=512")
