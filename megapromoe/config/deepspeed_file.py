@@ -55,6 +55,8 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
     if not problems and config.train.adamw_backend == "fused":
         problems += _fused_update(name, content.get(ZERO, {}))
+    if not problems and config.train.gradient_reduction == "reduce_scatter":
+        problems += _reduce_scatter(name, content.get(ZERO, {}))
     if not problems and config.train.optimizer == "muon" and "offload_optimizer" in content.get(ZERO, {}):
         problems.append(
             f"train.optimizer = 'muon': is not supported with train.deepspeed = {name!r}, which offloads the optimizer"
@@ -74,6 +76,20 @@ def _fused_update(name: str, zero: dict[str, Any]) -> Iterator[str]:
         )
     elif "offload_optimizer" in zero:
         yield f"{subject}, which offloads the optimizer to the host; use train.adamw_backend=torch"
+
+
+def _reduce_scatter(name: str, zero: dict[str, Any]) -> Iterator[str]:
+    """Why gradients cannot be reduce-scattered with a file's block `zero_optimization`, in a sentence."""
+    subject = f"train.gradient_reduction = 'reduce_scatter': is not supported with train.deepspeed = {name!r}"
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        why = "which shards no gradients or states" if stage == 0 else "which always reduce-scatters gradients"
+        yield f"{subject}, ZeRO stage {stage}, {why}; use stage 1 or 2, or train.gradient_reduction=auto"
+    elif "offload_optimizer" in zero:
+        yield (
+            f"{subject}, which offloads the optimizer: DeepSpeed then copies gradients to the host as it reduces them;"
+            " use train.gradient_reduction=auto"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -241,6 +241,13 @@ class TrainConfig:
     deepspeed: str = option(
         "bf16_zero1", "DeepSpeed configuration: the name of a file in ds_configs, or a path to a .json file"
     )
+    gradient_reduction: str = option(
+        "auto",
+        "how ZeRO stages 1 and 2 sum gradients over the ranks: each rank gets the sum of its shard (reduce_scatter), or"
+        " DeepSpeed all-reduces everything, twice the bytes (all_reduce); auto: reduce_scatter, but all_reduce with"
+        " Muon and with offloading. Other stages have one way only",
+        ("auto", "reduce_scatter", "all_reduce"),
+    )
     compile: bool = option(False, "compile the blocks with torch.compile; the first step then takes minutes")
     seed: int = option(0, "seed of the initial weights", within=ZERO_UP)
     init_from: str = option(

@@ -4,19 +4,19 @@ Everything is derived from one table of the model's linear layers, `layers`. Let
 S tokens of an image, N tokens of a text, L blocks, E routed experts, K experts of a token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megapromoe.config import extensions
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.model_options import ModelConfig
 from megapromoe.config.options import Config, Layout
+from megapromoe.planning.zero import consecutive_groups, largest_group, scatters_gradients
 
 TIME_SINUSOIDS = 256
 EXPERT_PARTS = ("routed experts", "shared expert", "conditional expert", "unconditional expert")
 HIDDEN_PARTS = ("attention", "MLP", "text MLP", *EXPERT_PARTS)
-# Source: DeepSpeed 0.19.8, nccl_start_alignment_factor and max_group_size.
-EVEN, LARGEST_GROUP = 2, 178_956_971
+EVEN = 2  # source: DeepSpeed 0.19.8, nccl_start_alignment_factor
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def layers(model: ModelConfig) -> Iterator[Linear]:
 def _custom_router(model: ModelConfig, moe: int) -> Iterator[Linear]:
     """The layers of a user's router, which its class describes for one MoE layer."""
     for layer in extensions.ROUTER.load(model.router).planned_layers(model):
-        yield replace(layer, copies=layer.copies * moe, rows=layer.rows * moe)
+        yield replace(layer, part="router", copies=layer.copies * moe, rows=layer.rows * moe)
 
 
 def _mlp(part: str, D: int, width: int, copies: int, rows: int, hidden: int) -> Iterator[Linear]:
@@ -223,6 +223,7 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     The result is exact and includes ZeRO's padding. Activations and communication buffers are not included; see
     `planning.memory`. ZeRO partitions the optimizer's states and the EMA from stage 1, the gradients from stage 2 and
     the parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
+    Where gradients are reduce-scattered, stage 1 too keeps only a shard of them, unless it sums micro-batches.
     AdamW keeps two fp32 moments, Muon one, and both an fp32 master copy; plain fp32 training (stage 0) needs no master
     copy. The EMA is fp32, one for each of `train.ema_decay`.
 
@@ -237,9 +238,10 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     if stage == 3:  # every tensor is partitioned separately
         shards = [sum(-(-n // group.ranks) for n in group.tensors) for group in groups]
     else:  # flat groups of tensors are partitioned
-        shards = [sum(flat_shards(group.tensors, group.ranks, group.routed)) for group in groups]
+        shards = [group.shard for group in groups]
     shard = sum(shards)
     held = unsharded if stage == 0 else shard
+    summed_at_once = scatters_gradients(config) and config.train.accumulation == 1
     width = 2 if bf16 else 4
     master = 0 if stage == 0 and not bf16 else 4
     optimizer = sum(
@@ -250,7 +252,7 @@ def memory_per_rank(config: Config, world: int) -> Memory:
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     return Memory(
         parameters=width * (shard if stage == 3 else unsharded),
-        gradients=width * (shard if stage >= 2 else unsharded),
+        gradients=width * (shard if stage >= 2 or summed_at_once else unsharded),
         optimizer=optimizer,
         ema=ema,
         host=optimizer + ema if offloaded else 0,
@@ -304,51 +306,69 @@ class OptimizerGroup:
     routed: bool
     uses_muon: bool = False
 
+    @property
+    def shard(self) -> int:
+        """Elements of a rank's part, which ZeRO 1 and 2 pad to equal, even parts."""
+        return -(-sum(self.tensors) // (EVEN * self.ranks)) * EVEN
+
 
 def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
-    """The parameter groups of the optimizer on the first rank: `tensors_on_rank`, with Muon's apart from AdamW's."""
-    replicated, routed = tensors_on_rank(config.model, layout)
-    if config.train.optimizer != "muon":
-        return [OptimizerGroup(replicated, layout.dp, False), OptimizerGroup(routed, layout.edp, True)]
+    """The parameter groups of the optimizer on the first rank; those of Muon are separate from those of AdamW.
+
+    Source: engine/deepspeed_backend/start.py. The order of parameters is that of `tensors_on_rank`.
+    """
     groups = []
-    for uses_muon in (False, True):
-        replicated, routed = tensors_on_rank(config.model, layout, hidden=uses_muon)
-        groups.append(OptimizerGroup(replicated, layout.dp, False, uses_muon))
-        groups.append(OptimizerGroup(routed, layout.edp, True, uses_muon))
+    for uses_muon in (False, True) if config.train.optimizer == "muon" else (None,):
+        kinds = tensors_on_rank(config.model, layout, hidden=uses_muon)
+        for routed, ranks, tensors in zip((False, True), (layout.dp, layout.edp), kinds, strict=True):
+            for numbers in consecutive_groups(tensors, largest_group(config, routed, ranks)):
+                part = tensors[numbers.start : numbers.stop]
+                groups.append(OptimizerGroup(part, ranks, routed, bool(uses_muon)))
     return groups
+
+
+OUTSIDE = -1  # the block of parameters that belong to none
 
 
 def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = None) -> tuple[list[int], list[int]]:
     """Number of elements of each parameter on the first rank: (replicated or tp-split ones, those of routed experts).
 
-    Each weight and bias of a block's routed experts is one tensor with the slots of a rank.
+    First those outside of blocks, then those of each block, the largest first. Each weight and bias of a block's
+    routed experts is one tensor with the slots of a rank.
 
     Args:
         hidden: only hidden matrices, or only all other parameters; None: all.
     """
-    replicated, routed_of_expert = [], []
+    slots = dict(zip(model.moe_blocks, layout.expert_slots(model), strict=True))
+    replicated: dict[int, list[int]] = {block: [] for block in range(OUTSIDE, model.depth)}
+    routed: dict[int, list[int]] = {block: [] for block in range(OUTSIDE, model.depth)}
     for layer in layers(model):
         is_routed = layer.part == "routed experts"
         tensors = layer.tensors(layout.etp if is_routed else layout.tp)
         if hidden is not None:
             weights = 1 if layer.is_hidden else 0
             tensors = tensors[:weights] if hidden else tensors[weights:]
-        if is_routed:
-            routed_of_expert += tensors
-        else:
-            replicated += tensors * layer.copies
-    return replicated, [slots * n for slots in layout.expert_slots(model) for n in routed_of_expert]
+        blocks = _blocks_of(model, layer.part)
+        for block in blocks:
+            if is_routed:
+                routed[block] += [slots[block] * n for n in tensors]
+            else:
+                replicated[block] += tensors * (layer.copies // len(blocks))
+    in_order = [[n for block in kind.values() for n in sorted(block, reverse=True)] for kind in (replicated, routed)]
+    return in_order[0], in_order[1]
 
 
-def flat_shards(tensors: list[int], ranks: int, routed: bool) -> list[int]:
-    """Elements of a rank's shard of each flat group of tensors, which ZeRO 1 and 2 pad to equal shards.
-
-    Tensors of routed experts are split into several groups if they are too large for one. Source:
-    deepspeed/moe/utils.py.
-    """
-    groups: list[list[int]] = [[]]
-    for n in tensors:
-        if routed and groups[-1] and sum(groups[-1]) + n > LARGEST_GROUP:
-            groups.append([])
-        groups[-1].append(n)
-    return [-(-sum(group) // (EVEN * ranks)) * EVEN for group in groups if group]
+def _blocks_of(model: ModelConfig, part: str) -> Sequence[int]:
+    """The blocks that have a part, each equally many of its layers; `OUTSIDE` for a part outside of blocks."""
+    every = range(model.depth)
+    if part in ("adaLN", "attention"):
+        return every
+    if part == "text MLP":
+        return every[:-1]
+    if part == "MLP":
+        return [block for block in every if block not in model.expert_blocks]
+    if part in ("conditional expert", "shared expert", "unconditional expert"):
+        return model.expert_blocks
+    if part in ("router", "capacity predictor", "routed experts"):
+        return model.moe_blocks
+    return (OUTSIDE,)

@@ -19,14 +19,20 @@ from megapromoe.config.model_options import (
     ModelConfig,
 )
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import TIME_SINUSOIDS, memory_per_rank, optimizer_groups, tensors_on_rank
+from megapromoe.planning.cost import (
+    TIME_SINUSOIDS,
+    OptimizerGroup,
+    memory_per_rank,
+    optimizer_groups,
+    tensors_on_rank,
+)
 from megapromoe.planning.traffic import (
     Batch,
     expected_batch,
     routed_images,
     routed_rows,
 )
-from megapromoe.planning.zero import zero_of
+from megapromoe.planning.zero import scatters_gradients, zero_of
 
 INDEX = 8  # bytes of an int64
 MUON_BATCH = 1 << 25  # elements of matrices that Muon orthogonalises at once, as in engine/muon.py
@@ -430,20 +436,39 @@ def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, f
 
     Backward pass: gradient buckets, two with overlapped communication; at stage 3 also the gathered parameters. Update:
     stages 1 and 2 make a flat and a float32 copy of the gradients of a group. Source: DeepSpeed 0.19.8, runtime/zero.
+    Gradients that are reduce-scattered have buckets for experts too, and a shard is flat already. Source:
+    engine/deepspeed_backend/scatter.py.
     Muon adds the tensors of its update, see `engine/muon.py`.
     """
     zero = zero_of(config)
     replicated, routed = tensors_on_rank(config.model, layout)
-    largest = max(sum(group.tensors) / group.ranks for group in optimizer_groups(config, layout))
+    groups = optimizer_groups(config, layout)
+    largest = max(sum(group.tensors) / group.ranks for group in groups)
     muon = _muon_temporaries(config, layout, b)
     if zero.stage == 0:
         return 0, max(min(zero.bucket, sum(replicated) + sum(routed)) * b, muon)
+    if scatters_gradients(config):
+        return zero.message_width * _scattered_buckets(groups, zero.overlap), largest * 4 + muon
     flat = zero.bucket * b if zero.contiguous else 0
     if zero.stage < 3:
         return flat * (2 if zero.overlap else 1), largest * (4 + b) + muon
     large = sum(n for n in (*replicated, *routed) if n > zero.small)
     small = sum(replicated) + sum(routed) - large
     return flat + (min(large, zero.kept + zero.ahead) + small) * b, largest * 4 + muon
+
+
+def _scattered_buckets(groups: list[OptimizerGroup], overlap: bool) -> int:
+    """Elements of the buckets that exist together: one that is filled and one that is sent, for each kind of group.
+
+    Beside them that of the parameters outside of blocks, which waits until the backward pass ends. Where no other rank
+    has the same parameters, the buckets are the gradients themselves.
+    """
+    elements = 0
+    for routed in (False, True):
+        sizes = [group.shard * group.ranks for group in groups if group.routed == routed and group.ranks > 1]
+        if sizes:
+            elements += max(sizes) * min(len(sizes), 2 if overlap else 1) + (0 if routed else sizes[0])
+    return elements
 
 
 def _muon_temporaries(config: Config, layout: Layout, b: int) -> float:

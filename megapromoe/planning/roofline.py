@@ -15,6 +15,7 @@ from megapromoe.planning.cost import (
     hidden_matrices,
     layers,
     memory_per_rank,
+    optimizer_groups,
     tensors_on_rank,
 )
 from megapromoe.planning.machines import Assumptions, Machine
@@ -28,7 +29,7 @@ from megapromoe.planning.traffic import (
     routed_images,
     routed_rows,
 )
-from megapromoe.planning.zero import zero_of
+from megapromoe.planning.zero import scatters_gradients, zero_of
 
 # Kernels of a block, forward and backward, as counted by torch's dispatcher without views. The contrastive loss is not
 # included, because it is computed once for all layers.
@@ -97,10 +98,10 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
     ours, gradients, gathered, update = 0.0, 0.0, 0.0, 0.0
     for c in collectives(config, layout):
         seconds = collective_time(c, config, layout, machine, assume)
-        if c.ours and c.phase != "update":
-            ours += seconds
-        elif c.phase == "gradients":
+        if c.phase == "gradients":
             gradients += seconds
+        elif c.ours and c.phase != "update":
+            ours += seconds
         elif c.phase == "update":
             update += seconds
         else:
@@ -211,15 +212,19 @@ def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, c
     """Seconds of gradient reduction and of stage 3's gathers that are overlapped with computation.
 
     Nonzero only with `overlap_comm`, and at most half of the computation each. The last gradient bucket is complete
-    when the backward pass ends, so it is never overlapped; a model smaller than a bucket overlaps nothing.
+    when the backward pass ends, so it is never overlapped; a model smaller than a bucket overlaps nothing. Buckets of a
+    reduce-scatter are parameter groups, and the last one of replicated parameters and of experts counts.
     """
     zero = zero_of(config)
     if not zero.overlap:
         return 0.0, 0.0
     replicated, routed = tensors_on_rank(config.model, layout)
-    buckets = (sum(replicated) + sum(routed)) / zero.bucket
+    buckets, last = (sum(replicated) + sum(routed)) / zero.bucket, 1
+    if scatters_gradients(config):
+        groups = [group for group in optimizer_groups(config, layout) if group.ranks > 1]
+        buckets, last = len(groups), len({group.routed for group in groups})
     backward = compute / 2 / (1 if zero.stage >= 2 else config.train.accumulation)
-    early = gradients * (1 - 1 / max(buckets, 1))
+    early = gradients * (1 - last / max(buckets, last, 1))
     return min(early, backward), min(gathered, compute / 2)
 
 

@@ -13,8 +13,8 @@ from statistics import mean
 
 from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import flat_shards, hidden_matrices, layers, optimizer_groups, tensors_on_rank
-from megapromoe.planning.zero import Zero, zero_of
+from megapromoe.planning.cost import hidden_matrices, layers, optimizer_groups, tensors_on_rank
+from megapromoe.planning.zero import Zero, scatters_gradients, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
 BLOCKS = ("adaLN", "attention", "text MLP", "MLP", "conditional expert", *MOE)
@@ -207,21 +207,24 @@ def _cut_matrices(config: Config, layout: Layout) -> Iterator[Collective]:
     zero = zero_of(config)
     if config.train.optimizer != "muon" or not zero.stage:
         return
-    for over, ranks in (("dp", layout.dp), ("edp", layout.edp)):
-        matrices = [m for m in hidden_matrices(config.model, layout) if m.routed == (over == "edp")]
-        total = sum(m.count * m.rows * m.columns for m in matrices)
-        if not total or ranks == 1:
+    for group in optimizer_groups(config, layout):
+        if not group.uses_muon or group.ranks == 1:
             continue
-        size, shard = total / sum(m.count for m in matrices), total / ranks
+        matrices = [m for m in hidden_matrices(config.model, layout) if m.routed == group.routed]
+        size = sum(m.count * m.rows * m.columns for m in matrices) / sum(m.count for m in matrices)
+        total, ranks = sum(group.tensors), group.ranks
+        shard = total / ranks
         share = size / (2 * shard) if shard >= size else 1 - shard / (2 * size)
         moved = total * (share if zero.stage < 3 else 1 - 1 / ranks)
+        over = "edp" if group.routed else "dp"
         yield Collective("Muon: cut matrices", "all_to_all", over, ranks, 2, moved / ranks * zero.width, "update")
 
 
 def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
-    """Collectives of gradients and parameters in DeepSpeed 0.19.8.
+    """Collectives of gradients and parameters, of DeepSpeed 0.19.8 or of engine/deepspeed_backend/scatter.py.
 
-    Stages 0 to 2 all-reduce buckets of gradients (not reduce-scatter); stages 1 and 2 gather the updated parameters.
+    Stages 1 and 2 reduce-scatter each parameter group, or all-reduce buckets of gradients as stage 0 does
+    (`train.gradient_reduction`), and gather the updated parameters.
     Stages 2 and 3 reduce gradients in each micro-batch. Stage 3 gathers a large parameter for the forward pass, and
     again for the backward pass unless it is still in use from the forward pass; it gathers small parameters after the
     update. Bytes are exact, except that this reuse is counted in elements instead of modules. The number of gradient
@@ -237,9 +240,14 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
         if not tensors:
             continue
         names = (what, what.replace("gradients", "parameters"))
-        if stage < 3:
+        groups = [g for g in optimizer_groups(config, layout) if stage in (1, 2) and g.routed == (over == "edp")]
+        if scatters_gradients(config):
+            for group in groups:
+                packed = group.shard * size * zero.message_width
+                yield Collective(names[0], "reduce_scatter", over, size, often, packed, "gradients")
+        elif stage < 3:
             calls = -(-sum(tensors) // zero.bucket)
-            payload = sum(tensors) * width / calls
+            payload = sum(tensors) * (zero.message_width if stage else width) / calls
             yield Collective(names[0], "all_reduce", over, size, often * calls, payload, "gradients", False)
         else:
             padded = [-(-n // size) * size for n in tensors]
@@ -248,9 +256,8 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
             yield Collective(names[0], "reduce_scatter", over, size, often * calls, payload, "gradients", False)
             twice = _recomputed_parameters(config, layout, over == "edp")
             yield from _gathers(names[1], over, size, padded, twice, zero, micro)
-        for group in optimizer_groups(config, layout) if stage in (1, 2) else ():
-            for shard in flat_shards(group.tensors, size, group.routed) if group.routed == (over == "edp") else ():
-                yield Collective(names[1], "all_gather", over, size, 1, shard * size * width, "update", False)
+        for group in groups:
+            yield Collective(names[1], "all_gather", over, size, 1, group.shard * size * width, "update", False)
 
 
 def _gathers(

@@ -272,6 +272,7 @@ def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
     layout = ("parallel.ep=2", "model.num_experts=8")
     for name in ("large", "split"):
         (tmp_path / name).mkdir()
+    layout = (*layout, "train.gradient_reduction=all_reduce")  # test_gradient_scatter.py has the other way
     large = run(4, train, (*layout, f"train.deepspeed=fp32_zero{zero}"), str(tmp_path / "large"), 3)[0]
     split = run(4, train, (*layout, small_buckets(tmp_path, zero, overlap)), str(tmp_path / "split"), 3)[0]
     assert split.losses == pytest.approx(large.losses, rel=1e-6)
@@ -281,7 +282,7 @@ def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
 
 def reductions_before(deepspeed: str) -> tuple[int, int]:
     """All-reduces of expert gradients: those called before the third block's gradients were there, and all."""
-    engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed)
+    engine, _ = engine_of("parallel.ep=2", "model.num_experts=8", deepspeed, "train.gradient_reduction=all_reduce")
     group, real, called, first = engine.mesh.edp.process_group, dist.all_reduce, [0], []
 
     def counted(tensor, *arguments, **named):

@@ -87,19 +87,19 @@ def steps(names: tuple[str, ...]) -> list[dict[str, Issued]]:
     return [count_step(narrow(name, "train.global_batch=8"), mesh) for name in names]
 
 
-# Forward, loss, backward of the model; what DeepSpeed adds to forward and backward; norm, update, averages. DeepSpeed
-# copies the gradient of each parameter.
-EAGER = {"promoe_xl": (1099, 9, 1978, 1, 870, 23, 25, 3), "dit_xl": (529, 7, 1264, 1, 588, 23, 17, 2)}
+# Forward, loss, backward of the model; what DeepSpeed's engine adds to forward and backward; norm, update, averages.
+# The gradient of each parameter is copied.
+EAGER = {"promoe_xl": (1099, 9, 1978, 1, 421, 23, 23, 3), "dit_xl": (529, 7, 1264, 1, 295, 23, 16, 2)}
 
 
 @pytest.mark.full
 def test_launches_and_bytes_of_an_eager_step():
-    """torch's update moves 1.7 times what it must: DeepSpeed joins, casts, copies; the averages are a pass apart."""
+    """torch's update moves 1.6 times what it must: DeepSpeed casts and copies; the averages are a pass apart."""
     for name, phases in zip(EAGER, run(1, steps, tuple(EAGER))[0], strict=True):
         assert tuple(issued.launches for issued in phases.values()) == EAGER[name]
         parameters = sum(p.numel() for p in DiT(narrow(name).model).parameters())
         moved = sum(phases[phase].moved for phase in ("norm", "update", "ema")) / parameters
-        assert sum(UPDATE_MINIMUM.values()) == 36 and 61.5 < moved < 62.5
+        assert sum(UPDATE_MINIMUM.values()) == 36 and 57.5 < moved < 58.5
 
 
 def fused_update(file: str) -> dict[str, Issued]:

@@ -193,7 +193,12 @@ def test_a_budget_adds_up():
     assert even.peak == even.states + sum(getattr(even, line) for line in even.STEP) > even.states + even.update
     # 12 experts over 8 ranks: the fullest has two, a third more than the mean.
     assert even.imbalance > 0 and skewed.imbalance / even.imbalance == pytest.approx((1.5 * 4 / 3 - 1) / (4 / 3 - 1))
-    assert even.buckets == 2 * 50_000_000 * 2  # two buckets in bf16: communication overlaps
+    plain = resolve("promoe_xl", overrides=["parallel.ep=8", "train.gradient_reduction=all_reduce"], world=64)
+    all_reduced = budget(plain, layout)
+    assert all_reduced.buckets == 2 * 50_000_000 * 2  # two buckets in bf16: communication overlaps
+    # Two of experts, two of other parameters, and that of the parameters outside of blocks.
+    assert 4 * 40_000_000 * 2 < even.buckets <= 5 * 50_000_000 * 2
+    assert all_reduced.gradients == all_reduced.parameters and 8 * even.gradients <= 1.01 * all_reduced.gradients
     offloaded = resolve("dit_b", overrides=["train.deepspeed=bf16_zero2_offload"], world=8)
     offloaded_budget = budget(offloaded, offloaded.layout(8))
     assert offloaded_budget.optimizer == offloaded_budget.ema == 0 and offloaded_budget.host > 0
@@ -207,5 +212,7 @@ def test_memory_falls_where_it_should():
     plain = peak()
     assert peak("parallel.recompute=blocks") < plain
     assert peak("parallel.ep=8") < plain
-    assert peak("train.deepspeed=bf16_zero2") < plain
-    assert peak("train.accumulation=2") < plain < peak("train.global_batch=512")
+    all_reduced = "train.gradient_reduction=all_reduce"
+    assert plain < peak(all_reduced) > peak("train.deepspeed=bf16_zero2", all_reduced)
+    assert peak("train.accumulation=2", all_reduced) < peak(all_reduced)
+    assert peak("train.accumulation=2", "train.deepspeed=bf16_zero2") < plain < peak("train.global_batch=512")

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,18 +117,24 @@ def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
     for c in collectives(config, layout, Batch(layout.micro_batch, layout.micro_batch - NULL)):
         ranks = next(tuple(map(int, row)) for row in tables[c.over] if rank in row)
         assert len(ranks) == c.size
-        line = lines[c.ours, c.op, ranks]
+        # On gloo our reduce-scatter is an all-to-all of as many bytes.
+        op = "all_to_all" if c.op == "reduce_scatter" and c.ours else c.op
+        line = lines[c.ours, op, ranks]
         line[0] += c.count
         line[1] += c.count * c.payload
     return {key: tuple(line) for key, line in lines.items()}
 
 
 def compare(
-    world: int, cases: list[tuple[str, ...]], calls_of_deepspeed: bool = True, all_to_all: float = 1e-12
+    world: int,
+    cases: list[tuple[str, ...]],
+    calls_of_deepspeed: bool = True,
+    all_to_all: float = 1e-12,
+    uncounted: str = "",
 ) -> None:
     """Everything exactly, but for calls of DeepSpeed's where asked: it may come in more buckets than one.
 
-    `all_to_all`: relative tolerance of its bytes.
+    `all_to_all`: relative tolerance of its bytes. `uncounted`: an operation whose calls are not compared.
     """
     ranks = run(world, recorded, cases)
     for number, overrides in enumerate(cases):
@@ -138,7 +145,7 @@ def compare(
             assert measured.keys() == plan.keys(), overrides
             for key, (calls, size) in plan.items():
                 ours, op, _ = key
-                if ours or calls_of_deepspeed:
+                if (ours or calls_of_deepspeed) and op != uncounted:
                     assert measured[key][0] == calls, (overrides, key)
                 if op == "all_to_all":  # what a rank sends back is what it got: the sum over ranks is fixed
                     travelled, expected = travelled + measured[key][1], expected + size
@@ -206,10 +213,54 @@ def test_traffic_of_dense_models_and_diffmoe():
 
 
 @pytest.mark.full
-def test_traffic_and_states_of_muon():
+def test_traffic_and_states_of_muon(tmp_path):
     """Exactly, but for the bytes of cut matrices, which a plan estimates. Borders of partitions are within matrices."""
-    what = ("train.global_batch=18", "train.optimizer=muon", "model.expert_width=44")
-    compare(3, [(*TWO, *what)], all_to_all=0.7)
+    what = (*TWO, "train.global_batch=18", "train.optimizer=muon", "model.expert_width=44")
+    scattered = (*what, with_buckets(tmp_path, 1), "train.gradient_reduction=reduce_scatter")
+    compare(3, [what], all_to_all=0.7)
+    compare(3, [scattered], all_to_all=0.7, uncounted="all_to_all")  # where no border cuts a matrix there is no call
+
+
+def with_buckets(folder: Path, stage: int, **top: object) -> str:
+    """`train.deepspeed` with buckets that hold a block or a few parameters of one."""
+    path = folder / f"stage{stage}-{len(top)}.json"
+    zero = {"stage": stage, "reduce_scatter": True, "reduce_bucket_size": 5000, "overlap_comm": True}
+    path.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True, **top}))
+    return f"train.deepspeed={path}"
+
+
+def test_each_gradient_is_sent_once_and_each_parameter_once(tmp_path):
+    """A reduce-scatter of each parameter group, in each micro-batch at stage 2: calls, bytes and padding exactly."""
+    once = (*TWO, "parallel.ep=2", with_buckets(tmp_path, 1), "train.accumulation=2")
+    twice = (*TWO, "parallel.ep=2", "train.accumulation=2", "train.gradient_reduction=all_reduce")
+    each_micro_batch = (*TWO, "parallel.ep=2", with_buckets(tmp_path, 2), "train.accumulation=2")
+    compare(4, [once, twice, each_micro_batch])
+
+    def sent(overrides: tuple[str, ...], what: str) -> list[float]:
+        config = small(*overrides)
+        return [c.wire for c in collectives(config, config.layout(4)) if c.what == what]
+
+    for what in ("gradients", "expert gradients"):
+        gathered = sent(once, what.replace("gradients", "parameters"))
+        assert len(gathered) > 1 and sent(once, what) == gathered
+        assert sent(each_micro_batch, what) == [2 * size for size in gathered]
+        assert sum(sent(twice, what)) == pytest.approx(2 * sum(gathered), rel=1e-3)
+
+
+@pytest.mark.full
+def test_parameter_groups_of_every_model(tmp_path):
+    """The plan knows the parameters of each group, by the padding of each group."""
+    what = (
+        *((f"model.router={router}",) for router in ("dense", "conditional", "promoe_ec", "tc", "classification")),
+        *((f"model.router={router}",) for router in ("kmeans", "gmm", "promoe_linear")),
+        *((f"model.router={router}", "parallel.tp=1") for router in ("race", "diffmoe")),
+        ("model.num_shared_experts=3", "model.shared_expert_width=20", "model.num_unconditional_experts=2"),
+        ("model.modulation=shared", "model.qk_norm=layer", "model.activation=swiglu", "model.norm=rms"),
+        ("model.shared_expert=false", "model.moe_every=1", "model.qk_norm=rms"),
+        (*TEXT, "model.text_ffn=24"),
+        (with_buckets(tmp_path, 2, communication_data_type="bf16"),),
+    )
+    compare(4, [(*TWO, "parallel.tp=2", with_buckets(tmp_path, 1), *more) for more in what])
 
 
 # Large parameters are gathered twice for each micro-batch, as they are in models of billions.

@@ -221,13 +221,15 @@ def test_memory_of_placed_experts_is_that_of_the_rank_with_the_most(tmp_path):
 
 
 def test_memory_of_the_zero_stages():
-    def memory(name):
-        return memory_per_rank(resolve("dit_b", overrides=[f"train.deepspeed={name}"]), 4)
+    def memory(name, *overrides):
+        return memory_per_rank(resolve("dit_b", overrides=[f"train.deepspeed={name}", *overrides]), 4)
 
     P = 130_315_808  # trainable, divisible by 4
     zero0, zero1, zero2, zero3 = (memory(f"fp32_zero{stage}") for stage in range(4))
     assert (zero0.parameters, zero0.gradients, zero0.optimizer, zero0.ema) == (4 * P, 4 * P, 8 * P, 4 * P)
-    assert (zero1.parameters, zero1.gradients, zero1.optimizer, zero1.ema) == (4 * P, 4 * P, 3 * P, P)
+    assert (zero1.parameters, zero1.gradients, zero1.optimizer, zero1.ema) == (4 * P, P, 3 * P, P)
+    for choice in ("train.gradient_reduction=all_reduce", "train.accumulation=2"):  # only sums of shards are kept
+        assert memory("fp32_zero1", choice).gradients == 4 * P
     assert (zero2.parameters, zero2.gradients, zero2.optimizer) == (4 * P, P, 3 * P)
     assert (zero3.parameters, zero3.gradients, zero3.device) == (P, P, 6 * P)
     half, offloaded = memory("bf16_zero2"), memory("bf16_zero2_offload")

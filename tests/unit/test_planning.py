@@ -1,6 +1,7 @@
 """The search over layouts, its words, and `megapromoe plan`."""
 
 import json
+import math
 import re
 import shlex
 import time
@@ -14,12 +15,13 @@ from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import check, resolve
 from megapromoe.distributed.mesh import rank_tables
 from megapromoe.planning import explain
-from megapromoe.planning.cost import flat_shards, flops_per_image
+from megapromoe.planning.cost import OptimizerGroup, flops_per_image, optimizer_groups
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
 from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
 from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, PlanError, candidates, fold, search
 from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
+from megapromoe.planning.zero import consecutive_groups
 
 H100, ASSUME = MACHINES["h100"], Assumptions()
 NETWORK = replace(ASSUME, links=1.0, near=0.0, far=0.0, peer=0.0, imbalance=1.0)
@@ -76,7 +78,7 @@ def test_among_equals_the_simplest_wins():
 
 @pytest.mark.parametrize(
     ("preset", "world", "experts", "gpu", "nodes_of_ep"),
-    [full("promoe_xl", 32, 12, "h100", 1), full("promoe_xl", 256, 12, "a100", 1), ("promoe_xl", 32, 64, "h100", 4)],
+    [full("promoe_xl", 32, 12, "h100", 1), full("promoe_xl", 256, 12, "a100", 1), ("promoe_xl", 32, 64, "h100", 2)],
 )
 def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, world, experts, gpu, nodes_of_ep):
     """The second is faster over nodes, by less than `ACROSS`; the third by twice."""
@@ -89,7 +91,7 @@ def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, wo
     words = "\n".join(reasons(result, MACHINES[gpu]))
     if nodes_of_ep > 1:
         figures = f"{1e3 * best.time.total:.1f} against {1e3 * inside:.1f} ms a step"
-        assert f"ep {best.layout.ep} spans 4 nodes" in words and figures in words.splitlines()[-1]
+        assert f"ep {best.layout.ep} spans {nodes_of_ep} nodes" in words and figures in words.splitlines()[-1]
     elif inside > fastest:
         assert "it spreads experts over" in words and "25% faster" in words
 
@@ -304,13 +306,32 @@ def test_the_settings_make_the_plan(preset):
         assert resolve(preset, overrides=words, world=4) == plan.config
 
 
-def test_flat_groups_of_experts_are_those_of_deepspeed():
-    """Groups of at most 178,956,971 elements, each padded to even parts."""
-    assert flat_shards([100, 51], 4, routed=False) == [38]
-    assert flat_shards([100_000_000] * 3, 2, routed=True) == [50_000_000] * 3
-    assert flat_shards([100_000_000] * 3, 2, routed=False) == [150_000_000]
-    assert flat_shards([50_000_000] * 4 + [7], 2, routed=True) == [75_000_000, 25_000_004]
-    assert flat_shards([], 2, routed=True) == []
+def test_parameter_groups_hold_consecutive_tensors():
+    """Up to the limit; a larger tensor is a group of its own. Each is padded to equal, even parts."""
+    assert consecutive_groups([3, 3, 3, 9, 1, 1], 6) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6)]
+    assert consecutive_groups([100, 51], math.inf) == [range(0, 2)]
+    assert consecutive_groups([9, 2], 6) == [range(0, 1), range(1, 2)]  # DeepSpeed makes an empty group before the 9
+    assert consecutive_groups([], 6) == []
+    assert OptimizerGroup([100, 51], 4, routed=False).shard == 38
+
+
+def test_parameter_groups_are_buckets_where_gradients_are_reduce_scattered():
+    """Without, only groups of experts are limited, to 178,956,971 elements, as in DeepSpeed."""
+    base = ["parallel.ep=8", "train.deepspeed=bf16_zero1"]
+
+    def groups(*overrides: str) -> dict[bool, list[int]]:
+        config = resolve("promoe_xl", overrides=[*base, *overrides], world=64)
+        made = optimizer_groups(config, config.layout(64))
+        return {routed: [sum(g.tensors) for g in made if g.routed == routed] for routed in (False, True)}
+
+    buckets, plain = groups(), groups("train.gradient_reduction=all_reduce")
+    for routed in (False, True):
+        assert sum(buckets[routed]) == sum(plain[routed])
+        assert max(buckets[routed]) <= 50_000_000 < sum(plain[routed]) and len(buckets[routed]) > 3
+    assert len(plain[False]) == 1 and max(plain[True]) <= 178_956_971
+    assert groups("train.optimizer=muon") != groups("train.optimizer=muon", "train.gradient_reduction=reduce_scatter")
+    for choice in ("train.deepspeed=bf16_zero3", "train.deepspeed=bf16_zero2_offload"):
+        assert groups(choice) == plain
 
 
 # ---- the command

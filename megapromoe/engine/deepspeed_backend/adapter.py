@@ -12,10 +12,12 @@ from megapromoe.config.options import Config
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.deepspeed_backend import partitions, start
 from megapromoe.engine.deepspeed_backend.internals import SUPPORTED, missing_internals
+from megapromoe.engine.deepspeed_backend.scatter import GradientScatter
 from megapromoe.engine.deepspeed_backend.step import StepByPartitions
 from megapromoe.engine.muon import HIDDEN_MATRICES, hidden_parameters
 from megapromoe.engine.protocol import EngineError, PartitionShards, PartitionUpdate
 from megapromoe.nn.dit import DiT
+from megapromoe.planning.zero import scatters_gradients
 
 
 class DeepSpeedAdapter:
@@ -35,7 +37,7 @@ class DeepSpeedAdapter:
         start.join_job()
         start.register_groups(mesh)
         start.mark_experts(model, mesh)
-        self.optimizer = start.make_optimizer(config, model)  # DeepSpeed wraps this object and calls its step
+        self.optimizer = start.make_optimizer(config, model, mesh)  # DeepSpeed wraps this object and calls its step
         settings = {
             **ds,
             "train_micro_batch_size_per_gpu": config.layout(mesh.world_size).micro_batch,
@@ -56,9 +58,13 @@ class DeepSpeedAdapter:
         partitions.replace_norm(self._stage, self._engine.optimizer, lambda: self.reported_norm)
         made = partitions.make_partitions(self._stage, self._engine.optimizer, self.module, hidden, self._uses_muon)
         self.partitions = tuple(made)
+        scatters = scatters_gradients(config)
+        if scatters:
+            GradientScatter(self._engine.optimizer, self.partitions, self.device)
         self._step: StepByPartitions | None = None
         if config.train.adamw_backend == "fused":
-            self._step = StepByPartitions(self._stage, self._engine.optimizer, self.partitions, self.device)
+            copies = self._stage < 3 and not scatters
+            self._step = StepByPartitions(self._stage, self._engine.optimizer, self.partitions, self.device, copies)
 
     def missing_internals(self) -> list[str]:
         """The names that the adapter needs and the installed DeepSpeed does not have."""

@@ -6,6 +6,7 @@ import importlib
 import logging
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megapromoe.engine.deepspeed_backend.internals import GROUP_TABLES, check_ve
 from megapromoe.engine.muon import HIDDEN_MATRICES, MuonAndAdamW, hidden_parameters
 from megapromoe.engine.protocol import EngineError
 from megapromoe.nn.dit import DiT
+from megapromoe.planning.cost import OUTSIDE
+from megapromoe.planning.zero import consecutive_groups, largest_group
 
 check_version(deepspeed.__version__)  # before the imports that other versions lack
 
@@ -166,7 +169,7 @@ def mark_experts(model: DiT, mesh: Mesh) -> None:
         model.add_module("deepspeed_expert_marker", ExpertMarker(model.config.num_experts))
 
 
-def make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: DiT, mesh: Mesh) -> torch.optim.Optimizer:
     """The optimizer `train.optimizer`, with parameter groups of their own for experts, which 0.19.8 requires.
 
     Raises EngineError if its backend cannot run on this machine.
@@ -177,9 +180,31 @@ def make_optimizer(config: Config, model: DiT) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": of_adamw, "name": "dense"}]
     if of_muon:
         groups.append({"params": of_muon, "name": "hidden matrices", HIDDEN_MATRICES: True})
-    groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    # Experts in groups of their own. 0.19.8 would also limit their size, but makes an empty group, on which it fails,
+    # before a parameter that is larger than the limit.
+    groups = split_params_into_different_moe_groups_for_optimizer(groups, max_group_size=None)
+    groups = [part for group in groups if group["params"] for part in _divided(config, model, mesh, group)]
     make = {"adamw": _make_adamw, "muon": _make_muon}[config.train.optimizer]
     return make(config.train, groups)
+
+
+def _divided(config: Config, model: DiT, mesh: Mesh, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Divides a parameter group into groups of at most `largest_group` elements, in the order of `tensors_on_rank`.
+
+    Parameters outside of blocks come first: the first and the last ones of the forward pass, in whose group gradients
+    wait until the backward pass ends.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def position(parameter: nn.Parameter) -> tuple[int, int]:
+        part, _, rest = names[id(parameter)].partition(".")
+        return (int(rest.partition(".")[0]) if part == "blocks" else OUTSIDE), -parameter.numel()
+
+    parameters = sorted(group["params"], key=position)
+    routed = bool(group.get("moe"))
+    largest = largest_group(config, routed, (mesh.edp if routed else mesh.dp).size)
+    for numbers in consecutive_groups([parameter.numel() for parameter in parameters], largest):
+        yield {**group, "params": parameters[numbers.start : numbers.stop]}
 
 
 def _make_muon(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -26,14 +26,21 @@ class StepByPartitions:
         update: called with each partition in the next step.
     """
 
-    def __init__(self, stage: int, zero: Any, partitions: Sequence[Partition], device: torch.device):
-        """`zero`: the optimizer wrapper of DeepSpeed's engine at ZeRO stage 1, 2 or 3."""
+    def __init__(self, stage: int, zero: Any, partitions: Sequence[Partition], device: torch.device, copies: bool):
+        """Replaces the step.
+
+        Args:
+            zero: the optimizer wrapper of DeepSpeed's engine at ZeRO stage 1, 2 or 3.
+            copies: DeepSpeed copies reduced gradients out of buckets: at stages 1 and 2, unless they are
+                reduce-scattered.
+        """
         self._zero, self._partitions, self._device = zero, partitions, device
         self.update: PartitionUpdate | None = None
         if stage == 3:
             zero.step = self._step_of_stage_3
         else:
-            self._order_gradients()
+            if copies:
+                self._order_gradients()
             zero.step = self._step_of_stages_1_and_2
 
     def _order_gradients(self) -> None:

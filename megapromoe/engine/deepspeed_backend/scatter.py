@@ -1,0 +1,204 @@
+"""Gradients at ZeRO stages 1 and 2 that are summed straight into the shard of each rank.
+
+DeepSpeed 0.19.8 all-reduces buckets of gradients in the order in which they are complete, and copies a rank's shard
+out of them (`average_tensor`). Its shards are consecutive parts of a parameter group, so such a bucket belongs to one
+or two ranks, and no reduce-scatter with equal parts fits it. Here the parameter groups of the optimizer are the
+buckets: `start.make_optimizer` makes them as small as buckets, and DeepSpeed divides each group equally over the ranks.
+The gradients of a group, in the order of its flat parameters, are then what a reduce-scatter divides, without a copy.
+
+`GradientScatter` replaces three methods of DeepSpeed's optimizer, which its hooks and its engine call. Parameters,
+masters, the step and the gather of the parameters remain DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megapromoe.distributed.reduce_scatter import AsyncReduceScatter
+from megapromoe.engine.deepspeed_backend.internals import check_version
+from megapromoe.engine.protocol import Partition
+
+check_version(deepspeed.__version__)  # before the imports that other versions lack
+
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup  # noqa: E402
+
+
+class GradientScatter:
+    """Replaces DeepSpeed's all-reduce of gradients by a reduce-scatter of each parameter group.
+
+    A group is reduced as soon as all its gradients are complete, during the backward pass with `overlap_comm`. At most
+    one reduction is under way in a process group, so that there are at most two buckets for it besides those that
+    wait for a parameter which is used early in the forward pass. All ranks complete the groups in the same order,
+    because they run the same backward pass.
+    """
+
+    def __init__(self, zero: Any, partitions: Sequence[Partition], device: torch.device):
+        """`zero`: the optimizer wrapper of DeepSpeed's engine at ZeRO stage 1 or 2, without offloading."""
+        self._zero = zero
+        self._buckets = [Bucket(zero, number, partition, device) for number, partition in enumerate(partitions)]
+        self._running: dict[dist.ProcessGroup, Bucket] = {}
+        zero.process_gradients = self._add
+        zero.reduce_gradients = self._finish
+        zero.overlapping_partition_gradients_reduce_epilogue = self._finish
+
+    def _add(self, parameter: nn.Parameter, number: int) -> None:
+        """Takes the gradient of a parameter. Called by DeepSpeed's hook when it is complete.
+
+        Stage 1 sums micro-batches in `parameter.grad` and reduces in the last one, stage 2 reduces each.
+        """
+        zero = self._zero
+        if not (zero.partition_gradients or zero.is_gradient_accumulation_boundary()):
+            return
+        bucket = self._buckets[number]
+        bucket.add(parameter)
+        if bucket.is_complete:
+            self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> None:
+        zero = self._zero
+        before = self._running.pop(bucket.process_group, None)
+        if before is not None:
+            before.finish_reduction()
+        bucket.start_reduction()
+        if zero.overlap_comm:
+            self._running[bucket.process_group] = bucket
+        else:
+            bucket.finish_reduction()
+
+    def _finish(self, *_: Any, **__: Any) -> None:
+        """Ends the backward pass of a micro-batch; called by DeepSpeed's engine, at stage 1 only in the last one.
+
+        Parameters without a gradient count as zero, as in DeepSpeed; they must be the same ones on all ranks.
+        """
+        zero = self._zero
+        for bucket in self._buckets:
+            if bucket.awaits_gradients:
+                bucket.fill_with_zeros()
+                self._reduce(bucket)
+        for bucket in self._running.values():
+            bucket.finish_reduction()
+        self._running.clear()
+        for number, bucket in enumerate(self._buckets):
+            if zero.is_gradient_accumulation_boundary():
+                zero.averaged_gradients[number] = bucket.take_shard()
+            else:
+                bucket.keep_shard()
+
+
+class Bucket:
+    """The gradients of one parameter group, in the order of DeepSpeed's flat parameters.
+
+    Attributes:
+        process_group: the ranks over which the group is divided.
+    """
+
+    def __init__(self, zero: Any, number: int, partition: Partition, device: torch.device):
+        self.process_group: dist.ProcessGroup = zero.real_dp_process_group[number]
+        # Experts too are divided by the data-parallel size, because each of their ranks has rows of other ranks.
+        self._divisor: int = dist.get_world_size(zero.dp_process_group)
+        self._device = device
+        self._bucket_dtype: torch.dtype = zero.communication_data_type
+        self._shard_dtype: torch.dtype = zero.gradient_accumulation_dtype
+        self._size: int = int(zero.partition_size[number]) * dist.get_world_size(self.process_group)
+        parameters, offsets = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number]
+        self._ranges = {
+            id(parameter): (offset, offset + parameter.numel())
+            for parameter, offset in zip(parameters, offsets, strict=True)
+        }
+        self._pieces = partition.pieces
+        self._missing = dict(self._ranges)
+        self._packed: Tensor | None = None
+        self._reduction: AsyncReduceScatter | None = None
+        self._shard: Tensor | None = None
+        self._reduced = False
+        self._streams: set[torch.cuda.Stream] = set()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all gradients have been added."""
+        return not self._missing
+
+    @property
+    def awaits_gradients(self) -> bool:
+        """Whether the group has not been reduced in this backward pass."""
+        return not self._reduced
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """Moves the gradient of a parameter into the bucket, divided by the data-parallel size."""
+        start, stop = self._missing.pop(id(parameter))
+        packed = self._allocated()
+        gradient = parameter.grad
+        assert gradient is not None
+        torch.div(gradient, self._divisor, out=packed[start:stop].view(gradient.shape))
+        parameter.grad = None
+
+    def fill_with_zeros(self) -> None:
+        """Completes the bucket with zeros."""
+        packed = self._allocated()
+        for start, stop in self._missing.values():
+            packed[start:stop].zero_()
+        self._missing.clear()
+
+    def start_reduction(self) -> None:
+        """Starts the reduce-scatter. Collective."""
+        assert self._packed is not None and self.is_complete
+        for stream in self._streams:  # compiled hooks may run on streams of their own
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._streams.clear()
+        self._reduction, self._packed = AsyncReduceScatter(self._packed, self.process_group), None
+        self._reduced = True
+
+    def finish_reduction(self) -> None:
+        """Adds the result to the shard, which has the sum over the micro-batches."""
+        assert self._reduction is not None
+        reduced, self._reduction = self._reduction.wait().to(self._shard_dtype), None
+        self._shard = reduced if self._shard is None else self._shard.add_(reduced)
+
+    def keep_shard(self) -> None:
+        """Prepares for the next micro-batch, whose gradients are added."""
+        self._missing, self._reduced = dict(self._ranges), False
+
+    def take_shard(self) -> GradPartitionBufferGroup:
+        """The averaged gradient of this rank's partition as DeepSpeed keeps it, and prepares for the next update.
+
+        A list of flat parts of one tensor: the partition's pieces, and marked padding between and after them.
+        """
+        assert self._shard is not None
+        shard, self._shard = self._shard, None
+        self.keep_shard()
+        return GradPartitionBufferGroup(list(self._parts(shard)), shard)
+
+    def _parts(self, shard: Tensor) -> Iterator[Tensor]:
+        position = 0
+        for piece in self._pieces:
+            if piece.offset > position:
+                yield _padding(shard[position : piece.offset])
+            position = piece.offset + piece.stop - piece.start
+            yield shard[piece.offset : position]
+        if position < shard.numel():
+            yield _padding(shard[position:])
+
+    def _allocated(self) -> Tensor:
+        """The bucket (ranks * part,), with zeros in its padding."""
+        if self._device.type == "cuda":
+            self._streams.add(torch.cuda.current_stream(self._device))
+        if self._packed is None:
+            self._packed = torch.empty(self._size, dtype=self._bucket_dtype, device=self._device)
+            position = 0
+            for start, stop in self._ranges.values():
+                if start > position:
+                    self._packed[position:start].zero_()
+                position = stop
+            self._packed[position:].zero_()
+        return self._packed
+
+
+def _padding(part: Tensor) -> Tensor:
+    part._zero_padding = True  # type: ignore[attr-defined]  # DeepSpeed's mark
+    return part
