@@ -144,7 +144,7 @@ def rehearse_model(
     with fake_job(rank, world):
         mesh = mesh_of_job(parallel.tp, parallel.ep, parallel.expert_tp)
         with FakeTensorMode():
-            model = build(config, mesh, undrawn=dtype).train()
+            model = build(config, mesh, undrawn=dtype, placements=config.placements_in_file()).train()
             dispatchers = _give_counts(model, shares_ME)
             inputs = _inputs(config, batch)
             objective = make_objective(config)
@@ -210,7 +210,8 @@ def compare(
     directions = {name: getattr(mesh, name) for name in ("tp", "dp", "ep", "edp", "world")}
     lines: dict[tuple[str, tuple[int, ...]], list] = {key: [set(), 0, 0.0] for key in measured}
     for c in planned:
-        line = lines.setdefault((c.op, directions[c.over].ranks), [set(), 0, 0.0])
+        op = "all_to_all" if c.op == "reduce_scatter" and c.ours else c.op  # as gloo's ranks do: see AsyncReduceScatter
+        line = lines.setdefault((op, directions[c.over].ranks), [set(), 0, 0.0])
         line[0].add(c.over)
         line[1] += c.count
         line[2] += c.count * c.payload
@@ -301,6 +302,7 @@ def _give_counts(model: torch.nn.Module, shares_ME: Sequence[Sequence[float]] | 
         else:
             continue  # equal parts, whose numbers of rows depend on no value
         placement = dispatcher.placement
+        layer.dispatcher.place_experts(placement)
         slots = [0.0] * (placement.ep * placement.slots)
         for owner in range(placement.ep):
             for slot, expert in enumerate(placement.owned(owner), owner * placement.slots):

@@ -71,7 +71,7 @@ def rehearse_update(config: Config, world: int, rank: int) -> UpdateRehearsal | 
     with fake_job(rank, world):
         p = small.parallel
         mesh = mesh_of_job(p.tp, p.ep, p.expert_tp)
-        model = build(small, mesh)
+        model = build(small, mesh, placements=small.placements_in_file())
         with patch.object(model, "forward", partial(sum_of_parameters, model)):
             engine = Engine(model, small, mesh)
             EMA(engine, small.train.ema_decays)

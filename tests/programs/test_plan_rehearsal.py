@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from support import processes
 from support.levels import full
+from support.placements import placement_file
 
 from megapromoe import cli
 from megapromoe.benchmark.rehearsal import Comparison, Messages, RehearsalError, compare, parts, rehearse_model
@@ -78,6 +79,21 @@ def test_messages_of_the_update_are_those_planned(world, rank, what):
 def test_stage_3_is_left_out():
     config = resolve(overrides=(*S, "train.deepspeed=fp32_zero3"), world=8)
     assert rehearse_update(config, 8, 0) is None
+
+
+@pytest.mark.full
+def test_experts_that_are_placed(tmp_path):
+    """On a rank with more experts than the mean, and with the shares of a trace."""
+    file = placement_file(tmp_path, 12, 4, blocks=(1,))
+    what = ("parallel.ep=4", "model.num_experts=12", f"parallel.placement={file}")
+    config = resolve(overrides=(*S, *what), world=8)
+    shares = [[1 / 12] * 12] * len(config.model.moe_blocks)
+    for rank in (0, 3):
+        model = in_new_process(rehearse_model, config, 8, rank, shares)
+        assert [c for c in model.messages if not c.agrees] == []
+        assert model.planned_kept == pytest.approx(model.kept, rel=0.02)
+    update = in_new_process(rehearse_update, config, 8, 3)
+    assert [c for c in update.messages if not c.agrees] == []
 
 
 @pytest.mark.parametrize("expert, fullness", [(0, 4.0), (7, 0.0)])
