@@ -3,6 +3,8 @@
 
 # shellcheck source-path=SCRIPTDIR source=prologue.sh
 source "$here/prologue.sh"
+# shellcheck source-path=SCRIPTDIR source=attempts.sh
+source "$here/attempts.sh"
 
 HELP+='
 
@@ -19,8 +21,6 @@ Variables for SLURM (sbatch passes them on):
 Outside a job the script submits itself, with options of sbatch that are given as --option=value.
 Exit codes: 0 done, 1 failed, 2 wrong configuration, path or installation (never queued again), 3 bad nodes, 75 stopped and
 saved, 76 a rank hung.'
-
-note() { echo "[$(date '+%F %T')] $1"; }
 
 main() {
     read_words "$@"
@@ -116,7 +116,7 @@ plan_steps() {
     set_environment "$threads"
     run=${RUN_DIR:-runs/$name-$id}
     [[ $run == /* ]] || run=$PWD/$run
-    logs=$run/logs/$attempt
+    logs=$run/logs/$attempt attempts=$run/logs/attempts.tsv again='queued again' members=${SLURM_JOB_NODELIST:-}
     local ask extra container=() port_option=()
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
@@ -182,15 +182,6 @@ run_step() { # name of its logs, command
     wait "$follower" || true
 }
 
-# Waits for `step` and sets `code`. A signal to this shell interrupts `wait`, so it is repeated.
-wait_for_step() {
-    while kill -0 "$step" 2>/dev/null; do
-        wait "$step" || true
-    done
-    wait "$step" || code=$?
-    step=''
-}
-
 # The address of the first node, from SLURM: its node names need not be known to DNS.
 first_address() {
     local first
@@ -200,46 +191,8 @@ first_address() {
 
 job_field() { scontrol --oneliner show job "$id" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
-# Records the result of this attempt, then ends the job or queues it again.
-conclude() {
-    local newest failures attempts=$run/logs/attempts.tsv
-    newest=$(newest_checkpoint)
-    printf '%s\t%s\t%s\t%s\n' "$attempt" "$newest" "$code" "$SLURM_JOB_NODELIST" >>"$attempts"
-    note "exit code $code, newest checkpoint: $newest"
-    if ((code == 0)) && [[ $ran == rank ]]; then
-        exit 0
-    fi
-    print_last_lines
-    # 13, 126 and 127 are the codes of srun and bash for a program that cannot be started.
-    case $code in
-        2 | 13 | 126 | 127)
-            note "not queued again: repeating cannot help; the message above explains what to correct"
-            exit 2
-            ;;
-    esac
-    if ((code == 1)) && [[ -e $run/diverged.txt ]]; then
-        note "not queued again: the run diverged, see $run/diverged.txt"
-        exit "$code"
-    fi
-    may_queue_again || exit "$code"
-    if ((code != 0 && code != 75)); then
-        failures=$(awk -F '\t' -v job="$id." -v newest="$newest" \
-            'index($1, job) == 1 && $2 == newest && $3 != 0 && $3 != 75 { n++ } END { print n + 0 }' "$attempts")
-        if ((failures > ${RETRIES:-3})); then
-            note "$failures failures without a new checkpoint: given up"
-            exit "$code"
-        fi
-    fi
-    if ((code == 3)); then
-        exclude_bad_nodes
-    else
-        queue_again
-    fi
-    exit "$code"
-}
-
 # Whether this job may be queued again: not if it was cancelled, or if SLURM requeues it.
-may_queue_again() {
+may_repeat() {
     if [[ $(job_field JobState) != RUNNING ]]; then
         note "SLURM has ended this job (scancel, time limit, or a node that failed: then it is queued again)"
         return 1
@@ -251,27 +204,24 @@ may_queue_again() {
     fi
 }
 
-queue_again() {
-    note "queued again"
-    trap '' TERM # requeueing also terminates this shell
-    scontrol requeue "$id"
-}
-
-newest_checkpoint() {
-    local all=("$run"/checkpoints/step-*/manifest.json)
-    if [[ -e ${all[-1]} ]]; then
-        basename "$(dirname "${all[-1]}")"
+# Queues the job again, without nodes that have failed the check.
+repeat() {
+    if ((code == 3)); then
+        exclude_bad_nodes
     else
-        echo none
+        note "queued again"
+        trap '' TERM # requeueing also terminates this shell
+        scontrol requeue "$id"
     fi
+    exit "$code"
 }
 
-# Prints the last line of each rank except the first, whose output was shown.
-print_last_lines() {
+# The output of the first rank was shown.
+last_lines() {
     local log
     for log in "$logs"/*-*.log; do
         [[ $log == *-0000.log || ! -s $log ]] || echo "$(basename "$log" .log): $(tail -n 1 "$log")"
-    done | head -n 16
+    done
 }
 
 # Queues the job again without the bad nodes of the check. SLURM can change the excluded nodes only of a pending job.
