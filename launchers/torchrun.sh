@@ -30,10 +30,10 @@ source "$here/attempts.sh"
 
 # Sets nodes, least, node, address and port from the variables of the platform, and NPROC if it sets that.
 read_platform() {
-    local word ranks_of_platform=${PET_NPROC_PER_NODE:-${SKYPILOT_NUM_GPUS_PER_NODE:-}}
+    local word ranks_of_platform=${PET_NPROC_PER_NODE:-${SKYPILOT_NUM_GPUS_PER_NODE:-}} hosts=${SKYPILOT_NODE_IPS:-}
     nodes=${NNODES:-${PET_NNODES:-${SKYPILOT_NUM_NODES:-1}}}
     node=${NODE_RANK:-${PET_NODE_RANK:-${SKYPILOT_NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}}}
-    address=${MASTER_ADDR:-${PET_MASTER_ADDR:-${SKYPILOT_NODE_IPS%%$'\n'*}}}
+    address=${MASTER_ADDR:-${PET_MASTER_ADDR:-${hosts%%$'\n'*}}}
     port=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
     least=${MIN_NODES:-${nodes%%:*}} nodes=${nodes##*:}
     [[ ! $ranks_of_platform =~ ^[1-9][0-9]*$ ]] || NPROC=${NPROC:-$ranks_of_platform} # not "auto" or "gpu"

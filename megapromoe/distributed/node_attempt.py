@@ -117,7 +117,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--counts", required=True, help="numbers of nodes that the configuration can run on: 2,4")
     parser.add_argument("--ranks-per-node", type=int, required=True)
     parser.add_argument("--address", required=True, help="of node 0")
-    parser.add_argument("--port", type=int, required=True, help="free on node 0, and as many after it as there are steps")
+    parser.add_argument("--port", type=int, required=True, help="on node 0; the next ones, one for each step, too")
     parser.add_argument("--wait", type=float, required=True, help="seconds after which fewer nodes are enough")
     parser.add_argument("--timeout", type=float, required=True, help="seconds without an answer of a node")
     parser.add_argument("--job", required=True, help="the same on all nodes of a job")

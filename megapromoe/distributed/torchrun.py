@@ -1,8 +1,9 @@
-"""torchrun that exits with the code of its ranks and leaves them time to save: python -m megapromoe.distributed.torchrun.
+"""torchrun that exits with the code of its ranks and leaves them time to save.
 
-Takes the arguments of torchrun. torchrun itself returns 1 for every failure of a rank, so that a launcher cannot decide
-by the exit code whether to repeat a job. On a signal it kills ranks that have not saved within 30 s. This program
-passes SIGTERM, SIGINT, SIGHUP and SIGUSR1 on to the ranks instead, and ends when they have ended.
+`python -m megapromoe.distributed.torchrun` takes the arguments of torchrun. torchrun itself returns 1 for every failure
+of a rank, so that a launcher cannot decide by the exit code whether to repeat a job. On a signal it kills ranks that
+have not saved within 30 s. This program passes SIGTERM, SIGINT, SIGHUP and SIGUSR1 on to the ranks instead, and ends
+when they have ended.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ def main(arguments: list[str]) -> int:
     try:
         run.run(run.parse_args([f"--signals-to-handle={UNUSED_SIGNAL}", *arguments]))
     except ChildFailedError as error:
-        print(error, file=sys.stderr, flush=True)
-        return exit_code(failure.exitcode for failure in error.failures.values())
+        code = exit_code(failure.exitcode for failure in error.failures.values())
+        if code != ExitCode.STOPPED:  # which ranks failed, and with what
+            print(error, file=sys.stderr, flush=True)
+        return code
     return ExitCode.DONE
 
 
