@@ -4,7 +4,7 @@
 ##
 ##   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu01 launchers/torchrun.sh promoe_l data.source=latents data.path=latents/train
 ##   NNODES=2:4 NODE_RANK=1 MASTER_ADDR=gpu01 launchers/torchrun.sh promoe_l data.source=synthetic
-##   NNODES=2 NODE_RANK=0 launchers/torchrun.sh promoe_l --dry-run
+##   NNODES=2 NODE_RANK=0 MASTER_ADDR=gpu01 launchers/torchrun.sh promoe_l --dry-run
 ##
 ## It checks the nodes, trains, and repeats after exit codes 75 and 76 and failures that can pass, from the last checkpoint.
 ## With NNODES=MIN:MAX it goes on with the nodes that are left. The run directory must be on a file system of all nodes.

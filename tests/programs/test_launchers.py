@@ -4,8 +4,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -405,31 +408,55 @@ def test_torchrun_refuses_nodes_that_cannot_be(env, message):
     assert message in call("torchrun", DATA, "--dry-run", code=2, **env)
 
 
-def test_torchrun_repeats_what_can_pass_and_ends_on_what_cannot(tmp_path):
-    """Its program is replaced by one that ends with the next of these codes."""
+@pytest.mark.parametrize(
+    "codes, env, expected",
+    [
+        ((75, 76, 1, 0), {}, ["75", "76", "1", "0"]),
+        full((76, 2, 0), {}, ["76", "2"]),
+        full((1,) * 6, {}, ["1"] * 4),  # 3 retries without a new checkpoint
+        full((76, 76, 0), {"RETRIES": "0"}, ["76"]),
+        full((75,) * 6 + (0,), {}, ["75"] * 6 + ["0"]),  # a stop is no failure
+        full((3, 0), {"bad_nodes": "another"}, ["3", "0"]),  # it goes on without the other node
+        full((3, 1), {"bad_nodes": f"another\n{socket.gethostname()}"}, ["3"]),
+        full(("USR1", 0), {}, ["75", "0"]),
+        full(("TERM", 0), {}, ["75"]),
+    ],
+)
+def test_torchrun_repeats_what_can_pass_and_ends_on_what_cannot(codes, env, expected, tmp_path):
+    """Its program is replaced by one that ends with the next of these codes, or waits for a signal and then returns 75."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/bash\n[[ "$*" == *node_attempt* ]] || exec {sys.executable} "$@"\n'
-        f'code=$(head -n 1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes; exit "$code"\n'
+        f"code=$(head -n 1 {tmp_path}/codes); sed -i 1d {tmp_path}/codes\n"
+        f'[[ $code != USR1 && $code != TERM ]] || {{ trap "exit 75" "$code"; touch {tmp_path}/waits; }}\n'
+        "while [[ -n ${code//[0-9]/} ]]; do sleep 0.1; done\n"
+        'exit "$code"\n'
     )
     python.chmod(0o755)
 
-    def codes_of(*codes: int, **env: str) -> list[str]:
+    def codes_of(*codes: int | str, bad_nodes: str = "", **env: str) -> list[str]:
         run = tmp_path / "-".join(map(str, codes))
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        (run / "logs" / "bad_nodes").write_text(bad_nodes)
+        (tmp_path / "waits").unlink(missing_ok=True)
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         env = ENV | {"MEGAPROMOE_PYTHON": str(python), "NPROC": "1", "RUN_DIR": str(run), **env}
         env |= {"NODE_CACHE": str(tmp_path / "cache")}
         command = ["bash", str(LAUNCHERS / "torchrun.sh"), "digits"]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        job = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if isinstance(codes[0], str):
+            while not (tmp_path / "waits").exists():
+                assert job.poll() is None, job.communicate()[0]
+                time.sleep(0.05)
+            job.send_signal(getattr(signal, f"SIG{codes[0]}"))
+        output, _ = job.communicate(timeout=120)
         attempts = [line.split("\t")[2] for line in (run / "logs" / "attempts-node0.tsv").read_text().splitlines()]
-        assert done.returncode == int(attempts[-1]), done.stdout + done.stderr
+        assert job.returncode == int(attempts[-1]), output
         return attempts
 
-    assert codes_of(75, 76, 1, 0) == ["75", "76", "1", "0"]
-    assert codes_of(76, 2, 0) == ["76", "2"]
-    assert codes_of(*[1] * 6) == ["1"] * 4, "3 retries without a new checkpoint"
-    assert codes_of(76, 76, 0, RETRIES="0") == ["76"]
-    assert codes_of(*[75] * 6, 0) == ["75"] * 6 + ["0"], "a stop is no failure"
+    assert codes_of(*codes, **env) == expected
 
 
 TINY = ["train.steps=3", "train.warmup=0", "train.log_every=1", "train.global_batch=32", "model.hidden_size=32"]
