@@ -1,4 +1,4 @@
-# The image of the ranks: docker build --tag megapromoe . in a checkout. Versions are those of constraints.txt.
+# The image of the ranks: docker build -t megapromoe . in a checkout. Versions are those of constraints.txt.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm
 

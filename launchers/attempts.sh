@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # variables are used by the scripts that source this
 # What follows an attempt to train, by its exit code. slurm.sh and torchrun.sh source this. They set `run`, `logs` (of this
-# attempt), `attempts` (the table of attempts), `id` and `attempt` (its name, which begins with id), `again` ("queued
-# again"), `ran` ("rank" if training was started), `code` and `members` (the nodes), and define
+# attempt), `attempts` (the table of attempts), `id` and `attempt` (its name, which begins with id), `ran` ("rank" if
+# training was started), `code` and `members` (the nodes), and define
 #   may_repeat         whether the job may be repeated; prints the reason if not
 #   repeat             repeats it
 #   last_lines         prints the last line of each rank except the first
@@ -39,12 +39,12 @@ conclude() {
     # 13, 126 and 127 are the codes of srun and bash for a program that cannot be started.
     case $code in
         2 | 13 | 126 | 127)
-            note "not $again: repeating cannot help; the message above explains what to correct"
+            note "not repeated: repeating cannot help; the message above explains what to correct"
             exit 2
             ;;
     esac
     if ((code == 1)) && [[ -e $run/diverged.txt ]]; then
-        note "not $again: the run diverged, see $run/diverged.txt"
+        note "not repeated: the run diverged, see $run/diverged.txt"
         exit "$code"
     fi
     may_repeat || exit "$code"

@@ -116,7 +116,7 @@ plan_steps() {
     set_environment "$threads"
     run=${RUN_DIR:-runs/$name-$id}
     [[ $run == /* ]] || run=$PWD/$run
-    logs=$run/logs/$attempt attempts=$run/logs/attempts.tsv again='queued again' members=${SLURM_JOB_NODELIST:-}
+    logs=$run/logs/$attempt attempts=$run/logs/attempts.tsv members=${SLURM_JOB_NODELIST:-}
     local ask extra container=() port_option=()
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then

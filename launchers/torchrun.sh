@@ -106,7 +106,7 @@ last_lines() {
 # Runs attempts until `conclude` ends this shell.
 repeat_attempts() {
     local number
-    id=$(date +%Y%m%d-%H%M%S)-node$node again=repeated ran=rank asked='' step=''
+    id=$(date +%Y%m%d-%H%M%S)-node$node ran=rank asked='' step=''
     attempts=$run/logs/attempts-node$node.tsv
     trap 'note "asked to stop: saving"; asked=1; [[ -z $step ]] || kill -TERM "$step" 2>/dev/null || true' TERM INT HUP
     trap 'note "asked to save and repeat"; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true' USR1

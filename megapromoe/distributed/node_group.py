@@ -191,8 +191,8 @@ class NodeServer:
             self._drop(connection)
             return
         if job != self.job or not 0 < node < self.counts[-1]:
-            here = f"{self.name} expects {self.counts[-1]} nodes, numbered from 0, of {self.job!r}"
-            self._send(connection, {"refused": f"node {node} on {name} is of {job!r}, but {here}"})
+            expected = f"{self.name} expects {self.counts[-1]} nodes, numbered from 0, of {self.job!r}"
+            self._send(connection, {"refused": f"node {node} on {name} is of {job!r}, but {expected}"})
             self._drop(connection)
             return
         for earlier in [c for c in self._connections.values() if c.node == node]:

@@ -143,7 +143,7 @@ def test_a_run_that_diverges_is_not_queued_again(cluster):
     ((_, newest, code, _),) = job.attempts()
     assert code == "1" and newest != "none", "the last applied state is saved"
     assert cluster.job(job.number)["Restarts"] == "0"
-    assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.output()
+    assert f"not repeated: the run diverged, see {job.run}/diverged.txt" in job.output()
     assert "start a new run, with another --run-dir and a lower train.lr" in (job.run / "diverged.txt").read_text()
 
 
@@ -264,7 +264,7 @@ def test_data_that_no_node_can_read_costs_one_allocation(preflight, cluster, tmp
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
     assert [attempt[1:3] for attempt in job.attempts()] == [["none", "2"]]
-    assert "not queued again: repeating cannot help" in job.output()
+    assert "not repeated: repeating cannot help" in job.output()
     logs = job.run / "logs" / f"{job.number}.0"
     if preflight == "0":
         assert f"{tmp_path}/nowhere" in job.output()
@@ -304,7 +304,7 @@ def test_what_repeating_cannot_mend_is_not_queued_again(code, cluster, tmp_path)
     job = two_by_two(cluster, f"broken{code}", MEGAPROMOE_ENV=environment, before=["ulimit", "-S", "-l", "64;"])
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
-    assert len(job.attempts()) == 1 and "not queued again: repeating cannot help" in job.output()
+    assert len(job.attempts()) == 1 and "not repeated: repeating cannot help" in job.output()
     soft, hard = (job.run / "logs" / f"{job.number}.0" / "rank-0003.log").read_text().split()[2:]
     assert soft == hard != "64", "the shell that called sbatch has 64 KiB of locked memory"
 

@@ -31,8 +31,8 @@ def documents(name: str) -> list[dict]:
 
 
 def document(name: str, kind: str) -> dict:
-    (found,) = [entry for entry in documents(name) if entry["kind"] == kind]
-    return found
+    (chosen,) = [entry for entry in documents(name) if entry["kind"] == kind]
+    return chosen
 
 
 def dry_run(words: list[str], **variables: str) -> list[str]:
@@ -202,9 +202,9 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_contains_what_it_installs_and_nothing_else_is_sent_to_the_builder():
-    found = instructions()
-    assert {name for name, _ in found} <= {"ARG", "FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
-    copied = [word for name, words in found if name == "COPY" for word in words.split()[:-1]]
+    lines = instructions()
+    assert {name for name, _ in lines} <= {"ARG", "FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    copied = [word for name, words in lines if name == "COPY" for word in words.split()[:-1]]
     for word in copied:
         assert (ROOT / word).exists(), word
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -216,14 +216,14 @@ def test_the_image_contains_what_it_installs_and_nothing_else_is_sent_to_the_bui
 
 
 def test_the_versions_of_the_image_are_those_that_are_tested():
-    found = instructions()
-    arguments = dict(words.split("=") for name, words in found if name == "ARG")
-    (image,) = [words for name, words in found if name == "FROM"]
+    lines = instructions()
+    arguments = dict(words.split("=") for name, words in lines if name == "ARG")
+    (image,) = [words for name, words in lines if name == "FROM"]
     used = set(re.findall(r"\$\{(\w+)\}", image))
     assert used == set(arguments), "every argument is used, and declared"
     assert f"under Python {arguments['PYTHON']}" in (ROOT / "constraints.txt").read_text().splitlines()[0]
     versions = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()[1:]}
-    installs = [part for name, words in found if name == "RUN" for part in words.split("&&") if "pip install" in part]
+    installs = [part for name, words in lines if name == "RUN" for part in words.split("&&") if "pip install" in part]
     assert len(installs) == 2
     for install in installs:
         words = shlex.split(install)
@@ -235,8 +235,8 @@ def test_the_versions_of_the_image_are_those_that_are_tested():
 
 
 def test_the_image_holds_the_launcher_where_the_files_of_kubernetes_start_it():
-    found = dict(instructions())
-    assert f"{found['WORKDIR']}/launchers/torchrun.sh" == IN_IMAGE
+    last = dict(instructions())
+    assert f"{last['WORKDIR']}/launchers/torchrun.sh" == IN_IMAGE
     assert os.access(ROOT / "launchers" / "torchrun.sh", os.X_OK)
 
 

@@ -379,8 +379,8 @@ def test_torchrun_takes_the_nodes_from_the_platform_or_the_user(platform):
     assert options["train"].split()[:2] == ["train", "--preset"] and "--allow data.seed" in options["train"]
     assert options["job"] == str(ROOT / "runs" / "promoe_b") == options["train"].split()[4]
     if platform == "Kubeflow Trainer":
-        own = {"NNODES": "2:4", "NODE_RANK": "0", "NPROC": "4", "MASTER_ADDR": "other"}
-        options = attempt("promoe_b", DATA, **PLATFORMS[platform], **own)
+        by_hand = {"NNODES": "2:4", "NODE_RANK": "0", "NPROC": "4", "MASTER_ADDR": "other"}
+        options = attempt("promoe_b", DATA, **PLATFORMS[platform], **by_hand)
         assert [options[name] for name in ("node", "ranks-per-node", "address")] == ["0", "4", "other"]
 
 
@@ -423,7 +423,7 @@ def test_torchrun_refuses_nodes_that_cannot_be(env, message):
     ],
 )
 def test_torchrun_repeats_what_can_pass_and_ends_on_what_cannot(codes, env, expected, tmp_path):
-    """Its program is replaced by one that ends with the next of these codes, or waits for a signal and then returns 75."""
+    """Its program is replaced by one that ends with the next code, or waits for a signal and returns 75."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/bash\n[[ "$*" == *node_attempt* ]] || exec {sys.executable} "$@"\n'
