@@ -11,6 +11,7 @@ HELP+='
 Variables for SLURM (sbatch passes them on):
   RUN_DIR          the run directory; default: runs/JOBNAME-JOBID, the same after the job is queued again
   PREFLIGHT        0: no `megapromoe check` before training; PREFLIGHT_ARGS: more arguments for it
+  MIN_NODES        the job may run on fewer nodes than it gets, if the configuration cannot run on all; --nodes=MIN-MAX sets it
   RETRIES          number of consecutive failures without a new checkpoint after which the job ends; default: 3
   MEGAPROMOE_HOME  the folder that contains launchers/, if the job cannot determine it
   CONTAINER_IMAGE  image in which the ranks run (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds mounts
@@ -50,9 +51,16 @@ submit_job() {
             *) die "$word: write options of sbatch as --option=value" 2 ;;
         esac
     done
-    [[ $nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
-    choose_settings "$nodes"
+    local least=${nodes%-*} # of --nodes=MIN-MAX
+    nodes=${nodes#*-}
+    [[ $least$nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
     find_program
+    if ((least < nodes)); then
+        export MIN_NODES=$least
+        fit_nodes "$tasks"
+        [[ -z $dry_run ]] || show export "MIN_NODES=$least"
+    fi
+    choose_settings "$nodes"
     check_settings $((nodes * tasks))
     local command=(sbatch "${others[@]}" "$script" "${script_settings[@]}")
     ((${#more[@]} == 0)) || command+=(-- "${more[@]}")
@@ -74,14 +82,20 @@ run_in_job() {
     [[ -n $ranks ]] || die "the allocation has no number of tasks; allocate with --ntasks-per-node=8" 2
     name=$SLURM_JOB_NAME threads=${SLURM_CPUS_PER_TASK:-1}
     attempt=$id.${SLURM_RESTART_COUNT:-0}
-    choose_settings "$nodes"
     find_program
+    if [[ -n ${MIN_NODES:-} ]]; then
+        local tasks=$((ranks / nodes))
+        fit_nodes "$tasks"
+        ranks=$((nodes * tasks))
+    fi
+    choose_settings "$nodes"
     check_settings "$ranks"
     plan_steps
     [[ -z $dry_run ]] || exit 0
 
     mkdir -p "$logs" || die "RUN_DIR=$run: cannot be made or written; choose another" 2
-    note "attempt $attempt on $SLURM_JOB_NODELIST, run directory $run"
+    note "attempt $attempt on $members, run directory $run"
+    ((nodes == SLURM_JOB_NUM_NODES)) || note "the configuration cannot run on all $SLURM_JOB_NUM_NODES nodes of the job"
     if [[ ${PREFLIGHT:-1} != 0 ]]; then
         run_step check "${check_step[@]}"
     fi
@@ -89,6 +103,22 @@ run_in_job() {
         run_step rank "${train_step[@]}"
     fi
     conclude
+}
+
+# Sets `nodes` to the largest number, down to MIN_NODES, on which the configuration can run. If there is none, `nodes` stays
+# and check_settings reports the reason.
+fit_nodes() { # ranks of a node
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    local number given=("${settings[@]}")
+    for ((number = nodes; number >= MIN_NODES; number--)); do
+        choose_settings "$number"
+        choose_words
+        settings=("${given[@]}")
+        if "${program[@]}" show --ranks $((number * $1)) "${chosen[@]}" >/dev/null 2>&1; then
+            nodes=$number
+            return 0
+        fi
+    done
 }
 
 # Removes settings of the login node or the site that must not affect the steps.
@@ -117,7 +147,11 @@ plan_steps() {
     run=${RUN_DIR:-runs/$name-$id}
     [[ $run == /* ]] || run=$PWD/$run
     logs=$run/logs/$attempt attempts=$run/logs/attempts.tsv members=${SLURM_JOB_NODELIST:-}
-    local ask extra container=() port_option=()
+    local ask extra container=() port_option=() chosen_nodes=()
+    if ((nodes < ${SLURM_JOB_NUM_NODES:-0})); then
+        members=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd,)
+        chosen_nodes=("--nodelist=$members")
+    fi
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
@@ -136,9 +170,9 @@ plan_steps() {
     local every_step=(srun --export=ALL --mpi=none) bind=()
     ! slurm_has '^TaskPlugin .*affinity' || bind=(--cpu-bind=cores) # without this plugin SLURM prints a warning at each step
     local common=("${every_step[@]}" --distribution=block:block "${bind[@]}" --kill-on-bad-exit=0 --wait=60)
-    common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append)
+    common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append "${chosen_nodes[@]}")
     common+=("${port_option[@]}" "${container[@]}" "${extra[@]}")
-    node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${extra[@]}")
+    node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${chosen_nodes[@]}" "${extra[@]}")
     node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
     check_step=("${common[@]}" "--output=$logs/check-%4t.log" "${program[@]}" check --preset "$preset" --run-dir "$run")
     check_step+=(--report "$logs/check.json" --bad-nodes "$logs/bad_nodes")

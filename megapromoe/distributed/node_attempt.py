@@ -35,7 +35,7 @@ class Attempt:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self._process: subprocess.Popen | None = None
-        self._stopping = False
+        self._passed_on: set[int] = set()
         self._training_since: float | None = None
 
     def run(self) -> int:
@@ -67,14 +67,19 @@ class Attempt:
                 self._training_since = time.monotonic() if is_last else None
                 code = self._process.wait()
             self._process = self._training_since = None
-            if code or self._stopping:
-                return code or ExitCode.STOPPED
+            if signal.SIGTERM in self._passed_on and not is_last:
+                return ExitCode.STOPPED  # there is nothing to save before the last step
+            if any(code in (-number, 128 + number) for number in self._passed_on):
+                return ExitCode.STOPPED  # it came before the ranks handle signals, so there was nothing to save
+            if code:
+                return code
         return code
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = self._stopping or number == signal.SIGTERM
+    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
+        self._passed_on.add(number)
         if self._process is not None:
-            self._process.send_signal(number)
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
         elif number == signal.SIGTERM:
             sys.exit(ExitCode.STOPPED)
 
@@ -83,13 +88,12 @@ class Attempt:
 
         It has run for `wait` seconds then: nodes that come and go must not keep the job from training.
         """
-        process, since = self._process, self._training_since
-        if process is None or since is None or time.monotonic() - since < self.options.wait:
+        since = self._training_since
+        if since is None or time.monotonic() - since < self.options.wait:
             return
         self._training_since = None
         print("another node can take part: the job saves and goes on with it", flush=True)
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGUSR1)
+        self._pass_on(signal.SIGUSR1)
 
 
 def torchrun_command(options: argparse.Namespace, group: NodeGroup, step: int, words: list[str]) -> list[str]:

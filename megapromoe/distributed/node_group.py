@@ -60,9 +60,10 @@ class NodeGroup:
 class _Connection:
     socket: socket.socket
     last_line: float
-    node: int = -1  # known from its first line on
+    node: int = -1  # known from its first line on; -1 again after the last message to it
     name: str = ""
     unread: bytes = b""
+    has_ended: bool = False
 
 
 class NodeServer:
@@ -119,9 +120,12 @@ class NodeServer:
         """Ends the thread and all connections. With `done`, waiting nodes learn that the job is done."""
         self._closed.set()
         self._thread.join()
+        for connection in [c for c in self._connections.values() if done and c.node > 0]:
+            self._send_last(connection, {"done": True})
+        deadline = time.monotonic() + HEARTBEAT
+        while any(c.has_ended for c in self._connections.values()) and time.monotonic() < deadline:
+            self._receive_all()
         for connection in list(self._connections.values()):
-            if done and connection.node > 0:
-                self._send(connection, {"done": True})
             self._drop(connection)
         self._listener.close()
         self._selector.close()
@@ -130,23 +134,26 @@ class NodeServer:
         nodes = (0, *sorted(waiting)[: count - 1])
         group = NodeGroup(nodes, (self.name, *(waiting[node].name for node in nodes[1:])))
         for node in nodes[1:]:
-            self._send(waiting[node], {"nodes": group.nodes, "names": group.names})
-            self._drop(waiting[node])
+            self._send_last(waiting[node], {"nodes": group.nodes, "names": group.names})
         self._members = count
         return group
 
     def _serve(self) -> None:
         beat = time.monotonic()
         while not self._closed.is_set():
-            for key, _ in self._selector.select(POLL):
-                with self._lock:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif connection := self._connections.get(key.fileobj):  # type: ignore[call-overload]
-                        self._receive(connection)
+            self._receive_all()
             if time.monotonic() - beat > HEARTBEAT:
                 beat = time.monotonic()
                 self._beat(beat)
+
+    def _receive_all(self) -> None:
+        """Handles what arrives within `POLL` seconds."""
+        for key, _ in self._selector.select(POLL):
+            with self._lock:
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif connection := self._connections.get(key.fileobj):  # type: ignore[call-overload]
+                    self._receive(connection)
 
     def _beat(self, now: float) -> None:
         with self._lock:
@@ -184,6 +191,8 @@ class NodeServer:
 
     def _introduce(self, connection: _Connection, line: bytes) -> None:
         """Handles the first line of a node. Whatever else connects to this port is dropped."""
+        if connection.has_ended:
+            return
         try:
             message = json.loads(line)
             node, name, job = int(message["node"]), str(message["name"]), str(message["job"])
@@ -192,8 +201,7 @@ class NodeServer:
             return
         if job != self.job or not 0 < node < self.counts[-1]:
             expected = f"{self.name} expects {self.counts[-1]} nodes, numbered from 0, of {self.job!r}"
-            self._send(connection, {"refused": f"node {node} on {name} is of {job!r}, but {expected}"})
-            self._drop(connection)
+            self._send_last(connection, {"refused": f"node {node} on {name} is of {job!r}, but {expected}"})
             return
         for earlier in [c for c in self._connections.values() if c.node == node]:
             self._drop(earlier)  # the node was started again
@@ -202,6 +210,14 @@ class NodeServer:
     def _send(self, connection: _Connection, message: Any) -> None:
         with contextlib.suppress(OSError):  # a node that is gone; its connection is dropped when it is read
             connection.socket.send(_line(message))
+
+    def _send_last(self, connection: _Connection, message: Any) -> None:
+        """Sends a message after which the node closes the connection.
+
+        It is not closed here: if a line of the node were unread, the node would get an error instead of the message.
+        """
+        self._send(connection, message)
+        connection.node, connection.has_ended = -1, True
 
     def _drop(self, connection: _Connection) -> None:
         if self._connections.pop(connection.socket, None):

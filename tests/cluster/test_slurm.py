@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,42 @@ def test_a_node_that_dies_is_survived(undisturbed, cluster):
     *_, code, nodes = job.attempts()[-1]
     assert code == "0" and nodes in ("n[1,3]", "n[1,4]", "n[3-4]")
     assert job.losses() == undisturbed.losses()
+
+
+@pytest.mark.full
+def test_a_job_goes_on_with_the_nodes_that_are_left(undisturbed, cluster, fault_table):
+    """4 of 3 to 4 nodes; 3 are left, on which the configuration cannot run (tp 2): it uses 2 of them."""
+    idle = [f"{name} idle" for name in cluster.names]
+    cluster.wait(lambda: cluster.command("sinfo", "-hN", "-o", "%N %t").split("\n")[:4] == idle, "idle nodes", 60)
+    options = ["--nodes=3-4", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    job = Job(cluster, "promoe_s.sh", *SETTINGS, name="elastic", options=options, MIN_NODES="2")
+    job.wait_for(lambda: job.steps() >= 7, "some steps on 4 nodes")
+    lost_at, lost = job.steps(), time.monotonic()
+    cluster.command("scontrol", "update", "NodeName=n4", "State=DOWN", "Reason=test")
+    for pid in processes_on("n4"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    starts = job.run / "environment.json"
+    try:
+        job.wait_for(lambda: len(json.loads(starts.read_text())) == 2, "a second start")
+        job.wait_for(lambda: job.steps() > lost_at, "steps on 2 nodes")
+        resumed = time.monotonic() - lost
+        job.finish()
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
+    assert [start["layout"]["world"] for start in json.loads(starts.read_text())] == [4, 2]
+    *_, code, nodes = job.attempts()[-1]
+    assert (code, nodes) == ("0", "n1,n2") and "cannot run on all 3 nodes of the job" in job.output()
+    # The batch is the same, so the losses are those of a run that loses nothing.
+    assert job.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
+    (step,) = re.findall(r"resumes from step (\d+)", job.output())
+    fault_table.append(
+        (
+            "a node of a job with `--nodes=3-4` goes down",
+            "SLURM queues the job again; it goes on with the nodes that are left, with the same losses",
+            f"{resumed:.0f} s, and {lost_at - int(step)} steps since the last save (every 5)",
+        )
+    )
 
 
 @pytest.mark.full

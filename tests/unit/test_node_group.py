@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import signal
 import socket
 import threading
 import time
@@ -105,6 +106,19 @@ def test_a_node_that_is_cut_off_while_it_waits_is_left_out(port):
         assert node0.gather(wait=2.0, timeout=60) == names(0)
 
 
+def test_a_message_arrives_although_lines_of_the_node_are_unread(port):
+    """A close with unread data would reset the connection, and the node would never learn that it takes part."""
+    with server(port, [2]) as node0:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", port)) as node, node.makefile("rb") as lines:
+                node.sendall(json.dumps({"job": JOB, "node": 1, "name": "host1"}).encode() + b"\n")
+                sending = threading.Thread(target=lambda: [node.sendall(b"\n" * 500) for _ in range(20)])
+                sending.start()
+                assert node0.gather(60, 60) == names(0, 1)
+                sending.join()
+                assert json.loads(next(line for line in lines if line.strip()))["nodes"] == [0, 1]
+
+
 def test_a_node_that_starts_again_replaces_itself(port):
     with server(port, [2]) as node0, socket.create_connection(("127.0.0.1", port)) as earlier:
         earlier.sendall(json.dumps({"job": JOB, "node": 1, "name": "old"}).encode() + b"\n")
@@ -184,6 +198,32 @@ def test_every_step_has_words_and_a_port_of_its_own():
     for number, command in enumerate(commands):
         wanted = {"--nnodes=2", "--node-rank=1", "--nproc-per-node=2", "--master-addr=n0", "--redirects=1:3"}
         assert wanted | {f"--master-port={101 + number}"} <= set(command)
+
+
+@pytest.mark.parametrize(
+    "then, code",
+    [
+        ("sleep 60", 75),  # the first step, before which there is nothing to save
+        ("exit 0", 75),  # the last, which the signal ends before it handles signals
+        ("exit 3", 3),  # no signal: the last step does not run
+    ],
+)
+def test_the_code_of_a_stopped_attempt(then, code, tmp_path, monkeypatch):
+    steps = ["--", "first", "--", "last"]
+    options = parsed("--node=0", f"--nodes-file={tmp_path}/nodes", steps=steps)
+    script = {"first": f"touch {tmp_path}/first; {then}", "last": f"touch {tmp_path}/last; sleep 60"}
+    monkeypatch.setattr(node_attempt, "torchrun_command", lambda o, g, i, words: ["bash", "-c", script[words[0]]])
+    attempt = node_attempt.Attempt(options)
+
+    def stop() -> None:
+        wait_until(lambda: (tmp_path / ("first" if then == "sleep 60" else "last")).exists())
+        attempt._pass_on(signal.SIGTERM)
+
+    if then != "exit 3":
+        threading.Thread(target=stop, daemon=True).start()
+    assert attempt._run_steps(names(0)) == code
+    assert (tmp_path / "last").exists() == (then == "exit 0")
+    assert (tmp_path / "nodes").read_text() == "host0\n"
 
 
 def test_an_attempt_without_a_step_is_refused(capsys):
