@@ -47,7 +47,7 @@ class Attempt:
             group = join(o.address, o.port, o.job, o.node, node_name(), o.timeout)
             return ExitCode.DONE if group is None else self._run_steps(group)
         server = NodeServer(o.port, o.job, node_name(), o.counts, self._stop_for_more_nodes)
-        code = ExitCode.FAILED
+        code: int = ExitCode.FAILED
         try:
             code = self._run_steps(server.gather(o.wait, max(o.timeout, o.wait)))
         finally:

@@ -217,10 +217,10 @@ def test_a_node_that_dies_is_survived(undisturbed, cluster):
 
 @pytest.mark.full
 def test_a_job_goes_on_with_the_nodes_that_are_left(undisturbed, cluster, fault_table):
-    """4 of 3 to 4 nodes; 3 are left, on which the configuration cannot run (tp 2): it uses 2 of them."""
+    """4 of 3 to 4 nodes; 3 are left, on which the configuration cannot run (32 images, dp 3): it uses 2 of them."""
     idle = [f"{name} idle" for name in cluster.names]
     cluster.wait(lambda: cluster.command("sinfo", "-hN", "-o", "%N %t").split("\n")[:4] == idle, "idle nodes", 60)
-    options = ["--nodes=3-4", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+    options = ["--nodes=3-4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     job = Job(cluster, "promoe_s.sh", *SETTINGS, name="elastic", options=options, MIN_NODES="2")
     job.wait_for(lambda: job.steps() >= 7, "some steps on 4 nodes")
     lost_at, lost = job.steps(), time.monotonic()
@@ -236,7 +236,7 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(undisturbed, cluster, fault_
         job.finish()
     finally:
         cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
-    assert [start["layout"]["world"] for start in json.loads(starts.read_text())] == [4, 2]
+    assert [start["layout"]["world"] for start in json.loads(starts.read_text())] == [8, 4]
     *_, code, nodes = job.attempts()[-1]
     assert (code, nodes) == ("0", "n1,n2") and "cannot run on all 3 nodes of the job" in job.output()
     # The batch is the same, so the losses are those of a run that loses nothing.
