@@ -150,7 +150,7 @@ plan_steps() {
     local ask extra container=() port_option=() chosen_nodes=()
     if ((nodes < ${SLURM_JOB_NUM_NODES:-0})); then
         members=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd,)
-        chosen_nodes=("--nodelist=$members")
+        chosen_nodes=(-w "$members")
     fi
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
