@@ -19,7 +19,7 @@ source "$here/prologue.sh"
 read_preset_and_words "$@"
 local_ranks
 find_program
-prepare_training
+prepare_training "$ranks"
 command=("$python" -m torch.distributed.run --standalone "--nproc-per-node=$ranks" "--max-restarts=${RETRIES:-0}")
 if ((ranks > 1)); then # only rank 0 writes to the terminal, which shows the progress bar
     printf -v redirects '%d:3,' $(seq 1 $((ranks - 1)))

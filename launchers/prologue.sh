@@ -90,10 +90,10 @@ find_program() {
         || die "megapromoe is not on PATH; set MEGAPROMOE_ENV, MEGAPROMOE_PYTHON or CONTAINER_IMAGE" 2
 }
 
-# Reports a wrong configuration before anything is started; `show` needs neither torch nor a GPU.
-check_settings() { # ranks
-    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
-    local word takes='' chosen=(--preset "$preset")
+# Sets `chosen`, the words that select the configuration: those of `settings` and `more` that are not only for training.
+choose_words() {
+    local word takes=''
+    chosen=(--preset "$preset")
     for word in "${more[@]}"; do
         if [[ -n $takes || $word == --config=* ]]; then
             chosen+=("$word") takes=''
@@ -102,6 +102,12 @@ check_settings() { # ranks
         fi
     done
     chosen+=("${settings[@]}")
+}
+
+# Reports a wrong configuration before anything is started; `show` needs neither torch nor a GPU.
+check_settings() { # ranks
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    choose_words
     if "${program[@]}" show --to-train --ranks "$1" "${chosen[@]}" >/dev/null; then
         return 0
     fi
@@ -141,7 +147,7 @@ local_ranks() {
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "NPROC=$ranks: must be a number" 2
 }
 
-# ---- launchers without SLURM: local.sh and mpirun.sh
+# ---- launchers without SLURM: local.sh, mpirun.sh and torchrun.sh
 
 # Sets `preset`, and the variables of read_words.
 read_preset_and_words() {
@@ -154,11 +160,12 @@ read_preset_and_words() {
     ((${#others[@]} == 0)) || die "${others[*]}: unknown; put words for megapromoe train after --" 2
 }
 
-# Checks the configuration over `ranks` and sets the environment, `run` and `train`, the words after `megapromoe`.
-prepare_training() {
+# Checks the configuration and sets the environment, `run` and `train`, the words after `megapromoe`. `ranks` are those of
+# this machine.
+prepare_training() { # ranks of the job
     layout() { echo parallel.ep=1; } # the proposal of `megapromoe plan` for the presets on one machine, for all its GPUs
     choose_settings 1
-    check_settings "$ranks"
+    check_settings "$1"
     set_environment $(((($(nproc) - 1) / ranks) + 1))
     run=${RUN_DIR:-runs/$preset}
     train=(train --preset "$preset" --run-dir "$run" "${more[@]}" "${settings[@]}")

@@ -71,7 +71,7 @@ note "task $task of $study on $SLURM_JOB_NODELIST"
 step=$!
 wait_for_step
 note "exit code $code"
-if [[ $code == 75 ]] && may_queue_again; then
-    queue_again
+if [[ $code == 75 ]] && may_repeat; then
+    repeat
 fi
 exit "$code"

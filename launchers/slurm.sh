@@ -3,12 +3,15 @@
 
 # shellcheck source-path=SCRIPTDIR source=prologue.sh
 source "$here/prologue.sh"
+# shellcheck source-path=SCRIPTDIR source=attempts.sh
+source "$here/attempts.sh"
 
 HELP+='
 
 Variables for SLURM (sbatch passes them on):
   RUN_DIR          the run directory; default: runs/JOBNAME-JOBID, the same after the job is queued again
   PREFLIGHT        0: no `megapromoe check` before training; PREFLIGHT_ARGS: more arguments for it
+  MIN_NODES        the job may run on fewer nodes than it gets, if the configuration cannot run on all; --nodes=MIN-MAX sets it
   RETRIES          number of consecutive failures without a new checkpoint after which the job ends; default: 3
   MEGAPROMOE_HOME  the folder that contains launchers/, if the job cannot determine it
   CONTAINER_IMAGE  image in which the ranks run (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds mounts
@@ -19,8 +22,6 @@ Variables for SLURM (sbatch passes them on):
 Outside a job the script submits itself, with options of sbatch that are given as --option=value.
 Exit codes: 0 done, 1 failed, 2 wrong configuration, path or installation (never queued again), 3 bad nodes, 75 stopped and
 saved, 76 a rank hung.'
-
-note() { echo "[$(date '+%F %T')] $1"; }
 
 main() {
     read_words "$@"
@@ -50,9 +51,16 @@ submit_job() {
             *) die "$word: write options of sbatch as --option=value" 2 ;;
         esac
     done
-    [[ $nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
-    choose_settings "$nodes"
+    local least=${nodes%-*} # of --nodes=MIN-MAX
+    nodes=${nodes#*-}
+    [[ $least$nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
     find_program
+    if ((least < nodes)); then
+        export MIN_NODES=$least
+        fit_nodes "$tasks"
+        [[ -z $dry_run ]] || show export "MIN_NODES=$least"
+    fi
+    choose_settings "$nodes"
     check_settings $((nodes * tasks))
     local command=(sbatch "${others[@]}" "$script" "${script_settings[@]}")
     ((${#more[@]} == 0)) || command+=(-- "${more[@]}")
@@ -74,14 +82,20 @@ run_in_job() {
     [[ -n $ranks ]] || die "the allocation has no number of tasks; allocate with --ntasks-per-node=8" 2
     name=$SLURM_JOB_NAME threads=${SLURM_CPUS_PER_TASK:-1}
     attempt=$id.${SLURM_RESTART_COUNT:-0}
-    choose_settings "$nodes"
     find_program
+    if [[ -n ${MIN_NODES:-} ]]; then
+        local tasks=$((ranks / nodes))
+        fit_nodes "$tasks"
+        ranks=$((nodes * tasks))
+    fi
+    choose_settings "$nodes"
     check_settings "$ranks"
     plan_steps
     [[ -z $dry_run ]] || exit 0
 
     mkdir -p "$logs" || die "RUN_DIR=$run: cannot be made or written; choose another" 2
-    note "attempt $attempt on $SLURM_JOB_NODELIST, run directory $run"
+    note "attempt $attempt on $members, run directory $run"
+    ((nodes == SLURM_JOB_NUM_NODES)) || note "the configuration cannot run on all $SLURM_JOB_NUM_NODES nodes of the job"
     if [[ ${PREFLIGHT:-1} != 0 ]]; then
         run_step check "${check_step[@]}"
     fi
@@ -89,6 +103,22 @@ run_in_job() {
         run_step rank "${train_step[@]}"
     fi
     conclude
+}
+
+# Sets `nodes` to the largest number, down to MIN_NODES, on which the configuration can run. If there is none, `nodes` stays
+# and check_settings reports the reason.
+fit_nodes() { # ranks of a node
+    [[ -z ${CONTAINER_IMAGE:-} ]] || return 0
+    local number given=("${settings[@]}")
+    for ((number = nodes; number >= MIN_NODES; number--)); do
+        choose_settings "$number"
+        choose_words
+        settings=("${given[@]}")
+        if "${program[@]}" show --ranks $((number * $1)) "${chosen[@]}" >/dev/null 2>&1; then
+            nodes=$number
+            return 0
+        fi
+    done
 }
 
 # Removes settings of the login node or the site that must not affect the steps.
@@ -116,8 +146,12 @@ plan_steps() {
     set_environment "$threads"
     run=${RUN_DIR:-runs/$name-$id}
     [[ $run == /* ]] || run=$PWD/$run
-    logs=$run/logs/$attempt
-    local ask extra container=() port_option=()
+    logs=$run/logs/$attempt attempts=$run/logs/attempts.tsv members=${SLURM_JOB_NODELIST:-}
+    local ask extra container=() port_option=() chosen_nodes=()
+    if ((nodes < ${SLURM_JOB_NUM_NODES:-0})); then
+        members=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$nodes" | paste -sd,)
+        chosen_nodes=(-w "$members")
+    fi
     read -ra extra <<<"${SRUN_ARGS:-}"
     if [[ -n ${CONTAINER_IMAGE:-} ]]; then
         container=("--container-image=$CONTAINER_IMAGE" "--container-workdir=$PWD")
@@ -136,9 +170,9 @@ plan_steps() {
     local every_step=(srun --export=ALL --mpi=none) bind=()
     ! slurm_has '^TaskPlugin .*affinity' || bind=(--cpu-bind=cores) # without this plugin SLURM prints a warning at each step
     local common=("${every_step[@]}" --distribution=block:block "${bind[@]}" --kill-on-bad-exit=0 --wait=60)
-    common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append)
+    common+=("--nodes=$nodes" "--ntasks=$ranks" "--cpus-per-task=$threads" --open-mode=append "${chosen_nodes[@]}")
     common+=("${port_option[@]}" "${container[@]}" "${extra[@]}")
-    node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${extra[@]}")
+    node_step=("${every_step[@]}" "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 "${chosen_nodes[@]}" "${extra[@]}")
     node_step+=(bash "$here/node.sh" "$cache" ${ask:+"$ask"})
     check_step=("${common[@]}" "--output=$logs/check-%4t.log" "${program[@]}" check --preset "$preset" --run-dir "$run")
     check_step+=(--report "$logs/check.json" --bad-nodes "$logs/bad_nodes")
@@ -182,15 +216,6 @@ run_step() { # name of its logs, command
     wait "$follower" || true
 }
 
-# Waits for `step` and sets `code`. A signal to this shell interrupts `wait`, so it is repeated.
-wait_for_step() {
-    while kill -0 "$step" 2>/dev/null; do
-        wait "$step" || true
-    done
-    wait "$step" || code=$?
-    step=''
-}
-
 # The address of the first node, from SLURM: its node names need not be known to DNS.
 first_address() {
     local first
@@ -200,46 +225,8 @@ first_address() {
 
 job_field() { scontrol --oneliner show job "$id" | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
-# Records the result of this attempt, then ends the job or queues it again.
-conclude() {
-    local newest failures attempts=$run/logs/attempts.tsv
-    newest=$(newest_checkpoint)
-    printf '%s\t%s\t%s\t%s\n' "$attempt" "$newest" "$code" "$SLURM_JOB_NODELIST" >>"$attempts"
-    note "exit code $code, newest checkpoint: $newest"
-    if ((code == 0)) && [[ $ran == rank ]]; then
-        exit 0
-    fi
-    print_last_lines
-    # 13, 126 and 127 are the codes of srun and bash for a program that cannot be started.
-    case $code in
-        2 | 13 | 126 | 127)
-            note "not queued again: repeating cannot help; the message above explains what to correct"
-            exit 2
-            ;;
-    esac
-    if ((code == 1)) && [[ -e $run/diverged.txt ]]; then
-        note "not queued again: the run diverged, see $run/diverged.txt"
-        exit "$code"
-    fi
-    may_queue_again || exit "$code"
-    if ((code != 0 && code != 75)); then
-        failures=$(awk -F '\t' -v job="$id." -v newest="$newest" \
-            'index($1, job) == 1 && $2 == newest && $3 != 0 && $3 != 75 { n++ } END { print n + 0 }' "$attempts")
-        if ((failures > ${RETRIES:-3})); then
-            note "$failures failures without a new checkpoint: given up"
-            exit "$code"
-        fi
-    fi
-    if ((code == 3)); then
-        exclude_bad_nodes
-    else
-        queue_again
-    fi
-    exit "$code"
-}
-
 # Whether this job may be queued again: not if it was cancelled, or if SLURM requeues it.
-may_queue_again() {
+may_repeat() {
     if [[ $(job_field JobState) != RUNNING ]]; then
         note "SLURM has ended this job (scancel, time limit, or a node that failed: then it is queued again)"
         return 1
@@ -251,27 +238,24 @@ may_queue_again() {
     fi
 }
 
-queue_again() {
-    note "queued again"
-    trap '' TERM # requeueing also terminates this shell
-    scontrol requeue "$id"
-}
-
-newest_checkpoint() {
-    local all=("$run"/checkpoints/step-*/manifest.json)
-    if [[ -e ${all[-1]} ]]; then
-        basename "$(dirname "${all[-1]}")"
+# Queues the job again, without nodes that have failed the check.
+repeat() {
+    if ((code == 3)); then
+        exclude_bad_nodes
     else
-        echo none
+        note "queued again"
+        trap '' TERM # requeueing also terminates this shell
+        scontrol requeue "$id"
     fi
+    exit "$code"
 }
 
-# Prints the last line of each rank except the first, whose output was shown.
-print_last_lines() {
+# The output of the first rank was shown.
+last_lines() {
     local log
     for log in "$logs"/*-*.log; do
         [[ $log == *-0000.log || ! -s $log ]] || echo "$(basename "$log" .log): $(tail -n 1 "$log")"
-    done | head -n 16
+    done
 }
 
 # Queues the job again without the bad nodes of the check. SLURM can change the excluded nodes only of a pending job.

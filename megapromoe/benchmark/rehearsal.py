@@ -27,7 +27,7 @@ from megapromoe.config.options import Config
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import Group, Mesh, rank_tables
-from megapromoe.errors import UserError
+from megapromoe.errors import ExitCode, UserError
 from megapromoe.nn.moe.dispatcher import ArrangedRows, DispatchedRows, Dispatcher
 from megapromoe.nn.moe.expert_parallel_dispatcher import ExpertParallelDispatcher
 from megapromoe.nn.moe.layer import MoE
@@ -49,6 +49,8 @@ RETURNED = (("combine: rows to sources", "forward"), ("dispatch: rows to experts
 
 class RehearsalError(UserError):
     """A configuration that cannot be rehearsed. The message gives the reason and a remedy."""
+
+    exit_code = ExitCode.MISCONFIGURED
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ class Recorder(TorchDispatchMode):
             self._message(func._schema.name.partition("::")[2], args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._follow(tensor.untyped_storage())
+                self._count_storage(tensor.untyped_storage())
         self.peak = max(self.peak, self.bytes - self._gradients)
         return out
 
@@ -267,7 +269,7 @@ class Recorder(TorchDispatchMode):
         line[0] += 1
         line[1] += sum(t.numel() * t.element_size() for t in tree_leaves(counted) if isinstance(t, Tensor))
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
@@ -347,9 +349,9 @@ class _ExpertParallel(ExpertParallelDispatcher):
     def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> Any:
         rows = super().arrange_rows(rows_RD, expert_slot_R, max_rows)
         sent, slots = parts(rows_RD.shape[0], self.shares), self.placement.slots
-        own = sent[self.group.rank * slots : (self.group.rank + 1) * slots]  # each rank of the group sends as many
-        numbers = [[sum(sent[i * slots : (i + 1) * slots]), *own] for i in range(self.group.size)]
-        self.sent, self.received = sum(sent), self.group.size * sum(own)
+        received = sent[self.group.rank * slots : (self.group.rank + 1) * slots]  # each rank of the group sends as many
+        numbers = [[sum(sent[i * slots : (i + 1) * slots]), *received] for i in range(self.group.size)]
+        self.sent, self.received = sum(sent), self.group.size * sum(received)
         return _Rows(rows, "host_counts", numbers)
 
 

@@ -1,4 +1,4 @@
-"""`megapromoe launchers`: writes the job scripts for SLURM, mpirun and one machine into a folder."""
+"""`megapromoe launchers`: writes the job scripts and the files for Kubernetes and SkyPilot into a folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megapromoe import io
 from megapromoe.commands.command_line import FileError, file_errors, takes_no_settings
 
 EPILOG = """\
-These are the scripts of launchers/ in the repository; each has a --help. They start the megapromoe on PATH, or that of
-MEGAPROMOE_ENV or MEGAPROMOE_PYTHON. You may change the copies: a file that differs is never overwritten.
+These are the files of launchers/ in the repository; each script has a --help. They start the megapromoe on PATH, or
+that of MEGAPROMOE_ENV or MEGAPROMOE_PYTHON. You may change the copies: a file that differs is never overwritten.
 
 example:
   megapromoe launchers launchers
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launchers_folder() -> Path:
-    """The folder of the job scripts: inside the package if it is installed, next to it in a checkout."""
+    """The folder of these files: inside the package if it is installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "launchers"
     return installed if installed.is_dir() else package.parent / "launchers"
@@ -35,17 +35,19 @@ def launchers_folder() -> Path:
 
 def run(options: argparse.Namespace, launch: None) -> int:
     with file_errors():
-        scripts = {script.name: script.read_bytes() for script in sorted(launchers_folder().glob("*.sh"))}
-        differing = [name for name, content in scripts.items() if _differs(options.folder / name, content)]
+        root = launchers_folder()
+        files = sorted(path for end in ("sh", "yaml") for path in root.rglob(f"*.{end}"))
+        contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+        differing = [name for name, content in contents.items() if _differs(options.folder / name, content)]
         if differing:
             raise FileError(
                 f"{options.folder}: {', '.join(differing)} would be overwritten; choose another folder, or remove them"
             )
-        options.folder.mkdir(parents=True, exist_ok=True)
-        for name, content in scripts.items():
+        for name, content in contents.items():
             path = options.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             io.write_bytes(path, content)
-            # Scripts without a #! line are only sourced by the others, so they are not executable.
+            # Files without a #! line are only read or sourced, so they are not executable.
             path.chmod(0o755 if content.startswith(b"#!") else 0o644)
             print(path)
     return 0

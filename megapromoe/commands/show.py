@@ -1,8 +1,9 @@
 """`megapromoe show`: prints the presets, or a resolved config with its size and layout."""
 
 import argparse
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from megapromoe.commands.command_line import positive
@@ -10,7 +11,7 @@ from megapromoe.commands.options import OVERRIDES, config_options, resolve_optio
 from megapromoe.config import extensions
 from megapromoe.config.options import UNSET, Config
 from megapromoe.config.presets import PRESETS
-from megapromoe.config.resolve import check, check_trainable, resolve, to_yaml
+from megapromoe.config.resolve import ConfigError, check, check_trainable, resolve, to_yaml
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters
 
 EPILOG = OVERRIDES
@@ -23,6 +24,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", metavar="N", type=positive, help="number of ranks; default: the smallest number that tp and ep allow"
     )
     parser.add_argument(
+        "--which-ranks",
+        metavar="N,N,...",
+        type=_numbers,
+        help="print those of these numbers of ranks on which the configuration can run, one a line",
+    )
+    parser.add_argument(
         "--to-train", action="store_true", help="also check what only training needs: data.source must be set"
     )
     parser.add_argument("--keys", action="store_true", help="list every config key with its default and its meaning")
@@ -31,6 +38,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, launch) -> int:
     if options.keys:
         lines = _keys()
+    elif options.which_ranks is not None:
+        lines = possible_ranks(resolve_options(options, None), options.which_ranks)
     elif (
         options.preset is None
         and options.config is None
@@ -47,6 +56,18 @@ def run(options: argparse.Namespace, launch) -> int:
         lines = describe(config, world)
     print("\n".join(lines))
     return 0
+
+
+def possible_ranks(config: Config, numbers: Iterable[int]) -> Iterator[str]:
+    """The numbers of ranks, of those given, on which the configuration can run."""
+    for number in numbers:
+        with contextlib.suppress(ConfigError):
+            check(config, number)
+            yield str(number)
+
+
+def _numbers(text: str) -> list[int]:
+    return [positive(number) for number in text.split(",")]
 
 
 def _fewest_ranks(config: Config) -> int:

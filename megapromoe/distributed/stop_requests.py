@@ -32,7 +32,10 @@ MAX_ANCESTORS = 8  # processes between a rank and its launcher: shells, numactl,
 
 # Programs and modules of each launcher that start ranks: a word of the command line, or the process name.
 LAUNCHERS = {
-    "torchrun": ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"),
+    "torchrun": (
+        *("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"),
+        "megapromoe.distributed.torchrun",
+    ),
     "srun": ("slurmstepd",),
     "mpirun": (
         *("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "prterun", "prted", "prte"),

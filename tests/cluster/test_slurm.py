@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def test_a_run_that_diverges_is_not_queued_again(cluster):
     ((_, newest, code, _),) = job.attempts()
     assert code == "1" and newest != "none", "the last applied state is saved"
     assert cluster.job(job.number)["Restarts"] == "0"
-    assert f"not queued again: the run diverged, see {job.run}/diverged.txt" in job.output()
+    assert f"not repeated: the run diverged, see {job.run}/diverged.txt" in job.output()
     assert "start a new run, with another --run-dir and a lower train.lr" in (job.run / "diverged.txt").read_text()
 
 
@@ -215,6 +216,45 @@ def test_a_node_that_dies_is_survived(undisturbed, cluster):
 
 
 @pytest.mark.full
+def test_a_job_goes_on_with_the_nodes_that_are_left(undisturbed, cluster, fault_table):
+    """4 of 3 to 4 nodes; 3 are left, on which the configuration cannot run (32 images, dp 3): it uses 2 of them."""
+    idle = [f"{name} idle" for name in cluster.names]
+    cluster.wait(lambda: cluster.command("sinfo", "-hN", "-o", "%N %t").split("\n")[:4] == idle, "idle nodes", 60)
+    options = ["--nodes=3-4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
+    job = Job(cluster, "promoe_s.sh", *SETTINGS, name="elastic", options=options, MIN_NODES="2")
+    job.wait_for(lambda: job.steps() >= 7, "some steps on 4 nodes")
+    lost_at, lost = job.steps(), time.monotonic()
+    cluster.command("scontrol", "update", "NodeName=n4", "State=DOWN", "Reason=test")
+    for pid in processes_on("n4"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    starts = job.run / "environment.json"
+    try:
+        job.wait_for(lambda: job.state() == "PENDING", "queued again")
+        for change in ("NumTasks=6", "NumNodes=3-4"):  # SLURM keeps the number of tasks, for which 4 nodes are needed
+            cluster.command("scontrol", "update", f"JobId={job.number}", change)
+        job.wait_for(lambda: len(json.loads(starts.read_text())) == 2, "a second start")
+        job.wait_for(lambda: job.steps() > lost_at, "steps on 2 nodes")
+        resumed = time.monotonic() - lost
+        job.finish()
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n4", "State=RESUME")
+    assert [start["layout"]["world"] for start in json.loads(starts.read_text())] == [8, 4]
+    *_, code, nodes = job.attempts()[-1]
+    assert (code, nodes) == ("0", "n1,n2") and "cannot run on all 3 nodes of the job" in job.output()
+    # The batch is the same, so the losses are those of a run that loses nothing.
+    assert job.losses() == pytest.approx(undisturbed.losses(), rel=1e-5)
+    (step,) = re.findall(r"resumes from step (\d+)", job.output())
+    fault_table.append(
+        (
+            "a node of a job with `--nodes=3-4` goes down",
+            "SLURM queues the job again; after `scontrol update` it goes on with the nodes that are left, same losses",
+            f"{resumed:.0f} s, and {lost_at - int(step)} steps since the last save (every 5)",
+        )
+    )
+
+
+@pytest.mark.full
 def test_ranks_whose_step_daemon_is_killed_save(cluster):
     """SLURM's daemon of the step starts the ranks of a node; on the other node it lives."""
     job = two_by_two(cluster, "daemon", *ENDLESS)
@@ -264,7 +304,7 @@ def test_data_that_no_node_can_read_costs_one_allocation(preflight, cluster, tmp
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
     assert [attempt[1:3] for attempt in job.attempts()] == [["none", "2"]]
-    assert "not queued again: repeating cannot help" in job.output()
+    assert "not repeated: repeating cannot help" in job.output()
     logs = job.run / "logs" / f"{job.number}.0"
     if preflight == "0":
         assert f"{tmp_path}/nowhere" in job.output()
@@ -304,7 +344,7 @@ def test_what_repeating_cannot_mend_is_not_queued_again(code, cluster, tmp_path)
     job = two_by_two(cluster, f"broken{code}", MEGAPROMOE_ENV=environment, before=["ulimit", "-S", "-l", "64;"])
     job.finish("FAILED")
     assert cluster.job(job.number)["ExitCode"] == "2:0" and cluster.job(job.number)["Restarts"] == "0"
-    assert len(job.attempts()) == 1 and "not queued again: repeating cannot help" in job.output()
+    assert len(job.attempts()) == 1 and "not repeated: repeating cannot help" in job.output()
     soft, hard = (job.run / "logs" / f"{job.number}.0" / "rank-0003.log").read_text().split()[2:]
     assert soft == hard != "64", "the shell that called sbatch has 64 KiB of locked memory"
 

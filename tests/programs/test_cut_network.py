@@ -1,58 +1,25 @@
 """A network that breaks between two nodes: network namespaces of this machine, whose link is taken down in training."""
 
-import itertools
 import os
 import re
-import shutil
-import subprocess
 import time
 
 import pytest
 from support.forked_ranks import ForkedRank
+from support.network_namespaces import ADDRESSES, INTERFACE, set_link, two_namespaces, why_not
 
 LIMIT = 4.0  # train.step_timeout, seconds
 BOUND = 90.0  # seconds within which both sides must have ended: on a busy machine, and the store's own wait of 4 s
 PORT = 29511
 TINY = ["--preset", "digits", "train.log_every=1", "train.global_batch=8", "model.hidden_size=32", "model.depth=2"]
-NUMBERS = itertools.count()
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=20)
-
-
-def why_not() -> str:
-    """Why no namespaces can be made here, or ""."""
-    if not shutil.which("ip"):
-        return "there is no `ip`"
-    name = f"megapromoe-{os.getpid()}-try"
-    try:
-        ip("netns", "add", name)
-        ip("netns", "del", name)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"no network namespace can be made: {getattr(error, 'stderr', None) or error}".strip()
-    return ""
 
 
 @pytest.fixture
 def two_nodes():
-    """Names of two namespaces with an interface `node` each, addresses 10.213.7.1 and 10.213.7.2."""
     if reason := why_not():
         pytest.skip(reason)
-    number = next(NUMBERS)
-    names = [f"megapromoe-{os.getpid()}-{number}-{side}" for side in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        ip("link", "add", "node", "netns", names[0], "type", "veth", "peer", "name", "node", "netns", names[1])
-        for place, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.213.7.{place}/24", "dev", "node")
-            ip("-n", name, "link", "set", "node", "up")
+    with two_namespaces() as names:
         yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)
 
 
 @pytest.mark.full
@@ -62,7 +29,7 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
     words = ["train", "--run-dir", str(run), *TINY, "train.steps=1000000"]
     words += [f"train.step_timeout={LIMIT:g}", "train.timeout=60"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
-    clean |= {"MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": "node"}
+    clean |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": INTERFACE}
     jobs: list[ForkedRank] = []
 
     def output_of(rank: int) -> str:
@@ -86,7 +53,7 @@ def test_both_sides_of_a_cut_network_end_with_a_sentence(cut, two_nodes, tmp_pat
             jobs.append(ForkedRank(words, env, tmp_path / f"output-{rank}", call))
         wait_until(lambda: steps() >= 5 or any(job.poll() is not None for job in jobs), 300)
         assert [job.poll() for job in jobs] == [None, None], output_of(0)[-3000:] + output_of(1)[-3000:]
-        ip("-n", two_nodes[cut], "link", "set", "node", "down")
+        set_link(two_nodes[cut], "down")
         broken = time.monotonic()
         wait_until(lambda: all(job.poll() is not None for job in jobs), BOUND)
         took = time.monotonic() - broken

@@ -154,16 +154,16 @@ def test_differences_are_seen():
 
 
 @pytest.mark.parametrize(
-    "rank, what, shares, said",
+    "rank, what, shares, message",
     [
         (8, (), None, "rank 8: must be 0 to 7"),
         (0, ("model.router=diffmoe",), None, "model.router=tc"),
         (0, (), [[0.5, 0.5]], "1 MoE layers and 8 experts"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_said(rank, what, shares, said):
+def test_what_cannot_be_rehearsed_is_refused(rank, what, shares, message):
     config = resolve(overrides=(*S, *what), world=8)
-    with pytest.raises(RehearsalError, match=said):
+    with pytest.raises(RehearsalError, match=message):
         rehearse_model(config, 8, rank, shares)
 
 
@@ -192,13 +192,13 @@ def test_the_command_fails_if_the_plan_differs(capsys, monkeypatch):
 
 
 def test_wrong_options_are_refused(capsys, tmp_path):
-    for more, said in (
+    for more, message in (
         (["--rehearse", "4"], "rank 4: must be 0 to 3"),
         (["--trace", str(tmp_path)], "add --rehearse RANK"),
         (["--rehearse", "0", "--trace", str(tmp_path)], "routing_trace"),
     ):
         assert cli.main([*PLAN, *more]) != 0
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*PLAN, "--rehearse", "-1"])
     assert "whole number" in capsys.readouterr().err

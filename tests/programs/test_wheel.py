@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BESIDE = {"ds_configs": "*.json", "launchers": "*.sh"}  # folders that are inside the package once installed
+BESIDE = {"ds_configs": ("json",), "launchers": ("sh", "yaml")}  # folders that are inside the package once installed
+
+
+def files_beside(folder: str) -> set[str]:
+    """Their paths in the checkout."""
+    return {p.relative_to(ROOT).as_posix() for end in BESIDE[folder] for p in (ROOT / folder).rglob(f"*.{end}")}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +58,10 @@ def test_the_wheel_has_the_complete_package_and_nothing_else(wheel):
     package = {
         p.relative_to(ROOT).as_posix() for end in ("py", "yaml", "typed") for p in ROOT.glob(f"megapromoe/**/*.{end}")
     }
-    beside = {f"megapromoe/{folder}/{p.name}" for folder, end in BESIDE.items() for p in (ROOT / folder).glob(end)}
+    beside = {f"megapromoe/{name}" for folder in BESIDE for name in files_beside(folder)}
     assert files == package | beside
     assert {"megapromoe/py.typed", "megapromoe/studies/recipes/digits.yaml", "megapromoe/launchers/slurm.sh"} <= files
+    assert "megapromoe/launchers/kubernetes/jobset.yaml" in files
 
 
 def test_show_finds_the_deepspeed_files(unpacked, tmp_path):
@@ -77,12 +83,12 @@ def test_a_study_is_planned_by_the_name_of_its_recipe(unpacked, tmp_path):
 @pytest.mark.full
 def test_launchers_are_written_out_and_start_the_installed_package(unpacked, tmp_path):
     output = program(unpacked, tmp_path, "launchers", "jobs")
-    scripts = {path.name: path for path in (tmp_path / "jobs").iterdir()}
-    assert sorted(scripts) == sorted(path.name for path in (ROOT / "launchers").glob("*.sh"))
-    assert sorted(Path(line).name for line in output.splitlines()) == sorted(scripts)
-    for name, path in scripts.items():
-        assert path.read_bytes() == (ROOT / "launchers" / name).read_bytes()
-        assert os.access(path, os.X_OK) == os.access(ROOT / "launchers" / name, os.X_OK)
+    written = {f"launchers/{Path(line).relative_to('jobs')}": tmp_path / line for line in output.splitlines()}
+    assert set(written) == files_beside("launchers")
+    assert set(written.values()) == {path for path in (tmp_path / "jobs").rglob("*") if path.is_file()}
+    for name, path in written.items():
+        assert path.read_bytes() == (ROOT / name).read_bytes()
+        assert os.access(path, os.X_OK) == os.access(ROOT / name, os.X_OK)
     chosen = {"MEGAPROMOE_PYTHON": sys.executable}
     output = call(unpacked, tmp_path, "bash", "jobs/promoe_xl.sh", "--dry-run", "--nodes=2", **chosen)
     assert f"{tmp_path}/jobs/promoe_xl.sh" in output and f"{sys.executable} -m megapromoe train" in output
