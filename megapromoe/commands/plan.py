@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -181,16 +181,16 @@ def run(options: argparse.Namespace, launch) -> int:
         else:
             content, lines = _single(options, calibration)
         if options.report:
-            write_json(options.report, content, indent=1)
+            write_json(options.report, content(), indent=1)
     if options.json:
-        print(json.dumps(content, indent=1), flush=True)
+        print(json.dumps(content(), indent=1), flush=True)
     else:
         for line in lines:
             print(line, flush=True)
     return 0
 
 
-Answer = tuple[dict[str, Any], Iterable[str]]  # as JSON, and as lines of text
+Answer = tuple[Callable[[], dict[str, Any]], Iterable[str]]  # what makes the JSON, and lines of text
 
 
 def _single(options: argparse.Namespace, calibration: Calibration) -> Answer:
@@ -206,11 +206,10 @@ def _single(options: argparse.Namespace, calibration: Calibration) -> Answer:
 
         title = f"{options.preset or options.config or DEFAULT_PRESET} on {world} x {machine.name}"
         draw([plan for plan, _ in fold(result.fitting)[: options.top]], machine, result.limit, title, options.plot)
-    content = assumed_json(calibration) | search_json(result, options.num_images)
     lines: Iterable[str] = plan_lines(options, config, result, machine, calibration)
     if options.rehearse is not None:
         lines = chain(lines, [""], rehearse(result.best.config, world, options.rehearse, options.trace))
-    return content, lines
+    return lambda: assumed_json(calibration) | search_json(result, options.num_images), lines
 
 
 def _table(options: argparse.Namespace, calibration: Calibration) -> Answer:
@@ -222,8 +221,11 @@ def _table(options: argparse.Namespace, calibration: Calibration) -> Answer:
         points += [_point(config, nodes, options, calibration, words) for nodes in sorted(set(options.nodes))]
     if not any(p.plan for p in points):
         raise PlanError(points[0].problem)
-    content = assumed_json(calibration) | points_json(points, options.num_images)
-    return content, [*point_lines(points, options.num_images), "", *assumption_lines(calibration)]
+    return lambda: assumed_json(calibration) | points_json(points, options.num_images), [
+        *point_lines(points, options.num_images),
+        "",
+        *assumption_lines(calibration),
+    ]
 
 
 def _point(
@@ -250,8 +252,11 @@ def _comparison(options: argparse.Namespace, calibration: Calibration) -> Answer
             raise CommandError(f"--compare {name}: is neither a preset nor a file; `megapromoe show` lists the presets")
         config = resolve_options(_with(options, preset=preset, config=file, overrides=words), None)
         plans.append((name, search(config, world, machine, calibration.assume, _fixed(words)).best))
-    content = assumed_json(calibration) | compared_json(plans, options.num_images)
-    return content, [*compare_lines(plans, options.num_images), "", *assumption_lines(calibration)]
+    return lambda: assumed_json(calibration) | compared_json(plans, options.num_images), [
+        *compare_lines(plans, options.num_images),
+        "",
+        *assumption_lines(calibration),
+    ]
 
 
 def _with(options: argparse.Namespace, **changed: Any) -> argparse.Namespace:

@@ -6,6 +6,7 @@ S tokens of an image, N tokens of a text, L blocks, E routed experts, K experts 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megapromoe.config import extensions
 from megapromoe.config.deepspeed_file import load_deepspeed
@@ -339,12 +340,20 @@ def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = No
     Args:
         hidden: only hidden matrices, or only all other parameters; None: all.
     """
-    slots = dict(zip(model.moe_blocks, layout.expert_slots(model), strict=True))
+    replicated, routed = _tensors(model, layout.tp, layout.etp, layout.expert_slots(model), hidden)
+    return list(replicated), list(routed)
+
+
+@lru_cache(maxsize=512)
+def _tensors(
+    model: ModelConfig, tp: int, etp: int, expert_slots: tuple[int, ...], hidden: bool | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    slots = dict(zip(model.moe_blocks, expert_slots, strict=True))
     replicated: dict[int, list[int]] = {block: [] for block in range(OUTSIDE, model.depth)}
     routed: dict[int, list[int]] = {block: [] for block in range(OUTSIDE, model.depth)}
     for layer in layers(model):
         is_routed = layer.part == "routed experts"
-        tensors = layer.tensors(layout.etp if is_routed else layout.tp)
+        tensors = layer.tensors(etp if is_routed else tp)
         if hidden is not None:
             weights = 1 if layer.is_hidden else 0
             tensors = tensors[:weights] if hidden else tensors[weights:]
@@ -355,7 +364,7 @@ def tensors_on_rank(model: ModelConfig, layout: Layout, hidden: bool | None = No
             else:
                 replicated[block] += tensors * (layer.copies // len(blocks))
     in_order = [[n for block in kind.values() for n in sorted(block, reverse=True)] for kind in (replicated, routed)]
-    return in_order[0], in_order[1]
+    return tuple(in_order[0]), tuple(in_order[1])
 
 
 def _blocks_of(model: ModelConfig, part: str) -> Sequence[int]:
@@ -366,7 +375,8 @@ def _blocks_of(model: ModelConfig, part: str) -> Sequence[int]:
     if part == "text MLP":
         return every[:-1]
     if part == "MLP":
-        return [block for block in every if block not in model.expert_blocks]
+        of_experts = set(model.expert_blocks)
+        return [block for block in every if block not in of_experts]
     if part in ("conditional expert", "shared expert", "unconditional expert"):
         return model.expert_blocks
     if part in ("router", "capacity predictor", "routed experts"):
