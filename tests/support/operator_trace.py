@@ -6,6 +6,7 @@ import math
 from collections import Counter as Tally
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megapromoe.engine.step_result import StepResult
 from megapromoe.nn.parallelize import build
 from megapromoe.training.loop import _micro_step
 from megapromoe.training.metric_accumulator import MetricAccumulator
+from megapromoe.training.routing_recorder import RoutingRecorder
 
 WARM_UP = 1  # steps before those that are compared: the optimizer makes its state in the first
 
@@ -161,8 +163,9 @@ def skewed(batch: Batch, null_class: int) -> Batch:
 def _step(engine, ema, objective, accumulator, batches: list[Batch], before_update=lambda: None) -> StepResult:
     loss = torch.zeros(())
     accumulator.outputs = []
+    recorder = RoutingRecorder(engine.config, engine.mesh, Path("unused"))  # of a run that records nothing
     for number, batch in enumerate(batches):
-        loss += _micro_step(engine, objective, batch, accumulator)
+        loss += _micro_step(engine, objective, batch, accumulator, recorder)
         if number < len(batches) - 1:
             engine.finish_micro_step()
     before_update()

@@ -134,7 +134,9 @@ def test_the_order_of_the_tokens_is_seen():
         swapped = condition.features_BND.clone()
         swapped[0] = swapped[0].flip(0)
         gap = prediction(model, TextCondition(swapped, condition.mask_BN)) - prediction(model, condition)
-        assert float(gap[0].detach().norm()) > 1e-3 and not gap[1:].any()
+        first, others = (float(part.detach().norm()) for part in (gap[0], gap[1:]))
+        # Rows of the others have other places in the products of experts, which some processors round differently.
+        assert first > 1e-3 and others < 1e-13 * float(prediction(model, condition).detach().norm())
 
 
 def test_experts_see_tokens_of_images_alone():
