@@ -34,8 +34,9 @@ quick: env
 	$(PYTEST) -n 2 -m "not full"
 
 # What the quick level leaves out. These tests wait much, for time limits and for SLURM: three processes keep two cores busy.
+# With MINUTES=N it skips, and lists, the tests that are left after N minutes.
 test-rest: env
-	$(PYTEST) -n 3 -m full
+	$(PYTEST) -n 3 -m full $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: check
 	$(PYTEST) -n 3

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    minutes = item.config.getoption("--minutes")
+    if minutes and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"not run: {minutes:g} minutes have passed (--minutes)")
+
+
 def pytest_sessionfinish():
     if processes := sys.modules.get("support.processes"):
         processes.stop_workers()
@@ -84,6 +94,7 @@ def fault_table(request):
 def pytest_addoption(parser):
     for option, what in TABLES.items():
         parser.addoption(option, metavar="FILE", help=f"write {what} to FILE (Markdown)")
+    parser.addoption("--minutes", metavar="N", type=float, help="skip the tests that are left after N minutes")
 
 
 @pytest.fixture(scope="session")

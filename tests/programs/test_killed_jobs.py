@@ -115,7 +115,7 @@ def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, 
 
     wait_for(steps_again, launcher=job)
     back = time.monotonic() - killed
-    assert back <= 30, "from the kill to the next step"
+    assert back <= 120, "from the kill to the next step"
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output[-3000:]
     assert losses(folder) == undisturbed
