@@ -159,7 +159,7 @@ def test_activations_are_those_alive(size, close, world, variants, kind):
         for recompute in ("none", "moe", "blocks", "all")
         if not (recompute == "moe" and {"model.router=dense", "model.router=conditional"} & {*more})
     ]
-    ranks = run(world, alive, cases)
+    ranks = run(world, alive, cases, limit=900)
     for number, overrides in enumerate(cases):
         config = resolve(overrides=overrides, world=world)
         layout = config.layout(world)
