@@ -33,7 +33,8 @@ from megapromoe.nn.moe.expert_parallel_dispatcher import ExpertParallelDispatche
 from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
-from megapromoe.planning.memory import both_passes, saved_tensors
+from megapromoe.planning.activations import saved_tensors
+from megapromoe.planning.memory import both_passes
 from megapromoe.planning.traffic import Batch, Collective, collectives
 from megapromoe.planning.zero import zero_of
 

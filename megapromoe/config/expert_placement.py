@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ExpertPlacement:
         """Consecutive experts on each rank, as evenly as possible: the first E % ep ranks have one expert more."""
         base, extra = divmod(experts, ep)
         starts = [rank * base + min(rank, extra) for rank in range(ep + 1)]
-        return cls(tuple(tuple(range(*span)) for span in zip(starts, starts[1:], strict=False)))
+        return cls(tuple(tuple(range(*span)) for span in pairwise(starts)))
 
     @property
     def experts(self) -> int:

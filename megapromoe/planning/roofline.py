@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import mean
 
 from megapromoe.config.options import Config, Layout
+from megapromoe.planning.activations import saved_tensors
 from megapromoe.planning.cost import (
     Linear,
     flops_per_image,
@@ -19,7 +20,7 @@ from megapromoe.planning.cost import (
     tensors_on_rank,
 )
 from megapromoe.planning.machines import Assumptions, Machine
-from megapromoe.planning.memory import fullest, saved_tensors
+from megapromoe.planning.memory import fullest
 from megapromoe.planning.traffic import (
     RECOMPUTED_PARTS,
     Batch,

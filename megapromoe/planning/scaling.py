@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megapromoe.config.options import Config, ConfigError
 from megapromoe.number_text import significant
@@ -89,7 +90,7 @@ def verdicts(points: Sequence[Point], images: int | None) -> Iterator[str]:
     for experts in dict.fromkeys(p.experts for p in points):
         same = sorted((p for p in points if p.experts == experts and p.plan), key=lambda p: p.nodes)
         name = f"{experts} experts: " if len({p.experts for p in points}) > 1 else ""
-        for before, after in zip(same, same[1:], strict=False):
+        for before, after in pairwise(same):
             yield from _step_up(name, before, after, images)
     for nodes in dict.fromkeys(p.nodes for p in points):
         same = sorted((p for p in points if p.nodes == nodes and p.plan), key=lambda p: p.experts)

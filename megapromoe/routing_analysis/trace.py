@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ def quantiles(value_N: np.ndarray) -> dict[str, np.ndarray]:
 
 def drift_of(routes: Sequence[Routes]) -> list[dict[str, Any]]:
     """The drift from each recording to the next: "from", "to" and "changed", the share of each layer."""
-    pairs = zip(routes, routes[1:], strict=False)
-    return [{"from": a.step, "to": b.step, "changed": changed_share(a, b)} for a, b in pairs]
+    return [{"from": a.step, "to": b.step, "changed": changed_share(a, b)} for a, b in pairwise(routes)]
 
 
 def numbers_of(series: LoadSeries, routes: Sequence[Routes] = ()) -> dict[str, Any]:

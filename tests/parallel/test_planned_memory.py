@@ -2,56 +2,21 @@
 
 import gc
 import time
-import weakref
 
 import pytest
 import torch
 from support.processes import run
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from megapromoe.benchmark.rehearsal import Recorder
 from megapromoe.config.resolve import resolve
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
-from megapromoe.planning.memory import budget, saved_tensors, transient
+from megapromoe.planning.activations import saved_tensors, transient
+from megapromoe.planning.memory import budget
 from megapromoe.planning.traffic import Batch
 
 NULL = 1  # null images of the micro-batch
-
-
-class Living(TorchDispatchMode):
-    """Bytes of all storages made within it that are still alive; `peak` leaves out gradients of parameters."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self.bytes = self.peak = self.gradients = 0
-        self.without_gradient = set(model.parameters())
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(self.count_gradient)
-
-    def count_gradient(self, parameter: torch.Tensor) -> None:
-        """Called when a parameter has a gradient: a new one the first time, and later sums in the same place."""
-        if parameter in self.without_gradient:
-            self.without_gradient.remove(parameter)
-            self.gradients += parameter.grad.untyped_storage().nbytes()
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        out = function(*arguments, **(named or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.bytes += storage.nbytes()
-                    weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.bytes - self.gradients)
-        return out
-
-    def forget(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.bytes -= size
 
 
 def alive(cases: list[tuple[str, ...]]) -> list[tuple[int, int]]:
@@ -75,7 +40,7 @@ def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
         y = torch.randint(m.num_classes, (B,))
         y[B - NULL :] = m.num_classes
     t = 1000 * torch.rand(B)
-    with Living(model) as living:
+    with Recorder(model) as living:
         prediction, auxiliary = model(x, t, y, B - NULL)
         loss = (prediction[:, : m.in_channels].float() - x).square().mean() + auxiliary.total()
         del prediction, auxiliary

@@ -135,12 +135,15 @@ def test_the_train_job_gets_its_nodes_from_kubeflow_trainer():
 
 
 def check_training(command: list[str], ranks: int) -> None:
-    """The words of the training are a configuration that runs on so many ranks, of data under /work."""
+    """The words of the training are a configuration that runs on so many ranks, of data under /mnt/shared."""
     words = train_words(command)
     assert words[:3] == ["train", "--preset", "promoe_l"]
     settings = [word for word in words if re.match(r"\w+\.\w+=", word)]
     config = resolve("promoe_l", overrides=settings, world=ranks)
-    assert config.data.path.startswith("/work/") and words[words.index("--run-dir") + 1] == "/work/runs/promoe_l"
+    assert (
+        config.data.path.startswith("/mnt/shared/")
+        and words[words.index("--run-dir") + 1] == "/mnt/shared/runs/promoe_l"
+    )
 
 
 def test_sky_pilot_starts_a_launcher_on_each_node():

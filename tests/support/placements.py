@@ -1,6 +1,7 @@
 """Placements of experts for tests: other experts, and another number of them, on each rank and in each block."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 from megapromoe.config.expert_placement import ExpertPlacement, placement_text
@@ -11,7 +12,7 @@ def uneven_placement(experts: int, ep: int, seed: int) -> ExpertPlacement:
     draw = random.Random(seed)
     order = draw.sample(range(experts), experts)
     edges = [0, *sorted(draw.sample(range(1, experts), ep - 1)), experts]
-    lists = (order[start:stop] for start, stop in zip(edges, edges[1:], strict=False))
+    lists = (order[start:stop] for start, stop in pairwise(edges))
     return ExpertPlacement(tuple(tuple(sorted(owned)) for owned in lists))
 
 
