@@ -13,17 +13,23 @@ HELP="
   bash launchers/$size.sh --dry-run [--nodes=4] [section.key=value ...]
 $HELP"
 
-# The default layout on nodes of 8 GPUs, as proposed by `megapromoe plan`. With 12 experts they are replicated: expert
-# parallelism would save memory, which is sufficient on these GPUs, but no time.
+# The default layout on nodes of 8 GPUs, as proposed by `megapromoe plan`. With 12 experts they are mostly replicated:
+# expert parallelism would save memory, which is sufficient on these GPUs, but little time.
 layout() { # GPU, nodes
-    local zero=train.deepspeed=bf16_zero1
+    local zero=train.deepspeed=bf16_zero1 ep=1
+    # With few images a GPU, or few FLOPs an image, the update of the experts has a share of the time on an A100.
+    case $size.$1 in
+        promoe_s.a100) ep=$(($2 > 1 ? 2 : 1)) ;;
+        promoe_l.a100) ep=$(($2 == 32 ? 2 : 1)) ;;
+    esac
     # The batch of 256 images allows at most 256 data-parallel ranks, so more than 32 nodes need tensor parallelism.
     case $size.$1.$(($2 > 32)) in
         promoe_t2i.*) layout_of_12b "$1" "$2" ;;
-        *.h100.0 | *.a100.0) echo parallel.ep=1 $zero ;;
-        promoe_[sb].h100.1 | promoe_[sb].a100.1) echo parallel.tp=2 parallel.ep=1 $zero ;;
-        promoe_l.h100.1 | promoe_l.a100.1 | promoe_xl.h100.1) echo parallel.tp=2 parallel.ep=1 parallel.expert_tp=true $zero ;;
-        promoe_xl.a100.1) echo parallel.tp=4 parallel.ep=4 parallel.expert_tp=true $zero ;;
+        *.h100.0 | *.a100.0) echo parallel.ep=$ep $zero ;;
+        promoe_[sb].h100.1 | promoe_[sb].a100.1) echo parallel.tp=2 parallel.ep=$ep $zero ;;
+        promoe_l.h100.1 | promoe_l.a100.1 | promoe_xl.h100.1 | promoe_xl.a100.1)
+            echo parallel.tp=2 parallel.ep=1 parallel.expert_tp=true $zero
+            ;;
     esac
 }
 
@@ -32,8 +38,9 @@ layout() { # GPU, nodes
 layout_of_12b() { # GPU, nodes
     case $1.$2 in
         h100.1 | a100.1) echo parallel.ep=1 train.deepspeed=bf16_zero3 parallel.recompute=blocks ;;
-        h100.2 | a100.2) echo parallel.ep=1 train.deepspeed=bf16_zero2 parallel.recompute=blocks ;;
+        h100.2 | a100.2) echo parallel.ep=1 train.deepspeed=bf16_zero1 parallel.recompute=blocks ;;
         h100.3 | a100.3) echo parallel.ep=1 train.deepspeed=bf16_zero3 parallel.recompute=moe ;;
+        h100.16 | a100.16) echo parallel.ep=1 train.deepspeed=bf16_zero1 ;;
         h100.* | a100.*) echo parallel.ep=1 train.deepspeed=bf16_zero3 ;;
     esac
 }
