@@ -188,7 +188,7 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
     """Runs a command as one rank of a job. Only rank 0 prints the message of an error that all ranks raise."""
     import logging
 
-    from megapromoe.distributed import launch_environment
+    from megapromoe.distributed import launch_environment, process_end
     from megapromoe.distributed.rank_output import ignoring_output_errors
 
     launch = launch_environment.detect()
@@ -201,7 +201,9 @@ def _as_a_rank(command: Command, options: argparse.Namespace) -> int:
             log.addHandler(logging.StreamHandler())
         if launch.rank == 0:
             _print_notices(options)
-        return _run_rank(command, options, launch)
+        code = _run_rank(command, options, launch)
+        process_end.end_if_abandoned(code)
+        return code
 
 
 def _run_rank(command: Command, options: argparse.Namespace, launch: LaunchEnvironment) -> int:

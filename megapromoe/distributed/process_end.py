@@ -6,6 +6,7 @@ other ranks get an error as well.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import os
@@ -19,6 +20,8 @@ from typing import NoReturn
 from megapromoe.io import write_bytes
 
 _DUMP_TIMEOUT = 10.0  # seconds for writing NCCL's flight record
+
+_abandoned: list[threading.Thread] = []
 
 
 def hard_exit(message: str, code: int, flight_records: Path | None = None, linger: float = 0.0) -> NoReturn:
@@ -66,3 +69,23 @@ def exit_with_traceback(error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def abandon(thread: threading.Thread) -> None:
+    """Notes a daemon thread that may be in a call of torch's store which does not return. See `end_if_abandoned`."""
+    if thread.is_alive():
+        _abandoned.append(thread)
+
+
+def end_if_abandoned(code: int) -> None:
+    """Ends this process with exit code `code` if an abandoned thread still runs; otherwise does nothing.
+
+    If the call of such a thread returned while the interpreter ends, Python would end the thread in the middle of C++
+    code, which aborts the process with exit code 134 ("terminate called without an active exception").
+    """
+    if any(thread.is_alive() for thread in _abandoned):
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):  # a closed output
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import Store
 
+from megapromoe.distributed import process_end
 from megapromoe.distributed.launch_environment import (
     LaunchEnvironment,
     LaunchError,
@@ -194,5 +195,10 @@ def _call_with_timeout(seconds: float, operation: Callable[[], T]) -> T:
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=work, name="rendezvous", daemon=True).start()
-    return answer.result(seconds)
+    thread = threading.Thread(target=work, name="rendezvous", daemon=True)
+    thread.start()
+    try:
+        return answer.result(seconds)
+    except FutureTimeout:
+        process_end.abandon(thread)
+        raise

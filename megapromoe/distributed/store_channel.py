@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
+from megapromoe.distributed import process_end
 from megapromoe.distributed.launch_environment import StoreUnreachable
 from megapromoe.errors import UserError
 
 PAUSE = 0.01  # seconds between two reads of the store
 MAX_BYTES = 1 << 24  # of a message
+
+_JOIN_TIMEOUT = 5.0  # seconds
 
 T = TypeVar("T")
 
@@ -45,7 +48,8 @@ class StoreChannel:
         self.timeout, self.receive_timeout = timeout, receive_timeout
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._unreachable = ""
-        threading.Thread(target=self._run_calls, name="store channel", daemon=True).start()
+        self._thread = threading.Thread(target=self._run_calls, name="store channel", daemon=True)
+        self._thread.start()
 
     def send(self, name: str, value: Any) -> None:
         """Publishes a message for all ranks; a later one with the same name replaces it.
@@ -89,8 +93,11 @@ class StoreChannel:
         self._wait(lambda: self.count(name, 0) >= ranks, f"{ranks} ranks at {name!r}")
 
     def close(self) -> None:
-        """Ends the channel's thread when its current call returns. The channel must not be used afterwards."""
+        """Ends the channel's thread, which may be in a call of the watchdog. The channel must not be used afterwards."""
         self._calls.put(None)
+        if not self._unreachable:
+            self._thread.join(min(self.timeout, _JOIN_TIMEOUT))
+        process_end.abandon(self._thread)
 
     def _wait(self, condition: Callable[[], bool], purpose: str) -> None:
         deadline = time.monotonic() + self.receive_timeout
