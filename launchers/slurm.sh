@@ -11,7 +11,9 @@ HELP+='
 Variables for SLURM (sbatch passes them on):
   RUN_DIR          the run directory; default: runs/JOBNAME-JOBID, the same after the job is queued again
   PREFLIGHT        0: no `megapromoe check` before training; PREFLIGHT_ARGS: more arguments for it
-  MIN_NODES        the job may run on fewer nodes than it gets, if the configuration cannot run on all; --nodes=MIN-MAX sets it
+  MIN_NODES        the job may run on fewer nodes than it gets, if the configuration cannot run on all, and goes on with as
+                   few after the loss of a node; MAX_NODES: the most nodes that it then asks for, by default those it had.
+                   --nodes=MIN-MAX sets both
   RETRIES          number of consecutive failures without a new checkpoint after which the job ends; default: 3
   MEGAPROMOE_HOME  the folder that contains launchers/, if the job cannot determine it
   CONTAINER_IMAGE  image in which the ranks run (pyxis); CONTAINER_MOUNTS=FROM:TO,... adds mounts
@@ -56,9 +58,9 @@ submit_job() {
     [[ $least$nodes$tasks =~ ^[0-9]+$ ]] || die "--nodes=$nodes --ntasks-per-node=$tasks: must be numbers" 2
     find_program
     if ((least < nodes)); then
-        export MIN_NODES=$least
+        export MIN_NODES=$least MAX_NODES=$nodes
         fit_nodes "$tasks"
-        [[ -z $dry_run ]] || show export "MIN_NODES=$least"
+        [[ -z $dry_run ]] || show export "MIN_NODES=$MIN_NODES" "MAX_NODES=$MAX_NODES"
     fi
     choose_settings "$nodes"
     check_settings $((nodes * tasks))
@@ -83,10 +85,10 @@ run_in_job() {
     name=$SLURM_JOB_NAME threads=${SLURM_CPUS_PER_TASK:-1}
     attempt=$id.${SLURM_RESTART_COUNT:-0}
     find_program
+    tasks_of_node=${SLURM_NTASKS_PER_NODE:-$((ranks / nodes))}
     if [[ -n ${MIN_NODES:-} ]]; then
-        local tasks=$((ranks / nodes))
-        fit_nodes "$tasks"
-        ranks=$((nodes * tasks))
+        fit_nodes "$tasks_of_node"
+        ranks=$((nodes * tasks_of_node))
     fi
     choose_settings "$nodes"
     check_settings "$ranks"
@@ -229,6 +231,7 @@ job_field() { scontrol --oneliner show job "$id" | sed -n "s/.* $1=\([^ ]*\).*/\
 may_repeat() {
     if [[ $(job_field JobState) != RUNNING ]]; then
         note "SLURM has ended this job (scancel, time limit, or a node that failed: then it is queued again)"
+        restore_range
         return 1
     fi
     if [[ $(job_field BatchFlag) != 1 || $(job_field Requeue) != 1 ]]; then
@@ -236,6 +239,21 @@ may_repeat() {
         note "not to be queued again (salloc, or --no-requeue); repeat the command to continue"
         return 1
     fi
+}
+
+# SLURM (22.05) queues a job again after the loss of a node, but with the number of nodes and tasks that it had. Sets the
+# range again, so that the job can start on the nodes that are left. SLURM accepts that only of a job that is queued.
+restore_range() {
+    [[ -n ${MIN_NODES:-} ]] || return 0
+    local range=$MIN_NODES-${MAX_NODES:-$SLURM_JOB_NUM_NODES} deadline=$((SECONDS + 15))
+    while ((SECONDS < deadline)); do
+        if scontrol update "JobId=$id" "NumTasks=$((MIN_NODES * tasks_of_node))" 2>/dev/null \
+            && scontrol update "JobId=$id" "NumNodes=$range" 2>/dev/null; then
+            note "queued again for $range nodes"
+            return 0
+        fi
+        sleep 1
+    done
 }
 
 # Queues the job again, without nodes that have failed the check.

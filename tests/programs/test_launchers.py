@@ -52,7 +52,7 @@ def printed(script: str, *words: str, **env: str) -> dict[str, list[str]]:
     for line in call(script, "--dry-run", *words, **env).splitlines():
         command = shlex.split(line)
         if command[0] == "export":
-            commands["export"].append(command[1])
+            commands["export"] += command[1:]
         elif command[0] == "srun":
             commands["node" if "bash" in command else command[command.index("megapromoe") + 1]] = command
         else:
@@ -122,7 +122,7 @@ def test_the_largest_size_runs_on_64_nodes():
 def test_a_range_of_nodes_takes_the_largest_on_which_the_configuration_runs():
     for range_of_nodes, count in (("2-4", 4), ("2-3", 2)):  # 256 images do not divide over 24 ranks
         commands = printed("promoe_l", f"--nodes={range_of_nodes}")
-        assert f"--nodes={range_of_nodes}" in commands["sbatch"] and "MIN_NODES=2" in commands["export"]
+        assert f"--nodes={range_of_nodes}" in commands["sbatch"] and {"MIN_NODES=2", f"MAX_NODES={range_of_nodes[2]}"} <= set(commands["export"])
         assert {f"--nodes={count}", f"--ntasks={8 * count}"} <= set(commands["train"])
     assert "MIN_NODES=2" not in printed("promoe_l")["export"]
     assert "nearest: 240, 264" in call("promoe_l", "--dry-run", "--nodes=3-3", code=2)
