@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from support.processes import run
+from support.wide_products import WideProducts
 
 from megapromoe.benchmark.rehearsal import Recorder
 from megapromoe.config.resolve import resolve
@@ -27,10 +28,10 @@ def alive(cases: list[tuple[str, ...]]) -> list[tuple[int, int]]:
 def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
     config = resolve(overrides=overrides)
     mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp)
-    model = build(config, mesh).train()
-    if "bf16" in config.train.deepspeed:
-        for p in model.parameters():
-            p.data = p.data.bfloat16()
+    model = build(config, mesh, undrawn=torch.bfloat16 if "bf16" in config.train.deepspeed else torch.float32).train()
+    some = 0.05 * torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    for p in model.parameters():  # initial values would take longer than the passes
+        p.data.copy_(some.repeat(p.numel() // len(some) + 1)[: p.numel()].view_as(p))
     m, B = config.model, config.layout(mesh.world_size).micro_batch
     x = torch.randn(B, m.in_channels, m.input_size, m.input_size)
     if m.has_text:
@@ -40,7 +41,7 @@ def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
         y = torch.randint(m.num_classes, (B,))
         y[B - NULL :] = m.num_classes
     t = 1000 * torch.rand(B)
-    with Recorder(model) as living:
+    with WideProducts(), Recorder(model) as living:
         prediction, auxiliary = model(x, t, y, B - NULL)
         loss = (prediction[:, : m.in_channels].float() - x).square().mean() + auxiliary.total()
         del prediction, auxiliary
@@ -124,7 +125,7 @@ def test_activations_are_those_alive(size, close, world, variants, kind):
         for recompute in ("none", "moe", "blocks", "all")
         if not (recompute == "moe" and {"model.router=dense", "model.router=conditional"} & {*more})
     ]
-    ranks = run(world, alive, cases, limit=900)
+    ranks = run(world, alive, cases, limit=600)
     for number, overrides in enumerate(cases):
         config = resolve(overrides=overrides, world=world)
         layout = config.layout(world)
