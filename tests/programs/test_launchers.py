@@ -122,7 +122,8 @@ def test_the_largest_size_runs_on_64_nodes():
 def test_a_range_of_nodes_takes_the_largest_on_which_the_configuration_runs():
     for range_of_nodes, count in (("2-4", 4), ("2-3", 2)):  # 256 images do not divide over 24 ranks
         commands = printed("promoe_l", f"--nodes={range_of_nodes}")
-        assert f"--nodes={range_of_nodes}" in commands["sbatch"] and {"MIN_NODES=2", f"MAX_NODES={range_of_nodes[2]}"} <= set(commands["export"])
+        assert f"--nodes={range_of_nodes}" in commands["sbatch"]
+        assert {"MIN_NODES=2", f"MAX_NODES={range_of_nodes[2]}"} <= set(commands["export"])
         assert {f"--nodes={count}", f"--ntasks={8 * count}"} <= set(commands["train"])
     assert "MIN_NODES=2" not in printed("promoe_l")["export"]
     assert "nearest: 240, 264" in call("promoe_l", "--dry-run", "--nodes=3-3", code=2)
