@@ -93,7 +93,7 @@ class StoreChannel:
         self._wait(lambda: self.count(name, 0) >= ranks, f"{ranks} ranks at {name!r}")
 
     def close(self) -> None:
-        """Ends the channel's thread, which may be in a call of the watchdog. The channel must not be used afterwards."""
+        """Ends the thread, which may be in a call of the watchdog. The channel must not be used afterwards."""
         self._calls.put(None)
         if not self._unreachable:
             self._thread.join(min(self.timeout, _JOIN_TIMEOUT))
