@@ -70,10 +70,10 @@ def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator
         seconds = sum(collective_time(c, plan.config, plan.layout, machine, assume) for c in same)
         calls, wire = sum(c.count for c in same), sum(c.wire for c in same)
         lines.append(
-            (seconds, f"  {what:34} {op:14} {over:>5} {size:5} {calls:6} {wire / 1e6:12,.2f} {1e3 * seconds:8.2f}")
+            (seconds, f"  {what:34} {op:14} {over:>12} {size:5} {calls:6} {wire / 1e6:12,.2f} {1e3 * seconds:8.2f}")
         )
     yield "traffic of one step"
-    yield f"  {'what':34} {'collective':14} {'group':>5} {'ranks':>5} {'calls':>6} {'MB sent/GPU':>12} {'ms':>8}"
+    yield f"  {'what':34} {'collective':14} {'group':>12} {'ranks':>5} {'calls':>6} {'MB sent/GPU':>12} {'ms':>8}"
     yield from (line for _, line in sorted(lines, reverse=True))
 
 

@@ -247,8 +247,8 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
             for group in groups:
                 packed = group.shard * size * zero.message_width
                 yield Collective(names[0], "reduce_scatter", over, size, often, packed, "gradients")
-                replicas, payload = "edp_replicas" if is_routed else "dp_replicas", group.shard * zero.message_width
-                yield Collective(f"{what} of shards", "all_reduce", replicas, group.replicas, 1, payload, "gradients")
+                shard, replicas = group.shard * zero.message_width, "edp_replicas" if is_routed else "dp_replicas"
+                yield Collective(f"{what} of shards", "all_reduce", replicas, group.replicas, 1, shard, "gradients")
         elif stage < 3:
             calls = -(-sum(tensors) // zero.bucket)
             payload = sum(tensors) * (zero.message_width if stage else width) / calls

@@ -67,7 +67,7 @@ class Case:
             f"parallel.expert_tp={str(self.expert_tp).lower()}",
             f"parallel.recompute={self.recompute}",
             f"train.deepspeed=fp32_zero{self.zero}",
-            *([f"parallel.shard_ranks={self.shard}"] if self.shard else []),
+            *([f"parallel.shard_ranks={self.shard}", SCATTER] if self.shard else []),
         )
 
 
@@ -89,6 +89,7 @@ def one_expert(model, mesh) -> None:
 
 ROOT = Path(__file__).parents[2]
 BIASED = (f"model.router={ROOT}/examples/my_router.py:BiasedRouter",)  # a router of a user
+SCATTER = "train.gradient_reduction=reduce_scatter"
 PREPARE = {"": None, "one_expert": one_expert}
 ALL_NULL = ("data.condition_dropout=0.999999999",)
 NO_NULL = ("data.condition_dropout=0",)
@@ -280,7 +281,6 @@ PLACED = [
 
 
 # States that are divided over some of the ranks. The first case is quick: dp 2 x 2 and edp 2 x 2.
-SCATTERED_MUON = (*MUON, "train.gradient_reduction=reduce_scatter")
 SHARDS = [
     Case(4, zero=2, what=TWICE, shard=2),
     Case(4, ep=2, zero=1, what=TWELVE, shard=2),
@@ -290,7 +290,7 @@ SHARDS = [
     Case(4, tp=2, ep=2, zero=2, what=TWICE, shard=2),
     Case(8, tp=2, ep=4, zero=1, what=ALL_NULL, shard=4),
     Case(4, ep=2, zero=1, what=("model.router=diffmoe",), shard=2),
-    Case(4, zero=1, what=SCATTERED_MUON, shard=2),
+    Case(4, zero=1, what=MUON, shard=2),
     Case(4, zero=1, what=("model.router=dense",), shard=2),
     Case(8, ep=4, zero=2, what=TWELVE, shard=4, placed=True),
     Case(4, ep=2, zero=2, what=EIGHT, prepare="one_expert", shard=1),

@@ -267,9 +267,9 @@ def test_shards_of_some_ranks_are_summed_once(tmp_path):
 
     for over in ("dp", "edp"):
         inside = sent(over)
-        whole = 2 * inside["_shard all_gather"]  # half of the parameters is of the other rank
-        assert inside["_shard reduce_scatter"] == whole
-        assert inside["_replicas all_reduce"] == pytest.approx(whole / 2)
+        parameters = 2 * inside["_shard all_gather"]  # half of the parameters is of the other rank
+        assert inside["_shard reduce_scatter"] == parameters
+        assert inside["_replicas all_reduce"] == pytest.approx(parameters / 2)
         assert inside.keys() == {"_shard all_gather", "_shard reduce_scatter", "_replicas all_reduce"}
 
 

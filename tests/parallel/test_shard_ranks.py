@@ -70,7 +70,8 @@ def trained_pieces(*overrides: str) -> list[tuple[tuple, bool, list[torch.Tensor
     [
         (1, ("parallel.ep=2", "train.accumulation=2"), {}),
         full(2, ("train.accumulation=2",), {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
-        full(1, ("parallel.tp=2", "train.optimizer=muon", "train.gradient_reduction=reduce_scatter"), {}),
+        full(1, ("parallel.ep=2", "train.optimizer=muon", "train.gradient_reduction=reduce_scatter"), {}),
+        full(1, ("parallel.tp=2", "train.accumulation=2"), {}),
         full(2, ("train.adamw_backend=fused",), {"bf16": {"enabled": True}}),
     ],
 )

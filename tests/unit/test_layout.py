@@ -62,9 +62,9 @@ def test_states_are_divided_over_the_ranks_of_a_node(tp, ep, expert_tp, of_state
             assert {other // node for other in shard.ranks} == {rank // node}
             assert set(shard.ranks) | set(replicas.ranks) <= set(group.ranks)
             assert set(shard.ranks) & set(replicas.ranks) == {rank}
-        whole = mesh_of(rank, world, tp, ep, expert_tp)
-        assert whole.shard_group(True) == whole.edp and whole.replica_group(False).size == 1
-        assert len(mesh.directions) == 9 and len(whole.directions) == 5
+        undivided = mesh_of(rank, world, tp, ep, expert_tp)
+        assert undivided.shard_group(True) == undivided.edp and undivided.replica_group(False).size == 1
+        assert len(mesh.directions) == 9 and len(undivided.directions) == 5
 
 
 PLACED = {
