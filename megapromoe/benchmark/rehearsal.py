@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megapromoe.config.model_options import BATCH_CHOICE_ROUTERS
-from megapromoe.config.options import Config
+from megapromoe.config.options import Config, ParallelConfig
 from megapromoe.diffusion.objectives import make_objective
 from megapromoe.distributed import runtime
 from megapromoe.distributed.mesh import Group, Mesh, rank_tables
@@ -117,13 +117,13 @@ def fake_job(rank: int, world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def mesh_of_job(tp: int, ep: int, expert_tp: bool) -> Mesh:
+def mesh_of_job(parallel: ParallelConfig) -> Mesh:
     """The mesh of this rank of a fake job; groups without this rank are not made."""
-    rank, groups = dist.get_rank(), {}
-    for direction, table in rank_tables(dist.get_world_size(), tp, ep, expert_tp).items():
+    rank, world, p, groups = dist.get_rank(), dist.get_world_size(), parallel, {}
+    for direction, table in rank_tables(world, p.tp, p.ep, p.expert_tp, p.shard_ranks).items():
         ranks = next(tuple(map(int, row)) for row in table if rank in row)
         groups[direction] = Group(ranks, ranks.index(rank), dist.new_group(ranks))
-    return Mesh(**groups, expert_tp=expert_tp)
+    return Mesh(**groups, expert_tp=p.expert_tp)
 
 
 def rehearse_model(
@@ -145,7 +145,7 @@ def rehearse_model(
     batch = Batch(images, round(images * (1 - config.data.condition_dropout)))
     dtype = torch.bfloat16 if zero_of(config).width == 2 else torch.float32
     with fake_job(rank, world):
-        mesh = mesh_of_job(parallel.tp, parallel.ep, parallel.expert_tp)
+        mesh = mesh_of_job(parallel)
         with FakeTensorMode():
             model = build(config, mesh, undrawn=dtype, placements=config.placements_in_file()).train()
             dispatchers = _give_counts(model, shares_ME)
@@ -210,7 +210,7 @@ def compare(
     measured: Mapping[tuple[str, tuple[int, ...]], Sequence[int]], planned: Iterable[Collective], mesh: Mesh
 ) -> tuple[Comparison, ...]:
     """Planned and measured messages of each kind and group, groups in the order of the mesh."""
-    directions = {name: getattr(mesh, name) for name in ("tp", "dp", "ep", "edp", "world")}
+    directions = dict(sorted(mesh.directions.items(), key=lambda item: item[0] == "world"))
     lines: dict[tuple[str, tuple[int, ...]], list] = {key: [set(), 0, 0.0] for key in measured}
     for c in planned:
         op = "all_to_all" if c.op == "reduce_scatter" and c.ours else c.op  # as gloo's ranks do: see AsyncReduceScatter

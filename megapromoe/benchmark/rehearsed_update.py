@@ -69,8 +69,7 @@ def rehearse_update(config: Config, world: int, rank: int) -> UpdateRehearsal | 
         return None
     small = small_width(config)
     with fake_job(rank, world):
-        p = small.parallel
-        mesh = mesh_of_job(p.tp, p.ep, p.expert_tp)
+        mesh = mesh_of_job(small.parallel)
         model = build(small, mesh, placements=small.placements_in_file())
         with patch.object(model, "forward", partial(sum_of_parameters, model)):
             engine = Engine(model, small, mesh)

@@ -66,6 +66,7 @@ FREE = (
     "parallel.ep",
     "parallel.expert_tp",
     "parallel.recompute",
+    "parallel.shard_ranks",
     "train.deepspeed",
     "train.accumulation",
 )

@@ -149,6 +149,9 @@ def describe(config: Config, world: int) -> Iterator[str]:
         for block, placement in placements.items():
             listed = " | ".join(", ".join(map(str, owned)) for owned in placement.experts_of_rank)
             yield f"# routed experts of block {block} on the ranks of an ep group: {listed}"
+    if layout.shard_ranks:
+        experts = f", of routed experts over {layout.edp_shard} of edp {layout.edp}" if model.moe_blocks else ""
+        yield f"# optimizer states over {layout.dp_shard} of dp {layout.dp}{experts}"
     train = config.train
     yield (
         f"# global batch {train.global_batch} = micro-batch {layout.micro_batch} x dp {layout.dp}"

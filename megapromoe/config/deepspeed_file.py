@@ -57,6 +57,8 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         problems += _fused_update(name, content.get(ZERO, {}))
     if not problems and config.train.gradient_reduction == "reduce_scatter":
         problems += _reduce_scatter(name, content.get(ZERO, {}))
+    if not problems and config.parallel.shard_ranks:
+        problems += _shards_of_some_ranks(config, content.get(ZERO, {}))
     if not problems and config.train.optimizer == "muon" and "offload_optimizer" in content.get(ZERO, {}):
         problems.append(
             f"train.optimizer = 'muon': is not supported with train.deepspeed = {name!r}, which offloads the optimizer"
@@ -89,6 +91,29 @@ def _reduce_scatter(name: str, zero: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{subject}, which offloads the optimizer: DeepSpeed then copies gradients to the host as it reduces them;"
             " use train.gradient_reduction=auto"
+        )
+
+
+def _shards_of_some_ranks(config: Config, zero: dict[str, Any]) -> Iterator[str]:
+    """Why states cannot be divided over some of the ranks with a file's block `zero_optimization`, in a sentence."""
+    train, stage = config.train, zero.get("stage", 0)
+    subject = f"parallel.shard_ranks = {config.parallel.shard_ranks}: is not supported with"
+    if stage not in (1, 2):
+        why = "which divides no states" if stage == 0 else "which divides the parameters over all ranks"
+        yield (
+            f"{subject} train.deepspeed = {train.deepspeed!r}, ZeRO stage {stage}, {why}; use stage 1 or 2, or"
+            " parallel.shard_ranks=0"
+        )
+    elif "offload_optimizer" in zero:
+        yield (
+            f"{subject} train.deepspeed = {train.deepspeed!r}, which offloads the optimizer; use a file without"
+            " offload_optimizer, or parallel.shard_ranks=0"
+        )
+    elif train.gradient_reduction == "all_reduce" or (train.gradient_reduction, train.optimizer) == ("auto", "muon"):
+        muon = " and train.optimizer = 'muon'" if train.gradient_reduction == "auto" else ""
+        yield (
+            f"{subject} train.gradient_reduction = {train.gradient_reduction!r}{muon}, where DeepSpeed sums gradients"
+            " over all ranks; use train.gradient_reduction=reduce_scatter, or parallel.shard_ranks=0"
         )
 
 

@@ -64,6 +64,12 @@ class ParallelConfig:
         accepts=is_file,
         form="FILE.yaml",
     )
+    shard_ranks: int = option(
+        0,
+        "number of consecutive ranks, such as those of a node, over which ZeRO stages 1 and 2 divide optimizer states;"
+        " gradients are then summed over these ranks and after that between them and the others; 0: over all ranks",
+        within=ZERO_UP,
+    )
 
 
 @dataclass(frozen=True)
@@ -345,6 +351,7 @@ class Layout:
     """The sizes of the process groups of a run, the images of a rank's micro-batch, and where experts are.
 
     `placed_slots`: for each block with routed experts, how many a rank stores; empty for consecutive experts.
+    `shard_ranks`: consecutive ranks over which ZeRO stages 1 and 2 divide optimizer states; 0: all.
     """
 
     world: int
@@ -355,6 +362,17 @@ class Layout:
     etp: int
     micro_batch: int
     placed_slots: tuple[int, ...] = ()
+    shard_ranks: int = 0
+
+    @property
+    def dp_shard(self) -> int:
+        """The data-parallel ranks over which ZeRO divides what is not of routed experts."""
+        return self.shard_ranks // self.tp if self.shard_ranks else self.dp
+
+    @property
+    def edp_shard(self) -> int:
+        """The expert-data-parallel ranks over which ZeRO divides what is of routed experts."""
+        return max(self.shard_ranks // (self.ep * self.etp), 1) if self.shard_ranks else self.edp
 
     def expert_slots(self, model: ModelConfig) -> tuple[int, ...]:
         """How many experts a rank stores, spare slots among them, for each block with routed experts."""
@@ -390,7 +408,7 @@ class Config:
         dp = world // tp
         micro_batch = self.train.global_batch // (dp * self.train.accumulation)
         slots = tuple(placement.slots for placement in self.placements_in_file().values())
-        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch, slots)
+        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch, slots, self.parallel.shard_ranks)
 
     def placements_in_file(self) -> Placements:
         """The placements in the file `parallel.placement`; empty if it is none. Raises ConfigError for a wrong file."""
@@ -461,6 +479,7 @@ def world_rules(config: Config, world: int) -> Iterator[Rule]:
         near = nearest_divisors(ep, world // tp)
         rule = f"must divide the {world} ranks / tp = {world // tp} with parallel.expert_tp; nearest: {near}"
         yield ("parallel.ep", "parallel.tp", "parallel.expert_tp"), rule
+    yield from _shard_rules(config, world)
     dp = world // tp
     if world % tp == 0 and train.global_batch % (dp * train.accumulation):
         unit = dp * train.accumulation
@@ -469,6 +488,22 @@ def world_rules(config: Config, world: int) -> Iterator[Rule]:
         yield ("train.global_batch", "train.accumulation", "parallel.tp"), rule
     elif world % tp == 0:
         yield from _stratum_rules(config, train.global_batch // (dp * train.accumulation))
+
+
+def _shard_rules(config: Config, world: int) -> Iterator[Rule]:
+    """The broken rule on the ranks over which optimizer states are divided."""
+    p, ranks = config.parallel, config.parallel.shard_ranks
+    experts = p.ep * (p.tp if p.expert_tp else 1)
+
+    def divides(n: int) -> bool:
+        return world % n == 0 and n % p.tp == 0 and (n <= experts or n % experts == 0)
+
+    if ranks and not divides(ranks):
+        valid = [n for n in range(1, world + 1) if divides(n)]
+        remedy = f"use {' or '.join(map(str, valid))}, or 0 for all ranks" if valid else "use 0, for all ranks"
+        of_experts = f", and be a multiple of the {experts} ranks that hold all experts or at most as many"
+        rule = f"must divide the {world} ranks and be a multiple of tp = {p.tp}{of_experts if experts > 1 else ''}"
+        yield ("parallel.shard_ranks", "parallel.tp", "parallel.ep", "parallel.expert_tp"), f"{rule}; {remedy}"
 
 
 def _stratum_rules(config: Config, micro_batch: int) -> Iterator[Rule]:

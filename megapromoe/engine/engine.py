@@ -32,7 +32,7 @@ from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.expert_placement import Placements
 from megapromoe.config.options import Config
 from megapromoe.distributed import watchdog
-from megapromoe.distributed.mesh import Mesh
+from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.fused_update import AdamW, State, fused_adamw_, scalars_of
 from megapromoe.engine.matrix_exchange import MatrixExchange, matrices_of
@@ -308,14 +308,17 @@ class Engine:
     def replica_count(self, name: str) -> int:
         """How many ranks have the same piece of a parameter's gradient, master and moments."""
         layout = self.layouts[name]
-        unsharded = layout.gradient_group(self.mesh).size if self.stage == 0 else 1
-        return layout.replica_count(self.mesh) * unsharded
+        return layout.replica_count(self.mesh) * self._undivided_group(layout).size
 
     def is_writer(self, name: str) -> bool:
         """Whether this rank saves its pieces of a parameter, among the ranks that have the same pieces."""
         layout = self.layouts[name]
         first_copy = self.mesh.tp.rank == 0 or layout.replica_count(self.mesh) == 1
-        return first_copy and (self.stage > 0 or layout.gradient_group(self.mesh).rank == 0)
+        return first_copy and self._undivided_group(layout).rank == 0
+
+    def _undivided_group(self, layout: ParameterLayout) -> Group:
+        """The ranks, of those that sum the gradient of a parameter, that have the same pieces of it."""
+        return self.mesh.replica_group(layout.expert) if self.stage else layout.gradient_group(self.mesh)
 
     def moments(self, partition: Partition) -> dict[str, Tensor]:
         """The optimizer's state of a partition, flat; initialised with zeros before the first step.

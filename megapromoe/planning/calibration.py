@@ -373,6 +373,7 @@ def describe_layout(config: Config, layout: Layout) -> str:
     """Ranks and layout in a few words."""
     words = [f"{layout.world} rank{'s' * (layout.world > 1)}"]
     words += [f"tp {layout.tp}"] * (layout.tp > 1) + [f"ep {layout.ep}"] * (layout.ep > 1)
+    words += [f"states over {layout.shard_ranks} ranks"] * (layout.shard_ranks > 0)
     return ", ".join(
         [*words, config.train.deepspeed, f"micro-batch {layout.micro_batch} x {config.train.accumulation}"]
     )

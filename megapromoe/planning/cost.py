@@ -223,7 +223,8 @@ def memory_per_rank(config: Config, world: int) -> Memory:
 
     The result is exact and includes ZeRO's padding. Activations and communication buffers are not included; see
     `planning.memory`. ZeRO partitions the optimizer's states and the EMA from stage 1, the gradients from stage 2 and
-    the parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks.
+    the parameters at stage 3, over the data-parallel ranks, or for routed experts over the expert-data-parallel ranks;
+    with `parallel.shard_ranks` over some of them.
     Where gradients are reduce-scattered, stage 1 too keeps only a shard of them, unless it sums micro-batches.
     AdamW keeps two fp32 moments, Muon one, and both an fp32 master copy; plain fp32 training (stage 0) needs no master
     copy. The EMA is fp32, one for each of `train.ema_decay`.
@@ -284,10 +285,10 @@ def hidden_matrices(model: ModelConfig, layout: Layout) -> Iterator[HiddenMatric
     """The matrices that Muon updates, of the replicated parameters and of the experts of the first rank."""
     for layer in layers(model):
         if layer.is_hidden:
-            copies, ranks, routed = layer.copies * layer.stacked, layout.dp, layer.part == "routed experts"
+            copies, ranks, routed = layer.copies * layer.stacked, layout.dp_shard, layer.part == "routed experts"
             if routed:
                 of_expert = copies // (model.num_experts * len(model.moe_blocks))
-                copies, ranks = of_expert * sum(layout.expert_slots(model)), layout.edp
+                copies, ranks = of_expert * sum(layout.expert_slots(model)), layout.edp_shard
             yield HiddenMatrices(copies, layer.outputs // layer.stacked, layer.inputs, ranks, routed)
 
 
@@ -300,12 +301,14 @@ class OptimizerGroup:
         ranks: over which ZeRO divides them.
         routed: whether they are of routed experts.
         uses_muon: whether Muon updates them.
+        replicas: number of ranks that have the same part at ZeRO stages 1 and 2.
     """
 
     tensors: list[int]
     ranks: int
     routed: bool
     uses_muon: bool = False
+    replicas: int = 1
 
     @property
     def shard(self) -> int:
@@ -319,12 +322,13 @@ def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
     Source: engine/deepspeed_backend/start.py. The order of parameters is that of `tensors_on_rank`.
     """
     groups = []
+    sizes = ((False, layout.dp, layout.dp_shard), (True, layout.edp, layout.edp_shard))
     for uses_muon in (False, True) if config.train.optimizer == "muon" else (None,):
         kinds = tensors_on_rank(config.model, layout, hidden=uses_muon)
-        for routed, ranks, tensors in zip((False, True), (layout.dp, layout.edp), kinds, strict=True):
+        for (routed, ranks, shards), tensors in zip(sizes, kinds, strict=True):
             for numbers in consecutive_groups(tensors, largest_group(config, routed, ranks)):
                 part = tensors[numbers.start : numbers.stop]
-                groups.append(OptimizerGroup(part, ranks, routed, bool(uses_muon)))
+                groups.append(OptimizerGroup(part, shards, routed, bool(uses_muon), ranks // shards))
     return groups
 
 

@@ -23,22 +23,27 @@ HINTS = {
 
 def table(plans: Sequence[tuple[Plan, int]]) -> Iterator[str]:
     """Lines of a table of plans, as returned by `search.fold`: each with the number of equivalent layouts."""
+    divided = any(p.config.parallel.shard_ranks for p, _ in plans)
     yield (
-        " #   tp  ep   dp  DeepSpeed   split recompute  images x acc.  GiB/GPU   ms/step   images/s    MFU  exposed"
-        "  alike"
+        f" #   tp  ep   dp  DeepSpeed   {'states ' * divided}split recompute  images x acc.  GiB/GPU   ms/step  "
+        " images/s    MFU  exposed  alike"
     )
     for number, (p, count) in enumerate(plans, start=1):
         parallel, share = p.config.parallel, p.time.exposed / p.time.total
         split = f"1/{p.layout.etp}" if p.layout.etp > 1 else "-"
         rate, accumulation = p.images_per_second, p.config.train.accumulation
         alike = f"+{count - 1}" if count > 1 else ""
+        states = f"{f'1/{p.layout.shard_ranks}' if p.layout.shard_ranks else '-':7}" if divided else ""
         line = (
-            f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11} {split:5}"
+            f"{number:2} {p.layout.tp:4} {p.layout.ep:3} {p.layout.dp:4}  {p.config.train.deepspeed:11}"
+            f" {states}{split:5}"
             f" {parallel.recompute:9} {p.layout.micro_batch:7} x {accumulation:<4}"
             f" {p.memory.peak / GIB:8.1f} {1e3 * p.time.total:9.1f} {significant(rate):>10} {p.mfu:6.1%}"
             f" {share:8.1%} {alike:>6}"
         )
         yield line.rstrip()
+    if divided:
+        yield "states: of how many ranks each has the optimizer states, parallel.shard_ranks; -: of all"
     if any(count > 1 for _, count in plans):
         yield f"alike: number of other layouts within {ALIKE - 1:.0%} in time and memory; the simplest is listed"
 
@@ -65,10 +70,10 @@ def traffic_lines(plan: Plan, machine: Machine, assume: Assumptions) -> Iterator
         seconds = sum(collective_time(c, plan.config, plan.layout, machine, assume) for c in same)
         calls, wire = sum(c.count for c in same), sum(c.wire for c in same)
         lines.append(
-            (seconds, f"  {what:34} {op:14} {over:>5} {size:5} {calls:6} {wire / 1e6:12,.2f} {1e3 * seconds:8.2f}")
+            (seconds, f"  {what:34} {op:14} {over:>12} {size:5} {calls:6} {wire / 1e6:12,.2f} {1e3 * seconds:8.2f}")
         )
     yield "traffic of one step"
-    yield f"  {'what':34} {'collective':14} {'group':>5} {'ranks':>5} {'calls':>6} {'MB sent/GPU':>12} {'ms':>8}"
+    yield f"  {'what':34} {'collective':14} {'group':>12} {'ranks':>5} {'calls':>6} {'MB sent/GPU':>12} {'ms':>8}"
     yield from (line for _, line in sorted(lines, reverse=True))
 
 
@@ -81,6 +86,8 @@ def reasons(search: Search, machine: Machine) -> Iterator[str]:
         yield f"ep {parallel.ep}" + _against(search, lambda p: f"ep {p.layout.ep}")
     yield best.config.train.deepspeed + _against(search, lambda p: p.config.train.deepspeed)
     yield f"recompute {parallel.recompute}" + _against(search, lambda p: f"recompute {p.config.parallel.recompute}")
+    if any(_states(p) != _states(best) for p in (*search.fitting, *search.too_large)):
+        yield _states(best) + _against(search, _states)
     yield limits(best)
     if best.ep_nodes > 1:
         yield _across_nodes(search, machine)
@@ -91,6 +98,11 @@ def reasons(search: Search, machine: Machine) -> Iterator[str]:
             f"train.accumulation={best.config.train.accumulation}: no layout fits with fewer micro-batches;"
             f" {changed if scope else 'the results stay the same'}"
         )
+
+
+def _states(plan: Plan) -> str:
+    """Over which ranks ZeRO divides optimizer states."""
+    return f"states over {plan.config.parallel.shard_ranks or 'all'} ranks"
 
 
 def _against(search: Search, choice: Callable[[Plan], str]) -> str:
@@ -135,6 +147,7 @@ def _besides(best: Plan, rival: Plan, choice: str) -> str:
         ("experts split over tp", rival.layout.etp > 1 and best.layout.etp == 1),
         (rival.config.train.deepspeed, rival.config.train.deepspeed != best.config.train.deepspeed),
         (f"recompute {recompute}", recompute != best.config.parallel.recompute),
+        (_states(rival), _states(rival) != _states(best)),
     )
     words = [name for name, differs in names if differs and name != choice]
     return f" (with {', '.join(words)})" if words else ""
@@ -222,6 +235,7 @@ def _counterpart(search: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
         p
         for p in (*search.fitting, *search.too_large)
         if wanted(p) and p.stage == best.stage and p.config.parallel.recompute == best.config.parallel.recompute
+        if p.layout.shard_ranks == best.layout.shard_ranks
     ]
     return min(same, key=lambda p: (p not in search.fitting, p.time.total), default=None)
 
@@ -229,7 +243,7 @@ def _counterpart(search: Search, wanted: Callable[[Plan], bool]) -> Plan | None:
 def _expert_bytes(plan: Plan) -> tuple[float, float]:
     """Bytes that a rank sends in a step: (expert gradients and parameters, rows)."""
     calls = collectives(plan.config, plan.layout)
-    return sum(c.wire for c in calls if c.over == "edp"), sum(c.wire for c in calls if c.op == "all_to_all")
+    return sum(c.wire for c in calls if c.over.startswith("edp")), sum(c.wire for c in calls if c.op == "all_to_all")
 
 
 def costs(plan: Plan) -> str:
@@ -247,6 +261,8 @@ def settings(plan: Plan, base: Config) -> dict[str, str]:
     out = {"parallel.tp": str(parallel.tp), "parallel.ep": str(parallel.ep), "train.deepspeed": train.deepspeed}
     if parallel.expert_tp or base.parallel.expert_tp:
         out["parallel.expert_tp"] = str(parallel.expert_tp).lower()
+    if parallel.shard_ranks or base.parallel.shard_ranks:
+        out["parallel.shard_ranks"] = str(parallel.shard_ranks)
     if parallel.recompute != "none" or base.parallel.recompute != "none":
         out["parallel.recompute"] = parallel.recompute
     if train.accumulation != base.train.accumulation:

@@ -156,8 +156,8 @@ def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, f
 def _scattered_buckets(groups: list[OptimizerGroup], overlap: bool) -> int:
     """Elements of the buckets that exist together: one that is filled and one that is sent, for each kind of group.
 
-    Beside them that of the parameters outside of blocks, which waits until the backward pass ends. Where no other rank
-    has the same parameters, the buckets are the gradients themselves.
+    Beside them that of the parameters outside of blocks, which waits until the backward pass ends. Where parameters
+    are divided over one rank, the buckets are the gradients themselves.
     """
     elements = 0
     for routed in (False, True):

@@ -53,4 +53,5 @@ def _name(plan: Plan) -> str:
     parallel = plan.config.parallel
     words = [f"tp {parallel.tp} ep {parallel.ep}", literal(plan.config.train.deepspeed)]
     words += ["split"] * parallel.expert_tp + [f"recompute {parallel.recompute}"] * (parallel.recompute != "none")
+    words += [f"states over {parallel.shard_ranks}"] * bool(parallel.shard_ranks)
     return f"{' '.join(words)}\n{1e3 * plan.time.total:.0f} ms"

@@ -96,10 +96,12 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
     )
     elementwise = micro * PASSES * (made + 0.5 * (made - kept)) / (machine.hbm * assume.memory)
     host = micro * _host(config, layout, machine, assume)
-    ours, gradients, gathered, update = 0.0, 0.0, 0.0, 0.0
+    ours, gradients, of_shards, gathered, update = 0.0, 0.0, 0.0, 0.0, 0.0
     for c in collectives(config, layout):
         seconds = collective_time(c, config, layout, machine, assume)
-        if c.phase == "gradients":
+        if c.phase == "gradients" and c.over.endswith("replicas"):
+            of_shards += seconds
+        elif c.phase == "gradients":
             gradients += seconds
         elif c.ours and c.phase != "update":
             ours += seconds
@@ -108,8 +110,8 @@ def step_time(config: Config, layout: Layout, machine: Machine, assume: Assumpti
         else:
             gathered += seconds
     compute = compute_time(products + attention + elementwise, host, machine.asynchronous)
-    hidden_gradients, hidden_gathers = _hidden(config, layout, gradients, gathered, compute)
-    exposed = gradients + gathered - hidden_gradients - hidden_gathers
+    hidden_gradients, hidden_gathers = _hidden(config, layout, gradients, of_shards, gathered, compute)
+    exposed = gradients + of_shards + gathered - hidden_gradients - hidden_gathers
     return StepTime(
         products=products,
         attention=attention,
@@ -190,7 +192,9 @@ def collective_time(c: Collective, config: Config, layout: Layout, machine: Mach
     Ranks of a group are `stride` apart. Ranks of the same node use NVLink, and together all their network links.
     """
     strides = {"tp": 1, "world": 1, "dp": layout.tp, "ep": layout.etp, "edp": layout.ep * layout.etp}
-    nodes = nodes_of(c.size, strides[c.over], machine)
+    kind, _, part = c.over.partition("_")  # a direction, or the shards or replicas of one
+    stride = strides[kind] * ((layout.edp_shard if kind == "edp" else layout.dp_shard) if part == "replicas" else 1)
+    nodes = nodes_of(c.size, stride, machine)
     near = -(-c.size // nodes)
     inside, between = machine.nvlink * assume.links, machine.network * assume.between_nodes
     if c.op == "all_to_all":
@@ -209,12 +213,15 @@ def nodes_of(size: int, stride: int, machine: Machine) -> int:
     return -(-size // min(size, max(1, machine.nvlink_gpus // stride)))
 
 
-def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, compute: float) -> tuple[float, float]:
+def _hidden(
+    config: Config, layout: Layout, gradients: float, of_shards: float, gathered: float, compute: float
+) -> tuple[float, float]:
     """Seconds of gradient reduction and of stage 3's gathers that are overlapped with computation.
 
     Nonzero only with `overlap_comm`, and at most half of the computation each. The last gradient bucket is complete
     when the backward pass ends, so it is never overlapped; a model smaller than a bucket overlaps nothing. Buckets of a
-    reduce-scatter are parameter groups, and the last one of replicated parameters and of experts counts.
+    reduce-scatter are parameter groups, and the last one of replicated parameters and of experts counts. The sums of
+    shards over replicas, `of_shards` seconds, are in the last micro-batch.
     """
     zero = zero_of(config)
     if not zero.overlap:
@@ -222,11 +229,14 @@ def _hidden(config: Config, layout: Layout, gradients: float, gathered: float, c
     replicated, routed = tensors_on_rank(config.model, layout)
     buckets, last = (sum(replicated) + sum(routed)) / zero.bucket, 1
     if scatters_gradients(config):
-        groups = [group for group in optimizer_groups(config, layout) if group.ranks > 1]
+        groups = [group for group in optimizer_groups(config, layout) if group.ranks * group.replicas > 1]
         buckets, last = len(groups), len({group.routed for group in groups})
-    backward = compute / 2 / (1 if zero.stage >= 2 else config.train.accumulation)
-    early = gradients * (1 - last / max(buckets, last, 1))
-    return min(early, backward), min(gathered, compute / 2)
+    micro, early = config.train.accumulation, 1 - last / max(buckets, last, 1)
+    often = micro if zero.stage >= 2 else 1  # micro-batches that reduce gradients
+    backward = compute / 2 / micro
+    before_last = min(early * gradients / often, backward) * (often - 1)
+    in_last = min(early * (gradients / often + of_shards), backward)
+    return before_last + in_last, min(gathered, compute / 2)
 
 
 def _update(config: Config, layout: Layout, machine: Machine, assume: Assumptions) -> float:

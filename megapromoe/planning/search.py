@@ -14,7 +14,7 @@ from megapromoe.errors import UserError
 from megapromoe.planning.machines import GIB, Assumptions, Machine
 from megapromoe.planning.memory import Budget, budget
 from megapromoe.planning.roofline import StepTime, nodes_of, step_time, utilization
-from megapromoe.planning.zero import zero_of
+from megapromoe.planning.zero import scatters_gradients, zero_of
 
 CLOSE = 1.1  # estimates within this factor count as equal, and the simpler layout is chosen
 # Estimates are least accurate for the network between nodes: experts are spread over nodes only if that is faster by
@@ -56,7 +56,8 @@ class Plan:
         """Sort key that puts simple layouts first, to decide ties; layouts with ep over several nodes come last."""
         p = self.config.parallel
         layout = self.layout
-        return self.ep_nodes, layout.tp > 1, p.recompute != "none", self.stage >= 2, layout.tp, layout.ep, self.stage
+        first = (self.ep_nodes, layout.tp > 1, p.recompute != "none", p.shard_ranks > 0, self.stage >= 2)
+        return *first, layout.tp, layout.ep, self.stage
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Search:
 def search(
     config: Config, world: int, machine: Machine, assume: Assumptions, fixed: frozenset[str] = frozenset()
 ) -> Search:
-    """Tries all (tp, ep, expert_tp, ZeRO, recompute) over `world` ranks; more accumulation only if nothing else fits.
+    """Tries all (tp, ep, expert_tp, shard_ranks, ZeRO, recompute) over `world` ranks.
+
+    More accumulation is tried only if nothing else fits.
 
     `fixed` settings, such as "parallel.tp", keep the values of the config. So does accumulation if possible, because
     with `model.batch_scope=global` it changes the results of training.
@@ -133,7 +136,10 @@ def _plans(
 
 
 def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[str] = frozenset()) -> Iterator[Config]:
-    """All reasonable combinations, unchecked: tp within a node, ep up to the number of experts."""
+    """All reasonable combinations, unchecked: tp within a node, ep up to the number of experts.
+
+    States are divided over all ranks, or over those that NVLink joins.
+    """
     experts = config.model.num_experts if config.model.moe_blocks else 1
     policies = ("none", "moe", "blocks", "all") if config.model.moe_blocks else ("none", "blocks", "all")
     choices: dict[str, Sequence[Any]] = {  # each value has the type of its option
@@ -141,17 +147,22 @@ def candidates(config: Config, world: int, machine: Machine, fixed: frozenset[st
         "parallel.ep": _divisors(world, experts),
         "parallel.expert_tp": (False, True) if config.model.moe_blocks else (False,),
         "parallel.recompute": policies,
+        "parallel.shard_ranks": (0, machine.nvlink_gpus) if world > machine.nvlink_gpus else (0,),
         "train.deepspeed": stages(config),
     }
     fixed_values = asdict(config)
     for key in choices.keys() & fixed:
         section, _, name = key.partition(".")
         choices[key] = (fixed_values[section][name],)
-    for tp, ep, expert_tp, recompute, deepspeed in product(*choices.values()):
+    for tp, ep, expert_tp, recompute, shard_ranks, deepspeed in product(*choices.values()):
         if expert_tp and tp == 1 and "parallel.expert_tp" not in fixed:  # the same as without
             continue
-        parallel = replace(config.parallel, tp=tp, ep=ep, expert_tp=expert_tp, recompute=recompute)
-        yield replace(config, parallel=parallel, train=replace(config.train, deepspeed=deepspeed))
+        parallel = replace(
+            config.parallel, tp=tp, ep=ep, expert_tp=expert_tp, recompute=recompute, shard_ranks=shard_ranks
+        )
+        candidate = replace(config, parallel=parallel, train=replace(config.train, deepspeed=deepspeed))
+        if not shard_ranks or "parallel.shard_ranks" in fixed or scatters_gradients(candidate):
+            yield candidate
 
 
 def stages(config: Config) -> tuple[str, ...]:
@@ -253,5 +264,6 @@ def describe(plan: Plan) -> str:
     p, train = plan.config.parallel, plan.config.train
     words = [f"tp {p.tp}", f"ep {p.ep}", f"dp {plan.layout.dp}", train.deepspeed]
     words += [f"micro-batch {plan.layout.micro_batch} x {train.accumulation}"]
+    words += [f"states over {p.shard_ranks} ranks"] * bool(p.shard_ranks)
     words += ["experts split over tp"] * p.expert_tp + [f"recomputing {p.recompute}"] * (p.recompute != "none")
     return ", ".join(words)

@@ -24,7 +24,7 @@ RECOMPUTED_PARTS = {"none": (), "moe": MOE, "blocks": BLOCKS, "all": (*BLOCKS, "
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` equal calls of `op` over the group `over` ("tp", "dp", "ep", "edp", "world") of `size` ranks.
+    """`count` equal calls of `op` over the group `over` of `size` ranks, a direction of `distributed.mesh.rank_tables`.
 
     `payload` is in bytes for each call, a mean if the calls differ. `phase` is "forward", "backward", "gradients"
     (during or after the backward pass) or "update". `ours` is true for calls of this package, false for those of
@@ -216,7 +216,7 @@ def _cut_matrices(config: Config, layout: Layout) -> Iterator[Collective]:
         shard = total / ranks
         share = size / (2 * shard) if shard >= size else 1 - shard / (2 * size)
         moved = total * (share if zero.stage < 3 else 1 - 1 / ranks)
-        over = "edp" if group.routed else "dp"
+        over = _divided_over(layout, group.routed)
         yield Collective("Muon: cut matrices", "all_to_all", over, ranks, 2, moved / ranks * zero.width, "update")
 
 
@@ -224,7 +224,8 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
     """Collectives of gradients and parameters, of DeepSpeed 0.19.8 or of engine/deepspeed_backend/scatter.py.
 
     Stages 1 and 2 reduce-scatter each parameter group, or all-reduce buckets of gradients as stage 0 does
-    (`train.gradient_reduction`), and gather the updated parameters.
+    (`train.gradient_reduction`), and gather the updated parameters. If states are divided over some of the ranks
+    (`parallel.shard_ranks`), scatter and gather are over these, and shards are all-reduced over their replicas.
     Stages 2 and 3 reduce gradients in each micro-batch. Stage 3 gathers a large parameter for the forward pass, and
     again for the backward pass unless it is still in use from the forward pass; it gathers small parameters after the
     update. Bytes are exact, except that this reuse is counted in elements instead of modules. The number of gradient
@@ -235,16 +236,19 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
     stage, width = zero.stage, zero.width
     often = micro if stage >= 2 else 1
     replicated, routed = tensors_on_rank(config.model, layout)
-    kinds = (("gradients", "dp", layout.dp, replicated), ("expert gradients", "edp", layout.edp, routed))
-    for what, over, size, tensors in kinds:
+    kinds = (("gradients", layout.dp_shard, replicated), ("expert gradients", layout.edp_shard, routed))
+    for what, size, tensors in kinds:
         if not tensors:
             continue
-        names = (what, what.replace("gradients", "parameters"))
-        groups = [g for g in optimizer_groups(config, layout) if stage in (1, 2) and g.routed == (over == "edp")]
+        names, is_routed = (what, what.replace("gradients", "parameters")), tensors is routed
+        over = _divided_over(layout, is_routed)
+        groups = [g for g in optimizer_groups(config, layout) if stage in (1, 2) and g.routed == is_routed]
         if scatters_gradients(config):
             for group in groups:
                 packed = group.shard * size * zero.message_width
                 yield Collective(names[0], "reduce_scatter", over, size, often, packed, "gradients")
+                shard, replicas = group.shard * zero.message_width, "edp_replicas" if is_routed else "dp_replicas"
+                yield Collective(f"{what} of shards", "all_reduce", replicas, group.replicas, 1, shard, "gradients")
         elif stage < 3:
             calls = -(-sum(tensors) // zero.bucket)
             payload = sum(tensors) * (zero.message_width if stage else width) / calls
@@ -254,10 +258,15 @@ def _zero(config: Config, layout: Layout) -> Iterator[Collective]:
             calls = -(-sum(padded) // zero.bucket)
             payload = sum(padded) * width / calls
             yield Collective(names[0], "reduce_scatter", over, size, often * calls, payload, "gradients", False)
-            twice = _recomputed_parameters(config, layout, over == "edp")
+            twice = _recomputed_parameters(config, layout, is_routed)
             yield from _gathers(names[1], over, size, padded, twice, zero, micro)
         for group in groups:
             yield Collective(names[1], "all_gather", over, size, 1, group.shard * size * width, "update", False)
+
+
+def _divided_over(layout: Layout, routed: bool) -> str:
+    """The direction over which ZeRO divides the states of routed experts, or of all other parameters."""
+    return ("edp" if routed else "dp") + ("_shard" if layout.shard_ranks else "")
 
 
 def _gathers(

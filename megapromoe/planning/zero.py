@@ -62,7 +62,7 @@ def scatters_gradients(config: Config) -> bool:
 def largest_group(config: Config, routed: bool, ranks: int) -> float:
     """Elements that a parameter group of the optimizer has at most, unless it is a single larger parameter.
 
-    A group is the unit of the reduce-scatter over `ranks`, so it is a bucket. Without reduce-scatter only those of
+    A group is the unit of the reduction over `ranks`, so it is a bucket. Without reduce-scatter only those of
     routed experts are limited, as DeepSpeed does (0.19.8, deepspeed/moe/utils.py, max_group_size).
     """
     if ranks > 1 and scatters_gradients(config):

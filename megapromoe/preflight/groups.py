@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megapromoe.distributed.mesh import Group, Mesh
 from megapromoe.preflight.verdict import FAIL, PASS, SKIP, Cluster, Limits, Row, nodes_to_blame
 
-DIRECTIONS = ("world", "tp", "dp", "ep", "edp")
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ELEMENTS = 1 << 16  # fp32 elements that a rank contributes
 
@@ -93,8 +92,7 @@ def check_groups(mesh: Mesh, device: torch.device, at: Callable[[str], None]) ->
     Yields:
         The name of each group and this rank's result in it.
     """
-    for direction in DIRECTIONS:
-        group: Group = getattr(mesh, direction)
+    for direction, group in mesh.directions.items():
         sums, senders = [], []
         for operation in OPERATIONS:
             at(f"{operation} in {direction}")
@@ -117,7 +115,7 @@ def evaluate_groups(cluster: Cluster, limits: Limits) -> Iterator[Row]:
     groups_of_rank: dict[int, dict[str, GroupResult]] = {
         rank: network.groups for rank, network in cluster.findings.get("network", {}).items()
     }
-    for direction in DIRECTIONS:
+    for direction in dict.fromkeys(name for groups in groups_of_rank.values() for name in groups):
         results = {rank: groups[direction] for rank, groups in groups_of_rank.items() if direction in groups}
         bad = {rank: result for rank, result in results.items() if result.wrong_sums or result.wrong_from}
         sizes = sorted({len(result.ranks) for result in results.values()})

@@ -157,7 +157,7 @@ class Preflight:
             fields |= {"device": job.device.type, "groups": {}}
             at("creating the process groups")
             parallel = self.config.parallel
-            mesh = make_mesh(parallel.tp, parallel.ep, parallel.expert_tp, 2 * self.timeout)
+            mesh = make_mesh(parallel.tp, parallel.ep, parallel.expert_tp, 2 * self.timeout, parallel.shard_ranks)
             for direction, result in groups.check_groups(mesh, job.device, at):
                 fields["groups"][direction] = result
             speeds, wrong_pairs = bandwidth.measure_pairs(self.cluster, self.launch.rank, job.device, at)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megapromoe.distributed.mesh import Group, Mesh
-from megapromoe.preflight.groups import DIRECTIONS, OPERATIONS, all_gather, reduce_scatter
+from megapromoe.preflight.groups import OPERATIONS, all_gather, reduce_scatter
 from megapromoe.preflight.machine import synchronize
 
 SMALL = 4096  # bytes of a message whose time is that of its latency
@@ -58,8 +58,7 @@ def measure_collectives(
     """
     large = (64 if device.type == "cuda" else 4) * 2**20
     measured: list[tuple[int, ...]] = []
-    for direction in DIRECTIONS:
-        group: Group = getattr(mesh, direction)
+    for direction, group in mesh.directions.items():
         if group.size == 1 or tuple(group.ranks) in measured:
             continue
         measured.append(tuple(group.ranks))

@@ -18,7 +18,7 @@ from megapromoe.studies.study import Study
 FIXED = frozenset(
     f"{section}.{name}"
     for section, names in (
-        ("parallel", ("tp", "ep", "expert_tp", "recompute")),
+        ("parallel", ("tp", "ep", "expert_tp", "recompute", "shard_ranks")),
         ("train", ("deepspeed", "accumulation")),
     )
     for name in names

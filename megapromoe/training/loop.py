@@ -158,9 +158,9 @@ def _train(
     allow: tuple[str, ...],
     asked_to_stop: StopRequest,
 ) -> None:
-    t, device = config.train, job.device
+    t, p, device = config.train, config.parallel, job.device
     watchdog.starting("making the groups")
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, t.timeout)
+    mesh = make_mesh(p.tp, p.ep, p.expert_tp, t.timeout, p.shard_ranks)
     watchdog.starting("opening the data")
     dataset, captions, teacher, preview = _open_data(config)
     example = captions.text.caption(0) if isinstance(captions, Captions) else None

@@ -123,7 +123,7 @@ def _degrees(config: Config, world: int) -> Iterator[str]:
     yield f"tensor parallel tp {layout.tp}"
     if config.model.moe_blocks:
         yield f"expert parallel ep {layout.ep}" + (f" with expert_tp {layout.etp}" if layout.etp > 1 else "")
-    yield f"data parallel dp {layout.dp}"
+    yield f"data parallel dp {layout.dp}" + (f" in shards of {layout.dp_shard}" if layout.shard_ranks else "")
 
 
 def _precision(config: Config) -> str:

@@ -30,7 +30,7 @@ class Case:
     """A layout and what is trained there. `what` overrides and `prepare` hold for the one process too.
 
     `grouped`: experts run by grouped products, as on a GPU that has them, and not one by one. `placed`: uneven numbers
-    of experts on the ranks, in an order that differs from block to block.
+    of experts on the ranks, in an order that differs from block to block. `shard`: ranks over which states are divided.
     """
 
     world: int
@@ -43,6 +43,7 @@ class Case:
     recompute: str = "none"
     grouped: bool = False
     placed: bool = False
+    shard: int = 0
 
     @property
     def name(self) -> str:
@@ -52,6 +53,7 @@ class Case:
         what += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         what += ["grouped products"] if self.grouped else []
         what += ["placed experts"] if self.placed else []
+        what += [f"states over {self.shard} ranks"] if self.shard else []
         split = "+experts" if self.expert_tp else ""
         return f"world {self.world} · tp {self.tp}{split} · ep {self.ep} · ZeRO-{self.zero}" + (
             f" · {', '.join(what)}" if what else ""
@@ -65,6 +67,7 @@ class Case:
             f"parallel.expert_tp={str(self.expert_tp).lower()}",
             f"parallel.recompute={self.recompute}",
             f"train.deepspeed=fp32_zero{self.zero}",
+            *([f"parallel.shard_ranks={self.shard}", SCATTER] if self.shard else []),
         )
 
 
@@ -86,6 +89,7 @@ def one_expert(model, mesh) -> None:
 
 ROOT = Path(__file__).parents[2]
 BIASED = (f"model.router={ROOT}/examples/my_router.py:BiasedRouter",)  # a router of a user
+SCATTER = "train.gradient_reduction=reduce_scatter"
 PREPARE = {"": None, "one_expert": one_expert}
 ALL_NULL = ("data.condition_dropout=0.999999999",)
 NO_NULL = ("data.condition_dropout=0",)
@@ -276,6 +280,23 @@ PLACED = [
 ]
 
 
+# States that are divided over some of the ranks. The first case is quick: dp 2 x 2 and edp 2 x 2.
+SHARDS = [
+    Case(4, zero=2, what=TWICE, shard=2),
+    Case(4, ep=2, zero=1, what=TWELVE, shard=2),
+    Case(8, ep=2, zero=1, what=TWICE, shard=4),
+    Case(8, tp=2, ep=2, zero=2, what=(*TWICE, *SEVERAL), shard=4, recompute="all"),
+    Case(8, tp=2, ep=2, expert_tp=True, zero=1, shard=4),
+    Case(4, tp=2, ep=2, zero=2, what=TWICE, shard=2),
+    Case(8, tp=2, ep=4, zero=1, what=ALL_NULL, shard=4),
+    Case(4, ep=2, zero=1, what=("model.router=diffmoe",), shard=2),
+    Case(4, zero=1, what=MUON, shard=2),
+    Case(4, zero=1, what=("model.router=dense",), shard=2),
+    Case(8, ep=4, zero=2, what=TWELVE, shard=4, placed=True),
+    Case(4, ep=2, zero=2, what=EIGHT, prepare="one_expert", shard=1),
+]
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -289,6 +310,8 @@ QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
 CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
 QUICK += [len(CASES)]
 CASES += PLACED
+QUICK += [len(CASES)]
+CASES += SHARDS
 
 
 @cache

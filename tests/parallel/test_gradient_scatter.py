@@ -1,30 +1,17 @@
 """Gradients that are summed straight into each rank's shard, against DeepSpeed's all-reduce of everything."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from support.levels import full
 from support.processes import run
-from support.trajectory import deviation, small, stir, train
+from support.trajectory import deviation, small, train
+from support.watched_engine import Watched, small_buckets, whole_loss
 
 from megapromoe.config.options import ConfigError
-from megapromoe.distributed.mesh import make_mesh
 from megapromoe.distributed.reduce_scatter import AsyncReduceScatter
-from megapromoe.engine.engine import Engine
-from megapromoe.nn.parallelize import build
 
 ALL_REDUCE, SCATTER = (f"train.gradient_reduction={value}" for value in ("all_reduce", "reduce_scatter"))
-
-
-def small_buckets(folder: Path, stage: int, overlap: bool = True, **top: object) -> str:
-    """A DeepSpeed file whose buckets are smaller than an expert bank (8,192 elements), and hold several others."""
-    zero = {"stage": stage, "reduce_bucket_size": 3000, "overlap_comm": overlap, "reduce_scatter": True}
-    path = folder / f"stage{stage}-{overlap}.json"
-    path.write_text(json.dumps({"zero_optimization": zero, "zero_allow_untested_optimizer": True, **top}))
-    return f"train.deepspeed={path}"
 
 
 # ---- the collective
@@ -105,46 +92,6 @@ def test_training_in_bf16_is_near_that_of_an_all_reduce(tmp_path, zero, top):
 # ---- memory, order, missing gradients
 
 
-class Watched:
-    """An engine that counts collectives, and the bytes of gradients that parameters have."""
-
-    def __init__(self, *overrides: str):
-        config = small(*overrides)
-        self.mesh = make_mesh(config.parallel.tp, config.parallel.ep, timeout=60)
-        model = build(config, self.mesh)
-        stir(model, self.mesh)
-        self.engine = Engine(model, config, self.mesh)
-        self.sent: list[tuple[int, ...]] = []
-
-    def backward(self, loss_of) -> torch.Tensor:
-        """A micro-step on random input."""
-        generator = torch.Generator().manual_seed(self.mesh.dp.rank)
-        B = self.engine.config.layout(self.mesh.world_size).micro_batch
-        x, t = torch.randn(B, 4, 8, 8, generator=generator), 1000 * torch.rand(B, generator=generator)
-        y = torch.randint(10, (B,), generator=generator)
-        y[-1] = 10
-
-        def loss(prediction, auxiliary):
-            total = loss_of(prediction, auxiliary)
-            return total, total.detach()
-
-        real = dist.all_to_all_single
-
-        def counted(output, packed, *arguments, **named):
-            self.sent.append(tuple(dist.get_process_group_ranks(named["group"])))
-            return real(output, packed, *arguments, **named)
-
-        dist.all_to_all_single = counted
-        try:
-            return self.engine.micro_step(x, t, y, B - 1, loss=loss)
-        finally:
-            dist.all_to_all_single = real
-
-
-def whole_loss(prediction, auxiliary):
-    return prediction[:, :4].float().square().mean() + auxiliary.total()
-
-
 def order_of_reductions(deepspeed: str) -> dict[str, tuple[int, int, int]]:
     """Reductions over the data-parallel ranks and those of experts: parameter groups, reductions before the gradients
     of the third block were complete, and all."""
@@ -154,14 +101,14 @@ def order_of_reductions(deepspeed: str) -> dict[str, tuple[int, int, int]]:
     engine.module.blocks[2].attn.qkv.weight.register_hook(lambda _: early.append(len(watched.sent)))
     watched.backward(whole_loss)
     engine.close()
-    groups = {"dp": tuple(mesh.dp.ranks), "edp": tuple(mesh.edp.ranks)}
+    groups = {"dp": ("all_to_all_single", mesh.dp.ranks), "edp": ("all_to_all_single", mesh.edp.ranks)}
     return {
         name: (
             sum(engine.layouts[p.pieces[0].name].expert == (name == "edp") for p in engine.partitions if p.pieces),
-            watched.sent[: early[0]].count(ranks),
-            watched.sent.count(ranks),
+            watched.sent[: early[0]].count(call),
+            watched.sent.count(call),
         )
-        for name, ranks in groups.items()
+        for name, call in groups.items()
     }
 
 

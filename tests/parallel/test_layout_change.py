@@ -35,6 +35,10 @@ CASES = [
     ((2, 1, 2, 1, "placed"), (2, 1, 2, 1, "placed again")),
     full((4, 1, 4, 2), (4, 2, 2, 3, "placed")),
     full((4, 2, 2, 1, "placed"), SINGLE_RANK),
+    ((4, 1, 2, 1, "parallel.shard_ranks=2"), (2, 1, 1, 2)),
+    full((4, 1, 1, 2), (4, 1, 2, 2, "parallel.shard_ranks=2")),
+    full((4, 1, 1, 1, "parallel.shard_ranks=2"), (4, 2, 2, 3)),
+    full((8, 2, 2, 1, "parallel.shard_ranks=4"), (8, 1, 4, 1, "parallel.shard_ranks=2")),
 ]
 PLACED = {"placed": 1, "placed again": 2}  # what a layout has -> seed of its placement of experts
 MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
@@ -43,6 +47,7 @@ MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
 def name(layout: tuple) -> str:
     world, tp, ep, zero, *more = layout
     words = "".join(f", experts {text}" for text in more if text in PLACED)
+    words += "".join(f", states over {text[-1]} ranks" for text in more if "shard_ranks" in text)
     return f"{world} ranks, tp {tp}{' with experts' if more and not words else ''}, ep {ep}, ZeRO-{zero}{words}"
 
 

@@ -56,6 +56,30 @@ def weight_gradient_stays_partial(model, mesh) -> None:
     TokenAssignment.shard = wrong
 
 
+def no_sum_between_nodes(model, mesh) -> None:
+    """Each group of ranks that divides the optimizer states uses the gradients of its own samples only."""
+    from megapromoe.engine.deepspeed_backend.scatter import Bucket
+
+    Bucket.start_sum = Bucket.finish_sum = lambda self: None
+
+
+def count_every_replica(model, mesh) -> None:
+    """The clip norm counts each shard once for each group of ranks that has it."""
+    Engine.replica_count = lambda self, name: self.layouts[name].replica_count(self.mesh)
+
+
+def divide_by_shards(model, mesh) -> None:
+    """Gradients are divided by the number of ranks over which DeepSpeed divides the states, instead of by dp."""
+    from megapromoe.engine.deepspeed_backend.scatter import Bucket
+
+    right = Bucket.__init__
+
+    def wrong(self, zero, number, partition, replicas, data_ranks, device):
+        right(self, zero, number, partition, replicas, data_ranks // replicas.size, device)
+
+    Bucket.__init__ = wrong
+
+
 LAYOUTS = {
     divide_by_edp: ("parallel.ep=2",),
     count_every_copy: ("parallel.tp=2", "parallel.ep=2"),
@@ -63,6 +87,9 @@ LAYOUTS = {
     no_reduction_of_centroids: (),
     no_gradient_through_the_sum: (),
     weight_gradient_stays_partial: ("parallel.tp=2", "parallel.ep=2"),
+    no_sum_between_nodes: ("parallel.shard_ranks=2",),
+    count_every_replica: ("parallel.shard_ranks=2",),
+    divide_by_shards: ("parallel.shard_ranks=2",),
 }
 
 

@@ -71,7 +71,8 @@ def recorded(cases: list[tuple[str, ...]]) -> list[tuple[dict, dict]]:
 
 def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
     config = small(*overrides)
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
+    p = config.parallel
+    mesh = make_mesh(p.tp, p.ep, p.expert_tp, 60, p.shard_ranks)
     engine = Engine(build(config, mesh, placements=config.placements_in_file()), config, mesh)
     ema = EMA(engine, config.train.ema_decays)
     B = config.layout(mesh.world_size).micro_batch
@@ -112,7 +113,7 @@ def planned(overrides: tuple[str, ...], world: int, rank: int) -> dict:
     """The calls of a rank, from the plan."""
     config = small(*overrides)
     layout = config.layout(world)
-    tables = rank_tables(world, layout.tp, layout.ep, config.parallel.expert_tp)
+    tables = rank_tables(world, layout.tp, layout.ep, config.parallel.expert_tp, layout.shard_ranks)
     lines = defaultdict(lambda: [0, 0.0])
     for c in collectives(config, layout, Batch(layout.micro_batch, layout.micro_batch - NULL)):
         ranks = next(tuple(map(int, row)) for row in tables[c.over] if rank in row)
@@ -245,6 +246,31 @@ def test_each_gradient_is_sent_once_and_each_parameter_once(tmp_path):
         assert len(gathered) > 1 and sent(once, what) == gathered
         assert sent(each_micro_batch, what) == [2 * size for size in gathered]
         assert sum(sent(twice, what)) == pytest.approx(2 * sum(gathered), rel=1e-3)
+
+
+def test_shards_of_some_ranks_are_summed_once(tmp_path):
+    """A reduce-scatter and a gather inside, in each micro-batch at stage 2; and a sum over replicas in the last one.
+
+    The cases divide experts over two ranks or one, and the states in memory are those of as many ranks.
+    """
+    twice = (*TWO, "train.accumulation=2", "parallel.shard_ranks=2")
+    stages = [(*twice, with_buckets(tmp_path, stage)) for stage in (1, 2)]
+    compare(4, [*stages, (*stages[1], "parallel.ep=2"), (*stages[0], "parallel.ep=2", "parallel.tp=2")])
+
+    def sent(over: str) -> dict[str, float]:
+        """Bytes of a rank in each direction of dp or edp."""
+        config, result = small(*stages[1]), defaultdict(float)
+        for c in collectives(config, config.layout(4)):
+            if c.phase in ("gradients", "update") and c.over.startswith(over):
+                result[c.over.removeprefix(over) + " " + c.op] += c.wire
+        return result
+
+    for over in ("dp", "edp"):
+        inside = sent(over)
+        parameters = 2 * inside["_shard all_gather"]  # half of the parameters is of the other rank
+        assert inside["_shard reduce_scatter"] == parameters
+        assert inside["_replicas all_reduce"] == pytest.approx(parameters / 2)
+        assert inside.keys() == {"_shard all_gather", "_shard reduce_scatter", "_replicas all_reduce"}
 
 
 @pytest.mark.full

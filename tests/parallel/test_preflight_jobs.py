@@ -120,6 +120,17 @@ def test_a_good_allocation_passes(tmp_path):
     assert not [file for file in run.rglob("*") if file.is_file()]  # the probe files are removed
 
 
+@pytest.mark.full
+def test_groups_that_divide_optimizer_states_are_checked(tmp_path):
+    codes, _, report, _ = preflight(tmp_path, "--run-dir", str(tmp_path / "run"), "parallel.shard_ranks=2")
+    assert codes == [0] * 4
+    passed = {row["check"] for row in report["rows"] if row["verdict"] == "pass"}
+    assert {"group dp_shard", "group dp_replicas", "group edp_shard", "group edp_replicas"} <= passed
+    third = report["found"]["network"]["2"]
+    assert third["groups"]["dp_shard"]["ranks"] == [2, 3] and third["groups"]["dp_replicas"]["ranks"] == [0, 2]
+    assert set(third["collectives"]) == {"world", "dp_shard", "dp_replicas"}  # the others have ranks of these
+
+
 def odd_version():
     real = machine.versions
     machine.versions = lambda: real() | {"torch": "2.12.0"}

@@ -34,6 +34,7 @@ LAYOUTS = [
     (2, ("parallel.ep=2", "train.deepspeed=bf16_zero2_offload")),
     full(2, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "model.router=gmm", "model.top_k=2")),
     full(2, ("parallel.ep=2", "model.router=race")),
+    full(4, ("parallel.ep=2", "parallel.shard_ranks=2", "train.deepspeed=bf16_zero2", "train.accumulation=2")),
     full(2, ("parallel.tp=2", "train.deepspeed=fp32_zero3", "model.router=conditional")),
 ]
 

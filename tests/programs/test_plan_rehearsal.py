@@ -62,6 +62,8 @@ UPDATES = [
     full(64, 63, ("parallel.tp=2", "parallel.ep=8", "model.num_experts=12", "train.deepspeed=bf16_zero2")),
     full(64, 3, ("parallel.ep=4", "train.accumulation=2", "train.deepspeed=fp32_zero2")),
     full(64, 3, ("parallel.tp=2", "parallel.ep=4", "parallel.expert_tp=true", "train.deepspeed=fp32_zero0")),
+    full(4096, 13, ("parallel.ep=4", "parallel.shard_ranks=8")),
+    full(64, 62, ("parallel.ep=8", "parallel.shard_ranks=4", "train.accumulation=2", "train.deepspeed=bf16_zero2")),
     full(64, 3, ("parallel.tp=2", "model.router=dense")),
     full(64, 3, ("parallel.ep=2", "model.balance_bias=0.01", *SEVERAL)),
     full(64, 9, (*TEXT, "model.text_ffn=96", "parallel.ep=4")),

@@ -75,7 +75,8 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
         prepare: importable, called with the built model before the engine takes it (to skew its routing, say).
     """
     config = small(*overrides)
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
+    p = config.parallel
+    mesh = make_mesh(p.tp, p.ep, p.expert_tp, 60, p.shard_ranks)
     model = build(config, mesh, placements=config.placements_in_file())
     # A zero output layer would hide most of the model: give what starts at zero small logical values.
     stir(model, mesh)

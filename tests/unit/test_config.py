@@ -263,6 +263,18 @@ def test_combinations(overrides, expected):
             "train.global_batch = 30: must be a multiple of 4 data ranks * 2 micro-batches; nearest: 24, 32",
         ),
         (4, ["train.global_batch=2"], "nearest: 4"),
+        (
+            8,
+            ["parallel.shard_ranks=3"],
+            "parallel.shard_ranks = 3: must divide the 8 ranks and be a multiple of tp = 1; use 1 or 2 or 4 or 8, or 0"
+            " for all ranks",
+        ),
+        (
+            12,
+            ["parallel.tp=2", "parallel.ep=4", "parallel.shard_ranks=6", "train.global_batch=96"],
+            "parallel.shard_ranks = 6: must divide the 12 ranks and be a multiple of tp = 2, and be a multiple of the 4"
+            " ranks that hold all experts or at most as many; use 2 or 4 or 12, or 0 for all ranks",
+        ),
         (0, [], "parallel.tp = 1: needs at least 1 rank, not 0"),
     ],
 )

@@ -38,6 +38,35 @@ def test_groups_partition_the_ranks(world, tp, ep, expert_tp):
             assert set(mesh.ep.ranks) & set(mesh.tp.ranks) == {rank}
 
 
+@pytest.mark.parametrize(
+    "tp, ep, expert_tp, of_states, of_experts",
+    [
+        (1, 1, False, 8, 8),
+        (1, 4, False, 8, 2),
+        (2, 2, False, 4, 4),
+        (2, 4, True, 4, 1),
+        (2, 8, False, 4, 1),
+        (1, 16, False, 8, 1),  # experts over two nodes: each has its states alone
+    ],
+)
+def test_states_are_divided_over_the_ranks_of_a_node(tp, ep, expert_tp, of_states, of_experts):
+    """32 ranks in nodes of 8: shards are in one node, and every rank of dp or edp has a shard and a replica."""
+    world, node = 32, 8
+    for table in rank_tables(world, tp, ep, expert_tp, node).values():
+        assert sorted(table.flatten().tolist()) == list(range(world))
+    for rank in range(world):
+        mesh = mesh_of(rank, world, tp, ep, expert_tp, node)
+        for expert, group, size in ((False, mesh.dp, of_states), (True, mesh.edp, of_experts)):
+            shard, replicas = mesh.shard_group(expert), mesh.replica_group(expert)
+            assert shard.size == size and shard.size * replicas.size == group.size
+            assert {other // node for other in shard.ranks} == {rank // node}
+            assert set(shard.ranks) | set(replicas.ranks) <= set(group.ranks)
+            assert set(shard.ranks) & set(replicas.ranks) == {rank}
+        undivided = mesh_of(rank, world, tp, ep, expert_tp)
+        assert undivided.shard_group(True) == undivided.edp and undivided.replica_group(False).size == 1
+        assert len(mesh.directions) == 9 and len(undivided.directions) == 5
+
+
 PLACED = {
     2: ExpertPlacement(((1,), (0, 2, 3, 4))),
     3: ExpertPlacement(((4,), (0, 2), (1, 3))),

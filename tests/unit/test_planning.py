@@ -15,7 +15,13 @@ from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import check, resolve
 from megapromoe.distributed.mesh import rank_tables
 from megapromoe.planning import explain
-from megapromoe.planning.cost import OptimizerGroup, flops_per_image, optimizer_groups
+from megapromoe.planning.cost import (
+    OptimizerGroup,
+    flops_per_image,
+    memory_per_rank,
+    optimizer_groups,
+    tensors_on_rank,
+)
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
 from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
@@ -64,8 +70,9 @@ def test_fixed_settings_stay():
 def test_four_thousand_gpus_in_seconds():
     start = time.monotonic()
     result = find("promoe_xl", 4096, "train.global_batch=4096", "model.num_experts=64")
-    # tp 1, 2, 4, 8; ep 1 to 64; split or not where tp > 1; 3 stages; 4 ways to recompute.
-    assert len(result.fitting) + len(result.too_large) + result.impossible == (7 + 3 * 7 * 2) * 3 * 4
+    # tp 1, 2, 4, 8; ep 1 to 64; split or not where tp > 1; 3 stages, 2 of them also with states of a node; 4 ways to
+    # recompute.
+    assert len(result.fitting) + len(result.too_large) + result.impossible == (7 + 3 * 7 * 2) * (3 + 2) * 4
     assert time.monotonic() - start < 60  # takes one or two where nothing else runs
 
 
@@ -200,6 +207,54 @@ def test_the_nodes_of_every_group_agree_with_the_rank_tables():
         for over, stride in (("tp", 1), ("dp", tp), ("ep", etp), ("edp", ep * etp)):
             for row in tables[over]:
                 assert nodes_of(len(row), stride, H100) == len({int(r) // 8 for r in row}), (over, tp, ep, split)
+
+
+def test_shards_of_a_node_are_gathered_inside_and_summed_between_nodes():
+    """64 ranks in nodes of 8: bytes by the links that carry them, memory, and a step that overlaps more."""
+    base = ["parallel.ep=4", "train.deepspeed=bf16_zero1", "train.global_batch=4096", "parallel.recompute=all"]
+    configs = [resolve("promoe_xl", overrides=[*base, f"parallel.shard_ranks={n}"], world=64) for n in (0, 8)]
+    layout = configs[1].layout(64)
+    assert (layout.dp_shard, layout.edp_shard) == (8, 2)
+    calls = [c for c in collectives(configs[1], layout) if c.over.startswith(("dp", "edp")) and c.phase != "forward"]
+    calls = [c for c in calls if c.phase != "backward"]
+    assert {(c.op, c.over, c.size) for c in calls} == {
+        ("reduce_scatter", "dp_shard", 8),
+        ("all_gather", "dp_shard", 8),
+        ("all_reduce", "dp_replicas", 8),
+        ("reduce_scatter", "edp_shard", 2),
+        ("all_gather", "edp_shard", 2),
+        ("all_reduce", "edp_replicas", 8),
+    }
+    for c in calls:
+        inside = Collective("x", c.op, "tp", c.size, c.count, c.payload, c.phase)  # consecutive ranks of a node
+        between = c.count * 2 * c.payload * 7 / 8 / H100.network  # each GPU by its own link
+        seconds = [collective_time(call, configs[1], layout, H100, NETWORK) for call in (c, inside)]
+        assert seconds[0] == pytest.approx(between if c.over.endswith("replicas") else seconds[1])
+    undivided, divided = (step_time(config, config.layout(64), H100, ASSUME) for config in configs)
+    assert divided.overlapped > undivided.overlapped and divided.update < undivided.update
+    assert divided.total < undivided.total
+    memory = [memory_per_rank(config, 64) for config in configs]
+    replicated, routed = (sum(tensors) for tensors in tensors_on_rank(configs[0].model, layout))
+    for kind, width in (("optimizer", 12), ("ema", 4), ("gradients", 2)):
+        more = getattr(memory[1], kind) - getattr(memory[0], kind)
+        assert more == pytest.approx(width * (replicated * (1 / 8 - 1 / 64) + routed * (1 / 2 - 1 / 16)), rel=1e-4)
+
+
+def test_a_search_tries_states_of_a_node():
+    """On several nodes, where gradients are reduce-scattered; and chooses them only if they are much faster."""
+    config = resolve("promoe_s")
+    tried = {(c.parallel.shard_ranks, c.train.deepspeed[-5:]) for c in candidates(config, 64, H100)}
+    assert tried == {(0, f"zero{stage}") for stage in range(1, 4)} | {(8, "zero1"), (8, "zero2")}
+    assert {c.parallel.shard_ranks for c in candidates(config, 8, H100)} == {0}
+    muon = replace(config, train=replace(config.train, optimizer="muon"))
+    assert {c.parallel.shard_ranks for c in candidates(muon, 64, H100)} == {0}
+    slow = replace(H100, network=H100.network / 8)
+    given = resolve("promoe_xl", overrides=["train.global_batch=8192", "train.deepspeed=bf16_zero1"])
+    fixed = frozenset({"train.deepspeed", "parallel.tp", "parallel.ep"})
+    for machine, ranks in ((H100, 0), (slow, 8)):
+        best = search(given, 64, machine, ASSUME, fixed).best
+        assert best.config.parallel.shard_ranks == ranks
+        assert settings(best, given).get("parallel.shard_ranks") == (str(ranks) if ranks else None)
 
 
 def test_collectives_take_the_time_of_their_slowest_link():

@@ -56,11 +56,14 @@ class DeepSpeedAdapter:
             )
         self.reported_norm = torch.tensor(1.0)
         partitions.replace_norm(self._stage, self._engine.optimizer, lambda: self.reported_norm)
-        made = partitions.make_partitions(self._stage, self._engine.optimizer, self.module, hidden, self._uses_muon)
-        self.partitions = tuple(made)
+        self.partitions = tuple(
+            partitions.make_partitions(self._stage, self._engine.optimizer, self.module, hidden, self._uses_muon)
+        )
         scatters = scatters_gradients(config)
         if scatters:
-            GradientScatter(self._engine.optimizer, self.partitions, self.device)
+            routed = [bool(self.parameter_group(number).get("moe")) for number in range(len(self.partitions))]
+            replicas = [mesh.replica_group(expert) for expert in routed]
+            GradientScatter(self._engine.optimizer, self.partitions, replicas, mesh.dp.size, self.device)
         self._step: StepByPartitions | None = None
         if config.train.adamw_backend == "fused":
             copies = self._stage < 3 and not scatters

@@ -32,7 +32,6 @@ _ZERO_1_AND_2 = (  # DeepSpeedZeroOptimizer, deepspeed/runtime/zero/stage_1_and_
     "communication_data_type",
     "copy_grads_in_partition",
     "cpu_offload",
-    "dp_process_group",
     "dtype",
     "gradient_accumulation_dtype",
     "grads_in_partition",

@@ -6,6 +6,10 @@ or two ranks, and no reduce-scatter with equal parts fits it. Here the parameter
 buckets: `start.make_optimizer` makes them as small as buckets, and DeepSpeed divides each group equally over the ranks.
 The gradients of a group, in the order of its flat parameters, are then what a reduce-scatter divides, without a copy.
 
+Where states are divided over some of the data-parallel ranks alone, such as those of a node (`parallel.shard_ranks`),
+the group of DeepSpeed's optimizer is these ranks. They are a reduce-scatter's ranks, and each shard is then all-reduced
+over its replicas, the ranks of other nodes that have the same shard.
+
 `GradientScatter` replaces three methods of DeepSpeed's optimizer, which its hooks and its engine call. Parameters,
 masters, the step and the gather of the parameters remain DeepSpeed's.
 """
@@ -20,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megapromoe.distributed.mesh import Group
 from megapromoe.distributed.reduce_scatter import AsyncReduceScatter
 from megapromoe.engine.deepspeed_backend.internals import check_version
 from megapromoe.engine.protocol import Partition
@@ -35,14 +40,32 @@ class GradientScatter:
     A group is reduced as soon as all its gradients are complete, during the backward pass with `overlap_comm`. At most
     one reduction is under way in a process group, so that there are at most two buckets for it besides those that
     wait for a parameter which is used early in the forward pass. All ranks complete the groups in the same order,
-    because they run the same backward pass.
+    because they run the same backward pass. The all-reduce of a shard over its replicas starts when the reduce-scatter
+    has ended, in the last micro-batch alone, and runs beside the next group's reduce-scatter.
     """
 
-    def __init__(self, zero: Any, partitions: Sequence[Partition], device: torch.device):
-        """`zero`: the optimizer wrapper of DeepSpeed's engine at ZeRO stage 1 or 2, without offloading."""
+    def __init__(
+        self,
+        zero: Any,
+        partitions: Sequence[Partition],
+        replicas: Sequence[Group],
+        data_ranks: int,
+        device: torch.device,
+    ):
+        """Replaces the methods.
+
+        Args:
+            zero: the optimizer wrapper of DeepSpeed's engine at ZeRO stage 1 or 2, without offloading.
+            replicas: of each partition, the ranks that have the same shard.
+            data_ranks: number of data-parallel ranks, by which gradients are divided.
+        """
         self._zero = zero
-        self._buckets = [Bucket(zero, number, partition, device) for number, partition in enumerate(partitions)]
-        self._running: dict[dist.ProcessGroup, Bucket] = {}
+        self._buckets = [
+            Bucket(zero, number, partition, group, data_ranks, device)
+            for number, (partition, group) in enumerate(zip(partitions, replicas, strict=True))
+        ]
+        self._scattering: dict[dist.ProcessGroup, Bucket] = {}
+        self._summing: dict[dist.ProcessGroup, Bucket] = {}
         zero.process_gradients = self._add
         zero.reduce_gradients = self._finish
         zero.overlapping_partition_gradients_reduce_epilogue = self._finish
@@ -61,15 +84,31 @@ class GradientScatter:
             self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
-        zero = self._zero
-        before = self._running.pop(bucket.process_group, None)
-        if before is not None:
-            before.finish_reduction()
+        self._finish_scatter(bucket.process_group)
         bucket.start_reduction()
-        if zero.overlap_comm:
-            self._running[bucket.process_group] = bucket
-        else:
-            bucket.finish_reduction()
+        self._scattering[bucket.process_group] = bucket
+        if not self._zero.overlap_comm:
+            self._finish_all()
+
+    def _finish_scatter(self, process_group: dist.ProcessGroup) -> None:
+        """Ends the reduce-scatter over these ranks, if there is one, and starts the sum over replicas."""
+        bucket = self._scattering.pop(process_group, None)
+        if bucket is None:
+            return
+        bucket.finish_reduction()
+        replicas = bucket.replicas.process_group
+        if bucket.replicas.size > 1 and replicas is not None and self._zero.is_gradient_accumulation_boundary():
+            if replicas in self._summing:
+                self._summing.pop(replicas).finish_sum()
+            bucket.start_sum()
+            self._summing[replicas] = bucket
+
+    def _finish_all(self) -> None:
+        for process_group in list(self._scattering):
+            self._finish_scatter(process_group)
+        for bucket in self._summing.values():
+            bucket.finish_sum()
+        self._summing.clear()
 
     def _finish(self, *_: Any, **__: Any) -> None:
         """Ends the backward pass of a micro-batch; called by DeepSpeed's engine, at stage 1 only in the last one.
@@ -81,9 +120,7 @@ class GradientScatter:
             if bucket.awaits_gradients:
                 bucket.fill_with_zeros()
                 self._reduce(bucket)
-        for bucket in self._running.values():
-            bucket.finish_reduction()
-        self._running.clear()
+        self._finish_all()
         for number, bucket in enumerate(self._buckets):
             if zero.is_gradient_accumulation_boundary():
                 zero.averaged_gradients[number] = bucket.take_shard()
@@ -96,12 +133,16 @@ class Bucket:
 
     Attributes:
         process_group: the ranks over which the group is divided.
+        replicas: the ranks that have the same shard.
     """
 
-    def __init__(self, zero: Any, number: int, partition: Partition, device: torch.device):
+    def __init__(
+        self, zero: Any, number: int, partition: Partition, replicas: Group, data_ranks: int, device: torch.device
+    ):
         self.process_group: dist.ProcessGroup = zero.real_dp_process_group[number]
+        self.replicas = replicas
         # Experts too are divided by the data-parallel size, because each of their ranks has rows of other ranks.
-        self._divisor: int = dist.get_world_size(zero.dp_process_group)
+        self._divisor = data_ranks
         self._device = device
         self._bucket_dtype: torch.dtype = zero.communication_data_type
         self._shard_dtype: torch.dtype = zero.gradient_accumulation_dtype
@@ -116,6 +157,8 @@ class Bucket:
         self._packed: Tensor | None = None
         self._reduction: AsyncReduceScatter | None = None
         self._shard: Tensor | None = None
+        self._message: Tensor | None = None
+        self._sum: dist.Work | None = None
         self._reduced = False
         self._streams: set[torch.cuda.Stream] = set()
 
@@ -159,6 +202,19 @@ class Bucket:
         assert self._reduction is not None
         reduced, self._reduction = self._reduction.wait().to(self._shard_dtype), None
         self._shard = reduced if self._shard is None else self._shard.add_(reduced)
+
+    def start_sum(self) -> None:
+        """Starts the all-reduce of the shard over its replicas. Collective."""
+        assert self._shard is not None
+        self._message = self._shard.to(self._bucket_dtype)
+        self._sum = dist.all_reduce(self._message, group=self.replicas.process_group, async_op=True)
+
+    def finish_sum(self) -> None:
+        """Sets the shard to the sum over its replicas."""
+        assert self._sum is not None and self._message is not None
+        self._sum.wait()
+        self._shard = self._message.to(self._shard_dtype)
+        self._sum = self._message = None
 
     def keep_shard(self) -> None:
         """Prepares for the next micro-batch, whose gradients are added."""

@@ -67,6 +67,16 @@ class ModelParallelUnit:
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
+    # 0.19.8 divides optimizer states over the group that these methods give, in place of the data-parallel group.
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.shard_group(expert=False).process_group
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return self.mesh.shard_group(expert=False).rank
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return self.mesh.shard_group(expert=False).size
+
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self.mesh.dp.process_group
 
@@ -135,18 +145,18 @@ def _is_of_interest(record: logging.LogRecord) -> bool:
 
 
 def register_groups(mesh: Mesh) -> None:
-    """Registers the expert groups of the mesh in DeepSpeed's tables.
+    """Registers the expert groups of the mesh in DeepSpeed's tables: those over which it divides optimizer states.
 
     Otherwise 0.19.8 would make groups with other ranks and without timeouts. It uses the groups that these tables have
     under the name of the expert-parallel size.
     """
-    name = f"ep_size_{mesh.ep.size}"
+    name, shards = f"ep_size_{mesh.ep.size}", mesh.shard_group(expert=True)
     for table in GROUP_TABLES:
         getattr(deepspeed_groups, table).clear()
     deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep.process_group
     deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(mesh.ep.ranks)
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp.process_group
-    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(mesh.edp.ranks)
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = shards.process_group
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(shards.ranks)
 
 
 def mark_experts(model: DiT, mesh: Mesh) -> None:
