@@ -21,6 +21,8 @@ from megapromoe.planning.placement_search import fullest_over_mean, relative_loa
 TARGET = 1.05  # fullest over mean rows that `auto` is to reach
 _GAIN = 1e-5  # of the squared loads, relative to the mean: a smaller gain ends the search
 _WORTH_A_COPY = 1e-4  # a copy must gain so much
+_TRIES = 100  # exchanges of copies for others that are tried in a layer
+_BETTER = 1e-4  # an exchange must lower the fullest over the mean by so much
 _SMALLEST_SHARE = 0.01  # of a copy; rows of a smaller one go back to the owner
 
 
@@ -88,13 +90,46 @@ class _Search:
         """The placement with the copies that are found."""
         if not len(self.rows_NE) or self.ep == 1 or not self.replicas:
             return self.placement
-        self._descend(may_copy=True)
-        self._remove_small_copies()
-        self._descend(may_copy=False)
+        self._settle()
+        self._exchange_copies()
         return self._result()
 
-    def _descend(self, may_copy: bool) -> None:
-        """Moves rows between ranks as long as that helps."""
+    @property
+    def cost(self) -> float:
+        """Rows of the fullest rank over the mean, the mean over the records."""
+        return float((self.rows_NE @ self.share_rE.T).max(axis=1).mean())
+
+    def _settle(self, not_at: tuple[int, int] | None = None) -> None:
+        """Moves rows and makes copies as long as that helps; `not_at`: (rank, expert) of a copy that is not made."""
+        self._descend(may_copy=True, not_at=not_at)
+        self._remove_small_copies()
+        self._descend(may_copy=False)
+
+    def _exchange_copies(self) -> None:
+        """Tries for each copy, the one with the fewest rows first, whether others in its place are better."""
+        tries = _TRIES
+        improved = True
+        while improved and tries:
+            improved, cost = False, self.cost
+            is_copy_rE = self.has_rE.copy()
+            is_copy_rE[self.owner_E, np.arange(len(self.owner_E))] = False
+            rows_rE = self.share_rE * self.rows_NE.mean(axis=0)
+            for rank, expert in sorted(
+                zip(*map(list, np.nonzero(is_copy_rE)), strict=True), key=lambda at: rows_rE[at]
+            ):
+                if not tries:
+                    return
+                tries -= 1
+                before = self.share_rE.copy(), self.has_rE.copy()
+                self._remove(rank, expert)
+                self._settle(not_at=(rank, expert))
+                if self.cost < cost - _BETTER:
+                    improved = True
+                    break
+                self.share_rE, self.has_rE = before
+
+    def _descend(self, may_copy: bool, not_at: tuple[int, int] | None = None) -> None:
+        """Moves rows between ranks as long as that helps; the arguments are those of `_settle`."""
         square_E = (self.rows_NE**2).sum(axis=0)
         for _ in range(200 * self.ep * (self.replicas + 1)):  # far more than it needs; a bound against endless rounding
             load_Nr = self.rows_NE @ self.share_rE.T
@@ -107,6 +142,8 @@ class _Search:
             is_there_It = self.has_rE[:, e].T
             free_t = (self._copies_r() < self.replicas) & may_copy
             threshold_It = np.where(is_there_It, _GAIN, np.where(free_t[None], _WORTH_A_COPY, np.inf))
+            if not_at is not None:
+                threshold_It[e == not_at[1], not_at[0]] = np.inf
             gain_It = np.where(gain_It >= threshold_It, gain_It, 0)
             i, t = np.unravel_index(int(gain_It.argmax()), gain_It.shape)
             if gain_It[i, t] <= 0:
@@ -128,9 +165,13 @@ class _Search:
         for rank, expert in zip(*np.nonzero(self.has_rE), strict=True):
             owner = self.owner_E[expert]
             if rank != owner and self.share_rE[rank, expert] < _SMALLEST_SHARE:
-                self.share_rE[owner, expert] += self.share_rE[rank, expert]
-                self.share_rE[rank, expert] = 0
-                self.has_rE[rank, expert] = False
+                self._remove(rank, expert)
+
+    def _remove(self, rank: int, expert: int) -> None:
+        """Removes a copy, whose rows go back to the owner."""
+        self.share_rE[self.owner_E[expert], expert] += self.share_rE[rank, expert]
+        self.share_rE[rank, expert] = 0
+        self.has_rE[rank, expert] = False
 
     def _result(self) -> ExpertPlacement:
         """The placement, its shares rounded as in a file."""

@@ -11,7 +11,6 @@ There are two implementations with the same result:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,10 @@ class ExpertOffsets(NamedTuple):
     host_end_E: list[int] | Tensor | None
     """`end_E` on the host, for looped experts; None where they are grouped. A tensor if it enters a compiled graph, to
     which it is no constant."""
+
+
+ExpertParameters = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weight and bias of both layers of some experts, (experts, ...) each."""
 
 
 def has_grouped_mm_kernel(x: Tensor) -> bool:
@@ -179,11 +182,11 @@ class Experts(nn.Module):
         hidden_RF = self.fc1(x_RD, offsets)
         return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
 
-    def parameters_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters_in(self, dtype: torch.dtype) -> ExpertParameters:
         """Weight and bias of both layers, see `ExpertLinear.parameters_in`."""
         return *self.fc1.parameters_in(dtype), *self.fc2.parameters_in(dtype)
 
-    def products(self, x_RD: Tensor, parameters: Sequence[Tensor], offsets: ExpertOffsets) -> Tensor:
+    def products(self, x_RD: Tensor, parameters: ExpertParameters, offsets: ExpertOffsets) -> Tensor:
         """`forward` with the parameters of any experts, as `parameters_in` returns those of this rank."""
         if isinstance(offsets.host_end_E, list) and self._runs_at_once(x_RD):
             return looped_mlp(x_RD, *parameters, offsets.host_end_E)

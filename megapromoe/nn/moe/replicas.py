@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.collectives import AsyncAllToAll
 from megapromoe.distributed.mesh import Group
 from megapromoe.nn.moe.assignment import rows_per_expert
-from megapromoe.nn.moe.expert_linear import ExpertOffsets, Experts
+from megapromoe.nn.moe.expert_linear import ExpertOffsets, ExpertParameters, Experts
 from megapromoe.nn.moe.row_permutations import sort_by_expert
 
 
@@ -93,12 +93,13 @@ class ReplicaExchange:
         return ExpertsWithCopies(experts, transfer, _StartCopies.apply(transfer, *parameters))
 
 
-class ExpertsWithCopies(NamedTuple):
+@dataclass(frozen=True)
+class ExpertsWithCopies:
     """The experts of a rank and its copies of others, as a function like `Experts`."""
 
     experts: Experts
     transfer: _Transfer
-    parameters: tuple[Tensor, ...]
+    parameters: ExpertParameters
 
     def __call__(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Rows (R, D) sorted by slot, those of copies last -> (R, D)."""
@@ -133,8 +134,8 @@ class _Transfer:
         rows = [torch.stack([p[slot] for slot in slots]) if slots else p[:0] for p in parameters]
         self.all_to_all.send(self._packed(rows), *self.exchange.sizes)
 
-    def wait(self, parameters: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The parameters of this rank, and those of its copies: (copies, ...) each."""
+    def wait(self, parameters: ExpertParameters) -> tuple[ExpertParameters, ExpertParameters]:
+        """The parameters of this rank, and those of its copies."""
         results = _WaitForCopies.apply(self, *parameters)
         return results[: len(parameters)], results[len(parameters) :]
 
