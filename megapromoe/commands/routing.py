@@ -39,8 +39,8 @@ their expert. It writes trace.json, trace.png and, with --routes, routes.jsonl.
 `megapromoe routing place` chooses which expert-parallel rank has which experts, such that the fullest rank has few
 rows, and writes a file for parallel.placement. It uses the load of the last 1,000 steps (or --from-step, --to-step),
 from the trace of the run, or without one from its metrics.jsonl. With --replicas ranks also get copies of popular
-experts, whose rows they share. The command then shows the fullest rank over the mean in the later half of the steps, for
-copies chosen from the first half, and what they cost in memory and bytes.
+experts, whose rows they share. The command then shows the fullest rank over the mean in the later half of the steps,
+for copies chosen from the first half, and what they cost in memory and bytes.
 
 examples:
   megapromoe routing --run-dir runs/digits

@@ -144,14 +144,14 @@ def _print_later_steps(
     placed_M = solve(first.count_RME)
     copied_M = with_replicas(first.count_RME, placed_M, replicas)
     consecutive = ExpertPlacement.contiguous(config.model.num_experts, config.parallel.ep)
-    ways = {"consecutive": [consecutive] * len(placed_M), "placed": placed_M, "with copies": copied_M}
+    choices = {"consecutive": [consecutive] * len(placed_M), "placed": placed_M, "with copies": copied_M}
     print(f"chosen by {first.in_words} alone, in {later.in_words}: fullest/mean (median, p95 over the records)")
-    rows = [["block", *ways]]
+    rows = [["block", *choices]]
     blocks = config.model.moe_blocks
     parts = [(str(block), [layer]) for layer, block in enumerate(blocks)]
     for name, layers in [*parts, ("all", [*range(len(blocks))])]:
         cells = []
-        for placements in ways.values():
+        for placements in choices.values():
             ratio, ratio_R = fullest_over_mean_of_records(later.count_RME[:, layers], [placements[i] for i in layers])
             middle, high = np.percentile(ratio_R, (50, 95))
             cells.append(f"{ratio:.3f} ({middle:.3f}, {high:.3f})")

@@ -156,7 +156,7 @@ def order_of_events(placement: ExpertPlacement) -> tuple[list[str], list[str]]:
     return forward, events
 
 
-def test_copies_travel_while_rows_do():
+def test_weights_and_gradients_of_copies_overlap_rows():
     for forward, backward in run(2, order_of_events, PLACED[2]):
         # Weights, counts, rows; waits for rows and weights; outputs.
         assert forward == ["rows", "counts", "rows", "wait", "wait", "rows", "wait"]

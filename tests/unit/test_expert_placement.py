@@ -181,21 +181,21 @@ def test_copies_need_a_load_and_what_they_can_run_with(tmp_path):
             small(*TWO, f"parallel.replicas={value}", "parallel.placement=auto")
     file = tmp_path / "copies.yaml"
     file.write_text(placement_text(COPIED))
-    for asked in ((f"parallel.placement={file}",), ("parallel.placement=auto", "parallel.replicas=1")):
-        assert small(*TWO, *asked).may_have_replicas and not small(*asked).may_have_replicas, "without ep"
+    for options in ((f"parallel.placement={file}",), ("parallel.placement=auto", "parallel.replicas=1")):
+        assert small(*TWO, *options).may_have_replicas and not small(*options).may_have_replicas, "without ep"
         with pytest.raises(ConfigError, match=r"model.capacity_factor = 1.5: must be 0 with copies of experts \("):
-            small(*TWO, *asked, "model.capacity_factor=1.5").layout(2)
+            small(*TWO, *options, "model.capacity_factor=1.5").layout(2)
         with pytest.raises(ConfigError, match="train.compile = True: must be false with copies of experts"):
-            small(*TWO, *asked, "train.compile=true").layout(2)
+            small(*TWO, *options, "train.compile=true").layout(2)
         with pytest.raises(ConfigError, match="train.deepspeed = 'fp32_zero3': must not be ZeRO stage 3 with copies"):
-            load_deepspeed(small(*TWO, *asked, "train.deepspeed=fp32_zero3"))
+            load_deepspeed(small(*TWO, *options, "train.deepspeed=fp32_zero3"))
 
 
 def test_a_number_of_copies_is_planned_on_every_rank():
     config = small(*TWO, "parallel.placement=auto", "parallel.replicas=1")
     assert config.layout(2).replicas == ((1, 2), (1, 2))
-    many = replace(config, parallel=replace(config.parallel, replicas=100))
-    assert many.layout(2).replicas == ((2, 4), (2, 4)), "all experts of the other rank"
+    hundred = replace(config, parallel=replace(config.parallel, replicas=100))
+    assert hundred.layout(2).replicas == ((2, 4), (2, 4)), "all experts of the other rank"
     assert small(*TWO, "parallel.placement=auto", "parallel.replicas=auto").layout(2).replicas == ()
 
 

@@ -41,9 +41,9 @@ def best_share(count_E: np.ndarray, placement: ExpertPlacement) -> float:
 def test_on_small_cases_it_is_as_good_as_all_shares_that_were_tried(seed):
     count_E = np.random.default_rng(seed).gamma(0.5, size=4) * 1000 + 1
     placement = ExpertPlacement.contiguous(4, 2)
-    (found,) = replicate_experts(count_E[None, None], [placement], 1)
-    assert fullest_over_mean(count_E[None, None], [found]) <= best_share(count_E, placement) + 0.02
-    assert found.replica_slots <= 1
+    (copied,) = replicate_experts(count_E[None, None], [placement], 1)
+    assert fullest_over_mean(count_E[None, None], [copied]) <= best_share(count_E, placement) + 0.02
+    assert copied.replica_slots <= 1
 
 
 def skewed(experts: int, noise: float, records: int = 40, layers: int = 2) -> np.ndarray:
@@ -72,9 +72,9 @@ def test_as_few_copies_as_reach_the_target():
     count_NME = skewed(16, noise=0.001)
     plain = [ExpertPlacement.contiguous(16, 8)] * 2
     assert fullest_over_mean(count_NME, plain) > 1.5
-    found = fewest_replicas(count_NME, plain)
-    assert fullest_over_mean(count_NME, found) <= TARGET
-    number = max(placement.replica_slots for placement in found)
+    copied = fewest_replicas(count_NME, plain)
+    assert fullest_over_mean(count_NME, copied) <= TARGET
+    number = max(placement.replica_slots for placement in copied)
     assert number >= 1
     fewer = replicate_experts(count_NME, plain, number - 1)
     assert fullest_over_mean(count_NME, fewer) > TARGET
@@ -84,14 +84,14 @@ def test_memory_limits_the_copies(monkeypatch):
     monkeypatch.setattr(replica_search, "TARGET", 1.0)
     count_NME = skewed(16, noise=0.001)
     plain = (ExpertPlacement.contiguous(16, 8),) * 2
-    asked: list[int] = []
+    numbers: list[int] = []
 
     def fits(number: int) -> bool:
-        asked.append(number)
+        numbers.append(number)
         return number < 2
 
-    found = fewest_replicas(count_NME, plain, fits)
-    assert asked == [1, 2] and max(placement.replica_slots for placement in found) == 1
+    copied = fewest_replicas(count_NME, plain, fits)
+    assert numbers == [1, 2] and max(placement.replica_slots for placement in copied) == 1
     assert fewest_replicas(count_NME, plain, lambda number: False) == plain
 
 
@@ -104,6 +104,6 @@ def test_balanced_loads_or_none_need_no_copies():
 def test_one_expert_with_all_rows_is_divided_over_all_ranks():
     count_NME = np.zeros((1, 1, 4))
     count_NME[..., 0] = 1000
-    (found,) = replicate_experts(count_NME, [ExpertPlacement.contiguous(4, 4)], 1)
-    assert found.copies_of_rank == ((), (0,), (0,), (0,))
-    assert fullest_over_mean(count_NME, [found]) == pytest.approx(1, abs=0.01)
+    (copied,) = replicate_experts(count_NME, [ExpertPlacement.contiguous(4, 4)], 1)
+    assert copied.copies_of_rank == ((), (0,), (0,), (0,))
+    assert fullest_over_mean(count_NME, [copied]) == pytest.approx(1, abs=0.01)

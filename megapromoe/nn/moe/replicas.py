@@ -198,6 +198,6 @@ class _WaitForCopies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        own = len(grads) // 2
-        ctx.transfer.send_gradients(grads[own:])
-        return None, *grads[:own]
+        number = len(grads) // 2
+        ctx.transfer.send_gradients(grads[number:])
+        return None, *grads[:number]
