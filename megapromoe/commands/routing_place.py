@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> int:
     lines = [f"placed by the load of {loads.in_words}", *load_lines(loads, placements, config)]
     with file_errors():
         write_text(out, placement_text(placements, lines), parents=True)
-    rows = [["block", "fullest/mean, consecutive", "placed", "experts of each rank"]]
+    placed = "placed, with copies" if options.replicas else "placed"
+    rows = [["block", "fullest/mean, consecutive", placed, "experts of each rank"]]
     consecutive = ExpertPlacement.contiguous(experts, ep)
     for layer, (block, placement) in enumerate(placements.items()):
         count_RME = loads.count_RME[:, [layer]]
@@ -153,7 +154,7 @@ def _print_later_steps(
         cells = []
         for placements in choices.values():
             ratio, ratio_R = fullest_over_mean_of_records(later.count_RME[:, layers], [placements[i] for i in layers])
-            middle, high = np.percentile(ratio_R, (50, 95))
+            middle, high = np.percentile(ratio_R, (50, 95)) if len(ratio_R) else (1.0, 1.0)  # without any rows
             cells.append(f"{ratio:.3f} ({middle:.3f}, {high:.3f})")
         rows.append([name, *cells])
     print_table(rows)
