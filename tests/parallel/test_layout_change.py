@@ -35,7 +35,7 @@ CASES = [
     ((2, 1, 2, 1, "placed"), (2, 1, 2, 1, "placed again")),
     full((4, 1, 4, 2), (4, 2, 2, 3, "placed")),
     full((4, 2, 2, 1, "placed"), SINGLE_RANK),
-    ((2, 1, 2, 1, "placed with copies"), (2, 1, 2, 1, "placed again")),
+    full((2, 1, 2, 1, "placed with copies"), (2, 1, 2, 1, "placed again")),
     full((4, 1, 4, 2, "placed"), (4, 2, 2, 2, "placed with copies")),
     full((4, 2, 2, 1, "placed with copies"), SINGLE_RANK),
 ]
