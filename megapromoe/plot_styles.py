@@ -17,7 +17,8 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vP*X<>"
 HATCHES = ("", "//", "..", "xx")
 # Paul Tol's "muted", for the parts of stacked bars: neighbours differ in lightness too.
-STACKED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
+_NINE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")
+STACKED = (*_NINE, "#DDDDDD")
 
 # For areas, which have neither lines nor markers: the six, and six more that differ in lightness or hue.
 AREAS = (*COLOURS, "#332288", "#DDCC77", "#882255", "#117733", "#88CCEE", "#661100")

@@ -53,6 +53,7 @@ class TraceRecord:
             their own: lcm(ep·etp, tp) / tp. Mostly that is one group; with ep·etp < tp it is several, over which the
             rows of one data-parallel rank are divided.
         owner_ME: the expert-parallel rank, 0 to ep - 1, that had each expert, (M, E); None: `consecutive_owners`.
+            Copies on other ranks are not recorded: `rows_of_ranks` counts all rows of an expert for its owner.
     """
 
     step: int

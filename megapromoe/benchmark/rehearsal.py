@@ -34,7 +34,7 @@ from megapromoe.nn.moe.layer import MoE
 from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.activations import saved_tensors
-from megapromoe.planning.memory import both_passes
+from megapromoe.planning.memory import both_passes, replica_bytes
 from megapromoe.planning.traffic import Batch, Collective, collectives
 from megapromoe.planning.zero import zero_of
 
@@ -161,8 +161,10 @@ def rehearse_model(
                 loss.backward()
         sent, received = (sum(getattr(d, name) for d in dispatchers) for name in ("sent", "received"))
         fullness = received / sent if sent else 1.0
-        messages = compare(recorder.messages, _of_model(config, world, batch, fullness), mesh)
+        planned = _of_model(config, world, batch, fullness, copies_of(config, mesh.ep.rank))
+        messages = compare(recorder.messages, planned, mesh)
     planned_kept = sum(s.bytes * (fullness if s.rows else 1) for s in saved_tensors(config, layout, batch))
+    planned_kept += replica_bytes(config, layout)[0]
     passes = both_passes(config, layout, batch, fullness)
     planned_peak = sum(passes.values()) - passes["dispatch"]  # those buffers are freed when the peak is reached
     return ModelRehearsal(batch, fullness, messages, kept, planned_kept, recorder.peak, planned_peak)
@@ -176,6 +178,11 @@ def _check(config: Config, world: int, rank: int, shares_ME: Sequence[Sequence[f
         raise RehearsalError(
             f"model.router = {model.router!r}: the number of its rows depends on the scores, which a rehearsal does not"
             " have; rehearse the layout with model.router=tc"
+        )
+    if config.parallel.replicas and config.parallel.ep > 1:
+        raise RehearsalError(
+            f"parallel.replicas = {config.parallel.replicas!r}: which experts have copies is chosen at a start;"
+            " rehearse a file of `megapromoe routing place --replicas`, by parallel.placement=FILE"
         )
     shape = (len(model.moe_blocks), model.num_experts)
     if shares_ME is not None and (len(shares_ME), *{len(row) for row in shares_ME}) != shape:
@@ -193,16 +200,35 @@ def _inputs(config: Config, batch: Batch) -> tuple:
     return x, t, y, int(batch.conditional)
 
 
-def _of_model(config: Config, world: int, batch: Batch, fullness: float) -> list[Collective]:
+def copies_of(config: Config, rank: int) -> dict[str, float]:
+    """Weights of copies that a rank of the ep group sends, and gradients, over the means of all ranks.
+
+    The keys are the names of the planned collectives.
+    """
+    placements = [placement for placement in config.placements_in_file().values() if placement.replicas]
+    if not placements:
+        return {}
+    mean = sum(placement.copies for placement in placements) / config.parallel.ep
+    held = sum(len(placement.copies_of_rank[rank]) for placement in placements)
+    owners = [p.rank_of_expert[expert] for p in placements for copies in p.copies_of_rank for expert in copies]
+    sent = owners.count(rank)
+    return {"replicas: weights": sent / mean, "replicas: gradients": held / mean}
+
+
+def _of_model(
+    config: Config, world: int, batch: Batch, fullness: float, copies: Mapping[str, float]
+) -> list[Collective]:
     """The planned collectives of one micro-step of the model.
 
-    What the experts of a rank send back is what they got, of which a plan states the mean over ranks.
+    What the experts of a rank send back is what they got, of which a plan states the mean over ranks. `copies`: see
+    `copies_of`.
     """
     result, micro = [], config.train.accumulation
     for c in collectives(config, config.layout(world), batch):
         if c.ours and c.phase in ("forward", "backward"):
             returned = (c.what, c.phase) in RETURNED and not config.model.capacity_factor
-            result.append(replace(c, count=c.count // micro, payload=c.payload * (fullness if returned else 1)))
+            factor = fullness if returned else copies.get(c.what, 1)
+            result.append(replace(c, count=c.count // micro, payload=c.payload * factor))
     return result
 
 
@@ -306,10 +332,10 @@ def _give_counts(model: torch.nn.Module, shares_ME: Sequence[Sequence[float]] | 
             continue  # equal parts, whose numbers of rows depend on no value
         placement = dispatcher.placement
         layer.dispatcher.place_experts(placement)
-        slots = [0.0] * (placement.ep * placement.slots)
-        for owner in range(placement.ep):
-            for slot, expert in enumerate(placement.owned(owner), owner * placement.slots):
-                slots[slot] = shares[expert]
+        slots = [0.0] * (placement.ep * placement.dispatch_slots)
+        for rank in range(placement.ep):
+            for slot, (expert, share) in placement.shares_of_rank(rank).items():
+                slots[rank * placement.dispatch_slots + slot] = share * shares[expert]
         layer.dispatcher.shares = slots
     return sending
 
@@ -349,7 +375,7 @@ class _ExpertParallel(ExpertParallelDispatcher):
 
     def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> Any:
         rows = super().arrange_rows(rows_RD, expert_slot_R, max_rows)
-        sent, slots = parts(rows_RD.shape[0], self.shares), self.placement.slots
+        sent, slots = parts(rows_RD.shape[0], self.shares), self.placement.dispatch_slots
         received = sent[self.group.rank * slots : (self.group.rank + 1) * slots]  # each rank of the group sends as many
         numbers = [[sum(sent[i * slots : (i + 1) * slots]), *received] for i in range(self.group.size)]
         self.sent, self.received = sum(sent), self.group.size * sum(received)

@@ -38,13 +38,16 @@ their expert. It writes trace.json, trace.png and, with --routes, routes.jsonl.
 
 `megapromoe routing place` chooses which expert-parallel rank has which experts, such that the fullest rank has few
 rows, and writes a file for parallel.placement. It uses the load of the last 1,000 steps (or --from-step, --to-step),
-from the trace of the run, or without one from its metrics.jsonl.
+from the trace of the run, or without one from its metrics.jsonl. With --replicas ranks also get copies of popular
+experts, whose rows they share. The command then shows the fullest rank over the mean in the later half of the steps,
+for copies chosen from the first half, and what they cost in memory and bytes.
 
 examples:
   megapromoe routing --run-dir runs/digits
   megapromoe routing trace --run-dir runs/digits
   megapromoe routing trace --run-dir runs/digits --routes --route-steps 250,500 --num-images 100
   megapromoe routing place --run-dir runs/digits --ep 4 --out placement.yaml
+  megapromoe routing place --run-dir runs/digits --ep 4 --replicas auto --out placement.yaml
   megapromoe routing --run-dir runs/promoe_l --num-images 2000 --layers 3,11,19 --levels 0.1,0.3,0.5,0.7,0.9
   megapromoe routing --run-dir runs/promoe_l --subsets animals_and_vehicles.yaml --out reports/animals --pictures
   megapromoe routing --run-dir runs/scenes --num-images 1000

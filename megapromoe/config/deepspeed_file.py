@@ -53,6 +53,12 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
             f"must be false with train.deepspeed = {name!r}, ZeRO stage 3: a layer's parameters are not gathered when"
         )
         problems.append(f"train.compile = True: {rule} it is compiled; use stage 2 or less")
+    if not problems and content.get(ZERO, {}).get("stage") == 3 and config.may_have_replicas:
+        problems.append(
+            f"train.deepspeed = {name!r}: must not be ZeRO stage 3 with copies of experts ({config.copies_in_words}):"
+            " their weights are sent before a rank has gathered those of its own experts; use stage 2 or less, where"
+            " ep divides the experts already"
+        )
     if not problems and config.train.adamw_backend == "fused":
         problems += _fused_update(name, content.get(ZERO, {}))
     if not problems and config.train.gradient_reduction == "reduce_scatter":

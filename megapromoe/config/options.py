@@ -14,7 +14,16 @@ from typing import Any
 from megapromoe.config import class_groups, extensions
 from megapromoe.config.expert_placement import AUTO, CONTIGUOUS, Placements, is_file, read_placements, smallest_slots
 from megapromoe.config.model_options import ModelConfig
-from megapromoe.config.reader import ONE_UP, POSITIVE, ZERO_UP, Numbers, nearest_divisors, nearest_multiples, option
+from megapromoe.config.reader import (
+    ONE_UP,
+    POSITIVE,
+    ZERO_UP,
+    NumberOrAuto,
+    Numbers,
+    nearest_divisors,
+    nearest_multiples,
+    option,
+)
 from megapromoe.errors import ExitCode, Violations
 
 SAMPLING_METHODS = ("euler", "heun", "ddpm", "ddim", "unipc", "dpm_solver++")
@@ -69,6 +78,14 @@ class ParallelConfig:
         "number of consecutive ranks, such as those of a node, over which ZeRO stages 1 and 2 divide optimizer states;"
         " gradients are then summed over these ranks and after that between them and the others; 0: over all ranks",
         within=ZERO_UP,
+    )
+    replicas: int | str = option(
+        0,
+        "copies of experts of other ranks that an ep rank holds in each block at most, to divide the rows of popular"
+        " experts (docs/train.md); auto: as few as give the fullest rank at most 1.05 times the mean rows. With"
+        " parallel.placement=auto; a file lists its copies itself",
+        within=ZERO_UP,
+        kind=NumberOrAuto,
     )
 
 
@@ -352,6 +369,8 @@ class Layout:
 
     `placed_slots`: for each block with routed experts, how many a rank stores; empty for consecutive experts.
     `shard_ranks`: consecutive ranks over which ZeRO stages 1 and 2 divide optimizer states; 0: all.
+    `replicas`: for each of these blocks, copies on the rank with the most, and on all ranks of an ep group together;
+    empty without copies.
     """
 
     world: int
@@ -363,6 +382,7 @@ class Layout:
     micro_batch: int
     placed_slots: tuple[int, ...] = ()
     shard_ranks: int = 0
+    replicas: tuple[tuple[int, int], ...] = ()
 
     @property
     def dp_shard(self) -> int:
@@ -377,6 +397,13 @@ class Layout:
     def expert_slots(self, model: ModelConfig) -> tuple[int, ...]:
         """How many experts a rank stores, spare slots among them, for each block with routed experts."""
         return self.placed_slots or (smallest_slots(model.num_experts, self.ep),) * len(model.moe_blocks)
+
+    def dispatch_slots(self, model: ModelConfig) -> tuple[int, ...]:
+        """The same with copies of experts of other ranks: experts to which a rank can get rows."""
+        slots = self.expert_slots(model)
+        return (
+            tuple(n + copies for n, (copies, _) in zip(slots, self.replicas, strict=True)) if self.replicas else slots
+        )
 
 
 @dataclass(frozen=True)
@@ -407,8 +434,30 @@ class Config:
         etp = tp if self.parallel.expert_tp else 1
         dp = world // tp
         micro_batch = self.train.global_batch // (dp * self.train.accumulation)
-        slots = tuple(placement.slots for placement in self.placements_in_file().values())
-        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch, slots, self.parallel.shard_ranks)
+        placements = self.placements_in_file().values()
+        slots = tuple(placement.slots for placement in placements)
+        replicas = tuple((placement.replica_slots, placement.copies) for placement in placements)
+        if not any(copies for copies, _ in replicas):
+            replicas = ()
+        if isinstance(self.parallel.replicas, int) and self.parallel.replicas and ep > 1:
+            most = min(self.parallel.replicas, self.model.num_experts - self.model.num_experts // ep)
+            replicas = ((most, most * ep),) * len(self.model.moe_blocks)
+        shards = self.parallel.shard_ranks
+        return Layout(world, tp, ep, dp, world // (ep * etp), etp, micro_batch, slots, shards, replicas)
+
+    @property
+    def copies_in_words(self) -> str:
+        """The option that asks for copies of experts."""
+        if self.parallel.replicas:
+            return f"parallel.replicas = {self.parallel.replicas}"
+        return f"replicas in the file parallel.placement = {self.parallel.placement}"
+
+    @property
+    def may_have_replicas(self) -> bool:
+        """Whether ranks can have copies of experts; also false for a file of placements that cannot be read."""
+        if self.parallel.ep == 1:
+            return False
+        return bool(self.parallel.replicas) or any(p.replicas for p in _read_placements(self)[0].values())
 
     def placements_in_file(self) -> Placements:
         """The placements in the file `parallel.placement`; empty if it is none. Raises ConfigError for a wrong file."""
@@ -451,6 +500,7 @@ def _plain_value(config: Config, key: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+REPLICAS_KEYS = ("parallel.replicas", "parallel.placement")
 PLACEMENT_KEYS = ("parallel.placement", "parallel.ep", "model.num_experts", "model.router", "model.moe_every")
 
 
@@ -467,6 +517,18 @@ def _read_placements(config: Config) -> tuple[Placements, list[str]]:
 def world_rules(config: Config, world: int) -> Iterator[Rule]:
     """The broken rules on the layout over `world` ranks."""
     yield from ((PLACEMENT_KEYS, problem) for problem in _read_placements(config)[1])
+    if config.model.capacity_factor and config.may_have_replicas:
+        rule = (
+            f"must be 0 with copies of experts ({config.copies_in_words}): a capacity is a fixed number of rows of each"
+            " expert, and copies divide what each step brings"
+        )
+        yield ("model.capacity_factor", *REPLICAS_KEYS), rule
+    if config.train.compile and config.may_have_replicas:
+        rule = (
+            f"must be false with copies of experts ({config.copies_in_words}): their weights are messages within what"
+            " is compiled as one graph; train without compilation or without copies"
+        )
+        yield ("train.compile", *REPLICAS_KEYS), rule
     tp, ep, train = config.parallel.tp, config.parallel.ep, config.train
     if world < 1:
         yield ("parallel.tp",), f"needs at least 1 rank, not {world}"

@@ -23,6 +23,10 @@ class Numbers:
     """The kind of a field that holds one number, or a tuple of several different ones."""
 
 
+class NumberOrAuto:
+    """The kind of a field that holds a whole number or "auto"."""
+
+
 KINDS: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -31,6 +35,7 @@ KINDS: dict[type, str] = {
     list: "a list",
     dict: "a mapping",
     Numbers: "a finite number, or a list of them such as [1,2]",
+    NumberOrAuto: "a whole number, or auto",
 }
 
 
@@ -123,6 +128,8 @@ def as_kind(value: Any, kind: type) -> Any:
             return None
     if kind is Numbers:
         return _as_numbers(value)
+    if kind is NumberOrAuto:
+        return value if value == "auto" or type(value) is int else None
     if kind is float and not isinstance(value, bool):
         try:  # YAML reads "1e-4" as text
             number = float(value)
@@ -170,7 +177,7 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
         return "must hold each number once"
     if interval:
         low, high = (float(end) for end in interval[1:-1].split(","))
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) else (value,) if value != "auto" else ():
             above = number >= low if interval[0] == "[" else number > low
             below = number <= high if interval[-1] == "]" else number < high
             if not (above and below):

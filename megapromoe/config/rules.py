@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
+from megapromoe.config.expert_placement import AUTO, CONTIGUOUS
 from megapromoe.config.model_options import (
     BIASED_ROUTERS,
     EXPERT_CHOICE_ROUTERS,
@@ -83,6 +84,18 @@ def rules(config: Config) -> Iterator[Rule]:
     if model.router != "dense" and model.moe_every > model.depth:
         rule = f"must be at most model.depth = {model.depth}, or no block has experts (set router=dense)"
         yield ("model.moe_every", "model.depth", "model.router"), rule
+    if parallel.replicas and parallel.placement == CONTIGUOUS:
+        rule = (
+            "must be 0 with parallel.placement = 'contiguous': which experts have copies is chosen from the load of the"
+            " run; give parallel.placement=auto, or a file of `megapromoe routing place --replicas`"
+        )
+        yield ("parallel.replicas", "parallel.placement"), rule
+    elif parallel.replicas and parallel.placement != AUTO:
+        rule = (
+            f"must be 0 with parallel.placement = {parallel.placement!r}: a file lists its copies itself, and"
+            " `megapromoe routing place --replicas` writes them; leave the option out, or give parallel.placement=auto"
+        )
+        yield ("parallel.replicas", "parallel.placement"), rule
     yield from _condition_rules(config)
     yield from _alignment_rules(config)
     yield from layer_rules(model)

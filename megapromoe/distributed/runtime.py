@@ -98,6 +98,13 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {threads} thread{'s' * (threads > 1)} of each rank"
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a rank's GPU; None on a CPU, whose memory processes share."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def init_process_group(launch: LaunchEnvironment, timeout: float, store: Store | None = None) -> Job:
     """Sets the device and threads, and initializes torch.distributed (NCCL on GPUs, gloo on CPUs). Collective.
 

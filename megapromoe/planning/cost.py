@@ -371,6 +371,11 @@ def _tensors(
     return tuple(in_order[0]), tuple(in_order[1])
 
 
+def expert_elements(model: ModelConfig, etp: int) -> int:
+    """Elements of one routed expert of a block on a rank, of `etp` over which it is split."""
+    return sum(sum(layer.tensors(etp)) for layer in layers(model) if layer.part == "routed experts")
+
+
 def _blocks_of(model: ModelConfig, part: str) -> Sequence[int]:
     """The blocks that have a part, each equally many of its layers; `OUTSIDE` for a part outside of blocks."""
     every = range(model.depth)

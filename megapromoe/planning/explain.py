@@ -52,8 +52,11 @@ def memory_lines(plan: Plan) -> Iterator[str]:
     """Lines with the memory of a plan on the fullest GPU, in GiB."""
     m = plan.memory
     yield "memory of the fullest GPU, GiB: " + ", ".join(
-        f"{line} {getattr(m, line) / GIB:.2f}" for line in Budget.LINES
+        f"{line} {getattr(m, line) / GIB:.2f}" for line in Budget.LINES if line != "replicas" or m.replicas
     )
+    if plan.layout.replicas:
+        most = max(slots for slots, _ in plan.layout.replicas)
+        yield f"  replicas: up to {most} copies of experts of other ranks in a block, and their gradients"
     if m.host:
         yield f"  in host memory, for each GPU: {m.host / GIB:.2f} GiB (optimizer and averages)"
     if placement := placement_in_words(plan.config, plan.layout.world):

@@ -13,6 +13,7 @@ from megapromoe.config.options import Config, Layout
 from megapromoe.planning.activations import saved_tensors, transient
 from megapromoe.planning.cost import (
     OptimizerGroup,
+    expert_elements,
     memory_per_rank,
     optimizer_groups,
     tensors_on_rank,
@@ -39,12 +40,13 @@ class Budget:
     dispatch: float
     imbalance: float
     transient: float
+    replicas: float
     buckets: float
     update: float
     host: int
 
     STATES = ("parameters", "gradients", "optimizer", "ema")
-    STEP = ("activations", "dispatch", "imbalance", "transient", "buckets")
+    STEP = ("activations", "dispatch", "imbalance", "transient", "replicas", "buckets")
     LINES = (*STATES, *STEP)
 
     @property
@@ -79,7 +81,7 @@ def budget(config: Config, layout: Layout, imbalance: float = 1.0) -> Budget:
 
 
 def both_passes(config: Config, layout: Layout, batch: Batch, fullness: float = 1.0) -> dict[str, float]:
-    """Bytes of both passes on a rank: the lines activations, dispatch, imbalance and transient of `Budget`.
+    """Bytes of both passes on a rank: the lines activations, dispatch, imbalance, transient, replicas of `Budget`.
 
     Args:
         batch: images of its micro-batch.
@@ -95,17 +97,36 @@ def both_passes(config: Config, layout: Layout, batch: Batch, fullness: float = 
         "dispatch": 4 * local_rows * model.hidden_size * b if layout.ep > 1 else 0,
         "imbalance": (fullness - 1) * (sum(s.bytes for s in saved if s.rows) + widest),
         "transient": transient(config, layout, batch),
+        "replicas": sum(replica_bytes(config, layout)),
     }
+
+
+def replica_bytes(config: Config, layout: Layout) -> tuple[float, float]:
+    """Bytes of copies of experts on the rank with the most: kept until the backward pass, and temporary ones in it.
+
+    Recomputation fetches the weights of a layer again instead of keeping them. The temporary tensors are the gradients
+    of a layer's copies, the message that they become, and the message that an owner gets, on average over ranks.
+
+    Source: nn/moe/replicas.py.
+    """
+    if not layout.replicas:
+        return 0.0, 0.0
+    expert = expert_elements(config.model, layout.etp) * zero_of(config).width
+    most = max(slots for slots, _ in layout.replicas)
+    received = max(copies for _, copies in layout.replicas) / layout.ep
+    recomputed = config.parallel.recompute != "none"
+    kept = 0 if recomputed else sum(slots for slots, _ in layout.replicas)
+    return kept * expert, (2 * most + received + (most if recomputed else 0)) * expert
 
 
 def fullest(model: ModelConfig, layout: Layout, imbalance: float) -> float:
     """Rows of the fullest rank's experts relative to the mean, where it may hold one expert more. 1 without ep.
 
-    A placement of a file balances rows, not numbers of experts.
+    A placement of a file, and copies of experts, balance rows and not numbers of experts.
     """
     if layout.ep == 1:
         return 1.0
-    if layout.placed_slots:
+    if layout.placed_slots or layout.replicas:
         return imbalance
     return imbalance * -(-model.num_experts // layout.ep) * layout.ep / model.num_experts
 
@@ -121,9 +142,16 @@ def placement_in_words(config: Config, world: int) -> str | None:
     memory, before = memory_per_rank(config, world), memory_per_rank(consecutive, world)
     more = memory.device + memory.host - before.device - before.host
     smallest = smallest_slots(config.model.num_experts, config.parallel.ep)
+    layout = config.layout(world)
+    copies = ""
+    if layout.replicas:
+        slots_of_copies = [slots for slots, _ in layout.replicas]
+        size = sum(replica_bytes(config, layout)) / 1e6
+        most = max(slots_of_copies)
+        copies = f"; up to {most} copies of experts of other ranks in a block, up to {size:,.1f} MB in a step"
     return (
         f"{config.parallel.placement}: a rank stores {stored} experts of a block instead of {smallest}:"
-        f" {more / 1e6:,.1f} MB more states on each rank"
+        f" {more / 1e6:,.1f} MB more states on each rank{copies}"
     )
 
 

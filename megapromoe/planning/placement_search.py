@@ -25,8 +25,17 @@ _GAIN = 1e-9  # a change must improve the cost by so much
 
 
 def rank_loads(count_RE: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Rows of each rank of the group, (records, ep). Args: rows of each expert, (records, E)."""
-    return np.stack([count_RE[:, list(owned)].sum(axis=1) for owned in placement.experts_of_rank], axis=1)
+    """Rows of each rank of the group, (records, ep). Args: rows of each expert, (records, E).
+
+    Copies of an expert get their shares of its rows.
+    """
+    if not placement.replicas:
+        return np.stack([count_RE[:, list(owned)].sum(axis=1) for owned in placement.experts_of_rank], axis=1)
+    share_rE = np.zeros((placement.ep, placement.experts))
+    for rank in range(placement.ep):
+        for expert, share in placement.shares_of_rank(rank).values():
+            share_rE[rank, expert] = share
+    return count_RE @ share_rE.T
 
 
 def fullest_over_mean(count_RLE: np.ndarray, placements: Sequence[ExpertPlacement]) -> float:
@@ -36,9 +45,27 @@ def fullest_over_mean(count_RLE: np.ndarray, placements: Sequence[ExpertPlacemen
         count_RLE: rows of each record, layer and expert.
         placements: of the layers.
     """
+    return fullest_over_mean_of_records(count_RLE, placements)[0]
+
+
+def fullest_over_mean_of_records(
+    count_RLE: np.ndarray, placements: Sequence[ExpertPlacement]
+) -> tuple[float, np.ndarray]:
+    """`fullest_over_mean`, and the same of each record with rows, both summed over layers alone."""
     loads = [rank_loads(count_RLE[:, layer], placement) for layer, placement in enumerate(placements)]
-    mean = sum(float(load.mean(axis=1).sum()) for load in loads)
-    return sum(float(load.max(axis=1).sum()) for load in loads) / mean if mean else 1.0
+    mean_R, fullest_R = (np.sum([f(load, axis=1) for load in loads], axis=0) for f in (np.mean, np.max))
+    has_rows_R = mean_R > 0
+    mean = float(np.sum(mean_R))
+    return float(np.sum(fullest_R)) / mean if mean else 1.0, fullest_R[has_rows_R] / mean_R[has_rows_R]
+
+
+def relative_loads(count_NE: np.ndarray, ep: int) -> np.ndarray:
+    """Rows of each expert over the mean of `ep` ranks, in at most `MAX_RECORDS` records, of those that have rows."""
+    rows_NE = count_NE[count_NE.sum(axis=1) > 0].astype(np.float64)
+    if len(rows_NE) > MAX_RECORDS:
+        rows_NE = np.stack([part.sum(axis=0) for part in np.array_split(rows_NE, MAX_RECORDS)])
+    # The maximum over ranks is then at least 1.
+    return rows_NE / rows_NE.sum(axis=1, keepdims=True) * ep
 
 
 def place_experts(
@@ -71,11 +98,7 @@ class _Search:
 
     def __init__(self, count_NE: np.ndarray, ep: int, slots: int, nodes: int) -> None:
         self.ep, self.slots, self.nodes = ep, slots, nodes
-        share_NE = count_NE[count_NE.sum(axis=1) > 0].astype(np.float64)
-        if len(share_NE) > MAX_RECORDS:
-            share_NE = np.stack([part.sum(axis=0) for part in np.array_split(share_NE, MAX_RECORDS)])
-        # Relative to the mean over ranks, so that the maximum over ranks is at least 1.
-        self.share_NE = share_NE / share_NE.sum(axis=1, keepdims=True) * ep
+        self.share_NE = relative_loads(count_NE, ep)
         self.experts = count_NE.shape[1]
 
     def best(self) -> ExpertPlacement:

@@ -139,7 +139,7 @@ def _product(
     if layer.part == "routed experts":
         rows = routed_rows(model, batch) / (1 if layout.etp > 1 else layout.tp)
         rows *= fullest(model, layout, assume.imbalance)
-        slots = mean(layout.expert_slots(model))
+        slots = mean(layout.dispatch_slots(model))
         copies, tp = layer.copies / model.num_experts * slots, layout.etp
         rows = rows / slots + assume.tile / 2  # an expert's last tile is half full on average
     elif layer.part == "unconditional expert":
@@ -178,7 +178,7 @@ def _host(config: Config, layout: Layout, machine: Machine, assume: Assumptions)
     kernels = (model.depth - moe) * DENSE_KERNELS * dense
     one_moe, zero = float(MOE_KERNELS.get(model.router, OTHER_MOE_KERNELS)), zero_of(config)
     if moe and not (machine.grouped and zero.width == 2):
-        one_moe += EXPERT_KERNELS * mean(layout.expert_slots(model)) - GROUPED_KERNELS
+        one_moe += EXPERT_KERNELS * mean(layout.dispatch_slots(model)) - GROUPED_KERNELS
     kernels += moe * one_moe * routed
     replicated, of_experts = tensors_on_rank(model, layout)
     return kernels * assume.launch + (len(replicated) + len(of_experts)) * (
@@ -197,7 +197,9 @@ def collective_time(c: Collective, config: Config, layout: Layout, machine: Mach
     nodes = nodes_of(c.size, stride, machine)
     near = -(-c.size // nodes)
     inside, between = machine.nvlink * assume.links, machine.network * assume.between_nodes
-    if c.op == "all_to_all":
+    if c.leaves:
+        seconds = c.payload * max((near - 1) / inside, (c.size - near) / between) / (c.size - 1)
+    elif c.op == "all_to_all":
         seconds = max(c.payload * (near - 1) / c.size / inside, c.payload * (c.size - near) / c.size / between)
         seconds *= fullest(config.model, layout, assume.imbalance)
     else:

@@ -228,6 +228,8 @@ def _too_large(plans: list[Plan], world: int, machine: Machine, assume: Assumpti
         remedies.append("take more nodes, over which the states are divided")
     if largest in ("activations", "transient", "dispatch", "imbalance") and smallest.layout.micro_batch > 1:
         remedies.append("take more nodes or raise train.accumulation, for smaller micro-batches")
+    if largest == "replicas":
+        remedies.append("set parallel.replicas to fewer copies of experts")
     if largest == "buckets":
         remedies.append("set a smaller zero_optimization.reduce_bucket_size in a DeepSpeed file of your own")
     if smallest.stage != 3 and stages(t) == (t.train.deepspeed,):

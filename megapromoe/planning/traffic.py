@@ -13,7 +13,7 @@ from statistics import mean
 
 from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
 from megapromoe.config.options import Config, Layout
-from megapromoe.planning.cost import hidden_matrices, layers, optimizer_groups, tensors_on_rank
+from megapromoe.planning.cost import expert_elements, hidden_matrices, layers, optimizer_groups, tensors_on_rank
 from megapromoe.planning.zero import Zero, scatters_gradients, zero_of
 
 MOE = ("shared expert", "unconditional expert", "routed experts")
@@ -28,7 +28,7 @@ class Collective:
 
     `payload` is in bytes for each call, a mean if the calls differ. `phase` is "forward", "backward", "gradients"
     (during or after the backward pass) or "update". `ours` is true for calls of this package, false for those of
-    DeepSpeed.
+    DeepSpeed. `leaves`: nothing of the payload of an all-to-all is for the rank itself; otherwise 1/size of it is.
     """
 
     what: str
@@ -39,11 +39,12 @@ class Collective:
     payload: float
     phase: str
     ours: bool = True
+    leaves: bool = False
 
     @property
     def wire(self) -> float:
         """Bytes that a rank sends in all calls together, with the optimal algorithm for each op."""
-        share = (self.size - 1) / self.size
+        share = 1 if self.leaves else (self.size - 1) / self.size
         return self.count * self.payload * share * (2 if self.op == "all_reduce" else 1)
 
 
@@ -91,7 +92,10 @@ def collectives(config: Config, layout: Layout, batch: Batch | None = None) -> t
 
 
 def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective]:
-    """Collectives of forward and backward pass. Source: nn/tensor_parallel.py, nn/moe/dispatcher.py, nn/layers.py."""
+    """Collectives of forward and backward pass.
+
+    Source: nn/tensor_parallel.py, nn/moe/dispatcher.py, nn/moe/replicas.py, nn/layers.py.
+    """
     model, b = config.model, zero_of(config).width
     B, D, L, moe = batch.images, model.hidden_size, model.depth, len(model.moe_blocks)
     T, R, tp, ep = B * model.tokens, routed_rows(model, batch), layout.tp, layout.ep
@@ -130,7 +134,7 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
     local_rows = (
         R if layout.etp > 1 else R / tp
     )  # rows of one rank: the ranks of a region divide the rows, or split the experts
-    num_slots, rows_sent = ep * mean_slots, local_rows
+    num_slots, rows_sent = ep * mean(layout.dispatch_slots(model)), local_rows
     if model.capacity_factor:  # a fixed number of slots, see nn/moe/capacity_dispatcher.py
         max_rows = -(-T // (1 if layout.etp > 1 else tp)) * model.top_k
         rows_sent = num_slots * max(1, math.ceil(model.capacity_factor * max_rows / model.num_experts))
@@ -141,6 +145,11 @@ def _blocks(config: Config, layout: Layout, batch: Batch) -> Iterator[Collective
     ):
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * forward * again_moe, payload, "forward")
         yield Collective(what, "all_to_all", "ep", ep, micro * moe * backward, payload, "backward")
+    if copied := [copies for _, copies in layout.replicas if copies]:
+        payload = mean(copied) / ep * expert_elements(model, layout.etp) * b
+        calls = micro * len(copied)
+        for what, count, phase in (("weights", calls * again_moe, "forward"), ("gradients", calls, "backward")):
+            yield Collective(f"replicas: {what}", "all_to_all", "ep", ep, count, payload, phase, leaves=True)
     yield from _statistics(model, layout.dp, batch, micro * moe)
 
 

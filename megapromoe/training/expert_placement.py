@@ -1,10 +1,13 @@
-"""Where the experts of a run are: `parallel.placement`, read or chosen at the beginning of a start."""
+"""Where the experts of a run and their copies are, read or chosen at the beginning of a start.
+
+The options are `parallel.placement` and `parallel.replicas`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +16,12 @@ import numpy as np
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.expert_placement import AUTO, CONTIGUOUS, ExpertPlacement, Placements, placement_text
 from megapromoe.config.options import Config
-from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
+from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank, world_size
 from megapromoe.io import write_text
+from megapromoe.planning.machines import Assumptions
+from megapromoe.planning.memory import budget
 from megapromoe.planning.placement_search import fullest_over_mean, place_experts
+from megapromoe.planning.replica_search import fewest_replicas, replicate_experts
 from megapromoe.routing_trace import TraceError, read_trace, trace_file
 from megapromoe.run_lines import metrics_of
 
@@ -96,7 +102,9 @@ def recorded_loads(run: Path, config: Config, first: int | None = None, last: in
     return loads
 
 
-def choose_placement(config: Config, run: RunDirectory, until: int | None, local_world: int) -> ChosenPlacement:
+def choose_placement(
+    config: Config, run: RunDirectory, until: int | None, local_world: int, memory: int | None = None
+) -> ChosenPlacement:
     """The placement of a start, the same on every rank. Collective.
 
     Args:
@@ -104,6 +112,7 @@ def choose_placement(config: Config, run: RunDirectory, until: int | None, local
         run: its directory, which rank 0 reads.
         until: the step that the start goes back to; None: the newest.
         local_world: ranks on a node.
+        memory: bytes of a rank's device, which limit `parallel.replicas=auto`; None: no limit.
 
     Raises RunDirectoryError on every rank if the file is wrong or cannot be read.
     """
@@ -112,11 +121,13 @@ def choose_placement(config: Config, run: RunDirectory, until: int | None, local
     chosen = ChosenPlacement()
     with raising_together(RunDirectoryError):
         if this_rank() == 0:
-            chosen = _choose(config, run.folder, until, local_world)
+            chosen = _choose(config, run.folder, until, local_world, memory)
     return broadcast_from_rank0(chosen)
 
 
-def _choose(config: Config, run: Path, until: int | None, local_world: int) -> ChosenPlacement:
+def _choose(
+    config: Config, run: Path, until: int | None, local_world: int, memory: int | None = None
+) -> ChosenPlacement:
     try:
         loads = recorded_loads(run, config, last=until)
     except (TraceError, OSError) as error:
@@ -130,9 +141,38 @@ def _choose(config: Config, run: Path, until: int | None, local_world: int) -> C
         reason = "no load of experts is recorded yet"
         return ChosenPlacement(lines=(f"consecutive ones on each rank: {reason} (parallel.placement=auto)",))
     placed_M = place_experts(loads.count_RME, ep, nodes=nodes_of_group(config, local_world))
+    placed_M = with_replicas(loads.count_RME, placed_M, config.parallel.replicas, copies_fit(config, memory))
     placements = dict(zip(blocks, placed_M, strict=True))
     lines = [f"placed by the load of {loads.in_words}", *load_lines(loads, placements, config)]
     return ChosenPlacement(placements, tuple(lines), placement_text(placements, lines))
+
+
+def with_replicas(
+    count_RME: np.ndarray,
+    placed_M: Sequence[ExpertPlacement],
+    replicas: int | str,
+    fits: Callable[[int], bool] = lambda number: True,
+) -> tuple[ExpertPlacement, ...]:
+    """The placements with the copies that a value of `parallel.replicas` asks for; `fits`: see `fewest_replicas`."""
+    if replicas == AUTO:
+        return fewest_replicas(count_RME, placed_M, fits)
+    return replicate_experts(count_RME, placed_M, int(replicas)) if replicas else tuple(placed_M)
+
+
+def copies_fit(config: Config, memory: int | None) -> Callable[[int], bool]:
+    """Whether a step with so many copies on each rank fits into a device with `memory` bytes, by the plan.
+
+    Source: planning/memory.py, with the share of the memory and the imbalance that plans assume. None: always.
+    """
+
+    def fits(number: int) -> bool:
+        if memory is None:
+            return True
+        copied = replace(config, parallel=replace(config.parallel, replicas=number))
+        assume = Assumptions()
+        return budget(copied, copied.layout(world_size()), assume.imbalance).peak <= memory * assume.usable
+
+    return fits
 
 
 def nodes_of_group(config: Config, local_world: int) -> int:
@@ -143,7 +183,13 @@ def nodes_of_group(config: Config, local_world: int) -> int:
 
 
 def load_lines(loads: Loads | None, placements: Placements, config: Config) -> Iterator[str]:
-    """A sentence on the fullest rank under the recorded loads, with consecutive experts and with the placements."""
+    """A sentence on the fullest rank under the recorded loads, with consecutive experts and with the placements.
+
+    With copies of experts another sentence on them.
+    """
+    if most := max((placement.replica_slots for placement in placements.values()), default=0):
+        numbers = sum(placement.copies for placement in placements.values()), len(placements)
+        yield f"copies of experts: up to {most} on a rank in a block, {numbers[0]} in all {numbers[1]} blocks"
     if loads is None:
         return
     before, after = balance(loads.count_RME, placements, config)

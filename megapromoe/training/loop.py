@@ -110,7 +110,8 @@ def train(
                 _make_folder(records)
             with repeating_cannot_help(CheckpointError):
                 start, origin = plan_start(config, run, from_step, fork)
-            placement = choose_placement(config, run, start.step, launch.local_world)
+            memory = runtime.device_memory(job.device)
+            placement = choose_placement(config, run, start.step, launch.local_world, memory)
             _train(config, run, job, start, origin, placement, allow, asked_to_stop)
         finally:
             if claimed:

@@ -30,7 +30,8 @@ class Case:
     """A layout and what is trained there. `what` overrides and `prepare` hold for the one process too.
 
     `grouped`: experts run by grouped products, as on a GPU that has them, and not one by one. `placed`: uneven numbers
-    of experts on the ranks, in an order that differs from block to block. `shard`: ranks over which states are divided.
+    of experts on the ranks, in an order that differs from block to block. `copies`: also copies of experts on other
+    ranks, which divide their rows. `shard`: ranks over which states are divided.
     """
 
     world: int
@@ -44,6 +45,7 @@ class Case:
     grouped: bool = False
     placed: bool = False
     shard: int = 0
+    copies: bool = False
 
     @property
     def name(self) -> str:
@@ -54,6 +56,7 @@ class Case:
         what += ["grouped products"] if self.grouped else []
         what += ["placed experts"] if self.placed else []
         what += [f"states over {self.shard} ranks"] if self.shard else []
+        what += ["copies of experts"] if self.copies else []
         split = "+experts" if self.expert_tp else ""
         return f"world {self.world} · tp {self.tp}{split} · ep {self.ep} · ZeRO-{self.zero}" + (
             f" · {', '.join(what)}" if what else ""
@@ -297,6 +300,24 @@ SHARDS = [
 ]
 
 
+# Copies of experts, among them of the one that gets every token. The first case is quick.
+COPIED = [
+    Case(4, ep=4, zero=2, what=TWELVE, copies=True),
+    Case(4, tp=2, ep=2, zero=1, what=(*TWELVE, *TWICE), recompute="all", copies=True),
+    Case(4, tp=2, ep=2, expert_tp=True, zero=1, what=(*TWELVE, "model.activation=swiglu"), copies=True),
+    Case(3, ep=3, zero=1, what=(*MUON, *ODD, *TWELVE), copies=True),
+    Case(4, ep=4, zero=0, what=TWELVE, prepare="one_expert", grouped=True, copies=True),
+    Case(2, ep=2, zero=1, what=(*TWELVE, "model.router=diffmoe"), recompute="moe", copies=True),
+    Case(4, ep=4, zero=1, what=(*FINE, "model.balance_bias=0.02"), copies=True),
+    Case(4, ep=2, zero=2, what=(*TWELVE, *ALL_NULL), copies=True),
+    Case(4, ep=2, zero=1, what=(*TWELVE, *TWICE, "train.gradient_reduction=all_reduce"), copies=True),
+    Case(
+        4, ep=2, zero=2, what=(*TWELVE, *TWICE, "train.gradient_reduction=all_reduce"), recompute="blocks", copies=True
+    ),
+    Case(8, ep=4, zero=2, what=(*TWELVE, *TWICE), shard=4, copies=True),
+]
+
+
 def quick_factors(case: Case) -> dict[str, Hashable]:
     """The options of a case, with layouts that divide the same things taken for one."""
     divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
@@ -308,10 +329,8 @@ QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len
 CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES, *ROUTERS]
 QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
 CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
-QUICK += [len(CASES)]
-CASES += PLACED
-QUICK += [len(CASES)]
-CASES += SHARDS
+QUICK += [len(CASES), len(CASES) + len(PLACED), len(CASES) + len(PLACED) + len(SHARDS)]
+CASES += [*PLACED, *SHARDS, *COPIED]
 
 
 @cache
@@ -345,9 +364,10 @@ def test_same_training_as_one_process(case, tmp_path, shared_folder, table):
     expected = alone(case.what, case.prepare, shared_folder)
     training = train_grouped if case.grouped else train
     overrides = case.overrides()
-    if case.placed:
+    if case.placed or case.copies:
         experts = small(*case.what).model.num_experts
-        overrides = (*overrides, f"parallel.placement={placement_file(tmp_path, experts, case.ep)}")
+        file = placement_file(tmp_path, experts, case.ep, copies=case.copies)
+        overrides = (*overrides, f"parallel.placement={file}")
     ours = run(case.world, training, overrides, str(tmp_path), 5, PREPARE[case.prepare])[0]
     measured = deviations(ours, expected)
     table.append((case.name, measured))

@@ -39,8 +39,12 @@ CASES = [
     full((4, 1, 1, 2), (4, 1, 2, 2, "parallel.shard_ranks=2")),
     full((4, 1, 1, 1, "parallel.shard_ranks=2"), (4, 2, 2, 3)),
     full((8, 2, 2, 1, "parallel.shard_ranks=4"), (8, 1, 4, 1, "parallel.shard_ranks=2")),
+    full((2, 1, 2, 1, "placed with copies"), (2, 1, 2, 1, "placed again")),
+    full((4, 1, 4, 2, "placed"), (4, 2, 2, 2, "placed with copies")),
+    full((4, 2, 2, 1, "placed with copies"), SINGLE_RANK),
 ]
-PLACED = {"placed": 1, "placed again": 2}  # what a layout has -> seed of its placement of experts
+# What a layout has -> seed of its placement of experts.
+PLACED = {"placed": 1, "placed again": 2, "placed with copies": 3}
 MODEL = ("model.num_experts=12", "train.save_every=0", "train.log_every=1")
 
 
@@ -53,8 +57,12 @@ def name(layout: tuple) -> str:
 
 def overrides(layout: tuple, place: Path) -> tuple[str, ...]:
     _, tp, ep, zero, *more = layout
-    more = [f"parallel.placement={placement_file(place, 12, ep, seed=PLACED[m])}" if m in PLACED else m for m in more]
+    more = [f"parallel.placement={file_of(m, ep, place)}" if m in PLACED else m for m in more]
     return (*MODEL, f"parallel.tp={tp}", f"parallel.ep={ep}", f"train.deepspeed=fp32_zero{zero}", *more)
+
+
+def file_of(what: str, ep: int, place: Path) -> Path:
+    return placement_file(place, 12, ep, seed=PLACED[what], copies="copies" in what)
 
 
 @pytest.fixture(scope="module")

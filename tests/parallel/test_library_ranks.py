@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from megapromoe.config.expert_placement import ExpertPlacement
+from megapromoe.config.expert_placement import ExpertPlacement, ReplicatedExpert
 from megapromoe.nn import auxiliary_loss, make_mesh, parallelize
 
 IMAGES, CONDITIONAL = 4, 3  # of a rank
@@ -118,6 +118,12 @@ def test_a_foreign_model_trains_the_same_on_a_mesh(layout, options):
 
 def test_experts_of_a_foreign_model_can_be_on_any_ranks():
     check_divided({"num_experts": 5, "top_k": 2}, *LAYOUTS["ep 2"], ExpertPlacement(((0, 2, 3, 4), (1,))))
+
+
+def test_experts_can_have_copies():
+    shares = ReplicatedExpert(0, ((0, 0.3), (1, 0.7))), ReplicatedExpert(1, ((0, 0.5), (1, 0.5)))
+    placement = ExpertPlacement(((0, 2, 3, 4), (1,)), shares)
+    check_divided({"num_experts": 5, "top_k": 2}, *LAYOUTS["ep 2"], placement)
 
 
 def check_divided(options, world, tp, ep, expert_tp, placement=None):

@@ -16,7 +16,7 @@ from megapromoe.checkpoint.format import KINDS
 from megapromoe.checkpoint.run_directory import RunDirectory, RunDirectoryError
 from megapromoe.config.expert_placement import ExpertPlacement, placement_text, read_placements
 from megapromoe.routing_trace import TraceRecord, encode, read_records
-from megapromoe.training.expert_placement import choose_placement, nodes_of_group, recorded_loads
+from megapromoe.training.expert_placement import choose_placement, copies_fit, nodes_of_group, recorded_loads
 
 SAVED, LAST = 6, 12
 # Without the contrastive loss, the tokens of this model choose few of the experts.
@@ -70,6 +70,28 @@ def test_a_restart_places_experts_by_their_load_and_goes_on_with_the_same_traini
     assert unplaced > 1.2 and placed - 1 < 0.5 * (unplaced - 1), (unplaced, placed)
 
 
+@pytest.mark.full
+def test_a_restart_copies_popular_experts_and_goes_on_with_the_same_training(tmp_path):
+    """With copies after the first start, without them after the second one: the losses of a run without any."""
+    straight, copied = tmp_path / "straight", tmp_path / "copied"
+    run(2, train, str(straight), *SKEWED, f"train.steps={LAST + 3}")
+    auto = ("parallel.placement=auto", "parallel.replicas=2")
+    run(2, train, str(copied), *SKEWED, *auto, f"train.steps={SAVED}")
+    run(2, train, str(copied), *SKEWED, *auto, f"train.steps={LAST}")
+    chosen, problems = read_placements(copied / "placement.yaml", (1, 3), 12, 2)
+    assert not problems and any(placement.replicas for placement in chosen.values())
+    run(2, train, str(copied), *SKEWED, f"train.steps={LAST + 3}")
+    assert max(abs(a / b - 1) for a, b in zip(losses(copied), losses(straight), strict=True)) <= LIMIT
+    expected, ours = state(straight, LAST + 3), state(copied, LAST + 3)
+    assert expected.keys() == ours.keys()
+    norms = {kind: torch.stack([t.norm() for (k, _), t in expected.items() if k == kind]).norm() for kind in KINDS}
+    for (kind, name), value in expected.items():
+        assert (ours[kind, name] - value).norm() <= LIMIT * (value.norm() + 0.1 * norms[kind]), (kind, name)
+    after = range(SAVED + 1, LAST + 1)
+    unplaced, balanced = (sum(rank_loads(folder, after)) / len(after) for folder in (straight, copied))
+    assert unplaced > 1.2 and balanced - 1 < 0.5 * (unplaced - 1), (unplaced, balanced)
+
+
 def choose(overrides: tuple[str, ...], folder: str, local_world: int = 8) -> tuple:
     chosen = choose_placement(small(*overrides), RunDirectory(Path(folder)), None, local_world)
     return dict(chosen.placements), chosen.lines, chosen.text
@@ -93,6 +115,27 @@ def test_all_ranks_have_what_rank_0_chooses(tmp_path):
             " consecutive experts 1.800 times",
         )
         assert text == placement_text(placements, lines)
+
+
+def test_copies_are_chosen_with_the_placement(tmp_path):
+    write_loads(tmp_path, [80, 10, 5, 5])
+    for placements, lines, text in run(2, choose, (*AUTO, "parallel.replicas=1"), str(tmp_path)):
+        assert all(placement.replica_slots == 1 for placement in placements.values())
+        assert "copies of experts: up to 1 on a rank in a block, 2 in all 2 blocks" in lines
+        assert "the fullest rank would have had 1.000 times the mean rows" in lines[-1]
+        assert text == placement_text(placements, lines)
+
+
+def memory_of(budget: int | None) -> int:
+    """Copies on a rank that `parallel.replicas=auto` takes with so many bytes."""
+    config = small(*AUTO, "parallel.replicas=auto")
+    fits = copies_fit(config, budget)
+    return next((number for number in range(1, 3) if not fits(number)), 3) - 1
+
+
+def test_auto_takes_no_copies_that_do_not_fit():
+    least = 2 * 4 * (2 * 32 * 64 + 32 + 64)  # bytes of a copy in both blocks
+    assert run(2, memory_of, None) == [2, 2] and run(2, memory_of, least) == [0, 0]
 
 
 def test_without_a_load_experts_stay_consecutive_as_the_log_reports(tmp_path):

@@ -206,6 +206,16 @@ def test_traffic_of_placed_experts(tmp_path):
     compare(2, [placed, (*placed, "model.capacity_factor=1.5", "parallel.recompute=moe")])
 
 
+def test_traffic_of_copied_experts(tmp_path):
+    """Weights of copies to their ranks and gradients back, other numbers of them in each block."""
+    what = ("parallel.ep=4", "model.num_experts=12")
+    file = placement_file(tmp_path, 12, 4, copies=True)
+    what = (*what, f"parallel.placement={file}")
+    replicas = small(*what).layout(4).replicas
+    assert len(set(replicas)) == 2 and all(slots > 0 and slots < copies < 4 * slots for slots, copies in replicas)
+    compare(4, [what, (*what, "parallel.recompute=moe", "train.accumulation=2", "train.deepspeed=bf16_zero2")])
+
+
 def test_traffic_of_dense_models_and_diffmoe():
     dense = ("model.router=dense", "parallel.tp=2", "parallel.recompute=blocks")
     conditional = ("model.router=conditional", "parallel.tp=2", "parallel.recompute=all")

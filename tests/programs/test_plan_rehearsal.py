@@ -98,6 +98,23 @@ def test_experts_that_are_placed(tmp_path):
     assert [c for c in update.messages if not c.agrees] == []
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["none", "moe"])
+def test_experts_that_have_copies(tmp_path, recompute):
+    """The messages of a rank with the fewest copies, of none, and of one that owns copied experts; and what is kept."""
+    file = placement_file(tmp_path, 12, 4, blocks=(1,), copies=True)
+    what = ("parallel.ep=4", "model.num_experts=12", f"parallel.placement={file}", f"parallel.recompute={recompute}")
+    config = resolve(overrides=(*S, *what), world=8)
+    (placement,) = config.placements_in_file().values()
+    assert not placement.copies_of_rank[3] and placement.replica_slots
+    fullest = max(range(4), key=lambda rank: len(placement.copies_of_rank[rank]))
+    for rank in (fullest, 3):
+        model = in_new_process(rehearse_model, config, 8, rank)
+        assert [c for c in model.messages if not c.agrees] == []
+        if rank == fullest:
+            assert model.planned_kept == pytest.approx(model.kept, rel=0.02)
+
+
 @pytest.mark.parametrize("expert, fullness", [(0, 4.0), (7, 0.0)])
 def test_rows_follow_the_given_shares(expert, fullness):
     """Rank 0 has the experts 0 and 1 of 8: all rows come to it, or none."""

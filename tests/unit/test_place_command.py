@@ -56,7 +56,31 @@ def test_more_slots_and_other_ranks_and_steps(recorded_run, capsys):
     assert "4 experts over 4 ranks" in capsys.readouterr().out and not read_placements(file, (1, 3), 4, 4)[1]
 
 
+def test_copies_are_judged_by_steps_from_which_they_were_not_chosen(recorded_run, tmp_path, capsys):
+    lines = [{"step": step, "expert_load": [[70, 20, 5, 5], [25, 25, 25, 25]]} for step in (1700, 1800)]
+    lines += [{"step": step, "expert_load": [[60, 20, 10, 10], [40, 20, 20, 20]]} for step in (1900, 2000)]
+    (recorded_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = tmp_path / "placement.yaml"
+    assert place(recorded_run, "--out", str(file), "--replicas", "1") == 0
+    out = capsys.readouterr().out
+    assert "chosen by steps 1,700 to 1,800 (metrics.jsonl) alone, in steps 1,900 to 2,000 (metrics.jsonl)" in out
+    table = [line.split() for line in out.splitlines()]
+    # Block 1 is as in the first half if rank 0 has expert 0 and others get 20 of its 70 rows: then 30·60/70 of 60 move.
+    (block,) = [line for line in table if line[:2] == ["1", "1.600"] and len(line) == 10]
+    assert block[1:4] == ["1.600", "(1.600,", "1.600)"] and float(block[7]) < 1.2 < float(block[4])
+    placements, problems = read_placements(file, (1, 3), 4, 2)
+    assert not problems and placements[1].replica_slots == 1
+    expert = (2 * 32 * 64 + 32 + 64) * 4 / 1e6
+    copies = sum(placement.copies for placement in placements.values())
+    slots = [placement.replica_slots for placement in placements.values()]
+    assert f"{sum(slots) * expert:.2f} MB of weights on a rank until the backward pass, {expert:.2f} MB" in out
+    assert f"on average {copies / 2 * expert:.2f} MB of weights and {copies / 2 * expert:.2f} MB of gradients" in out
+    assert place(recorded_run, "--replicas", "auto") == 0
+    assert "with copies" in capsys.readouterr().out
+
+
 REFUSED = {
+    ("--replicas", "1"): (1, "--replicas: needs the load of two steps or more, not of steps 2,000 to 2,000"),
     ("--ep", "8"): (2, "--ep 8: must be from 2 to 4"),
     ("--slots", "1"): (2, "--slots 1: 2 ranks need at least 2"),
     ("--nodes", "3"): (2, "--nodes 3: must divide the 2 ranks"),

@@ -143,7 +143,7 @@ class Dispatcher:
             placement: over the ranks of the ep group.
             device: of the rows; on another one the table of slots is copied at the first dispatch.
         """
-        self.placement, self.ep, self.slots_per_rank = placement, placement.ep, placement.slots
+        self.placement, self.ep, self.slots_per_rank = placement, placement.ep, placement.dispatch_slots
         slots = placement.slot_of_expert
         # Without a table if the slots have the numbers of the experts.
         is_numbered = slots == tuple(range(len(slots)))
@@ -156,6 +156,14 @@ class Dispatcher:
         if self._slot_E.device != expert_R.device:
             self._slot_E = self._slot_E.to(expert_R.device)
         return self._slot_E[expert_R]
+
+    def sort_rows(self, expert_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Sorts rows by the slots of their experts, the logical `expert_R`.
+
+        Returns:
+            the global slot of each sorted row, and the permutation that sorts them, both int64 (R,).
+        """
+        return sort_by_expert(self.slot_of(expert_R), self.ep * self.slots_per_rank)
 
     def dispatch(self, x_TD: Tensor, assignment: TokenAssignment, max_tokens: int) -> Dispatched:
         """Sorts the rows by expert and starts to send them.
@@ -193,7 +201,7 @@ class Dispatcher:
         """Sorts the rows of `shard` by expert; the arguments are those of `dispatch`. Sends nothing."""
         shards = 1 if self.expert_tp else self.region.size
         max_rows = -(-max_tokens // shards) * max(assignment.top_k, 1)
-        expert_slot_R, order_R = sort_by_expert(self.slot_of(assignment.expert_R), self.ep * self.slots_per_rank)
+        expert_slot_R, order_R = self.sort_rows(assignment.expert_R)
         token_R, inverse_R = assignment.tokens_of(order_R), None
         if assignment.top_k:
             inverse_R = inverse_permutation(order_R)

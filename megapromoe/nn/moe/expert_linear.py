@@ -38,6 +38,10 @@ class ExpertOffsets(NamedTuple):
     which it is no constant."""
 
 
+ExpertParameters = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Weight and bias of both layers of some experts, (experts, ...) each."""
+
+
 def has_grouped_mm_kernel(x: Tensor) -> bool:
     """Whether torch's grouped product of rows like `x` is a single kernel: bf16 on compute capability 9 and 10.
 
@@ -105,7 +109,10 @@ class ExpertLinear(LogicalModule):
 
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Applies to each row (R, in), sorted by expert, the layer of its expert: (R, out). R may be 0."""
-        weight, bias = self.parameters_in(x_RD.dtype)
+        return self.products(x_RD, *self.parameters_in(x_RD.dtype), offsets)
+
+    def products(self, x_RD: Tensor, weight: Tensor, bias: Tensor, offsets: ExpertOffsets) -> Tensor:
+        """`forward` with the parameters of any experts, as `parameters_in` returns those of this rank."""
         if torch.compiler.is_compiling():
             grouped, skips_empty = has_grouped_mm_kernel(x_RD), grouped_mm_skips_empty_groups(x_RD)
             if grouped:
@@ -171,10 +178,21 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, offsets: ExpertOffsets) -> Tensor:
         """Rows (R, D) sorted by expert -> (R, D); see `ExpertLinear`."""
         if isinstance(offsets.host_end_E, list) and self._runs_at_once(x_RD):
-            parameters = *self.fc1.parameters_in(x_RD.dtype), *self.fc2.parameters_in(x_RD.dtype)
-            return looped_mlp(x_RD, *parameters, offsets.host_end_E)
+            return looped_mlp(x_RD, *self.parameters_in(x_RD.dtype), offsets.host_end_E)
         hidden_RF = self.fc1(x_RD, offsets)
         return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
+
+    def parameters_in(self, dtype: torch.dtype) -> ExpertParameters:
+        """Weight and bias of both layers, see `ExpertLinear.parameters_in`."""
+        return *self.fc1.parameters_in(dtype), *self.fc2.parameters_in(dtype)
+
+    def products(self, x_RD: Tensor, parameters: ExpertParameters, offsets: ExpertOffsets) -> Tensor:
+        """`forward` with the parameters of any experts, as `parameters_in` returns those of this rank."""
+        if isinstance(offsets.host_end_E, list) and self._runs_at_once(x_RD):
+            return looped_mlp(x_RD, *parameters, offsets.host_end_E)
+        weight1, bias1, weight2, bias2 = parameters
+        hidden_RF = self.fc1.products(x_RD, weight1, bias1, offsets)
+        return self.fc2.products(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, weight2, bias2, offsets)
 
     def _runs_at_once(self, x_RD: Tensor) -> bool:
         """Whether one function computes both layers, with the same result, instead of a call of each."""

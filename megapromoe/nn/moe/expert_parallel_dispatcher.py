@@ -19,6 +19,7 @@ from megapromoe.distributed.mesh import Group
 from megapromoe.nn.moe.assignment import rows_per_expert
 from megapromoe.nn.moe.dispatcher import Dispatcher, Experts, ReturnedRows, end_offsets
 from megapromoe.nn.moe.expert_linear import ExpertOffsets
+from megapromoe.nn.moe.replicas import RowSplit
 from megapromoe.nn.moe.row_permutations import Permute, inverse_permutation, sort_by_expert
 from megapromoe.nn.tensor_parallel import NO_TENSOR_PARALLEL, Region
 
@@ -32,6 +33,14 @@ class ExpertParallelDispatcher(Dispatcher):
         super().__init__(num_experts, region, expert_tp)
         self.group = group
         self.place_experts(ExpertPlacement.contiguous(num_experts, group.size))
+
+    def place_experts(self, placement: ExpertPlacement, device: torch.device | str = "cpu") -> None:
+        """See `Dispatcher`. The rows of an expert of which other ranks have copies are divided over these ranks."""
+        super().place_experts(placement, device)
+        self._split = RowSplit(placement, self.group.rank, device) if placement.replicas else None
+
+    def sort_rows(self, expert_R: Tensor) -> tuple[Tensor, Tensor]:
+        return super().sort_rows(expert_R) if self._split is None else self._split.sort_rows(expert_R)
 
     def arrange_rows(self, rows_RD: Tensor, expert_slot_R: Tensor, max_rows: int) -> _RowsToSend:
         ep, experts_per_rank = self.ep, self.slots_per_rank

@@ -50,6 +50,7 @@ from megapromoe.nn.moe.guided_routers import ClassificationRouter, KMeansRouter
 from megapromoe.nn.moe.mixture_router import MixtureRouter
 from megapromoe.nn.moe.prototypes import router_precision
 from megapromoe.nn.moe.race_router import RaceRouter
+from megapromoe.nn.moe.replicas import ReplicaExchange
 from megapromoe.nn.moe.routers import (
     ExpertChoiceRouter,
     LinearRouter,
@@ -161,10 +162,13 @@ class MoE(RegionModule):
         else:
             self.dispatcher = Dispatcher(num_experts, self.region, mesh.expert_tp)
         placement = placement_over(mesh.ep.size, num_experts, self.experts.fc1.placed)
+        if factor and placement.replicas:
+            raise ValueError(f"capacity_factor = {factor}: must be 0 with copies of experts, whose rows are not fixed")
         self.dispatcher.place_experts(placement, self.experts.fc1.weight.device)
+        self.replicas = ReplicaExchange(placement, mesh.ep) if placement.replicas else None
 
     def place_experts(self, placement: ExpertPlacement | None) -> None:
-        """Chooses which expert-parallel ranks have which experts; None: consecutive ones.
+        """Chooses which expert-parallel ranks have which experts, and copies of others; None: consecutive ones.
 
         Call it before the layer is divided over ranks, for example by `megapromoe.nn.parallelize`.
         """
@@ -268,9 +272,11 @@ class MoE(RegionModule):
         x_TD, routed_TD, null_TD = split_conditional(x_TD, num_routed_tokens)
 
         # The shared and the unconditional experts run between the calls of the dispatcher and overlap communication.
+        # Copies of experts are sent before the rows, whose number must first be known.
+        experts = self.experts if self.replicas is None else self.replicas.start(self.experts, x_TD.dtype)
         dispatched = self.dispatcher.dispatch(routed_TD, assignment, B * S)
         hidden = self.dense_hidden(x_TD, null_TD)
-        expert_outputs = self.dispatcher.run_experts(dispatched, self.experts)
+        expert_outputs = self.dispatcher.run_experts(dispatched, experts)
         dense = self.dense_outputs(x_TD, hidden, with_biases)
         y_TD = self.region.reduce_from_region(self.combine(expert_outputs, dense, num_routed_tokens, S))
         return y_TD.view(B, S, D), dense.biases, expert_outputs.dropped
