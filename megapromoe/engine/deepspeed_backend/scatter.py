@@ -84,20 +84,22 @@ class GradientScatter:
             self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
+        zero = self._zero
         self._finish_scatter(bucket.process_group)
         bucket.start_reduction()
         self._scattering[bucket.process_group] = bucket
-        if not self._zero.overlap_comm:
+        if not zero.overlap_comm:
             self._finish_all()
 
     def _finish_scatter(self, process_group: dist.ProcessGroup) -> None:
         """Ends the reduce-scatter over these ranks, if there is one, and starts the sum over replicas."""
+        zero = self._zero
         bucket = self._scattering.pop(process_group, None)
         if bucket is None:
             return
         bucket.finish_reduction()
         replicas = bucket.replicas.process_group
-        if bucket.replicas.size > 1 and replicas is not None and self._zero.is_gradient_accumulation_boundary():
+        if bucket.replicas.size > 1 and replicas is not None and zero.is_gradient_accumulation_boundary():
             if replicas in self._summing:
                 self._summing.pop(replicas).finish_sum()
             bucket.start_sum()
