@@ -24,8 +24,9 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
 EPILOG = """\
 Trains the preset digits in one and in two processes of one thread each, and checks two processes. The runs take turns
 of some seconds, in which the others are stopped (SIGSTOP), so that a change of the machine's load affects all of them;
-steps that a stop interrupted are left out. Then `megapromoe plan` is calibrated with some of the runs, by default with
-those of one process and the check, and prints all others as predictions. Everything is kept in --out."""
+steps that a stop interrupted are left out. Then `megapromoe plan` is calibrated with the check and some of the runs, by
+default all but the larger batch and expert parallelism of two processes, and prints all others as predictions.
+Everything is kept in --out."""
 
 
 def main() -> int:
@@ -38,8 +39,8 @@ def main() -> int:
         "--calibrate",
         nargs="+",
         choices=("check", *RUNS),
-        default=["check", "one-32", "one-128"],
-        help="what the plan is calibrated with; default: check one-32 one-128",
+        default=["check", "one-32", "one-128", "two-64"],
+        help="what the plan is calibrated with; default: check one-32 one-128 two-64",
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True)

@@ -4,8 +4,8 @@
 2. Steps of runs determine three factors, by which times differ from the estimate: `device` (products, attention and
    memory), `host` (launches and DeepSpeed's hooks) and `links` (time of messages). They minimise, in logarithms,
    the squared errors of the steps in units of `STEP_ERROR`, plus the squared factors in units of what was known before:
-   `ASSUMED` for an assumed rate, `MEASURED` for a measured one. So a single run changes mainly the factor that
-   dominates its steps, and a factor that the runs do not depend on stays 1.
+   `ASSUMED` for an assumed rate and for the host, `MEASURED` for other measured rates. So a single run changes mainly
+   the factor that dominates its steps, and a factor that the runs do not depend on stays 1.
 
 Steps that are kept out of the fit show what it is worth: these are predictions.
 """
@@ -263,8 +263,10 @@ def _fit(
         return dict.fromkeys(FACTORS, 1.0), set()
     import numpy as np
 
-    measured_names = {"device": {"products", "memory"}, "host": {"launch"}, "links": {"links", "near"}}
-    before = np.array([MEASURED if measured_names[name] <= known else ASSUMED for name in FACTORS])
+    # A check launches a kernel again and again; a step also runs the Python code of modules, autograd and hooks.
+    measured_names = {"device": {"products", "memory"}, "links": {"links", "near"}}
+    sure = [name in measured_names and measured_names[name] <= known for name in FACTORS]
+    before = np.where(sure, MEASURED, ASSUMED)
 
     def errors(x: np.ndarray) -> np.ndarray:
         factors = dict(zip(FACTORS, np.exp(x).tolist(), strict=True))

@@ -324,23 +324,23 @@ def test_every_changed_value_is_used_or_refused(source, tmp_path):
 
 
 def test_recorded_runs_of_replicated_experts_predict_expert_parallelism():
-    """Runs of the preset digits in one and two processes, recorded on two cores that other programs used too.
+    """Runs of the preset digits in one and two processes, recorded on two cores without other work.
 
-    A calibration is within 15 % of the median steps that it was fitted to, of one process or of two, and of those with
-    expert parallelism, which it predicts. Estimates from assumed rates are not.
+    A calibration is within 15 % of the median steps that it was fitted to, of one process and of two, and of larger
+    batches and expert parallelism, which it predicts. Assumed rates give half of some.
     """
     machine = replace(CPU, gpus_per_node=2)
     for fitted, predicted in (
-        (("one-32", "one-128"), ()),
-        (("two-64", "two-256"), ("two-64-ep",)),
-        (("check.json", "two-64", "two-256"), ("two-64-ep",)),
+        (("check.json", "one-32", "one-128"), ("two-256", "two-64-ep")),
+        (("check.json", "one-32", "one-128", "two-64"), ("two-256", "two-64-ep")),
+        (("check.json", "two-64", "two-256"), ("one-128", "two-64-ep")),
     ):
         measured, validated = (read_measurements([recorded_run(n) for n in names]) for names in (fitted, predicted))
         calibration = calibrate(measured, machine, CPU_ASSUMPTIONS, validated)
         for compared in calibration.compared:
             assert compared.step.seconds == pytest.approx(statistics.median(recorded_seconds(compared.step)), rel=1e-6)
             assert abs(compared.calibrated / compared.step.seconds - 1) < 0.15, compared.step.source
-            assert compared.assumed / compared.step.seconds < 0.7
+        assert min(compared.assumed / compared.step.seconds for compared in calibration.compared) < 0.6
 
 
 def recorded_seconds(step: MeasuredStep) -> list[float]:
