@@ -8,6 +8,7 @@ import torch.distributed as dist
 from support.backends import BACKENDS
 from support.dispatch_cases import (
     KINDS,
+    MIXED,
     D,
     E,
     F,
@@ -111,16 +112,6 @@ def distributed(kinds: tuple[str, ...], backend: str, placement: ExpertPlacement
         out.append((local[: len(owned)], logical[owned]))
         out.append((local[len(owned) :], torch.zeros_like(local[len(owned) :])))  # spare slots get no gradient
     return out
-
-
-MIXED = [
-    ("top 1", "top 1"),
-    ("top 2", "one expert"),
-    ("one expert", "one expert"),
-    ("empty", "any rows"),
-    ("empty", "empty"),
-    ("top 1", "one expert", "empty", "top 2"),
-]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

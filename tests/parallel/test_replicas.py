@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.backends import BACKENDS
-from support.dispatch_cases import D, E, F, T, assignment_of, experts_of, outcome, plain, recorded_messages
+from support.dispatch_cases import MIXED, D, E, F, T, assignment_of, experts_of, outcome, plain, recorded_messages
 from support.placements import with_replicas
 from support.processes import run
 
@@ -27,15 +27,6 @@ PLACED = {
         ),
     ),
 }
-MIXED = [
-    ("top 1", "top 1"),
-    ("top 2", "one expert"),
-    ("one expert", "one expert"),
-    ("empty", "any rows"),
-    ("empty", "empty"),
-    ("top 1", "one expert", "empty", "top 2"),
-    ("one expert", "one expert", "one expert", "one expert"),
-]
 
 
 def parts_of(placement: ExpertPlacement, mesh) -> tuple[ExpertParallelDispatcher, ReplicaExchange, Experts]:
@@ -80,7 +71,7 @@ def distributed(kinds: tuple[str, ...], backend: str, placement: ExpertPlacement
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kinds", MIXED, ids=", ".join)
+@pytest.mark.parametrize("kinds", [*MIXED, ("one expert",) * 4], ids=", ".join)
 def test_a_layer_with_copies_is_the_loop(kinds, backend):
     for pairs in run(len(kinds), distributed, kinds, backend, PLACED[len(kinds)]):
         for ours, expected in pairs:

@@ -90,3 +90,14 @@ def recorded_messages(events: list[str]) -> Iterator[None]:
 
 
 KINDS = ("top 1", "top 2", "one expert", "any rows", "empty")
+
+
+# Assignments of the ranks of a group, one for each rank.
+MIXED = [
+    ("top 1", "top 1"),
+    ("top 2", "one expert"),
+    ("one expert", "one expert"),
+    ("empty", "any rows"),
+    ("empty", "empty"),
+    ("top 1", "one expert", "empty", "top 2"),
+]
