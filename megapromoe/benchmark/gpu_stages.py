@@ -2,7 +2,7 @@
 
 =======  ==========================================================================================
 tests    tests that need a GPU, and the golden cases with the torch of that machine
-step     training step of L and XL compared with a loop over experts and a dense model, eager and compiled
+step     training step of L and XL compared with a loop over experts and a dense model, eager, compiled and captured
 profile  steps of L with torch's profiler: the longest kernels, and the time in which the device is idle
 layer    the MoE layer of S, L and XL compared with a loop over experts and a dense layer
 train    200 steps of digits and 50 of L by `megapromoe train`, through DeepSpeed in bf16
@@ -84,7 +84,12 @@ def _benchmarks(stage: str, folder: Path, device: str, quick: bool) -> list[Stag
     sizes = ("--sizes", "l", "xl", "--rounds", "7")
     eager = (*sizes, "--implementations", "ours", "loop", "dense", "--out", str(folder / "eager"))
     compiled = (*sizes, "--implementations", "ours", "dense", "--compile", "--out", str(folder / "compiled"))
-    return [StageCommand("eager", (*base, *eager)), StageCommand("compiled", (*base, *compiled))]
+    captured = (*compiled[:-1], str(folder / "captured"), "--capture")
+    return [
+        StageCommand("eager", (*base, *eager)),
+        StageCommand("compiled", (*base, *compiled)),
+        StageCommand("captured", (*base, *captured)),
+    ]
 
 
 def _trainings(folder: Path, device: str, quick: bool) -> list[StageCommand]:

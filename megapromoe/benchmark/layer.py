@@ -52,6 +52,7 @@ class Settings:
         seed: of weights and tokens.
         sample_steps, guidance: of the sampler.
         compile: torch.compile of all models in training. Counts are taken without it.
+        capture: training steps, compiled, are captured in a CUDA graph, and its replay is measured.
         recorded: rows of each expert of each MoE layer that the routing "recorded" replays; empty without a trace.
         recorded_layer: which of these layers the measurements of one layer replay.
     """
@@ -67,6 +68,7 @@ class Settings:
     sample_steps: int = 4
     guidance: float = 1.5
     compile: bool = False
+    capture: bool = False
     recorded: tuple[tuple[int, ...], ...] = ()
     recorded_layer: int = 0
 

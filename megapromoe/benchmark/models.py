@@ -38,9 +38,9 @@ def measure_step(config: Config, routing: str, settings: Settings) -> dict:
     """Measures a training step (forward with loss, backward, clipped AdamW) of each contender's model on one batch.
 
     It is a plain loop in this process, without engine and ZeRO. In bf16 the optimizer updates fp32 masters. With
-    `settings.compile` the update is compiled like the models (`engine/fused_update.py`), else it is torch's. Contenders
-    with our parameters share one copy of them, of their gradients and of the optimizer's states. Returns JSON like
-    `layer.measure_layer`, without parts.
+    `settings.compile` the update is compiled like the models (`engine/fused_update.py`), else it is torch's. With
+    `settings.capture` the step is one phase, a CUDA graph. Contenders with our parameters share one copy of them, of
+    their gradients and of the optimizer's states. Returns JSON like `layer.measure_layer`, without parts.
     """
     batch = Batch(config, settings)
     updates: dict[frozenset, Update | FusedUpdate] = {}
@@ -97,7 +97,7 @@ def _measure(
     make: Callable[[DiT], Work],
     flops_per_image: Callable[[bool], int],
 ) -> dict[str, Any]:
-    works, dropped, cannot = {}, {}, {}
+    works, timed, dropped, cannot = {}, {}, {}, {}
     if settings.compile:
         torch.compiler.reset()  # torch limits how often a process compiles a function, and every case has other models
     ours = build(config, UNSHARDED).to(settings.device, settings.dtype)
@@ -111,10 +111,11 @@ def _measure(
             with _dropped_by(model) as dropped[name]:
                 _run(works[name])  # raises if the contender cannot run
             planned.check()
+            timed[name] = _captured(works[name]) if settings.capture else works[name]
         except (CannotRun, torch.OutOfMemoryError) as error:
             cannot[name] = {"cannot": str(error).splitlines()[0]}
             works.pop(name, None)
-    samples = interleave(works, settings.rounds, make_clock(settings.device, settings.threads))
+    samples = interleave(timed, settings.rounds, make_clock(settings.device, settings.threads))
     figures = summary(samples, reference="dense")
     for name, work in works.items():
         figures[name]["flops"] = {"useful": flops_per_image(name == "dense") * settings.images}
@@ -136,6 +137,27 @@ def _dropped_by(model: DiT) -> Iterator[list[Tensor]]:
     yield dropped
     for handle in handles:
         handle.remove()
+
+
+def _captured(work: Work) -> Work:
+    """The phases as one, a CUDA graph that is replayed. Raises CannotRun if the host reads from the device."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # gradients must not have been accumulated on another stream than the captured one
+        _run(work)
+    torch.cuda.current_stream().wait_stream(stream)
+    work.prepare()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the graph has memory of its own
+    try:
+        with torch.cuda.graph(graph):
+            for run in work.phases.values():
+                run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise CannotRun(f"no CUDA graph can be captured: {str(error).splitlines()[0]}") from error
+    return Work({"step": graph.replay})
 
 
 def _run(work: Work) -> None:

@@ -201,6 +201,7 @@ def _measure(case: BenchmarkCase, settings: Settings) -> dict[str, Any]:
 def _plain(settings: Settings) -> dict[str, Any]:
     """The settings that are the same for all cases, as JSON."""
     left_out = {"images"} if settings.recorded else {"images", "recorded", "recorded_layer"}
+    left_out |= set() if settings.capture else {"capture"}  # folders of earlier versions do not have it
     plain = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in left_out}
     if settings.recorded:
         plain["recorded"] = [[*rows_E] for rows_E in settings.recorded]

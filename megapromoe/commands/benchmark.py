@@ -139,6 +139,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="`step`: measure every implementation, also dense, with train.compile=true",
     )
+    add(
+        "--capture",
+        action="store_true",
+        help="with --compile on a GPU: measure the step as a CUDA graph, whose kernels the host does not issue",
+    )
     add("--seed", type=int, default=0, help="seed of tokens, weights and the order in a round; default: 0")
     add(
         "--out", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="output folder; default: runs/benchmark"
@@ -162,6 +167,8 @@ def run(options: argparse.Namespace, launch: None) -> int:
         vars(options).update(QUICK)
     if options.compile and options.experiment != "step":
         raise CommandError(f"--compile {options.experiment}: only `step` can be compiled; remove the option")
+    if options.capture and not options.compile:
+        raise CommandError("--capture: only a compiled step can be captured; add --compile")
     routings = options.routing or [*ROUTINGS, *[RECORDED] * (options.trace is not None)]
     if (RECORDED in routings) != (options.trace is not None):
         raise CommandError("--routing recorded, --trace: the trace is what it replays; give both or none of them")
@@ -176,6 +183,8 @@ def run(options: argparse.Namespace, launch: None) -> int:
     if options.device == "cuda" and not cuda:
         raise CommandError("--device cuda: torch has no GPU on this machine; remove the option, or use --device cpu")
     device = options.device or ("cuda" if cuda else "cpu")
+    if options.capture and device != "cuda":
+        raise CommandError("--capture: needs a GPU; remove the option")
     dtype = options.dtype or ("bf16" if device == "cuda" else "fp32")
     settings = Settings(
         device=torch.device(device),
@@ -188,6 +197,7 @@ def run(options: argparse.Namespace, launch: None) -> int:
         seed=options.seed,
         sample_steps=options.steps,
         compile=options.compile,
+        capture=options.capture,
     )
     experiments = EXPERIMENTS if options.experiment == "all" else (options.experiment,)
     wanted = cases(experiments, options.sizes, options.experts, options.batch, routings, options.ranks, device)

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from megapromoe.config.options import Config, ConfigError
 from megapromoe.config.reader import suggest
 
 
+@cache
 def find_ds_configs() -> Path:
     """The folder of DeepSpeed's JSON files: inside the package if it is installed, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
@@ -33,9 +36,7 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
     name = config.train.deepspeed
     path = Path(name) if name.endswith(".json") else find_ds_configs() / f"{name}.json"
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        content, wrong = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         known = sorted(p.stem for p in find_ds_configs().glob("*.json"))
         reason = f"cannot be read ({error.strerror}: {path}); {suggest(name, known)}"
@@ -44,9 +45,7 @@ def read_deepspeed(config: Config) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"train.deepspeed = {name!r}: {path} is not strict JSON: {error}"]
     if not isinstance(content, dict):
         return {}, [f"train.deepspeed = {name!r}: the file must hold an object, not a {type(content).__name__}"]
-    wrong: list[str] = []
-    content = _read_block("", content, wrong)
-    wrong += _combinations(content)
+    content = deepcopy(content)
     problems = [f"train.deepspeed = {name!r}: the file's {problem}" for problem in wrong]
     if not problems and config.train.compile and content.get(ZERO, {}).get("stage") == 3:
         rule = (
@@ -121,6 +120,18 @@ def _shards_of_some_ranks(config: Config, zero: dict[str, Any]) -> Iterator[str]
             f"{subject} train.gradient_reduction = {train.gradient_reduction!r}{muon}, where DeepSpeed sums gradients"
             " over all ranks; use train.gradient_reduction=reduce_scatter, or parallel.shard_ranks=0"
         )
+
+
+@lru_cache(maxsize=64)  # planning reads the same files for hundreds of layouts
+def _parse(text: str) -> tuple[Any, tuple[str, ...]]:
+    """The content of a file, and its problems; raises ValueError if it is not strict JSON."""
+    content = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    if not isinstance(content, dict):
+        return content, ()
+    wrong: list[str] = []
+    content = _read_block("", content, wrong)
+    wrong += _combinations(content)
+    return content, tuple(wrong)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -316,7 +316,8 @@ class OptimizerGroup:
         return -(-sum(self.tensors) // (EVEN * self.ranks)) * EVEN
 
 
-def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
+@lru_cache(maxsize=256)  # the search asks for those of each layout six times
+def optimizer_groups(config: Config, layout: Layout) -> tuple[OptimizerGroup, ...]:
     """The parameter groups of the optimizer on the first rank; those of Muon are separate from those of AdamW.
 
     Source: engine/deepspeed_backend/start.py. The order of parameters is that of `tensors_on_rank`.
@@ -329,7 +330,7 @@ def optimizer_groups(config: Config, layout: Layout) -> list[OptimizerGroup]:
             for numbers in consecutive_groups(tensors, largest_group(config, routed, ranks)):
                 part = tensors[numbers.start : numbers.stop]
                 groups.append(OptimizerGroup(part, shards, routed, bool(uses_muon), ranks // shards))
-    return groups
+    return tuple(groups)
 
 
 OUTSIDE = -1  # the block of parameters that belong to none

@@ -3,6 +3,7 @@
 Letters as in `cost.py`; b is the size of an activation in bytes. Counts are means, which need not be whole numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megapromoe.config.expert_placement import CONTIGUOUS, smallest_slots
@@ -181,7 +182,7 @@ def _deepspeed_buffers(config: Config, layout: Layout, b: int) -> tuple[float, f
     return flat + (min(large, zero.kept + zero.ahead) + small) * b, largest * 4 + muon
 
 
-def _scattered_buckets(groups: list[OptimizerGroup], overlap: bool) -> int:
+def _scattered_buckets(groups: Sequence[OptimizerGroup], overlap: bool) -> int:
     """Elements of the buckets that exist together: one that is filled and one that is sent, for each kind of group.
 
     Beside them that of the parameters outside of blocks, which waits until the backward pass ends. Where parameters

@@ -248,17 +248,17 @@ def fold(plans: Sequence[Plan]) -> list[tuple[Plan, int]]:
 
     Plans are equivalent if their time and memory both differ by less than `ALIKE` from the first of the group.
     """
-    groups: list[list[Plan]] = []
+    groups: list[tuple[float, float, list[Plan]]] = []
     for plan in plans:
-        for group in groups:
-            first = group[0]
-            times, bytes_ = (plan.time.total, first.time.total), (plan.memory.peak, first.memory.peak)
-            if max(times) < ALIKE * min(times) and max(bytes_) < ALIKE * min(bytes_):
+        time, peak = plan.time.total, plan.memory.peak
+        for first_time, first_peak, group in groups:
+            times, peaks = (time, first_time), (peak, first_peak)
+            if max(times) < ALIKE * min(times) and max(peaks) < ALIKE * min(peaks):
                 group.append(plan)
                 break
         else:
-            groups.append([plan])
-    return [(min(group, key=lambda plan: plan.complexity), len(group)) for group in groups]
+            groups.append((time, peak, [plan]))
+    return [(min(group, key=lambda plan: plan.complexity), len(group)) for _, _, group in groups]
 
 
 def describe(plan: Plan) -> str:

@@ -143,16 +143,17 @@ def test_the_words_for_a_gpu_are_understood(tmp_path):
                 assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
             else:
                 assert program == "megapromoe.benchmark.profile_step"
-    assert sorted(programs) == ["megapromoe"] * 5 + ["megapromoe.benchmark.profile_step", "pytest"]
+    assert sorted(programs) == ["megapromoe"] * 6 + ["megapromoe.benchmark.profile_step", "pytest"]
 
 
 def test_a_dry_run_prints_the_command_lines(tmp_path, capsys):
     assert main(["all", "--dry-run", "--out", str(tmp_path / "none")], ROOT) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and lines[0].startswith("DS_ACCELERATOR=cpu ") and "test_gpu.py" in lines[0]
+    assert len(lines) == 8 and lines[0].startswith("DS_ACCELERATOR=cpu ") and "test_gpu.py" in lines[0]
     assert "benchmark step --device cuda --sizes l xl" in lines[1] and "--compile" in lines[2]
-    assert "profile_step --preset promoe_l --seconds 270" in lines[3]
-    assert "train.steps=50" in lines[6] and not (tmp_path / "none").exists()
+    assert "--compile" in lines[3] and "captured --capture" in lines[3]
+    assert "profile_step --preset promoe_l --seconds 270" in lines[4]
+    assert "train.steps=50" in lines[7] and not (tmp_path / "none").exists()
 
 
 # ---- limits, failures, and going on

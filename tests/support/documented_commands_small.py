@@ -161,7 +161,7 @@ def _benchmark(words: list[str], ranks: int) -> Small:
             options[word] = []
         else:
             [*options.values()][-1].append(word)
-    dropped = ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device", "--again")
+    dropped = ("--fill", "--out", "--rounds", "--sizes", "--experts", "--batch", "--device", "--again", "--capture")
     for option in (*dropped, "--trace-step", "--trace-block"):
         options.pop(option, None)
     if "--trace" in options:

@@ -149,6 +149,14 @@ def test_what_is_not_compiled_gets_a_sentence(capsys):
     assert "--compile all: only `step` can be compiled" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, message", [((), "--capture: only a compiled step"), (("--compile",), "--capture: needs a GPU")]
+)
+def test_what_is_not_captured_gets_a_sentence(words, message, capsys):
+    assert main(["benchmark", "step", "--capture", *words, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_dry_run_lists_the_cases(capsys):
     assert main(["benchmark", "all", "--sizes", "s", "--experts", "4", "256", "--routing", "real", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from megapromoe.config.expert_placement import ExpertPlacement
 from megapromoe.distributed.host_copy import AsyncHostCopy
+from megapromoe.nn.moe import expert_linear
 from megapromoe.nn.moe.assignment import TokenAssignment
 from megapromoe.nn.moe.expert_linear import ExpertOffsets, has_grouped_mm_kernel
 from megapromoe.nn.moe.row_permutations import (
     AddToTokens,
     DispatchMetadata,
     GatherTokens,
+    RowBiases,
     inverse_permutation,
     sort_by_expert,
 )
@@ -226,7 +228,7 @@ class Dispatcher:
         Args:
             outputs: of `run_experts`.
             base_TD: the rest of the layer's output, (T or more, D); it is overwritten. Compiled, token-major rows are
-                not combined by this method but by `token_sums`.
+                not combined by this method but by `add_token_sums`.
 
         Returns:
             base + Σ weight·expert(x) over the rows of this rank; in a sharded region a partial sum.
@@ -266,11 +268,11 @@ class _LocalRows(NamedTuple):
         on_device = has_grouped_mm_kernel(self.rows_RD) or torch.compiler.is_compiling()
         return self if on_device else self._replace(host_copy=AsyncHostCopy(self.end_E))
 
-    def run_experts(self, experts: Experts) -> _LocalOutputs:
-        return _LocalOutputs(self, experts)
+    def run_experts(self, experts: Experts) -> LocalOutputs:
+        return LocalOutputs(self, experts)
 
 
-class _LocalOutputs(NamedTuple):
+class LocalOutputs(NamedTuple):
     """Outputs of experts on this rank.
 
     The experts run in `combine_rows`, last in forward, so that their backward runs first: at that time the gradients of
@@ -284,6 +286,14 @@ class _LocalOutputs(NamedTuple):
         rows_RD, expert_slot_R, end_E, host_copy = self.dispatched
         host_end_E = None if host_copy is None else host_copy.result()
         return self.experts(rows_RD, ExpertOffsets(expert_slot_R, end_E, host_end_E))
+
+    def rows_and_biases(self) -> tuple[Tensor, RowBiases | None]:
+        """As `combine_rows`, but without the biases of the last layer if they are returned; for compiled code."""
+        if not isinstance(self.experts, expert_linear.Experts):
+            return self.combine_rows(), None
+        rows_RD, expert_slot_R, end_E, _ = self.dispatched
+        y_RD, bias_ED = self.experts.without_last_bias(rows_RD, ExpertOffsets(expert_slot_R, end_E, None))
+        return y_RD, None if bias_ED is None else RowBiases(bias_ED, expert_slot_R)
 
 
 def end_offsets(expert_R: Tensor, num_experts: int) -> Tensor:

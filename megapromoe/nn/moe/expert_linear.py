@@ -111,8 +111,11 @@ class ExpertLinear(LogicalModule):
         """Applies to each row (R, in), sorted by expert, the layer of its expert: (R, out). R may be 0."""
         return self.products(x_RD, *self.parameters_in(x_RD.dtype), offsets)
 
-    def products(self, x_RD: Tensor, weight: Tensor, bias: Tensor, offsets: ExpertOffsets) -> Tensor:
-        """`forward` with the parameters of any experts, as `parameters_in` returns those of this rank."""
+    def products(self, x_RD: Tensor, weight: Tensor, bias: Tensor | None, offsets: ExpertOffsets) -> Tensor:
+        """`forward` with the parameters of any experts, as `parameters_in` returns those of this rank.
+
+        `bias`: may be None in compiled code.
+        """
         if torch.compiler.is_compiling():
             grouped, skips_empty = has_grouped_mm_kernel(x_RD), grouped_mm_skips_empty_groups(x_RD)
             if grouped:
@@ -181,6 +184,17 @@ class Experts(nn.Module):
             return looped_mlp(x_RD, *self.parameters_in(x_RD.dtype), offsets.host_end_E)
         hidden_RF = self.fc1(x_RD, offsets)
         return self.fc2(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, offsets)
+
+    def without_last_bias(self, x_RD: Tensor, offsets: ExpertOffsets) -> tuple[Tensor, Tensor | None]:
+        """`forward` without the biases of the last layer, and these (experts, D), for compiled code that adds them.
+
+        The biases are None if the output contains them.
+        """
+        if not self.fc2.is_plain:
+            return self(x_RD, offsets), None
+        weight, bias = self.fc2.parameters_in(x_RD.dtype)
+        hidden_RF = self.fc1(x_RD, offsets)
+        return self.fc2.products(swiglu(hidden_RF) if self.is_swiglu else hidden_RF, weight, None, offsets), bias
 
     def parameters_in(self, dtype: torch.dtype) -> ExpertParameters:
         """Weight and bias of both layers, see `ExpertLinear.parameters_in`."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megapromoe.nn.activations import gelu_slope, gelu_value, rounded
+
 
 @torch.library.custom_op("megapromoe::offsets_on_host", mutates_args=())
 def offsets_on_host(end_E: Tensor) -> Tensor:
@@ -77,20 +79,6 @@ def _(
     return x_RD.new_empty(x_RD.shape), weight_EFD.new_empty(weight_EFD.shape)
 
 
-@torch.library.custom_op("megapromoe::gelu_backward", mutates_args=())
-def gelu_backward(grad_RF: Tensor, input_RF: Tensor) -> Tensor:
-    """The gradient of the input of a tanh-GELU, in one pass.
-
-    Inductor would compute the tanh in float32 before the gradient is there, and write and read it once more.
-    """
-    return torch.ops.aten.gelu_backward(grad_RF, input_RF, approximate="tanh")
-
-
-@gelu_backward.register_fake
-def _(grad_RF: Tensor, input_RF: Tensor) -> Tensor:
-    return torch.empty_like(input_RF)
-
-
 def _split(tensors: tuple[Tensor, ...], end_E: Tensor) -> list[tuple[Tensor, ...]]:
     """The rows of each expert, for each tensor."""
     ends = end_E.tolist()[:-1]
@@ -98,26 +86,41 @@ def _split(tensors: tuple[Tensor, ...], end_E: Tensor) -> list[tuple[Tensor, ...
 
 
 class TracedExperts(torch.autograd.Function):
-    """A linear layer of experts, optionally with GELU, for torch.compile, which fuses bias and GELU.
+    """A linear layer of experts, optionally with bias and GELU, for torch.compile, which fuses bias and GELU.
 
-    The gradient of the biases is a product with the one-hot matrix of the rows' experts, which both layers of the
-    experts share. Unlike index_add it is reproducible.
+    The product is kept for the backward pass without its bias, which is added again there. The gradient of the biases
+    is a product with the one-hot matrix of the rows' experts, which both layers of the experts share. Unlike index_add
+    it is reproducible.
     """
 
     @staticmethod
     def forward(ctx, x_RD, weight_EFD, bias_EF, expert_R, end_E, grouped, skips_empty, gelu):
         y_RF = expert_product(x_RD, weight_EFD, end_E, grouped)
-        y_RF = y_RF + bias_EF.index_select(0, expert_R)
-        ctx.save_for_backward(x_RD, weight_EFD, expert_R, end_E, y_RF if gelu else None)
-        ctx.grouped, ctx.skips_empty = grouped, skips_empty
-        return F.gelu(y_RF, approximate="tanh") if gelu else y_RF
+        ctx.save_for_backward(x_RD, weight_EFD, expert_R, end_E, *((y_RF, bias_EF) if gelu else ()))
+        ctx.grouped, ctx.skips_empty, ctx.has_bias = grouped, skips_empty, bias_EF is not None
+        if bias_EF is None:
+            return y_RF
+        biased_RF = y_RF.to(_precision(y_RF)) + bias_EF.index_select(0, expert_R)
+        return rounded(gelu_value(biased_RF) if gelu else biased_RF, y_RF.dtype)
 
     @staticmethod
     def backward(ctx, grad_RF):
-        x_RD, weight_EFD, expert_R, end_E, gelu_input_RF = ctx.saved_tensors
-        if gelu_input_RF is not None:
-            grad_RF = gelu_backward(grad_RF, gelu_input_RF)
-        gradients = expert_product_backward(grad_RF, x_RD, weight_EFD, end_E, ctx.grouped, ctx.skips_empty)
-        every_E = torch.arange(weight_EFD.shape[0], device=expert_R.device)
-        is_expert_ER = (expert_R == every_E.unsqueeze(1)).to(grad_RF.dtype)
-        return *gradients, is_expert_ER @ grad_RF, *[None] * 5
+        x_RD, weight_EFD, expert_R, end_E, *gelu_input = ctx.saved_tensors
+        if gelu_input:
+            y_RF, bias_EF = gelu_input
+            # Not index_select: torch would keep its result from the forward pass, a bias for each row.
+            bias_RF = bias_EF.gather(0, expert_R.unsqueeze(1).expand_as(y_RF))
+            grad_RF = (grad_RF * gelu_slope(y_RF.to(_precision(y_RF)) + bias_RF)).to(grad_RF.dtype)
+        grad_x, grad_weight = expert_product_backward(grad_RF, x_RD, weight_EFD, end_E, ctx.grouped, ctx.skips_empty)
+        grad_bias = bias_gradient(grad_RF, expert_R, weight_EFD.shape[0]) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, *[None] * 5
+
+
+def bias_gradient(grad_RF: Tensor, expert_R: Tensor, num_experts: int) -> Tensor:
+    """The sums (E, F) of the rows of each expert."""
+    every_E = torch.arange(num_experts, device=expert_R.device)
+    return (expert_R == every_E.unsqueeze(1)).to(grad_RF.dtype) @ grad_RF
+
+
+def _precision(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)

@@ -39,7 +39,7 @@ from megapromoe.nn.moe.dense_experts import (
     split_conditional,
 )
 from megapromoe.nn.moe.diffmoe_router import DiffMoERouter
-from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertOutputs
+from megapromoe.nn.moe.dispatcher import Dispatcher, ExpertOutputs, LocalOutputs
 from megapromoe.nn.moe.expert_linear import (
     Experts,
     autocast_dtype,
@@ -61,7 +61,7 @@ from megapromoe.nn.moe.routers import (
     TokenChoiceRouter,
 )
 from megapromoe.nn.moe.routing_cache import RoutingCache
-from megapromoe.nn.moe.row_permutations import token_sums
+from megapromoe.nn.moe.row_permutations import add_token_sums
 from megapromoe.nn.tensor_parallel import RegionModule
 
 ROUTERS: Mapping[str, type[Router]] = {
@@ -307,33 +307,17 @@ class MoE(RegionModule):
         y_TD, null_TD = dense.y_TD, dense.null_TD
         if torch.compiler.is_compiling():  # it fuses both parts with what follows
             if expert_outputs.metadata.token_R is None:
-                return self._joined(expert_outputs, dense, num_routed_tokens, S)
+                rows, metadata = expert_outputs.rows, expert_outputs.metadata
+                if isinstance(rows, LocalOutputs):
+                    y_RD, biases = rows.rows_and_biases()
+                else:
+                    y_RD, biases = rows.combine_rows(), None
+                return add_token_sums(y_TD, y_RD, biases, null_TD, metadata, (num_routed_tokens, S))
             rest_TD = y_TD[num_routed_tokens:]
             rest_TD = rest_TD if null_TD is None else rest_TD + null_TD
             return torch.cat([self.dispatcher.combine(expert_outputs, y_TD[:num_routed_tokens]), rest_TD])
         y_TD = y_TD if null_TD is None else AddFrom.apply(y_TD, null_TD, num_routed_tokens)
         return self.dispatcher.combine(expert_outputs, y_TD)
-
-    def _joined(
-        self, expert_outputs: ExpertOutputs, dense: DenseOutputs, num_routed_tokens: int, S: int | None
-    ) -> Tensor:
-        """`combine` of token-major rows: one sum, whose gradient is that of all its parts, without a copy."""
-        y_TD, null_TD, metadata = dense.y_TD, dense.null_TD, expert_outputs.metadata
-        routed_TD, (T, D) = token_sums(expert_outputs.rows.combine_rows(), metadata), y_TD.shape
-        parts = [routed_TD]
-        if metadata.is_shard:
-            rest = num_routed_tokens - metadata.first_token - routed_TD.shape[0]
-            parts = [y_TD.new_zeros(metadata.first_token, D), routed_TD, y_TD.new_zeros(rest, D)]
-        if null_TD is not None:
-            parts.append(null_TD)
-        if len(parts) == 1:
-            return y_TD + routed_TD
-        if S is None or metadata.is_shard:
-            return y_TD + torch.cat(parts)
-        # By images, as the residual that follows: then both are one kernel.
-        images = num_routed_tokens // S, T // S - num_routed_tokens // S
-        parts = [part.view(number, S, D) for part, number in zip(parts, images, strict=True)]
-        return (y_TD.view(T // S, S, D) + torch.cat(parts)).view(T, D)
 
     def _check(self, x_BSD: Tensor, num_conditional: int, y_B: Tensor | None) -> None:
         D = self.config.hidden_size

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megapromoe.distributed.collectives import differentiable_all_reduce
 from megapromoe.distributed.mesh import Group
@@ -65,7 +66,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if not has_exact_product(b):
         return router_precision(a) @ router_precision(b)
     if a.dtype == b.dtype:
-        return _exact_product(a, b)
+        # Fast kernels need a multiple of eight columns: twelve took 44 µs, sixteen 18 (H200, torch 2.11).
+        num_columns = b.shape[1]
+        padded = b if num_columns % 8 == 0 else F.pad(b.T, (0, 0, 0, -num_columns % 8)).T
+        return _exact_product(a, padded)[:, :num_columns]
     # Truncated by a mask: torch.compile would remove a conversion to bfloat16 and back, and the low part with it.
     high = (a.view(torch.int32) & -(1 << 16)).view(torch.float32)
     low = a - high

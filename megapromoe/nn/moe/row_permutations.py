@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megapromoe.nn.moe.expert_operators import bias_gradient
+
 
 class DispatchMetadata(NamedTuple):
     """How the rows of a dispatch are sorted by expert, which is needed to add their outputs to their tokens.
@@ -113,27 +115,81 @@ class AddToTokens(torch.autograd.Function):
         return grad_TD, grad_RD.mul_(weight_R[order_R].unsqueeze(1)), grad_weight_R, None
 
 
-def token_sums(y_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-    """Σ weight·row for the tokens of a token-major assignment, rows sorted by expert; for torch.compile."""
+class RowBiases(NamedTuple):
+    """Biases that are added to rows before their routing weights are applied."""
+
+    bias_ED: Tensor
+    expert_R: Tensor
+    """The expert of each row, rows sorted by expert."""
+
+
+def add_token_sums(
+    y_TD: Tensor,
+    y_RD: Tensor,
+    biases: RowBiases | None,
+    null_TD: Tensor | None,
+    metadata: DispatchMetadata,
+    tokens: tuple[int, int | None],
+) -> Tensor:
+    """y + Σ weight·(row + bias) for the tokens of a token-major assignment, y + null for those of null images.
+
+    For torch.compile, which makes one kernel of it.
+
+    Args:
+        y_TD: tokens (T, D), those of null images last.
+        y_RD: rows, sorted by expert.
+        biases: of the rows; None: they contain them.
+        null_TD: what is added to the tokens of null images; None: nothing.
+        metadata: of the rows; `token_R` is not used.
+        tokens: how many of y's first tokens are those that are routed, and the tokens of an image, if all tokens of an
+            image are rows of this rank or none. The parts are then joined by images, as a residual that follows, so
+            that both are one kernel.
+    """
     weight_R = metadata.weight_R.to(y_RD.dtype)
-    return _TokenSums.apply(y_RD, weight_R, metadata.order_R, metadata.inverse_R, metadata.top_k)
+    tensors = null_TD, metadata.order_R, metadata.inverse_R, *(biases or (None, None))
+    numbers = metadata.top_k, metadata.first_token, metadata.is_shard, *tokens
+    return _AddTokenSums.apply(y_TD, y_RD, weight_R, *tensors, *numbers)
 
 
-class _TokenSums(torch.autograd.Function):
+class _AddTokenSums(torch.autograd.Function):
     """Backward reads each gradient once: in the order of the rows it gives the gradients of row and weight."""
 
     @staticmethod
-    def forward(ctx, y_RD, weight_R, order_R, inverse_R, top_k):
-        ctx.save_for_backward(y_RD, weight_R, order_R, inverse_R)
-        ctx.top_k = top_k
-        y_RD = y_RD.index_select(0, inverse_R) * weight_R.unsqueeze(1)
-        return y_RD if top_k == 1 else y_RD.view(-1, top_k, y_RD.shape[1]).sum(1)
+    def forward(ctx, y_TD, y_RD, weight_R, null_TD, order_R, inverse_R, bias_ED, expert_R, *numbers):
+        ctx.save_for_backward(y_RD, weight_R, order_R, inverse_R, bias_ED, expert_R)
+        ctx.has_null, ctx.numbers = null_TD is not None, numbers
+        top_k, first_token, is_shard, num_routed, tokens = numbers
+        (T, D), by_images = y_TD.shape, tokens is not None and not is_shard
+        # Indices of the shape of the result: a view of the rows, whose number is not known, would be a copy of them.
+        shape = (num_routed // tokens, tokens) if by_images else (inverse_R.shape[0] // top_k,)
+        row, weight = inverse_R.view(*shape, top_k), weight_R.view(*shape, top_k)
+        outputs = []
+        for row_T, weight_T in zip(row.unbind(-1), weight.unbind(-1), strict=True):
+            y = y_RD[row_T] if bias_ED is None else y_RD[row_T] + bias_ED[expert_R[row_T]]
+            outputs.append(y * weight_T.unsqueeze(-1))
+        routed = sum(outputs[1:], start=outputs[0])
+        parts = [routed]
+        if is_shard:  # other ranks of the region have the rows of the other tokens
+            rest = num_routed - first_token - routed.shape[0]
+            parts = [y_TD.new_zeros(first_token, D), routed, y_TD.new_zeros(rest, D)]
+        if null_TD is not None:
+            parts.append(null_TD.view(T // tokens - num_routed // tokens, tokens, D) if by_images else null_TD)
+        y = y_TD.view(T // tokens, tokens, D) if by_images else y_TD
+        return (y + (torch.cat(parts) if len(parts) > 1 else routed)).view(T, D)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        y_RD, weight_R, order_R, inverse_R = ctx.saved_tensors
-        token_R = order_R if ctx.top_k == 1 else order_R // ctx.top_k
-        grad_RD = grad_TD.index_select(0, token_R)
-        precision = torch.promote_types(y_RD.dtype, torch.float32)
-        grad_weight_R = (grad_RD.to(precision) * y_RD).sum(-1).index_select(0, inverse_R)
-        return grad_RD * weight_R.index_select(0, order_R).unsqueeze(1), grad_weight_R.to(weight_R.dtype), *[None] * 3
+        y_RD, weight_R, order_R, inverse_R, bias_ED, expert_R = ctx.saved_tensors
+        top_k, first_token, is_shard, num_routed, _ = ctx.numbers
+        token_R = order_R if top_k == 1 else order_R // top_k
+        # Of all tokens: a slice of the routed ones would be a copy.
+        grad_RD = grad_TD.index_select(0, token_R + first_token if is_shard else token_R)
+        grad_y_RD = grad_RD * weight_R.index_select(0, order_R).unsqueeze(1)
+        row_RD = y_RD.to(torch.promote_types(y_RD.dtype, torch.float32))
+        grad_bias = None
+        if bias_ED is not None:
+            row_RD = row_RD + bias_ED.index_select(0, expert_R)
+            grad_bias = bias_gradient(grad_y_RD, expert_R, bias_ED.shape[0])
+        grad_weight_R = (grad_RD * row_RD).sum(-1).index_select(0, inverse_R).to(weight_R.dtype)
+        grad_null_TD = grad_TD[num_routed:] if ctx.has_null else None
+        return grad_TD, grad_y_RD, grad_weight_R, grad_null_TD, None, None, grad_bias, *[None] * 6
