@@ -195,7 +195,7 @@ def _study(words: list[str], ranks: int) -> Small:
         ]  # tests/programs/test_study_extension.py
         return Small(words, cheap=True)
     if action not in ("plan", "submit"):  # studies of the same content: commands that differ only in these are run once
-        words[2] = re.sub("digits_study|fashion", "study", words[2])
+        words[2] = re.sub("digits_study|fashion_routers|fashion", "study", words[2])
     if action == "run" and "--jobs" in words:  # which trains the whole study too
         words[2] = words[2].replace("studies/", "jobs/")
     if action == "submit":
@@ -273,6 +273,7 @@ ELSEWHERE = {
     r"tensorboard --logdir \S+$": "a program of a package that we need",
     r"(git clone URL megapromoe|cd megapromoe|python3 -m venv \.venv|\. \.venv/bin/activate)$": "of the shell",
     r"(tail -F \S+|scancel JOBID|apt-get install dataset-fashion-mnist)$": "of the system",
+    r"(mkdir -p runs|tar -xf docs/studies/\S+ -C runs)$": "of the system",
     r"megapromoe superclasses (?!--help).*$": "tests/unit/test_superclasses.py",
     r"megapromoe encode (--captions|--scenes) .*$": "tests/unit/test_text_encoder.py",
     r"megapromoe encode (--latents \S+|--images \S+\.(parquet|tar)'?) .*$": "tests/unit/test_tables.py",
