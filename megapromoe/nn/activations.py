@@ -20,44 +20,58 @@ def hidden_values(x: Tensor, activation: str) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form of GELU, 0.5·x·(1 + tanh u) with u = √(2/π)·(x + 0.044715·x³)."""
-    return _CompiledGelu.apply(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
+    """The tanh form of GELU of each element, 0.5·x·(1 + tanh u) with u = √(2/π)·(x + 0.044715·x³).
+
+    Source: Hendrycks & Gimpel, arXiv 1606.08415.
+    """
+    return CompiledGelu.apply(x) if torch.compiler.is_compiling() else F.gelu(x, approximate="tanh")
 
 
-# For compiled code. It is written with 0.5·(1 + tanh u) = sigmoid(2u): one exponential, while the tanh of GPUs takes
-# longer than the memory access of the kernel. Inductor fuses both functions with what is before and after.
+# For compiled code, which fuses these functions with what is before and after. They use 0.5·(1 + tanh u) = sigmoid(2u):
+# on GPUs a tanh takes longer than the memory access of the kernel, the exponential of a sigmoid does not.
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 def gelu_value(x: Tensor) -> Tensor:
-    """The tanh form of GELU; `x` has at least 32 bits."""
-    return x * torch.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
+    """`gelu` of a float32 or float64 tensor."""
+    return x * _sigmoid_of_2u(x)
 
 
 def gelu_slope(x: Tensor) -> Tensor:
-    """The derivative of `gelu_value`."""
-    share = torch.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
-    return share + x * share * (1 - share) * (_SLOPE + 3 * _SLOPE * _CUBIC * x * x)
+    """The derivative of `gelu_value`, of the same shape."""
+    sigmoid = _sigmoid_of_2u(x)
+    return sigmoid + x * sigmoid * (1 - sigmoid) * (_SLOPE + 3 * _SLOPE * _CUBIC * x * x)
+
+
+def _sigmoid_of_2u(x: Tensor) -> Tensor:
+    return torch.sigmoid(_SLOPE * (x + _CUBIC * x * x * x))
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The value in a dtype, for what an `autograd.Function` returns in compiled code.
+    """The tensor in a dtype, for what an `autograd.Function` returns in compiled code.
 
-    torch.compile of torch 2.11 loses the gradient of a result of `to` that is its input.
+    torch.compile of torch 2.11 loses the gradient of what it returns if that is a result of `to` with the same dtype.
     """
     return value if value.dtype == dtype else value.to(dtype)
 
 
-class _CompiledGelu(torch.autograd.Function):
+class CompiledGelu(torch.autograd.Function):
+    """`gelu` by `gelu_value` and `gelu_slope`; keeps its input only."""
+
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return rounded(gelu_value(x.to(torch.promote_types(x.dtype, torch.float32))), x.dtype)
+        return rounded(gelu_value(widened(x)), x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return (grad * gelu_slope(x.to(torch.promote_types(x.dtype, torch.float32)))).to(x.dtype)
+        return (grad * gelu_slope(widened(x))).to(x.dtype)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megapromoe.nn.activations import _CompiledGelu
+from megapromoe.nn.activations import CompiledGelu
 from megapromoe.nn.layers import GatedResidual
 from megapromoe.nn.moe.dense_experts import Biases, biases_of_images
 from megapromoe.nn.moe.expert_operators import TracedExperts
@@ -41,7 +41,7 @@ def test_a_compiled_gelu_is_torchs(dtype):
     exact = x.detach().double().requires_grad_()
     expected = torch.nn.functional.gelu(exact, approximate="tanh")
     limits = {"atol": 1e-6, "rtol": 1e-6} if dtype != torch.bfloat16 else {"atol": 1e-6, "rtol": 2**-8}
-    value = _CompiledGelu.apply(x)
+    value = CompiledGelu.apply(x)
     gradients = [torch.autograd.grad(y.sum(), t)[0].double() for y, t in ((value, x), (expected, exact))]
     torch.testing.assert_close(value.double(), expected, **limits)
     torch.testing.assert_close(*gradients, **limits)

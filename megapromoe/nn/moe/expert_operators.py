@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megapromoe.nn.activations import gelu_slope, gelu_value, rounded
+from megapromoe.nn.activations import gelu_slope, gelu_value, rounded, widened
 
 
 @torch.library.custom_op("megapromoe::offsets_on_host", mutates_args=())
@@ -100,7 +100,7 @@ class TracedExperts(torch.autograd.Function):
         ctx.grouped, ctx.skips_empty, ctx.has_bias = grouped, skips_empty, bias_EF is not None
         if bias_EF is None:
             return y_RF
-        biased_RF = y_RF.to(_precision(y_RF)) + bias_EF.index_select(0, expert_R)
+        biased_RF = widened(y_RF) + bias_EF.index_select(0, expert_R)
         return rounded(gelu_value(biased_RF) if gelu else biased_RF, y_RF.dtype)
 
     @staticmethod
@@ -110,7 +110,7 @@ class TracedExperts(torch.autograd.Function):
             y_RF, bias_EF = gelu_input
             # Not index_select: torch would keep its result from the forward pass, a bias for each row.
             bias_RF = bias_EF.gather(0, expert_R.unsqueeze(1).expand_as(y_RF))
-            grad_RF = (grad_RF * gelu_slope(y_RF.to(_precision(y_RF)) + bias_RF)).to(grad_RF.dtype)
+            grad_RF = (grad_RF * gelu_slope(widened(y_RF) + bias_RF)).to(grad_RF.dtype)
         grad_x, grad_weight = expert_product_backward(grad_RF, x_RD, weight_EFD, end_E, ctx.grouped, ctx.skips_empty)
         grad_bias = bias_gradient(grad_RF, expert_R, weight_EFD.shape[0]) if ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, *[None] * 5
@@ -120,7 +120,3 @@ def bias_gradient(grad_RF: Tensor, expert_R: Tensor, num_experts: int) -> Tensor
     """The sums (E, F) of the rows of each expert."""
     every_E = torch.arange(num_experts, device=expert_R.device)
     return (expert_R == every_E.unsqueeze(1)).to(grad_RF.dtype) @ grad_RF
-
-
-def _precision(y: Tensor) -> torch.dtype:
-    return torch.promote_types(y.dtype, torch.float32)

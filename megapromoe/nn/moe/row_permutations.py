@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megapromoe.nn.activations import widened
 from megapromoe.nn.moe.expert_operators import bias_gradient
 
 
@@ -185,7 +186,7 @@ class _AddTokenSums(torch.autograd.Function):
         # Of all tokens: a slice of the routed ones would be a copy.
         grad_RD = grad_TD.index_select(0, token_R + first_token if is_shard else token_R)
         grad_y_RD = grad_RD * weight_R.index_select(0, order_R).unsqueeze(1)
-        row_RD = y_RD.to(torch.promote_types(y_RD.dtype, torch.float32))
+        row_RD = widened(y_RD)
         grad_bias = None
         if bias_ED is not None:
             row_RD = row_RD + bias_ED.index_select(0, expert_R)
