@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-# The call returns after a second, while the interpreter ends: an object whose deletion takes longer holds that up.
+# The call returns while the interpreter ends: the deletion of an object, which comes then, answers it and waits.
 ENDING = """
 import os, sys, time
 from datetime import timedelta
@@ -15,14 +15,17 @@ from megapromoe.distributed.process_end import end_if_abandoned
 from megapromoe.distributed.store_channel import StoreChannel
 
 class SlowDeletion:
-    def __init__(self): self.cycle = self
-    def __del__(self): time.sleep(3)
+    def __init__(self, store): self.store = store
+    def __del__(self):
+        self.store.set("anything", "now")
+        time.sleep(60)
 
 class SilentStore:
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
-    def check(self, names): return self.store.wait(["never"], timedelta(seconds=1))
+    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+    def check(self, names): return self.store.wait(names)
 
-slow = SlowDeletion()
+# Deleted with the modules. A variable of this module would not be: the frames of the waiting thread keep them alive.
+sys.modules["slow"] = SlowDeletion(TCPStore("127.0.0.1", SilentStore.store.port, None, False))
 channel = StoreChannel(SilentStore(), 0, 2, timeout=0.1, receive_timeout=1)
 try:
     channel.receive_if_sent("anything")
