@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megapromoe.config.options import TrainConfig
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.engine.fused_update import WIDTH, AdamW, State, fused_adamw_, scalars_of
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megapromoe.checkpoint.weights import MASTER, average_kinds, is_average
 from megapromoe.config.average_decay import constant_share, decay_at
-from megapromoe.config.options import TrainConfig
+from megapromoe.config.train_options import TrainConfig
 
 WARN_ABOVE = 0.05
 _TRAINING_KEYS = ("run", "branch", "recent_norms")  # the manifest of converted weights has none of these

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megapromoe.checkpoint.retention import removable
 from megapromoe.checkpoint.step_folders import StepFolder
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.cost import tensors_on_rank
 
 TRAINING_BYTES = 3 * 4  # per parameter: fp32 master weight and two moments

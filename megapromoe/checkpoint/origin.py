@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megapromoe.checkpoint.manifest import CheckpointError
-from megapromoe.config.options import UNSET, Config, to_dict
+from megapromoe.config.data_options import UNSET
+from megapromoe.config.options import Config, to_dict
 
 # Sections and fields that must not change during a run: the network, the data, the objective, the update.
 # All others may change between starts: the parallel layout, sampling, the number of steps, logging and saving,

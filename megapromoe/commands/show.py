@@ -9,7 +9,8 @@ from dataclasses import fields
 from megapromoe.commands.command_line import positive
 from megapromoe.commands.options import OVERRIDES, config_options, resolve_options
 from megapromoe.config import extensions
-from megapromoe.config.options import UNSET, Config
+from megapromoe.config.data_options import UNSET
+from megapromoe.config.options import Config
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import ConfigError, check, check_trainable, resolve, to_yaml
 from megapromoe.planning.cost import flops_per_image, memory_per_rank, parameters

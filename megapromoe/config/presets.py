@@ -9,7 +9,7 @@ parameters, and the published FID-50K after 500K steps at guidance 1.5. `*t2i*` 
 
 from typing import Any
 
-from megapromoe.config.options import UNSET
+from megapromoe.config.data_options import UNSET
 
 Preset = dict[str, dict[str, Any]]
 

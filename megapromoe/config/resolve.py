@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from megapromoe.config import class_groups, extensions
+from megapromoe.config.data_options import NO_DATA, UNSET
 from megapromoe.config.deepspeed_file import read_deepspeed
-from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError, Rule, sentences, to_dict, world_rules
+from megapromoe.config.options import Config, ConfigError, Rule, sentences, to_dict, world_rules
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.reader import (
     TypedText,

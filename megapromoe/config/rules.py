@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from megapromoe.config import class_groups
+from megapromoe.config.data_options import FIXED_SIZES, UNSET
 from megapromoe.config.expert_placement import AUTO, CONTIGUOUS
 from megapromoe.config.model_options import (
     BIASED_ROUTERS,
@@ -13,8 +14,9 @@ from megapromoe.config.model_options import (
     UNROUTED,
     ModelConfig,
 )
-from megapromoe.config.options import FIXED_SIZES, MAX_PROFILED, UNSET, Config, Rule, TrainConfig
+from megapromoe.config.options import Config, Rule
 from megapromoe.config.reader import nearest, nearest_divisors, nearest_multiples
+from megapromoe.config.train_options import MAX_PROFILED, TrainConfig
 
 
 def rules(config: Config) -> Iterator[Rule]:

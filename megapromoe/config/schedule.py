@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
 from megapromoe.config.reader import as_kind, kind_of
+from megapromoe.config.train_options import TrainConfig
 
 
 def learning_rate(t: TrainConfig, step: int) -> float:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megapromoe.config.data_options import UNSET
 from megapromoe.config.model_options import UNROUTED, ModelConfig
-from megapromoe.config.options import SAMPLING_METHODS, UNSET, Config
+from megapromoe.config.options import SAMPLING_METHODS, Config
 from megapromoe.conversion.stream import ConversionError
 
 Shapes = Mapping[str, tuple[int, ...]]

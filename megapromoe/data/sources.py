@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megapromoe.config.options import NO_DATA, UNSET, Config
+from megapromoe.config.data_options import NO_DATA, UNSET
+from megapromoe.config.options import Config
 from megapromoe.data.caption_batches import CaptionSource, SyntheticCaptions, captions_beside
 from megapromoe.data.datasets import Dataset, DatasetError, Digits, Synthetic, check_dataset
 from megapromoe.data.fashion import FashionMNIST

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
 from megapromoe.engine.matrix_exchange import MatrixExchange
 

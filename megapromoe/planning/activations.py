@@ -8,6 +8,7 @@ Letters as in `cost.py`; b is the size of an activation in bytes. Counts are mea
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megapromoe.config.layout import Layout
 from megapromoe.config.model_options import (
     BALANCED_ROUTERS,
     BATCH_CHOICE_ROUTERS,
@@ -15,7 +16,7 @@ from megapromoe.config.model_options import (
     PROMOE_ROUTERS,
     ModelConfig,
 )
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.cost import (
     TIME_SINUSOIDS,
     tensors_on_rank,

@@ -17,7 +17,8 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config
 from megapromoe.number_text import significant
 from megapromoe.planning.machines import CPU, Assumptions, Machine
 from megapromoe.planning.measurements import (

@@ -10,8 +10,9 @@ from functools import lru_cache
 
 from megapromoe.config import extensions
 from megapromoe.config.deepspeed_file import load_deepspeed
+from megapromoe.config.layout import Layout
 from megapromoe.config.model_options import ModelConfig
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.zero import consecutive_groups, largest_group, scatters_gradients
 
 TIME_SINUSOIDS = 256

@@ -20,7 +20,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from megapromoe.config.options import Config, ConfigError, Layout
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config, ConfigError
 from megapromoe.config.resolve import resolve
 from megapromoe.errors import ExitCode, UserError
 from megapromoe.planning.machines import MACHINES

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megapromoe.config.expert_placement import CONTIGUOUS, smallest_slots
+from megapromoe.config.layout import Layout
 from megapromoe.config.model_options import (
     ModelConfig,
 )
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.activations import saved_tensors, transient
 from megapromoe.planning.cost import (
     OptimizerGroup,

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.activations import saved_tensors
 from megapromoe.planning.cost import (
     Linear,

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from megapromoe.config.deepspeed_file import find_ds_configs
-from megapromoe.config.options import Config, ConfigError, Layout
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config, ConfigError
 from megapromoe.config.resolve import check
 from megapromoe.errors import UserError
 from megapromoe.planning.machines import GIB, Assumptions, Machine

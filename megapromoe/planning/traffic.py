@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
+from megapromoe.config.layout import Layout
 from megapromoe.config.model_options import BALANCED_ROUTERS, ModelConfig
-from megapromoe.config.options import Config, Layout
+from megapromoe.config.options import Config
 from megapromoe.planning.cost import expert_elements, hidden_matrices, layers, optimizer_groups, tensors_on_rank
 from megapromoe.planning.zero import Zero, scatters_gradients, zero_of
 

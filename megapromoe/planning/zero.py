@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megapromoe.config.deepspeed_file import load_deepspeed
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 
 LARGEST_EXPERT_GROUP = 178_956_971
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megapromoe.config.options import UNSET, Config
+from megapromoe.config.data_options import UNSET
+from megapromoe.config.options import Config
 from megapromoe.data.sources import open_captions, open_dataset, open_teacher_features
 from megapromoe.distributed.store_channel import StoreChannel
 from megapromoe.io import staging_path, write_bytes

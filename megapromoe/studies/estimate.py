@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapromoe.config.options import UNSET
+from megapromoe.config.data_options import UNSET
 from megapromoe.planning.cost import memory_per_rank, parameters
 from megapromoe.studies import markdown
 from megapromoe.studies.evaluations import Evaluation

@@ -32,7 +32,8 @@ from typing import Any
 import yaml
 
 from megapromoe.checkpoint.run_directory import RunDirectory
-from megapromoe.config.options import NO_DATA, UNSET, Config, ConfigError
+from megapromoe.config.data_options import NO_DATA, UNSET
+from megapromoe.config.options import Config, ConfigError
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.config.strict_yaml import read_yaml

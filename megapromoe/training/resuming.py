@@ -18,7 +18,8 @@ from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.snapshots import remove_later
 from megapromoe.checkpoint.step_folders import MAIN, step_folders
 from megapromoe.checkpoint.weights import MASTER
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.distributed.agreement import broadcast_from_rank0, raising_together, this_rank
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megapromoe.checkpoint.average import Average, average_metadata, averages_at_start, averages_of
-from megapromoe.config.options import TrainConfig
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.engine.step_result import StepResult
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from megapromoe.checkpoint.run_directory import RunDirectory
 from megapromoe.checkpoint.step_folders import folder_of
+from megapromoe.config.data_options import UNSET
 from megapromoe.config.deepspeed_file import load_deepspeed
 from megapromoe.config.extensions import shown
-from megapromoe.config.options import UNSET, Config
+from megapromoe.config.options import Config
 from megapromoe.number_text import clock_text, significant
 from megapromoe.planning.cost import flops_per_image, parameters
 from megapromoe.planning.memory import placement_in_words

@@ -17,8 +17,8 @@ from support.training_runs import losses, state, train
 import megapromoe.training.loop as loop
 from megapromoe.checkpoint.format import KINDS, Checkpoint, CheckpointError
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
-from megapromoe.config.options import TrainConfig
 from megapromoe.config.renamed_options import RENAMED
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 

@@ -14,7 +14,8 @@ from support.published_run import FullTensors
 from torch import Tensor
 
 from megapromoe.checkpoint.manager import restore
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.distributed.mesh import make_mesh
 from megapromoe.engine.averaged_weights import EMA

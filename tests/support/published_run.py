@@ -4,7 +4,8 @@ import torch
 from support.golden_cases import config_of, null_last, tensors_of
 
 from megapromoe.checkpoint.manager import restore
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.conversion.published_names import from_published
 from megapromoe.diffusion.objectives import RectifiedFlow
 from megapromoe.distributed.mesh import make_mesh

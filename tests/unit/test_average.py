@@ -9,9 +9,10 @@ import torch
 
 from megapromoe.checkpoint.average import Average, averages_at_start, averages_of, share_in_words
 from megapromoe.config.average_decay import decay_at
-from megapromoe.config.options import Config, TrainConfig, to_dict
+from megapromoe.config.options import Config, to_dict
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.training.step_tracker import StepTracker
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from megapromoe.config.deepspeed_file import find_ds_configs, load_deepspeed
-from megapromoe.config.options import Config, ConfigError, Layout, to_dict
+from megapromoe.config.layout import Layout
+from megapromoe.config.options import Config, ConfigError, to_dict
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import check, check_trainable, resolve, to_yaml
 

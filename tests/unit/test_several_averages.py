@@ -22,8 +22,9 @@ from megapromoe.checkpoint.manifest import CheckpointError, seal
 from megapromoe.checkpoint.step_folders import folder_of
 from megapromoe.checkpoint.weights import UnknownWeights, kind_of, read_weights_choice
 from megapromoe.cli import main
-from megapromoe.config.options import Config, ConfigError, TrainConfig, to_dict
+from megapromoe.config.options import Config, ConfigError, to_dict
 from megapromoe.config.resolve import resolve, to_yaml
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
 from megapromoe.diffusion.image_grid import SampleError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megapromoe.config.options import TrainConfig
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.engine.step_result import StepResult, votes_of
 from megapromoe.training.step_tracker import SaveClock, StepTracker
 

@@ -9,7 +9,7 @@ import pytest
 
 from megapromoe.cli import parse
 from megapromoe.commands.sample import generation_request
-from megapromoe.config.options import UNSET
+from megapromoe.config.data_options import UNSET
 from megapromoe.config.presets import PRESETS
 from megapromoe.config.resolve import resolve, to_yaml
 from megapromoe.data.sources import open_dataset

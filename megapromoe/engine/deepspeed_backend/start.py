@@ -18,7 +18,8 @@ from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 
-from megapromoe.config.options import Config, TrainConfig
+from megapromoe.config.options import Config
+from megapromoe.config.train_options import TrainConfig
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.deepspeed_backend.internals import GROUP_TABLES, check_version
 from megapromoe.engine.muon import HIDDEN_MATRICES, MuonAndAdamW, hidden_parameters
