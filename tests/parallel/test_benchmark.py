@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
+from support.backends import benchmarks_without_inductor
 from support.processes import run
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
@@ -17,9 +19,7 @@ from megapromoe.benchmark.layer import BenchmarkError, Settings, first_layer
 from megapromoe.benchmark.timed_case import TimedCase
 from megapromoe.benchmark.updates import make_update
 from megapromoe.distributed import mesh
-from megapromoe.engine import fused_update
 from megapromoe.nn import MoE
-from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe.auxiliary import auxiliary_losses
 
 CPU = torch.device("cpu")
@@ -187,18 +187,15 @@ def test_kept_memory_is_not_fetched_page_by_page():
     assert kept == "False" or int(faults) < 50, result.stdout
 
 
-def test_whole_models_are_compiled_alike(monkeypatch):
+def test_whole_models_are_compiled_alike():
     """With `compile` the model of each contender is compiled before it is measured."""
-    compiled, before = [], counters["stats"]["unique_graphs"]
-
-    def by_graph(model):
-        compiled.append(type(model.blocks[1].mlp).__name__)
-        compile_model(model, "aot_eager")
-
-    functions = fused_update.compile_functions("aot_eager", dynamic=True)
-    monkeypatch.setattr(models, "compile_model", by_graph)
-    monkeypatch.setattr(fused_update, "compiled_functions", lambda: functions)
-    figures = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
+    before = counters["stats"]["unique_graphs"]
+    with (
+        benchmarks_without_inductor(),
+        patch.object(models, "compile_model", side_effect=models.compile_model) as compile_model,
+    ):
+        figures = models.measure_step(DIGITS, "real", settings(compile=True, rounds=1))["contenders"]
+    compiled = [type(call.args[0].blocks[1].mlp).__name__ for call in compile_model.call_args_list]
     assert compiled == ["MoE", "Loop", "Mlp"]
     assert all(f["counts"]["total"]["kernels"] > 300 for f in figures.values())  # counted in eager mode
     assert counters["stats"]["unique_graphs"] - before >= 5  # each model's embedding, attention, residual, ...

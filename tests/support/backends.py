@@ -1,8 +1,12 @@
-"""Both implementations of experts on a CPU, which loops over them by default, like GPUs without grouped products."""
+"""Implementations that a CPU does not use by default: grouped products of experts, and graphs without inductor."""
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from unittest.mock import patch
 
+from megapromoe.benchmark import models
+from megapromoe.engine import fused_update
+from megapromoe.nn.compile import compile_model
 from megapromoe.nn.moe import dispatcher, expert_linear
 
 
@@ -18,3 +22,14 @@ def grouped():
 
 BACKENDS = {"looped": nullcontext, "grouped": grouped}
 """name -> context in which experts use this implementation."""
+
+
+@contextmanager
+def benchmarks_without_inductor():
+    """Within it compiled steps of benchmarks run operator by operator: inductor takes a minute for each."""
+    functions = fused_update.compile_functions("aot_eager", dynamic=True)
+    with (
+        patch.object(models, "compile_model", partial(compile_model, backend="aot_eager")),
+        patch.object(fused_update, "compiled_functions", lambda: functions),
+    ):
+        yield
