@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from itertools import chain
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,7 +16,7 @@ from megapromoe.plot_styles import Style
 from megapromoe.plot_text import literal
 from megapromoe.studies.curves import figures, titled
 from megapromoe.studies.figure_tables import mean_figures
-from megapromoe.studies.image_plots import plot_label, styles_of
+from megapromoe.studies.image_plots import of_shared_seeds, plot_label, styles_of
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import Rows, first_figure, groups
 
@@ -25,14 +26,16 @@ TITLE_LETTERS = 12.5  # of the size of the title, in an inch
 
 
 def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
-    """The first figure against steps, a panel for each guidance scale: mean over seeds, of a few models
-    with its 95 % interval.
+    """The first figure against steps, a panel for each guidance scale: mean over the seeds that all models have, of a
+    few models with its 95 % interval.
 
     None where no model was evaluated at two steps. The baseline is black.
     """
     first, done = first_figure(rows), {row["task"] for row in rows}
-    figure_rows = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
-    means = [row for row in mean_figures(figure_rows, study.recipe) if titled(row) == first]
+    all_figures = [figure for task in study.tasks if task.name in done for figure in figures(study, task)]
+    shared, seeds = of_shared_seeds(groups([row for row in all_figures if titled(row) == first], study.recipe))
+    figure_rows = list(chain.from_iterable(shared.values()))
+    means = mean_figures(figure_rows, study.recipe)
     curves: dict[float, dict[tuple[str, tuple], list[dict[str, Any]]]] = {}
     for key in groups(figure_rows, study.recipe):
         for row in means:
@@ -74,9 +77,9 @@ def draw_evaluations(study: Study, rows: Rows) -> Figure | None:
         handlelength=3.2,
     )
     bands = any(ax.collections for ax in panels)
-    seeds = "; bands: 95 % intervals over seeds" if bands else f"; mean of {max(row['seeds'] for row in means)} seeds"
     better = "higher" if is_score else "lower"
-    title = f"Sampled images over training, {study.recipe.weights} weights, {better} is better{seeds}"
+    title = f"Sampled images over training, {study.recipe.weights} weights, {better} is better; {seeds}"
+    title += "; bands: 95 % intervals over seeds" if bands else ""
     figure.suptitle(textwrap.fill(title, int(TITLE_LETTERS * figure.get_figwidth())), fontsize=10)
     return figure
 

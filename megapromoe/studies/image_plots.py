@@ -30,17 +30,19 @@ Styles = dict[tuple[str, tuple], Style]
 def draw_images(study: Study, rows: Rows) -> Figure | None:
     """Training loss over steps, and the first evaluated metric at each guidance scale; None without results.
 
-    A third panel shows the figure over training, if all seeds of some model were evaluated at two steps or more. Where
-    the recipe names a baseline, what is drawn over steps is shown as a multiple of the baseline's at the same step.
+    A third panel shows the figure over training, if all seeds of some model were evaluated at two steps or more. Curves
+    over steps are means of the seeds that all models have. Where the recipe names a baseline, they are shown as
+    multiples of the baseline's at the same step.
     """
     first = first_figure(rows)
     if first is None:
         return None
     everything = groups(rows, study.recipe)
+    shared, seeds = of_shared_seeds(everything)
     styles = styles_of(study, everything)
     done = {row["task"] for row in rows}
     curves = curves_of((row for task in study.tasks if task.name in done for row in figures(study, task)), first)
-    means = {key: curves.mean([row["task"] for row in group]) for key, group in everything.items()} if curves else {}
+    means = {key: curves.mean([row["task"] for row in group]) for key, group in shared.items()} if curves else {}
     third = any(len(mean) > 1 for mean in means.values())
 
     panels: dict[str, Axes | SubFigure]
@@ -56,10 +58,10 @@ def draw_images(study: Study, rows: Rows) -> Figure | None:
             figure.subplot_mosaic([["losses", "course"], ["ends", "ends"]] if third else [["losses", "ends"]])
         )
     FigureCanvasAgg(figure)  # without pyplot, which would keep all figures in memory
-    drawn = [_draw_losses(panels["losses"], study, everything, styles)]
+    drawn = [_draw_losses(panels["losses"], study, shared, styles, seeds)]
     _draw_ends(panels["ends"], rows, first, everything, styles)
     if third and curves is not None:
-        drawn.append(_draw_course(panels["course"], curves, means, styles, study.recipe.baseline))
+        drawn.append(_draw_course(panels["course"], curves, means, styles, study.recipe.baseline, seeds))
     for axes in drawn:
         name_ends(axes)
     return figure
@@ -74,7 +76,20 @@ def styles_of(study: Study, keys: Iterable[tuple[str, tuple]]) -> Styles:
     return assign_families(list(keys), baseline)
 
 
-def _draw_losses(place: Axes | SubFigure, study: Study, everything: Groups, styles: Styles) -> list[Axes]:
+def of_shared_seeds(everything: Groups) -> tuple[Groups, str]:
+    """The rows of the seeds that every model has, so that their means compare the same seeds, and words for a title.
+
+    All rows if there is no such seed.
+    """
+    seeds = [{row["seed"] for row in group} for group in everything.values()]
+    shared = set.intersection(*seeds) if seeds else set()
+    if not shared:
+        return everything, "mean of the seeds that each model has"
+    kept = {key: [row for row in group if row["seed"] in shared] for key, group in everything.items()}
+    return kept, f"mean of {len(shared)} seeds" if len(shared) > 1 else f"seed {min(shared)}"
+
+
+def _draw_losses(place: Axes | SubFigure, study: Study, everything: Groups, styles: Styles, seeds: str) -> list[Axes]:
     tasks = {task.name: task for task in study.tasks}
     curves = {key: _curve(metrics(study.run(tasks[row["task"]])) for row in group) for key, group in everything.items()}
     base = next(
@@ -85,7 +100,7 @@ def _draw_losses(place: Axes | SubFigure, study: Study, everything: Groups, styl
         relative = [loss / base.get(step, 1.0) for step, loss in zip(steps, losses, strict=True)]
         lines.append(Curve(list(steps), relative, plot_label(*key), styles[key]))
     label = f"denoising loss{f' / that of {_name(study.recipe.baseline)}' if base else ''}"
-    title = f"training, mean of the seeds and of {SMOOTH} logged values"
+    title = f"training, {seeds}, mean of {SMOOTH} logged values"
     return draw_curves(place, lines, title, lambda ax: ax.set(xlabel="step", ylabel=label))
 
 
@@ -113,6 +128,7 @@ def _draw_course(
     means: dict[tuple[str, tuple], dict[int, float]],
     styles: Styles,
     baseline: str | None,
+    seeds: str,
 ) -> list[Axes]:
     base = next((mean for key, mean in means.items() if key[0] == baseline and len(mean) > 1), None)
     is_score = higher_is_better(curves.figure)
@@ -123,7 +139,7 @@ def _draw_course(
         points = {step: value / base[step] for step, value in mean.items() if step in base} if base else mean
         if points:
             lines.append(Curve(list(points), list(points.values()), plot_label(*key), styles[key]))
-    title = f"over training, mean of the seeds; guidance {curves.guidance:g}"
+    title = f"over training, {seeds}; guidance {curves.guidance:g}"
     label = literal(curves.figure)
     if base:  # relative to the baseline: metrics fall by a large factor, while models differ little
         label += f"\n/ that of {_name(baseline)}"

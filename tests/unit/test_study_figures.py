@@ -89,6 +89,21 @@ def test_scores_may_be_zero_and_are_better_if_higher(study, capsys):
     assert "right pictures, overall, 200 images: mean ± half" in (study.folder / "results.md").read_text()
 
 
+def test_curves_are_means_of_the_seeds_that_all_models_have(study):
+    """Seeds differ by more than models do: a model whose second seed is missing would look better."""
+    done = [row for row in rows(study) if row["seed"] == 0 or row["variant"] == "promoe"]
+    (ax, _) = draw_evaluations(study, done).axes
+    (of_first_seeds, _) = draw_evaluations(study, [row for row in done if row["seed"] == 0]).axes
+    for line, expected in zip(ax.lines, of_first_seeds.lines, strict=True):
+        assert line.get_xydata().tolist() == expected.get_xydata().tolist()
+    assert "lower is better; seed 0" in ax.figure._suptitle.get_text()
+    titles = [ax.get_title() for ax in draw_images(study, done).axes]
+    assert any("training, seed 0" in title for title in titles) and not any("mean of the" in title for title in titles)
+    apart = [row for row in done if row["seed"] == (row["variant"] == "promoe")]
+    text = draw_evaluations(study, apart).get_suptitle().replace("\n", " ")
+    assert "mean of the seeds that each model has" in text
+
+
 def test_one_step_makes_no_picture_of_curves(tmp_path):
     study = finished(tmp_path, evaluated({"num": 200, "steps": 4, "features": "digits", "guidance": [1.0]}))
     for task in study.tasks:
