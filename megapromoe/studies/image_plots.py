@@ -100,7 +100,7 @@ def _draw_losses(place: Axes | SubFigure, study: Study, everything: Groups, styl
         relative = [loss / base.get(step, 1.0) for step, loss in zip(steps, losses, strict=True)]
         lines.append(Curve(list(steps), relative, plot_label(*key), styles[key]))
     label = f"denoising loss{f' / that of {_name(study.recipe.baseline)}' if base else ''}"
-    title = f"training, {seeds}, mean of {SMOOTH} logged values"
+    title = f"training, {seeds}; smoothed over {SMOOTH} logged values"
     return draw_curves(place, lines, title, lambda ax: ax.set(xlabel="step", ylabel=label))
 
 
