@@ -21,7 +21,7 @@ from megapromoe.studies.collect import LOSS, TAIL
 from megapromoe.studies.difference_plot import draw_differences
 from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.fit import SPAN, PowerLaw
-from megapromoe.studies.image_plots import Groups, Styles, draw_images, plot_label, styles_of
+from megapromoe.studies.image_plots import Groups, Styles, draw_images, of_shared_seeds, plot_label, styles_of
 from megapromoe.studies.json_files import metrics
 from megapromoe.studies.study import Study
 from megapromoe.studies.tables import EXPERTS, Rows, fits, groups, mean_of
@@ -95,7 +95,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
         return None
     spread = [row["training_flops"] for row in rows]
     varies = max(spread) >= SPAN * min(spread)
-    everything = groups(rows, study.recipe)
+    everything, seeds = of_shared_seeds(groups(rows, study.recipe))
     heights = [height_of(len(everything)), 4.6]
     if not varies:  # at equal compute the second panel would show one x only
         figure, (left,) = _parts([heights[0]], stacked=True)
@@ -118,7 +118,7 @@ def draw_compute(study: Study, rows: Rows) -> Figure | None:
     def finish(ax: Axes) -> None:
         label_log_axis(ax, "x")
         label_log_axis(ax, "y")
-        ax.set(xlabel="training operations so far (FLOPs)", ylabel="denoising loss in training (mean over seeds)")
+        ax.set(xlabel="training operations so far (FLOPs)", ylabel=f"denoising loss in training ({seeds})")
 
     title = "Along the training" if varies else f"Along the training; {_equal_operations(min(spread), max(spread))}"
     name_ends(draw_curves(left, lines, title, finish))
@@ -162,7 +162,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
     rows = [row for row in rows if row["experts"]]
     if not rows:
         return None
-    everything = groups(rows, study.recipe)
+    everything, seeds = of_shared_seeds(groups(rows, study.recipe))
     stacked = len(everything) > MAX_LINES
     figure, parts = _parts([height_of(len(everything), 4.6)] * 3, stacked=stacked)
     tasks, styles = {task.name: task for task in study.tasks}, styles_of(study, everything)
@@ -199,7 +199,7 @@ def draw_routing(study: Study, rows: Rows) -> Figure | None:
 
     draw_curves(parts[0], lines[0], "Dead experts, within each logged interval", finish_dead)
     draw_curves(parts[1], lines[1], "Evenness of the load", finish_evenness)
-    panels = draw_curves(parts[2], lines[2], "Load at the end, mean of layers and seeds", finish_load)
+    panels = draw_curves(parts[2], lines[2], f"Load at the end, mean of layers; {seeds}", finish_load)
     if not stacked:
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False, handlelength=3.2)

@@ -1,6 +1,7 @@
 """Figures of drawn images in a study: means over seeds, curves, and why a file that is promised is not there."""
 
 import csv
+import json
 
 import pytest
 from matplotlib.colors import to_rgb
@@ -8,9 +9,12 @@ from support.image_evaluations import evaluated, record, write
 from support.small_studies import finished, recipe, rows
 
 from megapromoe.cli import main
+from megapromoe.run_lines import DENOISING_LOSS
 from megapromoe.studies.evaluation_plots import draw_evaluations
 from megapromoe.studies.figure_tables import mean_figures
 from megapromoe.studies.image_plots import draw_images
+from megapromoe.studies.json_files import metrics
+from megapromoe.studies.plots import draw_compute, draw_routing
 
 # ---- what is made of them
 
@@ -91,7 +95,12 @@ def test_scores_may_be_zero_and_are_better_if_higher(study, capsys):
 
 def test_curves_are_means_of_the_seeds_that_all_models_have(study):
     """Seeds differ by more than models do: a model whose second seed is missing would look better."""
-    done = [row for row in rows(study) if row["seed"] == 0 or row["variant"] == "promoe"]
+    for task in study.tasks:
+        lines = metrics(study.run(task))
+        for line in lines:
+            line |= {name: line[name] + task.seed for name in (DENOISING_LOSS, "dead_experts") if name in line}
+        (study.run(task) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = [row for row in rows(study) if row["seed"] == 0 or row["experts"] == 2]
     (ax, _) = draw_evaluations(study, done).axes
     (of_first_seeds, _) = draw_evaluations(study, [row for row in done if row["seed"] == 0]).axes
     for line, expected in zip(ax.lines, of_first_seeds.lines, strict=True):
@@ -99,6 +108,10 @@ def test_curves_are_means_of_the_seeds_that_all_models_have(study):
     assert "lower is better; seed 0" in ax.figure._suptitle.get_text()
     titles = [ax.get_title() for ax in draw_images(study, done).axes]
     assert any("training, seed 0" in title for title in titles) and not any("mean of the" in title for title in titles)
+    for draw in (draw_compute, draw_routing):
+        drawn = [draw(study, chosen).axes[0].lines for chosen in (done, [row for row in done if row["seed"] == 0])]
+        for line, expected in zip(*drawn, strict=True):
+            assert line.get_xydata().tolist() == expected.get_xydata().tolist()
     apart = [row for row in done if row["seed"] == (row["variant"] == "promoe")]
     text = draw_evaluations(study, apart).get_suptitle().replace("\n", " ")
     assert "mean of the seeds that each model has" in text
