@@ -346,9 +346,10 @@ def test_figures_over_training_are_multiples_of_the_baselines():
     means = {("promoe", ()): {1: 30.0, 2: 9.0, 3: 1.0}, ("dense", ()): {1: 20.0, 2: 10.0}}
     styles = assign(list(means), ("dense", ()))
     ax = Figure().subplots()
-    _draw_course(ax, curves, means, styles, "dense")
+    _draw_course(ax, curves, means, styles, "dense", "mean of 2 seeds")
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[1, 1.5], [2, 0.9]], [[1, 1.0], [2, 1.0]]]
-    assert ax.get_title().endswith("dense: 20, 10") and ax.get_ylabel().endswith("/ that of dense")
+    assert ax.get_title() == "over training, mean of 2 seeds; guidance 1.5; dense: 20, 10"
+    assert ax.get_ylabel().endswith("/ that of dense")
 
 
 def test_one_step_makes_no_curve(tmp_path, capsys):
