@@ -171,6 +171,7 @@ def test_equal_products_of_dense_and_experts():
     )  # backward has twice the FLOPs, except of the sums
 
 
+@pytest.mark.full
 def test_kept_memory_is_not_fetched_page_by_page():
     """In another process, because the setting holds for the rest of a process."""
     program = (
@@ -187,6 +188,7 @@ def test_kept_memory_is_not_fetched_page_by_page():
     assert kept == "False" or int(faults) < 50, result.stdout
 
 
+@pytest.mark.full
 def test_whole_models_are_compiled_alike():
     """With `compile` the model of each contender is compiled before it is measured."""
     before = counters["stats"]["unique_graphs"]

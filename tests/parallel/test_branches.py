@@ -45,6 +45,7 @@ def board(folder) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars("total_loss")}
 
 
+@pytest.mark.full
 def test_a_branch_is_stopped_and_resumed_by_the_same_command(tmp_path):
     folder = tmp_path / "run"
     branch = ("train.lr=1e-3", "train.steps=40")

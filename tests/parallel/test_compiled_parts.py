@@ -96,6 +96,7 @@ def test_parts_compute_the_same_and_are_compiled_once(world, graphs, overrides, 
         assert experts_choose or result["unused"], "no expert was without tokens"
 
 
+@pytest.mark.full
 def test_blocks_with_other_experts_on_a_rank_share_the_graphs():
     """The slots of experts are a table, not a constant of the graph."""
     for experts, graphs, placements in (
@@ -145,6 +146,7 @@ def order_of_events(overrides: tuple[str, ...]) -> tuple[list[str], list[str]]:
 BACKWARD = ["end", "rows", "dense", "wait", "outputs", "rows", "hidden", "wait", "begin"]
 
 
+@pytest.mark.full
 def test_the_same_work_overlaps_messages_as_without_compilation():
     """See `test_dispatch.py`: counts, the way back and both all-to-alls of gradients overlap the dense experts."""
     for forward, backward in run(2, order_of_events, ()):

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from support.backends import BACKENDS, grouped
+from support.levels import full
 from support.processes import run
 from support.trajectory import small
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,7 +239,7 @@ STEP = {
 }
 
 
-@pytest.mark.parametrize("world, file", STEP)
+@pytest.mark.parametrize("world, file", [case if case[0] == 1 else full(*case) for case in STEP])
 def test_a_step_launches_and_allocates_no_more(world, file):
     """Includes the buffers of messages and DeepSpeed's hooks; `world` is the number of ranks and ep."""
     for rank in counted(world):

@@ -121,7 +121,7 @@ def test_offload_to_the_host_trains_as_a_plain_file(stage, pin, plain, tmp_path)
         full(2, {"check_grad_overflow": False}),
         full(3, {"check_grad_overflow": False}),
         full(2, {"grad_accum_dtype": "fp32"}),
-        (2, {"grad_accum_dtype": "bf16"}),
+        full(2, {"grad_accum_dtype": "bf16"}),
         full(1, {"communication_data_type": "bf16"}),
         full(2, {"communication_data_type": "fp32"}),
         full(3, {"communication_data_type": "fp32"}),

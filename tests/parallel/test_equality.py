@@ -4,8 +4,8 @@ Per-step losses and clip norms, all gradients of the first step, parameters and 
 fp32: ‖a-b‖ ≤ 1e-5·‖b‖ + 1e-6·‖everything‖ per tensor. Some gradients are zero by mathematics (an attention key's bias)
 and Adam would turn their rounding noise into full steps, so the runs use eps 1e-3, which damps that. The clip norm is
 active in every run. `make equality` writes the table of the largest deviations, 1.0 being the limit. The quick level
-runs every pair of values of two options that the matrix has, and of an option and a layout; of layouts it tells apart
-whether tensors, experts and parameters (ZeRO-3) are divided.
+runs every value of every option that the matrix has, and every pair of two ways to divide a model: dense tensors,
+experts, tensors of experts, parameters (ZeRO-3).
 """
 
 import math
@@ -13,12 +13,13 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from support.backends import grouped
-from support.levels import factors_of, full_unless, pairwise
+from support.levels import covering, full_unless
 from support.page_sections import write_section
 from support.placements import placement_file
 from support.processes import run
@@ -187,7 +188,7 @@ OPTIONS = [
     Case(4, tp=2, ep=2, expert_tp=True, zero=0, what=("model.activation=swiglu", "model.qk_norm=rms"), grouped=True),
 ]
 
-# Texts of 0 to 5 tokens. The first case is quick.
+# Texts of 0 to 5 tokens.
 TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "model.text_width=6")
 TEXT = (*TEXT, "model.text_tokens=5")
 WITH_FFN = (*TEXT, *ALL_OPTIONS, "model.text_ffn=24")
@@ -203,7 +204,7 @@ TEXTS = [
 ]
 
 
-# Muon for hidden matrices, which ZeRO's partitions cut. The first case is quick.
+# Muon for hidden matrices, which ZeRO's partitions cut.
 MUON = ("train.optimizer=muon", "train.muon_lr=0.02", "train.weight_decay=0.1")
 MUON_CASES = [
     Case(4, ep=2, zero=1, what=(*MUON, *SEVERAL)),
@@ -237,7 +238,7 @@ ROUTERS = [
 ]
 
 
-# Separate experts for null images without a router. The first case is quick.
+# Separate experts for null images without a router.
 CONDITIONAL = ("model.router=conditional",)
 CONDITIONALS = [
     Case(2, tp=2, zero=2, what=CONDITIONAL),
@@ -248,7 +249,7 @@ CONDITIONALS = [
 ]
 
 
-# Routers that score the normalised tokens. The first case is quick.
+# Routers that score the normalised tokens.
 UNMODULATED = ("model.router_input=unmodulated",)
 ROUTER_INPUTS = [
     Case(4, tp=2, ep=2, zero=2, what=UNMODULATED, recompute="blocks"),
@@ -270,7 +271,7 @@ FINE_GRAINED = [
 ]  # fmt: skip
 
 
-# Experts on any ranks, in uneven numbers. The first case is quick.
+# Experts on any ranks, in uneven numbers.
 PLACED = [
     Case(4, ep=4, zero=2, what=TWELVE, placed=True),
     Case(4, tp=2, ep=2, zero=3, what=(*TWELVE, *TWICE), recompute="all", placed=True),
@@ -283,7 +284,7 @@ PLACED = [
 ]
 
 
-# States that are divided over some of the ranks. The first case is quick: dp 2 x 2 and edp 2 x 2.
+# States that are divided over some of the ranks. The first case: dp 2 x 2 and edp 2 x 2.
 SHARDS = [
     Case(4, zero=2, what=TWICE, shard=2),
     Case(4, ep=2, zero=1, what=TWELVE, shard=2),
@@ -300,7 +301,7 @@ SHARDS = [
 ]
 
 
-# Copies of experts, among them of the one that gets every token. The first case is quick.
+# Copies of experts, among them of the one that gets every token.
 COPIED = [
     Case(4, ep=4, zero=2, what=TWELVE, copies=True),
     Case(4, tp=2, ep=2, zero=1, what=(*TWELVE, *TWICE), recompute="all", copies=True),
@@ -318,19 +319,24 @@ COPIED = [
 ]
 
 
-def quick_factors(case: Case) -> dict[str, Hashable]:
-    """The options of a case, with layouts that divide the same things taken for one."""
-    divided = {"parallel.tp": case.tp > 1, "parallel.ep": case.ep > 1, "train.deepspeed": case.zero == 3}
-    return factors_of(case.overrides(), prepare=case.prepare, grouped=case.grouped) | divided
-
-
-QUICK = pairwise([quick_factors(case) for case in CASES])
-QUICK += [len(CASES), len(CASES) + len(OPTIONS), len(CASES) + len(OPTIONS) + len(TEXTS)]
-CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES, *ROUTERS]
-QUICK += [len(CASES), len(CASES) + len(CONDITIONALS)]
-CASES += [*CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
-QUICK += [len(CASES), len(CASES) + len(PLACED), len(CASES) + len(PLACED) + len(SHARDS)]
+CASES += [*OPTIONS, *TEXTS, *MUON_CASES, *RECIPES, *ROUTERS, *CONDITIONALS, *ROUTER_INPUTS, *FINE_GRAINED]
 CASES += [*PLACED, *SHARDS, *COPIED]
+
+
+def values_of(case: Case) -> set[Hashable]:
+    """What the quick level needs of a case: the value of each option, and pairs of the ways to divide the model."""
+    divided = (("tp", case.tp > 1), ("ep", case.ep > 1), ("expert_tp", case.expert_tp), ("ZeRO-3", case.zero == 3))
+    more = ("prepare", case.prepare), ("recompute", case.recompute), ("zero", case.zero), ("grouped", case.grouped)
+    placed = ("placed", case.placed), ("copies", case.copies), ("shard", case.shard > 0)
+    return {*case.what, *more, *placed, *combinations(divided, 2)}
+
+
+def cost_of(case: Case) -> float:
+    """Seconds of a processor, roughly: of the ranks, and of the one process that they are compared with."""
+    return case.world * (2.5 if case.zero == 3 else 1.0) + 1.5
+
+
+QUICK = covering([values_of(case) for case in CASES], [cost_of(case) for case in CASES])
 
 
 @cache

@@ -26,6 +26,7 @@ def real_digits(file: Path, count: int = 1797) -> np.ndarray:
     return images
 
 
+@pytest.mark.full
 def test_real_digits_are_as_good_as_real_digits(tmp_path, trained):
     real_digits(tmp_path / "real.npz")
     (record,) = image_metrics.evaluate(Evaluation(None, tmp_path / "real.npz", "digits"), ALONE)

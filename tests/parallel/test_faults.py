@@ -99,6 +99,7 @@ def spoil(file: Path) -> None:
     file.write_bytes(bytes(data))
 
 
+@pytest.mark.full
 def test_the_newest_whole_checkpoint_is_used(copied, tmp_path, fault_table):
     straight, spoilt = tmp_path / "straight", copied
     run(2, train, str(straight), "parallel.ep=2", "train.steps=9")
@@ -192,6 +193,7 @@ def without_room(folder: str, steps: int, room: int) -> None:
     train(folder, "parallel.ep=2", f"train.steps={steps}", "train.save_every=1", "train.max_failed_saves=3")
 
 
+@pytest.mark.full
 def test_a_full_disk_is_reported_and_training_continues_up_to_a_limit(tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match=r"3 checkpoints in a row .* no room, need [\d,]+ bytes, have 1,000"):
         run(2, without_room, str(tmp_path), 9, 1000)
@@ -261,7 +263,7 @@ def failing(folder: str, place: str, kind: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize(
-    "place, kind", [("commit", TypeError), ("commit", SystemExit), full("write_rank", MemoryError)]
+    "place, kind", [("commit", TypeError), full("commit", SystemExit), full("write_rank", MemoryError)]
 )
 def test_a_save_that_fails_in_any_way_is_a_failed_save(place, kind, tmp_path, fault_table):
     with pytest.raises(WorkerFailed, match="2 checkpoints in a row were not saved"):
@@ -282,6 +284,7 @@ def not_removable(folder: str) -> None:
     train(folder, "parallel.ep=2", "train.save_every=1", "train.keep_last=1")
 
 
+@pytest.mark.full
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path):
     run(2, not_removable, str(tmp_path))
     assert steps_in(tmp_path / "checkpoints")[-1] == 6

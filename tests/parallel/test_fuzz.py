@@ -12,7 +12,7 @@ from support.fuzz_program import (
     text_tallies,
 )
 
-LEVELS = [(200, 40), pytest.param(1000, 120, marks=pytest.mark.full)]
+LEVELS = [(60, 40), pytest.param(1000, 120, marks=pytest.mark.full)]
 """Flips of the most important targets and of the others; 40 bring one damage of each kind that is no flip."""
 
 

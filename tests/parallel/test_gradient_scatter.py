@@ -46,7 +46,7 @@ def test_a_rank_gets_its_part_of_the_sum(world, dtype):
 @pytest.mark.parametrize(
     "zero, overlap, what",
     [
-        (1, True, ("parallel.ep=2", "train.accumulation=2")),
+        full(1, True, ("parallel.ep=2", "train.accumulation=2")),
         (2, True, ("parallel.ep=2", "train.accumulation=2")),
         full(1, False, ("parallel.ep=2",)),
         full(2, False, ("parallel.ep=2",)),
@@ -74,7 +74,7 @@ def test_training_equals_that_of_an_all_reduce(tmp_path, zero, overlap, what):
         assert deviation(getattr(scattered, kind), getattr(reduced, kind))[0] <= 1, kind
 
 
-@pytest.mark.parametrize("zero, top", [(1, {}), full(2, {"data_types": {"grad_accum_dtype": "fp32"}})])
+@pytest.mark.parametrize("zero, top", [full(1, {}), full(2, {"data_types": {"grad_accum_dtype": "fp32"}})])
 def test_training_in_bf16_is_near_that_of_an_all_reduce(tmp_path, zero, top):
     """Gradients within the rounding of bfloat16, 2^-8, which an all-reduce does after each addition."""
     results = []

@@ -32,10 +32,10 @@ CASES = [
     full((8, 1, 8, 1), (4, 1, 4, 3)),  # 12 experts: 2 or 1 a rank -> 3 a rank
     full((4, 2, 2, 1, "parallel.expert_tp=true"), (4, 2, 2, 1)),
     full((2, 1, 1, 3), (4, 2, 2, 2, "parallel.expert_tp=true")),
-    ((2, 1, 2, 1, "placed"), (2, 1, 2, 1, "placed again")),
+    full((2, 1, 2, 1, "placed"), (2, 1, 2, 1, "placed again")),
     full((4, 1, 4, 2), (4, 2, 2, 3, "placed")),
     full((4, 2, 2, 1, "placed"), SINGLE_RANK),
-    ((4, 1, 2, 1, "parallel.shard_ranks=2"), (2, 1, 1, 2)),
+    full((4, 1, 2, 1, "parallel.shard_ranks=2"), (2, 1, 1, 2)),
     full((4, 1, 1, 2), (4, 1, 2, 2, "parallel.shard_ranks=2")),
     full((4, 1, 1, 1, "parallel.shard_ranks=2"), (4, 2, 2, 3)),
     full((8, 2, 2, 1, "parallel.shard_ranks=4"), (8, 1, 4, 1, "parallel.shard_ranks=2")),

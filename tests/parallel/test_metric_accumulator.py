@@ -117,6 +117,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite_leaves_the_means_of_its_window(tmp_path, fault_table):
     each, window = tmp_path / "each", tmp_path / "window"
     run(2, spoilt, str(each), (2, 4, 5, 6), "train.steps=7")

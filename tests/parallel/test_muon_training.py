@@ -278,6 +278,7 @@ def restored_momentum(checkpoint_folder: str) -> bool:
     return right
 
 
+@pytest.mark.full
 def test_changes_of_the_optimizer(tmp_path):
     """AdamW's run continues with Muon if that is allowed; Muon's with AdamW does not, and a conversion helps."""
     adamw, muon = tmp_path / "adamw", tmp_path / "muon"

@@ -1,6 +1,7 @@
 """The equality matrix can fail: it detects each rule that is broken on purpose."""
 
 import pytest
+from support.levels import full_unless
 from support.processes import run
 from support.trajectory import deviation, train
 
@@ -98,7 +99,7 @@ def one_process(tmp_path_factory):
     return run(1, train, (), str(tmp_path_factory.mktemp("one_process")), 2)[0]
 
 
-@pytest.mark.parametrize("mutation", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mutation", full_unless({0, 6}, [*LAYOUTS]), ids=lambda f: f.__name__)
 def test_a_broken_rule_is_detected(mutation, one_process, tmp_path):
     ours = run(4, train, LAYOUTS[mutation], str(tmp_path), 2, mutation)[0]
     norms = max(abs(a - b) / (1e-5 * b) for a, b in zip(ours.norms, one_process.norms, strict=True))

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from support.levels import full
 from support.processes import run
 from support.wide_products import WideProducts
 
@@ -138,7 +139,7 @@ def test_activations_are_those_alive(size, close, world, variants, kind):
         assert 0.5 * most < peak < 1.05 * most, (overrides, peak / most)
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks", "all"])
+@pytest.mark.parametrize("recompute", ["none", full("blocks"), full("all")])
 def test_the_peak_of_a_deep_model(recompute):
     """Where what is needed for a moment is a small part, the peak is close."""
     cases = [

@@ -162,12 +162,14 @@ TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "
 TEXT = (*TEXT, "model.text_tokens=5")
 
 
+@pytest.mark.full
 def test_traffic_of_layouts():
     """ZeRO-1 in fp32, every tp and ep of 1, 2 and 4 over 4 ranks."""
     cases = [(*TWO, f"parallel.tp={tp}", f"parallel.ep={ep}") for tp in (1, 2, 4) for ep in (1, 2, 4)]
     compare(4, cases)
 
 
+@pytest.mark.full
 def test_traffic_with_data_ranks_beside_both():
     compare(8, [(*TWO, "parallel.tp=4", "parallel.ep=4")])
 

@@ -184,6 +184,7 @@ def local_run_directory():
     storage.check_files = lambda folder, *a: real(folder.with_name("local"), *a)
 
 
+@pytest.mark.full
 def test_faults_of_network_and_file_system(tmp_path):
     """Rank 2 sends wrong values, rank 3 is slow towards all nodes, and rank 1 has another run directory."""
     faults = {1: local_run_directory, 2: wrong_values, 3: slow_link}
@@ -313,6 +314,7 @@ def test_where_the_holder_of_the_store_is_frozen_the_others_end(tmp_path, fault,
             rank.join()
 
 
+@pytest.mark.full
 def test_a_run_directory_that_cannot_be_written_blames_the_setup(tmp_path):
     (tmp_path / "file").write_text("")
     codes, output, report, bad = preflight(tmp_path, "--run-dir", str(tmp_path / "file" / "run"))

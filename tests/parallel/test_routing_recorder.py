@@ -98,6 +98,7 @@ def dies_at(folder: str, last: int, *overrides: str) -> None:
         RoutingRecorder.end_step, RoutingRecorder.close = real
 
 
+@pytest.mark.full
 def test_a_run_that_dies_and_resumes_has_each_step_once(tmp_path):
     """Saved at step 3 between two log lines; it dies at 5, after it has written step 4. Step 3 is not repeated."""
     settings, folder = ("parallel.ep=2", EVERY_STEP, "train.log_every=4"), tmp_path / "run"
@@ -114,6 +115,7 @@ def test_a_run_that_dies_and_resumes_has_each_step_once(tmp_path):
     assert file.read_bytes() == (tmp_path / "straight" / TRACE_FILE).read_bytes()
 
 
+@pytest.mark.full
 def test_a_damaged_record_is_dropped_at_the_next_start(tmp_path):
     settings, folder = ("parallel.ep=2", EVERY_STEP), tmp_path / "run"
     run(2, train, str(folder), "train.steps=3", *settings)
@@ -134,6 +136,7 @@ def back_to(folder: str, step: int, *overrides: str) -> None:
         loop.train = real
 
 
+@pytest.mark.full
 def test_going_back_moves_later_records_to_the_branch(tmp_path):
     """Also by a start that records nothing itself, whose steps are others."""
     folder = tmp_path / "run"

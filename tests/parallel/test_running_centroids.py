@@ -34,7 +34,7 @@ KMEANS = ("model.router=kmeans",)
 BIASED_PROMOE = ("model.balance_bias=0.01", "model.top_k=2", "train.accumulation=2")
 
 
-@pytest.mark.parametrize("router, of_layer", [(KMEANS, 2), full(BIASED_PROMOE, 1)], ids=["kmeans", "balance bias"])
+@pytest.mark.parametrize("router, of_layer", [full(KMEANS, 2), full(BIASED_PROMOE, 1)], ids=["kmeans", "balance bias"])
 def test_state_of_all_ranks_is_the_same_and_saved(router, of_layer, tmp_path):
     folders = [tmp_path / name for name in ("one", "four")]
     for folder in folders:

@@ -90,6 +90,7 @@ def test_planned_sizes_are_those_of_the_files(straight, tmp_path, settings):
         assert planned.peak == 2 * planned.checkpoint + 3 * planned.snapshot
 
 
+@pytest.mark.full
 def test_a_killed_run_continues_exactly_and_writes_its_snapshots_again(straight, tmp_path):
     """The newest checkpoint is of step 3, and snapshots of the lost steps are there."""
     killed = shutil.copytree(straight, tmp_path / "killed")
@@ -195,6 +196,7 @@ def pictures(folder: str) -> list[str]:
     return warnings
 
 
+@pytest.mark.full
 def test_a_picture_that_is_drawn_with_initial_weights_is_named(tmp_path):
     warnings = run(2, pictures, str(tmp_path))
     line = "picture of step 6: drawn with the averaged weights, 99.4% of them still the initial weights"

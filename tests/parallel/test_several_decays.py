@@ -78,6 +78,7 @@ def change_the_list(folder: str) -> None:
     train(f"{folder}/straight", *every, "train.steps=4", "train.ema_decay=0.9")
 
 
+@pytest.mark.full
 def test_an_average_may_be_added_and_removed_at_a_resume(tmp_path):
     """An added one begins at the weights of its step; the others go on as if nothing had been added."""
     run(1, change_the_list, str(tmp_path / "run"))

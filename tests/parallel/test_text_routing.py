@@ -97,6 +97,7 @@ def test_the_report_of_scenes_has_words_digits_colours_and_tasks(scenes, long_te
     assert {path.stem for path in out.glob("*.png")} == {*names, "router", "diversity"}
 
 
+@pytest.mark.full
 def test_tasks_need_the_encoder_of_the_captions_and_can_be_left_out(scenes, monkeypatch, tmp_path, capsys):
     report = ["routing", "--run-dir", str(scenes), "--out", str(tmp_path / "report"), "--num-images", "12"]
     monkeypatch.setattr(prompt_features, "open_text_encoder", open_words)
@@ -107,6 +108,7 @@ def test_tasks_need_the_encoder_of_the_captions_and_can_be_left_out(scenes, monk
     assert set(json.loads((tmp_path / "report" / "routing.json").read_text())["groups"]) == {"digit", "colour"}
 
 
+@pytest.mark.full
 def test_other_captions_have_words_alone_and_options_of_classes_are_refused(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()

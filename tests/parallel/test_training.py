@@ -31,7 +31,7 @@ LAYOUTS = [
     full(4, ("parallel.tp=4", "parallel.ep=2", "train.deepspeed=fp32_zero2")),  # tp > ep
     full(4, ("parallel.tp=2", "parallel.ep=2", "train.deepspeed=bf16_zero1")),
     full(4, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true", "model.router=diffmoe")),
-    (2, ("parallel.ep=2", "train.deepspeed=bf16_zero2_offload")),
+    full(2, ("parallel.ep=2", "train.deepspeed=bf16_zero2_offload")),
     full(2, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "model.router=gmm", "model.top_k=2")),
     full(2, ("parallel.ep=2", "model.router=race")),
     full(4, ("parallel.ep=2", "parallel.shard_ranks=2", "train.deepspeed=bf16_zero2", "train.accumulation=2")),
@@ -75,6 +75,7 @@ def test_resuming_at_another_layout_is_the_same_training(world, overrides, tmp_p
         assert off <= 1e-5 * tensor.norm() + 1e-6 * norms[kind], f"{kind} of {name}"
 
 
+@pytest.mark.full
 def test_a_run_with_former_names_of_options_resumes_to_the_bit(tmp_path):
     present, former = tmp_path / "present", tmp_path / "former"
     run(1, train, str(present), "train.steps=3", "train.optimizer=adamw")
@@ -120,6 +121,7 @@ def test_the_run_directory_explains_itself(tmp_path):
     assert manifest["step"] == manifest["updates"] == 6 and manifest["config"]["parallel"]["ep"] == 2
 
 
+@pytest.mark.full
 def test_drawing_samples_does_not_change_the_training(tmp_path):
     run(2, train, str(tmp_path / "plain"), "parallel.tp=2", "model.in_channels=3")
     run(
@@ -134,6 +136,7 @@ def test_drawing_samples_does_not_change_the_training(tmp_path):
     assert losses(tmp_path / "plain") == losses(tmp_path / "drawn")
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     folder, other = tmp_path / "mine", tmp_path / "other"
     run(2, train, str(folder), "train.steps=3", "parallel.ep=2", "model.num_experts=8")
@@ -231,6 +234,7 @@ def messages_of_training(folder: str, *overrides: str) -> list[str]:
     return [line for line in handler.lines if line.startswith("changed since")]
 
 
+@pytest.mark.full
 def test_a_resume_logs_what_changed_and_what_the_learning_rate_becomes(tmp_path):
     cosine = ("train.schedule=cosine", "train.lr=0.01", "train.log_every=1")
     first, others = run(2, messages_of_training, str(tmp_path), *cosine, "train.steps=3")

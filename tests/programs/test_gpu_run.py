@@ -302,6 +302,7 @@ def test_figures_of_another_machine_are_not_mixed_in(measured, tmp_path, capsys)
     assert "has results of another machine (device: 'H100', now 'CPU'); use another --out" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_named(tmp_path, capsys):
     assert main(["tests", "--out", str(tmp_path)], ROOT) == 2

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from support.levels import full
 
 HELP_AND_SHOW = """
 from megapromoe import cli
@@ -31,7 +32,7 @@ assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() 
         # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
         ("import megapromoe.sampling.generation", ["deepspeed", "matplotlib"]),
         # Each takes a second of every rank: Muon, which DeepSpeed imports, is compiled; the digits are a file.
-        (START, ["torch._inductor.compile_fx", "sklearn"]),
+        full(START, ["torch._inductor.compile_fx", "sklearn"]),
     ],
     ids=["config and planning", "plan", "help and show", "sampling", "a start"],
 )

@@ -119,6 +119,7 @@ def test_the_largest_size_runs_on_64_nodes():
     assert resolve("promoe_xl", overrides=settings(train), world=512).layout(512).dp == 256
 
 
+@pytest.mark.full
 def test_a_range_of_nodes_takes_the_largest_on_which_the_configuration_runs():
     for range_of_nodes, count in (("2-4", 4), ("2-3", 2)):  # 256 images do not divide over 24 ranks
         commands = printed("promoe_l", f"--nodes={range_of_nodes}")
@@ -294,6 +295,7 @@ def scripts() -> list[Path]:
     return sorted(LAUNCHERS.glob("*.sh"))
 
 
+@pytest.mark.full
 def test_shellcheck_reports_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed")

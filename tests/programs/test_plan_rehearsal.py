@@ -189,6 +189,7 @@ def test_what_cannot_be_rehearsed_is_refused(rank, what, shares, message):
 PLAN = ("plan", "--preset", "digits", "--gpus-per-node", "4", "parallel.ep=2", "parallel.tp=2")
 
 
+@pytest.mark.full
 def test_the_command_prints_both_tables(capsys):
     assert cli.main([*PLAN, "--rehearse", "3"]) == 0
     out = capsys.readouterr().out

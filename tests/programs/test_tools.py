@@ -47,6 +47,7 @@ def test_every_tool_is_known():
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == {*TOOLS, *others}
 
 
+@pytest.mark.full
 def test_what_a_tool_starts_imports_the_same_package(tmp_path):
     """A study of an uninstalled checkout, whose trainings are processes of their own."""
     launcher = tmp_path / "launcher"

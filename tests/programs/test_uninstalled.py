@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.training_runs import losses
 
 from megapromoe import __version__
@@ -27,6 +28,7 @@ metadata.distribution = distribution
 """
 
 
+@pytest.mark.full
 def test_a_run_trains_saves_and_continues(tmp_path):
     checkout, run = tmp_path / "checkout", tmp_path / "run"
     for folder in ("megapromoe", "ds_configs"):

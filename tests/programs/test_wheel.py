@@ -72,6 +72,7 @@ def test_show_finds_the_deepspeed_files(unpacked, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_a_study_is_planned_by_the_name_of_its_recipe(unpacked, tmp_path):
     program(unpacked, tmp_path, "study", "plan", "study", "--recipe", "digits")
     assert (tmp_path / "study" / "study.yaml").is_file()

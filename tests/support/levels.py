@@ -1,7 +1,6 @@
 """Which cases the quick level runs, those without the marker `full`, and which files of tests begin."""
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Hashable, Sequence, Set
 from typing import Any
 
 import pytest
@@ -25,28 +24,15 @@ def full_unless(quick: Collection[int], cases: Sequence[Any]) -> list:
     return [pytest.param(case) if number in quick else full(case) for number, case in enumerate(cases)]
 
 
-def factors_of(overrides: Iterable[str], **more: Hashable) -> dict[str, Hashable]:
-    """Factors of a case: its options, written as section.key=value, and others."""
-    return dict(word.split("=", 1) for word in overrides) | more
+def covering(contents: Sequence[Set[Hashable]], costs: Sequence[float]) -> list[int]:
+    """Numbers of cases that together have everything that any case has: `contents`, a set for each case.
 
-
-def pairs_of(factors: Mapping[str, Hashable]) -> set[tuple]:
-    """All pairs of two factors with their values."""
-    return set(combinations(sorted(factors.items(), key=str), 2))
-
-
-def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """Numbers of cases that have every pair of two factors with their values which any case has.
-
-    Greedy: the case with the most pairs that are missing comes next, the first of equal ones. A factor that a case
-    lacks has the value None.
+    Greedy: the case with the most that is missing for its cost comes next, the first of equal ones.
     """
-    names = sorted({name for factors in cases for name in factors})
-    pairs = [pairs_of({name: factors.get(name) for name in names}) for factors in cases]
-    missing: set[tuple] = set().union(*pairs)
+    missing = set().union(*contents)
     chosen = []
     while missing:
-        best = max(range(len(cases)), key=lambda number: (len(pairs[number] & missing), -number))
+        best = max(range(len(contents)), key=lambda number: (len(contents[number] & missing) / costs[number], -number))
         chosen.append(best)
-        missing -= pairs[best]
+        missing -= contents[best]
     return sorted(chosen)

@@ -80,6 +80,7 @@ def test_other_settings_are_not_mixed_in(measured, capsys):
     assert "use another --out, or --again" in message
 
 
+@pytest.mark.full
 def test_again_measures_again_and_keeps_other_cases(measured, tmp_path):
     held = json.loads((measured / "benchmark.json").read_text())
     (tmp_path / "benchmark.json").write_text(json.dumps(held))

@@ -298,7 +298,7 @@ def with_value(content, path, value):
     return copy
 
 
-@pytest.mark.parametrize("source", ["benchmark", full("check"), full("run")])
+@pytest.mark.parametrize("source", [full("benchmark"), full("check"), full("run")])
 def test_every_changed_value_is_used_or_refused(source, tmp_path):
     """Each value of a recorded file is replaced by others; nothing but a MeasurementError may be raised."""
     make, write = SOURCES[source]

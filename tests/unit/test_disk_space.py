@@ -87,6 +87,7 @@ def test_saves_by_the_clock_are_an_estimate_from_the_time_of_a_step():
     assert disk(config, step_seconds=0.05).checkpoints == 2, "the steps come before the clock"
 
 
+@pytest.mark.full
 def test_plan_shows_saved_bytes_and_their_time_only_with_a_bandwidth(capsys):
     words = ["plan", "--preset", "promoe_xl", "train.snapshot_every=10000", "train.keep_every=100000"]
     assert main(words) == 0

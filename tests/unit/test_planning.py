@@ -40,6 +40,7 @@ def find(preset: str, world: int, *overrides: str, machine=H100, assume=ASSUME, 
 # ---- the search
 
 
+@pytest.mark.full
 def test_every_layout_is_tried_once():
     """8 ranks: tp and ep of 1, 2, 4, 8; experts split or not where tp > 1; 3 stages; 4 ways to recompute."""
     tried = list(candidates(resolve("promoe_xl"), 8, H100))
@@ -53,6 +54,7 @@ def test_every_layout_is_tried_once():
         assert plan.layout == plan.config.layout(8) and plan.memory.peak <= result.limit
 
 
+@pytest.mark.full
 def test_the_limit_separates_plans_that_fit_from_others():
     result = find("promoe_xl", 8, machine=replace(H100, memory=20 * GIB))
     assert result.limit == 18 * GIB and result.fitting and result.too_large
@@ -67,6 +69,7 @@ def test_fixed_settings_stay():
     assert {(p.layout.ep, p.stage) for p in result.fitting} == {(4, 2)}
 
 
+@pytest.mark.full
 def test_four_thousand_gpus_in_seconds():
     start = time.monotonic()
     result = find("promoe_xl", 4096, "train.global_batch=4096", "model.num_experts=64")
@@ -76,6 +79,7 @@ def test_four_thousand_gpus_in_seconds():
     assert time.monotonic() - start < 60  # takes one or two where nothing else runs
 
 
+@pytest.mark.full
 def test_among_equals_the_simplest_wins():
     result = find("promoe_xl", 64)
     fastest = min(p.time.total for p in result.fitting)
@@ -85,7 +89,7 @@ def test_among_equals_the_simplest_wins():
 
 @pytest.mark.parametrize(
     ("preset", "world", "experts", "gpu", "nodes_of_ep"),
-    [full("promoe_xl", 32, 12, "h100", 1), full("promoe_xl", 256, 12, "a100", 1), ("promoe_xl", 32, 64, "h100", 2)],
+    [full("promoe_xl", 32, 12, "h100", 1), full("promoe_xl", 256, 12, "a100", 1), full("promoe_xl", 32, 64, "h100", 2)],
 )
 def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, world, experts, gpu, nodes_of_ep):
     """The second is faster over nodes, by less than `ACROSS`; the third by twice."""
@@ -103,6 +107,7 @@ def test_experts_are_spread_over_nodes_only_where_that_is_much_faster(preset, wo
         assert "it spreads experts over" in words and "25% faster" in words
 
 
+@pytest.mark.full
 def test_experts_are_spread_over_nodes_where_nothing_else_fits():
     """Four GPUs a node: 64 experts over four of them do not fit, over sixteen they do."""
     machine = replace(H100, gpus_per_node=4, network=1e8)
@@ -144,6 +149,7 @@ def test_each_reason_has_two_choices_two_times_two_memories_and_what_decides():
             ), line
 
 
+@pytest.mark.full
 def test_accumulation_is_raised_only_where_nothing_else_fits():
     small, batch, kept = replace(H100, memory=20 * GIB), ("train.global_batch=1024",), frozenset({"parallel.recompute"})
     assert not find("promoe_xl", 8, *batch, fixed=kept).accumulation_changed
@@ -419,6 +425,7 @@ def test_the_command_of_other_presets_is_complete(capsys):
     assert config.train.global_batch == 64 and config.train.lr == 3e-4
 
 
+@pytest.mark.full
 def test_json_and_plot(capsys, tmp_path):
     files = tmp_path / "plans.json", tmp_path / "memory.png"
     code, _, _ = planned(capsys, "--preset", "promoe_b", "--report", str(files[0]), "--plot", str(files[1]))
@@ -431,6 +438,7 @@ def test_json_and_plot(capsys, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["memory.png", "plans.json"]
 
 
+@pytest.mark.full
 def test_values_of_the_machine_can_be_given(capsys):
     _, usual, _ = planned(capsys, "--preset", "promoe_xl")
     options = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
@@ -442,7 +450,7 @@ def test_values_of_the_machine_can_be_given(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--preset", "promoe_xl", "--memory-gib", "2", "--gpus-per-node", "2"), "no layout fits 1.8 GiB"),
+        full(("--preset", "promoe_xl", "--memory-gib", "2", "--gpus-per-node", "2"), "no layout fits 1.8 GiB"),
         (("--preset", "promoe_xl", "--nodes", "512"), "multiple of 512"),
         (("--usable", "1.5"), "must be at most 1"),
         (("--imbalance", "0.5"), "must be at least 1"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from support.digits_models import TINY, tiny
+from support.levels import full
 
 from megapromoe.config.resolve import resolve
 from megapromoe.data.datasets import Digits
@@ -77,7 +78,7 @@ def test_token_maps_and_classes_follow_the_router():
         np.testing.assert_allclose(share_CE[label], expected)
 
 
-@pytest.mark.parametrize("router", ["promoe_ec", "tc", "ec", "diffmoe"])
+@pytest.mark.parametrize("router", ["promoe_ec", *map(full, ("tc", "ec", "diffmoe"))])
 def test_every_router_can_be_drawn(router, tmp_path):
     model, config = tiny(f"model.router={router}")
     numbers = routing_picture(model, config, open_dataset(config), tmp_path / "routing.png")

@@ -179,6 +179,7 @@ def test_no_law_is_put_through_too_little(x, loss, why):
         fit_power_law(np.array(x, dtype=float), np.array(loss, dtype=float))
 
 
+@pytest.mark.full
 def test_pictures_of_every_kind_of_study(tmp_path):
     steps = {"train.steps": [3, 6, 12, 24]}
     settings = {key: value for key, value in TINY.items() if key != "train.steps"}

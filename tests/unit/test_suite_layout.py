@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 from random import Random
 
-from support.levels import LONGEST, pairwise
+from support.levels import LONGEST, covering
 
 TESTS = Path(__file__).parents[1]
 
@@ -32,15 +32,11 @@ def test_the_longest_files_exist():
     assert set(LONGEST) <= {file.name for file in TESTS.rglob("test_*.py")}
 
 
-def test_pairwise_has_every_pair_in_fewer_cases():
+def test_a_choice_of_cases_has_everything_and_avoids_what_is_expensive():
     random = Random(0)
-    cases = [{f"f{i}": random.choice("abc"[: 2 + i % 2]) for i in range(6)} for _ in range(200)]
-    cases.append({"f0": "a", "alone": 1})
-    chosen = pairwise(cases)
-    assert chosen == pairwise(cases) and len(chosen) < 30 and len(cases) - 1 in chosen
-
-    def pairs(numbers) -> set[tuple]:
-        names = [f"f{i}" for i in range(6)] + ["alone"]
-        return {(a, cases[n].get(a), b, cases[n].get(b)) for n in numbers for a in names for b in names if a < b}
-
-    assert pairs(chosen) == pairs(range(len(cases)))
+    contents = [{(i, random.choice("abc"[: 2 + i % 2])) for i in range(6)} for _ in range(200)]
+    contents.append({(0, "a"), "alone"})
+    chosen = covering(contents, [1.0] * 201)
+    assert set().union(*(contents[n] for n in chosen)) == set().union(*contents)
+    assert chosen == sorted(chosen) == covering(contents, [1.0] * 201) and len(chosen) < 8 and 200 in chosen
+    assert covering([{1, 2, 3}, {1, 2}, {3}], [10.0, 1.0, 1.0]) == [1, 2]

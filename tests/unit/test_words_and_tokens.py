@@ -80,6 +80,7 @@ def test_tokens_of_scenes_have_the_digit_and_the_colour_of_their_caption():
             assert scene.pixels[top : top + 2, left : left + 2].any()
 
 
+@pytest.mark.full
 def test_many_layers_experts_and_strange_captions_fit_a_picture():
     rng = np.random.default_rng(0)
     L, E, N = 36, 16, 12
