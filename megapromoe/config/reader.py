@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import Field, field, fields
+from functools import cache
 from typing import Any
 
 from megapromoe.config.strict_yaml import UnreadableFile, parse_yaml
@@ -167,22 +168,26 @@ def range_rule(value: Any, metadata: Mapping[str, Any]) -> str | None:
     choices, interval = metadata["choices"], metadata["within"]
     if choices:
         accepts = metadata["accepts"]
+        if value in choices or (accepts and accepts(value)):
+            return None
         valid = [*choices, *([metadata["form"]] if metadata["form"] else [])]
-        return (
-            None
-            if value in choices or (accepts and accepts(value))
-            else f"must be one of {', '.join(valid)}; {suggest(value, valid)}"
-        )
+        return f"must be one of {', '.join(valid)}; {suggest(value, valid)}"
     if isinstance(value, tuple) and len(set(value)) < len(value):
         return "must hold each number once"
     if interval:
-        low, high = (float(end) for end in interval[1:-1].split(","))
+        low, high = _ends(interval)
         for number in value if isinstance(value, tuple) else (value,) if value != "auto" else ():
             above = number >= low if interval[0] == "[" else number > low
             below = number <= high if interval[-1] == "]" else number < high
             if not (above and below):
                 return f"must lie in {interval}"
     return None
+
+
+@cache
+def _ends(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
 
 
 # ---- remedies

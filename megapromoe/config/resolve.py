@@ -224,7 +224,7 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
     wrong: list[Rule] = []
     safe, defaults = config, Config()
     for section in fields(Config):
-        values = getattr(config, section.name)
+        values = given = getattr(config, section.name)
         for f in fields(values):
             key, value = f"{section.name}.{f.name}", getattr(values, f.name)
             kind = kind_of(f)
@@ -233,7 +233,8 @@ def _violations(config: Config, world: int | None, refused: set[str]) -> list[st
                 wrong.append(((key,), rule))
             if rule or key in refused:  # with the default value the rules below can be computed
                 values = replace(values, **{f.name: getattr(getattr(defaults, section.name), f.name)})
-        safe = replace(safe, **{section.name: values})
+        if values is not given:
+            safe = replace(safe, **{section.name: values})
     problems = sentences(config, wrong, refused)
     refused = refused | {keys[0] for keys, _ in wrong}
     broken = [*rules(safe), *(() if world is None else world_rules(safe, world))]
