@@ -78,7 +78,7 @@ class Forecast:
 def in_words(seconds: float | None, now: datetime) -> str:
     """The end in `seconds` from `now`, as a duration and a time of day."""
     if seconds is None:
-        return "unknown"
+        return "at an unknown time"
     end = now + timedelta(seconds=seconds)
     form = "%H:%M" if end.date() == now.date() else "%d %b %H:%M"
     return f"in {duration(seconds)}, at {end.strftime(form)}"

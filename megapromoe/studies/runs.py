@@ -99,8 +99,11 @@ class _Runner:
         self.forecast = Forecast(study, at_once + limits.evaluations)
         trainings = [job for job in jobs if not isinstance(job, Evaluation)]
         total = sum(job.config.train.steps for job in trainings)
-        self.ended_steps = sum(job.config.train.steps for job in trainings if job.name in self.codes)
-        self.progress = Progress(total, "step", f"study {study.folder}", done=self.ended_steps, left=self._left)
+        self.steps = {  # of each training, those of earlier starts included
+            job.name: job.config.train.steps if job.name in self.codes else study.steps_logged(job) for job in trainings
+        }
+        done = sum(self.steps.values())
+        self.progress = Progress(total, "step", f"study {study.folder}", done=done, left=self._left)
 
     def run(self, asked_to_stop: Callable[[], bool]) -> dict[str, int]:
         with self.progress:
@@ -234,8 +237,7 @@ class _Runner:
 
     def _ended(self, job: Job, code: int, words: str) -> None:
         self.codes[job.name] = code
-        if not isinstance(job, Evaluation):
-            self.ended_steps += self.study.steps_logged(job)
+        self._count(job)
         line = f"{job.name}: {words} ({len(self.codes)} of {len(self.jobs)})"
         if (self.waiting or self.running) and not self.stopping:
             line += f"; the study should end {in_words(self._left(), datetime.now())}"
@@ -244,10 +246,14 @@ class _Runner:
     def _left(self) -> float | None:
         return self.forecast.all_left(self.running, self.waiting)
 
+    def _count(self, job: Job) -> None:
+        if not isinstance(job, Evaluation):
+            self.steps[job.name] = self.study.steps_logged(job)
+
     def _show(self) -> None:
-        trainings = (running_job.job for running_job in self.running if not isinstance(running_job.job, Evaluation))
-        logged = sum(self.study.steps_logged(job) for job in trainings)
-        self.progress.update(max(0, self.ended_steps + logged - self.progress.done))
+        for running_job in self.running:
+            self._count(running_job.job)
+        self.progress.update(max(0, sum(self.steps.values()) - self.progress.done))
         self.progress.note(", ".join(running_job.job.name for running_job in self.running))
 
 

@@ -70,7 +70,9 @@ def test_a_single_task_prints_no_expected_end_of_the_study(tmp_path, capfd):
     study = evaluating_study(tmp_path)
     runs.run_tasks(study, study.tasks[:1])
     first = capfd.readouterr().err.splitlines()[0]
-    assert first.startswith("1 of 1: training promoe-seed0 starts") and first.endswith("; it should end unknown")
+    assert first.startswith("1 of 1: training promoe-seed0 starts") and first.endswith(
+        "; it should end at an unknown time"
+    )
 
 
 def test_images_of_a_training_that_failed_are_not_evaluated(tmp_path, capfd):
@@ -121,7 +123,7 @@ def test_run_prints_what_starts_and_its_expected_end(tmp_path, capfd):
     run = study.run(study.tasks[0])
     assert lines[0] == (
         f"1 of 4: training promoe-seed0 starts (variant promoe, seed 0, 4 steps, {run});"
-        " it should end unknown, the study unknown"
+        " it should end at an unknown time, the study at an unknown time"
     )
     assert lines[2].startswith("2 of 4: evaluation of promoe-seed0 starts (200 images at guidance 1, 2 of steps 2, 4;")
     when = r"in \d+ s, at \d\d:\d\d"

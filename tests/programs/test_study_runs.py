@@ -105,6 +105,30 @@ time.sleep(60)
     assert study.state(study.tasks[0]) == "1 of 3 steps saved"
 
 
+def test_steps_of_an_earlier_start_do_not_count_for_the_rate(tmp_path, monkeypatch):
+    shown = []
+
+    class Recorded(runs.Progress):
+        def __init__(self, total, *names, done, **more):
+            super().__init__(total, *names, done=done, **more)
+            shown.append((done, total))
+
+        def close(self):
+            super().close()
+            shown.append((self.done, self.total))
+
+    monkeypatch.setattr(runs, "Progress", Recorded)
+    code = (
+        'run.mkdir(parents=True, exist_ok=True)\nopen(run / "metrics.jsonl", "a").write(\'{"step": 3}\\n\')\nsave(3)\n'
+    )
+    study = plan(tmp_path / "s", recipe(seeds=[0], launcher=stand_in(tmp_path, code)))
+    first, second = study.tasks
+    study.run(first).mkdir(parents=True)
+    (study.run(first) / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    assert set(runs.run_tasks(study, study.tasks).values()) == {0}
+    assert shown == [(2, 6), (6, 6)]
+
+
 def test_two_commands_at_once_train_each_task_once_and_report_no_failure(tmp_path):
     study = plan(tmp_path / "s", recipe(launcher=stand_in(tmp_path, ALONE)))
     words = [sys.executable, "-c", ONE_COMMAND, str(study.folder), "2"]

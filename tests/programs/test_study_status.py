@@ -54,7 +54,7 @@ def test_a_forecast_is_unknown_before_anything_is_measured(tmp_path):
     job = running(training, 90.0)
     assert forecast.job_left(job) is None and forecast.all_left([job], [evaluation]) is None
     assert forecast.all_left([], []) == 0
-    assert in_words(None, datetime(2026, 1, 1)) == "unknown"
+    assert in_words(None, datetime(2026, 1, 1)) == "at an unknown time"
 
 
 def test_a_running_training_shows_its_end_and_that_of_waiting_trainings(tmp_path):
