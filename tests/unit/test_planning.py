@@ -1,32 +1,24 @@
-"""The search over layouts, its words, and `megapromoe plan`."""
+"""The search over layouts, and its words."""
 
-import json
 import math
 import re
-import shlex
 import time
 from dataclasses import replace
 
 import pytest
 from support.levels import full
 
-from megapromoe.cli import main
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import check, resolve
-from megapromoe.distributed.mesh import rank_tables
 from megapromoe.planning import explain
 from megapromoe.planning.cost import (
     OptimizerGroup,
-    flops_per_image,
-    memory_per_rank,
     optimizer_groups,
-    tensors_on_rank,
 )
 from megapromoe.planning.explain import experts_in_parallel, limits, reasons, settings
 from megapromoe.planning.machines import GIB, MACHINES, Assumptions
-from megapromoe.planning.roofline import EXPERT_KERNELS, GROUPED_KERNELS, collective_time, nodes_of, step_time
+from megapromoe.planning.roofline import nodes_of
 from megapromoe.planning.search import ACROSS, ALIKE, CLOSE, PlanError, candidates, fold, search
-from megapromoe.planning.traffic import Collective, collectives, expected_batch, routed_rows
 from megapromoe.planning.zero import consecutive_groups
 
 H100, ASSUME = MACHINES["h100"], Assumptions()
@@ -202,50 +194,6 @@ def test_a_config_that_cannot_run_is_refused_as_such():
         find("promoe_xl", 8, "model.heads=12", "parallel.tp=3", fixed={"parallel.tp"})
 
 
-# ---- time
-
-
-def test_the_nodes_of_every_group_agree_with_the_rank_tables():
-    """Nodes and neighbours of every group, against the mesh's own tables."""
-    for tp, ep, split in ((1, 8, False), (2, 4, False), (2, 4, True), (8, 16, False), (4, 2, True)):
-        tables = rank_tables(64, tp, ep, split)
-        etp = tp if split else 1
-        for over, stride in (("tp", 1), ("dp", tp), ("ep", etp), ("edp", ep * etp)):
-            for row in tables[over]:
-                assert nodes_of(len(row), stride, H100) == len({int(r) // 8 for r in row}), (over, tp, ep, split)
-
-
-def test_shards_of_a_node_are_gathered_inside_and_summed_between_nodes():
-    """64 ranks in nodes of 8: bytes by the links that carry them, memory, and a step that overlaps more."""
-    base = ["parallel.ep=4", "train.deepspeed=bf16_zero1", "train.global_batch=4096", "parallel.recompute=all"]
-    configs = [resolve("promoe_xl", overrides=[*base, f"parallel.shard_ranks={n}"], world=64) for n in (0, 8)]
-    layout = configs[1].layout(64)
-    assert (layout.dp_shard, layout.edp_shard) == (8, 2)
-    calls = [c for c in collectives(configs[1], layout) if c.over.startswith(("dp", "edp")) and c.phase != "forward"]
-    calls = [c for c in calls if c.phase != "backward"]
-    assert {(c.op, c.over, c.size) for c in calls} == {
-        ("reduce_scatter", "dp_shard", 8),
-        ("all_gather", "dp_shard", 8),
-        ("all_reduce", "dp_replicas", 8),
-        ("reduce_scatter", "edp_shard", 2),
-        ("all_gather", "edp_shard", 2),
-        ("all_reduce", "edp_replicas", 8),
-    }
-    for c in calls:
-        inside = Collective("x", c.op, "tp", c.size, c.count, c.payload, c.phase)  # consecutive ranks of a node
-        between = c.count * 2 * c.payload * 7 / 8 / H100.network  # each GPU by its own link
-        seconds = [collective_time(call, configs[1], layout, H100, NETWORK) for call in (c, inside)]
-        assert seconds[0] == pytest.approx(between if c.over.endswith("replicas") else seconds[1])
-    undivided, divided = (step_time(config, config.layout(64), H100, ASSUME) for config in configs)
-    assert divided.overlapped > undivided.overlapped and divided.update < undivided.update
-    assert divided.total < undivided.total
-    memory = [memory_per_rank(config, 64) for config in configs]
-    replicated, routed = (sum(tensors) for tensors in tensors_on_rank(configs[0].model, layout))
-    for kind, width in (("optimizer", 12), ("ema", 4), ("gradients", 2)):
-        more = getattr(memory[1], kind) - getattr(memory[0], kind)
-        assert more == pytest.approx(width * (replicated * (1 / 8 - 1 / 64) + routed * (1 / 2 - 1 / 16)), rel=1e-4)
-
-
 def test_a_search_tries_states_of_a_node():
     """On several nodes, where gradients are reduce-scattered; and chooses them only if they are much faster."""
     config = resolve("promoe_s")
@@ -261,64 +209,6 @@ def test_a_search_tries_states_of_a_node():
         best = search(given, 64, machine, ASSUME, fixed).best
         assert best.config.parallel.shard_ranks == ranks
         assert settings(best, given).get("parallel.shard_ranks") == (str(ranks) if ranks else None)
-
-
-def test_collectives_take_the_time_of_their_slowest_link():
-    config = resolve("promoe_xl", overrides=["parallel.ep=8"], world=64)
-    layout = config.layout(64)
-
-    def seconds(op, over, size):
-        c = Collective("x", op, over, size, 1, 1e9, "forward")
-        return collective_time(c, config, layout, H100, NETWORK)
-
-    assert seconds("all_reduce", "tp", 8) == pytest.approx(2 * 7 / 8 * 1e9 / 450e9)
-    # 8 nodes: each GPU's network carries an eighth of a ring's bytes.
-    assert seconds("all_gather", "dp", 64) == pytest.approx(max(7 / 8 / 450, 7 / 8 / (8 * 50)))
-    placed = -(-12 // 8) * 8 / 12  # the fullest rank has two of 12 experts
-    assert seconds("all_to_all", "ep", 8) == pytest.approx(7 / 8 / 450 * placed)
-    assert seconds("all_reduce", "edp", 8) == pytest.approx(2 * 7 / 8 / 50)  # one rank a node
-
-
-def test_a_step_takes_at_least_its_operations():
-    config = resolve("dit_xl", overrides=["train.global_batch=512"])
-    perfect = replace(ASSUME, products=1.0, attention=1.0, memory=1e6, launch=0.0, links=1e6)
-    layout = config.layout(8)
-    t = step_time(config, layout, H100, perfect)
-    useful = flops_per_image(config.model).training * 64 / H100.peak
-    # Attention's scores are made again in the backward pass: more than useful, by little.
-    assert useful < t.products + t.attention < 1.05 * useful
-    assert t.total == pytest.approx(t.compute + t.exposed + t.update)
-
-
-def test_time_follows_the_machine():
-    config = resolve("promoe_xl")
-    layout = config.layout(8)
-    a100, h100, b200 = (step_time(config, layout, MACHINES[name], ASSUME).total for name in ("a100", "h100", "b200"))
-    assert a100 > h100 > b200
-    recomputing = replace(config, parallel=replace(config.parallel, recompute="blocks"))
-    assert step_time(recomputing, layout, H100, ASSUME).products > step_time(config, layout, H100, ASSUME).products
-    fp32 = replace(config, train=replace(config.train, deepspeed="fp32_zero1"))
-    assert step_time(fp32, layout, H100, ASSUME).products > 5 * step_time(config, layout, H100, ASSUME).products
-
-
-def test_experts_without_a_grouped_product_are_launched_one_by_one():
-    """And that is what `test_counts` counts. In fp32 no GPU has one."""
-    loops = replace(H100, grouped=False)
-    for file, more in (("bf16_zero1", EXPERT_KERNELS * 3 - GROUPED_KERNELS), ("fp32_zero1", 0)):
-        config = resolve("promoe_l", overrides=["parallel.ep=4", f"train.deepspeed={file}"])
-        times = [step_time(config, config.layout(8), machine, ASSUME).host for machine in (H100, loops)]
-        layers = len(config.model.moe_blocks) * config.train.accumulation
-        assert times[1] - times[0] == pytest.approx(layers * more * ASSUME.launch)
-
-
-def test_dispatch_sends_the_lower_bound():
-    """Bytes of rows: 2 directions, forward and backward, K rows a token, D numbers each, but for those that stay."""
-    config = resolve("promoe_l", overrides=["parallel.ep=4", "model.top_k=2"], world=8)
-    layout = config.layout(8)
-    rows = routed_rows(config.model, expected_batch(config, layout))
-    assert rows == pytest.approx(32 * 0.9 * 256 * 2)
-    sent = sum(c.wire for c in collectives(config, layout) if c.what.startswith(("dispatch: rows", "combine: rows")))
-    assert sent == pytest.approx(12 * 4 * rows * 1024 * 2 * 3 / 4)
 
 
 # ---- words
@@ -393,77 +283,3 @@ def test_parameter_groups_are_buckets_where_gradients_are_reduce_scattered():
     assert groups("train.optimizer=muon") != groups("train.optimizer=muon", "train.gradient_reduction=reduce_scatter")
     for choice in ("train.deepspeed=bf16_zero3", "train.deepspeed=bf16_zero2_offload"):
         assert groups(choice) == plain
-
-
-# ---- the command
-
-
-def planned(capsys, *words: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `megapromoe plan`."""
-    code = main(["plan", *words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_the_command_ends_with_a_line_to_paste(capsys):
-    code, out, err = planned(capsys, "--preset", "promoe_xl", "--experts", "64", "--nodes", "8", "--top", "3")
-    assert (code, err) == (0, "")
-    words = shlex.split(out.strip().splitlines()[-1])
-    assert words[:4] == ["sbatch", "--nodes=8", "launchers/promoe_xl.sh", "model.num_experts=64"]
-    config = resolve("promoe_xl", overrides=words[3:], world=64)
-    assert config.model.num_experts == 64 and config.layout(64).world == 64
-    assert "times are estimates, not measurements" in out and "all_to_all" in out and "GPU-hours" in out
-    assert sum(line.lstrip()[:2] in ("1 ", "2 ", "3 ", "4 ") for line in out.splitlines()) == 3
-
-
-def test_the_command_of_other_presets_is_complete(capsys):
-    code, out, _ = planned(capsys, "--preset", "dit_b", "--gpus-per-node", "4", "--global-batch", "64", "train.lr=3e-4")
-    words = shlex.split(out.strip().splitlines()[-1])
-    assert code == 0 and words[0] == "srun" and "--ntasks-per-node=4" in words and "--resv-ports=1" not in words
-    overrides = [w for w in words if "=" in w and not w.startswith("--")]
-    config = resolve("dit_b", overrides=overrides, world=4)
-    assert config.train.global_batch == 64 and config.train.lr == 3e-4
-
-
-@pytest.mark.full
-def test_json_and_plot(capsys, tmp_path):
-    files = tmp_path / "plans.json", tmp_path / "memory.png"
-    code, _, _ = planned(capsys, "--preset", "promoe_b", "--report", str(files[0]), "--plot", str(files[1]))
-    content = json.loads(files[0].read_text())
-    assert code == 0 and content["estimates"] is True and files[1].read_bytes().startswith(b"\x89PNG")
-    first = content["layouts"][0]
-    lines = sum(v for k, v in first["memory_bytes"].items() if k not in ("update", "host", "peak"))
-    assert first["fits"] and first["memory_bytes"]["peak"] == pytest.approx(lines)
-    assert first["hours"] == pytest.approx(first["step_seconds"] * 500_000 / 3600)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["memory.png", "plans.json"]
-
-
-@pytest.mark.full
-def test_values_of_the_machine_can_be_given(capsys):
-    _, usual, _ = planned(capsys, "--preset", "promoe_xl")
-    options = ("--memory-gib", "40", "--tflops", "500", "--network-gbs", "12.5", "--imbalance", "2", "--usable", "0.5")
-    _, changed, _ = planned(capsys, "--preset", "promoe_xl", *options)
-    assert "fit 71.1 GiB each" in usual and "fit 20.0 GiB each" in changed
-    assert "H100 80GB SXM, changed: 500 TFLOP/s" in changed and "2.00 times the mean" in changed
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        full(("--preset", "promoe_xl", "--memory-gib", "2", "--gpus-per-node", "2"), "no layout fits 1.8 GiB"),
-        (("--preset", "promoe_xl", "--nodes", "512"), "multiple of 512"),
-        (("--usable", "1.5"), "must be at most 1"),
-        (("--imbalance", "0.5"), "must be at least 1"),
-        (("--plot", "memory.bmp"), "must end in .png"),
-        (("--report", "/nowhere/plans.json"), "/nowhere"),
-    ],
-)
-def test_mistakes_are_reported_in_one_sentence(capsys, words, message):
-    code, out, err = planned(capsys, *words)
-    assert code == 1 and not out and err.startswith("megapromoe: ") and message in err
-
-
-def test_numbers_must_be_numbers(capsys):
-    for words in (("--memory-gib", "-1"), ("--tflops", "nan"), ("--nodes", "0")):
-        with pytest.raises(SystemExit):
-            planned(capsys, *words)
