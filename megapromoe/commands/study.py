@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
         codes = run_tasks(study, jobs, options.jobs, asked_to_stop, limits)
         code = exit_code(codes)
         if not asked_to_stop() and not options.evaluate:
-            evaluate(study, tasks)
+            evaluate(study, tasks, jobs=at_once)
     failed = [job for job in jobs if codes.get(job.name, 0) not in (0, 75)]
     for job in failed:
         state = job_state(study, job, time.time())
@@ -139,7 +139,11 @@ def _collect(options: argparse.Namespace) -> int:
     study = open_study(options.study)
     against = _against(options, study)
     done = study.finished()  # fixed before the evaluation, while other tasks may finish
-    evaluate(study, done, options.draws)
+    if options.jobs > 1:
+        from megapromoe.distributed import runtime
+
+        runtime.share_cores(options.jobs)
+    evaluate(study, done, options.draws, options.jobs)
     text, files = write_results(study, done, options.draws, against)
     print(text)
     print("\n".join(files))

@@ -117,6 +117,9 @@ def add_commands(parser: argparse.ArgumentParser, functions: Mapping[str, Functi
     collect.add_argument(
         "--against", nargs="+", metavar="VARIANT", help="variants to compare with; default: the baseline"
     )
+    collect.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="losses that are computed at the same time; default: 1"
+    )
     summary = "Shows which differences N seeds resolve, from the noise of finished tasks; needs `collect` first."
     power = command("power", summary)
     power.add_argument(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import signal
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from megapromoe.io import write_text
@@ -28,14 +32,54 @@ LOSS, TRAINING_LOSS = "fixed_loss", "training_loss"
 ROUTING = ("load_entropy", "load_max_over_mean", "dead_experts")
 
 
-def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
+def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS, jobs: int = 1) -> None:
     """Computes the missing losses of the last checkpoints of finished tasks, and writes them into the study.
+
+    `jobs` of them at the same time, each in a process of its own if there are several.
 
     Raises StudyError for tasks whose checkpoint cannot be used, after all others are computed.
     """
     lacking = [task for task in tasks if study.done(task) and not evaluated(study, task, draws)]
-    if not lacking:
-        return
+    problems = []
+    with Progress(len(lacking) * draws, "draw", "loss on fixed draws", enabled=bool(lacking)) as progress:
+        if jobs == 1 or len(lacking) < 2:
+            for number, task in enumerate(lacking):
+                progress.note(task.name)
+                problems.append(_compute_loss(study, task, draws, progress.update))
+                progress.update((number + 1) * draws - progress.done)  # also counts failed and skipped tasks
+        else:
+            for number, problem in enumerate(_in_processes(study, lacking, draws, jobs), start=1):
+                problems.append(problem)
+                progress.update(draws)
+                progress.note(f"{number} of {len(lacking)}")
+    if found := [problem for problem in problems if problem]:
+        raise StudyError(found)
+
+
+def _in_processes(study: Study, tasks: list[Task], draws: int, jobs: int) -> Iterator[str | None]:
+    """What `_compute_loss` returns for each task, in the order in which they end."""
+    spawned = multiprocessing.get_context("spawn")  # a forked process cannot use threads or GPUs of its parent
+    count = min(jobs, len(tasks))
+    with ProcessPoolExecutor(count, spawned, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            for future in as_completed([pool.submit(_compute_loss, study, task, draws) for task in tasks]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            rule = "a process was killed, perhaps because memory was full; take fewer jobs, and repeat the command"
+            raise StudyError([f"--jobs {jobs}: {rule}"]) from error
+        except BaseException:  # includes Ctrl-C, which the processes ignore
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _compute_loss(
+    study: Study, task: Task, draws: int, progress: Callable[[int], None] = lambda count: None
+) -> str | None:
+    """Computes and writes the loss of a finished task; a sentence if its checkpoint or data cannot be used."""
+    if evaluated(study, task, draws):  # another command has computed it in the meantime
+        return None
 
     import torch  # slow to import; not needed if all losses are computed
 
@@ -48,26 +92,17 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS) -> None:
     from megapromoe.sampling.run_model import initial_share_of, load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problems = []
-    with Progress(len(lacking) * draws, "draw", "loss on fixed draws") as progress:
-        for number, task in enumerate(lacking):
-            progress.update(number * draws - progress.done)  # also counts failed and skipped tasks
-            progress.note(task.name)
-            if evaluated(study, task, draws):  # another command has computed it in the meantime
-                continue
-            try:
-                model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
-                dataset, split = open_held_out(config)
-                mean, error = objective_loss(model, config, dataset, draws, progress=progress.update)
-                share = initial_share_of(study.run(task), step, study.recipe.weights)
-            except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
-                problems.append(f"{task.name}: {problem}")
-                continue
-            facts = {"step": step, "weights": study.recipe.weights, "split": split, "draws": draws}
-            record = facts | {"loss": mean, "standard_error": error, "initial_share": share}
-            write_text(study.loss_file(task), json.dumps(record) + "\n", parents=True, concurrent=True)
-    if problems:
-        raise StudyError(problems)
+    try:
+        model, config, step = load_model(study.run(task), weights=study.recipe.weights, device=device)
+        dataset, split = open_held_out(config)
+        mean, error = objective_loss(model, config, dataset, draws, progress=progress)
+        share = initial_share_of(study.run(task), step, study.recipe.weights)
+    except (CheckpointError, DatasetError, FloatingPointError, OSError) as problem:
+        return f"{task.name}: {problem}"
+    facts = {"step": step, "weights": study.recipe.weights, "split": split, "draws": draws}
+    record = facts | {"loss": mean, "standard_error": error, "initial_share": share}
+    write_text(study.loss_file(task), json.dumps(record) + "\n", parents=True, concurrent=True)
+    return None
 
 
 def evaluated(study: Study, task: Task, draws: int = DRAWS) -> bool:
