@@ -52,8 +52,8 @@ def evaluate(study: Study, tasks: Iterable[Task], draws: int = DRAWS, jobs: int 
                 problems.append(problem)
                 progress.update(draws)
                 progress.note(f"{number} of {len(lacking)}")
-    if found := [problem for problem in problems if problem]:
-        raise StudyError(found)
+    if violations := [problem for problem in problems if problem]:
+        raise StudyError(violations)
 
 
 def _in_processes(study: Study, tasks: list[Task], draws: int, jobs: int) -> Iterator[str | None]:
