@@ -102,7 +102,7 @@ else:
 
 
 def test_a_task_of_an_array_trains_or_evaluates(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("megapromoe.commands.study.evaluate", lambda study, tasks: None)  # no such checkpoints
+    monkeypatch.setattr("megapromoe.commands.study.evaluate", lambda study, tasks, jobs: None)  # no such checkpoints
     study = evaluating_study(tmp_path)
     assert main(["study", "run", str(study.folder), "--task", "1", "--evaluate"]) == 2
     assert "promoe-seed1 is not trained (not started); train it first: megapromoe study run" in capsys.readouterr().err
