@@ -60,7 +60,10 @@ def _in_processes(study: Study, tasks: list[Task], draws: int, jobs: int) -> Ite
     """What `_compute_loss` returns for each task, in the order in which they end."""
     spawned = multiprocessing.get_context("spawn")  # a forked process cannot use threads or GPUs of its parent
     count = min(jobs, len(tasks))
-    with ProcessPoolExecutor(count, spawned, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    numbers = spawned.Queue()
+    for number in range(count):
+        numbers.put(number)
+    with ProcessPoolExecutor(count, spawned, _begin, (numbers,)) as pool:
         try:
             for future in as_completed([pool.submit(_compute_loss, study, task, draws) for task in tasks]):
                 yield future.result()
@@ -72,6 +75,16 @@ def _in_processes(study: Study, tasks: list[Task], draws: int, jobs: int) -> Ite
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+def _begin(numbers: multiprocessing.Queue[int]) -> None:
+    """Prepares a process: it leaves Ctrl-C to the command, and takes the GPU of its number, if there are GPUs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
 
 
 def _compute_loss(

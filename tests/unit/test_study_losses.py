@@ -1,6 +1,8 @@
 """The losses of a study's runs on fixed draws, one after the other and several at the same time."""
 
 import json
+import queue
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from support.golden_states import random_state
 from support.small_studies import recipe
 
 from megapromoe.conversion.exports import export
-from megapromoe.studies.collect import evaluate, evaluated
+from megapromoe.studies.collect import _begin, evaluate, evaluated
 from megapromoe.studies.recipe import StudyError
 from megapromoe.studies.study import Study, plan
 
@@ -57,3 +59,17 @@ def test_a_killed_process_is_reported_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(StudyError, match="--jobs 2: a process was killed, perhaps because memory was full; take fewer"):
         evaluate(study, study.tasks, DRAWS, jobs=2)
+
+
+def test_processes_take_different_gpus(monkeypatch):
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    handler = signal.getsignal(signal.SIGINT)
+    numbers: queue.Queue[int] = queue.Queue()
+    for number in range(3):
+        numbers.put(number)
+        _begin(numbers)
+    signal.signal(signal.SIGINT, handler)
+    assert chosen == [0, 1, 0]
