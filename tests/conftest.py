@@ -5,7 +5,7 @@ parallel/  several ranks in a torch.distributed job of `support.processes`
 programs/  the program, the tools and the launchers as processes of their own
 cluster/   jobs on a real SLURM, where one can be started
 
-Two levels: `make test` runs what has no marker `full`, every feature in a few minutes; `make test-all` runs everything.
+Two levels: `make test` runs what has no marker `full`, with tests of every feature; `make test-all` runs everything.
 A test is marked by `@pytest.mark.full`, a case by `pytest.param(..., marks=pytest.mark.full)`, the cases of a matrix
 that the quick level leaves out by `support.levels`.
 """
