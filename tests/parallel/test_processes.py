@@ -1,5 +1,6 @@
 """Workers that stay: each call finds the process as new; errors and the time limit end the job and its workers."""
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -111,6 +112,17 @@ def test_a_worker_with_a_thread_is_replaced():
     run(1, leave_a_thread)
     after = run(2, rank_and_process)
     assert len(set(before) & set(after)) == 0 and {p for _, p in before} & {p for _, p in after} == {before[1][1]}
+
+
+def exit_code_of_a_process() -> int:
+    process = multiprocessing.get_context("fork").Process(target=os._exit, args=(5,))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def test_a_worker_can_start_processes():
+    assert run(1, exit_code_of_a_process) == [5]
 
 
 def test_results_that_cannot_be_pickled_are_reported():

@@ -276,7 +276,7 @@ def test_every_other_command_runs(text, workspace, monkeypatch):
     for word in words:
         if words[0] == "train" and word.startswith("new/"):  # documents name one folder for several runs
             shutil.rmtree(workspace / word, ignore_errors=True)
-    if words[0] == "benchmark":  # it starts processes of its own, which a worker may not
+    if words[0] == "benchmark":  # it starts processes of its own, here from the server of the workers
         monkeypatch.chdir(workspace)
         monkeypatch.setattr(torch.multiprocessing, "start_processes", start_processes)
         with benchmarks_without_inductor():

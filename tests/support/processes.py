@@ -11,6 +11,7 @@ replaced by a new one if its call failed, if it left a thread behind, or if its 
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -42,7 +43,8 @@ class _Worker:
 
     def __init__(self):
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # Not a daemon, which could not start processes of its own; it ends as its pipe closes.
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
         self.process.start()
         theirs.close()
 
@@ -78,6 +80,9 @@ def run(world: int, function, *arguments, limit: float = 240.0) -> list:
 def stop_workers() -> None:
     """Ends all workers."""
     _end(list(_workers), patience=10)
+
+
+atexit.register(stop_workers)  # before multiprocessing waits for them
 
 
 def start_server() -> None:
