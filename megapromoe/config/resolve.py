@@ -85,6 +85,7 @@ def resolve(
 
     sections = {f.name: getattr(Config(), f.name) for f in fields(Config)}
     origins: dict[str, str] = {}
+    changed: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for key, value, origin in settings:
         section, _, name = key.partition(".")
         if problem := _unknown(section, name, sections):
@@ -97,8 +98,9 @@ def resolve(
             problems.append(f"{key} = {value!r} ({origin}): {kind_rule(value, kind)}")
         else:
             refused.discard(key)
-            sections[section] = replace(sections[section], **{name: typed})
+            changed[section][name] = typed
             origins[key] = origin
+    sections = {section: replace(values, **changed[section]) for section, values in sections.items()}
     if origins.get("train.warmup") == f"preset {preset}" and "train.steps" not in refused:
         train = sections["train"]
         warmup = min(train.warmup, train.steps // SHORTEST_WARMUPS) if run_warmup is None else run_warmup
@@ -138,7 +140,7 @@ def check_trainable(config: Config) -> None:
 
 def to_yaml(config: Config) -> str:
     """YAML that `resolve(file=...)` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return yaml.dump(to_dict(config), Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
 # ---- reading the layers

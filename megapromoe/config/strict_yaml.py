@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml._yaml import CParser
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from megapromoe.errors import UserError
 
@@ -62,11 +66,17 @@ def parse_yaml(text: str) -> Any:
             loader.dispose()
 
 
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses text that expands to too many values or is nested too deeply."""
+class _Loader(Composer, CParser, SafeConstructor, Resolver):
+    """A SafeLoader that refuses text that expands to too many values or is nested too deeply.
+
+    libyaml parses, five times faster than PyYAML's own parser; `Composer` stands before it for `compose_node`.
+    """
 
     def __init__(self, text: str):
-        super().__init__(text)
+        CParser.__init__(self, str(text))
+        Composer.__init__(self)
+        SafeConstructor.__init__(self)
+        Resolver.__init__(self)
         self._values = self._depth = 0
         self._values_below: dict[
             int, int
@@ -138,7 +148,7 @@ def _same_key(key: yaml.ScalarNode) -> str:
 
 
 def _ambiguous(node: yaml.ScalarNode) -> str | None:
-    if node.style is not None or node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    if node.style or node.tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
         return None
     if ":" in node.value:
         return f"{node.value} would be read in base 60; write the number itself, or '{node.value}' in quotes for text"

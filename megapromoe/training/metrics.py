@@ -42,7 +42,8 @@ from megapromoe.training.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
-HEAT_MAPS = 20  # per run: drawing one takes as long as some steps of a small model
+HEAT_MAPS = 20  # at most, per run: drawing one takes as long as some steps of a small model
+DRAWING_SHARE = 0.02  # of the time, at most
 
 # Values in the progress bar and the log lines: key, label, format. The total loss is shown if it has auxiliary parts.
 SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -93,6 +94,7 @@ class Metrics:
         self._experts = len(self._blocks) * config.model.num_experts
         self._heat_map_every = max(1, total_steps // HEAT_MAPS)
         self._next_heat_map = first_step
+        self._no_heat_map_before = 0.0  # on time.monotonic()
         path = Path(folder) / "metrics.jsonl"
         self._folder = log_folder = LogFolder(folder)
         self._lines = AppendedFile(path, log_folder, prepare=lambda: rewind(path, first_step))
@@ -114,7 +116,7 @@ class Metrics:
             values: name -> number, None if there is no value. None and numbers that are not finite are null in
                 metrics.jsonl, because JSON cannot represent them.
             layers: name -> array (M,) or (M, E), for M MoE layers and E experts. TensorBoard shows the first as
-                scalars, the second as a heat map about `HEAT_MAPS` times per run.
+                scalars, the second as a heat map at most `HEAT_MAPS` times per run and `DRAWING_SHARE` of the time.
         """
         if not self.enabled:
             return
@@ -129,12 +131,13 @@ class Metrics:
         shown = [summary.scalar(name, float(value)) for name, value in values.items() if value is not None]
         curves, pictures = dict(values), {}
         drawn = [name for name, array in arrays.items() if array.ndim == 2 and array.size]
-        if drawn and step >= self._next_heat_map:
+        if drawn and step >= self._next_heat_map and (start := time.monotonic()) >= self._no_heat_map_before:
             self._next_heat_map = step + self._heat_map_every
             for name in drawn:
                 picture = heat_map(arrays[name], f"{name}, step {step}", self._blocks)
                 shown.append(summary.image(name, picture, dataformats="HWC"))
                 pictures[name] = picture
+            self._no_heat_map_before = (end := time.monotonic()) + (end - start) / DRAWING_SHARE
         for name, array in arrays.items():
             if array.ndim == 1:
                 of_blocks = zip(self._blocks, array.tolist(), strict=True)

@@ -14,6 +14,7 @@ import gc
 import inspect
 import itertools
 import logging
+import operator
 import os
 import random
 import signal
@@ -25,6 +26,12 @@ import numpy as np
 import torch
 
 WATCHED = ("megapromoe", "deepspeed", "torch.distributed")
+# The largest of the parts of these that no test changes.
+_UNCHANGED = (
+    *(f"deepspeed.{name}" for name in ("autotuning", "compile", "inference", "module_inject")),
+    *(f"deepspeed.ops.{name}" for name in ("op_builder", "transformer")),
+    *(f"torch.distributed.{name}" for name in ("_shard", "_tools", "checkpoint", "fsdp", "pipelining", "tensor")),
+)
 _SIGNALS = [s for s in signal.valid_signals() if s not in (signal.SIGKILL, signal.SIGSTOP)]
 _CONTAINERS = (dict, list, set)
 
@@ -41,8 +48,8 @@ class CleanState:
         self.filters = list(warnings.filters)
         self.signals = {number: signal.getsignal(number) for number in _SIGNALS}
         self.loggers = {logger: _settings(logger) for logger in _loggers()}
-        self.spaces = [(space, _contents(space)) for space in _spaces()]
-        self.functions = [value for _, (values, _) in self.spaces for value in values.values() if _is_cached(value)]
+        self.spaces = [_Space(space) for space in _spaces()]
+        self.functions = [value for space in self.spaces for value in space.values.values() if _is_cached(value)]
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -65,14 +72,15 @@ class CleanState:
             logger.propagate, logger.disabled = propagate, disabled
             if logger.level != level:  # each change empties the caches of all loggers
                 logger.setLevel(level)
-        for space, (values, containers) in self.spaces:
-            _put_back(space, values, containers)
+        for space in self.spaces:
+            space.put_back()
         for function in self.functions:
             function.cache_clear()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
         gc.collect()  # engines hold their tensors in cycles
+        gc.freeze()  # what is left is not looked at again
 
 
 def _loggers() -> list[logging.Logger]:
@@ -85,7 +93,11 @@ def _settings(logger: logging.Logger) -> tuple[int, list, bool, bool]:
 
 
 def _is_watched(name: str) -> bool:
-    return any(name == watched or name.startswith(watched + ".") for watched in WATCHED)
+    return _is_in(name, WATCHED) and not _is_in(name, _UNCHANGED)
+
+
+def _is_in(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def _spaces() -> list:
@@ -101,31 +113,38 @@ def _spaces() -> list:
     return list(spaces.values())
 
 
-def _contents(space) -> tuple[dict, list]:
-    """The attributes to put back, and the containers in them with their contents."""
-    values = {name: _copied(value) for name, value in vars(space).items()}
-    if isinstance(space, types.ModuleType) and not _is_watched(space.__name__):
-        return {name: value for name, value in values.items() if callable(value)}, []
-    containers = []
-    if isinstance(space, types.ModuleType):  # those of classes hold what was loaded once, such as compiled operators
-        containers += [value for name, value in values.items() if not name.startswith("__")]
-    for value in values.values():
-        if type(value) is types.FunctionType:
-            containers += getattr(inspect.unwrap(value), "__defaults__", None) or ()
-    return values, [(value, value.copy()) for value in containers if type(value) in _CONTAINERS]
+class _Space:
+    """A module or class: the attributes to put back, and the containers in them with their contents."""
 
+    def __init__(self, space):
+        self.space = space
+        self.values = {name: _copied(value) for name, value in vars(space).items()}
+        self.containers: list = []
+        if isinstance(space, types.ModuleType) and not _is_watched(space.__name__):
+            self.values = {name: value for name, value in self.values.items() if callable(value)}
+        else:
+            containers = []
+            if isinstance(space, types.ModuleType):  # those of classes hold what was loaded once: compiled operators
+                containers += [value for name, value in self.values.items() if not name.startswith("__")]
+            for value in self.values.values():
+                if type(value) is types.FunctionType:
+                    containers += getattr(inspect.unwrap(value), "__defaults__", None) or ()
+            self.containers = [(value, value.copy()) for value in containers if type(value) in _CONTAINERS]
+        self.names, self.objects = tuple(self.values), tuple(self.values.values())
 
-def _put_back(space, values: dict, containers: list) -> None:
-    now = vars(space)
-    for name in [n for n, v in values.items() if now.get(n, _put_back) is not v]:
-        if not name.startswith("__") or callable(values[name]):
-            setattr(space, name, _copied(values[name]))
-    for name in [n for n in now if n not in values and _is_function(now[n])]:
-        delattr(space, name)
-    for container, contents in containers:
-        if container != contents:
-            container.clear()
-            container.extend(contents) if isinstance(container, list) else container.update(contents)
+    def put_back(self) -> None:
+        now = vars(self.space)
+        if not all(map(operator.is_, map(now.get, self.names), self.objects)):  # without a loop in Python: mostly true
+            for name in [n for n, v in self.values.items() if now.get(n, self) is not v]:
+                if not name.startswith("__") or callable(self.values[name]):
+                    setattr(self.space, name, _copied(self.values[name]))
+        if len(now) > len(self.names):
+            for name in [n for n in now if n not in self.values and _is_function(now[n])]:
+                delattr(self.space, name)
+        for container, contents in self.containers:
+            if container != contents:
+                container.clear()
+                container.extend(contents) if isinstance(container, list) else container.update(contents)
 
 
 def _copied(value):

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import time
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import matplotlib
@@ -13,6 +15,7 @@ from matplotlib import pyplot
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapromoe.config.resolve import resolve
+from megapromoe.training import metrics
 from megapromoe.training.metrics import (
     Metrics,
     expert_statistics,
@@ -80,7 +83,8 @@ def test_a_file_with_nothing_to_drop_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_tensorboard_has_heat_maps_layers_and_pictures(tmp_path):
+def test_tensorboard_has_heat_maps_layers_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "DRAWING_SHARE", 1e6)
     log = Metrics(tmp_path, CONFIG, total_steps=80, terminal=False)
     for step in range(1, 11):
         log.log(step, {"loss": 1.0}, {"load": LOAD_LE, "gate": np.array([0.25, 0.5])})
@@ -91,6 +95,26 @@ def test_tensorboard_has_heat_maps_layers_and_pictures(tmp_path):
     assert [e.step for e in board.Images("load")] == [1, 5, 9]
     assert board.Scalars("gate/block 3")[-1].value == 0.5
     assert [board.Images(name)[0].width for name in ("samples", "routing")] == [24, 24]
+
+
+def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    """A heat map takes a second, a step ten: the next comes 50 seconds later, though one is due every 4 steps."""
+    now = 0.0
+
+    def draw(*arguments) -> np.ndarray:
+        nonlocal now
+        now += 1.0
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(metrics, "heat_map", draw)
+    log = Metrics(tmp_path, CONFIG, total_steps=80, terminal=False)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
+    for step in range(1, 21):
+        now += 10
+        log.log(step, {"loss": 1.0}, {"load": LOAD_LE})
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [e.step for e in board.Images("load")] == [1, 6, 11, 16]
 
 
 def test_a_disabled_one_writes_nothing(tmp_path, capsys):
