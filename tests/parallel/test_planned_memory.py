@@ -102,6 +102,8 @@ LAYOUTS = (
     ("parallel.tp=2", "parallel.ep=2", *TEXT, *BLOCKS, "model.text_ffn=96"),
 )
 
+RECOMPUTE = ("none", "moe", "blocks", "all")
+
 
 @pytest.mark.full
 @pytest.mark.parametrize(
@@ -119,11 +121,12 @@ LAYOUTS = (
 @pytest.mark.parametrize("size, close", [(S, 0.02), (TINY, 0.1)], ids=["S", "tiny"])
 def test_activations_are_those_alive(size, close, world, variants, kind):
     """After the forward pass within 2 % (where scores and indices weigh as much as tokens, 10 %); the peak of both
-    passes within what is planned, and not far below."""
+    passes within what is planned, and not far below. S, which takes long, has half of the recomputations in each kind
+    of numbers."""
     cases = [
         (*size, f"train.deepspeed={kind}_zero1", f"parallel.recompute={recompute}", *more)
-        for more in variants
-        for recompute in ("none", "moe", "blocks", "all")
+        for number, more in enumerate(variants)
+        for recompute in (RECOMPUTE if size is TINY else RECOMPUTE[(number + (kind == "bf16")) % 2 :: 2])
         if not (recompute == "moe" and {"model.router=dense", "model.router=conditional"} & {*more})
     ]
     ranks = run(world, alive, cases, limit=600)
