@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from support import slurm
 from support.documented_commands import documented
+from support.levels import full
 
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
@@ -125,16 +126,20 @@ def test_sbatch_would_take_the_array(cluster):
     assert "to start at" in output
 
 
-def test_two_nodes_train_together(undisturbed, cluster):
-    assert len(undisturbed.losses()) == STEPS and undisturbed.losses()[-1] < undisturbed.losses()[0]
-    (start,) = json.loads((undisturbed.run / "environment.json").read_text())
-    assert start["layout"] | {"world": 4, "tp": 2, "ep": 2} == start["layout"]
-    assert undisturbed.attempts() == [[f"{undisturbed.number}.0", f"step-{STEPS:08d}", "0", "n[1-2]"]]
-    logs = undisturbed.run / "logs" / f"{undisturbed.number}.0"
-    assert sorted(p.name for p in logs.iterdir()) == [f"rank-{r:04d}.log" for r in range(4)]
+@pytest.mark.parametrize("tasks", [1, full(2)])
+def test_two_nodes_train_together(tasks, cluster, request):
+    job = on_two_nodes(1, cluster, "two") if tasks == 1 else request.getfixturevalue("undisturbed")
+    job.finish()
+    ranks = 2 * tasks
+    assert len(job.losses()) == STEPS and job.losses()[-1] < job.losses()[0]
+    (start,) = json.loads((job.run / "environment.json").read_text())
+    assert start["layout"] | {"world": ranks, "tp": 2, "ep": 2} == start["layout"]
+    assert job.attempts() == [[f"{job.number}.0", f"step-{STEPS:08d}", "0", "n[1-2]"]]
+    logs = job.run / "logs" / f"{job.number}.0"
+    assert sorted(p.name for p in logs.iterdir()) == [f"rank-{r:04d}.log" for r in range(ranks)]
     assert f"step {STEPS}/{STEPS}" in (logs / "rank-0000.log").read_text()
-    assert f"step {STEPS}/{STEPS}" in undisturbed.output(), "rank 0 is heard in the log of the job"
-    assert cluster.job(undisturbed.number)["Restarts"] == "0"
+    assert f"step {STEPS}/{STEPS}" in job.output(), "rank 0 is heard in the log of the job"
+    assert cluster.job(job.number)["Restarts"] == "0"
 
 
 @pytest.mark.full

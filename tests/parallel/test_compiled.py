@@ -100,6 +100,7 @@ def collective_gradients(compiled: bool) -> dict[str, tuple[torch.Tensor, torch.
     return outcomes
 
 
+@pytest.mark.full
 def test_collectives_have_the_same_gradients_compiled():
     """Torch 2.11 loses the gradient of a tensor that a compiled autograd.Function changed in place and returned."""
     plain, compiled = (run(2, collective_gradients, flag) for flag in (False, True))

@@ -155,7 +155,7 @@ def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undistu
     assert losses(folder) == undisturbed
 
 
-@pytest.mark.parametrize("ranks, hung", [(2, 0), full(2, 1), full(4, 0), full(4, 2)])
+@pytest.mark.parametrize("ranks, hung", [full(2, 0), full(2, 1), (4, 0), full(4, 2)])
 def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
     """A stopped process; the others name it, say where and when, and end within a few times the step time-out."""
     limit = 8.0

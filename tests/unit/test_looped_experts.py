@@ -36,6 +36,7 @@ def test_one_function_computes_the_bits_of_two_layers(rows, dtype):
         assert p.grad is not None and not p.grad[[n == 0 for n in rows]].any(), name
 
 
+@pytest.mark.full
 def test_gradients_of_both_layers_are_exact():
     experts = experts_of(3).double()
     x = torch.randn(13, D, dtype=torch.float64, requires_grad=True)
