@@ -82,7 +82,8 @@ def levels_of_loggers():
     levels = {name: logging.getLogger(name).level for name in ("megapromoe", "megapromoe.config")}
     yield
     for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+        if logging.getLogger(name).level != level:  # each change empties the caches of all loggers
+            logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

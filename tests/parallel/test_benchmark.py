@@ -243,6 +243,7 @@ def test_a_routing_that_is_not_the_planned_is_refused(monkeypatch):
         models.measure_step(DIGITS, "skewed", SETTINGS)
 
 
+@pytest.mark.full
 def test_every_compiled_case_starts_without_compiled_code(monkeypatch):
     """torch limits how often a process compiles a function, and a run of the benchmark has many cases."""
     calls = []

@@ -264,6 +264,7 @@ def test_a_step_reads_nothing_back(file):
             assert waits == {"update": {"tolist": 1} if file == "fp32_zero0" else HOST_READ}
 
 
+@pytest.mark.full
 def test_with_ep_each_layer_reads_its_counts_once():
     for rank in counted(2):
         for phases, _, _ in rank.values():

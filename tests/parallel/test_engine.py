@@ -268,8 +268,9 @@ def small_buckets(folder, stage: int, overlap: bool) -> str:
     return f"train.deepspeed={path}"
 
 
-@pytest.mark.parametrize("overlap", [True, full(False)])
-@pytest.mark.parametrize("zero", [full(1), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("zero", [1, 2])
 def test_the_size_of_buckets_changes_nothing(tmp_path, zero, overlap):
     layout = ("parallel.ep=2", "model.num_experts=8")
     for name in ("large", "split"):

@@ -61,6 +61,7 @@ def test_every_step_is_as_each_alone(long_run, tmp_path, trained, network, monke
     assert records[0]["figures"] != records[2]["figures"]
 
 
+@pytest.mark.full
 def test_checkpoints_that_go_or_are_not_there_are_named(long_run, tmp_path, trained, monkeypatch, caplog):
     none = tmp_path / "none"
     none.mkdir()

@@ -47,7 +47,7 @@ def test_a_rank_gets_its_part_of_the_sum(world, dtype):
     "zero, overlap, what",
     [
         full(1, True, ("parallel.ep=2", "train.accumulation=2")),
-        (2, True, ("parallel.ep=2", "train.accumulation=2")),
+        full(2, True, ("parallel.ep=2", "train.accumulation=2")),
         full(1, False, ("parallel.ep=2",)),
         full(2, False, ("parallel.ep=2",)),
         full(1, True, ("parallel.tp=2", "parallel.ep=2", "parallel.expert_tp=true")),

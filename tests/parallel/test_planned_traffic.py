@@ -208,6 +208,7 @@ def test_traffic_of_placed_experts(tmp_path):
     compare(2, [placed, (*placed, "model.capacity_factor=1.5", "parallel.recompute=moe")])
 
 
+@pytest.mark.full
 def test_traffic_of_copied_experts(tmp_path):
     """Weights of copies to their ranks and gradients back, other numbers of them in each block."""
     what = ("parallel.ep=4", "model.num_experts=12")
@@ -260,6 +261,7 @@ def test_each_gradient_is_sent_once_and_each_parameter_once(tmp_path):
         assert sum(sent(twice, what)) == pytest.approx(2 * sum(gathered), rel=1e-3)
 
 
+@pytest.mark.full
 def test_shards_of_some_ranks_are_summed_once(tmp_path):
     """A reduce-scatter and a gather inside, in each micro-batch at stage 2; and a sum over replicas in the last one.
 

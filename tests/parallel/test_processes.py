@@ -130,6 +130,7 @@ def test_results_that_cannot_be_pickled_are_reported():
         run(1, threading.Lock)
 
 
+@pytest.mark.full
 def test_training_leaves_workers_as_they_are(tmp_path):
     before = run(2, rank_and_process)
     run(2, train, str(tmp_path), "train.steps=2")

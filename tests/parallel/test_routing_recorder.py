@@ -73,6 +73,7 @@ def test_a_record_has_the_rows_that_each_rank_routed(world, overrides, ep, group
     assert len({record.rows_RME.tobytes() for record in records}) == (1 if is_even else 3)
 
 
+@pytest.mark.full
 def test_recording_does_not_change_the_training(tmp_path):
     run(2, train, str(tmp_path / "plain"), "parallel.ep=2")
     run(2, train, str(tmp_path / "recorded"), "parallel.ep=2", EVERY_STEP)

@@ -16,7 +16,7 @@ EIGHT = "model.num_experts=8"
 @pytest.mark.parametrize(
     "zero, overlap, what",
     [
-        (2, True, ("train.accumulation=2",)),
+        full(2, True, ("train.accumulation=2",)),
         full(1, True, ("train.accumulation=2", "parallel.ep=2")),
         full(1, False, ()),
         full(2, False, ("parallel.ep=2", "train.accumulation=2")),

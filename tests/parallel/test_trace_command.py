@@ -45,6 +45,7 @@ def test_the_command_shows_the_recorded_load(trained, tmp_path, capsys):
     assert {file.name for file in tmp_path.iterdir()} == {"trace.json", "trace.png"}
 
 
+@pytest.mark.full
 def test_drift_between_snapshots(trained, tmp_path, capsys):
     words = ("--routes", "--num-images", "12", "--levels", "0.2,0.7", "--out", str(tmp_path))
     assert trace(trained, *words) == 0

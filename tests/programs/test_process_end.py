@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from support.levels import full
 
 # The call returns while the interpreter ends: the deletion of an object, which comes then, answers it and waits.
 ENDING = """
@@ -37,7 +38,7 @@ except StoreUnreachable:
 """
 
 
-@pytest.mark.parametrize(("prevention", "code"), [("end_if_abandoned(75)", 75), ("", -6)], ids=["prevented", "not"])
+@pytest.mark.parametrize(("prevention", "code"), [("end_if_abandoned(75)", 75), full("", -6)], ids=["prevented", "not"])
 def test_the_exit_code_is_kept_if_a_call_of_the_store_has_not_returned(prevention, code):
     """Python aborts otherwise."""
     program = ENDING.replace("PREVENTION", prevention)

@@ -285,6 +285,7 @@ def test_nothing_is_written_for_what_cannot_be_shown(saved, tmp_path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_the_program_refuses_in_words(tmp_path):
     def run_command(*words):
         done = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True)

@@ -65,6 +65,7 @@ def test_the_ratio_of_a_step_is_also_given_without_the_update(measured):
     assert "forward and backward × dense" not in layer
 
 
+@pytest.mark.full
 def test_a_repeated_command_measures_nothing(measured, monkeypatch):
     monkeypatch.setattr(suite, "_measure", None)  # a call would raise
     before = json.loads((measured / "benchmark.json").read_text())["scenes"]

@@ -226,6 +226,7 @@ def test_reasons_are_given_for_the_best_plan():
     assert not list(experts_in_parallel(find("dit_b", 8)))
 
 
+@pytest.mark.full
 def test_expert_parallelism_pays_below_the_break_even_and_not_above():
     few = next(experts_in_parallel(find("promoe_l", 64)))
     large_batch = next(experts_in_parallel(find("promoe_l", 1, "train.global_batch=256")))

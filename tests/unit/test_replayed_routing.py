@@ -59,6 +59,7 @@ def test_a_layer_has_the_load_of_the_most_uneven_block(run):
     assert result["load"] == load_E and result["contenders"]["ours"]["counts"]
 
 
+@pytest.mark.full
 def test_each_layer_of_a_model_has_its_own_load(run, monkeypatch):
     settings, loads = replayed(run, experiment="step"), []
     real = models._PlannedRouting.check

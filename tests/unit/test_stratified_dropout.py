@@ -58,6 +58,7 @@ def test_every_layout_drops_the_same_samples_and_has_equal_micro_batches():
         assert np.array_equal(dropped, expected) and numbers == {size * 3 // 4} and len(independent) > 1
 
 
+@pytest.mark.full
 def test_all_choices_of_a_stratum_are_equally_probable_and_strata_are_independent():
     """The marginal rate of every position is exact; two positions of a stratum have covariance -p(1-p)/(n-1)."""
     strata, n, k = 12_000, 4, 2

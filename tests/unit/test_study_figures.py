@@ -93,6 +93,7 @@ def test_scores_may_be_zero_and_are_better_if_higher(study, capsys):
     assert "right pictures, overall, 200 images: mean ± half" in (study.folder / "results.md").read_text()
 
 
+@pytest.mark.full
 def test_curves_are_means_of_the_seeds_that_all_models_have(study):
     """Seeds differ by more than models do: a model whose second seed is missing would look better."""
     for task in study.tasks:
