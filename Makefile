@@ -33,13 +33,13 @@ test: env
 quick: env
 	$(PYTEST) -n 2 -m "not full"
 
-# What the quick level leaves out. These tests wait much, for time limits and for SLURM: three processes keep two cores busy.
+# What the quick level leaves out. On two cores a third process of tests makes it slower: most tests have ranks of their own.
 # With MINUTES=N it skips, and lists, the tests that are left after N minutes.
 test-rest: env
-	$(PYTEST) -n 3 -m full $(if $(MINUTES),--minutes $(MINUTES))
+	$(PYTEST) -n 2 -m full $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: check
-	$(PYTEST) -n 3
+	$(PYTEST) -n 2
 
 check: env docs
 	$(BIN)/ruff check .

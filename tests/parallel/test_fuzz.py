@@ -12,7 +12,7 @@ from support.fuzz_program import (
     text_tallies,
 )
 
-LEVELS = [(60, 40), pytest.param(1000, 120, marks=pytest.mark.full)]
+LEVELS = [(60, 40), pytest.param(300, 60, marks=pytest.mark.full)]
 """Flips of the most important targets and of the others; 40 bring one damage of each kind that is no flip."""
 
 
@@ -41,14 +41,14 @@ def test_no_damage_to_latents_is_silent(flips, others, tmp_path):
     assert encoded.outcomes[SILENT] == 0 and encoded.outcomes[NAMED] >= 0.8 * others
 
 
-@pytest.mark.parametrize("flips", [40, pytest.param(500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("flips", [40, pytest.param(200, marks=pytest.mark.full)])
 def test_no_damage_to_text_features_is_silent(flips, tmp_path):
     tallies = text_tallies(tmp_path, flips, flips)
     not_silent(tallies)
     assert all(tally.flips == flips and tally.outcomes[NAMED] >= 0.6 * flips for tally in tallies)
 
 
-@pytest.mark.parametrize("flips", [8, pytest.param(400, marks=pytest.mark.full)])
+@pytest.mark.parametrize("flips", [8, pytest.param(150, marks=pytest.mark.full)])
 def test_damage_to_text_files_is_a_sentence_or_a_setting(flips, tmp_path):
     tallies = {tally.name: tally for tally in settings_tallies(tmp_path, flips, flips)}
     for name in ("run folder: run.lock", "run folder: run.lock of a live run", "run folder: config.yaml"):

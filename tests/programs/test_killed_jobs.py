@@ -23,7 +23,7 @@ from support.training_runs import losses
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
-STEPS = 40
+STEPS = 24
 JOB = ["--preset", "digits", f"train.steps={STEPS}", "train.log_every=1", "train.save_every=5", "train.keep_last=50",
        "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32", "train.global_batch=32"]  # fmt: skip
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
