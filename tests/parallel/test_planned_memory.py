@@ -6,12 +6,14 @@ import time
 import pytest
 import torch
 from support.levels import full
+from support.meshes import meshes_made_once
 from support.processes import run
 from support.wide_products import WideProducts
 
 from megapromoe.benchmark.rehearsal import Recorder
+from megapromoe.config.options import Config
 from megapromoe.config.resolve import resolve
-from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.mesh import Mesh
 from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.activations import saved_tensors, transient
@@ -23,12 +25,11 @@ NULL = 1  # null images of the micro-batch
 
 def alive(cases: list[tuple[str, ...]]) -> list[tuple[int, int]]:
     """Of each case: bytes alive after the forward pass, and at most in both."""
-    return [_alive(overrides) for overrides in cases]
+    mesh_of = meshes_made_once()
+    return [_alive(config, mesh_of(config)) for config in (resolve(overrides=overrides) for overrides in cases)]
 
 
-def _alive(overrides: tuple[str, ...]) -> tuple[int, int]:
-    config = resolve(overrides=overrides)
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp)
+def _alive(config: Config, mesh: Mesh) -> tuple[int, int]:
     model = build(config, mesh, undrawn=torch.bfloat16 if "bf16" in config.train.deepspeed else torch.float32).train()
     some = 0.05 * torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     for p in model.parameters():  # initial values would take longer than the passes

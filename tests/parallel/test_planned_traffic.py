@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.meshes import meshes_made_once
 from support.placements import placement_file
 from support.processes import run
 from support.trajectory import small
 
-from megapromoe.distributed.mesh import make_mesh, rank_tables
+from megapromoe.config.options import Config
+from megapromoe.distributed.mesh import Mesh, rank_tables
 from megapromoe.engine.averaged_weights import EMA
 from megapromoe.engine.engine import Engine
 from megapromoe.nn.parallelize import build
@@ -65,14 +67,11 @@ class Listener:
 
 def recorded(cases: list[tuple[str, ...]]) -> list[tuple[dict, dict]]:
     """Of each case, what a rank's optimizer step calls, after two others; and the bytes of its states."""
-    listener = Listener()
-    return [record(listener, overrides) for overrides in cases]
+    listener, mesh_of = Listener(), meshes_made_once()
+    return [record(listener, config, mesh_of(config)) for config in (small(*overrides) for overrides in cases)]
 
 
-def record(listener: Listener, overrides: tuple[str, ...]) -> tuple[dict, dict]:
-    config = small(*overrides)
-    p = config.parallel
-    mesh = make_mesh(p.tp, p.ep, p.expert_tp, 60, p.shard_ranks)
+def record(listener: Listener, config: Config, mesh: Mesh) -> tuple[dict, dict]:
     engine = Engine(build(config, mesh, placements=config.placements_in_file()), config, mesh)
     ema = EMA(engine, config.train.ema_decays)
     B = config.layout(mesh.world_size).micro_batch

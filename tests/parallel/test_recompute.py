@@ -4,12 +4,13 @@ from collections import Counter as Tally
 
 import pytest
 import torch
+from support.meshes import meshes_made_once
 from support.processes import run
 from support.trajectory import small, stir
 
 from megapromoe.benchmark.counters import Counter
 from megapromoe.config.options import ConfigError
-from megapromoe.distributed.mesh import make_mesh
+from megapromoe.distributed.mesh import Mesh, make_mesh
 from megapromoe.nn.parallelize import build
 from megapromoe.nn.text_condition import TextCondition
 from megapromoe.planning.traffic import Batch, collectives
@@ -40,10 +41,9 @@ TEXT = (*TEXT, "model.text_width=6", "model.text_tokens=5", "model.text_ffn=24")
 NULL = 1
 
 
-def outcome(overrides: tuple[str, ...]) -> dict:
+def outcome(overrides: tuple[str, ...], mesh: Mesh) -> dict:
     """The results and states after a forward and a backward pass, and their collectives. Collective."""
     config = small("model.depth=2", "model.moe_every=1", *overrides)
-    mesh = make_mesh(config.parallel.tp, config.parallel.ep, config.parallel.expert_tp, timeout=60)
     model = build(config, mesh).train()
     stir(model, mesh)
     B, generator = 4, torch.Generator().manual_seed(mesh.dp.rank)
@@ -65,7 +65,8 @@ def outcome(overrides: tuple[str, ...]) -> dict:
 
 
 def outcomes(cases: list[tuple[str, ...]]) -> list[dict]:
-    return [outcome(overrides) for overrides in cases]
+    mesh_of = meshes_made_once()
+    return [outcome(overrides, mesh_of(small(*overrides))) for overrides in cases]
 
 
 OPS = {"all_reduce": "allreduce_", "all_gather": "allgather_", "all_to_all": "alltoall_base_"}

@@ -1,6 +1,19 @@
-"""Meshes of layouts, without a job."""
+"""Meshes of layouts, without a job and in one."""
 
-from megapromoe.distributed.mesh import Group, Mesh, rank_tables
+from collections.abc import Callable
+from functools import cache
+
+from megapromoe.config.options import Config
+from megapromoe.distributed.mesh import Group, Mesh, make_mesh, rank_tables
+
+
+def meshes_made_once() -> Callable[[Config], Mesh]:
+    """A function from configs to their meshes in the running job, for many models in turn. Collective.
+
+    Process groups stay until the job ends, and gloo has a thread for each that wakes a hundred times a second.
+    """
+    make = cache(lambda tp, ep, expert_tp, shard_ranks: make_mesh(tp, ep, expert_tp, 60, shard_ranks))
+    return lambda config: make(*(getattr(config.parallel, name) for name in ("tp", "ep", "expert_tp", "shard_ranks")))
 
 
 def mesh_of(rank: int, world: int, tp: int, ep: int, expert_tp: bool = False, shard_ranks: int = 0) -> Mesh:
