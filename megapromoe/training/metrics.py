@@ -131,8 +131,10 @@ class Metrics:
         shown = [summary.scalar(name, float(value)) for name, value in values.items() if value is not None]
         curves, pictures = dict(values), {}
         drawn = [name for name, array in arrays.items() if array.ndim == 2 and array.size]
-        if drawn and step >= self._next_heat_map and (start := time.monotonic()) >= self._no_heat_map_before:
+        if drawn and step >= self._next_heat_map and time.monotonic() >= self._no_heat_map_before:
             self._next_heat_map = step + self._heat_map_every
+            _import_matplotlib()
+            start = time.monotonic()
             for name in drawn:
                 picture = heat_map(arrays[name], f"{name}, step {step}", self._blocks)
                 shown.append(summary.image(name, picture, dataformats="HWC"))
@@ -244,6 +246,12 @@ def rewind(path: Path, step: int, step_of: Callable[[str], int] = _step_of) -> N
         )
 
 
+def _import_matplotlib() -> None:
+    """Imports what `heat_map` draws with: slow, and only one rank draws."""
+    with uncollected():
+        import matplotlib.backends.backend_agg  # noqa: F401
+
+
 def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray:
     """Draws a table (layers, experts) as a heat map, each row normalised by its sum.
 
@@ -255,10 +263,10 @@ def heat_map(table: np.ndarray, title: str, rows: tuple[int, ...]) -> np.ndarray
     Returns:
         uint8 (height, width, 3).
     """
-    with uncollected():  # slow, and only one rank draws
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+    _import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     layers, experts = table.shape
