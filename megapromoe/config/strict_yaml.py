@@ -73,7 +73,7 @@ class _Loader(Composer, CParser, SafeConstructor, Resolver):
     """
 
     def __init__(self, text: str):
-        CParser.__init__(self, str(text))
+        CParser.__init__(self, str(text))  # it reads a subclass of str, such as `TypedText`, as a file
         Composer.__init__(self)
         SafeConstructor.__init__(self)
         Resolver.__init__(self)

@@ -43,7 +43,7 @@ from megapromoe.training.wandb_run import WandbRun
 logger = logging.getLogger(__name__)
 
 HEAT_MAPS = 20  # at most, per run: drawing one takes as long as some steps of a small model
-DRAWING_SHARE = 0.02  # of the time, at most
+DRAWING_SHARE = 0.02  # of the time between two heat maps, at most; the import of matplotlib does not count
 
 # Values in the progress bar and the log lines: key, label, format. The total loss is shown if it has auxiliary parts.
 SHOWN: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -116,7 +116,7 @@ class Metrics:
             values: name -> number, None if there is no value. None and numbers that are not finite are null in
                 metrics.jsonl, because JSON cannot represent them.
             layers: name -> array (M,) or (M, E), for M MoE layers and E experts. TensorBoard shows the first as
-                scalars, the second as a heat map at most `HEAT_MAPS` times per run and `DRAWING_SHARE` of the time.
+                scalars, the second as a heat map at most `HEAT_MAPS` times per run, within `DRAWING_SHARE`.
         """
         if not self.enabled:
             return

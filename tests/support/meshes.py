@@ -10,7 +10,7 @@ from megapromoe.distributed.mesh import Group, Mesh, make_mesh, rank_tables
 def meshes_made_once() -> Callable[[Config], Mesh]:
     """A function from configs to their meshes in the running job, for many models in turn. Collective.
 
-    Process groups stay until the job ends, and gloo has a thread for each that wakes a hundred times a second.
+    Process groups stay until the job ends, and the threads of gloo in each take processor time even without messages.
     """
     make = cache(lambda tp, ep, expert_tp, shard_ranks: make_mesh(tp, ep, expert_tp, 60, shard_ranks))
     return lambda config: make(*(getattr(config.parallel, name) for name in ("tp", "ep", "expert_tp", "shard_ranks")))

@@ -131,3 +131,7 @@ def test_values_on_the_command_line_are_read_so():
     assert "train.lr = '1:30' (command line): must be a finite number (1:30 would be read in base 60" in message
     assert "train.max_grad_norm" in message and "model.depth" not in message
     assert resolve("digits", overrides=["train.steps=40", "train.lr=1e-4"]).train.steps == 40
+
+
+def test_tabs_may_separate_the_parts_of_a_line():
+    assert parse_yaml("train:\n  steps:\t60\t# few\n") == {"train": {"steps": 60}}
