@@ -8,17 +8,12 @@ from support.levels import full
 from support.processes import run
 from support.training_runs import losses, state
 from support.training_runs import train as train_run
-from support.trajectory import Trajectory, deviation, deviations, train
+from support.trajectory import Trajectory, deviation, deviations, train_uncompiled
 
 from megapromoe.checkpoint.format import KINDS
 
 SETTINGS = ("train.weight_decay=0.1", "train.ema_decay=[0.5,0.9]", "train.ema_warmup=true")
 LIMIT = 1e-5
-
-
-def trajectory(overrides: tuple[str, ...], folder: str) -> Trajectory | None:
-    with torch.compiler.set_stance("force_eager"):  # spares the minutes of the compiler
-        return train(overrides, folder, 4)
 
 
 def trajectories(folder: Path, world: int, *overrides: str) -> list[Trajectory]:
@@ -27,7 +22,7 @@ def trajectories(folder: Path, world: int, *overrides: str) -> list[Trajectory]:
     for backend in ("fused", "torch"):
         (folder / backend).mkdir()
         words = (*SETTINGS, *overrides, f"train.adamw_backend={backend}")
-        results.append(run(world, trajectory, words, str(folder / backend))[0])
+        results.append(run(world, train_uncompiled, words, str(folder / backend), 4)[0])
     return results
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.levels import full
 from support.processes import run
-from support.training_runs import QUICK, state, train
+from support.training_runs import QUICK, same_state, train
 from support.trajectory import small
 
 from megapromoe.checkpoint import manager
@@ -101,7 +101,7 @@ def test_a_killed_run_continues_exactly_and_writes_its_snapshots_again(straight,
     for step in (2, 4, 6):
         places = (snapshot_of(folder / "snapshots", step) for folder in (straight, killed))
         assert equal(*map(averages, places)), step
-    assert all(torch.equal(tensor, state(killed, 6)[key]) for key, tensor in state(straight, 6).items())
+    assert same_state(killed, straight, 6)
     assert share(killed, 6) == share(straight, 6) == pytest.approx(2 / 11 * 3 / 12 * 4 / 13 * 5 / 14 * 6 / 15 * 7 / 16)
     assert not list(killed.glob("branches/*")) and not list(killed.glob("snapshots/*.replaced"))
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_a_version_without_warm_up_resumes_as_before(tmp_path):
     del content["ema_warmup"], content["ema_initial_share"], content["config"]["train"]["ema_warmup"]
     file.write_text(seal(content))
     run(2, train, str(old), *plain, "train.ema_warmup=true")
-    assert all(torch.equal(tensor, state(old, 6)[key]) for key, tensor in state(tmp_path / "before", 6).items())
+    assert same_state(old, tmp_path / "before", 6)
     assert share(old, 6) == pytest.approx(0.9**6) == share(tmp_path / "before", 6)
     assert Checkpoint(folder_of(old / "checkpoints", 6)).manifest["ema_warmup"] is False
 

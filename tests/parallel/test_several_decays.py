@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.levels import full
 from support.processes import run
-from support.training_runs import state, train
+from support.training_runs import same_state, train
 
 from megapromoe.checkpoint.format import Checkpoint
 from megapromoe.checkpoint.step_folders import folder_of, snapshot_of
@@ -48,26 +48,27 @@ def test_each_average_is_that_of_a_run_with_its_decay_alone(tmp_path, case):
     """In checkpoints, in snapshots, and after a kill; all other state is that of either run."""
     world, *overrides = case
     run(world, train_all, str(tmp_path), *overrides)
-    both = tmp_path / "[0.2,0.9]"
-    first, second = (tmp_path / decay for decay in DECAYS)
-    assert checkpoint(both).kinds == ("master", "exp_avg", "exp_avg_sq", "ema", "ema=0.9")
-    assert all(torch.equal(tensor, state(both, 3)[key]) for key, tensor in state(first, 3).items())
-    assert kind_equals(checkpoint(both), "ema=0.9", checkpoint(second), "ema")
-    assert not kind_equals(checkpoint(both), "ema", checkpoint(second), "ema")
-    assert [a.initial_share for a in checkpoint(both).averages.values()] == [
-        checkpoint(folder).averages["ema"].initial_share for folder in (first, second)
+    folder, *alone = (tmp_path / decays for decays in ("[0.2,0.9]", *DECAYS))
+    both, first, second = map(checkpoint, (folder, *alone))
+    assert both.kinds == ("master", "exp_avg", "exp_avg_sq", "ema", "ema=0.9")
+    assert same_state(folder, alone[0], 3)
+    assert kind_equals(both, "ema=0.9", second, "ema")
+    assert not kind_equals(both, "ema", second, "ema")
+    assert [a.initial_share for a in both.averages.values()] == [
+        other.averages["ema"].initial_share for other in (first, second)
     ]
-    assert "ema_averages" not in checkpoint(first).manifest
+    assert "ema_averages" not in first.manifest
 
-    snapshot = Checkpoint(snapshot_of(both / "snapshots", 3))
+    snapshot = Checkpoint(snapshot_of(folder / "snapshots", 3))
     assert snapshot.kinds == ("ema", "ema=0.9")
-    assert all(kind_equals(snapshot, kind, checkpoint(both), kind) for kind in snapshot.kinds)
+    assert all(kind_equals(snapshot, kind, both, kind) for kind in snapshot.kinds)
 
-    killed = shutil.copytree(both, tmp_path / "killed")
+    killed = shutil.copytree(folder, tmp_path / "killed")
     shutil.rmtree(folder_of(killed / "checkpoints", 3))
     run(world, train, str(killed), *SHORT, "train.ema_decay=[0.2,0.9]", *overrides)
-    assert all(kind_equals(checkpoint(killed), kind, checkpoint(both), kind) for kind in checkpoint(both).kinds)
-    assert checkpoint(killed).manifest["ema_averages"] == checkpoint(both).manifest["ema_averages"]
+    continued = checkpoint(killed)
+    assert all(kind_equals(continued, kind, both, kind) for kind in both.kinds)
+    assert continued.manifest["ema_averages"] == both.manifest["ema_averages"]
 
 
 def change_the_list(folder: str) -> None:

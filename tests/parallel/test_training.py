@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from megapromoe.config.renamed_options import RENAMED
 from megapromoe.config.train_options import TrainConfig
 from megapromoe.conversion.exports import export
 from megapromoe.conversion.formats import open_state
+from megapromoe.distributed import stop_requests
 
 LAYOUTS = [
     full(1, ("train.deepspeed=fp32_zero0",)),
@@ -41,9 +43,11 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("world, overrides", LAYOUTS, ids=str)
 def test_resuming_is_bit_exact(world, overrides, tmp_path):
+    """From the first checkpoint of a run, as if it had been killed later."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run(world, train, str(straight), *overrides)
-    run(world, train, str(resumed), "train.steps=3", *overrides)
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(folder_of(resumed / "checkpoints", 6))
     run(world, train, str(resumed), *overrides)
     assert steps_in(straight / "checkpoints") == steps_in(resumed / "checkpoints") == [3, 6]
     expected, actual = state(straight, 6), state(resumed, 6)
@@ -232,6 +236,30 @@ def messages_of_training(folder: str, *overrides: str) -> list[str]:
     loop.logger.setLevel(logging.INFO)
     train(folder, *overrides)
     return [line for line in handler.lines if line.startswith("changed since")]
+
+
+def stop_as_the_launcher_ends(folder: str) -> list[str]:
+    """Warnings of a rank about its launcher: rank 1 notices its end in the third step, rank 0 when it asks again."""
+    calls = count(1)
+
+    class Ending:
+        name, pid = "torchrun", 123
+
+        def is_running(self) -> bool:
+            return next(calls) < (3 if torch.distributed.get_rank() else 4)
+
+    stop_requests.find_launcher = lambda launch: Ending()
+    handler = RecordedMessages()
+    stop_requests.logger.addHandler(handler)
+    with pytest.raises(loop.Interrupted, match="asked to stop: step 3 of 100 is saved"):
+        train(folder, "train.steps=100")
+    return handler.lines
+
+
+def test_the_first_rank_says_that_the_launcher_has_ended_also_if_another_noticed_it(tmp_path):
+    warning = "rank 0: torchrun (process 123), which started this rank, has ended; the run stops with a checkpoint"
+    first, _ = run(2, stop_as_the_launcher_ends, str(tmp_path))
+    assert first == [warning]
 
 
 @pytest.mark.full

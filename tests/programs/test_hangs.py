@@ -238,12 +238,13 @@ MICRO_STEP = "megapromoe.engine.engine:Engine.micro_step"
 def test_a_first_step_that_compiles_may_take_longer(tmp_path):
     """The same pause is a hang in any other step."""
     settings = ["train.steps=3", "train.step_timeout=3", "train.timeout=400"]  # compilers on busy cores
-    for name, step, codes in (("first", 1, [0, 0]), ("second", 2, [76, 76])):
+    jobs = {}
+    for name, step in (("first", 1), ("second", 2)):
         call = f"patient_start(); compile_by_graph(); hang_in(None, {MICRO_STEP!r}, slow(12), {step})"
-        folder = tmp_path / name
-        folder.mkdir()
-        words = training(folder, *settings, "train.compile=true")
-        assert end_of(start(folder, *words, world=2, call=call), folder) == codes, output_of(folder, 0)
+        words = training(tmp_path / name, *settings, "train.compile=true")
+        jobs[name] = start(tmp_path / name, *words, world=2, call=call)
+    for name, codes in (("first", [0, 0]), ("second", [76, 76])):
+        assert end_of(jobs[name], tmp_path / name) == codes, output_of(tmp_path / name, 0)
 
 
 def test_a_rank_that_freezes_in_a_first_step_that_compiles_is_named(tmp_path, fault_table):

@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -89,21 +91,22 @@ def wait_for(condition, limit: float = 240.0, launcher: subprocess.Popen | Forke
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
-def ranks(request) -> int:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def undisturbed(ranks, tmp_path_factory) -> list[float]:
+def undisturbed(tmp_path_factory) -> Callable[[int], list[float]]:
+    """The losses of a job on so many ranks."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert exit_codes(ranks, folder, ["train", "--run-dir", "run", *JOB]) == [0] * ranks
-    return losses(folder / "run")
+
+    @cache
+    def losses_on(ranks: int) -> list[float]:
+        assert exit_codes(ranks, folder, ["train", "--run-dir", f"on-{ranks}", *JOB]) == [0] * ranks
+        return losses(folder / f"on-{ranks}")
+
+    return losses_on
 
 
 @pytest.mark.full
-def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, tmp_path, fault_table):
-    folder = tmp_path / "run"
+def test_kill_9_during_a_step_and_torchrun_restarts_the_job(undisturbed, tmp_path, fault_table):
+    ranks, folder = 2, tmp_path / "run"
     job = start(folder, ranks, restarts=1)
     wait_for(lambda: logged(folder) >= 12, launcher=job)
     os.kill(ranks_of(job)[ranks // 2], signal.SIGKILL)
@@ -118,7 +121,7 @@ def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, 
     assert back <= 120, "from the kill to the next step"
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output[-3000:]
-    assert losses(folder) == undisturbed
+    assert losses(folder) == undisturbed(ranks)
     assert len(json.loads((folder / "environment.json").read_text())) == 2
     what, lost = "resumed automatically, identical losses", f"{back:.0f} s from the kill to the next step"
     fault_table.append(
@@ -128,6 +131,7 @@ def test_kill_9_during_a_step_and_torchrun_restarts_the_job(ranks, undisturbed, 
 
 @pytest.mark.full
 @pytest.mark.parametrize("number, receivers", [(signal.SIGTERM, "all ranks, twice"), (signal.SIGUSR1, "one rank")])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undisturbed, tmp_path, fault_table):
     folder = tmp_path / "run"
     job = start_small_or_forked(folder, ranks)
@@ -152,7 +156,7 @@ def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undistu
         )
     )
     assert exit_codes(ranks, tmp_path, ["train", "--run-dir", "run", *JOB]) == [0] * ranks
-    assert losses(folder) == undisturbed
+    assert losses(folder) == undisturbed(ranks)
 
 
 @pytest.mark.parametrize("ranks, hung", [full(2, 0), full(2, 1), (4, 0), full(4, 2)])

@@ -49,7 +49,7 @@ class CleanState:
         self.signals = {number: signal.getsignal(number) for number in _SIGNALS}
         self.loggers = {logger: _settings(logger) for logger in _loggers()}
         self.spaces = [_Space(space) for space in _spaces()]
-        self.functions = [value for space in self.spaces for value in space.values.values() if _is_cached(value)]
+        self.functions = _cached_functions()
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -81,6 +81,15 @@ class CleanState:
             torch._dynamo.utils.counters.clear()
         gc.collect()  # engines hold their tensors in cycles
         gc.freeze()  # what is left is not looked at again
+
+
+def _cached_functions() -> list:
+    """Functions of watched modules with a cache, also those inside of other functions: a method of DeepSpeed whose
+    cache holds the engines of all jobs."""
+    gc.unfreeze()  # what is frozen is not among the objects
+    cached = [value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper]
+    gc.freeze()
+    return [function for function in cached if _is_watched(str(getattr(function, "__module__", "")))]
 
 
 def _loggers() -> list[logging.Logger]:
@@ -156,7 +165,3 @@ def _copied(value):
 
 def _is_function(value) -> bool:
     return type(value) in (types.FunctionType, types.MethodType, staticmethod, classmethod)
-
-
-def _is_cached(value) -> bool:
-    return type(value) is functools._lru_cache_wrapper

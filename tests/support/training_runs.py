@@ -31,6 +31,12 @@ def state(folder: Path, step: int) -> dict[tuple[str, str], torch.Tensor]:
     return {(kind, name): checkpoint.logical(kind, name) for kind in KINDS for name in checkpoint.shapes}
 
 
+def same_state(folder: Path, other: Path, step: int) -> bool:
+    """Whether the checkpoints of two runs hold the same bits."""
+    tensors, others = state(folder, step), state(other, step)
+    return tensors.keys() == others.keys() and all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+
+
 def losses(folder: Path) -> list[float]:
     """The total losses that a run logged, in order."""
     return [json.loads(line)["total_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

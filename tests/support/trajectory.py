@@ -144,6 +144,12 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
     return out if dist.get_rank() == 0 else None
 
 
+def train_uncompiled(overrides: tuple[str, ...], folder: str, steps: int = 5) -> Trajectory | None:
+    """As `train`, with the fused update as it is: its compiler takes a minute of a core."""
+    with torch.compiler.set_stance("force_eager"):
+        return train(overrides, folder, steps)
+
+
 def condition_of(config: Config, batch: Batch) -> torch.Tensor | TextCondition:
     """The labels of a batch; for a text model texts that depend on the stream position alone, of all lengths from 0.
 
