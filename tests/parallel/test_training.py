@@ -256,7 +256,7 @@ def stop_as_the_launcher_ends(folder: str) -> list[str]:
     return handler.lines
 
 
-def test_the_first_rank_says_that_the_launcher_has_ended_also_if_another_noticed_it(tmp_path):
+def test_rank_0_logs_the_end_of_the_launcher_even_if_another_rank_notices_it_first(tmp_path):
     warning = "rank 0: torchrun (process 123), which started this rank, has ended; the run stops with a checkpoint"
     first, _ = run(2, stop_as_the_launcher_ends, str(tmp_path))
     assert first == [warning]
