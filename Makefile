@@ -33,14 +33,13 @@ test: env
 quick: env
 	$(PYTEST) -n 2 -m "not full"
 
-# What the quick level leaves out: two processes of tests that compute, and one of tests that mostly wait
-# (tests/support/file_schedule.py). With MINUTES=N it skips, and lists, the tests
-# that are left after N minutes.
+# What the quick level leaves out. On two cores a third process of tests makes it slower: most tests have ranks of their own.
+# With MINUTES=N it skips, and lists, the tests that are left after N minutes.
 test-rest: env
-	$(PYTEST) -n 3 -m full $(if $(MINUTES),--minutes $(MINUTES))
+	$(PYTEST) -n 2 -m full $(if $(MINUTES),--minutes $(MINUTES))
 
 test-all: check
-	$(PYTEST) -n 3
+	$(PYTEST) -n 2
 
 check: env docs
 	$(BIN)/ruff check .

@@ -62,16 +62,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With three processes or more the last one runs the files that mostly wait."""
-    if config.getvalue("dist") != "loadfile" or len(config.getvalue("tx")) < 3:
-        return None
-    from support.file_schedule import WaitingFilesApart
-
-    return WaitingFilesApart(config, log)
-
-
 STARTED = time.monotonic()
 
 

@@ -118,7 +118,10 @@ def _seconds(seconds: float) -> str:
 
 
 def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
-    """The command line that starts the training. Plain srun works with and without ports reserved by SLURM."""
+    """The command line that starts the training. Plain srun works with and without ports reserved by SLURM.
+
+    The number of tasks is given because an allocation has one of its own, which srun would take.
+    """
     nodes = best.layout.world // options.gpus_per_node
     chosen = settings(best, config)
     words = [word for word in options.overrides if word.partition("=")[0].strip() not in chosen]
@@ -129,7 +132,7 @@ def _command(options: argparse.Namespace, config: Config, best: Plan) -> str:
     recipe += ["--config", str(options.config)] if options.config else []
     recipe = recipe or ["--preset", DEFAULT_PRESET]
     name, number = options.preset or "planned", str(options.gpus_per_node)
-    start = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={number}"]
+    start = ["srun", f"--nodes={nodes}", f"--ntasks={best.layout.world}", f"--ntasks-per-node={number}"]
     start += [f"--gpus-per-node={number}"] if options.gpu != "cpu" else []
     return shlex.join([*start, "megapromoe", "train", *recipe, "--run-dir", f"runs/{name}", *words])
 

@@ -120,8 +120,8 @@ def planned(*words: str) -> list[str]:
 
 
 def test_the_line_of_a_plan_starts_where_slurm_reserves_no_ports(cluster, tmp_path):
-    """As it is printed, from a login node and in an allocation, with names of nodes that resolve nowhere."""
-    line = planned("--preset", "digits", "--nodes", "2", "--gpus-per-node", "2", *TINY, "train.deepspeed=fp32_zero1")
+    """As it is printed, from a login node and in an allocation for more tasks; names of nodes resolve nowhere."""
+    line = planned("--preset", "digits", "--nodes", "2", "--gpus-per-node", "1", *TINY, "train.deepspeed=fp32_zero1")
     assert line[0] == "srun" and "megapromoe" in line
     program = line.index("megapromoe")
     folder = tmp_path / "bin"
@@ -129,7 +129,7 @@ def test_the_line_of_a_plan_starts_where_slurm_reserves_no_ports(cluster, tmp_pa
     (folder / "megapromoe").write_text(f'#!/bin/sh\nexec {sys.executable} -m megapromoe "$@"\n')
     (folder / "megapromoe").chmod(0o755)
     env = {"PATH": f"{folder}:{cluster.env['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name, start in (("login", []), ("allocation", ["salloc", *ALLOCATION, "--gpus-per-node=2"])):
+    for name, start in (("login", []), ("allocation", ["salloc", *ALLOCATION, "--gpus-per-node=1"])):
         (tmp_path / name).mkdir()
         done = subprocess.run(
             [*start, *line[:program], *line[program:]], env=cluster.env | env, cwd=tmp_path / name,
@@ -137,7 +137,7 @@ def test_the_line_of_a_plan_starts_where_slurm_reserves_no_ports(cluster, tmp_pa
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         (start,) = json.loads((tmp_path / name / "runs" / "digits" / "environment.json").read_text())
-        assert (start["launcher"], start["layout"]["world"]) == ("srun", 4)
+        assert (start["launcher"], start["layout"]["world"]) == ("srun", 2)
 
 
 def test_two_jobs_on_a_node_get_ports_of_their_own(cluster, describe_rank, tmp_path):

@@ -24,7 +24,7 @@ from megapromoe.checkpoint.step_folders import folder_of, steps_in
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ROOT / "launchers"
-STEPS = 24
+STEPS = 48
 SETTINGS = [
     f"train.steps={STEPS}", "train.warmup=4", "train.schedule=constant", "train.log_every=1", "train.save_every=5",
     "train.keep_last=50", "train.deepspeed=fp32_zero1", "parallel.tp=2", "parallel.ep=2", "model.hidden_size=32",
@@ -107,7 +107,7 @@ def on_two_nodes(tasks: int, cluster: slurm.Cluster, name: str, *words: str, opt
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster) -> Job:
-    job = two_by_two(cluster, "undisturbed")
+    job = on_two_nodes(1, cluster, "undisturbed")
     job.finish()
     return job
 
@@ -128,7 +128,7 @@ def test_sbatch_would_take_the_array(cluster):
 
 @pytest.mark.parametrize("tasks", [1, full(2)])
 def test_two_nodes_train_together(tasks, cluster, request):
-    job = on_two_nodes(1, cluster, "two") if tasks == 1 else request.getfixturevalue("undisturbed")
+    job = request.getfixturevalue("undisturbed") if tasks == 1 else on_two_nodes(tasks, cluster, "tasks")
     job.finish()
     ranks = 2 * tasks
     assert len(job.losses()) == STEPS and job.losses()[-1] < job.losses()[0]
@@ -183,7 +183,7 @@ def test_the_signal_before_the_time_limit_saves_and_queues_again_and_cancelling_
 
 @pytest.mark.full
 def test_a_requeued_run_has_the_losses_of_an_undisturbed_one(undisturbed, cluster):
-    job = two_by_two(cluster, "requeued")
+    job = on_two_nodes(1, cluster, "requeued")
     job.wait_for(lambda: job.steps() >= 7, "some steps")
     cluster.command("scancel", "--batch", "--signal=USR1", job.number)
     job.finish()
@@ -204,7 +204,7 @@ def processes_on(node: str) -> list[int]:
 
 @pytest.mark.full
 def test_a_node_that_dies_is_survived(undisturbed, cluster):
-    job = two_by_two(cluster, "node")
+    job = on_two_nodes(1, cluster, "node")
     job.wait_for(lambda: job.steps() >= 7, "some steps")
     assert cluster.job(job.number)["NodeList"] == "n[1-2]"
     cluster.command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
@@ -259,7 +259,7 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(undisturbed, cluster, fault_
 @pytest.mark.full
 def test_ranks_whose_step_daemon_is_killed_save(cluster):
     """SLURM's daemon of the step starts the ranks of a node; on the other node it lives."""
-    job = two_by_two(cluster, "daemon", *ENDLESS)
+    job = on_two_nodes(1, cluster, "daemon", *ENDLESS)
     job.wait_for(lambda: job.steps() >= 3, "some steps")
     *_, node = [f"n{number}" for number in re.findall(r"\d+", cluster.job(job.number)["NodeList"])]
     ranks = [pid for pid in processes_on(node) if b"\0train\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -25,6 +25,7 @@ from megapromoe.nn.parallelize import build
 WHOLE_BLOCKS = 4
 BLOCKS = ("model.activation=swiglu", "model.norm=rms", "model.qk_norm=rms", "model.positions=rope")
 BLOCKS = (*BLOCKS, "model.modulation=shared")
+DEEP = "model.depth=10"
 TEXT = ("data.source=unset", "model.condition=text", "model.num_classes=1000", "model.text_width=6")
 TEXT = (*TEXT, "model.text_tokens=5")
 
@@ -46,11 +47,11 @@ def pair(overrides: tuple[str, ...], folder: str):
     "graphs, overrides",
     [
         # With recomputation five more: attention half, MLP and residual apart from the experts, router; no losses.
-        full(11, ("parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
+        full(11, (DEEP, "parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
         # Without the router, which runs twice, and with the biases of the experts.
         full(11, ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer")),
-        full(11, ("model.depth=4", "parallel.tp=2", "parallel.ep=2", *BLOCKS)),
-        full(WHOLE_BLOCKS, ("model.depth=4", *BLOCKS, *TEXT)),
+        full(11, ("parallel.tp=2", "parallel.ep=2", *BLOCKS)),
+        full(WHOLE_BLOCKS, (*BLOCKS, *TEXT)),
         full(
             7, ("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")
         ),
@@ -58,17 +59,19 @@ def pair(overrides: tuple[str, ...], folder: str):
         full(12, ("parallel.ep=2", "model.router_input=unmodulated", "parallel.recompute=moe")),
         # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts: attention
         # half, residual, MLP, the experts.
-        full(WHOLE_BLOCKS - 1, ("model.depth=4", "model.router=conditional", "parallel.tp=2", *BLOCKS)),
+        full(WHOLE_BLOCKS - 1, ("model.router=conditional", "parallel.tp=2", *BLOCKS)),
         full(6, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
-        full(WHOLE_BLOCKS, ("model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")),
+        full(
+            WHOLE_BLOCKS, (DEEP, "model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_training_is_the_same_and_nothing_is_compiled_twice(graphs, overrides, tmp_path):
-    """Over five steps with different numbers of null images, and more blocks than torch's limit of recompilations."""
+    """Over five steps with different numbers of null images; also more blocks than torch's limit of recompilations."""
     for name in ("plain", "compiled"):
         (tmp_path / name).mkdir()
-    overrides = ("model.depth=10", "train.global_batch=8", *overrides)
+    overrides = ("train.global_batch=8", *overrides)
     for plain, compiled, made, breaks in run(2, pair, overrides, str(tmp_path)):
         assert (made, breaks) == (graphs, {})
         if plain:
@@ -196,10 +199,9 @@ def test_evaluation_stays_eager():
 
 @pytest.mark.full
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile makes C++ on a CPU, and there is no g++")
-@pytest.mark.parametrize("what", [("model.depth=1", "model.router=dense"), ("model.depth=2", "model.moe_every=2")])
-def test_compiled_by_inductor(what):
-    """As `train.compile` does it, by inductor."""
-    what += ("model.hidden_size=32",)
+def test_compiled_by_inductor():
+    """As `train.compile` does it, by inductor; a dense block and one with experts."""
+    what = ("model.depth=2", "model.moe_every=2", "model.hidden_size=32")
     plain, compiled = build(small(*what)).train(), build(small(*what, "train.compile=true")).train()
     for model in (plain, compiled):
         stir(model, make_mesh())

@@ -98,14 +98,11 @@ def test_parts_compute_the_same_and_are_compiled_once(world, graphs, overrides, 
 
 @pytest.mark.full
 def test_blocks_with_other_experts_on_a_rank_share_the_graphs():
-    """The slots of experts are a table, not a constant of the graph."""
-    for experts, graphs, placements in (
-        (4, 8, {0: ExpertPlacement(((0, 3), (1, 2))), 1: ExpertPlacement(((1, 2), (0, 3)))}),
-        (3, 8, {0: ExpertPlacement(((2,), (0, 1))), 1: ExpertPlacement(((0, 2), (1,)))}),
-    ):
-        for result in run(2, compared, (*EP, f"model.num_experts={experts}"), "looped", placements):
-            assert not result["differing"]
-            assert (result["graphs"], result["breaks"]) == (len(CONDITIONAL) * [graphs], {})
+    """The slots of experts are a table, not a constant of the graph; ranks may have different numbers of them."""
+    placements = {0: ExpertPlacement(((2,), (0, 1))), 1: ExpertPlacement(((0, 2), (1,)))}
+    for result in run(2, compared, (*EP, "model.num_experts=3"), "looped", placements):
+        assert not result["differing"]
+        assert (result["graphs"], result["breaks"]) == (len(CONDITIONAL) * [8], {})
 
 
 PARTS = ("begin", "hidden", "outputs", "dense", "end")

@@ -158,7 +158,7 @@ def test_a_cpu_adds_the_times_of_host_and_kernels():
 def test_a_plan_for_a_cpu_starts_no_launcher(capsys):
     code, out, _ = planned(capsys, "--preset", "digits", "--gpu", "cpu", "--gpus-per-node", "2")
     assert code == 0 and "CPU core: 0.0500 TFLOP/s" in out
-    assert "srun --nodes=1 --ntasks-per-node=2 megapromoe train" in out and "--gpus-per-node" not in out
+    assert "srun --nodes=1 --ntasks=2 --ntasks-per-node=2 megapromoe train" in out and "--gpus-per-node" not in out
 
 
 def test_gb200_has_trays_of_four_in_racks_of_72(capsys):
