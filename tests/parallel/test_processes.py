@@ -1,5 +1,6 @@
 """Workers that stay: each call finds the process as new; errors and the time limit end the job and its workers."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -11,6 +12,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
+from support.levels import full
 from support.processes import WorkerFailed, run
 from support.training_runs import train
 
@@ -135,3 +138,20 @@ def test_training_leaves_workers_as_they_are(tmp_path):
     before = run(2, rank_and_process)
     run(2, train, str(tmp_path), "train.steps=2")
     assert run(2, rank_and_process) == before
+
+
+def engines_and_threads() -> tuple[int, int]:
+    """How many engines this process holds, and how many threads it has, those of gloo included."""
+    gc.unfreeze()
+    engines = sum(issubclass(type(value), DeepSpeedEngine) for value in gc.get_objects())
+    return engines, len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("stage", [full(1), 3])
+def test_no_engine_and_no_process_group_stays_in_a_worker(stage, tmp_path):
+    """Their threads would take processor time from all later calls."""
+    ((engines, threads),) = run(1, engines_and_threads)
+    assert engines == 0
+    for number in range(2):
+        run(1, train, str(tmp_path / str(number)), "train.steps=3", f"train.deepspeed=fp32_zero{stage}")
+    assert run(1, engines_and_threads) == [(0, threads)]

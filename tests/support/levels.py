@@ -9,8 +9,8 @@ import pytest
 # processors idle, so files that compute stand between them.
 LONGEST = (
     *("test_hangs.py", "test_equality.py", "test_killed_jobs.py", "test_compiled.py", "test_slurm.py"),
-    *("test_stopped_jobs.py", "test_documented_commands.py", "test_planned_memory.py", "test_launches.py"),
-    *("test_deepspeed_keys.py", "test_fuzz.py", "test_layout_change.py"),
+    *("test_documented_commands.py", "test_planned_memory.py", "test_layout_change.py", "test_stopped_jobs.py"),
+    *("test_launches.py", "test_torchrun_nodes.py", "test_deepspeed_keys.py", "test_fuzz.py"),
 )
 
 

@@ -7,6 +7,7 @@ is who starts what, where and when.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -138,19 +139,24 @@ class Cluster:
     def __exit__(self, *exception) -> None:
         if len(self.daemons) > 1:
             self.command("scancel", "--user=root", check=False)
-            end = time.monotonic() + 15
+            end = time.monotonic() + 5
             while self.command("squeue", "-h", check=False).strip() and time.monotonic() < end:
                 time.sleep(0.2)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for daemon in reversed(self.daemons):
-                if daemon.poll() is None:
-                    daemon.send_signal(number)
-            for daemon in self.daemons:
-                try:
-                    daemon.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    continue
+        for pid in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for daemon in self.daemons:
+            daemon.wait(timeout=10)
         self.daemons.clear()
+
+    def _processes(self) -> list[int]:
+        """The daemons, and what still runs of jobs."""
+        variable, pids = f"SLURM_CONF={self.folder / 'slurm.conf'}\0".encode(), []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if variable in environment.read_bytes():
+                    pids.append(int(environment.parent.name))
+        return pids
 
     # ---- what a user does
 
