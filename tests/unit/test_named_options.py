@@ -34,8 +34,8 @@ NO_SETTINGS = {
 # Flags of other programs that our documents and messages name.
 OTHERS = {
     "SLURM": "--account --array --batch --cpus-per-task --exclude --gpus-per-node --job-name --kill-on-bad-exit --nodes"
-    " --no-requeue --ntasks-per-node --nodelist --option --partition --requeue --cpu-bind --distribution --export --mem"
-    " --mem-per-cpu --mem-per-gpu --mpi --pty --resv-ports --signal --time",
+    " --no-requeue --ntasks --ntasks-per-node --nodelist --option --partition --requeue --cpu-bind --distribution"
+    " --export --mem --mem-per-cpu --mem-per-gpu --mpi --pty --resv-ports --signal --time",
     "torchrun": "--max-restarts --nproc-per-node --shutdown-timeout --standalone",
     "deepspeed": "--module",
     "tensorboard": "--logdir",
