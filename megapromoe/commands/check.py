@@ -11,9 +11,10 @@ EPILOG = f"""\
 Start it with the launcher and the settings of the run. Without a launcher it tests this machine.
   megapromoe check
   torchrun --nproc-per-node 8 -m megapromoe check --preset promoe_l --run-dir runs/l parallel.ep=4
-  srun --kill-on-bad-exit=1 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
+  srun --kill-on-bad-exit=1 --nodes=4 --ntasks=32 --ntasks-per-node=8 --gpus-per-node=8 megapromoe check \\
       --preset promoe_xl --run-dir runs/xl --bad-nodes runs/xl/preflight/bad-nodes parallel.ep=8
-(without --kill-on-bad-exit srun would wait for a rank that does not exit)
+(without --kill-on-bad-exit srun would wait for a rank that does not exit; without --ntasks it would take the number
+of tasks of the allocation)
 It takes about a minute, and checks in this order: all ranks connect; versions are equal; every GPU computes
 correct products at the speed of the others, and reports no errors; host memory, /dev/shm, limits, settings;
 clocks; every node can write to the run directory and read what others wrote, and the disk has room for the

@@ -306,7 +306,7 @@ def _train(
                 for line in closing_lines(config, run.folder, step, metrics.last, clock, example):
                     logger.info("%s", line)
             if tracker.stop and step < t.steps:
-                asked_to_stop()  # the end of the launcher may have been noticed by a rank that logs nothing
+                asked_to_stop()  # logs the end of the launcher also where another rank noticed it first
                 raise Interrupted(f"asked to stop: step {step} of {t.steps} is saved, repeat the command to continue")
         watchdog.at("the end of the run")
     finally:

@@ -47,7 +47,7 @@ def board(folder) -> dict[int, float]:
 
 
 def next_second() -> None:
-    """TensorBoard reads files in the order of their names: the second, then numbers that are not padded."""
+    """Waits for it: TensorBoard reads files in the order of their names, which begin with the second of the start."""
     time.sleep(1 - time.time() % 1)
 
 

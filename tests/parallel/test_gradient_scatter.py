@@ -65,7 +65,7 @@ def test_training_equals_that_of_an_all_reduce(tmp_path, zero, overlap, what):
     for name in ("reduced", "scattered"):
         (tmp_path / name).mkdir()
     what = (*what, "model.num_experts=8")
-    training = train_uncompiled if "train.accumulation=2" in what else train  # the fused update as it is and compiled
+    training = train_uncompiled if "train.accumulation=2" in what else train  # one case compiles the fused update
     reduced = run(4, training, (*what, f"train.deepspeed=fp32_zero{zero}", ALL_REDUCE), str(tmp_path / "reduced"), 3)[0]
     files = (small_buckets(tmp_path, zero, overlap), SCATTER)
     scattered = run(4, training, (*what, *files), str(tmp_path / "scattered"), 3)[0]

@@ -18,7 +18,7 @@ from megapromoe.checkpoint.step_folders import steps_in
 ROOT = Path(__file__).parents[2]
 THEIRS = ("SLURM", "TORCHELASTIC", "PET_", "SKYPILOT", "NNODES", "MIN_NODES", "NODE_", "MASTER", "RETRIES", "PREFLIGHT")
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(THEIRS)}
-# A batch whose steps take time: a fast machine would do many, and differences of rounding grow with them.
+# The batch is so large that a fast machine does few steps: differences of rounding grow with their number.
 TINY = ["digits", "train.log_every=1", "train.save_every=5", "train.keep_last=2", "train.global_batch=64",
         "train.schedule=constant", "train.warmup=4", "model.hidden_size=32", "model.depth=2"]  # fmt: skip
 LIMIT = 4  # train.step_timeout, seconds

@@ -113,7 +113,10 @@ def test_a_small_job_runs_from_scenes_to_scores_and_can_be_repeated(tool, monkey
         """Ranks that are forked, which takes less time."""
         started.append(command[0])
         job = ForkedJob(ranks, command, tmp_path)
-        output, _ = job.communicate(timeout=240)
+        try:
+            output, _ = job.communicate(timeout=240)
+        finally:
+            job.kill()
         return job.returncode, output
 
     monkeypatch.setattr(tool, "launch", launch)

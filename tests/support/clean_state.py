@@ -84,8 +84,10 @@ class CleanState:
 
 
 def _cached_functions() -> list:
-    """Functions of watched modules with a cache, also those inside of other functions: a method of DeepSpeed whose
-    cache holds the engines of all jobs."""
+    """Functions of watched modules with a cache.
+
+    Also those that others wrap, as a method of DeepSpeed whose cache holds the engine of each job.
+    """
     gc.unfreeze()  # what is frozen is not among the objects
     cached = [value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper]
     gc.freeze()

@@ -145,7 +145,7 @@ def train(overrides: tuple[str, ...], folder: str, steps: int = 5, prepare=None)
 
 
 def train_uncompiled(overrides: tuple[str, ...], folder: str, steps: int = 5) -> Trajectory | None:
-    """As `train`, with the fused update as it is: its compiler takes a minute of a core."""
+    """As `train`, without torch.compile, which takes a minute of a core for the fused update."""
     with torch.compiler.set_stance("force_eager"):
         return train(overrides, folder, steps)
 
