@@ -20,6 +20,7 @@ data-parallel size. This module replaces what DeepSpeed computes wrongly or slow
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,6 +59,15 @@ def trained_type(config: Config) -> torch.dtype:
     return torch.bfloat16 if load_deepspeed(config).get("bf16", {}).get("enabled", False) else torch.float32
 
 
+def imports_compiler(config: Config) -> bool:
+    """Whether a step will import torch's compiler: to compile, or for wrappers that keep it out of a function.
+
+    Such wrappers have torch's recomputation, DeepSpeed's stage 3, and optimizers other than `EagerAdamW`.
+    """
+    t, stage = config.train, load_deepspeed(config).get("zero_optimization", {}).get("stage", 0)
+    return t.compile or t.adamw_backend != "torch" or stage == 3 or config.parallel.recompute != "none"
+
+
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 """(prediction, auxiliary output) -> (scalar to differentiate, what `Engine.micro_step` returns)."""
 
@@ -87,6 +97,9 @@ class Engine:
         # Imported late: it takes seconds, and other modules need only the types of this one.
         with uncollected():
             from megapromoe.engine.deepspeed_backend.adapter import DeepSpeedAdapter
+
+            if imports_compiler(config):
+                importlib.import_module("torch._dynamo")
 
         ds = load_deepspeed(config)
         self.config, self.mesh = config, mesh

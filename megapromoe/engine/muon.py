@@ -29,6 +29,7 @@ from torch import Tensor
 from megapromoe.config.options import Config
 from megapromoe.config.train_options import TrainConfig
 from megapromoe.distributed.parameter_layout import ParameterLayout
+from megapromoe.engine.eager_adamw import EagerAdamW
 from megapromoe.engine.matrix_exchange import MatrixExchange
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -156,7 +157,7 @@ class MuonUpdate:
             weights.mul_(1 - lr * constants.weight_decay).sub_(update, alpha=lr)
 
 
-class MuonAndAdamW(torch.optim.AdamW):
+class MuonAndAdamW(EagerAdamW):
     """AdamW, and Muon for parameter groups with the entry `HIDDEN_MATRICES`.
 
     Whoever makes it sets `updates` before the first step. As in torch's fused AdamW, `grad_scale` divides gradients of

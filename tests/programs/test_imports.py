@@ -31,8 +31,9 @@ assert cli.main(["train", "--preset", "digits", "--run-dir", tempfile.mkdtemp() 
         (HELP_AND_SHOW, ["torch"]),
         # Imported after a job was joined, deepspeed keeps the job's threads alive beyond the job's end.
         ("import megapromoe.sampling.generation", ["deepspeed", "matplotlib"]),
-        # Each takes a second of every rank: Muon, which DeepSpeed imports, is compiled; the digits are a file.
-        full(START, ["torch._inductor.compile_fx", "sklearn"]),
+        # Each takes a second of every rank: torch's optimizers import its compiler, and so does Muon, which DeepSpeed
+        # imports; the digits are a file.
+        full(START, ["torch._dynamo", "torch._inductor.compile_fx", "sklearn"]),
     ],
     ids=["config and planning", "plan", "help and show", "sampling", "a start"],
 )

@@ -14,6 +14,7 @@ from megapromoe.engine.deepspeed_backend import partitions, start
 from megapromoe.engine.deepspeed_backend.internals import SUPPORTED, missing_internals
 from megapromoe.engine.deepspeed_backend.scatter import GradientScatter
 from megapromoe.engine.deepspeed_backend.step import StepByPartitions
+from megapromoe.engine.eager_adamw import EagerAdamW
 from megapromoe.engine.muon import HIDDEN_MATRICES, hidden_parameters
 from megapromoe.engine.protocol import EngineError, PartitionShards, PartitionUpdate
 from megapromoe.nn.dit import DiT
@@ -45,7 +46,7 @@ class DeepSpeedAdapter:
             "gradient_clipping": clip,  # always set, because the default of 0.19.8 is 1.0
         }
         hidden = hidden_parameters(config, model.layouts)
-        if hidden:
+        if isinstance(self.optimizer, EagerAdamW):  # 0.19.8 knows the class of torch, not ours
             settings["zero_allow_untested_optimizer"] = True
         self._engine = start.start_engine(config, model, self.optimizer, mesh, settings)
         self._stage: int = ds.get("zero_optimization", {}).get("stage", 0)

@@ -12,7 +12,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch._dynamo  # noqa: F401, by the first step of a torch optimizer; imported here without garbage collection
 import torch.distributed as dist
 from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.utils import groups as deepspeed_groups
@@ -22,6 +21,7 @@ from megapromoe.config.options import Config
 from megapromoe.config.train_options import TrainConfig
 from megapromoe.distributed.mesh import Mesh
 from megapromoe.engine.deepspeed_backend.internals import GROUP_TABLES, check_version
+from megapromoe.engine.eager_adamw import EagerAdamW
 from megapromoe.engine.muon import HIDDEN_MATRICES, MuonAndAdamW, hidden_parameters
 from megapromoe.engine.protocol import EngineError
 from megapromoe.nn.dit import DiT
@@ -231,7 +231,7 @@ def _make_adamw(t: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Opt
     """
     betas = (t.beta1, t.beta2)
     if t.adamw_backend in ("torch", "fused"):
-        return torch.optim.AdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
+        return EagerAdamW(groups, fused=True, lr=t.lr, betas=betas, eps=t.eps, weight_decay=t.weight_decay)
     if t.adamw_backend == "apex":
         try:
             from apex.optimizers import FusedAdam
