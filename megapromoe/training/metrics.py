@@ -43,6 +43,7 @@ from megapromoe.training.wandb_run import WandbRun
 logger = logging.getLogger(__name__)
 
 HEAT_MAPS = 20  # at most, per run: drawing one takes as long as some steps of a small model
+FIRST_HEAT_MAP = 5.0  # seconds after the start: the first steps are reported without waiting for matplotlib
 DRAWING_SHARE = 0.02  # of the time between two heat maps, at most; the import of matplotlib does not count
 
 # Values in the progress bar and the log lines: key, label, format. The total loss is shown if it has auxiliary parts.
@@ -94,7 +95,7 @@ class Metrics:
         self._experts = len(self._blocks) * config.model.num_experts
         self._heat_map_every = max(1, total_steps // HEAT_MAPS)
         self._next_heat_map = first_step
-        self._no_heat_map_before = 0.0  # on time.monotonic()
+        self._no_heat_map_before = time.monotonic() + FIRST_HEAT_MAP
         path = Path(folder) / "metrics.jsonl"
         self._folder = log_folder = LogFolder(folder)
         self._lines = AppendedFile(path, log_folder, prepare=lambda: rewind(path, first_step))
@@ -116,7 +117,8 @@ class Metrics:
             values: name -> number, None if there is no value. None and numbers that are not finite are null in
                 metrics.jsonl, because JSON cannot represent them.
             layers: name -> array (M,) or (M, E), for M MoE layers and E experts. TensorBoard shows the first as
-                scalars, the second as a heat map at most `HEAT_MAPS` times per run, within `DRAWING_SHARE`.
+                scalars, the second as a heat map at most `HEAT_MAPS` times per run, from `FIRST_HEAT_MAP` on, and
+                within `DRAWING_SHARE`.
         """
         if not self.enabled:
             return

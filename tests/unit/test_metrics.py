@@ -85,6 +85,7 @@ def test_a_file_with_nothing_to_drop_is_left_alone(tmp_path):
 
 def test_tensorboard_has_heat_maps_layers_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "DRAWING_SHARE", 1e6)
+    monkeypatch.setattr(metrics, "FIRST_HEAT_MAP", 0.0)
     log = Metrics(tmp_path, CONFIG, total_steps=80, terminal=False)
     for step in range(1, 11):
         log.log(step, {"loss": 1.0}, {"load": LOAD_LE, "gate": np.array([0.25, 0.5])})
@@ -98,7 +99,7 @@ def test_tensorboard_has_heat_maps_layers_and_pictures(tmp_path, monkeypatch):
 
 
 def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
-    """A heat map takes a second, a step ten: the next comes 50 seconds later, though one is due every 4 steps."""
+    """A heat map takes a second, a step four: the first comes after 5 s, and the next 50 s after that."""
     now = 0.0
 
     def draw(*arguments) -> np.ndarray:
@@ -107,14 +108,14 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
         return np.zeros((4, 4, 3), np.uint8)
 
     monkeypatch.setattr(metrics, "heat_map", draw)
-    log = Metrics(tmp_path, CONFIG, total_steps=80, terminal=False)
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now, time=time.time))
-    for step in range(1, 21):
-        now += 10
+    log = Metrics(tmp_path, CONFIG, total_steps=80, terminal=False)
+    for step in range(1, 31):
+        now += 4
         log.log(step, {"loss": 1.0}, {"load": LOAD_LE})
     log.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [e.step for e in board.Images("load")] == [1, 6, 11, 16]
+    assert [e.step for e in board.Images("load")] == [2, 15, 28]
 
 
 def test_a_disabled_one_writes_nothing(tmp_path, capsys):
