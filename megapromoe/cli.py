@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -42,9 +43,10 @@ COMMANDS = {
     "benchmark": "compare the speed of the MoE layer, the training step and sampling with other implementations",
     "launchers": "write the job scripts into a folder",
 }
-# Seconds that other ranks wait before they exit with an error that rank 0 prints. Launchers end all ranks when one has
-# failed, so an earlier exit could prevent the message.
+# Seconds that other ranks wait at most before they exit with an error that rank 0 prints. Launchers end all ranks when
+# one has failed, so an earlier exit could prevent the message.
 GRACE = 5.0
+POLL = 0.05  # seconds between two looks for a signal
 
 _EXAMPLES = """\
 examples:
@@ -216,7 +218,7 @@ def _run_rank(command: Command, options: argparse.Namespace, launch: LaunchEnvir
             rank = f", rank {launch.rank}" if launch.rank else ""
             _print_error(f"megapromoe{rank}: {error}")
         else:
-            time.sleep(GRACE)
+            _wait_for_rank_0()
         return error.exit_code
     except ImportError as error:
         if missing_package(error) is None and launch.world > 1:
@@ -226,3 +228,12 @@ def _run_rank(command: Command, options: argparse.Namespace, launch: LaunchEnvir
         if launch.world > 1:
             process_end.exit_with_traceback(error)
         raise
+
+
+def _wait_for_rank_0() -> None:
+    """Waits `GRACE` seconds, or until the launcher ends this rank, as it does once rank 0 has ended."""
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    deadline = time.monotonic() + GRACE
+    while not ended and time.monotonic() < deadline:
+        time.sleep(POLL)

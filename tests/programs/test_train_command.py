@@ -1,5 +1,10 @@
 """`megapromoe train`: the resolved config, --dry-run, and the data of large presets."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import yaml
 from support.latent_folders import Arrays, write
@@ -43,12 +48,37 @@ def test_train_checks_the_ranks_of_the_launcher(trained, monkeypatch, capsys):
 
 
 def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys):
-    waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    """They wait, because launchers end all ranks with the first that fails."""
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
+    monkeypatch.setattr(cli, "GRACE", 0.3)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    start = time.monotonic()
     assert cli.main(["train", "--run-dir", "x", "model.dept=2"]) == 2
     assert capsys.readouterr().err == ""
-    assert waited == [cli.GRACE]
+    assert time.monotonic() - start >= 0.3
+
+
+def test_other_ranks_end_when_the_launcher_ends_them(trained, monkeypatch):
+    """It does so once rank 0 has ended: with the exit code of the error, and without waiting any longer."""
+    monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
+    monkeypatch.setattr(cli, "GRACE", 60.0)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def launcher() -> None:
+        deadline = time.monotonic() + 30
+        while signal.getsignal(signal.SIGTERM) is before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if signal.getsignal(signal.SIGTERM) is not before:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread, start = threading.Thread(target=launcher), time.monotonic()
+    thread.start()
+    try:
+        assert cli.main(["train", "--run-dir", "x", "model.dept=2"]) == 2
+    finally:
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - start < 30
 
 
 def test_a_wrong_launch_exits_with_2(trained, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """A job of forked ranks whose store this process holds, as torchrun's agent does."""
 
 import os
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -35,10 +36,16 @@ class ForkedJob:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """What all ranks wrote, once all have ended."""
-        end = time.monotonic() + timeout
-        for rank in self.ranks:
-            rank.wait(max(end - time.monotonic(), 0))
+        """What all ranks wrote, once all have ended. The first that fails ends the others, by SIGTERM."""
+        end, asked = time.monotonic() + timeout, False
+        while None in (codes := [rank.returncode for rank in self.ranks]):
+            assert time.monotonic() < end, f"the job did not end within {timeout} s"
+            if any(codes) and not asked:
+                asked = True
+                for rank in self.ranks:
+                    if rank.returncode is None:
+                        rank.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
         return "".join(output.read_text() for output in self._outputs), None
 
     def kill(self) -> None:
