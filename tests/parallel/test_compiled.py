@@ -46,23 +46,31 @@ def pair(overrides: tuple[str, ...], folder: str):
 @pytest.mark.parametrize(
     "graphs, overrides",
     [
-        # With recomputation five more: attention half, MLP and residual apart from the experts, router; no losses.
-        full(11, (DEEP, "parallel.ep=2", "train.deepspeed=fp32_zero2", "parallel.recompute=moe")),
+        # With recomputation five more: attention half, MLP and residual apart from the experts, router; no losses. And
+        # one: the attention half of an MoE block has another result, the tokens that the router scores.
+        full(
+            12,
+            (
+                *(DEEP, "parallel.ep=2", "model.router_input=unmodulated"),
+                *("train.deepspeed=fp32_zero2", "parallel.recompute=moe"),
+            ),
+        ),
         # Without the router, which runs twice, and with the biases of the experts.
         full(11, ("parallel.tp=2", "parallel.ep=2", "parallel.recompute=all", "model.qk_norm=layer")),
         full(11, ("parallel.tp=2", "parallel.ep=2", *BLOCKS)),
-        full(WHOLE_BLOCKS, (*BLOCKS, *TEXT)),
         full(
             7, ("parallel.tp=2", "model.num_shared_experts=2", "model.shared_expert_width=40", "model.router=promoe_ec")
         ),
-        # One more: the attention half of an MoE block has another result, the tokens that the router scores.
-        full(12, ("parallel.ep=2", "model.router_input=unmodulated", "parallel.recompute=moe")),
         # No losses of routers. In a region blocks are whole, as dense ones; with recomputation in parts: attention
         # half, residual, MLP, the experts.
         full(WHOLE_BLOCKS - 1, ("model.router=conditional", "parallel.tp=2", *BLOCKS)),
         full(6, ("model.router=conditional", "parallel.recompute=blocks", "train.deepspeed=fp32_zero2")),
         full(
-            WHOLE_BLOCKS, (DEEP, "model.balance_weight=0.01", "model.balance_form=batch", "train.deepspeed=fp32_zero2")
+            WHOLE_BLOCKS,
+            (
+                *(DEEP, *BLOCKS, *TEXT, "model.balance_weight=0.01", "model.balance_form=batch"),
+                "train.deepspeed=fp32_zero2",
+            ),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -116,8 +124,11 @@ def test_collectives_have_the_same_gradients_compiled():
 
 COMPILED_CASES = {
     "promoe": (),
-    "two experts a token": ("model.top_k=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2"),
-    "capacity": ("model.capacity_factor=1.25",),
+    "two experts a token": (
+        *("model.top_k=2", "model.num_shared_experts=2", "model.num_unconditional_experts=2"),
+        "model.balance_weight=0.01",
+    ),
+    "capacity, unmodulated": ("model.capacity_factor=1.25", "model.router_input=unmodulated", "model.top_k=2"),
     "promoe_ec": ("model.router=promoe_ec",),
     "promoe_linear": ("model.router=promoe_linear", "model.balance_weight=0.01"),
     "tc": ("model.router=tc", "model.top_k=2", "model.balance_bias=0.01"),
@@ -131,8 +142,6 @@ COMPILED_CASES = {
     "dense": ("model.router=dense",),
     "conditional": ("model.router=conditional",),
     "conditional without shared experts": ("model.router=conditional", "model.shared_expert=false"),
-    "balance": ("model.balance_weight=0.01", "model.top_k=2"),
-    "unmodulated": ("model.router_input=unmodulated", "model.top_k=2"),
     "three blocks": ("model.depth=3", "model.moe_every=1", "model.top_k=2", "model.score_function=sigmoid"),
 }
 LOOPED = ("two experts a token",)

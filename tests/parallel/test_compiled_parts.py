@@ -37,6 +37,11 @@ def outcome(model, conditional: int, seed: int, skewed: bool):
     return values | gradients, auxiliary.load_ME
 
 
+def compiles(rank: int, world: int) -> bool:
+    """Whether a rank compiles: two of a job do. To the others the messages of an eager rank are the same."""
+    return rank in (0, world - 1)
+
+
 def compared(overrides: tuple[str, ...], backend: str, placements: Placements | None = None) -> dict:
     """What differs from the eager model in steps with other images, and the graphs that were made. Collective."""
     torch._dynamo.reset()
@@ -46,7 +51,8 @@ def compared(overrides: tuple[str, ...], backend: str, placements: Placements | 
     plain, compiled = (build(config, mesh, placements=placements).train() for _ in range(2))
     for model in (plain, compiled):
         stir(model, mesh)
-    compile_model(compiled, "aot_eager")
+    if compiles(mesh.rank, mesh.world_size):
+        compile_model(compiled, "aot_eager")
     differing, graphs, unused = [], [], 0
     for step, conditional in enumerate(CONDITIONAL):
         arguments = conditional[mesh.dp.rank > 0], 100 * step + mesh.dp.rank, step == SKEWED
@@ -89,9 +95,10 @@ def test_parts_compute_the_same_and_are_compiled_once(world, graphs, overrides, 
 
     Per expert, so that those with few rows count. All blocks share the graphs.
     """
-    for result in run(world, compared, overrides, backend):
+    for rank, result in enumerate(run(world, compared, overrides, backend)):
         assert not result["differing"]
-        assert (result["graphs"], result["breaks"]) == (len(CONDITIONAL) * [graphs], {})
+        expected = len(CONDITIONAL) * [graphs if compiles(rank, world) else 0]
+        assert (result["graphs"], result["breaks"]) == (expected, {})
         experts_choose = {"model.router=diffmoe", "model.router=promoe_ec"} & {*overrides}
         assert experts_choose or result["unused"], "no expert was without tokens"
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from support.levels import full
 from support.processes import run
-from support.trajectory import deviation, small, train, train_uncompiled
+from support.trajectory import deviation, small, train, train_compiled_on_rank_0, train_uncompiled
 from support.watched_engine import Watched, small_buckets, whole_loss
 
 from megapromoe.config.options import ConfigError
@@ -65,7 +65,8 @@ def test_training_equals_that_of_an_all_reduce(tmp_path, zero, overlap, what):
     for name in ("reduced", "scattered"):
         (tmp_path / name).mkdir()
     what = (*what, "model.num_experts=8")
-    training = train_uncompiled if "train.accumulation=2" in what else train  # one case compiles the fused update
+    # One case compiles the fused update.
+    training = train_uncompiled if "train.accumulation=2" in what else train_compiled_on_rank_0
     reduced = run(4, training, (*what, f"train.deepspeed=fp32_zero{zero}", ALL_REDUCE), str(tmp_path / "reduced"), 3)[0]
     files = (small_buckets(tmp_path, zero, overlap), SCATTER)
     scattered = run(4, training, (*what, *files), str(tmp_path / "scattered"), 3)[0]

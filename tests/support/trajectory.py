@@ -150,6 +150,11 @@ def train_uncompiled(overrides: tuple[str, ...], folder: str, steps: int = 5) ->
         return train(overrides, folder, steps)
 
 
+def train_compiled_on_rank_0(overrides: tuple[str, ...], folder: str, steps: int = 5) -> Trajectory | None:
+    """As `train`, but only one rank compiles."""
+    return (train_uncompiled if dist.get_rank() else train)(overrides, folder, steps)
+
+
 def condition_of(config: Config, batch: Batch) -> torch.Tensor | TextCondition:
     """The labels of a batch; for a text model texts that depend on the stream position alone, of all lengths from 0.
 
