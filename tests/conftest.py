@@ -10,6 +10,7 @@ A test is marked by `@pytest.mark.full`, a case by `pytest.param(..., marks=pyte
 that the quick level leaves out by `support.levels`.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -52,6 +53,15 @@ def pytest_configure(config):
         config.pluginmanager.register(FaultTable(Path(file)))
     if file := config.getoption("--compatibility-table"):
         config.pluginmanager.register(Compatibility(config, Path(file)))
+
+
+def pytest_collection():
+    gc.disable()  # what is imported now stays; each collection of garbage would look at all of it
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -37,11 +37,11 @@ class ForkedJob:
 
     def communicate(self, timeout: float) -> tuple[str, None]:
         """What all ranks wrote, once all have ended. The first that fails ends the others, by SIGTERM."""
-        end, asked = time.monotonic() + timeout, False
+        end, terminated = time.monotonic() + timeout, False
         while None in (codes := [rank.returncode for rank in self.ranks]):
             assert time.monotonic() < end, f"the job did not end within {timeout} s"
-            if any(codes) and not asked:
-                asked = True
+            if any(codes) and not terminated:
+                terminated = True
                 for rank in self.ranks:
                     if rank.returncode is None:
                         rank.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ from support import stub_wandb
 
 from megapromoe.config.options import ConfigError
 from megapromoe.config.resolve import resolve, to_yaml
-from megapromoe.training import wandb_run
+from megapromoe.training import metrics, wandb_run
 from megapromoe.training.dry_run import examine_start
 from megapromoe.training.metrics import Metrics
 from megapromoe.training.wandb_run import WandbUnavailable, check_installed
@@ -43,7 +43,8 @@ def notes(tmp_path, monkeypatch):
     return tmp_path / "notes"
 
 
-def test_all_starts_continue_one_run(folder, notes):
+def test_all_starts_continue_one_run(folder, notes, monkeypatch):
+    monkeypatch.setattr(metrics, "FIRST_HEAT_MAP", 0.0)
     stub_wandb.install(notes)
     start(folder, 10, 20)
     start(folder, 20, 30, first_step=10)
