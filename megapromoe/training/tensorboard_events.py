@@ -29,7 +29,10 @@ class EventFile:
     """
 
     def __init__(self, folder: LogFolder, first_step: int):
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        # TensorBoard reads files in the order of their names; a run may start again within the same second.
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        owner = f"{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{owner}"
         self._file = AppendedFile(folder.path / "tensorboard" / name, folder)
         start = Event(step=first_step, session_log=SessionLog(status=SessionLog.START))
         self._write(Event(file_version="brain.Event:2"), start)

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megapromoe.config.resolve import resolve
 from megapromoe.training import metrics
+from megapromoe.training.log_files import LogFolder
 from megapromoe.training.metrics import (
     Metrics,
     expert_statistics,
@@ -24,6 +25,7 @@ from megapromoe.training.metrics import (
     rewind,
     throughput,
 )
+from megapromoe.training.tensorboard_events import EventFile
 
 CONFIG = resolve("digits")  # MoE blocks 1 and 3, 4 experts
 TIMES = {"wall_time": ANY, "elapsed_seconds": ANY}
@@ -64,6 +66,16 @@ def test_resuming_drops_what_will_be_done_again(tmp_path):
     ]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+
+
+def test_starts_within_one_second_have_their_order(tmp_path):
+    """TensorBoard reads files in the order of their names, and drops what a later start does again."""
+    folder = LogFolder(tmp_path)
+    created: list[str] = []
+    for _ in range(20):
+        EventFile(folder, 1).close()
+        created += {path.name for path in (tmp_path / "tensorboard").iterdir()} - {*created}
+    assert len(created) == 20 and created == sorted(created)
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning(tmp_path, caplog):
