@@ -102,14 +102,14 @@ def test_every_rank_ends_with_the_verdict_of_one(monkeypatch):
         hangs.append(hang)
         return "see the table", 3
 
-    watchdogs = [Watchdog(StoreChannel(store, rank, 3, 5.0, 5.0), 2.4, "--limit", on_hang) for rank in range(3)]
+    watchdogs = [Watchdog(StoreChannel(store, rank, 3, 5.0, 5.0), 4.8, "--limit", on_hang) for rank in range(3)]
     for watchdog in watchdogs:
         watchdog.at("all_reduce")
     for watchdog in watchdogs:
         watchdog._thread.join(timeout=30)
     assert len(hangs) == 1 and hangs[0].behind == (0, 1, 2) and not hangs[0].silent
     assert sorted(ended) == [0, 1, 2] and {code for _, code in ended.values()} == {3}
-    assert all("(--limit = 2.4) in all_reduce; see the table" in message for message, _ in ended.values())
+    assert all("(--limit = 4.8) in all_reduce; see the table" in message for message, _ in ended.values())
     assert max(printed.values()) < min(exits.values()), "all print their stacks before the first connection closes"
     assert exits[0] > max(exits[1], exits[2]), "rank 0 may hold the store"
 
