@@ -8,18 +8,19 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def uncollected(exempt: bool = True) -> Iterator[None]:
     """No garbage collection in this block: what imports create stays, and each collection would look at all of it.
 
-    So would the first collections after the block, which is why all objects of this time are exempt from them. Garbage
-    in cycles would stay too, but only a block that imports something exempts them.
+    Args:
+        exempt: if the block imports anything, exempt all objects of this time from the collections after it too. False
+            while a model runs, because garbage in cycles, which may hold memory of a GPU, would stay.
     """
     enabled, modules = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > modules:
+        if exempt and len(sys.modules) > modules:
             gc.freeze()
         if enabled:
             gc.enable()

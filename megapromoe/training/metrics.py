@@ -250,7 +250,7 @@ def rewind(path: Path, step: int, step_of: Callable[[str], int] = _step_of) -> N
 
 def _import_matplotlib() -> None:
     """Imports what `heat_map` draws with: slow, and only one rank draws."""
-    with uncollected():
+    with uncollected(exempt=False):
         import matplotlib.backends.backend_agg  # noqa: F401
 
 
