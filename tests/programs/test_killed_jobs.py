@@ -162,7 +162,7 @@ def test_a_signal_saves_and_requests_a_requeue(number, receivers, ranks, undistu
 @pytest.mark.parametrize("ranks, hung", [full(2, 0), full(2, 1), (4, 0), full(4, 2)])
 def test_a_hung_rank_is_named(ranks, hung, tmp_path, fault_table):
     """A stopped process; the others name it, say where and when, and end within a few times the step time-out."""
-    limit = 4.0
+    limit = 5.0
     job = start_small_or_forked(tmp_path / "run", ranks, f"train.step_timeout={limit:g}", "train.steps=100000")
     wait_for(lambda: logged(tmp_path / "run") >= 7, launcher=job)
     pids = ranks_of(job)
