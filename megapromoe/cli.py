@@ -46,7 +46,7 @@ COMMANDS = {
 # Seconds that other ranks wait at most before they exit with an error that rank 0 prints. Launchers end all ranks when
 # one has failed, so an earlier exit could prevent the message.
 GRACE = 5.0
-POLL = 0.05  # seconds between two looks for a signal
+POLL = 0.05  # seconds between two checks for a signal
 
 _EXAMPLES = """\
 examples:

@@ -10,7 +10,6 @@ A test is marked by `@pytest.mark.full`, a case by `pytest.param(..., marks=pyte
 that the quick level leaves out by `support.levels`.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -22,6 +21,8 @@ import pytest
 from support.compatibility import Compatibility
 from support.fault_table import FaultTable, Rows
 from support.levels import LONGEST
+
+from megapromoe.imports import uncollected
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,13 +56,10 @@ def pytest_configure(config):
         config.pluginmanager.register(Compatibility(config, Path(file)))
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    gc.disable()  # what is imported now stays; each collection of garbage would look at all of it
-
-
-def pytest_collection_finish():
-    gc.freeze()
-    gc.enable()
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items):

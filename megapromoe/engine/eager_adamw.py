@@ -11,8 +11,8 @@ import torch
 class EagerAdamW(torch.optim.AdamW):
     """torch's AdamW, whose methods do not import torch's compiler.
 
-    torch wraps them for optimizers that are compiled, which none here is. The wrappers import `torch._dynamo`: 800
-    modules and a second of each rank's start.
+    torch wraps them for torch.compile, which is not applied to optimizers here. The wrappers (torch/optim/optimizer.py)
+    import `torch._dynamo`: 800 modules and a second of each rank's start.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -59,12 +59,12 @@ def trained_type(config: Config) -> torch.dtype:
     return torch.bfloat16 if load_deepspeed(config).get("bf16", {}).get("enabled", False) else torch.float32
 
 
-def imports_compiler(config: Config) -> bool:
+def imports_compiler(config: Config, stage: int) -> bool:
     """Whether a step will import torch's compiler: to compile, or for wrappers that keep it out of a function.
 
     Such wrappers have torch's recomputation, DeepSpeed's stage 3, and optimizers other than `EagerAdamW`.
     """
-    t, stage = config.train, load_deepspeed(config).get("zero_optimization", {}).get("stage", 0)
+    t = config.train
     return t.compile or t.adamw_backend != "torch" or stage == 3 or config.parallel.recompute != "none"
 
 
@@ -94,17 +94,17 @@ class Engine:
 
         Raises ConfigError for an invalid `train.deepspeed`, and EngineError if this machine cannot run it.
         """
+        ds = load_deepspeed(config)
+        self.stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         # Imported late: it takes seconds, and other modules need only the types of this one.
         with uncollected():
             from megapromoe.engine.deepspeed_backend.adapter import DeepSpeedAdapter
 
-            if imports_compiler(config):
+            if imports_compiler(config, self.stage):
                 importlib.import_module("torch._dynamo")
 
-        ds = load_deepspeed(config)
         self.config, self.mesh = config, mesh
         self.layouts: dict[str, ParameterLayout] = model.layouts
-        self.stage: int = ds.get("zero_optimization", {}).get("stage", 0)
         offloads = bool(ds.get("zero_optimization", {}).get("offload_optimizer"))
         self.clips_on_device = self.stage > 0 and config.train.adamw_backend in ("torch", "fused") and not offloads
         self.fused_averages: list[Averages] | None = [] if config.train.adamw_backend == "fused" else None

@@ -38,7 +38,7 @@ def outcome(model, conditional: int, seed: int, skewed: bool):
 
 
 def compiles(rank: int, world: int) -> bool:
-    """Whether a rank compiles: two of a job do. To the others the messages of an eager rank are the same."""
+    """Whether a rank compiles: two of a job do. Eager and compiled blocks send the same messages."""
     return rank in (0, world - 1)
 
 

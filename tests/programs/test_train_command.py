@@ -51,7 +51,7 @@ def test_other_ranks_leave_a_config_error_to_rank_0(trained, monkeypatch, capsys
     """They wait, because launchers end all ranks with the first that fails."""
     monkeypatch.setattr(launch_environment, "detect", lambda: LaunchEnvironment("torchrun", rank=1, world=2))
     monkeypatch.setattr(cli, "GRACE", 0.3)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests keep their handler
     start = time.monotonic()
     assert cli.main(["train", "--run-dir", "x", "model.dept=2"]) == 2
     assert capsys.readouterr().err == ""

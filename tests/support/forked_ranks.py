@@ -9,7 +9,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
 from support.processes import context, start_server
 
 
@@ -57,7 +56,6 @@ def _run(words: list[str], environment: dict[str, str], output: str, call: str) 
         os.dup2(file, number)
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the server has read its own environment
     sys.argv = ["megapromoe", *words]
     from support import hanging
 
